@@ -1,0 +1,37 @@
+"""The vocabulary: what a training state is, what happens to it, and what may be asked."""
+
+from fxtrain.core.control import KINDS as KINDS
+from fxtrain.core.control import Control as Control
+from fxtrain.core.control import Flag as Flag
+from fxtrain.core.control import Logged as Logged
+from fxtrain.core.events import EVENTS as EVENTS
+from fxtrain.core.events import SESSION as SESSION
+from fxtrain.core.events import TRACED as TRACED
+from fxtrain.core.events import TRAJECTORY as TRAJECTORY
+from fxtrain.core.events import EpochBegin as EpochBegin
+from fxtrain.core.events import EpochEnd as EpochEnd
+from fxtrain.core.events import EvalBegin as EvalBegin
+from fxtrain.core.events import EvalEnd as EvalEnd
+from fxtrain.core.events import EvalStep as EvalStep
+from fxtrain.core.events import Event as Event
+from fxtrain.core.events import FitBegin as FitBegin
+from fxtrain.core.events import FitEnd as FitEnd
+from fxtrain.core.events import Gradients as Gradients
+from fxtrain.core.events import Interrupted as Interrupted
+from fxtrain.core.events import LoopEvent as LoopEvent
+from fxtrain.core.events import Microbatch as Microbatch
+from fxtrain.core.events import Restored as Restored
+from fxtrain.core.events import Rewound as Rewound
+from fxtrain.core.events import Saved as Saved
+from fxtrain.core.events import StepBegin as StepBegin
+from fxtrain.core.events import StepEnd as StepEnd
+from fxtrain.core.events import Updated as Updated
+from fxtrain.core.protocols import Callback as Callback
+from fxtrain.core.protocols import Observer as Observer
+from fxtrain.core.protocols import StepFn as StepFn
+from fxtrain.core.protocols import StepOutput as StepOutput
+from fxtrain.core.pytrees import NAMESPACE as NAMESPACE
+from fxtrain.core.pytrees import ops as ops
+from fxtrain.core.pytrees import register_node as register_node
+from fxtrain.core.state import Due as Due
+from fxtrain.core.state import TrainState as TrainState

@@ -1,0 +1,54 @@
+"""The shapes of the functions that users write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from fxtrain.core.control import Control
+from fxtrain.core.pytrees import register_node
+from fxtrain.core.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a step tells beside the state.
+
+    Args:
+        metrics: 0-d tensors or ``fxtrain.metrics`` values by name; ``"loss"`` among them by custom.
+        control: What the traced callbacks asked.
+        outputs: Anything else, for an evaluation step: it reaches callbacks at ``EvalStep``.
+    """
+
+    metrics: Mapping[str, Any]
+    control: Control = dataclasses.field(default_factory=Control)
+    outputs: Any = None
+
+
+class Callback(Protocol):
+    """A pure function that decides. Its second parameter's annotation says which events it sees."""
+
+    def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]: ...
+
+
+class Observer(Protocol):
+    """A function that acts on the world, after the fold, and can influence nothing."""
+
+    def __call__(self, state: TrainState, event: Any, control: Control, /) -> None: ...
+
+
+class StepFn(Protocol):
+    """A pure function that moves the state forward by one batch."""
+
+    def __call__(self, state: TrainState, batch: Any, /) -> tuple[TrainState, StepOutput]: ...
+
+
+_OUTPUT = ("metrics", "control", "outputs")
+
+register_node(
+    StepOutput,
+    lambda output: ([getattr(output, name) for name in _OUTPUT], None),
+    lambda _, children: StepOutput(*children),
+    fields=_OUTPUT,
+)
