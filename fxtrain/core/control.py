@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -64,16 +64,9 @@ class Control:
         True
     """
 
-    __slots__ = (*KINDS, "log")
+    __slots__ = ("_asked", "log")
 
-    stop: Mapping[str, Flag]
-    unsaved: Mapping[str, Flag]
-    end_epoch: Mapping[str, Flag]
-    evaluate: Mapping[str, Flag]
-    save: Mapping[str, Flag]
-    skip_batch: Mapping[str, Flag]
-    skip_update: Mapping[str, Flag]
-    rewind: Mapping[str, int | Tensor]
+    _asked: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
     log: Mapping[str, Logged]
 
     def __init__(
@@ -90,55 +83,117 @@ class Control:
         reason: str = "",
         final_save: bool = True,
     ) -> None:
-        requests = {
-            "stop": _request("stop", stop, reason),
-            "end_epoch": _request("end_epoch", end_epoch, reason),
-            "evaluate": _request("evaluate", evaluate, reason),
-            "save": _request("save", save, reason),
-            "skip_batch": _request("skip_batch", skip_batch, reason),
-            "skip_update": _request("skip_update", skip_update, reason),
-            "rewind": _request("rewind", rewind, reason),
-        }
-        requests["unsaved"] = {} if final_save else requests["stop"]
+        asked: dict[str, dict[str, Any]] = {}
+        # Unrolled, because most callbacks ask for nothing at most events and `Control()` is all they cost.
+        if stop is not False:
+            _ask(asked, "stop", stop, reason)
+        if end_epoch is not False:
+            _ask(asked, "end_epoch", end_epoch, reason)
+        if evaluate is not False:
+            _ask(asked, "evaluate", evaluate, reason)
+        if save is not False:
+            _ask(asked, "save", save, reason)
+        if skip_batch is not False:
+            _ask(asked, "skip_batch", skip_batch, reason)
+        if skip_update is not False:
+            _ask(asked, "skip_update", skip_update, reason)
+        if not isinstance(rewind, int) or rewind:
+            _ask(asked, "rewind", rewind, reason)
+        if not final_save and "stop" in asked:
+            asked["unsaved"] = asked["stop"]
         logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
-        _fill(self, requests, logged)
+        _fill(self, asked, logged)
+
+    @property
+    def stop(self) -> Mapping[str, Flag]:
+        return self._asked.get("stop", {})
+
+    @property
+    def unsaved(self) -> Mapping[str, Flag]:
+        return self._asked.get("unsaved", {})
+
+    @property
+    def end_epoch(self) -> Mapping[str, Flag]:
+        return self._asked.get("end_epoch", {})
+
+    @property
+    def evaluate(self) -> Mapping[str, Flag]:
+        return self._asked.get("evaluate", {})
+
+    @property
+    def save(self) -> Mapping[str, Flag]:
+        return self._asked.get("save", {})
+
+    @property
+    def skip_batch(self) -> Mapping[str, Flag]:
+        return self._asked.get("skip_batch", {})
+
+    @property
+    def skip_update(self) -> Mapping[str, Flag]:
+        return self._asked.get("skip_update", {})
+
+    @property
+    def rewind(self) -> Mapping[str, int | Tensor]:
+        return self._asked.get("rewind", {})
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that are asked for, under whatever flags."""
+        return tuple(self._asked)
 
     def __or__(self, other: Control) -> Control:
         if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]
             return NotImplemented
+        if not other._asked and not other.log:
+            return self
+        if not self._asked and not self.log:
+            return other
         for name, entry in other.log.items():
             if name in self.log:
                 raise ValueError(
                     f"{name!r} was logged twice at one event, by {_by(self.log[name])} and by {_by(entry)}: "
                     "log it under another name in one of them."
                 )
-        requests = {kind: _unite(kind, getattr(self, kind), getattr(other, kind)) for kind in KINDS}
-        return _fill(object.__new__(Control), requests, {**self.log, **other.log})
+        asked = dict(self._asked)
+        for kind, reasons in other._asked.items():
+            asked[kind] = _unite(kind, asked[kind], reasons) if kind in asked else reasons
+        return _fill(object.__new__(Control), asked, {**self.log, **other.log})
 
     def owned(self, owner: str) -> Control:
         """The same requests; a value without an owner, or a request without a reason, gets this name."""
-        requests = {
-            kind: {reason or f"asked by {owner}": flag for reason, flag in getattr(self, kind).items()}
-            for kind in KINDS
+        if not self._asked and not self.log:
+            return self
+        asked = {
+            kind: {reason or f"asked by {owner}": flag for reason, flag in reasons.items()}
+            for kind, reasons in self._asked.items()
         }
         log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
-        return _fill(object.__new__(Control), requests, log)
+        return _fill(object.__new__(Control), asked, log)
+
+    def given(self, condition: Tensor) -> Control:
+        """The same requests, each under the further condition (bool [])."""
+        asked = {
+            kind: {
+                reason: condition * flag if kind == "rewind" else condition & flag for reason, flag in reasons.items()
+            }
+            for kind, reasons in self._asked.items()
+        }
+        log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
+        return _fill(object.__new__(Control), asked, log)
 
     def any(self, kind: str) -> Flag:
         """Whether any reason of this kind holds: a bool, or a bool tensor where a flag is one."""
         result: Flag = False
-        for flag in getattr(self, kind).values():
+        for flag in self._asked.get(kind, {}).values():
             result = result | flag
         return result
 
     def reasons(self, kind: str) -> list[str]:
         """The reasons that hold. Reads the flags: on an accelerator this waits for the device."""
-        return [reason for reason, flag in getattr(self, kind).items() if bool(flag)]
+        return [reason for reason, flag in self._asked.get(kind, {}).items() if bool(flag)]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Control) and all(
-            getattr(self, name) == getattr(other, name) for name in Control.__slots__
-        )
+        return isinstance(other, Control) and self._asked == other._asked and self.log == other.log
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  # holds mappings and tensors
 
@@ -146,23 +201,26 @@ class Control:
         raise AttributeError(f"A Control is immutable; to ask for {name} as well, write control | Control({name}=...).")
 
     def __repr__(self) -> str:
-        shown = [f"{name}={getattr(self, name)}" for name in Control.__slots__ if getattr(self, name)]
+        shown = [f"{kind}={reasons}" for kind, reasons in self._asked.items()]
+        if self.log:
+            shown.append(f"log={ {name: entry.value for name, entry in self.log.items()} }")
         return f"Control({', '.join(shown)})"
 
 
-def _fill(control: Control, requests: Mapping[str, Mapping[str, Any]], log: Mapping[str, Logged]) -> Control:
-    for kind in KINDS:
-        object.__setattr__(control, kind, requests[kind])
+def _fill(control: Control, asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
+    object.__setattr__(control, "_asked", asked)
     object.__setattr__(control, "log", log)
     return control
 
 
-def _request(kind: str, asked: Any, reason: str) -> dict[str, Any]:
-    items = cast(dict[str, Any], dict(asked)) if isinstance(asked, Mapping) else {reason: asked}
+def _ask(asked: dict[str, dict[str, Any]], kind: str, request: Any, reason: str) -> None:
+    items = cast(dict[str, Any], request) if isinstance(request, Mapping) else {reason: request}
     for flag in items.values():
         _check_flag(kind, flag)
     # A plain "no" is the unit and leaves no trace; only the device knows what a tensor says.
-    return {name: flag for name, flag in items.items() if isinstance(flag, Tensor) or flag}
+    flags = {name: flag for name, flag in items.items() if isinstance(flag, Tensor) or flag}
+    if flags:
+        asked[kind] = flags
 
 
 def _check_flag(kind: str, flag: Any) -> None:
@@ -177,14 +235,16 @@ def _check_flag(kind: str, flag: Any) -> None:
         )
 
 
-def _unite(kind: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not first or not second:
-        return first or second
-    join: Callable[[Any, Any], Any] = _largest if kind == "rewind" else (lambda a, b: a | b)
+def _unite(kind: str, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    join: Any = _largest if kind == "rewind" else _either
     united = dict(first)
     for reason, flag in second.items():
         united[reason] = join(united[reason], flag) if reason in united else flag
     return united
+
+
+def _either(a: Flag, b: Flag) -> Flag:
+    return a | b
 
 
 def _largest(a: int | Tensor, b: int | Tensor) -> int | Tensor:
@@ -202,22 +262,26 @@ def _by(entry: Logged) -> str:
 
 
 def _flatten(control: Control) -> tuple[list[Any], Any]:
-    flags = [list(getattr(control, kind).values()) for kind in KINDS]
+    asked = control._asked  # pyright: ignore[reportPrivateUsage]
     entries = list(control.log.values())
-    children = [flags, [entry.value for entry in entries], [entry.when for entry in entries]]
-    reasons = tuple(tuple(getattr(control, kind)) for kind in KINDS)
-    return children, (reasons, tuple((name, entry.owner) for name, entry in control.log.items()))
+    children = [
+        [list(reasons.values()) for reasons in asked.values()],
+        [entry.value for entry in entries],
+        [entry.when for entry in entries],
+    ]
+    kinds = tuple((kind, tuple(reasons)) for kind, reasons in asked.items())
+    return children, (kinds, tuple((name, entry.owner) for name, entry in control.log.items()))
 
 
 def _unflatten(context: Any, children: Any) -> Control:
-    reasons, names = context
+    kinds, names = context
     flags, values, whens = children
-    requests = {
-        kind: dict(zip(names_of_kind, flags_of_kind, strict=True))
-        for kind, names_of_kind, flags_of_kind in zip(KINDS, reasons, flags, strict=True)
+    asked = {
+        kind: dict(zip(reasons, flags_of_kind, strict=True))
+        for (kind, reasons), flags_of_kind in zip(kinds, flags, strict=True)
     }
     log = {name: Logged(value, when, owner) for (name, owner), value, when in zip(names, values, whens, strict=True)}
-    return _fill(object.__new__(Control), requests, log)
+    return _fill(object.__new__(Control), asked, log)
 
 
 register_node(Control, _flatten, _unflatten)

@@ -1,0 +1,166 @@
+"""A small byte-level transformer, and sampling from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+VOCABULARY = 256
+"""The number of different bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a transformer.
+
+    Args:
+        layers: Blocks, each of attention and a multi-layer perceptron.
+        width: Channels of the residual stream; a multiple of ``2 * heads``.
+        heads: Attention heads.
+        length: Bytes of context: the longest sequence that the model takes.
+        dropout: The probability that a channel of a block's output is dropped in training, in [0, 1).
+
+    Raises:
+        ValueError: If a number is out of range, or the heads do not divide the width into even parts.
+    """
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    length: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and a transformer needs at least 1.")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"A width of {self.width} does not divide into {self.heads} heads of an even number of channels: "
+                f"take a multiple of {2 * self.heads}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}, and a probability below 1 was wanted.")
+
+
+class Transformer(nn.Module):
+    """A causal transformer over bytes: pre-norm blocks, rotary positions, embedding and head tied.
+
+    Args:
+        config: The shape.
+        generator: The source of the initial weights; the global generator is neither read nor moved.
+
+    Example:
+        >>> model = Transformer(Config(layers=1, width=16, heads=2, length=8), torch.Generator().manual_seed(0))
+        >>> model(torch.tensor([[104, 105]])).shape
+        torch.Size([1, 2, 256])
+        >>> model.head.weight is model.embedding.weight
+        True
+
+    References:
+        Vaswani et al. 2017, "Attention is all you need" (arXiv:1706.03762).
+        Su et al. 2021, "RoFormer" (arXiv:2104.09864).
+        Press and Wolf 2017, "Using the output embedding to improve language models" (arXiv:1608.05859).
+    """
+
+    def __init__(self, config: Config, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = skip_init(nn.Embedding, VOCABULARY, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.head = _linear(config.width, VOCABULARY)
+        self.head.weight = self.embedding.weight
+        # Kept out of saved files: they are a function of the configuration.
+        cos, sin = rotary_angles(config.length, config.width // config.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._draw(generator)
+
+    def _draw(self, generator: torch.Generator) -> None:
+        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5, generator=generator)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.ndim == 2:
+                # What is added to the residual stream starts small, the smaller the more blocks add to it.
+                scale = (2 * self.config.layers) ** -0.5 if name.endswith("out.weight") else 1.0
+                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The logits of each next byte.
+
+        Args:
+            tokens: Integers [batch, length], in [0, 256).
+
+        Returns:
+            float [batch, length, 256]; row i depends on the tokens up to and with i.
+        """
+        length = tokens.shape[1]
+        x = self.embedding(tokens.long())
+        cos, sin = self.cos[:length], self.sin[:length]
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.head(self.norm(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + perceptron(norm(x))."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width)
+        self.attention = Attention(config)
+        self.perceptron_norm = nn.RMSNorm(config.width)
+        self.perceptron = Perceptron(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
+        return x + self.dropout(self.perceptron(self.perceptron_norm(x)))
+
+
+class Attention(nn.Module):
+    """Causal attention of several heads with rotary positions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = _linear(config.width, 3 * config.width)
+        self.out = _linear(config.width, config.width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Perceptron(nn.Module):
+    """width -> 4 * width -> width, with a GELU between."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.up = _linear(config.width, 4 * config.width)
+        self.out = _linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.up(x)))
+
+
+def rotary_angles(length: int, channels: int) -> tuple[Tensor, Tensor]:
+    frequencies = 10_000.0 ** (-torch.arange(0, channels, 2) / channels)
+    angles = torch.outer(torch.arange(length), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return skip_init(nn.Linear, inputs, outputs, bias=False)

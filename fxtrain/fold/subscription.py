@@ -1,0 +1,109 @@
+"""Subscription: which events a callback sees, read from the annotation of its second parameter."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY
+
+
+def name_of(function: Any) -> str:
+    """What to call a callback: the name of the function, or of the class of a callable object."""
+    while isinstance(function, functools.partial):
+        function = typing.cast(Any, function.func)
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def subscription(callback: Any) -> Iterable[type[Any]]:
+    """The events that the annotation of the second parameter names."""
+    try:
+        parameters = list(inspect.signature(callback).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"The signature of {name_of(callback)} cannot be read: say what it sees, fxtrain.on(fxtrain.StepEnd, it)."
+        ) from error
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2:
+        raise TypeError(
+            f"{name_of(callback)} takes ({', '.join(map(str, parameters))}), which hides what it subscribes to: a "
+            "callback takes (state, event). Put functools.wraps on the wrapper, or write "
+            "fxtrain.on(fxtrain.StepEnd, it)."
+        )
+    annotation = positional[1].annotation
+    if annotation is inspect.Parameter.empty or annotation is Any or annotation is object:
+        return TRAJECTORY
+    try:
+        return kinds(annotation, _globals(callback))
+    except TypeError as error:
+        raise TypeError(f"{name_of(callback)}: {error}") from None
+
+
+def _globals(callback: Any) -> Mapping[str, Any]:
+    function: Any = inspect.unwrap(callback)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(typing.cast(Any, function.func))
+    if not hasattr(function, "__globals__"):  # a callable object
+        function = inspect.unwrap(typing.cast(Any, type(function)).__call__)
+    return getattr(function, "__globals__", {})
+
+
+def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type[Any], ...]:
+    """The event types that an annotation stands for: a type, a base of some, a union, or a string naming them."""
+    if isinstance(annotation, str):
+        return _kinds_byname_of(annotation, names or {})
+    if isinstance(annotation, typing.TypeVar):
+        annotation = annotation.__bound__
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return tuple(kind for part in typing.get_args(annotation) for kind in kinds(part, names))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return kinds(typing.get_args(annotation)[0], names)
+    found = tuple(kind for kind in EVENTS if isinstance(annotation, type) and issubclass(kind, annotation))
+    if not found:
+        raise _no_event(getattr(annotation, "__name__", repr(annotation)))
+    return found
+
+
+def _kinds_byname_of(annotation: str, names: Mapping[str, Any]) -> tuple[type[Any], ...]:
+    # Read as syntax and looked up by name, never evaluated: what an annotation imports only for type
+    # checkers is not there at run time.
+    def read(node: ast.expr) -> tuple[type[Any], ...]:
+        match node:
+            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+                return read(left) + read(right)
+            case ast.Subscript(slice=ast.Tuple(elts=parts)):
+                return tuple(kind for part in parts for kind in read(part))
+            case ast.Subscript(slice=part):
+                return read(part)
+            case ast.Constant(value=str(inner)):
+                return _kinds_byname_of(inner, names)
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                return look_up(name)
+            case _:
+                raise _no_event(annotation)
+
+    def look_up(name: str) -> tuple[type[Any], ...]:
+        by_name: dict[str, tuple[type[Any], ...]] = {kind.__name__: (kind,) for kind in EVENTS}
+        by_name |= {"Event": EVENTS, "Any": TRAJECTORY, "object": TRAJECTORY, "LoopEvent": (*TRAJECTORY, *SESSION)}
+        if name in by_name:
+            return by_name[name]
+        if name in names and not isinstance(names[name], str):
+            return kinds(names[name])
+        raise _no_event(name)
+
+    try:
+        return read(ast.parse(annotation, mode="eval").body)
+    except SyntaxError:
+        raise _no_event(annotation) from None
+
+
+def _no_event(name: str) -> TypeError:
+    return TypeError(
+        f"{name} is no event. Annotate the second parameter with one of these, or a union: "
+        f"{', '.join(kind.__name__ for kind in EVENTS)}."
+    )
