@@ -223,7 +223,8 @@ class EvalFunction:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Any) -> StepOutput:
-        return self.function(state, batch)
+        output = self.function(state, batch)
+        return StepOutput(output.metrics, _on_device(output.control, state.step.device), output.outputs)
 
     def enter(self, state: TrainState) -> TrainState:
         """What of the state goes into the compiled graph: no optimizer and no slots."""
@@ -309,9 +310,10 @@ def _averaged(metrics: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {name: value if isinstance(value, Metric) else value / count for name, value in metrics.items()}
 
 
-def _on_device(control: Control, device: torch.device) -> Control:
+def _on_device(control: Control | None, device: torch.device) -> Control:
     # What leaves the compiled step is tensors, so that a vmapped step can return it.
-    return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), control)
+    asked = Control() if control is None else control
+    return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), asked)
 
 
 def _loss_and_metrics(loss_fn: Any, result: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -353,9 +355,8 @@ def _checked_step(step: Step, result: Any) -> tuple[TrainState, StepOutput]:
 
 def _refuse_changed_leaves(step: Step, old: TrainState, new: TrainState) -> None:
     """A state keeps its structure, shapes and dtypes: anything else would be another graph at each step."""
-    old_leaves, old_structure = tree.flatten(old)
-    new_leaves, new_structure = tree.flatten(new)
-    if old_structure == new_structure and all(
+    old_leaves, new_leaves = tree.leaves(old), tree.leaves(new)
+    if len(old_leaves) == len(new_leaves) and all(
         was.shape == came.shape and was.dtype == came.dtype for was, came in zip(old_leaves, new_leaves, strict=True)
     ):
         return

@@ -2,18 +2,21 @@
 
 Dictionaries, lists, tuples and named tuples are nodes, and so are ``TrainState``, ``Control`` and metrics.
 ``None`` is an empty node. Dictionaries are flattened in the order of their sorted keys.
+
+Inside ``torch.compile`` the same trees are walked by the few functions at the end: Dynamo's own version of optree
+folds an empty dictionary that is an input into a constant that it then cannot wrap (torch 2.13, optree 0.20).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from fxtrain.core import NAMESPACE, ops
+from fxtrain.core import NAMESPACE, NODES, ops
 
 
 def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:  # noqa: A001
@@ -26,6 +29,8 @@ def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:  # noqa: A0
         >>> map(lambda a, b: a + b, {"x": 1, "y": [2]}, {"x": 10, "y": [20]})
         {'x': 11, 'y': [22]}
     """
+    if torch.compiler.is_compiling():
+        return _traced_map(function, tree, rest)
     return ops.tree_map(function, tree, *rest, namespace=NAMESPACE)
 
 
@@ -45,6 +50,8 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any, root: str
 
 def leaves(tree: Any) -> list[Any]:
     """The leaves, in order."""
+    if torch.compiler.is_compiling():
+        return _traced_leaves(tree)
     return ops.tree_leaves(tree, namespace=NAMESPACE)
 
 
@@ -58,13 +65,22 @@ def paths(tree: Any, root: str = "") -> list[str]:
     return [accessor.codify(root) for accessor in ops.tree_accessors(tree, namespace=NAMESPACE)]
 
 
-def flatten(tree: Any) -> tuple[list[Any], PyTreeSpec]:
+def flatten(tree: Any) -> tuple[list[Any], Any]:
     """The leaves, and the structure that ``unflatten`` takes."""
+    if torch.compiler.is_compiling():
+        return _traced_leaves(tree), tree
     return ops.tree_flatten(tree, namespace=NAMESPACE)
 
 
-def unflatten(structure: PyTreeSpec, new_leaves: Any) -> Any:
+def unflatten(structure: Any, new_leaves: Any) -> Any:
     """The tree of this structure with these leaves."""
+    if torch.compiler.is_compiling():
+        remaining = iter(new_leaves)
+
+        def take(_: Any) -> Any:
+            return next(remaining)
+
+        return _traced_map(take, structure, ())
     return ops.tree_unflatten(structure, new_leaves)
 
 
@@ -110,3 +126,51 @@ def _squared_norm(leaf: Tensor) -> Tensor:
 def devices(tree: Any) -> set[torch.device]:
     """The devices that hold the leaves."""
     return {leaf.device for leaf in leaves(tree)}
+
+
+def _traced_map(function: Callable[..., Any], node: Any, rest: tuple[Any, ...]) -> Any:
+    parts = _take_apart(node)
+    if parts is None:
+        return function(node, *rest)
+    children, put_together = parts
+    others: list[list[Any]] = []
+    for other in rest:
+        other_parts = _take_apart(other)
+        if other_parts is None or type(other) is not type(node) or len(other_parts[0]) != len(children):
+            raise ValueError(f"The trees differ in structure: {node} and {other}.")
+        others.append(other_parts[0])
+    return put_together([_traced_map(function, *each) for each in _columns(children, others)])
+
+
+def _columns(children: list[Any], others: list[list[Any]]) -> list[tuple[Any, tuple[Any, ...]]]:
+    return [(child, tuple(other[i] for other in others)) for i, child in enumerate(children)]
+
+
+def _traced_leaves(node: Any) -> list[Any]:
+    parts = _take_apart(node)
+    return [node] if parts is None else [leaf for child in parts[0] for leaf in _traced_leaves(child)]
+
+
+def _take_apart(node: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | None:
+    """The children of a node, and the function that makes it of new ones; None for a leaf."""
+    kind = cast(Any, type(node))
+    if node is None:
+        return [], lambda _: None
+    if kind in NODES:
+        flatten_node, unflatten_node = NODES[kind]
+        children, context = flatten_node(node)
+        return list(children), lambda new: unflatten_node(context, new)
+    if isinstance(node, dict):
+        entries = cast(dict[Any, Any], node)
+        keys: list[Any] = sorted(entries)
+
+        def fill(new: list[Any]) -> dict[Any, Any]:
+            filled = dict(zip(keys, new, strict=True))
+            return {key: filled[key] for key in entries}
+
+        return [entries[key] for key in keys], fill
+    if isinstance(node, tuple) and hasattr(kind, "_fields"):
+        return list(cast(tuple[Any, ...], node)), lambda new: kind(*new)
+    if isinstance(node, list | tuple):
+        return list(cast(list[Any], node)), kind
+    return None

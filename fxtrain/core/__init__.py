@@ -31,6 +31,7 @@ from fxtrain.core.protocols import Observer as Observer
 from fxtrain.core.protocols import StepFn as StepFn
 from fxtrain.core.protocols import StepOutput as StepOutput
 from fxtrain.core.pytrees import NAMESPACE as NAMESPACE
+from fxtrain.core.pytrees import NODES as NODES
 from fxtrain.core.pytrees import ops as ops
 from fxtrain.core.pytrees import register_node as register_node
 from fxtrain.core.state import Due as Due

@@ -33,6 +33,7 @@ class Logged:
     owner: str = ""
 
 
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class Control:
     """What a callback asks of the loop. ``Control()`` asks for nothing; ``a | b`` asks for both.
 
@@ -63,8 +64,6 @@ class Control:
         >>> Control(stop=False, reason="never") == Control()
         True
     """
-
-    __slots__ = ("_asked", "log")
 
     _asked: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
     log: Mapping[str, Logged]
@@ -181,6 +180,10 @@ class Control:
         log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
         return _fill(object.__new__(Control), asked, log)
 
+    def with_log(self, log: Mapping[str, Logged]) -> Control:
+        """The same requests with another log."""
+        return _fill(object.__new__(Control), self._asked, log)
+
     def any(self, kind: str) -> Flag:
         """Whether any reason of this kind holds: a bool, or a bool tensor where a flag is one."""
         result: Flag = False
@@ -195,10 +198,8 @@ class Control:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Control) and self._asked == other._asked and self.log == other.log
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]  # holds mappings and tensors
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"A Control is immutable; to ask for {name} as well, write control | Control({name}=...).")
+    def __hash__(self) -> int:
+        raise TypeError("A Control holds mappings and tensors, and cannot be hashed.")
 
     def __repr__(self) -> str:
         shown = [f"{kind}={reasons}" for kind, reasons in self._asked.items()]

@@ -17,12 +17,12 @@ class StepOutput:
 
     Args:
         metrics: 0-d tensors or ``fxtrain.metrics`` values by name; ``"loss"`` among them by custom.
-        control: What the traced callbacks asked.
+        control: What the traced callbacks asked; None is nothing. After a ``Step`` it is always a ``Control``.
         outputs: Anything else, for an evaluation step: it reaches callbacks at ``EvalStep``.
     """
 
     metrics: Mapping[str, Any]
-    control: Control = dataclasses.field(default_factory=Control)
+    control: Control | None = None
     outputs: Any = None
 
 

@@ -11,6 +11,9 @@ import torch.utils._pytree as torch_pytree  # torch.func flattens with it, and t
 NAMESPACE = "fxtrain"
 """The optree namespace in which fxtrain's nodes are registered."""
 
+NODES: dict[type[Any], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+"""The registered classes, with how to take each apart and put it together."""
+
 ops: Any = optree
 """optree, untyped: its annotations speak of collections, and a frozen dataclass is none."""
 
@@ -31,6 +34,8 @@ def register_node(
             no tensors, so it checks nothing.
         fields: The attributes that hold the children, where each is one; paths then read ``x.name``.
     """
+
+    NODES[cls] = (flatten, unflatten)
 
     def flatten_for_optree(node: Any) -> tuple[Any, ...]:
         children, context = flatten(node)

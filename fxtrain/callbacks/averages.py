@@ -1,0 +1,43 @@
+"""Averages: what the training metrics were over an epoch, whatever interrupted it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxtrain import metrics
+from fxtrain.core import Control, EpochEnd, TrainState, Updated
+from fxtrain.fold import Handler, slotted
+
+
+def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
+    """Averages training metrics over each epoch, and logs them at ``EpochEnd`` as ``epoch/<metric>``.
+
+    The sums are kept inside the compiled step, so nothing is read from the device until the epoch ends: give it to
+    ``train_step(..., callbacks=)`` as well as to ``fit``.
+
+    Args:
+        names: Metrics of the step, 0-d tensors; ``"loss"`` by default.
+        name: The slot.
+
+    Example:
+        >>> epoch_mean("loss", "accuracy")
+        <callback epoch_mean on Updated, EpochEnd, slot 'epoch_mean'>
+    """
+    watched = names or ("loss",)
+
+    def init(state: TrainState) -> dict[str, Any]:
+        return {metric: metrics.Average.empty(device=state.step.device) for metric in watched}
+
+    def update(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
+        memory: dict[str, Any] = state.slots[name]
+        if isinstance(event, EpochEnd):
+            log = {f"epoch/{metric}": average.compute() for metric, average in memory.items()}
+            return state.with_slot(name, init(state)), Control(log=log)
+        for metric in watched:
+            if metric not in event.metrics:
+                there = ", ".join(map(repr, event.metrics))
+                raise KeyError(f"epoch_mean averages {metric!r}, and the step measures {there}.")
+        seen = metrics.lift({metric: event.metrics[metric] for metric in watched}, weight=state.step.new_ones(()))
+        return state.with_slot(name, metrics.merge(memory, seen)), Control()
+
+    return slotted(name, init, update)

@@ -1,0 +1,38 @@
+"""Saving and evaluating: callbacks that only ask, and leave it to a trigger when."""
+
+from __future__ import annotations
+
+from fxtrain.core import Control, StepEnd, TrainState
+from fxtrain.fold import Handler
+
+
+def save() -> Handler:
+    """Asks for a checkpoint at each ``StepEnd``. Gate it: ``fx.when(fx.every(1000), fx.callbacks.save())``.
+
+    What is saved is what stands after the fold and after an evaluation that is due at the same step.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> fx.on(fx.EvalEnd, save())
+        <callback save on EvalEnd>
+    """
+
+    def ask(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
+        return state, Control(save=True, reason="a save is due")
+
+    return Handler("save", ask, frozenset({StepEnd}))
+
+
+def evaluate() -> Handler:
+    """Asks for an evaluation at each ``StepEnd``. Gate it, as ``save``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> fx.when(fx.every(epochs=0.5), evaluate())
+        <callback evaluate when every(epochs=0.5) on StepEnd>
+    """
+
+    def ask(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
+        return state, Control(evaluate=True, reason="an evaluation is due")
+
+    return Handler("evaluate", ask, frozenset({StepEnd}))

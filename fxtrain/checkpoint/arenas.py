@@ -1,0 +1,56 @@
+"""Arenas on disk, through Orbax. The one module that speaks to it, and to the JAX below it."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fxtrain.checkpoint.pack import CheckpointError
+
+
+def write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes the arrays, uncompressed: the bytes of weights do not compress, and trying costs memory."""
+    orbax = _orbax()
+    with _checkpointer(orbax) as checkpointer:
+        checkpointer.save(folder.absolute(), args=orbax.args.PyTreeSave(dict(arrays)))
+
+
+def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays.
+
+    Raises:
+        CheckpointError: If Orbax cannot read them.
+    """
+    orbax = _orbax()
+    try:
+        with _checkpointer(orbax) as checkpointer:
+            return checkpointer.restore(folder.absolute())
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def _checkpointer(orbax: Any) -> Any:
+    return orbax.Checkpointer(orbax.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+
+
+def _orbax() -> Any:
+    if "jax" not in sys.modules:
+        # Orbax starts a JAX backend even for numpy arrays. Ours must not take the GPU that torch uses; a program
+        # that uses JAX itself has chosen already, and is left alone.
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    import orbax.checkpoint as orbax
+
+    # Orbax warns at each save of what does not concern a checkpoint of one process.
+    logging.getLogger("absl").addFilter(_not_about_merging)
+    return orbax
+
+
+def _not_about_merging(record: logging.LogRecord) -> bool:
+    return "OCDBT" not in record.getMessage()

@@ -1,0 +1,94 @@
+"""Current: the state that a run is at, with its counters and what is due as Python values beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxtrain.core import Control, Due, TrainState
+
+
+class Current:
+    """Keeps both sides alike: tensors in the state, which a save or the next step sees, and Python values, which the
+    loop reads at no cost.
+
+    Args:
+        state: Where the run begins.
+        late: Whether the device's requests to stop are read one step late, so that the loop never waits for it.
+    """
+
+    def __init__(self, state: TrainState, *, late: bool) -> None:
+        self.late = late
+        self.unread: list[Control] = []  # requests to stop whose flags are still on the device
+        self.why: list[str] = []  # the reasons to stop
+        self.take(state)
+
+    def take(self, state: TrainState) -> None:
+        """Makes ``state`` the current one, and reads its counters: the only time that the loop waits for them."""
+        self.state = state
+        self.step, self.position = int(state.step), int(state.position)
+        self.due: dict[str, Any] = {name: value.item() for name, value in state.due._asdict().items()}
+
+    def branch(self) -> tuple[Any, ...]:
+        """What ``abandon`` returns to."""
+        return self.state, dict(self.due), list(self.unread), list(self.why)
+
+    def abandon(self, branch: tuple[Any, ...]) -> None:
+        """Forgets all that happened since."""
+        self.state, self.due, self.unread, self.why = branch
+
+    def set(self, **changes: Any) -> None:
+        """Changes what is due, on both sides."""
+        changed = {name: value for name, value in changes.items() if self.due[name] != value}
+        if changed:
+            self.due.update(changed)
+            device = self.state.step.device
+            tensors = {name: torch.tensor(value, device=device) for name, value in changed.items()}
+            self.state = self.state.replace(due=self.state.due._replace(**tensors))
+
+    def move_to(self, position: int) -> None:
+        """Moves the place in the data, without a step."""
+        self.position = position
+        self.state = self.state.replace(position=torch.full_like(self.state.position, position))
+
+    def stop(self, reason: str) -> None:
+        """The loop's own request to stop."""
+        self.why.append(reason)
+        self.set(stop=True)
+
+    def ask(self, control: Control) -> None:
+        """Joins what was asked into what is due."""
+        if not control.kinds:
+            return
+        late = {"stop", "unsaved"}.intersection(control.kinds) if self.late else ()
+        if late:
+            # Set where the flags are, so that the next step is a fixed point; read when they have arrived.
+            due = self.state.due
+            stop, unsaved = due.stop | control.any("stop"), due.unsaved | control.any("unsaved")
+            self.state = self.state.replace(due=due._replace(stop=stop, unsaved=unsaved))
+            self.unread.append(control)
+        for kind in control.kinds:
+            if kind in late or kind not in Due._fields:
+                continue
+            if kind == "rewind":
+                self.set(rewind=max(self.due["rewind"], *(int(steps) for steps in control.rewind.values())))
+            elif control.any(kind):
+                self.set(**{kind: True})
+                if kind == "stop":
+                    self.why.extend(control.reasons("stop"))
+
+    def read_flags(self) -> bool:
+        """Reads the requests to stop that were left on the device; returns whether the run is to stop."""
+        unread, self.unread = self.unread, []
+        for control in unread:
+            if control.any("stop"):
+                self.why.extend(control.reasons("stop"))
+                self.due.update(stop=True, unsaved=self.due["unsaved"] or bool(control.any("unsaved")))
+        return self.due["stop"]
+
+    @property
+    def anything_due(self) -> bool:
+        """Whether the next step has to wait for something."""
+        due = self.due
+        return bool(due["rewind"] or due["evaluate"] or due["end_epoch"] or due["save"] or due["stop"])

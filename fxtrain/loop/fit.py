@@ -1,0 +1,192 @@
+"""Fit: a whole run, as a function of what it begins with."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from fxtrain.core import Control, StepEnd, TrainState
+from fxtrain.fold import Handler, as_composed, compose, on
+from fxtrain.loop.history import History
+from fxtrain.loop.run import Moment, Plan, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What ``fit`` returns.
+
+    Args:
+        state: The harvest: the last state, with what callbacks did to it at ``FitEnd`` (the best weights put
+            back, say). It was never saved.
+        last: The state that continues the run.
+        reason: Why the run ended, in words.
+        history: Every number that was published.
+    """
+
+    state: TrainState
+    last: TrainState
+    reason: str
+    history: History
+
+    def __repr__(self) -> str:
+        return f"Result at step {int(self.last.step)}: {self.reason}\n{self.history!r}"
+
+
+def fit(
+    state: TrainState,
+    step: Callable[..., Any],
+    data: Any,
+    *,
+    callbacks: Any = (),
+    eval_step: Callable[..., Any] | None = None,
+    eval_data: Any = None,
+    eval_when: Callable[[Any], Any] | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    observers: Iterable[Callable[..., None]] = (),
+    checkpointer: Any = None,
+    resume: bool = False,
+    keep_every: int | None = None,
+    keep: int = 2,
+    rewind_limit: int = 3,
+    lag: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Result:
+    """Trains until a limit is reached, a callback asks to stop, or a signal interrupts.
+
+    ``state`` itself is left as it was: the run works on a copy. SIGINT and SIGTERM end it where the state is whole,
+    with a last checkpoint; a second one ends the process at once.
+
+    Args:
+        state: From ``init``, or the ``last`` of another result.
+        step: From ``train_step``, compiled or not; or any pure function ``(state, batch) -> (state, output)``.
+        data: A source of batches: from ``fxtrain.data``, a ``DataLoader``, a list, or any iterable.
+        callbacks: Folded over after each event, in their order.
+        eval_step: From ``fxtrain.eval_step``.
+        eval_data: As ``data``; an evaluation takes one epoch of it.
+        eval_when: A trigger, asked at each ``StepEnd``. By default evaluation is at the last step of each epoch and
+            of the run.
+        epochs: How many epochs the run is to have in all, those before a resume included.
+        steps: How many steps the run is to have in all. With both, what comes first ends it.
+        observers: What sees each event after the fold.
+        checkpointer: From ``fxtrain.checkpointer``. Without one nothing is saved.
+        resume: Whether to go on from the checkpointer's latest state, where there is one.
+        keep_every: Keep a state in memory every so many steps, to rewind to.
+        keep: How many of them.
+        rewind_limit: Going back to one step more often than this stops the run.
+        lag: After how many steps the device's requests to stop are read: 0 or 1. By default 0 on a CPU and 1 on an
+            accelerator, where reading at once would stall it. A stopped state is a fixed point of the step, so the
+            result is the same.
+        clock: Seconds; every time that callbacks see comes from it.
+
+    Raises:
+        ValueError: If no limit is given, evaluation is half given, or a callback subscribes to what never fires.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: (model(batch) - 1).square().mean(), tx)
+        >>> result = fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, [torch.ones(4, 1)], steps=100)
+        >>> result.reason, bool(result.history["train/loss"].values[-1] < 1e-6)
+        ('reached 100 steps', True)
+    """
+    history = History()
+    plan = _plan(
+        callbacks=callbacks,
+        eval_step=eval_step,
+        eval_data=eval_data,
+        eval_when=eval_when,
+        epochs=epochs,
+        steps=steps,
+        observers=(*observers, history.record),
+        checkpointer=checkpointer,
+        resume=resume,
+        keep_every=keep_every,
+        keep=keep,
+        rewind_limit=rewind_limit,
+        lag=lag,
+        clock=clock,
+    )
+    run = Run(state, step, data, plan)
+    for _ in run.moments():
+        pass
+    return Result(run.state, run.last, run.reason, history)
+
+
+def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[Moment]:
+    """The run of ``fit``, driven by hand: a generator of ``(state, event, control)``, one for each event.
+
+    Leaving it early ends the run without a last save. A yielded state is borrowed: ``state.copy()`` keeps one.
+
+    Args:
+        state: As for ``fit``, and so are ``step`` and ``data``.
+        options: The keyword arguments of ``fit``.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: (model(batch) - 1).square().mean(), tx)
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
+        >>> for state, event, control in fx.steps(state, step, [torch.ones(4, 1)], epochs=1):
+        ...     print(type(event).__name__, end=" ")
+        FitBegin EpochBegin StepBegin StepEnd EpochEnd FitEnd
+    """
+    arguments = inspect.signature(fit).bind(state, step, data, **options)
+    arguments.apply_defaults()
+    options = {name: value for name, value in arguments.arguments.items() if name not in ("state", "step", "data")}
+    return Run(state, step, data, _plan(**options)).moments()
+
+
+def _plan(
+    *,
+    callbacks: Any,
+    eval_step: Any,
+    eval_data: Any,
+    eval_when: Any,
+    epochs: int | None,
+    steps: int | None,
+    checkpointer: Any,
+    resume: bool,
+    **others: Any,
+) -> Plan:
+    if epochs is None and steps is None:
+        raise ValueError("How long? Give epochs=, steps= or both.")
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"{name}={value!r}: a whole number, 0 or more, is wanted.")
+    if (eval_step is None) != (eval_data is None):
+        missing = "eval_data" if eval_data is None else "eval_step"
+        raise ValueError(f"Evaluation needs eval_step and eval_data, and {missing} is missing.")
+    if eval_when is not None and eval_step is None:
+        raise ValueError("eval_when says when to evaluate, and there is no eval_step and eval_data to do it with.")
+    if resume and checkpointer is None:
+        raise ValueError("resume=True goes on from a checkpoint, and no checkpointer is given.")
+    folded = as_composed(callbacks)
+    if eval_step is not None:
+        folded = compose(folded, _evaluation_by(eval_when or _at_the_last_step))
+    return Plan(
+        callbacks=folded,
+        eval_step=eval_step,
+        eval_data=eval_data,
+        epochs=epochs,
+        steps=steps,
+        checkpointer=checkpointer,
+        resume=resume,
+        **others,
+    )
+
+
+def _evaluation_by(trigger: Callable[[Any], Any]) -> Handler:
+    def evaluation(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
+        return state, Control(evaluate=trigger(event), reason="evaluation is due")
+
+    return on(StepEnd, evaluation)
+
+
+def _at_the_last_step(event: StepEnd) -> bool:
+    """The last step of an epoch, or of the run."""
+    ends_epoch = event.epoch_length is not None and event.position % event.epoch_length == 0
+    return ends_epoch or event.step == event.total_steps

@@ -1,0 +1,64 @@
+"""History: every number that a run published, as arrays by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fxtrain.core import Control, Rewound, TrainState
+from fxtrain.values import published
+
+
+class Series(NamedTuple):
+    """One curve."""
+
+    steps: np.ndarray  # int64 [n], increasing
+    values: np.ndarray  # float64 [n]
+
+
+class History(Mapping[str, Series]):
+    """A mapping from names to curves, recorded by ``fit``. A rewind takes back what it abandons.
+
+    Example:
+        >>> from fxtrain import Control, EvalEnd, TrainState
+        >>> history = History()
+        >>> history.record(None, EvalEnd(step=10, metrics={"loss": 0.5}), Control())
+        >>> history["eval/loss"].values.tolist()
+        [0.5]
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[str, tuple[list[int], list[float]]] = {}
+
+    def record(self, state: TrainState | None, event: Any, control: Control) -> None:
+        """Adds what an event published. An observer."""
+        if isinstance(event, Rewound):
+            self._forget_after(event.to_step)
+        for name, value in published(event, control).items():
+            if isinstance(value, int | float):
+                steps, values = self._points.setdefault(name, ([], []))
+                steps.append(event.step)
+                values.append(value)
+
+    def _forget_after(self, last: int) -> None:
+        for steps, values in self._points.values():
+            kept = sum(step <= last for step in steps)
+            del steps[kept:], values[kept:]
+
+    def __getitem__(self, name: str) -> Series:
+        if name not in self._points:
+            raise KeyError(f"{name!r} was not published; there are {', '.join(map(repr, self)) or 'no curves'}.")
+        steps, values = self._points[name]
+        return Series(np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._points))
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __repr__(self) -> str:
+        rows = [f"  {name}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self]
+        return "\n".join([f"History of {len(self)} curves", *rows])

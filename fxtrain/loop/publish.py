@@ -1,0 +1,122 @@
+"""Publish: what happened, brought to the host and shown to the observers."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import metrics
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Control, Logged, TrainState
+from fxtrain.fold.subscription import name_of, subscription
+
+
+class Publisher:
+    """The observers of a run. They see events after the fold, with scalars on the host, and influence nothing.
+
+    An observer that fails is reported and dropped, unless it has ``required = True``: then its error ends the run.
+
+    Args:
+        observers: Functions ``(state, event, control) -> None``. The second parameter's annotation subscribes;
+            without one an observer sees every event of the loop.
+    """
+
+    def __init__(self, observers: Iterable[Callable[..., None]]) -> None:
+        self._observers = [(observer, _events(observer)) for observer in observers]
+
+    def __call__(self, state: TrainState, event: Any, control: Control) -> None:
+        kind = type(event)
+        seeing = [pair for pair in self._observers if kind in pair[1]]
+        if not seeing:
+            return
+        on_host, published = host(event, control)
+        for pair in seeing:
+            observer = pair[0]
+            try:
+                observer(state, on_host, published)
+            except Exception as error:
+                if getattr(observer, "required", False):
+                    raise
+                self._observers.remove(pair)
+                warnings.warn(
+                    f"The observer {name_of(observer)} failed at {kind.__name__} of step {event.step} and is dropped; "
+                    f"training goes on.\n{''.join(traceback.format_exception(error))}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def close(self) -> None:
+        """Closes the observers that can be closed. Every one is tried, then the first error is raised."""
+        errors: list[Exception] = []
+        for observer, _ in self._observers:
+            try:
+                getattr(observer, "close", lambda: None)()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+class HostMetrics(Mapping[str, float]):
+    """Metrics as Python floats. All that is on a device is copied at once, when the first is read."""
+
+    def __init__(self, measured: Mapping[str, Any]) -> None:
+        self._measured: Mapping[str, Any] | None = measured
+        self._floats: dict[str, float] = {}
+
+    def _read(self) -> dict[str, float]:
+        if self._measured is not None:
+            computed = metrics.compute(self._measured)
+            self._floats = dict(zip(computed, _numbers(list(computed.values())), strict=True))
+            self._measured = None
+        return self._floats
+
+    def __getitem__(self, name: str) -> float:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+
+def host(event: Any, control: Control) -> tuple[Any, Control]:
+    """The event with its metrics as floats, and the log with floats and without what its flag holds back."""
+    if hasattr(event, "metrics"):
+        event = dataclasses.replace(event, metrics=HostMetrics(event.metrics))
+    if not control.log:
+        return event, control
+    entries = list(control.log.values())
+    numbers = _numbers([*(entry.value for entry in entries), *(entry.when for entry in entries)])
+    values, flags = numbers[: len(entries)], numbers[len(entries) :]
+    kept = {
+        name: Logged(value, True, entry.owner)
+        for (name, entry), value, flag in zip(control.log.items(), values, flags, strict=True)
+        if flag
+    }
+    return event, control.with_log(kept)
+
+
+def _numbers(values: list[Any]) -> list[Any]:
+    """0-d tensors as Python numbers, in one transfer where they are on a device; anything else as it is."""
+    scalars = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
+    if any(value.device.type != "cpu" for value in scalars):
+        numbers = iter(torch.stack([value.double() for value in scalars]).tolist())
+    else:
+        numbers = iter([value.item() for value in scalars])
+    return [next(numbers) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
+
+
+def _events(observer: Callable[..., None]) -> frozenset[type[Any]]:
+    seen = frozenset(subscription(observer))
+    # Unannotated, a callback sees the trajectory; an observer watches sessions too.
+    return frozenset((*TRAJECTORY, *SESSION)) if seen == frozenset(TRAJECTORY) else seen & frozenset(EVENTS)

@@ -1,0 +1,429 @@
+"""The run: one way of the data, once through and never back.
+
+    data[i] -> StepBegin -> step -> StepEnd -> what is due: rewind, evaluation, epoch end, save, stop
+
+Each event is folded over the state, what the callbacks asked is joined into what is due, observers see the outcome,
+and it is yielded. A request is honoured only after the fold, so what is saved is what the callbacks left.
+
+The firing order, by what leads to each event (indented: only where it applies)::
+
+    session begins      FitBegin
+                            Restored                        the state came from the checkpointer
+    an epoch begins     EpochBegin
+    a step              StepBegin
+                            Microbatch, once for each       inside the compiled step
+                            Gradients
+                            Updated
+                        StepEnd
+    a rewind is due     Rewound                             and nothing else that was due
+    evaluation is due   EvalBegin, EvalStep for each batch, EvalEnd
+    the epoch is over   EpochEnd
+    a save is due       Saved                               once it is committed
+    session ends            Interrupted                     by a signal or an error
+                            Saved                           the last one, unless the stop is to save nothing
+                        FitEnd
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+
+from fxtrain import metrics
+from fxtrain.core import (
+    TRACED,
+    Control,
+    EpochBegin,
+    EpochEnd,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    Event,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    Restored,
+    Rewound,
+    Saved,
+    StepBegin,
+    StepEnd,
+    TrainState,
+)
+from fxtrain.data import Exhausted, adapt
+from fxtrain.fold import Composed, as_composed, attach
+from fxtrain.loop.current import Current
+from fxtrain.loop.evaluate import measure, to_device
+from fxtrain.loop.interrupts import Interrupts
+from fxtrain.loop.publish import Publisher
+from fxtrain.step import Step
+
+Moment = tuple[TrainState, Event, Control]
+"""What the loop yields: the state after an event's fold, the event, and what was asked at it."""
+
+Moments = Generator[Moment, None, Any]
+
+EVALUATED = "evaluated"  # slot: the last evaluation's metrics and step, for the save that follows it
+REWINDS = "rewinds"  # slot: int64 [n, 2], how often (second column) the run went back to which step (first)
+DATA = "data"  # slot: uint8 [n], where a source of data that keeps its own place is
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run is to do. ``fit`` documents each."""
+
+    callbacks: Composed
+    eval_step: Callable[..., Any] | None
+    eval_data: Any
+    epochs: int | None
+    steps: int | None
+    observers: Iterable[Callable[..., None]]
+    checkpointer: Any
+    resume: bool
+    keep_every: int | None
+    keep: int
+    rewind_limit: int
+    lag: int | None
+    clock: Callable[[], float]
+
+
+class Run:
+    """One session of the loop: ``moments`` drives it, and ``state``, ``last`` and ``reason`` say how it ended."""
+
+    def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan) -> None:
+        self.plan = plan
+        self.step: Any = step if hasattr(step, "fires") else Step(step)
+        refuse_unserved(plan.callbacks, self.step)
+        self.data: Any = adapt(data)
+        self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data)
+        self._publish = Publisher(plan.observers)
+        self._interrupts = Interrupts()
+
+        state = attach(attach(state, plan.callbacks), self.step)
+        self._restored = plan.checkpointer.read(state) if plan.resume and plan.checkpointer.steps() else None
+        if self._restored is not None:
+            state = self._restored.state
+        late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
+        # The one copy at entry: the loop owns its state, so a notebook cell can be run twice.
+        self._now = Current(state.copy(), late=bool(late))
+        self._on_disk = self._now.state if self._restored is not None and not self._restored.missing else None
+        if DATA in state.slots and hasattr(self.data, "restore"):
+            self.data.restore(self._now.position, state.slots[DATA])
+
+        self._kept: list[tuple[int, TrainState]] = []  # states to rewind to by their step, oldest first
+        self._data_end: int | None = None  # where the data said that it was exhausted
+        self._data_wait = 0.0
+        self._start = plan.clock()
+        self._times: dict[type[Any], float] = {}
+        self.reason = ""
+        self.last = state
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run is."""
+        return self._now.state
+
+    def moments(self) -> Moments:
+        """Every event of the session, in order."""
+        with self._interrupts:
+            try:
+                yield from self._session()
+            finally:
+                self.data.close()
+                self._publish.close()
+
+    def _session(self) -> Moments:
+        now = self._now
+        whole = now.state
+        try:
+            yield from self._fire(FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0)
+            if self._restored is not None:
+                report = self._restored
+                yield from self._fire(
+                    Restored, path=str(report.path), missing=tuple(report.missing), extra=tuple(report.extra)
+                )
+            while True:
+                whole = now.state
+                yield from self._settle()
+                whole = now.state
+                if self._interrupts.cause is not None:
+                    self.reason = f"interrupted by {self._interrupts.cause}"
+                    yield from self._fire(Interrupted, cause=self._interrupts.cause)
+                    break
+                if self._finished():
+                    break
+                self._keep_for_rewind()
+                yield from self._advance()
+        except Exception as error:
+            # The state before the failing iteration is whole; the one in its middle may lack callbacks' part.
+            now.take(whole)
+            yield from self._after_error(f"{type(error).__name__}: {error}")
+            raise
+        yield from self._save_last()
+        # A stop is honoured here. The last checkpoint keeps it, so that resuming a finished run does nothing;
+        # the state in memory goes on where it is asked to.
+        now.set(stop=False, unsaved=False)
+        self.last = now.state
+        yield from self._fire(FitEnd, reason=self.reason)
+
+    def _finished(self) -> bool:
+        now, plan = self._now, self.plan
+        length = self.data.epoch_length
+        out_of_steps = plan.steps is not None and now.step >= plan.steps
+        out_of_epochs = plan.epochs is not None and bool(length) and now.position // length >= plan.epochs
+        if (out_of_steps or out_of_epochs) and now.unread:
+            now.read_flags()
+        if now.due["stop"]:
+            self.reason = "; ".join(dict.fromkeys(now.why)) or "it had been stopped before this session began"
+        elif out_of_steps:
+            self.reason = f"reached {plan.steps} steps"
+        elif out_of_epochs:
+            self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}"
+        return bool(self.reason)
+
+    def _after_error(self, cause: str) -> Moments:
+        try:
+            yield from self._fire(Interrupted, cause=cause)
+            yield from self._save_last()
+        except Exception as error:  # the first error is the one to raise
+            warnings.warn(f"While ending after an error, this failed too: {error!r}.", RuntimeWarning, stacklevel=2)
+
+    # One step
+
+    def _advance(self) -> Moments:
+        now = self._now
+        if now.due["begin_epoch"]:
+            now.set(begin_epoch=False)
+            yield from self._fire(EpochBegin)
+            if now.anything_due:
+                return
+        batch = self._next_batch()
+        if batch is None:
+            return
+        before = now.state
+        asked = yield from self._fire(StepBegin, step=now.step + 1, batch=batch)
+        if asked.any("skip_batch"):
+            now.move_to(now.position + 1)
+            self._end_epoch_if_over()
+            return
+        if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
+            return  # the step is not taken; should the run go on, the batch comes again
+        state, output = self.step(now.state, batch)
+        if now.unread and now.read_flags():
+            # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
+            # wrote down about a batch that was never used goes as well.
+            traced = as_composed(self.step).traced_slots
+            kept = {name: memory for name, memory in state.slots.items() if name in traced}
+            now.state = state.replace(slots={**before.slots, **kept})
+            return
+        now.state = state
+        now.step += 1
+        now.position += 1
+        self._end_epoch_if_over()
+        yield from self._fire(StepEnd, also=output.control, metrics=output.metrics)
+
+    def _next_batch(self) -> Any:
+        now = self._now
+        began = self.plan.clock()
+        try:
+            batch = self.data[now.position]
+        except Exhausted:
+            if self._data_end == now.position or now.position == 0:
+                raise ValueError(_exhausted(now.position, self.plan)) from None
+            self._data_end = now.position
+            now.set(end_epoch=True)
+            return None
+        self._data_wait = self.plan.clock() - began
+        return to_device(batch, now.state)
+
+    def _end_epoch_if_over(self) -> None:
+        length = self.data.epoch_length
+        if length is not None and self._now.position % length == 0:
+            self._now.set(end_epoch=True)
+
+    # What is due, in its order
+
+    def _settle(self) -> Moments:
+        now = self._now
+        while self._interrupts.cause is None:
+            if now.anything_due and now.unread:
+                now.read_flags()
+            if now.due["rewind"]:
+                yield from self._rewind()
+            elif now.due["evaluate"]:
+                yield from self._evaluate()
+            elif now.due["end_epoch"]:
+                yield from self._end_epoch()
+            elif now.due["save"]:
+                yield from self._save()
+            else:
+                return
+
+    def _evaluate(self) -> Moments:
+        now, eval_step = self._now, self.plan.eval_step
+        if eval_step is None:
+            raise ValueError(
+                "An evaluation was asked for, and fit was given no eval_step and eval_data: give both, or take away "
+                "the callback that asks."
+            )
+        # A branch: what happens in it counts once it is complete. Interrupted, it is forgotten and due again.
+        root = now.branch()
+        now.set(evaluate=False)
+        yield from self._fire(EvalBegin)
+        total: dict[str, Any] = {}
+        for index, batch, output, total in measure(now.state, eval_step, self.eval_data):  # noqa: B007
+            if self._interrupts.cause is not None:
+                now.abandon(root)
+                return
+            yield from self._fire(EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs)
+        measured = metrics.compute(total)
+        memory = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
+        now.state = now.state.with_slot(EVALUATED, memory)
+        yield from self._fire(EvalEnd, metrics=measured)
+
+    def _end_epoch(self) -> Moments:
+        now, length = self._now, self.data.epoch_length
+        if length is None and self._data_end != now.position:
+            raise ValueError(
+                "The end of the epoch was asked for, and nobody knows how long it is: give data with a length."
+            )
+        if length is not None and now.position % length:
+            now.move_to(now.position + length - now.position % length)
+        now.set(end_epoch=False, begin_epoch=True)
+        yield from self._fire(EpochEnd)
+
+    def _save(self) -> Moments:
+        now, checkpointer = self._now, self.plan.checkpointer
+        now.set(save=False)
+        if checkpointer is None:
+            warnings.warn(
+                "A save was asked for and nothing is saved, because fit was given no checkpointer: give "
+                "checkpointer=fxtrain.checkpointer(folder).",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        if hasattr(self.data, "snapshot"):
+            now.state = now.state.with_slot(DATA, self.data.snapshot(now.position))
+        measured = self._metrics_of_this_step()
+        path = checkpointer.save(now.state, metrics=measured)
+        self._on_disk = now.state
+        yield from self._fire(Saved, path=str(path), metrics=measured)
+
+    def _save_last(self) -> Moments:
+        now = self._now
+        if self.plan.checkpointer is not None and now.state is not self._on_disk and not now.due["unsaved"]:
+            yield from self._save()
+
+    def _metrics_of_this_step(self) -> dict[str, float]:
+        last = self._now.state.slots.get(EVALUATED)
+        if last is None or int(last["step"]) != self._now.step:
+            return {}
+        return {name: float(value) for name, value in last["metrics"].items()}
+
+    # The way back
+
+    def _keep_for_rewind(self) -> None:
+        step, every = self._now.step, self.plan.keep_every
+        if every and step % every == 0 and step not in (kept for kept, _ in self._kept):
+            self._kept = [*self._kept, (step, self._now.state)][-self.plan.keep :]
+
+    def _rewind(self) -> Moments:
+        now, old, steps = self._now, self._now.state, self._now.due["rewind"]
+        target = self._newest_until(now.step - steps)
+        now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
+        if target is None:
+            now.stop(f"a rewind of {steps} steps was asked for at step {now.step}, and no state that old is kept")
+            return
+        to_step = int(target.step)
+        times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
+        times[to_step] = times.get(to_step, 0) + 1
+        yield from self._fire(
+            Rewound,
+            from_step=now.step,
+            to_step=to_step,
+            abandoned=range(int(target.position), now.position),
+            times=times[to_step],
+        )
+        # What callbacks wrote at this event is all that crosses, beside a request to stop.
+        crossed = {name: memory for name, memory in now.state.slots.items() if memory is not old.slots.get(name)}
+        crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
+        stop, unsaved = now.due["stop"], now.due["unsaved"]
+        now.take(target.replace(slots={**target.slots, **crossed}))
+        self._kept = [(step, state) for step, state in self._kept if step <= to_step]
+        now.set(stop=stop, unsaved=unsaved)
+        if times[to_step] > self.plan.rewind_limit:
+            now.stop(f"went back to step {to_step} {times[to_step]} times, and it did not help")
+
+    def _newest_until(self, step: int) -> TrainState | None:
+        """The newest state, in memory or on disk, that has taken at most so many steps."""
+        in_memory = max((kept for kept in self._kept if kept[0] <= step), key=lambda kept: kept[0], default=None)
+        checkpointer = self.plan.checkpointer
+        on_disk = max((n for n in checkpointer.steps() if n <= step), default=None) if checkpointer else None
+        if on_disk is not None and (in_memory is None or on_disk > in_memory[0]):
+            return checkpointer.restore(self._now.state, step=on_disk)
+        return None if in_memory is None else in_memory[1]
+
+    # Events
+
+    def _fire(self, kind: type[Any], *, also: Control | None = None, step: int | None = None, **fields: Any) -> Moments:
+        """Folds an event, joins what was asked, publishes and yields it; returns what was asked."""
+        now, plan = self._now, self.plan
+        time = plan.clock() - self._start
+        event = kind(
+            step=now.step if step is None else step,
+            position=now.position,
+            epoch_length=self.data.epoch_length,
+            total_steps=plan.steps,
+            total_epochs=plan.epochs,
+            time=time,
+            previous_time=self._times.get(kind, 0.0),
+            data_wait=self._data_wait,
+            **fields,
+        )
+        self._times[kind] = time
+        now.state, control = plan.callbacks(now.state, event)
+        control = control if also is None else also | control
+        now.ask(control)
+        self._publish(now.state, event, control)
+        yield now.state, event, control
+        return control
+
+
+def refuse_unserved(callbacks: Composed, step: Any) -> None:
+    """A callback that would never see an event that it subscribes to is a mistake, found before the first step."""
+    folded = as_composed(step).handlers
+    for handler in callbacks.handlers:
+        for kind in (kind for kind in TRACED if kind in handler.events):
+            if kind not in step.fires:
+                fires = ", ".join(kind.__name__ for kind in TRACED if kind in step.fires) or "none"
+                raise ValueError(
+                    f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and of these events "
+                    f"this step fires {fires}: use fxtrain.train_step(..., callbacks=), or say what a hand-written "
+                    "step fires, fxtrain.Step(function, callbacks=..., fires=...)."
+                )
+            if handler not in folded:
+                raise ValueError(
+                    f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and the step was "
+                    "built without it: give the same callbacks to train_step(..., callbacks=) and to fit."
+                )
+    for handler in folded:
+        outside = [kind.__name__ for kind in handler.events if kind not in TRACED]
+        if outside and handler not in callbacks.handlers:
+            raise ValueError(
+                f"{handler.name} was given to the step, and subscribes to {', '.join(sorted(outside))} too, which "
+                "the loop fires: give the same callbacks to fit(..., callbacks=)."
+            )
+
+
+def _exhausted(position: int, plan: Plan) -> str:
+    if position == 0:
+        return "The data is empty: it gave no batch at all."
+    wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
+    return (
+        f"The data is exhausted after {position} batches, and the run is to have {wanted}: give data that can be read "
+        "more than once (a list, a DataLoader, fxtrain.data.batches), or ask for less."
+    )

@@ -1,0 +1,431 @@
+"""Metrics: mergeable measurements as pytrees, in the manner of clu.
+
+A metric holds what is needed to go on measuring, so that ``merge`` is the same as having seen both batches, in
+any order and grouping. Its leaves are 0-d tensors: it lives inside a compiled step, under ``vmap``, and in a state.
+Leaves are float64, so that a hundred million values are summed without loss; a device that has no float64 (MPS)
+keeps float32. What ``compute`` gives has torch's default dtype, float32 at least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import register_node
+
+
+@typing.dataclass_transform(frozen_default=True, eq_default=False)
+class Metric:
+    """What a metric is: four pure functions, of which a subclass writes ``from_model_output``, ``merge``, ``compute``.
+
+    A subclass is a frozen dataclass and a pytree node, without a decorator; its fields are its leaves, tensors. The
+    laws: ``merge`` is associative, ``empty()`` is its unit, and an average of nothing computes nan and is no error.
+    ``empty`` is inherited and sets all fields to zero: override it where that is not the unit.
+
+    Example:
+        >>> class Perplexity(Average):
+        ...     def compute(self):
+        ...         return super().compute().exp()
+        >>> Perplexity.from_model_output(torch.zeros(3)).compute()
+        tensor(1.)
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        dataclasses.dataclass(frozen=True, eq=False)(cls)
+        names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
+        register_node(
+            cls,
+            lambda metric: ([getattr(metric, name) for name in names], None),
+            lambda _, children: cls(*children),
+            fields=names,
+        )
+
+    @classmethod
+    def empty(cls, *, device: torch.device | str | None = None) -> Self:
+        """The metric of no data: merging it changes nothing."""
+        names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+        where = torch.empty((), device=device).device
+        return cls(*(torch.zeros((), dtype=_wide(where), device=where) for _ in names))
+
+    @classmethod
+    def from_model_output(cls, *args: Any, **outputs: Any) -> Self:
+        """The metric of one batch. Each metric says which outputs it takes, and ignores those it does not know."""
+        raise NotImplementedError(f"{cls.__name__} has no from_model_output: write one.")
+
+    def update(self, *args: Any, **outputs: Any) -> Self:
+        """This metric with one batch more: ``merge`` with ``from_model_output`` of it."""
+        return self.merge(type(self).from_model_output(*args, **outputs))
+
+    def merge(self, other: Any) -> Self:
+        """The metric of both data: ``other`` is of the same class."""
+        raise NotImplementedError(f"{type(self).__name__} has no merge: write one.")
+
+    def compute(self) -> Any:
+        """The value: a tensor of shape [], or a dict of them."""
+        raise NotImplementedError(f"{type(self).__name__} has no compute: write one.")
+
+    @classmethod
+    def from_output(cls, name: str) -> type[Self]:
+        """This metric of the model output called ``name``, with the output ``mask`` where there is one.
+
+        An output of shape [] is a value of the whole batch: the mask does not apply to it.
+
+        Example:
+            >>> Average.from_output("loss").from_model_output(loss=torch.tensor([1.0, 3.0]), other=None).compute()
+            tensor(2.)
+        """
+        return _from_output(cls, name)
+
+    @classmethod
+    def from_fun(cls, function: Callable[..., Any]) -> type[Self]:
+        """This metric of ``function(**outputs)``: a tensor, or a mapping of keyword arguments.
+
+        The output ``mask`` goes along, unless the mapping has a mask of its own, or None for none.
+
+        Example:
+            >>> def error(prediction, target, **_):
+            ...     return (prediction - target).abs()
+            >>> metric = Average.from_fun(error)
+            >>> metric.from_model_output(prediction=torch.zeros(2), target=torch.ones(2)).compute()
+            tensor(1.)
+        """
+        return _from_fun(cls, function)
+
+
+class Average(Metric):
+    """The mean of values of any shape, each counted once, or not at all where the mask is false.
+
+        sum_i w_i x_i / sum_i w_i
+
+    Args:
+        total: float64 []. The weighted sum.
+        count: float64 []. The sum of the weights.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
+        """Of one batch.
+
+        Args:
+            values: Any shape and dtype.
+            mask: Of the shape of ``values``, or of its first dimensions. False, or 0, leaves a value out.
+        """
+        values, kept = _masked(values, mask)
+        return cls(values.sum(), kept.sum())
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.total + other.total, self.count + other.count)
+
+    def compute(self) -> Tensor:
+        return _narrow(self.total / self.count)
+
+
+class Accuracy(Average):
+    """The share of examples whose largest logit is that of their label."""
+
+    @classmethod
+    def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, *, logits: Tensor, labels: Tensor, mask: Tensor | None = None, **_: Any
+    ) -> Self:
+        """Of one batch.
+
+        Args:
+            logits: float [..., classes].
+            labels: Any integer dtype, [...].
+            mask: As for ``Average``, of the shape of ``labels`` or of its first dimensions.
+        """
+        if logits.shape[:-1] != labels.shape or logits.ndim == 0:
+            raise ValueError(
+                f"logits of shape {list(logits.shape)} and labels of shape {list(labels.shape)}: labels have the shape "
+                "of logits without its last dimension, the classes. One-hot labels are turned with .argmax(-1)."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels are {labels.dtype}: the numbers of classes, of an integer dtype, are wanted.")
+        return super().from_model_output(logits.argmax(-1) == labels, mask)
+
+
+class LastValue(Average):
+    """The mean over the last batch that had any value. Its ``merge`` is associative, and does not commute."""
+
+    def merge(self, other: Any) -> Self:
+        return tree.where(other.count > 0, other, self)
+
+
+class Sum(Metric):
+    """The sum of values of any shape, without those where the mask is false. The sum of nothing is 0.
+
+    Args:
+        total: float64 []. Whole numbers are exact up to 2^53.
+    """
+
+    total: Tensor
+
+    @classmethod
+    def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
+        """Of one batch, with arguments as for ``Average``."""
+        values, _kept = _masked(values, mask)
+        return cls(values.sum())
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.total + other.total)
+
+    def compute(self) -> Tensor:
+        return _narrow(self.total)
+
+
+class Std(Metric):
+    """The standard deviation (of the population: divided by n) of values of any shape.
+
+        m2_ab = m2_a + m2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b)
+
+    A difference of large sums of squares would lose everything where the mean is large; sums about the mean lose
+    nothing.
+
+    Args:
+        mean: float64 [].
+        m2: float64 []. The sum of squared deviations from the mean.
+        count: float64 [].
+
+    References:
+        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+
+    mean: Tensor
+    m2: Tensor
+    count: Tensor
+
+    @classmethod
+    def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
+        """Of one batch, with arguments as for ``Average``."""
+        values, kept = _masked(values, mask)
+        count = kept.sum()
+        some = count.clamp(min=1)
+        mean = values.sum() / some
+        deviations = torch.where(kept > 0, values - mean, 0)
+        # The second term is zero but for the rounding of the mean, which it takes away again.
+        m2 = deviations.square().sum() - deviations.sum().square() / some
+        return cls(mean, m2.clamp(min=0), count)
+
+    def merge(self, other: Self) -> Self:
+        count = self.count + other.count
+        some = torch.where(count > 0, count, 1)
+        mean = (self.count * self.mean + other.count * other.mean) / some
+        between = (other.mean - self.mean).square() * (self.count * other.count / some)
+        return type(self)(mean, self.m2 + other.m2 + between, count)
+
+    def compute(self) -> Tensor:
+        return _narrow((self.m2 / self.count).sqrt())
+
+
+class Collection(Metric):
+    """Named metrics of the same model outputs, as one metric. ``Collection.create`` makes the class.
+
+    Example:
+        >>> Metrics = Collection.create(loss=Average.from_output("loss"), accuracy=Accuracy)
+        >>> metrics = Metrics.empty()
+        >>> for loss in (1.0, 2.0):
+        ...     logits, labels = torch.eye(2), torch.tensor([0, 0])
+        ...     batch = Metrics.single_from_model_output(loss=torch.tensor(loss), logits=logits, labels=labels)
+        ...     metrics = metrics.merge(batch)
+        >>> metrics.compute()
+        {'loss': tensor(1.5000), 'accuracy': tensor(0.5000)}
+        >>> metrics.loss
+        Average.from_output('loss')(total=tensor(3., dtype=torch.float64), count=tensor(2., dtype=torch.float64))
+    """
+
+    classes: ClassVar[Mapping[str, type[Metric]]] = {}
+    """The metrics' classes by name."""
+
+    @staticmethod
+    def create(**classes: type[Metric]) -> type[Collection]:
+        """The class of collections of these metrics. The same metrics give the same class.
+
+        Args:
+            classes: Metric classes by name; collections among them, too.
+        """
+        return _collection(tuple(classes.items()))
+
+    @classmethod
+    def empty(cls, *, device: torch.device | str | None = None) -> Self:
+        return cls(*(metric.empty(device=device) for metric in cls.classes.values()))
+
+    @classmethod
+    def from_model_output(cls, **outputs: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return cls(*(metric.from_model_output(**outputs) for metric in cls.classes.values()))
+
+    @classmethod
+    def single_from_model_output(cls, **outputs: Any) -> Self:
+        """The collection of one batch of model outputs, under the name that clu gives it."""
+        return cls.from_model_output(**outputs)
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, name).merge(getattr(other, name)) for name in self.classes))
+
+    def compute(self) -> dict[str, Any]:
+        return {name: getattr(self, name).compute() for name in self.classes}
+
+    if typing.TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def lift(metrics: Mapping[str, Tensor | Metric], weight: Tensor | float) -> dict[str, Metric]:
+    """What a batch measured, in a form that merges: a tensor becomes an ``Average``, a metric stays itself.
+
+    Args:
+        metrics: Tensors of shape [], or metrics, by name.
+        weight: How much the batch counts in the averages, as its number of examples. A batch of weight 0 does not
+            count, even where it measured nan.
+
+    Raises:
+        TypeError: If a value is neither.
+
+    Example:
+        >>> first = lift({"loss": torch.tensor(1.0)}, weight=3)
+        >>> compute(merge(first, lift({"loss": torch.tensor(5.0)}, weight=1)))
+        {'loss': tensor(2.)}
+    """
+    return {
+        name: value if isinstance(value, Metric) else _weighted(_scalar(name, value), weight)
+        for name, value in metrics.items()
+    }
+
+
+def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Name by name, the metric of both.
+
+    Raises:
+        ValueError: If a name is on one side only, or stands for another kind of metric.
+    """
+    for name in (*first, *second):
+        kinds = [type(side[name]).__name__ if name in side else "absent" for side in (first, second)]
+        if name not in first or name not in second or type(first[name]) is not type(second[name]):
+            raise ValueError(
+                f"The metric {name!r} is {kinds[0]} in the first and {kinds[1]} in the second: batches that are merged "
+                "measure the same."
+            )
+    return {name: metric.merge(second[name]) for name, metric in first.items()}
+
+
+def compute(metrics: Mapping[str, Tensor | Metric]) -> dict[str, Tensor]:
+    """The values: what a metric computes, and a tensor itself. All are 0-d tensors.
+
+    A metric that computes a dict, as a collection does, gives several, their names joined by ``/``.
+
+    Raises:
+        TypeError: If a value is not of shape [].
+        ValueError: If two values come out under one name.
+
+    Example:
+        >>> Errors = Collection.create(mean=Average, std=Std)
+        >>> compute({"error": Errors.from_model_output(values=torch.tensor([1.0, 3.0]))})
+        {'error/mean': tensor(2.), 'error/std': tensor(1.)}
+    """
+    values: dict[str, Tensor] = {}
+    for name, value in metrics.items():
+        _flatten(name, value.compute() if isinstance(value, Metric) else value, values)
+    return values
+
+
+def _flatten(name: str, value: Any, into: dict[str, Tensor]) -> None:
+    if isinstance(value, Mapping):
+        for key, part in cast(Mapping[str, Any], value).items():
+            _flatten(f"{name}/{key}", part, into)
+    elif name in into:
+        raise ValueError(f"Two metrics are called {name!r}: rename one of them.")
+    else:
+        into[name] = _scalar(name, value)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise TypeError(
+        f"The metric {name!r} is {came}: a tensor of shape [] is wanted, or one of fxtrain.metrics, or one that "
+        "computes a dict of such tensors. Reduce with .mean(), or wrap a number in torch.tensor."
+    )
+
+
+def _weighted(value: Tensor, weight: Tensor | float) -> Average:
+    value = value.detach().to(_wide(value.device))
+    count = torch.ones_like(value) * weight  # a tensor of its own: leaves share no storage
+    return Average(torch.where(count > 0, value * count, 0), count)
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The values, zero where they are masked, and which are kept as ones and zeros: both wide, of one shape."""
+    values = values.detach()  # the graph of a whole evaluation would be kept alive otherwise
+    values = values.to(_wide(values.device))
+    if mask is None:
+        return values, torch.ones_like(values)
+    if mask.shape != values.shape[: mask.ndim]:
+        raise ValueError(
+            f"A mask of shape {list(mask.shape)} does not fit values of shape {list(values.shape)}: it has the values' "
+            "shape, or that of their first dimensions."
+        )
+    kept = (mask != 0).reshape(*mask.shape, *([1] * (values.ndim - mask.ndim))).expand(values.shape)
+    return torch.where(kept, values, 0), kept.to(values.dtype)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _narrow(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+
+
+# Classes are registered for good, so each is made once.
+
+
+@functools.cache
+def _from_output(base: Any, name: str) -> Any:
+    def from_model_output(cls: Any, **outputs: Any) -> Any:
+        if name not in outputs:
+            raise KeyError(f"There is no model output {name!r} among {', '.join(outputs) or 'none'}.")
+        return above(cls, outputs[name], mask=outputs.get("mask") if outputs[name].ndim else None)
+
+    above = base.from_model_output.__func__
+    return _subclass(base, f"from_output({name!r})", from_model_output)
+
+
+@functools.cache
+def _from_fun(base: Any, function: Callable[..., Any]) -> Any:
+    def from_model_output(cls: Any, **outputs: Any) -> Any:
+        result = function(**outputs)
+        if isinstance(result, Mapping):
+            return above(cls, **{"mask": outputs.get("mask"), **result})
+        return above(cls, result, mask=outputs.get("mask") if result.ndim else None)
+
+    above = base.from_model_output.__func__
+    return _subclass(base, f"from_fun({getattr(function, '__name__', repr(function))})", from_model_output)
+
+
+def _subclass(base: Any, made: str, from_model_output: Callable[..., Any]) -> Any:
+    space = {"from_model_output": classmethod(from_model_output), "__module__": base.__module__}
+    return type(base)(f"{base.__name__}.{made}", (base,), space)
+
+
+@functools.cache
+def _collection(classes: tuple[tuple[str, type[Metric]], ...]) -> type[Collection]:
+    if not classes:
+        raise ValueError("A collection of no metrics: name one at least, as in Collection.create(loss=Average).")
+    for name, metric in classes:
+        if hasattr(Collection, name):
+            raise ValueError(f"A metric cannot be called {name!r}, which a collection has already: rename it.")
+        if not (isinstance(metric, type) and issubclass(metric, Metric)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{name}={metric!r}: a class of metrics is wanted, as Average.from_output({name!r}).")
+    space = {"__annotations__": dict(classes), "__module__": __name__, "classes": dict(classes)}
+    return type(f"Collection({', '.join(name for name, _ in classes)})", (Collection,), space)

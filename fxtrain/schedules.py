@@ -1,0 +1,363 @@
+"""Schedules: functions from the step to a value, as tensor operations, so that an advancing step costs no new graph.
+
+A schedule takes the step as an int64 tensor of shape [], or as a Python int, and returns a float32 tensor of shape [].
+Any function of that shape is one. Values may be 0-d tensors too, which makes a schedule ``vmap``-able over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Schedule = Callable[[Any], Tensor]
+"""From the step (int64 [], or an int) to a value (float32 [])."""
+
+Value = float | Tensor
+"""A number, or a tensor of shape []."""
+
+Interpolation = Literal["constant", "linear", "cosine"]
+
+
+def constant(value: Value) -> Schedule:
+    """The same value at every step.
+
+    Example:
+        >>> constant(0.1)(7)
+        tensor(0.1000)
+    """
+    return _schedule(lambda step: value)
+
+
+def polynomial(
+    init_value: Value, end_value: Value, *, power: Value = 1.0, transition_steps: int, transition_begin: int = 0
+) -> Schedule:
+    """From ``init_value`` to ``end_value`` along a power of the steps that are left.
+
+        value = (init - end) (1 - t / T)^power + end,    t = step - begin within [0, T]
+
+    Args:
+        init_value: Until ``transition_begin``.
+        end_value: From ``transition_begin + transition_steps`` on.
+        power: 1 is a straight line.
+        transition_steps: T, above 0.
+        transition_begin: Steps before the transition.
+
+    Example:
+        >>> polynomial(1.0, 0.0, power=2.0, transition_steps=10)(5)
+        tensor(0.2500)
+    """
+    _steps("transition_steps", transition_steps, least=1)
+    _steps("transition_begin", transition_begin)
+
+    def value(step: Tensor) -> Any:
+        left = 1.0 - (step - transition_begin).clamp(0, transition_steps).float() / transition_steps
+        return (init_value - end_value) * left**power + end_value
+
+    return _schedule(value)
+
+
+def linear(init_value: Value, end_value: Value, *, transition_steps: int, transition_begin: int = 0) -> Schedule:
+    """A straight line from ``init_value`` to ``end_value``; see ``polynomial``.
+
+    Example:
+        >>> linear(0.0, 1.0, transition_steps=10)(torch.tensor(3))
+        tensor(0.3000)
+    """
+    return polynomial(init_value, end_value, transition_steps=transition_steps, transition_begin=transition_begin)
+
+
+def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent: Value = 1.0) -> Schedule:
+    """Half a period of a cosine, from ``init_value`` down to ``alpha * init_value``.
+
+        value = init ((1 - alpha) (1/2 (1 + cos(pi t / T)))^exponent + alpha),    t = min(step, T)
+
+    Args:
+        init_value: At step 0.
+        decay_steps: T, above 0.
+        alpha: What is left at the end, as a fraction of ``init_value``.
+        exponent: Of the cosine.
+
+    Example:
+        >>> [round(float(cosine(1.0, 4)(step)), 3) for step in range(6)]
+        [1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+
+    References:
+        Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017.
+    """
+    _steps("decay_steps", decay_steps, least=1)
+
+    def value(step: Tensor) -> Any:
+        angle = step.clamp(0, decay_steps).float() * (math.pi / decay_steps)
+        return init_value * ((1 - alpha) * (0.5 * (1 + torch.cos(angle))) ** exponent + alpha)
+
+    return _schedule(value)
+
+
+def exponential(
+    init_value: Value,
+    transition_steps: int,
+    *,
+    decay_rate: Value,
+    transition_begin: int = 0,
+    staircase: bool = False,
+    end_value: float | None = None,
+) -> Schedule:
+    """Multiplied by ``decay_rate`` in each ``transition_steps``.
+
+        value = init * rate^((step - begin) / T)
+
+    Args:
+        init_value: Until ``transition_begin``.
+        transition_steps: T, above 0.
+        decay_rate: Above 0.
+        transition_begin: Steps before the decay.
+        staircase: Whether the exponent is rounded down to a whole number.
+        end_value: Where the decay (or, with a rate above 1, the growth) stops; None for nowhere.
+
+    Example:
+        >>> exponential(1.0, 10, decay_rate=0.5)(20)
+        tensor(0.2500)
+    """
+    _steps("transition_steps", transition_steps, least=1)
+    _steps("transition_begin", transition_begin)
+    if not isinstance(decay_rate, Tensor) and not decay_rate > 0:
+        raise ValueError(f"decay_rate={decay_rate!r}: a factor above 0 is wanted.")
+    if end_value is not None and isinstance(decay_rate, Tensor):
+        raise ValueError("end_value needs a decay_rate that is a number: it is a floor below 1, and a ceiling above.")
+
+    def value(step: Tensor) -> Any:
+        elapsed = (step - transition_begin).clamp(min=0).float() / transition_steps
+        decayed = init_value * decay_rate ** (elapsed.floor() if staircase else elapsed)
+        if end_value is None:
+            return decayed
+        return decayed.clamp(min=end_value) if decay_rate < 1 else decayed.clamp(max=end_value)
+
+    return _schedule(value)
+
+
+def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
+    """The inverse square root of the steps, with ``timescale`` as their unit.
+
+        value = init / sqrt(1 + step / timescale)
+
+    After a warmup of ``timescale`` steps this is the schedule of the first transformers,
+    ``init * sqrt(timescale / step)``: ``warmup(inverse_sqrt(init, timescale), timescale)``.
+
+    Args:
+        init_value: At step 0.
+        timescale: In steps, above 0.
+
+    Example:
+        >>> inverse_sqrt(1.0, 100)(300)
+        tensor(0.5000)
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017.
+    """
+    _steps("timescale", timescale, least=1)
+    return _schedule(lambda step: init_value * torch.rsqrt(1.0 + step.clamp(min=0).float() / timescale))
+
+
+def piecewise(
+    init_value: Value,
+    boundaries_and_scales: Mapping[int, Value],
+    *,
+    interpolation: Interpolation = "constant",
+) -> Schedule:
+    """Multiplied by a scale at each boundary: at once, or on the way to it.
+
+    Args:
+        init_value: At step 0.
+        boundaries_and_scales: From steps to factors. The value at a boundary is that of the boundary before it
+            times the factor.
+        interpolation: ``"constant"`` jumps at the boundary; ``"linear"`` and ``"cosine"`` move there from the
+            boundary before it.
+
+    Example:
+        >>> schedule = piecewise(1.0, {10: 0.1, 20: 0.5})
+        >>> [round(float(schedule(step)), 3) for step in (9, 10, 20)]
+        [1.0, 0.1, 0.05]
+        >>> piecewise(1.0, {10: 0.0}, interpolation="linear")(5)
+        tensor(0.5000)
+    """
+    if interpolation not in ("constant", "linear", "cosine"):
+        raise ValueError(f"interpolation={interpolation!r}: choose 'constant', 'linear' or 'cosine'.")
+    boundaries = [0, *sorted(boundaries_and_scales)]
+    values = [init_value]
+    for boundary in boundaries[1:]:
+        _steps("a boundary", boundary)
+        values.append(values[-1] * boundaries_and_scales[boundary])
+
+    def between(index: int, step: Tensor) -> Any:
+        start, end = values[index], values[index + 1]
+        if interpolation == "constant":
+            return start
+        width = max(boundaries[index + 1] - boundaries[index], 1)
+        part = (step - boundaries[index]).float() / width
+        return start + (end - start) * (part if interpolation == "linear" else 0.5 * (1 - torch.cos(math.pi * part)))
+
+    def value(step: Tensor) -> Any:
+        found = _float(values[-1], step)
+        for index in reversed(range(len(values) - 1)):
+            found = torch.where(step < boundaries[index + 1], _float(between(index, step), step), found)
+        return found
+
+    return _schedule(value)
+
+
+def one_cycle(
+    transition_steps: int,
+    peak_value: Value,
+    *,
+    pct_start: float = 0.3,
+    pct_final: float = 0.85,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    interpolation: Literal["linear", "cosine"] = "cosine",
+) -> Schedule:
+    """Up to the peak and down far below where it began.
+
+    From ``peak / div_factor`` to ``peak`` to ``peak / (div_factor * final_div_factor)``.
+
+    Args:
+        transition_steps: The length of the cycle.
+        peak_value: The highest value.
+        pct_start: The fraction of the steps that go up.
+        pct_final: With linear interpolation, the fraction at which the value is back where it began; the steps
+            after it lead to the end. A cosine goes down in one piece.
+        div_factor: The peak over the first value.
+        final_div_factor: The first value over the last.
+        interpolation: ``"cosine"`` or ``"linear"``.
+
+    Example:
+        >>> schedule = one_cycle(100, 1.0)
+        >>> [round(float(schedule(step)), 6) for step in (0, 30, 100)]
+        [0.04, 1.0, 4e-06]
+
+    References:
+        Smith and Topin, Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates, 2017.
+    """
+    _steps("transition_steps", transition_steps, least=1)
+    if not 0 < pct_start < pct_final < 1:
+        raise ValueError(f"pct_start={pct_start!r} and pct_final={pct_final!r}: 0 < pct_start < pct_final < 1 is wanted.")
+    if div_factor <= 0 or final_div_factor <= 0:
+        raise ValueError(f"div_factor={div_factor!r}, final_div_factor={final_div_factor!r}: both are above 0.")
+    scales: dict[int, Value] = {int(pct_start * transition_steps): div_factor}
+    if interpolation == "linear":
+        scales[int(pct_final * transition_steps)] = 1 / div_factor
+        scales[transition_steps] = 1 / final_div_factor
+    else:
+        scales[transition_steps] = 1 / (div_factor * final_div_factor)
+    return piecewise(peak_value / div_factor, scales, interpolation=interpolation)
+
+
+def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedule:
+    """A straight line from ``init_value`` to where ``schedule`` begins, and then ``schedule``, from its step 0.
+
+    Args:
+        schedule: What follows.
+        steps: How many steps the line takes; 0 for none.
+        init_value: Where it begins.
+
+    Example:
+        >>> schedule = warmup(cosine(1.0, 90), 10)
+        >>> [float(schedule(step)) for step in (0, 5, 10, 100)]
+        [0.0, 0.5, 1.0, 0.0]
+    """
+    _steps("steps", steps)
+    if steps == 0:
+        return schedule
+
+    def value(step: Tensor) -> Any:
+        peak = schedule(torch.zeros_like(step))
+        rising = init_value + (peak - init_value) * (step.float() / steps)
+        return torch.where(step < steps, rising, schedule((step - steps).clamp(min=0)))
+
+    return _schedule(value)
+
+
+def warmup_cosine_decay(
+    init_value: Value,
+    peak_value: float,
+    *,
+    warmup_steps: int,
+    decay_steps: int,
+    end_value: float = 0.0,
+    exponent: Value = 1.0,
+) -> Schedule:
+    """A straight line up to the peak, and half a cosine down to the end.
+
+    Args:
+        init_value: At step 0.
+        peak_value: At ``warmup_steps``.
+        warmup_steps: The length of the line.
+        decay_steps: The length of the whole, warmup included.
+        end_value: At ``decay_steps`` and after.
+        exponent: Of the cosine.
+
+    Example:
+        >>> schedule = warmup_cosine_decay(0.0, 1.0, warmup_steps=10, decay_steps=100, end_value=0.1)
+        >>> [round(float(schedule(step)), 3) for step in (5, 10, 55, 100)]
+        [0.5, 1.0, 0.55, 0.1]
+    """
+    _steps("warmup_steps", warmup_steps)
+    _steps("decay_steps", decay_steps)
+    if decay_steps <= warmup_steps:
+        raise ValueError(
+            f"decay_steps={decay_steps} with warmup_steps={warmup_steps}: decay_steps counts the warmup too, so it is "
+            "the larger of the two."
+        )
+    alpha = end_value / peak_value if peak_value else 0.0
+    decay = cosine(peak_value, decay_steps - warmup_steps, alpha=alpha, exponent=exponent)
+    return warmup(decay, warmup_steps, init_value=init_value)
+
+
+def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    """One schedule after another, each from its own step 0.
+
+    Args:
+        schedules: One more than boundaries.
+        boundaries: The steps at which the next one begins, rising.
+
+    Example:
+        >>> schedule = join([constant(1.0), linear(1.0, 0.0, transition_steps=10)], [100])
+        >>> float(schedule(99)), float(schedule(105))
+        (1.0, 0.5)
+    """
+    if len(schedules) != len(boundaries) + 1:
+        raise ValueError(
+            f"{len(schedules)} schedules and {len(boundaries)} boundaries came: a boundary is wanted between each two."
+        )
+    for boundary in boundaries:
+        _steps("a boundary", boundary)
+    if list(boundaries) != sorted(set(boundaries)):
+        raise ValueError(f"boundaries={list(boundaries)}: rising steps are wanted.")
+
+    def value(step: Tensor) -> Any:
+        found = _float(schedules[0](step), step)
+        for boundary, schedule in zip(boundaries, schedules[1:], strict=True):
+            found = torch.where(step < boundary, found, _float(schedule((step - boundary).clamp(min=0)), step))
+        return found
+
+    return _schedule(value)
+
+
+def _schedule(value: Callable[[Tensor], Any]) -> Schedule:
+    def schedule(step: Any) -> Tensor:
+        count = torch.as_tensor(step)
+        return _float(value(count), count)
+
+    return schedule
+
+
+def _float(value: Any, step: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=step.device)
+
+
+def _steps(name: str, value: Any, least: int = 0) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number of steps, {least} or more, is wanted.")
