@@ -28,6 +28,7 @@ from fxtrain.core import FitEnd as FitEnd
 from fxtrain.core import Gradients as Gradients
 from fxtrain.core import Interrupted as Interrupted
 from fxtrain.core import Logged as Logged
+from fxtrain.core import LoopEvent as LoopEvent
 from fxtrain.core import Microbatch as Microbatch
 from fxtrain.core import Observer as Observer
 from fxtrain.core import Restored as Restored

@@ -45,7 +45,7 @@ def register_node(
         cls,
         flatten_for_optree,
         unflatten,
-        path_entry_type=optree.AutoEntry if fields is None else optree.GetAttrEntry,
+        path_entry_type=optree.FlattenedEntry if fields is None else optree.GetAttrEntry,
         namespace=NAMESPACE,
     )
 

@@ -1,4 +1,23 @@
-"""The loop: ``steps`` is a generator, and ``fit`` drains it."""
+"""The loop: ``steps`` is a generator, and ``fit`` drains it.
+
+The firing order, by what leads to each event (indented: only where it applies)::
+
+    session begins      FitBegin
+                            Restored                        the state came from the checkpointer
+    an epoch begins     EpochBegin
+    a step              StepBegin
+                            Microbatch, once for each       inside the compiled step
+                            Gradients
+                            Updated
+                        StepEnd
+    a rewind is due     Rewound                             and nothing else that was due
+    evaluation is due   EvalBegin, EvalStep for each batch, EvalEnd
+    the epoch is over   EpochEnd
+    a save is due       Saved                               once it is committed
+    session ends            Interrupted                     by a signal or an error
+                            Saved                           the last one, unless the stop is to save nothing
+                        FitEnd
+"""
 
 from fxtrain.loop.evaluate import evaluate as evaluate
 from fxtrain.loop.fit import Result as Result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import metrics
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Control, Logged, TrainState
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Control, Logged, Saved, TrainState
 from fxtrain.fold.subscription import name_of, subscription
 
 
@@ -91,7 +91,7 @@ class HostMetrics(Mapping[str, float]):
 
 def host(event: Any, control: Control) -> tuple[Any, Control]:
     """The event with its metrics as floats, and the log with floats and without what its flag holds back."""
-    if hasattr(event, "metrics"):
+    if hasattr(event, "metrics") and not isinstance(event, Saved):  # those are on the host already
         event = dataclasses.replace(event, metrics=HostMetrics(event.metrics))
     if not control.log:
         return event, control

@@ -4,24 +4,6 @@
 
 Each event is folded over the state, what the callbacks asked is joined into what is due, observers see the outcome,
 and it is yielded. A request is honoured only after the fold, so what is saved is what the callbacks left.
-
-The firing order, by what leads to each event (indented: only where it applies)::
-
-    session begins      FitBegin
-                            Restored                        the state came from the checkpointer
-    an epoch begins     EpochBegin
-    a step              StepBegin
-                            Microbatch, once for each       inside the compiled step
-                            Gradients
-                            Updated
-                        StepEnd
-    a rewind is due     Rewound                             and nothing else that was due
-    evaluation is due   EvalBegin, EvalStep for each batch, EvalEnd
-    the epoch is over   EpochEnd
-    a save is due       Saved                               once it is committed
-    session ends            Interrupted                     by a signal or an error
-                            Saved                           the last one, unless the stop is to save nothing
-                        FitEnd
 """
 
 from __future__ import annotations
@@ -408,14 +390,14 @@ def refuse_unserved(callbacks: Composed, step: Any) -> None:
             if handler not in folded:
                 raise ValueError(
                     f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and the step was "
-                    "built without it: give the same callbacks to train_step(..., callbacks=) and to fit."
+                    "built without it: make the callback once, and give it to train_step(..., callbacks=) and to fit."
                 )
     for handler in folded:
         outside = [kind.__name__ for kind in handler.events if kind not in TRACED]
         if outside and handler not in callbacks.handlers:
             raise ValueError(
                 f"{handler.name} was given to the step, and subscribes to {', '.join(sorted(outside))} too, which "
-                "the loop fires: give the same callbacks to fit(..., callbacks=)."
+                "the loop fires: make the callback once, and give it to fit(..., callbacks=) as well."
             )
 
 

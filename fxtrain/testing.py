@@ -1,0 +1,181 @@
+"""Testing: the laws of callbacks as checks, for ours and for yours, and a toy problem to run them on.
+
+Each check returns nothing, or raises an ``AssertionError`` that says which law broke, where, and on which leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.checkpoint import restore, save
+from fxtrain.core import KINDS, Control, TrainState
+from fxtrain.fold import attach, compose
+
+Fold = Callable[[TrainState, Any], tuple[TrainState, Control]]
+
+
+def check_laws(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """Every law that concerns one callback: identity, purity, monotone control, resume and vmap.
+
+    Args:
+        callback: The callback, composed or not.
+        state: A state to begin with; the callback is attached here.
+        events: What it is to see, in order.
+
+    Raises:
+        AssertionError: If a law does not hold.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(1.0 / i)}) for i in range(1, 5)]
+        >>> check_laws(fx.callbacks.early_stopping("loss", patience=2), fx.init(torch.nn.Linear(1, 1)), events)
+    """
+    state = attach(state, callback)
+    check_identity(callback, state, events)
+    check_purity(callback, state, events)
+    check_monotone(callback, state, events)
+    check_resume(callback, state, events)
+    check_vmap(callback, state, events)
+
+
+def check_identity(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """``compose(cb)``, ``compose(compose(), cb)`` and ``compose(cb, compose())`` do what ``cb`` does."""
+    wanted = run(compose(callback), state, events)
+    for name, composed in {
+        "compose(compose(), callback)": compose(compose(), callback),
+        "compose(callback, compose())": compose(callback, compose()),
+    }.items():
+        assert_equal(run(composed, state, events), wanted, f"identity: {name}")
+
+
+def check_associativity(first: Fold, second: Fold, third: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """How callbacks are nested does not matter, only their order."""
+    state = attach(state, compose(first, second, third))
+    left = run(compose(compose(first, second), third), state, events)
+    right = run(compose(first, compose(second, third)), state, events)
+    assert_equal(left, right, "associativity")
+
+
+def check_purity(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """The same input gives the same output, and the input stays as it was."""
+    composed = compose(callback)
+    for event in events:
+        before, seen = state.copy(), tree.clone(_tensors(event))
+        first = composed(state, event)
+        second = composed(state, event)
+        assert_equal(state, before, f"purity: the state given at {_name(event)} was changed")
+        assert_equal(_tensors(event), seen, f"purity: the event {_name(event)} was changed")
+        assert_equal(first, second, f"purity: twice the same {_name(event)} gave two results")
+        state = first[0]
+
+
+def check_monotone(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """Whatever another callback asked before stays asked."""
+
+    def asks_for_all(state: TrainState, event: Any) -> tuple[TrainState, Control]:
+        return state, Control(stop=True, reason="asked before")
+
+    composed = compose(callback)
+    for event in events:
+        state, control = composed(state, event)
+        joined = asks_for_all(state, event)[1] | control
+        for kind in KINDS:
+            lost = set(control.reasons(kind)) - set(joined.reasons(kind))
+            assert not lost, f"monotone control: {lost} was asked as {kind} at {_name(event)}, and was lost"
+        assert "asked before" in joined.reasons("stop"), f"monotone control: a stop was cleared at {_name(event)}"
+
+
+def check_resume(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """Wherever a run is cut, saved and restored, it ends bitwise where the uncut run ends."""
+    composed = compose(callback)
+    whole, controls = run(composed, state, events)
+    with tempfile.TemporaryDirectory() as folder:
+        for cut in range(len(events) + 1):
+            before, _ = run(composed, state, events[:cut])
+            path = save(pathlib.Path(folder) / str(cut), before)
+            after, rest = run(composed, restore(path, like=state), events[cut:])
+            assert_equal((after, rest), (whole, controls[cut:]), f"resume: cut after {cut} events")
+
+
+def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+    """Three runs as one batched run give what they give one by one."""
+    composed = compose(callback)
+    # The members see the same events with other values, so that they go different ways.
+    members = [[_scaled(event, 1.0 + member) for event in events] for member in range(3)]
+    wanted = [run(composed, state, own) for own in members]
+    batched = tree.map(lambda leaf: torch.stack([leaf] * 3), state)
+    for time, event in enumerate(events):
+
+        def one(state: TrainState, fields: Any, event: Any = event) -> tuple[TrainState, Control]:
+            after, control = composed(state, dataclasses.replace(event, **fields))
+            return after, tree.map(torch.as_tensor, control)
+
+        fields = tree.map(lambda *leaves: torch.stack(leaves), *[_tensors(own[time]) for own in members])
+        batched, controls = torch.vmap(one)(batched, fields)
+        for index, (_, expected) in enumerate(wanted):
+            got = tree.map(lambda leaf, index=index: leaf[index], controls)
+            for kind in KINDS:
+                assert got.reasons(kind) == expected[time].reasons(kind), (
+                    f"vmap: at {_name(event)} member {index} asked {kind} for {got.reasons(kind)}, "
+                    f"and alone for {expected[time].reasons(kind)}"
+                )
+    for index, (expected, _) in enumerate(wanted):
+        own = tree.map(lambda leaf, index=index: leaf[index], batched)
+        assert_equal(own, expected, f"vmap: member {index}")
+
+
+def run(callback: Fold, state: TrainState, events: Sequence[Any]) -> tuple[TrainState, list[Control]]:
+    """The fold over all events: the last state, and what was asked at each."""
+    controls: list[Control] = []
+    for event in events:
+        state, control = callback(state, event)
+        controls.append(control)
+    return state, controls
+
+
+def assert_equal(got: Any, wanted: Any, what: str) -> None:
+    """Two trees are equal to the bit; NaN equals NaN.
+
+    Raises:
+        AssertionError: Naming the first leaf that differs.
+    """
+    got_paths, wanted_paths = tree.paths(got, "got"), tree.paths(wanted, "got")
+    assert got_paths == wanted_paths, (
+        f"{what}: the leaves differ: {sorted(set(got_paths) ^ set(wanted_paths))[:5] or 'in their order'}"
+    )
+    for path, a, b in zip(got_paths, tree.leaves(got), tree.leaves(wanted), strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+            same = same and torch.equal(a.isnan(), b.isnan())
+        else:
+            same = a == b
+        assert same, f"{what}: {path} is {a}, and {b} is wanted"
+
+
+def _tensors(event: Any) -> dict[str, Any]:
+    """The fields of an event that hold tensors."""
+    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    return {
+        name: dict(value) if hasattr(value, "items") else value
+        for name, value in fields.items()
+        if (leaves := tree.leaves(value)) and all(isinstance(leaf, Tensor) for leaf in leaves)
+    }
+
+
+def _scaled(event: Any, factor: float) -> Any:
+    return dataclasses.replace(
+        event,
+        **tree.map(lambda leaf: leaf * factor if leaf.is_floating_point() else leaf, _tensors(event)),
+    )
+
+
+def _name(event: Any) -> str:
+    return type(event).__name__

@@ -1,0 +1,43 @@
+"""One small training problem that has everything: dropout, batch norm, a schedule, momentum."""
+
+import torch
+from torch import nn
+
+import fxtrain as fx
+
+BATCHES = 3
+
+
+def data(count=BATCHES, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, 4, generator=generator)
+    y = (x.sum(-1, keepdim=True) + 0.1 * torch.randn(count, size, 1, generator=generator)).tanh()
+    return [{"x": x[i], "y": y[i]} for i in range(count)]
+
+
+def module():
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+    torch.random.set_rng_state(generator_state)
+    return made
+
+
+def loss_fn(model, batch):
+    error = model(batch["x"]) - batch["y"]
+    return error.square().mean(), {"mae": error.abs().mean()}
+
+
+def transform():
+    return fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(fx.schedules.cosine(1e-2, 100)))
+
+
+def start(seed=0):
+    return fx.init(module(), transform(), seed=seed)
+
+
+def step(**options):
+    return fx.train_step(loss_fn, transform(), **options)
+
+
+eval_step = fx.eval_step(loss_fn)

@@ -1,0 +1,171 @@
+"""The vocabulary: states refuse what is no tensor, controls only join, events are a closed union."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.core import EVENTS, KINDS, SESSION, TRACED, TRAJECTORY, Due
+
+
+def make_state(**changes):
+    state = fx.init(torch.nn.Linear(2, 3), seed=7)
+    return state.replace(**changes)
+
+
+class TestState:
+    def test_is_a_pytree_of_tensors_for_optree_and_for_torch(self):
+        state = make_state()
+        assert all(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(state))
+        assert len(torch_pytree.tree_leaves(state)) == len(tree.leaves(state))
+        again = torch_pytree.tree_map(lambda leaf: leaf, state)
+        assert isinstance(again, fx.TrainState)
+        assert again.model is state.model
+
+    @pytest.mark.parametrize(
+        ("changes", "path"),
+        [
+            ({"step": 3}, r"state\.step is a int \(3\)"),
+            ({"params": {"w": [torch.zeros(1), 2.5]}}, r"state\.params\['w'\]\[1\] is a float \(2\.5\)"),
+            ({"slots": {"ema": {"decay": "high"}}}, r"state\.slots\['ema'\]\['decay'\] is a str"),
+        ],
+    )
+    def test_refuses_leaves_that_are_no_tensors_and_names_their_path(self, changes, path):
+        with pytest.raises(TypeError, match=path):
+            make_state(**changes)
+        with pytest.raises(TypeError, match=path):
+            dataclasses.replace(make_state(), **changes)
+
+    def test_refuses_fields_that_are_not_there(self):
+        with pytest.raises(TypeError, match="no field 'parameters'; its fields are step, params"):
+            make_state(parameters={})
+
+    def test_is_immutable(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            make_state().step = torch.tensor(1)
+
+    def test_transforms_may_hold_anything_in_the_place_of_tensors(self):
+        shapes = tree.map(lambda leaf: tuple(leaf.shape), make_state())
+        assert shapes.params["weight"] == (3, 2)
+
+    def test_copy_shares_no_memory(self):
+        state = make_state()
+        twin = state.copy()
+        pointers = {leaf.data_ptr() for leaf in tree.leaves(state)}
+        assert pointers.isdisjoint(leaf.data_ptr() for leaf in tree.leaves(twin))
+
+    def test_repr_is_a_table_and_never_numbers(self):
+        text = repr(make_state(params={"w": torch.full((4, 5), 0.123)}))
+        assert "0.12" not in text
+        row = next(line for line in text.splitlines() if "params" in line)
+        assert row.split() == ["state.params['w']", "[4,", "5]", "float32", "80", "B"]
+        many = make_state(params={f"w{i:03}": torch.zeros(1024) for i in range(600)})
+        assert len(repr(many).splitlines()) < 50
+        assert "more" in repr(many)
+
+    def test_repr_in_a_notebook_is_an_escaped_table(self):
+        page = make_state(params={"<w>": torch.zeros(2)})._repr_html_()
+        assert page.startswith("<table>")
+        assert "&lt;w&gt;" in page
+        assert "<w>" not in page
+
+
+flags = st.one_of(st.booleans(), st.booleans().map(torch.tensor))
+requests = st.dictionaries(st.sampled_from(["a", "b", "c"]), flags, max_size=3)
+
+
+@st.composite
+def controls(draw, names=("x", "y", "z")):
+    kinds = {kind: draw(requests) for kind in ("stop", "save", "evaluate", "end_epoch", "skip_batch", "skip_update")}
+    rewind = draw(st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 9), max_size=2))
+    name = draw(st.sampled_from(names))
+    return fx.Control(**kinds, rewind=rewind, log={name: draw(st.integers())} if draw(st.booleans()) else None)
+
+
+def meaning(control):
+    held = {kind: set(control.reasons(kind)) for kind in KINDS}
+    return held, control.rewind, dict(control.log)
+
+
+class TestControl:
+    @given(controls(names="x"), controls(names="y"), controls(names="z"))
+    def test_is_a_monoid(self, a, b, c):
+        assert meaning((a | b) | c) == meaning(a | (b | c))
+        assert meaning(a | fx.Control()) == meaning(a) == meaning(fx.Control() | a)
+
+    @given(controls(names="x"), controls(names="y"))
+    def test_joining_loses_nothing(self, a, b):
+        joined = a | b
+        for kind in KINDS:
+            assert set(joined.reasons(kind)) == set(a.reasons(kind)) | set(b.reasons(kind))
+        for reason in {*a.rewind, *b.rewind}:
+            assert joined.rewind[reason] == max(a.rewind.get(reason, 0), b.rewind.get(reason, 0))
+
+    def test_a_reason_counts_only_where_its_flag_is_true(self):
+        control = fx.Control(stop=torch.tensor(False), reason="no") | fx.Control(stop=True, reason="yes")
+        assert control.reasons("stop") == ["yes"]
+        assert bool(control.any("stop"))
+
+    def test_one_name_logged_twice_is_an_error_that_names_both(self):
+        first = fx.Control(log={"lr": 1.0}).owned("monitor")
+        second = fx.Control(log={"lr": 2.0}).owned("plateau")
+        with pytest.raises(ValueError, match="'lr' was logged twice at one event, by monitor and by plateau"):
+            first | second
+
+    @pytest.mark.parametrize("flag", [1, "yes", torch.tensor(1.0), torch.tensor([True]), None])
+    def test_a_flag_is_a_bool_or_a_bool_tensor_without_dimensions(self, flag):
+        with pytest.raises(TypeError, match="stop takes a bool"):
+            fx.Control(stop=flag)
+
+    @pytest.mark.parametrize("steps", [-1, True, 2.5])
+    def test_a_rewind_is_a_number_of_steps(self, steps):
+        with pytest.raises(TypeError, match="rewind takes a number of steps"):
+            fx.Control(rewind=steps)
+
+    def test_a_stop_without_a_final_save_wins(self):
+        control = fx.Control(stop=True, reason="a") | fx.Control(stop=True, reason="b", final_save=False)
+        assert control.reasons("unsaved") == ["b"]
+
+    def test_is_a_pytree_whose_structure_is_the_reasons(self):
+        control = fx.Control(stop=torch.tensor(True), reason="r", log={"x": torch.tensor(2.0)}).owned("cb")
+        again = tree.unflatten(*reversed(tree.flatten(control)))
+        assert meaning(again) == meaning(control)
+        assert torch.vmap(lambda flag: fx.Control(stop=flag, reason="r"))(torch.tensor([True, False])).stop[
+            "r"
+        ].tolist() == [True, False]
+
+    def test_is_immutable(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            fx.Control().log = {}
+
+
+class TestEvents:
+    def test_the_union_is_closed_and_in_three_kinds(self):
+        assert set(EVENTS) == set(TRACED) | set(TRAJECTORY) | set(SESSION)
+        assert len(EVENTS) == len(TRACED) + len(TRAJECTORY) + len(SESSION) == 16
+
+    @pytest.mark.parametrize("kind", EVENTS)
+    def test_each_is_a_frozen_dataclass_that_matches(self, kind):
+        values = dict.fromkeys((field.name for field in dataclasses.fields(kind)), 1)
+        event = kind(**values)
+        match event:
+            case fx.StepEnd(metrics=found):
+                assert kind is fx.StepEnd
+                assert found == 1
+            case _:
+                assert kind is not fx.StepEnd
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            event.step = 2
+
+    def test_the_epoch_is_a_fraction_or_unknown(self):
+        assert fx.StepEnd(step=1, metrics={}, position=3, epoch_length=4).epoch == 0.75
+        assert fx.StepEnd(step=1, metrics={}, position=3).epoch is None
+
+
+def test_due_begins_with_an_epoch():
+    assert {name for name, flag in Due.start()._asdict().items() if flag} == {"begin_epoch"}

@@ -1,0 +1,365 @@
+"""The fold: subscription by annotation, order, associativity, slots, triggers, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, Union
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fxtrain as fx
+from fxtrain import StepEnd as Aliased
+from fxtrain import testing
+from fxtrain.core import EVENTS, SESSION, TRACED, TRAJECTORY
+
+EvalOrEpoch = fx.EvalEnd | fx.EpochEnd
+
+
+def plain(state, event):
+    return state, fx.Control()
+
+
+def by_name(state, event: StepEnd):  # noqa: F821 - looked up among the events, as no such name is imported
+    return state, fx.Control()
+
+
+def dotted(state, event: fx.StepEnd | fxtrain.EvalEnd):  # noqa: F821
+    return state, fx.Control()
+
+
+def by_union(state, event: Union[fx.StepEnd, fx.Rewound]):  # noqa: UP007
+    return state, fx.Control()
+
+
+def by_alias(state, event: Aliased):
+    return state, fx.Control()
+
+
+def by_type_alias(state, event: EvalOrEpoch):
+    return state, fx.Control()
+
+
+def any_event(state, event: Any):
+    return state, fx.Control()
+
+
+def every_event(state, event: fx.Event):
+    return state, fx.Control()
+
+
+def with_option(state, event: fx.EvalEnd, scale=1.0):
+    return state, fx.Control()
+
+
+class Subscriber:
+    def __call__(self, state, event: fx.EvalEnd):
+        return state, fx.Control()
+
+    def method(self, state, event: fx.EpochEnd):
+        return state, fx.Control()
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return inner
+
+
+def hiding(function):
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("callback", "events"),
+    [
+        (plain, TRAJECTORY),
+        (any_event, TRAJECTORY),
+        (lambda state, event: (state, fx.Control()), TRAJECTORY),
+        (by_name, {fx.StepEnd}),
+        (dotted, {fx.StepEnd, fx.EvalEnd}),
+        (by_union, {fx.StepEnd, fx.Rewound}),
+        (by_alias, {fx.StepEnd}),
+        (by_type_alias, {fx.EvalEnd, fx.EpochEnd}),
+        (every_event, EVENTS),
+        (functools.partial(with_option, scale=2.0), {fx.EvalEnd}),
+        (Subscriber(), {fx.EvalEnd}),
+        (Subscriber().method, {fx.EpochEnd}),
+        (wrapped(by_name), {fx.StepEnd}),
+        (fx.on((fx.Saved, fx.StepEnd | fx.EvalEnd), plain), {fx.Saved, fx.StepEnd, fx.EvalEnd}),
+        (fx.on(fx.Saved, hiding(plain)), {fx.Saved}),
+    ],
+)
+def test_the_annotation_is_the_subscription(callback, events):
+    assert set(fx.compose(callback).table) == set(events)
+
+
+def test_real_annotations_subscribe_too():
+    namespace = {"fx": fx}
+    exec("def real(state, event: fx.StepEnd | fx.EvalEnd):\n    return state, fx.Control()", namespace)
+    assert set(fx.compose(namespace["real"]).table) == {fx.StepEnd, fx.EvalEnd}
+
+
+def misspelt(state, event: StepEnds):  # noqa: F821
+    return state, fx.Control()
+
+
+def no_event(state, event: int):
+    return state, fx.Control()
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (misspelt, r"misspelt: StepEnds is no event\. Annotate .* Microbatch, Gradients, Updated, EpochBegin"),
+        (no_event, "no_event: int is no event"),
+        (hiding(plain), r"inner takes \(\*args, \*\*kwargs\), which hides what it subscribes to"),
+        (lambda event: event, "hides what it subscribes to: a callback takes"),
+        (Subscriber, "Subscriber is a class: make an instance"),
+        (3, "a int came: 3"),
+    ],
+)
+def test_what_hides_or_misnames_its_events_is_refused(callback, message):
+    with pytest.raises(TypeError, match=message):
+        fx.compose(callback)
+
+
+def state_with(*callbacks):
+    return fx.attach(fx.init(torch.nn.Linear(1, 1)), fx.compose(*callbacks))
+
+
+def adder(name, amount):
+    """A stateful callback that does not commute with its like: memory = 2 * (what the first slot has) + amount."""
+
+    def update(state, event: fx.StepEnd, memory):
+        seen = sum(state.slots.values())
+        return 2 * seen + amount, fx.Control(log={f"{name}/{event.step}": memory})
+
+    return fx.stateful(name, lambda state: torch.tensor(1), update)
+
+
+events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0 / step)}) for step in (1, 2, 3)]
+
+
+class TestFold:
+    def test_each_callback_sees_the_state_left_by_those_before_it(self):
+        first, second = adder("a", 1), adder("b", 10)
+        state, _ = fx.compose(first, second)(state_with(first, second), events[0])
+        assert int(state.slots["a"]) == 2 * (1 + 1) + 1
+        assert int(state.slots["b"]) == 2 * (5 + 1) + 10
+
+    @given(st.lists(st.integers(-3, 3), min_size=3, max_size=3))
+    def test_is_associative(self, amounts):
+        callbacks = [adder(name, amount) for name, amount in zip("abc", amounts, strict=True)]
+        testing.check_associativity(*callbacks, fx.init(torch.nn.Linear(1, 1)), events)
+
+    def test_nothing_short_circuits(self):
+        seen = []
+
+        def stop(state, event: fx.StepEnd):
+            seen.append("stop")
+            return state, fx.Control(stop=True, reason="first")
+
+        def later(state, event: fx.StepEnd):
+            seen.append("later")
+            return state, fx.Control(save=True)
+
+        _, control = fx.compose(stop, later)(state_with(), events[0])
+        assert seen == ["stop", "later"]
+        assert control.reasons("stop") == ["first"]
+        assert control.reasons("save") == ["asked by later"]
+
+    def test_an_unsubscribed_event_returns_the_very_state(self):
+        state = state_with()
+        assert fx.compose(by_name)(state, fx.EpochEnd(step=1))[0] is state
+        assert fx.compose()(state, events[0]) == (state, fx.Control())
+
+    def test_the_repr_is_the_table(self):
+        stopping = fx.callbacks.early_stopping("loss", patience=2, restore_best=True)
+        assert repr(fx.compose(stopping, fx.when(fx.every(3), fx.callbacks.save()))) == (
+            "2 callbacks\n"
+            "  StepEnd  save when every(3)\n"
+            "  EvalEnd  early_stopping\n"
+            "  FitEnd   early_stopping\n"
+            "  slots: 'early_stopping'"
+        )
+
+    def test_two_that_claim_one_slot_are_an_error_that_names_both(self):
+        with pytest.raises(ValueError, match="a and a both claim the slot 'a'"):
+            fx.compose(adder("a", 1), adder("a", 2))
+
+    @pytest.mark.parametrize(
+        ("returned", "came"),
+        [(None, "None"), (1, "a int"), ((1, 2, 3), "a tuple of int, int, int"), ("state", "a str")],
+    )
+    def test_a_callback_returns_a_state_and_a_control(self, returned, came):
+        def wrong(state, event: fx.StepEnd):
+            return returned
+
+        with pytest.raises(TypeError, match=f"wrong returned {came} at StepEnd: a callback returns"):
+            fx.compose(wrong)(state_with(), events[0])
+
+    @pytest.mark.parametrize(
+        ("event", "control", "where"),
+        [
+            (fx.StepEnd(step=1, metrics={}), fx.Control(skip_batch=True), "ask at StepBegin"),
+            (fx.StepEnd(step=1, metrics={}), fx.Control(skip_update=True), "ask at Microbatch, Gradients"),
+            (fx.EvalEnd(step=1, metrics={}), fx.Control(evaluate=True), "ask at EpochBegin, StepBegin, StepEnd"),
+            (fx.FitEnd(step=1, reason=""), fx.Control(save=True), "ask at EpochBegin"),
+        ],
+    )
+    def test_what_cannot_be_honoured_is_refused(self, event, control, where):
+        def asks(state, _):
+            return state, control
+
+        with pytest.raises(ValueError, match=rf"asks asked for \w+ at \w+, where it cannot be honoured; {where}"):
+            fx.compose(fx.on(type(event), asks))(state_with(), event)
+
+    def test_session_events_change_nothing_but_the_harvest(self):
+        def changes(state, _):
+            return state.replace(params={}), fx.Control()
+
+        with pytest.raises(ValueError, match=r"changes changed state\.params at FitBegin"):
+            fx.compose(fx.on(fx.FitBegin, changes))(state_with(), fx.FitBegin(step=0))
+        harvest, _ = fx.compose(fx.on(fx.FitEnd, changes))(state_with(), fx.FitEnd(step=0, reason=""))
+        assert harvest.params == {}
+
+    def test_traced_events_change_slots_only(self):
+        def changes(state, _):
+            return state.replace(params={}), fx.Control()
+
+        event = fx.Gradients(step=torch.tensor(1), loss=torch.tensor(0.0), metrics={}, grads={})
+        with pytest.raises(
+            ValueError, match=r"changed state\.params at Gradients; callbacks of the compiled step write"
+        ):
+            fx.compose(fx.on(fx.Gradients, changes))(state_with(), event)
+
+
+class TestSlots:
+    def test_attach_initialises_what_is_missing_and_keeps_the_rest(self):
+        state = state_with(adder("a", 1)).with_slot("a", torch.tensor(5)).with_slot("old", torch.tensor(9))
+        state = fx.attach(state, [adder("a", 1), adder("b", 1)])
+        assert {name: int(memory) for name, memory in state.slots.items()} == {"a": 5, "old": 9, "b": 1}
+
+    def test_attach_shares_no_memory_with_the_parameters(self):
+        average = fx.stateful("ema", lambda state: state.params, lambda state, event, memory: (memory, fx.Control()))
+        state = fx.attach(fx.init(torch.nn.Linear(2, 2)), average)
+        assert state.slots["ema"]["weight"].data_ptr() != state.params["weight"].data_ptr()
+
+    def test_a_missing_slot_says_to_attach(self):
+        with pytest.raises(KeyError, match=r"no slot 'a' \(there are: none\): call fxtrain.attach"):
+            fx.compose(adder("a", 1))(fx.init(torch.nn.Linear(1, 1)), events[0])
+
+    def test_names_are_not_empty(self):
+        with pytest.raises(ValueError, match="non-empty string"):
+            fx.stateful("", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))
+
+
+def steps_where(trigger, count=12, **fields):
+    return [n for n in range(1, count + 1) if trigger(fx.StepEnd(step=n, metrics={}, position=n, **fields))]
+
+
+class TestTriggers:
+    @pytest.mark.parametrize(
+        ("trigger", "steps"),
+        [
+            (fx.every(4), [4, 8, 12]),
+            (fx.every(epochs=1), [5, 10]),
+            (fx.every(epochs=0.5), [3, 5, 8, 10]),
+            (fx.every(epochs=2), [10]),
+            (fx.at(2, 7), [2, 7]),
+            (fx.after(9), [10, 11, 12]),
+            (fx.after(epochs=2), [11, 12]),
+            (fx.every(2) & fx.every(3), [6, 12]),
+            (fx.every(4) | fx.at(1), [1, 4, 8, 12]),
+            (fx.every(2) & ~fx.every(4), [2, 6, 10]),
+            (fx.every(3) & (lambda event: event.step > 5), [6, 9, 12]),
+        ],
+    )
+    def test_hold_at_these_steps(self, trigger, steps):
+        assert steps_where(trigger, epoch_length=5) == steps
+
+    def test_seconds_are_crossings_and_need_no_memory(self):
+        times = [0.0, 4.0, 9.9, 10.0, 10.5, 31.0, 39.0]
+        held = [
+            now
+            for before, now in itertools.pairwise(times)
+            if fx.every(seconds=10)(fx.StepEnd(step=1, metrics={}, time=now, previous_time=before))
+        ]
+        assert held == [10.0, 31.0]
+
+    @given(st.integers(1, 7), st.integers(1, 60))
+    def test_every_holds_once_a_period(self, period, count):
+        assert len(steps_where(fx.every(period), count)) == count // period
+
+    @pytest.mark.parametrize("arguments", [{}, {"steps": 1, "seconds": 2.0}])
+    def test_exactly_one_period(self, arguments):
+        with pytest.raises(ValueError, match="every takes one of steps, seconds and epochs"):
+            fx.every(**arguments)
+
+    @pytest.mark.parametrize("arguments", [{"steps": 0}, {"seconds": -1.0}])
+    def test_a_period_is_positive(self, arguments):
+        with pytest.raises(ValueError, match="a period is positive"):
+            fx.every(**arguments)
+
+    def test_say_what_an_event_does_not_know(self):
+        gradients = fx.Gradients(step=torch.tensor(1), loss=torch.tensor(0.0), metrics={}, grads={})
+        with pytest.raises(TypeError, match="Gradients has no clock"):
+            fx.every(seconds=1)(gradients)
+        with pytest.raises(TypeError, match="StepEnd does not know how long an epoch is"):
+            fx.every(epochs=1)(fx.StepEnd(step=1, metrics={}))
+
+    def test_gate_a_traced_callback_by_a_tensor(self):
+        def update(state, event: fx.Gradients, memory):
+            return memory + 1, fx.Control(stop=True, reason="r", log={"x": memory})
+
+        counted = fx.when(fx.every(2), fx.stateful("n", lambda state: torch.tensor(0), update))
+        state, reasons = state_with(counted), []
+        for step in range(1, 6):
+            event = fx.Gradients(step=torch.tensor(step), loss=torch.tensor(0.0), metrics={}, grads={})
+            state, control = fx.compose(counted)(state, event)
+            reasons.append(control.reasons("stop"))
+            assert bool(control.log["x"].when) == (step % 2 == 0)
+        assert int(state.slots["n"]) == 2
+        assert reasons == [[], ["r"], [], ["r"], []]
+
+    def test_gate_all_of_a_composition(self):
+        both = fx.when(fx.at(2), fx.compose(adder("a", 1), fx.callbacks.save()))
+        state = state_with(both)
+        assert both(state, events[0])[0] is state
+        assert both(state, events[1])[1].reasons("save")
+
+
+def test_no_annotation_sees_neither_traced_nor_session_events():
+    assert not set(fx.compose(plain).table) & {*TRACED, *SESSION}
+
+
+def test_laws_find_a_callback_that_breaks_them():
+    hidden = []
+
+    def impure(state, event: fx.StepEnd, memory):
+        hidden.append(1)
+        return memory + len(hidden), fx.Control()
+
+    def in_place(state, event: fx.StepEnd, memory):
+        return memory.add_(1), fx.Control()
+
+    def unbatchable(state, event: fx.StepEnd, memory):
+        return memory + (1 if event.metrics["loss"] > 1.5 else 0), fx.Control()
+
+    init = lambda state: torch.tensor(0)  # noqa: E731
+    start = fx.init(torch.nn.Linear(1, 1))
+    with pytest.raises(AssertionError, match=r"identity|purity"):
+        testing.check_laws(fx.stateful("s", init, impure), start, events)
+    with pytest.raises(AssertionError, match="purity: the state given at StepEnd was changed"):
+        testing.check_purity(fx.stateful("s", init, in_place), state_with(fx.stateful("s", init, in_place)), events)
+    with pytest.raises(RuntimeError, match="vmap"):
+        testing.check_laws(fx.stateful("s", init, unbatchable), start, events)

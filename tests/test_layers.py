@@ -1,0 +1,78 @@
+"""The layout is the theory: imports point down only, and importing fxtrain costs what torch costs."""
+
+import ast
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fxtrain
+
+ROOT = pathlib.Path(fxtrain.__file__).parent
+
+LAYERS = [
+    {"core"},
+    {"tree", "values", "schedules"},
+    {"fold", "metrics", "rng", "optim"},
+    {"precision", "data"},
+    {"model"},
+    {"step", "callbacks", "writers", "observers", "checkpoint"},
+    {"compile", "loop"},
+    {"testing", "cli"},
+]
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+HEAVY = ("jax", "orbax", "clu", "flax", "tensorboardX", "rich", "matplotlib", "wandb", "tyro", "pandas")
+
+
+def room(path):
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fxtrain":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("fxtrain."))
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    here = room(path)
+    for there in imports(path):
+        assert there == here or RANK[there] < RANK[here], f"{here} (layer {RANK[here]}) imports {there}"
+
+
+def test_every_file_has_its_room_and_is_one_idea():
+    assert {room(path) for path in FILES} == set(RANK)
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 500, f"{path.name} is past 500 lines"
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path.name} does not say what its idea is"
+
+
+def run(code):
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return time.perf_counter() - began, done.stdout
+
+
+def test_importing_loads_nothing_heavy():
+    _, loaded = run("import sys, fxtrain; print(*sorted({name.split('.')[0] for name in sys.modules}))")
+    assert not set(HEAVY) & set(loaded.split())
+
+
+@pytest.mark.slow
+def test_importing_costs_at_most_a_tenth_over_torch():
+    for _ in range(2):  # the first pair warms the file cache
+        run("import fxtrain")
+    pairs = [(run("import torch, optree")[0], run("import fxtrain")[0]) for _ in range(7)]
+    torch_alone, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+    assert ours <= 1.10 * torch_alone, f"{ours / torch_alone:.2f} times the import of torch"

@@ -1,0 +1,560 @@
+"""The loop: its order, what it honours when, and that nothing which interrupts it changes where it ends."""
+
+import itertools
+import os
+import signal
+import warnings
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing, tree
+from fxtrain.core import EVENTS, TRACED, TRAJECTORY
+
+
+def kinds(moments):
+    return [type(event).__name__ for _, event, _ in moments]
+
+
+def fit(state=None, step=None, **options):
+    options = {"steps": 6, **options}
+    return fx.fit(state or problem.start(), step or problem.step(), problem.data(), **options)
+
+
+def recorder(into):
+    """An observer that writes down what fires."""
+
+    def record(state, event, control):
+        into.append(event)
+
+    return record
+
+
+class TestOrder:
+    def test_is_exactly_this(self, tmp_path):
+        fired = []
+
+        def traced(state, event: fx.Microbatch | fx.Gradients | fx.Updated):
+            fired.append(type(event).__name__)
+            return state, fx.Control()
+
+        def loop(state, event: fx.LoopEvent):
+            fired.append(type(event).__name__)
+            return state, fx.Control()
+
+        # The evaluation loss only grows, so the second evaluation without improvement, at step 6, stops.
+        growing = itertools.count()
+        worse = fx.eval_step(lambda model, batch: {"loss": torch.tensor(float(next(growing)))})
+        callbacks = fx.compose(
+            traced,
+            loop,
+            fx.callbacks.early_stopping("loss", patience=2),
+            fx.when(fx.every(3), fx.callbacks.save()),
+        )
+        result = fx.fit(
+            problem.start(),
+            problem.step(accumulate=2, callbacks=callbacks),
+            problem.data(),
+            callbacks=callbacks,
+            epochs=2,
+            eval_step=worse,
+            eval_data=problem.data(2),
+            eval_when=fx.every(2),
+            checkpointer=fx.checkpointer(tmp_path),
+        )
+        step = ["StepBegin", "Microbatch", "Microbatch", "Gradients", "Updated", "StepEnd"]
+        evaluation = ["EvalBegin", "EvalStep", "EvalStep", "EvalEnd"]
+        assert fired == [
+            "FitBegin",
+            *("EpochBegin", *step, *step, *evaluation, *step, "EpochEnd", "Saved"),
+            *("EpochBegin", *step, *evaluation, *step, *step, *evaluation, "EpochEnd", "Saved"),
+            "FitEnd",
+        ]
+        assert result.reason == "loss has not improved for 2 evaluations"
+
+    def test_the_table_in_the_documentation_names_every_event(self):
+        from fxtrain import loop
+
+        for kind in EVENTS:
+            assert kind.__name__ in loop.__doc__
+
+    def test_every_event_fires(self, tmp_path):
+        seen = []
+
+        def asks(state, event: fx.StepEnd):
+            return state, fx.Control(rewind=1 if event.step == 4 and not seen.count(fx.Rewound) else 0)
+
+        def traced(state, event: fx.Microbatch | fx.Gradients | fx.Updated):
+            seen.append(type(event))
+            return state, fx.Control()
+
+        def observe(state, event, control):
+            seen.append(type(event))
+            if isinstance(event, fx.StepEnd) and event.step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        checkpoints = fx.checkpointer(tmp_path)
+        options = {"eval_step": problem.eval_step, "eval_data": problem.data(1), "checkpointer": checkpoints}
+        step = problem.step(callbacks=traced)
+        fit(step=step, callbacks=[asks, traced], observers=[observe], keep_every=1, **options)
+        fit(step=step, callbacks=[traced], observers=[recorder([]), observe], resume=True, **options)
+        assert set(seen) == set(EVENTS)
+
+    def test_a_step_has_one_number(self):
+        numbers = {}
+
+        def note(state, event: fx.StepBegin | fx.Gradients | fx.Updated | fx.StepEnd):
+            numbers.setdefault(type(event), []).append(int(event.step))
+            return state, fx.Control()
+
+        fit(step=problem.step(callbacks=note), callbacks=note, steps=4)
+        assert set(map(tuple, numbers.values())) == {(1, 2, 3, 4)}
+
+
+class TestOwnership:
+    def test_the_given_state_stays_and_a_cell_runs_twice(self):
+        state = problem.start()
+        before = state.copy()
+        first, second = fit(state), fit(state)
+        testing.assert_equal(state, before, "the state given to fit")
+        testing.assert_equal(first.last, second.last, "the second run")
+
+    def test_steps_is_driven_by_hand(self):
+        moments = fx.steps(problem.start(), problem.step(), problem.data(), epochs=1)
+        assert kinds(moments) == ["FitBegin", "EpochBegin", *["StepBegin", "StepEnd"] * 3, "EpochEnd", "FitEnd"]
+        losses = []
+        run = fx.steps(problem.start(), problem.step(), problem.data(), steps=100)
+        for state, event, _ in run:  # noqa: B007 - used after the loop
+            if isinstance(event, fx.StepEnd):
+                losses.append(event.metrics["loss"])
+                if event.step == 2:
+                    break
+        assert len(losses) == 2
+        assert int(state.step) == 2
+
+    def test_a_result_continues_to_where_one_run_ends(self):
+        whole = fit(steps=6)
+        part = fit(fit(steps=2).last, steps=6)
+        testing.assert_equal(part.last, whole.last, "two runs in a row")
+
+    def test_the_global_generator_is_neither_read_nor_moved(self):
+        before = torch.random.get_rng_state()
+        first = fit()
+        assert torch.equal(before, torch.random.get_rng_state())
+        torch.manual_seed(99)
+        testing.assert_equal(fit().last, first.last, "another global seed")
+
+    def test_callbacks_come_go_and_move_between_two_fits(self):
+        def counter(name):
+            return fx.stateful(
+                name, lambda state: torch.tensor(0), lambda state, event, memory: (memory + 1, fx.Control())
+            )
+
+        first = fit(callbacks=[fx.on(fx.StepEnd, counter("a")), fx.on(fx.StepEnd, counter("b"))], steps=2).last
+        second = fit(first, callbacks=[fx.on(fx.StepEnd, counter("c")), fx.on(fx.StepEnd, counter("a"))], steps=5).last
+        assert {name: int(memory) for name, memory in second.slots.items()} == {"a": 5, "b": 2, "c": 3}
+
+
+class TestRequests:
+    def test_a_save_holds_what_stands_after_the_fold(self, tmp_path):
+        def late(state, event: fx.StepEnd, memory):
+            return memory + event.step, fx.Control()
+
+        late = fx.stateful("late", lambda state: torch.tensor(0), late)
+        checkpoints = fx.checkpointer(tmp_path, keep=None)
+        callbacks = [fx.when(fx.every(2), fx.callbacks.save()), late]  # the save is asked for before the update
+        result = fit(callbacks=callbacks, checkpointer=checkpoints, steps=5)
+        for step in (2, 4, 5):
+            assert int(checkpoints.restore(result.last, step=step).slots["late"]) == sum(range(step + 1))
+
+    def test_a_save_waits_for_the_evaluation_of_its_step(self, tmp_path):
+        saved = []
+        fit(
+            callbacks=fx.when(fx.every(2), fx.callbacks.save()),
+            eval_step=problem.eval_step,
+            eval_data=problem.data(1),
+            eval_when=fx.every(4),
+            checkpointer=fx.checkpointer(tmp_path),
+            observers=[fx.observers.required(lambda s, e, c: saved.append(e) if isinstance(e, fx.Saved) else None)],
+        )
+        assert [(event.step, sorted(event.metrics)) for event in saved] == [
+            (2, []),
+            (4, ["loss", "mae"]),
+            (6, []),
+        ]
+
+    @pytest.mark.parametrize("unsaved", [False, True])
+    def test_a_stop_ends_the_run_with_or_without_a_last_save(self, tmp_path, unsaved):
+        def stop(state, event: fx.StepEnd):
+            return state, fx.Control(stop=event.metrics["loss"] < 9, reason="low enough", final_save=not unsaved)
+
+        checkpoints = fx.checkpointer(tmp_path)
+        result = fit(callbacks=stop, checkpointer=checkpoints)
+        assert result.reason == "low enough"
+        assert int(result.last.step) == 1
+        assert checkpoints.steps() == ([] if unsaved else [1])
+
+    def test_a_later_callback_cannot_clear_a_stop(self):
+        def stop(state, event: fx.StepEnd):
+            return state, fx.Control(stop=True, reason="first")
+
+        def objects(state, event: fx.StepEnd):
+            return state, fx.Control(stop=False, reason="second")
+
+        assert fit(callbacks=[stop, objects]).reason == "first"
+
+    def test_a_skipped_batch_moves_the_data_and_not_the_step(self):
+        def skip(state, event: fx.StepBegin):
+            return state, fx.Control(skip_batch=event.position in (1, 3))
+
+        steps = []
+        result = fit(callbacks=skip, steps=3, observers=[recorder(steps)])
+        assert (int(result.last.step), int(result.last.position)) == (3, 5)
+        assert [e.position for e in steps if isinstance(e, fx.StepEnd)] == [1, 3, 5]
+
+    def test_an_epoch_can_be_ended_early(self):
+        def end(state, event: fx.StepEnd):
+            return state, fx.Control(end_epoch=event.step == 1)
+
+        fired = []
+        result = fit(callbacks=end, epochs=2, steps=None, observers=[recorder(fired)])
+        ends = [(e.step, e.epoch) for e in fired if isinstance(e, fx.EpochEnd)]
+        assert ends == [(1, 1.0), (4, 2.0)]
+        assert int(result.last.step) == 4
+
+    def test_before_a_step_a_stop_takes_no_step(self):
+        def stop(state, event: fx.StepBegin):
+            return state, fx.Control(stop=event.step == 3, reason="enough")
+
+        result = fit(callbacks=stop)
+        assert (int(result.last.step), int(result.last.position)) == (2, 2)
+
+    def test_a_traced_stop_is_a_fixed_point_so_reading_it_late_changes_nothing(self):
+        def stop(state, event: fx.Updated, memory):
+            return memory + 1, fx.Control(stop=event.step == 3, reason="three")
+
+        def watch(state, event: fx.StepBegin, memory):
+            return memory + 1, fx.Control()
+
+        callbacks = [
+            fx.stateful("inside", lambda state: torch.tensor(0), stop),
+            fx.stateful("outside", lambda state: torch.tensor(0), watch),
+        ]
+        step = problem.step(callbacks=callbacks[0])
+        at_once, late = (fit(step=step, callbacks=callbacks, lag=lag) for lag in (0, 1))
+        assert at_once.reason == late.reason == "three"
+        assert int(late.last.step) == 3
+        testing.assert_equal(late.last, at_once.last, "flags read one step late")
+
+    def test_a_stop_of_the_loop_may_be_read_late_too(self):
+        def stop(state, event: fx.StepEnd):
+            return state, fx.Control(stop=event.metrics["loss"] < 9, reason="low")
+
+        at_once, late = (fit(callbacks=stop, lag=lag, steps=steps) for lag, steps in ((0, 6), (1, 6)))
+        testing.assert_equal(late.last, at_once.last, "flags read one step late")
+        assert fit(callbacks=stop, lag=1, steps=1).reason == "low"
+
+    def test_saving_without_a_checkpointer_says_so(self):
+        with pytest.warns(UserWarning, match="nothing is saved, because fit was given no checkpointer"):
+            fit(callbacks=fx.callbacks.save(), steps=1)
+
+    def test_evaluating_without_the_means_is_an_error(self):
+        with pytest.raises(ValueError, match="fit was given no eval_step and eval_data"):
+            fit(callbacks=fx.callbacks.evaluate())
+
+
+def rewind_once(at, steps):
+    """Asks to go back, once: its memory survives because it is written at `Rewound`."""
+
+    def callback(state, event: fx.StepEnd | fx.Rewound):
+        done = state.slots["once"]
+        if isinstance(event, fx.Rewound):
+            return state.with_slot("once", done + 1), fx.Control()
+        return state, fx.Control(rewind=steps if event.step == at and not int(done) else 0)
+
+    return fx.slotted("once", lambda state: torch.tensor(0), callback)
+
+
+class TestRewind:
+    @pytest.mark.parametrize("on_disk", [False, True])
+    def test_returns_to_the_newest_state_that_is_old_enough(self, tmp_path, on_disk):
+        fired = []
+        options = {"checkpointer": fx.checkpointer(tmp_path, keep=None)} if on_disk else {"keep_every": 2, "keep": 5}
+        callbacks = [rewind_once(at=5, steps=2), *([fx.when(fx.every(2), fx.callbacks.save())] if on_disk else [])]
+        result = fit(callbacks=callbacks, observers=[recorder(fired)], **options)
+        (rewound,) = [event for event in fired if isinstance(event, fx.Rewound)]
+        assert (rewound.from_step, rewound.to_step, rewound.abandoned, rewound.times) == (5, 2, range(2, 5), 1)
+        steps = [event.step for event in fired if isinstance(event, fx.StepEnd)]
+        assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+        straight = fit(steps=6)
+        for field in ("params", "buffers", "opt_state", "position", "step"):
+            testing.assert_equal(getattr(result.last, field), getattr(straight.last, field), field)
+        assert int(result.last.slots["once"]) == 1
+        assert result.history["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
+
+    def test_drops_what_else_was_asked(self):
+        def asks(state, event: fx.StepEnd):
+            return state, fx.Control(evaluate=event.step == 3)
+
+        fired = []
+        fit(
+            callbacks=[rewind_once(at=3, steps=1), asks],
+            keep_every=1,
+            eval_step=problem.eval_step,
+            eval_data=problem.data(1),
+            eval_when=lambda event: False,
+            observers=[recorder(fired)],
+            steps=4,
+        )
+        evaluations = [event.step for event in fired if isinstance(event, fx.EvalEnd)]
+        assert evaluations == [3]  # the second time the run came to step 3
+
+    def test_going_back_for_ever_is_a_stop_with_that_reason(self):
+        def always(state, event: fx.StepEnd):
+            return state, fx.Control(rewind=1 if event.step == 3 else 0)
+
+        result = fit(callbacks=always, keep_every=2, rewind_limit=2)
+        assert result.reason == "went back to step 2 3 times, and it did not help"
+
+    def test_without_a_state_that_old_the_run_stops(self):
+        result = fit(callbacks=rewind_once(at=2, steps=1))
+        assert result.reason == "a rewind of 1 steps was asked for at step 2, and no state that old is kept"
+
+
+def traced_counter():
+    def update(state, event: fx.Updated, memory):
+        return memory + 1, fx.Control(log={"updates": memory})
+
+    return fx.stateful("updates", lambda state: torch.tensor(0), update)
+
+
+def everything(tmp_path, **options):
+    """A run in which all kinds of requests are honoured, over two epochs and a half."""
+    callbacks = fx.compose(
+        fx.callbacks.early_stopping("loss", patience=50, restore_best=True),
+        fx.callbacks.epoch_mean("loss", "mae"),
+        fx.callbacks.nan_guard(),
+        traced_counter(),
+        fx.when(fx.every(3), fx.callbacks.save()),
+    )
+    return {
+        "step": problem.step(accumulate=2, callbacks=callbacks),
+        "callbacks": callbacks,
+        "eval_step": problem.eval_step,
+        "eval_data": problem.data(2, seed=1),
+        "eval_when": fx.every(2),
+        "checkpointer": fx.checkpointer(tmp_path, keep=None),
+        "steps": 8,
+        "resume": True,
+        **options,
+    }
+
+
+def signature(events):
+    """What two runs must agree on: everything but the clock."""
+    told = []
+    for event, control in events:
+        if isinstance(event, TRAJECTORY):
+            metrics = dict(getattr(event, "metrics", {}))
+            told.append((type(event).__name__, event.step, event.position, metrics, dict(control.log)))
+    return told
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts, and what was told of it."""
+    events = []
+    observe = fx.observers.required(lambda state, event, control: events.append((event, control)))
+    result = fit(**everything(tmp_path_factory.mktemp("whole"), observers=[observe]))
+    return result, signature(events)
+
+
+class TestInterruption:
+    def test_wherever_a_signal_comes_the_resumed_run_ends_the_same(self, tmp_path, whole):
+        result, told = whole
+        for cut in range(len(told)):
+            folder, seen = tmp_path / str(cut), []
+
+            def observe(state, event, control, seen=seen, cut=cut):
+                if not isinstance(event, TRAJECTORY):
+                    return
+                seen.append((event, control))
+                if len(seen) == cut + 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            first = fit(**everything(folder, observers=[fx.observers.required(observe)]))
+            assert "SIGINT" in first.reason or cut >= len(told) - 2
+            resumed = fit(**everything(folder, observers=[fx.observers.required(observe)]))
+            testing.assert_equal(resumed.last, result.last, f"interrupted at moment {cut}, {told[cut][0]}")
+            testing.assert_equal(resumed.state, result.state, f"harvest after an interrupt at {cut}")
+            # An evaluation that was cut short is told again from its beginning; nothing else is told twice.
+            unique = [moment for moment, _ in itertools.groupby(sorted(map(repr, signature(seen))))]
+            assert unique == sorted(map(repr, told))
+
+    def test_wherever_a_callback_fails_nothing_is_lost(self, tmp_path, whole):
+        result, told = whole
+        for cut in range(0, len(told), 3):
+            folder, count = tmp_path / str(cut), itertools.count()
+
+            def fail(state, event, count=count, cut=cut):
+                if next(count) == cut:
+                    raise RuntimeError("a bug in a callback")
+                return state, fx.Control()
+
+            options = everything(folder)
+            with pytest.raises(RuntimeError, match="a bug in a callback"):
+                fit(**{**options, "callbacks": fx.compose(options["callbacks"], fail)})
+            testing.assert_equal(fit(**options).last, result.last, f"failed at moment {cut}, {told[cut][0]}")
+
+    def test_a_second_signal_ends_at_once(self):
+        def twice(state, event, control):
+            if isinstance(event, fx.StepEnd):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(observers=[twice])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_finished_run_does_nothing_when_resumed(self, tmp_path):
+        def stop(state, event: fx.StepEnd):
+            return state, fx.Control(stop=event.step == 2, reason="two")
+
+        checkpoints = fx.checkpointer(tmp_path)
+        first = fit(callbacks=stop, checkpointer=checkpoints)
+        fired = []
+        again = fit(callbacks=stop, checkpointer=checkpoints, resume=True, observers=[recorder(fired)])
+        assert [type(event).__name__ for event in fired] == ["FitBegin", "Restored", "FitEnd"]
+        assert again.reason == "it had been stopped before this session began"
+        testing.assert_equal(again.last, first.last, "a finished run, resumed")
+        assert int(fit(first.last, steps=4).last.step) == 4  # in memory it goes on where it is asked to
+
+    def test_a_callback_added_to_an_old_run_starts_fresh(self, tmp_path):
+        checkpoints = fx.checkpointer(tmp_path)
+        counter = traced_counter()
+        fit(steps=2, callbacks=counter, step=problem.step(callbacks=counter), checkpointer=checkpoints)
+        fired = []
+        late = fx.stateful("late", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))
+        result = fit(callbacks=late, checkpointer=checkpoints, resume=True, steps=3, observers=[recorder(fired)])
+        (restored,) = [event for event in fired if isinstance(event, fx.Restored)]
+        assert (restored.missing, restored.extra) == (("late",), ("updates",))
+        assert int(result.last.slots["updates"]) == 2
+
+
+class TestObservers:
+    def test_one_that_fails_is_reported_and_dropped(self):
+        calls = []
+
+        def broken(state, event, control):
+            calls.append(event)
+            raise OSError("the disk is gone")
+
+        with pytest.warns(RuntimeWarning, match="broken failed at FitBegin of step 0 and is dropped"):
+            result = fit(observers=[broken])
+        assert len(calls) == 1
+        assert int(result.last.step) == 6
+
+    def test_a_required_one_ends_the_run(self):
+        def broken(state, event, control):
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone"):
+            fit(observers=[fx.observers.required(broken)])
+
+    def test_sees_numbers_and_only_what_is_published(self):
+        def logs(state, event: fx.StepEnd):
+            even = torch.tensor(event.step % 2 == 0)
+            return state, fx.Control(log={"even": fx.Logged(torch.tensor(float(event.step)), when=even)})
+
+        seen = []
+
+        def observe(state, event: fx.StepEnd, control):
+            seen.append((event.step, type(event.metrics["loss"]), {k: v.value for k, v in control.log.items()}))
+
+        fit(callbacks=logs, observers=[observe], steps=2)
+        assert seen == [(1, float, {}), (2, float, {"even": 2.0})]
+
+    def test_is_closed_after_an_error_too(self):
+        closed = []
+
+        class Closing:
+            def __call__(self, state, event, control):
+                pass
+
+            def close(self):
+                closed.append(True)
+
+        def fails(state, event: fx.StepEnd):
+            raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            fit(callbacks=fails, observers=[Closing()])
+        assert closed == [True]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"steps": None}, r"How long\? Give epochs=, steps= or both"),
+            ({"steps": -1}, "steps=-1: a whole number"),
+            ({"eval_step": problem.eval_step}, "eval_data is missing"),
+            ({"eval_data": []}, "eval_step is missing"),
+            ({"eval_when": fx.every(2)}, "no eval_step and eval_data to do it with"),
+            ({"resume": True}, "no checkpointer is given"),
+            ({"callbacks": fx.callbacks.nan_guard()}, "the step was built without it: make the callback once"),
+        ],
+    )
+    def test_come_before_the_first_step(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            fit(**options)
+
+    def test_a_step_that_does_not_fire_what_is_subscribed_to(self):
+        def plain_step(state, batch):
+            return state, fx.StepOutput({})
+
+        with pytest.raises(ValueError, match=r"nan_guard subscribes to Gradients, .* this step fires none"):
+            fit(step=plain_step, callbacks=fx.callbacks.nan_guard())
+
+    def test_a_traced_callback_with_a_part_in_the_loop_needs_both(self):
+        with pytest.raises(ValueError, match="epoch_mean was given to the step, and subscribes to EpochEnd too"):
+            fit(step=problem.step(callbacks=fx.callbacks.epoch_mean()))
+
+    def test_data_that_ends_too_soon(self):
+        with pytest.raises(ValueError, match="exhausted after 3 batches, and the run is to have 6 steps"):
+            fx.fit(problem.start(), problem.step(), iter(problem.data()), steps=6)
+        with pytest.raises(ValueError, match="empty"):
+            fx.fit(problem.start(), problem.step(), iter([]), steps=6)
+
+    def test_a_nested_evaluation(self):
+        with pytest.raises(ValueError, match="asked for evaluate at EvalEnd, where it cannot be honoured"):
+            fit(
+                callbacks=fx.on(fx.EvalEnd, fx.callbacks.evaluate()),
+                eval_step=problem.eval_step,
+                eval_data=problem.data(1),
+            )
+
+
+def test_evaluate_averages_by_the_size_of_each_batch():
+    mean = fx.eval_step(lambda model, batch: {"mean": batch.mean()})
+    state = fx.init(torch.nn.ReLU())
+    batches = [torch.zeros(6, 2), torch.full((2, 2), 4.0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert fx.evaluate(state, mean, batches) == {"mean": 1.0}
+
+
+def test_evaluate_leaves_the_state_and_reads_its_weights():
+    state = problem.start()
+    before = state.copy()
+    first = fx.evaluate(state, problem.eval_step, problem.data())
+    assert first == fx.evaluate(state, problem.eval_step, problem.data())
+    testing.assert_equal(state, before, "the state given to evaluate")
+    zero = state.replace(params=tree.zeros_like(state.params))
+    assert fx.evaluate(zero, problem.eval_step, problem.data()) != first
+
+
+def test_traced_events_are_those_the_step_fires():
+    assert problem.step().fires == set(TRACED)
