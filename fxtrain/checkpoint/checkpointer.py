@@ -76,7 +76,7 @@ class Checkpointer:
         chosen = [entry for entry in entries if step is None or entry.step == step]
         if not chosen:
             there = ", ".join(map(str, sorted({entry.step for entry in entries}))) or "none"
-            wanted = "a checkpoint" if step is None else f"step {step}"
+            wanted = "checkpoint" if step is None else f"step {step}"
             raise CheckpointError(f"There is no {wanted} in {self.folder}; the steps there are: {there}.")
         report = read(chosen[-1].path, like)
         for line in report.different:

@@ -1,0 +1,163 @@
+"""The first callbacks: exact behaviour by tables written by hand, the laws, and a resume at every step."""
+
+import math
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+
+NAN, INF = math.nan, math.inf
+
+
+def evaluations(values, name="loss"):
+    return [fx.EvalEnd(step=10 * (i + 1), metrics={name: torch.tensor(v)}) for i, v in enumerate(values)]
+
+
+def stops_at(callback, values):
+    """The number of the evaluation at which it first asks to stop; None if it never does."""
+    composed = fx.compose(callback)
+    state = fx.attach(fx.init(torch.nn.Linear(1, 1)), composed)
+    for number, event in enumerate(evaluations(values), start=1):
+        state, control = composed(state, event)
+        if control.reasons("stop"):
+            return number
+    return None
+
+
+class TestEarlyStopping:
+    @pytest.mark.parametrize(
+        ("options", "values", "stop"),
+        [
+            ({"patience": 1}, [3, 2, 1, 0], None),
+            ({"patience": 1}, [3, 4], 2),
+            ({"patience": 1}, [3, 3], 2),  # a tie is no improvement
+            ({"patience": 2}, [3, 4, 2, 4, 3], 5),
+            ({"patience": 2}, [3, 4, 3, 2], 3),
+            ({"patience": 3}, [1, 2, 2, 0.5, 1, 1, 1], 7),
+            ({"patience": 2}, [NAN, NAN], 2),  # a NaN is none either
+            ({"patience": 2}, [NAN, 1, NAN, 0.5, NAN, NAN], 6),
+            ({"patience": 2}, [INF, INF], 2),
+            ({"patience": 1}, [-INF, -INF], 2),
+            ({"patience": 2, "min_delta": 0.5}, [3, 2.6, 2.5], 3),  # exactly min_delta better is not enough
+            ({"patience": 2, "min_delta": 0.5}, [3, 2.6, 2.4, 2, 1.8], None),
+            ({"patience": 1, "mode": "max"}, [1, 2, 3, 2.9], 4),
+            ({"patience": 2, "mode": "max", "min_delta": 1.0}, [0, 1, 0.5], 3),
+            ({"patience": 2, "baseline": 1.0}, [3, 2], 2),  # never beat the baseline
+            ({"patience": 2, "baseline": 1.0}, [3, 0.9, 1, 0.8, 1, 1], 6),
+            ({"patience": 1, "mode": "max", "baseline": 0.5}, [0.4], 1),
+        ],
+    )
+    def test_stops_exactly_here(self, options, values, stop):
+        assert stops_at(fx.callbacks.early_stopping("loss", **options), [float(v) for v in values]) == stop
+
+    def test_the_harvest_has_the_best_weights_and_the_run_keeps_its_own(self):
+        callback = fx.compose(fx.callbacks.early_stopping("loss", patience=9, restore_best=True))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        for value, event in zip([5.0, 1.0, 7.0], evaluations([0.5, 0.1, 0.3]), strict=True):
+            params = {name: torch.full_like(leaf, value) for name, leaf in state.params.items()}
+            state, _ = callback(state.replace(params=params), event)
+        assert float(state.params["weight"]) == 7.0
+        harvest, _ = callback(state, fx.FitEnd(step=30, reason=""))
+        assert float(harvest.params["weight"]) == 1.0
+        assert int(harvest.slots["early_stopping"].best_step) == int(state.step)
+
+    def test_without_any_evaluation_the_harvest_is_the_last_state(self):
+        callback = fx.compose(fx.callbacks.early_stopping("loss", patience=1, restore_best=True))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        harvest, _ = callback(state, fx.FitEnd(step=0, reason=""))
+        testing.assert_equal(harvest.params, state.params, "harvest")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"patience": 0}, "patience=0: at least 1"),
+            ({"patience": 1, "min_delta": -1.0}, "min_delta=-1.0: 0 or more"),
+            ({"patience": 1, "min_delta": NAN}, "min_delta=nan: 0 or more"),
+            ({"patience": 1, "mode": "least"}, "mode='least': 'min' or 'max'"),
+        ],
+    )
+    def test_validates(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            fx.callbacks.early_stopping("loss", **options)
+
+    def test_a_metric_that_is_not_measured_names_those_that_are(self):
+        with pytest.raises(KeyError, match="watches 'acc', and the evaluation has 'loss'"):
+            stops_at(fx.callbacks.early_stopping("acc", patience=1), [1.0])
+
+
+def gradient_events(losses):
+    return [
+        fx.Gradients(
+            step=torch.tensor(step),
+            loss=torch.tensor(loss),
+            metrics={"loss": torch.tensor(loss)},
+            grads={"weight": torch.tensor([[loss]])},
+        )
+        for step, loss in enumerate(losses, start=1)
+    ]
+
+
+class TestNanGuard:
+    @pytest.mark.parametrize(
+        ("patience", "losses", "skips", "stop"),
+        [
+            (2, [1.0, NAN, 1.0, INF, 1.0], [2, 4], None),
+            (2, [1.0, NAN, -INF, 1.0], [2, 3], 3),
+            (1, [NAN], [1], 1),
+            (3, [NAN, NAN, 1.0, NAN, NAN, NAN], [1, 2, 4, 5, 6], 6),
+        ],
+    )
+    def test_skips_and_stops_exactly_here(self, patience, losses, skips, stop):
+        guard = fx.compose(fx.callbacks.nan_guard(patience=patience))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), guard)
+        skipped, stopped = [], None
+        for number, event in enumerate(gradient_events(losses), start=1):
+            state, control = guard(state, event)
+            skipped += [number] if control.reasons("skip_update") else []
+            stopped = stopped or (number if control.reasons("stop") else None)
+        assert (skipped, stopped) == (skips, stop)
+        assert int(state.slots["nan_guard"].skipped) == len(skips)
+
+    def test_a_run_survives_a_bad_batch(self):
+        batches = problem.data()
+        batches[1] = {**batches[1], "y": batches[1]["y"] * NAN}
+        guard = fx.callbacks.nan_guard(patience=2)
+        result = fx.fit(problem.start(), problem.step(callbacks=guard), batches, callbacks=guard, steps=6)
+        assert all(leaf.isfinite().all() for leaf in result.state.params.values())
+        assert all(leaf.isfinite().all() for leaf in result.state.buffers.values())
+        assert result.history["nan_guard/skipped"].values.tolist() == [0, 1, 1, 1, 2, 2]
+
+    def test_validates(self):
+        with pytest.raises(ValueError, match="patience=0"):
+            fx.callbacks.nan_guard(patience=0)
+
+
+def test_epoch_mean_is_the_mean_over_each_epoch():
+    mean = fx.callbacks.epoch_mean("loss", "mae")
+    result = fx.fit(problem.start(), problem.step(callbacks=mean), problem.data(), callbacks=mean, epochs=3)
+    for name in ("loss", "mae"):
+        by_epoch = torch.tensor(result.history[f"train/{name}"].values).reshape(3, 3).mean(1)
+        torch.testing.assert_close(torch.tensor(result.history[f"epoch/{name}"].values), by_epoch, rtol=1e-6, atol=0)
+    other = fx.callbacks.epoch_mean("accuracy")
+    with pytest.raises(KeyError, match="averages 'accuracy', and the step measures 'loss', 'mae'"):
+        fx.fit(problem.start(), problem.step(callbacks=other), problem.data(), callbacks=other, steps=1)
+
+
+LAWS = {
+    "early_stopping": (
+        lambda: fx.callbacks.early_stopping("loss", patience=2, restore_best=True),
+        [*evaluations([3.0, 2.0, NAN, 2.5, 1.0]), fx.FitEnd(step=50, reason="")],
+    ),
+    "nan_guard": (lambda: fx.callbacks.nan_guard(patience=2), gradient_events([1.0, NAN, 2.0, INF, NAN])),
+    "save": (lambda: fx.when(fx.every(2), fx.callbacks.save()), [fx.StepEnd(step=i, metrics={}) for i in range(1, 5)]),
+    "evaluate": (fx.callbacks.evaluate, [fx.StepEnd(step=1, metrics={})]),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_the_laws_hold(name):
+    make, events = LAWS[name]
+    testing.check_laws(make(), fx.init(torch.nn.Linear(2, 1)), events)
