@@ -15,7 +15,7 @@ ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
     {"core"},
-    {"tree", "values", "schedules"},
+    {"tree", "values", "schedules", "foreign"},
     {"fold", "metrics", "rng", "optim"},
     {"precision", "data"},
     {"model"},

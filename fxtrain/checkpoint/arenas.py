@@ -1,16 +1,16 @@
-"""Arenas on disk, through Orbax. The one module that speaks to it, and to the JAX below it."""
+"""Arenas on disk, through Orbax. The one module that speaks to it."""
 
 from __future__ import annotations
 
 import logging
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fxtrain.checkpoint.pack import CheckpointError
+from fxtrain.foreign import import_on_cpu
 
 
 def write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -39,14 +39,7 @@ def _checkpointer(orbax: Any) -> Any:
 
 
 def _orbax() -> Any:
-    if "jax" not in sys.modules:
-        # Orbax starts a JAX backend even for numpy arrays. Ours must not take the GPU that torch uses; a program
-        # that uses JAX itself has chosen already, and is left alone.
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-    import orbax.checkpoint as orbax
-
+    orbax = import_on_cpu("orbax.checkpoint")
     # Orbax warns at each save of what does not concern a checkpoint of one process.
     logging.getLogger("absl").addFilter(_not_about_merging)
     return orbax

@@ -1,0 +1,312 @@
+"""``fxtrain lm``: train a small byte-level transformer on real text, from nothing, and say how good it became."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import fxtrain as fx
+from fxtrain.cli import baselines
+from fxtrain.cli.corpus import CorpusError, check_fits, read_corpus
+from fxtrain.cli.transformer import Config, Transformer, sample
+
+CONFIG = "config.json"
+STEPS = 1000  # where neither steps nor epochs are asked for
+PROMPT = b"def "
+
+
+class CommandError(Exception):
+    """What was asked for cannot be done. The message is for whoever typed the command."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains a small byte-level transformer on real text, from nothing."""
+
+    text: str | None = None
+    """A file, a folder or a glob. By default the source text of the Python standard library."""
+    steps: int | None = None
+    """Steps in all; 1000 where neither this nor --epochs is given. With both, the shorter counts."""
+    epochs: int | None = None
+    """Epochs in all."""
+    batch_size: int = 16
+    """Sequences in a batch."""
+    length: int = 128
+    """Bytes in a sequence."""
+    layers: int = 4
+    """Blocks of the transformer."""
+    width: int = 128
+    """Channels of its residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """The probability that a channel is dropped in training."""
+    lr: float = 2e-3
+    """The peak learning rate, after a tenth of the steps; it falls along a cosine to a twentieth."""
+    seed: int = 0
+    """Weights, data order and dropout are functions of it."""
+    eval_interval: int = 200
+    """Steps between evaluations on a part of the validation text."""
+    snapshot_interval: int = 200
+    """Steps between checkpoints."""
+    early_stopping: bool = False
+    """Stop when the validation loss stops improving."""
+    patience: int = 5
+    """Evaluations without improvement that stop the run."""
+    min_delta: float = 0.0
+    """By how much, in nats per byte, a validation loss must be lower to count as an improvement."""
+    restore_best: bool = True
+    """With --early-stopping, end with the best weights and not with the last ones."""
+    compile: bool = True
+    """Compile each step into one graph; it takes a minute or less, and makes steps faster."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, or auto, which is cuda where there is one."""
+    runs: pathlib.Path = pathlib.Path("runs")
+    """The folder in which the run's own folder is made."""
+    resume: pathlib.Path | None = None
+    """The folder of a run to go on with, with the options that it was started with."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    try:
+        options, folder = _options(arguments)
+        return _Job(options, folder).run()
+    except (CommandError, CorpusError, fx.CheckpointError) as error:
+        print(f"fxtrain lm: {error}", file=sys.stderr)
+        return 2
+
+
+def _options(arguments: Sequence[str]) -> tuple[Options, pathlib.Path]:
+    """The options of the run, and its folder: a new one, or that of the run to resume, with the options it had."""
+    given = tyro.cli(Options, prog="fxtrain lm", args=arguments)
+    if given.resume is None:
+        name = datetime.datetime.now().strftime("lm-%Y%m%d-%H%M%S")
+        return given, given.runs / name
+    path = given.resume / CONFIG
+    if not path.is_file():
+        raise CommandError(f"{given.resume} is no run: there is no {CONFIG} in it.")
+    saved = json.loads(path.read_text())["options"]
+    options = Options(**{**saved, "runs": pathlib.Path(saved["runs"]), "resume": given.resume})
+    again = tyro.cli(Options, prog="fxtrain lm", args=arguments, default=options)
+    changed = [name for name, value in dataclasses.asdict(again).items() if value != getattr(options, name)]
+    if changed:
+        raise CommandError(
+            f"A resumed run keeps the options that it was started with, and --{changed[0].replace('_', '-')} was "
+            f"{getattr(options, changed[0])!r} then: leave it out, or start a new run."
+        )
+    return options, given.resume
+
+
+class _Job:
+    """One session of a run, from its options to its report."""
+
+    def __init__(self, options: Options, folder: pathlib.Path) -> None:
+        self.options, self.folder = options, folder
+        _validate(options)
+        self.device = _device(options.device)
+        self.corpus = read_corpus(options.text)
+        check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
+        self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
+        self.steps = _steps(options, self.data.epoch_length)
+        self.checkpoints = fx.checkpointer(folder / "checkpoints", keep=2, best="loss")
+
+    def run(self) -> int:
+        options = self.options
+        self._start_folder()
+        self._head()
+        tx = self._transform()
+        state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
+        step, eval_step = fx.train_step(_loss, tx), fx.eval_step(_loss)
+        if options.compile:
+            step, eval_step = fx.compile(step), fx.compile(eval_step)
+        callbacks = [fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
+        if options.early_stopping:
+            callbacks.append(
+                fx.callbacks.early_stopping(
+                    "loss",
+                    patience=options.patience,
+                    min_delta=options.min_delta,
+                    restore_best=options.restore_best,
+                )
+            )
+        bits = {"bits/byte": lambda metrics: metrics["loss"] / math.log(2)}
+        result = fx.fit(
+            state,
+            step,
+            fx.data.prefetch(self.data),
+            callbacks=callbacks,
+            eval_step=eval_step,
+            eval_data=self._validation(batches=32),
+            eval_when=lambda event: event.step % options.eval_interval == 0 or event.step == self.steps,
+            steps=self.steps,
+            checkpointer=self.checkpoints,
+            resume=options.resume is not None,
+            observers=[
+                fx.observers.progress(rate=("tokens", options.batch_size * options.length), extra=bits),
+                fx.observers.write(
+                    fx.writers.jsonl(self.folder / "metrics.jsonl"),
+                    fx.writers.tensorboard(self.folder),
+                    every=10,
+                    hparams={name: value for name, value in _plain(options).items() if value is not None},
+                ),
+            ],
+        )
+        print(f"\nended       {result.reason}, at step {int(result.last.step)} of {self.steps}")
+        if result.reason.startswith("interrupted"):
+            self._tail()
+            return 130
+        self._report(result.state, eval_step)
+        return 0
+
+    # The parts
+
+    def _model(self) -> Transformer:
+        options = self.options
+        shape = Config(options.layers, options.width, options.heads, options.length, options.dropout)
+        return Transformer(shape, torch.Generator().manual_seed(options.seed))
+
+    def _transform(self) -> fx.optim.GradientTransformation:
+        rate = fx.schedules.warmup_cosine_decay(
+            init_value=0.0,
+            peak_value=self.options.lr,
+            warmup_steps=max(1, self.steps // 10),
+            decay_steps=self.steps,
+            end_value=self.options.lr / 20,
+        )
+        return fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(rate, b2=0.95, weight_decay=0.1))
+
+    def _validation(self, batches: int | None = None) -> Any:
+        """Windows over the validation text in their order; ``batches`` of them, spread over the whole of it."""
+        options = self.options
+        size = min(64, (len(self.corpus.validation) - 1) // options.length)
+        whole = fx.data.windows(self.corpus.validation, options.length, size, shuffle=False)
+        length = whole.epoch_length or 1
+        if batches is None or batches >= length:
+            return whole
+        return fx.data.sequence([whole[index * length // batches] for index in range(batches)])
+
+    # What a person sees
+
+    def _head(self) -> None:
+        options = self.options
+        count = sum(leaf.numel() for leaf in self._model().parameters())
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        how = "each step compiled to one graph" if options.compile else "not compiled"
+        print(f"corpus      {self.corpus.description}")
+        print(f"model       {options.layers} layers of width {options.width}: {count:,} parameters")
+        print(f"device      {self.device}{threads}, {how}")
+        print(f"run         {self.folder}\n", flush=True)
+
+    def _report(self, state: fx.TrainState, eval_step: Any) -> None:
+        text = self.corpus.validation
+        print("measuring   the validation text ...", end="", flush=True)
+        ours = fx.evaluate(state, eval_step, self._validation())["loss"] / math.log(2)
+        marks = {
+            "this model": ours,
+            "xz -9": baselines.xz_bits(text),
+            "trigrams": baselines.trigram_bits(self.corpus.train, text),
+            "unigrams": baselines.unigram_bits(self.corpus.train, text),
+        }
+        (self.folder / "result.json").write_text(
+            json.dumps({"bits_per_byte": marks, "step": int(state.step)}, indent=2)
+        )
+        print(f"\rvalidation  bits per byte of {len(text) / 1e6:.2f} MB held out:")
+        for name, value in marks.items():
+            print(f"            {value:6.3f}  {name}")
+        print("\nsample")
+        for line in self._sample(state).splitlines():
+            print(f"  | {line}")
+        self._tail()
+
+    def _sample(self, state: fx.TrainState) -> str:
+        key = fx.rng.key(state.seed, stream=fx.rng.Stream.SAMPLE, step=state.step)
+        numbers = fx.rng.uniform(key, (240,))
+        prompt = torch.tensor(list(PROMPT), dtype=torch.uint8)
+        drawn = sample(fx.view(state), prompt, length=self.options.length, uniform=numbers)
+        return (PROMPT + bytes(drawn.tolist())).decode("utf-8", errors="replace")
+
+    def _tail(self) -> None:
+        print(f"\nrun         {self.folder}")
+        print(f"resume      fxtrain lm --resume {self.folder}")
+
+    def _start_folder(self) -> None:
+        path = self.folder / CONFIG
+        facts = {
+            "options": _plain(self.options),
+            "corpus": {"digest": self.corpus.digest, "description": self.corpus.description},
+            "environment": {
+                "fxtrain": version("fxtrain"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        if self.options.resume is None:
+            self.folder.mkdir(parents=True)
+            path.write_text(json.dumps(facts, indent=2))
+            return
+        digest = json.loads(path.read_text())["corpus"]["digest"]
+        if digest != self.corpus.digest:
+            raise CommandError(
+                f"The text is not the one that {self.folder} was started with ({self.corpus.description}): a resumed "
+                "run would be another one. Bring the text back, or start a new run."
+            )
+        if not self.checkpoints.steps():
+            print(f"No checkpoint is in {self.folder} yet: the run begins at its first step.", file=sys.stderr)
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Nats per byte."""
+    return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+
+def _validate(options: Options) -> None:
+    for name in ("steps", "epochs", "batch_size", "length", "eval_interval", "snapshot_interval", "patience"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')} is {value}, and at least 1 is wanted.")
+    if not options.lr > 0:
+        raise CommandError(f"--lr is {options.lr}, and more than 0 is wanted.")
+    try:
+        Config(options.layers, options.width, options.heads, options.length, options.dropout)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _steps(options: Options, epoch_length: int | None) -> int:
+    by_epochs = None if options.epochs is None else options.epochs * (epoch_length or 1)
+    return min((count for count in (options.steps, by_epochs) if count is not None), default=STEPS)
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """The options as JSON has them."""
+    named = dataclasses.asdict(options)
+    return {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in named.items()
+        if name != "resume"
+    }
