@@ -92,8 +92,9 @@ class Histogram:
         """
         if self.values is not None:
             values = _on_host(self.values).reshape(-1)
-            counts, edges = np.histogram(values[np.isfinite(values)], bins=num)
-            return counts.astype(np.float64), edges.astype(np.float64)
+            values = values[np.isfinite(values)]
+            counts, edges = np.histogram(values, bins=num, range=_range(values, num))
+            return counts.astype(np.float64), edges
         counts, edges = _on_host(self.counts), _on_host(self.edges)
         if not (np.diff(edges) > 0).all():
             raise ValueError(f"The edges of a histogram increase, and these do not: {edges.tolist()}.")
@@ -106,6 +107,16 @@ class Histogram:
 
 
 _HISTOGRAM = ("values", "counts", "edges")
+
+
+def _range(values: np.ndarray, num: int) -> tuple[float, float]:
+    """From the least to the largest value; wider where there would not be numbers enough for the edges between."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    largest = max(abs(low), abs(high))
+    if high - low > 1e-12 * num * largest:
+        return low, high
+    room = max(0.5, 1e-6 * num * largest)
+    return low - room, high + room
 
 
 def _on_host(tensor: Any) -> np.ndarray:

@@ -11,6 +11,9 @@ from fxtrain.core import Control, Rewound, TrainState
 from fxtrain.values import published
 
 
+_TOGETHER = 256  # events between two readings of the device
+
+
 class Series(NamedTuple):
     """One curve."""
 
@@ -31,16 +34,26 @@ class History(Mapping[str, Series]):
 
     def __init__(self) -> None:
         self._points: dict[str, tuple[list[int], list[float]]] = {}
+        self._unread: list[tuple[Any, Control]] = []
 
     def record(self, state: TrainState | None, event: Any, control: Control) -> None:
         """Adds what an event published. An observer."""
-        if isinstance(event, Rewound):
-            self._forget_after(event.to_step)
-        for name, value in published(event, control).items():
-            if isinstance(value, int | float):
-                steps, values = self._points.setdefault(name, ([], []))
-                steps.append(event.step)
-                values.append(value)
+        # Read in one go, so that the loop need not wait for the device at each step.
+        self._unread.append((event, control))
+        if len(self._unread) >= _TOGETHER or isinstance(event, Rewound):
+            self._read()
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for event, control in unread:
+            if isinstance(event, Rewound):
+                self._forget_after(event.to_step)
+            at = event.to_step if isinstance(event, Rewound) else event.step
+            for name, value in published(event, control).items():
+                if isinstance(value, int | float):
+                    steps, values = self._points.setdefault(name, ([], []))
+                    steps.append(at)
+                    values.append(value)
 
     def _forget_after(self, last: int) -> None:
         for steps, values in self._points.values():
@@ -48,15 +61,18 @@ class History(Mapping[str, Series]):
             del steps[kept:], values[kept:]
 
     def __getitem__(self, name: str) -> Series:
+        self._read()
         if name not in self._points:
             raise KeyError(f"{name!r} was not published; there are {', '.join(map(repr, self)) or 'no curves'}.")
         steps, values = self._points[name]
         return Series(np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64))
 
     def __iter__(self) -> Iterator[str]:
+        self._read()
         return iter(sorted(self._points))
 
     def __len__(self) -> int:
+        self._read()
         return len(self._points)
 
     def __repr__(self) -> str:

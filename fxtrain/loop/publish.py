@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import traceback
 import warnings
@@ -43,6 +44,8 @@ class Publisher:
                 if getattr(observer, "required", False):
                     raise
                 self._observers.remove(pair)
+                with contextlib.suppress(Exception):
+                    _close(observer)
                 warnings.warn(
                     f"The observer {name_of(observer)} failed at {kind.__name__} of step {event.step} and is dropped; "
                     f"training goes on.\n{''.join(traceback.format_exception(error))}",
@@ -55,55 +58,64 @@ class Publisher:
         errors: list[Exception] = []
         for observer, _ in self._observers:
             try:
-                getattr(observer, "close", lambda: None)()
+                _close(observer)
             except Exception as error:
                 errors.append(error)
         if errors:
             raise errors[0]
 
 
-class HostMetrics(Mapping[str, float]):
-    """Metrics as Python floats. All that is on a device is copied at once, when the first is read."""
+class _Late(Mapping[str, Any]):
+    """A mapping that is read from the device, in one transfer, when somebody first looks into it."""
 
-    def __init__(self, measured: Mapping[str, Any]) -> None:
-        self._measured: Mapping[str, Any] | None = measured
-        self._floats: dict[str, float] = {}
+    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
+        self._read: Callable[[], dict[str, Any]] | None = read
+        self._values: dict[str, Any] = {}
 
-    def _read(self) -> dict[str, float]:
-        if self._measured is not None:
-            computed = metrics.compute(self._measured)
-            self._floats = dict(zip(computed, _numbers(list(computed.values())), strict=True))
-            self._measured = None
-        return self._floats
+    def _all(self) -> dict[str, Any]:
+        if self._read is not None:
+            self._values, self._read = self._read(), None
+        return self._values
 
-    def __getitem__(self, name: str) -> float:
-        return self._read()[name]
+    def __getitem__(self, name: str) -> Any:
+        return self._all()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._read())
+        return len(self._all())
 
     def __repr__(self) -> str:
-        return repr(self._read())
+        return repr(self._all())
 
 
 def host(event: Any, control: Control) -> tuple[Any, Control]:
-    """The event with its metrics as floats, and the log with floats and without what its flag holds back."""
+    """The event with its metrics as floats, and the log with floats and without what its flag holds back.
+
+    Both are read when they are looked at: where nobody does, the loop does not wait for the device.
+    """
     if hasattr(event, "metrics") and not isinstance(event, Saved):  # those are on the host already
-        event = dataclasses.replace(event, metrics=HostMetrics(event.metrics))
-    if not control.log:
-        return event, control
-    entries = list(control.log.values())
+        event = dataclasses.replace(event, metrics=_Late(lambda measured=event.metrics: _floats(measured)))
+    if control.log:
+        control = control.with_log(_Late(lambda log=control.log: _raised(log)))
+    return event, control
+
+
+def _floats(measured: Mapping[str, Any]) -> dict[str, Any]:
+    computed = metrics.compute(measured)
+    return dict(zip(computed, _numbers(list(computed.values())), strict=True))
+
+
+def _raised(log: Mapping[str, Logged]) -> dict[str, Logged]:
+    entries = list(log.values())
     numbers = _numbers([*(entry.value for entry in entries), *(entry.when for entry in entries)])
     values, flags = numbers[: len(entries)], numbers[len(entries) :]
-    kept = {
+    return {
         name: Logged(value, True, entry.owner)
-        for (name, entry), value, flag in zip(control.log.items(), values, flags, strict=True)
+        for (name, entry), value, flag in zip(log.items(), values, flags, strict=True)
         if flag
     }
-    return event, control.with_log(kept)
 
 
 def _numbers(values: list[Any]) -> list[Any]:
@@ -114,6 +126,12 @@ def _numbers(values: list[Any]) -> list[Any]:
     else:
         numbers = iter([value.item() for value in scalars])
     return [next(numbers) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
+
+
+def _close(observer: Callable[..., None]) -> None:
+    close = getattr(observer, "close", None)
+    if close is not None:
+        close()
 
 
 def _events(observer: Callable[..., None]) -> frozenset[type[Any]]:

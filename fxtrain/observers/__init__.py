@@ -1,0 +1,6 @@
+"""Observers: functions ``(state, event, control)`` that act on the world. They can change nothing."""
+
+from fxtrain.observers.progress import progress as progress
+from fxtrain.observers.required import required as required
+from fxtrain.observers.summary import summary as summary
+from fxtrain.observers.write import write as write

@@ -1,0 +1,197 @@
+"""Display: how progress is shown. Some lines that change in place, or lines one after another."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TextIO
+
+from fxtrain.core import LoopEvent
+from fxtrain.observers.pace import fraction
+
+_REDRAW = 0.2  # seconds between two drawings in place, of about two milliseconds each
+
+Column = tuple[str, str]
+"""A label, which may be empty, and a value."""
+
+
+class Frame(NamedTuple):
+    """What is to be shown of a run at one moment."""
+
+    step: str
+    epoch: str | None
+    columns: list[Column]  # metrics, rates
+    remaining: str | None
+    evaluation: list[Column]  # empty before the first
+
+
+def display(file: TextIO | None, seconds: float) -> Lines | Panel:
+    """In place on a terminal and in a notebook, lines elsewhere.
+
+    Args:
+        file: Where to write; standard output by default.
+        seconds: Between two lines.
+    """
+    import rich
+    from rich.console import Console
+
+    # The console that the process shares: what others print on it appears above ours and not amidst it.
+    console = rich.get_console() if file is None else Console(file=file)
+    if console.is_jupyter:
+        in_place = importlib.util.find_spec("ipywidgets") is not None
+    else:
+        in_place = console.is_terminal and not console.is_dumb_terminal
+    return Panel(console) if in_place else Lines(file, seconds)
+
+
+class Lines:
+    """Lines one after another, in plain ASCII."""
+
+    def __init__(self, file: TextIO | None, seconds: float) -> None:
+        self._file = file
+        self._seconds = seconds
+        self._time: float | None = None  # of the last line about a step
+        self._tenth = 0  # of the run, at that line
+
+    def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._print(text)
+
+    def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
+        tenth = int(10 * (fraction(event) or 0.0) + 1e-9)
+        self._tenth = min(self._tenth, tenth)  # the run may have gone back
+        if self._time is None or event.time - self._time >= self._seconds or tenth > self._tenth:
+            self._time, self._tenth = event.time, tenth
+            shown = frame()
+            self._print(
+                f"step {shown.step}", shown.epoch, *_words(shown.columns), shown.remaining and f"{shown.remaining} left"
+            )
+
+    def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
+        pass
+
+    def evaluated(self, event: LoopEvent, frame: Frame) -> None:
+        at, *rest = _words(frame.evaluation)
+        self._print(f"evaluation {at}", *rest)
+
+    def note(self, event: LoopEvent, text: str) -> None:
+        self._print(text)
+
+    def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._print(f"ended: {text}")
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, *parts: str | None) -> None:
+        print(" | ".join(part for part in parts if part), file=self._file, flush=True)
+
+
+class Panel:
+    """A few lines that change in place. Between its creation and ``close`` the terminal is rich's.
+
+    It has no thread: it is drawn when something happens, and at most five times a second.
+    """
+
+    def __init__(self, console: Any) -> None:
+        from rich.live import Live
+
+        self._frame: Frame | None = None
+        self._event: LoopEvent | None = None
+        self._phase = ""  # what happens in place of steps
+        self._batch: tuple[int, int | None] | None = None  # of an evaluation: how many are done, and of how many
+        self._end = ""
+        self._drawn = -_REDRAW
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            get_renderable=self._draw,
+            # What is printed to the terminal appears above the panel. What goes to a file is to stay there.
+            redirect_stdout=not console.is_jupyter and sys.stdout.isatty(),
+            redirect_stderr=not console.is_jupyter and sys.stderr.isatty(),
+        )
+        self._live.start()
+
+    def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._phase = text
+        self._show(event, frame)
+
+    def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
+        if self._phase or event.time - self._drawn >= _REDRAW or fraction(event) == 1.0:
+            self._phase = ""
+            self._show(event, frame())
+
+    def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
+        self._batch = batch, batches
+        if self._phase or event.time - self._drawn >= _REDRAW:
+            self._phase = ""
+            self._show(event, self._frame)
+
+    def evaluated(self, event: LoopEvent, frame: Frame) -> None:
+        self._phase, self._batch = "", None
+        self._show(event, frame)
+
+    def note(self, event: LoopEvent, text: str) -> None:
+        self._phase, self._batch = "", None
+        self._live.console.print(text, style="yellow", highlight=False, markup=False)
+
+    def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._phase, self._batch, self._end = "", None, text
+        self._show(event, frame)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _show(self, event: LoopEvent, frame: Frame | None) -> None:
+        self._event, self._frame, self._drawn = event, frame, event.time
+        self._live.refresh()
+
+    def _draw(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        if self._frame is None or self._event is None:
+            return table
+        frame, width = self._frame, min(max(self._live.console.width - 50, 8), 40)
+        where = filter(None, (frame.step, frame.epoch, frame.remaining and f"{frame.remaining} left"))
+        table.add_row(_label("train"), self._bar(fraction(self._event), width, "   ".join(where)))
+        if self._phase or frame.columns:
+            table.add_row("", Text(self._phase, style="yellow") if self._phase else _styled(frame.columns))
+        if self._batch is not None:
+            done, count = self._batch
+            share = min(done / count, 1.0) if count else None
+            table.add_row(_label("eval"), self._bar(share, width, f"batch {done}" + (f"/{count}" if count else "")))
+        elif frame.evaluation:
+            table.add_row(_label("eval"), _styled(frame.evaluation))
+        if self._end:
+            table.add_row(_label("end"), Text(self._end))
+        return table
+
+    def _bar(self, share: float | None, width: int, text: str) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        total = None if share is None else 1.0  # without one, it pulses
+        bar = ProgressBar(total=total, completed=share or 0.0, width=width, animation_time=self._drawn)
+        row = Table.grid(padding=(0, 2, 0, 0))
+        row.add_row(bar, Text(text))
+        return row
+
+
+def _label(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text, style="bold")
+
+
+def _words(columns: list[Column]) -> list[str]:
+    return [f"{label} {value}" if label else value for label, value in columns]
+
+
+def _styled(columns: list[Column]) -> Any:
+    from rich.text import Text
+
+    parts = [Text.assemble((f"{label} ", "dim"), value) if label else Text(value) for label, value in columns]
+    return Text("   ").join(parts)

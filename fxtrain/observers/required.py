@@ -1,0 +1,33 @@
+"""Required: an observer without which the run is not worth its time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fxtrain.fold.subscription import name_of
+
+
+def required(observer: Callable[..., None]) -> Callable[..., None]:
+    """``observer``, whose failure ends the run. The failure of any other is reported, and the observer dropped.
+
+    Args:
+        observer: ``(state, event, control) -> None``. It stays as it is.
+
+    Example:
+        >>> from fxtrain.core import StepEnd
+        >>> def watch(state, event: StepEnd, control): ...
+        >>> required(watch).required
+        True
+    """
+
+    @functools.wraps(observer, updated=())  # the annotation, which subscribes, is read through it
+    def watched(state: Any, event: Any, control: Any) -> None:
+        observer(state, event, control)
+
+    result: Any = watched
+    result.__name__ = name_of(observer)
+    result.required = True
+    result.close = getattr(observer, "close", lambda: None)
+    return result

@@ -1,0 +1,661 @@
+"""What observers do to the world: the points they write, the lines they show, the page they print."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fxtrain as fx
+from fxtrain import observers, writers
+from fxtrain.core import (
+    Control,
+    EpochBegin,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    Logged,
+    Restored,
+    Rewound,
+    Saved,
+    StepEnd,
+)
+from fxtrain.fold.subscription import name_of, subscription
+from fxtrain.observers.pace import Pace
+from fxtrain.values import HParams, Text
+
+NOTHING = Control()
+
+
+def see(observer, *events):
+    for event in events:
+        observer(None, event, NOTHING)
+
+
+def ended(step, **metrics):
+    return StepEnd(step=step, time=float(step), metrics=metrics or {"loss": float(step)})
+
+
+# write
+
+
+class Recorder:
+    """A writer that remembers."""
+
+    def __init__(self):
+        self.points, self.verbs = [], []
+
+    def write_event(self, event, values):
+        self.points += [(type(event).__name__, event.step, name, value) for name, value in values.items()]
+
+    def purge(self, step):
+        self.verbs.append(f"purge {step}")
+
+    def flush(self):
+        self.verbs.append("flush")
+
+    def close(self):
+        self.verbs.append("close")
+
+
+def written(*events, **options):
+    recorder = Recorder()
+    observer = observers.write(recorder, **options)
+    see(observer, *events)
+    observer.close()
+    return [(event, step, value) for event, step, _, value in recorder.points]
+
+
+@pytest.mark.parametrize(
+    ("options", "points"),
+    [
+        ({}, [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]),
+        ({"every": 2}, [(2, 1.5), (4, 3.5), (5, 5)]),
+        ({"every": 2, "reduce": "last"}, [(2, 2), (4, 4), (5, 5)]),
+        ({"every": 9}, [(5, 3)]),
+    ],
+)
+def test_each_step_has_its_part_in_one_point(options, points):
+    assert written(*map(ended, range(1, 6)), **options) == [("StepEnd", *point) for point in points]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [Saved(step=3, path="p", metrics={}), Interrupted(step=3, cause="SIGTERM"), FitEnd(step=3, reason="done")],
+    ids=lambda event: type(event).__name__,
+)
+def test_an_interval_ends_early_where_a_run_may_end(event):
+    steps = [ended(step) for step in range(1, 6)]
+    assert written(*steps[:3], event, *steps[3:], every=5) == [("StepEnd", 3, 2), ("StepEnd", 5, 4.5)]
+
+
+def test_the_mean_is_over_the_steps_that_measured():
+    recorder = Recorder()
+    see(observers.write(recorder, every=3), ended(1, a=1.0), ended(2, a=2.0, b=5.0), ended(3, a=6.0, c=math.nan))
+    a, b, c = recorder.points
+    assert (a, b, c[:3]) == (
+        ("StepEnd", 3, "train/a", 3.0),
+        ("StepEnd", 3, "train/b", 5.0),
+        ("StepEnd", 3, "train/c"),
+    )
+    assert math.isnan(c[3])
+
+
+def test_what_is_logged_is_written_at_its_own_event():
+    recorder = Recorder()
+    observer = observers.write(recorder, every=2, hparams={"optim": {"lr": 0.1}})
+    observer(None, FitBegin(step=0), NOTHING)
+    observer(None, ended(1), Control(log={"lr": 0.1}))
+    observer(None, EpochBegin(step=1), Control(log={"note": Text("hello")}))
+    observer(None, EvalStep(step=1, index=0, batch=None, metrics={"loss": 1.0}), Control(log={"n": 1}))
+    observer(None, ended(2), Control(log={"lr": 0.2}))
+    observer(None, EvalEnd(step=2, metrics={"loss": 3.0}), Control(log={"best": True}))
+    assert recorder.points == [
+        ("FitBegin", 0, "hparams", HParams({"optim": {"lr": 0.1}})),
+        ("StepEnd", 1, "lr", 0.1),
+        ("EpochBegin", 1, "note", Text("hello")),
+        ("EvalStep", 1, "n", 1),
+        ("StepEnd", 2, "train/loss", 1.5),
+        ("StepEnd", 2, "lr", 0.2),
+        ("EvalEnd", 2, "eval/loss", 3.0),
+        ("EvalEnd", 2, "best", True),
+    ]
+
+
+def test_a_name_that_is_taken_is_an_error_when_it_is_written():
+    observer = observers.write(Recorder(), every=2)
+    with pytest.raises(ValueError, match="watcher logged 'train/loss'"):
+        observer(None, ended(2), Control(log={"train/loss": Logged(1.0, owner="watcher")}))
+
+
+def test_writers_are_purged_and_flushed_when_it_matters():
+    recorder = Recorder()
+    observer = observers.write(recorder, flush_seconds=2.0)
+    see(observer, FitBegin(step=0), *map(ended, (1, 2, 3)))  # a second each
+    assert recorder.verbs == ["purge 0", "flush"]
+    for event in (
+        EvalEnd(step=3, metrics={}),
+        Rewound(step=3, from_step=3, to_step=1, abandoned=range(1, 3), times=1),
+        Saved(step=1, path="p", metrics={}),
+        Interrupted(step=1, cause="x"),
+        FitEnd(step=1, reason="x"),
+        FitBegin(step=1, resumed=True),
+        Restored(step=1, path="p"),
+    ):
+        see(observer, event)
+    assert recorder.verbs[2:] == ["flush", "purge 1", "flush", "flush", "flush", "purge 1"]
+
+
+def test_a_rewind_takes_back_what_is_not_yet_written_too():
+    recorder = Recorder()
+    observer = observers.write(recorder, every=4)
+    rewound = Rewound(step=7, from_step=7, to_step=5, abandoned=range(5, 7), times=1)
+    see(observer, *map(ended, range(1, 8)))
+    observer(None, rewound, Control(log={"why": Text("a spike")}))
+    see(observer, ended(6, loss=60.0), ended(7, loss=70.0), ended(8, loss=80.0))
+    assert recorder.points == [
+        ("StepEnd", 4, "train/loss", 2.5),
+        ("Rewound", 5, "why", Text("a spike")),  # where the curves go on
+        ("StepEnd", 8, "train/loss", (5 + 60 + 70 + 80) / 4),
+    ]
+
+
+def test_metrics_are_not_read_before_they_are_written():
+    class Device(Mapping):
+        reads = 0
+
+        def __getitem__(self, name):
+            Device.reads += 1
+            return {"loss": 1.0}[name]
+
+        def __iter__(self):
+            return iter(("loss",))
+
+        def __len__(self):
+            return 1
+
+    observer = observers.write(Recorder(), every=3)
+    shown = observers.progress(file=io.StringIO())
+    shown(None, ended(0, loss=1.0), NOTHING)
+    for step, reads in ((1, 0), (2, 0), (3, 3)):
+        event = StepEnd(step=step, time=0.0, metrics=Device())
+        observer(None, event, NOTHING)
+        shown(None, event, NOTHING)
+        assert Device.reads == reads
+
+
+def test_close_writes_the_rest_and_closes_every_writer():
+    class Failing(Recorder):
+        def close(self):
+            raise OSError("disk full")
+
+    last = Recorder()
+    observer = observers.write(Failing(), last, every=10)
+    see(observer, ended(1))
+    with pytest.raises(OSError, match="disk full"):
+        observer.close()
+    assert (last.points, last.verbs) == ([("StepEnd", 1, "train/loss", 1.0)], ["close"])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: observers.write(), "nothing to write to"),
+        (lambda: observers.write(Recorder(), every=0), "every=0: a whole number"),
+        (lambda: observers.write(Recorder(), every=2.5), "every=2.5: a whole number"),
+        (lambda: observers.write(Recorder(), reduce="max"), "reduce='max': 'mean' or 'last'"),
+        (lambda: observers.write(Recorder(), flush_seconds=-1), "flush_seconds=-1: 0 or more"),
+        (lambda: observers.progress(mode="lower"), "mode='lower': 'min' or 'max'"),
+        (lambda: observers.progress(seconds=0), "seconds=0: more than 0"),
+        (lambda: observers.progress(rate=("tokens", 0)), "a unit and how many"),
+        (lambda: observers.summary(rows=0), "rows=0: at least 1"),
+    ],
+)
+def test_what_observers_refuse(make, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        make()
+
+
+ENDINGS = st.sampled_from(["end", "crash", "rewind"])
+
+
+@settings(deadline=None, max_examples=40)
+@given(parts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), ENDINGS), min_size=1, max_size=6))
+def test_one_point_for_each_step_whatever_the_run_went_through(tmp_path_factory, parts):
+    """Sessions that end, crash and resume, rewinds: the file ends up as that of one uninterrupted run."""
+    path = tmp_path_factory.mktemp("law") / "metrics.jsonl"
+    last, observer, expected, previous = 0, None, {}, "end"
+    for number, (back, steps, ending) in enumerate(parts):
+        begin = max(last - back, 0) if previous != "end" else last
+        expected = {step: value for step, value in expected.items() if step <= begin}
+        if previous == "rewind":
+            see(observer, Rewound(step=last, from_step=last, to_step=begin, abandoned=range(0), times=1))
+        else:
+            observer = observers.write(writers.jsonl(path))
+            see(observer, FitBegin(step=begin, resumed=begin > 0))
+        for step in range(begin + 1, begin + steps + 1):
+            see(observer, ended(step, loss=float(number)))
+            expected[step] = float(number)
+        last, previous = begin + steps, ending
+        if ending == "end":
+            see(observer, FitEnd(step=last, reason="x"))
+            observer.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["metrics"]["train/loss"]) for line in lines] == list(expected.items())
+
+
+# required, subscription, laziness
+
+
+def test_required_marks_and_passes_everything_on():
+    seen = []
+
+    class Watch:
+        closed = False
+
+        def __call__(self, state, event: EvalEnd, control):
+            seen.append((state, event, control))
+
+        def close(self):
+            self.closed = True
+
+    watch = Watch()
+    needed = observers.required(watch)
+    needed("state", "event", "control")
+    needed.close()
+    assert (seen, watch.closed) == ([("state", "event", "control")], True)
+    assert (needed.required, getattr(watch, "required", False)) == (True, False)
+    assert (name_of(needed), tuple(subscription(needed))) == ("Watch", (EvalEnd,))
+
+    def fails(state, event: EvalEnd, control):
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        observers.required(fails)(None, None, None)
+    observers.required(fails).close()
+
+
+def test_each_observer_subscribes_to_what_it_needs():
+    assert tuple(subscription(observers.summary())) == (FitBegin,)
+    assert StepEnd in subscription(observers.progress())
+    assert {StepEnd, EvalStep, Rewound, FitBegin, Saved} <= set(subscription(observers.write(Recorder())))
+
+
+def test_nothing_heavy_is_imported_and_summary_starts_no_backend_of_jax():
+    code = """if True:
+        import sys
+        from fxtrain import observers, writers, values
+        assert not {"jax", "rich", "clu", "tensorboardX"} & set(sys.modules)
+        import torch, fxtrain as fx
+        observers.summary()(fx.init(torch.nn.Linear(1, 1)), fx.FitBegin(step=0), fx.Control())
+        from jax._src import xla_bridge
+        assert "clu" in sys.modules and not xla_bridge.backends_are_initialized()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+# progress
+
+
+class Terminal(io.StringIO):
+    """A terminal, which can tell what stands on it."""
+
+    def isatty(self):
+        return True
+
+    @property
+    def screen(self):
+        rows, row, column = [""], 0, 0
+        for code, kind, character in re.findall(r"\x1b\[([?\d;]*)([A-Za-z])|([^\x1b])", self.getvalue()):
+            if kind == "A":
+                row -= int(code or 1)
+            elif kind == "K":
+                rows[row] = ""
+            elif character == "\r":
+                column = 0
+            elif character == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif character:
+                rows[row] = rows[row].ljust(column)[:column] + character + rows[row][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in rows]
+
+    @property
+    def cursor_is_shown(self):
+        text = self.getvalue()
+        return text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return Terminal()
+
+
+def attached(terminal):
+    """Standard output and error are this terminal."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(terminal))
+    stack.enter_context(contextlib.redirect_stderr(terminal))
+    return stack
+
+
+def run(*, evaluated=True, reason="reached 20 steps"):
+    """A run of 20 steps of 2 s, of which a quarter waits for data, after 30 s of compiling; two evaluations of 3 s."""
+    time = 30.0
+
+    def at(kind, step, **fields):
+        return kind(step=step, position=step, epoch_length=10, total_steps=20, total_epochs=2, time=time, **fields)
+
+    yield at(FitBegin, 0)
+    for step in range(1, 21):
+        yield at(StepEnd, step, data_wait=0.5, metrics={"loss": 4.0 - step / 10, "norm": 1.0})
+        if step % 10 == 0 and evaluated:
+            yield at(EvalBegin, step)
+            for index in range(3):
+                time += 1
+                yield at(EvalStep, step, index=index, batch=None, metrics={})
+            yield at(EvalEnd, step, metrics={"loss": step / 5, "accuracy": 0.25})
+        time += 2
+    yield at(FitEnd, 20, reason=reason)
+
+
+def bits(metrics):
+    return metrics["loss"] / math.log(2)
+
+
+def test_lines_are_written_where_the_output_is_no_terminal():
+    file = io.StringIO()
+    shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, seconds=100, file=file)
+    see(shown, *run())
+    shown.close()
+    assert file.getvalue() == (
+        "compiling, and taking the first step\n"
+        "step  1/20 | epoch 0.10/2 | loss 3.9000 | bits 5.6265\n"
+        "step  2/20 | epoch 0.20/2 | loss 3.8450 | bits 5.5472 | 500 tokens/s | data wait 25% | 0:36 left\n"
+        "step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | 500 tokens/s | data wait 25% | 0:32 left\n"
+        "step  6/20 | epoch 0.60/2 | loss 3.5931 | bits 5.1837 | 500 tokens/s | data wait 25% | 0:28 left\n"
+        "step  8/20 | epoch 0.80/2 | loss 3.4493 | bits 4.9763 | 500 tokens/s | data wait 25% | 0:24 left\n"
+        "step 10/20 | epoch 1.00/2 | loss 3.2951 | bits 4.7539 | 500 tokens/s | data wait 25% | 0:20 left\n"
+        "step 10: compiling the evaluation\n"
+        "evaluation at step 10 | loss 2.0000 | bits 2.8854 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
+        "step 12/20 | epoch 1.20/2 | loss 3.1319 | bits 4.5184 | 500 tokens/s | data wait 25% | 0:18 left\n"
+        "step 14/20 | epoch 1.40/2 | loss 2.9610 | bits 4.2718 | 500 tokens/s | data wait 25% | 0:13 left\n"
+        "step 16/20 | epoch 1.60/2 | loss 2.7837 | bits 4.0160 | 500 tokens/s | data wait 25% | 8.8 s left\n"
+        "step 18/20 | epoch 1.80/2 | loss 2.6011 | bits 3.7526 | 500 tokens/s | data wait 25% | 4.4 s left\n"
+        "step 20/20 | epoch 2.00/2 | loss 2.4144 | bits 3.4832 | 500 tokens/s | data wait 25%\n"
+        "evaluation at step 20 | loss 4.0000 | bits 5.7708 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
+        "ended: reached 20 steps, in 1:16\n"
+    )
+
+
+def test_lines_come_every_so_many_seconds_as_well():
+    file = io.StringIO()
+    shown = observers.progress(seconds=3.0, file=file)
+    see(shown, *(StepEnd(step=step, time=float(step), metrics={"loss": 1.0}) for step in range(1, 9)))
+    assert re.findall(r"step (\d)", file.getvalue()) == ["1", "4", "7"]
+
+
+def test_a_panel_changes_in_place_on_a_terminal(terminal):
+    shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, file=terminal)
+    screens = {}
+    for event in run():
+        see(shown, event)
+        screens[type(event).__name__, event.step, getattr(event, "index", 0)] = terminal.screen
+    shown.close()
+    bar = "━" * 40
+    assert screens["FitBegin", 0, 0] == [
+        f"train  {bar}   0/20   epoch 0.00/2",
+        "       compiling, and taking the first step",
+    ]
+    assert screens["StepEnd", 10, 0] == [
+        f"train  {bar[:20]}╺{bar[:19]}  10/20   epoch 1.00/2   0:20 left",
+        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
+    ]
+    assert screens["EvalBegin", 10, 0][1] == "       step 10: compiling the evaluation"
+    assert screens["EvalStep", 10, 1][1:] == [
+        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
+        f"eval   {bar}  batch 2",
+    ]
+    assert screens["EvalStep", 20, 1][2] == f"eval   {bar[:26]}╸{bar[:13]}  batch 2/3"
+    assert terminal.screen == [
+        f"train  {bar}  20/20   epoch 2.00/2",
+        "       loss 2.4144   bits 3.4832   500 tokens/s   data wait 25%",
+        "eval   at step 20   loss 4.0000   bits 5.7708   accuracy 0.2500   best loss 2.0000 at step 10",
+        "end    reached 20 steps, in 1:16",
+        "",
+    ]
+    assert terminal.cursor_is_shown
+
+
+def test_what_is_printed_stands_above_the_panel(terminal):
+    with attached(terminal):
+        shown = observers.progress(file=terminal)
+        for event in run(evaluated=False):
+            see(shown, event)
+            if isinstance(event, StepEnd) and event.step in (3, 7):
+                print(f"a message at step {event.step}")
+                print("and an error", file=sys.stderr)
+        shown.close()
+        print("after the end")
+    assert terminal.screen[:4] == ["a message at step 3", "and an error", "a message at step 7", "and an error"]
+    assert terminal.screen[4].startswith("train  ━")
+    assert terminal.screen[-2:] == ["after the end", ""]
+    assert len(terminal.screen) == 9
+
+
+def test_what_is_printed_to_a_file_stays_there(terminal):
+    output = io.StringIO()
+    with attached(terminal), contextlib.redirect_stdout(output):
+        shown = observers.progress(file=terminal)
+        see(shown, FitBegin(step=0))
+        print("a result")
+        shown.close()
+    assert output.getvalue() == "a result\n"
+
+
+@pytest.mark.parametrize("how", ["close", "failure"])
+def test_the_terminal_is_as_it_was_after_an_exception(terminal, how):
+    with attached(terminal):
+        shown = observers.progress(file=terminal)
+        see(shown, FitBegin(step=0), ended(1))
+        assert not terminal.cursor_is_shown
+        assert sys.stdout is not terminal
+        if how == "failure":
+            with pytest.raises(TypeError):
+                see(shown, EvalEnd(step=1, metrics=None))
+        else:
+            shown.close()
+        assert terminal.cursor_is_shown
+        assert (sys.stdout, sys.stderr) == (terminal, terminal)
+        shown.close()
+
+
+def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    shown = observers.progress(file=terminal)
+    see(shown, *run(evaluated=False))
+    assert "\x1b" not in terminal.getvalue()
+    assert terminal.screen[-2] == "ended: reached 20 steps, in 1:10"
+
+
+def test_a_notebook_without_widgets_gets_lines(monkeypatch):
+    import rich.console
+
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    file = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        see(observers.progress(file=file), *run(evaluated=False))
+    assert file.getvalue().endswith("ended: reached 20 steps, in 1:10\n")
+
+
+def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
+    file = io.StringIO()
+    shown = observers.progress(file=file)
+    see(
+        shown,
+        FitBegin(step=7, resumed=True),
+        EvalEnd(step=8, metrics={"loss": 1.0}),
+        Rewound(step=8, from_step=8, to_step=4, abandoned=range(4, 8), times=1),
+        EvalEnd(step=5, metrics={"loss": 2.0}),
+        Interrupted(step=5, cause="ValueError: boom"),
+    )
+    assert file.getvalue() == (
+        "going on from step 7; compiling, and taking the first step\n"
+        "evaluation at step 8 | loss 1.0000 | best loss 1.0000 at step 8\n"
+        "back from step 8 to step 4\n"
+        "evaluation at step 5 | loss 2.0000 | best loss 2.0000 at step 5\n"
+        "interrupted at step 5: ValueError: boom\n"
+    )
+
+
+def test_one_observer_serves_one_run_after_another(terminal):
+    with attached(terminal):
+        shown = observers.progress(file=terminal)
+        for _ in range(2):
+            see(shown, *run(reason="done"))
+            shown.close()
+        assert sys.stdout is terminal
+    assert [line for line in terminal.screen if line.startswith("end")] == ["end    done, in 1:16"] * 2
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", "0.2500 at step 3"), ("max", "0.9000 at step 2")])
+def test_the_best_is_the_first_of_the_best(mode, best):
+    file = io.StringIO()
+    shown = observers.progress(metrics=(), best="score", mode=mode, file=file)
+    see(shown, *(EvalEnd(step=i, metrics={"score": s}) for i, s in enumerate([0.5, math.nan, 0.9, 0.25, 0.9, 0.25])))
+    assert file.getvalue().splitlines()[-1].endswith(f"best score {best}")
+
+
+def test_a_metric_that_is_not_there_is_an_error_at_the_first_step():
+    with pytest.raises(KeyError, match=r"progress is to show 'acc', and the step measures 'loss': name some of these"):
+        see(observers.progress(metrics=("loss", "acc"), file=io.StringIO()), ended(1))
+    with pytest.raises(KeyError, match="typo"):
+        see(observers.progress(extra={"x": lambda m: m["typo"]}, file=io.StringIO()), ended(1))
+    with pytest.raises(TypeError, match=r"write metrics=\('loss',\)"):
+        observers.progress(metrics="loss")
+
+
+def test_pace_leaves_out_compiling_evaluations_and_saves():
+    pace, time = Pace(10.0), 100.0
+    for step in range(1, 50):
+        pace.step(StepEnd(step=step, time=time, data_wait=0.05, metrics={"loss": 3.0}, total_steps=100))
+        time += 0.5
+        if step % 5 == 0:
+            pace.pause(7.0)
+            time += 7.0
+    assert pace.rate == pytest.approx(2.0)
+    assert pace.waiting == pytest.approx(0.1)
+    assert pace.metrics == {"loss": pytest.approx(3.0)}
+    # 51 steps are left, and of 48 intervals 9 had an evaluation in them.
+    now = StepEnd(step=49, time=time - 0.5, metrics={}, total_steps=100)
+    assert pace.remaining(now) == pytest.approx(51 * (48 * 0.5 + 9 * 7) / 48)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 100), st.floats(-1e3, 1e3)), min_size=1, max_size=400))
+def test_pace_is_the_weighted_mean_it_says(steps):
+    pace, time, weights = Pace(10.0), 0.0, []
+    for number, (seconds, value) in enumerate(steps):
+        time += seconds
+        weights = [weight * min(math.exp(-seconds / 10.0), 0.95) for weight in weights] + [1.0]
+        pace.step(StepEnd(step=number, time=time, metrics={"x": value}))
+    mean = sum(w * value for w, (_, value) in zip(weights, steps, strict=True)) / sum(weights)
+    assert pace.metrics["x"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
+
+
+def test_pace_shows_a_value_that_is_not_finite_and_forgets_it():
+    pace = Pace(10.0)
+    pace.step(ended(1, loss=2.0))
+    pace.step(ended(2, loss=math.nan))
+    assert math.isnan(pace.metrics["loss"])
+    pace.step(ended(3, loss=2.0))
+    assert pace.metrics["loss"] == pytest.approx(2.0)
+
+
+def test_pace_knows_nothing_before_it_can():
+    pace = Pace(10.0)
+    pace.step(StepEnd(step=1, metrics={}, total_steps=3))
+    pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # a clock that stands still
+    assert (pace.rate, pace.waiting, pace.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (None, None, None)
+
+
+# summary
+
+
+def printed(state, rows=30, **event):
+    file = io.StringIO()
+    observers.summary(rows=rows, file=file)(state, FitBegin(step=int(state.step), **event), NOTHING)
+    return file.getvalue()
+
+
+def test_summary_is_one_readable_page():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(torch.bfloat16)
+    module[0].bias.requires_grad_(False)
+    text = printed(fx.init(module, seed=7), total_steps=1000, total_epochs=2, epoch_length=1500)
+    assert text == (
+        "+----------+--------+----------+------+\n"
+        "| Name     | Shape  | Dtype    | Size |\n"
+        "+----------+--------+----------+------+\n"
+        "| 0.bias   | (4,)   | bfloat16 | 4    |\n"
+        "| 0.weight | (4, 3) | bfloat16 | 12   |\n"
+        "| 1.bias   | (4,)   | bfloat16 | 4    |\n"
+        "| 1.weight | (4,)   | bfloat16 | 4    |\n"
+        "+----------+--------+----------+------+\n"
+        "parameters  24 in 4 tensors, 48 B, 4 of them frozen\n"
+        "state       110 B: params 48 B, buffers 24 B, the rest 38 B\n"
+        "device      cpu\n"
+        "run         1,000 steps, 2 epochs of 1,500 batches, seed 7\n"
+    )
+
+
+def layers(count):
+    return fx.init(
+        {"blocks": torch.nn.ModuleList(torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}) for _ in range(count))}
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "table"),
+    [
+        (8, [f"blocks.{i}.a.{name}" for i in range(4) for name in ("bias", "weight")]),
+        (7, ["blocks.*.a.bias | 4 x (3,) | 12", "blocks.*.a.weight | 4 x (3, 2) | 24"]),
+        (1, ["blocks.*.a | 8 tensors | 36"]),
+    ],
+)
+def test_summary_shows_a_big_model_in_less_detail(rows, table):
+    found = [line.strip("|").split("|") for line in printed(layers(4), rows).splitlines() if "blocks" in line]
+    shown = [" | ".join(cell.strip() for cell in (name, shape, size)) for name, shape, _, size in found]
+    assert [
+        line if " | " in wanted else line.split(" | ")[0] for line, wanted in zip(shown, table, strict=True)
+    ] == table
+
+
+def test_summary_cuts_what_cannot_be_grouped():
+    state = fx.init(torch.nn.ParameterDict({name: torch.zeros(2) for name in "abcdef"}))
+    assert [line.split()[1] for line in printed(state, 3).splitlines()[3:6]] == ["a", "b", "and"]
+    assert "and 4 more" in printed(state, 3)
+
+
+def test_summary_without_clu_says_so_and_shows_the_rest(monkeypatch):
+    monkeypatch.setitem(sys.modules, "clu", None)
+    text = printed(layers(1))
+    assert text.startswith("(no table of the parameters, as clu cannot be imported: ")
+    assert "pip install clu)\nparameters  9 in 2 tensors, 36 B\n" in text

@@ -1,0 +1,155 @@
+"""What can be logged, what an event publishes, and how it reaches a writer."""
+
+import numpy as np
+import optree
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fxtrain as fx
+from fxtrain.core import NAMESPACE, Control, EvalBegin, EvalEnd, Logged, Saved, StepEnd
+from fxtrain.values import Histogram, HParams, Text, hand_over, published, take_back
+
+EDGES = torch.tensor([0.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: Text(3), TypeError, "a int came: write Text(str(it))"),
+        (lambda: Histogram(), ValueError, "nothing came"),
+        (lambda: Histogram(counts=torch.ones(2)), ValueError, "counts came"),
+        (lambda: Histogram(EDGES, counts=torch.ones(2), edges=EDGES), ValueError, "values and counts and edges came"),
+        (lambda: Histogram([1.0]), TypeError, "a list came"),
+        (lambda: Histogram(torch.ones(2, dtype=torch.complex64)), TypeError, "a torch.complex64 tensor came"),
+        (lambda: Histogram(counts=torch.ones(3), edges=EDGES), ValueError, "shape [3] came with edges of shape [3]"),
+        (lambda: HParams([1]), TypeError, "a list came"),
+        (lambda: HParams({"a": {2: "x"}}), TypeError, "a has the key 2"),
+        (lambda: HParams({"optim": {"betas": (0.9, 0.99)}}), TypeError, "optim/betas is (0.9, 0.99)"),
+        (lambda: HParams({"a/b": 1, "a": {"b": 2}}), ValueError, "Two leaves of the configuration are called 'a/b'"),
+    ],
+)
+def test_what_a_value_refuses(make, error, says):
+    with pytest.raises(error) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def test_hparams_keep_order_types_and_empty_branches_out():
+    nested = {"b": True, "a": {"y": 1, "x": {"deep": "s"}, "none": {}}, "c": 0.5}
+    assert list(HParams(nested).flat().items()) == [("b", True), ("a/y", 1), ("a/x/deep", "s"), ("c", 0.5)]
+
+
+@given(st.lists(st.floats(width=32), max_size=50), st.integers(1, 40))
+def test_every_finite_value_falls_into_one_bucket(values, num):
+    counts, edges = Histogram(torch.tensor(values)).buckets(num)
+    finite = [value for value in values if np.isfinite(value)]
+    assert counts.sum() == len(finite)
+    assert counts.shape == (num,)
+    assert (np.diff(edges) > 0).all()
+    if finite:
+        assert edges[0] <= min(finite)
+        assert max(finite) <= edges[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32, torch.bool])
+def test_a_histogram_of_any_real_dtype_and_shape(dtype):
+    values = torch.tensor([[0, 1], [1, 1]], dtype=dtype)
+    assert Histogram(values.requires_grad_(values.is_floating_point())).buckets(2)[0].tolist() == [1, 3]
+
+
+def test_given_buckets_stay_as_they_are_and_must_increase():
+    counts, edges = Histogram(counts=torch.tensor([3, 0]), edges=EDGES).buckets(7)
+    assert (counts.tolist(), edges.tolist()) == ([3.0, 0.0], [0.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match="these do not"):
+        Histogram(counts=torch.tensor([3, 0]), edges=torch.tensor([0.0, 2.0, 1.0])).buckets()
+
+
+@pytest.mark.parametrize("histogram", [Histogram(EDGES), Histogram(counts=torch.ones(2), edges=EDGES)], ids=repr)
+def test_a_histogram_is_a_pytree_node_for_optree_and_torch(histogram):
+    for flatten, unflatten in (
+        (lambda x: optree.tree_flatten(x, namespace=NAMESPACE), optree.tree_unflatten),
+        (torch_pytree.tree_flatten, lambda spec, leaves: torch_pytree.tree_unflatten(leaves, spec)),
+    ):
+        leaves, spec = flatten(histogram)
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        again = unflatten(spec, leaves)
+        assert np.array_equal(again.buckets()[0], histogram.buckets()[0])
+
+
+def test_a_histogram_leaves_the_compiled_step_and_vmap():
+    def step(state, batch):
+        counts = torch.stack([(batch < 1).sum(), (batch >= 1).sum()])
+        log = {"all": Histogram(2 * batch), "split": Histogram(counts=counts, edges=EDGES.clone())}
+        return state, fx.StepOutput({"loss": batch.sum()}, Control(log=log))
+
+    state, batch = fx.init(torch.nn.Identity()), torch.tensor([0.5, 1.0, 1.5])
+    log = fx.compile(step, backend="aot_eager")(state, batch)[1].control.log
+    assert log["split"].value.counts.tolist() == [1, 2]
+    assert log["all"].value.values.tolist() == [1.0, 2.0, 3.0]
+
+    split = torch.vmap(lambda batch: step(state, batch)[1].control.log["split"].value)
+    assert split(torch.stack([batch, batch + 1])).counts.tolist() == [[1, 2], [0, 3]]
+
+
+def test_what_events_publish():
+    log = Control(log={"lr": 0.1, "note": Text("hello"), "steps": np.float32(3), "t": torch.tensor(2.0)})
+    expected = {"lr": 0.1, "note": Text("hello"), "steps": 3.0, "t": 2.0}
+    assert published(StepEnd(step=1, metrics={"loss": 2.0}), log) == {"train/loss": 2.0, **expected}
+    assert published(EvalEnd(step=1, metrics={"loss": 2.0}), Control()) == {"eval/loss": 2.0}
+    assert published(Saved(step=1, path="p", metrics={"loss": 2.0}), log) == expected
+    assert published(EvalBegin(step=1), Control()) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("text", "logged 'x', which is a str: log Text(it)."),
+        (torch.zeros(2, 3), "logged 'x', which is a tensor of shape [2, 3]: reduce it to a number"),
+        (None, "logged 'x', which is a NoneType: log a number, or one of fxtrain.values"),
+    ],
+)
+def test_what_cannot_be_published(value, says):
+    with pytest.raises(TypeError) as caught:
+        published(EvalBegin(step=1), Control(log={"x": Logged(value, owner="watcher")}))
+    assert str(caught.value).startswith("watcher ")
+    assert says in str(caught.value)
+
+
+def test_a_logged_value_may_not_take_the_name_of_a_metric():
+    with pytest.raises(ValueError, match="watcher logged 'train/loss', and that is the name of a metric of StepEnd"):
+        published(StepEnd(step=1, metrics={"loss": 2.0}), Control(log={"train/loss": Logged(1.0, owner="watcher")}))
+
+
+class Recorder:
+    """A writer with clu's verbs and no others."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if not name.startswith("write_") or name == "write_event":
+            raise AttributeError(name)
+        return lambda *args: self.calls.append((name, *args))
+
+
+def test_each_kind_goes_to_its_verb_and_nothing_to_no_verb():
+    writer = Recorder()
+    hand_over(writer, EvalBegin(step=7), {})
+    assert writer.calls == []
+    values = {"a": 1.0, "b": Text("*b*"), "c": Histogram(EDGES), "d": HParams({"lr": 1}), "e": 2}
+    hand_over(writer, EvalBegin(step=7), values)
+    scalars, texts, histograms, hparams = writer.calls
+    assert scalars == ("write_scalars", 7, {"a": 1.0, "e": 2})
+    assert texts == ("write_texts", 7, {"b": "*b*"})
+    assert histograms[:2] == ("write_histograms", 7)
+    assert histograms[2]["c"].tolist() == [0.0, 1.0, 2.0]  # a plain array, as clu's writers take it
+    assert hparams == ("write_hparams", {"lr": 1})
+
+
+def test_a_writer_that_cannot_purge_says_so_where_it_matters():
+    take_back(Recorder(), 0)
+    with pytest.warns(RuntimeWarning, match=r"Recorder has no purge.*beyond step 5"):
+        take_back(Recorder(), 5)

@@ -1,0 +1,413 @@
+"""What is written is read back from the files: event files record by record, JSON line by line."""
+
+import importlib.util
+import inspect
+import json
+import logging
+import struct
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+from tensorboardX.record_writer import masked_crc32c
+
+from fxtrain.core import EvalEnd, EvalStep, FitBegin, StepEnd
+from fxtrain.values import Histogram, HParams, Text
+from fxtrain.writers import Writer, jsonl, multi, tensorboard
+from fxtrain.writers.jsonl import JsonLinesWriter
+from fxtrain.writers.multi import MultiWriter
+from fxtrain.writers.tensorboard import TensorBoardWriter
+
+
+def records(path):
+    """The events of one file; the checksums are checked."""
+    data, place, events = path.read_bytes(), 0, []
+    while place < len(data):
+        header = data[place : place + 8]
+        (length,) = struct.unpack("Q", header)
+        body = data[place + 12 : place + 12 + length]
+        assert struct.unpack("I", data[place + 8 : place + 12])[0] == masked_crc32c(header)
+        assert struct.unpack("I", data[place + 12 + length : place + 16 + length])[0] == masked_crc32c(body)
+        events.append(Event.FromString(body))
+        place += 16 + length
+    return events
+
+
+def shown(folder):
+    """The summaries that TensorBoard shows, as (step, value), by its rule: the files in the order of their names;
+    the start of a session forgets what was at its step and beyond."""
+    kept = []
+    for path in sorted(folder.glob("*tfevents*")):
+        events = records(path)
+        assert events[0].file_version == "brain.Event:2"
+        for event in events:
+            if event.session_log.status == SessionLog.START:
+                kept = [(step, value) for step, value in kept if step < event.step]
+            kept += [(event.step, value) for value in event.summary.value]
+    return kept
+
+
+def curve(folder, tag):
+    return [(step, value.simple_value) for step, value in shown(folder) if value.tag == tag]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# TensorBoard
+
+
+def test_tensorboard_scalars_and_texts_are_read_back(tmp_path):
+    writer = tensorboard(tmp_path / "new" / "folder")
+    writer.write_scalars(3, {"a name, with: all/characters": torch.tensor(0.5), "nan": float("nan"), "n": 7})
+    writer.write_texts(4, {"said": "**hello**, wörld"})
+    writer.close()
+    (_, first), (_, nan), (_, n), (step, text) = shown(tmp_path / "new" / "folder")
+    assert (first.tag, first.simple_value, n.simple_value) == ("a name, with: all/characters", 0.5, 7.0)
+    assert np.isnan(nan.simple_value)
+    assert (step, text.tensor.string_val[0].decode()) == (4, "**hello**, wörld")
+    assert text.metadata.plugin_data.plugin_name == "text"
+
+
+def test_tensorboard_one_record_holds_the_scalars_of_a_step(tmp_path):
+    writer = tensorboard(tmp_path)
+    writer.write_scalars(1, {"a": 1.0, "b": 2.0})
+    writer.close()
+    (path,) = tmp_path.iterdir()
+    assert [len(event.summary.value) for event in records(path)] == [0, 2]
+
+
+def test_tensorboard_histograms_hold_every_finite_value(tmp_path):
+    values = torch.cat([torch.linspace(-1, 2, 300), torch.tensor([float("nan"), float("inf")])])
+    writer = tensorboard(tmp_path)
+    writer.write_histograms(2, {"raw": values, "wide": np.arange(12.0)}, {"wide": 4})
+    writer.write_histograms(2, {"counted": Histogram(counts=torch.tensor([2, 6]), edges=torch.tensor([0.0, 1, 3]))})
+    with pytest.warns(RuntimeWarning, match="'empty' of step 2 has no finite value"):
+        writer.write_histograms(2, {"empty": torch.full((3,), float("nan"))})
+    writer.close()
+    raw, wide, counted = (value.histo for _, value in shown(tmp_path))
+    assert (raw.num, sum(raw.bucket), len(raw.bucket)) == (300, 300, 30)
+    assert (raw.min, raw.max, raw.bucket_limit[-1]) == (-1.0, 2.0, 2.0)
+    assert list(wide.bucket) == [3.0, 3.0, 3.0, 3.0]
+    assert (list(counted.bucket), list(counted.bucket_limit), counted.min) == ([2.0, 6.0], [1.0, 3.0], 0.0)
+    assert (counted.num, counted.sum) == (8, 2 * 0.5 + 6 * 2)
+
+
+def test_tensorboard_hparams_are_read_back(tmp_path):
+    writer = tensorboard(tmp_path)
+    writer.write_hparams({"lr": 0.5, "name": "adamw", "nesterov": True})
+    writer.close()
+    ((_, value),) = shown(tmp_path)
+    session = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+    assert session.hparams["lr"].number_value == 0.5
+    assert session.hparams["name"].string_value == "adamw"
+    assert session.hparams["nesterov"].bool_value is True
+
+
+def test_tensorboard_flush_puts_everything_in_the_file(tmp_path):
+    writer = tensorboard(tmp_path)
+    for step in range(50):
+        writer.write_scalars(step, {"loss": float(step)})
+    writer.flush()
+    assert len(curve(tmp_path, "loss")) == 50
+    writer.close()
+
+
+def test_tensorboard_purge_doubles_no_point_within_one_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)  # tensorboardX would overwrite its own file
+    writer = tensorboard(tmp_path)
+    for begin in (0, 5, 3, 8):  # the run goes back three times
+        writer.purge(begin)
+        for step in range(begin + 1, 11):
+            writer.write_scalars(step, {"loss": float(100 * begin + step)})
+    writer.close()
+    assert curve(tmp_path, "loss") == [
+        *[(step, float(step)) for step in range(1, 4)],
+        *[(step, 300.0 + step) for step in range(4, 9)],
+        *[(step, 800.0 + step) for step in range(9, 11)],
+    ]
+
+
+def test_tensorboard_resumes_twice_even_if_the_clock_was_set_back(tmp_path, monkeypatch):
+    for session, (begin, now) in enumerate([(0, 1_700_000_900), (4, 1_700_000_500), (6, 1_700_000_100)]):
+        monkeypatch.setattr(time, "time", lambda now=now: float(now))
+        writer = tensorboard(tmp_path)
+        writer.purge(begin)
+        for step in range(begin + 1, 9):
+            writer.write_scalars(step, {"session": float(session)})
+        writer.close()
+    assert curve(tmp_path, "session") == [(s, 0.0 if s <= 4 else 1.0 if s <= 6 else 2.0) for s in range(1, 9)]
+
+
+def test_tensorboard_begins_no_file_without_need_and_opens_again_after_close(tmp_path):
+    writer = tensorboard(tmp_path)
+    writer.purge(0)
+    writer.flush()
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+    for step in (1, 2):
+        writer.write_scalars(step, {"loss": 1.0})
+        writer.close()
+        writer.close()
+    assert [step for step, _ in curve(tmp_path, "loss")] == [1, 2]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# JSON lines
+
+
+def test_jsonl_holds_all_that_an_event_published(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    writer = jsonl(path)
+    event = StepEnd(step=12, position=5, epoch_length=10, time=3.25, metrics={})
+    values = {
+        "train/loss": 0.5,
+        "note": Text("wörld\n"),
+        "weights": Histogram(counts=torch.tensor([2, 6]), edges=torch.tensor([0.0, 1, 3])),
+        "config": HParams({"optim": {"lr": 0.1}}),
+    }
+    writer.write_event(event, values)
+    writer.write_event(EvalStep(step=12, index=3, batch=None, metrics={}), {"x": 1})
+    assert lines(path) == [
+        {
+            "event": "StepEnd",
+            "step": 12,
+            "epoch": 0.5,
+            "time": 3.25,
+            "metrics": {"train/loss": 0.5},
+            "texts": {"note": "wörld\n"},
+            "histograms": {"weights": {"counts": [2.0, 6.0], "edges": [0.0, 1.0, 3.0]}},
+            "hparams": {"optim/lr": 0.1},
+        },
+        {"event": "EvalStep", "step": 12, "index": 3, "epoch": None, "time": 0.0, "metrics": {"x": 1}},
+    ]
+    writer.close()
+
+
+def test_jsonl_verbs_of_one_step_share_a_line(tmp_path):
+    writer = jsonl(tmp_path / "a.jsonl")
+    writer.write_hparams({"lr": 0.1})
+    writer.write_scalars(1, {"loss": np.float32(0.5), "acc": torch.tensor(0.25)})
+    writer.write_texts(1, {"said": "hello"})
+    writer.write_scalars(1, {"loss": 0.75})
+    writer.write_histograms(2, {"w": np.array([0.0, 1.0])}, {"w": 2})
+    writer.close()
+    assert lines(tmp_path / "a.jsonl") == [
+        {"hparams": {"lr": 0.1}},
+        {"step": 1, "metrics": {"loss": 0.75, "acc": 0.25}, "texts": {"said": "hello"}},
+        {"step": 2, "histograms": {"w": {"counts": [1.0, 1.0], "edges": [0.0, 0.5, 1.0]}}},
+    ]
+
+
+def test_jsonl_numbers_that_json_lacks_are_strings_that_float_reads(tmp_path):
+    writer = jsonl(tmp_path / "a.jsonl")
+    writer.write_scalars(1, {"a": float("nan"), "b": float("inf"), "c": torch.tensor(-float("inf"))})
+    writer.close()
+    text = (tmp_path / "a.jsonl").read_text()
+    (line,) = json.loads(f"[{text}]", parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert line["metrics"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity"}
+    assert [float(value) for value in line["metrics"].values()][1:] == [float("inf"), -float("inf")]
+
+
+WHOLE = b"".join(b'{"step": %d, "metrics": {"loss": %d.5}}\n' % (n, n) for n in range(1, 4))
+
+
+@pytest.mark.parametrize("cut", range(len(WHOLE) + 1))
+def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(WHOLE[:cut])
+    writer = jsonl(path)
+    whole = WHOLE[:cut].count(b"\n")
+    torn = cut - (WHOLE[:cut].rfind(b"\n") + 1)
+    assert [str(w.message) for w in recwarn] == (
+        [f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes were removed."] if torn else []
+    )
+    writer.write_scalars(9, {"loss": 9.5})
+    writer.close()
+    assert [line["step"] for line in lines(path)] == [*range(1, whole + 1), 9]
+
+
+def test_jsonl_mends_a_torn_line_longer_than_a_block(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(WHOLE + b'{"step": 4, "texts": {"t": "' + b"x" * 200_000)
+    with pytest.warns(RuntimeWarning, match="its last 200028 bytes"):
+        jsonl(path).close()
+    assert path.read_bytes() == WHOLE
+
+
+def filled(path, steps=5):
+    writer = jsonl(path)
+    for step in range(1, steps + 1):
+        writer.write_event(StepEnd(step=step, metrics={}), {"train/loss": float(step)})
+        if step % 2 == 0:
+            writer.write_event(EvalEnd(step=step, metrics={}), {"eval/loss": float(step)})
+    return writer
+
+
+def test_jsonl_purge_moves_what_lies_beyond_a_step(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = filled(path)
+    before = path.read_bytes().splitlines(keepends=True)
+    writer.purge(2)
+    assert path.read_bytes() == b"".join(before[:3])
+    assert (tmp_path / "a.dropped.jsonl").read_bytes() == b"".join(before[3:])
+    writer.purge(2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.dropped.jsonl", "a.jsonl"]
+    writer.write_event(StepEnd(step=3, metrics={}), {"train/loss": 30.0})
+    writer.close()
+    assert [(line["event"], line["step"]) for line in lines(path)] == [
+        ("StepEnd", 1), ("StepEnd", 2), ("EvalEnd", 2), ("StepEnd", 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_jsonl_joins_to_a_line_of_the_step_that_a_run_resumes_at(tmp_path, reopened):
+    path = tmp_path / "a.jsonl"
+    writer = filled(path, steps=4)
+    if reopened:
+        writer.close()
+        writer = jsonl(path)
+    writer.purge(4)
+    writer.write_event(EvalEnd(step=4, time=1.0, metrics={}), {"eval/loss": 40.0, "eval/acc": 1.0})
+    writer.write_event(StepEnd(step=5, metrics={}), {"train/loss": 5.0})
+    writer.close()
+    assert [(line["event"], line["step"]) for line in lines(path)][-3:] == [
+        ("StepEnd", 4), ("EvalEnd", 4), ("StepEnd", 5),
+    ]  # fmt: skip
+    assert lines(path)[-2]["metrics"] == {"eval/loss": 40.0, "eval/acc": 1.0}
+
+
+def test_jsonl_purge_survives_a_crash_at_its_commit(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    writer = filled(path)
+    before = path.read_bytes()
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            writer.purge(2)
+    assert path.read_bytes() == before
+    jsonl(path).purge(2)
+    assert [line["step"] for line in lines(path)] == [1, 2, 2]
+
+
+def test_jsonl_purge_keeps_configurations_and_moves_what_cannot_be_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"hparams": {"lr": 0.1}}\n\0\0\0\n[1]\n' + WHOLE)
+    writer = jsonl(path)
+    writer.purge(1)
+    writer.close()
+    assert lines(path) == [{"hparams": {"lr": 0.1}}, {"step": 1, "metrics": {"loss": 1.5}}]
+    assert (tmp_path / "a.dropped.jsonl").read_bytes().startswith(b"\0\0\0\n[1]\n")
+
+
+@settings(deadline=None, max_examples=50)
+@given(sessions=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=6))
+def test_jsonl_has_one_line_for_each_event_and_step(tmp_path_factory, sessions):
+    path = tmp_path_factory.mktemp("law") / "a.jsonl"
+    expected, last = {}, 0
+    for number, (back, steps) in enumerate(sessions):
+        begin = max(last - back, 0)
+        writer = jsonl(path)
+        writer.purge(begin)
+        expected = {key: value for key, value in expected.items() if key[1] <= begin}
+        for step in range(begin + 1, begin + steps + 1):
+            for event in (StepEnd(step=step, metrics={}), EvalEnd(step=step, metrics={})):
+                writer.write_event(event, {"session": number})
+                expected[type(event).__name__, step] = number
+        last = begin + steps
+        writer.close()
+    found = [((line["event"], line["step"]), line["metrics"]["session"]) for line in lines(path)]
+    assert found == list(expected.items())
+
+
+# Together
+
+
+def test_multi_reaches_every_writer_with_every_verb(tmp_path):
+    writer = multi(tensorboard(tmp_path / "tb"), multi(jsonl(tmp_path / "a.jsonl"), jsonl(tmp_path / "b.jsonl")))
+    writer.write_event(FitBegin(step=0), {"config": HParams({"lr": 0.1})})
+    writer.write_event(StepEnd(step=1, metrics={}), {"loss": 1.0})
+    writer.write_scalars(2, {"loss": 2.0})
+    writer.write_texts(2, {"text": "t"})
+    writer.write_histograms(2, {"h": np.ones(3)}, {"h": 1})
+    writer.write_hparams({"lr": 0.2})
+    writer.flush()
+    for name in ("a.jsonl", "b.jsonl"):
+        assert [line.get("step") for line in lines(tmp_path / name)] == [0, 1, 2, None]
+    assert len(shown(tmp_path / "tb")) == 6
+    writer.purge(1)
+    writer.close()
+    assert curve(tmp_path / "tb", "loss") == [(1, 1.0)]
+    assert [line.get("step") for line in lines(tmp_path / "b.jsonl")] == [0, 1, None]
+
+
+def test_multi_closes_every_writer_and_then_raises_the_first_error(tmp_path):
+    class Failing:
+        def close(self):
+            raise OSError("full")
+
+    last = jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(OSError, match="full"):
+        multi(Failing(), last).close()
+    assert last._file is None
+    with pytest.raises(ValueError, match="nothing to write to"):
+        multi()
+
+
+@pytest.mark.parametrize("make", [tensorboard, lambda path: jsonl(path / "a.jsonl")])
+def test_a_path_that_cannot_be_written_is_an_error_at_once(tmp_path, make):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to .*file.* \(Not a directory|File exists"):
+        make(tmp_path / "file" / "folder")
+    with pytest.raises(OSError, match="give a path that you may write to"):
+        make(tmp_path / "file")
+
+
+@pytest.fixture
+def clu_writers(monkeypatch):
+    """clu's writers, past its package, which imports TensorFlow."""
+    package = types.ModuleType("clu.metric_writers")
+    package.__path__ = [f"{importlib.util.find_spec('clu').submodule_search_locations[0]}/metric_writers"]
+    for name in [name for name in sys.modules if name.startswith("clu.metric_writers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", package)
+    yield lambda name: importlib.import_module(f"clu.metric_writers.{name}")
+    for name in [name for name in sys.modules if name.startswith("clu.metric_writers.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_verbs_are_those_of_clu(clu_writers):
+    theirs = clu_writers("interface").MetricWriter
+    verbs = [name for name in vars(Writer) if name.startswith("write_") or name in ("flush", "close")]
+    assert len(verbs) == 6
+    for verb in verbs:
+        wanted = [(p.name, p.default) for p in inspect.signature(getattr(theirs, verb)).parameters.values()]
+        for writer in (Writer, TensorBoardWriter, JsonLinesWriter, MultiWriter):
+            assert [(p.name, p.default) for p in inspect.signature(getattr(writer, verb)).parameters.values()] == wanted
+
+
+def test_clu_writers_work_as_ours_and_ours_inside_theirs(tmp_path, clu_writers, caplog):
+    theirs = clu_writers("logging_writer").LoggingWriter()
+    assert isinstance(theirs, Writer)
+    both = clu_writers("multi_writer").MultiWriter([theirs, jsonl(tmp_path / "a.jsonl"), tensorboard(tmp_path / "tb")])
+    with caplog.at_level(logging.INFO, logger="absl"):
+        values = {"loss": 0.5, "note": Text("hello"), "w": Histogram(torch.arange(4.0)), "c": HParams({"lr": 0.25})}
+        multi(both).write_event(StepEnd(step=3, metrics={}), values)
+    both.close()
+    assert "loss=0.5" in caplog.text
+    assert "lr" in caplog.text
+    first, config = lines(tmp_path / "a.jsonl")
+    assert (first["metrics"], first["texts"], config) == ({"loss": 0.5}, {"note": "hello"}, {"hparams": {"lr": 0.25}})
+    assert curve(tmp_path / "tb", "loss") == [(3, 0.5)]
