@@ -31,7 +31,7 @@ def test_the_example_runs_word_for_word(tmp_path, monkeypatch, capsys):
     exec(example.replace("fx.compile(fx.train_step(loss_fn, tx))", "fx.train_step(loss_fn, tx)"), names)
     assert names["result"].reason == "finished 3 epochs"
     assert names["result"].last.step == 12
-    assert (tmp_path / "runs/1/checkpoints").is_dir()
+    assert (tmp_path / "runs/1").is_dir()
 
 
 def test_the_test_command_is_that_of_ci():

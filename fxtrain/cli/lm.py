@@ -165,7 +165,6 @@ class _Job:
                 ),
             ],
         )
-        print(f"\nended       {result.reason}, at step {int(result.last.step)} of {self.steps}")
         if result.reason.startswith("interrupted"):
             self._tail()
             return 130

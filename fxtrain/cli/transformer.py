@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -68,21 +69,23 @@ class Transformer(nn.Module):
         Press and Wolf 2017, "Using the output embedding to improve language models" (arXiv:1608.05859).
     """
 
+    cos: Tensor  # float32 [length, width / heads / 2]
+    sin: Tensor
+
     def __init__(self, config: Config, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        self.embedding = skip_init(nn.Embedding, VOCABULARY, config.width)
+        self.embedding = cast(nn.Embedding, skip_init(nn.Embedding, VOCABULARY, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.head = _linear(config.width, VOCABULARY)
         self.head.weight = self.embedding.weight
-        # Kept out of saved files: they are a function of the configuration.
-        cos, sin = rotary_angles(config.length, config.width // config.heads)
+        cos, sin = _rotary(config.length, config.width // config.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._draw(generator)
+        self._initialize(generator)
 
-    def _draw(self, generator: torch.Generator) -> None:
+    def _initialize(self, generator: torch.Generator) -> None:
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5, generator=generator)
         for name, parameter in self.blocks.named_parameters():
             if parameter.ndim == 2:
@@ -116,7 +119,8 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.perceptron_norm = nn.RMSNorm(config.width)
         self.perceptron = Perceptron(config)
-        self.dropout = nn.Dropout(config.dropout)
+        # A dropout of 0 would still be traced, and would still count as a place that asks for random numbers.
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
@@ -135,7 +139,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -151,16 +155,88 @@ class Perceptron(nn.Module):
         return self.out(F.gelu(self.up(x)))
 
 
-def rotary_angles(length: int, channels: int) -> tuple[Tensor, Tensor]:
-    frequencies = 10_000.0 ** (-torch.arange(0, channels, 2) / channels)
-    angles = torch.outer(torch.arange(length), frequencies)
+def sample(
+    model: Callable[[Tensor], Tensor],
+    prompt: Tensor,
+    *,
+    length: int,
+    uniform: Tensor,
+    temperature: float = 0.8,
+    top_k: int = VOCABULARY,
+) -> Tensor:
+    """Bytes that continue the prompt, one for each number of ``uniform``: a function, without a generator.
+
+    Each byte is where a number falls in the cumulative distribution of the ``top_k`` likeliest bytes, and costs
+    one pass over a window of constant shape, which moves along with the text.
+
+    Args:
+        model: From int64 [1, length] to logits [1, length, 256]; causal, and in evaluation mode.
+        prompt: Integers [bytes], at least one; the last ``length`` of them count.
+        length: Bytes in the window.
+        uniform: float [count], in [0, 1), on the model's device.
+        temperature: What the logits are divided by. Above 0; near 0, the likeliest byte wins.
+        top_k: How many bytes are considered, from 1 to 256.
+
+    Returns:
+        uint8 [count].
+
+    Raises:
+        ValueError: If the prompt is empty, or a number is out of range.
+
+    Example:
+        >>> model = Transformer(Config(layers=1, width=16, heads=2, length=8), torch.Generator().manual_seed(0))
+        >>> prompt = torch.tensor(list(b"import "), dtype=torch.uint8)
+        >>> sample(model, prompt, length=8, uniform=torch.tensor([0.1, 0.5, 0.9])).shape
+        torch.Size([3])
+    """
+    if not prompt.numel():
+        raise ValueError("The prompt is empty, and sampling needs one byte to go on from: a line break will do.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, and more than 0 was wanted; top_k=1 takes the likeliest byte.")
+    if not 1 <= top_k <= VOCABULARY:
+        raise ValueError(f"top_k is {top_k}, and a number from 1 to {VOCABULARY} was wanted.")
+    recent = prompt[-length:].to(uniform.device, torch.int64)
+    window = F.pad(recent, (0, length - len(recent)))[None]
+    used = torch.tensor(len(recent), device=uniform.device)
+    drawn: list[Tensor] = []
+    with torch.no_grad():
+        for number in uniform:
+            logits = model(window)[0].index_select(0, (used - 1).view(1))[0]
+            byte = _draw(logits / temperature, number, top_k=top_k)
+            window, used = _append(window, used, byte)
+            drawn.append(byte)
+    return torch.stack(drawn).to(torch.uint8) if drawn else prompt.new_empty(0, dtype=torch.uint8)
+
+
+def _draw(logits: Tensor, number: Tensor, *, top_k: int) -> Tensor:
+    """The index (int64 []) at which ``number`` in [0, 1) falls, the ``top_k`` largest logits in falling order."""
+    largest, indices = logits.float().topk(top_k)
+    cumulative = largest.softmax(-1).cumsum(-1)
+    # Scaled, because rounding may leave the sum below the number; capped, because it may round up to the sum.
+    rank = (cumulative <= number * cumulative[-1]).sum().clamp(max=top_k - 1)
+    return indices.index_select(0, rank.view(1))[0]
+
+
+def _append(window: Tensor, used: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
+    """The window with the byte after the ``used`` first ones; a full one loses its first byte."""
+    length = window.shape[1]
+    moved = torch.where(used == length, window.roll(-1, dims=1), window)
+    place = used.clamp(max=length - 1)
+    return moved.scatter(1, place.view(1, 1), byte.view(1, 1)), place + 1
+
+
+def _rotary(length: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, float32 [length, channels / 2] each, of the angles by which positions turn pairs of channels."""
+    frequencies = 10_000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return skip_init(nn.Linear, inputs, outputs, bias=False)
+    # The constructor alone would draw weights from the global generator.
+    return cast(nn.Linear, skip_init(nn.Linear, inputs, outputs, bias=False))

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fxtrain.core import Control, Rewound, TrainState
+from fxtrain.core import Control, EvalEnd, Rewound, StepEnd, TrainState
 from fxtrain.values import published
-
 
 _TOGETHER = 256  # events between two readings of the device
 
@@ -38,22 +37,30 @@ class History(Mapping[str, Series]):
 
     def record(self, state: TrainState | None, event: Any, control: Control) -> None:
         """Adds what an event published. An observer."""
-        # Read in one go, so that the loop need not wait for the device at each step.
-        self._unread.append((event, control))
-        if len(self._unread) >= _TOGETHER or isinstance(event, Rewound):
+        if isinstance(event, StepEnd | EvalEnd):
+            # Read some at a time, so that the loop need not wait for the device at each step.
+            self._unread.append((event, control))
+            if len(self._unread) >= _TOGETHER:
+                self._read()
+        elif isinstance(event, Rewound):
             self._read()
+            self._forget_after(event.to_step)
+            self._add(event.to_step, published(event, control))
+        elif values := published(event, control):
+            self._read()
+            self._add(event.step, values)
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []
         for event, control in unread:
-            if isinstance(event, Rewound):
-                self._forget_after(event.to_step)
-            at = event.to_step if isinstance(event, Rewound) else event.step
-            for name, value in published(event, control).items():
-                if isinstance(value, int | float):
-                    steps, values = self._points.setdefault(name, ([], []))
-                    steps.append(at)
-                    values.append(value)
+            self._add(event.step, published(event, control))
+
+    def _add(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                steps, numbers = self._points.setdefault(name, ([], []))
+                steps.append(step)
+                numbers.append(value)
 
     def _forget_after(self, last: int) -> None:
         for steps, values in self._points.values():

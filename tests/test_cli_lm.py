@@ -1,0 +1,133 @@
+"""The main job as a person runs it: what it says, what it leaves, Ctrl-C, resume, and what it refuses."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fxtrain.cli import main
+
+SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]
+SMALL = [*SHAPE, "--eval-interval", "10", "--snapshot-interval", "10"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    source = pathlib.Path(json.__file__).read_text() * 4
+    path = tmp_path / "text.py"
+    path.write_text(source)
+    return path
+
+
+def start(*arguments, cwd):
+    command = [sys.executable, "-m", "fxtrain.cli", "lm", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments, cwd):
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def checkpoint(folder):
+    """The checksums of all leaves of the newest checkpoint, by path: what bitwise equality is decided by."""
+    newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
+    leaves = json.loads((newest / "manifest.json").read_text())["manifest"]["leaves"]
+    return {leaf["path"]: leaf["crc32"] for leaf in leaves}
+
+
+def only_run(folder):
+    (found,) = (folder / "runs").iterdir()
+    return found
+
+
+@pytest.mark.slow
+def test_trains_reports_and_resumes_to_the_bit(tmp_path, text):
+    options = ["--text", str(text), "--steps", "60", "--no-compile", "--dropout", "0.1", *SMALL]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+
+    code, out, err = run(*options, cwd=whole)
+    assert (code, err) == (0, "")
+    for said in ("corpus", "parameters", "device", "reached 60 steps", "this model", "xz -9", "trigrams", "unigrams"):
+        assert said in out
+    folder = only_run(whole)
+    assert f"fxtrain lm --resume runs/{folder.name}" in out
+    names = {path.name.split(".")[0] for path in folder.iterdir()}
+    assert {"config", "metrics", "events", "checkpoints", "result"} <= names
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"StepEnd", "EvalEnd"} <= {line["event"] for line in lines}
+
+    process = start(*options, cwd=cut)
+    for line in process.stdout:
+        if re.match(r"step +2\d/60", line):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "interrupted by SIGINT" in out
+    resume = re.search(r"fxtrain lm (--resume \S+)", out)[1].split()
+
+    code, out, err = run(*resume, cwd=cut)
+    assert (code, err) == (0, "")
+    assert checkpoint(only_run(cut)) == checkpoint(folder)
+    both = [json.loads((only_run(base) / "result.json").read_text()) for base in (whole, cut)]
+    assert both[0] == both[1]
+    steps = [
+        line["step"]
+        for line in map(json.loads, (only_run(cut) / "metrics.jsonl").read_text().splitlines())
+        if line["event"] == "StepEnd"
+    ]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "/not/there"], "There is no file or folder '/not/there'"),
+        (["--steps", "0"], "--steps is 0, and at least 1 is wanted"),
+        (["--lr", "-1"], "--lr is -1.0, and more than 0 is wanted"),
+        (["--width", "30"], "A width of 30 does not divide into 4 heads"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--resume", "nowhere"], "nowhere is no run: there is no config.json in it"),
+    ],
+)
+def test_refuses_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["lm", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_too_short_for_a_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("hello\n" * 20)
+    assert main(["lm", "--text", "short.txt"]) == 2
+    assert "one batch of 16 sequences of 128 takes" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_options_and_its_text(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    assert main(["lm", "--text", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
+    folder = only_run(tmp_path)
+    assert main(["lm", "--resume", str(folder), "--lr", "0.5"]) == 2
+    assert "--lr was 0.002 then: leave it out" in capsys.readouterr().err
+    text.write_text(text.read_text() + "# changed\n")
+    assert main(["lm", "--resume", str(folder)]) == 2
+    assert "The text is not the one" in capsys.readouterr().err
+
+
+def test_says_what_commands_there_are(capsys):
+    assert main([]) == 0
+    assert "lm      train a small byte-level transformer" in capsys.readouterr().out
+    assert main(["lim"]) == 2
+    assert "there is no command 'lim'" in capsys.readouterr().err
