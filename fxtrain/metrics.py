@@ -88,7 +88,7 @@ class Metric:
     def from_fun(cls, function: Callable[..., Any]) -> type[Self]:
         """This metric of ``function(**outputs)``: a tensor, or a mapping of keyword arguments.
 
-        The output ``mask`` goes along, unless the mapping has a mask of its own, or None for none.
+        The output ``mask`` goes along as with ``from_output``, unless the mapping has a mask, or None for none.
 
         Example:
             >>> def error(prediction, target, **_):
@@ -212,10 +212,7 @@ class Std(Metric):
         count = kept.sum()
         some = count.clamp(min=1)
         mean = values.sum() / some
-        deviations = torch.where(kept > 0, values - mean, 0)
-        # The second term is zero but for the rounding of the mean, which it takes away again.
-        m2 = deviations.square().sum() - deviations.sum().square() / some
-        return cls(mean, m2.clamp(min=0), count)
+        return cls(mean, torch.where(kept > 0, values - mean, 0).square().sum(), count)
 
     def merge(self, other: Self) -> Self:
         count = self.count + other.count
@@ -395,7 +392,7 @@ def _from_output(base: Any, name: str) -> Any:
     def from_model_output(cls: Any, **outputs: Any) -> Any:
         if name not in outputs:
             raise KeyError(f"There is no model output {name!r} among {', '.join(outputs) or 'none'}.")
-        return above(cls, outputs[name], mask=outputs.get("mask") if outputs[name].ndim else None)
+        return above(cls, outputs[name], mask=_mask_for(outputs[name], outputs))
 
     above = base.from_model_output.__func__
     return _subclass(base, f"from_output({name!r})", from_model_output)
@@ -406,11 +403,16 @@ def _from_fun(base: Any, function: Callable[..., Any]) -> Any:
     def from_model_output(cls: Any, **outputs: Any) -> Any:
         result = function(**outputs)
         if isinstance(result, Mapping):
-            return above(cls, **{"mask": outputs.get("mask"), **result})
-        return above(cls, result, mask=outputs.get("mask") if result.ndim else None)
+            arguments = cast(Mapping[str, Any], result)
+            return above(cls, **{"mask": _mask_for(next(iter(arguments.values())), outputs), **arguments})
+        return above(cls, result, mask=_mask_for(result, outputs))
 
     above = base.from_model_output.__func__
     return _subclass(base, f"from_fun({getattr(function, '__name__', repr(function))})", from_model_output)
+
+
+def _mask_for(value: Tensor, outputs: Mapping[str, Any]) -> Tensor | None:
+    return outputs.get("mask") if value.ndim else None  # a value of the whole batch has nothing to be masked
 
 
 def _subclass(base: Any, made: str, from_model_output: Callable[..., Any]) -> Any:

@@ -408,6 +408,39 @@ class TestInterruption:
                 fit(**{**options, "callbacks": fx.compose(options["callbacks"], fail)})
             testing.assert_equal(fit(**options).last, result.last, f"failed at moment {cut}, {told[cut][0]}")
 
+    def test_an_epoch_of_unknown_length_ends_once_wherever_the_run_is_cut(self, tmp_path):
+        def batches():
+            yield from problem.data()
+
+        class Stream:
+            def __iter__(self):
+                return batches()
+
+        def told(folder, *limits):
+            fired = []
+            for steps in limits:
+                checkpoints = fx.checkpointer(folder)
+                options = {"checkpointer": checkpoints, "resume": True, "observers": [recorder(fired)]}
+                last = fx.fit(problem.start(), problem.step(), Stream(), steps=steps, **options).last
+            return last, [(type(e).__name__, e.step) for e in fired if isinstance(e, fx.EpochBegin | fx.EpochEnd)]
+
+        last, epochs = told(tmp_path / "whole", 8)
+        assert epochs == [
+            *[("EpochBegin", 0), ("EpochEnd", 3)],
+            *[("EpochBegin", 3), ("EpochEnd", 6)],
+            ("EpochBegin", 6),
+        ]
+        for cut in range(1, 8):
+            assert told(tmp_path / str(cut), cut, 8)[1] == epochs
+            testing.assert_equal(told(tmp_path / f"{cut}-again", cut, 8)[0], last, f"cut at step {cut}")
+
+        def interrupt(state, event: fx.EpochEnd, control):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        options = {"checkpointer": fx.checkpointer(tmp_path / "end"), "steps": 8}
+        fx.fit(problem.start(), problem.step(), Stream(), observers=[interrupt], **options)
+        assert told(tmp_path / "end", 8)[1] == epochs[2:]
+
     def test_a_second_signal_ends_at_once(self):
         def twice(state, event, control):
             if isinstance(event, fx.StepEnd):
@@ -544,6 +577,12 @@ def test_evaluate_averages_by_the_size_of_each_batch():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert fx.evaluate(state, mean, batches) == {"mean": 1.0}
+
+
+def test_evaluate_does_not_count_rows_that_fill_up_a_batch():
+    data = fx.data.batches({"x": torch.tensor([1.0, 1.0, 4.0])}, 2, shuffle=False, drop_last="pad")
+    mean = fx.eval_step(lambda model, batch: {"x": (batch["x"] * batch["mask"]).sum() / batch["mask"].sum()})
+    assert fx.evaluate(fx.init(torch.nn.ReLU()), mean, data) == {"x": 2.0}
 
 
 def test_evaluate_leaves_the_state_and_reads_its_weights():

@@ -212,7 +212,7 @@ class _Job:
 
     def _report(self, state: fx.TrainState, eval_step: Any) -> None:
         text = self.corpus.validation
-        print("measuring   the validation text ...", end="", flush=True)
+        print("\nmeasuring   the validation text, and simpler models on it", flush=True)
         ours = fx.evaluate(state, eval_step, self._validation())["loss"] / math.log(2)
         marks = {
             "this model": ours,
@@ -223,7 +223,7 @@ class _Job:
         (self.folder / "result.json").write_text(
             json.dumps({"bits_per_byte": marks, "step": int(state.step)}, indent=2)
         )
-        print(f"\rvalidation  bits per byte of {len(text) / 1e6:.2f} MB held out:")
+        print(f"validation  bits per byte of {len(text) / 1e6:.2f} MB held out:")
         for name, value in marks.items():
             print(f"            {value:6.3f}  {name}")
         print("\nsample")

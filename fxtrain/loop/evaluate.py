@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -77,5 +77,9 @@ def to_device(batch: Any, state: TrainState) -> Any:
 
 
 def _size(batch: Any, state: TrainState) -> Tensor:
+    """How many examples a batch has; rows that only fill it up do not count."""
     first = next((leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
-    return torch.tensor(1.0 if first is None else float(first.shape[0]), device=state.step.device)
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:
+        return mask.sum()
+    return torch.tensor(1 if first is None else first.shape[0], device=state.step.device)

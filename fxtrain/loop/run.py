@@ -97,6 +97,7 @@ class Run:
 
         self._kept: list[tuple[int, TrainState]] = []  # states to rewind to by their step, oldest first
         self._data_end: int | None = None  # where the data said that it was exhausted
+        self._epoch_from: int | None = None  # where this session last began an epoch
         self._data_wait = 0.0
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
@@ -179,6 +180,7 @@ class Run:
         now = self._now
         if now.due["begin_epoch"]:
             now.set(begin_epoch=False)
+            self._epoch_from = now.position
             yield from self._fire(EpochBegin)
             if now.anything_due:
                 return
@@ -216,6 +218,9 @@ class Run:
             if self._data_end == now.position or now.position == 0:
                 raise ValueError(_exhausted(now.position, self.plan)) from None
             self._data_end = now.position
+            if self._epoch_from == now.position:
+                # Its end was told in the session before; this one's data has only now found it.
+                return self._next_batch()
             now.set(end_epoch=True)
             return None
         self._data_wait = self.plan.clock() - began

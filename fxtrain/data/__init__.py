@@ -1,0 +1,18 @@
+"""Data: batches by position, so that a run is resumed at the batch where it stopped.
+
+The loop asks for ``data[0]``, ``data[1]``, ... through all epochs. A batch is a function of (seed, position), and
+a position is all that a checkpoint has to keep.
+"""
+
+from fxtrain.data.adapt import adapt as adapt
+from fxtrain.data.arrays import batches as batches
+from fxtrain.data.arrays import sequence as sequence
+from fxtrain.data.arrays import windows as windows
+from fxtrain.data.loaders import from_loader as from_loader
+from fxtrain.data.prefetch import prefetch as prefetch
+from fxtrain.data.source import Batches as Batches
+from fxtrain.data.source import Exhausted as Exhausted
+from fxtrain.data.source import Source as Source
+from fxtrain.data.source import check as check
+from fxtrain.data.streams import from_iterable as from_iterable
+from fxtrain.data.streams import from_stateful_loader as from_stateful_loader

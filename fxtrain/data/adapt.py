@@ -1,0 +1,74 @@
+"""Adapt: what users have, as batches by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fxtrain.data.arrays import sequence
+from fxtrain.data.loaders import from_loader
+from fxtrain.data.source import Batches, Source
+from fxtrain.data.streams import from_iterable, from_stateful_loader
+
+
+class Foreign(Source):
+    """Batches of somebody else's making, checked."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.source = source
+        if hasattr(source, "snapshot") and hasattr(source, "restore"):
+            self.snapshot, self.restore = source.snapshot, source.restore
+
+    @property
+    def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.epoch_length
+
+    def fetch(self, position: int) -> Any:
+        return self.source[position]
+
+    def close(self) -> None:
+        if hasattr(self.source, "close"):
+            self.source.close()
+
+
+def adapt(source: Any, *, seed: int = 0) -> Source:
+    """Batches by position from what there is.
+
+    Batches stay themselves, a list is a ``sequence``, a loader with a ``state_dict`` goes to
+    ``from_stateful_loader``, another ``DataLoader`` to ``from_loader``, and the rest to ``from_iterable``.
+
+    Args:
+        source: What gives batches.
+        seed: Any whole number, for orders that a loader draws.
+
+    Raises:
+        TypeError: If it gives samples, and no batches.
+
+    Example:
+        >>> import torch
+        >>> data = adapt([torch.zeros(2), torch.ones(2)])
+        >>> adapt(data) is data
+        True
+    """
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, Batches):
+        return Foreign(source)
+    if isinstance(source, list | tuple):
+        return sequence(source)
+    if isinstance(source, Iterable) and hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+        return from_stateful_loader(source, seed=seed)
+    if isinstance(source, DataLoader):
+        return from_loader(source, seed=seed)
+    samples = isinstance(source, Dataset) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
+    if isinstance(source, Tensor | np.ndarray | Mapping) or (samples and not isinstance(source, IterableDataset)):
+        raise TypeError(
+            f"A {type(source).__name__} holds samples, and batches are wanted: make them with "
+            "fxtrain.data.batches(source, batch_size), or put it into a DataLoader."
+        )
+    return from_iterable(source, seed=seed)

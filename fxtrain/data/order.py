@@ -1,0 +1,116 @@
+"""The order of an epoch: a keyed permutation, of which any stretch can be had without the rest.
+
+All of it is arithmetic on 64-bit integers that is written here, so an order is the same on every machine and with
+every version of torch and numpy: a run can be resumed anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio; odd, so its multiples are distinct modulo 2^64
+_WORD = 2**64 - 1
+_BLOCK = 2**14  # items that are worked out at once: 1 ms, and 128 KiB to keep
+_ROUNDS = 8
+
+
+def mix(*numbers: int) -> int:
+    """A number of 64 bits that depends on each bit of the numbers and on their order.
+
+    Example:
+        >>> mix(0, 1) != mix(1, 0)
+        True
+    """
+    word = 0
+    for number in numbers:
+        word = _finish((word + _GOLDEN & _WORD) ^ (number & _WORD))
+    return word
+
+
+class Order:
+    """For each epoch a permutation of the numbers below ``size``: a function of (seed, epoch, index) and no memory.
+
+    Up to 2^14 items it sorts the items by their random numbers: each permutation is equally likely. Beyond, it is a
+    Feistel network over the next power of two, walked until it lands below ``size``: O(1) in time and memory
+    wherever it is asked, about 0.1 us an item on one core, where sorting 10^7 takes two seconds at each epoch.
+
+    Args:
+        size: How many items.
+        seed: Any whole number.
+        shuffle: Without it, each epoch is in the order of the items.
+
+    References:
+        Luby, Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", 1988.
+        Black, Rogaway, "Ciphers with arbitrary finite domains", 2002.
+    """
+
+    def __init__(self, size: int, *, seed: int = 0, shuffle: bool = True) -> None:
+        self.size = size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._kept: tuple[tuple[int, int], np.ndarray] | None = None  # the last block: a cache, and no more
+
+    def items(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the items from index ``start`` to before ``stop`` of an epoch.
+
+        Example:
+            >>> Order(5, seed=1).items(0, 0, 5).tolist()
+            [2, 0, 4, 3, 1]
+        """
+        if not self.shuffle:
+            return np.arange(start, stop)
+        parts = [
+            self._block(epoch, number)[max(start - number * _BLOCK, 0) : stop - number * _BLOCK]
+            for number in range(start // _BLOCK, -(-stop // _BLOCK))
+        ]
+        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+    def _block(self, epoch: int, number: int) -> np.ndarray:
+        kept = self._kept
+        if kept is None or kept[0] != (epoch, number):
+            key = mix(self.seed, epoch)
+            if self.size <= _BLOCK:
+                # The keys are distinct, so that no sort can order them otherwise.
+                items = np.argsort(_finish(_counted(0, self.size, key)))
+            else:
+                first = number * _BLOCK
+                items = permuted(np.arange(first, min(first + _BLOCK, self.size), dtype=np.uint64), self.size, key)
+            self._kept = kept = ((epoch, number), items.astype(np.int64))
+        return kept[1]
+
+
+def permuted(items: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where the permutation of the numbers below ``size`` that belongs to ``key`` takes these items (uint64 [n])."""
+    bits = max((size - 1).bit_length(), 2)
+    keys = _finish(_counted(1, 1 + _ROUNDS, key))
+    result = _network(items, bits, keys)
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = _network(result[outside], bits, keys)
+        outside = outside[result[outside] >= size]
+    return result
+
+
+def _network(items: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers of ``bits`` bits: each half in turn takes on a function of the other."""
+    low_bits = bits // 2
+    high, low = items >> low_bits, items & 2**low_bits - 1
+    for number, key in enumerate(keys):
+        if number % 2:
+            low = low ^ (_finish(high ^ key) >> 64 - low_bits)
+        else:
+            high = high ^ (_finish(low ^ key) >> 64 - (bits - low_bits))
+    return (high << low_bits) | low
+
+
+def _counted(start: int, stop: int, key: int) -> np.ndarray:
+    return np.arange(start, stop, dtype=np.uint64) * _GOLDEN + key
+
+
+def _finish(word: Any) -> Any:
+    """The finalizer of SplitMix64, a bijection of 64-bit words: of an int, or of an array of uint64."""
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD
+    return word ^ (word >> 31)

@@ -1,0 +1,221 @@
+"""Prefetch: a thread that reads ahead."""
+
+from __future__ import annotations
+
+import collections
+import operator
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.data.adapt import adapt
+from fxtrain.data.generators import is_seeded
+from fxtrain.data.source import Source
+
+
+def prefetch(data: Any, size: int = 2, *, device: torch.device | str | None = None) -> Source:
+    """The same batches, made by a thread while the ones before are used.
+
+    An error comes up at the position that it belongs to, with the traceback of the thread. A jump drops what was
+    read ahead. While the thread runs, ``data`` is not to be used elsewhere.
+
+    Args:
+        data: Batches, or what ``adapt`` takes.
+        size: How many batches are kept ready. The thread holds one more.
+        device: Where the batches are to lie. To a CUDA device they are copied through pinned memory, beside the
+            computation.
+
+    Example:
+        >>> from fxtrain.data import batches
+        >>> data = prefetch(batches(torch.arange(8), 2, shuffle=False))
+        >>> data[0], data[1], data[0]
+        (tensor([0, 1]), tensor([2, 3]), tensor([0, 1]))
+        >>> data.close()
+    """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size={size!r}: a whole number of batches to keep ready, 1 or more, is wanted.")
+    source = adapt(data)
+    return (StatefulPrefetched if hasattr(source, "snapshot") else Prefetched)(source, size, device)
+
+
+class Item(NamedTuple):
+    """What the thread hands over for one position."""
+
+    batch: Any
+    error: BaseException | None
+    epoch_length: int | None  # as known after this batch and not later, so that threads' timing decides nothing
+    snapshot: Tensor | None  # for the position after this one
+    copied: Any  # the CUDA event of the copy, or None
+
+
+class Prefetched(Source):
+    """Batches that are read ahead. Use ``prefetch``."""
+
+    def __init__(self, source: Source, size: int, device: torch.device | str | None) -> None:
+        super().__init__(free=source.free)
+        self.source: Any = source
+        self.size = size
+        self.device = None if device is None else torch.device(device)
+        self.epoch_length = source.epoch_length
+        self._reader: Reader | None = None
+        self._expected: int | None = None
+
+    def __getitem__(self, position: int) -> Any:
+        position = operator.index(position)
+        if is_seeded():
+            raise RuntimeError(
+                "A source of batches reads prefetched ones while it makes a batch, and the two threads would wait for "
+                "each other: put prefetch around the outer source."
+            )
+        if self._reader is None:
+            self._reader = Reader(_reading(self.source, self.device), self.size)
+            self._unused = weakref.finalize(self, self._reader.stop, 5.0)  # or when the interpreter exits
+            self._expected = None
+        if position != self._expected:
+            self._reader.jump(position)
+        self._expected = None
+        item = self._reader.take()
+        self.epoch_length = item.epoch_length
+        self._took(position, item)
+        if item.error is not None:
+            raise item.error
+        self._expected = position + 1
+        if item.copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(item.copied)
+            for leaf in tree.leaves(item.batch):
+                leaf.record_stream(stream)
+        return item.batch
+
+    def fetch(self, position: int) -> Any:
+        return self[position]
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._unused.detach()
+            self._reader.stop()
+            self._reader = None
+        self.source.close()
+
+    def _took(self, position: int, item: Item) -> None:
+        pass
+
+
+class StatefulPrefetched(Prefetched):
+    """As ``Prefetched``, of batches that have snapshots: there is one with each batch, made before the next is read."""
+
+    _kept: tuple[int, Tensor] | None = None
+
+    def snapshot(self, position: int) -> Tensor:
+        """What ``restore`` needs to continue at ``position``: the source's, as it was before it read on."""
+        if self._kept is None or self._kept[0] != position:
+            self._pause()
+            self._kept = (position, self.source.snapshot(position))
+        return self._kept[1]
+
+    def restore(self, position: int, snapshot: Tensor) -> None:
+        """Continues at ``position``, from a snapshot of the source with or without prefetch."""
+        self._pause()
+        self.source.restore(position, snapshot)
+        self.epoch_length = self.source.epoch_length
+
+    def _took(self, position: int, item: Item) -> None:
+        self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
+
+    def _pause(self) -> None:
+        self._expected = self._kept = None
+        if self._reader is not None:
+            self._reader.jump(None)
+
+
+class Reader:
+    """The thread, and what it shares with its user: all of it under one condition."""
+
+    def __init__(self, read: Callable[[int], Item], size: int) -> None:
+        self._read = read
+        self._size = size
+        self._changed = threading.Condition()
+        self._ready: collections.deque[Item] = collections.deque()
+        self._next: int | None = None  # the position to read next; None is rest
+        self._jumps = 0
+        self._busy = False
+        self._stopped = False
+        # A daemon, so that a dataset that hangs cannot keep the interpreter from exiting.
+        self._thread = threading.Thread(target=self._run, name="fxtrain prefetch", daemon=True)
+        self._thread.start()
+
+    def jump(self, position: int | None) -> None:
+        """Drops what is ready and reads from ``position`` on; None waits until the thread is at rest."""
+        with self._changed:
+            self._jumps += 1
+            self._ready.clear()
+            self._next = position
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: position is not None or not self._busy)
+
+    def take(self) -> Item:
+        """The next item. Waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            self._changed.notify_all()
+            return self._ready.popleft()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Ends the thread, and waits (at most ``timeout`` seconds) while it makes its last batch."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:  # the garbage collector calls from anywhere
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopped or (self._next is not None and len(self._ready) < self._size)
+                )
+                if self._stopped or self._next is None:
+                    return
+                position, jumps, self._busy = self._next, self._jumps, True
+            item = self._read(position)
+            with self._changed:
+                self._busy = False
+                if jumps == self._jumps:
+                    self._ready.append(item)
+                    self._next = None if item.error is not None else position + 1
+                self._changed.notify_all()
+            del item  # a batch, or a traceback with its frames, is not kept alive while waiting
+
+
+def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
+    stateful = hasattr(data, "snapshot")
+    stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+
+    def read(position: int) -> Item:
+        batch = error = snapshot = copied = None
+        try:
+            batch = data[position]
+            snapshot = data.snapshot(position + 1) if stateful else None
+            if stream is not None:
+                batch, copied = _copied(batch, device, stream)
+            elif device is not None:
+                batch = tree.map(lambda leaf: leaf.to(device), batch)
+        except BaseException as raised:  # whatever it is, it is for the one who waits
+            error = raised
+        return Item(batch, error, data.epoch_length, snapshot, copied)
+
+    return read
+
+
+def _copied(batch: Any, device: Any, stream: Any) -> tuple[Any, Any]:
+    def copy(leaf: Tensor) -> Tensor:
+        return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(device, non_blocking=True)
+
+    stream.wait_stream(torch.cuda.current_stream(device))  # on which the batch may have been made
+    with torch.cuda.stream(stream):
+        return tree.map(copy, batch), stream.record_event()

@@ -1,0 +1,237 @@
+"""Batches: what a stream of batches is, and what all of fxtrain's sources have in common."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+
+ANY = 64  # as many dimensions as a tensor can have: all may change their size
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A stream of batches by position: ``data[i]`` is the same batch whenever it is asked for.
+
+    The position runs on through the epochs: ``i // data.epoch_length`` is the epoch. A source may have ``close()``,
+    which releases threads and processes, and, if the position alone is not enough to continue quickly,
+    ``snapshot(position)`` and ``restore(position, snapshot)``, of which a snapshot is a uint8 tensor.
+    """
+
+    @property
+    def epoch_length(self) -> int | None:
+        """Batches in an epoch; None where that is unknown yet, or there is no end."""
+        ...
+
+    def __getitem__(self, position: int, /) -> Any: ...
+
+
+class Exhausted(IndexError):  # noqa: N818
+    """There is no batch at this position.
+
+    A source that did not know the length of an epoch raises it where the first epoch ends, and knows then. Asked
+    again for the same position it begins the next epoch, or raises again if it has no more.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"The data ends before position {position}.")
+        self.position = position
+
+
+class Source:
+    """Batches that check themselves: a subclass writes ``fetch`` and ``epoch_length``.
+
+    A batch's numpy arrays become tensors. Its structure, dtypes and shapes are those of the batches before it, so
+    that a step is compiled once; only the last batch of an epoch may have fewer rows, where the source gives one.
+
+    Args:
+        free: How many first dimensions may change their size at any batch: none as a rule, or ``ANY``.
+    """
+
+    epoch_length: int | None
+
+    def __init__(self, *, free: int = 0) -> None:
+        self.free = free
+        self._like: tuple[int, Any] | None = None  # a position, and its batch without values
+        self._short: int | None = None  # the position of a short batch, while nobody knows whether an epoch ends there
+
+    def fetch(self, position: int) -> Any:
+        """The batch at this position, as it comes."""
+        raise NotImplementedError(f"{type(self).__name__} has no fetch: write one.")
+
+    def close(self) -> None:
+        """Releases threads and processes. The next batch that is asked for starts them again."""
+
+    def __getitem__(self, position: int) -> Any:
+        position = operator.index(position)
+        if position < 0:
+            raise ValueError(f"Position {position}: positions start at 0 and run on through the epochs.")
+        batch = as_tensors(self.fetch(position))
+        self._compare(batch, position)
+        return batch
+
+    def map(self, function: Callable[..., Any], *, with_position: bool = False) -> Source:
+        """These batches, each changed by a pure function.
+
+        Args:
+            function: From a batch, as it comes, to a batch.
+            with_position: Whether the function takes the position as a second argument, to derive random numbers
+                from it.
+
+        Example:
+            >>> from fxtrain.data import sequence
+            >>> data = sequence([torch.zeros(2), torch.ones(2)]).map(lambda batch: {"x": batch + 1})
+            >>> data[1]
+            {'x': tensor([2., 2.])}
+        """
+        return Mapped(self, function, with_position=with_position)
+
+    def _compare(self, batch: Any, position: int) -> None:
+        length, short, self._short = self.epoch_length, self._short, None
+        if short is not None and position == short + 1 and not _ends_epoch(short, length):
+            raise ValueError(
+                f"The batch at position {short} had another number of rows than those before, and was not the last of "
+                f"its epoch: {_REMEDY}"
+            )
+        if self._like is None:
+            self._like = (position, _without_values(batch))
+            return
+        like_position, like = self._like
+        loose = length is None or _ends_epoch(position, length) or _ends_epoch(like_position, length)
+        try:
+            same = check(batch, like, free=max(self.free, int(loose)))
+        except ValueError as error:
+            raise ValueError(f"At position {position}: {error}") from None
+        if same or self.free:
+            return
+        if length is None:
+            self._short = position
+        elif _ends_epoch(like_position, length):
+            self._like = (position, _without_values(batch))  # that one was short, and this is the usual size
+
+
+class Mapped(Source):
+    """Batches, each changed by a function. Only what comes out is checked."""
+
+    def __init__(self, source: Source, function: Callable[..., Any], *, with_position: bool = False) -> None:
+        super().__init__(free=source.free)
+        self.source = source
+        self.function = function
+        self.with_position = with_position
+
+    @property
+    def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.epoch_length
+
+    def fetch(self, position: int) -> Any:
+        batch = self.source.fetch(position)
+        return self.function(batch, position) if self.with_position else self.function(batch)
+
+    def close(self) -> None:
+        self.source.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("snapshot", "restore"):  # there only if the source has them
+            return getattr(self.source, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+
+def check(batch: Any, like: Any, *, free: int = 0) -> bool:
+    """Refuses a batch that is not like another in structure, dtype or shape.
+
+    Args:
+        batch: Pytree of tensors.
+        like: Pytree of tensors. Only their dtypes and shapes count.
+        free: How many first dimensions may differ in size.
+
+    Returns:
+        Whether the sizes are the same throughout.
+
+    Raises:
+        ValueError: With the path of the first leaf that differs, and both sides.
+
+    Example:
+        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, free=1)
+        False
+        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
+        Traceback (most recent call last):
+        ...
+        ValueError: batch['x'] is a float32 tensor of shape [3, 2], and before it was a float32 tensor of shape ...
+    """
+    leaves, structure = tree.flatten(batch)
+    like_leaves, like_structure = tree.flatten(like)
+    if structure != like_structure:
+        came, was = tree.paths(batch, "batch"), tree.paths(like, "batch")
+        gone, added = [p for p in was if p not in came], [p for p in came if p not in was]
+        raise ValueError(
+            "The batch has another structure than the batches before: "
+            + " and ".join(
+                [f"{', '.join(gone)} missing"] * bool(gone) + [f"{', '.join(added)} added"] * bool(added)
+                or [f"{structure} where {like_structure} was"]
+            )
+            + ". Give all batches the same structure, with data.map if need be."
+        )
+    for index, (leaf, was) in enumerate(zip(leaves, like_leaves, strict=True)):
+        if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[free:] != was.shape[free:]:
+            remedy = "convert it with data.map." if leaf.dtype != was.dtype else _REMEDY
+            raise ValueError(
+                f"{tree.paths(batch, 'batch')[index]} is {_described(leaf)}, and before it was {_described(was)}: "
+                f"{remedy}"
+            )
+    return all(leaf.shape == was.shape for leaf, was in zip(leaves, like_leaves, strict=True))
+
+
+def as_tensors(batch: Any) -> Any:
+    """The batch with numpy arrays as tensors, and mappings that are no dicts as dicts.
+
+    Raises:
+        TypeError: If a leaf is anything else. The message names its path.
+    """
+    leaves = tree.leaves(batch)
+    if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+        return batch
+    if not leaves:
+        raise TypeError(f"The batch has no tensor in it: {batch!r}.")
+    return tree.map_with_path(_as_tensor, batch, root="batch")
+
+
+def _as_tensor(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, np.ndarray | np.generic):
+        try:
+            # A copy where the array is read-only, which a tensor cannot be.
+            return torch.as_tensor(leaf if isinstance(leaf, np.ndarray) and leaf.flags.writeable else np.array(leaf))
+        except TypeError:
+            raise TypeError(f"{path} is an array of {leaf.dtype}, which torch does not have: convert it.") from None
+    if isinstance(leaf, Mapping):
+        return tree.map_with_path(_as_tensor, dict(leaf), root=path)
+    raise TypeError(
+        f"{path} is a {type(leaf).__name__} ({leaf!r:.60}), and a batch is made of tensors: take it out, or convert "
+        "it, with data.map."
+    )
+
+
+_REMEDY = (
+    "batches are of one shape, so that a step is compiled once. drop_last=True leaves a short batch out, and "
+    'fxtrain.data.batches(..., drop_last="pad") fills it up; pad other sizes to one, or let them change with '
+    "dynamic=True."
+)
+
+
+def _ends_epoch(position: int, length: int | None) -> bool:
+    return length is not None and (position + 1) % length == 0
+
+
+def _without_values(batch: Any) -> Any:
+    return tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), batch)
+
+
+def _described(leaf: Tensor) -> str:
+    return f"a {str(leaf.dtype).removeprefix('torch.')} tensor of shape {list(leaf.shape)}"
