@@ -206,7 +206,8 @@ class _Job:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         how = "each step compiled to one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
-        print(f"model       {options.layers} layers of width {options.width}: {count:,} parameters")
+        layers = f"{options.layers} layer{'s' if options.layers > 1 else ''}"
+        print(f"model       {layers} of width {options.width}: {count:,} parameters")
         print(f"device      {self.device}{threads}, {how}")
         print(f"run         {self.folder}\n", flush=True)
 

@@ -79,8 +79,6 @@ class Run:
         self.plan = plan
         self.step: Any = step if hasattr(step, "fires") else Step(step)
         refuse_unserved(plan.callbacks, self.step)
-        self.data: Any = adapt(data)
-        self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data)
         self._publish = Publisher(plan.observers)
         self._interrupts = Interrupts()
 
@@ -88,6 +86,9 @@ class Run:
         self._restored = plan.checkpointer.read(state) if plan.resume and plan.checkpointer.steps() else None
         if self._restored is not None:
             state = self._restored.state
+        seed = int(state.seed)
+        self.data: Any = adapt(data, seed=seed)
+        self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
         # The one copy at entry: the loop owns its state, so a notebook cell can be run twice.
         self._now = Current(state.copy(), late=bool(late))
