@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_its_options_and_its_text(tmp_path, monkeypatch, cap
     assert main(["lm", "--text", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
     folder = only_run(tmp_path)
     assert main(["lm", "--resume", str(folder), "--lr", "0.5"]) == 2
-    assert "--lr was 0.002 then: leave it out" in capsys.readouterr().err
+    assert "--lr was 0.003 then: leave it out" in capsys.readouterr().err
     text.write_text(text.read_text() + "# changed\n")
     assert main(["lm", "--resume", str(folder)]) == 2
     assert "The text is not the one" in capsys.readouterr().err

@@ -1,0 +1,278 @@
+"""What is read, how it is cut, and what is said where there is nothing to read."""
+
+import dataclasses
+import hashlib
+import os
+import struct
+
+import pytest
+import torch
+
+from fxtrain.cli.corpus import LARGEST, SHARE, CorpusError, check_fits, read_corpus
+
+
+def text_of(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.tolist())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """100 files of 10 lines, in three folders, and a few things that are no text."""
+    for i in range(100):
+        path = tmp_path / f"part{i % 3}" / f"file{i:02}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"line of file {i:02}\n" * 10)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0\0")
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "object").write_text("no")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+def test_a_folder_is_read_in_order_and_split_by_file(folder):
+    corpus = read_corpus(str(folder))
+    assert corpus.files == 100
+    assert list(corpus.names) == sorted(corpus.names)
+    assert corpus.names[0] == "part0/file00.txt"
+    assert set(corpus.sizes) == {160}
+    assert corpus.train.dtype == corpus.validation.dtype == torch.uint8
+    train, validation = text_of(corpus.train), text_of(corpus.validation)
+    assert len(validation) == 5 * 160
+    for i in range(100):
+        line = f"line of file {i:02}\n".encode() * 10
+        assert (line in train) != (line in validation)
+    assert (
+        corpus.description
+        == f"{folder}, 100 files, 16000 bytes, of which validation has 800 bytes: 5 files drawn by their paths"
+    )
+
+
+def test_the_split_depends_on_relative_paths_and_nothing_else(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "copy"
+    folder.rename(elsewhere)
+    (elsewhere / "again").mkdir()
+    (elsewhere / "again").rmdir()
+    moved = read_corpus(str(elsewhere))
+    elsewhere.rename(folder)
+    corpus = read_corpus(str(folder))
+    assert moved.digest == corpus.digest
+    assert torch.equal(moved.validation, corpus.validation)
+
+
+def test_a_new_file_moves_few_others(folder):
+    before = text_of(read_corpus(str(folder)).validation).splitlines()
+    (folder / "part0" / "new.txt").write_text("line of file xx\n" * 10)
+    after = text_of(read_corpus(str(folder)).validation).splitlines()
+    assert len(set(before) & set(after)) >= 4
+
+
+def test_the_digest_is_of_the_two_parts(folder):
+    corpus = read_corpus(str(folder))
+    parts = (
+        struct.pack("<QQ", len(corpus.train), len(corpus.validation)),
+        text_of(corpus.train),
+        text_of(corpus.validation),
+    )
+    assert corpus.digest == hashlib.sha256(b"".join(parts)).hexdigest()
+    (folder / "part0" / "file00.txt").write_text("line of file 0?\n" * 10)
+    assert read_corpus(str(folder)).digest != corpus.digest
+
+
+@pytest.mark.parametrize("text", [b"A line of text.\n" * 500, b"no line ends " * 600, b"x"])
+def test_one_file_is_split_by_position(tmp_path, text):
+    (tmp_path / "one.txt").write_bytes(text)
+    corpus = read_corpus(str(tmp_path / "one.txt"))
+    assert corpus.names == ("one.txt",)
+    assert corpus.sizes == (len(text),)
+    train, validation = text_of(corpus.train), text_of(corpus.validation)
+    assert train + validation == text
+    assert len(validation) <= 2 * SHARE * len(text)
+    if b"\n" in text:
+        assert train.endswith(b"\n")
+        assert len(validation) >= SHARE * len(text)
+    assert corpus.description.endswith(": the end of it")
+
+
+def test_a_few_large_files_are_each_split_by_position(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text(f"{name}\n" * 1000)
+    corpus = read_corpus(str(tmp_path))
+    assert text_of(corpus.validation) == b"".join(f"{name}\n".encode() * 50 for name in "abc")
+    assert corpus.description.endswith(": the end of each file")
+
+
+def test_no_large_file_becomes_the_validation(tmp_path):
+    (tmp_path / "large").write_text("large\n" * 1000)
+    for i in range(100):
+        (tmp_path / f"small{i}").write_text("small\n" * 20)
+    validation = text_of(read_corpus(str(tmp_path)).validation)
+    assert b"large" not in validation
+    assert SHARE <= len(validation) / (6 * 3000) <= 1.5 * SHARE
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("*.txt", ["a.txt", "b.txt"]),
+        ("**/*.txt", ["a.txt", "b.txt", "deep/c.txt"]),
+        ("deep/[cd].*", ["c.txt", "d.md"]),
+        ("**/**/c*", ["deep/c.txt"]),
+    ],
+)
+def test_a_glob_takes_the_files_that_match(tmp_path, pattern, wanted):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep.txt").mkdir()
+    for name in ("a.txt", "b.txt", "deep/c.txt", "deep/d.md"):
+        (tmp_path / name).write_text("text\n")
+    corpus = read_corpus(str(tmp_path / pattern))
+    assert list(corpus.names) == wanted
+
+
+def test_a_path_that_exists_is_no_glob(tmp_path):
+    (tmp_path / "what[1].txt").write_text("text\n")
+    assert read_corpus(str(tmp_path / "what[1].txt")).names == ("what[1].txt",)
+
+
+def test_latin_1_is_text(tmp_path):
+    (tmp_path / "old.txt").write_bytes("café\n".encode("latin-1"))
+    assert read_corpus(str(tmp_path / "old.txt")).files == 1
+
+
+def test_the_standard_library_is_the_default():
+    corpus = read_corpus()
+    assert corpus.description.startswith("the Python 3.")
+    assert corpus.files > 300
+    assert {"ast.py", "json/decoder.py"} <= set(corpus.names)
+    folders = {part for name in corpus.names for part in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+    assert all(name.endswith(".py") for name in corpus.names)
+    assert 0.05 <= len(corpus.validation) / sum(corpus.sizes) <= 0.075
+    assert len(corpus.train) + len(corpus.validation) == sum(corpus.sizes)
+    assert read_corpus().digest == corpus.digest
+    check_fits(corpus, batch_size=16, length=128)
+
+
+def make_nothing(path):
+    pass
+
+
+def make_empty_file(path):
+    path.write_text("")
+
+
+def make_binary(path):
+    path.write_bytes(b"GIF\0")
+
+
+def make_empty_folder(path):
+    path.mkdir()
+
+
+def make_folder_of_binaries(path):
+    path.mkdir()
+    (path / "a").write_bytes(b"\0")
+    (path / "b").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (make_nothing, "There is no file or folder '{path}': check the path, or leave --text out."),
+        (make_empty_file, "{path} is empty, or no text: give a file of text."),
+        (make_binary, "{path} is empty, or no text: give a file of text."),
+        (make_empty_folder, "{path} has no files: name a file, a folder or a glob of text."),
+        (
+            make_folder_of_binaries,
+            "{path} has 2 files, and none is readable text: name a file, a folder or a glob of text.",
+        ),
+        (os.mkfifo, "{path} is neither a file nor a folder: copy what it gives to a file first."),
+    ],
+)
+def test_what_is_said_where_there_is_no_text(tmp_path, make, wanted):
+    path = tmp_path / "given"
+    make(path)
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(str(path))
+    assert str(caught.value) == wanted.format(path=path)
+
+
+@pytest.mark.parametrize("text", ["", "a" * 5000, "a\0b", "~nobody-of-this-name/text"])
+def test_what_is_no_path_is_said_to_be_missing(text):
+    with pytest.raises(CorpusError, match=r"^There is no file or folder '.*': check the path, or leave --text out\.$"):
+        read_corpus(text)
+
+
+def test_what_is_said_where_no_file_matches(tmp_path):
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(f"{tmp_path}/*.txt")
+    assert str(caught.value) == (
+        f"No file matches '{tmp_path}/*.txt': check the pattern, and keep the shell from expanding it."
+    )
+
+
+def test_what_is_said_where_a_file_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "secret.txt"
+    path.write_text("text\n")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)  # root may read anything
+    with pytest.raises(CorpusError) as caught:
+        read_corpus(str(path))
+    assert str(caught.value) == f"{path} cannot be read (Permission denied): give a file that can."
+    with pytest.raises(CorpusError, match="has 1 file, and none is readable text: "):
+        read_corpus(str(tmp_path))
+
+
+def test_what_is_said_where_there_is_no_standard_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(
+        CorpusError, match=r"^There is no source of the Python 3\.\d+ standard library on this machine: "
+    ):
+        read_corpus()
+
+
+def test_what_is_said_where_there_is_too_much(tmp_path, monkeypatch):
+    assert LARGEST == 2**30
+    monkeypatch.setattr("fxtrain.cli.corpus.LARGEST", 150_000)
+    for name in "ab":
+        (tmp_path / name).write_text("text\n" * 20_000)
+    with pytest.raises(CorpusError, match=r"^The text has more than 0\.1 MB: name a part of it\.$"):
+        read_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "wanted"),
+    [
+        (
+            64,
+            9,
+            "The training text has 64 bytes, and one batch of 8 sequences of 8 takes 65: "
+            "give more text, or make the batch or the length smaller.",
+        ),
+        (
+            65,
+            8,
+            "The validation text has 8 bytes, and one sequence of 8 takes 9: "
+            "give more text, or make the length smaller.",
+        ),
+        (65, 9, None),
+    ],
+)
+def test_what_is_said_where_the_text_is_too_short(tmp_path, train, validation, wanted):
+    (tmp_path / "one.txt").write_text("text\n")
+    corpus = dataclasses.replace(
+        read_corpus(str(tmp_path)),
+        train=torch.zeros(train, dtype=torch.uint8),
+        validation=torch.zeros(validation, dtype=torch.uint8),
+    )
+    if wanted is None:
+        check_fits(corpus, batch_size=8, length=8)
+    else:
+        with pytest.raises(CorpusError) as caught:
+            check_fits(corpus, batch_size=8, length=8)
+        assert str(caught.value) == wanted

@@ -1,0 +1,215 @@
+"""The transformer: shapes, causality, ties, and sampling as a function."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from fxtrain.cli.transformer import Config, Transformer, sample
+
+SMALL = Config(layers=2, width=32, heads=2, length=16)
+
+
+def make(config: Config = SMALL, seed: int = 0) -> Transformer:
+    return Transformer(config, torch.Generator().manual_seed(seed))
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, params: dict, tokens: torch.Tensor) -> torch.Tensor:
+    logits = functional_call(model, params, (tokens[:, :-1],))
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().long())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("length", [1, 7, 16])
+def test_logits_have_a_row_for_each_token(dtype, length):
+    tokens = random_tokens(3, length)
+    logits = make()(tokens.to(dtype))
+    assert logits.shape == (3, length, 256)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, make()(tokens))
+
+
+@pytest.mark.parametrize("changed", range(16))
+def test_later_bytes_change_no_earlier_logits(changed):
+    model = make()
+    tokens = random_tokens(1, 16)
+    other = tokens.clone()
+    other[0, changed] = (other[0, changed] + 1) % 256
+    before, after = model(tokens), model(other)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert (before[:, changed:] != after[:, changed:]).flatten(2).any(-1).all()
+
+
+def test_a_prefix_has_the_logits_that_it_has_in_the_whole():
+    model, tokens = make(), random_tokens(2, 16)
+    torch.testing.assert_close(model(tokens[:, :9]), model(tokens)[:, :9])
+
+
+def test_positions_are_relative_only_in_what_attention_compares():
+    model = make()
+    logits = model(torch.tensor([[7] * 16, [7, 8] * 8]))
+    torch.testing.assert_close(logits[0], logits[0, :1].expand(16, 256))  # nothing to tell the positions apart
+    assert not torch.allclose(logits[1, 2], logits[1, 4])
+
+
+def test_embedding_and_head_are_one_parameter():
+    model = make()
+    assert model.head.weight is model.embedding.weight
+    names = dict(model.named_parameters())
+    assert "embedding.weight" in names
+    assert "head.weight" not in names
+    both = grad(lambda params: loss_of(model, params, random_tokens(2, 16)))({**names})
+    unused = [byte for byte in range(256) if byte not in random_tokens(2, 16)]
+    assert both["embedding.weight"][unused].abs().sum() > 0  # through the head alone
+
+
+def test_the_global_generator_is_neither_read_nor_moved():
+    before = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    moved = torch.random.get_rng_state()
+    first = make(Config(layers=1, width=16, heads=1, length=8))
+    assert torch.equal(torch.random.get_rng_state(), moved)
+    torch.random.set_rng_state(before)
+    second = make(Config(layers=1, width=16, heads=1, length=8))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = make(Config(layers=1, width=16, heads=1, length=8), seed=1)
+    assert not torch.equal(first.embedding.weight, other.embedding.weight)
+
+
+def test_it_starts_by_knowing_nothing():
+    model = make(Config(layers=3, width=64, heads=2, length=64))
+    loss = loss_of(model, dict(model.named_parameters()), random_tokens(8, 65))
+    assert math.log2(256) <= loss.item() / math.log(2) < 9.5
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention has no batching rule on a CPU
+def test_members_of_an_ensemble_equal_models_one_by_one():
+    model, tokens = make(), random_tokens(2, 17)
+    members = [{name: p.detach() for name, p in make(seed=seed).named_parameters()} for seed in range(3)]
+    gradient = grad(lambda params: loss_of(model, params, tokens))
+    together = vmap(gradient)({name: torch.stack([member[name] for member in members]) for name in members[0]})
+    for i, member in enumerate(members):
+        for name, wanted in gradient(member).items():
+            torch.testing.assert_close(together[name][i], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_its_gradient_is_one_graph():
+    model, tokens = make(), random_tokens(2, 17)
+    step = torch.compile(grad(lambda p: loss_of(model, p, tokens)), fullgraph=True, backend="aot_eager")
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    wanted = grad(lambda p: loss_of(model, p, tokens))(params)
+    for name, gradient in step(params).items():
+        torch.testing.assert_close(gradient, wanted[name])
+
+
+def test_dropout_acts_in_training_only():
+    model, tokens = make(Config(layers=1, width=16, heads=1, length=8, dropout=0.5)), random_tokens(1, 8)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    assert not any(isinstance(module, nn.Dropout) for module in make().modules())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wanted"),
+    [
+        ({"layers": 0}, "layers is 0, and a transformer needs at least 1."),
+        ({"length": -1}, "length is -1, and a transformer needs at least 1."),
+        (
+            {"width": 100, "heads": 4},
+            "A width of 100 does not divide into 4 heads of an even number of channels: take a multiple of 8.",
+        ),
+        ({"dropout": 1.0}, "dropout is 1.0, and a probability below 1 was wanted."),
+        ({"dropout": float("nan")}, "dropout is nan, and a probability below 1 was wanted."),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(wrong, wanted):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        Config(**wrong)
+    assert str(caught.value) == wanted
+
+
+def successor(tokens: torch.Tensor) -> torch.Tensor:
+    """A model that is sure of the next byte: one more."""
+    return 100.0 * nn.functional.one_hot((tokens + 1) % 256, 256).float()
+
+
+@pytest.mark.parametrize("prompt", [[65], [63, 64, 65], list(range(58, 66)), list(range(40, 66))])
+def test_sampling_reads_the_last_byte_of_the_window(prompt):
+    drawn = sample(successor, torch.tensor(prompt, dtype=torch.uint8), length=8, uniform=torch.full((20,), 0.999))
+    assert drawn.dtype == torch.uint8
+    assert drawn.tolist() == list(range(66, 86))
+
+
+@pytest.mark.parametrize("prompt", [[3], [3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
+def test_sampling_is_what_the_model_says_of_the_last_bytes(prompt):
+    config = Config(layers=1, width=16, heads=2, length=8)
+    model, text = make(config), list(prompt)
+    drawn = sample(model, torch.tensor(prompt), length=8, uniform=torch.zeros(12), top_k=1)
+    for byte in drawn.tolist():
+        assert byte == model(torch.tensor([text[-8:]]))[0, -1].argmax()
+        text.append(byte)
+
+
+def test_sampling_is_a_function_of_its_numbers():
+    model, prompt = make(), torch.tensor([10, 20])
+    uniform = torch.rand(12, generator=torch.Generator().manual_seed(2))
+    before = torch.random.get_rng_state()
+    first = sample(model, prompt, length=16, uniform=uniform)
+    assert torch.equal(first, sample(model, prompt, length=16, uniform=uniform))
+    assert not torch.equal(first, sample(model, prompt, length=16, uniform=1 - uniform))
+    assert torch.equal(first[:5], sample(model, prompt, length=16, uniform=uniform[:5]))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert prompt.tolist() == [10, 20]
+    assert sample(model, prompt, length=16, uniform=uniform[:0]).shape == (0,)
+
+
+def fixed(logits: torch.Tensor):
+    """A model that says the same of every text."""
+    return lambda tokens: logits.expand(*tokens.shape, 256)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 256), (0.5, 256), (2.0, 3), (1.0, 1)])
+def test_bytes_are_drawn_as_often_as_the_distribution_says(temperature, top_k):
+    logits = torch.linspace(0, 6, 256)[torch.randperm(256, generator=torch.Generator().manual_seed(3))]
+    kept = logits >= logits.sort(descending=True).values[top_k - 1]
+    wanted = torch.where(kept, logits / temperature, -torch.inf).softmax(0)
+    grid = (torch.arange(2000) + 0.5) / 2000  # every two-thousandth of the unit interval, once
+    model, prompt = fixed(logits), torch.tensor([0])
+    drawn = sample(model, prompt, length=1, uniform=grid, temperature=temperature, top_k=top_k)
+    frequencies = torch.bincount(drawn.long(), minlength=256) / 2000
+    torch.testing.assert_close(frequencies, wanted, atol=1.01 / 2000, rtol=0)
+
+
+def test_the_ends_of_the_unit_interval_draw_a_byte_that_is_considered():
+    model = fixed(torch.zeros(256).index_fill(0, torch.tensor([5, 6]), 50.0))
+    drawn = sample(model, torch.tensor([0]), length=4, uniform=torch.tensor([0.0, 1 - 2**-24, 1.0]), top_k=2)
+    assert set(drawn.tolist()) == {5, 6}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wanted"),
+    [
+        (
+            {"prompt": torch.tensor([])},
+            "The prompt is empty, and sampling needs one byte to go on from: a line break will do.",
+        ),
+        ({"temperature": 0.0}, "temperature is 0.0, and more than 0 was wanted; top_k=1 takes the likeliest byte."),
+        ({"top_k": 0}, "top_k is 0, and a number from 1 to 256 was wanted."),
+        ({"top_k": 257}, "top_k is 257, and a number from 1 to 256 was wanted."),
+    ],
+)
+def test_sampling_refuses_what_it_cannot_do(wrong, wanted):
+    arguments = {"prompt": torch.tensor([1]), "length": 4, "uniform": torch.zeros(1)} | wrong
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        sample(successor, arguments.pop("prompt"), **arguments)
+    assert str(caught.value) == wanted
