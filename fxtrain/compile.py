@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,29 @@ class Compiled:
         return getattr(self.step, "fires", frozenset())
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
-        return self.step.leave(state, self._compiled(self.step.enter(state), batch))
+        entered = self.step.enter(state)
+        try:
+            result = self._compiled(entered, batch)
+        except Exception as error:
+            if type(error).__module__ != "torch._dynamo.exc":
+                raise
+            raise self._explained(error, entered, batch) from None
+        return self.step.leave(state, result)
+
+    def _explained(self, error: Exception, state: TrainState, batch: Any) -> Exception:
+        """A mistake of the step's own in its own words; else what Dynamo said, with what to do."""
+        try:
+            self.step(state, batch)
+        except Exception as mistake:
+            return mistake
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            error.add_note(
+                f"{self.step!r} has had as many graphs as torch allows, each for other shapes or another structure of "
+                "state and batch: pad batches to few sizes, or compile with dynamic=True."
+            )
+        else:
+            error.add_note(f"{self.step!r} works uncompiled, and cannot be one graph for the reason above.")
+        return error
 
     def __repr__(self) -> str:
         return f"<compiled {self.step!r}>"
@@ -59,7 +82,9 @@ def compile(  # noqa: A001
             a graph for each size.
 
     Raises:
-        torch._dynamo.exc.Unsupported: At the first call, if the step cannot be one graph.
+        TypeError: If the step is compiled already.
+        torch._dynamo.exc.Unsupported: At the first call, if the step cannot be one graph. A step that is wrong raises
+            what it raises uncompiled.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -73,4 +98,14 @@ def compile(  # noqa: A001
     if isinstance(step, Compiled):
         raise TypeError(f"{step!r} is compiled already.")
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
-    return Compiled(pure, torch.compile(pure, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode))
+    compiled = torch.compile(_own_code(pure), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+    return Compiled(pure, compiled)
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Dynamo keeps its graphs, and counts them against its limit of 8, by code object; a callable object it calls
+    # through one that all share. So the ninth step of a notebook would be refused.
+    def run(state: TrainState, batch: Any) -> Any:
+        return function(state, batch)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)

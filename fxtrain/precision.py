@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from fxtrain.core import Control, Gradients, TrainState
 from fxtrain.fold import Handler, stateful
 
 SLOT = "loss_scale"
+_AUTOCAST = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +27,12 @@ class LossScale:
 
     Args:
         initial: The first scale.
-        factor: By what it is divided and multiplied; above 1.
+        factor: By what it is divided and multiplied; above 1. A power of two loses no digits.
         period: Good steps before it grows.
         floor: It never falls below this.
+
+    References:
+        Micikevicius and others, "Mixed precision training", 2018.
     """
 
     initial: float = 2.0**15
@@ -36,8 +41,8 @@ class LossScale:
     floor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.initial <= 0 or self.factor <= 1 or self.period < 1 or self.floor <= 0:
-            raise ValueError(f"A loss scale needs initial > 0, factor > 1, period >= 1 and floor > 0, and {self} came.")
+        if not (self.initial > 0 and self.factor > 1 and self.period >= 1 and 0 < self.floor <= self.initial):
+            raise ValueError(f"A loss scale needs factor > 1, period >= 1 and 0 < floor <= initial, and {self} came.")
 
 
 class LossScaleState(NamedTuple):
@@ -49,64 +54,102 @@ class LossScaleState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The dtypes of a step.
+    """The dtypes of a step. None leaves a dtype as it is.
 
     Args:
-        param: Of the parameters in the state, and so of gradients and optimizer. Must be what the state has.
+        param: Of the floating parameters in the state, and so of gradients and optimizer. Must be what the state has.
         compute: Of matrix products and convolutions, by ``torch.autocast``, which keeps norms, softmax and losses
-            in float32. Equal to ``param`` it changes nothing.
-        output: Of the loss and the metrics.
+            in float32: bfloat16 or float16, over float32 parameters. Without it nothing is cast, and batches must
+            come in the dtype of the parameters.
+        output: Of the loss and the floating metrics.
         loss_scale: A dynamic loss scale, kept in the state's slot ``"loss_scale"``; None for none.
 
     Raises:
         TypeError: If a dtype is not floating.
+        ValueError: If autocast cannot compute in ``compute`` over ``param``.
+
+    Example:
+        >>> Policy(compute=torch.bfloat16).param
+        torch.float32
     """
 
-    param: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-    output: torch.dtype = torch.float32
+    param: torch.dtype | None = torch.float32
+    compute: torch.dtype | None = None
+    output: torch.dtype | None = torch.float32
     loss_scale: LossScale | None = None
 
     def __post_init__(self) -> None:
         for field in ("param", "compute", "output"):
             dtype = getattr(self, field)
-            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise TypeError(f"Policy({field}={dtype!r}): a floating torch.dtype is wanted, such as torch.bfloat16.")
+        if self._casts and (self.compute not in _AUTOCAST or self.param != torch.float32):
+            raise ValueError(
+                f"Policy(param={self.param}, compute={self.compute}): autocast computes in bfloat16 or float16, over "
+                "float32 parameters. To keep parameters in another dtype too, give it for both."
+            )
+        if self.loss_scale is not None and self.param != torch.float32:
+            raise ValueError(
+                f"Policy(param={self.param}, loss_scale=...): what the scale saves is lost again in gradients of "
+                "that dtype, so float32 parameters are wanted."
+            )
+
+    @property
+    def _casts(self) -> bool:
+        return self.compute is not None and self.compute != self.param
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context that the forward pass runs in."""
-        if self.compute == self.param:
+        if not self._casts:
             return contextlib.nullcontext()
         # No cache of cast weights: it would hold tensors of one transform's level beyond it.
         return torch.autocast(device.type, dtype=self.compute, cache_enabled=False)
 
+    def cast_output(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics, the floating tensors among them in ``output``. What ``fxtrain.metrics`` made keeps its own."""
+        return {
+            name: value.to(self.output) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in metrics.items()
+        }
+
     def check(self, params: Any) -> None:
         """Refuses floating parameters of another dtype than ``param``."""
-        for path, leaf in zip(tree.paths(params, "state.params"), tree.leaves(params), strict=True):
+        if self.param is None:
+            return
+        for index, leaf in enumerate(tree.leaves(params)):
             if leaf.is_floating_point() and leaf.dtype != self.param:
+                # Dynamo cannot write paths.
+                path = "a leaf" if torch.compiler.is_compiling() else tree.paths(params, "state.params")[index]
                 raise TypeError(
                     f"{path} is {leaf.dtype}, and the precision policy keeps parameters in {self.param}: "
                     f"fxtrain.init(..., dtype={self.param}) casts them."
                 )
 
 
-def policy_of(precision: str | Policy | None) -> Policy | None:
-    """The policy of a name: ``"bf16"`` or ``"fp16"`` (computed over float32 parameters), or ``"fp32"``.
+_NAMED = {
+    None: Policy(param=None, output=None),
+    "fp32": Policy(),
+    "bf16": Policy(compute=torch.bfloat16),
+    "fp16": Policy(compute=torch.float16, loss_scale=LossScale()),
+}
+
+
+def policy_of(precision: str | Policy | None) -> Policy:
+    """The policy of a name: ``"bf16"`` or ``"fp16"`` (computed over float32 parameters), ``"fp32"``, or None for none.
+
+    Raises:
+        ValueError: If there is no such name.
 
     Example:
         >>> policy_of("bf16").compute
         torch.bfloat16
     """
-    if precision is None or isinstance(precision, Policy):
+    if isinstance(precision, Policy):
         return precision
-    named = {
-        "fp32": Policy(),
-        "bf16": Policy(compute=torch.bfloat16),
-        "fp16": Policy(compute=torch.float16, loss_scale=LossScale()),
-    }
-    if precision not in named:
-        raise ValueError(f"precision={precision!r}: choose {', '.join(map(repr, named))}, or give an fxtrain.Policy.")
-    return named[precision]
+    if precision not in _NAMED:
+        names = ", ".join(repr(name) for name in _NAMED if name)
+        raise ValueError(f"precision={precision!r}: choose {names}, or give an fxtrain.Policy.")
+    return _NAMED[precision]
 
 
 def dynamic_loss_scale(scale: LossScale) -> Handler:
@@ -131,6 +174,20 @@ def dynamic_loss_scale(scale: LossScale) -> Handler:
         return moved, Control(skip_update=~finite, reason="gradients overflowed at this loss scale")
 
     return stateful(SLOT, init, update)
+
+
+def loss_scale_of(state: TrainState) -> Tensor:
+    """The loss scale that the state is at: float32 [].
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if SLOT not in state.slots:
+        raise ValueError(
+            f"The precision policy scales the loss, and the state has no slot {SLOT!r} for the scale: call "
+            "fxtrain.attach(state, step) first, with the step or with fxtrain.precision.dynamic_loss_scale."
+        )
+    return state.slots[SLOT].scale
 
 
 def all_finite(values: Any) -> Tensor:

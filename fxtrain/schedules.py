@@ -243,7 +243,9 @@ def one_cycle(
     """
     _steps("transition_steps", transition_steps, least=1)
     if not 0 < pct_start < pct_final < 1:
-        raise ValueError(f"pct_start={pct_start!r} and pct_final={pct_final!r}: 0 < pct_start < pct_final < 1 is wanted.")
+        raise ValueError(
+            f"pct_start={pct_start!r} and pct_final={pct_final!r}: 0 < pct_start < pct_final < 1 is wanted."
+        )
     if div_factor <= 0 or final_div_factor <= 0:
         raise ValueError(f"div_factor={div_factor!r}, final_div_factor={final_div_factor!r}: both are above 0.")
     scales: dict[int, Value] = {int(pct_start * transition_steps): div_factor}

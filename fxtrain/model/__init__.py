@@ -1,0 +1,9 @@
+"""The functional model: a module's memory as trees of tensors, and its code as a function of them."""
+
+from fxtrain.model.architecture import Model as Model
+from fxtrain.model.architecture import model_of as model_of
+from fxtrain.model.init import init as init
+from fxtrain.model.purity import refuse_writes as refuse_writes
+from fxtrain.model.purity import versions as versions
+from fxtrain.model.view import View as View
+from fxtrain.model.view import view as view

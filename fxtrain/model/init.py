@@ -1,0 +1,103 @@
+"""Init: the state at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.core import Due, TrainState
+from fxtrain.model.architecture import Model
+from fxtrain.optim import GradientTransformation
+
+
+def init(
+    model: Any,
+    tx: Any = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TrainState:
+    """The state at step 0 of training ``model`` with ``tx``. The module is left as it was, and is not needed again.
+
+    Parameters that do not require gradients are kept as they are, and the optimizer has no memory of them. Tied ones
+    stay tied: they are one leaf, under the first of their names. A module in eval mode is trained in train mode; single
+    parts that are in eval mode, such as frozen batch norms, stay so.
+
+    Args:
+        model: A module; or a pytree, such as a dict, of modules and tensors. A bare tensor is a parameter.
+        tx: A gradient transformation; a dict of them, for the entries of a dict of modules; or None.
+        seed: Every random number of the run is a function of it.
+        device: Where the state is to live; by default where the model is.
+        dtype: What floating parameters are cast to; by default they stay as they are.
+
+    Returns:
+        A state that shares no memory with the model.
+
+    Raises:
+        TypeError: If a leaf of ``model`` is neither a module nor a tensor, is not yet materialised, or cannot be
+            copied; or if ``tx`` is no gradient transformation.
+        ValueError: If the keys of ``tx`` are not those of ``model``.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(3, 2), fx.optim.adamw(1e-3), seed=0)
+        >>> sorted(state.params), int(state.step)
+        (['bias', 'weight'], 0)
+    """
+    _refuse_unusable(model)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise TypeError(f"seed={seed!r}: an integer of 64 bits is wanted.")
+    architecture = Model(model)
+    params, buffers = architecture.memory(model)
+    params = tree.map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), params)
+    buffers = tree.map(lambda leaf: leaf.to(device), buffers)
+    where = next((leaf.device for leaf in tree.leaves((params, buffers))), device)
+    return TrainState(
+        step=torch.tensor(0, device=where),
+        params=params,
+        buffers=buffers,
+        opt_state=_init_optimizer(tx, architecture.split(params)),
+        seed=torch.tensor(seed, device=where),
+        position=torch.tensor(0, device=where),
+        slots={},
+        due=Due.start(where),
+        model=architecture,
+    )
+
+
+def _init_optimizer(tx: Any, params: Any) -> Any:
+    if tx is None:
+        return {}
+    if isinstance(tx, GradientTransformation):
+        return tx.init(params)
+    if not isinstance(tx, Mapping):
+        raise TypeError(
+            f"tx is of type {type(tx).__name__}: a gradient transformation is wanted, such as "
+            "fxtrain.optim.adamw(1e-3), or a dict of them. fxtrain.optim.from_torch makes one of an optimizer's class."
+        )
+    if not isinstance(params, Mapping) or set(tx) != set(params):
+        came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"tx has transformations for {sorted(tx)}, and the model has {came}: give one for each.")
+    return {name: _init_optimizer(transformation, params[name]) for name, transformation in tx.items()}
+
+
+def _refuse_unusable(model: Any) -> None:
+    for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
+        if not isinstance(leaf, nn.Module | Tensor):
+            raise TypeError(
+                f"{path} is of type {type(leaf).__name__}: init takes modules, tensors, and pytrees of them."
+            )
+        if isinstance(leaf, Tensor):
+            continue
+        if any(nn.parameter.is_lazy(value) for value in (*leaf.parameters(), *leaf.buffers())):
+            raise TypeError(f"{path} is lazy, so its shapes are not known yet: run it once on a batch first.")
+        if isinstance(leaf, torch.jit.ScriptModule) or hasattr(leaf, "_orig_mod"):
+            raise TypeError(
+                f"{path} is compiled already ({type(leaf).__name__}): give init the module itself, and compile the "
+                "step, fxtrain.compile(step)."
+            )

@@ -1,0 +1,48 @@
+"""Checks of hyper-parameters, made when a transformation is built. Tensors pass: their values are not yet known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def non_negative(**values: Any) -> None:
+    """Refuses numbers below zero."""
+    for name, value in _numbers(values):
+        if not value >= 0:
+            raise ValueError(f"{name}={value!r}: zero or more is wanted.")
+
+
+def positive(**values: Any) -> None:
+    """Refuses numbers that are not above zero."""
+    for name, value in _numbers(values):
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: a number above zero is wanted.")
+
+
+def decay_rate(**values: Any) -> None:
+    """Refuses numbers outside of [0, 1)."""
+    for name, value in _numbers(values):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r}: a decay rate lies in [0, 1).")
+
+
+def whole(**values: Any) -> None:
+    """Refuses what is not a whole number above zero."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number, 1 or more, is wanted.")
+
+
+def _numbers(values: dict[str, Any]) -> list[tuple[str, float]]:
+    numbers: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.ndim != 0:
+                raise ValueError(f"{name} is a tensor of shape {list(value.shape)}: a 0-d tensor is wanted.")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}={value!r}: a number or a 0-d tensor is wanted.")
+        else:
+            numbers.append((name, value))
+    return numbers

@@ -1,0 +1,91 @@
+"""Logarithm, sine and root by additions, products and quotients alone: the same bits in every mode.
+
+IEEE 754 leaves these one result. The last bit of ``log``, ``cos`` and even ``sqrt`` depends on the library, and in
+eager mode on the length of the tensor. A compiler that contracts ``a * b + c``, as those for GPUs may, changes it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Form(NamedTuple):
+    """How the numbers of a dtype are computed: in float32, but for float64."""
+
+    significand: int  # bits of the dtype, the hidden one among them
+    width: int  # random bits that one number takes
+    compute: torch.dtype
+    integer: torch.dtype  # as wide as ``compute``
+    mantissa: int  # bits of ``compute``, without the hidden one
+    bias: int  # of the exponent of ``compute``
+    terms: int  # of a power series, until they vanish in ``compute``
+
+
+_FORMS = {
+    torch.float64: Form(53, 53, torch.float64, torch.int64, 52, 1023, 11),
+    torch.float32: Form(24, 32, torch.float32, torch.int32, 23, 127, 6),
+    torch.float16: Form(11, 32, torch.float32, torch.int32, 23, 127, 6),
+    torch.bfloat16: Form(8, 32, torch.float32, torch.int32, 23, 127, 6),
+}
+
+
+def form_of(dtype: torch.dtype) -> Form:
+    if dtype not in _FORMS:
+        raise TypeError(f"Random floating-point numbers are float64, float32, float16 or bfloat16, and {dtype} came.")
+    return _FORMS[dtype]
+
+
+def negative_log(integer: Tensor, form: Form) -> Tensor:
+    """-log of the fraction (2 integer + 1) / 2^(width + 1), which is neither 0 nor 1.
+
+    With 2^e the power of two nearest to x = 2 integer + 1, log(x / 2^e) = 2 artanh((x - 2^e) / (x + 2^e)). The
+    difference is taken among integers, so small results are as precise, relatively, as large ones.
+    """
+    x = 2 * integer + 1
+    exponent = _integer(x.to(form.compute) * math.sqrt(2.0), form) >> form.mantissa
+    exponent = exponent.to(torch.int64) - form.bias
+    power = torch.ones_like(x) << exponent
+    ratio = (x - power).to(form.compute) / (x + power).to(form.compute)
+    artanh = ratio * _series(ratio * ratio, [1.0 / (2 * n + 1) for n in range(form.terms)])
+    return (form.width + 1 - exponent).to(form.compute) * math.log(2.0) - 2.0 * artanh
+
+
+def point_on_circle(integer: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """A point on the unit circle: an angle between -45 and 45 degrees, mirrored and turned by two more bits."""
+    steps = 1 << form.width - 2
+    centred = (integer & steps - 1) - steps // 2
+    angle = (centred.to(form.compute) + 0.5) * (math.pi / 2 / steps)
+    square = angle * angle
+    sine = angle * _series(square, [(-1.0) ** n / math.factorial(2 * n + 1) for n in range(form.terms)])
+    cosine = _series(square, [(-1.0) ** n / math.factorial(2 * n) for n in range(form.terms)])
+    corner = integer >> form.width - 2
+    cosine = cosine * (1 - (corner & 2)).to(form.compute)
+    turned = (corner & 1).to(torch.bool)
+    return torch.where(turned, sine, cosine), torch.where(turned, cosine, sine)
+
+
+def sqrt(x: Tensor, form: Form) -> Tensor:
+    """The square root by Heron's rule, from half the exponent. Each step squares the relative error, at first 0.06."""
+    half = (_integer(x, form) >> 1) + (form.bias << form.mantissa - 1)
+    root = half.view(form.compute)
+    for _ in range(3 if form.width == 32 else 4):
+        root = 0.5 * (root + x / root)
+    return root
+
+
+def _integer(x: Tensor, form: Form) -> Tensor:
+    """The bits of a floating-point number, as an integer."""
+    return x.view(form.integer)
+
+
+def _series(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """The polynomial with these coefficients, the constant first."""
+    value: Any = coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient
+    return value

@@ -1,0 +1,209 @@
+"""``functional``: torch's own random functions, drawn from a key, so that a user's module stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fxtrain.rng.philox import Key
+from fxtrain.rng.replacements import REPLACED, SOMETIMES
+
+
+def functional(key: Key) -> TorchFunctionMode:
+    """A context in which torch's random functions draw from ``key``; the default generator is not touched.
+
+    Each call that draws takes the next site, in program order, from 0, so one key gives the same numbers again. It
+    works eager, inside ``torch.compile``, and inside and around the transforms of ``torch.func``. Contexts nest, and
+    the innermost draws. Replaced are the dropouts, attention with dropout, ``gumbel_softmax``, ``rrelu``, fractional
+    pooling, the random factories, and the in-place samplers on which ``torch.nn.init`` and ``torch.distributions``
+    stand.
+
+    A transform of the caller that batches inputs and not the key gives all its members the same numbers, as
+    ``vmap(randomness="same")`` does. To be filled under a ``vmap`` over keys, a tensor must come from ``torch.empty``,
+    ``empty_like`` or ``new_empty``, or be batched already. What is computed again, as in activation checkpointing, must
+    enter a context of its own: ``checkpoint`` a function that does.
+
+    Args:
+        key: Where in the run. To draw by hand as well, use another stream for that.
+
+    Raises:
+        NotImplementedError: Inside, by a random function that cannot be replaced, which it names.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> module = torch.nn.Dropout(0.5)
+        >>> with rng.functional(rng.key(seed=0)):
+        ...     module(torch.ones(6))
+        tensor([0., 0., 0., 0., 2., 2.])
+    """
+    _show_all_to_modes()
+    return _Functional(key)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Checks that the block leaves the default generators where they are. Costs some tens of microseconds.
+
+    Raises:
+        RuntimeError: At the end, if one moved: something drew numbers that are no function of a key.
+
+    Example:
+        >>> with untouched():
+        ...     drawn = torch.rand(2)
+        Traceback (most recent call last):
+        ...
+        RuntimeError: The default generator of cpu moved, so hidden random numbers were drawn: ...
+    """
+    before = _generator_states()
+    yield
+    for device, state in _generator_states().items():
+        if device in before and not torch.equal(before[device], state):
+            raise RuntimeError(
+                f"The default generator of {device} moved, so hidden random numbers were drawn: draw them inside "
+                "rng.functional(key), or with the samplers of fxtrain.rng."
+            )
+
+
+def _generator_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda:{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+    return states
+
+
+class _Functional(TorchFunctionMode):
+    # Dynamo follows a mode that inherits __enter__ and __exit__, and a Python number on it that changes.
+
+    def __init__(self, key: Key) -> None:
+        super().__init__()
+        self.key = key
+        self.sites = 0
+
+    def site(self) -> int:
+        self.sites += 1
+        return self.sites - 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # By name, a constant while tracing: a table with functions as keys costs Dynamo several guards a key.
+        name = func.__name__
+        kwargs = kwargs or {}
+        if not _is_known(name):
+            if isinstance(func, _OPERATORS) and _is_seeded(func):
+                raise _refusal(name)
+            return func(*args, **kwargs)
+        if name in _INITIALISERS and "tensor" in kwargs:
+            name = f"init.{name}"  # torch.nn.init passes this keyword, and has names that methods of tensors have too
+        if name in _BODIES:
+            with self:
+                return _BODIES[name](*args, **kwargs)
+        if name in REPLACED:
+            return REPLACED[name](self, *args, **_without_hidden_state(name, kwargs))
+        if name in SOMETIMES:
+            return SOMETIMES[name](self, func, *args, **kwargs)
+        raise _refusal(name)
+
+
+def _refusal(name: str) -> NotImplementedError:
+    remedy = REFUSED.get(name, "call the function of torch that stands on it")
+    return NotImplementedError(
+        f"{name} draws hidden random numbers, and rng.functional has nothing to put in its place: {remedy}."
+    )
+
+
+def _without_hidden_state(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    for option, remedy in (
+        ("generator", "leave it out, and the numbers are drawn from the key"),
+        ("out", "take the result"),
+    ):
+        if kwargs.get(option) is not None:
+            raise NotImplementedError(f"{name} inside rng.functional takes no {option}=: {remedy}.")
+    return {option: value for option, value in kwargs.items() if option not in ("generator", "out")}
+
+
+REFUSED = {
+    "poisson": "draw from rng.uniform and invert the distribution, or draw outside the step and pass the numbers in",
+    "binomial": "sum rng.bernoulli, or draw outside the step and pass the numbers in",
+    "_standard_gamma": "draw Gamma, Beta, Chi2 and StudentT outside the step, and pass the numbers in",
+    "_sample_dirichlet": "draw outside the step, and pass the numbers in",
+    "native_dropout": "call torch.nn.functional.dropout",
+    "_fused_dropout": "call torch.nn.functional.dropout",
+    "rrelu_with_noise": "call torch.nn.functional.rrelu",
+    "rrelu_with_noise_": "call torch.nn.functional.rrelu",
+}
+
+
+# Functions of torch written in Python offer themselves to modes whole, and what they call inside escapes. So their
+# bodies are run with the mode on, and with their own offer taken out: it is a function among their globals.
+
+
+def _no(*_: Any) -> bool:
+    return False
+
+
+def _body(function: Any) -> Any:
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = function.__globals__ | dict.fromkeys(checks, _no)
+    if function.__module__ == "torch.nn.init":
+        overrides = types.SimpleNamespace(has_torch_function_variadic=_no)
+        names["torch"] = types.SimpleNamespace(no_grad=torch.no_grad, overrides=overrides)
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+_INITIALISERS = ("uniform_", "normal_", "kaiming_uniform_")
+
+_BODIES: dict[str, Callable[..., Any]] = {
+    function.__name__: _body(function)
+    for function in (
+        F.dropout1d,
+        F.dropout2d,
+        F.dropout3d,
+        F.gumbel_softmax,
+        F.multi_head_attention_forward,
+        torch.svd_lowrank,
+        torch.pca_lowrank,
+        torch.lobpcg,
+    )
+} | {f"init.{name}": _body(getattr(torch.nn.init, name)) for name in _INITIALISERS}
+
+
+_KNOWN = frozenset({*REPLACED, *SOMETIMES, *REFUSED, *_BODIES, *_INITIALISERS})
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
+# While tracing, Dynamo calls these three and does not look inside: a guard for every operation of the model is saved.
+
+
+@torch.compiler.assume_constant_result
+def _is_known(name: str) -> bool:
+    return name in _KNOWN
+
+
+@torch.compiler.assume_constant_result
+def _is_seeded(operator: Any) -> bool:
+    names = operator.overloads() if isinstance(operator, torch._ops.OpOverloadPacket) else ()
+    overloads = [getattr(operator, name) for name in names] or [operator]
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+
+
+@torch.compiler.assume_constant_result
+def _show_all_to_modes() -> bool:
+    # Dynamo keeps some of these from modes, which see them in eager mode, and would leave hidden random numbers in the
+    # graph. There is no public door. Only code under a mode is affected.
+    if "torch._dynamo" in sys.modules:
+        from torch._dynamo.variables.torch import get_overridable_functions
+
+        get_overridable_functions().update(_TORCH_FUNCTIONS)
+    return True
+
+
+_TORCH_FUNCTIONS = [getattr(torch, name) for name in (*REPLACED, *SOMETIMES, *REFUSED) if hasattr(torch, name)]

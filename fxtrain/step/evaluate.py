@@ -1,0 +1,87 @@
+"""Evaluation steps: pure functions that measure the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fxtrain import rng
+from fxtrain.core import StepOutput, TrainState
+from fxtrain.fold.subscription import name_of
+from fxtrain.model import model_of
+from fxtrain.precision import Policy, policy_of
+from fxtrain.step.returned import checked_metrics, described, loss_and_metrics
+from fxtrain.step.step import on_device
+
+
+class EvalFunction:
+    """A pure function ``(state, batch) -> output`` that measures; made by ``eval_step``."""
+
+    def __init__(self, function: Callable[[TrainState, Any], StepOutput]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, state: TrainState, batch: Any) -> StepOutput:
+        output = self.function(state, batch)
+        return StepOutput(output.metrics, on_device(output.control, state.step.device), output.outputs)
+
+    def enter(self, state: TrainState) -> TrainState:
+        """What of the state goes into the compiled graph: no optimizer and no slots."""
+        return state.replace(opt_state={}, slots={})
+
+    def leave(self, state: TrainState, result: StepOutput) -> StepOutput:
+        """The result of the graph, as it is."""
+        return result
+
+    def __repr__(self) -> str:
+        return f"<{name_of(self.function)}>"
+
+
+def eval_step(
+    measure: Callable[..., Any], *, precision: str | Policy | None = None, outputs: bool = False
+) -> EvalFunction:
+    """The function ``(state, batch) -> StepOutput`` that measures the model in eval mode.
+
+    Args:
+        measure: ``(model, batch)`` to a 0-d loss, a loss and a dict of metrics, or a dict of metrics alone; a loss
+            function serves as it is. Tensors are averaged over the batches, weighted by their first dimension;
+            ``fxtrain.metrics`` are merged.
+        precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
+        outputs: Whether ``measure`` returns a pair of that and anything else, which reaches callbacks at
+            ``EvalStep``.
+
+    Raises:
+        TypeError: When it runs, if ``measure`` returned anything else.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> step = fx.eval_step(lambda model, batch: {"mean": model(batch).mean()})
+        >>> state = fx.init(torch.nn.Dropout())
+        >>> step(state, torch.ones(2, 2)).metrics
+        {'mean': tensor(1.)}
+    """
+    policy = policy_of(precision)
+
+    def step(state: TrainState, batch: Any) -> StepOutput:
+        key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
+        with policy.autocast(state.step.device):
+            result, _ = model_of(state).call(state.params, state.buffers, measure, batch, train=False, key=key)
+        extra = None
+        if outputs:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise TypeError(
+                    f"{name_of(measure)} returned {described(result)}: with outputs=True a pair (metrics, outputs) "
+                    "is wanted."
+                )
+            result, extra = result
+        if isinstance(result, Mapping):
+            measured = checked_metrics(measure, result)
+        else:
+            loss, metrics = loss_and_metrics(measure, result)
+            measured = {"loss": loss, **metrics}
+        return StepOutput(policy.cast_output(measured), outputs=extra)
+
+    step.__name__ = f"eval_step({name_of(measure)})"
+    step.__doc__ = measure.__doc__
+    return EvalFunction(step)

@@ -1,0 +1,133 @@
+"""Step: what the loop and the compiler must know of a function that moves the state forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TRACED, Control, StepOutput, TrainState
+from fxtrain.fold import Composed, as_composed
+from fxtrain.fold.subscription import name_of
+from fxtrain.model import refuse_writes, versions
+from fxtrain.step.returned import described
+
+
+class Step:
+    """A pure function ``(state, batch) -> (state, output)``, with what the loop and the compiler must know of it.
+
+    Whatever the function does, the step counts itself, moves the position by one batch, and returns its input
+    once ``state.due.stop`` is set: a stopped state is a fixed point. A hand-written function needs none of this.
+
+    Args:
+        function: The step. It may be any pure function of this signature.
+        callbacks: The callbacks that it folds; their slots enter the compiled graph.
+        fires: The traced events at which it folds them.
+
+    Raises:
+        TypeError: When it runs, if the function returned anything else.
+        ValueError: When it runs, if the function changed the structure of the state, a shape or a dtype.
+        RuntimeError: When it runs and is not compiled, if the function wrote into its state in place.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> @fx.Step
+        ... def halve(state, batch):
+        ...     return state.replace(params=state.params * 0.5), fx.StepOutput({"size": state.params})
+        >>> state, output = halve(fx.init(torch.tensor(8.0)), batch=None)
+        >>> float(state.params), int(state.step)
+        (4.0, 1)
+    """
+
+    def __init__(self, function: Callable[..., Any], *, callbacks: Any = (), fires: Iterable[type[Any]] = ()) -> None:
+        self.function = function
+        self.callbacks: Composed = as_composed(callbacks)
+        self.fires = frozenset(fires)
+        unknown = self.fires - set(TRACED)
+        if unknown:
+            raise ValueError(
+                f"fires={sorted(kind.__name__ for kind in unknown)}: a step fires "
+                f"{', '.join(kind.__name__ for kind in TRACED)}, and nothing else."
+            )
+        self._name = name_of(function)
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+        name, before = self._name, versions(state)
+        new, output = _checked(name, self.function(state, batch))
+        refuse_writes(name, state, before, "state")
+        stopped = state.due.stop
+        # A step that is not taken asks for nothing.
+        control = on_device(output.control, stopped.device).given(~stopped)
+        due = state.due._replace(stop=stopped | control.any("stop"), unsaved=state.due.unsaved | control.any("unsaved"))
+        new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
+        _refuse_changes(name, state, new)
+        return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs)
+
+    def enter(self, state: TrainState) -> TrainState:
+        """What of the state goes into the compiled graph: slots that only the loop uses stay outside."""
+        traced = self.callbacks.traced_slots
+        return state.replace(slots={name: memory for name, memory in state.slots.items() if name in traced})
+
+    def leave(self, state: TrainState, result: tuple[TrainState, StepOutput]) -> tuple[TrainState, StepOutput]:
+        """The result of the graph, with what stayed outside of it."""
+        new, output = result
+        return new.replace(slots={**state.slots, **new.slots}), output
+
+    def __repr__(self) -> str:
+        fires = ", ".join(kind.__name__ for kind in TRACED if kind in self.fires) or "nothing"
+        return f"<step {self._name}, fires {fires}>"
+
+
+def on_device(control: Control | None, device: torch.device) -> Control:
+    """The requests with tensors for flags: what leaves a compiled or a vmapped step is tensors."""
+    asked = Control() if control is None else control
+    return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), asked)
+
+
+def _checked(name: str, result: Any) -> tuple[TrainState, StepOutput]:
+    if (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and isinstance(result[0], TrainState)
+        and isinstance(result[1], StepOutput)
+    ):
+        return result
+    raise TypeError(f"{name} returned {described(result)}: a step returns (state, fxtrain.StepOutput(metrics)).")
+
+
+def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
+    """A state keeps its structure, shapes and dtypes: anything else would be another graph at each step."""
+    old_leaves, old_structure = tree.flatten(old)
+    new_leaves, new_structure = tree.flatten(new)
+    alike = len(old_leaves) == len(new_leaves) and all(
+        was.shape == came.shape and was.dtype == came.dtype for was, came in zip(old_leaves, new_leaves, strict=True)
+    )
+    if torch.compiler.is_compiling():
+        # Dynamo cannot write paths, and keys that differ are found where the states are joined.
+        if not alike:
+            raise ValueError(f"{name} changed a shape or a dtype of its state: call it uncompiled to see where.")
+        return
+    if alike and old_structure == new_structure:
+        return
+    before = dict(zip(tree.paths(old, "state"), old_leaves, strict=True))
+    after = dict(zip(tree.paths(new, "state"), new_leaves, strict=True))
+    for path in (*before, *after):
+        was, came = before.get(path), after.get(path)
+        if was is None or came is None:
+            raise ValueError(
+                f"{name} {'added' if was is None else 'removed'} {path}: a step keeps the structure of its state. "
+                "What a callback remembers is a slot, attached before the first step."
+            )
+        if was.shape != came.shape or was.dtype != came.dtype:
+            raise ValueError(
+                f"{name} changed {path} from {described(was)} to {described(came)}: a step keeps shapes and dtypes."
+            )
+    raise ValueError(
+        f"{name} changed the structure of its state, though every leaf is where it was: a step keeps the model, and "
+        "the types of all containers."
+    )

@@ -1,0 +1,181 @@
+"""The step of supervised training, and its second piece: applying gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import optim, tree
+from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated
+from fxtrain.fold import as_composed, compose
+from fxtrain.fold.subscription import name_of
+from fxtrain.metrics import Metric
+from fxtrain.model import model_of
+from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
+from fxtrain.step.gradients import Gradient, gradients
+from fxtrain.step.returned import described
+from fxtrain.step.step import Step
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    tx: optim.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    precision: str | Policy | None = None,
+    callbacks: Any = (),
+) -> Step:
+    """The step of supervised training: gradients, averaged over microbatches, then the optimizer.
+
+        g = 1/k sum_i grad L(params, batch_i)
+        u, opt_state = tx.update(g, opt_state, params)
+        params = params + u
+
+    It is one pure function: ``torch.compile(step, fullgraph=True)`` takes it whole, callbacks included.
+
+    Args:
+        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``. The model is called as usual.
+        tx: The gradient transformation, as given to ``init``.
+        accumulate: Into how many microbatches each batch is cut, along its first dimension. Each adds its
+            forward and backward pass to the graph, and so to the time of compiling it.
+        precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
+        callbacks: Those that subscribe to ``Microbatch``, ``Gradients`` or ``Updated`` are folded in here.
+
+    Raises:
+        TypeError: If ``tx`` is no gradient transformation.
+        ValueError: If ``accumulate`` is below 1 or does not divide the batch.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def loss_fn(model, batch):
+        ...     return (model(batch["x"]) - batch["y"]).square().mean()
+        >>> tx = fx.optim.sgd(0.1)
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
+        >>> step = fx.train_step(loss_fn, tx)
+        >>> state, output = step(state, {"x": torch.ones(8, 1), "y": torch.ones(8, 1)})
+        >>> sorted(output.metrics), int(state.step)
+        (['loss'], 1)
+    """
+    if not isinstance(tx, optim.GradientTransformation):
+        raise TypeError(
+            f"tx is {described(tx)}: one gradient transformation is wanted. For several, fxtrain.optim.partition makes "
+            "one of them, or write the step by hand, from fxtrain.gradients and fxtrain.step.apply_gradients."
+        )
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r}: a whole number of microbatches, 1 or more, is wanted.")
+    policy = policy_of(precision)
+    folded = as_composed(callbacks)
+    if policy.loss_scale is not None:
+        folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
+    differentiate = gradients(loss_fn, precision=policy)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+        number = state.step + 1
+        before, control, found = state, Control(), None
+        for index, microbatch in enumerate(_microbatches(batch, accumulate)):
+            part = differentiate(before, microbatch, index)
+            before = before.replace(buffers=part.buffers)
+            state, asked = folded(
+                state,
+                Microbatch(step=number, index=index, loss=part.loss, metrics=part.metrics, grads=part.grads),
+            )
+            control = control | asked
+            found = part if found is None else _joined(found, part)
+        assert found is not None
+        measured, grads = _averaged(found, accumulate)
+        loss = measured["loss"]
+        state, asked = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads))
+        control = control | asked
+
+        moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx)
+        skipped = torch.as_tensor(control.any("skip_update"), device=number.device)
+        state = _where_not(skipped, moved, state) if "skip_update" in control.kinds else moved
+        state, asked = folded(
+            state,
+            Updated(step=number, loss=loss, metrics=measured, grads=grads, updates=updates, skipped=skipped),
+        )
+        return state, StepOutput(measured, control | asked)
+
+    step.__name__ = f"train_step({name_of(loss_fn)})"
+    step.__doc__ = loss_fn.__doc__
+    return Step(step, callbacks=folded, fires=TRACED)
+
+
+def apply_gradients(
+    state: TrainState, grads: Any, tx: optim.GradientTransformation, *, wrt: str | None = None
+) -> tuple[TrainState, Any]:
+    """The state with its parameters moved, and the updates that moved them: the second piece of a step.
+
+    Args:
+        state: Any state with a model.
+        grads: From ``gradients``.
+        tx: As given to ``init``; with ``wrt``, for that entry.
+        wrt: The entry of a dict of modules, as given to ``gradients``.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = {"a": fx.optim.sgd(0.1), "b": fx.optim.adam(0.1)}
+        >>> state = fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx)
+        >>> found = fx.gradients(lambda model, batch: model["a"] * model["b"], wrt="a")(state, None)
+        >>> state, updates = fx.step.apply_gradients(state, found.grads, tx["a"], wrt="a")
+        >>> float(updates), float(state.params["a"])
+        (-0.10000000149011612, 0.8999999761581421)
+    """
+    model = model_of(state)
+    trainable = model.split(state.params, wrt)
+    memory = state.opt_state if wrt is None else state.opt_state[wrt]
+    updates, memory = tx.update(grads, memory, trainable)
+    params = model.merge(state.params, optim.apply_updates(trainable, updates), wrt)
+    opt_state = memory if wrt is None else {**state.opt_state, wrt: memory}
+    return state.replace(params=params, opt_state=opt_state), updates
+
+
+def _where_not(skipped: Tensor, moved: TrainState, state: TrainState) -> TrainState:
+    kept = tree.where(
+        skipped, (state.params, state.opt_state, state.buffers), (moved.params, moved.opt_state, moved.buffers)
+    )
+    return state.replace(params=kept[0], opt_state=kept[1], buffers=kept[2])
+
+
+def _microbatches(batch: Any, count: int) -> list[Any]:
+    if count == 1:
+        return [batch]
+    _refuse_uneven(batch, count)
+
+    def part(leaf: Tensor, index: int) -> Tensor:
+        size = leaf.shape[0] // count
+        return leaf[index * size : (index + 1) * size]
+
+    return [tree.map(lambda leaf, index=index: part(leaf, index), batch) for index in range(count)]
+
+
+def _refuse_uneven(batch: Any, count: int) -> None:
+    leaves = tree.leaves(batch)
+    size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != size or size % count:
+            # Dynamo cannot write paths.
+            path = "a leaf" if torch.compiler.is_compiling() else tree.paths(batch, "batch")[index]
+            raise ValueError(
+                f"accumulate={count} cuts each batch into {count} parts along its first dimension, and {path} is "
+                f"{described(leaf)}: choose one batch size for all that {count} divides, and keep what has no batch "
+                "dimension elsewhere."
+            )
+
+
+def _joined(total: Gradient, part: Gradient) -> Gradient:
+    metrics: dict[str, Any] = {
+        name: value.merge(part.metrics[name]) if isinstance(value, Metric) else value + part.metrics[name]
+        for name, value in total.metrics.items()
+    }
+    return Gradient(metrics["loss"], metrics, tree.map(torch.add, total.grads, part.grads), part.buffers)
+
+
+def _averaged(total: Gradient, count: int) -> tuple[dict[str, Any], Any]:
+    if count == 1:
+        return total.metrics, total.grads
+    metrics = {name: value if isinstance(value, Metric) else value / count for name, value in total.metrics.items()}
+    return metrics, tree.map(lambda grad: grad / count, total.grads)

@@ -1,0 +1,275 @@
+"""Compile: one graph for a whole run, with the numbers of the uncompiled step."""
+
+import problem
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxtrain as fx
+from fxtrain import testing, tree
+
+BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_caches():
+    """What ``torch.compile`` takes directly shares one cache in torch, with room for 8 graphs."""
+    torch._dynamo.reset()
+
+
+def counting():
+    return CompileCounterWithBackend("eager")
+
+
+def inputs(counter):
+    """The shapes of the tensors that enter the only graph."""
+    (graph,) = counter.graphs
+    return [tuple(node.meta["example_value"].shape) for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def close(got, wanted):
+    torch.testing.assert_close(tree.leaves(got), tree.leaves(wanted), rtol=1e-4, atol=1e-5)
+
+
+def everything():
+    """A step with accumulation, traced callbacks and metrics; a momentum optimizer, whose steps follow from the
+    gradients' size, as the gradient of a bias before batch norm is nothing but rounding."""
+
+    def watch(state, event: fx.Microbatch | fx.Gradients | fx.Updated, memory):
+        control = fx.Control(log={f"loss at {type(event).__name__}": event.loss})
+        if isinstance(event, fx.Microbatch):
+            return memory + event.loss, fx.Control(skip_update=event.loss.isnan(), reason="nan")
+        return memory, control | fx.Control(stop=event.loss.isnan(), reason="nan")
+
+    callbacks = [
+        fx.stateful("watched", lambda state: torch.tensor(0.0), watch),
+        fx.callbacks.nan_guard(),
+        fx.callbacks.epoch_mean("loss", "mae"),
+    ]
+    rate = fx.schedules.cosine(1e-1, 100)
+    tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.sgd(rate, momentum=0.9))
+    step = fx.train_step(problem.loss_fn, tx, accumulate=2, callbacks=callbacks)
+    return fx.attach(fx.init(problem.module(), tx), step), step
+
+
+class TestEqualsEager:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_torch_takes_the_raw_step_whole(self, backend):
+        state, step = everything()
+        compiled = torch.compile(step, fullgraph=True, backend=backend)
+        wanted = state
+        for batch in problem.data():
+            (state, output), (wanted, expected) = compiled(state, batch), step(wanted, batch)
+            close(state, wanted)
+            close(dict(output.metrics), dict(expected.metrics))
+            assert output.control.kinds == expected.control.kinds
+            assert output.control.log.keys() == expected.control.log.keys()
+        state = state.replace(due=state.due._replace(stop=torch.tensor(True)))
+        testing.assert_equal(compiled(state, batch)[0], state, "a stopped state")
+
+    def test_a_hand_written_function_of_the_pieces(self):
+        find, tx = fx.gradients(problem.loss_fn), fx.optim.sgd(0.1)
+
+        def by_hand(state, batch):
+            found = find(state, batch)
+            updates, opt_state = tx.update(found.grads, state.opt_state, state.params)
+            params = fx.optim.apply_updates(state.params, updates)
+            new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, buffers=found.buffers)
+            return new, fx.StepOutput(found.metrics)
+
+        state, batch = fx.init(problem.module(), tx), problem.data()[0]
+        wanted = fx.train_step(problem.loss_fn, tx)(state, batch)
+        raw = torch.compile(by_hand, fullgraph=True, backend="aot_eager")(state, batch)
+        close(raw[0].params, wanted[0].params)
+        close(raw[0].buffers, wanted[0].buffers)
+        close(fx.compile(by_hand, backend="aot_eager")(state, batch), wanted)
+
+    def test_evaluation(self):
+        state, batch = problem.start(), problem.data()[0]
+        wanted = problem.eval_step(state, batch)
+        output = fx.compile(problem.eval_step, backend="aot_eager")(state, batch)
+        close(dict(output.metrics), dict(wanted.metrics))
+
+    def test_frozen_and_tied_parameters_and_a_dict_of_modules(self):
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        second.weight = first.weight
+        second.bias.requires_grad_(False)
+        tx = fx.optim.adamw(1e-2)
+        state = fx.init({"a": first, "b": second, "scale": torch.tensor(2.0)}, tx)
+
+        def loss_fn(model, batch):
+            return (model["b"](model["a"](batch["x"])) * model["scale"]).square().mean()
+
+        step, batch = fx.train_step(loss_fn, tx), problem.data()[0]
+        close(fx.compile(step, backend="eager")(state, batch), step(state, batch))
+
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_a_batch_of_runs(self, backend):
+        state, step = everything()
+        states = tree.map(
+            lambda *leaves: torch.stack(leaves), *[state.replace(seed=state.seed + index) for index in range(3)]
+        )
+        batch = problem.data()[0]
+        wanted = torch.vmap(step, (0, None))(states, batch)
+        batched = torch.compile(lambda s, b: torch.vmap(step, (0, None))(s, b), fullgraph=True, backend=backend)
+        close(batched(states, batch), wanted)
+        for index in range(3):
+            alone, _ = step(state.replace(seed=state.seed + index), batch)
+            close(tree.map(lambda leaf, index=index: leaf[index], wanted[0]), alone)
+
+
+class TestOneGraph:
+    def test_over_a_run_with_everything_that_interrupts_one(self, tmp_path):
+        train, evaluation = counting(), counting()
+        step = fx.compile(problem.step(), backend=train)
+        options = {
+            "eval_step": fx.compile(problem.eval_step, backend=evaluation),
+            "eval_data": problem.data(2, seed=1),
+            "eval_when": fx.every(10),
+        }
+
+        def slot(name, size):
+            def update(state, event: fx.StepEnd, memory):
+                return memory + 1, fx.Control()
+
+            return fx.stateful(name, lambda state: torch.zeros(size), update)
+
+        checkpoints = fx.checkpointer(tmp_path)
+        saving = fx.when(fx.every(20), fx.callbacks.save())
+        first = fx.fit(
+            problem.start(), step, problem.data(), steps=80, callbacks=[saving], checkpointer=checkpoints, **options
+        )
+        resumed = fx.fit(
+            problem.start(),
+            step,
+            problem.data(),
+            steps=140,
+            callbacks=[fx.callbacks.early_stopping("loss", patience=100), slot("b", 977)],
+            checkpointer=checkpoints,
+            resume=True,
+            **options,
+        )
+        last = fx.fit(resumed.last, step, problem.data(), steps=200, callbacks=[slot("a", 983)], **options).last
+        assert (int(first.last.step), int(resumed.last.step), int(last.step)) == (80, 140, 200)
+        straight = fx.fit(problem.start(), problem.step(), problem.data(), steps=200).last
+        for name in ("params", "buffers", "opt_state", "seed", "position"):
+            testing.assert_equal(getattr(last, name), getattr(straight, name), f"{name} of the uncompiled run")
+        assert train.frame_count == 1
+        assert evaluation.frame_count == 1
+        assert {"a", "b", "early_stopping", "evaluated"} <= set(last.slots)
+        assert not {(977,), (983,)} & set(inputs(train))
+        leaves = tree.leaves((last.replace(slots={}), problem.data()[0]))
+        assert len(inputs(train)) <= len(leaves)
+        assert len(inputs(evaluation)) < len(tree.leaves((last.params, last.buffers))) + 6  # no optimizer
+
+    def test_slots_of_traced_callbacks_enter_and_come_back(self):
+        def keeps(state, event: fx.Updated, memory):
+            return memory + 1, fx.Control()
+
+        inside = fx.stateful("inside", lambda state: torch.zeros(977), keeps)
+        counter = counting()
+        step = fx.compile(fx.train_step(problem.loss_fn, fx.optim.sgd(0.1), callbacks=inside), backend=counter)
+        state = fx.attach(fx.init(problem.module(), fx.optim.sgd(0.1)), step)
+        state = state.with_slot("outside", torch.zeros(983))
+        outside = state.slots["outside"]
+        state, _ = step(state, problem.data()[0])
+        assert (977,) in inputs(counter)
+        assert (983,) not in inputs(counter)
+        assert float(state.slots["inside"][0]) == 1.0
+        assert state.slots["outside"] is outside
+
+    def test_injected_hyperparameters_change_and_the_graph_does_not(self):
+        counter = counting()
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        step = fx.compile(fx.train_step(problem.loss_fn, tx), backend=counter)
+        state, sizes = fx.init(problem.module(), tx), []
+        for rate in (1.0, 0.1, 0.0):
+            state = state.replace(opt_state=fx.optim.set_hyperparams(state.opt_state, learning_rate=rate))
+            new, _ = step(state, problem.data()[0])
+            sizes.append(float((new.params["4.weight"] - state.params["4.weight"]).norm()) / rate if rate else 0.0)
+        assert counter.frame_count == 1
+        assert sizes[0] == pytest.approx(sizes[1], rel=1e-4)
+        assert sizes[0] > sizes[2]
+
+    @pytest.mark.parametrize(("dynamic", "graphs"), [(False, 3), (True, 1)])
+    def test_another_size_is_another_graph_unless_sizes_are_dynamic(self, dynamic, graphs):
+        counter, tx = counting(), fx.optim.sgd(0.1)
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        state, compiled = fx.init(nn.Linear(2, 1), tx), fx.compile(step, backend=counter, dynamic=dynamic)
+        for size in (8, 6, 4, 8):
+            close(compiled(state, torch.ones(size, 2)), step(state, torch.ones(size, 2)))
+        assert counter.frame_count == graphs
+
+    def test_many_steps_can_be_compiled_in_one_process(self):
+        for _ in range(torch._dynamo.config.recompile_limit + 2):
+            fx.compile(lambda state, batch: (state, fx.StepOutput({"sum": batch.sum()})), backend="eager")(
+                fx.init(torch.tensor(1.0)), torch.ones(2)
+            )
+
+
+class TestErrors:
+    def test_a_compiled_step_is_refused(self):
+        step = fx.compile(problem.step(), backend="eager")
+        with pytest.raises(TypeError, match=r"<compiled <step train_step\(loss_fn\), .*>> is compiled already"):
+            fx.compile(step)
+
+    def test_it_is_known_as_the_step_is(self):
+        guard = fx.callbacks.nan_guard()
+        step = fx.compile(problem.step(callbacks=guard), backend="eager")
+        assert step.fires == {fx.Microbatch, fx.Gradients, fx.Updated}
+        assert step.callbacks.handlers == (guard,)
+        assert step.__name__ == "train_step(loss_fn)"
+        assert fx.compile(problem.eval_step, backend="eager").callbacks == ()
+
+    def test_what_cannot_be_in_the_graph_is_named_with_its_line(self):
+        def branches(model, batch):
+            loss, _ = problem.loss_fn(model, batch)
+            if loss > 0:
+                return loss
+            return -loss
+
+        step = fx.train_step(branches, problem.transform())
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"(?s)Data-dependent.*in branches") as caught:
+            fx.compile(step, backend="eager")(problem.start(), problem.data()[0])
+        assert "works uncompiled, and cannot be one graph" in caught.value.__notes__[0]
+
+    def test_too_many_graphs_say_what_to_do(self):
+        step = fx.compile(lambda state, batch: (state, fx.StepOutput({"sum": batch.sum()})), backend="eager")
+        limit, state = torch._dynamo.config.recompile_limit, fx.init(torch.tensor(1.0))
+        for size in range(limit):
+            step(state, torch.ones(size + 2))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit) as caught:
+            step(state, torch.ones(limit + 2))
+        assert "pad batches to few sizes, or compile with dynamic=True" in caught.value.__notes__[0]
+
+    @pytest.mark.parametrize(
+        ("function", "error", "message"),
+        [
+            (lambda s, b: s, TypeError, r"a step returns \(state, fxtrain\.StepOutput\(metrics\)\)"),
+            (
+                lambda s, b: (s.replace(params=tree.map(torch.Tensor.double, s.params)), fx.StepOutput({})),
+                ValueError,
+                r"changed state\.params\['0\.bias'\] from a float32 .* to a float64",
+            ),
+            (
+                lambda s, b: (s.replace(params={name + "_": p for name, p in s.params.items()}), fx.StepOutput({})),
+                ValueError,
+                r"removed state\.params\['0\.bias'\]",
+            ),
+            (
+                lambda s, b: (s.replace(params=dict.fromkeys(s.params, 1.0)), fx.StepOutput({})),
+                TypeError,
+                r"state\.params\['0\.bias'\] is a float \(1\.0\)",
+            ),
+        ],
+        ids=["result", "dtype", "name", "number"],
+    )
+    def test_a_mistake_of_the_step_is_told_as_it_is_uncompiled(self, function, error, message):
+        with pytest.raises(error, match=message):
+            fx.compile(function, backend="eager")(problem.start(), problem.data()[0])
+
+    def test_so_is_one_of_the_loss(self):
+        step = fx.train_step(lambda model, batch: model(batch["x"]), problem.transform())
+        with pytest.raises(TypeError, match=r"a loss function returns a 0-d floating tensor"):
+            fx.compile(step, backend="eager")(problem.start(), problem.data()[0])

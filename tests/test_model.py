@@ -1,0 +1,472 @@
+"""The functional model: the module as it is, with a state's memory; nothing that a call does is kept."""
+
+import copy
+import threading
+
+import problem
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import rng, testing, tree
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's, and a method beside ``forward``."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens, *, scale=1.0):
+        return self.head(self.embed(tokens)) * scale
+
+    def score(self, tokens):
+        return self(tokens, scale=2.0).logsumexp(-1)
+
+
+class Parts(nn.Module):
+    """A list, a dict and a plain attribute of parts, and buffers of all kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.by_name = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Tanh()})
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("calls", torch.tensor(0), persistent=False)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.by_name["b"](self.by_name["a"](x)) * self.scale
+
+
+class Recurrent(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+def seeded(make):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 2))
+
+
+KINDS = {
+    "sequence": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), (5, 4)),
+    "convolutions, batch norm": (convolutions, (5, 1, 6, 6)),
+    "tied": (Tied, "tokens"),
+    "parts and buffers": (Parts, (5, 4)),
+    "recurrent": (lambda: Recurrent(4, 3, num_layers=2), (6, 5, 4)),
+    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (2, 5, 4)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), (5, 4)),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2)), (5, 4)),
+    "half": (lambda: nn.Linear(4, 2).bfloat16(), (5, 4)),
+    "double": (lambda: nn.Linear(4, 2).double(), (5, 4)),
+    "complex": (lambda: nn.Linear(4, 2, dtype=torch.complex64), (5, 4)),
+}
+
+
+def example(kind):
+    make, shape = KINDS[kind]
+    module = seeded(make)
+    generator = torch.Generator().manual_seed(1)
+    if shape == "tokens":
+        return module, torch.randint(0, 7, (3, 5), generator=generator)
+    return module, torch.randn(shape, generator=generator).to(next(module.parameters()).dtype)
+
+
+def loss_fn(model, batch):
+    return model(batch).abs().square().mean().float()
+
+
+def gradient(state, batch):
+    return fx.gradients(loss_fn)(state, batch)
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+class TestIsTheModule:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gradients_and_buffers_are_those_of_autograd(self, kind):
+        module, batch = example(kind)
+        found = gradient(fx.init(module), batch)
+        loss_fn(module, batch).backward()
+        close(found.grads, {name: value.grad for name, value in module.named_parameters()})
+        close(found.buffers, dict(module.named_buffers()))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_view_is_the_module_in_eval_mode(self, kind):
+        module, batch = example(kind)
+        view = fx.view(fx.init(module))
+        close(view(batch), module.eval()(batch).detach())
+
+    def test_inside_a_loss_everything_of_the_module_can_be_used(self):
+        module, tokens = example("tied")
+
+        def everything(model, batch):
+            penalty = sum(parameter.square().sum() for parameter in model.parameters())
+            return model(batch, scale=0.5).mean() + model.score(batch).mean() + penalty + model.head.weight.sum()
+
+        found = fx.gradients(everything)(fx.init(module), tokens).grads
+        everything(module, tokens).backward()
+        close(found, {"embed.weight": module.embed.weight.grad})
+
+
+class TestInit:
+    def test_the_module_stays_as_it_was(self):
+        module = problem.module()
+        module[0].weight.requires_grad_(False)
+        module[1].eval()
+        calls = []
+        module.register_forward_hook(lambda *_: calls.append(1))
+        module[4].weight.grad = torch.ones(1, 8)
+        attributes = {name: dict(part.__dict__) for name, part in module.named_modules()}
+        values = copy.deepcopy(module.state_dict())
+        state, step = fx.init(module, problem.transform()), problem.step()
+        for batch in problem.data(3):
+            state, _ = step(state, batch)
+        fx.view(state)(batch["x"])
+        testing.assert_equal(module.state_dict(), values, "the module's values")
+        assert {name: dict(part.__dict__) for name, part in module.named_modules()} == attributes
+        assert [p.requires_grad for p in module.parameters()] == [False, *[True] * 5]
+        assert [part.training for part in module] == [True, False, True, True, True]
+        assert torch.equal(module[4].weight.grad, torch.ones(1, 8))
+        assert module[0].weight.device.type == "cpu"
+        assert len(calls) == 4  # the copy keeps the hooks
+
+    def test_shares_no_memory_with_the_module_nor_among_its_leaves(self):
+        module = Parts()
+        state = fx.init(module, fx.optim.adamw(1e-3))
+        leaves = [*tree.leaves(state), *module.parameters(), *module.buffers()]
+        assert len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves)
+        assert not any(leaf.requires_grad for leaf in tree.leaves(state))
+
+    def test_weights_are_not_copied_into_the_architecture(self, monkeypatch):
+        def copy_without_memory(self, memo):
+            assert self.is_meta, "a weight was copied"
+            return nn.Parameter(torch.empty_like(self))
+
+        monkeypatch.setattr(nn.Parameter, "__deepcopy__", copy_without_memory)
+        state = fx.init(Parts())
+        for skeleton in (state.model._training, state.model._evaluating):
+            values = [*skeleton.parameters(), *skeleton.buffers()]
+            assert values
+            assert {value.device.type for value in values} == {"meta"}
+
+    def test_dtype_and_device(self):
+        state = fx.init(Parts(), fx.optim.adamw(1e-3), dtype=torch.bfloat16)
+        assert {leaf.dtype for leaf in tree.leaves(state.params)} == {torch.bfloat16}
+        assert {name: leaf.dtype for name, leaf in state.buffers.items()} == {
+            "calls": torch.int64,
+            "mean": torch.float32,
+        }
+        state = fx.init(Parts(), fx.optim.adamw(1e-3), device="meta")
+        assert {leaf.device.type for leaf in tree.leaves(state)} == {"meta"}
+
+    def test_buffers_that_are_not_saved_are_in_the_state(self):
+        module, batch = example("parts and buffers")
+        state, step = fx.init(module, fx.optim.sgd(0.1)), fx.train_step(loss_fn, fx.optim.sgd(0.1))
+        for _ in range(3):
+            state, _ = step(state, batch)
+        assert int(state.buffers["calls"]) == 3
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: [nn.Linear(1, 1), 3], r"model\[1\] is of type int: init takes modules, tensors"),
+            (lambda: nn.LazyLinear(3), "model is lazy, .*: run it once on a batch first"),
+            (lambda: {"a": nn.LazyBatchNorm1d(affine=False)}, r"model\['a'\] is lazy"),
+            (
+                lambda: torch.compile(nn.Linear(1, 1), backend="eager"),
+                "compiled already .*: give init the module itself",
+            ),
+        ],
+    )
+    def test_what_is_no_model_is_refused(self, make, message):
+        with pytest.raises(TypeError, match=message):
+            fx.init(make())
+
+    def test_a_module_that_cannot_be_copied_is_refused(self):
+        module = nn.Linear(1, 1)
+        module.lock = threading.Lock()
+        with pytest.raises(TypeError, match=r"cannot be copied .*lock.*: remove locks"):
+            fx.init(module)
+
+    @pytest.mark.parametrize("seed", [1.0, True, None, 2**63])
+    def test_a_seed_is_an_integer(self, seed):
+        with pytest.raises(TypeError, match="an integer of 64 bits is wanted"):
+            fx.init(nn.Linear(1, 1), seed=seed)
+
+    @pytest.mark.parametrize(
+        ("tx", "error", "message"),
+        [
+            (torch.optim.SGD, TypeError, "of type type: a gradient transformation is wanted, .*from_torch"),
+            ({"a": fx.optim.sgd(0.1)}, ValueError, r"tx has .* \['a'\], and the model has \['a', 'b'\]"),
+            ({"a": fx.optim.sgd(0.1), "b": 0.1}, TypeError, "of type float"),
+        ],
+    )
+    def test_what_is_no_transformation_is_refused(self, tx, error, message):
+        with pytest.raises(error, match=message):
+            fx.init({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}, tx)
+
+
+class TestWhatIsTrained:
+    @pytest.mark.parametrize("tx", [problem.transform(), fx.optim.from_torch(torch.optim.Adam, lr=0.1)])
+    def test_frozen_parameters_stay_and_the_optimizer_has_no_memory_of_them(self, tx):
+        module = problem.module()
+        module[0].requires_grad_(False)
+        state = fx.init(module, tx)
+        shapes = [leaf.shape for leaf in tree.leaves(state.opt_state)]
+        assert module[0].weight.shape not in shapes
+        assert module[4].weight.shape in shapes
+        new, _ = fx.train_step(problem.loss_fn, tx)(state, problem.data()[0])
+        for name, value in new.params.items():
+            assert torch.equal(value, state.params[name]) == name.startswith("0."), name
+
+    def test_integer_parameters_stay(self):
+        module = nn.Linear(2, 1)
+        module.register_parameter("counts", nn.Parameter(torch.arange(2), requires_grad=False))
+        tx = fx.optim.adamw(0.1)
+        new, _ = fx.train_step(loss_fn, tx)(fx.init(module, tx), torch.ones(3, 2))
+        assert new.params["counts"].tolist() == [0, 1]
+        assert not torch.equal(new.params["weight"], module.weight)
+
+    def test_bare_tensors_are_parameters(self):
+        frozen = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        state = fx.init({"w": torch.tensor(3.0), "i": torch.tensor(4), "frozen": frozen}, fx.optim.sgd(0.5))
+        step = fx.train_step(lambda model, batch: model["w"] * model["i"] * model["frozen"] * batch, fx.optim.sgd(0.5))
+        state, _ = step(state, torch.tensor(1.0))
+        assert tree.map(float, state.params) == {"w": -1.0, "i": 4.0, "frozen": 2.0}
+        both = torch.vmap(step, (0, None))(tree.map(lambda leaf: torch.stack([leaf] * 2), state), torch.tensor(1.0))
+        assert both[0].params["w"].tolist() == [-5.0, -5.0]
+
+    def test_tied_weights_are_one_leaf_and_stay_tied(self):
+        module, tokens = example("tied")
+        tx = fx.optim.sgd(0.5)
+        state = fx.init(module, tx)
+        assert list(state.params) == ["embed.weight"]
+        state, _ = fx.train_step(loss_fn, tx)(state, tokens)
+        view = fx.view(state)
+        assert torch.equal(view.embed.weight, view.head.weight)
+        assert not torch.equal(view.embed.weight, module.embed.weight)
+
+    def test_a_dict_of_modules_may_share_parameters_and_modules(self):
+        first, second = seeded(lambda: (nn.Linear(3, 3), nn.Linear(3, 3)))
+        second.weight = first.weight
+        modules = {"first": first, "second": second, "again": first}
+        state = fx.init(modules)
+        assert tree.map(lambda _: None, state.params) == {
+            "again": {"bias": None, "weight": None},
+            "first": {},
+            "second": {"bias": None},
+        }
+
+        def loss_fn(model, batch):
+            return model["again"](model["second"](model["first"](batch))).square().mean()
+
+        batch = torch.ones(2, 3)
+        found = fx.gradients(loss_fn)(state, batch).grads
+        loss_fn(modules, batch).backward()
+        close(found["again"], {"weight": first.weight.grad, "bias": first.bias.grad})
+        close(found["second"], {"bias": second.bias.grad})
+
+    def test_nothing_to_train_is_an_error(self):
+        state = fx.init(nn.Linear(1, 1).requires_grad_(False))
+        with pytest.raises(ValueError, match="Nothing to train"):
+            gradient(state, torch.ones(1, 1))
+
+
+class TestModes:
+    def test_a_module_given_in_eval_mode_is_trained_in_train_mode(self):
+        module = problem.module().eval()
+        found = fx.gradients(problem.loss_fn)(fx.init(module), problem.data()[0])
+        assert int(found.buffers["1.num_batches_tracked"]) == 1
+        assert not module.training
+
+    def test_single_parts_in_eval_mode_stay_so(self):
+        module = problem.module()
+        module[1].eval()
+        found = fx.gradients(problem.loss_fn)(fx.init(module), problem.data()[0])
+        assert int(found.buffers["1.num_batches_tracked"]) == 0
+
+    def test_train_and_eval(self):
+        x = torch.ones(100)
+        state = fx.init(nn.Dropout(0.5))
+        assert torch.equal(fx.view(state)(x), x)
+        assert set(fx.view(state, train=True)(x).tolist()) == {0.0, 2.0}
+        assert torch.equal(fx.eval_step(lambda model, batch: model(batch).sum())(state, x).metrics["loss"], x.sum())
+
+
+class TestNothingIsKept:
+    def test_buffers_are_threaded_and_the_input_state_stays(self):
+        module, tx = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)), fx.optim.sgd(0.1)
+        state, step = fx.init(module, tx), fx.train_step(problem.loss_fn, tx, accumulate=2)
+        first, second = problem.data(2)
+        before = state.copy()
+        after, _ = step(step(state, first)[0], second)
+        testing.assert_equal(state, before, "the state that the step was given")
+        for part in (*first["x"].chunk(2), *second["x"].chunk(2)):
+            module(part)
+        close(after.buffers, dict(module.named_buffers()))
+
+    def test_what_a_call_stores_on_the_module_is_gone(self):
+        class Stores(nn.Linear):
+            calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                self.last = super().forward(x)
+                return self.last
+
+        def loss_fn(model, batch):
+            return (model(batch) + model.last).sum() * model.calls
+
+        state, tx = fx.init(Stores(2, 1), fx.optim.sgd(0.0)), fx.optim.sgd(0.0)
+        step = fx.train_step(loss_fn, tx)
+        first, second = step(state, torch.ones(3, 2)), step(state, torch.ones(3, 2))
+        testing.assert_equal(first, second, "the second call")
+        with pytest.raises(AttributeError, match="last"):
+            fx.view(state).last  # noqa: B018
+
+    @pytest.mark.parametrize("write", [lambda p: p.detach().zero_(), lambda p: p.data.zero_()])
+    def test_writing_into_a_parameter_is_an_error(self, write):
+        def writes(model, batch):
+            write(model.weight)
+            return model(batch).sum()
+
+        tx = fx.optim.sgd(0.1)
+        with pytest.raises(RuntimeError, match=r"train_step\(writes\) wrote into state\.params\['weight'\] in place"):
+            fx.train_step(writes, tx)(fx.init(nn.Linear(1, 1), tx), torch.ones(1, 1))
+
+    def test_an_error_inside_leaves_the_model_whole(self):
+        module, batch = example("sequence")
+        state = fx.init(module)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            fx.view(state)(torch.ones(1, 3))
+        close(fx.view(state)(batch), module(batch).detach())
+
+
+class TestRandomness:
+    """One seed gives one run, whatever the mode; the global generator has no part in it."""
+
+    def test_is_the_same_eager_compiled_and_vmapped(self):
+        def loss_fn(model, batch):
+            x = model(batch) + torch.randn_like(batch) + torch.rand(batch.shape[0], 1) + torch.normal(0.0, 1.0, (4,))
+            return F.dropout(x, 0.3).square().mean()
+
+        first = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), fx.optim.sgd(0.1))
+        states = [first, first.replace(seed=first.seed + 1)]
+        step, batch = fx.train_step(loss_fn, fx.optim.sgd(0.1)), torch.ones(8, 4)
+        compiled = fx.compile(step, backend="aot_eager")
+        with rng.untouched():
+            alone = [step(state, batch) for state in states]
+            close([compiled(state, batch)[0].params for state in states], [state.params for state, _ in alone])
+            together, output = torch.vmap(step, (0, None))(
+                tree.map(lambda *leaves: torch.stack(leaves), *states), batch
+            )
+        close(output.metrics["loss"], torch.stack([output.metrics["loss"] for _, output in alone]))
+        for index, (state, _) in enumerate(alone):
+            close(tree.map(lambda leaf, index=index: leaf[index], together.params), state.params)
+        assert alone[0][1].metrics["loss"] != alone[1][1].metrics["loss"]
+
+    def test_differs_by_step_microbatch_and_seed_and_not_by_the_global_generator(self):
+        model, batch = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), torch.ones(32, 2)
+        state = fx.init(model)
+        find = fx.gradients(lambda model, batch: model(batch).square().mean())
+        losses = {
+            "first": find(state, batch).loss,
+            "step": find(state.replace(step=state.step + 1), batch).loss,
+            "microbatch": find(state, batch, 1).loss,
+            "seed": find(state.replace(seed=state.seed + 1), batch).loss,
+        }
+        assert len({float(loss) for loss in losses.values()}) == 4
+        torch.manual_seed(99)
+        assert torch.equal(find(state, batch).loss, losses["first"])
+
+    def test_what_has_no_replacement_is_refused_by_name(self):
+        state = fx.init(nn.Linear(1, 1))
+        with pytest.raises(NotImplementedError, match="poisson"):
+            fx.gradients(lambda model, batch: torch.poisson(batch).mean())(state, torch.ones(2))
+
+
+class TestView:
+    def start(self):
+        return fx.init(seeded(Parts))
+
+    def test_reaches_any_method_part_and_parameter(self):
+        module, tokens = example("tied")
+        view = fx.view(fx.init(module))
+        close(view.score(tokens), module.score(tokens).detach())
+        close(view(tokens, scale=3.0), module(tokens, scale=3.0).detach())
+        assert torch.equal(view.head.weight, module.head.weight)
+        module, view, x = seeded(Parts), fx.view(self.start()), torch.ones(2, 4)
+        close(view.layers[1](x), module.layers[1](x).detach())
+        close(view.by_name["a"](x), module.by_name["a"](x).detach())
+        close(view.get_submodule("by_name.a")(x), module.by_name["a"](x).detach())
+        assert [layer.out_features for layer in view.layers] == [4, 4, 4]
+        assert torch.equal(view.scale, module.scale)
+        testing.assert_equal(dict(view.named_parameters()), fx.init(module).params, "named_parameters")
+        testing.assert_equal(dict(view.state_dict()), dict(module.state_dict()), "state_dict")
+
+    def test_reaches_into_a_dict_of_modules(self):
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+        view = fx.view(fx.init({"a": first, "b": {"c": second}, "t": torch.tensor(3.0)}))
+        x = torch.ones(1, 2)
+        close(view["b"]["c"](view["a"](x)), second(first(x)).detach())
+        assert float(view["t"]) == 3.0
+
+    def test_nothing_it_does_is_kept(self):
+        state = self.start()
+        before = state.copy()
+        view = fx.view(state, train=True)
+        view(torch.ones(2, 4))
+        view.mean.add_(1.0)
+        assert int(view.calls) == 0
+        testing.assert_equal(state, before, "the state viewed")
+        with pytest.raises(
+            RuntimeError, match=r"A call of the view wrote into state\.params\['layers\.0\..*'\] in place"
+        ):
+            view.layers[0].reset_parameters()
+
+    def test_draws_the_same_numbers_again_and_others_from_another_key(self):
+        state, x = fx.init(nn.Dropout(0.5)), torch.ones(64)
+        view = fx.view(state, train=True)
+        assert torch.equal(view(x), view(x))
+        assert not torch.equal(view(x), fx.view(state, train=True, key=rng.key(1))(x))
+        assert not torch.equal(view(x), fx.view(state.replace(step=state.step + 1), train=True)(x))
+
+    def test_serves_as_a_teacher_inside_a_loss(self):
+        module, batch = example("sequence")
+        state = fx.init(module)
+        teacher = state.copy()
+
+        def distil(model, batch):
+            return (model(batch) - fx.view(teacher)(batch)).square().mean()
+
+        assert float(fx.gradients(distil)(state, batch).loss) == 0.0
+
+    def test_has_an_error_of_the_module_itself(self):
+        view = fx.view(self.start())
+        with pytest.raises(AttributeError, match="'Parts' object has no attribute 'missing'"):
+            view.missing  # noqa: B018
+        assert repr(view) == "View of Model(Parts) at step 0"
+
+    def test_needs_a_model(self):
+        with pytest.raises(ValueError, match="This state has no model"):
+            fx.view(self.start().replace(model=None))

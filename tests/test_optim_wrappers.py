@@ -1,0 +1,453 @@
+"""Chains, masks, partitions, skipped updates, injected hyper-parameters, and what is refused with which words."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+
+from fxtrain import optim, schedules, tree
+
+PARAMS = {"body.bias": torch.tensor([1.0, 2.0]), "body.weight": torch.ones(2, 2), "head.weight": torch.ones(2, 2)}
+ONES = tree.map(torch.ones_like, PARAMS)
+NAN = {**ONES, "body.bias": torch.tensor([float("nan"), 0.0])}
+
+
+def one(tx, grads=ONES, params=PARAMS):
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+class TestChain:
+    def test_is_each_in_turn(self):
+        a, b = optim.clip_by_global_norm(1.0), optim.sgd(0.1)
+        first = one(a)
+        torch.testing.assert_close(one(optim.chain(a, b)), one(b, first))
+
+    def test_of_nothing_is_the_identity(self):
+        assert one(optim.chain()) is ONES
+
+    def test_needs_no_parameters_where_none_are_used(self):
+        tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adam(0.1))
+        updates, _ = tx.update(ONES, tx.init(PARAMS))
+        assert tree.structure(updates) == tree.structure(ONES)
+
+    @given(st.lists(st.sampled_from(["scale", "trace", "clip", "adam"]), max_size=5), st.integers(0, 5))
+    def test_is_associative(self, names, cut):
+        parts = [
+            {
+                "scale": optim.scale(0.5),
+                "trace": optim.trace(0.9),
+                "clip": optim.clip_by_value(0.3),
+                "adam": optim.scale_by_adam(),
+            }[name]
+            for name in names
+        ]
+        whole, nested = optim.chain(*parts), optim.chain(optim.chain(*parts[:cut]), optim.chain(*parts[cut:]))
+        torch.testing.assert_close(one(whole), one(nested), rtol=0, atol=0)
+
+
+class TestMasked:
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            {"body.bias": False, "body.weight": False, "head.weight": True},
+            lambda path, leaf: path == "head.weight",
+            lambda path, leaf: path.split(".")[0] == "head",
+        ],
+    )
+    def test_passes_what_is_left_out(self, mask):
+        tx = optim.masked(optim.chain(optim.scale(2.0), optim.trace(0.9)), mask)
+        state = tx.init(PARAMS)
+        assert [leaf.shape for leaf in tree.leaves(state)] == [(2, 2)]
+        updates = one(tx)
+        torch.testing.assert_close(updates, {**ONES, "head.weight": torch.full((2, 2), 2.0)})
+
+    def test_predicates_see_dotted_paths_and_leaves(self):
+        seen = []
+        nested = {"a": {"b.c": torch.ones(2)}, "d": [torch.ones(3, 1), (torch.ones(()),)]}
+        optim.masked(optim.identity(), lambda path, leaf: bool(seen.append((path, tuple(leaf.shape))))).init(nested)
+        assert seen == [("a.b.c", (2,)), ("d.0", (3, 1)), ("d.1.0", ())]
+
+    def test_of_all_is_the_inner_and_of_none_the_identity(self):
+        tx = optim.adam(0.1)
+        torch.testing.assert_close(one(optim.masked(tx, lambda path, leaf: True)), one(tx))
+        torch.testing.assert_close(one(optim.masked(tx, lambda path, leaf: False)), ONES)
+
+    def test_masks_nest(self):
+        inner = optim.masked(optim.scale(3.0), {name: name.endswith("weight") for name in PARAMS})
+        updates = one(optim.masked(inner, lambda path, leaf: path.startswith("body")))
+        assert {name: float(value.flatten()[0]) for name, value in updates.items()} == {
+            "body.bias": 1.0,
+            "body.weight": 3.0,
+            "head.weight": 1.0,
+        }
+
+    def test_norms_are_of_the_chosen_alone(self):
+        updates = one(optim.masked(optim.clip_by_global_norm(1.0), lambda path, leaf: leaf.ndim == 1))
+        assert float(updates["body.bias"].norm()) == pytest.approx(1.0)
+        torch.testing.assert_close(updates["body.weight"], ONES["body.weight"])
+
+
+class TestPartition:
+    def test_each_leaf_is_seen_by_its_own(self):
+        tx = optim.partition(
+            {"head": optim.sgd(1.0), "body": optim.sgd(0.1), "frozen": optim.set_to_zero()},
+            {"body.bias": "frozen", "body.weight": "body", "head.weight": "head"},
+        )
+        rates = {name: -float(value.flatten()[0]) for name, value in one(tx).items()}
+        assert rates == {"body.bias": 0.0, "body.weight": pytest.approx(0.1), "head.weight": 1.0}
+
+    def test_keeps_memory_for_each_label(self):
+        tx = optim.partition(
+            {"adam": optim.adam(0.1), "sgd": optim.sgd(0.1)},
+            lambda path, leaf: "adam" if leaf.ndim == 1 else "sgd",
+        )
+        states = tx.init(PARAMS).inner_states
+        assert len(tree.leaves(states["adam"])) == 3
+        assert len(tree.leaves(states["sgd"])) == 0
+
+    def test_muon_leaves_an_embedding_to_adamw_if_told_so(self):
+        tx = optim.muon(0.1, muon_mask={"body.bias": False, "body.weight": True, "head.weight": False})
+        states = tx.init(PARAMS).inner_states
+        assert [tree.leaves(states[label][0].mu)[0].shape for label in ("muon", "adam")] == [(2, 2), (2,)]
+        assert len(tree.leaves(states["adam"][0].mu)) == 2
+
+
+class TestApplyIfFinite:
+    def test_skips_counts_and_gives_in(self):
+        tx = optim.apply_if_finite(optim.sgd(0.1, momentum=0.9), max_consecutive=2)
+        state = tx.init(PARAMS)
+        _, state = tx.update(ONES, state, PARAMS)
+        kept = state.inner_state
+        for bad in (1, 2):
+            updates, state = tx.update(NAN, state, PARAMS)
+            torch.testing.assert_close(updates, tree.zeros_like(ONES))
+            torch.testing.assert_close(state.inner_state, kept)
+            assert (int(state.notfinite_count), int(state.total_notfinite)) == (bad, bad)
+        updates, given_in = tx.update(NAN, state, PARAMS)
+        assert updates["body.bias"].isnan().any()
+        assert (int(given_in.notfinite_count), int(given_in.total_notfinite)) == (3, 3)
+        updates, state = tx.update(ONES, state, PARAMS)
+        assert (int(state.notfinite_count), int(state.total_notfinite)) == (0, 2)
+        assert updates["body.bias"].isfinite().all()
+
+    def test_each_member_of_a_batch_is_skipped_by_itself(self):
+        tx = optim.apply_if_finite(optim.sgd(1.0), max_consecutive=5)
+        grads = torch.tensor([1.0, float("inf"), 2.0])
+        updates, state = torch.func.vmap(tx.update)(grads, torch.func.vmap(tx.init)(grads))
+        assert updates.tolist() == [-1.0, 0.0, -2.0]
+        assert state.notfinite_count.tolist() == [0, 1, 0]
+
+
+class TestInjectHyperparams:
+    def test_the_numbers_are_the_factory_s(self):
+        given = {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.1}
+        torch.testing.assert_close(one(optim.inject_hyperparams(optim.adamw)(**given)), one(optim.adamw(**given)))
+
+    def test_keeps_what_was_given_and_nothing_else(self):
+        tx = optim.inject_hyperparams(optim.muon)(
+            0.1, ns_steps=3, muon_mask=lambda path, leaf: leaf.ndim == 2, adam_b1=0.8, weight_decay=torch.tensor(0.1)
+        )
+        state = tx.init(PARAMS)
+        assert sorted(state.hyperparams) == ["adam_b1", "learning_rate", "weight_decay"]
+        assert {(v.dtype, v.shape) for v in state.hyperparams.values()} == {(torch.float32, torch.Size([]))}
+
+    def test_is_as_precise_as_the_parameters(self):
+        params = tree.map(torch.Tensor.double, PARAMS)
+        tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
+        assert float(tx.init(params).hyperparams["learning_rate"]) == 0.1
+        torch.testing.assert_close(one(tx, params, params), one(optim.sgd(0.1), params, params), rtol=0, atol=0)
+
+    def test_a_tensor_of_the_user_s_is_copied(self):
+        rate = torch.tensor(0.1)
+        state = optim.inject_hyperparams(optim.sgd)(learning_rate=rate).init(PARAMS)
+        assert state.hyperparams["learning_rate"].data_ptr() != rate.data_ptr()
+
+    def test_a_schedule_is_shown_and_followed(self):
+        schedule = schedules.linear(1.0, 0.0, transition_steps=2)
+        tx = optim.inject_hyperparams(optim.sgd)(learning_rate=schedule)
+        state, rates, shown = tx.init(PARAMS), [], []
+        for _ in range(3):
+            updates, state = tx.update(ONES, state, PARAMS)
+            rates.append(-float(updates["body.bias"][0]))
+            shown.append(float(optim.get_hyperparams(state)["learning_rate"]))
+        assert rates == shown == [1.0, 0.5, 0.0]
+
+    def test_setting_finds_every_place(self):
+        inject = optim.inject_hyperparams
+        tx = optim.chain(
+            optim.clip_by_global_norm(1.0),
+            optim.apply_if_finite(
+                optim.partition(
+                    {"a": inject(optim.sgd)(learning_rate=1.0), "b": inject(optim.adamw)(learning_rate=0.1, b1=0.8)},
+                    lambda path, leaf: "a" if leaf.ndim == 1 else "b",
+                ),
+                max_consecutive=3,
+            ),
+        )
+        state = tx.init(PARAMS)
+        new = optim.set_hyperparams(state, learning_rate=lambda rate: rate / 10, b1=0.5)
+        assert {name: round(float(value), 6) for name, value in optim.get_hyperparams(new).items()} == {
+            "[1][2][0]['a'].learning_rate": 0.1,
+            "[1][2][0]['b'].learning_rate": 0.01,
+            "b1": 0.5,
+        }
+        assert float(optim.get_hyperparams(state)["b1"]) == pytest.approx(0.8)  # the old one is as it was
+        assert tree.structure(new) == tree.structure(state)
+        assert len({leaf.data_ptr() for leaf in tree.leaves(new)}) == len(tree.leaves(new))
+
+    def test_a_batch_may_be_set_at_once_or_member_by_member(self):
+        tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
+        states = torch.func.vmap(tx.init)(torch.ones(3))
+        together = optim.set_hyperparams(states, learning_rate=0.5)
+        assert together.hyperparams["learning_rate"].tolist() == [0.5, 0.5, 0.5]
+        single = torch.func.vmap(lambda s, rate: optim.set_hyperparams(s, learning_rate=rate))(
+            states, torch.tensor([1.0, 2.0, 3.0])
+        )
+        updates, _ = torch.func.vmap(tx.update)(torch.ones(3), single)
+        assert updates.tolist() == [-1.0, -2.0, -3.0]
+
+    def test_a_new_value_makes_no_new_graph(self):
+        torch._dynamo.reset()
+        tx = optim.inject_hyperparams(optim.adamw)(learning_rate=0.1, weight_decay=0.1)
+        counter = CompileCounter()
+        compiled = torch.compile(tx.update, fullgraph=True, backend=counter)
+        state = tx.init(PARAMS)
+        for step in range(4):
+            state = optim.set_hyperparams(state, learning_rate=1.0 / (step + 1))
+            expected, _ = tx.update(ONES, state, PARAMS)
+            updates, state = compiled(ONES, state, PARAMS)
+            torch.testing.assert_close(updates, expected)
+        assert counter.frame_count == 1
+
+    def test_setting_works_inside_of_a_compiled_function(self):
+        torch._dynamo.reset()
+        tx = optim.chain(optim.inject_hyperparams(optim.sgd)(learning_rate=0.1))
+
+        def halve(state, loss):
+            return optim.set_hyperparams(state, learning_rate=lambda rate: torch.where(loss > 1.0, rate / 2, rate))
+
+        compiled = torch.compile(halve, fullgraph=True, backend="eager")
+        for loss, rate in ((0.5, 0.1), (2.0, 0.05)):
+            state = compiled(tx.init(PARAMS), torch.tensor(loss))
+            assert float(optim.get_hyperparams(state)["learning_rate"]) == pytest.approx(rate)
+
+    def test_no_new_graph_as_a_schedule_advances(self):
+        torch._dynamo.reset()
+        tx = optim.adamw(schedules.warmup_cosine_decay(0.0, 1.0, warmup_steps=2, decay_steps=9))
+        counter = CompileCounter()
+        compiled = torch.compile(tx.update, fullgraph=True, backend=counter)
+        state = tx.init(PARAMS)
+        for _ in range(12):
+            _, state = compiled(ONES, state, PARAMS)
+        assert counter.frame_count == 1
+        assert int(state[2].count) == 12
+
+
+class TestPrecision:
+    def test_second_moments_outlast_bfloat16(self):
+        # Kept in bfloat16, v stops growing once its hundredth part is below its last bit.
+        params = torch.ones(4, dtype=torch.bfloat16)
+        tx = optim.scale_by_adam(b2=0.999)
+        state = tx.init(params)
+        for _ in range(2000):
+            _, state = tx.update(params, state)
+        assert state.nu.dtype == torch.float32
+        assert float(state.nu[0]) == pytest.approx(1 - 0.999**2000, rel=1e-3)
+
+    def test_small_gradients_survive_float16(self):
+        grads = torch.tensor([1e-5, 0.0], dtype=torch.float16)  # whose square, and the usual eps, are zero there
+        updates = one(optim.adam(0.1), grads, grads)
+        assert updates.dtype == torch.float16
+        assert updates.tolist() == pytest.approx([-0.1, 0.0], rel=1e-2)
+
+    def test_moments_are_kept_in_the_dtype_asked_for(self):
+        params = {"real": torch.ones(2), "complex": torch.ones(2, dtype=torch.complex64)}
+        state = optim.scale_by_adam(mu_dtype=torch.bfloat16).init(params)
+        assert [leaf.dtype for leaf in tree.leaves(state.mu)] == [torch.complex64, torch.bfloat16]
+        assert [leaf.dtype for leaf in tree.leaves(state.nu)] == [torch.float32, torch.float32]
+
+    def test_a_learning_rate_of_more_bits_does_not_widen(self):
+        for rate in (torch.tensor(0.1, dtype=torch.float64), lambda step: torch.tensor(0.1, dtype=torch.float64)):
+            assert {leaf.dtype for leaf in one(optim.sgd(rate)).values()} == {torch.float32}
+            scalar = torch.tensor(1.0)
+            assert one(optim.sgd(rate), scalar, scalar).dtype == torch.float32
+
+    def test_the_count_corrects_the_first_steps_in_single_precision(self):
+        params = torch.ones(1)
+        tx = optim.scale_by_adam(b2=0.999999, eps=0.0)
+        updates, _ = tx.update(params, tx.init(params))
+        torch.testing.assert_close(updates, params, rtol=1e-6, atol=0)
+
+
+BAD = {"other": torch.ones(2)}
+REFUSALS = [
+    (lambda: optim.sgd(-0.1), ValueError, "learning_rate=-0.1: zero or more is wanted."),
+    (lambda: optim.sgd(float("nan")), ValueError, "learning_rate=nan: zero or more is wanted."),
+    (lambda: optim.sgd("0.1"), TypeError, "learning_rate='0.1': a number or a 0-d tensor is wanted."),
+    (lambda: optim.sgd(torch.ones(2)), ValueError, "learning_rate is a tensor of shape [2]: a 0-d tensor is wanted."),
+    (
+        lambda: optim.sgd(0.1, nesterov=True),
+        ValueError,
+        "nesterov and dampening change the momentum: give momentum as well.",
+    ),
+    (
+        lambda: optim.sgd(0.1, momentum=0.9, nesterov=True, dampening=0.1),
+        ValueError,
+        "nesterov=True with dampening: Nesterov's momentum is defined without it; leave one out.",
+    ),
+    (lambda: optim.adam(0.1, b1=1.0), ValueError, "b1=1.0: a decay rate lies in [0, 1)."),
+    (lambda: optim.adamw(0.1, b2=-0.1), ValueError, "b2=-0.1: a decay rate lies in [0, 1)."),
+    (lambda: optim.adamw(0.1, eps=-1e-8), ValueError, "eps=-1e-08: zero or more is wanted."),
+    (lambda: optim.adamw(0.1, weight_decay=-1.0), ValueError, "weight_decay=-1.0: zero or more is wanted."),
+    (
+        lambda: optim.adam(0.1, nesterov=True, amsgrad=True),
+        ValueError,
+        "nesterov=True and amsgrad=True: choose one of them.",
+    ),
+    (
+        lambda: optim.rmsprop(0.1, nesterov=True),
+        ValueError,
+        "nesterov changes the momentum: give momentum as well.",
+    ),
+    (lambda: optim.clip_by_global_norm(0.0), ValueError, "max_norm=0.0: a number above zero is wanted."),
+    (
+        lambda: optim.apply_if_finite(optim.sgd(0.1), max_consecutive=0),
+        ValueError,
+        "max_consecutive=0: a whole number, 1 or more, is wanted.",
+    ),
+    (
+        lambda: optim.muon(0.1, ns_coeffs=(1.0, 2.0)),
+        ValueError,
+        "(1.0, 2.0): three coefficients are wanted, or three for each step.",
+    ),
+    (
+        lambda: optim.scale_by_schedule(0.1),
+        TypeError,
+        "scale_by_schedule(0.1): a function of the step is wanted; scale takes a number.",
+    ),
+    (
+        lambda: optim.chain(optim.sgd(0.1), 0.1),
+        TypeError,
+        "Argument 1 of chain is a float: gradient transformations are wanted, such as sgd(0.1).",
+    ),
+    (
+        lambda: optim.partition({"a": None}, {}),
+        TypeError,
+        "transforms['a'] is a NoneType: a gradient transformation is wanted.",
+    ),
+    (
+        lambda: optim.chain(optim.sgd(0.1), optim.scale(1.0)).update(ONES, (), PARAMS),
+        ValueError,
+        "A chain of 2 transformations got the memory of 0: give it what its own init made.",
+    ),
+    (
+        lambda: one(optim.adam(0.1), BAD),
+        ValueError,
+        "['other'] is in updates and not in the optimizer's memory and ['body.bias'] is in the optimizer's memory and "
+        "not in updates: both must have the structure of the parameters given to init.",
+    ),
+    (
+        lambda: one(optim.adam(0.1), {**ONES, "body.bias": torch.ones(3)}),
+        ValueError,
+        "updates['body.bias'] has shape [3], and [2] in the optimizer's memory: both must be those of the parameters "
+        "given to init.",
+    ),
+    (
+        lambda: one(optim.adafactor(0.1), {"body.bias": torch.ones(2)}),
+        ValueError,
+        "['body.weight'] is in the optimizer's memory and not in updates: both must have the structure of the "
+        "parameters given to init.",
+    ),
+    (
+        lambda: optim.apply_updates(PARAMS, {"body.bias": torch.ones(2)}),
+        ValueError,
+        "['body.weight'] is in params and not in updates: both must have the structure of the parameters given to "
+        "init.",
+    ),
+    (
+        lambda: optim.adamw(0.1).update(ONES, optim.adamw(0.1).init(PARAMS)),
+        ValueError,
+        "add_decayed_weights needs the parameters: call update(grads, opt_state, params).",
+    ),
+    (
+        lambda: optim.lamb(0.1).update(ONES, optim.lamb(0.1).init(PARAMS)),
+        ValueError,
+        "scale_by_trust_ratio needs the parameters: call update(grads, opt_state, params).",
+    ),
+    (
+        lambda: optim.adam(0.1).init({"layer": {"count": torch.tensor(3)}}),
+        TypeError,
+        "params['layer']['count'] is int64: an optimizer takes floating and complex tensors, so keep the rest out.",
+    ),
+    (
+        lambda: optim.adam(0.1).init({"w": 1.0}),
+        TypeError,
+        "params['w'] is float: an optimizer takes floating and complex tensors, so keep the rest out.",
+    ),
+    (
+        lambda: optim.scale_by_muon().init(PARAMS),
+        ValueError,
+        "params['body.bias'] has shape [2], and scale_by_muon takes matrices: muon gives the rest to AdamW, and masked "
+        "and partition leave it out.",
+    ),
+    (
+        lambda: one(optim.masked(optim.sgd(0.1), {"body.bias": True})),
+        ValueError,
+        "The tree of a mask has nothing at params['body.weight']: a tree like the parameters is wanted, or a function "
+        "(path, leaf).",
+    ),
+    (
+        lambda: one(optim.masked(optim.sgd(0.1), lambda path, leaf: leaf.ndim)),
+        ValueError,
+        "The mask is 1 at params['body.bias']: True or False is wanted.",
+    ),
+    (
+        lambda: one(optim.partition({"a": optim.sgd(0.1)}, lambda path, leaf: "b")),
+        ValueError,
+        "params['body.bias'] is labelled 'b', and there are transformations for 'a': add one for it, or set_to_zero() "
+        "to freeze it.",
+    ),
+    (
+        lambda: optim.inject_hyperparams(optim.sgd)(learning_rate=-1.0),
+        ValueError,
+        "learning_rate=-1.0: zero or more is wanted.",
+    ),
+    (
+        lambda: optim.inject_hyperparams(optim.clip_by_global_norm)(1),
+        TypeError,
+        "inject_hyperparams(clip_by_global_norm) was given no float, tensor or schedule: name at least one "
+        "hyper-parameter, as in learning_rate=3e-4.",
+    ),
+    (
+        lambda: optim.inject_hyperparams(optim.chain)(optim.sgd(0.1)),
+        TypeError,
+        "inject_hyperparams needs a factory whose arguments have names, and transforms has none.",
+    ),
+    (
+        lambda: optim.set_hyperparams(optim.sgd(0.1).init(PARAMS), learning_rate=0.1),
+        ValueError,
+        "No hyper-parameter 'learning_rate' is kept in this optimizer's memory, and there are none: name it in "
+        "inject_hyperparams(...)(...).",
+    ),
+    (
+        lambda: optim.set_hyperparams(optim.inject_hyperparams(optim.adam)(0.1, b1=0.5).init(PARAMS), lr=0.1),
+        ValueError,
+        "No hyper-parameter 'lr' is kept in this optimizer's memory, and there are ['b1', 'learning_rate']: name it in "
+        "inject_hyperparams(...)(...).",
+    ),
+    (
+        lambda: optim.set_hyperparams(
+            optim.inject_hyperparams(optim.sgd)(schedules.constant(0.1)).init(PARAMS), learning_rate=0.1
+        ),
+        ValueError,
+        "learning_rate follows a schedule: give inject_hyperparams a number instead, to set it.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSALS, ids=[message[:60] for _, _, message in REFUSALS])
+def test_what_is_refused_is_told_why(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message

@@ -1,0 +1,180 @@
+"""Schedules are optax's of the same meaning, on tensors and on ints, batched and compiled."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from fxtrain import schedules
+
+jax.config.update("jax_platforms", "cpu")
+
+PAIRS = {
+    "constant": (schedules.constant(0.3), optax.constant_schedule(0.3)),
+    "linear": (
+        schedules.linear(0.1, 2.0, transition_steps=40, transition_begin=5),
+        optax.linear_schedule(0.1, 2.0, 40, 5),
+    ),
+    "polynomial": (
+        schedules.polynomial(2.0, 0.1, power=2.5, transition_steps=60),
+        optax.polynomial_schedule(2.0, 0.1, 2.5, 60),
+    ),
+    "cosine": (
+        schedules.cosine(0.7, 80, alpha=0.1, exponent=1.5),
+        optax.cosine_decay_schedule(0.7, 80, 0.1, 1.5),
+    ),
+    "exponential": (
+        schedules.exponential(0.7, 20, decay_rate=0.5, transition_begin=10, end_value=0.1),
+        optax.exponential_decay(0.7, 20, 0.5, 10, end_value=0.1),
+    ),
+    "growth": (
+        schedules.exponential(0.7, 20, decay_rate=2.0, staircase=True, end_value=4.0),
+        optax.exponential_decay(0.7, 20, 2.0, staircase=True, end_value=4.0),
+    ),
+    "piecewise constant": (
+        schedules.piecewise(1.0, {60: 0.5, 20: 0.1}),
+        optax.piecewise_constant_schedule(1.0, {60: 0.5, 20: 0.1}),
+    ),
+    "piecewise linear": (
+        schedules.piecewise(1.0, {20: 0.1, 60: 5.0}, interpolation="linear"),
+        optax.piecewise_interpolate_schedule("linear", 1.0, {20: 0.1, 60: 5.0}),
+    ),
+    "piecewise cosine": (
+        schedules.piecewise(1.0, {20: 0.1, 60: 5.0}, interpolation="cosine"),
+        optax.piecewise_interpolate_schedule("cosine", 1.0, {20: 0.1, 60: 5.0}),
+    ),
+    "one cycle": (schedules.one_cycle(90, 0.3), optax.cosine_onecycle_schedule(90, 0.3)),
+    "linear one cycle": (
+        schedules.one_cycle(90, 0.3, interpolation="linear"),
+        optax.linear_onecycle_schedule(90, 0.3),
+    ),
+    "warmup cosine": (
+        schedules.warmup_cosine_decay(0.1, 0.7, warmup_steps=10, decay_steps=80, end_value=0.05, exponent=1.2),
+        optax.warmup_cosine_decay_schedule(0.1, 0.7, 10, 80, 0.05, 1.2),
+    ),
+    "warmup exponential": (
+        schedules.warmup(schedules.exponential(0.7, 20, decay_rate=0.5), 10, init_value=0.1),
+        optax.warmup_exponential_decay_schedule(0.1, 0.7, 10, 20, 0.5),
+    ),
+    "join": (
+        schedules.join(
+            [schedules.linear(0.0, 1.0, transition_steps=10), schedules.cosine(1.0, 30), schedules.constant(0.2)],
+            [10, 50],
+        ),
+        optax.join_schedules(
+            [optax.linear_schedule(0.0, 1.0, 10), optax.cosine_decay_schedule(1.0, 30), optax.constant_schedule(0.2)],
+            [10, 50],
+        ),
+    ),
+}
+STEPS = (0, 1, 4, 9, 10, 11, 19, 20, 27, 49, 50, 59, 60, 76, 79, 80, 90, 200)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_schedule_is_optax_s(name):
+    ours, theirs = PAIRS[name]
+    with jax.enable_x64(True):
+        expected = [float(theirs(step)) for step in STEPS]
+    for found in (
+        [ours(step) for step in STEPS],
+        [ours(torch.tensor(step)) for step in STEPS],
+        torch.func.vmap(ours)(torch.tensor(STEPS)),
+    ):
+        np.testing.assert_allclose(np.array([float(value) for value in found]), expected, rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_schedule_gives_a_float32_scalar(name):
+    for step in (3, torch.tensor(3)):
+        value = PAIRS[name][0](step)
+        assert (value.dtype, value.shape) == (torch.float32, torch.Size([]))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_advancing_step_makes_no_new_graph(name):
+    torch._dynamo.reset()  # All schedules share one code object, which has room for few graphs.
+    counter = CompileCounter()
+    compiled = torch.compile(PAIRS[name][0], fullgraph=True, backend=counter)
+    for step in range(0, 60, 7):
+        torch.testing.assert_close(compiled(torch.tensor(step)), PAIRS[name][0](step))
+    # A schedule that only clones a constant may need no graph at all.
+    assert counter.frame_count <= 1
+
+
+def test_a_value_may_be_a_tensor_and_be_batched():
+    peaks = torch.tensor([0.1, 1.0])
+    found = torch.func.vmap(lambda peak: schedules.warmup(schedules.cosine(peak, 90), 10)(55))(peaks)
+    torch.testing.assert_close(found, peaks * 0.5)
+
+
+def test_inverse_sqrt_after_its_timescale_of_warmup_is_the_transformer_s():
+    schedule = schedules.warmup(schedules.inverse_sqrt(0.5, 100), 100)
+    for step in (1, 50, 100, 101, 400, 10_000):
+        assert float(schedule(step)) == pytest.approx(0.5 * 100**0.5 * min(step**-0.5, step * 100**-1.5), rel=1e-6)
+
+
+def test_steps_beyond_float32_s_whole_numbers_are_told_apart():
+    # 2**24 + 1 is no float32: what is counted is the distance from the beginning.
+    schedule = schedules.linear(0.0, 1.0, transition_steps=4, transition_begin=2**24)
+    assert [float(schedule(2**24 + step)) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: schedules.cosine(1.0, 0),
+            "decay_steps=0: a whole number of steps, 1 or more, is wanted.",
+        ),
+        (
+            lambda: schedules.linear(0.0, 1.0, transition_steps=1.5),
+            "transition_steps=1.5: a whole number of steps, 1 or more, is wanted.",
+        ),
+        (
+            lambda: schedules.one_cycle(0.1, 100),
+            "transition_steps=0.1: a whole number of steps, 1 or more, is wanted.",
+        ),
+        (
+            lambda: schedules.one_cycle(10, 0.1, pct_start=0.9),
+            "pct_start=0.9 and pct_final=0.85: 0 < pct_start < pct_final < 1 is wanted.",
+        ),
+        (
+            lambda: schedules.one_cycle(10, 0.1, div_factor=0.0),
+            "div_factor=0.0, final_div_factor=10000.0: both are above 0.",
+        ),
+        (
+            lambda: schedules.exponential(1.0, 10, decay_rate=0.0),
+            "decay_rate=0.0: a factor above 0 is wanted.",
+        ),
+        (
+            lambda: schedules.exponential(1.0, 10, decay_rate=torch.tensor(0.5), end_value=0.1),
+            "end_value needs a decay_rate that is a number: it is a floor below 1, and a ceiling above.",
+        ),
+        (
+            lambda: schedules.warmup_cosine_decay(0.0, 1.0, warmup_steps=10, decay_steps=10),
+            "decay_steps=10 with warmup_steps=10: decay_steps counts the warmup too, so it is the larger of the two.",
+        ),
+        (
+            lambda: schedules.piecewise(1.0, {}, interpolation="cubic"),
+            "interpolation='cubic': choose 'constant', 'linear' or 'cosine'.",
+        ),
+        (
+            lambda: schedules.piecewise(1.0, {-1: 0.5}),
+            "a boundary=-1: a whole number of steps, 0 or more, is wanted.",
+        ),
+        (
+            lambda: schedules.join([schedules.constant(1.0)], [5]),
+            "1 schedules and 1 boundaries came: a boundary is wanted between each two.",
+        ),
+        (
+            lambda: schedules.join([schedules.constant(1.0)] * 3, [5, 5]),
+            "boundaries=[5, 5]: rising steps are wanted.",
+        ),
+    ],
+)
+def test_what_makes_no_schedule_is_refused(make, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        make()
+    assert str(caught.value) == message

@@ -1,0 +1,512 @@
+"""Steps: what a step is, what it tells the callbacks inside it, and when it keeps what it was given."""
+
+import functools
+
+import problem
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import metrics, testing, tree
+from fxtrain.core import TRACED
+
+
+def linear(size=2):
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(size, 1)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(1, size, generator=generator))
+        module.bias.zero_()
+    return module
+
+
+def squares(model, batch):
+    return model(batch).square().mean()
+
+
+def train(loss_fn=squares, tx=None, module=None, **options):
+    """A state and a step of it, with their slots attached."""
+    tx = tx or fx.optim.sgd(0.1)
+    step = fx.train_step(loss_fn, tx, **options)
+    return fx.attach(fx.init(module or linear(), tx), step), step
+
+
+BATCH = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [2.0, 0.0]])
+
+
+def members(state, count=3):
+    """As many states of one architecture, with parameters and seeds of their own."""
+    made = []
+    for index in range(count):
+        key = fx.rng.key(100 + index)
+        params = tree.map(
+            lambda leaf, key=key: leaf + 0.1 * fx.rng.normal(key, leaf.shape) if leaf.is_floating_point() else leaf,
+            state.params,
+        )
+        made.append(state.replace(params=params, seed=state.seed + index))
+    return made
+
+
+def stack(states):
+    return tree.map(lambda *leaves: torch.stack(leaves), *states)
+
+
+def member(states, index):
+    return tree.map(lambda leaf: leaf[index], states)
+
+
+class TestStep:
+    def test_counts_and_moves_on_whatever_the_function_does(self):
+        @fx.Step
+        def strange(state, batch):
+            return state.replace(step=state.step - 7, position=state.position + 100), fx.StepOutput({"seen": batch})
+
+        state = fx.init(linear())
+        for expected in (1, 2):
+            state, output = strange(state, torch.tensor(3.0))
+            assert (int(state.step), int(state.position)) == (expected, expected)
+        assert float(output.metrics["seen"]) == 3.0
+        assert output.control == fx.Control()
+
+    def test_wraps_any_callable_and_keeps_its_name(self):
+        def twice(factor, state, batch):
+            """Multiplies."""
+            return state.replace(params=tree.map(lambda p: p * factor, state.params)), fx.StepOutput({})
+
+        class Callable:
+            def __call__(self, state, batch):
+                return twice(2.0, state, batch)
+
+        state = fx.init(torch.tensor(1.0))
+        assert float(fx.Step(functools.partial(twice, 2.0))(state, None)[0].params) == 2.0
+        assert repr(fx.Step(functools.partial(twice, 2.0))) == "<step twice, fires nothing>"
+        assert float(fx.Step(Callable())(state, None)[0].params) == 2.0
+        assert fx.Step(twice).__doc__ == "Multiplies."
+        assert repr(fx.train_step(squares, fx.optim.sgd(0.1))) == (
+            "<step train_step(squares), fires Microbatch, Gradients, Updated>"
+        )
+
+    def test_hand_written_steps_fold_traced_events(self):
+        def count(state, event: fx.Gradients, memory):
+            return memory + 1, fx.Control(stop=event.loss < 0, reason="below zero", log={"count": memory})
+
+        counter = fx.stateful("counter", lambda state: torch.tensor(0), count)
+        find, tx = fx.gradients(lambda model, batch: model(batch).mean()), fx.optim.sgd(10.0)
+
+        def by_hand(state, batch):
+            found = find(state, batch)
+            event = fx.Gradients(step=state.step + 1, loss=found.loss, metrics=found.metrics, grads=found.grads)
+            state, control = counter(state, event)
+            state, _ = fx.step.apply_gradients(state, found.grads, tx)
+            return state, fx.StepOutput(found.metrics, control)
+
+        step = fx.Step(by_hand, callbacks=counter, fires=[fx.Gradients])
+        result = fx.fit(fx.init(linear(), tx), step, [BATCH], steps=9, callbacks=counter)
+        assert result.reason == "below zero"
+        assert int(result.last.slots["counter"]) == int(result.last.step) == 2
+
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (lambda state: state, r"by_hand returned a value of type TrainState: a step returns \(state, fxtrain\."),
+            (lambda state: None, "by_hand returned None"),
+            (lambda state: (state, {"loss": 1.0}), r"a tuple of \(a value of type TrainState, a value of type dict\)"),
+            (lambda state: (fx.StepOutput({}), state), "a tuple of"),
+        ],
+    )
+    def test_another_result_is_refused(self, returned, message):
+        def by_hand(state, batch):
+            return returned(state)
+
+        with pytest.raises(TypeError, match=message):
+            fx.Step(by_hand)(fx.init(linear()), None)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda s: {"params": {**s.params, "bias": s.params["bias"].double()}},
+                r"by_hand changed state\.params\['bias'\] from a float32 tensor of shape \[1\] to a float64 tensor",
+            ),
+            (
+                lambda s: {"params": {**s.params, "weight": s.params["weight"][:, :1]}},
+                r"by_hand changed state\.params\['weight'\] from .*\[1, 2\] to .*\[1, 1\]",
+            ),
+            (lambda s: {"params": {"weight": s.params["weight"]}}, r"by_hand removed state\.params\['bias'\]"),
+            (
+                lambda s: {"params": {"bias_": s.params["bias"], "weight": s.params["weight"]}},
+                r"by_hand removed state\.params\['bias'\]",
+            ),
+            (lambda s: {"slots": {"new": torch.tensor(0)}}, r"by_hand added state\.slots\['new'\].* attached before"),
+            (lambda s: {"opt_state": []}, "by_hand changed the structure of its state, though every leaf"),
+            (lambda s: {"model": None}, "by_hand changed the structure .* keeps the model"),
+        ],
+    )
+    def test_a_changed_structure_shape_or_dtype_is_refused_by_path(self, change, message):
+        def by_hand(state, batch):
+            return state.replace(**change(state)), fx.StepOutput({})
+
+        with pytest.raises(ValueError, match=message):
+            fx.Step(by_hand)(fx.init(linear()), None)
+
+    def test_writing_into_the_state_is_refused_by_path(self):
+        def by_hand(state, batch):
+            state.params["weight"].add_(1.0)
+            return state, fx.StepOutput({})
+
+        with pytest.raises(RuntimeError, match=r"by_hand wrote into state\.params\['weight'\] in place"):
+            fx.Step(by_hand)(fx.init(linear()), None)
+
+    def test_fires_traced_events_only(self):
+        with pytest.raises(ValueError, match=r"fires=\['StepEnd'\]: a step fires Microbatch, Gradients, Updated"):
+            fx.Step(lambda state, batch: None, fires=[fx.StepEnd])
+
+
+class TestStopped:
+    """A stopped state is a fixed point of the step."""
+
+    def test_every_leaf_stays_to_the_bit_and_nothing_is_asked(self):
+        def asks(state, event: fx.Updated, memory):
+            return memory + 1, fx.Control(stop=event.step >= 2, reason="two", log={"count": memory})
+
+        callback = fx.stateful("asks", lambda state: torch.tensor(0), asks)
+        step = problem.step(accumulate=2, callbacks=callback)
+        state, batches, controls = fx.attach(problem.start(), callback), problem.data(), []
+        for index in range(5):
+            before = state
+            state, output = step(state, batches[index % 3])
+            controls.append(output.control)
+            if index >= 2:
+                testing.assert_equal(state, before, f"call {index} of a stopped state")
+        assert (int(state.step), int(state.slots["asks"]), bool(state.due.stop)) == (2, 2, True)
+        assert [control.reasons("stop") for control in controls] == [[], ["two"], [], [], []]
+        assert [bool(control.log["count"].when) for control in controls] == [True, True, False, False, False]
+
+    def test_a_hand_written_step_is_one_too(self):
+        step = fx.Step(lambda state, batch: (state.replace(params=state.params / 0.0), fx.StepOutput({})))
+        state = fx.init(torch.tensor(1.0))
+        state = state.replace(due=state.due._replace(stop=torch.tensor(True)))
+        testing.assert_equal(step(state, None)[0], state, "a stopped state")
+
+
+class TestGradients:
+    def test_wrt_differentiates_one_entry(self):
+        state = fx.init({"a": torch.tensor(2.0), "b": torch.tensor(5.0)})
+        product = fx.gradients(lambda model, batch: model["a"] * model["b"], wrt="a")
+        assert float(product(state, None).grads) == 5.0
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            ({"a": linear(), "b": linear()}, "wrt='c' names an entry of a dict of modules, and the model has 'a', 'b'"),
+            (linear(), "wrt='c' names an entry of a dict of modules, and the model is no dict"),
+        ],
+    )
+    def test_an_entry_that_is_not_there_is_an_error(self, module, message):
+        with pytest.raises(ValueError, match=message):
+            fx.gradients(squares, wrt="c")(fx.init(module), BATCH)
+
+    def test_a_state_without_a_model_is_an_error(self):
+        with pytest.raises(ValueError, match="This state has no model"):
+            fx.gradients(squares)(fx.init(linear()).replace(model=None), BATCH)
+
+    def test_works_where_gradients_are_switched_off(self):
+        state = fx.init(linear())
+        wanted = fx.gradients(squares)(state, BATCH)
+        with torch.no_grad():
+            testing.assert_equal(fx.gradients(squares)(state, BATCH), wanted, "under no_grad")
+        with torch.inference_mode():
+            testing.assert_equal(fx.gradients(squares)(state, BATCH), wanted, "under inference_mode")
+            state, step = train()
+            step(state, BATCH)
+
+    @pytest.mark.parametrize(
+        ("returned", "error", "message"),
+        [
+            (lambda y: y, TypeError, r"bad returned a float32 tensor of shape \[4, 1\]: .* reduced with \.mean\(\)"),
+            (lambda y: None, TypeError, "bad returned None: a loss function returns a 0-d floating tensor"),
+            (lambda y: 1.0, TypeError, "bad returned a value of type float"),
+            (lambda y: y.sum().long(), TypeError, r"bad returned a int64 tensor of shape \[\]"),
+            (lambda y: (y.sum(), y), TypeError, r"a tuple of \(a float32 tensor of shape \[\], a float32 tensor"),
+            (
+                lambda y: (y.sum(), {"error": 1.0}),
+                TypeError,
+                "bad returned the metric 'error' as a value of type float",
+            ),
+            (lambda y: (y.sum(), {"error": y}), TypeError, r"the metric 'error' as a float32 tensor of shape \[4, 1\]"),
+            (lambda y: (y.sum(), {"loss": y.sum()}), ValueError, "a metric named 'loss', .* rename it"),
+        ],
+    )
+    def test_what_is_no_loss_is_refused(self, returned, error, message):
+        def bad(model, batch):
+            return returned(model(batch))
+
+        with pytest.raises(error, match=message):
+            fx.gradients(bad)(fx.init(linear()), BATCH)
+
+
+class TestApplyGradients:
+    def test_moves_one_entry_past_its_frozen_parameters(self):
+        tx = {"a": fx.optim.adam(0.1), "b": fx.optim.sgd(0.1)}
+        modules = {"a": linear(), "b": linear()}
+        modules["a"].bias.requires_grad_(False)
+        state = fx.init(modules, tx)
+        found = fx.gradients(lambda model, x: squares(model["a"], x) + squares(model["b"], x), wrt="a")(state, BATCH)
+        new, updates = fx.step.apply_gradients(state, found.grads, tx["a"], wrt="a")
+        testing.assert_equal(new.params["b"], state.params["b"], "the other entry")
+        testing.assert_equal(new.opt_state["b"], state.opt_state["b"], "the other memory")
+        assert torch.equal(new.params["a"]["bias"], state.params["a"]["bias"])
+        assert torch.equal(new.params["a"]["weight"], state.params["a"]["weight"] + updates["weight"])
+
+
+class TestTrainStep:
+    def test_is_the_step_of_torch(self):
+        module, data = problem.module(), problem.data()
+        for part in (module[1], module[3]):
+            part.eval()
+        tx = fx.optim.adamw(1e-2)
+        state, step = fx.init(module, tx), fx.train_step(problem.loss_fn, tx)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=1e-4)
+        for batch in data:
+            state, output = step(state, batch)
+            optimizer.zero_grad()
+            loss, measured = problem.loss_fn(module, batch)
+            loss.backward()
+            optimizer.step()
+            torch.testing.assert_close(output.metrics, {"loss": loss.detach(), "mae": measured["mae"].detach()})
+        torch.testing.assert_close(state.params, {name: p.detach() for name, p in module.named_parameters()})
+
+    @pytest.mark.parametrize("accumulate", [2, 4, 8])
+    def test_accumulation_equals_one_big_batch(self, accumulate):
+        module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        batch = tree.map(torch.Tensor.double, problem.data()[0])
+        tx = fx.optim.adamw(1e-2)
+        state = fx.init(module, tx)
+        whole, told = fx.train_step(problem.loss_fn, tx)(state, batch)
+        parts, told_of_parts = fx.train_step(problem.loss_fn, tx, accumulate=accumulate)(state, batch)
+        torch.testing.assert_close(parts.params, whole.params, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(told_of_parts.metrics, told.metrics, rtol=1e-12, atol=1e-14)
+
+    def test_metrics_are_averaged_or_merged(self):
+        def loss_fn(model, batch):
+            error = model(batch).abs()
+            return error.mean(), {"mae": error.mean(), "all": metrics.Std.from_model_output(error)}
+
+        (state, whole), (_, parts) = train(loss_fn), train(loss_fn, accumulate=4)
+        wanted, told = whole(state, BATCH)[1].metrics, parts(state, BATCH)[1].metrics
+        torch.testing.assert_close(metrics.compute(told), metrics.compute(wanted))
+
+    @pytest.mark.parametrize(
+        ("batch", "message"),
+        [
+            (torch.ones(5, 2), r"cuts each batch into 2 parts .*, and batch is a float32 tensor of shape \[5, 2\]"),
+            ({"x": BATCH, "n": torch.tensor(4)}, r"batch\['n'\] is a int64 tensor of shape \[\]"),
+            (
+                {"x": BATCH, "y": torch.ones(2)},
+                r"batch\['y'\] is a float32 tensor of shape \[2\]: choose one batch size",
+            ),
+            ({"x": BATCH, "name": "four"}, r"batch\['name'\] is a value of type str"),
+        ],
+    )
+    def test_a_batch_that_cannot_be_cut_is_an_error(self, batch, message):
+        state, step = train(accumulate=2)
+        with pytest.raises(ValueError, match=message):
+            step(state, batch)
+
+    @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
+    def test_accumulate_is_a_whole_number(self, accumulate):
+        with pytest.raises(ValueError, match="a whole number of microbatches, 1 or more"):
+            fx.train_step(squares, fx.optim.sgd(0.1), accumulate=accumulate)
+
+    @pytest.mark.parametrize("tx", [None, {"a": fx.optim.sgd(0.1)}, torch.optim.SGD])
+    def test_takes_one_transformation(self, tx):
+        with pytest.raises(TypeError, match="one gradient transformation is wanted"):
+            fx.train_step(squares, tx)
+
+
+class TestTracedEvents:
+    def test_carry_what_they_say(self):
+        seen = []
+
+        def record(state, event: fx.Microbatch | fx.Gradients | fx.Updated):
+            seen.append((event, state))
+            return state, fx.Control()
+
+        tx = fx.optim.sgd(0.5)
+        step = fx.train_step(
+            lambda model, batch: (squares(model, batch), {"n": batch.sum()}), tx, accumulate=2, callbacks=record
+        )
+        state = fx.init(linear(), tx)
+        new, output = step(state, BATCH)
+        (first, _), (second, _), (gradients, before), (updated, after) = seen
+        halves = [fx.gradients(squares)(state, half) for half in BATCH.chunk(2)]
+        assert [type(event) for event, _ in seen] == [fx.Microbatch, fx.Microbatch, fx.Gradients, fx.Updated]
+        assert [int(event.step) for event, _ in seen] == [1, 1, 1, 1]
+        for index, (event, half) in enumerate(zip((first, second), halves, strict=True)):
+            assert event.index == index
+            testing.assert_equal((event.loss, event.grads), (half.loss, half.grads), "a microbatch")
+            assert set(event.metrics) == {"loss", "n"}
+        mean = tree.map(lambda a, b: (a + b) / 2, halves[0].grads, halves[1].grads)
+        for event in (gradients, updated):
+            testing.assert_equal(event.grads, mean, "the averaged gradients")
+            testing.assert_equal(event.metrics, dict(output.metrics), "the metrics")
+            assert torch.equal(event.loss, event.metrics["loss"])
+        testing.assert_equal(before.params, state.params, "the state at Gradients")
+        testing.assert_equal(after.params, new.params, "the state at Updated")
+        testing.assert_equal(updated.updates, tree.map(lambda g: -0.5 * g, mean), "the updates")
+        assert not bool(updated.skipped)
+
+    @pytest.mark.parametrize("at", TRACED)
+    def test_log_reaches_the_output(self, at):
+        callback = fx.on(at, lambda state, event: (state, fx.Control(log={"loss seen": event.loss})))
+        state, step = train(callbacks=callback)
+        _, output = step(state, BATCH)
+        assert torch.equal(output.control.log["loss seen"].value, output.metrics["loss"])
+
+    @pytest.mark.parametrize(
+        ("at", "control", "message"),
+        [
+            (fx.Gradients, {"evaluate": True}, "asked for evaluate at Gradients, where it cannot be honoured; ask at"),
+            (fx.Updated, {"skip_update": True}, "asked for skip_update at Updated, .*; ask at Microbatch, Gradients"),
+            (fx.Microbatch, {"save": True}, "asked for save at Microbatch"),
+        ],
+    )
+    def test_only_what_can_be_honoured_may_be_asked(self, at, control, message):
+        state, step = train(callbacks=fx.on(at, lambda state, event: (state, fx.Control(**control))))
+        with pytest.raises(ValueError, match=message):
+            step(state, BATCH)
+
+    def test_callbacks_write_slots_only(self):
+        def writes(state, event: fx.Gradients):
+            return state.replace(params=tree.map(torch.zeros_like, state.params)), fx.Control()
+
+        state, step = train(callbacks=writes)
+        with pytest.raises(ValueError, match=r"writes changed state\.params at Gradients; .* write slots only"):
+            step(state, BATCH)
+
+    def test_a_slot_that_was_not_attached_is_an_error_that_says_so(self):
+        def keeps(state, event: fx.Updated, memory):
+            return memory, fx.Control()
+
+        step = fx.train_step(
+            squares, fx.optim.sgd(0.1), callbacks=fx.stateful("memory", lambda s: torch.tensor(0), keeps)
+        )
+        with pytest.raises(KeyError, match=r"no slot 'memory' .* call fxtrain\.attach"):
+            step(fx.init(linear(), fx.optim.sgd(0.1)), BATCH)
+
+
+class TestSkippedUpdate:
+    @pytest.mark.parametrize("at", [fx.Microbatch, fx.Gradients])
+    def test_keeps_parameters_optimizer_and_buffers_and_moves_the_rest(self, at):
+        def skip_the_second(state, event, memory):
+            flag = (event.step == 2) & torch.tensor(getattr(event, "index", 0) == 0)
+            return memory + 1, fx.Control(skip_update=flag, reason="the second")
+
+        seen = []
+
+        def watch(state, event: fx.Updated):
+            seen.append(bool(event.skipped))
+            return state, fx.Control()
+
+        callback = fx.stateful("count", lambda state: torch.tensor(0), _annotated(skip_the_second, at))
+        step = problem.step(accumulate=2, callbacks=[callback, watch])
+        states = [fx.attach(problem.start(), step)]
+        for batch in problem.data():
+            states.append(step(states[-1], batch)[0])
+        _, first, second, third = states
+        for name in ("params", "opt_state", "buffers"):
+            testing.assert_equal(getattr(second, name), getattr(first, name), name)
+        assert not torch.equal(third.params["0.weight"], second.params["0.weight"])
+        assert [int(state.step) for state in states] == [int(state.position) for state in states] == [0, 1, 2, 3]
+        per_step = 2 if at is fx.Microbatch else 1
+        assert int(third.slots["count"]) == 3 * per_step
+        assert seen == [False, True, False]
+
+    def test_costs_nothing_where_nobody_can_ask_for_it(self, monkeypatch):
+        calls = []
+        original = tree.where
+        monkeypatch.setattr(tree, "where", lambda *args: calls.append(1) or original(*args))
+        state, step = train()
+        step(state, BATCH)
+        assert len(calls) == 1  # the fixed point of a stopped state
+
+
+def _annotated(function, kind):
+    function.__annotations__["event"] = kind
+    return function
+
+
+class TestVmap:
+    """A batch of states equals the states one by one."""
+
+    def test_with_dropout_batch_norm_accumulation_and_callbacks(self):
+        def stops(state, event: fx.Updated, memory):
+            flag = (state.seed == 1) & (event.step == 2)
+            return memory + event.loss, fx.Control(stop=flag, reason="the second member", log={"total": memory})
+
+        callback = fx.stateful("total", lambda state: torch.tensor(0.0), stops)
+        callbacks = [fx.callbacks.nan_guard(), callback]
+        # Not Adam: the gradient of a bias before batch norm is rounding, and Adam makes steps of full length of it.
+        state, step = train(
+            problem.loss_fn, fx.optim.sgd(0.1, momentum=0.9), problem.module(), accumulate=2, callbacks=callbacks
+        )
+        states = members(state)
+        together, alone = stack(states), states
+        for batch in problem.data():
+            together, output = torch.vmap(step, (0, None))(together, batch)
+            outputs = [step(state, batch) for state in alone]
+            alone = [state for state, _ in outputs]
+            for index, (state, one) in enumerate(outputs):
+                torch.testing.assert_close(tree.leaves(member(together, index)), tree.leaves(state))
+                torch.testing.assert_close(member(dict(output.metrics), index), dict(one.metrics))
+                assert member(output.control, index).reasons("stop") == one.control.reasons("stop")
+        assert len({float(state.slots["total"]) for state in alone}) == 3
+        assert [int(state.step) for state in alone] == [3, 2, 3]
+
+    def test_draws_each_members_own_numbers(self):
+        tx = fx.optim.sgd(0.0)
+        state = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), tx)
+        step = fx.train_step(lambda model, batch: (model[1](batch) * torch.arange(4.0)).sum(), tx)
+        states = [state.replace(seed=state.seed + index) for index in range(4)]
+        losses = torch.vmap(step, (0, None))(stack(states), torch.ones(8, 4))[1].metrics["loss"]
+        assert losses.tolist() == [float(step(state, torch.ones(8, 4))[1].metrics["loss"]) for state in states]
+        assert len(set(losses.tolist())) > 1
+
+    def test_evaluates(self):
+        states = members(problem.start())
+        batch = problem.data()[0]
+        together = torch.vmap(problem.eval_step, (0, None))(stack(states), batch).metrics
+        for index, state in enumerate(states):
+            torch.testing.assert_close(member(together, index), dict(problem.eval_step(state, batch).metrics))
+
+
+class TestEvalStep:
+    def test_measures_in_eval_mode_and_changes_nothing(self):
+        state, batch = problem.start(), problem.data()[0]
+        before = state.copy()
+        module = problem.module().eval()
+        loss, measured = problem.loss_fn(module, batch)
+        output = problem.eval_step(state, batch)
+        torch.testing.assert_close(output.metrics, {"loss": loss.detach(), "mae": measured["mae"].detach()})
+        testing.assert_equal(state, before, "the state measured")
+        assert output.outputs is None
+        assert repr(problem.eval_step) == "<eval_step(loss_fn)>"
+
+    def test_passes_outputs_on(self):
+        step = fx.eval_step(lambda model, batch: ({"size": model(batch).sum()}, {"y": model(batch)}), outputs=True)
+        output = step(fx.init(linear()), BATCH)
+        assert list(output.metrics) == ["size"]
+        assert output.outputs["y"].shape == (4, 1)
+
+    @pytest.mark.parametrize(
+        ("measure", "outputs", "message"),
+        [
+            (lambda model, batch: model(batch), False, r"returned a float32 tensor of shape \[4, 1\]"),
+            (lambda model, batch: {"y": model(batch)}, False, r"the metric 'y' as a float32 tensor"),
+            (lambda model, batch: model(batch).sum(), True, r"with outputs=True a pair \(metrics, outputs\) is wanted"),
+        ],
+    )
+    def test_what_is_no_measurement_is_refused(self, measure, outputs, message):
+        with pytest.raises(TypeError, match=message):
+            fx.eval_step(measure, outputs=outputs)(fx.init(linear()), BATCH)
