@@ -14,7 +14,7 @@ from fxtrain.checkpoint import CheckpointError as CheckpointError
 from fxtrain.checkpoint import checkpointer as checkpointer
 from fxtrain.checkpoint import restore as restore
 from fxtrain.checkpoint import save as save
-from fxtrain.compile import compile as compile
+from fxtrain.compile import compile as compile  # noqa: A004
 from fxtrain.core import Callback as Callback
 from fxtrain.core import Control as Control
 from fxtrain.core import EpochBegin as EpochBegin

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain.core import Control, Gradients, TrainState
@@ -58,9 +59,9 @@ class Policy:
 
     Args:
         param: Of the floating parameters in the state, and so of gradients and optimizer. Must be what the state has.
-        compute: Of matrix products and convolutions, by ``torch.autocast``, which keeps norms, softmax and losses
-            in float32: bfloat16 or float16, over float32 parameters. Without it nothing is cast, and batches must
-            come in the dtype of the parameters.
+        compute: Of matrix products and convolutions, by ``torch.autocast``: bfloat16 or float16, over float32
+            parameters. Norms, softmax and losses stay in float32. Without it nothing is cast, and batches must come in
+            the dtype of the parameters.
         output: Of the loss and the floating metrics.
         loss_scale: A dynamic loss scale, kept in the state's slot ``"loss_scale"``; None for none.
 
@@ -102,8 +103,7 @@ class Policy:
         """The context that the forward pass runs in."""
         if not self._casts:
             return contextlib.nullcontext()
-        # No cache of cast weights: it would hold tensors of one transform's level beyond it.
-        return torch.autocast(device.type, dtype=self.compute, cache_enabled=False)
+        return _autocast(device, self.compute)
 
     def cast_output(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The metrics, the floating tensors among them in ``output``. What ``fxtrain.metrics`` made keeps its own."""
@@ -125,6 +125,32 @@ class Policy:
                     f"fxtrain.init(..., dtype={self.param}) casts them."
                 )
 
+
+@contextlib.contextmanager
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    # No cache of cast weights: it would hold tensors of one transform's level beyond it.
+    with torch.autocast(device.type, dtype=dtype, cache_enabled=False), _Float32():
+        yield
+
+
+class _Float32(TorchFunctionMode):
+    """Norms and softmax in float32, on every device.
+
+    On a CPU, autocast leaves them in half precision, and mixes dtypes in norms, which ``vmap`` refuses.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in _IN_FLOAT32 and args and args[0].dtype in _AUTOCAST:
+            return func(args[0].float(), *args[1:], **kwargs)
+        if func.__name__ == "unflatten":
+            return args[0].unflatten(*args[1:], **kwargs)  # Dynamo cannot call this Python method as a function
+        return func(*args, **kwargs)
+
+
+_IN_FLOAT32 = frozenset(
+    {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "softmax", "log_softmax"}
+)
 
 _NAMED = {
     None: Policy(param=None, output=None),

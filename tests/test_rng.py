@@ -41,17 +41,18 @@ def test_known_answers_of_philox(rounds, counter, key, words):
 
 def test_a_number_is_a_function_of_its_place():
     """The layout of counter and key, against Python integers."""
-    seed, step, microbatch, stream, site = -(2**63) + 12345, 2**40 + 7, 9, 200, 77
+    seed, step, microbatch, stream, site = -(2**63) + 12345, 2**40 + 7, 2**20 + 9, 200, 77
     key = rng.key(seed, stream=stream, step=step, microbatch=microbatch)
     drawn = rng.bits(key, [10], site=site).tolist()
     for index in range(10):
-        counter = (index // 4, stream << 24 | site, step & ONES, step >> 32 << 16 | microbatch)
-        assert drawn[index] == rng.philox4x32(counter, (seed & ONES, seed >> 32 & ONES))[index % 4]
+        counter = (index // 4, stream << 24 | site, step & ONES, microbatch)
+        words = rng.philox4x32(counter, (seed & ONES, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & ONES))
+        assert drawn[index] == words[index % 4]
 
 
 def test_every_part_of_the_place_counts():
     key = rng.key(1, step=1, microbatch=1)
-    others = {"seed": [2, 1 + 2**32, 1 - 2**63], "step": [2, 1 + 2**32, 1 + 2**47], "microbatch": [2, 1 + 2**15]}
+    others = {"seed": [2, 1 + 2**32, 1 - 2**63], "step": [2, 1 + 2**32, 1 + 2**47], "microbatch": [2, 1 + 2**31]}
     keys = [key, *[key.replace(**{name: value}) for name, values in others.items() for value in values]]
     keys += [key.replace(stream=stream) for stream in (*list(rng.Stream)[1:], 255)]
     drawn = [rng.bits(k, [4], width=64) for k in keys]
@@ -442,7 +443,7 @@ def test_dynamo_sees_every_replaced_function():
 # Exponentials, logarithms and sums of torch's own, which Inductor rounds in its own way; all others are bitwise. Its
 # fractional_max_pool3d differs from the eager one by whole numbers, given the same samples.
 ROUNDED = ("attention", "Attention", "gumbel", "Transformer", "log_normal", "Exponential")
-FEW = ("F.dropout", "F.dropout bfloat16", "torch.randn", "torch.randint wide", "attention, mask")
+FEW = ("F.dropout", "torch.randn", "attention, mask")
 ALL = [name for name in CASES if "pool3d" not in name]
 
 

@@ -150,7 +150,7 @@ register_node(TrainState, _flatten, _unflatten, fields=FIELDS)
 
 
 def _refuse_non_tensors(field: str, value: Any) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():  # traced, a step is checked as it returns
         return
     leaves: list[Any] = ops.tree_leaves(value, namespace=NAMESPACE)
     if all(isinstance(leaf, Tensor) for leaf in leaves):

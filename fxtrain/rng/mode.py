@@ -140,8 +140,8 @@ REFUSED = {
 }
 
 
-# Functions of torch written in Python offer themselves to modes whole, and what they call inside escapes. So their
-# bodies are run with the mode on, and with their own offer taken out: it is a function among their globals.
+# A function of torch that is written in Python offers itself to modes whole, and what it calls would escape. So its
+# body is run with the mode on, and without the offer, which it makes if a function among its globals says so.
 
 
 def _no(*_: Any) -> bool:
@@ -180,22 +180,28 @@ _KNOWN = frozenset({*REPLACED, *SOMETIMES, *REFUSED, *_BODIES, *_INITIALISERS})
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
+def _constant(function: Any) -> Any:
+    # What torch.compiler.assume_constant_result does, which would import the whole of Dynamo to do it: a second.
+    function._dynamo_marked_constant = True
+    return function
+
+
 # While tracing, Dynamo calls these three and does not look inside: a guard for every operation of the model is saved.
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _is_known(name: str) -> bool:
     return name in _KNOWN
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _is_seeded(operator: Any) -> bool:
     names = operator.overloads() if isinstance(operator, torch._ops.OpOverloadPacket) else ()
     overloads = [getattr(operator, name) for name in names] or [operator]
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _show_all_to_modes() -> bool:
     # Dynamo keeps some of these from modes, which see them in eager mode, and would leave hidden random numbers in the
     # graph. There is no public door. Only code under a mode is affected.

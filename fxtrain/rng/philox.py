@@ -25,8 +25,8 @@ def philox4x32(counter: Words, key: tuple[Any, Any], *, rounds: int = 7) -> Word
         p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = high(q) ^ c[1] ^ k[0],  low(q),  high(p) ^ c[3] ^ k[1],  low(p)
 
-    For a fixed key this is a bijection of the counters. Seven rounds are the fewest that pass BigCrush; ten, the
-    authors' margin of safety, cost a third more.
+    For a fixed key this is a bijection of the counters. Seven rounds are the fewest that pass BigCrush; ten,
+    the authors' margin of safety, cost a quarter more.
 
     Args:
         counter: int64 tensors that broadcast, or integers, each in [0, 2^32).
@@ -74,8 +74,8 @@ class Key:
 
     Args:
         seed: int64 []. All 64 bits count.
-        step: int64 []. 48 bits count.
-        microbatch: int64 []. 16 bits count.
+        step: int64 []. All 64 bits count.
+        microbatch: int64 []. 32 bits count.
         stream: What the numbers are for, 0 to 255. Static: part of the tree's structure, and no leaf.
     """
 
@@ -86,7 +86,7 @@ class Key:
 
     def replace(self, **changes: Any) -> Self:
         """The same place but for some fields. Numbers will do for tensors."""
-        return key(**{field: getattr(self, field) for field in (*_TENSORS, "stream")} | changes)  # pyright: ignore
+        return key(**{field: getattr(self, field) for field in (*_TENSORS, "stream")} | changes)  # pyright: ignore[reportReturnType]
 
 
 _TENSORS = ("seed", "step", "microbatch")
@@ -103,13 +103,13 @@ def key(seed: int | Tensor, *, stream: int = Stream.TRAIN, step: int | Tensor = 
     """The place in a run from which ``functional`` and the samplers draw.
 
     No two of (seed, stream, step, microbatch, site, index) share a counter and a key, as long as each is within its
-    range: 64, 8, 48, 16, 24 and 34 bits.
+    range: 64, 8, 32, 32, 24 and 34 bits. The upper half of a step is folded into the key.
 
     Args:
         seed: An integer, or an integer tensor of shape [].
         stream: A ``Stream``, or a number of your own from 16 to 255.
         step: The number of the step.
-        microbatch: Which substep of gradient accumulation.
+        microbatch: Which substep of gradient accumulation, or which batch of an evaluation.
 
     Raises:
         TypeError: If one of the three is no integer, or a tensor that is not 0-d.
@@ -156,6 +156,6 @@ def blocks(key: Key, count: int, *, site: int, device: torch.device) -> Words:
         torch.arange(count, device=device),
         key.stream << 24 | site,
         step & MASK,
-        (step >> 32 & 0xFFFF) << 16 | microbatch & 0xFFFF,
+        microbatch & MASK,
     )
-    return philox4x32(counter, (seed & MASK, seed >> 32 & MASK))
+    return philox4x32(counter, (seed & MASK, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & MASK))
