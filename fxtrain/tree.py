@@ -135,10 +135,10 @@ def _traced_map(function: Callable[..., Any], node: Any, rest: tuple[Any, ...]) 
     others: list[list[Any]] = []
     for other in rest:
         other_parts = _take_apart(other)
-        if other_parts is None or type(other) is not type(node) or len(other_parts[0]) != len(children):
+        if other_parts is None or type(other) is not cast(Any, type(node)) or len(other_parts[0]) != len(children):
             raise ValueError(f"The trees differ in structure: {node} and {other}.")
-        if isinstance(node, dict) and cast(Any, node).keys() != other.keys():
-            raise ValueError(f"The trees differ in their keys: {sorted(cast(Any, node))} and {sorted(other)}.")
+        if isinstance(other, dict) and _keys(node) != _keys(other):
+            raise ValueError(f"The trees differ in their keys: {_keys(node)} and {_keys(other)}.")
         others.append(other_parts[0])
     new: list[Any] = []
     for i, child in enumerate(children):
@@ -175,7 +175,7 @@ def _take_apart(node: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | Non
         return list(children), lambda new: unflatten_node(context, new)
     if isinstance(node, dict):
         entries = cast(dict[Any, Any], node)
-        keys: list[Any] = sorted(entries)
+        keys = _keys(entries)
 
         def fill(new: list[Any]) -> dict[Any, Any]:
             filled = dict(zip(keys, new, strict=True))
@@ -187,3 +187,7 @@ def _take_apart(node: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | Non
     if isinstance(node, list | tuple):
         return list(cast(list[Any], node)), kind
     return None
+
+
+def _keys(node: Any) -> list[Any]:
+    return sorted(node)

@@ -4,6 +4,7 @@ import problem
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import fxtrain as fx
 from fxtrain import testing, tree
@@ -134,8 +135,7 @@ class TestCompute:
             found.update(node.meta["val"].dtype for node in graph.graph.nodes if node.target in products)
             return graph
 
-        backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=read)
-        close(fx.compile(step, backend=backend)(state, BATCH), step(state, BATCH))
+        close(fx.compile(step, backend=aot_autograd(fw_compiler=read))(state, BATCH), step(state, BATCH))
         assert found == {policy_of(precision).compute}
 
     def test_compiled_and_vmapped_it_is_the_same(self):

@@ -19,7 +19,7 @@ class EarlyStoppingState(NamedTuple):
     best: Tensor  # float32 []: the best value so far
     best_step: Tensor  # int64 []: where it was; -1 before the first improvement
     waited: Tensor  # int64 []: evaluations since then
-    kept: Any  # the best parameters and buffers, or None
+    kept: Any  # the best parameters and buffers, or nothing: ()
 
 
 def early_stopping(
@@ -79,7 +79,7 @@ def early_stopping(
             best=torch.tensor(sign * math.inf if baseline is None else baseline, device=device),
             best_step=torch.tensor(-1, device=device),
             waited=torch.tensor(0, device=device),
-            kept=(state.params, state.buffers) if restore_best else None,
+            kept=(state.params, state.buffers) if restore_best else (),
         )
 
     def update(state: TrainState, event: EvalEnd | FitEnd) -> tuple[TrainState, Control]:
@@ -92,7 +92,7 @@ def early_stopping(
             best=torch.where(improved, value, memory.best),
             best_step=torch.where(improved, state.step, memory.best_step),
             waited=torch.where(improved, 0, memory.waited + 1),
-            kept=tree.where(improved, (state.params, state.buffers), memory.kept) if restore_best else None,
+            kept=tree.where(improved, (state.params, state.buffers), memory.kept) if restore_best else (),
         )
         control = Control(
             stop=memory.waited >= patience,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from fxtrain.core.control import Control
@@ -46,9 +46,16 @@ class StepFn(Protocol):
 
 _OUTPUT = ("metrics", "control", "outputs")
 
-register_node(
-    StepOutput,
-    lambda output: ([getattr(output, name) for name in _OUTPUT], None),
-    lambda _, children: StepOutput(*children),
-    fields=_OUTPUT,
-)
+
+def _flatten(output: StepOutput) -> tuple[list[Any], None]:
+    # torch's pytree takes None for a leaf, which vmap refuses; an empty tuple has none.
+    return [() if (value := getattr(output, name)) is None else value for name in _OUTPUT], None
+
+
+def _unflatten(_: None, children: Sequence[Any]) -> StepOutput:
+    metrics, *others = children
+    control, outputs = (None if isinstance(child, tuple) and not child else child for child in others)
+    return StepOutput(metrics, control, outputs)
+
+
+register_node(StepOutput, _flatten, _unflatten, fields=_OUTPUT)

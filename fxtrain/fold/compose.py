@@ -284,13 +284,19 @@ def _refuse_overreach(handler: Handler, kind: type[Any], before: TrainState, aft
     if kind not in _WRITABLE or kind is FitEnd:
         return
     for field in _FIELDS:
-        if field not in _WRITABLE[kind] and getattr(before, field) is not getattr(after_, field):
+        if field not in _WRITABLE[kind] and not _same(getattr(before, field), getattr(after_, field)):
             why = (
                 "callbacks of the compiled step write slots only: ask for skip_update, or change it at StepEnd"
                 if kind in TRACED
                 else "how often it fires depends on interruptions, so nothing may change there: use a trajectory event"
             )
             raise ValueError(f"{handler.name} changed state.{field} at {kind.__name__}; {why}.")
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two trees hold the very same leaves. Dynamo compares tensors by identity, and containers not."""
+    leaves, others = tree.leaves(first), tree.leaves(second)
+    return len(leaves) == len(others) and all(leaf is other for leaf, other in zip(leaves, others, strict=True))
 
 
 def _memory(state: TrainState, name: str) -> Any:

@@ -53,7 +53,7 @@ class Step:
                 f"fires={sorted(kind.__name__ for kind in unknown)}: a step fires "
                 f"{', '.join(kind.__name__ for kind in TRACED)}, and nothing else."
             )
-        self._name = name_of(function)
+        self._name, self._traced = name_of(function), self.callbacks.traced_slots
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
@@ -70,12 +70,15 @@ class Step:
 
     def enter(self, state: TrainState) -> TrainState:
         """What of the state goes into the compiled graph: slots that only the loop uses stay outside."""
-        traced = self.callbacks.traced_slots
-        return state.replace(slots={name: memory for name, memory in state.slots.items() if name in traced})
+        if self._traced.issuperset(state.slots):
+            return state
+        return state.replace(slots={name: memory for name, memory in state.slots.items() if name in self._traced})
 
     def leave(self, state: TrainState, result: tuple[TrainState, StepOutput]) -> tuple[TrainState, StepOutput]:
         """The result of the graph, with what stayed outside of it."""
         new, output = result
+        if self._traced.issuperset(state.slots):
+            return result
         return new.replace(slots={**state.slots, **new.slots}), output
 
     def __repr__(self) -> str:
