@@ -53,9 +53,13 @@ def _flatten(output: StepOutput) -> tuple[list[Any], None]:
 
 
 def _unflatten(_: None, children: Sequence[Any]) -> StepOutput:
-    metrics, *others = children
-    control, outputs = (None if isinstance(child, tuple) and not child else child for child in others)
-    return StepOutput(metrics, control, outputs)
+    metrics, control, outputs = children
+    return StepOutput(metrics, _present(control), _present(outputs))
+
+
+def _present(child: Any) -> Any:
+    empty = child == () if isinstance(child, tuple) else False
+    return None if empty else child
 
 
 register_node(StepOutput, _flatten, _unflatten, fields=_OUTPUT)
