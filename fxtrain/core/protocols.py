@@ -58,8 +58,7 @@ def _unflatten(_: None, children: Sequence[Any]) -> StepOutput:
 
 
 def _present(child: Any) -> Any:
-    empty = child == () if isinstance(child, tuple) else False
-    return None if empty else child
+    return None if isinstance(child, tuple) and not child else child  # pyright: ignore[reportUnknownVariableType]
 
 
 register_node(StepOutput, _flatten, _unflatten, fields=_OUTPUT)
