@@ -202,10 +202,13 @@ class TestOneGraph:
         assert counter.frame_count == graphs
 
     def test_many_steps_can_be_compiled_in_one_process(self):
-        for _ in range(torch._dynamo.config.recompile_limit + 2):
-            fx.compile(lambda state, batch: (state, fx.StepOutput({"sum": batch.sum()})), backend="eager")(
-                fx.init(torch.tensor(1.0)), torch.ones(2)
-            )
+        def scaled(factor):
+            return lambda state, batch: (state, fx.StepOutput({"sum": factor * batch.sum()}))
+
+        state = fx.init(torch.tensor(1.0))
+        for factor in range(torch._dynamo.config.recompile_limit + 2):
+            _, output = fx.compile(scaled(factor), backend="eager")(state, torch.ones(2))
+            assert float(output.metrics["sum"]) == 2.0 * factor
 
 
 class TestErrors:

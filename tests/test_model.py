@@ -74,7 +74,8 @@ KINDS = {
     "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (2, 5, 4)),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)), (5, 4)),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2)), (5, 4)),
-    "half": (lambda: nn.Linear(4, 2).bfloat16(), (5, 4)),
+    "bfloat16": (lambda: nn.Linear(4, 2).bfloat16(), (5, 4)),
+    "float16": (lambda: nn.Linear(4, 2).half(), (5, 4)),
     "double": (lambda: nn.Linear(4, 2).double(), (5, 4)),
     "complex": (lambda: nn.Linear(4, 2, dtype=torch.complex64), (5, 4)),
 }
@@ -170,8 +171,11 @@ class TestInit:
             assert {value.device.type for value in values} == {"meta"}
 
     def test_dtype_and_device(self):
-        state = fx.init(Parts(), fx.optim.adamw(1e-3), dtype=torch.bfloat16)
-        assert {leaf.dtype for leaf in tree.leaves(state.params)} == {torch.bfloat16}
+        module = Parts()
+        module.register_parameter("counts", nn.Parameter(torch.arange(2), requires_grad=False))
+        state = fx.init(module, fx.optim.adamw(1e-3), dtype=torch.bfloat16)
+        assert {name for name, leaf in state.params.items() if leaf.dtype != torch.bfloat16} == {"counts"}
+        assert state.params["counts"].tolist() == [0, 1]
         assert {name: leaf.dtype for name, leaf in state.buffers.items()} == {
             "calls": torch.int64,
             "mean": torch.float32,
@@ -398,6 +402,17 @@ class TestRandomness:
         assert len({float(loss) for loss in losses.values()}) == 4
         torch.manual_seed(99)
         assert torch.equal(find(state, batch).loss, losses["first"])
+
+    def test_each_microbatch_draws_its_own_numbers(self):
+        losses, tx = [], fx.optim.sgd(0.1)
+
+        def watch(state, event: fx.Microbatch):
+            losses.append(float(event.loss))
+            return state, fx.Control()
+
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx, accumulate=3, callbacks=watch)
+        step(fx.init(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), tx), torch.ones(96, 2))
+        assert len(set(losses)) == 3
 
     def test_what_has_no_replacement_is_refused_by_name(self):
         state = fx.init(nn.Linear(1, 1))

@@ -364,6 +364,23 @@ class TestTracedEvents:
         _, output = step(state, BATCH)
         assert torch.equal(output.control.log["loss seen"].value, output.metrics["loss"])
 
+    def test_what_is_logged_again_stands_and_two_callbacks_share_no_name(self):
+        def log(at):
+            return fx.on(at, lambda state, event: (state, fx.Control(log={"x": event.loss, type(event).__name__: 1.0})))
+
+        both = log(fx.Microbatch | fx.Updated)
+        state, step = train(accumulate=2, callbacks=both)
+        _, output = step(state, BATCH)
+        assert torch.equal(output.control.log["x"].value, output.metrics["loss"])
+        assert set(output.control.log) == {"x", "Microbatch", "Updated"}
+
+        def other(state, event: fx.Gradients):
+            return state, fx.Control(log={"x": event.loss})
+
+        state, step = train(callbacks=[both, other])
+        with pytest.raises(ValueError, match="'x' was logged twice at one event, by <lambda> and by other"):
+            step(state, BATCH)
+
     @pytest.mark.parametrize(
         ("at", "control", "message"),
         [

@@ -83,12 +83,14 @@ class Model:
         Raises:
             ValueError: If there is no such entry.
         """
-        if wrt is None:
-            return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), self.trainable, params)
-        if not isinstance(params, Mapping) or not isinstance(self.template, Mapping) or wrt not in params:
-            there = f"has {', '.join(map(repr, self.template))}" if isinstance(self.template, Mapping) else "is no dict"
-            raise ValueError(f"wrt={wrt!r} names an entry of a dict of modules, and the model {there}.")
-        return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), self.trainable[wrt], params[wrt])
+        mask = self.trainable
+        if wrt is not None:
+            entries = self.template if isinstance(self.template, Mapping) else {}
+            if wrt not in entries:
+                there = f"has {', '.join(map(repr, entries))}" if entries else "is no dict"
+                raise ValueError(f"wrt={wrt!r} names an entry of a dict of modules, and the model {there}.")
+            mask, params = mask[wrt], params[wrt]
+        return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), mask, params)
 
     def merge(self, params: Any, trainable: Any, wrt: str | None = None) -> Any:
         """``params`` with the trainable ones replaced: the inverse of ``split``."""

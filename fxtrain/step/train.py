@@ -82,13 +82,13 @@ def train_step(
                 state,
                 Microbatch(step=number, index=index, loss=part.loss, metrics=part.metrics, grads=part.grads),
             )
-            control = control | asked
+            control = _followed(control, asked)
             found = part if found is None else _joined(found, part)
         assert found is not None
         measured, grads = _averaged(found, accumulate)
         loss = measured["loss"]
         state, asked = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads))
-        control = control | asked
+        control = _followed(control, asked)
 
         moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx)
         skipped = torch.as_tensor(control.any("skip_update"), device=number.device)
@@ -97,7 +97,7 @@ def train_step(
             state,
             Updated(step=number, loss=loss, metrics=measured, grads=grads, updates=updates, skipped=skipped),
         )
-        return state, StepOutput(measured, control | asked)
+        return state, StepOutput(measured, _followed(control, asked))
 
     step.__name__ = f"train_step({name_of(loss_fn)})"
     step.__doc__ = loss_fn.__doc__
@@ -131,6 +131,15 @@ def apply_gradients(
     params = model.merge(state.params, optim.apply_updates(trainable, updates), wrt)
     opt_state = memory if wrt is None else {**state.opt_state, wrt: memory}
     return state.replace(params=params, opt_state=opt_state), updates
+
+
+def _followed(control: Control, asked: Control) -> Control:
+    """What was asked at one event and then at the next. What a callback logs again, the later value stands for."""
+    again = {
+        name for name, entry in asked.log.items() if name in control.log and control.log[name].owner == entry.owner
+    }
+    kept = {name: entry for name, entry in control.log.items() if name not in again}
+    return control.with_log(kept) | asked
 
 
 def _where_not(skipped: Tensor, moved: TrainState, state: TrainState) -> TrainState:
