@@ -57,6 +57,7 @@ from fxtrain.model import init as init
 from fxtrain.model import view as view
 from fxtrain.precision import Policy as Policy
 from fxtrain.step import Step as Step
+from fxtrain.step import apply_gradients as apply_gradients
 from fxtrain.step import eval_step as eval_step
 from fxtrain.step import gradients as gradients
 from fxtrain.step import train_step as train_step

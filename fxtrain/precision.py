@@ -119,7 +119,7 @@ class Policy:
         for index, leaf in enumerate(tree.leaves(params)):
             if leaf.is_floating_point() and leaf.dtype != self.param:
                 # Dynamo cannot write paths.
-                path = "a leaf" if torch.compiler.is_compiling() else tree.paths(params, "state.params")[index]
+                path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(params, "state.params")[index]
                 raise TypeError(
                     f"{path} is {leaf.dtype}, and the precision policy keeps parameters in {self.param}: "
                     f"fxtrain.init(..., dtype={self.param}) casts them."

@@ -29,7 +29,7 @@ def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:  # noqa: A0
         >>> map(lambda a, b: a + b, {"x": 1, "y": [2]}, {"x": 10, "y": [20]})
         {'x': 11, 'y': [22]}
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _traced_map(function, tree, rest)
     return ops.tree_map(function, tree, *rest, namespace=NAMESPACE)
 
@@ -50,7 +50,7 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any, root: str
 
 def leaves(tree: Any) -> list[Any]:
     """The leaves, in order."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _traced_leaves(tree)
     return ops.tree_leaves(tree, namespace=NAMESPACE)
 
@@ -67,14 +67,14 @@ def paths(tree: Any, root: str = "") -> list[str]:
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """The leaves, and the structure that ``unflatten`` takes."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _traced_leaves(tree), tree
     return ops.tree_flatten(tree, namespace=NAMESPACE)
 
 
 def unflatten(structure: Any, new_leaves: Any) -> Any:
     """The tree of this structure with these leaves."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         remaining = iter(new_leaves)
 
         def take(_: Any) -> Any:

@@ -45,6 +45,10 @@ class TestState:
         with pytest.raises(TypeError, match="no field 'parameters'; its fields are step, params"):
             make_state(parameters={})
 
+    def test_can_be_given_another_model_of_the_same_shape(self):
+        other = make_state()
+        assert make_state(model=other.model).model is other.model
+
     def test_is_immutable(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
             make_state().step = torch.tensor(1)

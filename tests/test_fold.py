@@ -258,6 +258,14 @@ class TestSlots:
         with pytest.raises(KeyError, match=r"no slot 'a' \(there are: none\): call fxtrain.attach"):
             fx.compose(adder("a", 1))(fx.init(torch.nn.Linear(1, 1)), events[0])
 
+    def test_an_update_may_be_subscribed_outright(self):
+        def count(state, event, memory):
+            return memory + 1, fx.Control()
+
+        counter = fx.stateful("n", lambda state: torch.tensor(0), fx.on(fx.StepEnd, count))
+        assert set(fx.compose(counter).table) == {fx.StepEnd}
+        assert int(fx.compose(counter)(state_with(counter), events[0])[0].slots["n"]) == 1
+
     def test_names_are_not_empty(self):
         with pytest.raises(ValueError, match="non-empty string"):
             fx.stateful("", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))

@@ -98,7 +98,8 @@ class TrainState:
         for name, value in changes.items():
             if name not in FIELDS and name != "model":
                 raise TypeError(f"A state has no field {name!r}; its fields are {', '.join(FIELDS)} and model.")
-            _refuse_non_tensors(name, value)
+            if name != "model":
+                _refuse_non_tensors(name, value)
         return _build(type(self), {**self.__dict__, **changes})
 
     def with_slot(self, name: str, memory: Any) -> Self:
@@ -150,7 +151,7 @@ register_node(TrainState, _flatten, _unflatten, fields=FIELDS)
 
 
 def _refuse_non_tensors(field: str, value: Any) -> None:
-    if isinstance(value, Tensor) or torch.compiler.is_compiling():  # traced, a step is checked as it returns
+    if isinstance(value, Tensor) or torch.compiler.is_dynamo_compiling():  # traced, a step is checked as it returns
         return
     leaves: list[Any] = ops.tree_leaves(value, namespace=NAMESPACE)
     if all(isinstance(leaf, Tensor) for leaf in leaves):

@@ -213,11 +213,15 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
         <callback counter on StepEnd, slot 'counter'>
     """
 
+    # What `on` made of an update has the subscription already, and no annotation to read.
+    events = update.events if isinstance(update, Handler) else subscription(update)
+    function: Callable[..., tuple[Any, Control]] = update.function if isinstance(update, Handler) else update
+
     def callback(state: TrainState, event: Any) -> tuple[TrainState, Control]:
-        memory, control = update(state, event, _memory(state, name))
+        memory, control = function(state, event, _memory(state, name))
         return state.with_slot(name, memory), control
 
-    return slotted(name, init, on(tuple(subscription(update)), callback))
+    return slotted(name, init, on(tuple(events), callback))
 
 
 def attach(state: TrainState, callbacks: Callable[..., Any] | Iterable[Callable[..., Any]]) -> TrainState:

@@ -181,7 +181,7 @@ def _without_memory(caller: _Caller) -> _Caller:
 
 def _attributes(caller: _Caller) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The attributes of all modules, and copies of them. While compiling nothing: a guard for each would cost more."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return []
     return [(module.__dict__, module.__dict__.copy()) for module in caller.modules()]
 

@@ -14,7 +14,7 @@ def versions(values: Any) -> list[int]:
 
     Costs some tens of nanoseconds a leaf. Nothing is counted of tensors made in inference mode.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return []
     return [0 if leaf.is_inference() else leaf._version for leaf in tree.leaves(values)]
 

@@ -110,7 +110,7 @@ def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
     alike = len(old_leaves) == len(new_leaves) and all(
         was.shape == came.shape and was.dtype == came.dtype for was, came in zip(old_leaves, new_leaves, strict=True)
     )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # Dynamo cannot write paths, and keys that differ are found where the states are joined.
         if not alike:
             raise ValueError(f"{name} changed a shape or a dtype of its state: call it uncompiled to see where.")

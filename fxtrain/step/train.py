@@ -167,7 +167,7 @@ def _refuse_uneven(batch: Any, count: int) -> None:
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != size or size % count:
             # Dynamo cannot write paths.
-            path = "a leaf" if torch.compiler.is_compiling() else tree.paths(batch, "batch")[index]
+            path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(batch, "batch")[index]
             raise ValueError(
                 f"accumulate={count} cuts each batch into {count} parts along its first dimension, and {path} is "
                 f"{described(leaf)}: choose one batch size for all that {count} divides, and keep what has no batch "

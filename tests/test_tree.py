@@ -1,0 +1,43 @@
+"""Trees: the walk inside the compiler is that outside of it, and neither knows of the other."""
+
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import tree
+
+
+def a_tree():
+    return {"b": torch.ones(2), "a": [torch.zeros(1), ()], "empty": {}, "none": None, "state": fx.init({})}
+
+
+def test_compiled_it_walks_as_uncompiled():
+    def walk(values):
+        leaves, structure = tree.flatten(values)
+        doubled = tree.unflatten(structure, [leaf * 2 for leaf in leaves])
+        return tree.map(torch.add, values, doubled), tree.leaves(doubled)
+
+    values = a_tree()
+    compiled, compiled_leaves = torch.compile(walk, fullgraph=True, backend="eager")(values)
+    wanted, wanted_leaves = walk(values)
+    assert tree.structure(compiled) == tree.structure(wanted)
+    assert all(map(torch.equal, tree.leaves(compiled), tree.leaves(wanted)))
+    assert all(map(torch.equal, compiled_leaves, wanted_leaves))
+
+
+def test_compiled_it_refuses_other_keys():
+    def add(first, second):
+        return tree.map(torch.add, first, second)
+
+    with pytest.raises(Exception, match="differ in their keys"):
+        torch.compile(add, fullgraph=True, backend="eager")({"a": torch.ones(1)}, {"b": torch.ones(1)})
+
+
+def test_while_another_thread_compiles_it_walks_as_ever(monkeypatch):
+    # The flag is one for the process: prefetching goes on while the first step compiles.
+    structure = tree.structure({"a": torch.ones(1)})
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    assert tree.flatten({"a": torch.ones(1)})[1] == structure
+    with pytest.raises(TypeError, match="every leaf of a state is a tensor"):
+        fx.init(torch.nn.Linear(1, 1)).replace(params={"w": 1.0})
