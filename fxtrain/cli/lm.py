@@ -83,12 +83,18 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
+    before = torch.are_deterministic_algorithms_enabled()
+    # The embedding's gradient is summed by several threads, in an order of their own unless this is asked for: a
+    # resumed run would differ in its last bits.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         options, folder = _options(arguments)
         return _Job(options, folder).run()
     except (CommandError, CorpusError, fx.CheckpointError) as error:
         print(f"fxtrain lm: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _options(arguments: Sequence[str]) -> tuple[Options, pathlib.Path]:
