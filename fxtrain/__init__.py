@@ -1,5 +1,12 @@
 """Functional training for PyTorch: one immutable state, a pure compiled step, callbacks that fold over it."""
 
+import gc as _gc
+
+# All that an import allocates stays. A collection in its middle would walk torch's objects for nothing, and take as
+# long as our own modules do.
+_collecting = _gc.isenabled()
+_gc.disable()
+
 from fxtrain import callbacks as callbacks
 from fxtrain import data as data
 from fxtrain import metrics as metrics
@@ -61,3 +68,6 @@ from fxtrain.step import apply_gradients as apply_gradients
 from fxtrain.step import eval_step as eval_step
 from fxtrain.step import gradients as gradients
 from fxtrain.step import train_step as train_step
+
+if _collecting:
+    _gc.enable()
