@@ -17,8 +17,9 @@ from fxtrain.step import EvalFunction, Step
 class Compiled:
     """A compiled step; made by ``compile``. It is called as the step is."""
 
-    def __init__(self, step: Step | EvalFunction, compiled: Callable[..., Any]) -> None:
+    def __init__(self, step: Step | EvalFunction, compiled: Callable[..., Any], how: str) -> None:
         self.step = step
+        self.how = how  # what made the graph: bitwise claims hold within one
         self._compiled = compiled
         functools.update_wrapper(self, step, updated=())
 
@@ -99,7 +100,8 @@ def compile(  # noqa: A001
         raise TypeError(f"{step!r} is compiled already.")
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
     compiled = torch.compile(_own_code(pure), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
-    return Compiled(pure, compiled)
+    named = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
+    return Compiled(pure, compiled, named if mode is None else f"{named}, {mode}")
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ class TestOrder:
             eval_step=worse,
             eval_data=problem.data(2),
             eval_when=fx.every(2),
-            checkpointer=fx.checkpointer(tmp_path),
+            checkpointer=fx.checkpointer(tmp_path, background=False),
         )
         step = ["StepBegin", "Microbatch", "Microbatch", "Gradients", "Updated", "StepEnd"]
         evaluation = ["EvalBegin", "EvalStep", "EvalStep", "EvalEnd"]

@@ -172,9 +172,9 @@ class _Job:
                 ),
             ],
         )
-        if result.reason.startswith("interrupted"):
+        if result.exit_code:
             self._tail()
-            return 130
+            return result.exit_code
         self._report(result.state, eval_step)
         return 0
 

@@ -206,16 +206,19 @@ class Restored(LoopEvent):
         path: The folder of the checkpoint.
         missing: Slots that were not in it and were initialised.
         extra: Slots in it that no callback claims; they are kept.
+        different: What is not as it was at the save, of all that bitwise equality needs: one line each.
     """
 
     path: str
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    different: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved(LoopEvent):
-    """A checkpoint is committed. Session.
+    """A checkpoint is committed. Session. It is written in the background: ``step`` is its own, and later steps may
+    have been taken.
 
     Args:
         path: The folder of the checkpoint.

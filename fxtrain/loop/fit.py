@@ -24,12 +24,15 @@ class Result:
         last: The state that continues the run.
         reason: Why the run ended, in words.
         history: Every number that was published.
+        exit_code: What a program should exit with: 0, or 128 and the number of the signal that interrupted the run
+            (130 for SIGINT, 143 for SIGTERM).
     """
 
     state: TrainState
     last: TrainState
     reason: str
     history: History
+    exit_code: int = 0
 
     def __repr__(self) -> str:
         return f"Result at step {int(self.last.step)}: {self.reason}\n{self.history!r}"
@@ -57,8 +60,11 @@ def fit(
 ) -> Result:
     """Trains until a limit is reached, a callback asks to stop, or a signal interrupts.
 
-    ``state`` itself is left as it was: the run works on a copy. SIGINT and SIGTERM end it where the state is whole,
-    with a last checkpoint; a second one ends the process at once.
+    ``state`` itself is left as it was: the run works on a copy.
+
+    SIGINT, SIGTERM and SIGUSR1 end it where the state is whole, with a last checkpoint: after the step under way at
+    the latest, that is one step and the writing of one state later. A compilation or an evaluation under way is left
+    at once, and comes again when the run is resumed. A second SIGINT ends the process on the spot.
 
     Args:
         state: From ``init``, or the ``last`` of another result.
@@ -113,7 +119,7 @@ def fit(
     run = Run(state, step, data, plan)
     for _ in run.moments():
         pass
-    return Result(run.state, run.last, run.reason, history)
+    return Result(run.state, run.last, run.reason, history, run.exit_code)
 
 
 def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[Moment]:

@@ -5,25 +5,37 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_COMPILER = "torch._dynamo.convert_frame"  # the module whose frames are on the stack while torch makes a graph
+
+
+class Abandoned(BaseException):
+    """A signal came, and what is under way changes nothing: it is left."""
 
 
 class Interrupts:
-    """While it is entered, the first SIGINT or SIGTERM is noted, and the second acts at once.
+    """While it is entered, the first SIGINT, SIGTERM or SIGUSR1 is noted, and a SIGINT after it acts at once.
 
-    Signals belong to the main thread; elsewhere nothing is noted and nothing changed.
+    SIGUSR1 is what Slurm and some spot instances send ahead of the end; it is left alone where the program handles it
+    itself. Signals belong to the main thread; elsewhere nothing is noted and nothing changed.
     """
 
     def __init__(self) -> None:
         self.cause: str | None = None
+        self.exit_code = 0
         self._before: dict[signal.Signals, Any] = {}
+        self._may_leave = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in _SIGNALS}
+            kinds = [signal.SIGINT, signal.SIGTERM]
+            ahead = getattr(signal, "SIGUSR1", None)
+            if ahead is not None and signal.getsignal(ahead) == signal.SIG_DFL:
+                kinds.append(ahead)
+            self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -31,12 +43,40 @@ class Interrupts:
             signal.signal(kind, handler)
         self._before = {}
 
+    def leaving_compilation(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which is left by ``Abandoned`` if a signal comes while torch compiles in it.
+
+        That can take minutes and has changed nothing yet. A graph that runs is never left: it may be in the middle of
+        writing over memory that was donated to it.
+        """
+
+        def guarded(*args: Any) -> Any:
+            self._may_leave = True
+            try:
+                return function(*args)
+            finally:
+                self._may_leave = False
+
+        return guarded
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
         if self.cause is None:
-            self.cause = kind.name
+            self.cause, self.exit_code = kind.name, 128 + number
+        elif kind == signal.SIGINT:
+            # Asked twice: whoever handled it before us handles it now. Checkpoints are committed atomically, so
+            # even in the middle of a save nothing is lost but that save.
+            self.__exit__()
+            os.kill(os.getpid(), kind)
             return
-        # Asked twice: whoever handled it before us handles it now. Checkpoints are committed atomically, so
-        # even in the middle of a save nothing is lost but that save.
-        self.__exit__()
-        os.kill(os.getpid(), kind)
+        if self._may_leave and _compiling(frame):
+            self._may_leave = False
+            raise Abandoned
+
+
+def _compiling(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _COMPILER:
+            return True
+        frame = frame.f_back
+    return False

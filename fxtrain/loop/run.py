@@ -8,6 +8,7 @@ and it is yielded. A request is honoured only after the fold, so what is saved i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -39,8 +40,9 @@ from fxtrain.data import Exhausted, adapt
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.loop.current import Current
 from fxtrain.loop.evaluate import measure, to_device
-from fxtrain.loop.interrupts import Interrupts
+from fxtrain.loop.interrupts import Abandoned, Interrupts
 from fxtrain.loop.publish import Publisher
+from fxtrain.loop.saving import Saving
 from fxtrain.step import Step
 
 Moment = tuple[TrainState, Event, Control]
@@ -81,18 +83,22 @@ class Run:
         refuse_unserved(plan.callbacks, self.step)
         self._publish = Publisher(plan.observers)
         self._interrupts = Interrupts()
+        self._take_step = self._interrupts.leaving_compilation(self.step)
 
         state = attach(attach(state, plan.callbacks), self.step)
-        self._restored = plan.checkpointer.read(state) if plan.resume and plan.checkpointer.steps() else None
+        self._saving = Saving(plan.checkpointer, getattr(self.step, "how", "nothing"))
+        self._restored = self._saving.restored(state) if plan.resume else None
+        whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
             state = self._restored.state
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
-        # The one copy at entry: the loop owns its state, so a notebook cell can be run twice.
-        self._now = Current(state.copy(), late=bool(late))
-        self._on_disk = self._now.state if self._restored is not None and not self._restored.missing else None
+        # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
+        # disk is its own already.
+        self._now = Current(state if whole else state.copy(), late=bool(late))
+        self._saving.begin(self._now.state, on_disk=whole)
         if DATA in state.slots and hasattr(self.data, "restore"):
             self.data.restore(self._now.position, state.slots[DATA])
 
@@ -103,6 +109,7 @@ class Run:
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
         self.reason = ""
+        self.exit_code = 0
         self.last = state
 
     @property
@@ -112,12 +119,11 @@ class Run:
 
     def moments(self) -> Moments:
         """Every event of the session, in order."""
-        with self._interrupts:
-            try:
-                yield from self._session()
-            finally:
-                self.data.close()
-                self._publish.close()
+        with self._interrupts, contextlib.ExitStack() as closing:
+            closing.callback(self._saving.close)
+            closing.callback(self._publish.close)
+            closing.callback(self.data.close)
+            yield from self._session()
 
     def _session(self) -> Moments:
         now = self._now
@@ -127,14 +133,20 @@ class Run:
             if self._restored is not None:
                 report = self._restored
                 yield from self._fire(
-                    Restored, path=str(report.path), missing=tuple(report.missing), extra=tuple(report.extra)
+                    Restored,
+                    path=str(report.path),
+                    missing=tuple(report.missing),
+                    extra=tuple(report.extra),
+                    different=tuple(report.different),
                 )
             while True:
                 whole = now.state
+                yield from self._tell_saved()
                 yield from self._settle()
                 whole = now.state
                 if self._interrupts.cause is not None:
                     self.reason = f"interrupted by {self._interrupts.cause}"
+                    self.exit_code = self._interrupts.exit_code
                     yield from self._fire(Interrupted, cause=self._interrupts.cause)
                     break
                 if self._finished():
@@ -179,6 +191,7 @@ class Run:
 
     def _advance(self) -> Moments:
         now = self._now
+        root = now.branch()
         if now.due["begin_epoch"]:
             now.set(begin_epoch=False)
             self._epoch_from = now.position
@@ -196,7 +209,11 @@ class Run:
             return
         if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
             return  # the step is not taken; should the run go on, the batch comes again
-        state, output = self.step(now.state, batch)
+        try:
+            state, output = self._take_step(now.state, batch)
+        except Abandoned:
+            now.abandon(root)
+            return
         if now.unread and now.read_flags():
             # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
             # wrote down about a batch that was never used goes as well.
@@ -246,7 +263,8 @@ class Run:
             elif now.due["end_epoch"]:
                 yield from self._end_epoch()
             elif now.due["save"]:
-                yield from self._save()
+                self._save()
+                yield from self._tell_saved()
             else:
                 return
 
@@ -262,11 +280,17 @@ class Run:
         now.set(evaluate=False)
         yield from self._fire(EvalBegin)
         total: dict[str, Any] = {}
-        for index, batch, output, total in measure(now.state, eval_step, self.eval_data):  # noqa: B007
-            if self._interrupts.cause is not None:
-                now.abandon(root)
-                return
-            yield from self._fire(EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs)
+        batches = measure(now.state, self._interrupts.leaving_compilation(eval_step), self.eval_data)
+        try:
+            for index, batch, output, total in batches:  # noqa: B007
+                if self._interrupts.cause is not None:
+                    raise Abandoned
+                yield from self._fire(
+                    EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
+                )
+        except Abandoned:
+            now.abandon(root)
+            return
         measured = metrics.compute(total)
         memory = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
         now.state = now.state.with_slot(EVALUATED, memory)
@@ -283,28 +307,22 @@ class Run:
         now.set(end_epoch=False, begin_epoch=True)
         yield from self._fire(EpochEnd)
 
-    def _save(self) -> Moments:
-        now, checkpointer = self._now, self.plan.checkpointer
+    def _save(self) -> None:
+        now = self._now
         now.set(save=False)
-        if checkpointer is None:
-            warnings.warn(
-                "A save was asked for and nothing is saved, because fit was given no checkpointer: give "
-                "checkpointer=fxtrain.checkpointer(folder).",
-                UserWarning,
-                stacklevel=2,
-            )
-            return
-        if hasattr(self.data, "snapshot"):
+        if self.plan.checkpointer is not None and hasattr(self.data, "snapshot"):
             now.state = now.state.with_slot(DATA, self.data.snapshot(now.position))
-        measured = self._metrics_of_this_step()
-        path = checkpointer.save(now.state, metrics=measured)
-        self._on_disk = now.state
-        yield from self._fire(Saved, path=str(path), metrics=measured)
+        self._saving.save(now.state, self._metrics_of_this_step())
 
     def _save_last(self) -> Moments:
-        now = self._now
-        if self.plan.checkpointer is not None and now.state is not self._on_disk and not now.due["unsaved"]:
-            yield from self._save()
+        yield from self._tell_saved(wait=True)
+        if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
+            self._save()
+            yield from self._tell_saved(wait=True)
+
+    def _tell_saved(self, *, wait: bool = False) -> Moments:
+        for step, path, measured in self._saving.news(wait=wait):
+            yield from self._fire(Saved, step=step, path=str(path), metrics=measured)
 
     def _metrics_of_this_step(self) -> dict[str, float]:
         last = self._now.state.slots.get(EVALUATED)
@@ -342,17 +360,17 @@ class Run:
         stop, unsaved = now.due["stop"], now.due["unsaved"]
         now.take(target.replace(slots={**target.slots, **crossed}))
         self._kept = [(step, state) for step, state in self._kept if step <= to_step]
-        now.set(stop=stop, unsaved=unsaved)
+        # Saved anew, so that the folder tells what was abandoned from what leads on, and no resume goes back again.
+        now.set(stop=stop, unsaved=unsaved, save=self.plan.checkpointer is not None)
         if times[to_step] > self.plan.rewind_limit:
             now.stop(f"went back to step {to_step} {times[to_step]} times, and it did not help")
 
     def _newest_until(self, step: int) -> TrainState | None:
         """The newest state, in memory or on disk, that has taken at most so many steps."""
         in_memory = max((kept for kept in self._kept if kept[0] <= step), key=lambda kept: kept[0], default=None)
-        checkpointer = self.plan.checkpointer
-        on_disk = max((n for n in checkpointer.steps() if n <= step), default=None) if checkpointer else None
+        on_disk = self._saving.newest_until(step)
         if on_disk is not None and (in_memory is None or on_disk > in_memory[0]):
-            return checkpointer.restore(self._now.state, step=on_disk)
+            return self._saving.state_at(on_disk, like=self._now.state)
         return None if in_memory is None else in_memory[1]
 
     # Events

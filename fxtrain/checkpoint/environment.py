@@ -1,0 +1,31 @@
+"""The environment: what must be equal for a resumed run to be bitwise equal to an uninterrupted one."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What of it can be seen from here, on a device."""
+    on_gpu = device.type == "cuda"
+    return {
+        "fxtrain": metadata.version("fxtrain"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": torch.backends.cpu.get_cpu_capability(),  # vector width: sums are taken in its order
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+    }
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was: one line each."""
+    return [f"{name}: {then[name]} at the save, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]

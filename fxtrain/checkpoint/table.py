@@ -1,0 +1,104 @@
+"""The table of a checkpoint: which bytes of its one file are whose.
+
+Leaves lie one after another, the widest elements first: so each begins at a multiple of its element's size, without
+padding, and there is no byte that no checksum covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import optree
+import torch
+from torch import Tensor
+
+from fxtrain.checkpoint.errors import CheckpointError
+from fxtrain.core import TrainState
+
+
+class Leaf(TypedDict):
+    """One row."""
+
+    path: str  # code that reaches the leaf from the root
+    entries: list[list[Any]]  # the same as [kind, key] pairs; kind is "attribute", "key" or "index"
+    dtype: str
+    shape: list[int]
+    offset: int
+    bytes: int
+    crc32: int
+
+
+class Place(TypedDict):
+    """Where a leaf's bytes are to be."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    offset: int
+    bytes: int
+
+
+def places(leaves: Sequence[Tensor]) -> list[Place]:
+    """A place for each leaf, in the order of the leaves."""
+    order = sorted(range(len(leaves)), key=lambda index: -leaves[index].element_size())
+    offsets, offset = [0] * len(leaves), 0
+    for index in order:
+        offsets[index] = offset
+        offset += leaves[index].nbytes
+    return [
+        Place(dtype=leaf.dtype, shape=leaf.shape, offset=offset, bytes=leaf.nbytes)
+        for leaf, offset in zip(leaves, offsets, strict=True)
+    ]
+
+
+def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[int]) -> list[Leaf]:
+    """The table, in the order of the leaves.
+
+    Raises:
+        CheckpointError: If two leaves have one path.
+    """
+    accessors = structure.accessors()
+    root = root_of(structure)
+    table = [
+        Leaf(
+            path=accessor.codify(root),
+            entries=[_entry(entry) for entry in accessor],
+            dtype=name_of(place["dtype"]),
+            shape=list(place["shape"]),
+            offset=place["offset"],
+            bytes=place["bytes"],
+            crc32=checksum,
+        )
+        for accessor, place, checksum in zip(accessors, placed, checksums, strict=True)
+    ]
+    paths = [row["path"] for row in table]
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise CheckpointError(f"Two leaves have one path, {twice}: rename a key.")
+    return table
+
+
+def root_of(structure: Any) -> str:
+    """What paths begin with: states and other trees are told apart by it."""
+    return "state" if structure.type is TrainState else "tree"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _entry(entry: Any) -> list[Any]:
+    match entry:
+        case optree.NamedTupleEntry():
+            return ["attribute", entry.field]
+        case optree.SequenceEntry():
+            return ["index", entry.index]
+        case optree.MappingEntry() if isinstance(entry.key, str | int):
+            return ["key", entry.key]
+        case optree.MappingEntry():  # JSON has no such key: its code stands for it
+            return ["attribute", f"[{entry.key!r}]"]
+        case optree.GetAttrEntry():
+            return ["attribute", entry.name]
+        case _:
+            return ["attribute", entry.entry]

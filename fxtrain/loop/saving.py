@@ -1,0 +1,83 @@
+"""Saving: what the loop has handed to the checkpointer, and what has become of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from fxtrain.checkpoint import Committed, Restoration
+from fxtrain.core import TrainState
+
+
+class Saving:
+    """The loop's side of a checkpointer, or of none.
+
+    Args:
+        checkpointer: From ``fxtrain.checkpointer``, or None.
+        how: What makes the steps' graphs. It is remembered with each save, because bitwise claims hold within one.
+    """
+
+    def __init__(self, checkpointer: Any, how: str) -> None:
+        self._checkpointer = checkpointer
+        self._notes = {"compiled by": how}
+        self._handed: TrainState | None = None
+        self._on_disk: TrainState | None = None
+
+    def restored(self, like: TrainState) -> Restoration | None:
+        """The newest state there is, if there is any."""
+        checkpointer = self._checkpointer
+        if not checkpointer.has_any():
+            return None
+        report: Restoration = checkpointer.read(like, notes=self._notes)
+        for line in report.different:
+            warnings.warn(f"The resumed run may differ in the last bits: {line}.", UserWarning, stacklevel=5)
+        return report
+
+    def begin(self, state: TrainState, *, on_disk: bool) -> None:
+        """What cannot be written to is found out now, and not after an hour."""
+        self._on_disk = state if on_disk else None
+        if self._checkpointer is not None:
+            self._checkpointer.reserve(state)
+
+    def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Hands ``state`` over; it may be donated afterwards."""
+        if self._checkpointer is None:
+            warnings.warn(
+                "A save was asked for and nothing is saved, because fit was given no checkpointer: give "
+                "checkpointer=fxtrain.checkpointer(folder).",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        self._checkpointer.save(state, metrics, notes=self._notes)
+        self._handed = state
+
+    def news(self, *, wait: bool = False) -> list[Committed]:
+        """What has reached the disk since this was last called; an error of the disk is raised here."""
+        checkpointer = self._checkpointer
+        if checkpointer is None or not checkpointer.saving:
+            return []
+        if wait:
+            checkpointer.wait()
+        committed: list[Committed] = checkpointer.committed()
+        if committed:
+            self._on_disk = self._handed
+        return committed
+
+    def is_due_at_the_end(self, state: TrainState) -> bool:
+        """Whether ``state`` is not on the disk yet, where it could be."""
+        return self._checkpointer is not None and state is not self._on_disk
+
+    def newest_until(self, step: int) -> int | None:
+        """The newest step on the disk that has taken at most so many."""
+        return None if self._checkpointer is None else self._checkpointer.newest_until(step)
+
+    def state_at(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step on the disk."""
+        return self._checkpointer.restore(like, step=step)
+
+    def close(self) -> None:
+        """Lets others write."""
+        if self._checkpointer is not None:
+            self._checkpointer.close()
