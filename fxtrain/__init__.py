@@ -61,6 +61,8 @@ from fxtrain.loop import evaluate as evaluate
 from fxtrain.loop import fit as fit
 from fxtrain.loop import steps as steps
 from fxtrain.model import init as init
+from fxtrain.model import load_state_dict as load_state_dict
+from fxtrain.model import state_dict as state_dict
 from fxtrain.model import view as view
 from fxtrain.precision import Policy as Policy
 from fxtrain.step import Step as Step

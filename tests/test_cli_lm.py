@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from fxtrain.checkpoint.folder import read_manifest
 from fxtrain.cli import main
 
 SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]
@@ -37,8 +38,7 @@ def run(*arguments, cwd):
 def checkpoint(folder):
     """The checksums of all leaves of the newest checkpoint, by path: what bitwise equality is decided by."""
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
-    leaves = json.loads((newest / "manifest.json").read_text())["manifest"]["leaves"]
-    return {leaf["path"]: leaf["crc32"] for leaf in leaves}
+    return {leaf["path"]: leaf["crc32"] for leaf in read_manifest(newest)["leaves"]}
 
 
 def only_run(folder):

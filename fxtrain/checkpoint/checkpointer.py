@@ -201,7 +201,9 @@ class Checkpointer:
         if step is not None:
             chosen = [entry for entry in entries if entry.step == step]
             if not chosen:
-                raise CheckpointError(f"There is no step {step} in {self.folder}; the steps there are: {_shown(entries)}.")
+                raise CheckpointError(
+                    f"There is no step {step} in {self.folder}; the steps there are: {_shown(entries)}."
+                )
             return read(chosen[-1].path, like, **options)
         damaged: list[tuple[Entry, DamagedError]] = []
         for entry in reversed(entries):

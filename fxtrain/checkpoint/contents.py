@@ -58,7 +58,10 @@ class Snapshot:
         device = next((leaf.device for leaf in leaves if leaf.device.type == "cuda"), None)
         with torch.no_grad():
             for target, leaf in zip(self._targets, leaves, strict=True):
-                target.copy_(leaf, non_blocking=device is not None)
+                try:
+                    target.copy_(leaf, non_blocking=device is not None)
+                except NotImplementedError:  # dtypes below a byte, which torch stores and cannot copy
+                    target.view(torch.uint8).copy_(leaf.contiguous().view(torch.uint8))
         if device is not None:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(device))
@@ -70,7 +73,7 @@ class Snapshot:
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
         """The index of each leaf and its bytes."""
-        whole = memoryview(self._buffer.numpy())
+        whole = self._buffer.numpy().data
         for index in _in_file_order(self.places):
             place = self.places[index]
             yield index, whole[place["offset"] : place["offset"] + place["bytes"]]
@@ -100,7 +103,7 @@ class Snapshot:
 
 def bytes_of(leaf: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(leaf.reshape(-1).view(torch.uint8).numpy())
+    return leaf.reshape(-1).view(torch.uint8).numpy().data
 
 
 def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:

@@ -28,4 +28,6 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not as it was: one line each."""
-    return [f"{name}: {then[name]} at the save, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
+    return [
+        f"{name}: {then[name]} at the save, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]
+    ]

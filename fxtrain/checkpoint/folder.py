@@ -82,44 +82,46 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-@contextlib.contextmanager
-def open_leaves(path: pathlib.Path, manifest: Mapping[str, Any]) -> Iterator[int]:
-    """The file of the leaves' bytes, as a descriptor.
+class Leaves:
+    """The file of the leaves' bytes, open to be read.
 
     Raises:
         DamagedError: If it is not as long as it was.
     """
-    try:
-        descriptor = os.open(path / LEAVES, os.O_RDONLY)
-    except OSError as error:
-        raise DamagedError(f"{path / LEAVES} cannot be read: {error}.") from None
-    try:
-        size = os.fstat(descriptor).st_size
+
+    def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+        self._path = path / LEAVES
+        try:
+            self._descriptor = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise DamagedError(f"{self._path} cannot be read: {error}.") from None
+        size = os.fstat(self._descriptor).st_size
         if size != manifest["bytes"]:
-            raise DamagedError(f"{path / LEAVES} is damaged: it has {size} bytes, and {manifest['bytes']} were written.")
-        yield descriptor
-    finally:
-        os.close(descriptor)
+            self.close()
+            raise DamagedError(f"{self._path} is damaged: it has {size} bytes, and {manifest['bytes']} were written.")
 
+    def read_into(self, memory: memoryview, row: Leaf) -> None:
+        """Fills ``memory`` with one leaf.
 
-def read_into(descriptor: int, row: Leaf, memory: memoryview) -> None:
-    """Fills ``memory`` with one leaf.
+        Raises:
+            DamagedError: If its bytes are not those that were written.
+        """
+        checksum, done = 0, 0
+        try:
+            while done < row["bytes"]:
+                count = os.preadv(self._descriptor, [memory[done : done + _PIECE]], row["offset"] + done)
+                if count == 0:
+                    break
+                checksum = zlib.crc32(memory[done : done + count], checksum)
+                done += count
+        except OSError as error:
+            raise DamagedError(f"{self._path} cannot be read: {error}.") from None
+        if checksum != row["crc32"] or done != row["bytes"]:
+            raise DamagedError(f"{self._path} is damaged: the bytes of {row['path']} are not those that were written.")
 
-    Raises:
-        DamagedError: If its bytes are not those that were written.
-    """
-    checksum, done = 0, 0
-    try:
-        while done < row["bytes"]:
-            count = os.preadv(descriptor, [memory[done : done + _PIECE]], row["offset"] + done)
-            if count == 0:
-                break
-            checksum = zlib.crc32(memory[done : done + count], checksum)
-            done += count
-    except OSError as error:
-        raise DamagedError(f"{row['path']} cannot be read: {error}.") from None
-    if checksum != row["crc32"] or done != row["bytes"]:
-        raise DamagedError(f"{row['path']} is damaged: its bytes are not those that were written.")
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -17,7 +18,7 @@ from fxtrain import tree
 from fxtrain.checkpoint.contents import Direct, bytes_of
 from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import open_leaves, read_into, read_manifest, write
+from fxtrain.checkpoint.folder import Leaves, read_manifest, write
 from fxtrain.checkpoint.selection import Where, refuse_differences, sources
 from fxtrain.checkpoint.table import Leaf, name_of, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
@@ -85,7 +86,9 @@ def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, floa
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"The checkpoint {folder} could not be written ({error}): give another folder.") from error
+        raise CheckpointError(
+            f"The checkpoint {folder} could not be written ({error}): give another folder."
+        ) from error
     write(folder, contents, facts(contents, device_of(state), metrics))
     return folder
 
@@ -168,7 +171,9 @@ def read(
     missing = sorted({slot for path_ in chosen if (slot := slot_of.get(path_)) is not None} - slots_there)
     others = sorted(slots_there - slots_here) if where is None and isinstance(like, TrainState) else []
     chosen = {path_: source for path_, source in chosen.items() if slot_of.get(path_) not in missing}
-    left_over = [] if where is not None else [p for p, row in stored.items() if p not in wanted and _slot(row) not in others]
+    left_over = (
+        [] if where is not None else [p for p, row in stored.items() if p not in wanted and _slot(row) not in others]
+    )
     refuse_differences(
         path,
         chosen,
@@ -179,19 +184,19 @@ def read(
     _refuse_abstract_rest(path, wanted, chosen)
 
     target = torch.device(device or "cpu")
-    with open_leaves(path, manifest) as descriptor:
+    with contextlib.closing(Leaves(path, manifest)) as file:
 
         def value(path_: str, leaf: Tensor) -> Tensor:
             if path_ not in chosen:
                 return leaf
-            return _read_leaf(descriptor, stored[chosen[path_]], target if leaf.is_meta else leaf.device)
+            return _read_leaf(file, stored[chosen[path_]], target if leaf.is_meta else leaf.device)
 
         state = tree.unflatten(structure, [value(path_, leaf) for path_, leaf in wanted.items()])
         if extra == "keep" and others:
             home = device_of(state)
             kept = {
                 name: rebuild(
-                    [(row["entries"][2:], _read_leaf(descriptor, row, home)) for row in stored.values() if _slot(row) == name]
+                    [(row["entries"][2:], _read_leaf(file, row, home)) for row in stored.values() if _slot(row) == name]
                 )
                 for name in others
             }
@@ -206,11 +211,11 @@ def device_of(state: Any) -> torch.device:
     return next((leaf.device for leaf in tree.leaves(state)), torch.device("cpu"))
 
 
-def _read_leaf(descriptor: int, row: Leaf, device: torch.device) -> Tensor:
+def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
     # In memory of its own, because the kernels of the same operation differ with the alignment of their inputs, to
     # the bit.
     leaf = torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="cpu")
-    read_into(descriptor, row, bytes_of(leaf))
+    file.read_into(bytes_of(leaf), row)
     return leaf.to(device)
 
 
@@ -228,9 +233,7 @@ def _slot(row: Leaf) -> str | None:
 def _slots_by_path(like: Any) -> dict[str, str]:
     if not isinstance(like, TrainState):
         return {}
-    return {
-        path: name for name, memory in like.slots.items() for path in tree.paths(memory, f"state.slots[{name!r}]")
-    }
+    return {path: name for name, memory in like.slots.items() for path in tree.paths(memory, f"state.slots[{name!r}]")}
 
 
 def _refuse_abstract_rest(path: pathlib.Path, wanted: Mapping[str, Tensor], chosen: Mapping[str, str]) -> None:

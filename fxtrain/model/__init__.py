@@ -5,5 +5,7 @@ from fxtrain.model.architecture import model_of as model_of
 from fxtrain.model.init import init as init
 from fxtrain.model.purity import refuse_writes as refuse_writes
 from fxtrain.model.purity import versions as versions
+from fxtrain.model.state_dict import load_state_dict as load_state_dict
+from fxtrain.model.state_dict import state_dict as state_dict
 from fxtrain.model.view import View as View
 from fxtrain.model.view import view as view

@@ -1,0 +1,1 @@
+"""Benchmarks: what fxtrain promises, measured, beside its peers."""

@@ -1,0 +1,108 @@
+"""State dicts: any module's, read into a state and back, exactly."""
+
+import problem
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import testing
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scratch", torch.arange(3.0), persistent=False)
+        self.version = 1
+
+    def forward(self, x):
+        return self.head(self.norm(self.embed(x)))
+
+    def get_extra_state(self):
+        return {"version": self.version}
+
+    def set_extra_state(self, state):
+        self.version = state["version"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        problem.module,
+        Tied,
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        lambda: nn.LSTM(3, 4, num_layers=2),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)),
+    ],
+    ids=["batch norm", "tied", "transformer", "lstm", "parametrized"],
+)
+def test_there_and_back(make):
+    torch.manual_seed(0)
+    module, other = make(), make()
+    with torch.no_grad():
+        for value in (*other.parameters(), *other.buffers()):
+            value.copy_(torch.rand_like(value.double()) * 9)
+    state = fx.init(module)
+    before = state.copy()
+    loaded = fx.load_state_dict(state, other.state_dict())
+    testing.assert_equal(loaded.params, fx.init(other).params, "parameters")
+    assert fx.state_dict(loaded).keys() == other.state_dict().keys()
+    again = make()
+    again.load_state_dict(fx.state_dict(loaded))
+    for name, value in other.state_dict().items():
+        got = again.state_dict()[name]
+        assert torch.equal(got, value) if isinstance(value, torch.Tensor) else got == value
+    testing.assert_equal(state, before, "the given state")
+
+
+def test_what_is_given_out_shares_no_memory():
+    state = problem.start()
+    before = state.copy()
+    for value in fx.state_dict(state).values():
+        value.zero_()
+    testing.assert_equal(state, before, "the state")
+
+
+def test_the_rest_of_the_state_stays():
+    tx = fx.optim.adam(0.1)
+    state = fx.init(problem.module(), tx, seed=3)
+    loaded = fx.load_state_dict(state, problem.module().state_dict())
+    testing.assert_equal(loaded.opt_state, state.opt_state, "the optimizer's memory")
+    assert int(loaded.seed) == 3
+
+
+def test_a_tree_of_modules():
+    torch.manual_seed(0)
+    modules = {"generator": nn.Linear(2, 3), "critic": nn.Linear(3, 1), "scale": torch.ones(2)}
+    given = {"generator": nn.Linear(2, 3).state_dict(), "critic": nn.Linear(3, 1).state_dict(), "scale": torch.zeros(2)}
+    loaded = fx.load_state_dict(fx.init(modules), given)
+    for name, value in given.items():
+        got = fx.state_dict(loaded)[name]
+        testing.assert_equal(got, dict(value) if isinstance(value, dict) else value, name)
+
+
+def test_what_differs_is_refused():
+    state = fx.init(nn.Linear(2, 3))
+    good = nn.Linear(2, 3).state_dict()
+    with pytest.raises(ValueError, match=r"Unexpected key\(s\) in state_dict: \"more\""):
+        fx.load_state_dict(state, {**good, "more": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"Missing key\(s\) in state_dict: \"bias\""):
+        fx.load_state_dict(state, {"weight": good["weight"]})
+    with pytest.raises(ValueError, match=r"size mismatch for weight"):
+        fx.load_state_dict(state, nn.Linear(3, 2).state_dict())
+    with pytest.raises(ValueError, match=r"weight: wanted torch\.float32, and torch\.float16 is given"):
+        fx.load_state_dict(state, {name: value.half() for name, value in good.items()})
+    testing.assert_equal(
+        fx.load_state_dict(state, {"weight": good["weight"]}, strict=False).params["weight"], good["weight"], "a part"
+    )
+
+
+def test_an_abstract_state_has_no_memory_to_load_into():
+    with torch.device("meta"):
+        state = fx.init(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="on the meta device"):
+        fx.load_state_dict(state, nn.Linear(2, 3).state_dict())
