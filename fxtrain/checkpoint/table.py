@@ -62,7 +62,7 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[int]) -> l
     table = [
         Leaf(
             path=accessor.codify(root),
-            entries=[_entry(entry) for entry in accessor],
+            entries=[entry_of(entry) for entry in accessor],
             dtype=name_of(place["dtype"]),
             shape=list(place["shape"]),
             offset=place["offset"],
@@ -83,12 +83,18 @@ def root_of(structure: Any) -> str:
     return "state" if structure.type is TrainState else "tree"
 
 
+def keys_of(entries: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+    """The keys of a row's path, without what kind of node holds each."""
+    return tuple(str(key) for _, key in entries)
+
+
 def name_of(dtype: torch.dtype) -> str:
     """As ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
-def _entry(entry: Any) -> list[Any]:
+def entry_of(entry: Any) -> list[Any]:
+    """One step of an accessor, as JSON holds it."""
     match entry:
         case optree.NamedTupleEntry():
             return ["attribute", entry.field]

@@ -18,7 +18,7 @@ from fxtrain.data.generators import is_seeded
 from fxtrain.data.source import Source
 
 
-def prefetch(data: Any, size: int = 2, *, device: torch.device | str | None = None) -> Source:
+def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
     """The same batches, made by a thread while the ones before are used.
 
     An error comes up at the position that it belongs to, with the traceback of the thread. A jump drops what was
@@ -27,6 +27,7 @@ def prefetch(data: Any, size: int = 2, *, device: torch.device | str | None = No
     Args:
         data: Batches, or what ``adapt`` takes.
         size: How many batches are kept ready. The thread holds one more.
+        seed: For ``adapt``: orders that a loader draws. ``fit`` gives the state's to a loader that it is given bare.
         device: Where the batches are to lie. To a CUDA device they are copied through pinned memory, beside the
             computation.
 
@@ -39,7 +40,7 @@ def prefetch(data: Any, size: int = 2, *, device: torch.device | str | None = No
     """
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size={size!r}: a whole number of batches to keep ready, 1 or more, is wanted.")
-    source = adapt(data)
+    source = adapt(data, seed=seed)
     return (StatefulPrefetched if hasattr(source, "snapshot") else Prefetched)(source, size, device)
 
 

@@ -263,6 +263,7 @@ class Run:
             elif now.due["end_epoch"]:
                 yield from self._end_epoch()
             elif now.due["save"]:
+                now.set(save=False)
                 self._save()
                 yield from self._tell_saved()
             else:
@@ -309,7 +310,6 @@ class Run:
 
     def _save(self) -> None:
         now = self._now
-        now.set(save=False)
         if self.plan.checkpointer is not None and hasattr(self.data, "snapshot"):
             now.state = now.state.with_slot(DATA, self.data.snapshot(now.position))
         self._saving.save(now.state, self._metrics_of_this_step())
@@ -317,7 +317,7 @@ class Run:
     def _save_last(self) -> Moments:
         yield from self._tell_saved(wait=True)
         if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
-            self._save()
+            self._save()  # a save that waits for an evaluation, say, stays due: it is another one
             yield from self._tell_saved(wait=True)
 
     def _tell_saved(self, *, wait: bool = False) -> Moments:

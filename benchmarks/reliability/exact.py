@@ -1,0 +1,104 @@
+"""R1 and R2: a run that is cut and resumed in a new process is the uninterrupted run, to the bit.
+
+Compared are all trajectory events, with their metrics, what was asked and logged, and a checksum of every leaf of the
+state after each; and the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+
+from benchmarks.reliability.exact_run import STEPS
+from fxtrain.checkpoint.folder import read_manifest
+
+Run = tuple[list[str], dict[str, int]]  # a line for each event; the checksums of the last checkpoint by path
+
+
+class Exactness:
+    """Cuts of one run.
+
+    Args:
+        folder: For checkpoints and records.
+        data: What the run reads from; see ``exact_run.data``.
+        compiled: Whether its steps are compiled.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, data: str = "arrays", compiled: bool = False) -> None:
+        self._folder = folder
+        self._compiled = compiled
+        self._whole = folder / "whole"
+        self.lines, self.last = self._run(self._whole, data)
+
+    def resumed(self, steps: Iterable[int], data: str) -> list[str]:
+        """What differs when a new process goes on after each of these steps: one line for each that does."""
+        return [problem for step in steps if (problem := self._resumed(step, data)) is not None]
+
+    def interrupted(self, kinds: Iterable[str], data: str) -> list[str]:
+        """What differs when a signal comes right after an event of each of these kinds, in the middle of the run."""
+        problems: list[str] = []
+        for kind in kinds:
+            places = [index for index, line in enumerate(self.lines) if _event(line) == kind]
+            at = places[len(places) // 2]
+            folder = self._folder / f"interrupted-{at}"
+            before, _ = self._run(folder, data, "--stop-at", str(at), wanted_code=143)
+            lines, last = self._run(folder, data)
+            # An evaluation that is cut short is told again from its beginning; nothing else is told twice.
+            cut_short = sum(_event(line).startswith("Eval") for line in set(before) & set(lines))
+            told = before[: len(before) - cut_short] + lines
+            if told != self.lines or last != self.last:
+                problems.append(f"interrupted after {kind}: {_difference(told, self.lines)}")
+            shutil.rmtree(folder)
+        return problems
+
+    def _resumed(self, step: int, data: str) -> str | None:
+        folder = self._folder / f"resumed-{step}"
+        folder.mkdir()
+        (checkpoint,) = self._whole.glob(f"*-step-{step:09d}")
+        shutil.copytree(checkpoint, folder / checkpoint.name)
+        lines, last = self._run(folder, data)
+        shutil.rmtree(folder)
+        wanted = self._after(step)
+        if lines == wanted and last == self.last:
+            return None
+        return f"resumed after step {step}: {_difference(lines, wanted)}"
+
+    def _after(self, step: int) -> list[str]:
+        """The events after all that was due at a step."""
+        end = next(
+            i for i, line in enumerate(self.lines) if _event(line) == "StepEnd" and json.loads(line)["step"] == step
+        )
+        begins = (i for i, line in enumerate(self.lines) if i > end and _event(line) in ("EpochBegin", "StepBegin"))
+        return self.lines[next(begins, len(self.lines)) :]
+
+    def _run(self, folder: pathlib.Path, data: str, *options: str, wanted_code: int = 0) -> Run:
+        record = self._folder / "record"
+        record.write_text("")
+        command = [sys.executable, "-m", "benchmarks.reliability.exact_run", str(folder), str(record), "--data", data]
+        command += [*options, *(["--compiled"] if self._compiled else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != wanted_code:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+        newest = max(folder.glob("[0-9]*"))
+        checksums = {row["path"]: row["crc32"] for row in read_manifest(newest)["leaves"]}
+        return record.read_text().splitlines(), checksums
+
+
+def all_steps(every: int) -> list[int]:
+    """Cuts over the whole run."""
+    return list(range(every, STEPS + 1, every))
+
+
+def _event(line: str) -> str:
+    return line[len('{"event": "') :].partition('"')[0]
+
+
+def _difference(got: list[str], wanted: list[str]) -> str:
+    for a, b in zip(got, wanted, strict=False):
+        if a != b:
+            return f"{a[:200]} where {b[:200]} is wanted"
+    return f"{len(got)} events where {len(wanted)} are wanted, or another last checkpoint"

@@ -1,0 +1,90 @@
+"""Orbax, in a process of its own: ``python orbax_worker.py read|write OURS THEIRS``. Imports no torch."""
+
+import json
+import logging
+import pathlib
+import sys
+import zlib
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - teaches numpy the dtypes below a word
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def write(ours: pathlib.Path, theirs: pathlib.Path) -> None:
+    """From our checkpoint to Orbax's."""
+    rows = json.loads((ours / "manifest.json").read_bytes().partition(b"\n")[0])["leaves"]
+    content = np.memmap(ours / "leaves.bin", np.uint8, "r") if any(row["bytes"] for row in rows) else None
+    names: dict[str, str] = {}
+    leaves: list[tuple[list[list[Any]], np.ndarray]] = []
+    for row in rows:
+        name = ".".join(str(key) for _, key in row["entries"])
+        if name in names:
+            raise SystemExit(f"{names[name]} and {row['path']} are both {name} to it: rename a key.")
+        if content is None or not row["bytes"]:
+            raise SystemExit(f"{row['path']} has no elements, and it has no place for that: take it out.")
+        names[name] = row["path"]
+        raw = content[row["offset"] : row["offset"] + row["bytes"]]
+        leaves.append((row["entries"], np.array(raw).view(np.dtype(row["dtype"])).reshape(row["shape"])))
+    if not leaves:
+        raise SystemExit("the tree is empty, and it has no place for that.")
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(theirs, args=ocp.args.StandardSave(_nested(leaves)))
+
+
+def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
+    """From Orbax's checkpoint to ours."""
+    place = next((at for at in (theirs, theirs / "default") if (at / "_METADATA").exists()), theirs)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.metadata(place)
+        wanted = _mapped(getattr(found.item_metadata, "tree", found.item_metadata))
+        tree = checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=wanted))
+    ours.mkdir()
+    rows: list[dict[str, Any]] = []
+    offset = 0
+    with open(ours / "leaves.bin", "wb") as file:
+        for entries, leaf in _flattened(tree, []):
+            array = np.ascontiguousarray(leaf)
+            raw = array.tobytes()
+            path = "tree" + "".join(f"[{key!r}]" for _, key in entries)
+            row = {"path": path, "entries": entries, "dtype": array.dtype.name, "shape": list(np.shape(leaf))}
+            rows.append({**row, "offset": offset, "bytes": len(raw), "crc32": zlib.crc32(raw)})
+            file.write(raw)
+            offset += len(raw)
+    manifest = {"format": 1, "bytes": offset, "step": None, "metrics": {}, "environment": {}, "leaves": rows}
+    text = json.dumps(manifest).encode()
+    (ours / "manifest.json").write_bytes(b'%s\n{"crc32": "%08x"}\n' % (text, zlib.crc32(text)))
+
+
+def _nested(leaves: list[tuple[list[list[Any]], np.ndarray]]) -> Any:
+    if len(leaves) == 1 and not leaves[0][0]:
+        return leaves[0][1]
+    groups: dict[Any, list[tuple[list[list[Any]], np.ndarray]]] = {}
+    for entries, leaf in leaves:
+        groups.setdefault(entries[0][1], []).append((entries[1:], leaf))
+    if leaves[0][0][0][0] == "index":
+        return [_nested(groups[index]) for index in sorted(groups)]
+    return {str(key): _nested(group) for key, group in groups.items()}
+
+
+def _mapped(metadata: Any) -> Any:
+    """For each array that it is to come as one of numpy's: on a device, words of 64 bits would lose half."""
+    if isinstance(metadata, dict):
+        return {key: _mapped(value) for key, value in metadata.items()}
+    if isinstance(metadata, list | tuple):
+        return [_mapped(value) for value in metadata]
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _flattened(node: Any, entries: list[list[Any]]) -> list[tuple[list[list[Any]], Any]]:
+    if isinstance(node, dict):
+        return [found for key, inner in node.items() for found in _flattened(inner, [*entries, ["key", key]])]
+    if isinstance(node, list | tuple):
+        return [found for i, inner in enumerate(node) for found in _flattened(inner, [*entries, ["index", i]])]
+    return [] if node is None else [(entries, node)]
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    {"read": read, "write": write}[sys.argv[1]](pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]))

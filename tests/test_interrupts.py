@@ -1,0 +1,160 @@
+"""Signals: noted, acted upon within a step where the state is whole, and never in the middle of what counts."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+
+
+def fit(**options):
+    return fx.fit(problem.start(), **{"step": problem.step(), "data": problem.data(), "steps": 6, **options})
+
+
+def send(*kinds, after=fx.StepEnd, step=2):
+    """An observer that sends this process signals."""
+
+    def observe(state, event, control):
+        if isinstance(event, after) and event.step == step:
+            for kind in kinds:
+                os.kill(os.getpid(), kind)
+
+    return observe
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)]
+)
+def test_one_signal_ends_the_run_with_a_last_save(tmp_path, kind, code):
+    checkpoints = fx.checkpointer(tmp_path)
+    before = signal.getsignal(kind)
+    result = fit(observers=[send(kind)], checkpointer=checkpoints)
+    assert (result.exit_code, result.reason) == (code, f"interrupted by {signal.Signals(kind).name}")
+    assert checkpoints.steps() == [2]
+    assert signal.getsignal(kind) is before
+    assert fit().exit_code == 0
+
+
+def test_asked_to_end_twice_it_still_saves_and_pressed_twice_it_ends(tmp_path):
+    checkpoints = fx.checkpointer(tmp_path)
+    result = fit(observers=[send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)], checkpointer=checkpoints)
+    assert result.reason == "interrupted by SIGUSR1"
+    assert checkpoints.steps() == [2]
+    with pytest.raises(KeyboardInterrupt):
+        fit(observers=[send(signal.SIGTERM, signal.SIGINT)])
+
+
+def test_a_signal_that_the_program_handles_is_left_to_it(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        result = fit(observers=[send(signal.SIGUSR1)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1]
+    assert result.reason == "reached 6 steps"
+
+
+class Slow:
+    """A compiler that a signal comes to, and that would take for ever."""
+
+    def __init__(self, calls=0):
+        self.finished, self.calls = False, calls
+
+    def __call__(self, graph, inputs):
+        if self.calls:
+            self.calls -= 1
+            return graph
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # the handler runs in between
+            pass
+        self.finished = True
+        return graph
+
+
+def test_a_compilation_is_left_at_once_and_the_state_before_it_saved(tmp_path):
+    torch._dynamo.reset()
+    slow = Slow()
+    checkpoints = fx.checkpointer(tmp_path)
+    result = fit(step=fx.compile(problem.step(), backend=slow), checkpointer=checkpoints)
+    assert not slow.finished
+    assert result.reason == "interrupted by SIGTERM"
+    assert checkpoints.steps() == [0]
+    with pytest.warns(UserWarning, match="compiled by: Slow at the save, eager now"):
+        resumed = fit(step=fx.compile(problem.step(), backend="eager"), checkpointer=checkpoints, resume=True)
+    whole = fit(step=fx.compile(problem.step(), backend="eager"))
+    testing.assert_equal(resumed.last, whole.last, "resumed after a compilation was left")
+
+
+def test_the_compilation_of_an_evaluation_too_and_it_stays_due(tmp_path):
+    torch._dynamo.reset()
+    slow = Slow()
+    options = {
+        "eval_data": problem.data(1),
+        "eval_when": fx.every(2),
+        "checkpointer": fx.checkpointer(tmp_path),
+    }
+    result = fit(eval_step=fx.compile(problem.eval_step, backend=slow), **options)
+    assert not slow.finished
+    assert int(result.last.step) == 2
+    seen = []
+    fit(
+        eval_step=problem.eval_step,
+        resume=True,
+        observers=[lambda state, event, control: seen.append((type(event).__name__, event.step))],
+        **options,
+    )
+    assert [step for kind, step in seen if kind == "EvalEnd"] == [2, 4, 6]
+
+
+def test_compiling_elsewhere_is_none_of_its_business():
+    torch._dynamo.reset()
+    slow = Slow()
+    compiled = torch.compile(lambda x: x + 1, backend=slow)
+
+    def observe(state, event: fx.StepEnd, control):
+        compiled(torch.ones(1))
+
+    result = fit(observers=[observe])
+    assert slow.finished
+    assert result.reason == "interrupted by SIGTERM"
+
+
+PROGRAM = """
+import sys, torch, fxtrain as fx
+from torch._inductor.compile_fx import compile_fx
+
+def inductor(graph, inputs):
+    print("compiling", flush=True)
+    compiled = compile_fx(graph, inputs)
+    print("compiled", flush=True)
+    return compiled
+
+torch.set_num_threads(1)
+torch._inductor.config.force_disable_caches = True
+module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8 + i, 9 + i), torch.nn.Tanh()) for i in range(40)])
+tx = fx.optim.adamw(1e-3)
+step = fx.compile(fx.train_step(lambda model, batch: model(batch).square().mean(), tx), backend=inductor)
+result = fx.fit(
+    fx.init(module, tx), step, [torch.ones(4, 8)], steps=9, checkpointer=fx.checkpointer(sys.argv[1])
+)
+print(result.reason)
+sys.exit(result.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_torchs_own_compiler_is_left(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "compiling\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=300)
+    assert (out, process.returncode) == ("interrupted by SIGTERM\n", 143), err
+    assert fx.checkpointer(tmp_path).steps() == [0]

@@ -1,0 +1,199 @@
+"""Nothing hurts a checkpoint: killed anywhere, damaged anyhow, on any bad disk. The harness is that of the benchmarks."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.reliability import children, shim
+from benchmarks.reliability.shim import Call
+from benchmarks.reliability.synced import unsynced
+from benchmarks.reliability.systems import same, values_of
+from benchmarks.reliability.table import Cell, render
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="the shim needs Linux and a C compiler"
+)
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A row of the table for a system, from a process of its own."""
+
+    def run(row, system="fxtrain", *options):
+        command = [sys.executable, "-m", "benchmarks.reliability", "--rows", row, "--systems", system, *options]
+        done = subprocess.run(
+            [*command, "--json", str(tmp_path / "cells")], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (tmp_path / "cells").exists(), done.stderr
+        (cell,) = json.loads((tmp_path / "cells").read_text())
+        assert done.returncode == (system == "fxtrain" and cell["lost"] > 0)
+        return cell
+
+    return run
+
+
+def nothing_is_lost(cell):
+    assert cell["notes"] == []
+    assert cell["lost"] == 0
+
+
+class TestWhole:
+    def test_killed_before_each_call_of_saving_and_deleting(self, run):
+        cell = run("R3")
+        nothing_is_lost(cell)
+        assert cell["tried"] > 250
+
+    def test_a_run_that_is_killed_ends_as_if_nothing_had_happened(self, run):
+        cell = run("R4")
+        nothing_is_lost(cell)
+        assert cell["tried"] >= 10
+
+    def test_all_is_synced_before_anything_older_goes(self, run):
+        cell = run("R11")
+        nothing_is_lost(cell)
+        assert cell["tried"] >= 10
+
+
+class TestVerified:
+    def test_each_flipped_bit_is_detected(self, run):
+        cell = run("R5")
+        nothing_is_lost(cell)
+        assert cell["tried"] == cell["detected"] == 150
+
+    @pytest.mark.parametrize("row", ["R6", "R7"])
+    def test_what_is_damaged_or_does_not_fit_is_never_silent(self, run, row):
+        cell = run(row)
+        nothing_is_lost(cell)
+        assert cell["tried"] == cell["detected"] > 0
+
+    def test_every_kind_of_leaf_and_key_comes_back(self, run):
+        cell = run("R13")
+        nothing_is_lost(cell)
+        assert cell["tried"] > 20
+
+
+class TestAlive:
+    def test_what_happens_after_save_returned_never_reaches_the_file(self, run):
+        cell = run("R8")
+        nothing_is_lost(cell)
+        assert cell["tried"] > 20
+
+    def test_a_bad_disk_is_told_and_hurts_nothing(self, run):
+        cell = run("R9")
+        nothing_is_lost(cell)
+        assert cell["tried"] > 30
+        # From a call on that only removes, say, a full disk hurts nobody, and nothing is to be told.
+        assert cell["detected"] > cell["tried"] / 2
+
+
+class TestTheHarness:
+    """It finds what is there to find."""
+
+    def test_a_file_that_is_written_over_is_lost_by_a_kill(self, run):
+        cell = run("R3", "torch.save", "--every", "3")
+        assert cell["lost"] > 0
+        assert any("last is listed and cannot be restored" in note for note in cell["notes"])
+
+    def test_a_file_without_checksums_returns_other_values(self, run):
+        cell = run("R5", "torch.save", "--flips", "20")
+        assert cell["lost"] > 0
+        assert cell["tried"] == 20
+
+    def test_a_file_that_is_written_over_is_lost_on_a_bad_disk(self, run):
+        assert run("R9", "torch.save")["lost"] > 0
+
+    def test_equal_is_to_the_bit(self):
+        values = values_of(1)
+        assert same(values, {name: value.clone() for name, value in values.items()})
+        assert not same(values, {**values, "bias": values["bias"].double()})
+        assert not same({"x": torch.tensor(0.0)}, {"x": torch.tensor(-0.0)})
+        assert same({"x": torch.tensor(torch.nan)}, {"x": torch.tensor(torch.nan)})
+
+    def test_a_table(self):
+        cell = Cell(detected=0)
+        cell.add([], detected=True)
+        cell.add(["gone"], detected=False, at="call 7")
+        assert str(cell) == "2 / 1 / 1"
+        assert cell.notes == ["call 7: gone"]
+        assert render({"R3": "kills"}, {("R3", "ours"): cell}, ["ours"]).splitlines()[-1] == (
+            "R3 kills                 2 / 1 / 1"
+        )
+
+
+def _save(number, *, older=None):
+    """The log of one save that is right."""
+    new, root = f"/w/run/.new-{number}", "/w/run"
+    calls = [Call("note", "begin")]
+    if older is None:
+        calls += [Call("mkdir", root), Call("sync", "/w")]
+    calls += [Call("mkdir", new)]
+    for file in ("leaves", "manifest"):
+        calls += [Call(name, f"{new}/{file}") for name in ("create", "write", "write", "sync")]
+    calls += [Call("sync", new), Call("rename", new, f"{root}/{number}"), Call("sync", root)]
+    if older is not None:
+        gone = f"{root}/.gone-{older}"
+        calls += [Call("rename", f"{root}/{older}", gone), Call("sync", root)]
+        calls += [Call("remove", f"{gone}/{file}") for file in ("leaves", "manifest")] + [Call("remove", gone)]
+    return [*calls, Call("note", "committed")]
+
+
+LOG = [*_save(1), *_save(2, older=1), *_save(3, older=2)]
+
+
+class TestUnsynced:
+    def test_a_log_that_is_right(self):
+        assert unsynced(LOG) == []
+
+    @pytest.mark.parametrize("index", [index for index, call in enumerate(LOG) if call.name == "sync"])
+    def test_no_sync_can_be_left_out(self, index):
+        assert unsynced(LOG[:index] + LOG[index + 1 :])
+
+    @pytest.mark.parametrize("file", ["leaves", "manifest"])
+    def test_a_write_after_the_sync(self, file):
+        index = LOG.index(Call("sync", f"/w/run/.new-2/{file}"))
+        assert unsynced([*LOG[:index], LOG[index], LOG[index - 1], *LOG[index + 1 :]])
+
+    def test_the_older_goes_first(self):
+        gone = LOG.index(Call("rename", "/w/run/1", "/w/run/.gone-1"))
+        committed = LOG.index(Call("rename", "/w/run/.new-2", "/w/run/2"))
+        log = [*LOG[: committed + 1], *LOG[gone:]]
+        assert unsynced(log)[0] == "save 2: 1, which is older, goes by rename, and run is not synced"
+
+    def test_it_says_what_was_not_synced(self):
+        log = [call for call in LOG if call != Call("sync", "/w/run/.new-2/leaves")]
+        assert unsynced(log) == ["save 2: .new-2 is renamed, and leaves is not synced"]
+
+    def test_a_file_that_is_written_over_in_place(self):
+        write = [Call("note", "begin"), Call("truncate", "/w/last"), Call("write", "/w/last"), Call("sync", "/w/last")]
+        log = [*write, Call("sync", "/w"), Call("note", "committed"), *write, Call("note", "committed")]
+        assert unsynced(log) == ["save 2: last, which is older, is written over in place"]
+
+
+class TestChildren:
+    def test_what_a_child_tells_is_here_however_it_ends(self):
+        def ends_badly(tell):
+            tell({"step": 3})
+            raise RuntimeError("no")
+
+        outcome = children.in_child(ends_badly)
+        assert outcome.told == [{"step": 3}]
+        assert not outcome.killed
+        assert re.search(r"RuntimeError: no", outcome.error)
+
+    def test_a_child_that_is_killed(self):
+        outcome = children.in_child(lambda tell: [tell(1), __import__("time").sleep(60)], kill_after=0.2)
+        assert outcome == children.Outcome([1], killed=True, error="")
+
+
+def test_the_log_is_read():
+    assert shim.parse("create\t/w/a\t\nrename\t/w/a\t/w/b\n") == [
+        Call("create", "/w/a"),
+        Call("rename", "/w/a", "/w/b"),
+    ]
