@@ -294,6 +294,24 @@ class TestRewind:
         assert int(result.last.slots["once"]) == 1
         assert result.history["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
 
+    def test_is_saved_so_that_no_resume_goes_back_again(self, tmp_path):
+        checkpoints = fx.checkpointer(tmp_path, keep=None, background=False)
+
+        def interrupt(state, event, control):
+            if isinstance(event, fx.Saved) and event.step == 2 and len(list(tmp_path.iterdir())) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        options = {"checkpointer": checkpoints, "keep_every": 2, "keep": 5}
+        # Saved at step 4, then back to step 2, and ended right after.
+        callbacks = [rewind_once(at=5, steps=2), fx.when(fx.at(4), fx.callbacks.save())]
+        first = fit(callbacks=callbacks, observers=[fx.observers.required(interrupt)], **options)
+        assert int(first.last.step) == 2
+        assert checkpoints.latest() == 2
+        fired = []
+        fit(callbacks=callbacks, observers=[recorder(fired)], resume=True, **options)
+        assert not [event for event in fired if isinstance(event, fx.Rewound)]
+        assert [event.step for event in fired if isinstance(event, fx.StepEnd)] == [3, 4, 5, 6]
+
     def test_drops_what_else_was_asked(self):
         def asks(state, event: fx.StepEnd):
             return state, fx.Control(evaluate=event.step == 3)
@@ -463,6 +481,24 @@ class TestInterruption:
         assert again.reason == "it had been stopped before this session began"
         testing.assert_equal(again.last, first.last, "a finished run, resumed")
         assert int(fit(first.last, steps=4).last.step) == 4  # in memory it goes on where it is asked to
+
+    def test_a_save_that_waits_for_an_evaluation_stays_due(self, tmp_path):
+        def interrupt(state, event, control):
+            if isinstance(event, fx.EvalStep):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        options = {
+            "callbacks": fx.when(fx.every(2), fx.callbacks.save()),
+            "eval_step": problem.eval_step,
+            "eval_data": problem.data(2),
+            "eval_when": fx.every(2),
+            "checkpointer": fx.checkpointer(tmp_path, best="loss"),
+            "steps": 3,
+        }
+        fit(observers=[interrupt], **options)
+        assert options["checkpointer"].best() is None
+        fit(resume=True, **options)
+        assert options["checkpointer"].best() == 2
 
     def test_a_callback_added_to_an_old_run_starts_fresh(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)

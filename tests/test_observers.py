@@ -28,6 +28,7 @@ from fxtrain.core import (
     Interrupted,
     Logged,
     Restored,
+    Restored,
     Rewound,
     Saved,
     StepEnd,
@@ -513,6 +514,7 @@ def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
     see(
         shown,
         FitBegin(step=7, resumed=True),
+        Restored(step=7, path="x", missing=("ema",), extra=("old",), different=("threads: 2 at the save, 1 now",)),
         EvalEnd(step=8, metrics={"loss": 1.0}),
         Rewound(step=8, from_step=8, to_step=4, abandoned=range(4, 8), times=1),
         EvalEnd(step=5, metrics={"loss": 2.0}),
@@ -520,6 +522,8 @@ def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
     )
     assert file.getvalue() == (
         "going on from step 7; compiling, and taking the first step\n"
+        "slot 'ema' is new; slot 'old' is kept for nobody; the last bits may differ: threads: 2 at the save, 1 now; "
+        "compiling, and taking the first step\n"
         "evaluation at step 8 | loss 1.0000 | best loss 1.0000 at step 8\n"
         "back from step 8 to step 4\n"
         "evaluation at step 5 | loss 2.0000 | best loss 2.0000 at step 5\n"

@@ -1,4 +1,4 @@
-"""Nothing hurts a checkpoint: killed anywhere, damaged anyhow, on any bad disk. The harness is that of the benchmarks."""
+"""Nothing hurts a checkpoint: killed anywhere, damaged anyhow, on any bad disk. The harness is in benchmarks."""
 
 import json
 import pathlib

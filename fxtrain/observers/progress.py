@@ -15,6 +15,7 @@ from fxtrain.core import (
     FitEnd,
     Interrupted,
     LoopEvent,
+    Restored,
     Rewound,
     Saved,
     StepEnd,
@@ -27,7 +28,7 @@ from fxtrain.observers.pace import Pace
 _SPAN = 10.0  # seconds over which rates and metrics are averaged
 
 Derived = Callable[[Mapping[str, float]], float]
-Seen = FitBegin | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
+Seen = FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
 
 
 def progress(
@@ -133,6 +134,9 @@ class Progress:
             case FitBegin():
                 where = f"going on from step {event.step}; " if event.resumed else ""
                 shown.phase(event, self._frame(event), f"{where}compiling, and taking the first step")
+            case Restored():
+                if said := _restored(event):
+                    shown.phase(event, self._frame(event), f"{said}; compiling, and taking the first step")
             case StepEnd():
                 if not self._checked:
                     self._check(event)
@@ -214,6 +218,13 @@ class Progress:
                 raise KeyError(f"progress is to show {name!r}, and the step measures {there}: name some of these.")
         for derive in self._extra.values():
             derive(event.metrics)
+
+
+def _restored(event: Restored) -> str:
+    """What of the restored state a person should know."""
+    new = [f"slot {name!r} is new" for name in event.missing]
+    kept = [f"slot {name!r} is kept for nobody" for name in event.extra]
+    return "; ".join([*new, *kept, *(f"the last bits may differ: {line}" for line in event.different)])
 
 
 def _epoch(event: LoopEvent) -> str | None:
