@@ -238,10 +238,25 @@ class TestErrors:
         checkpoints.close()
 
 
+def test_no_jax_comes_into_the_process(tmp_path):
+    code = (
+        "import sys, torch, fxtrain as fx\n"
+        "tx = fx.optim.sgd(0.1)\n"
+        "step = fx.train_step(lambda model, batch: model(batch).mean(), tx)\n"
+        "state, checkpoints = fx.init(torch.nn.Linear(1, 1), tx), fx.checkpointer(sys.argv[1])\n"
+        "fx.fit(state, step, [torch.ones(2, 1)], steps=2, checkpointer=checkpoints)\n"
+        "fx.fit(state, step, [torch.ones(2, 1)], steps=3, checkpointer=checkpoints, resume=True)\n"
+        "print(checkpoints.steps(), sorted({'jax', 'jaxlib', 'orbax'}.intersection(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[2, 3] []\n"
+
+
 class TestLock:
     def test_a_second_writer_is_refused(self, tmp_path):
         first, second = fx.checkpointer(tmp_path), fx.checkpointer(tmp_path)
         first.save(at(1))
+        first.wait()
         with pytest.raises(fx.CheckpointError, match=f"is being written to by process {os.getpid()} on"):
             second.save(at(2))
         assert second.steps() == [1]  # who reads needs no lock

@@ -28,7 +28,6 @@ from fxtrain.core import (
     Interrupted,
     Logged,
     Restored,
-    Restored,
     Rewound,
     Saved,
     StepEnd,

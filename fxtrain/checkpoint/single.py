@@ -19,10 +19,9 @@ from fxtrain.checkpoint.contents import Direct, bytes_of
 from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
 from fxtrain.checkpoint.folder import Leaves, read_manifest, write
-from fxtrain.checkpoint.selection import Where, refuse_differences, sources
-from fxtrain.checkpoint.table import Leaf, name_of, root_of
+from fxtrain.checkpoint.selection import Where, match
+from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
-from fxtrain.core import TrainState
 
 Tree = TypeVar("Tree")
 Extra = Literal["keep", "drop"]
@@ -161,49 +160,27 @@ def read(
         raise ValueError(f"extra={extra!r}: 'keep' or 'drop' is wanted.")
     manifest = read_manifest(path)
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
+    matched = match(path, like, stored, where)
     leaves, structure = tree.flatten(like)
-    wanted = dict(zip(tree.paths(like, root_of(structure)), leaves, strict=True))
-    chosen = sources(where, wanted, stored)
-
-    slots_there = {name for row in stored.values() if (name := _slot(row)) is not None}
-    slots_here = set(like.slots) if isinstance(like, TrainState) else set()
-    slot_of = _slots_by_path(like) if where is None else {}
-    missing = sorted({slot for path_ in chosen if (slot := slot_of.get(path_)) is not None} - slots_there)
-    others = sorted(slots_there - slots_here) if where is None and isinstance(like, TrainState) else []
-    chosen = {path_: source for path_, source in chosen.items() if slot_of.get(path_) not in missing}
-    left_over = (
-        [] if where is not None else [p for p, row in stored.items() if p not in wanted and _slot(row) not in others]
-    )
-    refuse_differences(
-        path,
-        chosen,
-        {path_: _described(name_of(leaf.dtype), leaf.shape) for path_, leaf in wanted.items()},
-        {path_: _described(row["dtype"], row["shape"]) for path_, row in stored.items()},
-        left_over,
-    )
-    _refuse_abstract_rest(path, wanted, chosen)
-
     target = torch.device(device or "cpu")
     with contextlib.closing(Leaves(path, manifest)) as file:
-
-        def value(path_: str, leaf: Tensor) -> Tensor:
-            if path_ not in chosen:
-                return leaf
-            return _read_leaf(file, stored[chosen[path_]], target if leaf.is_meta else leaf.device)
-
-        state = tree.unflatten(structure, [value(path_, leaf) for path_, leaf in wanted.items()])
-        if extra == "keep" and others:
+        state = tree.unflatten(
+            structure,
+            [
+                leaf if source is None else _read_leaf(file, source, target if leaf.is_meta else leaf.device)
+                for leaf, source in zip(leaves, matched.sources, strict=True)
+            ],
+        )
+        if extra == "keep" and matched.extra:
             home = device_of(state)
             kept = {
-                name: rebuild(
-                    [(row["entries"][2:], _read_leaf(file, row, home)) for row in stored.values() if _slot(row) == name]
-                )
-                for name in others
+                name: rebuild([(row["entries"][2:], _read_leaf(file, row, home)) for row in own])
+                for name, own in matched.extra.items()
             }
             state = state.replace(slots={**state.slots, **kept})
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
-    return Restoration(state, path, missing, others, different)
+    return Restoration(state, path, matched.missing, list(matched.extra), different)
 
 
 def device_of(state: Any) -> torch.device:
@@ -217,29 +194,3 @@ def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
     leaf = torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="cpu")
     file.read_into(bytes_of(leaf), row)
     return leaf.to(device)
-
-
-def _described(dtype: str, shape: Any) -> str:
-    return f"{dtype}{list(shape)}"
-
-
-def _slot(row: Leaf) -> str | None:
-    """The slot that a leaf of a checkpoint lies in."""
-    entries = row["entries"]
-    in_slot = row["path"].startswith("state.") and len(entries) > 1 and entries[0] == ["attribute", "slots"]
-    return entries[1][1] if in_slot else None
-
-
-def _slots_by_path(like: Any) -> dict[str, str]:
-    if not isinstance(like, TrainState):
-        return {}
-    return {path: name for name, memory in like.slots.items() for path in tree.paths(memory, f"state.slots[{name!r}]")}
-
-
-def _refuse_abstract_rest(path: pathlib.Path, wanted: Mapping[str, Tensor], chosen: Mapping[str, str]) -> None:
-    empty = [path_ for path_, leaf in wanted.items() if leaf.is_meta and path_ not in chosen]
-    if empty:
-        raise CheckpointError(
-            f"{', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''} would stay as in `like`, and has no value "
-            f"there, because it is on the meta device; {path} has none for it either. Give a `like` with values."
-        )

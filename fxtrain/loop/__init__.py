@@ -13,7 +13,8 @@ The firing order, by what leads to each event (indented: only where it applies):
     a rewind is due     Rewound                             and nothing else that was due
     evaluation is due   EvalBegin, EvalStep for each batch, EvalEnd
     the epoch is over   EpochEnd
-    a save is due       Saved                               once it is committed
+    a save is due                                           the state is copied, and written in the background
+    a save is committed Saved                               before the next step, or the end of the session
     session ends            Interrupted                     by a signal or an error
                             Saved                           the last one, unless the stop is to save nothing
                         FitEnd
