@@ -168,7 +168,6 @@ ON_DESCRIPTOR(GROWS, "write", ssize_t, pwritev, (int descriptor, const struct io
 ON_DESCRIPTOR(GROWS, "write", ssize_t, pwritev64, (int descriptor, const struct iovec *v, int n, off64_t o), (descriptor, v, n, o))
 ON_DESCRIPTOR(GROWS, "write", int, ftruncate, (int descriptor, off_t n), (descriptor, n))
 ON_DESCRIPTOR(GROWS, "write", int, ftruncate64, (int descriptor, off64_t n), (descriptor, n))
-ON_DESCRIPTOR(GROWS, "write", int, posix_fallocate, (int descriptor, off_t o, off_t n), (descriptor, o, n))
 ON_DESCRIPTOR(SYNCS, "sync", int, fsync, (int descriptor), (descriptor))
 ON_DESCRIPTOR(SYNCS, "sync", int, fdatasync, (int descriptor), (descriptor))
 

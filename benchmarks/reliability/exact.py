@@ -11,9 +11,11 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 
 from benchmarks.reliability.exact_run import STEPS
+from benchmarks.reliability.table import Cell
 from fxtrain.checkpoint.folder import read_manifest
 
 Run = tuple[list[str], dict[str, int]]  # a line for each event; the checksums of the last checkpoint by path
@@ -86,6 +88,32 @@ class Exactness:
         newest = max(folder.glob("[0-9]*"))
         checksums = {row["path"]: row["crc32"] for row in read_manifest(newest)["leaves"]}
         return record.read_text().splitlines(), checksums
+
+
+def exact(every: int) -> Cell:
+    """R1: eager and compiled, cut after every so many steps, and inside all that can be due."""
+    cell = Cell()
+    for compiled in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Exactness(pathlib.Path(folder), compiled=compiled)
+            for step in all_steps(every):
+                cell.add(run.resumed([step], "arrays"))
+            for kind in ("EpochBegin", "StepBegin", "StepEnd", "EvalBegin", "EvalStep", "EvalEnd", "EpochEnd"):
+                cell.add(run.interrupted([kind], "arrays"))
+    return cell
+
+
+def exact_data(every: int) -> Cell:
+    """R2: the same when batches are read ahead, or by another number of workers."""
+    cell = Cell()
+    pairs = [("arrays", "prefetch"), ("prefetch", "arrays"), ("workers=0", "workers=0"), ("workers=2", "workers=2")]
+    pairs += [("workers=0", "workers=2"), ("workers=2", "prefetch workers=0")]
+    for before, after in pairs:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Exactness(pathlib.Path(folder), data=before)
+            for step in all_steps(every):
+                cell.add(run.resumed([step], after), at=f"{before}, then {after}")
+    return cell
 
 
 def all_steps(every: int) -> list[int]:

@@ -62,7 +62,7 @@ class Checkpointer:
         Raises:
             CheckpointError: If it cannot, or another writer is there.
         """
-        self._take()
+        self._lock.take()
         self._snapshot.reserve(state)
 
     def save(
@@ -87,7 +87,7 @@ class Checkpointer:
             raise TypeError(f"A {type(state).__name__} came, and a state is wanted: fxtrain.save takes any tree.")
         self.wait()
         try:
-            self._take()
+            self._lock.take()
             self._snapshot.take(state)
         except CheckpointError as error:
             self._failed(error)
@@ -239,15 +239,12 @@ class Checkpointer:
         self.wait()
         return retention.entries(self.folder)
 
-    def _take(self) -> None:
-        if self._lock.take():
-            # Nobody else writes here, so what is half written or half deleted is nobody's.
-            for pattern in (f"{folders.UNFINISHED}*", f"{_GONE}*"):
-                for path in self.folder.glob(pattern):
-                    shutil.rmtree(path, ignore_errors=True)
-
     def _commit(self, metrics: dict[str, float], notes: dict[str, Any], device: torch.device) -> Committed:
         """In the writer's thread."""
+        # Nobody else writes here, so what is half written or half deleted is nobody's.
+        for pattern in (f"{folders.UNFINISHED}*-step-*", f"{_GONE}*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
         self._snapshot.wait()
         said = facts(self._snapshot, device, metrics)
         said["environment"].update(notes)

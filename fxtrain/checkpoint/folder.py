@@ -124,6 +124,14 @@ class Leaves:
         os.close(self._descriptor)
 
 
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder, with those above it as needed; their names reach the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder.parent)
+
+
 def sync_folder(folder: pathlib.Path) -> None:
     """Brings the names in ``folder`` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

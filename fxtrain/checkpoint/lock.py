@@ -10,6 +10,7 @@ import warnings
 import weakref
 
 from fxtrain.checkpoint.errors import CheckpointError
+from fxtrain.checkpoint.folder import make_folder
 
 _NAME = ".lock"
 
@@ -21,8 +22,8 @@ class FolderLock:
         self._folder = folder
         self._descriptor: int | None = None
 
-    def take(self) -> bool:
-        """Takes the lock, unless it is held; makes the folder. Returns whether it was taken just now.
+    def take(self) -> None:
+        """Takes the lock, unless it is held; makes the folder.
 
         Raises:
             CheckpointError: If another writer holds it, the folder cannot be written to, or it is not the folder
@@ -30,9 +31,9 @@ class FolderLock:
         """
         if self._descriptor is not None:
             self._check_same(self._descriptor)
-            return False
+            return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             descriptor = os.open(self._folder / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise CheckpointError(
@@ -56,7 +57,6 @@ class FolderLock:
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor
         _HELD.add(self)
-        return True
 
     def release(self) -> None:
         """Lets others write."""

@@ -18,7 +18,7 @@ from fxtrain import tree
 from fxtrain.checkpoint.contents import Direct, bytes_of
 from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import Leaves, read_manifest, write
+from fxtrain.checkpoint.folder import Leaves, make_folder, read_manifest, write
 from fxtrain.checkpoint.selection import Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
@@ -83,7 +83,7 @@ def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, floa
     folder = pathlib.Path(path)
     contents = Direct(state)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint {folder} could not be written ({error}): give another folder."

@@ -1,0 +1,248 @@
+"""R5 and R6: checkpoints that a disk, or somebody, has changed. Never silent, and never a fresh start."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fxtrain as fx
+from benchmarks.reliability import children, shim
+from benchmarks.reliability.systems import Fxtrain, System, Values, same, state_of, values_of, zeros_like
+from benchmarks.reliability.table import Cell
+
+OLDER, NEWEST = 1, 2
+_PAGE = 4096
+Damage = Callable[[pathlib.Path], None]
+Damages = Callable[[pathlib.Path], Iterator[tuple[str, Damage]]]  # from the newest checkpoint of a folder
+
+
+def flips(system: type[System], *, flips: int = 150, seed: int = 0) -> Cell:
+    """One flipped bit, anywhere in the newest checkpoint, each in a fresh copy."""
+    generator = random.Random(seed)
+
+    def damages(newest: pathlib.Path) -> Iterator[tuple[str, Damage]]:
+        sizes = [(file, file.stat().st_size) for file in _files(newest)]
+        places = [(file, at) for file, size in sizes for at in range(size)]
+        for _ in range(flips):
+            file, at = generator.choice(places)
+            bit = generator.randrange(8)
+            yield f"bit {bit} of byte {at} of {file.name}", functools.partial(_flip, _below(file, newest), at, bit)
+
+    return _cell(system, damages)
+
+
+def damages(system: type[System]) -> Cell:
+    """Every file cut in half, emptied, missing, with a page of zeros, with bytes appended; the folder emptied. And for
+    fxtrain, all of its checkpoints at once."""
+
+    def each(newest: pathlib.Path) -> Iterator[tuple[str, Damage]]:
+        for file in _files(newest):
+            for change in (_halve, _truncate, _remove, _zero_page, _append):
+                yield f"{change.__name__[1:]} {file.name}", functools.partial(_on, change, _below(file, newest))
+        yield "empty the checkpoint", _empty
+
+    cell = _cell(system, each)
+    if system is Fxtrain:
+        for change in (_halve, _truncate, _remove, _zero_page, _append):
+            cell.add(
+                children.answer(functools.partial(_all_damaged, change)), detected=True, at=f"{change.__name__[1:]} all"
+            )
+        cell.add(children.answer(_all_set_aside), detected=True, at="nothing but what was set aside")
+    return cell
+
+
+def _cell(system: type[System], damages: Damages) -> Cell:
+    cell = Cell(detected=0)
+    for what, problems, detected in children.answer(functools.partial(_trials, system, damages)):
+        cell.add(problems, detected=detected, at=what)
+    return cell
+
+
+def _trials(system: type[System], damages: Damages) -> list[tuple[str, list[str], bool]]:
+    trials = []
+    with shim.scratch() as parent:
+        whole, copy = pathlib.Path(parent) / "whole", pathlib.Path(parent) / "copy"
+        newest = _make(system, whole)
+        for what, damage in damages(newest):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(whole, copy)
+            damage(copy / newest.relative_to(whole))
+            try:
+                result = _read(system, copy, str(newest.relative_to(whole)))
+            except Exception as error:
+                said = f"an error that does not say what is wrong: {type(error).__name__}: {error}"
+                result = {"detected": True, "harmless": True, "problems": [said]}
+            problems = result["problems"]
+            if not result["detected"] and not result["harmless"]:
+                problems = [*problems, "silent, and the values are others"]
+            elif not result["detected"] and system is Fxtrain:
+                problems = [*problems, "silent"]  # though the values are right: no byte is to change unseen
+            trials.append((what, problems, result["detected"]))
+    return trials
+
+
+def _make(system: type[System], folder: pathlib.Path) -> pathlib.Path:
+    session = system(folder, keep=2)
+    for step in (OLDER, NEWEST):
+        session.save(step, _values(step), 1.0)
+        session.wait()
+    path = session.path(session.latest())
+    session.close()
+    return path
+
+
+def _read(system: type[System], folder: pathlib.Path, newest: str) -> dict[str, Any]:
+    """What a new session makes of it: whether it says that something is wrong, or nothing is."""
+    if system is Fxtrain:
+        return _read_ours(folder, newest)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session = system(folder, keep=2)
+            name = session.latest()
+            restored = session.restore(name, zeros_like(_values(NEWEST)))
+    except Exception:
+        return {"detected": True, "harmless": True, "problems": []}
+    return {"detected": False, "harmless": same(restored, _values(NEWEST)), "problems": []}
+
+
+def _read_ours(folder: pathlib.Path, newest: str) -> dict[str, Any]:
+    """By its path it is an error; by the run's checkpointer it is set aside, and the older one restored."""
+    problems = []
+    like = state_of(zeros_like(_values(NEWEST)), 0)
+    try:
+        restored = fx.restore(folder / newest, like=like)
+        detected, harmless = False, same(restored.params, _values(NEWEST))
+    except fx.CheckpointError as error:
+        detected, harmless = True, True
+        if newest not in str(error):
+            problems.append(f"the error does not name it: {error}")
+    with fx.checkpointer(folder, keep=2) as checkpoints, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        restored = checkpoints.restore(like)
+        if detected:
+            if not same(restored.params, _values(OLDER)):
+                problems.append("the older one was not restored")
+            if not any("unreadable-" in str(warning.message) for warning in warned):
+                problems.append("no warning says that it was set aside")
+            if not (folder / f"unreadable-{newest}").exists():
+                problems.append("it was not set aside")
+            if checkpoints.steps() != [OLDER] or checkpoints.latest() != OLDER:
+                problems.append(f"listed is {checkpoints.steps()}")
+    return {"detected": detected, "harmless": harmless, "problems": problems}
+
+
+def _all_damaged(change: Damage) -> list[str]:
+    """An error, again at the next time, and nothing is moved."""
+    with shim.scratch() as parent:
+        folder = pathlib.Path(parent) / "run"
+        _make(Fxtrain, folder)
+        for path in folder.glob("*-step-*"):
+            for file in _files(path):
+                change(file)
+        before = _names(folder)
+        problems = _goes_on(folder)
+        if _names(folder) != before:
+            problems.append("something was moved")
+        return problems
+
+
+def _all_set_aside() -> list[str]:
+    """The newest is damaged and set aside; then the older one goes as well."""
+    with shim.scratch() as parent, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = pathlib.Path(parent) / "run"
+        newest = _make(Fxtrain, folder)
+        _remove(newest / "leaves.bin")
+        with fx.checkpointer(folder) as checkpoints:
+            checkpoints.restore(state_of(zeros_like(_values(NEWEST)), 0))
+        shutil.rmtree(next(folder.glob("0*-step-*")))
+        return _goes_on(folder)
+
+
+def _goes_on(folder: pathlib.Path) -> list[str]:
+    """What begins anew where nothing can be restored, at the first attempt or the second."""
+    tx = fx.optim.sgd(0.1)
+    like = zeros_like(_values(NEWEST))
+    state = state_of(like, 0).replace(opt_state=tx.init(like))
+    step = fx.train_step(lambda model, batch: model(batch), tx)  # never taken
+    attempts: dict[str, Callable[[], Any]] = {
+        "restore": lambda: fx.checkpointer(folder).restore(state),
+        "fit": lambda: fx.fit(state, step, [1], steps=1, checkpointer=fx.checkpointer(folder), resume=True),
+    }
+    problems = []
+    for time in ("first", "second"):
+        for name, attempt in attempts.items():
+            try:
+                attempt()
+                problems.append(f"{name} went on at the {time} attempt")
+            except fx.CheckpointError:
+                pass
+            except Exception as error:
+                problems.append(f"{name} went on at the {time} attempt, and failed with {error!r}")
+    return problems
+
+
+def _names(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.name != ".lock")
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return (
+        [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+    )
+
+
+def _below(file: pathlib.Path, newest: pathlib.Path) -> str:
+    return "" if file == newest else str(file.relative_to(newest))
+
+
+def _on(change: Damage, inner: str, newest: pathlib.Path) -> None:
+    change(newest / inner if inner else newest)
+
+
+def _flip(inner: str, at: int, bit: int, newest: pathlib.Path) -> None:
+    file = newest / inner if inner else newest
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def _halve(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _truncate(file: pathlib.Path) -> None:
+    file.write_bytes(b"")
+
+
+def _remove(file: pathlib.Path) -> None:
+    file.unlink()
+
+
+def _zero_page(file: pathlib.Path) -> None:
+    content = file.read_bytes()
+    start = max((len(content) // 2 // _PAGE) * _PAGE, 0)
+    file.write_bytes(content[:start] + bytes(len(content[start : start + _PAGE])) + content[start + _PAGE :])
+
+
+def _append(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\n{}")
+
+
+def _empty(newest: pathlib.Path) -> None:
+    if newest.is_file():
+        _truncate(newest)
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+
+
+@functools.cache
+def _values(step: int) -> Values:
+    return values_of(step, kilobytes=16)

@@ -1,0 +1,131 @@
+"""R11: whether everything has reached the disk before anything older goes, as a function of the log of calls.
+
+A power cut may undo whatever was not synced, in any order. A file is dirty from its last write to its sync, and a
+folder from the last new name in it. Nothing may be dirty when
+
+- something is renamed: not what is in it, for it would come back under its name with holes;
+- something that an earlier save wrote is removed or renamed: not a thing in the folder;
+- a save is reported as committed: not a thing in the folder.
+
+And nothing that an earlier save wrote is written over in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from benchmarks.reliability import children, shim
+from benchmarks.reliability.crash_points import FORWARD, WITH_RETURNS, values
+from benchmarks.reliability.shim import Call
+from benchmarks.reliability.systems import System
+from benchmarks.reliability.table import Cell
+
+BEGIN, COMMITTED = "begin", "committed"  # the notes around each save
+
+
+def unsynced(calls: Sequence[Call], counts: Callable[[str], bool] = lambda path: True) -> list[str]:
+    """What was not on the disk when it had to be: one line each.
+
+    Args:
+        calls: The log of a scenario, with a note ``begin`` before each save and ``committed`` after it.
+        counts: Whether a path is part of a checkpoint. What is not may be dirty, and is nothing to lose.
+    """
+    problems: list[str] = []
+    dirty: set[str] = set()
+    born: dict[str, int] = {}  # paths of files and folders, and the save that made them
+    save = 0
+
+    def refuse(what: str, paths: set[str]) -> None:
+        problems.extend(f"save {save}: {what}, and {os.path.basename(path)} is not synced" for path in sorted(paths))
+        dirty.difference_update(paths)  # once is enough
+
+    for call in calls:
+        path = call.path
+        name = os.path.basename(path)
+        if call.name == "note":
+            save += path == BEGIN
+            if path == COMMITTED:
+                refuse("it is reported as committed", dirty)
+            continue
+        if not counts(path):
+            continue
+        if call.name in ("remove", "rename") and born.get(path, save) < save:
+            refuse(f"{name}, which is older, goes by {call.name}", dirty - {path})
+        if call.name == "truncate" and born.get(path, save) < save:
+            problems.append(f"save {save}: {name}, which is older, is written over in place")
+        match call.name:
+            case "sync":
+                dirty.discard(path)
+            case "create" | "truncate" | "mkdir":
+                if path not in born:
+                    born[path] = save
+                    dirty.add(os.path.dirname(path))
+                if call.name != "mkdir":
+                    born[path] = save
+                    dirty.add(path)
+            case "open" | "write":
+                dirty.add(path)
+            case "remove":
+                born.pop(path, None)
+                dirty.discard(path)
+            case "rename" | "link":
+                refuse(f"{name} is renamed", {other for other in dirty if _within(other, path)})
+                dirty = {_moved(other, path, call.target) for other in dirty}
+                born = {_moved(other, path, call.target): made for other, made in born.items()}
+                dirty.add(os.path.dirname(call.target))
+    return problems
+
+
+def synced(system: type[System]) -> Cell:
+    """Checks an uninterrupted scenario. Each save is one trial."""
+    cell = Cell()
+    for best in (False, True):
+        calls = log(system, best=best)
+        commits = sum(call == Call("note", COMMITTED) for call in calls)
+        problems = unsynced(calls, counts=part_of_checkpoint)
+        bad = {problem.split(":")[0] for problem in problems}
+        cell.tried += commits
+        cell.lost += len(bad)
+        cell.notes += problems
+    return cell
+
+
+def log(system: type[System], *, best: bool) -> list[Call]:
+    """The calls of an uninterrupted scenario below the folder's parent."""
+    with shim.scratch() as parent, shim.log_file() as (descriptor, path):
+        outcome = children.in_child(functools.partial(_scenario, system, pathlib.Path(parent), best, descriptor))
+        if outcome.error:
+            raise RuntimeError(outcome.error)
+        return shim.parse(path.read_text())
+
+
+def part_of_checkpoint(path: str) -> bool:
+    """All but the lock, which means nothing after a power cut."""
+    return os.path.basename(path) != ".lock"
+
+
+def _scenario(
+    system: type[System], parent: pathlib.Path, best: bool, descriptor: int, tell: Callable[[object], None]
+) -> None:
+    shim.arm(parent, log=descriptor)
+    session = system(parent / "run", best=best)
+    for index, save in enumerate(WITH_RETURNS if system.goes_back else FORWARD):
+        if save.reopen:
+            session.close()
+            session = system(parent / "run", best=best)
+        shim.note(BEGIN)
+        session.save(save.step, values(index), save.loss)
+        session.wait()
+        shim.note(COMMITTED)
+    session.close()
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _moved(path: str, source: str, target: str) -> str:
+    return target + path[len(source) :] if _within(path, source) else path
