@@ -142,7 +142,7 @@ class TestVerified:
             file.write_bytes(content)
         testing.assert_equal(fx.restore(path, like=like), like, "the undamaged one")
 
-    @pytest.mark.parametrize("file", ["leaves.bin", "manifest.json"])
+    @pytest.mark.parametrize("file", ["leaves.bin", "manifest.jsonl"])
     def test_a_file_that_is_cut_grown_or_gone(self, tmp_path, file):
         path = fx.save(tmp_path / "c", a_state())
         content = (path / file).read_bytes()
@@ -155,7 +155,7 @@ class TestVerified:
             fx.restore(path, like=a_state())
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path):
-        with pytest.raises(fx.CheckpointError, match=r"is no checkpoint: there is no manifest\.json in it"):
+        with pytest.raises(fx.CheckpointError, match=r"is no checkpoint: there is no manifest\.jsonl in it"):
             fx.restore(tmp_path, like=a_state())
 
     def test_never_overwrites(self, tmp_path):

@@ -38,7 +38,7 @@ def run(*arguments, cwd):
 def checkpoint(folder):
     """The checksums of all leaves of the newest checkpoint, by path: what bitwise equality is decided by."""
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
-    return {leaf["path"]: leaf["crc32"] for leaf in read_manifest(newest)["leaves"]}
+    return {leaf["path"]: leaf["xxh3"] for leaf in read_manifest(newest)["leaves"]}
 
 
 def only_run(folder):

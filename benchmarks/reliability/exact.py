@@ -18,7 +18,7 @@ from benchmarks.reliability.exact_run import STEPS
 from benchmarks.reliability.table import Cell
 from fxtrain.checkpoint.folder import read_manifest
 
-Run = tuple[list[str], dict[str, int]]  # a line for each event; the checksums of the last checkpoint by path
+Run = tuple[list[str], dict[str, str]]  # a line for each event; the checksums of the last checkpoint by path
 
 
 class Exactness:
@@ -86,7 +86,7 @@ class Exactness:
         if done.returncode != wanted_code:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
         newest = max(folder.glob("[0-9]*"))
-        checksums = {row["path"]: row["crc32"] for row in read_manifest(newest)["leaves"]}
+        checksums = {row["path"]: row["xxh3"] for row in read_manifest(newest)["leaves"]}
         return record.read_text().splitlines(), checksums
 
 

@@ -64,6 +64,7 @@ class Checkpointer:
         """
         self._lock.take()
         self._snapshot.reserve(state)
+        self._start_writer().submit(int).result()  # a thread's first task costs more than the others
 
     def save(
         self, state: TrainState, metrics: Mapping[str, float] | None = None, *, notes: Mapping[str, str] | None = None
@@ -92,12 +93,11 @@ class Checkpointer:
         except CheckpointError as error:
             self._failed(error)
             return
-        if self._writer is None:
-            self._writer = concurrent.futures.ThreadPoolExecutor(1, "fxtrain-checkpoint")
+        writer = self._start_writer()
         said = {"threads": torch.get_num_threads(), **(notes or {})}  # the writer's thread has its own count
         self._writing = [
-            self._writer.submit(self._commit, dict(metrics or {}), said, device_of(state)),
-            self._writer.submit(self._delete_old),
+            writer.submit(self._commit, dict(metrics or {}), said, device_of(state)),
+            writer.submit(self._delete_old),
         ]
         if not self._background:
             self.wait()
@@ -238,6 +238,11 @@ class Checkpointer:
     def _entries(self) -> list[Entry]:
         self.wait()
         return retention.entries(self.folder)
+
+    def _start_writer(self) -> concurrent.futures.Executor:
+        if self._writer is None:
+            self._writer = concurrent.futures.ThreadPoolExecutor(1, "fxtrain-checkpoint")
+        return self._writer
 
     def _commit(self, metrics: dict[str, float], notes: dict[str, Any], device: torch.device) -> Committed:
         """In the writer's thread."""

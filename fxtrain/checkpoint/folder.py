@@ -6,23 +6,25 @@ Everything is written into a folder beside it, brought to the disk, and then ren
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
+
+import xxhash
 
 from fxtrain.checkpoint.contents import Direct, Snapshot
 from fxtrain.checkpoint.errors import CheckpointError, DamagedError
 from fxtrain.checkpoint.table import Leaf, rows
 
 LEAVES = "leaves.bin"
-MANIFEST = "manifest.json"
+MANIFEST = "manifest.jsonl"
 UNFINISHED = ".unfinished-"
 _FORMAT = 1
-_PIECE = 2**20  # bytes that are summed and written while they are in the processor's cache
+_PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
 
 
 def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, Any]) -> None:
@@ -40,10 +42,9 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
         try:
             with _synced(unfinished / LEAVES) as file:
                 checksums = _write_leaves(file, contents)
-            table = rows(contents.structure, contents.places, checksums)
-            manifest = {"format": _FORMAT, "bytes": sum(row["bytes"] for row in table), **facts, "leaves": table}
+            head = {"format": _FORMAT, "bytes": sum(place.size for place in contents.places), **facts}
             with _synced(unfinished / MANIFEST) as file:
-                file.write(_with_checksum(json.dumps(manifest).encode()))
+                write_manifest(file, head, rows(contents.structure, contents.places, checksums))
             sync_folder(unfinished)
             unfinished.rename(path)
         except BaseException:
@@ -70,16 +71,26 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is no checkpoint: there is no {MANIFEST} in it.") from None
     except OSError as error:
         raise DamagedError(f"{path / MANIFEST} cannot be read: {error}.") from None
-    text, _, _ = content.partition(b"\n")
-    if content != _with_checksum(text):
+    text = content[: content.rstrip(b"\n").rfind(b"\n") + 1]
+    if content != text + _checksum_line(xxhash.xxh3_64(text)):
         raise DamagedError(f"{path / MANIFEST} is damaged: its checksum is not that of its content.")
-    manifest = json.loads(text)
-    if manifest["format"] != _FORMAT:
+    head, *table = [json.loads(line) for line in text.splitlines()]
+    if head["format"] != _FORMAT:
         raise CheckpointError(
-            f"{path} has the format {manifest['format']}, and this version of fxtrain reads {_FORMAT}: read it with "
-            "the version that wrote it."
+            f"{path} has the format {head['format']}, and this version of fxtrain reads {_FORMAT}: read it with the "
+            "version that wrote it."
         )
-    return manifest
+    return {**head, "leaves": table}
+
+
+def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Leaf]) -> None:
+    """Lines of JSON: the facts, one for each leaf, and a checksum of all that is before it."""
+    checksum = xxhash.xxh3_64()
+    for line in itertools.chain([head], table):
+        text = json.dumps(line).encode() + b"\n"
+        checksum.update(text)
+        file.write(text)
+    file.write(_checksum_line(checksum))
 
 
 class Leaves:
@@ -101,22 +112,22 @@ class Leaves:
             raise DamagedError(f"{self._path} is damaged: it has {size} bytes, and {manifest['bytes']} were written.")
 
     def read_into(self, memory: memoryview, row: Leaf) -> None:
-        """Fills ``memory`` with one leaf.
+        """Fills ``memory`` with one leaf. Several threads may do so at a time.
 
         Raises:
             DamagedError: If its bytes are not those that were written.
         """
-        checksum, done = 0, 0
+        checksum, done = xxhash.xxh3_64(), 0
         try:
             while done < row["bytes"]:
                 count = os.preadv(self._descriptor, [memory[done : done + _PIECE]], row["offset"] + done)
                 if count == 0:
                     break
-                checksum = zlib.crc32(memory[done : done + count], checksum)
+                checksum.update(memory[done : done + count])
                 done += count
         except OSError as error:
             raise DamagedError(f"{self._path} cannot be read: {error}.") from None
-        if checksum != row["crc32"] or done != row["bytes"]:
+        if checksum.hexdigest() != row["xxh3"] or done != row["bytes"]:
             raise DamagedError(f"{self._path} is damaged: the bytes of {row['path']} are not those that were written.")
 
     def close(self) -> None:
@@ -150,16 +161,18 @@ def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def _write_leaves(file: IO[bytes], contents: Direct | Snapshot) -> list[int]:
-    checksums = [0] * len(contents.places)
+def _write_leaves(file: IO[bytes], contents: Direct | Snapshot) -> list[str]:
+    checksums = [""] * len(contents.places)
     for index, content in contents.parts():
+        checksum = xxhash.xxh3_64()
         for start in range(0, len(content), _PIECE):
             piece = content[start : start + _PIECE]
-            checksums[index] = zlib.crc32(piece, checksums[index])
+            checksum.update(piece)
             file.write(piece)
+        checksums[index] = checksum.hexdigest()
     return checksums
 
 
-def _with_checksum(text: bytes) -> bytes:
-    # Two lines of JSON. The checksum is compared as text, so that no byte of the file can change unseen.
-    return b'%s\n{"crc32": "%08x"}\n' % (text, zlib.crc32(text))
+def _checksum_line(checksum: xxhash.xxh3_64) -> bytes:
+    # Compared as text, so that no byte of the file can change unseen.
+    return b'{"xxh3": "%s"}\n' % checksum.hexdigest().encode()

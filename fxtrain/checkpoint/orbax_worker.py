@@ -4,17 +4,17 @@ import json
 import logging
 import pathlib
 import sys
-import zlib
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - teaches numpy the dtypes below a word
 import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 
 
 def write(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     """From our checkpoint to Orbax's."""
-    rows = json.loads((ours / "manifest.json").read_bytes().partition(b"\n")[0])["leaves"]
+    rows = [json.loads(line) for line in (ours / "manifest.jsonl").read_bytes().splitlines()[1:-1]]
     content = np.memmap(ours / "leaves.bin", np.uint8, "r") if any(row["bytes"] for row in rows) else None
     names: dict[str, str] = {}
     leaves: list[tuple[list[list[Any]], np.ndarray]] = []
@@ -49,12 +49,13 @@ def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
             raw = array.tobytes()
             path = "tree" + "".join(f"[{key!r}]" for _, key in entries)
             row = {"path": path, "entries": entries, "dtype": array.dtype.name, "shape": list(np.shape(leaf))}
-            rows.append({**row, "offset": offset, "bytes": len(raw), "crc32": zlib.crc32(raw)})
+            rows.append({**row, "offset": offset, "bytes": len(raw), "xxh3": xxhash.xxh3_64_hexdigest(raw)})
             file.write(raw)
             offset += len(raw)
-    manifest = {"format": 1, "bytes": offset, "step": None, "metrics": {}, "environment": {}, "leaves": rows}
-    text = json.dumps(manifest).encode()
-    (ours / "manifest.json").write_bytes(b'%s\n{"crc32": "%08x"}\n' % (text, zlib.crc32(text)))
+    head = {"format": 1, "bytes": offset, "step": None, "metrics": {}, "environment": {}}
+    text = b"".join(json.dumps(line).encode() + b"\n" for line in [head, *rows])
+    checksum = xxhash.xxh3_64_hexdigest(text).encode()
+    (ours / "manifest.jsonl").write_bytes(b'%s{"xxh3": "%s"}\n' % (text, checksum))
 
 
 def _nested(leaves: list[tuple[list[list[Any]], np.ndarray]]) -> Any:

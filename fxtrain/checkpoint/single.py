@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -22,6 +23,8 @@ from fxtrain.checkpoint.folder import Leaves, make_folder, read_manifest, write
 from fxtrain.checkpoint.selection import Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
+
+_LARGE = 2**20  # bytes; below, a thread costs more than it brings
 
 Tree = TypeVar("Tree")
 Extra = Literal["keep", "drop"]
@@ -164,13 +167,7 @@ def read(
     leaves, structure = tree.flatten(like)
     target = torch.device(device or "cpu")
     with contextlib.closing(Leaves(path, manifest)) as file:
-        state = tree.unflatten(
-            structure,
-            [
-                leaf if source is None else _read_leaf(file, source, target if leaf.is_meta else leaf.device)
-                for leaf, source in zip(leaves, matched.sources, strict=True)
-            ],
-        )
+        state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, target))
         if extra == "keep" and matched.extra:
             home = device_of(state)
             kept = {
@@ -188,9 +185,38 @@ def device_of(state: Any) -> torch.device:
     return next((leaf.device for leaf in tree.leaves(state)), torch.device("cpu"))
 
 
+def _read_leaves(file: Leaves, like: list[Tensor], sources: list[Leaf | None], target: torch.device) -> list[Tensor]:
+    """Each leaf from its source, or as it is.
+
+    Large ones are read by a few threads, as one does not fill the memory's bandwidth. The memory comes from this
+    thread: a new one's allocator has none that was used before, and pages that are new cost more than reading.
+    """
+    found = list(like)
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        under_way: list[concurrent.futures.Future[None]] = []
+        for index, source in enumerate(sources):
+            if source is None:
+                continue
+            found[index] = _room(source)
+            if source["bytes"] < _LARGE:
+                file.read_into(bytes_of(found[index]), source)
+            else:
+                under_way.append(pool.submit(file.read_into, bytes_of(found[index]), source))
+        for future in under_way:
+            future.result()
+    return [
+        read if read is leaf else read.to(target if leaf.is_meta else leaf.device)
+        for read, leaf in zip(found, like, strict=True)
+    ]
+
+
 def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
-    # In memory of its own, because the kernels of the same operation differ with the alignment of their inputs, to
-    # the bit.
-    leaf = torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="cpu")
+    leaf = _room(row)
     file.read_into(bytes_of(leaf), row)
     return leaf.to(device)
+
+
+def _room(row: Leaf) -> Tensor:
+    # Memory of its own for each leaf, because the kernels of the same operation differ with the alignment of their
+    # inputs, to the bit.
+    return torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="cpu")

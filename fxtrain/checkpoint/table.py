@@ -6,8 +6,8 @@ padding, and there is no byte that no checksum covers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import optree
 import torch
@@ -26,16 +26,16 @@ class Leaf(TypedDict):
     shape: list[int]
     offset: int
     bytes: int
-    crc32: int
+    xxh3: str  # of the bytes: 16 hexadecimal digits
 
 
-class Place(TypedDict):
+class Place(NamedTuple):
     """Where a leaf's bytes are to be."""
 
     dtype: torch.dtype
     shape: torch.Size
     offset: int
-    bytes: int
+    size: int  # bytes
 
 
 def places(leaves: Sequence[Tensor]) -> list[Place]:
@@ -45,37 +45,31 @@ def places(leaves: Sequence[Tensor]) -> list[Place]:
     for index in order:
         offsets[index] = offset
         offset += leaves[index].nbytes
-    return [
-        Place(dtype=leaf.dtype, shape=leaf.shape, offset=offset, bytes=leaf.nbytes)
-        for leaf, offset in zip(leaves, offsets, strict=True)
-    ]
+    return [Place(leaf.dtype, leaf.shape, offset, leaf.nbytes) for leaf, offset in zip(leaves, offsets, strict=True)]
 
 
-def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[int]) -> list[Leaf]:
+def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> Iterator[Leaf]:
     """The table, in the order of the leaves.
 
     Raises:
         CheckpointError: If two leaves have one path.
     """
-    accessors = structure.accessors()
     root = root_of(structure)
-    table = [
-        Leaf(
-            path=accessor.codify(root),
+    seen: set[str] = set()
+    for accessor, place, checksum in zip(structure.accessors(), placed, checksums, strict=True):
+        path = accessor.codify(root)
+        if path in seen:
+            raise CheckpointError(f"Two leaves have one path, {path}: rename a key.")
+        seen.add(path)
+        yield Leaf(
+            path=path,
             entries=[entry_of(entry) for entry in accessor],
-            dtype=name_of(place["dtype"]),
-            shape=list(place["shape"]),
-            offset=place["offset"],
-            bytes=place["bytes"],
-            crc32=checksum,
+            dtype=name_of(place.dtype),
+            shape=list(place.shape),
+            offset=place.offset,
+            bytes=place.size,
+            xxh3=checksum,
         )
-        for accessor, place, checksum in zip(accessors, placed, checksums, strict=True)
-    ]
-    paths = [row["path"] for row in table]
-    if len(set(paths)) != len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise CheckpointError(f"Two leaves have one path, {twice}: rename a key.")
-    return table
 
 
 def root_of(structure: Any) -> str:
