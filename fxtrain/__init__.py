@@ -21,9 +21,11 @@ from fxtrain.checkpoint import CheckpointError as CheckpointError
 from fxtrain.checkpoint import checkpointer as checkpointer
 from fxtrain.checkpoint import restore as restore
 from fxtrain.checkpoint import save as save
+from fxtrain.compile import RecompileError as RecompileError
 from fxtrain.compile import compile as compile  # noqa: A004
 from fxtrain.core import Callback as Callback
 from fxtrain.core import Control as Control
+from fxtrain.core import DonatedError as DonatedError
 from fxtrain.core import EpochBegin as EpochBegin
 from fxtrain.core import EpochEnd as EpochEnd
 from fxtrain.core import EvalBegin as EvalBegin

@@ -237,15 +237,6 @@ class TestErrors:
             fx.compile(step, backend="eager")(problem.start(), problem.data()[0])
         assert "works uncompiled, and cannot be one graph" in caught.value.__notes__[0]
 
-    def test_too_many_graphs_say_what_to_do(self):
-        step = fx.compile(lambda state, batch: (state, fx.StepOutput({"sum": batch.sum()})), backend="eager")
-        limit, state = torch._dynamo.config.recompile_limit, fx.init(torch.tensor(1.0))
-        for size in range(limit):
-            step(state, torch.ones(size + 2))
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit) as caught:
-            step(state, torch.ones(limit + 2))
-        assert "pad batches to few sizes, or compile with dynamic=True" in caught.value.__notes__[0]
-
     @pytest.mark.parametrize(
         ("function", "error", "message"),
         [

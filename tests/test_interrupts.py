@@ -128,19 +128,23 @@ def test_compiling_elsewhere_is_none_of_its_business():
 
 PROGRAM = """
 import sys, torch, fxtrain as fx
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.graph import GraphLowering
 
-def inductor(graph, inputs):
+lower = GraphLowering.run
+
+def run(self, *args):
     print("compiling", flush=True)
-    compiled = compile_fx(graph, inputs)
+    lowered = lower(self, *args)
     print("compiled", flush=True)
-    return compiled
+    return lowered
 
+GraphLowering.run = run
 torch.set_num_threads(1)
 torch._inductor.config.force_disable_caches = True
 module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8 + i, 9 + i), torch.nn.Tanh()) for i in range(40)])
 tx = fx.optim.adamw(1e-3)
-step = fx.compile(fx.train_step(lambda model, batch: model(batch).square().mean(), tx), backend=inductor)
+options = {"backend": sys.argv[2]} if sys.argv[2] else {}
+step = fx.compile(fx.train_step(lambda model, batch: model(batch).square().mean(), tx), **options)
 result = fx.fit(
     fx.init(module, tx), step, [torch.ones(4, 8)], steps=9, checkpointer=fx.checkpointer(sys.argv[1])
 )
@@ -150,8 +154,9 @@ sys.exit(result.exit_code)
 
 
 @pytest.mark.slow
-def test_torchs_own_compiler_is_left(tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+@pytest.mark.parametrize("backend", ["", "inductor"])
+def test_torchs_own_compiler_is_left(tmp_path, backend):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), backend]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "compiling\n"
         process.send_signal(signal.SIGTERM)

@@ -4,6 +4,9 @@ from fxtrain.core.control import KINDS as KINDS
 from fxtrain.core.control import Control as Control
 from fxtrain.core.control import Flag as Flag
 from fxtrain.core.control import Logged as Logged
+from fxtrain.core.donated import Donated as Donated
+from fxtrain.core.donated import DonatedError as DonatedError
+from fxtrain.core.donated import bury as bury
 from fxtrain.core.events import EVENTS as EVENTS
 from fxtrain.core.events import SESSION as SESSION
 from fxtrain.core.events import TRACED as TRACED

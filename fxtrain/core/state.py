@@ -100,12 +100,12 @@ class TrainState:
                 raise TypeError(f"A state has no field {name!r}; its fields are {', '.join(FIELDS)} and model.")
             if name != "model":
                 _refuse_non_tensors(name, value)
-        return _build(type(self), {**self.__dict__, **changes})
+        return build(type(self), {**self.__dict__, **changes})
 
     def with_slot(self, name: str, memory: Any) -> Self:
         """A new state whose slot ``name`` holds ``memory``, a pytree of tensors."""
         _refuse_non_tensors(f"slots[{name!r}]", memory)
-        return _build(type(self), {**self.__dict__, "slots": {**self.slots, name: memory}})
+        return build(type(self), {**self.__dict__, "slots": {**self.slots, name: memory}})
 
     def copy(self) -> Self:
         """The same state in memory of its own. Costs one copy of every leaf."""
@@ -130,7 +130,7 @@ class TrainState:
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "model")
 
 
-def _build(cls: type[Any], fields: dict[str, Any]) -> Any:
+def build(cls: type[Any], fields: dict[str, Any]) -> Any:
     # Past __init__ and its check of every leaf: transforms put shapes, specs and sentinels in the place
     # of tensors, and `replace` has checked what changed.
     state = object.__new__(cls)
@@ -140,7 +140,7 @@ def _build(cls: type[Any], fields: dict[str, Any]) -> Any:
 
 
 def _unflatten(model: Any, children: Any) -> TrainState:
-    return _build(TrainState, {**dict(zip(FIELDS, children, strict=True)), "model": model})
+    return build(TrainState, {**dict(zip(FIELDS, children, strict=True)), "model": model})
 
 
 def _flatten(state: TrainState) -> tuple[list[Any], Any]:

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fxtrain.core import Control, Due, TrainState
+from fxtrain.core.state import FIELDS
+
+
+class Difference(NamedTuple):
+    """How to come back from one state to an older one."""
+
+    fields: dict[str, Any]  # those that have changed, but for the slots, as they were
+    slots: dict[str, Any]  # likewise
+    names: tuple[str, ...]  # of all slots that there were
+
+    @classmethod
+    def between(cls, old: TrainState, new: TrainState) -> Difference:
+        """From ``new`` to ``old``."""
+        changed = {name: was for name in FIELDS if (was := getattr(old, name)) is not getattr(new, name)}
+        changed.pop("slots", None)
+        slots = {name: was for name, was in old.slots.items() if new.slots.get(name) is not was}
+        return cls(changed, slots, tuple(old.slots))
+
+    def undo(self, state: TrainState) -> TrainState:
+        """The older state."""
+        return state.replace(**self.fields, slots={name: {**state.slots, **self.slots}[name] for name in self.names})
+
+
+class Branch(NamedTuple):
+    """Where a run was."""
+
+    state: TrainState | Difference
+    due: dict[str, Any]
+    unread: list[Control]
+    why: list[str]
+    step: int
+    position: int
 
 
 class Current:
@@ -30,13 +62,21 @@ class Current:
         self.step, self.position = int(state.step), int(state.position)
         self.due: dict[str, Any] = {name: value.item() for name, value in state.due._asdict().items()}
 
-    def branch(self) -> tuple[Any, ...]:
+    def branch(self) -> Branch:
         """What ``abandon`` returns to."""
-        return self.state, dict(self.due), list(self.unread), list(self.why)
+        return Branch(self.state, dict(self.due), list(self.unread), list(self.why), self.step, self.position)
 
-    def abandon(self, branch: tuple[Any, ...]) -> None:
+    def abandon(self, branch: Branch) -> None:
         """Forgets all that happened since."""
-        self.state, self.due, self.unread, self.why = branch
+        state, self.due, self.unread, self.why, self.step, self.position = branch
+        self.state = state.undo(self.state) if isinstance(state, Difference) else state
+
+    def thin(self, branch: Branch) -> Branch:
+        """The branch, holding no more than what has changed since: a step that is given the state takes its memory only
+        where nobody else has it."""
+        if isinstance(branch.state, Difference):
+            return branch
+        return branch._replace(state=Difference.between(branch.state, self.state))
 
     def set(self, **changes: Any) -> None:
         """Changes what is due, on both sides."""

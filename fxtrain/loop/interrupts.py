@@ -9,7 +9,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-_COMPILER = "torch._dynamo.convert_frame"  # the module whose frames are on the stack while torch makes a graph
+# What is on the stack while a graph is made, and not while it runs: a function of ours, or a module of torch's.
+_OURS = ("fxtrain.compile.traced", "compile_traced")
+_DYNAMO = "torch._dynamo.convert_frame"
 
 
 class Abandoned(BaseException):
@@ -76,7 +78,8 @@ class Interrupts:
 
 def _compiling(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_globals.get("__name__") == _COMPILER:
+        module = frame.f_globals.get("__name__")
+        if module == _DYNAMO or (module, frame.f_code.co_name) == _OURS:
             return True
         frame = frame.f_back
     return False

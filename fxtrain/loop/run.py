@@ -20,6 +20,7 @@ from fxtrain import metrics
 from fxtrain.core import (
     TRACED,
     Control,
+    Donated,
     EpochBegin,
     EpochEnd,
     EvalBegin,
@@ -79,8 +80,11 @@ class Run:
 
     def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan) -> None:
         self.plan = plan
-        self.step: Any = step if hasattr(step, "fires") else Step(step)
-        refuse_unserved(plan.callbacks, self.step)
+        given: Any = step if hasattr(step, "fires") else Step(step)
+        refuse_unserved(plan.callbacks, given)
+        # The loop owns its state, so a compiled step may write the next one over it.
+        self.step: Any = given.donating() if hasattr(given, "donating") else given
+        self._donates = self.step is not given or getattr(given, "donates", False)
         self._publish = Publisher(plan.observers)
         self._interrupts = Interrupts()
         self._take_step = self._interrupts.leaving_compilation(self.step)
@@ -108,9 +112,11 @@ class Run:
         self._data_wait = 0.0
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
+        self._root = self._now.branch()  # what to come back to when something goes wrong,
+        self._taken = False  # unless the step has taken its memory
         self.reason = ""
         self.exit_code = 0
-        self.last = state
+        self.last: Any = None
 
     @property
     def state(self) -> TrainState:
@@ -127,23 +133,13 @@ class Run:
 
     def _session(self) -> Moments:
         now = self._now
-        whole = now.state
         try:
-            yield from self._fire(FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0)
-            if self._restored is not None:
-                report = self._restored
-                yield from self._fire(
-                    Restored,
-                    path=str(report.path),
-                    missing=tuple(report.missing),
-                    extra=tuple(report.extra),
-                    different=tuple(report.different),
-                )
+            yield from self._begin()
             while True:
-                whole = now.state
+                self._root, self._taken = now.branch(), False
                 yield from self._tell_saved()
                 yield from self._settle()
-                whole = now.state
+                self._root, self._taken = now.branch(), False
                 if self._interrupts.cause is not None:
                     self.reason = f"interrupted by {self._interrupts.cause}"
                     self.exit_code = self._interrupts.exit_code
@@ -154,9 +150,7 @@ class Run:
                 self._keep_for_rewind()
                 yield from self._advance()
         except Exception as error:
-            # The state before the failing iteration is whole; the one in its middle may lack callbacks' part.
-            now.take(whole)
-            yield from self._after_error(f"{type(error).__name__}: {error}")
+            yield from self._after_error(error)
             raise
         yield from self._save_last()
         # A stop is honoured here. The last checkpoint keeps it, so that resuming a finished run does nothing;
@@ -180,10 +174,32 @@ class Run:
             self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}"
         return bool(self.reason)
 
-    def _after_error(self, cause: str) -> Moments:
+    def _begin(self) -> Moments:
+        yield from self._fire(FitBegin, fires=frozenset(self.step.fires), resumed=self._now.step > 0)
+        report, self._restored = self._restored, None
+        if report is not None:
+            yield from self._fire(
+                Restored,
+                path=str(report.path),
+                missing=tuple(report.missing),
+                extra=tuple(report.extra),
+                different=tuple(report.different),
+            )
+
+    def _after_error(self, error: Exception) -> Moments:
+        now = self._now
+        if self._taken:
+            error.add_note(
+                "The step had taken the memory of the state before it, and the callbacks have not seen all of the "
+                "state after it: neither is saved. Resume from the last checkpoint."
+            )
+        else:
+            # The state before the failing iteration is whole; the one in its middle may lack callbacks' part.
+            now.abandon(self._root)
         try:
-            yield from self._fire(Interrupted, cause=cause)
-            yield from self._save_last()
+            yield from self._fire(Interrupted, cause=f"{type(error).__name__}: {error}")
+            if not self._taken:
+                yield from self._save_last()
         except Exception as error:  # the first error is the one to raise
             warnings.warn(f"While ending after an error, this failed too: {error!r}.", RuntimeWarning, stacklevel=2)
 
@@ -191,7 +207,6 @@ class Run:
 
     def _advance(self) -> Moments:
         now = self._now
-        root = now.branch()
         if now.due["begin_epoch"]:
             now.set(begin_epoch=False)
             self._epoch_from = now.position
@@ -201,7 +216,7 @@ class Run:
         batch = self._next_batch()
         if batch is None:
             return
-        before = now.state
+        served = now.state.slots
         asked = yield from self._fire(StepBegin, step=now.step + 1, batch=batch)
         if asked.any("skip_batch"):
             now.move_to(now.position + 1)
@@ -209,17 +224,22 @@ class Run:
             return
         if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
             return  # the step is not taken; should the run go on, the batch comes again
+        # What only the loop uses is not given to the step.
+        outside = {name: memory for name, memory in served.items() if name not in as_composed(self.step).traced_slots}
+        del served
+        self._root = now.thin(self._root)
+        given = now.state
         try:
-            state, output = self._take_step(now.state, batch)
+            state, output = self._take_step(given, batch)
         except Abandoned:
-            now.abandon(root)
+            now.abandon(self._root)
             return
+        finally:
+            self._taken = type(given) is Donated
         if now.unread and now.read_flags():
             # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
             # wrote down about a batch that was never used goes as well.
-            traced = as_composed(self.step).traced_slots
-            kept = {name: memory for name, memory in state.slots.items() if name in traced}
-            now.state = state.replace(slots={**before.slots, **kept})
+            now.state = state.replace(slots={**state.slots, **outside})
             return
         now.state = state
         now.step += 1
@@ -335,7 +355,8 @@ class Run:
     def _keep_for_rewind(self) -> None:
         step, every = self._now.step, self.plan.keep_every
         if every and step % every == 0 and step not in (kept for kept, _ in self._kept):
-            self._kept = [*self._kept, (step, self._now.state)][-self.plan.keep :]
+            state = self._now.state.copy() if self._donates else self._now.state
+            self._kept = [*self._kept, (step, state)][-self.plan.keep :]
 
     def _rewind(self) -> Moments:
         now, old, steps = self._now, self._now.state, self._now.due["rewind"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fxtrain.checkpoint import Committed, Restoration
@@ -21,8 +22,9 @@ class Saving:
     def __init__(self, checkpointer: Any, how: str) -> None:
         self._checkpointer = checkpointer
         self._notes = {"compiled by": how}
-        self._handed: TrainState | None = None
-        self._on_disk: TrainState | None = None
+        # By weak references: a step that donates takes the memory only of what nobody else holds.
+        self._handed: Callable[[], TrainState | None] = _nothing
+        self._on_disk: Callable[[], TrainState | None] = _nothing
 
     def restored(self, like: TrainState) -> Restoration | None:
         """The newest state there is, if there is any."""
@@ -36,7 +38,7 @@ class Saving:
 
     def begin(self, state: TrainState, *, on_disk: bool) -> None:
         """What cannot be written to is found out now, and not after an hour."""
-        self._on_disk = state if on_disk else None
+        self._on_disk = weakref.ref(state) if on_disk else _nothing
         if self._checkpointer is not None:
             self._checkpointer.reserve(state)
 
@@ -51,7 +53,7 @@ class Saving:
             )
             return
         self._checkpointer.save(state, metrics, notes=self._notes)
-        self._handed = state
+        self._handed = weakref.ref(state)
 
     def news(self, *, wait: bool = False) -> list[Committed]:
         """What has reached the disk since this was last called; an error of the disk is raised here."""
@@ -67,7 +69,7 @@ class Saving:
 
     def is_due_at_the_end(self, state: TrainState) -> bool:
         """Whether ``state`` is not on the disk yet, where it could be."""
-        return self._checkpointer is not None and state is not self._on_disk
+        return self._checkpointer is not None and state is not self._on_disk()
 
     def newest_until(self, step: int) -> int | None:
         """The newest step on the disk that has taken at most so many."""
@@ -81,3 +83,7 @@ class Saving:
         """Lets others write."""
         if self._checkpointer is not None:
             self._checkpointer.close()
+
+
+def _nothing() -> None:
+    """The weak reference to no state."""

@@ -14,11 +14,12 @@ from torch.func import functional_call
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
+from fxtrain.model.fingerprint import fingerprint
 from fxtrain.optim import MaskedNode
 
 
 class Model:
-    """The architecture of a state: its modules, without memory. Static, and equal only to itself.
+    """The architecture of a state: its modules, without memory. Static; two are equal where they compute the same.
 
     The modules are copied once, onto the meta device, with their ties; the user's own are left as they were.
 
@@ -46,6 +47,8 @@ class Model:
             if not module.training:
                 module.train()
         self._evaluating = copy.deepcopy(self._training).eval()
+        masks, structure = tree.flatten(self.trainable)
+        self._key = fingerprint(self._training), tuple(masks), structure, str(self.template)
 
     def call(
         self,
@@ -129,6 +132,12 @@ class Model:
             return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
 
         return tree.map(group, self.template)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Model) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def __repr__(self) -> str:
         return f"Model({', '.join(type(module).__name__ for module in self._training.children())})"

@@ -30,10 +30,6 @@ class EvalFunction:
         """What of the state goes into the compiled graph: no optimizer and no slots."""
         return state.replace(opt_state={}, slots={})
 
-    def leave(self, state: TrainState, result: StepOutput) -> StepOutput:
-        """The result of the graph, as it is."""
-        return result
-
     def __repr__(self) -> str:
         return f"<{name_of(self.function)}>"
 

@@ -53,7 +53,8 @@ class Step:
                 f"fires={sorted(kind.__name__ for kind in unknown)}: a step fires "
                 f"{', '.join(kind.__name__ for kind in TRACED)}, and nothing else."
             )
-        self._name, self._traced = name_of(function), self.callbacks.traced_slots
+        self._name = name_of(function)
+        self.enters = frozenset(self.callbacks.traced_slots)  # the slots that go into the compiled graph
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
@@ -70,16 +71,9 @@ class Step:
 
     def enter(self, state: TrainState) -> TrainState:
         """What of the state goes into the compiled graph: slots that only the loop uses stay outside."""
-        if self._traced.issuperset(state.slots):
+        if self.enters.issuperset(state.slots):
             return state
-        return state.replace(slots={name: memory for name, memory in state.slots.items() if name in self._traced})
-
-    def leave(self, state: TrainState, result: tuple[TrainState, StepOutput]) -> tuple[TrainState, StepOutput]:
-        """The result of the graph, with what stayed outside of it."""
-        new, output = result
-        if self._traced.issuperset(state.slots):
-            return result
-        return new.replace(slots={**state.slots, **new.slots}), output
+        return state.replace(slots={name: memory for name, memory in state.slots.items() if name in self.enters})
 
     def __repr__(self) -> str:
         fires = ", ".join(kind.__name__ for kind in TRACED if kind in self.fires) or "nothing"

@@ -1,0 +1,53 @@
+"""Changes: why a step that was compiled is compiled again, in the words of whoever called it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TrainState
+
+
+def described(state: TrainState, batch: Any) -> dict[str, str]:
+    """What a graph assumes, by path."""
+    return {
+        path: _kind(leaf)
+        for name, part in (("state", state), ("batch", batch))
+        for path, leaf in zip(tree.paths(part, name), tree.leaves(part), strict=True)
+    }
+
+
+def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
+    """How ``new`` differs from what is nearest to it of ``known``."""
+    old = min(known, key=lambda each: sum(each.get(path) != kind for path, kind in new.items()))
+    said = [
+        f"{path} is new" if path not in old else f"{path}: {old[path]} -> {new[path]}"
+        for path in new
+        if old.get(path) != new[path]
+    ]
+    said += [f"{path} is gone" for path in old if path not in new]
+    shown = ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
+    return shown or "the types of its containers, or the model"
+
+
+def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
+    """What can be done against it."""
+    paths = {path for each in known for path in {*new, *each} if new.get(path) != each.get(path)}
+    if any(path.startswith("state.slots") for path in paths):
+        return "A new callback in the step costs one graph, and one in the loop none."
+    if any(path.startswith("batch") for path in paths):
+        return (
+            'For a last, smaller batch choose drop_last=True or "pad" where the data is made; for many sizes pad to '
+            "few, or compile with dynamic=True."
+        )
+    return "A step keeps the shapes and dtypes of its state: look at what has changed it between two steps."
+
+
+def _kind(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    dense = "" if leaf.is_contiguous() else f" with strides {leaf.stride()}"
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}{dense} on {leaf.device}"

@@ -1,0 +1,181 @@
+"""Compile: a step as one graph."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+from fxtrain.compile.changes import advice, changes, described
+from fxtrain.compile.dynamo import compile_by_dynamo
+from fxtrain.compile.graph import Graph
+from fxtrain.compile.traced import Run, compile_traced
+from fxtrain.core import TrainState
+from fxtrain.fold import Composed
+from fxtrain.step import EvalFunction, Step
+
+OnRecompile = Literal["warn", "error", "allow"]
+
+
+class RecompileError(RuntimeError):
+    """A compiled step was called with what its graph was not made for, and may not make another."""
+
+
+class Compiled:
+    """A compiled step; made by ``compile``. It is called as the step is."""
+
+    def __init__(
+        self,
+        step: Step | EvalFunction,
+        compiler: Callable[..., Run],
+        *,
+        how: str,
+        on_recompile: OnRecompile,
+        twin: Callable[[], Compiled],
+        **options: bool,
+    ) -> None:
+        self.step = step
+        self.how = how  # what made the graph: bitwise claims hold within one
+        self.donates = options["donate"]
+        self._compiler, self._on_recompile, self._options = compiler, on_recompile, options
+        self._graphs: list[Graph] = []  # the one that was used last is first
+        self._known: list[dict[str, str]] = []
+        self._donating: Compiled | None = None
+        self._twin = twin
+        functools.update_wrapper(self, step, updated=())
+
+    @property
+    def callbacks(self) -> Composed | tuple[()]:
+        """The callbacks that the step folds."""
+        return getattr(self.step, "callbacks", ())
+
+    @property
+    def fires(self) -> frozenset[type[Any]]:
+        """The traced events that the step fires."""
+        return getattr(self.step, "fires", frozenset())
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
+    def donating(self) -> Compiled:
+        """The same, writing the new state over the old one: what ``fit`` uses, as it owns its state."""
+        if self.donates or not isinstance(self.step, Step):
+            return self
+        if self._donating is None:
+            self._donating = self._twin()
+        return self._donating
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        for index, graph in enumerate(self._graphs):
+            found = graph.find(state, batch)
+            if found is not None:
+                if index:
+                    self._graphs.insert(0, self._graphs.pop(index))
+                return graph(state, *found)
+        graph = self._make(state, batch)
+        found = graph.find(state, batch)
+        assert found is not None
+        return graph(state, *found)
+
+    def _make(self, state: TrainState, batch: Any) -> Graph:
+        entered = self.step.enter(state)
+        kinds = described(entered, batch)
+        if self._graphs and self._on_recompile != "allow":
+            why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {advice(kinds, self._known)}"
+            if self._on_recompile == "error":
+                raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
+            warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=4)
+        try:
+            run = self._compiler(self.step, entered, batch)
+        except Exception as error:
+            raise self._explained(error, entered, batch) from error
+        graph = Graph(self.step, state, batch, run, **self._options)
+        self._graphs.insert(0, graph)
+        self._known.append(kinds)
+        return graph
+
+    def _explained(self, error: Exception, state: TrainState, batch: Any) -> Exception:
+        """A mistake of the step's own in its own words; else what the compiler said, with what to do."""
+        try:
+            self.step(state, batch)
+        except Exception as mistake:
+            return mistake
+        error.add_note(f"{self.step!r} works uncompiled, and cannot be one graph for the reason above.")
+        return error
+
+    def __repr__(self) -> str:
+        return f"<compiled {self.step!r}>"
+
+
+def compile(  # noqa: A001
+    step: Callable[..., Any],
+    *,
+    donate: bool = False,
+    backend: str | Callable[..., Any] | None = None,
+    mode: str | None = None,
+    dynamic: bool = False,
+    on_recompile: OnRecompile = "warn",
+) -> Compiled:
+    """``step`` as one graph: forward, backward, optimizer and traced callbacks.
+
+    A graph is made at the first call. Values never make a new one: counters and rates are tensors. Slots that only
+    the loop uses stay outside, so a callback of the loop can be added or removed without a new graph. What the step
+    reads beside its arguments, Python numbers of modules and closures, is as it was when the graph was made; tensors
+    are read anew.
+
+    Args:
+        step: From ``train_step``, ``eval_step``, or any pure function ``(state, batch) -> (state, output)``.
+        donate: Whether the new state is written over the old one, which costs the memory and the time of one state
+            less. The old state must not be read afterwards, and raises ``DonatedError`` if it is. What somebody else
+            holds of it, a parameter, a view, a dict of them, is copied first and stays as it is.
+        backend: By default the step is traced, and compiled by Inductor. A backend of ``torch.compile``, by name or
+            as a function, goes through Dynamo, which is slower by 30 to 60 us a call, and follows Python more closely.
+        mode: As ``torch.compile`` takes it; ``"reduce-overhead"`` replays CUDA graphs.
+        dynamic: Whether sizes are symbols: one slower graph for batches of many sizes. It goes through Dynamo.
+        on_recompile: What to do when a shape, a dtype or the structure of state or batch changes: make another graph
+            with a warning that says what changed, refuse with ``RecompileError``, or make it silently.
+
+    Raises:
+        TypeError: If the step is compiled already.
+        ValueError: If an argument is out of its range.
+        Exception: At the first call, if the step cannot be one graph, with what the compiler says of it. A step that
+            is wrong raises what it raises uncompiled.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: model(batch).mean(), tx)
+        >>> step = fx.compile(step, backend="aot_eager", donate=True)
+        >>> old = fx.init(torch.nn.Linear(2, 1), tx)
+        >>> state, output = step(old, torch.ones(4, 2))
+        >>> int(state.step)
+        1
+        >>> old.params
+        Traceback (most recent call last):
+        ...
+        fxtrain.core.donated.DonatedError: This state was donated to <step train_step(<lambda>), ...
+    """
+    if isinstance(step, Compiled):
+        raise TypeError(f"{step!r} is compiled already.")
+    if on_recompile not in ("warn", "error", "allow"):
+        raise ValueError(f"on_recompile={on_recompile!r}: 'warn', 'error' or 'allow' is wanted.")
+    pure = step if isinstance(step, Step | EvalFunction) else Step(step)
+    donate = donate and isinstance(pure, Step)
+    in_place = donate and backend is None and not dynamic
+    if backend is None and not dynamic:
+        compiler = functools.partial(compile_traced, mode=mode, in_place=in_place)
+        how = "inductor, traced"
+    else:
+        chosen = backend or "inductor"
+        compiler = functools.partial(compile_by_dynamo, backend=chosen, mode=mode, dynamic=dynamic)
+        how = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+    how = how if mode is None else f"{how}, {mode}"
+    options = {"donate": donate, "in_place": in_place, "dynamic": dynamic}
+
+    def twin() -> Compiled:
+        return compile(pure, donate=True, backend=backend, mode=mode, dynamic=dynamic, on_recompile=on_recompile)
+
+    return Compiled(pure, compiler, how=how, on_recompile=on_recompile, twin=twin, **options)

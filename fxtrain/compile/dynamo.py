@@ -1,0 +1,45 @@
+"""Dynamo: torch's public compiler, for backends other than our own way to Inductor, and for sizes that change."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compile.traced import Run
+from fxtrain.core import TrainState
+from fxtrain.step import EvalFunction, Step
+
+
+def compile_by_dynamo(
+    step: Step | EvalFunction,
+    state: TrainState,
+    batch: Any,
+    *,
+    backend: str | Callable[..., Any],
+    mode: str | None,
+    dynamic: bool,
+) -> Run:
+    """The step by ``torch.compile``, as one graph. Arguments as for ``compile_traced``."""
+    compiled = torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+    compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
+    state_structure, batch_structure = tree.structure(state), tree.structure(batch)
+
+    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        result = compiled(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
+        return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)
+
+    return run
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Dynamo keeps its graphs, and counts them against its limit of 8, by code object; a callable object it calls
+    # through one that all share. So the ninth step of a notebook would be refused.
+    def run(state: TrainState, batch: Any) -> Any:
+        return function(state, batch)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)

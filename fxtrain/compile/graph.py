@@ -1,0 +1,126 @@
+"""Graph: a step for one structure of state and batch, with all that has to be known to call it."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compile.ownership import is_foreign, is_sole, shared
+from fxtrain.compile.traced import Run
+from fxtrain.compile.walk import OtherStructureError, Walk, walk_like
+from fxtrain.core import TrainState, bury
+from fxtrain.core.state import build
+from fxtrain.step import EvalFunction, Step
+
+Kind = tuple[Any, ...]
+
+Found = tuple[list[Tensor], list[Any], list[Tensor], bool]
+"""The leaves and the containers of a state, the leaves of a batch, and whether the state's are those it wrote last."""
+
+
+class Graph:
+    """One compiled artefact.
+
+    Args:
+        step: What is compiled.
+        state: A state like those it is for.
+        batch: A batch like those it is for.
+        run: The artefact.
+        donate: Whether it takes the old state.
+        in_place: Whether it writes the new one over it.
+        dynamic: Whether it is for batches of any sizes.
+    """
+
+    def __init__(
+        self,
+        step: Step | EvalFunction,
+        state: TrainState,
+        batch: Any,
+        run: Run,
+        *,
+        donate: bool,
+        in_place: bool,
+        dynamic: bool,
+    ) -> None:
+        leaves, self._structure = tree.flatten(step.enter(state))
+        inputs, batch_structure = tree.flatten(batch)
+        self._step, self._run, self._donate, self._in_place = step, run, donate, in_place
+        self._is_step = isinstance(step, Step)
+        self._kinds_of_batch = loose_kinds if dynamic else kinds
+        self._kinds, self._batch_kinds = kinds(leaves), self._kinds_of_batch(inputs)
+        without = frozenset[str]() if isinstance(step, Step) else frozenset({"opt_state", "slots"})
+        slots = step.enters if isinstance(step, Step) else None
+        self._walk = walk_like(state, without=without, slots=slots) or _general(self._structure, step.enter)
+        self._walk_batch = walk_like(batch) or _general(batch_structure, lambda batch: batch)
+        self._seen: list[weakref.ref[Tensor]] = []  # the leaves it has written; they stay the same
+
+    def find(self, state: TrainState, batch: Any) -> Found | None:
+        """What to call it with; None if state or batch is of another kind."""
+        try:
+            leaves, containers = self._walk(state)
+            inputs, _ = self._walk_batch(batch)
+        except OtherStructureError:
+            return None
+        known = len(self._seen) > 0 and all(map(operator.is_, [seen() for seen in self._seen], leaves))
+        if self._kinds_of_batch(inputs) == self._batch_kinds and (known or kinds(leaves) == self._kinds):
+            return leaves, containers, inputs, known
+        return None
+
+    def __call__(
+        self, state: TrainState, leaves: list[Tensor], containers: list[Any], inputs: list[Tensor], known: bool
+    ) -> Any:
+        """The step, for what ``find`` found."""
+        if not self._in_place:
+            new, output = self._run(leaves, inputs)
+            if not self._is_step:
+                return output
+            result = self._state(state, new), output
+            if self._donate:
+                bury(state, repr(self._step))
+            return result
+        if known and is_sole(leaves, containers):
+            after = build(TrainState, state.__dict__)
+        else:
+            leaves = [
+                leaf.clone() if elsewhere or is_foreign(leaf) else leaf
+                for leaf, elsewhere in zip(leaves, shared(leaves, containers), strict=True)
+            ]
+            after = self._state(state, leaves)
+            self._seen = [weakref.ref(leaf) for leaf in leaves]
+        bury(state, repr(self._step))
+        _, output = self._run(leaves, inputs)
+        return after, output
+
+    def _state(self, old: TrainState, leaves: Sequence[Tensor]) -> TrainState:
+        new: TrainState = tree.unflatten(self._structure, leaves)
+        if len(new.slots) == len(old.slots):
+            return new
+        return build(TrainState, {**new.__dict__, "slots": {**old.slots, **new.slots}})
+
+
+def kinds(leaves: Sequence[Tensor]) -> list[Kind]:
+    """What a graph assumes of each tensor."""
+    return [(leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves]
+
+
+def loose_kinds(leaves: Sequence[Tensor]) -> list[Kind]:
+    """What a graph for any sizes assumes."""
+    return [(leaf.ndim, leaf.dtype, leaf.device) for leaf in leaves]
+
+
+def _general(structure: Any, enter: Callable[[Any], Any]) -> Walk:
+    """For nodes that no walk can be written for."""
+
+    def walk(node: Any) -> tuple[list[Any], list[Any]]:
+        leaves, found = tree.flatten(enter(node))
+        if found != structure:
+            raise OtherStructureError
+        # Nobody knows who holds what, so all of it counts as held elsewhere, and this list with it.
+        return leaves, [leaves]
+
+    return walk

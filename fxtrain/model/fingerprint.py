@@ -1,0 +1,54 @@
+"""Fingerprint: what of a module decides what it computes, beside its memory; two that are equal compute the same."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_MEMORY = ("_parameters", "_buffers", "_modules")
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), type),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(types.FunctionType, types.BuiltinFunctionType),
+)
+
+
+def fingerprint(root: nn.Module) -> Hashable:
+    """Types, names, ties, shapes and settings of all modules below ``root``.
+
+    Settings that cannot be compared by value are equal to nothing but themselves.
+    """
+    places: dict[int, int] = {}  # of a tensor: where it was met first, which tells ties
+    tensors = [
+        (name, tuple(value.shape), value.dtype, places.setdefault(id(value), len(places)))
+        for named in (root.named_parameters, root.named_buffers)
+        for name, value in named(remove_duplicate=False)
+    ]
+    modules = [
+        (name, type(module), _settings(vars(module))) for name, module in root.named_modules(remove_duplicate=False)
+    ]
+    return tuple(tensors), tuple(modules)
+
+
+class _Itself:
+    """Equal to nothing but itself."""
+
+
+def _settings(attributes: Mapping[str, Any]) -> Hashable:
+    return tuple((name, _comparable(value)) for name, value in sorted(attributes.items()) if name not in _MEMORY)
+
+
+def _comparable(value: Any) -> Hashable:
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_comparable, value))
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_comparable, value))
+    if isinstance(value, Mapping):
+        return type(value), tuple((_comparable(key), _comparable(inner)) for key, inner in value.items())
+    return _Itself()
