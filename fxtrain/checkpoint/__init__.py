@@ -1,4 +1,10 @@
-"""Checkpoints: a state on disk, whole, verified, and exact to the bit."""
+"""Checkpoints: a state on disk, whole, verified, and exact to the bit.
+
+A checkpoint is a folder: ``leaves.bin`` holds the bytes of all leaves, ``manifest.jsonl`` says which are whose, with a
+checksum of each, and what else has to be equal for a resumed run to be bitwise equal. ``save`` and ``restore`` are one
+checkpoint, ``checkpointer`` those of a run. ``from_orbax`` and ``to_orbax`` exchange trees with JAX programs;
+``fxtrain.state_dict`` and ``fxtrain.load_state_dict`` weights with those of torch.
+"""
 
 from fxtrain.checkpoint.checkpointer import Checkpointer as Checkpointer
 from fxtrain.checkpoint.checkpointer import Committed as Committed
