@@ -49,6 +49,10 @@ from fxtrain.core import StepFn as StepFn
 from fxtrain.core import StepOutput as StepOutput
 from fxtrain.core import TrainState as TrainState
 from fxtrain.core import Updated as Updated
+from fxtrain.explain import Explanation as Explanation
+from fxtrain.explain import explain as explain
+from fxtrain.finders import find_batch_size as find_batch_size
+from fxtrain.finders import lr_finder as lr_finder
 from fxtrain.fold import after as after
 from fxtrain.fold import at as at
 from fxtrain.fold import attach as attach

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -273,6 +273,18 @@ def take_back(writer: Any, step: int) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def try_all(*actions: Callable[[], Any]) -> None:
+    """Does every one, and raises the first error only then: what can be closed or flushed is."""
+    errors: list[Exception] = []
+    for act in actions:
+        try:
+            act()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ LAYERS = [
     {"model"},
     {"step", "callbacks", "writers", "observers", "checkpoint"},
     {"compile", "loop"},
+    {"explain", "finders"},
     {"testing", "cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,5 +1,7 @@
 """Observers: functions ``(state, event, control)`` that act on the world. They can change nothing."""
 
+from fxtrain.observers.memory import memory as memory
+from fxtrain.observers.profile import profile as profile
 from fxtrain.observers.progress import progress as progress
 from fxtrain.observers.required import required as required
 from fxtrain.observers.summary import summary as summary

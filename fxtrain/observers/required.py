@@ -29,5 +29,6 @@ def required(observer: Callable[..., None]) -> Callable[..., None]:
     result: Any = watched
     result.__name__ = name_of(observer)
     result.required = True
+    result.sees_logged = getattr(observer, "sees_logged", False)
     result.close = getattr(observer, "close", lambda: None)
     return result

@@ -18,7 +18,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
 )
-from fxtrain.values import HParams, hand_over, published, take_back
+from fxtrain.values import HParams, hand_over, published, take_back, try_all
 
 
 def write(
@@ -71,8 +71,13 @@ def write(
     return Write(writers, every, reduce, None if hparams is None else HParams(hparams), flush_seconds)
 
 
+Seen = FitBegin | StepEnd | EvalEnd | Rewound | Saved | Interrupted | FitEnd
+
+
 class Write:
     """Hands what is published to writers; made by ``write``."""
+
+    sees_logged = True
 
     def __init__(
         self, writers: tuple[Any, ...], every: int, reduce: str, hparams: HParams | None, flush_seconds: float
@@ -85,7 +90,7 @@ class Write:
         self._interval: list[StepEnd] = []  # steps that are not yet written
         self._flushed = 0.0
 
-    def __call__(self, state: TrainState | None, event: LoopEvent, control: Control) -> None:
+    def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         match event:
             case StepEnd():
                 self._step(event, control)
@@ -108,14 +113,7 @@ class Write:
 
     def close(self) -> None:
         """Writes what is left, and closes every writer; then the first error is raised."""
-        errors: list[Exception] = []
-        for act in (self._write_interval, *(writer.close for writer in self._writers)):
-            try:
-                act()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        try_all(self._write_interval, *(writer.close for writer in self._writers))
 
     def _step(self, event: StepEnd, control: Control) -> None:
         self._interval.append(event)

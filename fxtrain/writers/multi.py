@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxtrain.values import hand_over, take_back
+from fxtrain.values import hand_over, take_back, try_all
 
 
 def multi(*writers: Any) -> MultiWriter:
@@ -70,11 +70,4 @@ class MultiWriter:
 
     def close(self) -> None:
         """Closes every one; then the first error is raised."""
-        errors: list[Exception] = []
-        for writer in self._writers:
-            try:
-                writer.close()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        try_all(*(writer.close for writer in self._writers))

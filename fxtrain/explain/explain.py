@@ -1,0 +1,176 @@
+"""Explain: a step, looked at from all sides, on copies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fxtrain import tree
+from fxtrain.compile import Compiled, compile  # noqa: A004
+from fxtrain.compile.anew import anew
+from fxtrain.compile.changes import described
+from fxtrain.compile.traced import Run
+from fxtrain.core import TrainState
+from fxtrain.explain.breaks import found_by_dynamo, found_by_running, joined, refusal
+from fxtrain.explain.counts import counted, trace
+from fxtrain.explain.explanation import Explanation
+from fxtrain.fold import attach
+from fxtrain.loop.evaluate import to_device
+
+_WARM = 3  # calls before those that are measured
+
+
+def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: int = 30) -> Explanation:
+    """What a step is made of, what it costs, and what keeps it from being one graph.
+
+    It is traced, compiled once more, as ``step`` is or by the defaults of ``compile``, and called. All that happens to
+    copies: ``state``, ``batch`` and ``step`` stay as they are. It takes about as long as a first step.
+
+    What Python does while the step is traced, printing for example, happens once then, and never again.
+
+    Args:
+        step: From ``train_step`` or ``eval_step``, compiled or not; or any pure function of that signature.
+        state: From ``init``, or of a run.
+        batch: One batch.
+        calls: How many calls are measured. 0 compiles nothing and measures no time.
+
+    Returns:
+        A page of facts, to be shown or read field by field. A step that cannot be one graph is no error here: the
+        breaks say where, and what to do.
+
+    Raises:
+        ValueError: If ``calls`` is negative.
+        Exception: What the step raises uncompiled, if it does.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def loss_fn(model, batch):
+        ...     loss = model(batch).square().mean()
+        ...     if loss > 1:
+        ...         loss = loss.sqrt()
+        ...     return loss
+        >>> tx = fx.optim.sgd(0.1)
+        >>> state = fx.init(torch.nn.Linear(2, 1), tx)
+        >>> (found,) = fx.explain(fx.train_step(loss_fn, tx), state, torch.ones(4, 2), calls=0).breaks
+        >>> found.code
+        'if loss > 1:'
+        >>> better = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        >>> fx.explain(better, state, torch.ones(4, 2), calls=0)
+        Explanation of <step train_step(<lambda>), fires Microbatch, Gradients, Updated>
+          graphs      1, without a break (inductor, traced)
+          operations  ...
+          FLOPs       40.0: addmm 16.0, mm 24.0
+          state       58 B: params 12 B, opt_state 8 B, rest 38 B
+          ...
+    """
+    if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:
+        raise ValueError(f"calls={calls!r}: a whole number of calls, 0 or more, is wanted.")
+    like = step if isinstance(step, Compiled) else compile(step)
+    pure = like.step
+    state, batch = attach(state, pure).copy(), tree.clone(to_device(batch, state))
+    entered = pure.enter(state)
+    assumed, sizes = described(entered, batch), _sizes(state)  # before the copy is donated
+
+    counts, breaks, graphs = None, [], 1
+    try:
+        counts = counted(trace(pure, entered, batch))
+    except Exception as error:
+        # Run, a mistake of the step's own is raised in its own words.
+        breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0
+    if "traced" not in like.how:
+        graphs, breaks = found_by_dynamo(pure, entered, batch)
+
+    seconds: dict[str, float] = {}
+    first, kernels = None, None
+    if calls and breaks:
+        seconds = {"uncompiled": _uncompiled(pure, state, batch, calls)}
+    elif calls:
+        seconds, first, kernels = _compiled(like, state, batch, calls)
+    return Explanation(
+        step=repr(pure),
+        how=like.how,
+        graphs=graphs,
+        breaks=joined(breaks),
+        operations=counts.operations if counts else None,
+        kernels=kernels,
+        flops=counts.flops if counts else None,
+        state_bytes=sizes,
+        batch_bytes=_bytes(batch),
+        least_traffic=counts.least_traffic if counts else None,
+        most_traffic=counts.most_traffic if counts else None,
+        seconds=seconds,
+        first_seconds=first,
+        assumed=assumed,
+        varied=_varied([*like._known, assumed]),
+    )
+
+
+def _compiled(like: Compiled, state: TrainState, batch: Any, calls: int) -> tuple[dict[str, float], float, int | None]:
+    """Seconds by part, those of the first call, and how many kernels there are."""
+    from torch._inductor import metrics
+
+    device = state.step.device
+    graph_seconds: list[float] = []
+
+    def timed(run: Run) -> Run:
+        def timed_run(leaves: Any, inputs: Any) -> Any:
+            began = _now(device)
+            result = run(leaves, inputs)
+            graph_seconds.append(_now(device) - began)
+            return result
+
+        return timed_run
+
+    compiled = anew(like, timed)  # so that the graphs of the one that was given stay what they are
+    kernels = metrics.generated_kernel_count
+    first, state = _call(compiled, state, batch)
+    written = metrics.generated_kernel_count - kernels if "inductor" in like.how else None
+    whole_seconds: list[float] = []
+    for _ in range(_WARM + calls):
+        spent, state = _call(compiled, state, batch)
+        whole_seconds.append(spent)
+    whole, graph = statistics.median(whole_seconds[_WARM:]), statistics.median(graph_seconds[1 + _WARM :])
+    return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written
+
+
+def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: int) -> float:
+    spent: list[float] = []
+    for _ in range(calls):
+        seconds, state = _call(step, state, batch)
+        spent.append(seconds)
+    return statistics.median(spent)
+
+
+def _call(step: Callable[..., Any], state: TrainState, batch: Any) -> tuple[float, TrainState]:
+    """The seconds that a call took, and the state to go on with."""
+    device = state.step.device
+    began = _now(device)
+    result = step(state, batch)
+    spent = _now(device) - began
+    return spent, result[0] if isinstance(result, tuple) else state
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _varied(known: list[dict[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The leaves that were not alike, with all that they were."""
+    paths = {path: None for kinds in known for path in kinds}
+    found = {path: tuple(dict.fromkeys(kinds.get(path, "absent") for kinds in known)) for path in paths}
+    return {path: kinds for path, kinds in found.items() if len(kinds) > 1}
+
+
+def _sizes(state: TrainState) -> dict[str, int]:
+    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    return {**parts, "rest": _bytes(state) - sum(parts.values())}
+
+
+def _bytes(values: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(values))

@@ -1,0 +1,252 @@
+"""Explain: the numbers that can be worked out by hand, breaks at the lines of users, and that nothing moves."""
+
+import inspect
+
+import problem
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fxtrain as fx
+from fxtrain import testing, tree
+from fxtrain.compile.anew import anew
+from fxtrain.explain import Break, explain
+
+TX = fx.optim.sgd(0.1)
+
+
+def start(module=None):
+    return fx.init(torch.nn.Linear(4, 3) if module is None else module, TX)
+
+
+def square(model, batch):
+    return model(batch["x"]).square().mean()
+
+
+def line(function, part):
+    """The number of the line of a function in which something is written."""
+    lines, first = inspect.getsourcelines(function)
+    return first + next(index for index, text in enumerate(lines) if part in text)
+
+
+BATCH = {"x": torch.ones(8, 4)}
+
+
+class TestNumbers:
+    def test_flops_of_a_linear_layer(self):
+        found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
+        # Forward: 8 x 4 times 4 x 3. Backward: the gradient of the weight, 3 x 8 times 8 x 4; none of the input.
+        assert found.flops == {"addmm": 2 * 8 * 4 * 3, "mm": 2 * 3 * 8 * 4}
+
+    def test_flops_of_attention(self):
+        def attend(model, batch):
+            x = model(batch["x"]).reshape(1, 2, 8, 16)
+            return F.scaled_dot_product_attention(x, x, x).square().mean()
+
+        state, batch = start(torch.nn.Linear(16, 16)), {"x": torch.ones(16, 16)}
+        found = explain(fx.train_step(attend, TX), state, batch, calls=0)
+        attention = {name: count for name, count in found.flops.items() if "attention" in name or "bmm" in name}
+        forward = 2 * 2 * (2 * 8 * 8 * 16)  # two products for each of two heads
+        assert sum(attention.values()) >= 3 * forward  # backward takes twice as much, or more where it recomputes
+
+    def test_bytes_of_the_state_and_its_parts(self):
+        state = problem.start()
+        found = explain(problem.step(), state, problem.data()[0], calls=0)
+        assert sum(found.state_bytes.values()) == sum(leaf.nbytes for leaf in tree.leaves(state))
+        assert found.state_bytes["params"] == sum(leaf.nbytes for leaf in tree.leaves(state.params))
+        assert found.state_bytes["opt_state"] > 2 * found.state_bytes["params"]
+        assert found.batch_bytes == 8 * 4 * 4 + 8 * 4
+
+    def test_traffic_of_a_step_that_copies(self):
+        @fx.Step
+        def halve(state, batch):
+            return state.replace(params=state.params * 0.5), fx.StepOutput({"loss": batch.mean()})
+
+        state = fx.init(torch.ones(1000))
+        found = explain(halve, state, torch.ones(500), calls=0)
+        rest = 200  # flags, counters, the metric
+        assert 4000 + 4000 + 2000 <= found.least_traffic <= 4000 + 4000 + 2000 + rest
+        assert found.most_traffic > found.least_traffic
+
+    def test_operations_are_those_of_the_graph(self):
+        few = explain(fx.train_step(square, TX), start(), BATCH, calls=0).operations
+        more = explain(fx.train_step(square, TX, accumulate=2), start(), BATCH, calls=0).operations
+        assert 0 < few < more
+
+    def test_all_that_a_graph_assumes_is_listed(self):
+        state, step = start(), fx.train_step(square, TX)
+        found = explain(step, state, BATCH, calls=0)
+        assert found.assumed["batch['x']"] == "float32[8, 4] on cpu"
+        assert len(found.assumed) == len(tree.leaves(state)) + 1
+        assert found.varied == {}
+
+    def test_what_varied_is_told(self):
+        state, step = start(), fx.compile(fx.train_step(square, TX), backend="eager", on_recompile="allow")
+        step(state, {"x": torch.ones(5, 4)})
+        found = explain(step, state, BATCH, calls=0)
+        assert found.varied == {"batch['x']": ("float32[5, 4] on cpu", "float32[8, 4] on cpu")}
+        assert "batch['x']: float32[5, 4] on cpu, float32[8, 4] on cpu" in repr(found)
+
+
+class TestTime:
+    def test_the_parts_are_measured_on_the_compiled_step(self):
+        found = explain(fx.train_step(square, TX), start(), BATCH, calls=5)
+        assert set(found.seconds) == {"calling", "graph"}
+        assert all(spent > 0 for spent in found.seconds.values())
+        assert found.first_seconds > sum(found.seconds.values())
+        assert 0 < found.kernels <= found.operations
+        assert (found.graphs, found.breaks) == (1, ())
+
+    def test_a_slow_graph_has_the_larger_share(self):
+        def slow(graph, inputs):
+            def run(*args):
+                torch.ones(300, 300) @ torch.ones(300, 300)
+                return graph.forward(*args)
+
+            return run
+
+        quick = explain(fx.compile(fx.train_step(square, TX), backend="eager"), start(), BATCH, calls=15).seconds
+        found = explain(fx.compile(fx.train_step(square, TX), backend=slow), start(), BATCH, calls=15).seconds
+        assert found["graph"] > quick["graph"]
+
+    def test_without_calls_nothing_is_compiled(self):
+        found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
+        assert (found.seconds, found.first_seconds, found.kernels) == ({}, None, None)
+
+
+def branches(model, batch):
+    y = model(batch["x"])
+    if y.sum() > 0:
+        y = y * 2
+    return y.square().mean()
+
+
+def reads(model, batch):
+    return square(model, batch) * batch["x"].sum().item()
+
+
+def masks(model, batch):
+    y = model(batch["x"])
+    return y[y > -1e9].mean()
+
+
+def checks(model, batch):
+    assert (batch["x"] > 0).all()
+    return square(model, batch)
+
+
+def two(model, batch):
+    y = model(batch["x"])
+    scale = float(batch["x"].sum())
+    return y[y > -1e9].mean() * scale
+
+
+class TestBreaks:
+    @pytest.mark.parametrize(
+        ("loss_fn", "part", "reason"),
+        [
+            (branches, "if y.sum()", "Python reads the value of a tensor"),
+            (reads, ".item()", "Python reads the value of a tensor"),
+            (masks, "y[y >", "the shape of the result depends on values"),
+            (checks, "assert", "Python reads the value of a tensor"),
+        ],
+    )
+    def test_a_break_is_at_the_users_own_line(self, loss_fn, part, reason):
+        found = explain(fx.train_step(loss_fn, TX), start(), BATCH, calls=2)
+        (only,) = found.breaks
+        assert only.where == f"{__file__}:{line(loss_fn, part)} in {loss_fn.__name__}"
+        assert part in only.code
+        assert reason in only.reason
+        assert found.graphs == 0
+        assert set(found.seconds) == {"uncompiled"}
+        assert (found.flops, found.operations) == (None, None)
+        assert str(only) in repr(found)
+
+    def test_every_break_is_found_at_once(self):
+        breaks = explain(fx.train_step(two, TX), start(), BATCH, calls=0).breaks
+        scale, mask = (each.code for each in breaks)
+        assert scale.startswith("scale = float(")
+        assert mask.startswith("return y[y > ")
+
+    def test_a_break_in_a_callback(self):
+        def look(state, event: fx.Gradients):
+            return state, fx.Control(skip_update=bool(event.loss > 0), reason="positive")
+
+        (only,) = explain(fx.train_step(square, TX, callbacks=look), start(), BATCH, calls=0).breaks
+        assert only.where.endswith("in look")
+
+    def test_dynamo_counts_where_the_backend_is_its_own(self):
+        found = explain(fx.compile(fx.train_step(square, TX), backend="eager"), start(), BATCH, calls=0)
+        assert (found.graphs, found.breaks) == (1, ())
+        found = explain(fx.compile(fx.train_step(branches, TX), backend="eager"), start(), BATCH, calls=0)
+        (only,) = found.breaks
+        assert only.where == f"{__file__}:{line(branches, 'if y.sum()')} in branches"
+        assert "branching" in only.reason
+
+    def test_a_mistake_is_raised_in_its_own_words(self):
+        def wrong(model, batch):
+            return model(batch["y"]).mean()
+
+        with pytest.raises(KeyError, match="'y'"):
+            explain(fx.train_step(wrong, TX), start(), BATCH)
+
+    def test_a_break_nowhere_of_the_users(self):
+        assert str(Break("because")) == "because"
+
+
+class TestPure:
+    @pytest.mark.parametrize("how", ["uncompiled", "compiled", "donated", "refused"])
+    def test_nothing_that_was_given_moves(self, how):
+        state, batch = problem.start(), problem.data()[0]
+        step = problem.step() if how != "refused" else fx.train_step(lambda m, b: branches(m, b), problem.transform())
+        if how in ("compiled", "donated"):
+            step = fx.compile(step, backend="eager", donate=how == "donated")
+        leaves, copies = [*tree.leaves(state), *tree.leaves(batch)], [state.copy(), tree.clone(batch)]
+        versions, generator = [leaf._version for leaf in leaves], torch.random.get_rng_state()
+        explain(step, state, batch, calls=3 if how != "uncompiled" else 0)
+        assert [leaf._version for leaf in leaves] == versions
+        assert all(a is b for a, b in zip([*tree.leaves(state), *tree.leaves(batch)], leaves, strict=True))
+        testing.assert_equal(state, copies[0], "the state")
+        testing.assert_equal(batch, copies[1], "the batch")
+        assert torch.equal(torch.random.get_rng_state(), generator)
+        assert getattr(step, "graphs", 0) == 0
+
+    def test_a_copy_of_a_compiled_step_has_graphs_of_its_own(self):
+        state, step = start(), fx.compile(fx.train_step(square, TX), backend="eager", on_recompile="error")
+        step(state, BATCH)
+        copied = anew(step)
+        for size in (2, 3):
+            copied(state, {"x": torch.ones(size, 4)})  # silently
+        assert (step.graphs, copied.graphs) == (1, 2)
+        testing.assert_equal(copied(state, BATCH)[0], step(state, BATCH)[0], "the state")
+
+    def test_slots_need_not_be_there(self):
+        step = problem.step(callbacks=fx.callbacks.epoch_mean("loss"))
+        found = explain(step, problem.start(), problem.data()[0], calls=0)
+        assert found.state_bytes["slots"] > 0
+
+
+class TestShown:
+    def test_a_page_in_words_and_in_html(self):
+        found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
+        text = repr(found)
+        assert text.startswith("Explanation of <step train_step(square), fires Microbatch, Gradients, Updated>\n")
+        assert "\n  graphs      1, without a break (inductor, traced)\n" in text
+        assert "\n  FLOPs       384: addmm 192, mm 192\n" in text
+        assert "\n              batch['x']: float32[8, 4] on cpu" in text
+        assert found._repr_html_().startswith("<table><caption>Explanation of &lt;step train_step(square)")
+        assert "<td>384: addmm 192, mm 192</td>" in found._repr_html_()
+
+    def test_it_is_frozen(self):
+        found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
+        with pytest.raises(AttributeError):
+            found.graphs = 2
+
+    def test_an_evaluation_step(self):
+        found = explain(problem.eval_step, problem.start(), problem.data()[0], calls=0)
+        assert set(found.flops) == {"addmm"}
+        assert not any("opt_state" in path for path in found.assumed)
+
+    def test_what_it_refuses(self):
+        with pytest.raises(ValueError, match="calls=-1: a whole number of calls, 0 or more"):
+            explain(fx.train_step(square, TX), start(), BATCH, calls=-1)

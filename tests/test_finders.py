@@ -1,0 +1,321 @@
+"""Finders: what they find is right, and the state they were given is bitwise what it was."""
+
+import gc
+import math
+import subprocess
+import sys
+import weakref
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing, tree
+from fxtrain.finders import find_batch_size, lr_finder
+
+
+def injected(factory=fx.optim.adamw, rate=1e-3):
+    tx = fx.optim.inject_hyperparams(factory)(learning_rate=rate)
+    return fx.init(problem.module(), tx, seed=0), fx.train_step(problem.loss_fn, tx)
+
+
+TX = fx.optim.sgd(0.1)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def linear():
+    """A state and a step that take a batch of any size."""
+
+    def loss_fn(model, batch):
+        return model(batch["x"]).square().mean()
+
+    return fx.init(torch.nn.Linear(4, 1), TX), fx.train_step(loss_fn, TX)
+
+
+def batch(size):
+    return {"x": torch.ones(size, 4)}
+
+
+def find(largest, error=None, **options):
+    """What is found, and the sizes that were tried, where ``largest`` fits."""
+    state, step = linear()
+    limited = Limited(step, largest, error or OUT_OF_MEMORY)
+    return find_batch_size(state, limited, batch, **options), limited.tried
+
+
+class Unchanged:
+    """That all leaves are the very tensors that they were, unwritten, with the bits they had."""
+
+    def __init__(self, state):
+        self.state, self.leaves = state, tree.leaves(state)
+        self.versions, self.copy = [leaf._version for leaf in self.leaves], state.copy()
+        self.generator = torch.random.get_rng_state()
+
+    def check(self):
+        assert all(map(lambda a, b: a is b, tree.leaves(self.state), self.leaves))
+        assert [leaf._version for leaf in self.leaves] == self.versions
+        testing.assert_equal(self.state, self.copy, "the state")
+        assert torch.equal(torch.random.get_rng_state(), self.generator)
+
+
+class Limited:
+    """A step that runs out of memory above a size, as ``error`` says."""
+
+    def __init__(self, step, size, error):
+        self.step, self.size, self.error = step, size, error
+        self.tried = []
+
+    def __call__(self, state, batch):
+        size = len(batch["x"])
+        if size not in self.tried:
+            self.tried.append(size)
+        if size > self.size:
+            raise self.error
+        return self.step.function(state, batch)
+
+
+class TestBatchSize:
+    @pytest.mark.parametrize("largest", [1, 2, 3, 15, 16, 17, 37, 63, 64])
+    @pytest.mark.parametrize("start", [None, 1, 8, 64])
+    def test_it_is_the_largest_that_fits(self, largest, start):
+        found, _ = find(largest, start=start, limit=64)
+        assert found == largest
+
+    def test_it_doubles_and_then_halves(self):
+        assert find(21) == (21, [8, 16, 32, 24, 20, 22, 21])
+        assert find(5) == (5, [8, 4, 6, 5])
+        assert find(3, limit=2) == (2, [2])
+
+    @pytest.mark.parametrize(("limit", "found"), [(50, 48), (48, 48), (8, 8), (64, 56)])
+    def test_only_multiples_are_tried(self, limit, found):
+        got, tried = find(60, limit=limit, multiple=8)
+        assert got == found
+        assert all(size % 8 == 0 for size in tried)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OUT_OF_MEMORY,
+            MemoryError("Unable to allocate 8.00 GiB for an array"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ],
+    )
+    def test_all_ways_to_run_out_of_memory(self, error):
+        assert find(5, error, limit=8)[0] == 5
+
+    def test_a_failure_to_allocate_of_torch_itself(self):
+        def make(size):
+            torch.empty(2**60 if size > 3 else 1, dtype=torch.uint8)
+            return batch(size)
+
+        assert find_batch_size(*linear(), make, limit=8) == 3
+
+    def test_other_errors_are_raised(self):
+        with pytest.raises(RuntimeError, match="boom"):
+            find(2, RuntimeError("boom"))
+
+    def test_where_nothing_fits(self):
+        with pytest.raises(RuntimeError, match=r"Not even a batch of 1 fits into memory \(CUDA out of memory"):
+            find(0)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_the_state_is_as_it_was_and_nothing_is_left(self, compiled):
+        state, step = problem.start(), problem.step()
+        made = []
+
+        def make(size):
+            torch.empty(2**60 if size > 2 else 1, dtype=torch.uint8)
+            (made_now,) = problem.data(count=1, size=size)
+            made.append(weakref.ref(made_now["x"]))
+            return made_now
+
+        called = fx.compile(step, backend="eager", donate=True, on_recompile="error") if compiled else step
+        before = Unchanged(state)
+        assert find_batch_size(state, called, make, limit=4) == 2
+        before.check()
+        gc.collect()
+        assert len(made) == 2
+        assert not any(ref() is not None for ref in made)
+        assert not compiled or called.graphs == 0
+
+    def test_slots_of_the_step_need_not_be_there(self):
+        step = problem.step(callbacks=fx.callbacks.epoch_mean("loss"))
+        assert step.callbacks.slots
+        found = find_batch_size(problem.start(), step, lambda size: problem.data(count=1, size=size)[0], limit=2)
+        assert found == 2
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the memory of a process")
+    def test_a_real_limit_on_a_cpu(self):
+        code = (
+            "import resource, torch, fxtrain as fx\n"
+            "from fxtrain.finders import find_batch_size\n"
+            "torch.set_num_threads(1)\n"
+            "tx = fx.optim.sgd(0.1)\n"
+            "step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)\n"
+            "state = fx.init(torch.nn.Linear(8, 8), tx)\n"
+            "step(state, torch.ones(4, 8))\n"
+            "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, -1))\n"
+            "print(find_batch_size(state, step, lambda size: torch.ones(size, 8), start=2**16, multiple=2**16,\n"
+            "                      limit=2**26))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        # One row takes 32 bytes in the batch, and some more for what is computed of it: 2**28 bytes hold 8 Mi / k rows.
+        assert 2**18 <= int(done.stdout) < 2**23
+
+    def test_what_it_refuses(self):
+        with pytest.raises(ValueError, match="limit=0: a whole number, 1 or more"):
+            find_batch_size(problem.start(), problem.step(), batch, limit=0)
+        with pytest.raises(ValueError, match=r"start=12, .* multiple=8"):
+            find_batch_size(problem.start(), problem.step(), batch, start=12, multiple=8)
+        with pytest.raises(ValueError, match=r"at most limit=4\."):
+            find_batch_size(problem.start(), problem.step(), batch, start=8, limit=4)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_on_cuda(self):
+        tx = fx.optim.sgd(0.1)
+        state = fx.init(torch.nn.Linear(1024, 1024).cuda(), tx)
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        free, _ = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(0.02)
+        try:
+            found = find_batch_size(state, step, lambda size: torch.ones(size, 1024), start=1024, limit=2**26)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert 1024 <= found < 2**26
+        assert torch.cuda.mem_get_info()[0] >= free - 2**28
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_the_state_is_bitwise_untouched(self, compiled):
+        state, step = injected()
+        before = Unchanged(state)
+        called = fx.compile(step, backend="eager", donate=True, on_recompile="error") if compiled else step
+        found = lr_finder(state, called, problem.data(), steps=20)
+        before.check()
+        assert len(found.rates) <= 20
+        assert not compiled or called.graphs == 1
+
+    def test_it_is_a_function(self):
+        state, step = injected()
+        assert lr_finder(state, step, problem.data(), steps=20) == lr_finder(state, step, problem.data(), steps=20)
+
+    def test_the_rates_are_those_that_the_steps_used(self):
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        state = fx.init({"w": torch.tensor(0.0)}, tx)
+        step = fx.train_step(lambda model, batch: model["w"] * batch.mean(), tx)  # moves by the rate
+        found = lr_finder(state, step, [torch.ones(1)], low=1e-3, high=1e1, steps=5, factor=math.inf)
+        assert found.rates == pytest.approx([1e-3, 1e-2, 1e-1, 1e0, 1e1])
+        assert found.losses == pytest.approx([0, -1e-3, -1.1e-2, -1.11e-1, -1.111])
+
+    @pytest.mark.parametrize("curvature", [1e-2, 1.0, 1e2])
+    def test_the_suggestion_follows_the_curvature(self, curvature):
+        # Gradient descent on c w^2 / 2 falls for rates below 2 / c, and no faster than at 1 / c.
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        state = fx.init({"w": torch.tensor(1.0)}, tx)
+        step = fx.train_step(lambda model, batch: curvature * model["w"].square() / 2 * batch.mean(), tx)
+        found = lr_finder(state, step, [torch.ones(1)], low=1e-5, high=1e4, steps=200)
+        assert found.diverged
+        assert 0.01 / curvature < found.suggestion < 2 / curvature
+        assert 2 / curvature < found.rates[-1] < 1e3 / curvature
+
+    def test_it_stops_where_the_loss_diverges(self):
+        state, step = injected(fx.optim.sgd)
+        found = lr_finder(state, step, problem.data(), high=1e6, steps=100)
+        assert found.diverged
+        assert len(found.rates) == len(found.losses) < 100
+        assert found.suggestion < found.rates[-1] / 10
+
+    def test_it_ends_at_the_highest_rate_otherwise(self):
+        state, step = injected()
+        found = lr_finder(state, step, problem.data(), low=1e-6, high=1e-4, steps=10)
+        assert not found.diverged
+        assert len(found.rates) == len(found.losses) == len(found.smoothed) == 10
+        assert found.rates[0] == pytest.approx(1e-6)
+        assert found.rates[-1] == pytest.approx(1e-4)
+
+    def test_a_loss_that_is_not_finite_ends_it(self):
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        state = fx.init({"w": torch.tensor(0.0)}, tx)
+        step = fx.train_step(lambda model, batch: (model["w"] + 1).log() * batch.mean(), tx)
+        found = lr_finder(state, step, [torch.ones(1)], low=1e-2, high=1e2, steps=50)
+        assert found.diverged
+        assert not math.isfinite(found.losses[-1])
+        assert all(map(math.isfinite, found.smoothed))
+
+    def test_nothing_is_suggested_where_nothing_falls(self):
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        state = fx.init({"w": torch.tensor(0.0)}, tx)
+        step = fx.train_step(lambda model, batch: model["w"].square() * 0 + batch.mean(), tx)
+        found = lr_finder(state, step, [torch.ones(1)], steps=10)
+        assert (found.suggestion, found.diverged) == (None, False)
+        assert "none, as the loss fell nowhere" in repr(found)
+
+    def test_a_negative_loss_is_no_divergence(self):
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        state = fx.init({"w": torch.tensor(1.0)}, tx)
+        step = fx.train_step(lambda model, batch: model["w"].square() - 100 * batch.mean(), tx)
+        found = lr_finder(state, step, [torch.ones(1)], high=0.5, steps=50)
+        assert not found.diverged
+        assert 0.01 < found.suggestion <= 0.5
+
+    def test_a_stop_of_the_step_does_not_freeze_it(self):
+        def stop(state, event: fx.Gradients):
+            return state, fx.Control(stop=event.step > 2, reason="enough")
+
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        step = fx.train_step(problem.loss_fn, tx, callbacks=stop)
+        state = fx.init(problem.module(), tx)
+        losses = lr_finder(state, step, problem.data()[:1], low=1e-2, high=1e-1, steps=8).losses
+        assert len(set(losses)) == 8
+
+    def test_another_metric(self):
+        state, step = injected()
+        assert lr_finder(state, step, problem.data(), steps=5, metric="mae").losses[0] != pytest.approx(
+            lr_finder(state, step, problem.data(), steps=5).losses[0]
+        )
+        with pytest.raises(KeyError, match="metric='acc': the step measures 'loss', 'mae'"):
+            lr_finder(state, step, problem.data(), metric="acc")
+
+    def test_a_rate_that_cannot_be_set_is_an_error(self):
+        with pytest.raises(ValueError, match=r"cannot here\. No hyper-parameter 'learning_rate'(?s:.*)inject_hyperp"):
+            lr_finder(problem.start(), problem.step(), problem.data())
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=fx.schedules.cosine(1e-2, 10))
+        with pytest.raises(ValueError, match=r"cannot here\. learning_rate follows a schedule"):
+            lr_finder(fx.init(problem.module(), tx), fx.train_step(problem.loss_fn, tx), problem.data())
+
+    def test_what_it_refuses(self):
+        state, step = injected()
+        for wrong in ({"low": 0.0}, {"low": 1.0, "high": 0.1}, {"high": math.inf}):
+            with pytest.raises(ValueError, match="0 < low < high"):
+                lr_finder(state, step, problem.data(), **wrong)
+        with pytest.raises(ValueError, match="steps=4"):
+            lr_finder(state, step, problem.data(), steps=4)
+        with pytest.raises(ValueError, match="factor=1"):
+            lr_finder(state, step, problem.data(), factor=1)
+        with pytest.raises(ValueError, match="The data ended after 3 batches"):
+            lr_finder(state, step, iter(problem.data()), steps=10)
+
+    def test_data_goes_on_through_epochs_from_where_the_state_is(self):
+        seen = []
+
+        def loss_fn(model, batch):
+            seen.append(float(batch.mean()))
+            return model["w"] * batch.mean()
+
+        tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        state = fx.init({"w": torch.tensor(0.0)}, tx).replace(position=torch.tensor(1))
+        lr_finder(state, fx.train_step(loss_fn, tx), [torch.full((1,), float(i)) for i in range(3)], steps=5)
+        assert seen == [1.0, 2.0, 0.0, 1.0, 2.0]
+
+    def test_it_is_shown_in_words(self):
+        state, step = injected()
+        found = lr_finder(state, step, problem.data(), low=1e-6, high=1e-2, steps=20)
+        assert repr(found) == (
+            f"LearningRates: suggestion {found.suggestion:.2g}; 20 rates from 1e-06 to 0.01, until the highest rate"
+        )
+        assert found._repr_html_().startswith("<table><caption>LearningRates</caption>")
