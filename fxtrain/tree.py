@@ -90,10 +90,13 @@ def structure(tree: Any) -> PyTreeSpec:
 
 
 def where(condition: Tensor, tree: Any, other: Any) -> Any:
-    """Leaf by leaf, ``tree`` where ``condition`` (bool []) holds, and ``other`` elsewhere."""
+    """Leaf by leaf, ``tree`` where ``condition`` (bool []) holds, and ``other`` elsewhere.
+
+    A leaf that is the same tensor in both stays that tensor.
+    """
 
     def select(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(condition, a, b)
+        return a if a is b else torch.where(condition, a, b)
 
     return map(select, tree, other)
 

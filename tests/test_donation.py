@@ -302,15 +302,15 @@ class TestOwnership:
         state = going()
         walk = walk_like(state)
         leaves, containers = walk(state)
-        assert is_sole(leaves, containers)
+        assert is_sole(leaves, containers, range(len(leaves)))
         held = state.params
-        assert not is_sole(leaves, containers)
+        assert not is_sole(leaves, containers, range(len(leaves)))
         names = tree.paths(state, "state")
         exposed = {name for name, elsewhere in zip(names, shared(leaves, containers), strict=True) if elsewhere}
         assert exposed == {name for name in names if name.startswith("state.params")}
         del held
         gc.collect()
-        assert is_sole(leaves, containers)
+        assert is_sole(leaves, containers, range(len(leaves)))
 
     def test_a_walk_finds_the_leaves_in_order_and_other_structures(self):
         state = start()

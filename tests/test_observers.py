@@ -290,7 +290,20 @@ def test_required_marks_and_passes_everything_on():
 def test_each_observer_subscribes_to_what_it_needs():
     assert tuple(subscription(observers.summary())) == (FitBegin,)
     assert StepEnd in subscription(observers.progress())
-    assert {StepEnd, EvalStep, Rewound, FitBegin, Saved} <= set(subscription(observers.write(Recorder())))
+    assert {StepEnd, Rewound, FitBegin, Saved} <= set(subscription(observers.write(Recorder())))
+
+
+@pytest.mark.parametrize("wrap", [lambda observer: observer, observers.required])
+def test_what_is_logged_at_an_event_that_writing_does_not_see_is_written(wrap):
+    def note(state, event: fx.StepBegin):
+        return state, Control(log={"begun": event.step} if event.step == 2 else None)
+
+    recorder = Recorder()
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+    state = fx.init(torch.nn.Linear(1, 1), tx)
+    fx.fit(state, step, [torch.ones(4, 1)], steps=3, callbacks=note, observers=[wrap(observers.write(recorder))])
+    assert [point for point in recorder.points if point[2] == "begun"] == [("StepBegin", 2, "begun", 2)]
 
 
 def test_nothing_heavy_is_imported_and_summary_starts_no_backend_of_jax():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fxtrain.compile.changes import advice, changes, described
 from fxtrain.compile.dynamo import compile_by_dynamo
 from fxtrain.compile.graph import Graph
-from fxtrain.compile.traced import Run, compile_traced
+from fxtrain.compile.traced import Artefact, compile_traced
 from fxtrain.core import TrainState
 from fxtrain.fold import Composed
 from fxtrain.step import EvalFunction, Step
@@ -28,7 +28,7 @@ class Compiled:
     def __init__(
         self,
         step: Step | EvalFunction,
-        compiler: Callable[..., Run],
+        compiler: Callable[..., Artefact],
         *,
         how: str,
         on_recompile: OnRecompile,
@@ -87,12 +87,12 @@ class Compiled:
             why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {advice(kinds, self._known)}"
             if self._on_recompile == "error":
                 raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
-            warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=4)
+            warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=3)
         try:
-            run = self._compiler(self.step, entered, batch)
+            artefact = self._compiler(self.step, entered, batch)
         except Exception as error:
             raise self._explained(error, entered, batch) from error
-        graph = Graph(self.step, state, batch, run, **self._options)
+        graph = Graph(self.step, state, batch, artefact, **self._options)
         self._graphs.insert(0, graph)
         self._known.append(kinds)
         return graph

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compile.traced import Run
+from fxtrain.compile.traced import Artefact
 from fxtrain.core import TrainState
 from fxtrain.step import EvalFunction, Step
 
@@ -23,7 +23,7 @@ def compile_by_dynamo(
     backend: str | Callable[..., Any],
     mode: str | None,
     dynamic: bool,
-) -> Run:
+) -> Artefact:
     """The step by ``torch.compile``, as one graph. Arguments as for ``compile_traced``."""
     compiled = torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
     compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
@@ -33,7 +33,7 @@ def compile_by_dynamo(
         result = compiled(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
         return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)
 
-    return run
+    return Artefact(run, ())
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

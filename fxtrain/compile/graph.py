@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compile.ownership import is_foreign, is_sole, shared
-from fxtrain.compile.traced import Run
+from fxtrain.compile.traced import Artefact
 from fxtrain.compile.walk import OtherStructureError, Walk, walk_like
 from fxtrain.core import TrainState, bury
 from fxtrain.core.state import build
@@ -30,7 +30,7 @@ class Graph:
         step: What is compiled.
         state: A state like those it is for.
         batch: A batch like those it is for.
-        run: The artefact.
+        artefact: What was made of it.
         donate: Whether it takes the old state.
         in_place: Whether it writes the new one over it.
         dynamic: Whether it is for batches of any sizes.
@@ -41,7 +41,7 @@ class Graph:
         step: Step | EvalFunction,
         state: TrainState,
         batch: Any,
-        run: Run,
+        artefact: Artefact,
         *,
         donate: bool,
         in_place: bool,
@@ -49,7 +49,8 @@ class Graph:
     ) -> None:
         leaves, self._structure = tree.flatten(step.enter(state))
         inputs, batch_structure = tree.flatten(batch)
-        self._step, self._run, self._donate, self._in_place = step, run, donate, in_place
+        (self._run, self._written), self._donate, self._in_place = artefact, donate, in_place
+        self._taker = repr(step)
         self._is_step = isinstance(step, Step)
         self._kinds_of_batch = loose_kinds if dynamic else kinds
         self._kinds, self._batch_kinds = kinds(leaves), self._kinds_of_batch(inputs)
@@ -81,9 +82,9 @@ class Graph:
                 return output
             result = self._state(state, new), output
             if self._donate:
-                bury(state, repr(self._step))
+                bury(state, self._taker)
             return result
-        if known and is_sole(leaves, containers):
+        if known and is_sole(leaves, containers, self._written):
             after = build(TrainState, state.__dict__)
         else:
             leaves = [
@@ -92,7 +93,7 @@ class Graph:
             ]
             after = self._state(state, leaves)
             self._seen = [weakref.ref(leaf) for leaf in leaves]
-        bury(state, repr(self._step))
+        bury(state, self._taker)
         _, output = self._run(leaves, inputs)
         return after, output
 

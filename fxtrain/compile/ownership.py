@@ -8,6 +8,7 @@ that can be read afterwards.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,15 @@ _probe = torch.empty(1)
 _USES = max(1, _storage_uses(_probe.untyped_storage()._cdata))  # where torch cannot count, all is taken for shared
 
 
-def is_sole(leaves: list[Tensor], containers: list[Any]) -> bool:
-    """Whether nobody else holds any of these, which were reached from one state and are held by these two lists."""
+def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int]) -> bool:
+    """Whether nobody else holds any of these, which were reached from one state and are held by these two lists.
+
+    Views are looked for of the leaves that are to be written only.
+    """
     return (
         max(map(sys.getrefcount, leaves), default=0) <= _REFERENCES
         and max(map(sys.getrefcount, containers), default=0) <= _REFERENCES
-        and all([_storage_uses(leaf.untyped_storage()._cdata) == _USES for leaf in leaves])  # noqa: C419 - faster
+        and all([_storage_uses(leaf.untyped_storage()._cdata) == _USES for leaf in [leaves[i] for i in written]])  # noqa: C419 - faster
     )
 
 

@@ -2,83 +2,130 @@
 
 Dynamo reads bytecode, and guards at each call what it assumed of Python. A step is pure, so its inputs are all there is
 to assume: their structure, shapes, strides, dtypes and devices, which the caller checks. That takes half of the time of
-a small step away, and a third of the time of compiling. The one module that uses these torch interfaces.
+a small step away, and a third of the time of compiling. The one module, with ``ahead``, that uses these torch
+interfaces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.compile.ahead import compile_ahead
+from fxtrain.compile.assembly import assembler
 from fxtrain.core import TrainState
 from fxtrain.step import EvalFunction, Step
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any]]
 """From the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
 
+AHEAD = "ahead-of-time"
+
+# What is asserted at each call of an artefact about the sizes of its inputs is what the caller has just checked, and
+# takes a fifth of the time of a small step.
+_UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
+
+
+class Artefact(NamedTuple):
+    """What a compiler made of a step."""
+
+    run: Run
+    written: Sequence[int]  # the leaves of the state that it writes over, where it works in place
+
 
 def compile_traced(
     step: Step | EvalFunction, state: TrainState, batch: Any, *, mode: str | None, in_place: bool
-) -> Run:
+) -> Artefact:
     """The step as one graph.
 
     Args:
         step: What to compile.
         state: What enters of a state. Only structure, shapes, strides, dtypes and devices matter.
         batch: Likewise.
-        mode: As ``torch.compile`` takes it.
+        mode: As ``compile`` takes it.
         in_place: Whether the new state's leaves are written over the old one's; then none are returned.
     """
     # Imported when used: they are a third of what importing torch takes.
-    import torch._inductor as inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
     count = len(leaves)
+    changed: list[int] = []
     output_structure: Any = None
 
     def flat(*tensors: Tensor) -> list[Tensor]:
-        nonlocal output_structure
+        nonlocal changed, output_structure
         old = tensors[:count]
         result: Any = step(tree.unflatten(state_structure, old), tree.unflatten(batch_structure, tensors[count:]))
         moved, output = result if isinstance(step, Step) else ((), result)
         new: list[Tensor] = tree.leaves(moved)
         outputs, output_structure = tree.flatten(output)
-        values = _apart([*new, *outputs], tensors, keep=old[: len(new)])
+        changed = [index for index, leaf in enumerate(new) if leaf is not old[index]]
+        values = _apart([*(new[index] for index in changed), *outputs], tensors)
         if not in_place:
             return values
-        for leaf, value in zip(old, values, strict=False):
-            if leaf is not value:
-                leaf.copy_(value)
-        return values[count:]
+        for index, value in zip(changed, values, strict=False):
+            old[index].copy_(value)
+        return values[len(changed) :]
 
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+    call = _compiled(graph, [*leaves, *inputs], mode)
+    assemble = assembler(output_structure)
+
+    if in_place or not isinstance(step, Step):
+
+        def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+            return (), assemble(call([*leaves, *inputs]))
+    else:
+        returned = len(changed)
+
+        def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+            values = call([*leaves, *inputs])
+            new = list(leaves)
+            for index, value in zip(changed, values, strict=False):
+                new[index] = value
+            return new, assemble(values[returned:])
+
+    return Artefact(run, changed if in_place else ())
+
+
+def _compiled(graph: Any, examples: list[Tensor], mode: str | None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """A function of a list of tensors, which it may empty."""
+    import torch._inductor as inductor
+    from torch._inductor import config
+
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    options = {} if mode is None else {"config_patches": inductor.list_mode_options(mode)}
-    artefact = inductor.standalone_compile(graph, fakes, dynamic_shapes="from_example_inputs", options=options)
-    returned = count if isinstance(step, Step) and not in_place else 0
+    options: dict[str, Any] = {} if mode in (None, AHEAD) else dict(inductor.list_mode_options(mode))
+    if _is_torch_alone(graph):
+        options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
+    if mode == AHEAD:
+        return compile_ahead(graph, examples, options)
+    artefact = inductor.standalone_compile(
+        graph, fakes, dynamic_shapes="from_example_inputs", options={"config_patches": options}
+    )
+    return lambda tensors: artefact(*tensors)
 
-    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        values = artefact(*leaves, *inputs)
-        return values[:returned], tree.unflatten(output_structure, values[returned:])
 
-    return run
+def _is_torch_alone(graph: Any) -> bool:
+    """Whether all operations are torch's own: what somebody else registered may return other sizes than it said."""
+    return all(
+        node.target.namespace in ("aten", "prims")
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
 
 
-def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor], keep: Sequence[Tensor]) -> list[Tensor]:
-    """The values, each in memory of its own: what is a view of an input would change with it.
-
-    Value ``i`` may be ``keep[i]`` itself: a leaf that stays what it was.
-    """
+def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The values, each in memory of its own: what is a view of an input would change with it."""
     taken = {_memory(leaf) for leaf in inputs}
     out: list[Tensor] = []
-    for index, value in enumerate(values):
-        same = index < len(keep) and value is keep[index]
-        out.append(value if same or _memory(value) not in taken else value.clone())
+    for value in values:
+        out.append(value.clone() if _memory(value) in taken else value)
         taken.add(_memory(value))
     return out
 

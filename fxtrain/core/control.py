@@ -100,8 +100,11 @@ class Control:
             _ask(asked, "rewind", rewind, reason)
         if not final_save and "stop" in asked:
             asked["unsaved"] = asked["stop"]
-        logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
-        _fill(self, asked, logged)
+        if asked:
+            object.__setattr__(self, "_asked", asked)
+        if log:
+            logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()}
+            object.__setattr__(self, "log", logged)
 
     @property
     def stop(self) -> Mapping[str, Flag]:
@@ -140,12 +143,16 @@ class Control:
         """The kinds that are asked for, under whatever flags."""
         return tuple(self._asked)
 
+    def __bool__(self) -> bool:
+        """Whether anything is asked for or logged, under whatever flags."""
+        return bool(self._asked or self.log)
+
     def __or__(self, other: Control) -> Control:
         if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]
             return NotImplemented
-        if not other._asked and not other.log:
+        if not other:
             return self
-        if not self._asked and not self.log:
+        if not self:
             return other
         for name, entry in other.log.items():
             if name in self.log:
@@ -160,7 +167,7 @@ class Control:
 
     def owned(self, owner: str) -> Control:
         """The same requests; a value without an owner, or a request without a reason, gets this name."""
-        if not self._asked and not self.log:
+        if not self:
             return self
         asked = {
             kind: {reason or f"asked by {owner}": flag for reason, flag in reasons.items()}
@@ -206,6 +213,11 @@ class Control:
         if self.log:
             shown.append(f"log={ {name: entry.value for name, entry in self.log.items()} }")
         return f"Control({', '.join(shown)})"
+
+
+# What a control that asks for nothing has, without being given it: most are such, and some are made at each step.
+Control._asked = {}  # pyright: ignore[reportPrivateUsage]
+Control.log = {}
 
 
 def _fill(control: Control, asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:

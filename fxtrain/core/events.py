@@ -101,6 +101,13 @@ class LoopEvent:
         return None if self.epoch_length is None else self.position / self.epoch_length
 
 
+def event_of(kind: type[Any], fields: dict[str, Any]) -> Any:
+    """An event of this type, made past ``__init__``, which sets each field by a call: there are some at each step."""
+    event = object.__new__(kind)
+    event.__dict__.update(fields)
+    return event
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochBegin(LoopEvent):
     """An epoch begins. Trajectory."""

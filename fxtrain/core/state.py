@@ -134,8 +134,11 @@ def build(cls: type[Any], fields: dict[str, Any]) -> Any:
     # Past __init__ and its check of every leaf: transforms put shapes, specs and sentinels in the place
     # of tensors, and `replace` has checked what changed.
     state = object.__new__(cls)
-    for name, value in fields.items():
-        object.__setattr__(state, name, value)
+    if torch.compiler.is_dynamo_compiling():
+        for name, value in fields.items():
+            object.__setattr__(state, name, value)
+    else:  # three times as fast, and unknown to Dynamo
+        state.__dict__.update(fields)
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -195,11 +196,15 @@ class Listed(Source):
             raise ValueError("The list of batches is empty.")
         self.items = items
         self.epoch_length = len(items)
-        for position in range(len(items)):  # to refuse what does not fit now, and not in the middle of a run
-            self[position]
+        # All now, to refuse what does not fit before the run and not in its middle.
+        self._batches = [super(Listed, self).__getitem__(position) for position in range(len(items))]
 
     def fetch(self, position: int) -> Any:
         return self.items[position % self.epoch_length]
+
+    def __getitem__(self, position: int) -> Any:
+        position = operator.index(position)
+        return self._batches[position % self.epoch_length] if position >= 0 else super().__getitem__(position)
 
 
 def sequence(items: Sequence[Any], *, dynamic: bool = False) -> Source:

@@ -59,6 +59,7 @@ class Source:
     def __init__(self, *, free: int = 0) -> None:
         self.free = free
         self._like: tuple[int, Any] | None = None  # a position, and its batch without values
+        self._usual: Any = None  # its structure, shapes and dtypes: most batches are told by these
         self._short: int | None = None  # the position of a short batch, while nobody knows whether an epoch ends there
 
     def fetch(self, position: int) -> Any:
@@ -72,7 +73,10 @@ class Source:
         position = operator.index(position)
         if position < 0:
             raise ValueError(f"Position {position}: positions start at 0 and run on through the epochs.")
-        batch = as_tensors(self.fetch(position))
+        batch = self.fetch(position)
+        if self._short is None and _kind(batch) == self._usual:
+            return batch
+        batch = as_tensors(batch)
         self._compare(batch, position)
         return batch
 
@@ -100,7 +104,7 @@ class Source:
                 f"its epoch: {_REMEDY}"
             )
         if self._like is None:
-            self._like = (position, _without_values(batch))
+            self._like, self._usual = (position, _without_values(batch)), _kind(batch)
             return
         like_position, like = self._like
         loose = length is None or _ends_epoch(position, length) or _ends_epoch(like_position, length)
@@ -113,7 +117,8 @@ class Source:
         if length is None:
             self._short = position
         elif _ends_epoch(like_position, length):
-            self._like = (position, _without_values(batch))  # that one was short, and this is the usual size
+            # That one was short, and this is the usual size.
+            self._like, self._usual = (position, _without_values(batch)), _kind(batch)
 
 
 class Mapped(Source):
@@ -227,6 +232,11 @@ _REMEDY = (
 
 def _ends_epoch(position: int, length: int | None) -> bool:
     return length is not None and (position + 1) % length == 0
+
+
+def _kind(batch: Any) -> tuple[Any, list[Any]]:
+    leaves, structure = tree.flatten(batch)
+    return structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _without_values(batch: Any) -> Any:

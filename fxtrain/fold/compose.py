@@ -115,12 +115,17 @@ class Composed:
         total = Control()
         for handler in handlers:
             before = state
-            state, control = checked(handler, event, handler.function(state, event))
-            if state is not before:
-                _refuse_overreach(handler, kind, before, state)
-            if control.kinds:
+            result = handler.function(state, event)
+            # Most callbacks change nothing at most events, and are to cost nothing more than their call then.
+            if type(result) is tuple and len(result) == 2 and result[0] is state and type(result[1]) is Control:
+                control = result[1]
+            else:
+                state, control = checked(handler, event, result)
+                if state is not before:
+                    _refuse_overreach(handler, kind, before, state)
+            if control:
                 _refuse_unaskable(handler, kind, control)
-            total = total | control.owned(handler.name)
+                total = total | control.owned(handler.name)
         return state, total
 
     def __repr__(self) -> str:

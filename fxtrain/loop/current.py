@@ -20,6 +20,8 @@ class Difference(NamedTuple):
     @classmethod
     def between(cls, old: TrainState, new: TrainState) -> Difference:
         """From ``new`` to ``old``."""
+        if new is old:
+            return cls({}, {}, tuple(old.slots))
         changed = {name: was for name in FIELDS if (was := getattr(old, name)) is not getattr(new, name)}
         changed.pop("slots", None)
         slots = {name: was for name, was in old.slots.items() if new.slots.get(name) is not was}
@@ -27,6 +29,8 @@ class Difference(NamedTuple):
 
     def undo(self, state: TrainState) -> TrainState:
         """The older state."""
+        if not self.fields and not self.slots and len(state.slots) == len(self.names):
+            return state
         return state.replace(**self.fields, slots={name: {**state.slots, **self.slots}[name] for name in self.names})
 
 
@@ -76,7 +80,8 @@ class Current:
         where nobody else has it."""
         if isinstance(branch.state, Difference):
             return branch
-        return branch._replace(state=Difference.between(branch.state, self.state))
+        _, due, unread, why, step, position = branch
+        return Branch(Difference.between(branch.state, self.state), due, unread, why, step, position)
 
     def set(self, **changes: Any) -> None:
         """Changes what is due, on both sides."""

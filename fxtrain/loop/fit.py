@@ -107,7 +107,7 @@ def fit(
         eval_when=eval_when,
         epochs=epochs,
         steps=steps,
-        observers=(*observers, history.record),
+        observers=observers,
         checkpointer=checkpointer,
         resume=resume,
         keep_every=keep_every,
@@ -115,8 +115,9 @@ def fit(
         rewind_limit=rewind_limit,
         lag=lag,
         clock=clock,
+        every_event=False,
     )
-    run = Run(state, step, data, plan)
+    run = Run(state, step, data, plan, history)
     for _ in run.moments():
         pass
     return Result(run.state, run.last, run.reason, history, run.exit_code)
@@ -143,7 +144,7 @@ def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any
     arguments = inspect.signature(fit).bind(state, step, data, **options)
     arguments.apply_defaults()
     options = {name: value for name, value in arguments.arguments.items() if name not in ("state", "step", "data")}
-    return Run(state, step, data, _plan(**options)).moments()
+    return Run(state, step, data, _plan(**options, every_event=True), History()).moments()
 
 
 def _plan(

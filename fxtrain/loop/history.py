@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from fxtrain.core import Control, EvalEnd, Rewound, StepEnd, TrainState
+from fxtrain.core import Control, EvalEnd, Rewound, StepEnd
 from fxtrain.values import published
 
 _TOGETHER = 256  # events between two readings of the device
@@ -26,7 +26,7 @@ class History(Mapping[str, Series]):
     Example:
         >>> from fxtrain import Control, EvalEnd, TrainState
         >>> history = History()
-        >>> history.record(None, EvalEnd(step=10, metrics={"loss": 0.5}), Control())
+        >>> history.record(EvalEnd(step=10, metrics={"loss": 0.5}), Control())
         >>> history["eval/loss"].values.tolist()
         [0.5]
     """
@@ -35,18 +35,31 @@ class History(Mapping[str, Series]):
         self._points: dict[str, tuple[list[int], list[float]]] = {}
         self._unread: list[tuple[Any, Control]] = []
 
-    def record(self, state: TrainState | None, event: Any, control: Control) -> None:
-        """Adds what an event published. An observer."""
-        if isinstance(event, StepEnd | EvalEnd):
+    ALWAYS: ClassVar[frozenset[type[Any]]] = frozenset({StepEnd, EvalEnd, Rewound})
+    """The events that matter here even where nobody logs anything."""
+
+    def record(self, event: Any, control: Control) -> None:
+        """Adds what an event published.
+
+        Args:
+            event: With numbers for metrics.
+            control: What was asked at it.
+        """
+        kind = type(event)
+        if kind is StepEnd or kind is EvalEnd:
+            if type(event.metrics) is dict and not self._unread:
+                self._add(event.step, published(event, control))
+                return
             # Read some at a time, so that the loop need not wait for the device at each step.
             self._unread.append((event, control))
             if len(self._unread) >= _TOGETHER:
                 self._read()
-        elif isinstance(event, Rewound):
+        elif kind is Rewound:
             self._read()
             self._forget_after(event.to_step)
             self._add(event.to_step, published(event, control))
-        elif values := published(event, control):
+        elif control.log:
+            values = published(event, control)
             self._read()
             self._add(event.step, values)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import metrics
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Control, Logged, Saved, TrainState
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Control, Logged, Saved, TrainState, event_of
 from fxtrain.fold.subscription import name_of, subscription
+from fxtrain.loop.history import History
+from fxtrain.values import try_all
 
 
 class Publisher:
@@ -24,26 +26,38 @@ class Publisher:
 
     Args:
         observers: Functions ``(state, event, control) -> None``. The second parameter's annotation subscribes;
-            without one an observer sees every event of the loop.
+            without one an observer sees every event of the loop. One with ``sees_logged = True`` sees any other
+            event too, where something was logged at it.
+        history: What records all that is published.
     """
 
-    def __init__(self, observers: Iterable[Callable[..., None]]) -> None:
-        self._observers = [(observer, _events(observer)) for observer in observers]
+    def __init__(self, observers: Iterable[Callable[..., None]], history: History) -> None:
+        self._observers = list(observers)
+        self._history = history
+        self._seeing: dict[type[Any], list[Callable[..., None]]] = {}
+        for observer in self._observers:
+            for kind in _events(observer):
+                self._seeing.setdefault(kind, []).append(observer)
+        self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
+
+    def is_seen(self, kind: type[Any]) -> bool:
+        """Whether somebody sees events of this type, also where no callback does."""
+        return kind in History.ALWAYS or bool(self._seeing.get(kind))
 
     def __call__(self, state: TrainState, event: Any, control: Control) -> None:
         kind = type(event)
-        seeing = [pair for pair in self._observers if kind in pair[1]]
-        if not seeing:
-            return
         on_host, published = host(event, control)
-        for pair in seeing:
-            observer = pair[0]
+        self._history.record(on_host, published)
+        seeing = self._seeing.get(kind, ())
+        if published.log and self._wanting_logs:
+            seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
+        for observer in tuple(seeing):
             try:
                 observer(state, on_host, published)
             except Exception as error:
                 if getattr(observer, "required", False):
                     raise
-                self._observers.remove(pair)
+                self._drop(observer)
                 with contextlib.suppress(Exception):
                     _close(observer)
                 warnings.warn(
@@ -55,14 +69,11 @@ class Publisher:
 
     def close(self) -> None:
         """Closes the observers that can be closed. Every one is tried, then the first error is raised."""
-        errors: list[Exception] = []
-        for observer, _ in self._observers:
-            try:
-                _close(observer)
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        try_all(*(functools.partial(_close, observer) for observer in self._observers))
+
+    def _drop(self, observer: Callable[..., None]) -> None:
+        for observers in (self._observers, self._wanting_logs, *self._seeing.values()):
+            observers[:] = [other for other in observers if other is not observer]
 
 
 class _Late(Mapping[str, Any]):
@@ -86,6 +97,9 @@ class _Late(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._all())
 
+    def items(self) -> ItemsView[str, Any]:
+        return self._all().items()
+
     def __repr__(self) -> str:
         return repr(self._all())
 
@@ -93,13 +107,28 @@ class _Late(Mapping[str, Any]):
 def host(event: Any, control: Control) -> tuple[Any, Control]:
     """The event with its metrics as floats, and the log with floats and without what its flag holds back.
 
-    Both are read when they are looked at: where nobody does, the loop does not wait for the device.
+    What is on a device is read when it is looked at: where nobody does, the loop does not wait for it.
     """
-    if hasattr(event, "metrics") and not isinstance(event, Saved):  # those are on the host already
-        event = dataclasses.replace(event, metrics=_Late(lambda measured=event.metrics: _floats(measured)))
+    fields = vars(event)
+    if "metrics" in fields and type(event) is not Saved:  # those are on the host already
+        measured = fields["metrics"]
+        numbers = _at_once(measured)
+        if numbers is None:
+            numbers = _Late(functools.partial(_floats, measured))
+        event = event_of(type(event), {**fields, "metrics": numbers})
     if control.log:
-        control = control.with_log(_Late(lambda log=control.log: _raised(log)))
+        control = control.with_log(_Late(functools.partial(_raised, control.log)))
     return event, control
+
+
+def _at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The numbers, where nobody has to wait for them."""
+    numbers: dict[str, Any] = {}
+    for name, value in measured.items():
+        if not (isinstance(value, Tensor) and value.is_cpu and value.ndim == 0):
+            return None
+        numbers[name] = value.item()
+    return numbers
 
 
 def _floats(measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,11 +36,13 @@ from fxtrain.core import (
     StepBegin,
     StepEnd,
     TrainState,
+    event_of,
 )
 from fxtrain.data import Exhausted, adapt
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.loop.current import Current
 from fxtrain.loop.evaluate import measure, to_device
+from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts
 from fxtrain.loop.publish import Publisher
 from fxtrain.loop.saving import Saving
@@ -53,6 +55,8 @@ Moments = Generator[Moment, None, Any]
 
 EVALUATED = "evaluated"  # slot: the last evaluation's metrics and step, for the save that follows it
 REWINDS = "rewinds"  # slot: int64 [n, 2], how often (second column) the run went back to which step (first)
+_NOTHING = Control()
+
 DATA = "data"  # slot: uint8 [n], where a source of data that keeps its own place is
 
 
@@ -73,22 +77,24 @@ class Plan:
     rewind_limit: int
     lag: int | None
     clock: Callable[[], float]
+    every_event: bool  # whether those are made, and yielded, too that nobody sees
 
 
 class Run:
     """One session of the loop: ``moments`` drives it, and ``state``, ``last`` and ``reason`` say how it ended."""
 
-    def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan) -> None:
+    def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
         self.plan = plan
         given: Any = step if hasattr(step, "fires") else Step(step)
         refuse_unserved(plan.callbacks, given)
         # The loop owns its state, so a compiled step may write the next one over it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
         self._donates = self.step is not given or getattr(given, "donates", False)
-        self._publish = Publisher(plan.observers)
+        self._publish = Publisher(plan.observers, history)
         self._interrupts = Interrupts()
         self._take_step = self._interrupts.leaving_compilation(self.step)
 
+        self._in_step = as_composed(self.step).traced_slots
         state = attach(attach(state, plan.callbacks), self.step)
         self._saving = Saving(plan.checkpointer, getattr(self.step, "how", "nothing"))
         self._restored = self._saving.restored(state) if plan.resume else None
@@ -217,7 +223,9 @@ class Run:
         if batch is None:
             return
         served = now.state.slots
-        asked = yield from self._fire(StepBegin, step=now.step + 1, batch=batch)
+        asked = _NOTHING
+        if self._is_seen(StepBegin):
+            asked = yield from self._fire(StepBegin, step=now.step + 1, batch=batch)
         if asked.any("skip_batch"):
             now.move_to(now.position + 1)
             self._end_epoch_if_over()
@@ -225,7 +233,7 @@ class Run:
         if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
             return  # the step is not taken; should the run go on, the batch comes again
         # What only the loop uses is not given to the step.
-        outside = {name: memory for name, memory in served.items() if name not in as_composed(self.step).traced_slots}
+        outside = {name: memory for name, memory in served.items() if name not in self._in_step}
         del served
         self._root = now.thin(self._root)
         given = now.state
@@ -399,17 +407,24 @@ class Run:
     def _fire(self, kind: type[Any], *, also: Control | None = None, step: int | None = None, **fields: Any) -> Moments:
         """Folds an event, joins what was asked, publishes and yields it; returns what was asked."""
         now, plan = self._now, self.plan
+        if not self._is_seen(kind):
+            control = also or _NOTHING
+            now.ask(control)
+            return control
         time = plan.clock() - self._start
-        event = kind(
-            step=now.step if step is None else step,
-            position=now.position,
-            epoch_length=self.data.epoch_length,
-            total_steps=plan.steps,
-            total_epochs=plan.epochs,
-            time=time,
-            previous_time=self._times.get(kind, 0.0),
-            data_wait=self._data_wait,
-            **fields,
+        event = event_of(
+            kind,
+            {
+                "step": now.step if step is None else step,
+                "position": now.position,
+                "epoch_length": self.data.epoch_length,
+                "total_steps": plan.steps,
+                "total_epochs": plan.epochs,
+                "time": time,
+                "previous_time": self._times.get(kind, 0.0),
+                "data_wait": self._data_wait,
+                **fields,
+            },
         )
         self._times[kind] = time
         now.state, control = plan.callbacks(now.state, event)
@@ -418,6 +433,9 @@ class Run:
         self._publish(now.state, event, control)
         yield now.state, event, control
         return control
+
+    def _is_seen(self, kind: type[Any]) -> bool:
+        return self.plan.every_event or kind in self.plan.callbacks.table or self._publish.is_seen(kind)
 
 
 def refuse_unserved(callbacks: Composed, step: Any) -> None:

@@ -64,7 +64,10 @@ class Step:
         stopped = state.due.stop
         # A step that is not taken asks for nothing.
         control = on_device(output.control, stopped.device).given(~stopped)
-        due = state.due._replace(stop=stopped | control.any("stop"), unsaved=state.due.unsaved | control.any("unsaved"))
+        due = state.due
+        if "stop" in control.kinds:
+            unsaved = due.unsaved | control.any("unsaved") if "unsaved" in control.kinds else due.unsaved
+            due = due._replace(stop=stopped | control.any("stop"), unsaved=unsaved)
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs)

@@ -91,7 +91,9 @@ def train_step(
         control = _followed(control, asked)
 
         moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx)
-        skipped = torch.as_tensor(control.any("skip_update"), device=number.device)
+        skip = control.any("skip_update")
+        # Filled and not torch.tensor(...), which would be an input of the graph even where nobody reads it.
+        skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
         state = _where_not(skipped, moved, state) if "skip_update" in control.kinds else moved
         state, asked = folded(
             state,
