@@ -1,0 +1,89 @@
+"""All benchmarks, and the report: ``python -m benchmarks`` writes ``benchmarks/RESULTS.md``.
+
+A part of them is printed, and a quick run, which only shows in a few minutes that all works:
+
+    python -m benchmarks --only tiny_mlp,overhead --rounds 5
+    python -m benchmarks --quick
+
+On a machine that does nothing else: children that wait cost nothing, other people's processes do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks import contestants, ensemble, first_step, overhead, workloads
+from benchmarks.race import Outcome, race
+from benchmarks.report import report
+from benchmarks.workloads import workload
+
+RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
+OTHERS = ("overhead", "first_step", "ensemble", "checkpoint")
+QUICK = (contestants.FXTRAIN, contestants.EAGER, contestants.FLAX)
+
+
+def main() -> None:
+    given = options()
+    rounds = given.rounds or (2 if given.quick else 20)
+    wanted = given.only.split(",") if given.only else [*workloads.NAMES, *OTHERS]
+    unknown = [name for name in wanted if name not in (*workloads.NAMES, *OTHERS)]
+    if unknown:
+        raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join((*workloads.NAMES, *OTHERS))}.")
+
+    outcomes: dict[str, Outcome] = {}
+    others: dict[str, Any] = {}
+    for name in wanted:
+        began = time.perf_counter()
+        if name in workloads.NAMES:
+            outcomes[name] = race(name, who(name, given), rounds=rounds, quick=given.quick)
+        else:
+            others[name] = other(name, rounds, quick=given.quick)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+    text = report(outcomes, others, rounds=rounds, quick=given.quick)
+    path = given.write or (RESULTS if not given.only and not given.quick else None)
+    if path is not None:
+        pathlib.Path(path).write_text(text)
+    print(text)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAMES", help=f"some of {', '.join((*workloads.NAMES, *OTHERS))}")
+    parser.add_argument("--contestants", metavar="NAMES", help="those whose name has one of these parts in it")
+    parser.add_argument("--rounds", type=int, help="20, or 2 for a quick run")
+    parser.add_argument("--quick", action="store_true", help="small sizes; few contestants but on tiny_mlp")
+    parser.add_argument("--write", metavar="PATH", help="where to write the report, for a part or a quick run too")
+    return parser.parse_args()
+
+
+def who(name: str, given: argparse.Namespace) -> list[str]:
+    """The contestants of a workload."""
+    peers = workload(name, quick=given.quick).peers
+    names = [who for who in contestants.ALL if peers or who not in contestants.TRAINERS]
+    if given.contestants:
+        parts = given.contestants.split(",")
+        return [who for who in names if any(part in who for part in parts)]
+    return [who for who in names if who in QUICK or name == "tiny_mlp"] if given.quick else names
+
+
+def other(name: str, rounds: int, *, quick: bool) -> Any:
+    if name == "overhead":
+        return overhead.main(rounds=rounds, quick=quick)
+    if name == "first_step":
+        return first_step.main(rounds=1 if quick else 3, quick=quick)
+    if name == "ensemble":
+        return ensemble.main(rounds=min(rounds, 10), quick=quick)
+    size = ["--quick"] if quick else []
+    command = [sys.executable, "-m", "benchmarks.bench_checkpoint", *size]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

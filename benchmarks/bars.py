@@ -1,0 +1,90 @@
+"""Bars: what fxtrain promises, as ratios within one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+from benchmarks.contestants import AHEAD, ANY_FLAX, BY_HAND, FXTRAIN, HUGGING_FACE, LIGHTNING
+from benchmarks.measure import fastest, ratios
+from benchmarks.race import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """fxtrain, donated, in a bare loop, over the best of some others.
+
+    Args:
+        workload: Its name.
+        against: The contestants of which the best counts.
+        whom: What they are called together.
+        limit: What the ratio may be at most.
+        measure: "seconds" a step, or "memory".
+        ours: Which of fxtrain's contestants.
+        reason: Where the bar is missed, why, with the profile that shows it.
+    """
+
+    workload: str
+    against: Sequence[str]
+    whom: str
+    limit: float
+    measure: str = "seconds"
+    ours: str = FXTRAIN
+    reason: str = ""
+
+    def ratios(self, outcome: Outcome) -> tuple[list[float], str]:
+        """The ratios, and over whom; none if it was not measured."""
+        if self.measure == "memory":
+            others = {name: outcome.memory[name] for name in self.against if name in outcome.memory}
+            if self.ours not in outcome.memory or not others:
+                return [], ""
+            best = min(others, key=lambda name: others[name])
+            return [outcome.memory[self.ours] / others[best]], best
+        if self.ours not in outcome.seconds or not any(name in outcome.seconds for name in self.against):
+            return [], ""
+        best = fastest(outcome.seconds, self.against)
+        return ratios(outcome.seconds[self.ours], outcome.seconds[best]), best
+
+
+BARS = (
+    Bar("tiny_mlp", ANY_FLAX, "flax + optax", 1.0),
+    Bar("tiny_mlp", ANY_FLAX, "flax + optax", 0.75, ours=AHEAD),
+    Bar("tiny_mlp", BY_HAND, "the best by hand", 0.25),
+    Bar("tiny_mlp", BY_HAND, "the best by hand", 0.25, ours=AHEAD),
+    Bar("tiny_mlp", (HUGGING_FACE,), "Hugging Face", 0.1),
+    Bar("tiny_mlp", (LIGHTNING,), "Lightning", 0.1),
+    Bar("small_gpt", BY_HAND, "the best by hand", 0.85),
+    Bar("small_gpt", ANY_FLAX, "flax + optax", 0.62),
+    Bar("wide_mlp", BY_HAND, "the best by hand", 0.65),
+    Bar("wide_mlp", BY_HAND, "the best by hand", 1.0, measure="memory"),
+    Bar("many_leaves", ANY_FLAX, "flax + optax", 0.6),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a promise came to."""
+
+    text: str
+    values: Sequence[float]  # one for each round, or one
+    limit: float
+    reason: str = ""
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return statistics.median(self.values) <= self.limit
+
+
+def verdicts(outcomes: Mapping[str, Outcome]) -> list[Verdict]:
+    """Of the bars whose workload was run."""
+    found = []
+    for bar in BARS:
+        values, best = bar.ratios(outcomes[bar.workload]) if bar.workload in outcomes else ([], "")
+        if values:
+            what = "time a step" if bar.measure == "seconds" else "peak memory"
+            over = bar.whom if best == bar.whom else f"{bar.whom} ({best})"
+            ours = "" if bar.ours == FXTRAIN else f"{bar.ours}, "
+            found.append(Verdict(f"`{bar.workload}`, {ours}{what}, over {over}", values, bar.limit, bar.reason))
+    return found

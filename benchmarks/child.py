@@ -1,0 +1,180 @@
+"""Child: one contestant in a process of its own, where no other library's threads and memory disturb it.
+
+    python -m benchmarks.child '{"workload": "tiny_mlp", "contestant": "fxtrain", ...}'
+
+It says, in lines of JSON: what it came to in a short training that is the same for all; then, once it is warm, that it
+is ready; then, for each line it reads, the seconds that one turn took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+CHECKED = 30  # steps of the short training
+SETTLED = 4  # steps before which memory is not looked at: compilers leave theirs behind
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    with own_stdout() as parent:
+        pin(job["cores"])  # before any library counts the cores
+        job["then_pin"] = job.get("then_pin", job["cores"])
+        {"turns": turns, "memory": memory, "first_step": first_step}[job["what"]](job, parent)
+
+
+@contextlib.contextmanager
+def own_stdout() -> Iterator[TextIO]:
+    """The real one; what libraries print goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as stdout:
+        os.dup2(2, 1)
+        yield stdout
+
+
+def pin(cores: list[int]) -> None:
+    """All threads of this process, those of libraries among them."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
+
+
+def prepared(job: dict[str, Any]) -> tuple[Any, Any]:
+    """The workload and the contestant."""
+    warnings.filterwarnings("ignore")
+    import torch
+
+    from benchmarks.contestants import contestant
+    from benchmarks.workloads import workload
+
+    made = workload(job["workload"], quick=job["quick"])
+    torch.set_num_threads(made.threads)
+    return made, contestant(job["contestant"])
+
+
+def say(parent: TextIO, **what: Any) -> None:
+    parent.write(json.dumps(what) + "\n")
+    parent.flush()
+
+
+# Turns
+
+
+def turns(job: dict[str, Any], parent: TextIO) -> None:
+    from benchmarks.feed import in_turns
+
+    workload, train = prepared(job)
+    say(parent, **checked(job, workload, train))
+    forget_compiled()
+
+    def ask(seconds: float) -> None:
+        if math.isnan(seconds):
+            pin(job["then_pin"])
+        say(parent, seconds=seconds)
+        if not sys.stdin.readline():
+            os._exit(0)  # no library is asked to end well: nothing of this process is needed any more
+
+    train(workload, in_turns(workload.batches, workload.warmup, workload.turn, ask))
+    raise RuntimeError(f"{job['contestant']} ended of its own accord.")
+
+
+def checked(job: dict[str, Any], workload: Any, train: Any) -> dict[str, float]:
+    """The loss after a short training, and how far from the reference's it ended, as a part of the way it went."""
+    import torch
+
+    from benchmarks.feed import limited
+
+    start = {name: value.clone() for name, value in floating(workload.module().state_dict()).items()}
+    end = train(workload, limited(workload.batches, CHECKED))
+    module = workload.module()
+    module.load_state_dict({name: torch.as_tensor(value) for name, value in end.items()}, strict=False)
+    reached = floating(module.state_dict())
+    if not os.path.exists(job["reference"]):
+        torch.save(reached, job["reference"])
+    reference = torch.load(job["reference"])
+    difference = math.sqrt(sum(float((reached[name] - reference[name]).square().sum()) for name in start))
+    way = math.sqrt(sum(float((reference[name] - start[name]).square().sum()) for name in start))
+    with torch.no_grad():
+        batch = workload.batches[0]
+        losses = [float(workload.loss(made(batch["x"]), batch["y"])) for made in (module, workload.module())]
+    return {"loss": losses[0], "loss_before": losses[1], "distance": difference / way}
+
+
+def floating(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value.is_floating_point()}
+
+
+def forget_compiled() -> None:
+    """Else the graphs of the short training would be looked at, in vain, at each call."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+# Memory
+
+
+def memory(job: dict[str, Any], parent: TextIO) -> None:
+    """The peak of a few steps, above what the process held before there was a model."""
+    from benchmarks.feed import limited
+    from benchmarks.workloads import workload
+
+    full, train = prepared(job)
+    small = workload(job["workload"], quick=True)
+    train(small, limited(small.batches, 2))  # loads what a library and its compiler need
+    forget_compiled()
+    trim()
+    before = resident("VmRSS")
+    peaks = []
+
+    def look(given: int) -> None:
+        if given == SETTLED:
+            trim()
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        else:
+            peaks.append(resident("VmHWM") - before)
+
+    train(full, limited(full.batches, 2 * SETTLED + 1, look, SETTLED, 2 * SETTLED))
+    say(parent, bytes=peaks[0])
+
+
+def trim() -> None:
+    """Gives what is free back to the system: a compiler leaves much behind."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident(which: str) -> int:
+    """Bytes: ``VmRSS``, now, or ``VmHWM``, the peak since it was forgotten."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
+# First step
+
+
+def first_step(job: dict[str, Any], parent: TextIO) -> None:
+    """Seconds from the first batch until the next is asked for, and of the imports before."""
+    from benchmarks.feed import limited
+
+    began = time.perf_counter()
+    workload, train = prepared(job)
+    asked = []
+
+    def look(given: int) -> None:
+        asked.append(time.perf_counter())
+
+    train(workload, limited(workload.batches, 2, look, 0, 1))
+    say(parent, imports=asked[0] - began, seconds=asked[1] - asked[0])
+
+
+if __name__ == "__main__":
+    main()

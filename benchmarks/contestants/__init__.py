@@ -1,0 +1,51 @@
+"""Contestants: who trains. Each is a function ``train(workload, feed)``, which takes its batches from the feed until it
+ends, and returns what it trained under the names of the module's ``state_dict``."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+FXTRAIN = "fxtrain"
+AHEAD = "fxtrain, ahead of time"
+FIT = "fxtrain, fit"
+UNDONATED = "fxtrain, not donated"
+EAGER = "by hand, eager"
+MODEL_COMPILED = "by hand, model compiled"
+BOTH_COMPILED = "by hand, model and optimizer compiled"
+LIGHTNING = "Lightning"
+HUGGING_FACE = "Hugging Face Trainer"
+IGNITE = "Ignite"
+KERAS = "Keras 3 on torch"
+TORCHTNT = "torchtnt"
+FLAX = "flax + optax"
+FLAX_NUMPY = "flax + optax, numpy batches"
+
+BY_HAND = (EAGER, MODEL_COMPILED, BOTH_COMPILED)
+ANY_FLAX = (FLAX, FLAX_NUMPY)
+TRAINERS = (LIGHTNING, HUGGING_FACE, IGNITE, KERAS, TORCHTNT)
+ALL = (FXTRAIN, AHEAD, FIT, UNDONATED, *BY_HAND, *TRAINERS, *ANY_FLAX)
+
+ENDLESS = 10**9
+"""For trainers that must know how many steps there are."""
+
+_FUNCTIONS = {
+    FXTRAIN: ("fxtrain", "donated"),
+    AHEAD: ("fxtrain", "ahead"),
+    FIT: ("fxtrain", "fit"),
+    UNDONATED: ("fxtrain", "undonated"),
+    EAGER: ("by_hand", "eager"),
+    MODEL_COMPILED: ("by_hand", "model_compiled"),
+    BOTH_COMPILED: ("by_hand", "both_compiled"),
+    LIGHTNING: ("lightning_", "train"),
+    HUGGING_FACE: ("hf_trainer", "train"),
+    IGNITE: ("ignite_", "train"),
+    KERAS: ("keras_", "train"),
+    TORCHTNT: ("torchtnt_", "train"),
+    FLAX: ("flax_", "device_batches"),
+    FLAX_NUMPY: ("flax_", "numpy_batches"),
+}
+
+
+def contestant(name: str) -> Callable[[Any, Any], dict[str, Any]]:
+    module, function = _FUNCTIONS[name]
+    return getattr(importlib.import_module(f"benchmarks.contestants.{module}"), function)

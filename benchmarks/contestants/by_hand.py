@@ -1,0 +1,48 @@
+"""By hand: the loop of torch's tutorials, and the two ways in which its documentation compiles parts of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.feed import Feed
+from benchmarks.workloads import Workload
+
+
+def eager(workload: Workload, feed: Feed) -> dict[str, Any]:
+    module = workload.module()
+    optimizer = workload.adamw(module)
+    return _loop(workload, feed, module, module, optimizer, optimizer.step)
+
+
+def model_compiled(workload: Workload, feed: Feed) -> dict[str, Any]:
+    module = workload.module()
+    optimizer = workload.adamw(module)
+    return _loop(workload, feed, module, torch.compile(module), optimizer, optimizer.step)
+
+
+def both_compiled(workload: Workload, feed: Feed) -> dict[str, Any]:
+    """As torch's recipe has it: the rate is a tensor, and Inductor fuses what ``fused=True`` would."""
+    module = workload.module()
+    rate = torch.tensor(workload.learning_rate)
+    optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=workload.weight_decay)
+    update = torch.compile(lambda: optimizer.step(), fullgraph=False)
+    return _loop(workload, feed, module, torch.compile(module), optimizer, update)
+
+
+def _loop(
+    workload: Workload,
+    feed: Feed,
+    module: nn.Module,
+    model: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    update: Callable[[], Any],
+) -> dict[str, Any]:
+    module.train()
+    for batch in feed:
+        loss = workload.loss(model(batch["x"]), batch["y"])
+        loss.backward()
+        update()
+        optimizer.zero_grad()
+    return module.state_dict()

@@ -1,0 +1,47 @@
+"""Ensemble: many tiny MLPs as one vmapped state, and what a member's step costs then."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+import fxtrain as fx
+from benchmarks.measure import Seconds, alternate
+from benchmarks.workloads import Workload, workload
+
+
+def main(*, rounds: int, quick: bool) -> Seconds:
+    """Seconds a step of all members, by their number."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    try:
+        made = workload("tiny_mlp", quick=quick)
+        steps = 20 if quick else 200
+        members = (1, 8) if quick else (1, 8, 32, 128)
+        return alternate({str(count): turn_of(made, count, steps) for count in members}, rounds)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def turn_of(made: Workload, count: int, steps: int) -> Any:
+    tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
+    single = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx)
+
+    # By torch.compile, because fxtrain.Step takes what it is given for the step of one state.
+    step = torch.compile(torch.func.vmap(single, in_dims=(0, None)), fullgraph=True)
+    states = [fx.init(made.module(), tx, seed=seed) for seed in range(count)]
+    state = fx.tree.map(lambda *leaves: torch.stack(leaves), *states)
+
+    def turn() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        for index in range(steps):
+            state, _ = step(state, made.batches[index % len(made.batches)])
+        return (time.perf_counter() - began) / steps
+
+    turn()
+    return turn

@@ -1,0 +1,181 @@
+"""Overhead: what callbacks and the loop add to a step, in microseconds.
+
+All in one process and in turns, so that little else differs. A turn of ``fit`` is a whole run, its beginning and end
+among it, of enough steps that they do not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxtrain as fx
+from benchmarks.bars import Verdict
+from benchmarks.contestants.fxtrain import pieces
+from benchmarks.measure import Seconds, alternate, ratios
+from benchmarks.workloads import Workload, workload
+from benchmarks.workloads.workload import squared_error
+
+Turn = Callable[[], float]
+
+BARE = "bare loop"
+IN_STEP = "bare loop, ten stateful callbacks on Updated"
+FIT = "fit"
+ON_STEP_END = "fit, ten callbacks on StepEnd, a writer at each 100th step"
+WRITTEN = "fit, ten callbacks on StepEnd, a writer at each step"
+UNSUBSCRIBED = "fit, ten callbacks that are not subscribed"
+
+
+def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]]:
+    """Seconds a step of the tiny MLP and of a step of about a millisecond, and what they come to."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+            tiny = workload("tiny_mlp", quick=quick)
+            steps = 500 if quick else 5000
+            found = {"tiny_mlp": alternate(turns(tiny, steps, pathlib.Path(folder, "tiny")), rounds)}
+            steps = 50 if quick else 1000
+            only = (BARE, FIT)
+            found["about a millisecond"] = alternate(
+                turns(millisecond(), steps, pathlib.Path(folder, "millisecond"), only), rounds
+            )
+    finally:
+        os.sched_setaffinity(0, cores)
+    return found, verdicts(found)
+
+
+def millisecond() -> Workload:
+    generator = torch.Generator().manual_seed(1)
+    return Workload(
+        name="millisecond",
+        about="4 x Linear(256), batch 32",
+        make=lambda: nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(256, 256), nn.ReLU())]),
+        batches=[
+            {"x": torch.randn(32, 256, generator=generator), "y": torch.randn(32, 256, generator=generator)}
+            for _ in range(8)
+        ],
+        loss=squared_error,
+    )
+
+
+def turns(made: Workload, steps: int, folder: pathlib.Path, only: tuple[str, ...] = ()) -> dict[str, Turn]:
+    """A turn of so many steps for each variant."""
+    seen = [counter(index) for index in range(10)]
+    glances = [glance(index) for index in range(10)]
+    asleep = [sleeper(index) for index in range(10)]
+
+    def writer(every: int) -> Any:
+        return fx.observers.write(fx.writers.jsonl(folder / f"{every}.jsonl"), every=every)
+
+    def fit(callbacks: Any = (), observers: Callable[[], list[Any]] = list) -> Turn:
+        # One graph for all: callbacks of the loop do not enter it.
+        return fitted(state, step, batches, steps, callbacks, observers)
+
+    folder.mkdir()
+    batches = made.batches * 64  # an epoch is long, as epochs are
+    state, step = pieces(made, donate=True)
+    watched = fx.compose(*glances)
+    variants: dict[str, Callable[[], Turn]] = {
+        BARE: lambda: bare(state, step, batches, steps),
+        IN_STEP: lambda: bare(*with_callbacks(made, fx.compose(*seen)), batches, steps),
+        FIT: fit,
+        ON_STEP_END: lambda: fit(watched, lambda: [writer(100)]),
+        WRITTEN: lambda: fit(watched, lambda: [writer(1)]),
+        UNSUBSCRIBED: lambda: fit(fx.compose(*asleep)),
+    }
+    return {name: make() for name, make in variants.items() if not only or name in only}
+
+
+def with_callbacks(made: Workload, callbacks: Any) -> tuple[fx.TrainState, Any]:
+    state, step = pieces(made, donate=True, callbacks=callbacks)
+    return fx.attach(state, callbacks), step
+
+
+def bare(state: fx.TrainState, step: Any, batches: list[Any], steps: int) -> Turn:
+    def turn() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        state = state.copy()  # as fit does, so that where its memory lies is left to chance in both
+        for batch in itertools.islice(itertools.cycle(batches), steps):
+            state, _ = step(state, batch)
+        return (time.perf_counter() - began) / steps
+
+    turn()
+    return turn
+
+
+def fitted(
+    state: fx.TrainState,
+    step: Any,
+    batches: list[Any],
+    steps: int,
+    callbacks: Any,
+    observers: Callable[[], list[Any]],
+) -> Turn:
+    def turn() -> float:
+        nonlocal state
+        until = int(state.step) + steps
+        began = time.perf_counter()
+        result = fx.fit(state, step, batches, steps=until, callbacks=callbacks, observers=observers())
+        seconds = (time.perf_counter() - began) / steps
+        state = result.last
+        return seconds
+
+    turn()
+    return turn
+
+
+def counter(index: int) -> Any:
+    def update(state: fx.TrainState, event: fx.Updated, memory: Any) -> tuple[Any, fx.Control]:
+        return memory + 1, fx.Control()
+
+    return fx.stateful(f"counter{index}", lambda state: torch.tensor(0), update)
+
+
+def glance(index: int) -> Any:
+    def callback(state: fx.TrainState, event: fx.StepEnd) -> tuple[fx.TrainState, fx.Control]:
+        return state, fx.Control(stop=event.step < 0, reason=f"glance {index}")
+
+    return callback
+
+
+def sleeper(index: int) -> Any:
+    def callback(state: fx.TrainState, event: fx.EvalEnd) -> tuple[fx.TrainState, fx.Control]:
+        return state, fx.Control()
+
+    return callback
+
+
+def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
+    """Differences within each round, in microseconds; and ``fit`` over the bare loop, as a ratio."""
+    tiny, longer = found["tiny_mlp"], found["about a millisecond"]
+
+    def added(name: str, to: str) -> list[float]:
+        return [1e6 * (a - b) for a, b in zip(tiny[name], tiny[to], strict=True)]
+
+    noise = 1e6 * statistics.median(tiny[FIT]) * 0.02
+    return [
+        Verdict("Ten stateful callbacks on Updated add", added(IN_STEP, BARE), 10.0, unit=" us"),
+        Verdict(
+            "Ten callbacks on StepEnd and a writer (each 100th step) add", added(ON_STEP_END, FIT), 15.0, unit=" us"
+        ),
+        Verdict(
+            "Callbacks that are not subscribed add, 2 % taken as noise,", added(UNSUBSCRIBED, FIT), noise, unit=" us"
+        ),
+        Verdict(
+            f"`fit` over a bare loop, of steps of {1e3 * statistics.median(longer[BARE]):.2f} ms",
+            ratios(longer[FIT], longer[BARE]),
+            1.02,
+        ),
+    ]

@@ -1,0 +1,144 @@
+"""Race: the contestants of a workload, each a child that waits for its turns."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks import contestants
+from benchmarks.contestants import ANY_FLAX, BY_HAND, EAGER, FXTRAIN, UNDONATED
+from benchmarks.measure import Seconds, alternate
+from benchmarks.workloads import workload
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What was measured on a workload, by contestant."""
+
+    about: str
+    threads: int
+    turn: int
+    checks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seconds: Seconds = dataclasses.field(default_factory=dict)  # a step
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def reference_loss(self) -> float:
+        """After the short training, by hand."""
+        return self.checks[EAGER]["loss"] if EAGER in self.checks else float("nan")
+
+
+class Child:
+    """A contestant's process.
+
+    Raises:
+        RuntimeError: From ``hear``, if it died, with the end of what it had written.
+    """
+
+    def __init__(self, job: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.child", json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | (environment or {}),
+        )
+
+    def hear(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise RuntimeError(self._log.read()[-1500:].strip() or f"ended with {self._process.returncode}")
+        return json.loads(line)
+
+    def turn(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("turn\n")
+        self._process.stdin.flush()
+        return self.hear()["seconds"]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=10)
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def child(job: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Child]:
+    made = Child(job, environment)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def race(name: str, names: Sequence[str], *, rounds: int, quick: bool) -> Outcome:
+    """Everybody does the same short training first, which is compared; then come the rounds."""
+    made = workload(name, quick=quick)
+    outcome = Outcome(made.about, made.threads, made.turn)
+    cores = sorted(os.sched_getaffinity(0))
+    measured_on = cores[-made.threads :]
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder, contextlib.ExitStack() as closing:
+        reference = str(pathlib.Path(folder, "reference.pt"))
+        job = {"what": "turns", "workload": name, "quick": quick, "reference": reference, "then_pin": measured_on}
+        children: dict[str, Child] = {}
+
+        def prepare(contestant: str, place: list[int]) -> None:
+            made = closing.enter_context(child({**job, "contestant": contestant, "cores": place}))
+            try:
+                outcome.checks[contestant] = made.hear()
+                made.hear()
+                children[contestant] = made
+            except RuntimeError as error:
+                outcome.failures[contestant] = str(error)
+
+        prepare(EAGER, measured_on)  # the reference
+        places = [[core] for core in cores] if made.threads == 1 else [measured_on]
+        in_pairs([contestant for contestant in names if contestant != EAGER], places, prepare)
+        order = [contestant for contestant in contestants.ALL if contestant in children]
+        taken = alternate({contestant: children[contestant].turn for contestant in order}, rounds)
+        outcome.seconds = {contestant: [s / made.turn for s in turns] for contestant, turns in taken.items()}
+    if made.memory:
+
+        def weigh(contestant: str, place: list[int]) -> None:
+            job = {"what": "memory", "workload": name, "quick": quick, "contestant": contestant, "cores": place}
+            with child(job) as made:
+                try:
+                    outcome.memory[contestant] = int(made.hear()["bytes"])
+                except RuntimeError as error:
+                    outcome.failures[f"{contestant}, memory"] = str(error)
+
+        torch_and_flax = {FXTRAIN, UNDONATED, *BY_HAND, *ANY_FLAX}
+        in_pairs([contestant for contestant in order if contestant in torch_and_flax], places, weigh)
+    return outcome
+
+
+def in_pairs(names: Sequence[str], places: Sequence[list[int]], do: Any) -> None:
+    """Calls ``do(name, place)`` for all names, one at a time in each place."""
+    free = list(places)
+
+    def at_a_place(name: str) -> None:
+        place = free.pop()
+        try:
+            do(name, place)
+        finally:
+            free.append(place)
+
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+        list(pool.map(at_a_place, names))

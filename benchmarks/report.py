@@ -1,0 +1,203 @@
+"""Report: what was measured, as markdown."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from benchmarks.bars import Verdict, verdicts
+from benchmarks.contestants import FXTRAIN
+from benchmarks.measure import Seconds, quartiles, ratios
+from benchmarks.race import Outcome
+
+DISTANCE = 0.01
+"""How far from the reference a contestant may end the short training, as a part of the way that the parameters went.
+Rounding comes to a thousandth; to forget the weight decay, to 0.027 at least; to begin with the second batch, 0.12."""
+
+LOSS = 1e-3
+"""By how much its loss may differ, as a part of the reference's."""
+
+FIRST_STEP = (
+    "Seconds until the second batch is asked for, imports left out. flax keeps no compiled programs from one process "
+    "to the next, unless it is asked to."
+)
+
+PACKAGES = (
+    *("torch", "jax", "flax", "optax", "lightning", "transformers", "accelerate", "pytorch-ignite", "keras"),
+    *("torchtnt", "numpy", "scikit-learn"),
+)
+
+
+def report(
+    outcomes: Mapping[str, Outcome],
+    others: Mapping[str, Any],
+    *,
+    rounds: int,
+    quick: bool,
+) -> str:
+    """All of it. ``others`` has what the further measurements returned, by their names."""
+    judged = [*verdicts(outcomes), *(others["overhead"][1] if "overhead" in others else [])]
+    lines = ["# Results", "", heading(rounds), ""]
+    if quick:
+        lines += ["**A quick run, of small sizes and few steps: it shows that all works, and nothing else.**", ""]
+    lines += bars(judged)
+    for name, outcome in outcomes.items():
+        lines += workload(name, outcome)
+    if "overhead" in others:
+        lines += overhead(others["overhead"][0])
+    if "first_step" in others:
+        lines += first_step(others["first_step"])
+    if "ensemble" in others:
+        lines += ensemble(others["ensemble"])
+    if "checkpoint" in others:
+        lines += [others["checkpoint"], ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def heading(rounds: int) -> str:
+    """What the numbers hold for."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if installed(name))
+    return (
+        f"{time.strftime('%Y-%m-%d')}; commit {commit()}; {processor()}, {len(os.sched_getaffinity(0))} cores, "
+        f"{memory_of_machine()}, {platform.system()} {platform.release()}; Python {platform.python_version()}, "
+        f"{versions}; {rounds} rounds. Load of the machine at the end: {os.getloadavg()[1]:.1f}.\n\n"
+        "Each contestant runs in a process of its own and waits for its turn; in each round everybody has one, in "
+        "another order each time. With one thread, all turns are on one core. Numbers are medians, with quartiles in "
+        "parentheses; ratios are taken within each round. All begin with the same weights, take the same batches in "
+        "the same order and use AdamW alike; nobody logs, saves or shows progress."
+    )
+
+
+def bars(judged: Sequence[Verdict]) -> list[str]:
+    if not judged:
+        return []
+    rows = [("promise", "measured", "at most", "")]
+    for found in judged:
+        measured = f"{spread(found.values, 1 if found.unit else 3)}{found.unit}"
+        limit = f"{found.limit:.4g}{found.unit}"
+        rows.append((found.text, measured, limit, "pass" if found.passed else "**missed**"))
+    lines = ["## Promises", "", *table(rows), ""]
+    for found in judged:
+        if not found.passed:
+            lines += [f"Missed: {found.text}. {found.reason or 'Not yet explained.'}", ""]
+    return lines
+
+
+def workload(name: str, outcome: Outcome) -> list[str]:
+    """A table, who was left out, and whether all did the same work."""
+    rows = [("contestant", "time a step, us", "over fxtrain", "peak memory, MB", "loss", "distance")]
+    ours = outcome.seconds.get(FXTRAIN)
+    for contestant, seconds in sorted(outcome.seconds.items(), key=lambda item: statistics.median(item[1])):
+        check = outcome.checks[contestant]
+        over = "" if ours is None else spread(ratios(seconds, ours), 2)
+        memory = f"{outcome.memory[contestant] / 1e6:.0f}" if contestant in outcome.memory else ""
+        micro = spread([1e6 * s for s in seconds], 1)
+        rows.append((contestant, micro, over, memory, f"{check['loss']:.6f}", f"{check['distance']:.1e}"))
+    threads = "one thread" if outcome.threads == 1 else f"{outcome.threads} threads"
+    lines = [f"## `{name}`", "", f"{outcome.about}; {threads}; {outcome.turn} steps a turn.", "", *table(rows), ""]
+    wrong = different(outcome)
+    if wrong:
+        lines += [f"**Not the same work: {', '.join(wrong)}.**", ""]
+    for contestant, why in outcome.failures.items():
+        lines += [f"Failed: {contestant}: `{why.splitlines()[-1]}`", ""]
+    return lines
+
+
+def different(outcome: Outcome) -> list[str]:
+    """Who did other work than the loop by hand, in the short training."""
+    found = []
+    for name, check in outcome.checks.items():
+        reference = outcome.reference_loss
+        off = abs(check["loss"] - reference) > LOSS * abs(reference) or not check["distance"] <= DISTANCE
+        found += [name] if off else []
+    return found
+
+
+def overhead(found: Mapping[str, Seconds]) -> list[str]:
+    lines = ["## What callbacks and the loop add", ""]
+    for name, seconds in found.items():
+        rows = [("variant", f"{name}: time a step, us")]
+        rows += [(variant, spread([1e6 * s for s in taken], 1)) for variant, taken in seconds.items()]
+        lines += [*table(rows), ""]
+    return lines
+
+
+def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:
+    lines = ["## First step", "", FIRST_STEP, ""]
+    rows = [("workload", "contestant", "cache empty", "cache warm")]
+    for name, contestants in found.items():
+        for contestant, kinds in contestants.items():
+            rows.append((f"`{name}`", contestant, spread(kinds["cold"], 2), spread(kinds["warm"], 2)))
+    return [*lines, *table(rows), ""]
+
+
+def ensemble(found: Seconds) -> list[str]:
+    rows = [("members", "time a step, us", "a member, us")]
+    for count, seconds in found.items():
+        micro = [1e6 * s for s in seconds]
+        rows.append((count, spread(micro, 0), spread([m / int(count) for m in micro], 1)))
+    return ["## Ensemble: tiny MLPs as one vmapped state", "", *table(rows), ""]
+
+
+# Pieces
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; the first row is the head.
+
+    Example:
+        >>> table([("a", "b"), ("1", "2")])
+        ['| a | b |', '| --- | ---: |', '| 1 | 2 |']
+    """
+    head, *body = rows
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *body]
+    return ["| " + " | ".join(row) + " |" for row in lines]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The median, and the quartiles where there are some.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0], 1), spread([2.0], 1)
+        ('2.0 (1.5 to 2.5)', '2.0')
+    """
+    low, middle, high = quartiles(values)
+    return f"{middle:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
+
+
+def installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def commit() -> str:
+    """The commit, and whether there are changes beside it."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    changed = " with changes" if git("status", "--porcelain", "--", "..") else ""
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
+
+
+def processor() -> str:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
+
+
+def memory_of_machine() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"

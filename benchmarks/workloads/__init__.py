@@ -1,0 +1,12 @@
+"""Workloads: what is trained, each defined once for all contestants."""
+
+import importlib
+
+from benchmarks.workloads.workload import Workload as Workload
+
+NAMES = ("tiny_mlp", "small_gpt", "wide_mlp", "digits_resnet", "many_leaves")
+
+
+def workload(name: str, *, quick: bool = False) -> Workload:
+    """The workload; quick ones are small, to see that all works."""
+    return importlib.import_module(f"benchmarks.workloads.{name}").make(quick)
