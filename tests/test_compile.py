@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing, tree
+from fxtrain.compile import matmul
+from fxtrain.compile.replay import Replay
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -267,3 +270,103 @@ class TestErrors:
         step = fx.train_step(lambda model, batch: model(batch["x"]), problem.transform())
         with pytest.raises(TypeError, match=r"a loss function returns a 0-d floating tensor"):
             fx.compile(step, backend="eager")(problem.start(), problem.data()[0])
+
+
+class TestReplay:
+    """Without a GPU: what is captured is called again."""
+
+    def test_from_the_second_call_with_the_same_memory_on(self):
+        calls, replays = [], []
+
+        def add(tensors):
+            calls.append(len(tensors))
+            tensors[0].add_(tensors[1])
+            return [tensors[0] * 10]
+
+        def capture(function):
+            outputs = []
+
+            def replay():
+                replays.append(1)
+                outputs[:] = function()
+
+            return replay, outputs
+
+        replay = Replay(add, 1, capture)
+        state = torch.zeros(2)
+        seen = [replay([state, torch.full((2,), float(i))])[0] for i in (1, 2, 3)]
+        assert [value.tolist() for value in seen] == [[10.0, 10.0], [30.0, 30.0], [60.0, 60.0]]
+        assert state.tolist() == [6.0, 6.0]
+        assert len(replays) == 2
+        other = torch.ones(2)
+        replay([other, torch.ones(2)])
+        assert other.tolist() == [2.0, 2.0]
+        assert len(replays) == 2
+        assert state.tolist() == [6.0, 6.0]
+
+
+class TestProducts:
+    """Large products by oneDNN."""
+
+    @pytest.fixture(autouse=True)
+    def _anywhere(self, monkeypatch):
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("torch was built without oneDNN")
+        monkeypatch.setattr(matmul, "_pays", lambda: True)
+
+    @pytest.mark.parametrize("rows", [4, 256])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_are_the_same_products(self, rows, bias, turned):
+        def function(x, other, more):
+            other = other.t() if turned else other
+            return torch.addmm(more, x, other) if bias else x @ other
+
+        given = torch.randn(rows, 96), torch.randn((112, 96) if turned else (96, 112)), torch.randn(112)
+        graph = matmul.with_faster_products(make_fx(function, tracing_mode="fake")(*given))
+        names = {str(node.target) for node in graph.graph.nodes}
+        assert ("fxtrain.linear.default" in names) == (rows == 256)
+        torch.testing.assert_close(graph(*given), function(*given), rtol=1e-4, atol=1e-4)
+
+    def test_of_what_it_cannot_take_stay(self):
+        given = torch.randn(256, 96, dtype=torch.float64), torch.randn(96, 112, dtype=torch.float64)
+        graph = matmul.with_faster_products(make_fx(torch.mm, tracing_mode="fake")(*given))
+        assert "aten.mm.default" in {str(node.target) for node in graph.graph.nodes}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("mode", [None, "ahead-of-time"])
+    def test_in_a_step(self, mode):
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        module = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
+        state, batch = fx.init(module, tx), torch.randn(256, 128)
+        expected, output = step(state, batch)
+        found, compiled = fx.compile(step, mode=mode)(state, batch)
+        torch.testing.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled.metrics["loss"], output.metrics["loss"])
+
+
+@pytest.mark.slow
+class TestAheadOfTime:
+    @pytest.mark.parametrize("donate", [False, True])
+    def test_as_compiled_otherwise_bitwise(self, donate):
+        step, batches = problem.step(), problem.data()
+        ahead, plain = fx.compile(step, mode="ahead-of-time", donate=donate), fx.compile(step)
+        first = second = problem.start()
+        first = first.copy()
+        for batch in batches:
+            first, found = ahead(first, batch)
+            second, expected = plain(second, batch)
+            assert float(found.metrics["loss"]) == float(expected.metrics["loss"])
+        assert all(map(torch.equal, tree.leaves(first), tree.leaves(second)))
+        assert "ahead-of-time" in ahead.how
+
+    def test_another_process_loads_what_was_built(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        step, state, batch = problem.step(), problem.start(), problem.data()[0]
+        expected, _ = fx.compile(step, mode="ahead-of-time")(state, batch)
+        (built,) = tmp_path.rglob("*.pt2")
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", None)
+        found, _ = fx.compile(step, mode="ahead-of-time")(state, batch)
+        assert all(map(torch.equal, tree.leaves(found), tree.leaves(expected)))
+        assert list(tmp_path.rglob("*.pt2")) == [built]

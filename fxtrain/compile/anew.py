@@ -32,6 +32,6 @@ def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Co
         return artefact._replace(run=wrap(artefact.run))
 
     made._compiler = compile_and_wrap
-    made._graphs, made._known, made._donating = [], [], None
+    made._graphs, made._known, made._donating, made._several = [], [], None, None
     made._on_recompile = "allow"
     return made

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from fxtrain.compile.changes import advice, changes, described
 from fxtrain.compile.dynamo import compile_by_dynamo
 from fxtrain.compile.graph import Graph
-from fxtrain.compile.traced import Artefact, compile_traced
-from fxtrain.core import TrainState
+from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
+from fxtrain.core import StepOutput, TrainState
 from fxtrain.fold import Composed
-from fxtrain.step import EvalFunction, Step
+from fxtrain.step import EvalFunction, Several, Step
+
+_log = logging.getLogger(__name__)
 
 OnRecompile = Literal["warn", "error", "allow"]
 
@@ -32,16 +37,19 @@ class Compiled:
         *,
         how: str,
         on_recompile: OnRecompile,
+        steps_per_call: int,
         twin: Callable[[], Compiled],
         **options: bool,
     ) -> None:
         self.step = step
         self.how = how  # what made the graph: bitwise claims hold within one
         self.donates = options["donate"]
+        self.steps_per_call = steps_per_call
         self._compiler, self._on_recompile, self._options = compiler, on_recompile, options
         self._graphs: list[Graph] = []  # the one that was used last is first
         self._known: list[dict[str, str]] = []
         self._donating: Compiled | None = None
+        self._several: Compiled | None = None
         self._twin = twin
         functools.update_wrapper(self, step, updated=())
 
@@ -68,6 +76,32 @@ class Compiled:
             self._donating = self._twin()
         return self._donating
 
+    def many(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
+        """``steps_per_call`` steps, in one graph.
+
+        Args:
+            state: As for a call.
+            batches: So many, alike.
+
+        Returns:
+            The state after the last step, and the outputs of all. Where a traced callback stopped at one of them, those
+            after it were not taken: the state's ``step`` tells.
+
+        Raises:
+            ValueError: If there are more batches or fewer.
+        """
+        if len(batches) != self.steps_per_call:
+            raise ValueError(f"{len(batches)} batches came, and this was compiled for {self.steps_per_call} at a time.")
+        if self.steps_per_call == 1:
+            state, output = self(state, batches[0])
+            return state, (output,)
+        if self._several is None:
+            assert isinstance(self.step, Step)
+            self._several = copy.copy(self)
+            self._several.step = Several(self.step, self.steps_per_call)
+            self._several._graphs, self._several._known = [], []
+        return self._several(state, tuple(batches))
+
     def __call__(self, state: TrainState, batch: Any) -> Any:
         for index, graph in enumerate(self._graphs):
             found = graph.find(state, batch)
@@ -88,10 +122,13 @@ class Compiled:
             if self._on_recompile == "error":
                 raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
             warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=3)
+        _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
+        began = time.perf_counter()
         try:
             artefact = self._compiler(self.step, entered, batch)
         except Exception as error:
             raise self._explained(error, entered, batch) from error
+        _log.info("Compiled %r in %.1f s.", self.step, time.perf_counter() - began)
         graph = Graph(self.step, state, batch, artefact, **self._options)
         self._graphs.insert(0, graph)
         self._known.append(kinds)
@@ -117,6 +154,7 @@ def compile(  # noqa: A001
     backend: str | Callable[..., Any] | None = None,
     mode: str | None = None,
     dynamic: bool = False,
+    steps_per_call: int = 1,
     on_recompile: OnRecompile = "warn",
 ) -> Compiled:
     """``step`` as one graph: forward, backward, optimizer and traced callbacks.
@@ -124,6 +162,10 @@ def compile(  # noqa: A001
     A graph is made at the first call. Values never make a new one: counters and rates are tensors. Slots that only
     the loop uses stay outside, so a callback of the loop can be added or removed without a new graph. What the step
     reads beside its arguments, of modules, closures or globals, stays as it was when the graph was made.
+
+    That first call takes from ten seconds to minutes. What torch compiled stays on the disk, where
+    ``TORCHINDUCTOR_CACHE_DIR`` says, so that a later process has it in a few seconds. The logger ``fxtrain.compile``
+    says at INFO what is compiled, and how long it took.
 
     Args:
         step: From ``train_step``, ``eval_step``, or any pure function ``(state, batch) -> (state, output)``.
@@ -133,8 +175,14 @@ def compile(  # noqa: A001
         backend: By default the step is traced, and compiled by Inductor. A backend of ``torch.compile``, by name or
             as a function, goes through Dynamo, which checks at each call what it assumed of Python: the tiny MLP's
             step takes three times as long.
-        mode: As ``torch.compile`` takes it; ``"reduce-overhead"`` replays CUDA graphs.
+        mode: As ``torch.compile`` takes it; ``"reduce-overhead"`` replays CUDA graphs. Or ``"ahead-of-time"``: the
+            graph becomes a library, which is called without any Python between its kernels. To build it takes about
+            twice as long, the tiny MLP's step three quarters of the time; it is kept where torch keeps compiled code.
         dynamic: Whether sizes are symbols: one slower graph for batches of many sizes. It goes through Dynamo.
+        steps_per_call: How many steps ``fit`` takes at a time, in one graph, where calling a graph takes longer than
+            computing it. Callbacks of the step are folded at each; those of the loop after all of them, so what these
+            ask for comes up to so many steps later. It is compiled in proportion to their number. What is left at the
+            end of an epoch is taken step by step.
         on_recompile: What to do when a shape, a dtype or the structure of state or batch changes: make another graph
             with a warning that says what changed, refuse with ``RecompileError``, or make it silently.
 
@@ -162,7 +210,15 @@ def compile(  # noqa: A001
         raise TypeError(f"{step!r} is compiled already.")
     if on_recompile not in ("warn", "error", "allow"):
         raise ValueError(f"on_recompile={on_recompile!r}: 'warn', 'error' or 'allow' is wanted.")
+    if not isinstance(steps_per_call, int) or isinstance(steps_per_call, bool) or steps_per_call < 1:
+        raise ValueError(f"steps_per_call={steps_per_call!r}: a whole number of steps, 1 or more, is wanted.")
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
+    if steps_per_call > 1 and isinstance(pure, EvalFunction):
+        raise ValueError("steps_per_call is for steps that train: an evaluation step is called batch by batch.")
+    if mode == AHEAD and (backend is not None or dynamic):
+        raise ValueError(
+            f"mode={AHEAD!r} goes another way than a backend or dynamic=True, which go through Dynamo: choose one."
+        )
     donate = donate and isinstance(pure, Step)
     in_place = donate and backend is None and not dynamic
     if backend is None and not dynamic:
@@ -176,6 +232,16 @@ def compile(  # noqa: A001
     options = {"donate": donate, "in_place": in_place, "dynamic": dynamic}
 
     def twin() -> Compiled:
-        return compile(pure, donate=True, backend=backend, mode=mode, dynamic=dynamic, on_recompile=on_recompile)
+        return compile(
+            pure,
+            donate=True,
+            backend=backend,
+            mode=mode,
+            dynamic=dynamic,
+            steps_per_call=steps_per_call,
+            on_recompile=on_recompile,
+        )
 
-    return Compiled(pure, compiler, how=how, on_recompile=on_recompile, twin=twin, **options)
+    return Compiled(
+        pure, compiler, how=how, on_recompile=on_recompile, steps_per_call=steps_per_call, twin=twin, **options
+    )

@@ -17,6 +17,8 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compile.ahead import compile_ahead
 from fxtrain.compile.assembly import assembler
+from fxtrain.compile.matmul import with_faster_products
+from fxtrain.compile.replay import Replay
 from fxtrain.core import TrainState
 from fxtrain.step import EvalFunction, Step
 
@@ -24,6 +26,7 @@ Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any
 """From the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
 
 AHEAD = "ahead-of-time"
+REPLAYED = "reduce-overhead"
 
 # What is asserted at each call of an artefact about the sizes of its inputs is what the caller has just checked, and
 # takes a fifth of the time of a small step.
@@ -73,8 +76,12 @@ def compile_traced(
             old[index].copy_(value)
         return values[len(changed) :]
 
-    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
-    call = _compiled(graph, [*leaves, *inputs], mode)
+    graph = with_faster_products(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs))
+    on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
+    replayed = mode == REPLAYED and in_place and on_gpu
+    call = _compiled(graph, [*leaves, *inputs], None if replayed else mode)
+    if replayed:
+        call = Replay(call, count)
     assemble = assembler(output_structure)
 
     if in_place or not isinstance(step, Step):
@@ -114,7 +121,7 @@ def _compiled(graph: Any, examples: list[Tensor], mode: str | None) -> Callable[
 def _is_torch_alone(graph: Any) -> bool:
     """Whether all operations are torch's own: what somebody else registered may return other sizes than it said."""
     return all(
-        node.target.namespace in ("aten", "prims")
+        node.target.namespace in ("aten", "prims", "fxtrain")
         for node in graph.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
     )

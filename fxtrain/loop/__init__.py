@@ -18,6 +18,9 @@ The firing order, by what leads to each event (indented: only where it applies):
     session ends            Interrupted                     by a signal or an error
                             Saved                           the last one, unless the stop is to save nothing
                         FitEnd
+
+A step compiled with ``steps_per_call=k`` is taken k times at once: k times ``StepBegin``, which observers alone see,
+then all that is inside the step, then k times ``StepEnd``, over the state after all of them.
 """
 
 from fxtrain.loop.evaluate import evaluate as evaluate

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from fxtrain import tree
 from fxtrain.core import Control, Due, TrainState
 from fxtrain.core.state import FIELDS
 
@@ -39,10 +42,32 @@ class Branch(NamedTuple):
 
     state: TrainState | Difference
     due: dict[str, Any]
-    unread: list[Control]
+    unread: list[Callable[[], Control]]
     why: list[str]
     step: int
     position: int
+
+
+def _on_its_way(control: Control) -> Callable[[], Control]:
+    """The request to stop, with flags on the host once it is called; what it then waits for is these flags alone.
+
+    Read where they are, they would come only after all that was launched since: the next step.
+    """
+    control = control.with_log({})
+    flags = [flag for flag in tree.leaves(control) if isinstance(flag, Tensor) and flag.is_cuda]
+    if not flags:
+        return lambda: control
+    copies = {id(flag): torch.empty_like(flag, device="cpu", pin_memory=True) for flag in flags}
+    for flag in flags:
+        copies[id(flag)].copy_(flag, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> Control:
+        arrived.synchronize()
+        return tree.map(lambda leaf: copies.get(id(leaf), leaf), control)
+
+    return read
 
 
 class Current:
@@ -56,7 +81,7 @@ class Current:
 
     def __init__(self, state: TrainState, *, late: bool) -> None:
         self.late = late
-        self.unread: list[Control] = []  # requests to stop whose flags are still on the device
+        self.unread: list[Callable[[], Control]] = []  # requests to stop whose flags are on their way from the device
         self.why: list[str] = []  # the reasons to stop
         self.take(state)
 
@@ -112,7 +137,7 @@ class Current:
             due = self.state.due
             stop, unsaved = due.stop | control.any("stop"), due.unsaved | control.any("unsaved")
             self.state = self.state.replace(due=due._replace(stop=stop, unsaved=unsaved))
-            self.unread.append(control)
+            self.unread.append(_on_its_way(control))
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
                 continue
@@ -126,7 +151,8 @@ class Current:
     def read_flags(self) -> bool:
         """Reads the requests to stop that were left on the device; returns whether the run is to stop."""
         unread, self.unread = self.unread, []
-        for control in unread:
+        for asked in unread:
+            control = asked()
             if control.any("stop"):
                 self.why.extend(control.reasons("stop"))
                 self.due.update(stop=True, unsaved=self.due["unsaved"] or bool(control.any("unsaved")))

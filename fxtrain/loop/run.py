@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from fxtrain import metrics
 from fxtrain.core import (
-    TRACED,
     Control,
     Donated,
     EpochBegin,
@@ -35,17 +34,20 @@ from fxtrain.core import (
     Saved,
     StepBegin,
     StepEnd,
+    StepOutput,
     TrainState,
     event_of,
 )
-from fxtrain.data import Exhausted, adapt
+from fxtrain.data import adapt
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.loop.current import Current
-from fxtrain.loop.evaluate import measure, to_device
+from fxtrain.loop.evaluate import measure
+from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts
 from fxtrain.loop.publish import Publisher
 from fxtrain.loop.saving import Saving
+from fxtrain.loop.served import refuse_unserved
 from fxtrain.step import Step
 
 Moment = tuple[TrainState, Event, Control]
@@ -92,7 +94,9 @@ class Run:
         self._donates = self.step is not given or getattr(given, "donates", False)
         self._publish = Publisher(plan.observers, history)
         self._interrupts = Interrupts()
+        self._at_once: int = getattr(self.step, "steps_per_call", 1)
         self._take_step = self._interrupts.leaving_compilation(self.step)
+        self._take_steps = self._interrupts.leaving_compilation(getattr(self.step, "many", self.step))
 
         self._in_step = as_composed(self.step).traced_slots
         state = attach(attach(state, plan.callbacks), self.step)
@@ -103,6 +107,8 @@ class Run:
             state = self._restored.state
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
+        wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
+        self._feeding = Feeding(self.data, plan.clock, wanted)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
         # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
@@ -113,9 +119,6 @@ class Run:
             self.data.restore(self._now.position, state.slots[DATA])
 
         self._kept: list[tuple[int, TrainState]] = []  # states to rewind to by their step, oldest first
-        self._data_end: int | None = None  # where the data said that it was exhausted
-        self._epoch_from: int | None = None  # where this session last began an epoch
-        self._data_wait = 0.0
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
         self._root = self._now.branch()  # what to come back to when something goes wrong,
@@ -215,17 +218,20 @@ class Run:
         now = self._now
         if now.due["begin_epoch"]:
             now.set(begin_epoch=False)
-            self._epoch_from = now.position
+            self._feeding.epoch_from = now.position
             yield from self._fire(EpochBegin)
             if now.anything_due:
                 return
-        batch = self._next_batch()
-        if batch is None:
+        batches = self._feeding.next(now.position, self._together(), now.state)
+        if not batches:
+            now.set(end_epoch=True)
             return
         served = now.state.slots
         asked = _NOTHING
         if self._is_seen(StepBegin):
-            asked = yield from self._fire(StepBegin, step=now.step + 1, batch=batch)
+            for index, batch in enumerate(batches):  # where there are several, no callback sees it
+                at = {"step": now.step + 1 + index, "position": now.position + index}
+                asked = yield from self._fire(StepBegin, **at, batch=batch)
         if asked.any("skip_batch"):
             now.move_to(now.position + 1)
             self._end_epoch_if_over()
@@ -238,7 +244,7 @@ class Run:
         self._root = now.thin(self._root)
         given = now.state
         try:
-            state, output = self._take_step(given, batch)
+            state, outputs = self._take(given, batches)
         except Abandoned:
             now.abandon(self._root)
             return
@@ -250,27 +256,37 @@ class Run:
             now.state = state.replace(slots={**state.slots, **outside})
             return
         now.state = state
-        now.step += 1
-        now.position += 1
-        self._end_epoch_if_over()
-        yield from self._fire(StepEnd, also=output.control, metrics=output.metrics)
+        if len(outputs) > 1:
+            outputs = outputs[: int(state.step) - now.step]  # stopped at one, those after it were not taken
+        for output in outputs:
+            now.step += 1
+            now.position += 1
+            self._end_epoch_if_over()
+            yield from self._fire(StepEnd, also=output.control, metrics=output.metrics)
 
-    def _next_batch(self) -> Any:
-        now = self._now
-        began = self.plan.clock()
-        try:
-            batch = self.data[now.position]
-        except Exhausted:
-            if self._data_end == now.position or now.position == 0:
-                raise ValueError(_exhausted(now.position, self.plan)) from None
-            self._data_end = now.position
-            if self._epoch_from == now.position:
-                # Its end was told in the session before; this one's data has only now found it.
-                return self._next_batch()
-            now.set(end_epoch=True)
-            return None
-        self._data_wait = self.plan.clock() - began
-        return to_device(batch, now.state)
+    def _together(self) -> int:
+        """How many steps to take at once: some, if nothing of the loop's own comes in between, or one."""
+        now, plan, count = self._now, self.plan, self._at_once
+        if count == 1:
+            return 1
+        length, every = self.data.epoch_length, plan.keep_every
+        if length is None and hasattr(self.data, "snapshot"):
+            return 1  # it may end anywhere, and keeps a place of its own, which would be ahead of the steps
+        fits = (
+            (plan.steps is None or now.step + count <= plan.steps)
+            and (length is None or now.position % length + count <= length)
+            and (not every or now.step // every == (now.step + count - 1) // every)
+        )
+        return count if fits else 1
+
+    def _take(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
+        if len(batches) == self._at_once > 1:
+            return self._take_steps(state, batches)
+        outputs: list[StepOutput] = []
+        for batch in batches:
+            state, output = self._take_step(state, batch)
+            outputs.append(output)
+        return state, outputs
 
     def _end_epoch_if_over(self) -> None:
         length = self.data.epoch_length
@@ -327,7 +343,7 @@ class Run:
 
     def _end_epoch(self) -> Moments:
         now, length = self._now, self.data.epoch_length
-        if length is None and self._data_end != now.position:
+        if length is None and not self._feeding.ends_at(now.position):
             raise ValueError(
                 "The end of the epoch was asked for, and nobody knows how long it is: give data with a length."
             )
@@ -422,7 +438,7 @@ class Run:
                 "total_epochs": plan.epochs,
                 "time": time,
                 "previous_time": self._times.get(kind, 0.0),
-                "data_wait": self._data_wait,
+                "data_wait": self._feeding.wait,
                 **fields,
             },
         )
@@ -436,39 +452,3 @@ class Run:
 
     def _is_seen(self, kind: type[Any]) -> bool:
         return self.plan.every_event or kind in self.plan.callbacks.table or self._publish.is_seen(kind)
-
-
-def refuse_unserved(callbacks: Composed, step: Any) -> None:
-    """A callback that would never see an event that it subscribes to is a mistake, found before the first step."""
-    folded = as_composed(step).handlers
-    for handler in callbacks.handlers:
-        for kind in (kind for kind in TRACED if kind in handler.events):
-            if kind not in step.fires:
-                fires = ", ".join(kind.__name__ for kind in TRACED if kind in step.fires) or "none"
-                raise ValueError(
-                    f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and of these events "
-                    f"this step fires {fires}: use fxtrain.train_step(..., callbacks=), or say what a hand-written "
-                    "step fires, fxtrain.Step(function, callbacks=..., fires=...)."
-                )
-            if handler not in folded:
-                raise ValueError(
-                    f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and the step was "
-                    "built without it: make the callback once, and give it to train_step(..., callbacks=) and to fit."
-                )
-    for handler in folded:
-        outside = [kind.__name__ for kind in handler.events if kind not in TRACED]
-        if outside and handler not in callbacks.handlers:
-            raise ValueError(
-                f"{handler.name} was given to the step, and subscribes to {', '.join(sorted(outside))} too, which "
-                "the loop fires: make the callback once, and give it to fit(..., callbacks=) as well."
-            )
-
-
-def _exhausted(position: int, plan: Plan) -> str:
-    if position == 0:
-        return "The data is empty: it gave no batch at all."
-    wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
-    return (
-        f"The data is exhausted after {position} batches, and the run is to have {wanted}: give data that can be read "
-        "more than once (a list, a DataLoader, fxtrain.data.batches), or ask for less."
-    )

@@ -1,0 +1,219 @@
+"""Several steps in one graph: what they compute, and how a run made of them differs from one of single steps."""
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain.step import Several
+
+K = 4
+DATA = problem.data(8, seed=3)  # two calls make an epoch
+
+
+def same(first, second):
+    return all(map(torch.equal, fx.tree.leaves(first), fx.tree.leaves(second)))
+
+
+def taken(step, state, batches):
+    outputs = []
+    for batch in batches:
+        state, output = step(state, batch)
+        outputs.append(output)
+    return state, outputs
+
+
+def counting(stop_at=None):
+    """In the step: counts its calls, and stops at one."""
+
+    def update(state, event: fx.Updated, memory):
+        stop = event.step == stop_at if stop_at is not None else False
+        return memory + 1, fx.Control(stop=stop, reason=f"it is step {stop_at}")
+
+    return fx.stateful("calls", lambda state: torch.tensor(0), update)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("donate", [False, True])
+def test_as_so_many_single_steps_bitwise(donate):
+    callbacks = counting()
+    step = problem.step(callbacks=callbacks)
+    state = fx.attach(problem.start(), callbacks)
+    single, outputs = taken(fx.compile(step), state, DATA[:2])
+    several = fx.compile(step, steps_per_call=2, donate=donate)
+    together, many = several.many(state.copy(), DATA[:2])
+    assert same(together, single)
+    assert [float(output.metrics["loss"]) for output in many] == [float(o.metrics["loss"]) for o in outputs]
+    assert int(together.slots["calls"]) == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run():
+    step = problem.step()
+    plain = fx.fit(problem.start(), fx.compile(step), DATA, epochs=1)
+    together = fx.fit(problem.start(), fx.compile(step, steps_per_call=2, on_recompile="error"), DATA, epochs=1)
+    assert same(together.last, plain.last)
+    assert together.history["train/loss"].values.tolist() == plain.history["train/loss"].values.tolist()
+
+
+class Together:
+    """Several steps at a time, uncompiled: all that the loop asks of a compiled step."""
+
+    def __init__(self, step, count):
+        self.step, self.steps_per_call = step, count
+        self.callbacks, self.fires = step.callbacks, step.fires
+
+    def __call__(self, state, batch):
+        return self.step(state, batch)
+
+    def many(self, state, batches):
+        return Several(self.step, self.steps_per_call)(state, batches)
+
+
+def run(steps_per_call, callbacks=(), data=DATA, **options):
+    step = Together(problem.step(callbacks=callbacks), steps_per_call)
+    seen = []
+
+    def watch(state, event: fx.Event, control):
+        kind = type(event).__name__
+        seen.append((kind, event.step, event.position))
+
+    options = {"epochs": 2, "callbacks": callbacks, "observers": [watch], **options}
+    return fx.fit(problem.start(), step, data, **options), seen
+
+
+def ordered(seen):
+    """Without the beginnings of steps, which come together."""
+    return [moment for moment in seen if moment[0] != "StepBegin"]
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8, 9])
+@pytest.mark.parametrize("limit", [{"epochs": 2}, {"steps": 13}])
+def test_a_run_has_the_events_of_single_steps(k, limit):
+    plain, plain_seen = run(1, **{"epochs": None, **limit})
+    together, seen = run(k, **{"epochs": None, **limit})
+    assert ordered(seen) == ordered(plain_seen)
+    assert sorted(seen) == sorted(plain_seen)
+    assert same(together.last, plain.last)
+    for name, curve in plain.history.items():
+        assert together.history[name].values.tolist() == curve.values.tolist()
+
+
+class Streamed:
+    """An iterable that nobody knows the length of."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(DATA[: self.count])
+
+
+@pytest.mark.parametrize("count", [6, 8])
+def test_where_nobody_knows_how_long_an_epoch_is(count):
+    plain, plain_seen = run(1, data=Streamed(count), epochs=2)
+    together, seen = run(K, data=Streamed(count), epochs=2)
+    assert ordered(seen) == ordered(plain_seen)
+    assert same(together.last, plain.last)
+
+
+@pytest.mark.parametrize("stop_at", range(1, 10))
+def test_a_stop_inside_takes_no_step_after_it(stop_at):
+    callbacks = counting(stop_at)
+    result, seen = run(K, callbacks)
+    assert result.reason == f"it is step {stop_at}"
+    assert int(result.last.step) == int(result.last.slots["calls"]) == int(result.last.position) == stop_at
+    assert [step for kind, step, _ in seen if kind == "StepEnd"] == list(range(1, stop_at + 1))
+    assert same(result.last.params, run(1, callbacks)[0].last.params)
+
+
+def test_what_a_callback_of_the_loop_asks_for_comes_after_all_of_them(tmp_path):
+    def save(state, event: fx.StepEnd):
+        return state, fx.Control(save=event.step == 2, reason="it is step 2")
+
+    checkpointer = fx.checkpointer(tmp_path)
+    result, _ = run(K, save, steps=K, epochs=None, checkpointer=checkpointer)
+    assert checkpointer.steps() == [K]
+    assert result.reason == f"reached {K} steps"
+
+
+def test_an_interrupted_run_ends_where_the_whole_one_does(tmp_path):
+    whole, _ = run(K)
+
+    def interrupt(state, event: fx.StepEnd, control):
+        if event.step == 6:
+            raise KeyboardInterrupt
+
+    step = Together(problem.step(), K)
+    save = fx.when(fx.every(3), fx.callbacks.save())
+    with pytest.raises(KeyboardInterrupt):
+        fx.fit(
+            problem.start(),
+            step,
+            DATA,
+            epochs=2,
+            callbacks=save,
+            observers=[interrupt],
+            checkpointer=fx.checkpointer(tmp_path),
+        )
+    resumed = fx.fit(
+        problem.start(), step, DATA, epochs=2, callbacks=save, checkpointer=fx.checkpointer(tmp_path), resume=True
+    )
+    assert same(resumed.last.params, whole.last.params)
+    assert int(resumed.last.step) == int(whole.last.step)
+
+
+@pytest.mark.parametrize(("keep_every", "way"), [(4, (8, 4)), (3, (7, 6))])
+def test_states_are_kept_where_they_are_wanted(keep_every, way):
+    went = []
+
+    def go_back(state, event: fx.StepEnd):
+        return state, fx.Control(rewind=1 if event.step == 7 and not went else 0, reason="once")
+
+    def watch(state, event: fx.Rewound, control):
+        went.append((event.from_step, event.to_step))
+
+    run(K, go_back, keep_every=keep_every, observers=[watch])
+    assert went == [way]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda step: fx.compile(step, steps_per_call=0), ValueError, "steps_per_call=0: a whole number"),
+        (lambda step: fx.compile(step, steps_per_call=True), ValueError, "steps_per_call=True: a whole number"),
+        (lambda step: fx.compile(problem.eval_step, steps_per_call=2), ValueError, "an evaluation step is called"),
+        (
+            lambda step: fx.compile(step, steps_per_call=2).many(problem.start(), DATA[:3]),
+            ValueError,
+            "3 batches came, and this was compiled for 2 at a time",
+        ),
+        (lambda step: fx.compile(step, mode="ahead-of-time", dynamic=True), ValueError, "goes another way"),
+    ],
+)
+def test_mistakes(make, error, said):
+    with pytest.raises(error, match=said):
+        make(problem.step())
+
+
+def test_a_callback_between_steps_is_refused():
+    def skip(state, event: fx.StepBegin):
+        return state, fx.Control(skip_batch=event.step == 2)
+
+    with pytest.raises(ValueError, match="skip subscribes to StepBegin"):
+        run(K, skip)
+
+
+def test_one_at_a_time_is_many_too():
+    state, (output,) = fx.compile(problem.step(), backend="eager").many(problem.start(), DATA[:1])
+    assert int(state.step) == 1
+    assert "loss" in output.metrics
+
+
+def test_what_is_left_of_an_epoch_is_taken_singly(monkeypatch):
+    calls = []
+    many, one = Together.many, Together.__call__
+    monkeypatch.setattr(Together, "many", lambda self, *given: (calls.append(3), many(self, *given))[1])
+    monkeypatch.setattr(Together, "__call__", lambda self, *given: (calls.append(1), one(self, *given))[1])
+    run(3)
+    assert calls == [3, 3, 1, 1, 3, 3, 1, 1]
