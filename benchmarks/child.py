@@ -2,8 +2,9 @@
 
     python -m benchmarks.child '{"workload": "tiny_mlp", "contestant": "fxtrain", ...}'
 
-It says, in lines of JSON: what it came to in a short training that is the same for all; then, once it is warm, that it
-is ready; then, for each line it reads, the seconds that one turn took.
+It says, in lines of JSON: what it came to in a short training that is the same for all; or, once it is warm, that it
+is ready, and then, for each line it reads, the seconds that one turn took. Each in a process of its own, as what a
+process has done before changes how long memory takes to come by: a turn is what a script that trains would see.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> None:
     with own_stdout() as parent:
         pin(job["cores"])  # before any library counts the cores
         job["then_pin"] = job.get("then_pin", job["cores"])
-        {"turns": turns, "memory": memory, "first_step": first_step}[job["what"]](job, parent)
+        {"check": check, "turns": turns, "memory": memory, "first_step": first_step}[job["what"]](job, parent)
 
 
 @contextlib.contextmanager
@@ -73,8 +74,6 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
     from benchmarks.feed import in_turns
 
     workload, train = prepared(job)
-    say(parent, **checked(job, workload, train))
-    forget_compiled()
 
     def ask(seconds: float) -> None:
         if math.isnan(seconds):
@@ -87,12 +86,16 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
     raise RuntimeError(f"{job['contestant']} ended of its own accord.")
 
 
-def checked(job: dict[str, Any], workload: Any, train: Any) -> dict[str, float]:
+# Check
+
+
+def check(job: dict[str, Any], parent: TextIO) -> None:
     """The loss after a short training, and how far from the reference's it ended, as a part of the way it went."""
     import torch
 
     from benchmarks.feed import limited
 
+    workload, train = prepared(job)
     start = {name: value.clone() for name, value in floating(workload.module().state_dict()).items()}
     end = train(workload, limited(workload.batches, CHECKED))
     module = workload.module()
@@ -106,7 +109,7 @@ def checked(job: dict[str, Any], workload: Any, train: Any) -> dict[str, float]:
     with torch.no_grad():
         batch = workload.batches[0]
         losses = [float(workload.loss(made(batch["x"]), batch["y"])) for made in (module, workload.module())]
-    return {"loss": losses[0], "loss_before": losses[1], "distance": difference / way}
+    say(parent, loss=losses[0], loss_before=losses[1], distance=difference / way)
 
 
 def floating(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,11 +68,19 @@ class Child:
 
     def turn(self) -> float:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write("turn\n")
         self._process.stdin.flush()
-        return self.hear()["seconds"]
+        seconds = self.hear()["seconds"]
+        self.rest()
+        return seconds
+
+    def rest(self) -> None:
+        """Until its next turn, not even a thread that looks for work takes time from others."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def close(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
         with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=10)
         self._process.kill()
@@ -100,10 +109,13 @@ def race(name: str, names: Sequence[str], *, rounds: int, quick: bool) -> Outcom
         children: dict[str, Child] = {}
 
         def prepare(contestant: str, place: list[int]) -> None:
-            made = closing.enter_context(child({**job, "contestant": contestant, "cores": place}))
+            own = {**job, "contestant": contestant, "cores": place}
             try:
-                outcome.checks[contestant] = made.hear()
+                with child({**own, "what": "check"}) as checked:
+                    outcome.checks[contestant] = checked.hear()
+                made = closing.enter_context(child(own))
                 made.hear()
+                made.rest()
                 children[contestant] = made
             except RuntimeError as error:
                 outcome.failures[contestant] = str(error)

@@ -68,10 +68,10 @@ def heading(rounds: int) -> str:
         f"{time.strftime('%Y-%m-%d')}; commit {commit()}; {processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"{memory_of_machine()}, {platform.system()} {platform.release()}; Python {platform.python_version()}, "
         f"{versions}; {rounds} rounds. Load of the machine at the end: {os.getloadavg()[1]:.1f}.\n\n"
-        "Each contestant runs in a process of its own and waits for its turn; in each round everybody has one, in "
-        "another order each time. With one thread, all turns are on one core. Numbers are medians, with quartiles in "
-        "parentheses; ratios are taken within each round. All begin with the same weights, take the same batches in "
-        "the same order and use AdamW alike; nobody logs, saves or shows progress."
+        "Each contestant runs in a process of its own, which is stopped between its turns; in each round everybody has "
+        "one, in another order each time. With one thread, all turns are on one core. Numbers are medians, with "
+        "quartiles in parentheses; ratios are taken within each round. All begin with the same weights, take the same "
+        "batches in the same order and use AdamW alike; nobody logs, saves or shows progress."
     )
 
 

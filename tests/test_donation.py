@@ -135,6 +135,7 @@ HOLDS = {
     "a capsule": lambda state: torch.utils.dlpack.to_dlpack(state.params["0.weight"]),
     "all leaves": lambda state: tree.leaves(state),
     "an iterator": lambda state: iter(tree.leaves(state)),
+    "its bare storage": lambda state: state.params["0.weight"].untyped_storage(),
     "a closure": lambda state: lambda params=state.params: params,
     "a memory of a slot": lambda state: state.slots["average"],
     "a state dict": lambda state: fx.state_dict(state),
@@ -146,6 +147,8 @@ def values(held):
         return [held.copy()]
     if callable(held):
         held = held()
+    if isinstance(held, torch.UntypedStorage):
+        return [torch.tensor(held.tolist())]
     return [leaf.clone() for leaf in tree.leaves(held)]
 
 

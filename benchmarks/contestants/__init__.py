@@ -7,6 +7,7 @@ from typing import Any
 
 FXTRAIN = "fxtrain"
 AHEAD = "fxtrain, ahead of time"
+EIGHT = "fxtrain, eight steps a call"
 FIT = "fxtrain, fit"
 UNDONATED = "fxtrain, not donated"
 EAGER = "by hand, eager"
@@ -23,7 +24,7 @@ FLAX_NUMPY = "flax + optax, numpy batches"
 BY_HAND = (EAGER, MODEL_COMPILED, BOTH_COMPILED)
 ANY_FLAX = (FLAX, FLAX_NUMPY)
 TRAINERS = (LIGHTNING, HUGGING_FACE, IGNITE, KERAS, TORCHTNT)
-ALL = (FXTRAIN, AHEAD, FIT, UNDONATED, *BY_HAND, *TRAINERS, *ANY_FLAX)
+ALL = (FXTRAIN, AHEAD, EIGHT, FIT, UNDONATED, *BY_HAND, *TRAINERS, *ANY_FLAX)
 
 ENDLESS = 10**9
 """For trainers that must know how many steps there are."""
@@ -31,6 +32,7 @@ ENDLESS = 10**9
 _FUNCTIONS = {
     FXTRAIN: ("fxtrain", "donated"),
     AHEAD: ("fxtrain", "ahead"),
+    EIGHT: ("fxtrain", "eight"),
     FIT: ("fxtrain", "fit"),
     UNDONATED: ("fxtrain", "undonated"),
     EAGER: ("by_hand", "eager"),

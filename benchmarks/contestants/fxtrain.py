@@ -1,5 +1,6 @@
 """fxtrain: the compiled step in a bare loop, donated and not, and under ``fit``."""
 
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from benchmarks.workloads import Workload
 
 
 def pieces(
-    workload: Workload, *, donate: bool = True, mode: str | None = None, **options: Any
+    workload: Workload, *, donate: bool = True, mode: str | None = None, together: int = 1, **options: Any
 ) -> tuple[fx.TrainState, Any]:
     """A fresh state and its compiled step."""
     tx = fx.optim.adamw(workload.learning_rate, weight_decay=workload.weight_decay)
@@ -20,7 +21,9 @@ def pieces(
         return workload.loss(model(batch["x"]), batch["y"])
 
     step = fx.train_step(loss_fn, tx, **options)
-    return fx.init(workload.module(), tx), fx.compile(step, donate=donate, mode=mode, on_recompile="error")
+    return fx.init(workload.module(), tx), fx.compile(
+        step, donate=donate, mode=mode, steps_per_call=together, on_recompile="error"
+    )
 
 
 def donated(workload: Workload, feed: Feed) -> dict[str, Any]:
@@ -33,6 +36,18 @@ def ahead(workload: Workload, feed: Feed) -> dict[str, Any]:
 
 def undonated(workload: Workload, feed: Feed) -> dict[str, Any]:
     return _loop(workload, feed, donate=False)
+
+
+def eight(workload: Workload, feed: Feed) -> dict[str, Any]:
+    state, step = pieces(workload, together=8)
+    batches = iter(feed)
+    while some := list(itertools.islice(batches, 8)):
+        if len(some) == 8:
+            state, _ = step.many(state, some)
+        else:
+            for batch in some:
+                state, _ = step(state, batch)
+    return fx.state_dict(state)
 
 
 def _loop(workload: Workload, feed: Feed, **options: Any) -> dict[str, Any]:

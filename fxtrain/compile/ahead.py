@@ -19,8 +19,8 @@ from torch import Tensor
 
 def compile_ahead(
     graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]
-) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """A function of a list of tensors, which it empties.
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """A function of a sequence of tensors.
 
     Args:
         graph: From ``make_fx``.
@@ -39,7 +39,8 @@ def compile_ahead(
             exported = torch.export.export(graph, tuple(examples), strict=False)
             inductor.aoti_compile_and_package(exported, package_path=str(unfinished), inductor_configs=dict(options))
         os.replace(unfinished, path)
-    return inductor.aoti_load_package(str(path)).loader.boxed_run
+    run = inductor.aoti_load_package(str(path)).loader.boxed_run
+    return lambda tensors: run(list(tensors))
 
 
 def _key(graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ the same run has the same bits again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ def with_faster_products(graph: Any) -> Any:
     """The graph, from ``make_fx``, with large products by oneDNN where that is faster. It is changed in place."""
     if not _pays():
         return graph
-    aten, linear = torch.ops.aten, _linear()
-    for node in list(graph.graph.nodes):
+    aten, nodes = torch.ops.aten, graph.graph
+    for node in list(nodes.nodes):
         if node.target == aten.mm.default:
             x, other = node.args
             bias = None
@@ -32,26 +31,25 @@ def with_faster_products(graph: Any) -> Any:
             bias, x, other = node.args
         else:
             continue
-        if not _is_large([each.meta["val"] for each in (x, other)]):
+        if not _is_large(x.meta["val"], other.meta["val"]):
             continue
-        with graph.graph.inserting_before(node):
-            weight = graph.graph.call_function(aten.t.default, (other,))
+        with nodes.inserting_before(node):
+            weight = nodes.call_function(aten.t.default, (other,))
             weight.meta["val"] = other.meta["val"].t()
             if not x.meta["val"].is_contiguous():
                 # oneDNN's own operator would copy it, and Inductor does that on the way to it.
-                x = graph.graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
-            product = graph.graph.call_function(linear, (x, weight, bias))
+                x = nodes.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+            product = nodes.call_function(_linear(), (x, weight, bias))
         product.meta.update(node.meta)
         node.replace_all_uses_with(product)
-        graph.graph.erase_node(node)
+        nodes.erase_node(node)
     graph.recompile()
     return graph
 
 
-def _is_large(factors: Sequence[Tensor]) -> bool:
-    x, other = factors
-    on_cpu = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in factors)
-    return on_cpu and 2 * x.shape[0] * x.shape[1] * other.shape[1] >= _LEAST
+def _is_large(x: Tensor, other: Tensor) -> bool:
+    fit = x.device.type == "cpu" and x.dtype == other.dtype == torch.float32
+    return fit and 2 * x.shape[0] * x.shape[1] * other.shape[1] >= _LEAST
 
 
 @functools.cache

@@ -7,6 +7,8 @@ that can be read afterwards.
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +18,17 @@ from torch import Tensor
 
 from fxtrain import tree
 
-# How often a thing is referred to that one container holds, and the list that is asked; and how often a storage is used
-# that one tensor has. Both are found out here, because they depend on how Python and torch count.
-_holder = [object()]
-_REFERENCES = max(map(sys.getrefcount, [_holder[0]]))
-_storage_uses: Any = getattr(torch._C, "_storage_Use_Count", lambda storage: -1)
-_probe = torch.empty(1)
-_USES = max(1, _storage_uses(_probe.untyped_storage()._cdata))  # where torch cannot count, all is taken for shared
+_storages = functools.partial(map, Tensor.untyped_storage)
+_addresses = functools.partial(map, operator.attrgetter("_cdata"))
+_uses: Any = functools.partial(map, getattr(torch._C, "_storage_Use_Count", lambda address: -1))
+_references: Any = functools.partial(map, sys.getrefcount)
+
+# How often a thing is referred to that one container holds, and the list that is asked; how often a storage is, and how
+# often it is used, that one tensor has. All are found out here, because they depend on how Python and torch count.
+_probe = [torch.empty(1)]
+_SOLE = max(_references([_probe[0]]))
+_SOLE_STORAGE = max(_references(list(_storages(_probe))))
+_SOLE_USE = max(1, *_uses(_addresses(_storages(_probe))))  # where torch cannot count, all is taken for shared
 
 
 def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int]) -> bool:
@@ -30,26 +36,32 @@ def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int])
 
     Views are looked for of the leaves that are to be written only.
     """
-    return (
-        max(map(sys.getrefcount, leaves), default=0) <= _REFERENCES
-        and max(map(sys.getrefcount, containers), default=0) <= _REFERENCES
-        and all([_storage_uses(leaf.untyped_storage()._cdata) == _USES for leaf in [leaves[i] for i in written]])  # noqa: C419 - faster
-    )
+    if max(_references(leaves), default=0) > _SOLE or max(_references(containers), default=0) > _SOLE:
+        return False
+    storages = list(_storages([leaves[index] for index in written]))
+    return max(_references(storages), default=0) <= _SOLE_STORAGE and list(_uses(_addresses(storages))) == [
+        _SOLE_USE
+    ] * len(storages)
 
 
 def shared(leaves: list[Tensor], containers: list[Any]) -> list[bool]:
     """For each leaf whether somebody else holds it too: itself, a view of it, or a container above it."""
-    references = list(map(sys.getrefcount, leaves))
-    held = [count > _REFERENCES for count in map(sys.getrefcount, containers)]
+    references = list(_references(leaves))
+    held = [count > _SOLE for count in _references(containers)]
     exposed = {
         id(leaf)
         for container, elsewhere in zip(containers, held, strict=True)
         if elsewhere
         for leaf in tree.leaves(container)
     }
+    storages = list(_storages(leaves))
+    in_use = [
+        holders > _SOLE_STORAGE or uses != _SOLE_USE
+        for holders, uses in zip(_references(storages), _uses(_addresses(storages)), strict=True)
+    ]
     return [
-        count > _REFERENCES or id(leaf) in exposed or _storage_uses(leaf.untyped_storage()._cdata) != _USES
-        for leaf, count in zip(leaves, references, strict=True)
+        count > _SOLE or id(leaf) in exposed or seen
+        for leaf, count, seen in zip(leaves, references, in_use, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Call = Callable[[list[Tensor]], Sequence[Tensor]]
+Call = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
 
@@ -19,7 +19,7 @@ class Replay:
     they were, and outputs to memory of their own, as the next replay writes over them.
 
     Args:
-        call: A function of a list of tensors, all on one GPU, that writes over the first of them.
+        call: A function of a sequence of tensors, all on one GPU, that writes over the first of them.
         count: How many it writes over.
         capture: From a function to what replays it, and what it returned.
     """
@@ -31,7 +31,7 @@ class Replay:
         self._inputs: list[Tensor] = []
         self._outputs: Sequence[Tensor] = ()
 
-    def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         state, inputs = tensors[: self._count], tensors[self._count :]
         where = [leaf.data_ptr() for leaf in state]
         if where != self._where:

@@ -8,6 +8,7 @@ interfaces.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,20 +80,22 @@ def compile_traced(
     graph = with_faster_products(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu
-    call = _compiled(graph, [*leaves, *inputs], None if replayed else mode)
+    read = _without_unread(graph)
+    pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
+    call = _compiled(graph, pick((*leaves, *inputs)), None if replayed else mode)
     if replayed:
-        call = Replay(call, count)
+        call = Replay(call, sum(index < count for index in read))
     assemble = assembler(output_structure)
 
     if in_place or not isinstance(step, Step):
 
         def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-            return (), assemble(call([*leaves, *inputs]))
+            return (), assemble(call(pick((*leaves, *inputs))))
     else:
         returned = len(changed)
 
         def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-            values = call([*leaves, *inputs])
+            values = call(pick((*leaves, *inputs)))
             new = list(leaves)
             for index, value in zip(changed, values, strict=False):
                 new[index] = value
@@ -101,8 +104,19 @@ def compile_traced(
     return Artefact(run, changed if in_place else ())
 
 
-def _compiled(graph: Any, examples: list[Tensor], mode: str | None) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """A function of a list of tensors, which it may empty."""
+def _without_unread(graph: Any) -> list[int]:
+    """Which inputs the graph reads; it has no others afterwards, as each takes its time to be handed over."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    read = [index for index, node in enumerate(inputs) if node.users]
+    for node in inputs:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return read
+
+
+def _compiled(graph: Any, examples: Sequence[Tensor], mode: str | None) -> Callable[..., Sequence[Tensor]]:
+    """A function of a tuple of tensors."""
     import torch._inductor as inductor
     from torch._inductor import config
 

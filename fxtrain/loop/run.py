@@ -230,7 +230,7 @@ class Run:
         asked = _NOTHING
         if self._is_seen(StepBegin):
             for index, batch in enumerate(batches):  # where there are several, no callback sees it
-                at = {"step": now.step + 1 + index, "position": now.position + index}
+                at: dict[str, Any] = {"step": now.step + 1 + index, "position": now.position + index}
                 asked = yield from self._fire(StepBegin, **at, batch=batch)
         if asked.any("skip_batch"):
             now.move_to(now.position + 1)
