@@ -35,6 +35,8 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join((*workloads.NAMES, *OTHERS))}.")
 
+    path = given.write or (RESULTS if not given.only and not given.quick else None)
+    text = ""
     outcomes: dict[str, Outcome] = {}
     others: dict[str, Any] = {}
     for name in wanted:
@@ -44,11 +46,9 @@ def main() -> None:
         else:
             others[name] = other(name, rounds, quick=given.quick)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-
-    text = report(outcomes, others, rounds=rounds, quick=given.quick)
-    path = given.write or (RESULTS if not given.only and not given.quick else None)
-    if path is not None:
-        pathlib.Path(path).write_text(text)
+        text = report(outcomes, others, rounds=rounds, quick=given.quick)
+        if path is not None:
+            pathlib.Path(path).write_text(text)  # after each part: all of them take an hour
     print(text)
 
 
@@ -78,7 +78,7 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
     if name == "overhead":
         return overhead.main(rounds=rounds, quick=quick)
     if name == "first_step":
-        return first_step.main(rounds=1 if quick else 3, quick=quick)
+        return first_step.main(rounds=1 if quick else 2, quick=quick)
     if name == "ensemble":
         return ensemble.main(rounds=min(rounds, 10), quick=quick)
     size = ["--quick"] if quick else []
