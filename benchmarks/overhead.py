@@ -165,10 +165,22 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
         return [1e6 * (a - b) for a, b in zip(tiny[name], tiny[to], strict=True)]
 
     noise = 1e6 * statistics.median(tiny[FIT]) * 0.02
+    of_callbacks = (
+        "Each takes 0.8 us in a loop whose step does nothing: 0.15 the function, 0.4 the Control that it makes, 0.25 the "
+        "fold. Beside a step, which takes the first caches for itself, it is 1.3. The writer takes 2 us a step."
+    )
+    of_fit = (
+        "A step of fit takes 9 us more than its step where that does nothing, and 19 beside the tiny MLP's, whose own "
+        "code and data have gone from the first caches as well. The quartiles of this ratio lie on both sides."
+    )
     return [
         Verdict("Ten stateful callbacks on Updated add", added(IN_STEP, BARE), 10.0, unit=" us"),
         Verdict(
-            "Ten callbacks on StepEnd and a writer (each 100th step) add", added(ON_STEP_END, FIT), 15.0, unit=" us"
+            "Ten callbacks on StepEnd and a writer (each 100th step) add",
+            added(ON_STEP_END, FIT),
+            15.0,
+            of_callbacks,
+            " us",
         ),
         Verdict(
             "Callbacks that are not subscribed add, 2 % taken as noise,", added(UNSUBSCRIBED, FIT), noise, unit=" us"
@@ -177,5 +189,6 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
             f"`fit` over a bare loop, of steps of {1e3 * statistics.median(longer[BARE]):.2f} ms",
             ratios(longer[FIT], longer[BARE]),
             1.02,
+            of_fit,
         ),
     ]

@@ -57,7 +57,9 @@ class Graph:
         without = frozenset[str]() if isinstance(step, Step) else frozenset({"opt_state", "slots"})
         slots = step.enters if isinstance(step, Step) else None
         self._walk = walk_like(state, without=without, slots=slots) or _general(self._structure, step.enter)
-        self._walk_batch = walk_like(batch) or _general(batch_structure, lambda batch: batch)
+        walk_batch = walk_like(batch, exact=not dynamic)
+        self._walk_batch = walk_batch or _general(batch_structure, lambda batch: batch)
+        self._is_checked = walk_batch is not None and not dynamic
         self._seen: list[weakref.ref[Tensor]] = []  # the leaves it has written; they stay the same
 
     def find(self, state: TrainState, batch: Any) -> Found | None:
@@ -67,10 +69,10 @@ class Graph:
             inputs, _ = self._walk_batch(batch)
         except OtherStructureError:
             return None
-        known = len(self._seen) > 0 and all(map(operator.is_, [seen() for seen in self._seen], leaves))
-        if self._kinds_of_batch(inputs) == self._batch_kinds and (known or kinds(leaves) == self._kinds):
-            return leaves, containers, inputs, known
-        return None
+        if not self._is_checked and self._kinds_of_batch(inputs) != self._batch_kinds:
+            return None
+        known = len(self._seen) > 0 and all(map(operator.is_, map(operator.call, self._seen), leaves))
+        return (leaves, containers, inputs, known) if known or kinds(leaves) == self._kinds else None
 
     def __call__(
         self, state: TrainState, leaves: list[Tensor], containers: list[Any], inputs: list[Tensor], known: bool

@@ -22,7 +22,9 @@ class OtherStructureError(Exception):
     """The tree is not the one that the walk was written for."""
 
 
-def walk_like(tree: Any, *, without: frozenset[str] = frozenset(), slots: frozenset[str] | None = None) -> Walk | None:
+def walk_like(
+    tree: Any, *, without: frozenset[str] = frozenset(), slots: frozenset[str] | None = None, exact: bool = False
+) -> Walk | None:
     """A function from a tree with the structure of ``tree`` to its leaves, in order, and its containers.
 
     The function raises ``OtherStructureError`` for any other; None if a node is of a kind that it cannot be sure of.
@@ -31,8 +33,9 @@ def walk_like(tree: Any, *, without: frozenset[str] = frozenset(), slots: frozen
         tree: A state, or any pytree of tensors.
         without: Fields of a state that it does not look at.
         slots: The slots of a state that it looks at, by default all; others may come and go.
+        exact: Whether leaves of another shape, dtype, stride or device are another structure too.
     """
-    writer = _Writer(without, slots)
+    writer = _Writer(without, slots, exact)
     if not writer.node(tree, "root"):
         return None
     body = "\n".join(f"        {line}" for line in writer.lines)
@@ -51,8 +54,8 @@ def walk_like(tree: Any, *, without: frozenset[str] = frozenset(), slots: frozen
 class _Writer:
     """Collects the lines for one tree."""
 
-    def __init__(self, without: frozenset[str], slots: frozenset[str] | None) -> None:
-        self._without, self._slots = without, slots
+    def __init__(self, without: frozenset[str], slots: frozenset[str] | None, exact: bool) -> None:
+        self._without, self._slots, self._exact = without, slots, exact
         self.lines: list[str] = []
         self.leaves: list[str] = []
         self.containers: list[str] = []
@@ -90,6 +93,12 @@ class _Writer:
         if not isinstance(node, Tensor):
             return False
         self._unless(f"isinstance({name}, Tensor)")
+        if self._exact:
+            shape, dtype, stride, device = map(self._constant, (node.shape, node.dtype, node.stride(), node.device))
+            self._unless(
+                f"{name}.shape == {shape} and {name}.dtype is {dtype} and {name}.stride() == {stride} "
+                f"and {name}.device == {device}"
+            )
         self.leaves.append(name)
         return True
 

@@ -47,6 +47,7 @@ def fit(
     eval_step: Callable[..., Any] | None = None,
     eval_data: Any = None,
     eval_when: Callable[[Any], Any] | None = None,
+    eval_view: Callable[[TrainState], TrainState] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     observers: Iterable[Callable[..., None]] = (),
@@ -75,6 +76,8 @@ def fit(
         eval_data: As ``data``; an evaluation takes one epoch of it.
         eval_when: A trigger, asked at each ``StepEnd``. By default evaluation is at the last step of each epoch and
             of the run.
+        eval_view: From the state to the one that is evaluated in its place, ``fxtrain.callbacks.averaged`` say. What
+            trains, and what is saved, stays what it is.
         epochs: How many epochs the run is to have in all, those before a resume included.
         steps: How many steps the run is to have in all. With both, what comes first ends it.
         observers: What sees each event after the fold.
@@ -105,6 +108,7 @@ def fit(
         eval_step=eval_step,
         eval_data=eval_data,
         eval_when=eval_when,
+        eval_view=eval_view,
         epochs=epochs,
         steps=steps,
         observers=observers,
@@ -153,6 +157,7 @@ def _plan(
     eval_step: Any,
     eval_data: Any,
     eval_when: Any,
+    eval_view: Any,
     epochs: int | None,
     steps: int | None,
     checkpointer: Any,
@@ -167,8 +172,9 @@ def _plan(
     if (eval_step is None) != (eval_data is None):
         missing = "eval_data" if eval_data is None else "eval_step"
         raise ValueError(f"Evaluation needs eval_step and eval_data, and {missing} is missing.")
-    if eval_when is not None and eval_step is None:
-        raise ValueError("eval_when says when to evaluate, and there is no eval_step and eval_data to do it with.")
+    for name, value in (("eval_when", eval_when), ("eval_view", eval_view)):
+        if value is not None and eval_step is None:
+            raise ValueError(f"{name} says how to evaluate, and there is no eval_step and eval_data to do it with.")
     if resume and checkpointer is None:
         raise ValueError("resume=True goes on from a checkpoint, and no checkpointer is given.")
     folded = as_composed(callbacks)
@@ -178,6 +184,7 @@ def _plan(
         callbacks=folded,
         eval_step=eval_step,
         eval_data=eval_data,
+        eval_view=eval_view,
         epochs=epochs,
         steps=steps,
         checkpointer=checkpointer,

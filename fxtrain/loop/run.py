@@ -69,6 +69,7 @@ class Plan:
     callbacks: Composed
     eval_step: Callable[..., Any] | None
     eval_data: Any
+    eval_view: Callable[[TrainState], TrainState] | None
     epochs: int | None
     steps: int | None
     observers: Iterable[Callable[..., None]]
@@ -325,7 +326,8 @@ class Run:
         now.set(evaluate=False)
         yield from self._fire(EvalBegin)
         total: dict[str, Any] = {}
-        batches = measure(now.state, self._interrupts.leaving_compilation(eval_step), self.eval_data)
+        seen = now.state if self.plan.eval_view is None else self.plan.eval_view(now.state)
+        batches = measure(seen, self._interrupts.leaving_compilation(eval_step), self.eval_data)
         try:
             for index, batch, output, total in batches:  # noqa: B007
                 if self._interrupts.cause is not None:

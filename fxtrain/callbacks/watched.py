@@ -1,0 +1,84 @@
+"""Watched: the metric that a callback decides by, and which way it is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Metric = str | Callable[[Mapping[str, Any]], Any]
+"""A metric's name, or a function of all metrics of an event, as ``lambda metrics: metrics["loss"] / 2``."""
+
+Better = Callable[[Tensor, Tensor], Tensor]
+"""From a value and the best one so far, each float [], to whether it is an improvement: bool []."""
+
+
+def called(metric: Metric) -> str:
+    """The metric's name, in reasons and errors."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+
+
+def measured(event: Any, metric: Metric, who: str, like: Tensor) -> Tensor:
+    """The metric at an event: [], in the dtype and on the device of ``like``.
+
+    Raises:
+        KeyError: If there is none of this name, with those that there are.
+    """
+    if callable(metric):
+        value = metric(event.metrics)
+    elif metric in event.metrics:
+        value = event.metrics[metric]
+    else:
+        there = ", ".join(map(repr, event.metrics)) or "none"
+        source = "eval_step" if type(event).__name__ == "EvalEnd" else "the step"
+        raise KeyError(
+            f"{who} watches {metric!r}, and {type(event).__name__} has {there}: let {source} measure it, or name "
+            "one of these."
+        )
+    return torch.as_tensor(value, device=like.device).to(like.dtype)
+
+
+class Direction(NamedTuple):
+    """Which way a metric is better.
+
+    ``better(value, best)`` is whether ``value`` is an improvement; ``worst`` is what anything improves on.
+    """
+
+    better: Better
+    worst: float
+    sign: float  # 1 where less is better, -1 where more is, nan where a function says
+
+
+def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = False) -> Direction:
+    """The direction that ``mode`` names.
+
+        min:  value < best - min_delta            relative:  value < best - min_delta |best|
+        max:  value > best + min_delta            relative:  value > best + min_delta |best|
+
+    Anything improves on a best that is not finite, but a NaN never improves on anything.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if not (isinstance(min_delta, int | float) and math.isfinite(min_delta) and min_delta >= 0):
+        raise ValueError(f"min_delta={min_delta!r}: a number, 0 or more, is wanted; `mode` says which way is better.")
+    if callable(mode):
+        if min_delta or relative:
+            raise ValueError(
+                "mode is a function, which says itself by how much a value has to be better: leave out "
+                "min_delta and relative."
+            )
+        return Direction(mode, math.nan, math.nan)
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r}: 'min', 'max' or a function (value, best) -> bool tensor is wanted.")
+    sign = 1.0 if mode == "min" else -1.0
+
+    def better(value: Tensor, best: Tensor) -> Tensor:
+        margin = min_delta * best.abs() if relative else torch.full_like(best, min_delta)
+        # An infinite best would make the relative margin infinite too.
+        return sign * value < torch.where(best.isfinite(), sign * best - margin, sign * best)
+
+    return Direction(better, sign * math.inf, sign)

@@ -1,0 +1,207 @@
+"""Averages of weights: exact values, what counts as an update, and evaluation that never touches the live weights."""
+
+import dataclasses
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing, tree
+from fxtrain.callbacks import averaged, ema, swa
+
+
+def updated(step, skipped=False):
+    loss = torch.tensor(0.0)
+    return fx.Updated(
+        step=torch.tensor(step),
+        loss=loss,
+        metrics={"loss": loss},
+        grads={},
+        updates={},
+        skipped=torch.tensor(skipped),
+    )
+
+
+def averages(callback, first, values, skipped=()):
+    """The averaged parameter after each step, whose parameter then was ``values[i]``."""
+    composed = fx.compose(callback)
+    state = fx.attach(fx.init({"w": torch.tensor(float(first))}), composed)
+    seen = []
+    for step, value in enumerate(values, start=1):
+        state = state.replace(params={"w": torch.tensor(float(value))})
+        state, _ = composed(state, updated(step, step in skipped))
+        seen.append(float(averaged(state, composed.handlers[0].slot).params["w"]))
+    return seen
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("options", "values", "wanted"),
+        [
+            ({}, [8, 8, 0], [4, 6, 3]),
+            ({}, [0, 0, 0], [0, 0, 0]),
+            ({"debias": True}, [8, 8, 0], [8, 8, 24 / 7]),  # (0.125 8 + 0.25 8 + 0.5 0) / 0.875
+            ({"debias": True}, [8, 0, 0], [8, 8 / 3, 8 / 7]),
+            ({"every": 2}, [8, 8, 0, 0], [0, 4, 4, 2]),
+            ({"start": 2}, [8, 6, 2, 2], [8, 6, 4, 3]),  # until then the parameters themselves
+            ({"start": 1, "every": 2}, [8, 6, 2, 2], [8, 7, 7, 4.5]),
+            ({"start": 2, "debias": True}, [8, 6, 2, 4], [8, 6, 2, 10 / 3]),
+            ({"warmup": True}, [10, 10], [9, 9 + 9 / 11]),  # decays of 1/10 and 2/11
+            ({"warmup": True, "every": 2}, [10, 10, 10, 10], [0, 9, 9, 9 + 9 / 11]),
+        ],
+    )
+    def test_ema(self, options, values, wanted):
+        assert averages(ema(0.5, **options), 0, values) == pytest.approx(wanted, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("options", "values", "wanted"),
+        [
+            ({"start": 0}, [3, 5, 7], [3, 4, 5]),
+            ({"start": 1}, [3, 5, 7], [3, 5, 6]),
+            ({"start": 2}, [3, 5, 7], [3, 5, 7]),
+            ({"start": 5}, [3, 5, 7], [3, 5, 7]),
+            ({"start": 0, "every": 2}, [3, 5, 7, 9], [0, 5, 5, 7]),
+            ({"start": 1, "every": 3}, [3, 5, 7, 9, 1, 3], [3, 3, 7, 7, 7, 5]),
+        ],
+    )
+    def test_swa(self, options, values, wanted):
+        assert averages(swa(**options), 0, values) == pytest.approx(wanted, rel=1e-6)
+
+    @pytest.mark.parametrize("callback", [ema(0.5), ema(0.5, debias=True), swa(start=0)])
+    def test_a_skipped_step_is_no_update(self, callback):
+        with_skips = averages(callback, 0, [8, 100, 4, 100], skipped=(2, 4))
+        assert with_skips[0] == with_skips[1]
+        assert with_skips[2] == with_skips[3]
+        assert [with_skips[0], with_skips[2]] == averages(callback, 0, [8, 4])
+
+    def test_leaves_that_are_no_numbers_to_average_are_copied(self):
+        composed = fx.compose(ema(0.5, buffers=True))
+        module = torch.nn.BatchNorm1d(2)
+        state = fx.attach(fx.init(module), composed)
+        buffers = {**state.buffers, "running_mean": torch.full((2,), 4.0), "num_batches_tracked": torch.tensor(7)}
+        state, _ = composed(state.replace(buffers=buffers), updated(1))
+        seen = averaged(state)
+        assert seen.buffers["running_mean"].tolist() == [2.0, 2.0]
+        assert int(seen.buffers["num_batches_tracked"]) == 7
+
+    def test_half_precision_and_complex(self):
+        composed = fx.compose(ema(0.5))
+        params = {"half": torch.tensor(4.0, dtype=torch.bfloat16), "complex": torch.tensor(2.0 + 4.0j)}
+        state = fx.attach(fx.init(tree.zeros_like(params)), composed)
+        state, _ = composed(state.replace(params=params), updated(1))
+        assert averaged(state).params["half"].dtype == torch.bfloat16
+        assert float(averaged(state).params["half"]) == 2.0
+        assert complex(averaged(state).params["complex"]) == 1 + 2j
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: ema(1.0), "decay=1.0: between 0 and 1"),
+            (lambda: ema(0.5, every=0), "every=0: a whole number of steps, 1 or more"),
+            (lambda: ema(0.5, start=-1), "start=-1"),
+            (lambda: swa(start=1.5), "start=1.5"),
+        ],
+    )
+    def test_validates(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+    def test_a_view_of_what_is_not_there(self):
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), ema(0.5, name="slow"))
+        with pytest.raises(KeyError, match="no average 'ema'; there is 'slow'"):
+            averaged(state)
+
+    @pytest.mark.parametrize("callback", [ema(0.9), ema(0.9, debias=True, warmup=True, every=2), swa(start=1)])
+    def test_the_laws_hold(self, callback):
+        events = [updated(step, step == 3) for step in range(1, 6)]
+        testing.check_laws(callback, fx.init(torch.nn.Linear(2, 1)), events)
+
+
+class TestInARun:
+    def test_once_a_step_and_never_a_microbatch(self):
+        average = ema(0.5)
+        step = problem.step(callbacks=average, accumulate=2)
+        state, _ = step(fx.attach(problem.start(), average), problem.data()[0])
+        assert int(state.slots["ema"].count) == 1
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_resumed_at_every_step(self, compiled, tmp_path):
+        average = fx.compose(ema(0.9, warmup=True, buffers=True), swa(start=3, every=2))
+        step = problem.step(callbacks=average)
+        step = fx.compile(step) if compiled else step
+        options = {"callbacks": average}
+        whole = fx.fit(problem.start(), step, problem.data(), steps=12, **options).last
+        for cut in range(1, 12, 3 if compiled else 1):
+            folder = fx.checkpointer(tmp_path / f"{compiled}{cut}")
+            fx.fit(problem.start(), step, problem.data(), steps=cut, checkpointer=folder, **options)
+            again = fx.fit(
+                problem.start(), step, problem.data(), steps=12, checkpointer=folder, resume=True, **options
+            ).last
+            testing.assert_equal(again, whole, f"cut after {cut}")
+
+    def test_evaluates_the_average_and_trains_and_saves_the_live_weights(self, tmp_path):
+        average = ema(0.5)
+        step = problem.step(callbacks=average)
+        options = {
+            "callbacks": fx.compose(average, fx.when(fx.every(3), fx.callbacks.save())),
+            "eval_step": problem.eval_step,
+            "eval_data": problem.data(seed=1),
+            "steps": 6,
+        }
+        folders = [fx.checkpointer(tmp_path / name) for name in ("live", "viewed")]
+        live = fx.fit(problem.start(), step, problem.data(), checkpointer=folders[0], **options)
+        viewed = fx.fit(
+            problem.start(),
+            step,
+            problem.data(),
+            eval_view=averaged,
+            checkpointer=folders[1],
+            **options,
+        )
+        # The last evaluation's metrics are in the state; all else is alike.
+        mine, other = (
+            dataclasses.replace(state, slots={"ema": state.slots["ema"]}) for state in (viewed.last, live.last)
+        )
+        testing.assert_equal(mine, other, "the run")
+        wanted = fx.evaluate(averaged(viewed.last), problem.eval_step, problem.data(seed=1))
+        assert viewed.history["eval/loss"].values[-1] == wanted["loss"]
+        assert live.history["eval/loss"].values[-1] != wanted["loss"]
+        saved = folders[1].restore(viewed.last, step=6)
+        testing.assert_equal(saved.params, viewed.last.params, "the checkpoint")
+
+    @pytest.mark.parametrize("batch", range(problem.BATCHES))
+    def test_an_evaluation_that_is_interrupted_saves_the_live_weights(self, batch, tmp_path):
+        average = ema(0.5)
+        step = problem.step(callbacks=average)
+        live = {}
+
+        def note(state, event: fx.StepEnd, control):
+            live["params"] = tree.clone(state.params)
+
+        def interrupt(state, event: fx.EvalStep):
+            if event.index == batch:
+                raise RuntimeError("in the middle of an evaluation")
+            return state, fx.Control()
+
+        with pytest.raises(RuntimeError, match="in the middle"):
+            fx.fit(
+                problem.start(),
+                step,
+                problem.data(),
+                steps=2,
+                callbacks=fx.compose(average, interrupt),
+                eval_step=problem.eval_step,
+                eval_data=problem.data(),
+                eval_view=averaged,
+                observers=[note],
+                checkpointer=fx.checkpointer(tmp_path),
+            )
+        like = fx.attach(problem.start(), average)
+        saved = fx.checkpointer(tmp_path).restore(like)
+        testing.assert_equal(saved.params, live["params"], "the checkpoint")
+        assert int(saved.step) == 2
+
+    def test_a_view_needs_an_evaluation(self):
+        with pytest.raises(ValueError, match="eval_view says how to evaluate"):
+            fx.fit(problem.start(), problem.step(), problem.data(), steps=1, eval_view=averaged)

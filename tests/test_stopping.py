@@ -1,0 +1,481 @@
+"""Stopping rules: at which evaluation each stops, and why, by tables that were written by hand from the semantics."""
+
+import math
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+from fxtrain.callbacks import early_stopping, target, time_limit
+
+NAN, INF = math.nan, math.inf
+
+
+def evaluations(values, every=10, epoch_length=20):
+    return [
+        fx.EvalEnd(step=every * n, position=every * n, epoch_length=epoch_length, metrics={"loss": torch.tensor(value)})
+        for n, value in enumerate(values, start=1)
+    ]
+
+
+def stop_of(callback, events, state=None):
+    """Which event it first stops at, counted from 1, and the first reason; None if it never does."""
+    composed = fx.compose(callback)
+    state = fx.attach(fx.init(torch.nn.Linear(1, 1)) if state is None else state, composed)
+    for number, event in enumerate(events, start=1):
+        state = state.replace(step=torch.as_tensor(event.step), position=torch.as_tensor(event.position))
+        state, control = composed(state, event)
+        if reasons := control.reasons("stop"):
+            return number, reasons[0]
+    return None
+
+
+def number_of(callback, values, **options):
+    stop = stop_of(callback, evaluations([float(value) for value in values], **options))
+    return stop and stop[0]
+
+
+PATIENCE = [  # no check of finiteness, so that NaNs are seen as what they are: no improvement
+    ({"patience": 1}, [3, 2, 1, 0], None),
+    ({"patience": 1}, [3, 4], 2),
+    ({"patience": 1}, [3, 3], 2),  # a tie is no improvement
+    ({"patience": 2}, [3, 4, 2, 4, 3], 5),
+    ({"patience": 2}, [3, 4, 3, 2], 3),
+    ({"patience": 3}, [1, 2, 2, 0.5, 1, 1, 1], 7),
+    ({"patience": 2}, [NAN, NAN], 2),
+    ({"patience": 2}, [NAN, 1, NAN, 0.5, NAN, NAN], 6),
+    ({"patience": 2}, [INF, INF], 2),
+    ({"patience": 1}, [-INF, -INF], 2),
+    ({"patience": 2, "min_delta": 0.5}, [3, 2.5, 2.5], 3),  # exactly min_delta better is not enough
+    ({"patience": 2, "min_delta": 0.5}, [3, 2.6, 2.4, 2, 1.8], None),
+    ({"patience": 1, "mode": "max"}, [1, 2, 3, 2.9], 4),
+    ({"patience": 2, "mode": "max", "min_delta": 1.0}, [0, 1, 0.5], 3),
+    ({"patience": 2, "baseline": 1.0}, [3, 2], 2),  # never beat the baseline
+    ({"patience": 2, "baseline": 1.0}, [3, 0.9, 1, 0.8, 1, 1], 6),
+    ({"patience": 1, "mode": "max", "baseline": 0.5}, [0.4], 1),
+]
+RELATIVE = [
+    ({}, [10, 9.5, 9.0], 3),  # 9 is exactly a tenth better, which is not enough
+    ({}, [10, 8.9, 8.0], None),  # 8.01 would be enough
+    ({}, [10, 8.9, 8.1, 8.1], 4),
+    ({}, [-10, -10.5, -10.9], 3),
+    ({}, [-10, -11.5, -13, -15], None),
+    ({"mode": "max"}, [10, 10.5, 11], 3),
+    ({"mode": "max"}, [10, 11.5, 12.9, 14.3], None),
+    ({"mode": "max"}, [-10, -9.5, -8.5, -7], None),
+    ({}, [0, -0.0, 0], 3),  # of nothing a tenth is nothing, and a tie is no improvement
+    ({}, [INF, 5, 4.9, 4.8], 4),
+    ({}, [NAN, NAN, 1], 2),
+    ({"mode": "max"}, [NAN, 1, 1.05, 1.09], 4),
+]
+STEPS = [  # an evaluation each 10 steps
+    (5, [1, 2], 2),
+    (10, [1, 2], 2),
+    (11, [1, 2], None),
+    (11, [1, 2, 2], 3),
+    (20, [1, 0.5, 0.7, 0.6], 4),
+    (20, [1, 0.5, 0.7, 0.4, 0.5], None),
+    (30, [1, 1, 1, 1], 4),
+    (30, [1, 1, 1, 0], None),
+    (10, [NAN], 1),
+    (20, [NAN, NAN], 2),
+    (20, [NAN, 1, NAN, NAN], 4),
+    (1, [3, 2, 1], None),
+]
+EPOCHS = [  # an evaluation each 10 batches, an epoch of 20
+    (1, [1, 2, 2], 3),
+    (1, [1, 2, 0], None),
+    (1, [1, 2, 0, 1, 1], 5),
+    (2, [1, 2, 2, 2, 2], 5),
+    (2, [1, 2, 2, 2, 0], None),
+    (1, [NAN, NAN], 2),
+    (1, [NAN], None),
+    (2, [NAN, NAN, NAN, NAN], 4),
+    (1, [1, 1, 1], 3),
+    (3, [1] * 7, 7),
+    (3, [1] * 6, None),
+]
+START = [
+    ({"start_from": 2, "patience": 1}, [1, 2, 3], None),  # the third is the first that is watched, and the best so far
+    ({"start_from": 2, "patience": 1}, [0, 0, 3, 4], 4),
+    ({"start_from": 2, "patience": 2}, [0, 0, 3, 4], None),
+    ({"start_from": 2, "patience": 2}, [0, 0, 3, 4, 5], 5),
+    ({"start_from": 1, "patience": 1}, [NAN, 2, 1], None),
+    ({"start_from": 1, "patience": 1}, [NAN, 2, 2], 3),
+    ({"start_from": 3, "patience": 1}, [NAN, NAN, NAN, NAN], 4),
+    ({"start_from": 20, "unit": "steps", "patience": 10}, [1, 2, 2], 3),
+    ({"start_from": 20, "unit": "steps", "patience": 10}, [1, 2, 1, 2], 4),
+    ({"start_from": 30, "unit": "steps", "patience": 10}, [1, 2, 3, 2, 3], 5),
+    ({"start_from": 1, "unit": "epochs", "patience": 1}, [1, 2, 2, 2], 4),
+    ({"start_from": 1, "unit": "epochs", "patience": 1}, [1, 2, 3, 1, 1, 1], 6),
+    ({"start_from": 2, "patience": 9, "good_enough": 1.0}, [0, 0, 3, 1], 4),
+]
+GOOD = [
+    ("min", 0.1, [1, 0.5, 0.1], 3),
+    ("min", 0.1, [1, 0.11], None),
+    ("min", 0.1, [0.05], 1),
+    ("min", 0.1, [NAN, 0.0], 2),
+    ("min", 0.0, [-1], 1),
+    ("min", -5.0, [-4.9, -5.1], 2),
+    ("max", 0.9, [0.5, 0.89], None),
+    ("max", 0.9, [0.5, 0.9], 2),
+    ("max", 0.9, [INF], 1),
+    ("max", 0.9, [-INF, NAN, 0.95], 3),
+    ("min", 0.1, [NAN, NAN], None),
+]
+DIVERGED = [
+    ("min", 10.0, [1, 9.9], None),
+    ("min", 10.0, [1, 10], 2),
+    ("min", 10.0, [1, 2, 50], 3),
+    ("min", 10.0, [INF], 1),
+    ("min", 10.0, [NAN, NAN], None),
+    ("min", 10.0, [-INF, 3], None),
+    ("max", 0.1, [0.5, 0.2], None),
+    ("max", 0.1, [0.5, 0.1], 2),
+    ("max", 0.1, [-INF], 1),
+    ("max", 0.1, [NAN, 0.05], 2),
+    ("max", -1.0, [0, -0.5, -2], 3),
+]
+FINITE = [
+    ([1, NAN], 2),
+    ([NAN], 1),
+    ([1, INF], 2),
+    ([1, -INF], 2),
+    ([3, 2, 1], None),
+    ([-INF, 1], 1),
+    ([1e38, 1], None),
+    ([0, -0.0], None),
+    ([1, 2, NAN, 0], 3),
+    ([1, 0.5, 0.2, 0.1, NAN], 5),
+]
+
+
+class TestEarlyStopping:
+    @pytest.mark.parametrize(("options", "values", "stop"), PATIENCE)
+    def test_patience(self, options, values, stop):
+        assert number_of(early_stopping("loss", check_finite=False, **options), values) == stop
+
+    @pytest.mark.parametrize(("options", "values", "stop"), RELATIVE)
+    def test_a_relative_difference(self, options, values, stop):
+        rule = early_stopping("loss", patience=2, min_delta=0.1, relative=True, check_finite=False, **options)
+        assert number_of(rule, values) == stop
+
+    @pytest.mark.parametrize(("patience", "values", "stop"), STEPS)
+    def test_patience_in_steps(self, patience, values, stop):
+        rule = early_stopping("loss", patience=patience, unit="steps", check_finite=False)
+        assert number_of(rule, values) == stop
+
+    @pytest.mark.parametrize(("patience", "values", "stop"), EPOCHS)
+    def test_patience_in_epochs(self, patience, values, stop):
+        rule = early_stopping("loss", patience=patience, unit="epochs", check_finite=False)
+        assert number_of(rule, values) == stop
+
+    @pytest.mark.parametrize(("options", "values", "stop"), START)
+    def test_begins_where_it_is_told(self, options, values, stop):
+        assert number_of(early_stopping("loss", check_finite=False, **options), values) == stop
+
+    @pytest.mark.parametrize(("mode", "value", "values", "stop"), GOOD)
+    def test_good_enough(self, mode, value, values, stop):
+        rule = early_stopping("loss", patience=99, mode=mode, good_enough=value, check_finite=False)
+        assert number_of(rule, values) == stop
+
+    @pytest.mark.parametrize(("mode", "value", "values", "stop"), DIVERGED)
+    def test_diverged(self, mode, value, values, stop):
+        rule = early_stopping("loss", patience=99, mode=mode, diverged=value, check_finite=False)
+        assert number_of(rule, values) == stop
+
+    @pytest.mark.parametrize(("values", "stop"), FINITE)
+    def test_not_finite(self, values, stop):
+        assert number_of(early_stopping("loss", patience=99), values) == stop
+
+    def test_a_function_says_what_is_better(self):
+        def nearer_to_one(value, best):
+            return best.isnan() | ((value - 1).abs() < (best - 1).abs())
+
+        rule = early_stopping("loss", patience=2, mode=nearer_to_one)
+        assert number_of(rule, [3, -0.5, 0.8, 1.1, 1.1, 0.9]) == 6
+        assert number_of(early_stopping(lambda metrics: metrics["loss"].abs(), patience=1), [-3, 2, -1, -2]) == 4
+
+    def test_in_a_state_that_has_run_before_waiting_begins_now(self):
+        state = fx.init(torch.nn.Linear(1, 1)).replace(step=torch.tensor(1000), position=torch.tensor(1000))
+        events = [
+            fx.EvalEnd(step=s, position=s, epoch_length=10, metrics={"loss": torch.tensor(NAN)}) for s in (1010, 1020)
+        ]
+        rule = early_stopping("loss", patience=20, unit="steps", check_finite=False)
+        assert stop_of(rule, events, state)[0] == 2
+        rule = early_stopping("loss", patience=2, unit="epochs", check_finite=False)
+        assert stop_of(rule, events, state)[0] == 2
+
+    def test_each_cause_has_its_reason(self):
+        rule = early_stopping("loss", patience=1, good_enough=0.1, diverged=10.0)
+        for values, reason in (
+            ([1.0, 1.0], "loss has not improved for 1 evaluation"),
+            ([0.05], "loss reached 0.1"),
+            ([11.0], "loss diverged: it reached 10"),
+            ([NAN], "loss is not finite"),
+        ):
+            reasons = []
+            composed = fx.compose(rule)
+            state = fx.attach(fx.init(torch.nn.Linear(1, 1)), composed)
+            for event in evaluations(values):
+                state, control = composed(state, event)
+                reasons = control.reasons("stop")
+            assert reason in reasons
+
+    def test_it_logs_what_it_knows(self):
+        composed = fx.compose(early_stopping("loss", patience=3))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), composed)
+        logs = []
+        for event in evaluations([3.0, 2.5, 2.75]):
+            state, control = composed(state, event)
+            logs.append({name: float(entry.value) for name, entry in control.log.items() if bool(entry.when)})
+        assert logs == [
+            {"early_stopping/best": 3.0, "early_stopping/waited": 0.0},
+            {"early_stopping/best": 2.5, "early_stopping/waited": 0.0, "early_stopping/improved_by": 0.5},
+            {"early_stopping/best": 2.5, "early_stopping/waited": 1.0},
+        ]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"patience": 0}, "patience=0: a whole number of evaluations, 1 or more"),
+            ({"patience": 1.5, "unit": "steps"}, "patience=1.5: a whole number of steps"),
+            ({"patience": 1, "min_delta": -1.0}, "min_delta=-1.0: a number, 0 or more"),
+            ({"patience": 1, "min_delta": NAN}, "min_delta=nan: a number, 0 or more"),
+            ({"patience": 1, "mode": "least"}, "mode='least': 'min', 'max' or a function"),
+            ({"patience": 1, "unit": "hours"}, "unit='hours': one of 'evaluations', 'steps', 'epochs'"),
+            ({"patience": 1, "start_from": -1}, "start_from=-1"),
+            ({"patience": 1, "mode": torch.lt, "min_delta": 0.1}, "leave out min_delta"),
+            ({"patience": 1, "mode": torch.lt, "diverged": 0.1}, "which way is worse"),
+            ({"patience": 1, "overfit_patience": 0}, "overfit_patience=0"),
+            ({"patience": 1, "restore_best": "disk"}, "restore_best='disk': True, False or a checkpointer"),
+        ],
+    )
+    def test_validates(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            early_stopping("loss", **options)
+
+    def test_epochs_of_unknown_length(self):
+        with pytest.raises(ValueError, match="nobody knows how long they are"):
+            number_of(early_stopping("loss", patience=1, unit="epochs"), [1.0], epoch_length=None)
+
+    def test_a_metric_that_is_not_measured_names_those_that_are(self):
+        with pytest.raises(KeyError, match="early_stopping watches 'acc', and EvalEnd has 'loss'"):
+            number_of(early_stopping("acc", patience=1), [1.0])
+
+
+def trained(losses, number):
+    return [
+        fx.Updated(
+            step=torch.tensor(number),
+            loss=torch.tensor(loss),
+            metrics={"loss": torch.tensor(loss)},
+            grads={},
+            updates={},
+            skipped=torch.tensor(False),
+        )
+        for loss in losses
+    ]
+
+
+OVERFIT = [  # training losses since the evaluation before, and the evaluation's
+    ([([1], 2), ([1], 3), ([1], 4)], 3),  # gaps 1, 2, 3: two in a row are growth
+    ([([1], 2), ([1], 3), ([1], 3)], None),
+    ([([1], 2), ([1], 2), ([1], 2)], None),
+    ([([3], 2), ([2], 2), ([1], 2)], 3),
+    ([([1], 2), ([1], 3), ([2], 3), ([1], 3), ([1], 4)], 5),
+    ([([1, 3], 3), ([1, 1], 3), ([0, 0], 3)], 3),
+    ([([1], 2), ([1], 3), ([], 9), ([1], 4)], 4),  # without training in between nothing has drifted
+    ([([1], 2), ([1], NAN), ([1], 4), ([1], 5)], None),  # what is compared with a NaN has not grown
+    ([([1], 2), ([NAN, 1], 3), ([1], 4)], 3),  # a step that a guard skipped says nothing
+    ([([1], 2), ([1], 2.1), ([1], 2.2)], None),  # each less than min_delta
+    ([([1], 2), ([1], 2.3), ([1], 2.6)], 3),
+    ([([2], 1), ([2], 1.5), ([2], 2)], 3),
+]
+
+
+class TestOverfitting:
+    @pytest.mark.parametrize(("rounds", "stop"), OVERFIT)
+    def test_stops_where_the_gap_grows(self, rounds, stop):
+        rule = fx.compose(
+            early_stopping("loss", patience=99, check_finite=False, overfit_patience=2, overfit_min_delta=0.25)
+        )
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), rule)
+        stopped = None
+        for number, (losses, value) in enumerate(rounds, start=1):
+            for event in trained([float(loss) for loss in losses], number):
+                state, _ = rule(state, event)
+            (event,) = evaluations([float(value)])
+            state, control = rule(state, event)
+            if stopped is None and control.reasons("stop"):
+                stopped = number
+        assert stopped == stop
+
+    def test_a_larger_metric_that_is_better_mirrors_it(self):
+        rule = fx.compose(early_stopping("loss", patience=99, mode="max", overfit_patience=1))
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), rule)
+        reasons = []
+        for number, (train, value) in enumerate([(0.8, 0.7), (0.9, 0.7)], start=1):
+            for event in trained([train], number):
+                state, _ = rule(state, event)
+            state, control = rule(state, evaluations([value])[0])
+            reasons = control.reasons("stop")
+        assert reasons == ["the gap between loss and the training loss grew 1 evaluations in a row"]
+
+    def test_in_a_run(self):
+        rule = early_stopping("loss", patience=99, overfit_patience=99)
+        step = problem.step(callbacks=rule)
+        result = fx.fit(
+            problem.start(),
+            step,
+            problem.data(),
+            callbacks=rule,
+            eval_step=problem.eval_step,
+            eval_data=problem.data(),
+            epochs=2,
+        )
+        memory = result.last.slots["early_stopping"].overfitting
+        assert int(memory.count) == 0
+        assert memory.gap.isfinite()
+
+
+class TestRestoreBest:
+    def run(self, restore_best, **options):
+        # The metric is best in the middle: a rate far too large then leads away.
+        tx = fx.optim.sgd(0.75)
+        step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+        rule = early_stopping("far", patience=99, restore_best=restore_best)
+        evaluate = fx.eval_step(lambda model, batch: {"far": (model["w"] - 1.6).abs()})
+        return fx.fit(
+            fx.init({"w": torch.tensor(0.0)}, tx),
+            step,
+            [torch.tensor(1.0)],
+            epochs=5,
+            callbacks=rule,
+            eval_step=evaluate,
+            eval_data=[torch.tensor(1.0)],
+            **options,
+        )
+
+    def test_from_memory(self):
+        result = self.run(True)
+        # w: 1.5, 0.75, 1.125, 0.9375, 1.03125
+        assert float(result.state.params["w"]) == 1.5
+        assert float(result.last.params["w"]) == 1.03125
+
+    def test_from_the_best_checkpoint(self, tmp_path):
+        checkpointer = fx.checkpointer(tmp_path, best="far")
+        result = self.run(checkpointer, checkpointer=checkpointer)
+        assert float(result.state.params["w"]) == 1.5
+        assert float(result.last.params["w"]) == 1.03125
+        assert result.last.slots["early_stopping"].kept == ()
+        assert 1 in checkpointer.steps()
+
+    def test_a_best_checkpoint_that_is_gone(self, tmp_path):
+        checkpointer = fx.checkpointer(tmp_path, keep=1)
+        with pytest.raises(ValueError, match=r"The best far was at step 1, and .* has deleted its checkpoint"):
+            self.run(checkpointer, checkpointer=checkpointer)
+
+
+class TestTimeLimit:
+    @pytest.mark.parametrize(
+        ("limit", "times", "stop"),
+        [
+            (10, [4, 8, 12], 3),
+            (10, [4, 8, 9.9], None),
+            (10, [10], 1),
+            (10, [0, 0, 0], None),
+            (10, [4, 8, 1, 3], 4),  # a second session begins: 8 and 3 are over
+            (10, [9, 0.5, 0.9, 1], 4),
+            (0.5, [0.6], 1),
+            (3600, [3599, 3600], 2),
+            (10, [11, 1], 1),
+            (10, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 10),
+        ],
+    )
+    def test_over_all_sessions(self, limit, times, stop):
+        events, before = [], 0.0
+        for step, time in enumerate(times, start=1):
+            before = before if time >= before else 0.0
+            events.append(fx.StepEnd(step=step, metrics={}, time=float(time), previous_time=before))
+            before = float(time)
+        found = stop_of(time_limit(seconds=limit), events)
+        assert (found and found[0]) == stop
+
+    def test_in_a_run_that_is_resumed(self, tmp_path):
+        clock = iter(range(10**6))
+        options = {
+            "callbacks": time_limit(seconds=40),
+            "clock": lambda: float(next(clock)),
+            "checkpointer": fx.checkpointer(tmp_path),
+        }
+        first = fx.fit(problem.start(), problem.step(), problem.data(), steps=2, **options)
+        assert first.reason == "reached 2 steps"
+        second = fx.fit(problem.start(), problem.step(), problem.data(), steps=99, resume=True, **options)
+        assert second.reason == "the time limit of 40 s is over"
+        assert int(second.last.step) < 99
+
+    @pytest.mark.parametrize("given", [{}, {"seconds": -1}, {"hours": INF}, {"minutes": NAN}])
+    def test_validates(self, given):
+        with pytest.raises(ValueError, match="time_limit of"):
+            time_limit(**given)
+
+
+class TestTarget:
+    @pytest.mark.parametrize(
+        ("mode", "value", "values", "stop"),
+        [
+            ("min", 0.1, [1, 0.1], 2),
+            ("min", 0.1, [1, 0.2], None),
+            ("min", 0.1, [NAN, 0.05], 2),
+            ("min", 0.0, [0], 1),
+            ("min", -1.0, [0, -1], 2),
+            ("max", 0.9, [0.8, 0.95], 2),
+            ("max", 0.9, [0.8, 0.89], None),
+            ("max", 0.9, [NAN, NAN], None),
+            ("max", 0.9, [INF], 1),
+            ("max", -1.0, [-2, -1], 2),
+        ],
+    )
+    def test_stops_where_it_is_reached(self, mode, value, values, stop):
+        assert number_of(target("loss", value, mode=mode), values) == stop
+
+    def test_of_a_step(self):
+        events = [fx.StepEnd(step=n, metrics={"loss": torch.tensor(value)}) for n, value in ((1, 2.0), (2, 0.5))]
+        assert stop_of(target("loss", 1.0, at=fx.StepEnd), events) == (2, "loss reached 1")
+        with pytest.raises(KeyError, match="target watches 'acc', and StepEnd has 'loss'"):
+            stop_of(target("acc", 1.0, at=fx.StepEnd), events)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"value": NAN}, "value=nan"),
+            ({"value": 1.0, "mode": "best"}, "mode='best'"),
+            ({"value": 1.0, "at": fx.EpochEnd}, "EvalEnd or StepEnd is wanted"),
+        ],
+    )
+    def test_validates(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            target("loss", **options)
+
+
+@pytest.mark.parametrize(
+    ("callback", "events"),
+    [
+        (early_stopping("loss", patience=2, restore_best=True), evaluations([3.0, 2.0, NAN, 2.5, 1.0])),
+        (early_stopping("loss", patience=15, unit="steps"), evaluations([3.0, 2.0, 2.5, 1.0, 1.5, 1.5])),
+        (
+            early_stopping("loss", patience=9, overfit_patience=2),
+            [event for n in (1, 2, 3) for event in (*trained([1.0, 2.0], n), *evaluations([2.0 + n]))],
+        ),
+        (
+            time_limit(seconds=3),
+            [fx.StepEnd(step=n, metrics={}, time=float(n), previous_time=n - 1.0) for n in (1, 2, 3, 4)],
+        ),
+        (target("loss", 1.0), evaluations([3.0, 0.5])),
+    ],
+)
+def test_the_laws_hold(callback, events):
+    testing.check_laws(callback, fx.init(torch.nn.Linear(1, 1)), events)
