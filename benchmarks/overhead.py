@@ -166,8 +166,8 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
 
     noise = 1e6 * statistics.median(tiny[FIT]) * 0.02
     of_callbacks = (
-        "Each takes 0.8 us in a loop whose step does nothing: 0.15 the function, 0.4 the Control that it makes, 0.25 the "
-        "fold. Beside a step, which takes the first caches for itself, it is 1.3. The writer takes 2 us a step."
+        "Each takes 0.8 us in a loop whose step does nothing: 0.15 the function, 0.4 the Control that it makes, 0.25 "
+        "the fold. Beside a step, which takes the first caches for itself, it is 1.3. The writer takes 2 us a step."
     )
     of_fit = (
         "A step of fit takes 9 us more than its step where that does nothing, and 19 beside the tiny MLP's, whose own "
