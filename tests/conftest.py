@@ -1,9 +1,14 @@
 """One thread: bitwise claims hold for one thread count, and two cores are shared."""
 
+import signal
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

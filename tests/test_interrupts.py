@@ -28,6 +28,16 @@ def send(*kinds, after=fx.StepEnd, step=2):
     return observe
 
 
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_was_ignored_stays_ignored(kind):
+    before = signal.signal(kind, signal.SIG_IGN)
+    try:
+        result = fit(observers=[send(kind)])
+    finally:
+        signal.signal(kind, before)
+    assert (result.exit_code, result.reason) == (0, "reached 6 steps")
+
+
 @pytest.mark.parametrize(
     ("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)]
 )

@@ -63,8 +63,8 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         Explanation of <step train_step(<lambda>), fires Microbatch, Gradients, Updated>
           graphs      1, without a break (inductor, traced)
           operations  ...
-          FLOPs       40.0: addmm 16.0, mm 24.0
-          state       58 B: params 12 B, opt_state 8 B, rest 38 B
+          FLOPs       32.0: addmm 16.0, mm 16.0
+          state       50 B: params 12 B, rest 38 B
           ...
     """
     if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:

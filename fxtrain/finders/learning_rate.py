@@ -84,10 +84,10 @@ def lr_finder(
     Example:
         >>> import torch, fxtrain as fx
         >>> tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.1)
-        >>> step = fx.train_step(lambda model, batch: (model(batch) - 1).square().mean(), tx)
-        >>> state = fx.init(torch.nn.Linear(1, 1), tx, seed=0)
-        >>> found = lr_finder(state, step, [torch.ones(4, 1)], low=1e-4)
-        >>> found.diverged, 0.01 < found.suggestion < 1
+        >>> step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+        >>> state = fx.init({"w": torch.tensor(9.0)}, tx)
+        >>> found = lr_finder(state, step, [torch.tensor(1.0), torch.tensor(2.0)], low=1e-4)
+        >>> found.diverged, 0.001 < found.suggestion < 1
         (True, True)
     """
     if not 0 < low < high < math.inf:

@@ -33,7 +33,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            kinds = [signal.SIGINT, signal.SIGTERM]
+            # What whoever started this process had ignored, as a shell does of a job in the background, stays ignored.
+            kinds = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) != signal.SIG_IGN]
             ahead = getattr(signal, "SIGUSR1", None)
             if ahead is not None and signal.getsignal(ahead) == signal.SIG_DFL:
                 kinds.append(ahead)
