@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fxtrain.core import refuse_unless_whole
+
 Schedule = Callable[[Any], Tensor]
 """From the step (int64 [], or an int) to a value (float32 [])."""
 
@@ -50,8 +52,8 @@ def polynomial(
         >>> polynomial(1.0, 0.0, power=2.0, transition_steps=10)(5)
         tensor(0.2500)
     """
-    _steps("transition_steps", transition_steps, least=1)
-    _steps("transition_begin", transition_begin)
+    refuse_unless_whole("transition_steps", transition_steps, "steps")
+    refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
 
     def value(step: Tensor) -> Any:
         left = 1.0 - (step - transition_begin).clamp(0, transition_steps).float() / transition_steps
@@ -88,7 +90,7 @@ def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent:
     References:
         Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017.
     """
-    _steps("decay_steps", decay_steps, least=1)
+    refuse_unless_whole("decay_steps", decay_steps, "steps")
 
     def value(step: Tensor) -> Any:
         angle = step.clamp(0, decay_steps).float() * (math.pi / decay_steps)
@@ -122,8 +124,8 @@ def exponential(
         >>> exponential(1.0, 10, decay_rate=0.5)(20)
         tensor(0.2500)
     """
-    _steps("transition_steps", transition_steps, least=1)
-    _steps("transition_begin", transition_begin)
+    refuse_unless_whole("transition_steps", transition_steps, "steps")
+    refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
     if not isinstance(decay_rate, Tensor) and not decay_rate > 0:
         raise ValueError(f"decay_rate={decay_rate!r}: a factor above 0 is wanted.")
     if end_value is not None and isinstance(decay_rate, Tensor):
@@ -158,7 +160,7 @@ def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
     References:
         Vaswani et al., Attention Is All You Need, 2017.
     """
-    _steps("timescale", timescale, least=1)
+    refuse_unless_whole("timescale", timescale, "steps")
     return _schedule(lambda step: init_value * torch.rsqrt(1.0 + step.clamp(min=0).float() / timescale))
 
 
@@ -189,7 +191,7 @@ def piecewise(
     boundaries = [0, *sorted(boundaries_and_scales)]
     values = [init_value]
     for boundary in boundaries[1:]:
-        _steps("a boundary", boundary)
+        refuse_unless_whole("a boundary", boundary, "steps", least=0)
         values.append(values[-1] * boundaries_and_scales[boundary])
 
     def between(index: int, step: Tensor) -> Any:
@@ -241,7 +243,7 @@ def one_cycle(
     References:
         Smith and Topin, Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates, 2017.
     """
-    _steps("transition_steps", transition_steps, least=1)
+    refuse_unless_whole("transition_steps", transition_steps, "steps")
     if not 0 < pct_start < pct_final < 1:
         raise ValueError(
             f"pct_start={pct_start!r} and pct_final={pct_final!r}: 0 < pct_start < pct_final < 1 is wanted."
@@ -270,7 +272,7 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedu
         >>> [float(schedule(step)) for step in (0, 5, 10, 100)]
         [0.0, 0.5, 1.0, 0.0]
     """
-    _steps("steps", steps)
+    refuse_unless_whole("steps", steps, "steps", least=0)
     if steps == 0:
         return schedule
 
@@ -306,8 +308,8 @@ def warmup_cosine_decay(
         >>> [round(float(schedule(step)), 3) for step in (5, 10, 55, 100)]
         [0.5, 1.0, 0.55, 0.1]
     """
-    _steps("warmup_steps", warmup_steps)
-    _steps("decay_steps", decay_steps)
+    refuse_unless_whole("warmup_steps", warmup_steps, "steps", least=0)
+    refuse_unless_whole("decay_steps", decay_steps, "steps", least=0)
     if decay_steps <= warmup_steps:
         raise ValueError(
             f"decay_steps={decay_steps} with warmup_steps={warmup_steps}: decay_steps counts the warmup too, so it is "
@@ -335,7 +337,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
             f"{len(schedules)} schedules and {len(boundaries)} boundaries came: a boundary is wanted between each two."
         )
     for boundary in boundaries:
-        _steps("a boundary", boundary)
+        refuse_unless_whole("a boundary", boundary, "steps", least=0)
     if list(boundaries) != sorted(set(boundaries)):
         raise ValueError(f"boundaries={list(boundaries)}: rising steps are wanted.")
 
@@ -358,8 +360,3 @@ def _schedule(value: Callable[[Tensor], Any]) -> Schedule:
 
 def _float(value: Any, step: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=step.device)
-
-
-def _steps(name: str, value: Any, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number of steps, {least} or more, is wanted.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, TrainState, Updated
+from fxtrain.core import Control, TrainState, Updated, refuse_unless_whole
 from fxtrain.fold import Handler, stateful
 
 
@@ -67,7 +67,8 @@ def ema(
     """
     if not 0 < decay < 1:
         raise ValueError(f"decay={decay!r}: between 0 and 1 is wanted.")
-    _check(every, start)
+    refuse_unless_whole("every", every, "steps")
+    refuse_unless_whole("start", start, "steps", least=0)
 
     def mean(memory: AveragedState) -> tuple[Tensor, Tensor]:
         kept = torch.full_like(memory.weight, decay)
@@ -112,7 +113,8 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
     References:
         Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
     """
-    _check(every, start)
+    refuse_unless_whole("every", every, "steps")
+    refuse_unless_whole("start", start, "steps", least=0)
 
     def mean(memory: AveragedState) -> tuple[Tensor, Tensor]:
         return memory.count / (memory.count + 1), memory.weight
@@ -184,9 +186,3 @@ def _averaging(
         )
 
     return stateful(name, init, update)
-
-
-def _check(every: int, start: int) -> None:
-    for argument, value, least in (("every", every, 1), ("start", start, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{argument}={value!r}: a whole number of steps, {least} or more, is wanted.")

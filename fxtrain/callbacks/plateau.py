@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.callbacks.watched import Better, Metric, direction, measured
-from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, refuse_unless_whole
 from fxtrain.fold import Handler, slotted
 
 
@@ -75,8 +75,7 @@ def reduce_on_plateau(
     if not 0 < factor < 1:
         raise ValueError(f"factor={factor!r}: between 0 and 1 is wanted.")
     for argument, value in (("patience", patience), ("cooldown", cooldown)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{argument}={value!r}: a whole number of evaluations, 0 or more, is wanted.")
+        refuse_unless_whole(argument, value, "evaluations", least=0)
     if callable(mode):
         min_delta, relative = 0.0, False
     better, worst, _ = direction(mode, min_delta=min_delta, relative=relative)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks.watched import Better, Metric, called, direction, measured
-from fxtrain.core import Control, EvalEnd, FitEnd, Logged, StepEnd, TrainState, Updated
+from fxtrain.core import Control, EvalEnd, FitEnd, Logged, StepEnd, TrainState, Updated, refuse_unless_whole
 from fxtrain.fold import Handler, on, slotted, stateful
 
 _UNITS = ("evaluations", "steps", "epochs")
@@ -102,12 +102,12 @@ def early_stopping(
         >>> control.reasons("stop")
         ['loss has not improved for 2 evaluations']
     """
-    _whole("patience", patience, 1, unit)
-    _whole("start_from", start_from, 0, unit)
+    refuse_unless_whole("patience", patience, unit)
+    refuse_unless_whole("start_from", start_from, unit, least=0)
     if unit not in _UNITS:
         raise ValueError(f"unit={unit!r}: one of {', '.join(map(repr, _UNITS))} is wanted.")
     if overfit_patience is not None:
-        _whole("overfit_patience", overfit_patience, 1, "evaluations")
+        refuse_unless_whole("overfit_patience", overfit_patience, "evaluations")
     if not overfit_min_delta >= 0:
         raise ValueError(f"overfit_min_delta={overfit_min_delta!r}: 0 or more is wanted.")
     better, worst, sign = direction(mode, min_delta=min_delta, relative=relative)
@@ -319,8 +319,3 @@ def target(metric: Metric, value: float, *, mode: str = "min", at: Any = EvalEnd
         return state, Control(stop=sign * now <= sign * value, reason=f"{what} reached {value:g}")
 
     return Handler(f"target {what}", reached, frozenset({at}))
-
-
-def _whole(name: str, value: Any, least: int, unit: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number of {unit}, {least} or more, is wanted.")

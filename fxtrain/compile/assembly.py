@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fxtrain import tree
+from fxtrain.compile.constants import Constants
 from fxtrain.core import NODES
 
 Assembler = Callable[[Sequence[Any]], Any]
@@ -42,11 +43,8 @@ class _Place:
         self.index = index
 
 
-class _Writer:
-    """Collects the constants of an expression."""
-
-    def __init__(self) -> None:
-        self.constants: dict[str, Any] = {}
+class _Writer(Constants):
+    """Writes an expression."""
 
     def node(self, node: Any) -> str | None:
         """The expression that makes the node; None if it is of a kind that nobody here knows how to make."""
@@ -57,13 +55,13 @@ class _Writer:
             return f"leaves[{node.index}]"
         if kind in NODES:
             if not tree.leaves(node):
-                return self._constant(node)  # all our nodes are frozen
+                return self.constant(node)  # all our nodes are frozen
             flatten, unflatten = NODES[kind]
             children, context = flatten(node)
             parts = self._parts(children)
-            return parts and f"{self._constant(unflatten)}({self._constant(context)}, [{parts}])"
+            return parts and f"{self.constant(unflatten)}({self.constant(context)}, [{parts}])"
         if kind is dict:
-            keys = [self._key(key) for key in node]
+            keys = [self.key(key) for key in node]
             parts = [self.node(value) for value in node.values()]
             if None in parts:
                 return None
@@ -73,7 +71,7 @@ class _Writer:
         if kind is tuple:
             return self._within("({},)", node) if node else "()"
         if isinstance(node, tuple) and hasattr(kind, "_fields"):
-            return self._within(f"{self._constant(kind)}({{}})", node)
+            return self._within(f"{self.constant(kind)}({{}})", node)
         return None
 
     def _within(self, template: str, children: Sequence[Any]) -> str | None:
@@ -83,11 +81,3 @@ class _Writer:
     def _parts(self, children: Sequence[Any]) -> str | None:
         parts = [self.node(child) for child in children]
         return None if None in parts else ", ".join(part for part in parts if part is not None)
-
-    def _key(self, key: Any) -> str:
-        return repr(key) if type(key) in (str, int) else self._constant(key)
-
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self.constants)}"
-        self.constants[name] = value
-        return name

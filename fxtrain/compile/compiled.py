@@ -14,7 +14,7 @@ from fxtrain.compile.changes import advice, changes, described
 from fxtrain.compile.dynamo import compile_by_dynamo
 from fxtrain.compile.graph import Graph
 from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
-from fxtrain.core import StepOutput, TrainState
+from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
 from fxtrain.fold import Composed
 from fxtrain.step import EvalFunction, Several, Step
 
@@ -210,8 +210,7 @@ def compile(  # noqa: A001
         raise TypeError(f"{step!r} is compiled already.")
     if on_recompile not in ("warn", "error", "allow"):
         raise ValueError(f"on_recompile={on_recompile!r}: 'warn', 'error' or 'allow' is wanted.")
-    if not isinstance(steps_per_call, int) or isinstance(steps_per_call, bool) or steps_per_call < 1:
-        raise ValueError(f"steps_per_call={steps_per_call!r}: a whole number of steps, 1 or more, is wanted.")
+    refuse_unless_whole("steps_per_call", steps_per_call, "steps")
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
     if steps_per_call > 1 and isinstance(pure, EvalFunction):
         raise ValueError("steps_per_call is for steps that train: an evaluation step is called batch by batch.")

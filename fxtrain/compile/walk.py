@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fxtrain.compile.constants import Constants
 from fxtrain.core import NODES, TrainState, ops
 from fxtrain.core.state import FIELDS
 
@@ -51,15 +52,15 @@ def walk_like(
     return walk
 
 
-class _Writer:
+class _Writer(Constants):
     """Collects the lines for one tree."""
 
     def __init__(self, without: frozenset[str], slots: frozenset[str] | None, exact: bool) -> None:
+        super().__init__()
         self._without, self._slots, self._exact = without, slots, exact
         self.lines: list[str] = []
         self.leaves: list[str] = []
         self.containers: list[str] = []
-        self.constants: dict[str, Any] = {}
         self._count = 0
 
     def node(self, node: Any, name: str) -> bool:
@@ -69,9 +70,9 @@ class _Writer:
             self._unless(f"{name} is None")
             return True
         if kind is TrainState:
-            model = self._constant(node.model)
+            model = self.constant(node.model)
             same = f"({name}.model is {model} or {name}.model == {model})"
-            self._unless(f"type({name}) is {self._constant(kind)} and {same}")
+            self._unless(f"type({name}) is {self.constant(kind)} and {same}")
             fields = [field for field in FIELDS if field not in self._without]
             return all(
                 self._some_slots(node.slots, f"{name}.slots", self._slots)
@@ -84,9 +85,9 @@ class _Writer:
         if kind is dict:
             self._unless(f"type({name}) is dict and len({name}) == {len(node)}")
             self.containers.append(name)
-            return all(self._child(node[key], f"{name}[{self._key(key)}]") for key in _ordered(node))
+            return all(self._child(node[key], f"{name}[{self.key(key)}]") for key in _ordered(node))
         if (isinstance(node, tuple) and (kind is tuple or hasattr(kind, "_fields"))) or kind is list:
-            self._unless(f"type({name}) is {self._constant(kind)} and len({name}) == {len(node)}")
+            self._unless(f"type({name}) is {self.constant(kind)} and len({name}) == {len(node)}")
             if node:  # there is one empty tuple for all
                 self.containers.append(name)
             return all(self._child(child, f"{name}[{index}]") for index, child in enumerate(node))
@@ -94,7 +95,7 @@ class _Writer:
             return False
         self._unless(f"isinstance({name}, Tensor)")
         if self._exact:
-            shape, dtype, stride, device = map(self._constant, (node.shape, node.dtype, node.stride(), node.device))
+            shape, dtype, stride, device = map(self.constant, (node.shape, node.dtype, node.stride(), node.device))
             self._unless(
                 f"{name}.shape == {shape} and {name}.dtype is {dtype} and {name}.stride() == {stride} "
                 f"and {name}.device == {device}"
@@ -105,11 +106,11 @@ class _Writer:
     def _registered(self, node: Any, name: str) -> bool:
         flatten = NODES[type(node)][0]
         children, context = flatten(node)
-        self._unless(f"type({name}) is {self._constant(type(node))}")
+        self._unless(f"type({name}) is {self.constant(type(node))}")
         self.containers.append(name)
         parts = self._variable()
-        self.lines.append(f"{parts} = {self._constant(flatten)}({name})")
-        self._unless(f"{parts}[1] == {self._constant(context)} and len({parts}[0]) == {len(children)}")
+        self.lines.append(f"{parts} = {self.constant(flatten)}({name})")
+        self._unless(f"{parts}[1] == {self.constant(context)} and len({parts}[0]) == {len(children)}")
         return all(self._child(child, f"{parts}[0][{index}]") for index, child in enumerate(children))
 
     def _some_slots(self, slots: dict[str, Any], reached: str, chosen: frozenset[str]) -> bool:
@@ -126,14 +127,6 @@ class _Writer:
 
     def _unless(self, condition: str) -> None:
         self.lines.append(f"if not ({condition}): raise OtherStructureError")
-
-    def _key(self, key: Any) -> str:
-        return repr(key) if type(key) in (str, int) else self._constant(key)
-
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self.constants)}"
-        self.constants[name] = value
-        return name
 
     def _variable(self) -> str:
         self._count += 1

@@ -14,7 +14,7 @@ from fxtrain.compile import Compiled, compile  # noqa: A004
 from fxtrain.compile.anew import anew
 from fxtrain.compile.changes import described
 from fxtrain.compile.traced import Run
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, refuse_unless_whole
 from fxtrain.explain.breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.explain.counts import counted, trace
 from fxtrain.explain.explanation import Explanation
@@ -67,8 +67,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
           state       50 B: params 12 B, rest 38 B
           ...
     """
-    if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:
-        raise ValueError(f"calls={calls!r}: a whole number of calls, 0 or more, is wanted.")
+    refuse_unless_whole("calls", calls, "calls", least=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step
     state, batch = attach(state, pure).copy(), tree.clone(to_device(batch, state))

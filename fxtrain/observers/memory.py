@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from fxtrain.core import Control, FitBegin, FitEnd, Interrupted, LoopEvent, Rewound, StepEnd, TrainState
+from fxtrain.core import (
+    Control,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    LoopEvent,
+    Rewound,
+    StepEnd,
+    TrainState,
+    refuse_unless_whole,
+)
 from fxtrain.values import hand_over, take_back, try_all
 
 _MIB = 2**20
@@ -58,8 +68,7 @@ def memory(*writers: Any, every: int = 100) -> Memory:
     """
     if not writers:
         raise ValueError("memory() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say.")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"every={every!r}: a whole number of steps, 1 or more, is wanted.")
+    refuse_unless_whole("every", every, "steps")
     if not _host():
         raise OSError(f"What a process holds of the memory is not known on {sys.platform}: leave memory(...) out.")
     return Memory(writers, every)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState
+from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, refuse_unless_whole
 
 _ROWS = 40  # of the table
 _ENTRIES = 100_000  # allocations that a memory snapshot goes back; each takes some kilobytes of the host's memory
@@ -53,8 +53,7 @@ def profile(
         ['steps-3-to-4.trace.json', 'steps-3-to-4.operations.txt']
     """
     for name, value, least in (("wait", wait, 0), ("warmup", warmup, 1), ("active", active, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}: a whole number of steps, {least} or more, is wanted.")
+        refuse_unless_whole(name, value, "steps", least=least)
     return Profile(Path(folder), wait, warmup, active, memory)
 
 

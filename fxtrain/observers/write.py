@@ -17,6 +17,7 @@ from fxtrain.core import (
     Saved,
     StepEnd,
     TrainState,
+    refuse_unless_whole,
 )
 from fxtrain.values import HParams, hand_over, published, take_back, try_all
 
@@ -62,8 +63,7 @@ def write(
     """
     if not writers:
         raise ValueError("write() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say.")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"every={every!r}: a whole number of steps, 1 or more, is wanted.")
+    refuse_unless_whole("every", every, "steps")
     if reduce not in ("mean", "last"):
         raise ValueError(f"reduce={reduce!r}: 'mean' or 'last' is wanted.")
     if not flush_seconds >= 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim, tree
-from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated
+from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated, refuse_unless_whole
 from fxtrain.fold import as_composed, compose
 from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
@@ -64,8 +64,7 @@ def train_step(
             f"tx is {described(tx)}: one gradient transformation is wanted. For several, fxtrain.optim.partition makes "
             "one of them, or write the step by hand, from fxtrain.gradients and fxtrain.step.apply_gradients."
         )
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r}: a whole number of microbatches, 1 or more, is wanted.")
+    refuse_unless_whole("accumulate", accumulate, "microbatches")
     policy = policy_of(precision)
     folded = as_composed(callbacks)
     if policy.loss_scale is not None:
