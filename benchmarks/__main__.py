@@ -82,7 +82,7 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
     if name == "ensemble":
         return ensemble.main(rounds=min(rounds, 10), quick=quick)
     size = ["--quick"] if quick else []
-    command = [sys.executable, "-m", "benchmarks.bench_checkpoint", *size]
+    command = [sys.executable, "-m", "benchmarks.checkpoint", *size]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()
 

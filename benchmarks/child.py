@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import math
@@ -22,7 +23,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-CHECKED = 30  # steps of the short training
+CHECKED = 3  # steps of the short training: Adam makes a full step of what is rounding only, so ways part soon
+DECAYS = 30  # how much larger its weight decay is, so that whoever forgets it on some parameters is found out
 SETTLED = 4  # steps before which memory is not looked at: compilers leave theirs behind
 
 
@@ -96,6 +98,7 @@ def check(job: dict[str, Any], parent: TextIO) -> None:
     from benchmarks.feed import limited
 
     workload, train = prepared(job)
+    workload = dataclasses.replace(workload, weight_decay=DECAYS * workload.weight_decay)
     start = {name: value.clone() for name, value in floating(workload.module().state_dict()).items()}
     end = train(workload, limited(workload.batches, CHECKED))
     module = workload.module()

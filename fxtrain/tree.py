@@ -185,7 +185,7 @@ def _take_apart(node: Any) -> tuple[list[Any], Callable[[list[Any]], Any]] | Non
             return {key: filled[key] for key in entries}
 
         return [entries[key] for key in keys], fill
-    if isinstance(node, tuple) and hasattr(kind, "_fields"):
+    if isinstance(node, tuple) and hasattr(cast(Any, node), "_fields"):
         return list(cast(tuple[Any, ...], node)), lambda new: kind(*new)
     if isinstance(node, list | tuple):
         return list(cast(list[Any], node)), kind

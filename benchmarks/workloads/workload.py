@@ -35,7 +35,7 @@ class Workload:
         turn: Steps in a turn.
         warmup: Steps before the first turn.
         learning_rate: AdamW's; betas and epsilon are torch's defaults.
-        weight_decay: AdamW's. Large, so that whoever forgets it on some parameters is found out.
+        weight_decay: AdamW's.
         peers: Whether trainers of other libraries take part, beside loops by hand and flax.
         memory: Whether peak memory is measured too.
     """

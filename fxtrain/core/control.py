@@ -145,7 +145,7 @@ class Control:
 
     def __bool__(self) -> bool:
         """Whether anything is asked for or logged, under whatever flags."""
-        return bool(self._asked or self.log)
+        return len(self._asked) > 0 or len(self.log) > 0
 
     def __or__(self, other: Control) -> Control:
         if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -100,12 +100,12 @@ class TrainState:
                 raise TypeError(f"A state has no field {name!r}; its fields are {', '.join(FIELDS)} and model.")
             if name != "model":
                 _refuse_non_tensors(name, value)
-        return build(type(self), {**self.__dict__, **changes})
+        return build(type(self), {**_fields(self), **changes})
 
     def with_slot(self, name: str, memory: Any) -> Self:
         """A new state whose slot ``name`` holds ``memory``, a pytree of tensors."""
         _refuse_non_tensors(f"slots[{name!r}]", memory)
-        return build(type(self), {**self.__dict__, "slots": {**self.slots, name: memory}})
+        return build(type(self), {**_fields(self), "slots": {**self.slots, name: memory}})
 
     def copy(self) -> Self:
         """The same state in memory of its own. Costs one copy of every leaf."""
@@ -128,6 +128,12 @@ class TrainState:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "model")
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    if torch.compiler.is_dynamo_compiling():  # which has no such attribute in torch 2.11
+        return {name: getattr(state, name) for name in (*FIELDS, "model")}
+    return state.__dict__
 
 
 def build(cls: type[Any], fields: dict[str, Any]) -> Any:

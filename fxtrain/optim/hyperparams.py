@@ -189,7 +189,7 @@ def _set(node: Any, values: dict[str, Any]) -> Any:
     if not isinstance(new, InjectHyperparamsState):
         return new
     given = {name: _changed(_value(was), values[name]) for name, was in new.hyperparams.items() if name in values}
-    return new._replace(hyperparams={**new.hyperparams, **given})
+    return InjectHyperparamsState(new.count, {**new.hyperparams, **given}, new.inner_state)
 
 
 def _injected(node: Any, path: Path = ()) -> list[tuple[Path, InjectHyperparamsState]]:

@@ -45,7 +45,7 @@ def rebuilt(node: Any, new: list[Any]) -> Any:
         return {key: filled[key] for key in cast(dict[Any, Any], node)}
     kind = cast(Any, type(node))
     if isinstance(node, list | tuple):
-        return kind(*new) if hasattr(kind, "_fields") else kind(new)
+        return kind(*new) if hasattr(cast(Any, node), "_fields") else kind(new)
     flatten_node, unflatten_node = NODES[kind]
     return unflatten_node(flatten_node(node)[1], new)
 

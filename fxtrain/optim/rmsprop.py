@@ -79,7 +79,7 @@ def scale_by_rms(
             return _over_root(update, nu / correction, eps, eps_in_sqrt), nu
 
         updates, nu = map_with_memory(rule, updates, opt_state.nu)
-        return updates, opt_state._replace(nu=nu, **count)
+        return updates, type(opt_state)(nu=nu, **count)
 
     return GradientTransformation(init, update)
 
@@ -111,7 +111,7 @@ def scale_by_stddev(
             return _over_root(update, variance, eps, eps_in_sqrt), mu, nu
 
         updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu)
-        return updates, opt_state._replace(mu=mu, nu=nu, **count)
+        return updates, type(opt_state)(mu=mu, nu=nu, **count)
 
     return GradientTransformation(init, update)
 

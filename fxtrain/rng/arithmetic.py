@@ -72,7 +72,7 @@ def point_on_circle(integer: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 def sqrt(x: Tensor, form: Form) -> Tensor:
     """The square root by Heron's rule, from half the exponent. Each step squares the relative error, at first 0.06."""
     half = (_integer(x, form) >> 1) + (form.bias << form.mantissa - 1)
-    root = half.view(form.compute)
+    root = _reinterpreted(half, form.compute)
     for _ in range(3 if form.width == 32 else 4):
         root = 0.5 * (root + x / root)
     return root
@@ -80,7 +80,31 @@ def sqrt(x: Tensor, form: Form) -> Tensor:
 
 def _integer(x: Tensor, form: Form) -> Tensor:
     """The bits of a floating-point number, as an integer."""
-    return x.view(form.integer)
+    return _reinterpreted(x, form.integer)
+
+
+def _reinterpreted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bits as another dtype."""
+    try:
+        return x.view(dtype)
+    except RuntimeError:  # under vmap, for which torch 2.11 has no rule
+        return _Reinterpreted.apply(x, dtype)  # pyright: ignore[reportReturnType]
+
+
+class _Reinterpreted(torch.autograd.Function):
+    """A function with a rule for vmap."""
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.view(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, dtype: torch.dtype) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Reinterpreted.apply(x, dtype), in_dims[0]
 
 
 def _series(x: Tensor, coefficients: Sequence[float]) -> Tensor:

@@ -123,12 +123,13 @@ def key(seed: int | Tensor, *, stream: int = Stream.TRAIN, step: int | Tensor = 
         >>> rng.uniform(place.replace(step=4), [2])
         tensor([0.3516, 0.0014])
     """
+    stream = int(stream)  # Dynamo of torch 2.11 knows this of a member of an enum, and no comparison
     if not 0 <= stream < 256:
         raise ValueError(
             f"A stream is a number from 0 to 255, and {stream} came: take one of rng.Stream, or 16 to 255."
         )
     seed = _scalar("seed", seed, None)
-    return Key(seed, _scalar("step", step, seed), _scalar("microbatch", microbatch, seed), int(stream))
+    return Key(seed, _scalar("step", step, seed), _scalar("microbatch", microbatch, seed), stream)
 
 
 def _scalar(name: str, value: int | Tensor, like: Tensor | None) -> Tensor:

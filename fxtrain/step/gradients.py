@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,7 +73,10 @@ def gradients(
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
             raise ValueError("Nothing to train: no parameter is floating or complex and requires gradients.")
-        grads, (metrics, buffers) = torch.func.grad(objective, has_aux=True)(trainable)
+        # Inside inference_mode the gradients of torch 2.11 are zero, and nothing says so.
+        inferring = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inferring else contextlib.nullcontext():
+            grads, (metrics, buffers) = torch.func.grad(objective, has_aux=True)(trainable)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
         return Gradient(metrics["loss"], metrics, grads, buffers)

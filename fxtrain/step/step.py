@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, StepOutput, TrainState
+from fxtrain.core import TRACED, Control, Due, StepOutput, TrainState
 from fxtrain.fold import Composed, as_composed
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import refuse_writes, versions
@@ -67,7 +67,9 @@ class Step:
         due = state.due
         if "stop" in control.kinds:
             unsaved = due.unsaved | control.any("unsaved") if "unsaved" in control.kinds else due.unsaved
-            due = due._replace(stop=stopped | control.any("stop"), unsaved=unsaved)
+            stop = stopped | control.any("stop")
+            # Not `_replace`: inside torch.compile of torch 2.11 an empty tuple comes of it.
+            due = Due(due.begin_epoch, due.rewind, due.evaluate, due.end_epoch, due.save, stop, unsaved)
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs)

@@ -1,0 +1,1 @@
+"""Checkpoint: what one costs, of fxtrain and of others."""

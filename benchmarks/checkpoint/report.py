@@ -1,0 +1,111 @@
+"""Report: what was measured, as markdown, and whether it is what is promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from importlib import metadata
+
+from benchmarks.checkpoint.measure import Memory, Seconds
+from benchmarks.checkpoint.systems import SYSTEMS, Fxtrain, Memcpy, OrbaxAsync, TorchSave
+from benchmarks.report import spread
+from benchmarks.report import table as markdown
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+MEASURES = ("first", "later", "committed", "restore")
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """One of what issue 3 asks for as R10: a ratio that is to stay below its limit."""
+
+    text: str
+    ratios: list[float]  # one for each round
+    limit: float
+
+    def __str__(self) -> str:
+        passed = statistics.median(self.ratios) <= self.limit
+        return f"- {'pass' if passed else 'FAIL'}: {self.text}: {spread(self.ratios, 2)}, wanted at most {self.limit}"
+
+
+def criteria(seconds: Seconds, memory: Memory, size: int, leaf_counts: Sequence[int]) -> list[Criterion]:
+    """Of one size. Ratios are taken within each round, and their median counts."""
+    few, many = min(leaf_counts), max(leaf_counts)
+
+    def ratios(measure: str, leaves: int, others: list[float]) -> list[float]:
+        return [a / b for a, b in zip(seconds[size, leaves, Fxtrain.name][measure], others, strict=True)]
+
+    found = []
+    blocked = (("later", "later saves"), ("first", "first save, reserved"))
+    for leaves in leaf_counts:
+        for measure, text in blocked:
+            text = f"(a) blocked, {text}, {leaves} leaves / one memcpy"
+            copied = seconds[size, leaves, Memcpy.name][measure]
+            found.append(Criterion(text, ratios(measure, leaves, copied), 2.0))
+    for measure, text in blocked:
+        others = seconds[size, few, Fxtrain.name][measure]
+        found.append(Criterion(f"(b) blocked, {text}, {many} leaves / {few}", ratios(measure, many, others), 2.0))
+    rivals = {name: seconds[size, few, name]["committed"] for name in (OrbaxAsync.name, TorchSave.name)}
+    better = min(rivals, key=lambda name: statistics.median(rivals[name]))
+    found.append(Criterion(f"(c) committed, {few} leaves / {better}", ratios("committed", few, rivals[better]), 1.3))
+    others = seconds[size, many, OrbaxAsync.name]["committed"]
+    text = f"(d) committed, {many} leaves / {OrbaxAsync.name}"
+    found.append(Criterion(text, ratios("committed", many, others), 0.6))
+    for leaves in leaf_counts:
+        peak = max(memory[size, leaves, Fxtrain.name])
+        found.append(Criterion(f"(e) peak extra memory, {leaves} leaves / the state", [peak], 1.1))
+        text = f"(f) restore, verified, {leaves} leaves / torch.load"
+        others = seconds[size, leaves, TorchSave.name]["restore"]
+        found.append(Criterion(text, ratios("restore", leaves, others), 1.3))
+    return found
+
+
+def table(seconds: Seconds, memory: Memory, size: int, leaves: int) -> list[str]:
+    """Markdown. Medians, and quartiles in parentheses."""
+    heads = ("system", "blocked, first", "blocked, later", "committed", "restore", "memory, first", "memory, later")
+    rows: list[tuple[str, ...]] = [heads]
+    for name in (system.name for system in SYSTEMS):
+        taken = seconds[size, leaves, name]
+        cells = [spread(taken[measure], 3) if measure in taken else "" for measure in MEASURES]
+        peaks = memory.get((size, leaves, name), ())
+        rows.append((name, *cells, *([f"{peak:.2f}" for peak in peaks] or ["", ""])))
+    return markdown(rows)
+
+
+def report(seconds: Seconds, memory: Memory, sizes: Sequence[int], leaf_counts: Sequence[int], head: str) -> str:
+    lines = ["## Checkpoints", "", head, ""]
+    for size in sizes:
+        for leaves in leaf_counts:
+            lines += [f"### {shown_size(size)} in {leaves} leaves", "", *table(seconds, memory, size, leaves), ""]
+        lines += [f"R10 at {shown_size(size)} (fxtrain in the background, reserved):", ""]
+        lines += [*map(str, criteria(seconds, memory, size, leaf_counts)), ""]
+    return "\n".join(lines)
+
+
+def heading(rounds: int, root: pathlib.Path) -> str:
+    """What the numbers hold for."""
+    packages = ("torch", "orbax-checkpoint", "safetensors", "numpy")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return (
+        f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, file "
+        f"system {file_system(root)}; Python {platform.python_version()}, {versions}; one torch thread; {rounds} "
+        "rounds. Seconds: medians (and quartiles). `blocked`: until training may go on; `committed`: until all is on "
+        "the disk, of a later save. safetensors does not bring it there, and its restore only maps the file. fxtrain's "
+        "alone verifies what it reads. Memory: the peak beyond the state, in sizes of the state, buffers included."
+    )
+
+
+def file_system(folder: pathlib.Path) -> str:
+    mounts = [line.split()[1:3] for line in pathlib.Path("/proc/mounts").read_text().splitlines()]
+    above = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
+    return max(above)[1]
+
+
+def shown_size(size: int) -> str:
+    unit = next(unit for unit in reversed(UNITS) if size >= UNITS[unit])
+    return f"{size / UNITS[unit]:g} {unit}"
