@@ -17,13 +17,13 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import contestants, ensemble, first_step, overhead, workloads
+from benchmarks import contestants, ensemble, first_step, monitoring, overhead, workloads
 from benchmarks.race import Outcome, race
 from benchmarks.report import report
 from benchmarks.workloads import workload
 
 RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
-OTHERS = ("overhead", "first_step", "ensemble", "checkpoint")
+OTHERS = ("overhead", "monitoring", "first_step", "ensemble", "checkpoint")
 QUICK = (contestants.FXTRAIN, contestants.EAGER, contestants.FLAX)
 
 
@@ -77,6 +77,8 @@ def who(name: str, given: argparse.Namespace) -> list[str]:
 def other(name: str, rounds: int, *, quick: bool) -> Any:
     if name == "overhead":
         return overhead.main(rounds=rounds, quick=quick)
+    if name == "monitoring":
+        return monitoring.main(rounds=rounds, quick=quick)
     if name == "first_step":
         return first_step.main(rounds=1 if quick else 2, quick=quick)
     if name == "ensemble":

@@ -44,7 +44,9 @@ def report(
     quick: bool,
 ) -> str:
     """All of it. ``others`` has what the further measurements returned, by their names."""
-    judged = [*verdicts(outcomes), *(others["overhead"][1] if "overhead" in others else [])]
+    judged = verdicts(outcomes)
+    for part in ("overhead", "monitoring"):
+        judged += others[part][1] if part in others else []
     lines = ["# Results", "", heading(rounds), ""]
     if quick:
         lines += ["**A quick run, of small sizes and few steps: it shows that all works, and nothing else.**", ""]
@@ -53,6 +55,8 @@ def report(
         lines += workload(name, outcome)
     if "overhead" in others:
         lines += overhead(others["overhead"][0])
+    if "monitoring" in others:
+        lines += monitoring(others["monitoring"][0])
     if "first_step" in others:
         lines += first_step(others["first_step"])
     if "ensemble" in others:
@@ -131,6 +135,12 @@ def overhead(found: Mapping[str, Seconds]) -> list[str]:
         rows += [(variant, spread([1e6 * s for s in taken], 1)) for variant, taken in seconds.items()]
         lines += [*table(rows), ""]
     return lines
+
+
+def monitoring(found: Seconds) -> list[str]:
+    rows = [("monitors", "time a step, ms")]
+    rows += [(variant, spread([1e3 * s for s in taken], 2)) for variant, taken in found.items()]
+    return ["## What monitors add to a step of `fxtrain lm`", "", *table(rows), ""]
 
 
 def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:

@@ -58,6 +58,7 @@ from fxtrain.fold import at as at
 from fxtrain.fold import attach as attach
 from fxtrain.fold import compose as compose
 from fxtrain.fold import every as every
+from fxtrain.fold import needs as needs
 from fxtrain.fold import on as on
 from fxtrain.fold import slotted as slotted
 from fxtrain.fold import stateful as stateful
@@ -68,14 +69,18 @@ from fxtrain.loop import fit as fit
 from fxtrain.loop import steps as steps
 from fxtrain.model import init as init
 from fxtrain.model import load_state_dict as load_state_dict
+from fxtrain.model import recompute_statistics as recompute_statistics
 from fxtrain.model import state_dict as state_dict
 from fxtrain.model import view as view
+from fxtrain.model import with_trainable as with_trainable
 from fxtrain.precision import Policy as Policy
 from fxtrain.step import Step as Step
 from fxtrain.step import apply_gradients as apply_gradients
 from fxtrain.step import eval_step as eval_step
 from fxtrain.step import gradients as gradients
+from fxtrain.step import tap as tap
 from fxtrain.step import train_step as train_step
+from fxtrain.step import wrap_step as wrap_step
 
 if _collecting:
     _gc.enable()

@@ -23,7 +23,7 @@ LAYERS = [
     {"step", "callbacks", "writers", "observers", "checkpoint"},
     {"compile", "loop"},
     {"explain", "finders"},
-    {"testing", "cli"},
+    {"testing", "cli", "rosetta"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = ("jax", "orbax", "clu", "flax", "tensorboardX", "rich", "matplotlib", "wandb", "tyro", "pandas")

@@ -278,11 +278,14 @@ def rewind_once(at, steps):
 
 
 class TestRewind:
-    @pytest.mark.parametrize("on_disk", [False, True])
-    def test_returns_to_the_newest_state_that_is_old_enough(self, tmp_path, on_disk):
+    @pytest.mark.parametrize("where", ["device", "host", "disk"])
+    def test_returns_to_the_newest_state_that_is_old_enough(self, tmp_path, where):
         fired = []
-        options = {"checkpointer": fx.checkpointer(tmp_path, keep=None)} if on_disk else {"keep_every": 2, "keep": 5}
-        callbacks = [rewind_once(at=5, steps=2), *([fx.when(fx.every(2), fx.callbacks.save())] if on_disk else [])]
+        options = {"keep_every": 2, "keep": 5, "keep_on_host": where == "host"}
+        callbacks = [rewind_once(at=5, steps=2)]
+        if where == "disk":
+            options = {"checkpointer": fx.checkpointer(tmp_path, keep=None)}
+            callbacks.append(fx.when(fx.every(2), fx.callbacks.save()))
         result = fit(callbacks=callbacks, observers=[recorder(fired)], **options)
         (rewound,) = [event for event in fired if isinstance(event, fx.Rewound)]
         assert (rewound.from_step, rewound.to_step, rewound.abandoned, rewound.times) == (5, 2, range(2, 5), 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim
-from fxtrain.callbacks.watched import Better, Metric, direction, measured
+from fxtrain.callbacks.watched import Better, Metric, direction, measured, needing
 from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, refuse_unless_whole
 from fxtrain.fold import Handler, slotted
 
@@ -104,7 +104,7 @@ def reduce_on_plateau(
         state = state.replace(opt_state=opt_state).with_slot(name, memory)
         return state, Control(log=_shown(opt_state, hyperparam, name))
 
-    return slotted(name, init, update)
+    return needing(slotted(name, init, update), metric)
 
 
 def schedule_hyperparam(hyperparam: str, schedule: Callable[[Any], Any]) -> Handler:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks.watched import Better, Metric, called, direction, measured
+from fxtrain.callbacks.watched import Better, Metric, called, direction, measured, needing
 from fxtrain.core import Control, EvalEnd, FitEnd, Logged, StepEnd, TrainState, Updated, refuse_unless_whole
 from fxtrain.fold import Handler, on, slotted, stateful
 
@@ -183,7 +183,7 @@ def early_stopping(
         return memory, asked
 
     events = EvalEnd | FitEnd | Updated if overfit_patience is not None else EvalEnd | FitEnd
-    return slotted(name, init, on(events, update))
+    return needing(slotted(name, init, on(events, update)), metric)
 
 
 def _begin(state: TrainState, unit: str) -> Tensor:
@@ -318,4 +318,5 @@ def target(metric: Metric, value: float, *, mode: str = "min", at: Any = EvalEnd
         now = measured(event, metric, "target", torch.empty((), device=state.step.device))
         return state, Control(stop=sign * now <= sign * value, reason=f"{what} reached {value:g}")
 
-    return Handler(f"target {what}", reached, frozenset({at}))
+    handler = Handler(f"target {what}", reached, frozenset({at}))
+    return needing(handler, metric) if at is EvalEnd else handler

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.fold import Handler, needs
+
 Metric = str | Callable[[Mapping[str, Any]], Any]
 """A metric's name, or a function of all metrics of an event, as ``lambda metrics: metrics["loss"] / 2``."""
 
@@ -39,6 +41,11 @@ def measured(event: Any, metric: Metric, who: str, like: Tensor) -> Tensor:
             "one of these."
         )
     return torch.as_tensor(value, device=like.device).to(like.dtype)
+
+
+def needing(callback: Handler, metric: Metric) -> Handler:
+    """The callback, which says that it needs this metric of the evaluation. What a function looks at nobody knows."""
+    return needs(callback, eval_metrics=[metric]) if isinstance(metric, str) else callback
 
 
 class Direction(NamedTuple):

@@ -71,6 +71,10 @@ class Options:
     """By how much, in nats per byte, a validation loss must be lower to count as an improvement."""
     restore_best: bool = True
     """With --early-stopping, end with the best weights and not with the last ones."""
+    gradient_monitor: bool = False
+    """Measure norms of gradients and how they change from layer to layer, at each snapshot."""
+    gradient_monitor_interval: int | None = None
+    """With --gradient-monitor, publish them every so many steps as well."""
     compile: bool = True
     """Compile each step into one graph; it takes a minute or less, and makes steps faster."""
     device: str = "auto"
@@ -137,10 +141,11 @@ class _Job:
         self._head()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
-        step, eval_step = fx.train_step(_loss, tx), fx.eval_step(_loss)
+        monitors = self._monitors()
+        step, eval_step = fx.train_step(_loss, tx, callbacks=monitors), fx.eval_step(_loss)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
-        callbacks = [fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
+        callbacks = [monitors, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
         if options.early_stopping:
             callbacks.append(
                 fx.callbacks.early_stopping(
@@ -201,6 +206,16 @@ class _Job:
             adam_learning_rate=rate(self.options.lr),
             adam_b2=0.95,
         )
+
+    def _monitors(self) -> Any:
+        """What watches inside the step, published where snapshots are made: each holds what was published of it."""
+        options = self.options
+        if not options.gradient_monitor:
+            return fx.compose()
+        due = fx.every(options.snapshot_interval)
+        if options.gradient_monitor_interval is not None:
+            due = due | fx.every(options.gradient_monitor_interval)
+        return fx.compose(fx.callbacks.grad_norms(layer="*", publish=due), fx.callbacks.grad_flow(publish=due))
 
     def _validation(self) -> Any:
         """Windows over the validation text in their order."""
@@ -292,7 +307,8 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _validate(options: Options) -> None:
-    for name in ("steps", "epochs", "batch_size", "length", "eval_interval", "snapshot_interval", "patience"):
+    whole = ("steps", "epochs", "batch_size", "length", "eval_interval", "snapshot_interval", "patience")
+    for name in (*whole, "gradient_monitor_interval"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} is {value}, and at least 1 is wanted.")

@@ -55,6 +55,15 @@ ASKABLE: Mapping[type[Any], frozenset[str]] = {
 """The requests that can be honoured at each event. At those that are not listed a callback can only log."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a callback cannot do without; ``needs`` says what each is."""
+
+    eval_metrics: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
+    events: tuple[type[Any], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Handler:
     """A callback, with what the fold must know about it. It is a callback itself.
@@ -65,6 +74,7 @@ class Handler:
         events: The event types that it sees.
         slot: The slot that it keeps its memory in, or None.
         init: From the state to the first content of the slot, a pytree of tensors.
+        needs: What it cannot do without.
     """
 
     name: str
@@ -72,6 +82,7 @@ class Handler:
     events: frozenset[type[Any]]
     slot: str | None = None
     init: Callable[[TrainState], Any] | None = None
+    needs: Needs = Needs()
 
     def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]:
         if type(event) not in self.events:

@@ -55,6 +55,7 @@ def fit(
     resume: bool = False,
     keep_every: int | None = None,
     keep: int = 2,
+    keep_on_host: bool = False,
     rewind_limit: int = 3,
     lag: int | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -85,6 +86,7 @@ def fit(
         resume: Whether to go on from the checkpointer's latest state, where there is one.
         keep_every: Keep a state in memory every so many steps, to rewind to.
         keep: How many of them.
+        keep_on_host: Whether to keep them in the host's memory, which an accelerator waits for, and not on the device.
         rewind_limit: Going back to one step more often than this stops the run.
         lag: After how many steps the device's requests to stop are read: 0 or 1. By default 0 on a CPU and 1 on an
             accelerator, where reading at once would stall it. A stopped state is a fixed point of the step, so the
@@ -116,6 +118,7 @@ def fit(
         resume=resume,
         keep_every=keep_every,
         keep=keep,
+        keep_on_host=keep_on_host,
         rewind_limit=rewind_limit,
         lag=lag,
         clock=clock,

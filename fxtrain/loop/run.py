@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxtrain import metrics
+from fxtrain import metrics, tree
 from fxtrain.core import (
     Control,
     Donated,
@@ -45,6 +45,7 @@ from fxtrain.loop.evaluate import measure
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts
+from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
 from fxtrain.loop.saving import Saving
 from fxtrain.loop.served import refuse_unserved
@@ -77,6 +78,7 @@ class Plan:
     resume: bool
     keep_every: int | None
     keep: int
+    keep_on_host: bool
     rewind_limit: int
     lag: int | None
     clock: Callable[[], float]
@@ -111,6 +113,7 @@ class Run:
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self.data, plan.clock, wanted)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
+        refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
         # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
         # disk is its own already.
@@ -381,7 +384,11 @@ class Run:
     def _keep_for_rewind(self) -> None:
         step, every = self._now.step, self.plan.keep_every
         if every and step % every == 0 and step not in (kept for kept, _ in self._kept):
-            state = self._now.state.copy() if self._donates else self._now.state
+            state = self._now.state
+            if self.plan.keep_on_host:
+                state = tree.map(lambda leaf: leaf.to("cpu", copy=True), state)
+            elif self._donates:
+                state = state.copy()
             self._kept = [*self._kept, (step, state)][-self.plan.keep :]
 
     def _rewind(self) -> Moments:
@@ -418,7 +425,10 @@ class Run:
         on_disk = self._saving.newest_until(step)
         if on_disk is not None and (in_memory is None or on_disk > in_memory[0]):
             return self._saving.state_at(on_disk, like=self._now.state)
-        return None if in_memory is None else in_memory[1]
+        if in_memory is None:
+            return None
+        device = self._now.state.step.device
+        return tree.map(lambda leaf: leaf.to(device), in_memory[1])
 
     # Events
 

@@ -2,9 +2,11 @@
 
 from fxtrain.model.architecture import Model as Model
 from fxtrain.model.architecture import model_of as model_of
+from fxtrain.model.freezing import with_trainable as with_trainable
 from fxtrain.model.init import init as init
 from fxtrain.model.purity import refuse_writes as refuse_writes
 from fxtrain.model.purity import versions as versions
+from fxtrain.model.recompute import recompute_statistics as recompute_statistics
 from fxtrain.model.state_dict import load_state_dict as load_state_dict
 from fxtrain.model.state_dict import state_dict as state_dict
 from fxtrain.model.view import View as View

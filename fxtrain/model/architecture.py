@@ -47,8 +47,14 @@ class Model:
             if not module.training:
                 module.train()
         self._evaluating = copy.deepcopy(self._training).eval()
-        masks, structure = tree.flatten(self.trainable)
-        self._key = fingerprint(self._training), tuple(masks), structure, str(self.template)
+        self._fingerprint = fingerprint(self._training)
+        self.choose(self.trainable)
+
+    def choose(self, trainable: Any) -> None:
+        """Sets which parameters are trained, a pytree of bools like them: for a copy that nobody else has yet."""
+        masks, structure = tree.flatten(trainable)
+        self.trainable = trainable
+        self._key = self._fingerprint, tuple(masks), structure, str(self.template)
 
     def call(
         self,

@@ -61,7 +61,7 @@ def init(
         step=torch.tensor(0, device=where),
         params=params,
         buffers=buffers,
-        opt_state=_init_optimizer(tx, architecture.split(params)),
+        opt_state=init_optimizer(tx, architecture.split(params)),
         seed=torch.tensor(seed, device=where),
         position=torch.tensor(0, device=where),
         slots={},
@@ -70,7 +70,8 @@ def init(
     )
 
 
-def _init_optimizer(tx: Any, params: Any) -> Any:
+def init_optimizer(tx: Any, params: Any) -> Any:
+    """The memory of ``tx``, as ``init`` takes it, for these trainable parameters."""
     if tx is None:
         return {}
     if isinstance(tx, GradientTransformation):
@@ -83,7 +84,7 @@ def _init_optimizer(tx: Any, params: Any) -> Any:
     if not isinstance(params, Mapping) or set(tx) != set(params):
         came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"tx has transformations for {sorted(tx)}, and the model has {came}: give one for each.")
-    return {name: _init_optimizer(transformation, params[name]) for name, transformation in tx.items()}
+    return {name: init_optimizer(transformation, params[name]) for name, transformation in tx.items()}
 
 
 def _refuse_unusable(model: Any) -> None:

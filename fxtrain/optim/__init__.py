@@ -1,5 +1,7 @@
 """Gradient transformations: optimizers, and the pieces they are made of, as pairs of pure functions."""
 
+from fxtrain.optim.accumulation import EveryKState as EveryKState
+from fxtrain.optim.accumulation import every_k as every_k
 from fxtrain.optim.adadelta import ScaleByAdaDeltaState as ScaleByAdaDeltaState
 from fxtrain.optim.adadelta import adadelta as adadelta
 from fxtrain.optim.adadelta import scale_by_adadelta as scale_by_adadelta
@@ -26,11 +28,16 @@ from fxtrain.optim.decay import WeightDecaySchedule as WeightDecaySchedule
 from fxtrain.optim.decay import add_decayed_weights as add_decayed_weights
 from fxtrain.optim.finite import ApplyIfFiniteState as ApplyIfFiniteState
 from fxtrain.optim.finite import apply_if_finite as apply_if_finite
+from fxtrain.optim.freezing import ActiveWhenState as ActiveWhenState
+from fxtrain.optim.freezing import active_when as active_when
+from fxtrain.optim.freezing import unfreeze as unfreeze
 from fxtrain.optim.hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from fxtrain.optim.hyperparams import Scheduled as Scheduled
 from fxtrain.optim.hyperparams import get_hyperparams as get_hyperparams
 from fxtrain.optim.hyperparams import inject_hyperparams as inject_hyperparams
 from fxtrain.optim.hyperparams import set_hyperparams as set_hyperparams
+from fxtrain.optim.lookahead import LookaheadState as LookaheadState
+from fxtrain.optim.lookahead import lookahead as lookahead
 from fxtrain.optim.masking import MaskedState as MaskedState
 from fxtrain.optim.masking import PartitionState as PartitionState
 from fxtrain.optim.masking import masked as masked

@@ -85,6 +85,16 @@ def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
     return _remember(zero, params)
 
 
+def clones(params: Any) -> Any:
+    """A copy of each parameter: the memory of other weights."""
+
+    def clone(path: Path, leaf: Tensor) -> Tensor:
+        _refuse_undifferentiable(path, leaf)
+        return leaf.clone()
+
+    return _remember(clone, params)
+
+
 def real_full(params: Any, value: Scalar = 0.0) -> Any:
     """A real tensor of float32 at least, filled with ``value``, for each parameter: the memory of a second moment.
 

@@ -1,0 +1,149 @@
+"""Everything at once: ``fxtrain lm`` with every callback, killed at random moments, ends where the whole run ends.
+
+    python -m benchmarks.everything --steps 300 --kills 3
+
+Each session is a process of its own, killed by SIGKILL and resumed from its last checkpoint. Compared is every leaf of
+the last state but the seconds that ``time_limit`` and ``throughput`` have counted, which no two runs have alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+import xxhash
+
+import fxtrain as fx
+from benchmarks import lm
+from fxtrain import callbacks as cb
+from fxtrain import optim
+
+CLOCKED = ("time_limit", "throughput")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--session", type=pathlib.Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.session is not None:
+        print(json.dumps(train(given.session, given.steps)))
+        return
+    moments = random.Random(given.seed)
+    with tempfile.TemporaryDirectory(prefix="everything-") as parent:
+        began = time.monotonic()
+        whole, _ = session(pathlib.Path(parent, "whole"), given.steps)
+        seconds = time.monotonic() - began
+        print(f"whole: {len(whole)} leaves, {seconds:.0f} s", flush=True)
+        folder, killed, got = pathlib.Path(parent, "killed"), 0, None
+        while got is None:
+            # The later ones are shorter: each session goes on from a checkpoint.
+            delay = moments.uniform(0.3, 0.9) * seconds / (1 + killed) if killed < given.kills else None
+            got, at = session(folder, given.steps, kill_after=delay)
+            if got is None:
+                killed += 1
+                print(f"killed after {delay:.1f} s; the last checkpoint is of step {at}", flush=True)
+    different = sorted(path for path in whole.keys() | got.keys() if whole.get(path) != got.get(path))
+    print(f"{killed} kills: {'every leaf is equal, to the bit' if not different else f'different: {different}'}")
+    raise SystemExit(bool(different) or killed < given.kills)
+
+
+def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -> tuple[dict[str, str] | None, int]:
+    """Where the run ended, and the step of its last checkpoint; None for the first if it was killed."""
+    command = [sys.executable, "-m", "benchmarks.everything", "--session", str(folder), "--steps", str(steps)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        told, _ = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return None, max(fx.checkpointer(folder).steps(), default=0)
+    if process.returncode:
+        raise RuntimeError(f"A session ended with {process.returncode}.")
+    return json.loads(told.splitlines()[-1]), steps
+
+
+def train(folder: pathlib.Path, steps: int) -> dict[str, str]:
+    """One session; the digest of every leaf of the state that it ends with."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(2)
+    traced = in_step()
+    tx = transform()
+    loss_fn = fx.tap(lm.loss_fn, "blocks.?", cb.activation_stats)
+    step = fx.compile(fx.train_step(loss_fn, tx, callbacks=traced))
+    batches, held_out = lm.data()
+    result = fx.fit(
+        fx.init(lm.model(), tx),
+        step,
+        fx.data.prefetch(batches),
+        callbacks=fx.compose(traced, in_loop()),
+        eval_step=fx.compile(fx.eval_step(lm.loss_fn)),
+        eval_data=held_out,
+        eval_when=fx.every(40),
+        eval_view=lambda state: cb.averaged(state, "ema"),
+        steps=steps,
+        keep_every=5,
+        checkpointer=fx.checkpointer(folder, keep=2, best="loss"),
+        resume=True,
+    )
+    assert result.reason == f"reached {steps} steps", result.reason
+    state = result.last.replace(slots={k: v for k, v in result.last.slots.items() if k not in CLOCKED})
+    leaves = zip(fx.tree.paths(state, "state"), fx.tree.leaves(state), strict=True)
+    return {
+        path: xxhash.xxh3_64_hexdigest(leaf.contiguous().reshape(-1).view(torch.uint8).numpy()) for path, leaf in leaves
+    }
+
+
+def transform() -> optim.GradientTransformation:
+    adamw = optim.inject_hyperparams(optim.adamw)(learning_rate=1e-3, weight_decay=0.1)
+    slowly = optim.unfreeze(adamw, {"embedding*": 5, "*": 0})
+    return optim.chain(
+        optim.clip_by_global_norm(1.0),
+        optim.lookahead(optim.every_k(slowly, lambda count: 1 + (count > 60)), period=6),
+    )
+
+
+def in_step() -> Any:
+    """What is folded into the compiled step."""
+    return fx.compose(
+        cb.nan_guard(),
+        cb.spike_guard("grad_norm", deviations=8.0, rewind=5),
+        cb.ema(0.99, debias=True),
+        cb.swa(start=100, every=5),
+        cb.epoch_mean("loss"),
+        cb.grad_norms(layer="*"),
+        cb.grad_flow(publish=fx.every(10)),
+        cb.weight_stats(every=20),
+        cb.update_ratios(publish=fx.every(50), worst=3),
+        *[cb.histograms(of, every=50) for of in ("grads", "weights", "updates")],
+        cb.early_stopping("loss", patience=100, overfit_patience=50, restore_best=True),
+    )
+
+
+def in_loop() -> Any:
+    """What only the loop folds."""
+    return fx.compose(
+        cb.time_limit(hours=1),
+        cb.target("loss", 0.01),
+        cb.reduce_on_plateau("loss", patience=1, factor=0.7),
+        cb.schedule_hyperparam("weight_decay", fx.schedules.linear(0.1, 0.01, transition_steps=300)),
+        cb.throughput(samples=16, tokens=16 * 128),
+        cb.lr_monitor(publish=fx.every(10)),
+        fx.when(fx.every(25), cb.save()),
+        fx.when(fx.at(130), cb.evaluate()),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Measuring: how fast a run goes, and the hyper-parameters that it goes with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import optim
+from fxtrain.core import Control, StepEnd, TrainState
+from fxtrain.fold import Handler, every, on, stateful
+
+
+class ThroughputState(NamedTuple):
+    """The memory of ``throughput``: since it was published last."""
+
+    steps: Tensor  # int64 []
+    seconds: Tensor  # float64 []
+    waited: Tensor  # float64 []: of these, for data
+
+
+def throughput(
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+    flops: float | None = None,
+    peak: float | None = None,
+    publish: Callable[[Any], Any] | None = None,
+    name: str = "throughput",
+) -> Handler:
+    """Measures steps, samples, tokens and floating point operations per second, and the share of the hardware's peak.
+
+        utilization = flops per step * steps / (seconds * peak)
+
+    Seconds are the loop's own, from the end of one step to that of the next; they are summed up to where it publishes.
+    The first step of a session, which compiles, is left out.
+
+    Args:
+        samples: In a batch.
+        tokens: In a batch.
+        flops: Floating point operations of a step: ``fx.explain(step, state, batch).flops`` counts them.
+        peak: What the hardware can do in a second.
+        publish: A trigger, asked at ``StepEnd``; by default every 50 steps.
+        name: The slot, and the prefix of what is logged: ``<name>/steps_per_second``, ``/samples_per_second``,
+            ``/tokens_per_second``, ``/flops_per_second``, ``/utilization``, ``/data_wait`` (a share of the time).
+
+    Raises:
+        ValueError: If an argument is not above 0, or if there is a peak and no ``flops``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> callback = fx.compose(throughput(samples=32, publish=fx.every(3)))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> for step in (1, 2, 3):
+        ...     event = fx.StepEnd(step=step, metrics={}, time=0.5 * step, previous_time=0.5 * (step - 1))
+        ...     state, control = callback(state, event)
+        >>> float(control.log["throughput/samples_per_second"].value)
+        64.0
+    """
+    given = {"samples": samples, "tokens": tokens, "flops": flops, "peak": peak}
+    for argument, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{argument}={value!r}: a number above 0 is wanted.")
+    if peak is not None and flops is None:
+        raise ValueError("A share of the peak needs the operations of a step too: give flops.")
+    due = every(50) if publish is None else publish
+
+    def update(state: TrainState, event: StepEnd, memory: ThroughputState) -> tuple[ThroughputState, Control]:
+        if event.previous_time > 0:
+            took = event.time - event.previous_time
+            memory = ThroughputState(memory.steps + 1, memory.seconds + took, memory.waited + event.data_wait)
+        if not due(event):
+            return memory, Control()
+        rate = memory.steps / memory.seconds
+        log = {"steps_per_second": rate, "data_wait": memory.waited / memory.seconds}
+        log |= {f"{unit}_per_second": rate * value for unit, value in given.items() if value and unit != "peak"}
+        if flops is not None and peak is not None:
+            log["utilization"] = rate * flops / peak
+        known = memory.steps > 0
+        shown = {f"{name}/{key}": torch.where(known, value, math.nan) for key, value in log.items()}
+        return start(state), Control(log=shown)
+
+    def start(state: TrainState) -> ThroughputState:
+        seconds = torch.zeros((), dtype=torch.float64, device=state.step.device)
+        return ThroughputState(torch.zeros_like(state.step), seconds, seconds.clone())
+
+    return stateful(name, start, update)
+
+
+def lr_monitor(
+    *, publish: Callable[[Any], Any] | None = None, hyperparams: tuple[str, ...] = (), name: str = "hyperparams"
+) -> Handler:
+    """Logs the hyper-parameters that the optimizer keeps by ``fxtrain.optim.inject_hyperparams``, schedules among them.
+
+    Args:
+        publish: A trigger, asked at ``StepEnd``; by default each step.
+        hyperparams: Which, by their names; by default all.
+        name: The prefix of what is logged: ``<name>/<path>``.
+
+    Raises:
+        ValueError: When it runs, if there is none, or none of a name.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.5)
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
+        >>> fx.compose(lr_monitor())(state, fx.StepEnd(step=1, metrics={}))[1].log["hyperparams/learning_rate"].value
+        tensor(0.5000)
+    """
+    due = every(1) if publish is None else publish
+
+    def watch(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
+        if not due(event):
+            return state, Control()
+        found = optim.get_hyperparams(state.opt_state)
+        there = {path.rpartition(".")[2] for path in found}
+        missing = sorted(set(hyperparams) - there) or ([] if found else ["learning_rate"])
+        if missing:
+            names = ", ".join(map(repr, sorted(there))) or "none"
+            raise ValueError(
+                f"lr_monitor looks for {missing[0]!r}, and the optimizer keeps {names}: make it with "
+                "fxtrain.optim.inject_hyperparams(factory)(...)."
+            )
+        chosen = {p: v for p, v in found.items() if not hyperparams or p.rpartition(".")[2] in hyperparams}
+        return state, Control(log={f"{name}/{path}": value for path, value in chosen.items()})
+
+    return on(StepEnd, Handler("lr_monitor", watch, frozenset({StepEnd})))

@@ -1,0 +1,162 @@
+"""A guard against spikes: steps far above what was usual lately are skipped, or left out on a second way."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.callbacks.statistics import refuse_unless_one_of
+from fxtrain.core import Control, Gradients, Logged, Rewound, StepEnd, TrainState, refuse_unless_whole
+from fxtrain.fold import Handler, on, slotted
+
+
+class SpikeGuardState(NamedTuple):
+    """The memory of ``spike_guard``."""
+
+    window: Tensor  # float32 [window]: the last accepted values, in a ring; inf where there is none yet
+    count: Tensor  # int64 []: values accepted
+    in_a_row: Tensor  # int64 []: spikes since the last accepted value
+    spikes: Tensor  # int64 []: in all
+    found: Tensor  # int64 [record]: positions of the batches with spikes since the last rewind, in a ring; -1 is none
+    banned: Tensor  # int64 [record]: positions of the batches that are skipped; -1 is none
+
+
+def spike_guard(
+    watch: str = "loss",
+    *,
+    deviations: float = 6.0,
+    window: int = 128,
+    warmup: int = 32,
+    rewind: int = 0,
+    patience: int = 10,
+    record: int = 64,
+    name: str = "spike_guard",
+) -> Handler:
+    """Skips steps whose loss, or gradient norm, is far above what it was lately; or goes back, and leaves them out.
+
+        spike = value > median + deviations * 1.4826 * median |values - median|        over the last values accepted
+
+    What is not finite is a spike. With ``rewind`` the run goes back at least so many steps, to a state that
+    ``fit(keep_every=)`` or a checkpointer has kept, and comes again to where it was; the batches that made the spikes
+    are then skipped, as their positions are written down before the run goes back.
+
+    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``.
+
+    Args:
+        watch: ``"loss"``, or ``"grad_norm"``.
+        deviations: Robust standard deviations above the median, more than 0.
+        window: Values that are remembered, 2 or more.
+        warmup: Accepted values before anything but what is not finite counts as a spike, 2 or more.
+        rewind: How many steps to go back after a spike; 0 only skips its update.
+        patience: Spikes in a row that stop the run, 1 or more: it is somewhere else for good.
+        record: How many batches can be left out; the oldest is forgotten for one more.
+        name: The slot, and the prefix of what is logged: ``<name>/spikes``, and ``<name>/limit``, above which is a
+            spike.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> guard, tx = spike_guard(warmup=4, window=8), fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: model["w"] * 0 + batch, tx, callbacks=guard)
+        >>> state = fx.attach(fx.init({"w": torch.tensor(1.0)}, tx), guard)
+        >>> for loss in [1.0, 1.1, 0.9, 1.0, 50.0, 1.0]:
+        ...     state, output = step(state, torch.tensor(loss))
+        >>> int(state.slots["spike_guard"].spikes)
+        1
+
+    References:
+        Chowdhery et al., "PaLM: Scaling language modeling with pathways", 2022, section 5.1, for the way back.
+    """
+    refuse_unless_one_of("watch", watch, ("loss", "grad_norm"))
+    if not 0 < deviations < math.inf:
+        raise ValueError(f"deviations={deviations!r}: more than 0 is wanted.")
+    refuse_unless_whole("window", window, "values", least=2)
+    refuse_unless_whole("warmup", warmup, "values", least=2)
+    if warmup > window:
+        raise ValueError(f"warmup={warmup!r} is more than the {window} values of the window, and so is never over.")
+    refuse_unless_whole("rewind", rewind, "steps", least=0)
+    refuse_unless_whole("patience", patience, "steps")
+    refuse_unless_whole("record", record, "batches")
+    what = "loss" if watch == "loss" else "gradient norm"
+
+    def init(state: TrainState) -> SpikeGuardState:
+        zero = torch.zeros_like(state.step)
+        nobody = torch.full((record,), -1, dtype=torch.int64, device=zero.device)
+        values = torch.full((window,), math.inf, device=zero.device)
+        return SpikeGuardState(values, zero, zero, zero, nobody, nobody)
+
+    def update(state: TrainState, event: Gradients | StepEnd | Rewound) -> tuple[TrainState, Control]:
+        memory: SpikeGuardState = state.slots[name]
+        if isinstance(event, Rewound):
+            return state.with_slot(name, _ban(memory)), Control()
+        if isinstance(event, StepEnd):
+            asked = (memory.found >= 0).any()
+            return state, Control(rewind=torch.where(asked, rewind, 0), reason=f"a spike of the {what}")
+        value = (event.loss if watch == "loss" else tree.global_norm(event.grads)).to(torch.float32)
+        limit = torch.where(memory.count >= warmup, _limit(memory.window, memory.count, deviations), math.inf)
+        banned = (memory.banned == state.position).any()
+        spike = ~banned & ~(value.isfinite() & (value <= limit))
+        memory = _seen(memory, value, spike, banned, state.position)
+        control = Control(skip_update=spike, reason=f"a spike of the {what}")
+        control = control | Control(skip_update=banned, reason=f"the batch made a spike of the {what} before")
+        late = f"the {what} was a spike {patience} times in a row"
+        control = control | Control(stop=memory.in_a_row >= patience, reason=late)
+        log = {f"{name}/spikes": memory.spikes, f"{name}/limit": Logged(limit, when=limit.isfinite())}
+        return state.with_slot(name, memory), control | Control(log=log)
+
+    return slotted(name, init, on(Gradients | StepEnd | Rewound if rewind else Gradients, update))
+
+
+def _limit(window: Tensor, count: Tensor, deviations: float) -> Tensor:
+    """float32 []: above this is a spike."""
+    filled = count.clamp(max=window.shape[0])
+    median = _median(window, filled)
+    # Where there is no value yet, it is infinitely far, and so sorted behind the others.
+    spread = 1.4826 * _median((window - median).abs(), filled)
+    # Values that are all equal have no spread: a part of a thousand is left to them.
+    return median + deviations * torch.maximum(spread, 1e-3 * median.abs())
+
+
+def _median(values: Tensor, count: Tensor) -> Tensor:
+    """Of the ``count`` least values."""
+    ordered = values.sort().values
+    low, high = (count - 1).clamp(min=0) // 2, count // 2
+    pair = ordered.gather(0, torch.stack([low, high.clamp(max=values.shape[0] - 1)]))
+    return pair.mean()
+
+
+def _seen(memory: SpikeGuardState, value: Tensor, spike: Tensor, banned: Tensor, position: Tensor) -> SpikeGuardState:
+    good = ~spike & ~banned
+    return SpikeGuardState(
+        window=_put(memory.window, memory.count, value, good),
+        count=memory.count + good,
+        in_a_row=torch.where(spike, memory.in_a_row + 1, torch.where(banned, memory.in_a_row, 0)),
+        spikes=memory.spikes + spike,
+        found=_put(memory.found, memory.spikes, position, spike),
+        banned=memory.banned,
+    )
+
+
+def _put(ring: Tensor, place: Tensor, value: Tensor, flag: Tensor) -> Tensor:
+    places = torch.arange(ring.shape[0], device=ring.device)
+    return torch.where((places == place % ring.shape[0]) & flag, value, ring)
+
+
+def _ban(memory: SpikeGuardState) -> SpikeGuardState:
+    """The memory that crosses to the state that is returned to: what was found is left out from now on."""
+    both = torch.cat([memory.banned, memory.found])
+    newest = both.sort(stable=True).values[-memory.banned.shape[0] :]
+    return SpikeGuardState(
+        memory.window,
+        memory.count,
+        torch.zeros_like(memory.in_a_row),
+        memory.spikes,
+        torch.full_like(memory.found, -1),
+        newest,
+    )

@@ -1,0 +1,72 @@
+"""Freezing parts of a model: which parameters are differentiated at all."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TrainState
+from fxtrain.model.architecture import Model, model_of
+from fxtrain.model.init import init_optimizer
+from fxtrain.optim.nodes import leaf_paths
+
+
+def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
+    """The state with these parameters trained, and no others.
+
+    What is frozen is not differentiated, takes no memory of the optimizer's, and makes a step faster; each choice is
+    another graph. What the optimizer remembers of parameters that were trained before and still are stays; of those
+    that begin to be, it begins anew. ``fxtrain.optim.unfreeze`` keeps one graph for all phases, and computes all
+    gradients.
+
+    Args:
+        state: Any state with a model.
+        tx: As given to ``init``.
+        parameters: Patterns of a shell for the names of parameters: ``"head.*"``; ``"*"`` is all.
+
+    Raises:
+        ValueError: If a pattern matches no parameter that can be trained.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
+        >>> step = fx.train_step(lambda model, batch: model(batch).sum(), tx)
+        >>> after, _ = step(fx.with_trainable(state, tx, "bias"), torch.ones(1, 1))
+        >>> bool((after.params["weight"] == state.params["weight"]).all()), bool(
+        ...     (after.params["bias"] == state.params["bias"]).all()
+        ... )
+        (True, False)
+    """
+    model = model_of(state)
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    leaves, structure = tree.flatten(state.params)
+    names = [".".join(map(str, path)) for path in leaf_paths(state.params)]
+    able = [name for name, leaf in zip(names, leaves, strict=True) if _can_be_trained(leaf)]
+    for pattern in patterns:
+        if not fnmatch.filter(able, pattern):
+            shown = ", ".join(able[:8]) + (", ..." if len(able) > 8 else "")
+            raise ValueError(f"{pattern!r} matches no parameter that can be trained; there are {shown}.")
+    chosen = [
+        _can_be_trained(leaf) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    narrowed: Model = copy.copy(model)
+    narrowed.choose(tree.unflatten(structure, chosen))
+    fresh = init_optimizer(tx, narrowed.split(state.params))
+    known = dict(zip(tree.paths(state.opt_state), tree.leaves(state.opt_state), strict=True))
+    opt_state = tree.map_with_path(lambda path, leaf: _kept(known.get(path), leaf), fresh)
+    return state.replace(model=narrowed, opt_state=opt_state)
+
+
+def _can_be_trained(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
+
+
+def _kept(old: Tensor | None, new: Tensor) -> Tensor:
+    return old if old is not None and old.shape == new.shape and old.dtype == new.dtype else new

@@ -1,0 +1,77 @@
+"""Accumulation over steps: an update from the gradients of several batches, whose number may follow a schedule."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim import checks
+from fxtrain.optim.leaves import map_with_memory, start_count, zeros
+from fxtrain.optim.transform import GradientTransformation
+
+
+class EveryKState(NamedTuple):
+    """The memory of ``every_k``."""
+
+    count: Tensor  # int64 []: updates made
+    seen: Tensor  # int64 []: gradients since the last one
+    mean: Any  # like the parameters: the mean of these
+    inner_state: Any  # of the wrapped transformation
+
+
+def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> GradientTransformation:
+    """``tx`` with the mean gradient of every ``k`` steps; zeros in between, and its memory kept as it was.
+
+    Each batch takes the memory of one batch, where ``train_step(accumulate=k)`` cuts one large batch into parts; and
+    ``k`` may grow during a run without a new graph. Schedules inside ``tx`` count updates, and not steps.
+
+    Args:
+        tx: Any transformation.
+        k: A number of steps, or a schedule: from the updates made so far (int64 []) to that number, at least 1.
+
+    Raises:
+        ValueError: If ``k`` is a number and not a whole one above 0.
+
+    Example:
+        >>> from fxtrain import optim
+        >>> tx = every_k(optim.sgd(1.0), 2)
+        >>> state = tx.init(torch.tensor(0.0))
+        >>> for grad in (1.0, 3.0, 5.0):
+        ...     update, state = tx.update(torch.tensor(grad), state)
+        ...     print(float(update))
+        0.0
+        -2.0
+        0.0
+    """
+    if not callable(k):
+        checks.whole(k=k)
+
+    def init(params: Any) -> EveryKState:
+        return EveryKState(start_count(params), start_count(params), zeros(params), tx.init(params))
+
+    def update(updates: Any, opt_state: EveryKState, params: Any = None) -> tuple[Any, EveryKState]:
+        wanted = k(opt_state.count) if callable(k) else k
+        seen = opt_state.seen + 1
+
+        def rule(grad: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+            mean = mean + (grad - mean) / seen
+            return mean, mean
+
+        full, mean = map_with_memory(rule, updates, opt_state.mean)
+        complete = seen >= wanted
+        inner_updates, inner_state = tx.update(full, opt_state.inner_state, params)
+        return tree.where(complete, inner_updates, tree.zeros_like(inner_updates)), EveryKState(
+            opt_state.count + complete,
+            torch.where(complete, 0, seen),
+            tree.where(complete, tree.zeros_like(mean), mean),
+            tree.where(complete, inner_state, opt_state.inner_state),
+        )
+
+    return GradientTransformation(init, update)

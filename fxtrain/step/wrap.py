@@ -1,0 +1,60 @@
+"""Wrap: a context around each step, as a transform of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+
+class Wrapped:
+    """A step within a context; made by ``wrap_step``. All else is the step's own."""
+
+    def __init__(self, step: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._step, self._context = step, context
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        with self._context():
+            return self._step(state, batch)
+
+    def many(self, state: Any, batches: Any) -> Any:
+        with self._context():
+            return self._step.many(state, batches)
+
+    def donating(self) -> Any:
+        return Wrapped(self._step.donating(), self._context) if hasattr(self._step, "donating") else self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+    def __repr__(self) -> str:
+        return f"<wrapped {self._step!r}>"
+
+
+def wrap_step(step: Any, context: Callable[[], AbstractContextManager[Any]]) -> Wrapped:
+    """``step``, each call of it within a context: a region of a profiler, a stream, a lock.
+
+    The context is outside of the compiled graph, and cannot change what the step computes. An evaluation step can be
+    wrapped too.
+
+    Args:
+        step: A step, compiled or not.
+        context: Makes the context for one call.
+
+    Raises:
+        TypeError: If ``step`` is no step, or if ``context`` is a context and not what makes one.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: model(batch).sum(), tx)
+        >>> step = fx.wrap_step(step, lambda: torch.profiler.record_function("train step"))
+        >>> state, output = step(fx.init(torch.nn.Linear(1, 1), tx), torch.ones(1, 1))
+        >>> int(state.step)
+        1
+    """
+    if not callable(step):
+        raise TypeError(f"{step!r} is no step: give what train_step, eval_step or compile returned.")
+    if not callable(context):
+        raise TypeError(f"{context!r} is not called: give what makes a context for each step, lambda: context(...).")
+    return Wrapped(step, context)

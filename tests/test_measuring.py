@@ -1,0 +1,129 @@
+"""Rates and hyper-parameters: exact numbers from a clock that is given."""
+
+import math
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+from fxtrain.callbacks import lr_monitor, throughput
+
+
+def step_end(step, time, data_wait=0.0):
+    return fx.StepEnd(step=step, metrics={}, time=time, previous_time=max(0.0, time - 0.5), data_wait=data_wait)
+
+
+def logged(callback, events, state=None):
+    callback = fx.compose(callback)
+    state = fx.attach(fx.init({"w": torch.tensor(1.0)}) if state is None else state, callback)
+    found = []
+    for event in events:
+        state, control = callback(state, event)
+        if control.log:
+            found.append({name: float(entry.value) for name, entry in control.log.items()})
+    return found
+
+
+class TestThroughput:
+    def test_rates_since_it_was_published_last(self):
+        callback = throughput(samples=8, tokens=80, flops=1e6, peak=4e6, publish=fx.every(3))
+        first, second = logged(callback, [step_end(i, 0.5 * i, data_wait=0.1) for i in range(1, 7)])
+        assert first == pytest.approx(
+            {
+                "throughput/steps_per_second": 2,
+                "throughput/data_wait": 0.2,
+                "throughput/samples_per_second": 16,
+                "throughput/tokens_per_second": 160,
+                "throughput/flops_per_second": 2e6,
+                "throughput/utilization": 0.5,
+            }
+        )
+        assert second == pytest.approx(first)
+
+    def test_the_first_step_of_a_session_is_left_out(self):
+        (found,) = logged(throughput(publish=fx.every(1)), [step_end(1, 0.5)])
+        assert all(math.isnan(value) for value in found.values())
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"samples": 0}, "samples=0: a number above 0"),
+            ({"tokens": -1}, "tokens=-1"),
+            ({"flops": math.inf}, "flops=inf"),
+            ({"peak": 1e12}, "give flops"),
+        ],
+    )
+    def test_validates(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            throughput(**options)
+
+    def test_the_laws_hold(self):
+        testing.check_laws(
+            throughput(samples=8, publish=fx.every(2)),
+            fx.init({"w": torch.tensor(1.0)}),
+            [step_end(i, 0.5 * i) for i in range(1, 6)],
+        )
+
+    def test_in_a_run(self):
+        times = iter(range(10_000))
+        callback = throughput(samples=8, publish=fx.every(2))
+        result = fx.fit(
+            problem.start(),
+            problem.step(),
+            problem.data(),
+            steps=4,
+            callbacks=callback,
+            clock=lambda: float(next(times)),
+        )
+        rates = result.history["throughput/samples_per_second"]
+        assert rates.steps.tolist() == [2, 4]
+        assert all(0 < rate <= 8 for rate in rates.values)
+
+
+class TestLrMonitor:
+    def test_schedules_among_them(self):
+        tx = fx.optim.inject_hyperparams(fx.optim.adamw)(
+            learning_rate=fx.schedules.linear(1.0, 0.0, transition_steps=4), weight_decay=0.1
+        )
+        step = fx.train_step(problem.loss_fn, tx)
+        result = fx.fit(
+            fx.init(problem.module(), tx), step, problem.data(), steps=4, callbacks=lr_monitor(publish=fx.every(2))
+        )
+        assert result.history["hyperparams/learning_rate"].values == pytest.approx([0.75, 0.25])
+        assert result.history["hyperparams/weight_decay"].values == pytest.approx([0.1, 0.1])
+
+    def test_some_of_them(self):
+        tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=0.5, weight_decay=0.1)
+        state = fx.init({"w": torch.tensor(1.0)}, tx)
+        found = logged(lr_monitor(hyperparams=("weight_decay",)), [step_end(1, 0.5)], state)
+        assert found == [pytest.approx({"hyperparams/weight_decay": 0.1})]
+
+    @pytest.mark.parametrize(
+        ("tx", "message"),
+        [
+            (fx.optim.sgd(0.1), "lr_monitor looks for 'learning_rate', and the optimizer keeps none: make it with"),
+            (fx.optim.inject_hyperparams(fx.optim.sgd)(0.1), "looks for 'momentum', and the optimizer keeps 'learning"),
+        ],
+    )
+    def test_what_is_not_there(self, tx, message):
+        names = ("momentum",) if "momentum" in message else ()
+        with pytest.raises(ValueError, match=message):
+            logged(lr_monitor(hyperparams=names), [step_end(1, 0.5)], fx.init({"w": torch.tensor(1.0)}, tx))
+
+
+class TestRankZero:
+    def test_acts_in_one_process(self, monkeypatch):
+        seen = []
+
+        def watch(state, event: fx.StepEnd, control):
+            seen.append(event.step)
+
+        monkeypatch.setenv("RANK", "1")
+        other = fx.observers.rank_zero(watch)
+        monkeypatch.setenv("RANK", "0")
+        first = fx.observers.rank_zero(watch)
+        for observer, wanted in ((other, []), (first, [1, 2])):
+            fx.fit(problem.start(), problem.step(), problem.data(), steps=2, observers=[observer])
+            assert seen == wanted

@@ -1,0 +1,361 @@
+"""Monitors inside the step: exact values, what is published when, gates, laws, and resume."""
+
+import math
+import re
+
+import problem
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import testing, tree
+from fxtrain.callbacks import activation_stats, grad_flow, grad_norms, histograms, update_ratios, weight_stats
+
+START = {"first": torch.tensor([1.0, 2.0]), "second": torch.tensor([4.0]), "third": torch.tensor([3.0])}
+RATE = 0.5
+
+
+def loss_fn(model, batch):
+    return (model["first"] * torch.tensor([3.0, -4.0])).sum() + batch * model["second"].sum() + 0 * model["third"].sum()
+
+
+def after_a_step(monitor, scale=10.0, steps=1):
+    """The state after steps whose gradients are (3, -4), (scale,) and (0,)."""
+    tx = fx.optim.sgd(RATE)
+    step = fx.train_step(loss_fn, tx, callbacks=monitor)
+    state = fx.attach(fx.init(START, tx), monitor)
+    for _ in range(steps):
+        state, _ = step(state, torch.tensor(scale))
+    return state
+
+
+def published(monitor, state, step=1):
+    event = fx.StepEnd(step=step, metrics={})
+    log = fx.compose(monitor)(state, event)[1].log
+    return {name: entry.value for name, entry in log.items() if bool(entry.when)}
+
+
+def updated(step, values, skipped=False):
+    """An event of a model with one parameter [2]."""
+    loss = torch.tensor(0.0)
+    grads = {"w": torch.tensor(values)}
+    return fx.Updated(
+        step=torch.tensor(step),
+        loss=loss,
+        metrics={"loss": loss},
+        grads=grads,
+        updates=tree.map(lambda g: -0.1 * g, grads),
+        skipped=torch.tensor(skipped),
+    )
+
+
+class TestGradNorms:
+    @pytest.mark.parametrize(
+        ("norm", "layers", "total"),
+        [
+            ("l2", [5, 10, 0], math.sqrt(125)),
+            ("l1", [7, 10, 0], 17),
+            ("linf", [4, 10, 0], 10),
+            ("mean", [3.5, 10, 0], 17 / 4),
+        ],
+    )
+    def test_each_norm(self, norm, layers, total):
+        monitor = grad_norms(norm=norm, layer="s*")
+        log = published(monitor, after_a_step(monitor))
+        assert {name: float(value) for name, value in log.items()} == pytest.approx(
+            {
+                "grad_norm/total": total,
+                "grad_norm/max": max(layers),
+                "grad_norm/min": 0.0,
+                "grad_norm/mean": sum(layers) / 3,
+                "grad_norm/second": 10.0,
+            }
+        )
+
+    def test_layers_are_modules_in_the_order_of_their_definition(self):
+        module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(11)])
+        monitor, tx = grad_norms(), fx.optim.sgd(0.1)
+        step = fx.train_step(lambda model, batch: model(batch).sum(), tx, callbacks=monitor)
+        state = fx.attach(fx.init(module, tx), monitor)
+        found = fx.gradients(lambda model, batch: model(batch).sum())(state, torch.ones(1, 2)).grads
+        state, _ = step(state, torch.ones(1, 2))
+        wanted = [
+            torch.cat([found[f"{i}.weight"].flatten(), found[f"{i}.bias"]]).norm() for i in range(11)
+        ]  # and not 0, 1, 10, 2, ...
+        torch.testing.assert_close(state.slots["grad_norm"].values.layers, torch.stack(wanted))
+
+    def test_what_two_monitors_want_is_computed_once(self, monkeypatch):
+        from fxtrain.callbacks import statistics
+
+        calls = []
+        once = statistics._reduced
+        monkeypatch.setattr(statistics, "_reduced", lambda leaf, power: calls.append(power) or once(leaf, power))
+        both = fx.compose(grad_norms(), grad_flow())
+        state = fx.attach(fx.init({"w": torch.ones(2)}), both)
+        calls.clear()
+        both(state, updated(1, [3.0, 4.0]))
+        assert calls == ["squares"]
+
+    def test_a_pattern_that_matches_nothing(self):
+        monitor = grad_norms(layer="no.*")
+        with pytest.raises(ValueError, match=r"'no\.\*' matches none of first, second, third"):
+            published(monitor, after_a_step(monitor))
+
+    def test_validates(self):
+        with pytest.raises(ValueError, match="norm='l3': one of 'l2', 'l1', 'linf', 'mean' is wanted"):
+            grad_norms(norm="l3")
+        with pytest.raises(ValueError, match="every=0"):
+            grad_norms(every=0)
+
+
+class TestGradFlow:
+    def test_gains_and_counts(self):
+        monitor = grad_flow(exploding=9.0, layer="first")
+        log = {
+            name.partition("/")[2]: float(value) for name, value in published(monitor, after_a_step(monitor)).items()
+        }
+        # Norms 5, 10 and 0: gains 0.5, and infinite, which is no number to average.
+        assert log == {
+            "gain_mean": 0.5,
+            "gain_min": 0.5,
+            "gain_max": 0.5,
+            "healthy": 1,
+            "damping": 0,
+            "amplifying": 1,
+            "vanishing": 1,
+            "exploding": 1,
+            "gain/first": 0.5,
+        }
+
+    def test_one_layer_has_no_gain(self):
+        monitor = grad_flow()
+        state = fx.attach(fx.init({"w": torch.ones(2)}), monitor)
+        state, _ = fx.compose(monitor)(state, updated(1, [3.0, 4.0]))
+        assert float(published(monitor, state)["grad_flow/gain_max"]) == 0.0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"healthy": (2.0, 1.0)}, "healthy=(2.0, 1.0)"), ({"vanishing": 1.0, "exploding": 0.1}, "vanishing=1.0")],
+    )
+    def test_validates(self, options, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            grad_flow(**options)
+
+
+class TestWeights:
+    def test_stats(self):
+        monitor = weight_stats(parameter="first")
+        state = after_a_step(monitor)  # first is (1, 2) - 0.5 (3, -4) = (-0.5, 4)
+        log = {name: float(value) for name, value in published(monitor, state).items()}
+        assert log["weights/first/mean"] == pytest.approx(1.75)
+        assert log["weights/first/std"] == pytest.approx(2.25)
+        assert log["weights/first/norm"] == pytest.approx(math.sqrt(16.25))
+        assert log["weights/first/max"] == 4.0
+
+    def test_update_ratios(self):
+        monitor = update_ratios(parameter="*", patience=2, worst=2)
+        state = after_a_step(monitor, steps=2)
+        log = published(monitor, state, step=2)
+        first = 2.5 / math.hypot(1 - 3, 2 + 4)
+        assert float(log["update_ratio/first"]) == pytest.approx(first, rel=1e-6)
+        assert float(log["update_ratio/second"]) == pytest.approx(5 / 6)
+        assert int(log["update_ratio/frozen"]) == 1
+        assert log["update_ratio/worst"].markdown.splitlines() == ["- `second`: 0.833", f"- `first`: {first:.3g}"]
+
+    def test_a_skipped_step_freezes_nothing(self):
+        monitor = fx.compose(update_ratios(patience=1))
+        state = fx.attach(fx.init({"w": torch.ones(2)}), monitor)
+        state, _ = monitor(state, updated(1, [3.0, 4.0], skipped=True))
+        assert state.slots["update_ratio"].values.still.tolist() == [0]
+        assert state.slots["update_ratio"].values.ratios.tolist() == [0.0]
+
+    @pytest.mark.parametrize("options", [{"patience": 0}, {"frozen_below": -1.0}, {"worst": -1}])
+    def test_validates(self, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            update_ratios(**options)
+
+
+class TestHistograms:
+    def test_counts_of_a_stated_sample(self):
+        values = torch.linspace(-1, 1, 10_000)
+        monitor = fx.compose(histograms("weights", every=1, sample=100, smallest=0.1, largest=1.0, per_decade=1))
+        state = fx.attach(fx.init({"w": values}), monitor)
+        state, _ = monitor(state, updated(1, [0.0, 0.0]))
+        seen = values[:10_000:100]
+        edges = torch.tensor([-1.0, -0.1, 0.1, 1.0])
+        wanted = [int((torch.bucketize(seen, edges) == i).sum()) for i in range(5)]
+        assert state.slots["histograms/weights"].values.counts.tolist() == [wanted]
+        assert int(state.slots["histograms/weights"].values.seen) == 100
+
+    def test_published_as_a_histogram(self):
+        monitor = histograms(every=1, parameter="first")
+        log = published(monitor, after_a_step(monitor))
+        counts, edges = log["histograms/grads/first"].buckets()
+        assert counts.sum() == 2
+        assert edges[0] == -100.0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"of": "losses"}, "of='losses'"),
+            ({"sample": 0}, "sample=0"),
+            ({"smallest": 2.0, "largest": 1.0}, "smallest=2.0"),
+            ({"per_decade": 0}, "per_decade=0"),
+        ],
+    )
+    def test_validates(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            histograms(**options)
+
+
+def everything(every=1):
+    return fx.compose(
+        grad_norms(layer="*", every=every),
+        grad_flow(every=every),
+        weight_stats(every=every),
+        update_ratios(every=every),
+        *[histograms(of, every=every, sample=16) for of in ("grads", "weights", "updates")],
+    )
+
+
+class TestWhen:
+    def test_what_is_of_another_step_is_not_published(self):
+        monitor = grad_norms(every=2, publish=fx.every(1))
+        state = after_a_step(monitor, steps=3)
+        assert int(state.slots["grad_norm"].step) == 2
+        assert not published(monitor, state, step=3)
+        assert published(monitor, after_a_step(monitor, steps=2), step=2)
+
+    def test_a_save_at_any_step_holds_what_belongs_to_it(self, tmp_path):
+        trigger = fx.every(2)
+        monitor = grad_flow(publish=trigger)
+        step = problem.step(callbacks=monitor)
+        folder = fx.checkpointer(tmp_path, keep=10)
+        callbacks = fx.compose(monitor, fx.when(trigger, fx.callbacks.save()))
+        result = fx.fit(problem.start(), step, problem.data(), steps=6, callbacks=callbacks, checkpointer=folder)
+        logged = result.history["grad_flow/gain_mean"]
+        assert logged.steps.tolist() == [2, 4, 6]
+        for number in (2, 4, 6):
+            assert int(folder.restore(result.last, step=number).slots["grad_flow"].step) == number
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_gate_measures_what_measuring_always_does(self, compiled):
+        def states(every):
+            monitor = everything(every)
+            step = problem.step(callbacks=monitor)
+            step = fx.compile(step) if compiled else step
+            state = fx.attach(problem.start(), monitor)
+            for index in range(5):
+                state, _ = step(state, problem.data()[index % problem.BATCHES])
+                yield state
+
+        for number, (always, gated) in enumerate(zip(states(1), states(2), strict=True), start=1):
+            for name, memory in always.slots.items():
+                if number % 2 == 0:
+                    assert int(gated.slots[name].step) == number
+                    testing.assert_equal(gated.slots[name], memory, name)
+            assert int(gated.slots["grad_norm"].step) == (number // 2 * 2 or -1)
+
+    def test_members_of_an_ensemble(self):
+        monitor = grad_norms(every=2)
+        step = problem.step(callbacks=monitor)
+        one = fx.attach(problem.start(), monitor)
+        alone = one
+        many = tree.map(lambda leaf: torch.stack([leaf] * 2), one)
+        for batch in problem.data()[:2]:
+            alone, _ = step(alone, batch)
+            many, _ = torch.vmap(step, (0, None))(many, batch)
+        for name, value in many.slots["grad_norm"].values._asdict().items():
+            torch.testing.assert_close(value[1], getattr(alone.slots["grad_norm"].values, name))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: grad_norms(layer="w"),
+        grad_flow,
+        lambda: weight_stats(parameter="w"),
+        update_ratios,
+        lambda: histograms(every=1, sample=2),
+        lambda: histograms("updates", every=2),
+    ],
+)
+def test_the_laws_hold(make):
+    events = [updated(step, [float(step), -2.0], step == 3) for step in range(1, 5)]
+    events.append(fx.StepEnd(step=4, metrics={}))
+    testing.check_laws(make(), fx.init({"w": torch.tensor([1.0, -3.0])}), events)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_resumed_at_every_step(compiled, tmp_path):
+    monitors = everything(every=2)
+    step = problem.step(callbacks=monitors)
+    step = fx.compile(step) if compiled else step
+    whole = fx.fit(problem.start(), step, problem.data(), steps=12, callbacks=monitors).last
+    for cut in range(1, 12, 4 if compiled else 1):
+        folder = fx.checkpointer(tmp_path / str(cut))
+        fx.fit(problem.start(), step, problem.data(), steps=cut, checkpointer=folder, callbacks=monitors)
+        again = fx.fit(
+            problem.start(), step, problem.data(), steps=12, checkpointer=folder, resume=True, callbacks=monitors
+        ).last
+        testing.assert_equal(again, whole, f"cut after {cut}")
+
+
+class TestTap:
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_activations(self, compiled):
+        module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+
+        def loss_fn(model, batch):
+            return model(batch).square().mean()
+
+        state = fx.init(module, fx.optim.sgd(0.0))
+        step = fx.train_step(fx.tap(loss_fn, ["1", "2"], activation_stats), fx.optim.sgd(0.0))
+        step = fx.compile(step) if compiled else step
+        batch = torch.randn(8, 2)
+        _, output = step(state, batch)
+        inside = module[1](module[0](batch))
+        wanted = {
+            "activations/1/mean": inside.mean(),
+            "activations/1/std": inside.std(unbiased=False),
+            "activations/1/zeros": (inside == 0).float().mean(),
+            "activations/1/max": inside.abs().max(),
+        }
+        for name, value in wanted.items():
+            torch.testing.assert_close(output.metrics[name], value.detach())
+        assert len(output.metrics) == 9
+        assert not any(part._forward_hooks for part in module.modules())
+
+    def test_gradients_are_those_without_it(self):
+        state, batch = problem.start(), problem.data()[0]
+        plain = fx.gradients(problem.loss_fn)(state, batch)
+        tapped = fx.gradients(fx.tap(problem.loss_fn, "*", activation_stats))(state, batch)
+        testing.assert_equal(tapped.grads, plain.grads, "gradients")
+
+    def test_no_hook_is_left_on_the_state_s_own_modules(self):
+        state = problem.start()
+
+        def fails(model, batch):
+            raise RuntimeError("on purpose")
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            fx.gradients(fx.tap(fails, "*", activation_stats))(state, problem.data()[0])
+        assert not any(part._forward_hooks for part in state.model._training.modules())
+
+    def test_dicts_of_modules(self):
+        state = fx.init({"a": nn.Linear(1, 1), "b": nn.Sequential(nn.Tanh())})
+
+        def loss_fn(model, batch):
+            return model["b"](model["a"](batch)).sum()
+
+        found = fx.gradients(fx.tap(loss_fn, "b.0", lambda y: y.amax(), prefix="out"))(state, torch.ones(1, 1))
+        assert sorted(found.metrics) == ["loss", "out/b.0"]
+
+    def test_errors(self):
+        state, batch = problem.start(), problem.data()[0]
+        with pytest.raises(ValueError, match=r"tap\('nobody'\): no module has such a name; there are 0, 1"):
+            fx.gradients(fx.tap(problem.loss_fn, "nobody", activation_stats))(state, batch)
+        twice = fx.tap(fx.tap(problem.loss_fn, "0", activation_stats), "0", activation_stats)
+        with pytest.raises(ValueError, match="choose another prefix"):
+            fx.gradients(twice)(state, batch)

@@ -1,0 +1,102 @@
+"""What callbacks say they need is there before the first step, or the run does not begin."""
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+
+TAKEN = []
+
+
+def counted(state, event: fx.StepBegin, control):
+    TAKEN.append(event.step)
+
+
+def watch(state, event: fx.EvalEnd):
+    return state, fx.Control()
+
+
+def fit(callbacks, **options):
+    given = {"eval_step": problem.eval_step, "eval_data": problem.data(1), "epochs": 1} | options
+    return fx.fit(problem.start(), given.pop("step", problem.step()), problem.data(), callbacks=callbacks, **given)
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "message"),
+    [
+        (
+            fx.needs(watch, eval_metrics=["accuracy"]),
+            {},
+            "watch needs the metric 'accuracy' at EvalEnd, and the evaluation measures 'loss', 'mae': let eval_step",
+        ),
+        (
+            fx.callbacks.early_stopping("accuracy", mode="max", patience=1),
+            {},
+            "early_stopping needs the metric 'accuracy' at EvalEnd, and the evaluation measures 'loss', 'mae'",
+        ),
+        (fx.callbacks.reduce_on_plateau("f1"), {}, "reduce_on_plateau needs the metric 'f1' at EvalEnd"),
+        (fx.callbacks.target("f1", 0.9), {}, "target f1 needs the metric 'f1' at EvalEnd"),
+        (
+            fx.when(fx.every(2), fx.callbacks.target("f1", 0.9)),
+            {},
+            r"target f1 when every\(2\) needs the metric 'f1' at EvalEnd",
+        ),
+        (
+            fx.callbacks.target("loss", 0.9),
+            {"eval_step": None, "eval_data": None},
+            "target loss needs the metric 'loss' at EvalEnd, and there is no evaluation: give fit an eval_step",
+        ),
+        (
+            fx.needs(watch, slots=["ema"]),
+            {},
+            "watch needs the slot 'ema', and the state has none: give fit",
+        ),
+        (
+            fx.needs(watch, events=[fx.Gradients]),
+            {"step": fx.Step(problem.step().function)},
+            "watch needs Gradients, and of the events inside the step this one fires none: say what a hand-written",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(callback, options, message):
+    TAKEN.clear()
+    with pytest.raises(ValueError, match=message):
+        fit(callback, observers=[counted], **options)
+    assert not TAKEN
+
+
+def test_what_is_there_is_enough():
+    average = fx.callbacks.ema(0.9)
+    callback = fx.compose(average, fx.needs(watch, eval_metrics=["loss"], slots=["ema"], events=[fx.Updated]))
+    assert fit(callback, step=problem.step(callbacks=average)).reason == "finished 1 epoch"
+
+
+def test_needs_add_up_and_the_callback_stays_what_it_was():
+    once = fx.needs(watch, slots=["a"])
+    twice = fx.needs(once, slots=["b"], eval_metrics=["loss"])
+    assert (once.needs.slots, twice.needs.slots) == (("a",), ("a", "b"))
+    state = fx.init({"w": torch.tensor(1.0)})
+    assert twice(state, fx.EvalEnd(step=1, metrics={})) == (state, fx.Control())
+
+
+def test_a_stream_is_not_read_to_find_out():
+    batches = iter(problem.data(2))
+    with pytest.raises(KeyError, match="early_stopping watches 'accuracy', and EvalEnd has 'loss', 'mae'"):
+        fit(fx.callbacks.early_stopping("accuracy", patience=1), eval_data=(batch for batch in batches))
+
+
+def test_an_evaluation_that_looks_at_values_is_asked_when_it_ends():
+    def looking(model, batch):
+        loss, metrics = problem.loss_fn(model, batch)
+        return {"loss": loss, "seen": torch.tensor(float(loss.item() > 0)), **metrics}
+
+    assert (
+        fit(fx.callbacks.early_stopping("seen", patience=1), eval_step=fx.eval_step(looking)).reason
+        == "finished 1 epoch"
+    )
+
+
+def test_only_traced_events_have_to_be_fired():
+    with pytest.raises(TypeError, match="'EvalEnd' is none of the traced events: Microbatch, Gradients, Updated"):
+        fx.needs(watch, events=[fx.EvalEnd])

@@ -1,0 +1,97 @@
+"""The Rosetta table: each hook's counterpart fires in a real run, or is a function that is there."""
+
+import contextlib
+import functools
+import re
+
+import problem
+import pytest
+
+import fxtrain as fx
+from fxtrain import rosetta, testing
+from fxtrain.core import EVENTS
+
+HOOKS = {  # how many there are, by their own documentation
+    "Dream Trainer": 21 + 2 + 1 + 2 + 2,
+    "Forgather and Hugging Face": 16 + 5,
+    "The plugin-style LM trainer": 12,
+    "Keras": 16,
+    "Lightning": 33,
+}
+NAMES = {kind.__name__: kind for kind in EVENTS}
+
+
+@pytest.fixture(scope="module")
+def fired(tmp_path_factory):
+    """The events of a run that evaluates, saves, is interrupted by an error and resumed."""
+    seen = set()
+
+    def watch(state, event):
+        seen.add(type(event).__name__)
+        return state, fx.Control()
+
+    callback = fx.compose(fx.on(EVENTS, watch), fx.when(fx.every(2), fx.callbacks.save()))
+    checkpointer = fx.checkpointer(tmp_path_factory.mktemp("run"))
+    step = problem.step(callbacks=callback)
+    fit = functools.partial(
+        fx.fit,
+        problem.start(),
+        callbacks=callback,
+        eval_step=problem.eval_step,
+        eval_data=problem.data(1),
+        checkpointer=checkpointer,
+    )
+
+    def fails(batch):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(
+            step,
+            fx.data.sequence(problem.data()).map(lambda b, i: fails(b) if i == 4 else b, with_position=True),
+            epochs=2,
+        )
+    fit(step, problem.data(), epochs=2, resume=True)
+    return seen
+
+
+def test_all_hooks_are_there():
+    counts = {}
+    for row in rosetta.rows():
+        counts[row.system] = counts.get(row.system, 0) + 1
+    assert counts == HOOKS
+    assert len({(row.system, row.hook) for row in rosetta.rows()}) == sum(HOOKS.values())
+
+
+@pytest.mark.parametrize("row", rosetta.rows(), ids=lambda row: f"{row.system}: {row.hook}")
+def test_what_serves_it_is_there(row, fired):
+    functions = re.findall(r"\bfx\.([a-z_.]+[a-z_])|\bfx\.(Control)", row.here)
+    events = [word for word in re.findall(r"[A-Z][A-Za-z]+", row.here) if word in NAMES]
+    assert functions or events or row.here.startswith("not needed: ")
+    for name in (lower or upper for lower, upper in functions):
+        assert callable(functools.reduce(getattr, name.split("."), fx)), name
+    for event in events:
+        assert event in fired, event
+
+
+def test_a_context_is_around_each_step_and_evaluation():
+    inside = []
+
+    @contextlib.contextmanager
+    def context(name):
+        inside.append(name)
+        yield
+        inside.append(f"/{name}")
+
+    step = fx.wrap_step(problem.step(), lambda: context("step"))
+    eval_step = fx.wrap_step(problem.eval_step, lambda: context("eval"))
+    result = fx.fit(problem.start(), step, problem.data(), epochs=1, eval_step=eval_step, eval_data=problem.data(1))
+    assert inside == ["step", "/step"] * 3 + ["eval", "/eval"]
+    alone = fx.fit(problem.start(), problem.step(), problem.data(), epochs=1)
+    testing.assert_equal(result.last.params, alone.last.params, "parameters")
+
+
+@pytest.mark.parametrize(("step", "context", "message"), [(3, print, "3 is no step"), (print, 3, "3 is not called")])
+def test_what_cannot_be_wrapped_is_refused(step, context, message):
+    with pytest.raises(TypeError, match=message):
+        fx.wrap_step(step, context)
