@@ -131,14 +131,16 @@ def _compiled(graph: Any, examples: Sequence[Tensor], mode: str | None) -> Calla
         options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
     if mode == AHEAD:
         return compile_ahead(graph, examples, options)
-    artefact = inductor.standalone_compile(
-        graph, fakes, dynamic_shapes="from_example_inputs", options={"config_patches": options}
-    )
-    return _bare(artefact, graph) or (lambda tensors: artefact(*tensors))
+    outputs = len(graph.graph.output_node().args[0])
+    constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
+    artefact = inductor.compile(graph, fakes, options=options)
+    # Constants are handed over by the wrappers, and autocast is switched off by them.
+    bare = None if constants is not None or torch._C._is_any_autocast_enabled() else _bare(artefact, outputs)
+    return bare or (lambda tensors: artefact(*tensors))
 
 
-def _bare(artefact: Any, graph: Any) -> Callable[..., Sequence[Tensor]] | None:
-    """What Inductor wrote, without what AOTAutograd wraps around it; None if it cannot be had.
+def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
+    """What Inductor wrote, without what AOTAutograd wraps around it; None if it cannot be found.
 
     The wrappers put views, mutations and subclasses right, at each call, and take an eighth of the time of a small
     step. A step's graph has none of them: ``_apart`` saw to the views, and Inductor writes over leaves by itself.
@@ -156,11 +158,7 @@ def _bare(artefact: Any, graph: Any) -> Callable[..., Sequence[Tensor]] | None:
             continue
         closure = [cell.cell_contents for cell in getattr(part, "__closure__", None) or () if cell != _EMPTY]
         todo += filter(callable, [*closure, *getattr(part, "__dict__", {}).values()])
-    outputs = len(graph.graph.output_node().args[0])
-    constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)  # which the wrappers hand over
-    if len(found) != 1 or len(found[0].output_strides or ()) != outputs or constants is not None:
-        return None
-    if torch._C._is_any_autocast_enabled():  # they switch it off
+    if len(found) != 1 or len(found[0].output_strides or ()) != outputs:
         return None
     call = found[0].current_callable
 

@@ -87,7 +87,6 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
     """
     transforms = {pattern: _during(tx, pattern, phase) for pattern, phase in phases.items()}
 
-    @torch.compiler.assume_constant_result  # Dynamo cannot look into patterns
     def matched(path: str) -> str:
         for pattern in transforms:
             if fnmatch.fnmatchcase(path, pattern):
@@ -96,7 +95,9 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
             f"{path!r} matches none of {', '.join(map(repr, transforms))}: add a pattern, such as '*', with its phase."
         )
 
-    return partition(transforms, lambda path, leaf: matched(path))
+    constant: Any = torch.compiler.assume_constant_result  # Dynamo cannot look into patterns
+    label = constant(matched)
+    return partition(transforms, lambda path, leaf: label(path))
 
 
 def _during(tx: GradientTransformation, pattern: str, phase: Any) -> GradientTransformation:
