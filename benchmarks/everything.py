@@ -12,7 +12,6 @@ import argparse
 import json
 import pathlib
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,36 +41,39 @@ def main() -> None:
         return
     moments = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="everything-") as parent:
-        began = time.monotonic()
-        whole, _ = session(pathlib.Path(parent, "whole"), given.steps)
-        seconds = time.monotonic() - began
-        print(f"whole: {len(whole)} leaves, {seconds:.0f} s", flush=True)
+        whole = session(pathlib.Path(parent, "whole"), given.steps)
+        assert whole is not None
+        print(f"whole: {len(whole)} leaves", flush=True)
         folder, killed, got = pathlib.Path(parent, "killed"), 0, None
         while got is None:
-            # The later ones are shorter: each session goes on from a checkpoint.
-            delay = moments.uniform(0.3, 0.9) * seconds / (1 + killed) if killed < given.kills else None
-            got, at = session(folder, given.steps, kill_after=delay)
+            delay = moments.uniform(0.0, 8.0) if killed < given.kills else None
+            got = session(folder, given.steps, kill_after=delay)
             if got is None:
                 killed += 1
-                print(f"killed after {delay:.1f} s; the last checkpoint is of step {at}", flush=True)
+                step = max(fx.checkpointer(folder).steps())
+                print(f"killed {delay:.1f} s after a checkpoint; the last one is of step {step}", flush=True)
     different = sorted(path for path in whole.keys() | got.keys() if whole.get(path) != got.get(path))
-    print(f"{killed} kills: {'every leaf is equal, to the bit' if not different else f'different: {different}'}")
+    print(f"{killed} kills: {f'different: {different}' if different else 'every leaf is equal, to the bit'}")
     raise SystemExit(bool(different) or killed < given.kills)
 
 
-def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -> tuple[dict[str, str] | None, int]:
-    """Where the run ended, and the step of its last checkpoint; None for the first if it was killed."""
+def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -> dict[str, str] | None:
+    """Where the run ended; None if it was killed, so many seconds after the first checkpoint that it added."""
     command = [sys.executable, "-m", "benchmarks.everything", "--session", str(folder), "--steps", str(steps)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        told, _ = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return None, max(fx.checkpointer(folder).steps(), default=0)
+    checkpoints = fx.checkpointer(folder)
+    before = max(checkpoints.steps(), default=0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while kill_after is not None and process.poll() is None:
+            if max(checkpoints.steps(), default=0) > before:
+                time.sleep(kill_after)
+                process.kill()
+                process.wait()
+                return None
+            time.sleep(0.05)
+        told, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"A session ended with {process.returncode}.")
-    return json.loads(told.splitlines()[-1]), steps
+    return json.loads(told.splitlines()[-1])
 
 
 def train(folder: pathlib.Path, steps: int) -> dict[str, str]:

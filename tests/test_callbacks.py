@@ -77,6 +77,21 @@ class TestNanGuard:
         assert all(leaf.isfinite().all() for leaf in result.state.buffers.values())
         assert result.history["nan_guard/skipped"].values.tolist() == [0, 1, 1, 1, 2, 2]
 
+    def test_names_the_first_gradient_that_was_not_finite(self):
+        def loss_fn(model, batch):
+            return batch * model["fine"] + (batch - 2).sqrt() * model["wrong"]
+
+        tx = fx.optim.sgd(0.1)
+        guard = fx.callbacks.nan_guard(patience=2)
+        step = fx.train_step(loss_fn, tx, callbacks=guard)
+        start = fx.init({"fine": torch.tensor(1.0), "wrong": torch.tensor(1.0)}, tx)
+        data = [torch.tensor(value) for value in (3.0, 1.0, 0.0)]
+        result = fx.fit(start, step, data, callbacks=guard, epochs=1)
+        assert result.reason == (
+            "loss or gradients were not finite 2 times in a row; the first was grads['wrong'] at step 3"
+        )
+        assert fx.callbacks.first_not_finite(start.with_slot("nan_guard", guard.init(start))) == ""
+
     def test_validates(self):
         with pytest.raises(ValueError, match="patience=0"):
             fx.callbacks.nan_guard(patience=0)

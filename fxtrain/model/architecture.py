@@ -48,10 +48,15 @@ class Model:
                 module.train()
         self._evaluating = copy.deepcopy(self._training).eval()
         self._fingerprint = fingerprint(self._training)
-        self.choose(self.trainable)
+        self._choose(self.trainable)
 
-    def choose(self, trainable: Any) -> None:
-        """Sets which parameters are trained, a pytree of bools like them: for a copy that nobody else has yet."""
+    def training_only(self, trainable: Any) -> Model:
+        """The same architecture, of which these parameters are trained: a pytree of bools like them."""
+        other = copy.copy(self)
+        other._choose(trainable)
+        return other
+
+    def _choose(self, trainable: Any) -> None:
         masks, structure = tree.flatten(trainable)
         self.trainable = trainable
         self._key = self._fingerprint, tuple(masks), structure, str(self.template)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState
-from fxtrain.model.architecture import Model, model_of
+from fxtrain.model.architecture import model_of
 from fxtrain.model.init import init_optimizer
 from fxtrain.optim.nodes import leaf_paths
 
@@ -43,7 +42,6 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
         ... )
         (True, False)
     """
-    model = model_of(state)
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     leaves, structure = tree.flatten(state.params)
     names = [".".join(map(str, path)) for path in leaf_paths(state.params)]
@@ -56,8 +54,7 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
         _can_be_trained(leaf) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         for name, leaf in zip(names, leaves, strict=True)
     ]
-    narrowed: Model = copy.copy(model)
-    narrowed.choose(tree.unflatten(structure, chosen))
+    narrowed = model_of(state).training_only(tree.unflatten(structure, chosen))
     fresh = init_optimizer(tx, narrowed.split(state.params))
     known = dict(zip(tree.paths(state.opt_state), tree.leaves(state.opt_state), strict=True))
     opt_state = tree.map_with_path(lambda path, leaf: _kept(known.get(path), leaf), fresh)
