@@ -3,7 +3,6 @@
 import ast
 import os
 import pathlib
-import statistics
 import subprocess
 import sys
 import time
@@ -78,5 +77,6 @@ def test_importing_costs_at_most_a_tenth_over_torch():
     for _ in range(2):  # the first pair warms the file cache
         run("import fxtrain")
     pairs = [(run("import torch, optree")[0], run("import fxtrain")[0]) for _ in range(7)]
-    torch_alone, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+    # The fastest of each: what else the machine does only adds.
+    torch_alone, ours = (min(column) for column in zip(*pairs, strict=True))
     assert ours <= 1.10 * torch_alone, f"{ours / torch_alone:.2f} times the import of torch"
