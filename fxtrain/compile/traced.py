@@ -133,7 +133,7 @@ def _compiled(graph: Any, examples: Sequence[Tensor], mode: str | None) -> Calla
         return compile_ahead(graph, examples, options)
     outputs = len(graph.graph.output_node().args[0])
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
-    artefact = inductor.compile(graph, fakes, options=options)
+    artefact: Any = inductor.compile(graph, fakes, options=options)
     # Constants are handed over by the wrappers, and autocast is switched off by them.
     bare = None if constants is not None or torch._C._is_any_autocast_enabled() else _bare(artefact, outputs)
     return bare or (lambda tensors: artefact(*tensors))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -95,8 +95,7 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
             f"{path!r} matches none of {', '.join(map(repr, transforms))}: add a pattern, such as '*', with its phase."
         )
 
-    constant: Any = torch.compiler.assume_constant_result  # Dynamo cannot look into patterns
-    label = constant(matched)
+    label = cast(Any, torch.compiler).assume_constant_result(matched)  # Dynamo cannot look into patterns
     return partition(transforms, lambda path, leaf: label(path))
 
 
