@@ -218,5 +218,10 @@ def loss_scale_of(state: TrainState) -> Tensor:
 
 def all_finite(values: Any) -> Tensor:
     """Whether every element of every leaf is finite: bool []."""
+    return finite_leaves(values).all()
+
+
+def finite_leaves(values: Any) -> Tensor:
+    """Whether every element of each leaf is finite: bool [leaves]."""
     finite = [leaf.isfinite().all() for leaf in tree.leaves(values)]
-    return torch.stack(finite).all() if finite else torch.tensor(True)
+    return torch.stack(finite) if finite else torch.ones(0, dtype=torch.bool)

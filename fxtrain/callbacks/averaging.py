@@ -89,7 +89,7 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
         average = average + (params - average) / (n + 1)
 
     Batch norm's statistics are those of the live parameters: for a model that has some, recompute them for the averaged
-    ones before they are used, or average them too.
+    ones with ``fxtrain.recompute_statistics`` before they are used, or average them too.
 
     Args:
         start: Steps before the first that counts. Until then the average is the parameters themselves.

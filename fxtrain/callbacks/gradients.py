@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks.monitor import Publish, monitor
-from fxtrain.callbacks.statistics import NORMS, Moved, layers, matching, refuse_unless_one_of
-from fxtrain.core import TrainState
+from fxtrain.callbacks.statistics import NORMS, Moved, layers, matching
+from fxtrain.core import TrainState, refuse_unless_one_of
 from fxtrain.fold import Handler
 
 

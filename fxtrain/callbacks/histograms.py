@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks.monitor import Publish, monitor
-from fxtrain.callbacks.statistics import KINDS, Moved, leaf_names, matching, refuse_unless_one_of
-from fxtrain.core import TrainState, refuse_unless_whole
+from fxtrain.callbacks.statistics import KINDS, Moved, leaf_names, matching
+from fxtrain.core import TrainState, refuse_unless_one_of, refuse_unless_whole
 from fxtrain.fold import Handler
 from fxtrain.values import Histogram
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.core import Control, StepEnd, TrainState
-from fxtrain.fold import Handler, every, on, stateful
+from fxtrain.fold import Handler, every, stateful
 
 
 class ThroughputState(NamedTuple):
@@ -127,4 +127,4 @@ def lr_monitor(
         chosen = {p: v for p, v in found.items() if not hyperparams or p.rpartition(".")[2] in hyperparams}
         return state, Control(log={f"{name}/{path}": value for path, value in chosen.items()})
 
-    return on(StepEnd, Handler("lr_monitor", watch, frozenset({StepEnd})))
+    return Handler("lr_monitor", watch, frozenset({StepEnd}))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxtrain import tree
 from fxtrain.callbacks.statistics import trainable
 from fxtrain.core import Control, Gradients, StepEnd, TrainState, refuse_unless_whole
 from fxtrain.fold import Handler, on, slotted
 from fxtrain.optim.nodes import as_code, leaf_paths
+from fxtrain.precision import finite_leaves
 
 
 class NanGuardState(NamedTuple):
@@ -57,7 +57,7 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         memory: NanGuardState = state.slots[name]
         if isinstance(event, StepEnd):
             return state, named(state, memory)
-        good = _finite(event.grads)
+        good = finite_leaves(event.grads)
         finite = event.loss.isfinite() & good.all()
         place = torch.where(good.all(), -1, (~good).to(torch.uint8).argmax() if good.numel() else -1)
         memory = NanGuardState(
@@ -93,9 +93,3 @@ def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
         return ""
     what = "the loss" if place < 0 else f"grads{as_code(leaf_paths(trainable(state))[place])}"
     return f"{what} at step {step}"
-
-
-def _finite(grads: Any) -> Tensor:
-    """bool [leaves]: whether each gradient is finite."""
-    flags = [leaf.isfinite().all() for leaf in tree.leaves(grads)]
-    return torch.stack(flags) if flags else torch.ones(0, dtype=torch.bool)

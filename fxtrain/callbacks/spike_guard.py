@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks.statistics import refuse_unless_one_of
-from fxtrain.core import Control, Gradients, Logged, Rewound, StepEnd, TrainState, refuse_unless_whole
+from fxtrain.core import (
+    Control,
+    Gradients,
+    Logged,
+    Rewound,
+    StepEnd,
+    TrainState,
+    refuse_unless_one_of,
+    refuse_unless_whole,
+)
 from fxtrain.fold import Handler, on, slotted
 
 

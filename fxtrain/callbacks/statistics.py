@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState, Updated
-from fxtrain.optim.nodes import leaf_paths
+from fxtrain.optim.nodes import as_name, leaf_paths
 
 KINDS = ("grads", "weights", "updates")
 """What can be looked at: all are trees like the trainable parameters."""
@@ -82,7 +82,7 @@ def trainable(state: TrainState) -> Any:
 
 def leaf_names(state: TrainState) -> list[str]:
     """The names of the trainable parameters, in the order of the leaves: keys and indices, joined by dots."""
-    return [".".join(map(str, path)) for path in leaf_paths(trainable(state))]
+    return [as_name(path) for path in leaf_paths(trainable(state))]
 
 
 def layers(state: TrainState) -> dict[str, list[int]]:
@@ -114,20 +114,11 @@ def matching(names: Sequence[str], patterns: str | Sequence[str] | None) -> list
     return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)]
 
 
-def refuse_unless_one_of(argument: str, value: Any, choices: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: If the value is none of the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r}: one of {', '.join(map(repr, choices))} is wanted.")
-
-
 def _as_defined(node: Any, path: tuple[Any, ...] = ()) -> list[str]:
     """The names of leaves in the order of insertion, which a flattened tree sorts."""
     if isinstance(node, dict):
         return [name for key, child in node.items() for name in _as_defined(child, (*path, key))]
-    return [".".join(map(str, (*path, *rest))) for rest in leaf_paths(node)]
+    return [as_name((*path, *rest)) for rest in leaf_paths(node)]
 
 
 def _reduced(leaf: Tensor, power: str) -> Tensor:

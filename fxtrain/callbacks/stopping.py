@@ -10,7 +10,17 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks.watched import Better, Metric, called, direction, measured, needing
-from fxtrain.core import Control, EvalEnd, FitEnd, Logged, StepEnd, TrainState, Updated, refuse_unless_whole
+from fxtrain.core import (
+    Control,
+    EvalEnd,
+    FitEnd,
+    Logged,
+    StepEnd,
+    TrainState,
+    Updated,
+    refuse_unless_one_of,
+    refuse_unless_whole,
+)
 from fxtrain.fold import Handler, on, slotted, stateful
 
 _UNITS = ("evaluations", "steps", "epochs")
@@ -104,8 +114,7 @@ def early_stopping(
     """
     refuse_unless_whole("patience", patience, unit)
     refuse_unless_whole("start_from", start_from, unit, least=0)
-    if unit not in _UNITS:
-        raise ValueError(f"unit={unit!r}: one of {', '.join(map(repr, _UNITS))} is wanted.")
+    refuse_unless_one_of("unit", unit, _UNITS)
     if overfit_patience is not None:
         refuse_unless_whole("overfit_patience", overfit_patience, "evaluations")
     if not overfit_min_delta >= 0:

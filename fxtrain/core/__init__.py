@@ -1,5 +1,6 @@
 """The vocabulary: what a training state is, what happens to it, and what may be asked."""
 
+from fxtrain.core.checks import refuse_unless_one_of as refuse_unless_one_of
 from fxtrain.core.checks import refuse_unless_whole as refuse_unless_whole
 from fxtrain.core.control import KINDS as KINDS
 from fxtrain.core.control import Control as Control

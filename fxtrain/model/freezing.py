@@ -12,7 +12,7 @@ from fxtrain import tree
 from fxtrain.core import TrainState
 from fxtrain.model.architecture import model_of
 from fxtrain.model.init import init_optimizer
-from fxtrain.optim.nodes import leaf_paths
+from fxtrain.optim.nodes import as_name, leaf_paths
 
 
 def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
@@ -44,7 +44,7 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     """
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     leaves, structure = tree.flatten(state.params)
-    names = [".".join(map(str, path)) for path in leaf_paths(state.params)]
+    names = [as_name(path) for path in leaf_paths(state.params)]
     able = [name for name, leaf in zip(names, leaves, strict=True) if _can_be_trained(leaf)]
     for pattern in patterns:
         if not fnmatch.filter(able, pattern):

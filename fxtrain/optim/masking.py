@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.optim.nodes import MaskedNode, as_code, leaf_paths
+from fxtrain.optim.nodes import MaskedNode, as_code, as_name, leaf_paths
 from fxtrain.optim.transform import GradientTransformation
 
 Mask = Any | Callable[[str, Tensor], bool]
@@ -132,7 +132,7 @@ def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
     """What a tree, or a function of path and leaf, says of each leaf of ``values``."""
     paths = leaf_paths(values)
     if callable(of):
-        return [of(".".join(map(str, path)), leaf) for path, leaf in zip(paths, tree.leaves(values), strict=True)]
+        return [of(as_name(path), leaf) for path, leaf in zip(paths, tree.leaves(values), strict=True)]
     by_path = dict(zip(leaf_paths(of), tree.leaves(of), strict=True))
     for path in paths:
         if path not in by_path:

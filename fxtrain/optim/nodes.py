@@ -65,6 +65,11 @@ def leaf_paths(values: Any) -> list[Path]:
     return paths
 
 
+def as_name(path: Path) -> str:
+    """The path as patterns and masks see it: for the parameters of a module, the parameter's name."""
+    return ".".join(map(str, path))
+
+
 def as_code(path: Path) -> str:
     """The path as it is written behind the name of the tree."""
     return "".join(f"[{key!r}]" for key in path)

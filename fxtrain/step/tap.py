@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.optim.nodes import leaf_paths
+from fxtrain.optim.nodes import as_name, leaf_paths
 
 Statistic = Callable[[Tensor], Any]
 """From the output of a module to a 0-d tensor, or a dict of them by name."""
@@ -80,7 +80,7 @@ def _chosen(model: Any, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
     named: dict[str, nn.Module] = {}
     for path, root in zip(leaf_paths(model), tree.leaves(model), strict=True):
         if isinstance(root, nn.Module):
-            start = ".".join(map(str, path))
+            start = as_name(path)
             named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
     for pattern in patterns:
         if not fnmatch.filter(named, pattern):
