@@ -206,16 +206,25 @@ def published(event: Any, control: Control) -> dict[str, Any]:
         >>> published(StepEnd(step=3, metrics={"loss": 0.5}), Control(log={"learning rate": 0.1}))
         {'train/loss': 0.5, 'learning rate': 0.1}
     """
-    prefix = "train" if isinstance(event, StepEnd) else "eval" if isinstance(event, EvalEnd) else None
-    named: dict[str, Any] = {} if prefix is None else {f"{prefix}/{k}": value for k, value in event.metrics.items()}
+    kind = type(event)
+    named = named_after(kind, event.metrics) if kind in _PREFIXES else {}
     for name, entry in control.log.items():
         if name in named:
             raise ValueError(
                 f"{entry.owner or 'A callback'} logged {name!r}, and that is the name of a metric of "
-                f"{type(event).__name__}: log it under another name."
+                f"{kind.__name__}: log it under another name."
             )
         named[name] = _loggable(name, entry)
     return named
+
+
+_PREFIXES = {StepEnd: "train", EvalEnd: "eval"}
+
+
+def named_after(kind: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a ``StepEnd`` or an ``EvalEnd``, under the names that they are published under."""
+    prefix = _PREFIXES[kind]
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def _loggable(name: str, entry: Logged) -> Any:

@@ -65,7 +65,7 @@ class Control:
         True
     """
 
-    _asked: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
+    requests: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
     log: Mapping[str, Logged]
 
     def __init__(
@@ -96,56 +96,56 @@ class Control:
             _ask(asked, "skip_batch", skip_batch, reason)
         if skip_update is not False:
             _ask(asked, "skip_update", skip_update, reason)
-        if not isinstance(rewind, int) or rewind:
+        if type(rewind) is not int or rewind:
             _ask(asked, "rewind", rewind, reason)
         if not final_save and "stop" in asked:
             asked["unsaved"] = asked["stop"]
         if asked:
-            object.__setattr__(self, "_asked", asked)
+            object.__setattr__(self, "requests", asked)
         if log:
             logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()}
             object.__setattr__(self, "log", logged)
 
     @property
     def stop(self) -> Mapping[str, Flag]:
-        return self._asked.get("stop", {})
+        return self.requests.get("stop", {})
 
     @property
     def unsaved(self) -> Mapping[str, Flag]:
-        return self._asked.get("unsaved", {})
+        return self.requests.get("unsaved", {})
 
     @property
     def end_epoch(self) -> Mapping[str, Flag]:
-        return self._asked.get("end_epoch", {})
+        return self.requests.get("end_epoch", {})
 
     @property
     def evaluate(self) -> Mapping[str, Flag]:
-        return self._asked.get("evaluate", {})
+        return self.requests.get("evaluate", {})
 
     @property
     def save(self) -> Mapping[str, Flag]:
-        return self._asked.get("save", {})
+        return self.requests.get("save", {})
 
     @property
     def skip_batch(self) -> Mapping[str, Flag]:
-        return self._asked.get("skip_batch", {})
+        return self.requests.get("skip_batch", {})
 
     @property
     def skip_update(self) -> Mapping[str, Flag]:
-        return self._asked.get("skip_update", {})
+        return self.requests.get("skip_update", {})
 
     @property
     def rewind(self) -> Mapping[str, int | Tensor]:
-        return self._asked.get("rewind", {})
+        return self.requests.get("rewind", {})
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds that are asked for, under whatever flags."""
-        return tuple(self._asked)
+        return tuple(self.requests)
 
     def __bool__(self) -> bool:
         """Whether anything is asked for or logged, under whatever flags."""
-        return len(self._asked) > 0 or len(self.log) > 0
+        return len(self.requests) > 0 or len(self.log) > 0
 
     def __or__(self, other: Control) -> Control:
         if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -160,8 +160,8 @@ class Control:
                     f"{name!r} was logged twice at one event, by {_by(self.log[name])} and by {_by(entry)}: "
                     "log it under another name in one of them."
                 )
-        asked = dict(self._asked)
-        for kind, reasons in other._asked.items():
+        asked = dict(self.requests)
+        for kind, reasons in other.requests.items():
             asked[kind] = _unite(kind, asked[kind], reasons) if kind in asked else reasons
         return _fill(object.__new__(Control), asked, {**self.log, **other.log})
 
@@ -171,7 +171,7 @@ class Control:
             return self
         asked = {
             kind: {reason or f"asked by {owner}": flag for reason, flag in reasons.items()}
-            for kind, reasons in self._asked.items()
+            for kind, reasons in self.requests.items()
         }
         log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
         return _fill(object.__new__(Control), asked, log)
@@ -182,46 +182,46 @@ class Control:
             kind: {
                 reason: condition * flag if kind == "rewind" else condition & flag for reason, flag in reasons.items()
             }
-            for kind, reasons in self._asked.items()
+            for kind, reasons in self.requests.items()
         }
         log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
         return _fill(object.__new__(Control), asked, log)
 
     def with_log(self, log: Mapping[str, Logged]) -> Control:
         """The same requests with another log."""
-        return _fill(object.__new__(Control), self._asked, log)
+        return _fill(object.__new__(Control), self.requests, log)
 
     def any(self, kind: str) -> Flag:
         """Whether any reason of this kind holds: a bool, or a bool tensor where a flag is one."""
         result: Flag = False
-        for flag in self._asked.get(kind, {}).values():
+        for flag in self.requests.get(kind, {}).values():
             result = result | flag
         return result
 
     def reasons(self, kind: str) -> list[str]:
         """The reasons that hold. Reads the flags: on an accelerator this waits for the device."""
-        return [reason for reason, flag in self._asked.get(kind, {}).items() if bool(flag)]
+        return [reason for reason, flag in self.requests.get(kind, {}).items() if bool(flag)]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Control) and self._asked == other._asked and self.log == other.log
+        return isinstance(other, Control) and self.requests == other.requests and self.log == other.log
 
     def __hash__(self) -> int:
         raise TypeError("A Control holds mappings and tensors, and cannot be hashed.")
 
     def __repr__(self) -> str:
-        shown = [f"{kind}={reasons}" for kind, reasons in self._asked.items()]
+        shown = [f"{kind}={reasons}" for kind, reasons in self.requests.items()]
         if self.log:
             shown.append(f"log={ {name: entry.value for name, entry in self.log.items()} }")
         return f"Control({', '.join(shown)})"
 
 
 # What a control that asks for nothing has, without being given it: most are such, and some are made at each step.
-Control._asked = {}  # pyright: ignore[reportPrivateUsage]
+Control.requests = {}
 Control.log = {}
 
 
 def _fill(control: Control, asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
-    object.__setattr__(control, "_asked", asked)
+    object.__setattr__(control, "requests", asked)
     object.__setattr__(control, "log", log)
     return control
 
@@ -275,7 +275,7 @@ def _by(entry: Logged) -> str:
 
 
 def _flatten(control: Control) -> tuple[list[Any], Any]:
-    asked = control._asked  # pyright: ignore[reportPrivateUsage]
+    asked = control.requests
     entries = list(control.log.values())
     children = [
         [list(reasons.values()) for reasons in asked.values()],

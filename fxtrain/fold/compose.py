@@ -54,6 +54,8 @@ ASKABLE: Mapping[type[Any], frozenset[str]] = {
 }
 """The requests that can be honoured at each event. At those that are not listed a callback can only log."""
 
+_NOTHING = Control()
+
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
@@ -121,20 +123,20 @@ class Composed:
     def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]:
         kind = typing.cast(type[Any], type(event))
         handlers = self.table.get(kind)
+        total = _NOTHING
         if handlers is None:
-            return state, Control()
-        total = Control()
+            return state, total
         for handler in handlers:
-            before = state
             result = handler.function(state, event)
             # Most callbacks change nothing at most events, and are to cost nothing more than their call then.
             if type(result) is tuple and len(result) == 2 and result[0] is state and type(result[1]) is Control:
                 control = result[1]
             else:
+                before = state
                 state, control = checked(handler, event, result)
                 if state is not before:
                     _refuse_overreach(handler, kind, before, state)
-            if control:
+            if control.requests or control.log:  # half of what `if control` takes
                 _refuse_unaskable(handler, kind, control)
                 total = total | control.owned(handler.name)
         return state, total

@@ -42,8 +42,8 @@ class Branch(NamedTuple):
 
     state: TrainState | Difference
     due: dict[str, Any]
-    unread: list[Callable[[], Control]]
-    why: list[str]
+    unread: tuple[Callable[[], Control], ...]
+    why: tuple[str, ...]
     step: int
     position: int
 
@@ -81,19 +81,21 @@ class Current:
 
     def __init__(self, state: TrainState, *, late: bool) -> None:
         self.late = late
-        self.unread: list[Callable[[], Control]] = []  # requests to stop whose flags are on their way from the device
-        self.why: list[str] = []  # the reasons to stop
+        # None of these is changed in place, so that a branch, of which there is one at each step, can hold them.
+        self.due: dict[str, Any] = {}
+        self.unread: tuple[Callable[[], Control], ...] = ()  # requests to stop, their flags on their way here
+        self.why: tuple[str, ...] = ()  # the reasons to stop
         self.take(state)
 
     def take(self, state: TrainState) -> None:
         """Makes ``state`` the current one, and reads its counters: the only time that the loop waits for them."""
         self.state = state
         self.step, self.position = int(state.step), int(state.position)
-        self.due: dict[str, Any] = {name: value.item() for name, value in state.due._asdict().items()}
+        self.due = {name: value.item() for name, value in state.due._asdict().items()}
 
     def branch(self) -> Branch:
         """What ``abandon`` returns to."""
-        return Branch(self.state, dict(self.due), list(self.unread), list(self.why), self.step, self.position)
+        return Branch(self.state, self.due, self.unread, self.why, self.step, self.position)
 
     def abandon(self, branch: Branch) -> None:
         """Forgets all that happened since."""
@@ -112,7 +114,7 @@ class Current:
         """Changes what is due, on both sides."""
         changed = {name: value for name, value in changes.items() if self.due[name] != value}
         if changed:
-            self.due.update(changed)
+            self.due = {**self.due, **changed}
             device = self.state.step.device
             tensors = {name: torch.tensor(value, device=device) for name, value in changed.items()}
             self.state = self.state.replace(due=self.state.due._replace(**tensors))
@@ -124,7 +126,7 @@ class Current:
 
     def stop(self, reason: str) -> None:
         """The loop's own request to stop."""
-        self.why.append(reason)
+        self.why = (*self.why, reason)
         self.set(stop=True)
 
     def ask(self, control: Control) -> None:
@@ -137,7 +139,7 @@ class Current:
             due = self.state.due
             stop, unsaved = due.stop | control.any("stop"), due.unsaved | control.any("unsaved")
             self.state = self.state.replace(due=due._replace(stop=stop, unsaved=unsaved))
-            self.unread.append(_on_its_way(control))
+            self.unread = (*self.unread, _on_its_way(control))
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
                 continue
@@ -146,16 +148,17 @@ class Current:
             elif control.any(kind):
                 self.set(**{kind: True})
                 if kind == "stop":
-                    self.why.extend(control.reasons("stop"))
+                    self.why = (*self.why, *control.reasons("stop"))
 
     def read_flags(self) -> bool:
         """Reads the requests to stop that were left on the device; returns whether the run is to stop."""
-        unread, self.unread = self.unread, []
+        unread, self.unread = self.unread, ()
         for asked in unread:
             control = asked()
             if control.any("stop"):
-                self.why.extend(control.reasons("stop"))
-                self.due.update(stop=True, unsaved=self.due["unsaved"] or bool(control.any("unsaved")))
+                self.why = (*self.why, *control.reasons("stop"))
+                unsaved = self.due["unsaved"] or bool(control.any("unsaved"))
+                self.due = {**self.due, "stop": True, "unsaved": unsaved}
         return self.due["stop"]
 
     @property

@@ -35,10 +35,7 @@ class Feeding:
         """
         began = self._clock()
         batches: list[Any] = []
-        for at in range(position, position + count):
-            batch = self._fetched(at)
-            if batch is None:
-                break
+        while len(batches) < count and (batch := self._fetched(position + len(batches))) is not None:
             batches.append(batch)
         self._told = self._told or not batches
         self.wait = self._clock() - began

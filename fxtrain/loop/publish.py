@@ -13,10 +13,27 @@ import torch
 from torch import Tensor
 
 from fxtrain import metrics
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Control, Logged, Saved, TrainState, event_of
+from fxtrain.core import (
+    EVENTS,
+    SESSION,
+    TRAJECTORY,
+    Control,
+    EvalEnd,
+    Logged,
+    Rewound,
+    Saved,
+    StepEnd,
+    TrainState,
+    event_of,
+)
 from fxtrain.fold.subscription import name_of, subscription
 from fxtrain.loop.history import History
-from fxtrain.values import try_all
+from fxtrain.values import named_after, published, try_all
+
+_TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
+_MEASURED = (StepEnd, EvalEnd)
+_RECORDED = (EvalEnd, Rewound)  # also where nobody sees them
+_NOTHING = Control()
 
 
 class Publisher:
@@ -39,21 +56,35 @@ class Publisher:
             for kind in _events(observer):
                 self._seeing.setdefault(kind, []).append(observer)
         self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
+        # For the history: a type of event, a step, what was measured, and what was logged.
+        self._unread: list[tuple[type[Any], int, Mapping[str, Any], Control]] = []
 
     def is_seen(self, kind: type[Any]) -> bool:
         """Whether somebody sees events of this type, also where no callback does."""
-        return kind in History.ALWAYS or bool(self._seeing.get(kind))
+        return kind in _RECORDED or bool(self._seeing.get(kind))
+
+    def step(self, number: int, measured: Mapping[str, Any]) -> None:
+        """Records what a step measured that nobody sees, without an event."""
+        self._unread.append((StepEnd, number, measured, _NOTHING))
+        if len(self._unread) >= _TOGETHER:
+            self._read()
 
     def __call__(self, state: TrainState, event: Any, control: Control) -> None:
         kind = type(event)
-        on_host, published = host(event, control)
-        self._history.record(on_host, published)
         seeing = self._seeing.get(kind, ())
-        if published.log and self._wanting_logs:
+        if not seeing and not (control.log and self._wanting_logs):
+            self._record(state, kind, event, control)
+            return
+        on_host, shown = host(event, control)
+        if kind is StepEnd and not control.log and not self._unread and type(on_host.metrics) is dict:
+            self._history.add(event.step, named_after(kind, on_host.metrics))  # as the numbers are there
+        else:
+            self._record(state, kind, event, control)
+        if shown.log and self._wanting_logs:
             seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
         for observer in tuple(seeing):
             try:
-                observer(state, on_host, published)
+                observer(state, on_host, shown)
             except Exception as error:
                 if getattr(observer, "required", False):
                     raise
@@ -69,7 +100,36 @@ class Publisher:
 
     def close(self) -> None:
         """Closes the observers that can be closed. Every one is tried, then the first error is raised."""
-        try_all(*(functools.partial(_close, observer) for observer in self._observers))
+        try_all(self._read, *(functools.partial(_close, observer) for observer in self._observers))
+
+    def _record(self, state: TrainState, kind: type[Any], event: Any, control: Control) -> None:
+        step = event.step
+        if kind is Rewound:
+            self._read()
+            step = event.to_step
+            self._history.forget_after(step)
+        if kind in _MEASURED or control.log:
+            self._unread.append((kind, step, event.metrics if kind in _MEASURED else {}, control))
+            # At once where that does not wait for a device, so that what cannot be published is refused at its event.
+            if (control.log and state.step.device.type == "cpu") or len(self._unread) >= _TOGETHER:
+                self._read()
+
+    def _read(self) -> None:
+        """Brings to the host, in one transfer, what was published since this was last done."""
+        unread, self._unread = self._unread, []
+        computed = [metrics.compute(measured) for _, _, measured, _ in unread]
+        logged = [control.log for _, _, _, control in unread]
+        parts = [value for values in computed for value in values.values()]
+        parts += [part for log in logged for entry in log.values() for part in (entry.value, entry.when)]
+        numbers = iter(_numbers(parts))
+        read = [{name: next(numbers) for name in values} for values in computed]
+        for (kind, step, _, control), values in zip(unread, read, strict=True):
+            if control.log:
+                log = {name: Logged(next(numbers), next(numbers), entry.owner) for name, entry in control.log.items()}
+                shown = control.with_log({name: entry for name, entry in log.items() if entry.when})
+                self._history.add(step, published(event_of(kind, {"metrics": values}), shown))
+            else:
+                self._history.add(step, named_after(kind, values))
 
     def _drop(self, observer: Callable[..., None]) -> None:
         for observers in (self._observers, self._wanting_logs, *self._seeing.values()):
@@ -115,7 +175,8 @@ def host(event: Any, control: Control) -> tuple[Any, Control]:
         numbers = _at_once(measured)
         if numbers is None:
             numbers = _Late(functools.partial(_floats, measured))
-        event = event_of(type(event), {**fields, "metrics": numbers})
+        event = event_of(type(event), fields)
+        vars(event)["metrics"] = numbers
     if control.log:
         control = control.with_log(_Late(functools.partial(_raised, control.log)))
     return event, control
@@ -150,10 +211,9 @@ def _raised(log: Mapping[str, Logged]) -> dict[str, Logged]:
 def _numbers(values: list[Any]) -> list[Any]:
     """0-d tensors as Python numbers, in one transfer where they are on a device; anything else as it is."""
     scalars = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
-    if any(value.device.type != "cpu" for value in scalars):
-        numbers = iter(torch.stack([value.double() for value in scalars]).tolist())
-    else:
-        numbers = iter([value.item() for value in scalars])
+    if all(value.is_cpu for value in scalars):
+        return [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
+    numbers = iter(torch.stack([value.double() for value in scalars]).tolist())
     return [next(numbers) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
 
 

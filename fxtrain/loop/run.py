@@ -82,7 +82,7 @@ class Plan:
     rewind_limit: int
     lag: int | None
     clock: Callable[[], float]
-    every_event: bool  # whether those are made, and yielded, too that nobody sees
+    every_event: bool  # whether each event is yielded, and made where nobody else sees it
 
 
 class Run:
@@ -150,9 +150,10 @@ class Run:
             yield from self._begin()
             while True:
                 self._root, self._taken = now.branch(), False
-                yield from self._tell_saved()
-                yield from self._settle()
-                self._root, self._taken = now.branch(), False
+                if now.anything_due or self._saving.under_way:  # at most steps it costs nothing
+                    yield from self._tell_saved()
+                    yield from self._settle()
+                    self._root = now.branch()
                 if self._interrupts.cause is not None:
                     self.reason = f"interrupted by {self._interrupts.cause}"
                     self.exit_code = self._interrupts.exit_code
@@ -231,17 +232,17 @@ class Run:
             now.set(end_epoch=True)
             return
         served = now.state.slots
-        asked = _NOTHING
         if self._is_seen(StepBegin):
+            asked = _NOTHING
             for index, batch in enumerate(batches):  # where there are several, no callback sees it
                 at: dict[str, Any] = {"step": now.step + 1 + index, "position": now.position + index}
                 asked = yield from self._fire(StepBegin, **at, batch=batch)
-        if asked.any("skip_batch"):
-            now.move_to(now.position + 1)
-            self._end_epoch_if_over()
-            return
-        if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
-            return  # the step is not taken; should the run go on, the batch comes again
+            if asked.any("skip_batch"):
+                now.move_to(now.position + 1)
+                self._end_epoch_if_over()
+                return
+            if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
+                return  # the step is not taken; should the run go on, the batch comes again
         # What only the loop uses is not given to the step.
         outside = {name: memory for name, memory in served.items() if name not in self._in_step}
         del served
@@ -266,7 +267,10 @@ class Run:
             now.step += 1
             now.position += 1
             self._end_epoch_if_over()
-            yield from self._fire(StepEnd, also=output.control, metrics=output.metrics)
+            if self._is_seen(StepEnd) or output.control:
+                yield from self._fire(StepEnd, also=output.control, metrics=output.metrics)
+            else:
+                self._publish.step(now.step, output.metrics)
 
     def _together(self) -> int:
         """How many steps to take at once: some, if nothing of the loop's own comes in between, or one."""
@@ -435,10 +439,8 @@ class Run:
     def _fire(self, kind: type[Any], *, also: Control | None = None, step: int | None = None, **fields: Any) -> Moments:
         """Folds an event, joins what was asked, publishes and yields it; returns what was asked."""
         now, plan = self._now, self.plan
-        if not self._is_seen(kind):
-            control = also or _NOTHING
-            now.ask(control)
-            return control
+        if not also and not self._is_seen(kind):
+            return _NOTHING
         time = plan.clock() - self._start
         event = event_of(
             kind,
@@ -456,10 +458,13 @@ class Run:
         )
         self._times[kind] = time
         now.state, control = plan.callbacks(now.state, event)
-        control = control if also is None else also | control
-        now.ask(control)
+        if also:
+            control = also | control
+        if control:
+            now.ask(control)
         self._publish(now.state, event, control)
-        yield now.state, event, control
+        if plan.every_event:
+            yield now.state, event, control
         return control
 
     def _is_seen(self, kind: type[Any]) -> bool:

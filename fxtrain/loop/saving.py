@@ -55,11 +55,16 @@ class Saving:
         self._checkpointer.save(state, metrics, notes=self._notes)
         self._handed = weakref.ref(state)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether something was handed over of which there was no news yet."""
+        return self._checkpointer is not None and bool(self._checkpointer.saving)
+
     def news(self, *, wait: bool = False) -> list[Committed]:
         """What has reached the disk since this was last called; an error of the disk is raised here."""
-        checkpointer = self._checkpointer
-        if checkpointer is None or not checkpointer.saving:
+        if not self.under_way:
             return []
+        checkpointer = self._checkpointer
         if wait:
             checkpointer.wait()
         committed: list[Committed] = checkpointer.committed()

@@ -87,7 +87,9 @@ class Write:
         self._reduce = _mean if reduce == "mean" else _last
         self._hparams = hparams
         self._flush_seconds = flush_seconds
-        self._interval: list[StepEnd] = []  # steps that are not yet written
+        # Steps that are not yet written, and their metrics; of their events, of which each fills a kilobyte, the last.
+        self._interval: list[tuple[int, Mapping[str, Any]]] = []
+        self._last: StepEnd | None = None
         self._flushed = 0.0
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
@@ -116,7 +118,8 @@ class Write:
         try_all(self._write_interval, *(writer.close for writer in self._writers))
 
     def _step(self, event: StepEnd, control: Control) -> None:
-        self._interval.append(event)
+        self._interval.append((event.step, event.metrics))
+        self._last = event
         if event.step % self._every == 0:
             self._write_interval(control)
         elif control.log:
@@ -124,8 +127,11 @@ class Write:
 
     def _write_interval(self, control: Control | None = None) -> None:
         if self._interval:
-            steps, self._interval = self._interval, []
-            self._hand_over(dataclasses.replace(steps[-1], metrics=self._reduce(steps)), control or Control())
+            (last, _), measured = self._interval[-1], [metrics for _, metrics in self._interval]
+            self._interval = []
+            assert self._last is not None
+            event = dataclasses.replace(self._last, step=last, metrics=self._reduce(measured))
+            self._hand_over(event, control or Control())
 
     def _hand_over(self, event: LoopEvent, control: Control) -> None:
         values = published(event, control)
@@ -133,7 +139,7 @@ class Write:
             hand_over(writer, event, values)
 
     def _take_back(self, step: int) -> None:
-        self._interval = [event for event in self._interval if event.step <= step]
+        self._interval = [entry for entry in self._interval if entry[0] <= step]
         for writer in self._writers:
             take_back(writer, step)
 
@@ -143,15 +149,15 @@ class Write:
             writer.flush()
 
 
-def _mean(steps: list[StepEnd]) -> dict[str, float]:
-    if len(steps) == 1:
-        return dict(steps[0].metrics)
+def _mean(measured: list[Mapping[str, float]]) -> dict[str, float]:
+    if len(measured) == 1:
+        return dict(measured[0])
     found: dict[str, list[float]] = {}
-    for event in steps:
-        for name, value in event.metrics.items():
+    for metrics in measured:
+        for name, value in metrics.items():
             found.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _last(steps: list[StepEnd]) -> dict[str, float]:
-    return dict(steps[-1].metrics)
+def _last(measured: list[Mapping[str, float]]) -> dict[str, float]:
+    return dict(measured[-1])
