@@ -20,7 +20,7 @@ def train(workload: Workload, feed: Feed) -> dict[str, Any]:
     module = workload.module()
     example = workload.batches[0]
     inputs = keras.Input(tuple(example["x"].shape[1:]), dtype=str(example["x"].dtype).removeprefix("torch."))
-    output_shape = (None, *module(example["x"]).shape[1:])
+    output_shape = (None, *workload.module()(example["x"]).shape[1:])  # of another: running means move in a call
     outputs = keras.layers.TorchModuleWrapper(module, output_shape=output_shape)(inputs)
     model = keras.Model(inputs, outputs)
     # Keras adds its epsilon before the root is corrected for its start, where 1e-9 acts as 1e-8 does afterwards.
