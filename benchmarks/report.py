@@ -28,11 +28,11 @@ LOSS = 1e-3
 FIRST_STEP = (
     "Seconds until the second batch is asked for, imports left out. flax keeps no compiled programs from one process "
     "to the next, unless it is asked to.\n\n"
-    "Kernels are compiled in parallel, and what is alike in several layers once: GPTs of 2, 4, 8 and 16 such layers take "
-    "27, 35, 45 and 75 s, with 28, 33, 33 and 35 libraries to build (one run each, 2026-11-21). What a layer adds is "
-    "Inductor's own Python, which fuses and writes for each anew. Regional compilation (`nested_compile_region`) would "
-    'share that too; torch 2.13 fails on it inside `torch.func.grad` ("Expected FakeTensor"), and by `make_fx` the '
-    "regions are not marked, so one graph of forward, backward and update cannot have it."
+    "Kernels are compiled in parallel, and what is alike in several layers once: GPTs of 2, 4, 8 and 16 such layers "
+    "take 27, 35, 45 and 75 s, with 28, 33, 33 and 35 libraries to build (one run each, 2026-11-21). What a layer adds "
+    "is Inductor's own Python, which fuses and writes for each anew. Regional compilation (`nested_compile_region`) "
+    'would share that too; torch 2.13 fails on it inside `torch.func.grad` ("Expected FakeTensor"), and by `make_fx` '
+    "the regions are not marked, so one graph of forward, backward and update cannot have it."
 )
 
 PACKAGES = (

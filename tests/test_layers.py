@@ -21,11 +21,25 @@ LAYERS = [
     {"model"},
     {"step", "callbacks", "writers", "observers", "checkpoint"},
     {"compile", "loop"},
-    {"explain", "finders"},
+    {"explain", "finders", "report"},
     {"testing", "cli", "rosetta"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-HEAVY = ("jax", "orbax", "clu", "flax", "tensorboardX", "rich", "matplotlib", "wandb", "tyro", "pandas")
+HEAVY = (
+    "jax",
+    "orbax",
+    "clu",
+    "flax",
+    "tensorboardX",
+    "rich",
+    "matplotlib",
+    "wandb",
+    "tyro",
+    "pandas",
+    "PIL",
+    "psutil",
+    "mlflow",
+)
 
 
 def room(path):

@@ -18,8 +18,8 @@ class Recorder:
     def __init__(self):
         self.points, self.verbs = [], []
 
-    def write_event(self, event, values):
-        self.points.append((event.step, dict(values)))
+    def write(self, step, values, event):
+        self.points.append((step, dict(values)))
 
     def purge(self, step):
         self.verbs.append(("purge", step))

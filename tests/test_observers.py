@@ -57,7 +57,7 @@ class Recorder:
     def __init__(self):
         self.points, self.verbs = [], []
 
-    def write_event(self, event, values):
+    def write(self, step, values, event):
         self.points += [(type(event).__name__, event.step, name, value) for name, value in values.items()]
 
     def purge(self, step):
@@ -215,7 +215,7 @@ def test_close_writes_the_rest_and_closes_every_writer():
         (lambda: observers.write(), "nothing to write to"),
         (lambda: observers.write(Recorder(), every=0), "every=0: a whole number"),
         (lambda: observers.write(Recorder(), every=2.5), "every=2.5: a whole number"),
-        (lambda: observers.write(Recorder(), reduce="max"), "reduce='max': 'mean' or 'last'"),
+        (lambda: observers.write(Recorder(), reduce="median"), "reduce='median': one of 'mean', 'last'"),
         (lambda: observers.write(Recorder(), flush_seconds=-1), "flush_seconds=-1: 0 or more"),
         (lambda: observers.progress(mode="lower"), "mode='lower': 'min' or 'max'"),
         (lambda: observers.progress(seconds=0), "seconds=0: more than 0"),

@@ -130,17 +130,17 @@ class Recorder:
         self.calls = []
 
     def __getattr__(self, name):
-        if not name.startswith("write_") or name == "write_event":
+        if not name.startswith("write_"):
             raise AttributeError(name)
         return lambda *args: self.calls.append((name, *args))
 
 
 def test_each_kind_goes_to_its_verb_and_nothing_to_no_verb():
     writer = Recorder()
-    hand_over(writer, EvalBegin(step=7), {})
+    hand_over(writer, 7, {})
     assert writer.calls == []
     values = {"a": 1.0, "b": Text("*b*"), "c": Histogram(EDGES), "d": HParams({"lr": 1}), "e": 2}
-    hand_over(writer, EvalBegin(step=7), values)
+    hand_over(writer, 7, values)
     scalars, texts, histograms, hparams = writer.calls
     assert scalars == ("write_scalars", 7, {"a": 1.0, "e": 2})
     assert texts == ("write_texts", 7, {"b": "*b*"})

@@ -58,6 +58,10 @@ def curve(folder, tag):
     return [(step, value.simple_value) for step, value in shown(folder) if value.tag == tag]
 
 
+def publish(writer, event, values):
+    writer.write(event.step, values, event)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -174,8 +178,8 @@ def test_jsonl_holds_all_that_an_event_published(tmp_path):
         "weights": Histogram(counts=torch.tensor([2, 6]), edges=torch.tensor([0.0, 1, 3])),
         "config": HParams({"optim": {"lr": 0.1}}),
     }
-    writer.write_event(event, values)
-    writer.write_event(EvalStep(step=12, index=3, batch=None, metrics={}), {"x": 1})
+    publish(writer, event, values)
+    publish(writer, EvalStep(step=12, index=3, batch=None, metrics={}), {"x": 1})
     assert lines(path) == [
         {
             "event": "StepEnd",
@@ -246,9 +250,9 @@ def test_jsonl_mends_a_torn_line_longer_than_a_block(tmp_path):
 def filled(path, steps=5):
     writer = jsonl(path)
     for step in range(1, steps + 1):
-        writer.write_event(StepEnd(step=step, metrics={}), {"train/loss": float(step)})
+        publish(writer, StepEnd(step=step, metrics={}), {"train/loss": float(step)})
         if step % 2 == 0:
-            writer.write_event(EvalEnd(step=step, metrics={}), {"eval/loss": float(step)})
+            publish(writer, EvalEnd(step=step, metrics={}), {"eval/loss": float(step)})
     return writer
 
 
@@ -261,7 +265,7 @@ def test_jsonl_purge_moves_what_lies_beyond_a_step(tmp_path):
     assert (tmp_path / "a.dropped.jsonl").read_bytes() == b"".join(before[3:])
     writer.purge(2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.dropped.jsonl", "a.jsonl"]
-    writer.write_event(StepEnd(step=3, metrics={}), {"train/loss": 30.0})
+    publish(writer, StepEnd(step=3, metrics={}), {"train/loss": 30.0})
     writer.close()
     assert [(line["event"], line["step"]) for line in lines(path)] == [
         ("StepEnd", 1), ("StepEnd", 2), ("EvalEnd", 2), ("StepEnd", 3),
@@ -276,8 +280,8 @@ def test_jsonl_joins_to_a_line_of_the_step_that_a_run_resumes_at(tmp_path, reope
         writer.close()
         writer = jsonl(path)
     writer.purge(4)
-    writer.write_event(EvalEnd(step=4, time=1.0, metrics={}), {"eval/loss": 40.0, "eval/acc": 1.0})
-    writer.write_event(StepEnd(step=5, metrics={}), {"train/loss": 5.0})
+    publish(writer, EvalEnd(step=4, time=1.0, metrics={}), {"eval/loss": 40.0, "eval/acc": 1.0})
+    publish(writer, StepEnd(step=5, metrics={}), {"train/loss": 5.0})
     writer.close()
     assert [(line["event"], line["step"]) for line in lines(path)][-3:] == [
         ("StepEnd", 4), ("EvalEnd", 4), ("StepEnd", 5),
@@ -324,7 +328,7 @@ def test_jsonl_has_one_line_for_each_event_and_step(tmp_path_factory, sessions):
         expected = {key: value for key, value in expected.items() if key[1] <= begin}
         for step in range(begin + 1, begin + steps + 1):
             for event in (StepEnd(step=step, metrics={}), EvalEnd(step=step, metrics={})):
-                writer.write_event(event, {"session": number})
+                publish(writer, event, {"session": number})
                 expected[type(event).__name__, step] = number
         last = begin + steps
         writer.close()
@@ -337,8 +341,8 @@ def test_jsonl_has_one_line_for_each_event_and_step(tmp_path_factory, sessions):
 
 def test_multi_reaches_every_writer_with_every_verb(tmp_path):
     writer = multi(tensorboard(tmp_path / "tb"), multi(jsonl(tmp_path / "a.jsonl"), jsonl(tmp_path / "b.jsonl")))
-    writer.write_event(FitBegin(step=0), {"config": HParams({"lr": 0.1})})
-    writer.write_event(StepEnd(step=1, metrics={}), {"loss": 1.0})
+    publish(writer, FitBegin(step=0), {"config": HParams({"lr": 0.1})})
+    publish(writer, StepEnd(step=1, metrics={}), {"loss": 1.0})
     writer.write_scalars(2, {"loss": 2.0})
     writer.write_texts(2, {"text": "t"})
     writer.write_histograms(2, {"h": np.ones(3)}, {"h": 1})
@@ -391,7 +395,7 @@ def clu_writers(monkeypatch):
 def test_the_verbs_are_those_of_clu(clu_writers):
     theirs = clu_writers("interface").MetricWriter
     verbs = [name for name in vars(Writer) if name.startswith("write_") or name in ("flush", "close")]
-    assert len(verbs) == 6
+    assert len(verbs) == 9
     for verb in verbs:
         wanted = [(p.name, p.default) for p in inspect.signature(getattr(theirs, verb)).parameters.values()]
         for writer in (Writer, TensorBoardWriter, JsonLinesWriter, MultiWriter):
@@ -404,7 +408,7 @@ def test_clu_writers_work_as_ours_and_ours_inside_theirs(tmp_path, clu_writers, 
     both = clu_writers("multi_writer").MultiWriter([theirs, jsonl(tmp_path / "a.jsonl"), tensorboard(tmp_path / "tb")])
     with caplog.at_level(logging.INFO, logger="absl"):
         values = {"loss": 0.5, "note": Text("hello"), "w": Histogram(torch.arange(4.0)), "c": HParams({"lr": 0.25})}
-        multi(both).write_event(StepEnd(step=3, metrics={}), values)
+        publish(multi(both), StepEnd(step=3, metrics={}), values)
     both.close()
     assert "loss=0.5" in caplog.text
     assert "lr" in caplog.text

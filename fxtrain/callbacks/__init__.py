@@ -6,6 +6,8 @@ from fxtrain.callbacks.averaging import AveragedState as AveragedState
 from fxtrain.callbacks.averaging import averaged as averaged
 from fxtrain.callbacks.averaging import ema as ema
 from fxtrain.callbacks.averaging import swa as swa
+from fxtrain.callbacks.classes import confusion_matrix as confusion_matrix
+from fxtrain.callbacks.classes import curves as curves
 from fxtrain.callbacks.gradients import GradFlow as GradFlow
 from fxtrain.callbacks.gradients import GradNorms as GradNorms
 from fxtrain.callbacks.gradients import grad_flow as grad_flow
@@ -23,6 +25,8 @@ from fxtrain.callbacks.nan_guard import nan_guard as nan_guard
 from fxtrain.callbacks.plateau import ReduceOnPlateauState as ReduceOnPlateauState
 from fxtrain.callbacks.plateau import reduce_on_plateau as reduce_on_plateau
 from fxtrain.callbacks.plateau import schedule_hyperparam as schedule_hyperparam
+from fxtrain.callbacks.predictions import predictions as predictions
+from fxtrain.callbacks.samples import samples as samples
 from fxtrain.callbacks.saving import evaluate as evaluate
 from fxtrain.callbacks.saving import save as save
 from fxtrain.callbacks.spike_guard import SpikeGuardState as SpikeGuardState
@@ -32,6 +36,8 @@ from fxtrain.callbacks.stopping import TimeLimitState as TimeLimitState
 from fxtrain.callbacks.stopping import early_stopping as early_stopping
 from fxtrain.callbacks.stopping import target as target
 from fxtrain.callbacks.stopping import time_limit as time_limit
+from fxtrain.callbacks.textgen import textgen as textgen
+from fxtrain.callbacks.watch import watch as watch
 from fxtrain.callbacks.weights import UpdateRatios as UpdateRatios
 from fxtrain.callbacks.weights import WeightStats as WeightStats
 from fxtrain.callbacks.weights import update_ratios as update_ratios

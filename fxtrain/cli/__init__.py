@@ -6,7 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {"lm": "train a small byte-level transformer on real text, from nothing"}
+COMMANDS = {
+    "lm": "train a small byte-level transformer on real text, from nothing",
+    "report": "write one HTML page of a run, which opens without a server",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -55,6 +56,58 @@ class History(Mapping[str, Series]):
 
     def __len__(self) -> int:
         return len(self._points)
+
+    def plot(self, *patterns: str) -> Any:
+        """Draws the curves; in a notebook, what the cell returns is shown.
+
+        ``train/loss`` and ``eval/loss`` share a panel, as do others that differ in that alone.
+
+        Args:
+            patterns: Of the names to draw, ``"*/loss"`` say; by default all.
+
+        Returns:
+            A ``matplotlib.figure.Figure``.
+
+        Raises:
+            ImportError: If matplotlib is not there.
+            KeyError: If a pattern matches no curve.
+
+        Example:
+            >>> history = History()
+            >>> for step in (1, 2, 3):
+            ...     history.add(step, {"train/loss": 1 / step, "eval/loss": 2 / step})
+            >>> [axes.get_title() for axes in history.plot("*loss").axes]
+            ['loss']
+        """
+        try:
+            import matplotlib.pyplot as plt  # which tells a notebook how to show figures
+        except ImportError as error:
+            raise ImportError("plot draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
+        panels: dict[str, list[str]] = {}
+        for pattern in patterns or ("*",):
+            matching = fnmatch.filter(self, pattern)
+            if not matching:
+                raise KeyError(f"No curve is called {pattern!r}; there are {', '.join(map(repr, self)) or 'none'}.")
+            for name in matching:
+                names = panels.setdefault(name.removeprefix("train/").removeprefix("eval/"), [])
+                if name not in names:
+                    names.append(name)
+        columns = min(len(panels), 3)
+        rows = -(-len(panels) // columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout="constrained"
+        )
+        plt.close(figure)  # else a notebook shows it twice
+        for axes in grid.flat[len(panels) :]:
+            axes.remove()
+        for axes, (title, names) in zip(grid.flat, panels.items(), strict=False):
+            for name in names:
+                few = len(self[name].steps) < 50
+                axes.plot(*self[name], marker="." if few else "", label=name)
+            axes.set(title=title, xlabel="step")
+            if len(names) > 1:
+                axes.legend()
+        return figure
 
     def __repr__(self) -> str:
         rows = [f"  {name}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self]

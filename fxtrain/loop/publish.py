@@ -6,20 +6,15 @@ import contextlib
 import functools
 import traceback
 import warnings
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fxtrain import metrics
 from fxtrain.core import (
     EVENTS,
     SESSION,
     TRAJECTORY,
     Control,
     EvalEnd,
-    Logged,
     Rewound,
     Saved,
     StepEnd,
@@ -28,6 +23,7 @@ from fxtrain.core import (
 )
 from fxtrain.fold.subscription import name_of, subscription
 from fxtrain.loop.history import History
+from fxtrain.loop.late import Together, at_once
 from fxtrain.values import named_after, published, try_all
 
 _TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
@@ -58,6 +54,7 @@ class Publisher:
         self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
         # For the history: a type of event, a step, what was measured, and what was logged.
         self._unread: list[tuple[type[Any], int, Mapping[str, Any], Control]] = []
+        self._together = Together()
 
     def is_seen(self, kind: type[Any]) -> bool:
         """Whether somebody sees events of this type, also where no callback does."""
@@ -75,12 +72,18 @@ class Publisher:
         if not seeing and not (control.log and self._wanting_logs):
             self._record(state, kind, event, control)
             return
-        on_host, shown = host(event, control)
+        on_host, shown = event, control
+        measured = getattr(event, "metrics", None)
+        if (measured is not None and kind is not Saved) or control.log:  # what was saved is on the host already
+            numbers, shown = self._on_host({} if measured is None else measured, control)
+            if measured is not None and kind is not Saved:
+                on_host = event_of(kind, vars(event))
+                vars(on_host)["metrics"] = numbers
         if kind is StepEnd and not control.log and not self._unread and type(on_host.metrics) is dict:
             self._history.add(event.step, named_after(kind, on_host.metrics))  # as the numbers are there
         else:
             self._record(state, kind, event, control)
-        if shown.log and self._wanting_logs:
+        if control.log and self._wanting_logs:
             seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
         for observer in tuple(seeing):
             try:
@@ -115,106 +118,25 @@ class Publisher:
                 self._read()
 
     def _read(self) -> None:
-        """Brings to the host, in one transfer, what was published since this was last done."""
+        """Brings to the host what was published since this was last done."""
         unread, self._unread = self._unread, []
-        computed = [metrics.compute(measured) for _, _, measured, _ in unread]
-        logged = [control.log for _, _, _, control in unread]
-        parts = [value for values in computed for value in values.values()]
-        parts += [part for log in logged for entry in log.values() for part in (entry.value, entry.when)]
-        numbers = iter(_numbers(parts))
-        read = [{name: next(numbers) for name in values} for values in computed]
-        for (kind, step, _, control), values in zip(unread, read, strict=True):
+        shown = [(kind, step, *self._on_host(measured, control)) for kind, step, measured, control in unread]
+        for kind, step, values, control in shown:
             if control.log:
-                log = {name: Logged(next(numbers), next(numbers), entry.owner) for name, entry in control.log.items()}
-                shown = control.with_log({name: entry for name, entry in log.items() if entry.when})
-                self._history.add(step, published(event_of(kind, {"metrics": values}), shown))
+                self._history.add(step, published(event_of(kind, {"metrics": values}), control))
             else:
                 self._history.add(step, named_after(kind, values))
+
+    def _on_host(self, measured: Mapping[str, Any], control: Control) -> tuple[Mapping[str, Any], Control]:
+        """Metrics and log as numbers. Where somebody would have to wait for them, they come when he looks at them."""
+        numbers = at_once(measured)
+        if control.log:
+            control = control.with_log(self._together.log(control.log))
+        return self._together.metrics(measured) if numbers is None else numbers, control
 
     def _drop(self, observer: Callable[..., None]) -> None:
         for observers in (self._observers, self._wanting_logs, *self._seeing.values()):
             observers[:] = [other for other in observers if other is not observer]
-
-
-class _Late(Mapping[str, Any]):
-    """A mapping that is read from the device, in one transfer, when somebody first looks into it."""
-
-    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
-        self._read: Callable[[], dict[str, Any]] | None = read
-        self._values: dict[str, Any] = {}
-
-    def _all(self) -> dict[str, Any]:
-        if self._read is not None:
-            self._values, self._read = self._read(), None
-        return self._values
-
-    def __getitem__(self, name: str) -> Any:
-        return self._all()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def items(self) -> ItemsView[str, Any]:
-        return self._all().items()
-
-    def __repr__(self) -> str:
-        return repr(self._all())
-
-
-def host(event: Any, control: Control) -> tuple[Any, Control]:
-    """The event with its metrics as floats, and the log with floats and without what its flag holds back.
-
-    What is on a device is read when it is looked at: where nobody does, the loop does not wait for it.
-    """
-    fields = vars(event)
-    if "metrics" in fields and type(event) is not Saved:  # those are on the host already
-        measured = fields["metrics"]
-        numbers = _at_once(measured)
-        if numbers is None:
-            numbers = _Late(functools.partial(_floats, measured))
-        event = event_of(type(event), fields)
-        vars(event)["metrics"] = numbers
-    if control.log:
-        control = control.with_log(_Late(functools.partial(_raised, control.log)))
-    return event, control
-
-
-def _at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The numbers, where nobody has to wait for them."""
-    numbers: dict[str, Any] = {}
-    for name, value in measured.items():
-        if not (isinstance(value, Tensor) and value.is_cpu and value.ndim == 0):
-            return None
-        numbers[name] = value.item()
-    return numbers
-
-
-def _floats(measured: Mapping[str, Any]) -> dict[str, Any]:
-    computed = metrics.compute(measured)
-    return dict(zip(computed, _numbers(list(computed.values())), strict=True))
-
-
-def _raised(log: Mapping[str, Logged]) -> dict[str, Logged]:
-    entries = list(log.values())
-    numbers = _numbers([*(entry.value for entry in entries), *(entry.when for entry in entries)])
-    values, flags = numbers[: len(entries)], numbers[len(entries) :]
-    return {
-        name: Logged(value, True, entry.owner)
-        for (name, entry), value, flag in zip(log.items(), values, flags, strict=True)
-        if flag
-    }
-
-
-def _numbers(values: list[Any]) -> list[Any]:
-    """0-d tensors as Python numbers, in one transfer where they are on a device; anything else as it is."""
-    scalars = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
-    if all(value.is_cpu for value in scalars):
-        return [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
-    numbers = iter(torch.stack([value.double() for value in scalars]).tolist())
-    return [next(numbers) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
 
 
 def _close(observer: Callable[..., None]) -> None:

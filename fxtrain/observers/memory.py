@@ -10,18 +10,8 @@ from typing import Any
 
 import torch
 
-from fxtrain.core import (
-    Control,
-    FitBegin,
-    FitEnd,
-    Interrupted,
-    LoopEvent,
-    Rewound,
-    StepEnd,
-    TrainState,
-    refuse_unless_whole,
-)
-from fxtrain.values import hand_over, take_back, try_all
+from fxtrain.core import TrainState
+from fxtrain.observers.gauge import Gauge
 
 _MIB = 2**20
 _RESIDENT = Path("/proc/self/statm")  # in pages; the second number
@@ -31,10 +21,8 @@ _COUNTS = {
     "device_reserved": "reserved_bytes.all.current",
 }
 
-Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
 
-
-def memory(*writers: Any, every: int = 100) -> Memory:
+def memory(*writers: Any, every: int = 100) -> Gauge:
     """Writes how much memory the process holds.
 
     - ``memory/host_resident_mib``: the host memory that the process holds now. Linux only.
@@ -57,7 +45,7 @@ def memory(*writers: Any, every: int = 100) -> Memory:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from fxtrain import tree, writers
+        >>> from fxtrain import Control, StepEnd, writers
         >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
         >>> observer = memory(writers.jsonl(path), every=2)
         >>> for step in (1, 2, 3, 4):
@@ -66,47 +54,14 @@ def memory(*writers: Any, every: int = 100) -> Memory:
         >>> len(path.read_text().splitlines()), "memory/host_peak_mib" in path.read_text()
         (2, True)
     """
-    if not writers:
-        raise ValueError("memory() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say.")
-    refuse_unless_whole("every", every, "steps")
     if not _host():
         raise OSError(f"What a process holds of the memory is not known on {sys.platform}: leave memory(...) out.")
-    return Memory(writers, every)
+    return Gauge("memory", writers, every, _read)
 
 
-class Memory:
-    """Writes how much memory the process holds; made by ``memory``."""
-
-    def __init__(self, writers: tuple[Any, ...], every: int) -> None:
-        self._writers = writers
-        self._every = every
-        self._step = 0  # of the last reading, and of the beginning
-
-    def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
-        match event:
-            case FitBegin():
-                self._go_back(event.step)
-            case Rewound():
-                self._go_back(event.to_step)
-            case StepEnd() if event.step % self._every == 0:
-                self._read(state, event)
-            case Interrupted() | FitEnd() if event.step > self._step:
-                self._read(state, event)
-
-    def close(self) -> None:
-        """Closes every writer; then the first error is raised."""
-        try_all(*(writer.close for writer in self._writers))
-
-    def _go_back(self, step: int) -> None:
-        self._step = step
-        for writer in self._writers:
-            take_back(writer, step)
-
-    def _read(self, state: TrainState | None, event: LoopEvent) -> None:
-        self._step = event.step
-        found = {**_host(), **({} if state is None else _device(state.step.device))}
-        for writer in self._writers:
-            hand_over(writer, event, {f"memory/{name}_mib": size / _MIB for name, size in found.items()})
+def _read(state: TrainState | None) -> dict[str, float]:
+    found = {**_host(), **({} if state is None else _device(state.step.device))}
+    return {f"memory/{name}_mib": size / _MIB for name, size in found.items()}
 
 
 def _host() -> dict[str, int]:

@@ -1,10 +1,15 @@
-"""The shape of a writer: the verbs of clu's ``MetricWriter``, and what opening one has in common."""
+"""The shape of a writer: the verbs of clu's ``MetricWriter``, and what our own have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Video, kept_by, kind_of
 
 
 @runtime_checkable
@@ -12,12 +17,24 @@ class Writer(Protocol):
     """Keeps values by step and name. Names and arguments are those of clu, so a clu writer is one as well.
 
     Two verbs more are used where a writer has them. ``purge(step)`` drops all that lies beyond a step, when a run
-    resumes or goes back; without it, points are doubled. ``write_event(event, values)`` takes all that an event
+    resumes or goes back; without it, points are doubled. ``write(step, values, event)`` takes all that an event
     published at once, in place of one verb for each kind.
     """
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes numbers, or 0-d arrays or tensors, by name."""
+        ...
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Writes images by name, each uint8 or floating [N, H, W, C]."""
+        ...
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Writes videos by name, each uint8 or floating [N, T, H, W, C]."""
+        ...
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Writes sounds by name, each floating [N, T, C]."""
         ...
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -47,6 +64,93 @@ class Writer(Protocol):
     def close(self) -> None:
         """Flushes, and lets go of the files. Our own writers open them again if more is written."""
         ...
+
+
+class Backend:
+    """The verbs of clu by one method. A writer says what kinds it keeps, and has ``put``.
+
+    What it does not keep it is given as something simpler, a table as its text say, or it says once that it leaves
+    such values out.
+    """
+
+    kinds: ClassVar[frozenset[type[Any]]]  # ``float`` stands for numbers
+
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        """Writes values of the writer's own kinds.
+
+        Args:
+            step: Where they belong.
+            values: By name, at least one; numbers are ``bool``, ``int`` or ``float``.
+            event: What published them, or None.
+        """
+        raise NotImplementedError
+
+    def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+        """Writes values of any kinds.
+
+        Args:
+            step: Where they belong.
+            values: Numbers, and values of ``fxtrain.values``, by name.
+            event: What published them, if anything did.
+        """
+        kept = kept_by(self, self.kinds, step, values)
+        if kept:
+            self.put(int(step), {name: _plain(value) for name, value in kept.items()}, event)
+
+    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+        """Writes arrays whose meaning somebody else's plugin knows: as histograms, which is what we know of them."""
+        self.write_histograms(step, values)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        self.write(step, scalars)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        self.write(step, {name: Image(pixels) for name, pixels in images.items()})
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        self.write(step, {name: Video(pixels) for name, pixels in videos.items()})
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        self.write(step, {name: Audio(samples, sample_rate) for name, samples in audios.items()})
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        self.write(step, {name: Text(markdown) for name, markdown in texts.items()})
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        found: dict[str, Histogram] = {}
+        for name, array in arrays.items():
+            given = array if isinstance(array, Histogram) else Histogram(torch.as_tensor(array))
+            counts, edges = given.buckets((num_buckets or {}).get(name, 30))
+            found[name] = Histogram(counts=torch.from_numpy(counts), edges=torch.from_numpy(edges))
+        self.write(step, found)
+
+    def write_pointcloud(
+        self,
+        step: int,
+        point_clouds: Mapping[str, Any],
+        *,
+        point_colors: Mapping[str, Any] | None = None,
+        configs: Mapping[str, Any] | None = None,
+    ) -> None:
+        found: dict[str, PointCloud] = {}
+        for name, points in point_clouds.items():
+            colors = (point_colors or {}).get(name)
+            for index, cloud in enumerate(points):
+                numbered = name if len(points) == 1 else f"{name}/{index}"
+                found[numbered] = PointCloud(cloud, None if colors is None else colors[index])
+        self.write(step, found)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        self.write(0, {"hparams": HParams(hparams)})
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's."""
+    if kind_of(value) is not float or isinstance(value, bool | int | float):
+        return value
+    return value.item() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else float(value)
 
 
 def unwritable(writer: str, path: Path, error: OSError) -> OSError:

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from fxtrain.core import EvalStep
-from fxtrain.values import Histogram, by_kind
-from fxtrain.writers.interface import unwritable
+from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text
+from fxtrain.writers.disk import put_file, replace_file
+from fxtrain.writers.interface import Backend, unwritable
 
-_BUCKETS = 30
-_KINDS = ("metrics", "texts", "histograms", "hparams")
+_KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
 
 def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
@@ -27,8 +25,9 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
 
     Each event of a step has one line: what is written for it later is joined to that line. ``epoch`` is null where an
     epoch's length is unknown, and ``time`` counts the seconds of a session. ``texts``, ``histograms`` (counts and
-    edges) and ``hparams`` are there where there are some. Numbers that JSON does not have are strings, ``"NaN"``,
-    ``"Infinity"`` and ``"-Infinity"``, which ``float`` reads. What is written by the verbs alone has no event.
+    edges), ``tables`` (columns), ``confusion`` (labels and counts) and ``hparams`` are there where there are some.
+    Numbers that JSON does not have are strings, ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float`` reads.
+    What is written by the verbs alone has no event.
 
     A line is handed to the operating system as it is written, and put on the disk by ``flush``. A last line that a
     crash tore is removed on opening, with a warning. ``purge`` moves what lies beyond a step to
@@ -52,8 +51,10 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
     return JsonLinesWriter(Path(path))
 
 
-class JsonLinesWriter:
+class JsonLinesWriter(Backend):
     """Writes JSON lines; made by ``jsonl``."""
+
+    kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams))
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -64,35 +65,32 @@ class JsonLinesWriter:
         self._begin = 0
         self._opened()
 
-    def write_event(self, event: Any, values: Mapping[str, Any]) -> None:
-        """Writes all that an event published."""
-        kinds = by_kind(values)
-        about = {"event": type(event).__name__, "step": event.step}
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        about: dict[str, Any] = {"step": step}
+        if event is not None:
+            about = {"event": type(event).__name__, "step": step, "epoch": event.epoch, "time": event.time}
         if isinstance(event, EvalStep):
             about["index"] = event.index
-        histograms = {name: _buckets(histogram) for name, histogram in kinds.histograms.items()}
-        self._write(
-            {**about, "epoch": event.epoch, "time": event.time},
-            metrics=kinds.scalars,
-            texts=kinds.texts,
-            histograms=histograms,
-            hparams=kinds.hparams,
-        )
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        self._write({"step": int(step)}, metrics=scalars)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        self._write({"step": int(step)}, texts=texts)
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        wanted = num_buckets or {}
-        self._write({"step": int(step)}, histograms={k: _buckets(v, wanted.get(k)) for k, v in arrays.items()})
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        self._write({}, hparams=hparams)
+        kinds: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            match value:
+                case Text():
+                    kinds.setdefault("texts", {})[name] = value.markdown
+                case Histogram():
+                    counts, edges = value.buckets()
+                    kinds.setdefault("histograms", {})[name] = {"counts": counts.tolist(), "edges": edges.tolist()}
+                case Table():
+                    kinds.setdefault("tables", {})[name] = _columns(value)
+                case ConfusionMatrix():
+                    counts = value.counts.tolist()
+                    kinds.setdefault("confusion", {})[name] = {"labels": list(value.labels), "counts": counts}
+                case HParams():
+                    kinds.setdefault("hparams", {}).update(value.flat())
+                case _:
+                    kinds.setdefault("metrics", {})[name] = value
+        if event is None and kinds.keys() == {"hparams"}:
+            about = {}  # a configuration belongs to no step
+        self._write({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}})
 
     def purge(self, step: int) -> None:
         """Moves the lines beyond a step, and those that cannot be read, to ``<name>.dropped.jsonl``."""
@@ -117,11 +115,8 @@ class JsonLinesWriter:
                     latest, begin = {}, size
         if dropped:
             # In this order, so that a crash in between loses nothing.
-            _put(self._path.with_name(f"{self._path.stem}.dropped{self._path.suffix}"), dropped, "ab")
-            new = self._path.with_name(f"{self._path.name}.tmp")
-            _put(new, kept, "wb")
-            os.replace(new, self._path)
-            _sync_folder(self._path.parent)
+            put_file(self._path.with_name(f"{self._path.stem}.dropped{self._path.suffix}"), dropped, "ab")
+            replace_file(self._path, b"".join(kept))
         self._opened()
         self._step, self._latest, self._begin = step, latest, begin
 
@@ -136,8 +131,7 @@ class JsonLinesWriter:
             self._file.close()
             self._file = None
 
-    def _write(self, about: dict[str, Any], **kinds: Mapping[str, Any]) -> None:
-        record = {**about, **{kind: values for kind, values in kinds.items() if values}}
+    def _write(self, record: dict[str, Any]) -> None:
         file, key = self._opened(), _key(record)
         if record.get("step") != self._step:
             self._step, self._latest, self._begin = record.get("step"), {}, file.tell()
@@ -220,23 +214,7 @@ def _plain(value: Any) -> Any:
             return _plain(float(value))
 
 
-def _buckets(array: Any, num: int | None = None) -> dict[str, list[float]]:
-    histogram = array if isinstance(array, Histogram) else Histogram(torch.as_tensor(array))
-    counts, edges = histogram.buckets(num or _BUCKETS)
-    return {"counts": counts.tolist(), "edges": edges.tolist()}
-
-
-def _put(path: Path, lines: list[bytes], mode: str) -> None:
-    """Writes lines, which are on the disk when it returns."""
-    with open(path, mode) as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _columns(table: Table) -> dict[str, list[Any]]:
+    """The columns, but for images, of which there is only how many they are."""
+    cells = table.cells()
+    return {name: cell if isinstance(cell, list) else ["(image)"] * len(cell) for name, cell in cells.items()}

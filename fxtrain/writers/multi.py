@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxtrain.values import hand_over, take_back, try_all
+from fxtrain.values import KINDS, hand_over, take_back, try_all
+from fxtrain.writers.interface import Backend
 
 
 def multi(*writers: Any) -> MultiWriter:
@@ -32,33 +33,17 @@ def multi(*writers: Any) -> MultiWriter:
     return MultiWriter(writers)
 
 
-class MultiWriter:
+class MultiWriter(Backend):
     """Several writers as one; made by ``multi``. If one fails, those after it are not reached."""
+
+    kinds = frozenset((float, *KINDS))
 
     def __init__(self, writers: tuple[Any, ...]) -> None:
         self._writers = writers
 
-    def write_event(self, event: Any, values: Mapping[str, Any]) -> None:
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         for writer in self._writers:
-            hand_over(writer, event, values)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        for writer in self._writers:
-            writer.write_scalars(step, scalars)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for writer in self._writers:
-            writer.write_texts(step, texts)
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        for writer in self._writers:
-            writer.write_histograms(step, arrays, num_buckets)
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        for writer in self._writers:
-            writer.write_hparams(hparams)
+            hand_over(writer, step, values, event)
 
     def purge(self, step: int) -> None:
         for writer in self._writers:

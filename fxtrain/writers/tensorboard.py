@@ -17,20 +17,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from fxtrain.values import Histogram
-from fxtrain.writers.interface import unwritable
+from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Video
+from fxtrain.writers.encoding import gif, numbered, png, wav
+from fxtrain.writers.interface import Backend, unwritable
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
-_BUCKETS = 30  # as in TensorFlow's summaries
 
 
 def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
     """A writer of TensorBoard's event files. The folder is made if it is not there.
 
     Each opening begins a file of its own, and so does ``purge``: its first record tells TensorBoard to forget what
-    older files have beyond the step. Nothing on the disk is deleted.
+    older files have beyond the step. Nothing on the disk is deleted. Several images of one name become ``name/0``,
+    ``name/1`` and so on; a video is a GIF among them, and tables are texts.
 
     Args:
         folder: One for each run.
@@ -54,8 +55,10 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
     return TensorBoardWriter(path)
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(Backend):
     """Writes TensorBoard's event files; made by ``tensorboard``. Opens one when there is something to write."""
+
+    kinds = frozenset((float, Text, Histogram, Image, Video, Audio, PointCloud, HParams))
 
     def __init__(self, folder: Path) -> None:
         import tensorboardX
@@ -68,46 +71,85 @@ class TensorBoardWriter:
         self._folder = folder
         self._records: Any = None  # the open event file
 
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        value = self._message.Summary.Value
-        # Kept as float32, which is what TensorBoard reads.
-        self._write(step, [value(tag=name, simple_value=float(number)) for name, number in scalars.items()])
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        summaries: list[Any] = []
+        for name, value in values.items():
+            summaries += self._summaries_of(step, name, value)
+        if self._records is None:
+            self._open()
+        self._record(step=step, summary=self._message.Summary(value=summaries))
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for name, markdown in texts.items():
-            self._write(step, self._summaries.text(name, markdown).value)
+    def _summaries_of(self, step: int, name: str, value: Any) -> Any:
+        message, summaries = self._message.Summary, self._summaries
+        match value:
+            case Text(markdown):
+                return summaries.text(name, markdown).value
+            case Histogram():
+                return self._histogram(step, name, value)
+            case Image():
+                frames = value.frames
+                return [
+                    self._image(numbered(name, i, len(frames)), frame, png(frame)) for i, frame in enumerate(frames)
+                ]
+            case Video():
+                videos = value.frames
+                return [
+                    self._image(numbered(name, i, len(videos)), frames[0], gif(frames, value.fps))
+                    for i, frames in enumerate(videos)
+                ]
+            case Audio():
+                return [
+                    message.Value(
+                        tag=numbered(name, index, len(value.waves)),
+                        audio=message.Audio(
+                            sample_rate=value.rate,
+                            num_channels=waves.shape[1],
+                            length_frames=waves.shape[0],
+                            encoded_audio_string=wav(waves, value.rate),
+                            content_type="audio/wav",
+                        ),
+                    )
+                    for index, waves in enumerate(value.waves)
+                ]
+            case PointCloud():
+                colors = None if value.colors is None else value.colors.cpu().numpy()[None]
+                return summaries.mesh(name, value.points.float().cpu().numpy()[None], colors, None).value
+            case HParams():
+                # The session alone: without the summary of the experiment TensorBoard collects the columns itself,
+                # from all sessions, with every scalar's last value as a metric.
+                _, session, _ = summaries.hparams(value.flat(), {})
+                return session.value
+            case _:
+                # Kept as float32, which is what TensorBoard reads.
+                return [message.Value(tag=name, simple_value=float(value))]
 
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        for name, array in arrays.items():
-            given = array if isinstance(array, Histogram) else Histogram(torch.as_tensor(array))
-            counts, edges = given.buckets((num_buckets or {}).get(name, _BUCKETS))
-            if not counts.sum():
-                warnings.warn(
-                    f"The histogram {name!r} of step {step} has no finite value and is not written.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                continue
-            middles = (edges[:-1] + edges[1:]) / 2
-            summary = self._summaries.histogram_raw(
-                name,
-                min=edges[0],
-                max=edges[-1],
-                num=counts.sum(),
-                sum=(counts * middles).sum(),
-                sum_squares=(counts * middles**2).sum(),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
+    def _image(self, tag: str, frame: np.ndarray, encoded: bytes) -> Any:
+        height, width, channels = frame.shape
+        image = self._message.Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=encoded
+        )
+        return self._message.Summary.Value(tag=tag, image=image)
+
+    def _histogram(self, step: int, name: str, histogram: Histogram) -> Any:
+        counts, edges = histogram.buckets()
+        if not counts.sum():
+            warnings.warn(
+                f"The histogram {name!r} of step {step} has no finite value and is not written.",
+                RuntimeWarning,
+                stacklevel=5,
             )
-            self._write(step, summary.value)
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        # The session alone: without the summary of the experiment TensorBoard collects the columns itself, from all
-        # sessions, with every scalar as a metric.
-        _, session, _ = self._summaries.hparams(dict(hparams), {})
-        self._write(0, session.value)
+            return []
+        middles = (edges[:-1] + edges[1:]) / 2
+        return self._summaries.histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=(counts * middles).sum(),
+            sum_squares=(counts * middles**2).sum(),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+        ).value
 
     def purge(self, step: int) -> None:
         """Has TensorBoard forget what lies beyond a step. Costs one more file, unless nothing was ever written."""
@@ -124,11 +166,6 @@ class TensorBoardWriter:
             self._records.flush()
             self._records.close()
             self._records = None
-
-    def _write(self, step: int, values: Any) -> None:
-        if self._records is None:
-            self._open()
-        self._record(step=int(step), summary=self._message.Summary(value=values))
 
     def _record(self, **fields: Any) -> None:
         self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())

@@ -1,0 +1,99 @@
+"""Predictions: what a classifier says of some examples, beside what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import Control, EvalStep, TrainState, refuse_unless_whole
+from fxtrain.fold import Handler, on
+from fxtrain.values import Table
+
+Logits = Callable[[Any], Tensor]
+
+
+def predictions(
+    show: Callable[[Any], Any],
+    *,
+    truth: str = "y",
+    logits: Logits | None = None,
+    labels: Sequence[str] = (),
+    limit: int = 16,
+    batch: int = 0,
+    name: str = "predictions",
+) -> Handler:
+    """Logs a table of examples of each evaluation: the input, the prediction, the truth, and the confidence.
+
+        prediction = argmax(logits), confidence = max(softmax(logits))
+
+    The evaluation step has to return the logits as its outputs, ``fx.eval_step(measure, outputs=True)``.
+
+    Args:
+        show: From a batch, of ``limit`` examples at most, to a column that shows its inputs: strings, numbers, or
+            ``fxtrain.values.Image``.
+        truth: The batch's entry with the classes, int64 [N].
+        logits: From the evaluation step's outputs to logits [N, C]; by default the outputs are these, or a dict that
+            has them as ``"logits"``.
+        labels: Names of the classes; their numbers by default.
+        limit: At most so many examples.
+        batch: Of which batch of the evaluation.
+        name: What the table is logged as.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: When it runs, if there are no logits.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = predictions(lambda batch: batch["x"][:, 0], labels=("cat", "dog"))
+        >>> batch = {"x": torch.tensor([[1.0], [2.0]]), "y": torch.tensor([0, 1])}
+        >>> event = fx.EvalStep(step=10, index=0, batch=batch, metrics={}, outputs=torch.tensor([[0.0, 9], [0, 9]]))
+        >>> _, control = callback(fx.init(torch.nn.Linear(1, 1)), event)
+        >>> print(control.log["predictions"].value.markdown())
+        | input | prediction | truth | confidence |
+        | --- | --- | --- | --- |
+        | 1 | dog | cat | 0.9999 |
+        | 2 | dog | dog | 0.9999 |
+    """
+    refuse_unless_whole("limit", limit, "examples")
+    refuse_unless_whole("batch", batch, "batches", least=0)
+
+    def callback(state: TrainState, event: EvalStep) -> tuple[TrainState, Control]:
+        if event.index != batch:
+            return state, Control()
+        scores = class_scores(name, event.outputs, logits)[:limit]
+        few = tree.map(lambda leaf: leaf[:limit], event.batch)
+        confidence, predicted = scores.max(-1)
+        columns = {
+            "input": show(few),
+            "prediction": _named(predicted, labels),
+            "truth": _named(few[truth], labels),
+            "confidence": confidence,
+        }
+        return state, Control(log={name: Table(columns)})
+
+    callback.__name__ = name
+    return on(EvalStep, callback)
+
+
+def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:
+    """The probabilities of classes, float32 [N, C], from what an evaluation step returned.
+
+    Raises:
+        TypeError: If there are no logits in it; ``name`` says who wants them.
+    """
+    found = logits(outputs) if logits is not None else outputs["logits"] if isinstance(outputs, Mapping) else outputs
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        came = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise TypeError(
+            f"{name} wants logits [N, C] as the outputs of the evaluation step, and {came} came: let it return (loss, "
+            "logits), with fx.eval_step(measure, outputs=True), or say where they are with logits=."
+        )
+    return found.detach().float().softmax(-1)
+
+
+def _named(classes: Tensor, labels: Sequence[str]) -> list[Any]:
+    return [labels[index] if 0 <= index < len(labels) else index for index in classes.tolist()]

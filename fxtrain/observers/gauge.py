@@ -1,0 +1,73 @@
+"""Gauge: numbers that are read from the machine every so many steps, as curves beside the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fxtrain.core import (
+    Control,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    LoopEvent,
+    Rewound,
+    StepEnd,
+    TrainState,
+    refuse_unless_whole,
+)
+from fxtrain.values import hand_over, take_back, try_all
+
+Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
+Read = Callable[[TrainState | None], Mapping[str, float]]
+
+
+class Gauge:
+    """Reads and writes at the multiples of so many steps, and at the end.
+
+    Args:
+        what: Who this is, in errors.
+        writers: From ``fxtrain.writers``, or clu's.
+        every: Steps.
+        read: From the state, of which nothing but its device is asked, to numbers by name.
+
+    Raises:
+        ValueError: If there is no writer, or ``every`` is out of its range.
+    """
+
+    def __init__(self, what: str, writers: tuple[Any, ...], every: int, read: Read) -> None:
+        if not writers:
+            raise ValueError(
+                f"{what}() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say."
+            )
+        refuse_unless_whole("every", every, "steps")
+        self._writers = writers
+        self._every = every
+        self._read_numbers = read
+        self._step = 0  # of the last reading, and of the beginning
+
+    def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+        match event:
+            case FitBegin():
+                self._go_back(event.step)
+            case Rewound():
+                self._go_back(event.to_step)
+            case StepEnd() if event.step % self._every == 0:
+                self._read(state, event)
+            case Interrupted() | FitEnd() if event.step > self._step:
+                self._read(state, event)
+
+    def close(self) -> None:
+        """Closes every writer; then the first error is raised."""
+        try_all(*(writer.close for writer in self._writers))
+
+    def _go_back(self, step: int) -> None:
+        self._step = step
+        for writer in self._writers:
+            take_back(writer, step)
+
+    def _read(self, state: TrainState | None, event: LoopEvent) -> None:
+        self._step = event.step
+        numbers = self._read_numbers(state)
+        for writer in self._writers:
+            hand_over(writer, event.step, numbers, event)

@@ -1,0 +1,131 @@
+"""Media: each image, video, sound, text and table as a file that any program opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Video
+from fxtrain.writers.encoding import gif, png, wav
+from fxtrain.writers.interface import Backend, unwritable
+
+_STEP = re.compile(r"(\d{8,})(-\d+)?\.\w+$")
+
+
+def media(folder: str | os.PathLike[str]) -> MediaWriter:
+    """A writer of files: ``<folder>/<name>/<step>.<kind>``, where a name's ``/`` makes folders.
+
+    Images are PNG, videos GIF, sounds WAV, texts Markdown; tables and confusion matrices are JSON, and point clouds
+    PLY. Several of one name are numbered, ``00000100-3.png``; so are images in a table, which has their names.
+
+    ``purge`` moves what lies beyond a step to ``<folder>.dropped``.
+
+    Args:
+        folder: Made when there is something to write.
+
+    Example:
+        >>> import pathlib, tempfile, torch
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> writer = media(folder)
+        >>> writer.write_images(100, {"samples": torch.zeros(2, 8, 8, 1)})
+        >>> sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+        ['samples/00000100-0.png', 'samples/00000100-1.png']
+    """
+    return MediaWriter(Path(folder))
+
+
+class MediaWriter(Backend):
+    """Writes files; made by ``media``."""
+
+    kinds = frozenset((Text, Image, Video, Audio, Table, ConfusionMatrix, PointCloud))
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        for name, value in values.items():
+            place = self._folder / _safe(name)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                for file, content in _files(f"{step:08d}", value).items():
+                    (place / file).write_bytes(content)
+            except OSError as error:
+                raise unwritable("media", place, error) from error
+
+    def purge(self, step: int) -> None:
+        """Moves the files beyond a step to ``<folder>.dropped``."""
+        dropped = self._folder.with_name(f"{self._folder.name}.dropped")
+        for path in [path for path in self._folder.rglob("*") if path.is_file()]:
+            found = _STEP.match(path.name)
+            if found is not None and int(found[1]) > step:
+                target = dropped / path.relative_to(self._folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, target)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _files(stem: str, value: Any) -> dict[str, bytes]:
+    match value:
+        case Text(markdown):
+            return {f"{stem}.md": markdown.encode()}
+        case Image():
+            return _numbered(stem, "png", [png(frame) for frame in value.frames])
+        case Video():
+            return _numbered(stem, "gif", [gif(frames, value.fps) for frames in value.frames])
+        case Audio():
+            return _numbered(stem, "wav", [wav(waves, value.rate) for waves in value.waves])
+        case Table():
+            return _table(stem, value)
+        case ConfusionMatrix():
+            content = {"labels": value.labels, "counts": value.counts.tolist()}
+            return {f"{stem}.json": json.dumps(content).encode()}
+        case _:
+            return {f"{stem}.ply": _ply(value)}
+
+
+def _numbered(stem: str, ending: str, contents: list[bytes]) -> dict[str, bytes]:
+    if len(contents) == 1:
+        return {f"{stem}.{ending}": contents[0]}
+    return {f"{stem}-{index}.{ending}": content for index, content in enumerate(contents)}
+
+
+def _table(stem: str, table: Table) -> dict[str, bytes]:
+    images: dict[str, bytes] = {}
+    columns: dict[str, list[Any]] = {}
+    for name, cells in table.cells().items():
+        if isinstance(cells, list):
+            columns[name] = cells
+            continue
+        files = [f"{stem}-{len(images) + index}.png" for index in range(len(cells))]
+        images |= dict(zip(files, map(png, cells), strict=True))
+        columns[name] = files
+    return {f"{stem}.json": json.dumps({"columns": columns}, allow_nan=True).encode(), **images}
+
+
+def _ply(cloud: PointCloud) -> bytes:
+    points = cloud.points.float().cpu().numpy()
+    header = ["ply", "format ascii 1.0", f"element vertex {len(points)}"]
+    header += [f"property float {axis}" for axis in "xyz"]
+    rows = points.astype(str)
+    if cloud.colors is not None:
+        header += [f"property uchar {color}" for color in ("red", "green", "blue")]
+        rows = np.concatenate([rows, cloud.colors.cpu().numpy().astype(str)], 1)
+    return "\n".join([*header, "end_header", *map(" ".join, rows), ""]).encode()
+
+
+def _safe(name: str) -> Path:
+    """A path below the folder, whatever the name is."""
+    parts = [re.sub(r"[^\w .()=-]", "_", part).strip(". ") or "_" for part in name.split("/")]
+    return Path(*parts)

@@ -1,0 +1,274 @@
+"""Text, samples, predictions, matrices and curves: what is logged is a function of the state and the event."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as oracle
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import callbacks as cb
+from fxtrain.callbacks.textgen import draw
+from fxtrain.values import ConfusionMatrix, Image
+
+
+class Bytes:
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, tokens):
+        return bytes(tokens).decode(errors="replace")
+
+
+def language_model():
+    return fx.init(nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256)), fx.optim.sgd(0.1))
+
+
+def generated(state, step=10, **options):
+    callback = cb.textgen(["def ", "import"], Bytes(), length=8, **{"max_tokens": 12, **options})
+    after, control = callback(state, fx.EvalEnd(step=step, metrics={}))
+    assert after is state
+    return control.log["textgen"].value.markdown
+
+
+class TestTextgen:
+    def test_the_same_step_writes_the_same_and_another_step_or_seed_another(self):
+        state = language_model()
+        assert generated(state) == generated(state)
+        assert generated(state) != generated(state, step=11)
+        assert generated(state) != generated(state.replace(seed=state.seed + 1))
+
+    def test_each_prompt_has_numbers_of_its_own(self):
+        callback = cb.textgen(["a", "a"], Bytes(), length=8, max_tokens=20)
+        _, control = callback(language_model(), fx.EvalEnd(step=1, metrics={}))
+        first, second = control.log["textgen"].value.markdown.split("**a**")[1:]
+        assert first.strip() != second.strip()
+
+    def test_it_stops_at_a_stop_token_which_is_not_shown(self):
+        model = nn.Sequential(nn.Embedding(256, 256), nn.Identity())
+        with torch.no_grad():
+            model[0].weight.copy_(100 * torch.eye(256).roll(1, 1))  # after a comes b, after b comes c
+        callback = cb.textgen(["a"], Bytes(), length=8, max_tokens=9, temperature=0, stop=[ord("e")])
+        _, control = callback(fx.init(model), fx.EvalEnd(step=1, metrics={}))
+        assert "\nbcd\n" in control.log["textgen"].value.markdown
+
+    def test_a_model_whose_output_has_logits_serves(self):
+        class Output(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.Embedding(256, 256)
+
+            def forward(self, tokens):
+                return type("Output", (), {"logits": self.inner(tokens)})()
+
+        assert "**def **" in generated(fx.init(Output()))
+
+    def test_a_model_that_gives_no_logits_is_an_error_that_says_what_came(self):
+        with pytest.raises(TypeError, match=r"wants logits \[1, T, vocabulary\].*a tensor of shape \[1, 4\] came"):
+            generated(fx.init(nn.Sequential(nn.Embedding(256, 1), nn.Flatten())))
+
+    @pytest.mark.parametrize(
+        "options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}]
+    )
+    def test_options_out_of_range_are_refused(self, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            generated(language_model(), **options)
+
+    def test_prompts_are_several_and_not_empty(self):
+        with pytest.raises(TypeError, match="a sequence of one string or more"):
+            cb.textgen("def", Bytes(), length=8)
+        with pytest.raises(ValueError, match="The prompt '' has no token"):
+            cb.textgen([""], Bytes(), length=8)
+
+
+class TestDraw:
+    LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    @pytest.mark.parametrize(
+        ("options", "shares"),
+        [
+            ({}, [0.5, 0.3, 0.15, 0.05]),
+            ({"temperature": 0}, [1, 0, 0, 0]),
+            ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+            ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+            ({"top_p": 0.8}, [0.625, 0.375, 0, 0]),
+            ({"top_p": 0.81}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+            ({"top_p": 1e-9}, [1, 0, 0, 0]),
+            ({"top_k": 3, "top_p": 0.6}, [0.625, 0.375, 0, 0]),
+        ],
+    )
+    def test_numbers_spread_over_the_unit_interval_draw_each_token_by_its_share(self, options, shares):
+        given = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
+        order = torch.tensor([2, 0, 3, 1])  # a vocabulary in another order than that of likelihood
+        drawn = [draw(self.LOGITS[order], (i + 0.5) / 4000, **given) for i in range(4000)]
+        found = np.bincount(order[drawn].numpy(), minlength=4) / 4000
+        assert np.abs(found - shares).max() < 1e-3
+
+
+def test_a_run_that_is_resumed_writes_the_same_texts(tmp_path):
+    tx = fx.optim.sgd(0.5)
+    module = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256))
+    step = fx.train_step(
+        lambda model, batch: nn.functional.cross_entropy(model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()), tx
+    )
+    data = [torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(i)) for i in range(5)]
+
+    def run(folder, steps, resume=False):
+        seen = {}
+
+        def look(state, event, control):
+            if "textgen" in control.log:
+                seen[event.step] = control.log["textgen"].value.markdown
+
+        writing = fx.when(fx.every(3), cb.textgen(["ab"], Bytes(), length=8, max_tokens=8, at=fx.StepEnd))
+        checkpointer = fx.checkpointer(tmp_path / folder)
+        fx.fit(
+            fx.init(module, tx),
+            step,
+            data,
+            steps=steps,
+            callbacks=writing,
+            checkpointer=checkpointer,
+            resume=resume,
+            observers=[look],
+        )
+        return seen
+
+    whole = run("whole", 12)
+    parts = run("parts", 5) | run("parts", 12, resume=True)
+    assert sorted(whole) == [3, 6, 9, 12]
+    assert parts == whole
+
+
+def test_samples_are_a_function_of_seed_and_step():
+    def noise(model, key):
+        return {"noise": Image(fx.rng.uniform(key, (2, 4, 4, 1))), "mean": model(torch.ones(1, 1)).mean()}
+
+    state = fx.init(nn.Linear(1, 1))
+    callback = cb.samples(noise)
+
+    def made(state, step):
+        _, control = callback(state, fx.EvalEnd(step=step, metrics={}))
+        return control.log["samples/noise"].value.frames
+
+    assert (made(state, 5) == made(state, 5)).all()
+    assert (made(state, 5) != made(state, 6)).any()
+    assert (made(state, 5) != made(state.replace(seed=state.seed + 1), 5)).any()
+
+
+# Classifiers
+
+CLASSES = 4
+
+
+def evaluated(callback, batches):
+    """What is logged over one evaluation of batches of logits and truths."""
+    composed = fx.compose(callback)
+    state = fx.attach(fx.init(nn.Linear(1, 1)), composed)
+    log = {}
+    events = [fx.EvalBegin(step=7)]
+    events += [
+        fx.EvalStep(step=7, index=i, batch={"y": truth, **more}, metrics={}, outputs=logits)
+        for i, (logits, truth, more) in enumerate(batches)
+    ]
+    for event in [*events, fx.EvalEnd(step=7, metrics={})]:
+        state, control = composed(state, event)
+        log |= {name: entry.value for name, entry in control.log.items()}
+    return state, log
+
+
+def scored(seed, count=64, sure=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(0, CLASSES, (count,), generator=generator)
+    logits = torch.randn(count, CLASSES, generator=generator) + sure * nn.functional.one_hot(truth, CLASSES)
+    return logits, truth, {}
+
+
+def test_a_confusion_matrix_counts_every_example_of_one_evaluation():
+    batches = [scored(seed) for seed in range(5)]
+    _, log = evaluated(cb.confusion_matrix(CLASSES, labels=list("abcd")), batches)
+    truth = torch.cat([batch[1] for batch in batches])
+    taken = torch.cat([batch[0].argmax(-1) for batch in batches])
+    matrix = log["confusion_matrix"]
+    assert isinstance(matrix, ConfusionMatrix)
+    assert matrix.labels == ("a", "b", "c", "d")
+    assert (matrix.counts.numpy() == oracle.confusion_matrix(truth, taken)).all()
+    _, again = evaluated(cb.confusion_matrix(CLASSES), batches[:1])
+    assert again["confusion_matrix"].counts.sum() == 64
+
+
+def test_rows_that_only_fill_up_a_batch_are_not_counted():
+    logits, truth, _ = scored(0)
+    mask = torch.arange(64) < 10
+    _, log = evaluated(cb.confusion_matrix(CLASSES), [(logits, truth, {"mask": mask})])
+    assert log["confusion_matrix"].counts.sum() == 10
+    _, log = evaluated(cb.curves(CLASSES), [(logits, truth, {"mask": mask})])
+    _, wanted = evaluated(cb.curves(CLASSES), [(logits[:10], truth[:10], {})])
+    assert log["curves/auc"] == wanted["curves/auc"]
+
+
+def test_areas_are_those_of_scikit_learn():
+    batches = [scored(seed, 500) for seed in range(4)]
+    _, log = evaluated(cb.curves(CLASSES, bins=20_000), batches)
+    truth = torch.cat([batch[1] for batch in batches]).numpy()
+    scores = torch.cat([batch[0] for batch in batches]).softmax(-1).numpy()
+    auc = np.mean([oracle.roc_auc_score(truth == c, scores[:, c]) for c in range(CLASSES)])
+    precision = np.mean([oracle.average_precision_score(truth == c, scores[:, c]) for c in range(CLASSES)])
+    assert log["curves/auc"] == pytest.approx(auc, abs=1e-3)
+    assert log["curves/average_precision"] == pytest.approx(precision, abs=2e-3)
+    assert log["curves/roc"].pixels.shape == (500, 500, 4)
+    assert "curves/precision_recall" in log
+
+
+def test_a_class_that_does_not_occur_has_no_curve():
+    logits, _, _ = scored(0)
+    _, log = evaluated(cb.curves(CLASSES), [(logits, torch.zeros(64, dtype=torch.int64), {})])
+    assert "curves/auc" not in log
+    assert "curves/roc" in log
+
+
+def test_predictions_are_a_table_of_the_first_examples():
+    def show(batch):
+        assert len(batch["x"]) == 3
+        return Image(batch["x"])
+
+    logits, truth, _ = scored(0)
+    callback = cb.predictions(show, labels=["cat", "dog"], limit=3)
+    _, log = evaluated(callback, [(logits, truth, {"x": torch.rand(64, 8, 8, 1)})] * 2)
+    table = log["predictions"]
+    assert len(table) == 3
+    assert list(table.columns) == ["input", "prediction", "truth", "confidence"]
+    named = {0: "cat", 1: "dog", 2: 2, 3: 3}
+    assert table.columns["truth"] == [named[int(each)] for each in truth[:3]]
+    assert table.columns["prediction"] == [named[int(each)] for each in logits[:3].argmax(-1)]
+    assert torch.equal(table.columns["confidence"], logits[:3].softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize(
+    ("callback", "outputs", "batch", "says"),
+    [
+        (cb.confusion_matrix(2), None, {"y": torch.zeros(3).long()}, "a NoneType came: let it return"),
+        (cb.confusion_matrix(2), torch.zeros(3), {"y": torch.zeros(3).long()}, r"a tensor of shape \[3\] came"),
+        (
+            cb.confusion_matrix(2),
+            torch.zeros(3, 2),
+            {"x": torch.zeros(3)},
+            r"as batch\['y'\], and None came: say truth=",
+        ),
+        (cb.curves(2), torch.zeros(3, 2), {"y": torch.zeros(3)}, "a torch.float32 tensor"),
+        (cb.predictions(lambda batch: [1] * 3), None, {"y": torch.zeros(3).long()}, "outputs=True"),
+    ],
+)
+def test_what_an_evaluation_does_not_give_is_said(callback, outputs, batch, says):
+    composed = fx.compose(callback)
+    state = fx.attach(fx.init(nn.Linear(1, 1)), composed)
+    with pytest.raises(TypeError, match=says):
+        composed(state, fx.EvalStep(step=1, index=0, batch=batch, metrics={}, outputs=outputs))
+
+
+@pytest.mark.parametrize("make", [cb.confusion_matrix, cb.curves])
+def test_classes_and_labels_fit(make):
+    with pytest.raises(ValueError, match="classes=1"):
+        make(1)
+    with pytest.raises(ValueError, match="3 labels came for 2 classes"):
+        make(2, labels=list("abc"))

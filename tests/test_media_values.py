@@ -1,0 +1,195 @@
+"""Images, videos, sounds, tables, figures, matrices, points: what is taken and refused, and what comes to the host."""
+
+import numpy as np
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, Image, PointCloud, Table, Video, kept_by
+
+GRADIENT = torch.linspace(0, 1, 12).view(2, 2, 3)
+
+
+class TestImage:
+    @pytest.mark.parametrize(
+        ("pixels", "layout", "shape"),
+        [
+            (torch.zeros(4, 5), "HWC", (1, 4, 5, 1)),
+            (torch.zeros(4, 5, 3), "HWC", (1, 4, 5, 3)),
+            (torch.zeros(7, 4, 5, 4), "HWC", (7, 4, 5, 4)),
+            (torch.zeros(3, 4, 5), "CHW", (1, 4, 5, 3)),
+            (torch.zeros(7, 1, 4, 5), "CHW", (7, 4, 5, 1)),
+            (np.zeros((4, 5, 3), np.uint8), "HWC", (1, 4, 5, 3)),
+        ],
+    )
+    def test_shapes(self, pixels, layout, shape):
+        assert Image(pixels, layout).frames.shape == shape
+
+    def test_values_are_those_of_the_pixels_in_each_layout_and_dtype(self):
+        wanted = (GRADIENT * 255).round().to(torch.uint8).numpy()
+        assert (Image(GRADIENT).frames[0] == wanted).all()
+        assert (Image(GRADIENT.movedim(-1, 0), "CHW").frames[0] == wanted).all()
+        assert (Image(GRADIENT * 2 - 1, limits=(-1, 1)).frames[0] == wanted).all()
+        assert (Image(torch.from_numpy(wanted)).frames[0] == wanted).all()
+        assert Image(torch.tensor([[True, False]])).frames.reshape(-1).tolist() == [255, 0]
+
+    @pytest.mark.parametrize(
+        ("pixels", "layout", "says"),
+        [
+            (torch.zeros(3, 28, 28), "HWC", r"\[3, 28, 28\] came: say layout='CHW'"),
+            (torch.zeros(28, 28, 3), "CHW", "say layout='HWC'"),
+            (torch.zeros(28, 28, 2), "HWC", "1, 3 or 4 channels"),
+            (torch.zeros(0, 28, 28, 3), "HWC", r"\[0, 28, 28, 3\] came"),
+            (torch.zeros(5), "HWC", r"\[5\] came"),
+            (torch.zeros(5, 5), "WHC", "layout='WHC'"),
+        ],
+    )
+    def test_other_shapes_are_refused_at_once(self, pixels, layout, says):
+        with pytest.raises(ValueError, match=says):
+            Image(pixels, layout)
+
+    @pytest.mark.parametrize(
+        "pixels", [torch.zeros(4, 4, dtype=torch.int64), [[0.0]], torch.zeros(4, 4).to(torch.cfloat)]
+    )
+    def test_other_dtypes_are_refused_at_once(self, pixels):
+        with pytest.raises(TypeError, match="Image takes"):
+            Image(pixels)
+
+    @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
+    def test_what_is_out_of_range_is_said_with_the_range_that_came(self, value):
+        with pytest.raises(ValueError, match="pixels from 0 to 1, and these go from"):
+            _ = Image(torch.full((2, 2), value)).frames
+        with pytest.raises(ValueError, match="the first, which is black"):
+            Image(torch.zeros(2, 2), limits=(1, 1))
+
+    def test_a_little_beyond_the_range_is_rounding(self):
+        assert Image(torch.tensor([[1.0005, -0.0005]])).frames.reshape(-1).tolist() == [255, 0]
+
+
+def test_videos_have_their_frames_second():
+    pixels = torch.rand(2, 6, 3, 4, 5)
+    video = Video(pixels, "CHW", fps=4)
+    assert video.frames.shape == (2, 6, 4, 5, 3)
+    assert (video.frames[1, 2] == Image(pixels[1, 2], "CHW").frames[0]).all()
+    assert Video(pixels[0].movedim(1, -1)).frames.shape == (1, 6, 4, 5, 3)
+    with pytest.raises(ValueError, match="fps=0"):
+        Video(pixels, "CHW", fps=0)
+    with pytest.raises(ValueError, match="Video takes pixels"):
+        Video(torch.zeros(4, 5, 3))
+
+
+def test_sounds_go_from_minus_one_to_one():
+    assert Audio(torch.tensor([0.0, 1.0, -1.0]), 8000).waves.tolist() == [[[0], [32767], [-32767]]]
+    assert Audio(torch.zeros(2, 10, 2), 8000).waves.shape == (2, 10, 2)
+    with pytest.raises(ValueError, match="from -1 to 1, and these go from 0 to 2"):
+        _ = Audio(torch.tensor([0.0, 2.0]), 8000).waves
+    with pytest.raises(ValueError, match="1 or 2 channels"):
+        Audio(torch.zeros(10, 3), 8000)
+    with pytest.raises(TypeError, match="floating"):
+        Audio(torch.zeros(10, dtype=torch.int16), 8000)
+    with pytest.raises(ValueError, match="rate=0"):
+        Audio(torch.zeros(10), 0)
+
+
+def test_tables_have_columns_of_one_length_and_of_what_can_be_shown():
+    table = Table({"x": Image(torch.zeros(2, 4, 4, 1)), "name": ["a|b", None], "score": torch.tensor([0.5, 2.0])})
+    assert len(table) == 2
+    assert table.markdown().splitlines()[2] == "| (image) | a&#124;b | 0.5 |"
+    assert table.cells()["x"].shape == (2, 4, 4, 1)
+    with pytest.raises(ValueError, match=r"equally long.*'a': 1, 'b': 2"):
+        Table({"a": [1], "b": [1, 2]})
+    with pytest.raises(TypeError, match=r"has .* in it, and cells are"):
+        Table({"a": [object()]})
+    with pytest.raises(TypeError, match="The column 'a' is a str"):
+        Table({"a": "abc"})
+    with pytest.raises(ValueError, match="several images"):
+        Table({"a": Image(torch.zeros(4, 4, 1))})
+    assert Table({"a": list(range(60))}).markdown().endswith("and 10 more rows")
+
+
+def test_a_figure_is_drawn_when_it_is_made():
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(2, 1), dpi=50)
+    axes = canvas.subplots()
+    before = Figure(canvas)
+    axes.plot([1, 2, 3])
+    after = Figure(canvas, dpi=100)
+    assert before.pixels.shape == (50, 100, 4)
+    assert after.pixels.shape == (100, 200, 4)
+    assert canvas.dpi == 50
+    assert (before.pixels != Figure(canvas).pixels).any()
+    with pytest.raises(TypeError, match=r"axes have it as \.figure"):
+        Figure(axes)
+
+
+def test_a_confusion_matrix_is_square_and_its_rows_are_the_truth():
+    matrix = ConfusionMatrix(torch.tensor([[3, 1], [0, 4]]), ("cat", "dog"))
+    assert matrix.table().columns["dog"] == [1, 4]
+    pixels = matrix.image().frames[0]
+    assert pixels[2, 2].sum() > pixels[26, 26].sum()  # three of four are lighter than four of four
+    for counts, labels, says in [
+        (torch.zeros(2, 3), (), r"\[2, 3\] came"),
+        (torch.zeros(2, 2), ("a",), "1 labels came for 2 classes"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            ConfusionMatrix(counts, labels)
+
+
+def test_points_have_three_coordinates_and_a_color_each():
+    PointCloud(np.zeros((5, 3)), torch.zeros(5, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\[N, 3\], and \[5, 2\] came"):
+        PointCloud(torch.zeros(5, 2))
+    with pytest.raises(TypeError, match="uint8 colors"):
+        PointCloud(torch.zeros(5, 3), torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Image(torch.rand(2, 2)),
+        Video(torch.rand(2, 4, 4, 3), fps=3),
+        Audio(torch.zeros(4), 10),
+        PointCloud(torch.zeros(2, 3)),
+        ConfusionMatrix(torch.ones(2, 2), ("a", "b")),
+        Histogram(torch.arange(3.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_of_tensors_are_pytrees_that_come_out_of_a_compiled_step(value):
+    again = tree.map(lambda leaf: leaf * 1, value)
+    assert type(again) is type(value)
+    assert repr(again) == repr(value)
+    step = torch.compile(lambda x: tree.map(lambda leaf: leaf + 0, x), backend="aot_eager", fullgraph=True)
+    assert repr(step(value)) == repr(value)
+
+
+def test_an_array_that_is_filled_anew_does_not_change_what_was_logged():
+    pixels = np.zeros((4, 4), np.float32)
+    image = Image(pixels)
+    pixels[:] = 1
+    assert image.frames.max() == 0
+
+
+class Numbers:
+    """A writer that keeps numbers alone."""
+
+
+def test_what_a_writer_cannot_keep_becomes_simpler_or_is_said_once():
+    table, matrix = Table({"a": [1]}), ConfusionMatrix(torch.ones(2, 2))
+    texts = kept_by(Numbers(), frozenset((float, fx.values.Text)), 1, {"t": table, "m": matrix, "x": 1.0})
+    assert {name: type(value).__name__ for name, value in texts.items()} == {"t": "Text", "m": "Text", "x": "float"}
+    images = kept_by(Numbers(), frozenset((Image, Table)), 1, {"t": table, "m": matrix})
+    assert {name: type(value).__name__ for name, value in images.items()} == {"t": "Table", "m": "Image"}
+    writer = Numbers()
+    values = {"t": table, "u": table, "x": 1.0}
+    with pytest.warns(RuntimeWarning, match="Numbers keeps no tables, and leaves out 't' and others") as said:
+        assert [kept_by(writer, frozenset((float,)), step, values) for step in range(3)] == 3 * [{"x": 1.0}]
+    assert len(said) == 1
+
+
+def test_what_is_out_of_range_is_left_out_and_the_rest_is_kept():
+    values = {"bad": Image(torch.full((2, 2), 7.0)), "good": Image(torch.zeros(2, 2))}
+    with pytest.warns(RuntimeWarning, match="'bad' of step 3 is not written: Image has pixels from 0 to 1"):
+        assert list(kept_by(Numbers(), frozenset((Image,)), 3, values)) == ["good"]
