@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks.monitor import Publish, monitor
-from fxtrain.callbacks.statistics import NORMS, Moved, layers, matching
-from fxtrain.core import TrainState, refuse_unless_one_of
+from fxtrain.callbacks.statistics import NORMS, Moved, layers
+from fxtrain.core import TrainState, matching, refuse_unless_one_of
 from fxtrain.fold import Handler
 
 
@@ -66,7 +66,11 @@ def grad_norms(
     def show(state: TrainState, values: GradNorms) -> dict[str, Any]:
         names = list(layers(state))
         several = {"max": values.layers.max(), "min": values.layers.min(), "mean": values.layers.mean()}
-        return {"total": values.total, **several, **{names[i]: values.layers[i] for i in matching(names, layer)}}
+        return {
+            "total": values.total,
+            **several,
+            **{names[i]: values.layers[i] for i in matching(names, layer, "layer")},
+        }
 
     return monitor(name, measure, show, period=every, publish=publish)
 
@@ -147,7 +151,7 @@ def grad_flow(
             "amplifying": (gains > most).sum(),
             "vanishing": (norms < vanishing).sum(),
             "exploding": (~(norms <= exploding)).sum(),
-            **{f"gain/{names[i]}": gains[i] for i in matching(names, layer)},
+            **{f"gain/{names[i]}": gains[i] for i in matching(names, layer, "layer")},
         }
 
     return monitor(name, measure, show, period=every, publish=publish)

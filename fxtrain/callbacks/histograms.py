@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks.monitor import Publish, monitor
-from fxtrain.callbacks.statistics import KINDS, Moved, leaf_names, matching
-from fxtrain.core import TrainState, refuse_unless_one_of, refuse_unless_whole
+from fxtrain.callbacks.statistics import KINDS, Moved, leaf_names
+from fxtrain.core import TrainState, matching, refuse_unless_one_of, refuse_unless_whole
 from fxtrain.fold import Handler
 from fxtrain.values import Histogram
 
@@ -83,7 +83,7 @@ def histograms(
 
     def measure(state: TrainState, moved: Moved, before: Any) -> Histograms:
         leaves = tree.leaves(getattr(moved, of))
-        samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter)]
+        samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter, "parameter")]
         bounds = edges(samples[0].device)
         counts = torch.stack([_counted(values, bounds) for values in samples])
         seen = torch.stack([counts.new_full((), values.shape[0]) for values in samples])
@@ -95,7 +95,7 @@ def histograms(
         bounds = torch.cat([-ends, edges(ends.device), ends])
         return {
             names[i]: Histogram(counts=values.counts[row], edges=bounds)
-            for row, i in enumerate(matching(names, parameter))
+            for row, i in enumerate(matching(names, parameter, "parameter"))
         }
 
     return monitor(name or f"histograms/{of}", measure, show, period=every, publish=publish)

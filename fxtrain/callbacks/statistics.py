@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,20 +97,6 @@ def layers(state: TrainState) -> dict[str, list[int]]:
         if name in places:
             found.setdefault(name.rpartition(".")[0] or name, []).append(places[name])
     return found
-
-
-def matching(names: Sequence[str], patterns: str | Sequence[str] | None) -> list[int]:
-    """The places of the names that match one of the patterns, which are those of a shell: ``blocks.*.attn``.
-
-    Raises:
-        ValueError: If one matches nothing.
-    """
-    chosen = [patterns] if isinstance(patterns, str) else list(patterns or ())
-    for pattern in chosen:
-        if not fnmatch.filter(names, pattern):
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"{pattern!r} matches none of {shown}: patterns are those of a shell, as 'blocks.*.attn'.")
-    return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)]
 
 
 def _as_defined(node: Any, path: tuple[Any, ...] = ()) -> list[str]:

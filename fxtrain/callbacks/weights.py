@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks.monitor import Publish, monitor
-from fxtrain.callbacks.statistics import Moved, leaf_names, matching
-from fxtrain.core import TrainState, refuse_unless_whole
+from fxtrain.callbacks.statistics import Moved, leaf_names
+from fxtrain.core import TrainState, matching, refuse_unless_whole
 from fxtrain.fold import Handler
 from fxtrain.values import Text
 
@@ -63,7 +63,7 @@ def weight_stats(
         names = leaf_names(state)
         chosen = {
             f"{names[i]}/{statistic}": column[i]
-            for i in matching(names, parameter)
+            for i in matching(names, parameter, "parameter")
             for statistic, column in values._asdict().items()
         }
         return {"norm": values.norm.square().sum().sqrt(), "max": values.max.amax(), **chosen}
@@ -139,7 +139,7 @@ def update_ratios(
         names, (ratios, still) = leaf_names(state), values
         shown: dict[str, Any] = {"mean": ratios.mean(), "max": ratios.max(), "min": ratios.min()}
         shown["frozen"] = (still >= patience).sum()
-        shown |= {names[i]: ratios[i] for i in matching(names, parameter)}
+        shown |= {names[i]: ratios[i] for i in matching(names, parameter, "parameter")}
         if worst:
             largest = ratios.topk(min(worst, len(names)))
             pairs = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)

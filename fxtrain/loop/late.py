@@ -83,9 +83,9 @@ class Together:
 
     def read(self, wanted: Late) -> None:
         """Reads a mapping, and all others that wait."""
-        waiting, self._waiting = [each() for each in self._waiting], []
+        others, self._waiting = [late for each in self._waiting if (late := each()) is not wanted], []
         found: list[tuple[Late, list[Any]]] = []
-        for late in waiting:
+        for late in (wanted, *others):
             if late is None or late.parts is None:
                 continue
             try:

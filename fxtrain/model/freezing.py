@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, matching
 from fxtrain.model.architecture import model_of
 from fxtrain.model.init import init_optimizer
 from fxtrain.optim.nodes import as_name, leaf_paths
@@ -42,19 +41,11 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
         ... )
         (True, False)
     """
-    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     leaves, structure = tree.flatten(state.params)
     names = [as_name(path) for path in leaf_paths(state.params)]
     able = [name for name, leaf in zip(names, leaves, strict=True) if _can_be_trained(leaf)]
-    for pattern in patterns:
-        if not fnmatch.filter(able, pattern):
-            shown = ", ".join(able[:8]) + (", ..." if len(able) > 8 else "")
-            raise ValueError(f"{pattern!r} matches no parameter that can be trained; there are {shown}.")
-    chosen = [
-        _can_be_trained(leaf) and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        for name, leaf in zip(names, leaves, strict=True)
-    ]
-    narrowed = model_of(state).training_only(tree.unflatten(structure, chosen))
+    chosen = {able[i] for i in matching(able, parameters, "parameter that can be trained")}
+    narrowed = model_of(state).training_only(tree.unflatten(structure, [name in chosen for name in names]))
     fresh = init_optimizer(tx, narrowed.split(state.params))
     known = dict(zip(tree.paths(state.opt_state), tree.leaves(state.opt_state), strict=True))
     opt_state = tree.map_with_path(lambda path, leaf: _kept(known.get(path), leaf), fresh)

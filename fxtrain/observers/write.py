@@ -74,7 +74,7 @@ def write(
         raise ValueError("write() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say.")
     periods = dict(every) if isinstance(every, Mapping) else {_METRICS: every}
     for kind, period in periods.items():
-        refuse_unless_one_of("a kind of every=", kind, (_METRICS, *KINDS.values()))
+        refuse_unless_one_of("a kind in every", kind, (_METRICS, *KINDS.values()))
         refuse_unless_whole("every" if kind == _METRICS else f"every[{kind!r}]", period, "steps")
     refuse_unless_one_of("reduce", reduce, tuple(_REDUCED))
     if not flush_seconds >= 0:

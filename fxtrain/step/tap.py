@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxtrain import tree
+from fxtrain.core import matching
 from fxtrain.optim.nodes import as_name, leaf_paths
 
 Statistic = Callable[[Tensor], Any]
@@ -43,7 +43,6 @@ def tap(
         >>> sorted(found.metrics)
         ['activations/1', 'loss']
     """
-    patterns = [modules] if isinstance(modules, str) else list(modules)
 
     @functools.wraps(loss_fn)
     def tapped(model: Any, *arguments: Any) -> Any:
@@ -57,7 +56,7 @@ def tap(
 
             return hook
 
-        hooks = [module.register_forward_hook(watching(name)) for name, module in _chosen(model, patterns)]
+        hooks = [module.register_forward_hook(watching(name)) for name, module in _chosen(model, modules)]
         try:
             result = loss_fn(model, *arguments)
         finally:
@@ -76,14 +75,11 @@ def _named(name: str, found: Any) -> dict[str, Any]:
     return {f"{name}/{key}": value for key, value in found.items()} if isinstance(found, Mapping) else {name: found}
 
 
-def _chosen(model: Any, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def _chosen(model: Any, modules: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
     named: dict[str, nn.Module] = {}
     for path, root in zip(leaf_paths(model), tree.leaves(model), strict=True):
         if isinstance(root, nn.Module):
             start = as_name(path)
             named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            shown = ", ".join(name for name in list(named)[:8] if name)
-            raise ValueError(f"tap({pattern!r}): no module has such a name; there are {shown}.")
-    return [(n, m) for n, m in named.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+    names = [name for name in named if name] or list(named)  # the whole where it has no parts
+    return [(names[i], named[names[i]]) for i in matching(names, modules, "module")]

@@ -1,0 +1,108 @@
+"""A run that is killed, resumed and sent back has exactly one point for each step, whoever wrote it."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fxtrain as fx
+from tests import problem
+
+STEPS = 60
+
+
+def session(folder, pause=0.0):
+    """One session of the run, which goes back once, from step 33."""
+
+    def back(state, event: fx.StepEnd | fx.Rewound, went):
+        if isinstance(event, fx.Rewound):
+            return torch.ones_like(went), fx.Control()
+        again = event.step == 33 and not bool(went)
+        return went, fx.Control(rewind=4 if again else 0, reason="to go back once")
+
+    def slow(state, event: fx.StepEnd, control):
+        time.sleep(pause)
+
+    writers = fx.writers
+    fx.fit(
+        problem.start(),
+        problem.step(),
+        problem.data(),
+        steps=STEPS,
+        callbacks=[
+            fx.stateful("back", lambda state: torch.tensor(False), back),
+            fx.when(fx.every(5), fx.callbacks.save()),
+        ],
+        eval_step=problem.eval_step,
+        eval_data=problem.data(seed=1),
+        eval_when=lambda event: event.step % 7 == 0,
+        checkpointer=fx.checkpointer(folder / "checkpoints"),
+        resume=True,
+        keep_every=1,
+        keep=8,
+        observers=[
+            fx.observers.required(
+                fx.observers.write(
+                    writers.tensorboard(folder / "tensorboard"),
+                    writers.csv(folder / "metrics.csv"),
+                    writers.jsonl(folder / "metrics.jsonl"),  # the last: what it has, the others have
+                )
+            ),
+            slow,
+        ],
+    )
+
+
+def points(folder):
+    """By writer and curve, the steps that have a point, in the order in which they are read."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    tensorboard = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
+    tensorboard.Reload()
+    return {
+        name: {
+            "jsonl": [(line["step"], line["metrics"][name]) for line in lines if name in line.get("metrics", {})],
+            "csv": [(int(row["step"]), float(row[name])) for row in rows if row[name]],
+            "tensorboard": [(point.step, point.value) for point in tensorboard.Scalars(name)],
+        }
+        for name in ("train/loss", "eval/loss")
+    }
+
+
+@pytest.mark.slow
+def test_killed_twice_resumed_twice_and_sent_back_once(tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    code = (
+        "import pathlib, torch; from tests.test_one_point import session; torch.set_num_threads(1); "
+        f"session(pathlib.Path({str(killed)!r}), 0.02)"
+    )
+    root = pathlib.Path(__file__).parent.parent
+    for until in (18, 42):
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+        while (
+            not (killed / "metrics.jsonl").exists() or f'"step": {until}' not in (killed / "metrics.jsonl").read_text()
+        ):
+            assert child.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    session(killed)
+    session(whole)
+
+    found, wanted = points(killed), points(whole)
+    for name, steps in (("train/loss", range(1, STEPS + 1)), ("eval/loss", range(7, STEPS + 1, 7))):
+        for writer, curve in found[name].items():
+            assert [step for step, _ in curve] == list(steps), (name, writer)
+            assert [value for _, value in curve] == pytest.approx(
+                [value for _, value in wanted[name][writer]], rel=1e-6
+            )
+    assert (killed / "metrics.dropped.jsonl").exists()

@@ -1,0 +1,180 @@
+"""Writing at intervals, and numbers that come to the host together."""
+
+import math
+
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import observers
+from fxtrain.core import Logged
+from fxtrain.loop import late as late_numbers
+from fxtrain.loop.late import Together
+from fxtrain.values import Image, Text
+from tests import problem
+
+
+class Recorder:
+    """A writer that remembers."""
+
+    def __init__(self):
+        self.points = []
+
+    def write(self, step, values, event):
+        self.points += [(step, name, value) for name, value in values.items()]
+
+    def purge(self, step):
+        self.points = [point for point in self.points if point[0] <= step]
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def end(step, loss=0.0, **log):
+    return fx.StepEnd(step=step, metrics={"loss": loss}), fx.Control(log=log)
+
+
+def written(events, **options):
+    recorder = Recorder()
+    observer = observers.write(recorder, **options)
+    for event, control in events:
+        observer(None, event, control)
+    observer.close()
+    return recorder.points
+
+
+@pytest.mark.parametrize(("reduce", "value"), [("mean", 3.0), ("last", 2.0), ("min", 1.0), ("max", 6.0)])
+def test_what_is_written_of_an_interval(reduce, value):
+    steps = [end(1, 6.0), end(2, 1.0), end(3, 2.0)]
+    assert written(steps, every=3, reduce=reduce) == [(3, "train/loss", value)]
+
+
+@pytest.mark.parametrize("reduce", ["mean", "min", "max"])
+def test_a_nan_within_an_interval_is_not_hidden(reduce):
+    ((_, _, value),) = written([end(1, 1.0), end(2, math.nan), end(3, 2.0)], every=3, reduce=reduce)
+    assert math.isnan(value)
+
+
+def test_no_logged_value_is_lost_between_two_writes_and_all_are_in_the_order_of_steps():
+    steps = [end(step, 1.0, count=step, note=Text(str(step))) for step in range(1, 6)]
+    points = written([*steps, (fx.EvalEnd(step=5, metrics={"loss": 9.0}), fx.Control())], every=4)
+    assert [step for step, name, _ in points if name == "count"] == [1, 2, 3, 4, 5]
+    assert [step for step, name, _ in points if name == "note"] == [1, 2, 3, 4, 5]
+    assert [(step, value) for step, name, value in points if name == "train/loss"] == [(4, 1.0), (5, 1.0)]
+    before = [step for step, name, _ in points if not name.startswith("train/")]
+    assert before == sorted(before)
+
+
+def test_each_kind_may_have_a_period_of_its_own_and_the_latest_is_written():
+    def picture(step):
+        return Image(torch.full((2, 2), step / 10))
+
+    steps = [end(step, float(step), picture=picture(step), note=Text(str(step))) for step in range(1, 8)]
+    points = written(steps, every={"images": 3, "metrics": 2})
+    shown = [(step, value.frames[0, 0, 0, 0]) for step, name, value in points if name == "picture"]
+    assert shown == [(2, 51), (6, 153), (7, 178)]  # at 3 step 2 was the last one known; the rest comes at the end
+    assert [step for step, name, _ in points if name == "note"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, name, _ in points if name == "train/loss"] == [2, 4, 6, 7]
+
+
+def test_what_waits_is_a_copy():
+    pixels = torch.zeros(2, 2)
+    recorder = Recorder()
+    observer = observers.write(recorder, every={"images": 10})
+    observer(None, *end(1, picture=Image(pixels)))
+    pixels.fill_(1)
+    observer.close()
+    ((_, _, loss), (_, _, image)) = recorder.points
+    assert (loss, image.frames.max()) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        ({"pictures": 3}, "a kind in every='pictures': one of 'metrics', 'texts', 'images'"),
+        ({"images": 0}, r"every\['images'\]=0"),
+    ],
+)
+def test_periods_that_are_refused(every, says):
+    with pytest.raises(ValueError, match=says):
+        observers.write(Recorder(), every=every)
+
+
+# What is on a device
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """How many numbers each transfer brought to the host."""
+    counts = []
+    real = late_numbers.on_host
+
+    def counted(values):
+        counts.append(len(values))
+        return real(values)
+
+    monkeypatch.setattr(late_numbers, "on_host", counted)
+    return counts
+
+
+def average(value):
+    return fx.metrics.Average.from_model_output(values=torch.tensor([value]))
+
+
+def test_all_that_waits_comes_with_the_first_that_is_looked_at(transfers):
+    together = Together()
+    several = [together.metrics({"loss": average(float(i)), "n": torch.tensor(i)}) for i in range(5)]
+    log = together.log({"on": Logged(torch.tensor(7.0)), "off": Logged(torch.tensor(8.0), when=torch.tensor(False))})
+    assert transfers == []
+    assert dict(several[2]) == {"loss": 2.0, "n": 2}
+    assert [dict(each)["loss"] for each in several] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert list(log) == ["on"]
+    assert transfers == [5 * 2 + 4]
+
+
+def test_what_nobody_holds_any_more_is_not_read(transfers):
+    together = Together()
+    for i in range(1000):
+        kept = together.metrics({"n": torch.tensor(i)})
+    assert dict(kept) == {"n": 999}
+    assert transfers == [1]
+
+
+def test_one_that_cannot_be_read_fails_where_it_is_looked_at():
+    together = Together()
+    good, bad = together.metrics({"n": torch.tensor(1)}), together.metrics({"n": torch.zeros(3)})
+    assert dict(good) == {"n": 1}
+    with pytest.raises(TypeError, match=r"shape \[3\]"):
+        dict(bad)
+
+
+def test_an_interval_of_steps_is_one_transfer(transfers):
+    def loss(model, batch):
+        value, _ = problem.loss_fn(model, batch)
+        return value, {"mean": fx.metrics.Average.from_model_output(values=value.detach()[None])}
+
+    recorder = Recorder()
+    step = fx.train_step(loss, problem.transform())
+    fx.fit(problem.start(), step, problem.data(), steps=20, observers=[observers.write(recorder, every=10)])
+    assert [step for step, name, _ in recorder.points if name == "train/mean"] == [10, 20]
+    assert len(transfers) == 2 + 1  # the history's rest has been read with them, and is looked at in the end
+
+
+def test_the_history_has_every_step_whether_or_not_somebody_watches():
+    def watched(state, event: fx.StepEnd, control):
+        pass
+
+    def logging(state, event: fx.StepEnd):
+        return state, fx.Control(log={"half": event.step / 2} if event.step % 2 else {})
+
+    runs = [
+        fx.fit(problem.start(), problem.step(), problem.data(), steps=150, observers=seen, callbacks=logged)
+        for seen, logged in [([], []), ([watched], []), ([], [logging]), ([watched], [logging])]
+    ]
+    for run in runs:
+        assert run.history["train/loss"].steps.tolist() == list(range(1, 151))
+        assert run.history["train/loss"].values.tolist() == runs[0].history["train/loss"].values.tolist()
+    assert runs[2].history["half"].values.tolist() == [step / 2 for step in range(1, 151, 2)]
