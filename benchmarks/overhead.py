@@ -35,6 +35,7 @@ FIT = "fit"
 ON_STEP_END = "fit, ten callbacks on StepEnd, a writer at each 100th step"
 WRITTEN = "fit, ten callbacks on StepEnd, a writer at each step"
 UNSUBSCRIBED = "fit, ten callbacks that are not subscribed"
+LOGGED = "fit, JSON lines and TensorBoard at each step"
 
 
 def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]]:
@@ -48,24 +49,26 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
             steps = 500 if quick else 5000
             found = {"tiny_mlp": alternate(turns(tiny, steps, pathlib.Path(folder, "tiny"), statistics.fmean), rounds)}
             steps = 50 if quick else 1000
-            only = (BARE, FIT)
-            found["about a millisecond"] = alternate(
-                turns(millisecond(), steps, pathlib.Path(folder, "millisecond"), statistics.median, only), rounds
-            )
+            for name, batch, only in (
+                ("about a millisecond", 1280, (BARE, FIT)),
+                ("about five milliseconds", 7000, (FIT, LOGGED)),
+            ):
+                made = turns(slower(batch), steps, pathlib.Path(folder, str(batch)), statistics.median, only)
+                found[name] = alternate(made, rounds)
     finally:
         os.sched_setaffinity(0, cores)
     return found, verdicts(found)
 
 
-def millisecond() -> Workload:
+def slower(batch: int) -> Workload:
     """Of few weights: where many lie is left to chance, which made 5 % of their step, the same for a whole process."""
     generator = torch.Generator().manual_seed(1)
     return Workload(
-        name="millisecond",
-        about="4 x Linear(64), batch 1280",
+        name="slower",
+        about=f"4 x Linear(64), batch {batch}",
         make=lambda: nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(64, 64), nn.ReLU())]),
         batches=[
-            {"x": torch.randn(1280, 64, generator=generator), "y": torch.randn(1280, 64, generator=generator)}
+            {"x": torch.randn(batch, 64, generator=generator), "y": torch.randn(batch, 64, generator=generator)}
             for _ in range(8)
         ],
         loss=squared_error,
@@ -83,6 +86,10 @@ def turns(
     def writer(every: int) -> Any:
         return fx.observers.write(fx.writers.jsonl(folder / f"{every}.jsonl"), every=every)
 
+    def logged() -> Any:
+        writers = fx.writers.jsonl(folder / "logged.jsonl"), fx.writers.tensorboard(folder / "tensorboard")
+        return fx.observers.write(*writers, every=1)
+
     def fit(callbacks: Any = (), observers: Callable[[], list[Any]] = list) -> Turn:
         # One graph for all: callbacks of the loop do not enter it.
         return fitted(state, step, batches, steps, callbacks, observers)
@@ -98,6 +105,7 @@ def turns(
         ON_STEP_END: lambda: fit(watched, lambda: [writer(100)]),
         WRITTEN: lambda: fit(watched, lambda: [writer(1)]),
         UNSUBSCRIBED: lambda: fit(fx.compose(*asleep)),
+        LOGGED: lambda: fit(observers=lambda: [logged()]),
     }
     return {name: make() for name, make in variants.items() if not only or name in only}
 
@@ -179,7 +187,7 @@ def sleeper() -> Any:
 
 def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
     """Differences within each round, in microseconds; and ``fit`` over the bare loop, as a ratio."""
-    tiny, longer = found["tiny_mlp"], found["about a millisecond"]
+    tiny, longer, logged = (found[name] for name in ("tiny_mlp", "about a millisecond", "about five milliseconds"))
 
     def added(name: str, to: str) -> list[float]:
         return [1e6 * (a - b) for a, b in zip(tiny[name], tiny[to], strict=True)]
@@ -211,5 +219,11 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
             ratios(longer[FIT], longer[BARE]),
             1.02,
             of_fit,
+        ),
+        Verdict(
+            "JSON lines and TensorBoard at each step, over none, of steps of "
+            f"{1e3 * statistics.median(logged[FIT]):.1f} ms",
+            ratios(logged[LOGGED], logged[FIT]),
+            1.02,
         ),
     ]

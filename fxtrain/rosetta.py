@@ -1,4 +1,4 @@
-"""Rosetta: every hook of other trainers, and what serves it here.
+"""Rosetta: every hook of other trainers, and what they show a person; and what serves it here.
 
 On the right are events, which a callback or an observer subscribes to by annotating its second parameter; functions of
 fxtrain, as ``fx.name``; or the reason that it is not needed. ``at`` says where else to look. A callback returns what it
@@ -123,6 +123,30 @@ Lightning
     state_dict                    fx.stateful: memory is in the state, and so in every checkpoint
     load_state_dict               fx.restore
     on_exception                  Interrupted
+
+What these systems show a person
+    LoggerCallback                fx.observers.write
+    MetricLoggerCallback          fx.observers.write; by classes fx.callbacks.confusion_matrix and fx.callbacks.curves
+    MediaLoggerCallback           fx.callbacks.samples, fx.callbacks.predictions
+    ModelWatchCallback            fx.callbacks.watch, inside the step, where gradients are
+    TrainerSummary                fx.observers.summary
+    ProgressBar                   fx.observers.progress
+    ProgressCallback              fx.observers.progress
+    InfoCallback                  fx.observers.summary
+    TBLogger                      fx.writers.tensorboard
+    JsonLogger                    fx.writers.jsonl
+    TextgenCallback               fx.callbacks.textgen
+    GradLogger                    fx.callbacks.grad_norms, fx.callbacks.grad_flow
+    WandBLoggerMixin              fx.writers.wandb
+    log_scalar                    fx.Control, log=; a number, or a tensor of shape []
+    log_dict                      fx.Control, log=
+    log_images                    fx.values.Image
+    log_videos                    fx.values.Video
+    log_histogram                 fx.values.Histogram
+    log_table                     fx.values.Table
+    log_plot                      fx.values.Figure
+    log_config                    fx.observers.write, hparams=; fx.observers.record_run
+    log_model                     fx.observers.record_code, and fx.callbacks.save
 """
 
 from __future__ import annotations

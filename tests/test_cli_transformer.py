@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from fxtrain.cli.transformer import Config, Transformer, sample
+from fxtrain.cli.transformer import Config, Transformer
 
 SMALL = Config(layers=2, width=32, heads=2, length=16)
 
@@ -135,81 +135,4 @@ def test_dropout_acts_in_training_only():
 def test_a_shape_that_cannot_be_is_refused(wrong, wanted):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         Config(**wrong)
-    assert str(caught.value) == wanted
-
-
-def successor(tokens: torch.Tensor) -> torch.Tensor:
-    """A model that is sure of the next byte: one more."""
-    return 100.0 * nn.functional.one_hot((tokens + 1) % 256, 256).float()
-
-
-@pytest.mark.parametrize("prompt", [[65], [63, 64, 65], list(range(58, 66)), list(range(40, 66))])
-def test_sampling_reads_the_last_byte_of_the_window(prompt):
-    drawn = sample(successor, torch.tensor(prompt, dtype=torch.uint8), length=8, uniform=torch.full((20,), 0.999))
-    assert drawn.dtype == torch.uint8
-    assert drawn.tolist() == list(range(66, 86))
-
-
-@pytest.mark.parametrize("prompt", [[3], [3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
-def test_sampling_is_what_the_model_says_of_the_last_bytes(prompt):
-    config = Config(layers=1, width=16, heads=2, length=8)
-    model, text = make(config), list(prompt)
-    drawn = sample(model, torch.tensor(prompt), length=8, uniform=torch.zeros(12), top_k=1)
-    for byte in drawn.tolist():
-        assert byte == model(torch.tensor([text[-8:]]))[0, -1].argmax()
-        text.append(byte)
-
-
-def test_sampling_is_a_function_of_its_numbers():
-    model, prompt = make(), torch.tensor([10, 20])
-    uniform = torch.rand(12, generator=torch.Generator().manual_seed(2))
-    before = torch.random.get_rng_state()
-    first = sample(model, prompt, length=16, uniform=uniform)
-    assert torch.equal(first, sample(model, prompt, length=16, uniform=uniform))
-    assert not torch.equal(first, sample(model, prompt, length=16, uniform=1 - uniform))
-    assert torch.equal(first[:5], sample(model, prompt, length=16, uniform=uniform[:5]))
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert prompt.tolist() == [10, 20]
-    assert sample(model, prompt, length=16, uniform=uniform[:0]).shape == (0,)
-
-
-def fixed(logits: torch.Tensor):
-    """A model that says the same of every text."""
-    return lambda tokens: logits.expand(*tokens.shape, 256)
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 256), (0.5, 256), (2.0, 3), (1.0, 1)])
-def test_bytes_are_drawn_as_often_as_the_distribution_says(temperature, top_k):
-    logits = torch.linspace(0, 6, 256)[torch.randperm(256, generator=torch.Generator().manual_seed(3))]
-    kept = logits >= logits.sort(descending=True).values[top_k - 1]
-    wanted = torch.where(kept, logits / temperature, -torch.inf).softmax(0)
-    grid = (torch.arange(2000) + 0.5) / 2000  # every two-thousandth of the unit interval, once
-    model, prompt = fixed(logits), torch.tensor([0])
-    drawn = sample(model, prompt, length=1, uniform=grid, temperature=temperature, top_k=top_k)
-    frequencies = torch.bincount(drawn.long(), minlength=256) / 2000
-    torch.testing.assert_close(frequencies, wanted, atol=1.01 / 2000, rtol=0)
-
-
-def test_the_ends_of_the_unit_interval_draw_a_byte_that_is_considered():
-    model = fixed(torch.zeros(256).index_fill(0, torch.tensor([5, 6]), 50.0))
-    drawn = sample(model, torch.tensor([0]), length=4, uniform=torch.tensor([0.0, 1 - 2**-24, 1.0]), top_k=2)
-    assert set(drawn.tolist()) == {5, 6}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "wanted"),
-    [
-        (
-            {"prompt": torch.tensor([])},
-            "The prompt is empty, and sampling needs one byte to go on from: a line break will do.",
-        ),
-        ({"temperature": 0.0}, "temperature is 0.0, and more than 0 was wanted; top_k=1 takes the likeliest byte."),
-        ({"top_k": 0}, "top_k is 0, and a number from 1 to 256 was wanted."),
-        ({"top_k": 257}, "top_k is 257, and a number from 1 to 256 was wanted."),
-    ],
-)
-def test_sampling_refuses_what_it_cannot_do(wrong, wanted):
-    arguments = {"prompt": torch.tensor([1]), "length": 4, "uniform": torch.zeros(1)} | wrong
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        sample(successor, arguments.pop("prompt"), **arguments)
     assert str(caught.value) == wanted

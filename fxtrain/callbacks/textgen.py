@@ -87,6 +87,7 @@ def textgen(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p!r}: above 0, and at most 1, is wanted.")
     encoded = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
             raise ValueError(f"The prompt {prompt!r} has no token: a model goes on from one at least.")
@@ -97,7 +98,7 @@ def textgen(
         for index, tokens in enumerate(encoded):
             key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=event.step, microbatch=index)
             numbers = rng.uniform(key, (max_tokens,)).tolist()
-            written = _generate(model, tokens, numbers, state.step.device, length, temperature, top_k, top_p, stop)
+            written = generate(model, tokens, numbers, length=length, device=state.step.device, **drawing)
             parts.append(f"**{prompts[index]}**\n\n{_FENCE}text\n{tokenizer.decode(written)}\n{_FENCE}\n")
         return state, Control(log={name: Text("\n".join(parts))})
 
@@ -105,17 +106,39 @@ def textgen(
     return on(at, callback)
 
 
-def _generate(
+def generate(
     model: Callable[[Tensor], Any],
-    prompt: list[int],
-    numbers: list[float],
-    device: torch.device,
+    prompt: Sequence[int],
+    numbers: Sequence[float],
+    *,
     length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    stop: Collection[int],
+    device: torch.device | str = "cpu",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Collection[int] = (),
 ) -> list[int]:
+    """The tokens that continue a prompt, one for each number: a function, without a generator.
+
+    Args:
+        model: From int64 [1, T] to logits [1, T, vocabulary], or to something that has them as ``.logits``.
+        prompt: At least one token.
+        numbers: In [0, 1).
+        length: The model sees at most so many tokens, the last ones.
+        device: Where the model is.
+        temperature: As for ``textgen``, and so are the others.
+        top_k: Likewise.
+        top_p: Likewise.
+        stop: Likewise.
+
+    Raises:
+        TypeError: If the model returns no logits.
+
+    Example:
+        >>> count = lambda tokens: 100.0 * torch.nn.functional.one_hot(tokens + 1, 32)
+        >>> generate(count, [3], [0.5, 0.5, 0.5], length=8)
+        [4, 5, 6]
+    """
     tokens = list(prompt)
     with torch.no_grad():
         for number in numbers:

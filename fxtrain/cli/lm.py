@@ -19,14 +19,16 @@ import tyro
 from torch import Tensor
 
 import fxtrain as fx
+from fxtrain.callbacks.textgen import generate
 from fxtrain.cli import baselines
 from fxtrain.cli.corpus import CorpusError, check_fits, read_corpus
-from fxtrain.cli.transformer import Config, Transformer, sample
+from fxtrain.cli.transformer import Config, Transformer
 
 CONFIG = "config.json"
 STEPS = 1000  # where neither steps nor epochs are asked for
 MUON_RATE = 20 / 3  # its learning rate over AdamW's
-PROMPT = b"def "
+PROMPT = "def "
+TEMPERATURE = 0.8
 
 
 class CommandError(Exception):
@@ -145,7 +147,10 @@ class _Job:
         step, eval_step = fx.train_step(_loss, tx, callbacks=monitors), fx.eval_step(_loss)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
-        callbacks = [monitors, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
+        writing = fx.callbacks.textgen([PROMPT, "import "], Bytes(), length=options.length, temperature=TEMPERATURE)
+        tokens = options.batch_size * options.length
+        speed = fx.callbacks.throughput(tokens=tokens)
+        callbacks = [monitors, speed, writing, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
         if options.early_stopping:
             callbacks.append(
                 fx.callbacks.early_stopping(
@@ -168,13 +173,15 @@ class _Job:
             checkpointer=self.checkpoints,
             resume=options.resume is not None,
             observers=[
-                fx.observers.progress(rate=("tokens", options.batch_size * options.length), extra=bits),
+                fx.observers.progress(rate=("tokens", tokens), extra=bits),
                 fx.observers.write(
                     fx.writers.jsonl(self.folder / "metrics.jsonl"),
                     fx.writers.tensorboard(self.folder),
                     every=10,
                     hparams={name: value for name, value in _plain(options).items() if value is not None},
                 ),
+                fx.observers.record_run(self.folder, _plain(options)),
+                fx.observers.summary(file=self.folder / "summary.txt"),
             ],
         )
         if result.exit_code:
@@ -267,14 +274,15 @@ class _Job:
 
     def _sample(self, state: fx.TrainState) -> str:
         key = fx.rng.key(state.seed, stream=fx.rng.Stream.SAMPLE, step=state.step)
-        numbers = fx.rng.uniform(key, (240,))
-        prompt = torch.tensor(list(PROMPT), dtype=torch.uint8)
-        drawn = sample(fx.view(state), prompt, length=self.options.length, uniform=numbers)
-        return (PROMPT + bytes(drawn.tolist())).decode("utf-8", errors="replace")
+        numbers = fx.rng.uniform(key, (240,)).tolist()
+        prompt, length = Bytes().encode(PROMPT), self.options.length
+        drawn = generate(fx.view(state), prompt, numbers, length=length, device=self.device, temperature=TEMPERATURE)
+        return PROMPT + Bytes().decode(drawn)
 
     def _tail(self) -> None:
         print(f"\nrun         {self.folder}")
         print(f"resume      fxtrain lm --resume {self.folder}")
+        print(f"report      fxtrain report {self.folder}")
 
     def _start_folder(self) -> None:
         path = self.folder / CONFIG
@@ -299,6 +307,16 @@ class _Job:
             )
         if not self.checkpoints.steps():
             print(f"No checkpoint is in {self.folder} yet: the run begins at its first step.", file=sys.stderr)
+
+
+class Bytes:
+    """What turns text into bytes and back."""
+
+    def encode(self, text: str, /) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        return bytes(tokens).decode(errors="replace")
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:

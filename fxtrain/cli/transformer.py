@@ -1,9 +1,8 @@
-"""A small byte-level transformer, and sampling from it."""
+"""A small byte-level transformer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -153,76 +152,6 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.gelu(self.up(x)))
-
-
-def sample(
-    model: Callable[[Tensor], Tensor],
-    prompt: Tensor,
-    *,
-    length: int,
-    uniform: Tensor,
-    temperature: float = 0.8,
-    top_k: int = VOCABULARY,
-) -> Tensor:
-    """Bytes that continue the prompt, one for each number of ``uniform``: a function, without a generator.
-
-    Each byte is where a number falls in the cumulative distribution of the ``top_k`` likeliest bytes, and costs
-    one pass over a window of constant shape, which moves along with the text.
-
-    Args:
-        model: From int64 [1, length] to logits [1, length, 256]; causal, and in evaluation mode.
-        prompt: Integers [bytes], at least one; the last ``length`` of them count.
-        length: Bytes in the window.
-        uniform: float [count], in [0, 1), on the model's device.
-        temperature: What the logits are divided by. Above 0; near 0, the likeliest byte wins.
-        top_k: How many bytes are considered, from 1 to 256.
-
-    Returns:
-        uint8 [count].
-
-    Raises:
-        ValueError: If the prompt is empty, or a number is out of range.
-
-    Example:
-        >>> model = Transformer(Config(layers=1, width=16, heads=2, length=8), torch.Generator().manual_seed(0))
-        >>> prompt = torch.tensor(list(b"import "), dtype=torch.uint8)
-        >>> sample(model, prompt, length=8, uniform=torch.tensor([0.1, 0.5, 0.9])).shape
-        torch.Size([3])
-    """
-    if not prompt.numel():
-        raise ValueError("The prompt is empty, and sampling needs one byte to go on from: a line break will do.")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, and more than 0 was wanted; top_k=1 takes the likeliest byte.")
-    if not 1 <= top_k <= VOCABULARY:
-        raise ValueError(f"top_k is {top_k}, and a number from 1 to {VOCABULARY} was wanted.")
-    recent = prompt[-length:].to(uniform.device, torch.int64)
-    window = F.pad(recent, (0, length - len(recent)))[None]
-    used = torch.tensor(len(recent), device=uniform.device)
-    drawn: list[Tensor] = []
-    with torch.no_grad():
-        for number in uniform:
-            logits = model(window)[0].index_select(0, (used - 1).view(1))[0]
-            byte = _draw(logits / temperature, number, top_k=top_k)
-            window, used = _append(window, used, byte)
-            drawn.append(byte)
-    return torch.stack(drawn).to(torch.uint8) if drawn else prompt.new_empty(0, dtype=torch.uint8)
-
-
-def _draw(logits: Tensor, number: Tensor, *, top_k: int) -> Tensor:
-    """The index (int64 []) at which ``number`` in [0, 1) falls, the ``top_k`` largest logits in falling order."""
-    largest, indices = logits.float().topk(top_k)
-    cumulative = largest.softmax(-1).cumsum(-1)
-    # Scaled, because rounding may leave the sum below the number; capped, because it may round up to the sum.
-    rank = (cumulative <= number * cumulative[-1]).sum().clamp(max=top_k - 1)
-    return indices.index_select(0, rank.view(1))[0]
-
-
-def _append(window: Tensor, used: Tensor, byte: Tensor) -> tuple[Tensor, Tensor]:
-    """The window with the byte after the ``used`` first ones; a full one loses its first byte."""
-    length = window.shape[1]
-    moved = torch.where(used == length, window.roll(-1, dims=1), window)
-    place = used.clamp(max=length - 1)
-    return moved.scatter(1, place.view(1, 1), byte.view(1, 1)), place + 1
 
 
 def _rotary(length: int, channels: int) -> tuple[Tensor, Tensor]:
