@@ -8,6 +8,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import callbacks as cb
+from fxtrain import testing
 from fxtrain.callbacks.textgen import draw
 from fxtrain.values import ConfusionMatrix, Image
 
@@ -272,3 +273,34 @@ def test_classes_and_labels_fit(make):
         make(1)
     with pytest.raises(ValueError, match="3 labels came for 2 classes"):
         make(2, labels=list("abc"))
+
+
+def events_of_an_evaluation():
+    batches = [scored(seed, 8) for seed in range(3)]
+    steps = [
+        fx.EvalStep(step=7, index=i, batch={"x": logits, "y": truth}, metrics={}, outputs=logits)
+        for i, (logits, truth, _) in enumerate(batches)
+    ]
+    return [fx.EvalBegin(step=7), *steps, fx.EvalEnd(step=7, metrics={})]
+
+
+def test_the_laws_hold_for_a_confusion_matrix():
+    testing.check_laws(cb.confusion_matrix(CLASSES), fx.init(nn.Linear(1, 1)), events_of_an_evaluation())
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_an_evaluation_may_be_saved_and_restored_in_its_middle(cut, tmp_path):
+    composed = fx.compose(cb.confusion_matrix(CLASSES), cb.curves(CLASSES))
+    start = fx.attach(fx.init(nn.Linear(1, 1)), composed)
+    events = events_of_an_evaluation()
+    whole = start
+    for event in events:
+        whole, _ = composed(whole, event)
+    state = start
+    for event in events[:cut]:
+        state, _ = composed(state, event)
+    fx.save(tmp_path / "middle", state)
+    state = fx.restore(tmp_path / "middle", start)
+    for event in events[cut:]:
+        state, _ = composed(state, event)
+    testing.assert_equal(state, whole, "after the middle")
