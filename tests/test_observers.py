@@ -1,12 +1,14 @@
 """What observers do to the world: the points they write, the lines they show, the page they print."""
 
 import contextlib
+import functools
 import io
 import json
 import math
 import re
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Mapping
 
@@ -221,6 +223,7 @@ def test_close_writes_the_rest_and_closes_every_writer():
         (lambda: observers.progress(seconds=0), "seconds=0: more than 0"),
         (lambda: observers.progress(rate=("tokens", 0)), "a unit and how many"),
         (lambda: observers.summary(rows=0), "rows=0: at least 1"),
+        (lambda: observers.summary(depth=0), "depth=0: a whole number of levels"),
     ],
 )
 def test_what_observers_refuse(make, says):
@@ -508,16 +511,130 @@ def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):
     assert terminal.screen[-2] == "ended: reached 20 steps, in 1:10"
 
 
-def test_a_notebook_without_widgets_gets_lines(monkeypatch):
-    import rich.console
+class Cell:
+    """The output of a notebook's cell, as ``IPython.display`` reaches it: what is shown there now, and how often."""
 
-    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    file = io.StringIO()
+    def __init__(self, monkeypatch):
+        import rich
+        import rich.console
+
+        self.shown, self.count = [], 0
+        monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+        monkeypatch.setattr(rich, "_console", rich.console.Console())
+        module = types.SimpleNamespace(display=self.display)
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=module))
+        monkeypatch.setitem(sys.modules, "IPython.display", module)
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+
+    def display(self, data, *, raw, display_id):
+        assert raw
+        assert display_id
+        self.shown.append(data)
+        return types.SimpleNamespace(update=functools.partial(self.update, len(self.shown) - 1))
+
+    def update(self, index, data, *, raw):
+        assert raw
+        self.shown[index], self.count = data, self.count + 1
+
+
+def test_a_notebook_shows_a_panel_that_changes_in_place_without_widgets(monkeypatch, capsys):
+    cell = Cell(monkeypatch)
+    shown = observers.progress()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        see(observers.progress(file=file), *run(evaluated=False))
+        for _ in range(2):
+            see(shown, *run())
+            shown.close()
+    first, second = cell.shown
+    assert first == second
+    assert 20 < cell.count < 100
+    assert [line.rstrip() for line in first["text/plain"].splitlines()] == [
+        f"train  {'━' * 40}  20/20   epoch 2.00/2",
+        "       loss 2.4144   0.50 steps/s   data wait 25%",
+        "eval   at step 20   loss 4.0000   accuracy 0.2500   best loss 2.0000 at step 10",
+        "end    reached 20 steps, in 1:16",
+    ]
+    assert first["text/html"].startswith("<pre style=")
+    assert "reached 20 steps" in first["text/html"]
+    assert capsys.readouterr().out == ""
+
+
+def test_in_a_notebook_notes_are_printed_and_a_file_gets_lines(monkeypatch, capsys):
+    cell, file = Cell(monkeypatch), io.StringIO()
+    see(observers.progress(), FitBegin(step=0), ended(1), Interrupted(step=1, cause="ValueError: <b>"))
+    assert capsys.readouterr().out == "interrupted at step 1: ValueError: <b>\n"
+    assert "compiling" not in cell.shown[0]["text/plain"]
+    see(observers.progress(file=file), *run(evaluated=False))
     assert file.getvalue().endswith("ended: reached 20 steps, in 1:10\n")
+    assert len(cell.shown) == 1
+
+
+class Untouched(Mapping):
+    """Metrics that nobody may look at."""
+
+    def __getitem__(self, name):
+        raise AssertionError("looked at")
+
+    __iter__ = __len__ = None
+
+
+def test_of_several_processes_that_of_rank_0_shows(monkeypatch):
+    file = io.StringIO()
+    made_before = observers.progress(file=file)
+    monkeypatch.setenv("RANK", "1")
+    for shown in (made_before, observers.progress(file=file)):
+        see(shown, FitBegin(step=0), StepEnd(step=1, metrics=Untouched()), FitEnd(step=1, reason="done"))
+        shown.close()
+    assert file.getvalue() == ""
+    see(observers.progress(file=file, every_rank=True), *run())
+    assert file.getvalue().count("\n") == 16
+    monkeypatch.setenv("RANK", "0")
+    see(made_before, *run())
+    assert file.getvalue().count("\n") == 32
+
+
+def test_the_rank_is_that_of_the_process_group(monkeypatch):
+    from torch import distributed
+
+    from fxtrain.observers.rank_zero import rank
+
+    monkeypatch.setenv("RANK", "")  # as some launchers leave it
+    assert rank() == 0
+    monkeypatch.setenv("RANK", "3")
+    assert rank() == 3
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert rank() == 0
+        observer = Recorder()
+        assert observers.rank_zero(observer) is observer
+    finally:
+        distributed.destroy_process_group()
+    assert observers.rank_zero(observer) is not observer
+
+
+TWO = """if True:
+    import datetime, torch, torch.distributed as dist, fxtrain as fx
+    shown = fx.observers.progress(), fx.observers.summary()
+    wait = datetime.timedelta(seconds=100)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=wait)
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+    fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, [torch.ones(4, 1)], steps=3, observers=shown)
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_do_not_write_amidst_each_other(tmp_path, capsys):
+    where = f"file://{tmp_path}/meeting"
+    command = [sys.executable, "-c", f"rank, where = 1, {where!r}\n{TWO}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        exec(TWO, {"rank": 0, "where": where})
+        assert other.communicate(timeout=100) == ("", None)
+        assert other.returncode == 0
+    shown = capsys.readouterr().out
+    assert "processes    2, this is rank 0; gloo\n" in shown
+    assert re.search(r"step 3/3 \| epoch 3.00 \| loss .*\nended: reached 3 steps", shown)
 
 
 def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
@@ -611,67 +728,3 @@ def test_pace_knows_nothing_before_it_can():
     pace.step(StepEnd(step=1, metrics={}, total_steps=3))
     pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # a clock that stands still
     assert (pace.rate, pace.waiting, pace.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (None, None, None)
-
-
-# summary
-
-
-def printed(state, rows=30, **event):
-    file = io.StringIO()
-    observers.summary(rows=rows, file=file)(state, FitBegin(step=int(state.step), **event), NOTHING)
-    return file.getvalue()
-
-
-def test_summary_is_one_readable_page():
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).to(torch.bfloat16)
-    module[0].bias.requires_grad_(False)
-    text = printed(fx.init(module, seed=7), total_steps=1000, total_epochs=2, epoch_length=1500)
-    assert text == (
-        "+----------+--------+----------+------+\n"
-        "| Name     | Shape  | Dtype    | Size |\n"
-        "+----------+--------+----------+------+\n"
-        "| 0.bias   | (4,)   | bfloat16 | 4    |\n"
-        "| 0.weight | (4, 3) | bfloat16 | 12   |\n"
-        "| 1.bias   | (4,)   | bfloat16 | 4    |\n"
-        "| 1.weight | (4,)   | bfloat16 | 4    |\n"
-        "+----------+--------+----------+------+\n"
-        "parameters  24 in 4 tensors, 48 B, 4 of them frozen\n"
-        "state       110 B: params 48 B, buffers 24 B, the rest 38 B\n"
-        "device      cpu\n"
-        "run         1,000 steps, 2 epochs of 1,500 batches, seed 7\n"
-    )
-
-
-def layers(count):
-    return fx.init(
-        {"blocks": torch.nn.ModuleList(torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3)}) for _ in range(count))}
-    )
-
-
-@pytest.mark.parametrize(
-    ("rows", "table"),
-    [
-        (8, [f"blocks.{i}.a.{name}" for i in range(4) for name in ("bias", "weight")]),
-        (7, ["blocks.*.a.bias | 4 x (3,) | 12", "blocks.*.a.weight | 4 x (3, 2) | 24"]),
-        (1, ["blocks.*.a | 8 tensors | 36"]),
-    ],
-)
-def test_summary_shows_a_big_model_in_less_detail(rows, table):
-    found = [line.strip("|").split("|") for line in printed(layers(4), rows).splitlines() if "blocks" in line]
-    shown = [" | ".join(cell.strip() for cell in (name, shape, size)) for name, shape, _, size in found]
-    assert [
-        line if " | " in wanted else line.split(" | ")[0] for line, wanted in zip(shown, table, strict=True)
-    ] == table
-
-
-def test_summary_cuts_what_cannot_be_grouped():
-    state = fx.init(torch.nn.ParameterDict({name: torch.zeros(2) for name in "abcdef"}))
-    assert [line.split()[1] for line in printed(state, 3).splitlines()[3:6]] == ["a", "b", "and"]
-    assert "and 4 more" in printed(state, 3)
-
-
-def test_summary_without_clu_says_so_and_shows_the_rest(monkeypatch):
-    monkeypatch.setitem(sys.modules, "clu", None)
-    text = printed(layers(1))
-    assert text.startswith("(no table of the parameters, as clu cannot be imported: ")
-    assert "pip install clu)\nparameters  9 in 2 tensors, 36 B\n" in text

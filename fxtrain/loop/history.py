@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+_LONGEST = 46  # characters of a title that fit over a panel
 
 
 class Series(NamedTuple):
@@ -60,7 +63,8 @@ class History(Mapping[str, Series]):
     def plot(self, *patterns: str) -> Any:
         """Draws the curves; in a notebook, what the cell returns is shown.
 
-        ``train/loss`` and ``eval/loss`` share a panel, as do others that differ in that alone.
+        ``train/loss`` and ``eval/loss`` share a panel, as do others that differ in that alone; such panels come first.
+        Where a value is not finite the curve has a gap.
 
         Args:
             patterns: Of the names to draw, ``"*/loss"`` say; by default all.
@@ -76,39 +80,82 @@ class History(Mapping[str, Series]):
             >>> history = History()
             >>> for step in (1, 2, 3):
             ...     history.add(step, {"train/loss": 1 / step, "eval/loss": 2 / step})
-            >>> [axes.get_title() for axes in history.plot("*loss").axes]
+            >>> [axes.get_title(loc="left") for axes in history.plot("*loss").axes]
             ['loss']
         """
         try:
             import matplotlib.pyplot as plt  # which tells a notebook how to show figures
         except ImportError as error:
             raise ImportError("plot draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
+        panels = self._panels(patterns)
+        columns = min(len(panels), 3)
+        rows = -(-len(panels) // columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(4.5 * columns, 2.8 * rows), squeeze=False, sharex=True, layout="constrained"
+        )
+        plt.close(figure)  # else a notebook shows it twice
+        for index, axes in enumerate(grid.flat):
+            if index < len(panels):
+                self._draw(axes, panels[index], lowest=index + columns >= len(panels))
+            else:
+                axes.remove()
+        return figure
+
+    def _panels(self, patterns: tuple[str, ...]) -> list[list[str]]:
+        """The names of each panel's curves."""
         panels: dict[str, list[str]] = {}
         for pattern in patterns or ("*",):
             matching = fnmatch.filter(self, pattern)
             if not matching:
                 raise KeyError(f"No curve is called {pattern!r}; there are {', '.join(map(repr, self)) or 'none'}.")
-            for name in matching:
-                names = panels.setdefault(name.removeprefix("train/").removeprefix("eval/"), [])
+            for name in sorted(matching, key=_by_number):
+                names = panels.setdefault(_shared(name), [])
                 if name not in names:
                     names.append(name)
-        columns = min(len(panels), 3)
-        rows = -(-len(panels) // columns)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout="constrained"
-        )
-        plt.close(figure)  # else a notebook shows it twice
-        for axes in grid.flat[len(panels) :]:
-            axes.remove()
-        for axes, (title, names) in zip(grid.flat, panels.items(), strict=False):
-            for name in names:
-                few = len(self[name].steps) < 50
-                axes.plot(*self[name], marker="." if few else "", label=name)
-            axes.set(title=title, xlabel="step")
-            if len(names) > 1:
-                axes.legend()
-        return figure
+        return sorted(panels.values(), key=lambda names: len(names) == 1)
+
+    def _draw(self, axes: Any, names: list[str], *, lowest: bool) -> None:
+        # Evaluations are few and over the others; one colour each, in every panel.
+        for name in sorted(names, key=lambda name: name.startswith("eval/")):
+            steps, values = self[name]
+            evaluated = name.startswith("eval/")
+            axes.plot(
+                steps,
+                np.where(np.isfinite(values), values, np.nan),
+                color="tab:orange" if evaluated else "tab:blue",
+                linewidth=2.0 if evaluated else 1.0,
+                marker="o" if evaluated and len(steps) < 50 else "." if len(steps) < 50 else "",
+                markersize=5,
+                label=name,
+            )
+        title = _shared(names[0]) if len(names) > 1 else names[0]
+        axes.set_title(_short(title), loc="left", fontsize="medium")
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(colors="0.3", labelsize="small", labelbottom=lowest)
+        if lowest:
+            axes.set_xlabel("step", fontsize="small")
+        if len(names) > 1:
+            axes.legend(fontsize="small", frameon=False)
+        if not any(np.isfinite(self[name].values).any() for name in names):
+            axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color="0.3")
 
     def __repr__(self) -> str:
         rows = [f"  {name}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self]
         return "\n".join([f"History of {len(self)} curves", *rows])
+
+
+def _shared(name: str) -> str:
+    return name.removeprefix("train/").removeprefix("eval/")
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """An order in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= _LONGEST else f"{title[: _LONGEST // 2 - 2]}...{title[-(_LONGEST // 2 - 1) :]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 from fxtrain.core import LoopEvent
 from fxtrain.observers.pace import fraction
 
+_PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
 _REDRAW = 0.2  # seconds between two drawings in place, of about two milliseconds each
 
 Column = tuple[str, str]
@@ -27,7 +28,7 @@ class Frame(NamedTuple):
 
 
 def display(file: TextIO | None, seconds: float) -> Lines | Panel:
-    """In place on a terminal and in a notebook, lines elsewhere.
+    """In place on a terminal and in a notebook, lines elsewhere, and so in a file that a notebook writes.
 
     Args:
         file: Where to write; standard output by default.
@@ -37,12 +38,10 @@ def display(file: TextIO | None, seconds: float) -> Lines | Panel:
     from rich.console import Console
 
     # The console that the process shares: what others print on it appears above ours and not amidst it.
-    console = rich.get_console() if file is None else Console(file=file)
+    console = rich.get_console() if file is None else Console(file=file, force_jupyter=False)
     if console.is_jupyter:
-        in_place = importlib.util.find_spec("ipywidgets") is not None
-    else:
-        in_place = console.is_terminal and not console.is_dumb_terminal
-    return Panel(console) if in_place else Lines(file, seconds)
+        return Panel(Cell())
+    return Panel(Terminal(console)) if console.is_terminal and not console.is_dumb_terminal else Lines(file, seconds)
 
 
 class Lines:
@@ -87,30 +86,78 @@ class Lines:
         print(" | ".join(part for part in parts if part), file=self._file, flush=True)
 
 
-class Panel:
-    """A few lines that change in place. Between its creation and ``close`` the terminal is rich's.
-
-    It has no thread: it is drawn when something happens, and at most five times a second.
-    """
+class Terminal:
+    """Draws in place on a terminal, which between its creation and ``close`` is rich's."""
 
     def __init__(self, console: Any) -> None:
         from rich.live import Live
 
+        self.width: int = console.width
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            # What is printed to the terminal appears above the panel. What goes to a file is to stay there.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._live.start()
+
+    def draw(self, drawn: Any) -> None:
+        self.width = self._live.console.width  # a window may change its size
+        self._live.update(drawn, refresh=True)
+
+    def note(self, text: str) -> None:
+        self._live.console.print(text, style="yellow", highlight=False, markup=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+class Cell:
+    """Draws in place in the output of a notebook's cell: HTML that is replaced, so that a notebook shows the last of
+    it once it is saved, and needs no widgets."""
+
+    def __init__(self) -> None:
+        self.width = 100
+        self._handle: Any = None
+
+    def draw(self, drawn: Any) -> None:
+        import IPython.display
+        from rich.console import Console
+
+        apart = io.StringIO()  # what is printed goes nowhere: the record of it is shown
+        console = Console(file=apart, record=True, width=self.width, force_jupyter=False, color_system="truecolor")
+        console.print(drawn)
+        shown = {
+            "text/html": console.export_html(inline_styles=True, code_format=_PRE, clear=False),
+            "text/plain": console.export_text(),
+        }
+        if self._handle is None:
+            self._handle = IPython.display.display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def note(self, text: str) -> None:
+        print(text)
+
+    def close(self) -> None:
+        pass
+
+
+class Panel:
+    """A few lines that change in place.
+
+    It has no thread: it is drawn when something happens, and at most five times a second.
+    """
+
+    def __init__(self, place: Terminal | Cell) -> None:
+        self._place = place
         self._frame: Frame | None = None
         self._event: LoopEvent | None = None
         self._phase = ""  # what happens in place of steps
         self._batch: tuple[int, int | None] | None = None  # of an evaluation: how many are done, and of how many
         self._end = ""
         self._drawn = -_REDRAW
-        self._live = Live(
-            console=console,
-            auto_refresh=False,
-            get_renderable=self._draw,
-            # What is printed to the terminal appears above the panel. What goes to a file is to stay there.
-            redirect_stdout=not console.is_jupyter and sys.stdout.isatty(),
-            redirect_stderr=not console.is_jupyter and sys.stderr.isatty(),
-        )
-        self._live.start()
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
         self._phase = text
@@ -133,18 +180,19 @@ class Panel:
 
     def note(self, event: LoopEvent, text: str) -> None:
         self._phase, self._batch = "", None
-        self._live.console.print(text, style="yellow", highlight=False, markup=False)
+        self._place.note(text)
+        self._show(event, self._frame)
 
     def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
         self._phase, self._batch, self._end = "", None, text
         self._show(event, frame)
 
     def close(self) -> None:
-        self._live.stop()
+        self._place.close()
 
     def _show(self, event: LoopEvent, frame: Frame | None) -> None:
         self._event, self._frame, self._drawn = event, frame, event.time
-        self._live.refresh()
+        self._place.draw(self._draw())
 
     def _draw(self) -> Any:
         from rich.table import Table
@@ -153,7 +201,7 @@ class Panel:
         table = Table.grid(padding=(0, 2, 0, 0))
         if self._frame is None or self._event is None:
             return table
-        frame, width = self._frame, min(max(self._live.console.width - 50, 8), 40)
+        frame, width = self._frame, min(max(self._place.width - 50, 8), 40)
         where = filter(None, (frame.step, frame.epoch, frame.remaining and f"{frame.remaining} left"))
         table.add_row(_label("train"), self._bar(fraction(self._event), width, "   ".join(where)))
         if self._phase or frame.columns:

@@ -24,6 +24,7 @@ from fxtrain.core import (
 from fxtrain.observers.display import Column, Frame, Lines, Panel, display
 from fxtrain.observers.figures import duration, number, scaled
 from fxtrain.observers.pace import Pace
+from fxtrain.observers.rank_zero import rank
 
 _SPAN = 10.0  # seconds over which rates and metrics are averaged
 
@@ -39,9 +40,13 @@ def progress(
     best: str = "loss",
     mode: str = "min",
     seconds: float = 10.0,
+    every_rank: bool = False,
     file: TextIO | None = None,
 ) -> Progress:
     """Shows a run as it goes: a few lines that change in place, or one line every so often where that cannot be.
+
+    In place is on a terminal and in a notebook, whose cell keeps the last of it. Of several processes the one of rank 0
+    alone shows, and in the others nothing is brought to the host for it.
 
     Rates are averaged over about the last ten seconds, and metrics too, or over the last 20 steps if that is less. Time
     that goes to evaluations and saves does not count as time of steps; the time that remains includes it.
@@ -53,6 +58,7 @@ def progress(
         best: The evaluation metric whose best value is shown, where there is one of this name.
         mode: ``"min"`` or ``"max"``: which way it is better.
         seconds: Between two lines, where the output is no terminal. There is also one each tenth of the run.
+        every_rank: Whether each of several processes shows; then give each a file of its own.
         file: Where to write; standard output by default.
 
     Raises:
@@ -77,7 +83,8 @@ def progress(
         raise ValueError(f"seconds={seconds!r}: more than 0 is wanted.")
     if not rate[1] > 0:
         raise ValueError(f"rate={rate!r}: a unit and how many of it are in a step, more than 0, are wanted.")
-    return Progress(tuple(metrics), rate, dict(extra or {}), best, 1 if mode == "min" else -1, seconds, file)
+    sign = 1 if mode == "min" else -1
+    return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, seconds, every_rank, file)
 
 
 class Progress:
@@ -91,9 +98,11 @@ class Progress:
         best: str,
         sign: int,
         seconds: float,
+        every_rank: bool,
         file: TextIO | None,
     ) -> None:
         self.file = file
+        self._every_rank = every_rank
         self._metrics, self._rate, self._extra = metrics, rate, extra
         self._best_of, self._sign = best, sign
         self._seconds = seconds
@@ -101,6 +110,8 @@ class Progress:
         self._begin()
 
     def _begin(self) -> None:
+        # Asked as a session begins: processes may find each other after this was made.
+        self._silent = not self._every_rank and rank() != 0
         self._pace = Pace(_SPAN)
         self._checked = False
         self._time = 0.0  # of the event before
@@ -127,6 +138,8 @@ class Progress:
         if isinstance(event, FitBegin):
             self.close()
             self._begin()
+        if self._silent:
+            return
         if self._display is None:
             self._display = display(self.file, self._seconds)
         shown = self._display

@@ -16,16 +16,23 @@ def rank_zero(observer: Callable[..., None]) -> Callable[..., None]:
 
     The rank is torch.distributed's where that is initialised, else the variable ``RANK``, else 0. It is asked once,
     here. A callback is not marked: it decides, and what all processes hold has to be decided in all of them.
+    ``progress`` and ``summary`` need no mark: they show in the process of rank 0 alone by themselves.
 
     Args:
         observer: ``(state, event, control) -> None``. It stays as it is.
 
     Example:
-        >>> from fxtrain import observers
-        >>> bar = rank_zero(observers.progress())
+        >>> from fxtrain import observers, writers
+        >>> write = rank_zero(observers.write(writers.console()))
     """
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    return observer if rank == 0 else _nothing
+    return observer if rank() == 0 else _nothing
+
+
+def rank() -> int:
+    """Of this process: torch.distributed's where that is initialised, else the variable ``RANK``, else 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK") or 0)
 
 
 def _nothing(state: Any, event: FitEnd, control: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from fxtrain.core import Control, FitBegin, TrainState
 
 _LARGEST = 2**20  # bytes of a file; source is smaller
 _ENDINGS = frozenset((".py", ".ipynb", ".toml", ".cfg", ".ini", ".yaml", ".yml", ".json", ".md", ".txt", ".sh", ".cu"))
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # of all files, so that the same source makes the same archive
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # of all files: when they were written is no part of the source
 
 
 def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".") -> Callable[..., None]:
@@ -25,8 +24,9 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
     a git repository, the commit and whether anything had been changed since. A session with the same source as one
     before it writes no second archive.
 
-    In a git repository the files are those that git knows or would add, of at most a megabyte; elsewhere those whose
-    ending is one of source, configuration or text, outside hidden folders.
+    The files are those of at most a megabyte that git knows, and those whose ending is one of source, configuration or
+    text and that it would add; without a repository, all with such an ending, outside hidden folders and virtual
+    environments. The run's own folder is left out.
 
     Args:
         folder: Of the run.
@@ -43,56 +43,88 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         >>> sorted(path.suffix for path in (run / "code").iterdir())
         ['.jsonl', '.zip']
     """
-    root, target = Path(source).resolve(), Path(folder) / "code"
+    root, run = Path(source).resolve(), Path(folder)
+    target = run / "code"
     if not root.is_dir():
         raise NotADirectoryError(f"source={os.fspath(source)!r} is no folder: give the one that has the code.")
 
     def record_code(state: TrainState | None, event: FitBegin, control: Control) -> None:
-        archive = _archive(root, [path for path in _files(root) if target.resolve() not in path.parents])
-        digest = hashlib.sha256(archive).hexdigest()[:16]
+        # What the run writes would make other source of it at each session.
+        own = run.resolve() if root in run.resolve().parents else target.resolve()
+        files = {str(path.relative_to(root)): path for path in _files(root) if own not in path.parents}
+        contents = {name: path.read_bytes() for name, path in sorted(files.items())}
+        path = target / f"{_digest(contents)}.zip"
         target.mkdir(parents=True, exist_ok=True)
-        path = target / f"{digest}.zip"
         if not path.exists():
-            path.write_bytes(archive)
-        line = {"step": event.step, "archive": path.name, **_commit(root)}
+            _write(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
+        line = {"step": event.step, "archive": path.name, **_commit(root, own)}
         with open(target / "sessions.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     return record_code
 
 
-def _files(root: Path) -> list[Path]:
-    known = _git(root, "ls-files", "--cached", "--others", "--exclude-standard", "-z", ".")
-    if known is not None:
-        paths = [root / name for name in known.split("\0") if name]
+def _files(root: Path) -> set[Path]:
+    known = _listed(root, "--cached")
+    if known is None:
+        found = _source_below(root)
     else:
-        paths = [
-            path
-            for path in root.rglob("*")
-            if path.suffix in _ENDINGS and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        ]
-    return sorted(path for path in paths if path.is_file() and path.stat().st_size <= _LARGEST)
+        found = {*known, *(path for path in _listed(root, "--others", "--exclude-standard") or () if _is_source(path))}
+    return {path for path in found if path.is_file() and path.stat().st_size <= _LARGEST}
 
 
-def _archive(root: Path, paths: list[Path]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in paths:
-            archive.writestr(zipfile.ZipInfo(str(path.relative_to(root)), _EPOCH), path.read_bytes())
-    return buffer.getvalue()
+def _listed(root: Path, *which: str) -> list[Path] | None:
+    names = _git(root, "ls-files", *which, "-z", ".")
+    return None if names is None else [root / name for name in names.split("\0") if name]
 
 
-def _commit(root: Path) -> dict[str, object]:
+def _source_below(root: Path) -> set[Path]:
+    found: set[Path] = set()
+    for folder, folders, names in os.walk(root):
+        if "pyvenv.cfg" in names:
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.update(path for path in (Path(folder, name) for name in names) if _is_source(path))
+    return found
+
+
+def _is_source(path: Path) -> bool:
+    return path.suffix in _ENDINGS and not path.name.startswith(".")
+
+
+def _digest(contents: dict[str, bytes]) -> str:
+    """Of what is in the archive: compressed, it may differ from one machine to another."""
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _write(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
+    new = path.with_suffix(".zip.tmp")  # a crash leaves no half of an archive that the next session would trust
+    with zipfile.ZipFile(new, "w") as archive:
+        for name, (mode, content) in entries.items():
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.external_attr = mode << 16
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    os.replace(new, path)
+
+
+def _commit(root: Path, own: Path) -> dict[str, object]:
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    return {"commit": commit.strip(), "changed": bool(_git(root, "status", "--porcelain", "."))}
+    apart = (f":(exclude){own.relative_to(root)}",) if root in own.parents else ()
+    return {"commit": commit.strip(), "changed": bool(_git(root, "status", "--porcelain", ".", *apart))}
 
 
 def _git(root: Path, *arguments: str) -> str | None:
     """What git says, or None where there is no repository, or no git."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", errors="replace"
+        )
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
@@ -52,7 +53,8 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
     - ``run.json``: the configuration; the environment (versions, device, threads, commit); and a list of sessions, each
       with when it began, from which step, when it ended, at which step and why. A session that was killed has no end.
     - ``events.jsonl``: a line for each session's begin and end, each checkpoint, rewind and interrupt, and for each
-      event at which a callback asked for something: which request, and its reasons. Nothing is taken back from it.
+      event at which a callback asked for something: which requests, and the reasons of each. Nothing is taken back
+      from it.
 
     Nothing waits for an accelerator: requests that only it knows are read some steps later.
 
@@ -77,12 +79,15 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
         ['FitBegin', 'EvalEnd', 'FitEnd']
     """
     try:
-        json.dumps(config)
+        kept = json.loads(json.dumps(config, allow_nan=False))  # a copy: what is changed later is no configuration
     except (TypeError, ValueError) as error:
-        raise TypeError(f"config is written as JSON, which cannot be: {error}.") from None
+        raise TypeError(
+            f"config is written as JSON, which it cannot be: {error}. Give numbers, strings, bools, None, and lists "
+            "and dicts of these."
+        ) from None
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    return RecordRun(path, config)
+    return RecordRun(path, kept)
 
 
 class RecordRun:
@@ -97,14 +102,12 @@ class RecordRun:
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         if isinstance(event, FitBegin):
             self._begin(state, event)
-        if control.kinds:
+        told = type(event) in _TOLD
+        if told or control.kinds:
             self._unread.append((event, control))
-        kind = type(event)
-        at_once = kind in _TOLD or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in _flags(control))
+        at_once = told or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in _flags(control))
         if self._unread and (at_once or len(self._unread) >= _TOGETHER):
             self._read()
-        if kind in _TOLD:
-            self._line({"event": kind.__name__, **_at(event), **{name: getattr(event, name) for name in _TOLD[kind]}})
         if isinstance(event, FitEnd | Interrupted):
             self._end(event)
 
@@ -113,7 +116,7 @@ class RecordRun:
         self._read()
 
     def _begin(self, state: TrainState | None, event: FitBegin) -> None:
-        before = json.loads(self._run.read_text()) if self._run.exists() else {}
+        before = _read_json(self._run) if self._run.exists() else {}
         sessions = before.get("sessions", [])
         # What a session that was killed began stays as it is: it has no end.
         sessions.append({"began": _now(), "from_step": event.step, "environment": _environment(state)})
@@ -136,9 +139,12 @@ class RecordRun:
     def _read(self) -> None:
         unread, self._unread = self._unread, []
         for event, control in unread:
-            asked = {kind: reasons for kind in control.kinds if (reasons := _reasons(control, kind))}
-            if asked:
-                self._line({"event": type(event).__name__, **_at(event), "asked": asked})
+            kind = type(event)
+            line = {name: getattr(event, name) for name in _TOLD.get(kind, ())}
+            if asked := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
+                line["asked"] = asked
+            if asked or kind in _TOLD:
+                self._line({"event": kind.__name__, **_at(event), **line})
 
     def _line(self, line: dict[str, Any]) -> None:
         with open(self._events, "ab+") as file:
@@ -146,7 +152,16 @@ class RecordRun:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that a crash tore ends here
                     file.write(b"\n")
-            file.write(json.dumps(line, default=_plain).encode() + b"\n")
+            file.write(json.dumps(_plain(line), allow_nan=False).encode() + b"\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not what record_run wrote: {error}. Move it away, and the story begins anew."
+        ) from error
 
 
 def _flags(control: Control) -> list[Any]:
@@ -162,7 +177,18 @@ def _at(event: LoopEvent) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else str(value)
+    """The value in what JSON has; numbers that it has not are strings, as in ``writers.jsonl``."""
+    match value:
+        case str() | int() | None:
+            return value
+        case float():
+            return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+        case Mapping():
+            return {str(name): _plain(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+        case _:
+            return str(value)
 
 
 def _now() -> str:

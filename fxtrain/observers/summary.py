@@ -1,163 +1,432 @@
-"""Summary: one page that says what is about to be trained."""
+"""Summary: one page that says what is about to be trained, with what, and where."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 import re
-from collections.abc import Callable
-from typing import Any, TextIO
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, Control, FitBegin, TrainState, ops
+from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, ops, refuse_unless_whole
 from fxtrain.observers.figures import size
+from fxtrain.observers.rank_zero import rank
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_LONGEST = 48  # characters of a name in a table
+_NUMBERS = ("parameters", "share", "size")  # columns
+_WIDTH = 96  # characters of a line of facts
+
+Facts = dict[str, str]
+"""What is known, by its label. What is not known is not there."""
 
 
-def summary(*, rows: int = 30, file: TextIO | None = None) -> Callable[..., None]:
-    """Prints the parameters of the state, as a table of clu's ``parameter_overview``, and what the run is to be.
+def summary(
+    *, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | TextIO | None = None
+) -> Callable[..., None]:
+    """Prints a page about the run: what is trained, for how long, with what memory and where; and its modules.
 
-    A model of more than ``rows`` parameters is shown in less detail: layers that differ in their number only become
-    one row, and if that is not enough, so do the parameters below one name.
+    Parameters that modules share count once, at the first of their names. Nothing is guessed: what the state and the
+    event do not tell is left out. Of several processes the one of rank 0 alone prints.
+
+    A table of more than ``rows`` modules is shown in less detail: alike modules that differ in their number only
+    become one row, and if that is not enough, the deepest ones go. A model of at most ``rows`` tensors gets a table of
+    these too, and so does one without modules.
 
     Args:
-        rows: At most so many in the table, 1 or more.
-        file: Where to write; standard output by default.
+        depth: How deep in the model modules get a row of their own, 1 or more.
+        rows: At most so many in a table, 1 or more.
+        file: A path, of which the folder is made where it is missing and which is written anew by each session; or
+            where to write; standard output by default.
 
     Raises:
-        ValueError: If ``rows`` is below 1.
+        ValueError: If ``rows`` or ``depth`` is below 1.
 
     Example:
         >>> import torch, fxtrain as fx
-        >>> show = summary()
-        >>> show(fx.init(torch.nn.Linear(3, 2)), FitBegin(step=0, total_steps=10), Control())
-        +--------+--------+---------+------+
-        | Name   | Shape  | Dtype   | Size |
-        +--------+--------+---------+------+
-        | bias   | (2,)   | float32 | 2    |
-        | weight | (2, 3) | float32 | 6    |
-        +--------+--------+---------+------+
-        parameters  8 in 2 tensors, 32 B
-        state       70 B: params 32 B, the rest 38 B
-        device      cpu
-        run         10 steps, seed 0
+        >>> state = fx.init(torch.nn.Linear(3, 2), fx.optim.adam(1e-3))
+        >>> summary()(state, FitBegin(step=0, total_steps=10), Control())
+        run
+          length       10 steps
+          seed         0
+        model
+          parameters   8 in 2 tensors, all trainable
+          dtype        float32
+          state        142 B: params 32 B, opt_state 72 B, the rest 38 B
+        training
+          optimizer    ScaleByAdamState 72 B
+        distributed
+          processes    one
+        device
+          device       cpu
+          ...
+        modules
+          +---------+--------+------------+--------+-----------+---------+
+          | Module  | Type   | Parameters | Share  | Trainable | Dtype   |
+          +---------+--------+------------+--------+-----------+---------+
+          | (model) | Linear |          8 | 100.0% | all       | float32 |
+          +---------+--------+------------+--------+-----------+---------+
+        tensors
+          +--------+--------+---------+------+
+          | Tensor | Shape  | Dtype   | Size |
+          +--------+--------+---------+------+
+          | bias   | (2,)   | float32 |    2 |
+          | weight | (2, 3) | float32 |    6 |
+          +--------+--------+---------+------+
     """
     if rows < 1:
         raise ValueError(f"rows={rows!r}: at least 1 row is wanted.")
+    refuse_unless_whole("depth", depth, "levels")
 
     def summary(state: TrainState, event: FitBegin, control: Control) -> None:
-        print(_page(state, event, rows), file=file, flush=True)
+        if rank() == 0:
+            _put(_panels(state, event, depth, rows), file)
 
     return summary
 
 
-def _page(state: TrainState, event: FitBegin, rows: int) -> str:
+def _put(panels: Mapping[str, str], file: str | os.PathLike[str] | TextIO | None) -> None:
+    page = "\n".join(f"{title}\n{textwrap.indent(text, '  ')}" for title, text in panels.items())
+    if isinstance(file, str | os.PathLike):
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{page}\n", encoding="utf-8")
+    elif file is not None or not _boxed(panels):
+        print(page, file=file, flush=True)
+
+
+def _boxed(panels: Mapping[str, str]) -> bool:
+    """Draws a box around each panel where standard output is a terminal that is wide enough; whether it did."""
+    import rich
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = rich.get_console()
+    widest = max(len(line) for text in panels.values() for line in text.splitlines())
+    if console.is_jupyter or console.is_dumb_terminal or not console.is_terminal or console.width < widest + 4:
+        return False
+    for title, text in panels.items():
+        console.print(Panel(Text(text), title=title, title_align="left", border_style="dim", expand=False))
+    return True
+
+
+def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[str, str]:
+    leaves = _leaves(state)
+    modules, tied = _modules(state)
     facts = {
-        "parameters": _parameters(state),
-        "state": _memory(state),
-        "device": _device(state.step.device),
         "run": _run(state, event),
+        "model": _model(state, leaves, tied),
+        "data": _data(event),
+        "training": _training(state),
+        "distributed": _distributed(),
+        "device": _device(state.step.device),
     }
-    return "\n".join([_table(state.params, rows), *(f"{label:<10}  {text}" for label, text in facts.items())])
+    by_module = _module_rows(leaves, modules, depth, rows)
+    tables = {
+        "modules": _table(by_module),
+        "tensors": _table(_tensor_rows(leaves, rows)) if len(leaves) <= rows or len(by_module) < 2 else "",
+    }
+    panels = {title: "\n".join(_line(label, text) for label, text in known.items()) for title, known in facts.items()}
+    return {title: text for title, text in (panels | tables).items() if text}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
+def _line(label: str, text: str) -> str:
+    return textwrap.fill(
+        f"{label:<11}  {text}", _WIDTH, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False
+    )
+
+
+# What is known of the parameters
+
+
+class _Leaf(NamedTuple):
+    name: str  # dotted
+    tensor: Tensor
+    trainable: bool | None  # None where the state has no model to say so
+
+
+def _leaves(state: TrainState) -> list[_Leaf]:
+    paths = [".".join(map(str, path)) for path in ops.tree_paths(state.params, namespace=NAMESPACE)]
+    tensors: list[Tensor] = tree.leaves(state.params)
+    masks = [None] * len(tensors) if state.model is None else tree.leaves(state.model.trainable)
+    return [_Leaf(*each) for each in zip(paths, tensors, masks, strict=True)]
+
+
+def _modules(state: TrainState) -> tuple[dict[str, str], dict[str, str]]:
+    """The type of each module by its dotted name, in the order of the model; and the other names of tied parameters,
+    each with the name that counts."""
+    types: dict[str, str] = {}
+    tied: dict[str, str] = {}
+
+    def look(model: Any) -> None:
+        first: dict[Tensor, str] = {}  # a tensor is itself as a key, whatever it holds
+        parts = zip(ops.tree_paths(model, namespace=NAMESPACE), tree.leaves(model), strict=True)
+        for path, part in parts:
+            if isinstance(part, nn.Module):
+                for name, module in part.named_modules():
+                    types[_joined(path, name)] = type(module).__name__
+                for name, value in part.named_parameters(remove_duplicate=False):
+                    known = first.setdefault(value, _joined(path, name))
+                    if known != _joined(path, name):
+                        tied[_joined(path, name)] = known
+
+    if state.model is not None:
+        state.model.call(state.params, state.buffers, look, train=False)
+    return types, tied
+
+
+def _joined(path: tuple[Any, ...], name: str) -> str:
+    return ".".join([*map(str, path), *([name] if name else [])])
+
+
+# Panels
+
+
+def _run(state: TrainState, event: FitBegin) -> Facts:
+    limits = [
+        _count(total, unit)
+        for total, unit in ((event.total_steps, "step"), (event.total_epochs, "epoch"))
+        if total is not None
+    ]
+    fires = [kind.__name__ for kind in TRACED if kind in event.fires]
+    return _known(
+        length=" or ".join(limits) + (", what comes first" if len(limits) > 1 else ""),
+        begins=f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
+        seed=str(int(state.seed)),
+        events=f"{', '.join(fires)} in the step" if fires else "",
+    )
+
+
+def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Facts:
+    buffers = tree.leaves(state.buffers)
+    counts: dict[str, int] = {}
+    for leaf in leaves:
+        counts[_dtype(leaf.tensor)] = counts.get(_dtype(leaf.tensor), 0) + leaf.tensor.numel()
+    several = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    whole = f"{_numel(leaves):,} in {_count(len(leaves), 'tensor')}"
+    trainable = _trainable(leaves)
+    if trainable == "some":
+        moving = _numel(leaf for leaf in leaves if leaf.trainable)
+        whole += f": {moving:,} trainable, {_numel(leaves) - moving:,} frozen"
+    elif trainable:
+        whole += ", all trainable" if trainable == "all" else ", all frozen"
+    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    named = [f"{name} {size(count)}" for name, count in parts.items() if count]
+    everything = _bytes(state)
+    return _known(
+        parameters=whole,
+        tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
+        buffers=f"{_numbers(buffers):,} in {_count(len(buffers), 'tensor')}" if buffers else "",
+        dtype=several if len(counts) > 1 else "".join(counts),
+        state=f"{size(everything)}: {', '.join([*named, f'the rest {size(everything - sum(parts.values()))}'])}",
+    )
+
+
+def _data(event: FitBegin) -> Facts:
+    at = f" of epoch {event.position // event.epoch_length + 1:,}" if event.epoch_length else ""
+    within = event.position % event.epoch_length if event.epoch_length else event.position
+    return _known(
+        epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
+        position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
+    )
+
+
+def _training(state: TrainState) -> Facts:
+    kinds: dict[str, int] = {}
+    accessors = ops.tree_accessors(state.opt_state, namespace=NAMESPACE)
+    for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
+        # The innermost node with a name of its own says what the memory is for.
+        named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple)]
+        kind = named[-1] if named else "tensors"
+        kinds[kind] = kinds.get(kind, 0) + leaf.nbytes
+    slots = {name: _bytes(memory) for name, memory in state.slots.items()}
+    return _known(
+        optimizer=", ".join(f"{name} {size(count)}" for name, count in kinds.items()),
+        callbacks=", ".join(f"{name} {size(count)}" for name, count in slots.items()),
+    )
+
+
+def _distributed() -> Facts:
+    if dist.is_available() and dist.is_initialized():
+        return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
+    told = os.environ.get("WORLD_SIZE") or "1"
+    if told != "1":
+        return {"processes": f"{told}, this is rank {rank()}; torch.distributed is not initialised"}
+    return {"processes": "one"}
+
+
+def _device(device: torch.device) -> Facts:
+    import psutil
+
+    cuda = device.type == "cuda"
+    taken = torch.cuda.mem_get_info(device) if cuda else None
+    versions = f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
+    return _known(
+        device=f"{device}, {torch.cuda.get_device_name(device)}" if cuda else str(device),
+        memory=f"{size(taken[1])}, {size(taken[0])} of it free" if taken else "",
+        host=f"{size(psutil.virtual_memory().total)}, {_count(os.cpu_count() or 1, 'core')}",
+        threads=f"{torch.get_num_threads():,}",
+        torch=versions,
+        python=platform.python_version(),
+    )
+
+
+def _known(**facts: str) -> Facts:
+    return {label: text for label, text in facts.items() if text}
+
+
+# Tables
+
+
+_Row = dict[str, str]
+"""The cells of a row by their columns."""
+
+
+class _Group(NamedTuple):
+    """Modules that share a row: alike, and different in their numbers only."""
+
     name: str
-    shape: str
-    dtype: str
-    size: int
+    depth: int
+    kind: str
+    leaves: list[_Leaf]
+    number: int = 1  # of modules
 
 
-def _table(params: Any, rows: int) -> str:
+def _tensor_rows(leaves: list[_Leaf], rows: int) -> list[_Row]:
+    shown, rest = _cut(leaves, rows)
+    table = [
+        {
+            "tensor": _short(leaf.name),
+            "shape": str(tuple(leaf.tensor.shape)),
+            "dtype": _dtype(leaf.tensor),
+            "size": f"{leaf.tensor.numel():,}",
+        }
+        for leaf in shown
+    ]
+    if rest:
+        table.append({"tensor": f"(and {len(rest)} more)", "shape": "", "dtype": "", "size": f"{_numel(rest):,}"})
+    return table
+
+
+def _module_rows(leaves: list[_Leaf], modules: dict[str, str], depth: int, rows: int) -> list[_Row]:
+    if not leaves:
+        return []
+    groups = _by_module(leaves, modules, depth)
+    if len(groups) > rows:
+        groups = _alike(groups)
+    while len(groups) > rows and depth > 1:
+        depth -= 1
+        groups = [group for group in groups if group.depth <= depth]
+    if len(groups) == 1 and not modules:
+        return []  # parameters side by side, which the panels have summed up already
+    shown, rest = _cut(groups, rows)
+    if rest:
+        top = min(group.depth for group in rest)  # those below are in these
+        beyond = [leaf for group in rest if group.depth == top for leaf in group.leaves]
+        shown.append(_Group(f"(and {sum(group.number for group in rest)} more)", 1, "", beyond))
+    return [_module_row(group, _numel(leaves)) for group in shown]
+
+
+def _by_module(leaves: list[_Leaf], modules: dict[str, str], depth: int) -> list[_Group]:
+    """One for each module with parameters that is not too deep, in the order of the model."""
+    members: dict[str, list[_Leaf]] = {name: [] for name in ("", *modules)}
+    for leaf in leaves:
+        parts = leaf.name.split(".")
+        for level in range(min(depth, len(parts) - 1) + 1):
+            members.setdefault(".".join(parts[:level]), []).append(leaf)
+    return [
+        _Group(name, name.count(".") + 1 if name else 0, modules.get(name, ""), inside)
+        for name, inside in members.items()
+        if inside
+    ]
+
+
+def _alike(groups: list[_Group]) -> list[_Group]:
+    found: dict[Any, _Group] = {}
+    for group in groups:
+        starred = _NUMBER.sub("*", group.name)
+        key = starred, group.kind, _numel(group.leaves), _dtypes(group.leaves), _trainable(group.leaves)
+        first = found.get(key)
+        if first is None:
+            found[key] = group
+        else:
+            found[key] = _Group(starred, group.depth, group.kind, [*first.leaves, *group.leaves], first.number + 1)
+    return list(found.values())
+
+
+def _module_row(group: _Group, whole: int) -> _Row:
+    count = _numel(group.leaves)
+    last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
+    return {
+        "module": "  " * group.depth + _short(last),
+        "type": _short(kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} alike"),
+        "parameters": f"{count:,}",
+        "share": f"{count / whole:.1%}" if whole else "",
+        "trainable": _trainable(group.leaves),
+        "dtype": _dtypes(group.leaves),
+    }
+
+
+def _table(rows: list[_Row]) -> str:
+    if not rows:
+        return ""
     try:
         from clu import parameter_overview  # imports jax, and starts no backend of it
     except ImportError as error:
-        return f"(no table of the parameters, as clu cannot be imported: {error}; pip install clu)"
-    shown = _fitting([(_name(path), leaf) for path, leaf in _with_paths(params)], rows)
-    return parameter_overview.make_table(shown, column_names=[field.name for field in dataclasses.fields(_Row)])
-
-
-def _fitting(leaves: list[tuple[str, Tensor]], rows: int) -> list[_Row]:
-    """One row for each leaf, or for each group of alike leaves, in the least coarse way that fits."""
-    if len(leaves) <= rows:
-        return [_row(name, [leaf]) for name, leaf in leaves]
-    starred = [(_NUMBER.sub("*", name), leaf) for name, leaf in leaves]
-    grouped = _groups(starred, lambda name, leaf: (name, leaf.shape, leaf.dtype))
-    depth = max(name.count(".") for name, _ in starred)
-    while len(grouped) > rows and depth:
-        grouped = _groups(starred, lambda name, leaf, depth=depth: ".".join(name.split(".")[:depth]))
-        depth -= 1
-    shown = [_row(key if isinstance(key, str) else key[0], group) for key, group in grouped.items()]
-    if len(shown) > rows:
-        rest = shown[rows - 1 :]
-        shown = [*shown[: rows - 1], _Row(f"and {len(rest)} more", "", "", sum(row.size for row in rest))]
-    return shown
-
-
-def _groups(leaves: list[tuple[str, Tensor]], key: Callable[[str, Tensor], Any]) -> dict[Any, list[Tensor]]:
-    groups: dict[Any, list[Tensor]] = {}
-    for name, leaf in leaves:
-        groups.setdefault(key(name, leaf), []).append(leaf)
-    return groups
-
-
-def _row(name: str, group: list[Tensor]) -> _Row:
-    shapes, dtypes = {tuple(leaf.shape) for leaf in group}, {_dtype(leaf) for leaf in group}
-    if len(shapes) > 1:
-        shape = f"{len(group)} tensors"
-    else:
-        shape = f"{len(group)} x {shapes.pop()}" if len(group) > 1 else str(shapes.pop())
-    return _Row(name, shape, ", ".join(sorted(dtypes)), sum(leaf.numel() for leaf in group))
-
-
-def _parameters(state: TrainState) -> str:
-    leaves = tree.leaves(state.params)
-    count = sum(leaf.numel() for leaf in leaves)
-    text = f"{count:,} in {len(leaves):,} tensor{'s' if len(leaves) != 1 else ''}, {size(_bytes(leaves))}"
-    trainable = getattr(state.model, "trainable", None)  # a mask like the parameters, where the state has a model
-    if trainable is not None:
-        masked = tree.leaves(tree.map(lambda keep, leaf: 0 if keep else leaf.numel(), trainable, state.params))
-        frozen = sum(masked)
-        text += f", {frozen:,} of them frozen" if frozen else ""
-    return text
-
-
-def _memory(state: TrainState) -> str:
-    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
-    whole = _bytes(state)
-    named = [f"{name} {size(count)}" for name, count in parts.items() if count]
-    return f"{size(whole)}: {', '.join([*named, f'the rest {size(whole - sum(parts.values()))}'])}"
-
-
-def _device(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _run(state: TrainState, event: FitBegin) -> str:
-    length = f" of {event.epoch_length:,} batches" if event.epoch_length is not None else ""
-    parts = [
-        f"{event.total_steps:,} steps" if event.total_steps is not None else "",
-        f"{event.total_epochs:,} epochs{length}" if event.total_epochs is not None else "",
-        f"from step {event.step:,}" if event.step else "",
-        f"seed {int(state.seed)}",
+        return f"(no table, as clu cannot be imported: {error}; pip install clu)"
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]  # what is known of none is no column
+    widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    # Numbers stand below each other, to the right.
+    aligned = [
+        {name: row[name].rjust(widest[name]) if name in _NUMBERS else row[name] for name in columns} for row in rows
     ]
-    return ", ".join(filter(None, parts))
+    kind = dataclasses.make_dataclass("Row", columns)
+    return parameter_overview.make_table([kind(**row) for row in aligned], column_names=columns)
 
 
-def _with_paths(params: Any) -> list[tuple[tuple[Any, ...], Tensor]]:
-    return list(zip(ops.tree_paths(params, namespace=NAMESPACE), tree.leaves(params), strict=True))
+def _cut(found: list[Any], rows: int) -> tuple[list[Any], list[Any]]:
+    """What is to be shown, and what one more row sums up."""
+    return (found, []) if len(found) <= rows else (found[: rows - 1], found[rows - 1 :])
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
+def _trainable(leaves: list[_Leaf]) -> str:
+    told = {leaf.trainable for leaf in leaves}
+    if None in told or not told:
+        return ""
+    return "some" if len(told) > 1 else "all" if told == {True} else "frozen"
+
+
+def _short(name: str) -> str:
+    half = (_LONGEST - 3) // 2
+    return name if len(name) <= _LONGEST else f"{name[:half]}...{name[-half:]}"
+
+
+def _count(number: int, unit: str, plural: str = "s") -> str:
+    return f"{number:,} {unit}{'' if number == 1 else plural}"
+
+
+def _dtypes(leaves: list[_Leaf]) -> str:
+    return ", ".join(sorted({_dtype(leaf.tensor) for leaf in leaves}))
 
 
 def _dtype(leaf: Tensor) -> str:
     return str(leaf.dtype).removeprefix("torch.")
+
+
+def _numel(leaves: Iterable[_Leaf]) -> int:
+    return _numbers(leaf.tensor for leaf in leaves)
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _bytes(values: Any) -> int:

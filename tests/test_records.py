@@ -1,0 +1,544 @@
+"""What a run leaves in its folder: its source, its story, what the machine did, how weights were distributed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import types
+import warnings
+import zipfile
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import observers, writers
+from fxtrain.core import Control, EvalEnd, FitBegin, FitEnd, Interrupted, Restored, Rewound, Saved, StepEnd
+
+NOTHING = Control()
+
+
+def lines(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+# record_code
+
+
+def git(folder, *arguments):
+    names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", "-C", folder, *names, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    for name, content in {
+        "train.py": "print(1)\n",
+        "pack/model.py": "x = 1\n",
+        "pack/config.yaml": "lr: 0.1\n",
+        "data.bin": "\0\1",
+        ".env": "secret\n",
+        ".hidden/a.py": "",
+        "big.py": "#" * (2**20 + 1),
+        "just.py": "#" * 2**20,
+        "venv/pyvenv.cfg": "",
+        "venv/lib/site.py": "",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+def recorded(folder, source, step=0):
+    """What one session leaves: its line, and what its archive holds."""
+    observers.record_code(folder, source=source)(None, FitBegin(step=step), NOTHING)
+    line = lines(folder / "code" / "sessions.jsonl")[-1]
+    with zipfile.ZipFile(folder / "code" / line["archive"]) as archive:
+        return line, {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def test_without_a_repository_source_is_told_by_its_ending(tmp_path, source):
+    line, files = recorded(tmp_path / "run", source)
+    assert list(files) == ["just.py", "pack/config.yaml", "pack/model.py", "train.py"]
+    assert files["pack/model.py"] == "x = 1\n"
+    assert set(line) == {"step", "archive"}
+
+
+def test_in_a_repository_it_is_what_git_knows_and_source_that_it_would_add(tmp_path, source):
+    git(source, "init", "-q")
+    (source / ".gitignore").write_text("venv\nignored.py\n")
+    (source / "ignored.py").write_text("")
+    (source / "gone.py").write_text("")
+    git(source, "add", "train.py", "data.bin", ".gitignore", ".hidden", "gone.py", "big.py")
+    line, files = recorded(tmp_path / "run", source)
+    assert set(line) == {"step", "archive"}  # there is no commit yet
+    git(source, "commit", "-qm", "first")
+    (source / "gone.py").unlink()
+    (source / "train.py").write_text("print(2)\n")
+    line, files = recorded(tmp_path / "run", source)
+    assert list(files) == [
+        ".gitignore", ".hidden/a.py", "data.bin", "just.py", "pack/config.yaml", "pack/model.py", "train.py",
+    ]  # fmt: skip
+    assert files["train.py"] == "print(2)\n"
+    assert files["data.bin"] == "\0\1"
+    assert len(line["commit"]) == 40
+    assert line["changed"] is True
+    git(source, "add", "--all")
+    git(source, "commit", "-qm", "second")
+    assert recorded(tmp_path / "run", source)[0]["changed"] is False
+
+
+def test_a_part_of_a_repository_is_recorded_alone(tmp_path, source):
+    git(source, "init", "-q")
+    git(source, "add", "pack", "train.py")
+    git(source, "commit", "-qm", "first")
+    (source / "train.py").write_text("print(2)\n")
+    line, files = recorded(tmp_path / "run", source / "pack")
+    assert list(files) == ["config.yaml", "model.py"]
+    assert line["changed"] is False
+
+
+def test_the_same_source_is_archived_once_and_each_session_has_a_line(tmp_path, source):
+    run = tmp_path / "run"
+    first, _ = recorded(run, source)
+    os.utime(source / "train.py", (0, 0))
+    resumed, _ = recorded(run, source, step=7)
+    assert (first["step"], resumed["step"]) == (0, 7)
+    assert first["archive"] == resumed["archive"]
+    (source / "train.py").write_text("print(2)\n")
+    changed, files = recorded(run, source, step=9)
+    assert changed["archive"] != first["archive"]
+    assert files["train.py"] == "print(2)\n"
+    assert len(list((run / "code").glob("*.zip"))) == 2
+    assert len(lines(run / "code" / "sessions.jsonl")) == 3
+
+
+def test_a_file_that_moved_is_other_source(tmp_path, source):
+    before, _ = recorded(tmp_path / "run", source)
+    (source / "train.py").rename(source / "main.py")
+    assert recorded(tmp_path / "run", source)[0]["archive"] != before["archive"]
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_the_run_folder_inside_the_source_is_no_source(source, with_git):
+    if with_git:
+        git(source, "init", "-q")
+        git(source, "add", "train.py", "pack", "just.py", "big.py", ".env", ".hidden", "venv", "data.bin")
+        git(source, "commit", "-qm", "first")
+    run = source / "runs" / "1"
+    first, files = recorded(run, source)
+    (run / "run.json").write_text("{}")
+    second, _ = recorded(run, source, step=1)
+    assert first["archive"] == second["archive"]
+    assert not [name for name in files if name.startswith("runs")]
+    assert second.get("changed", False) is False
+
+
+def test_a_run_folder_that_is_or_holds_the_source_leaves_out_its_archives(source):
+    for run in (source, source.parent):
+        first, files = recorded(run, source)
+        assert "train.py" in files
+        assert recorded(run, source, step=1)[0]["archive"] == first["archive"]
+
+
+def test_an_archive_is_compressed_and_unpacks_as_it_was(tmp_path, source):
+    (source / "train.py").chmod(0o755)
+    line, _ = recorded(tmp_path / "run", source)
+    path = tmp_path / "run" / "code" / line["archive"]
+    assert path.stat().st_size < 10_000  # of more than a megabyte
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("train.py").external_attr >> 16 & 0o777 == 0o755
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_without_git_source_is_recorded_all_the_same(tmp_path, source, monkeypatch):
+    git(source, "init", "-q")
+    monkeypatch.setenv("PATH", "")
+    assert "train.py" in recorded(tmp_path / "run", source)[1]
+
+
+def test_a_source_that_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(NotADirectoryError, match="is no folder: give the one that has the code"):
+        observers.record_code(tmp_path, source=tmp_path / "missing")
+
+
+# record_run
+
+
+class Story:
+    """A run's folder, and what is told there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @property
+    def run(self):
+        return json.loads((self.folder / "run.json").read_text(), parse_constant=pytest.fail)
+
+    @property
+    def sessions(self):
+        return self.run["sessions"]
+
+    @property
+    def events(self):
+        return lines(self.folder / "events.jsonl")
+
+    @property
+    def names(self):
+        return [line["event"] for line in self.events]
+
+    def asked(self):
+        return [(line["event"], line["step"], line["asked"]) for line in self.events if "asked" in line]
+
+    def observer(self, config=None):
+        return observers.required(observers.record_run(self.folder, config))
+
+
+@pytest.fixture
+def story(tmp_path):
+    return Story(tmp_path / "deep" / "run")
+
+
+def fit(story, state=None, *, callbacks=(), steps=4, also=(), **options):
+    folded = fx.compose(*callbacks)
+    step = problem.step(callbacks=folded)
+    state = problem.start() if state is None else state
+    return fx.fit(
+        state,
+        step,
+        problem.data(),
+        callbacks=folded,
+        steps=steps,
+        observers=[story.observer(), *also],
+        lag=0,
+        **options,
+    )
+
+
+def test_a_plain_run_without_anything_else_tells_its_story(story):
+    fit(story)
+    (session,) = story.sessions
+    environment = session["environment"]
+    assert (session["from_step"], session["to_step"], session["reason"]) == (0, 4, "reached 4 steps")
+    assert session["began"] <= session["ended"]
+    assert session["seconds"] > 0
+    assert environment["torch"] == torch.__version__
+    assert (environment["device"], environment["gpu"]) == ("cpu", None)
+    assert environment["threads"] == torch.get_num_threads()
+    assert environment["command"] == sys.argv
+    assert environment["host"]
+    assert story.run["config"] is None
+    assert story.names == ["FitBegin", "FitEnd"]
+    assert (story.events[0]["total_steps"], story.events[0]["resumed"]) == (4, False)
+
+
+def test_what_callbacks_asked_for_is_told_with_their_reasons(story, tmp_path):
+    def skip(state, event: fx.Gradients):
+        return state, Control(skip_update=event.step == 2, reason="a bad gradient")
+
+    def ask(state, event: fx.StepEnd):
+        save = {"a milestone": event.step == 3, "never": False}
+        return state, Control(save=save, stop=event.step == 5, reason="good enough")
+
+    fit(story, callbacks=(skip, ask), steps=9, checkpointer=fx.checkpointer(tmp_path / "checkpoints"))
+    assert story.asked() == [
+        ("StepEnd", 2, {"skip_update": ["a bad gradient"]}),
+        ("StepEnd", 3, {"save": ["a milestone"]}),
+        ("StepEnd", 5, {"stop": ["good enough"]}),
+    ]
+    assert story.sessions[-1]["reason"] == "good enough"
+    saved = [(line["step"], pathlib.Path(line["path"]).exists()) for line in story.events if line["event"] == "Saved"]
+    assert saved == [(3, True), (5, True)]
+
+
+def test_a_rewind_is_told_once_with_what_was_asked_at_it(story):
+    def back(state, event: fx.StepEnd | fx.Rewound):
+        if isinstance(event, fx.Rewound):
+            return state, Control(stop=event.times == 2, reason="again")
+        return state, Control(rewind=2 * (event.step == 5), reason="a spike")
+
+    fit(story, callbacks=(back,), steps=8, keep_every=1, keep=9)
+    rewound = [line for line in story.events if line["event"] == "Rewound"]
+    assert [(line["from_step"], line["to_step"], line["times"]) for line in rewound] == [(5, 3, 1), (5, 3, 2)]
+    assert "asked" not in rewound[0]
+    assert rewound[1]["asked"] == {"stop": ["again"]}
+    assert story.asked()[0] == ("StepEnd", 5, {"rewind": ["a spike"]})
+
+
+def test_an_exception_in_a_run_is_how_it_ended(story):
+    def boom(state, event: fx.StepEnd):
+        if event.step == 3:
+            raise ValueError("boom")
+        return state, Control()
+
+    with pytest.raises(ValueError, match="boom"):
+        fit(story, callbacks=(boom,))
+    (session,) = story.sessions
+    assert (session["to_step"], session["reason"]) == (2, "interrupted by ValueError: boom")
+    assert story.names == ["FitBegin", "Interrupted"]
+
+
+def test_a_signal_is_how_a_run_ended_and_is_told_once(story):
+    import signal
+
+    def interrupt(state, event: fx.StepEnd):
+        if event.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return state, Control()
+
+    assert fit(story, callbacks=(interrupt,)).exit_code == 143
+    assert [session["reason"] for session in story.sessions] == ["interrupted by SIGTERM"]
+    assert story.names == ["FitBegin", "Interrupted", "FitEnd"]
+
+
+def test_a_resumed_run_adds_a_session(story, tmp_path):
+    made = {"callbacks": (), "checkpointer": fx.checkpointer(tmp_path / "checkpoints")}
+    fit(story, steps=2, **made)
+    fit(story, steps=5, resume=True, **made)
+    assert [(session["from_step"], session["to_step"]) for session in story.sessions] == [(0, 2), (2, 5)]
+    assert story.names == ["FitBegin", "Saved", "FitEnd", "FitBegin", "Restored", "Saved", "FitEnd"]
+    assert story.events[3]["resumed"] is True
+    assert story.events[4]["missing"] == []
+
+
+def test_a_session_that_was_killed_has_no_end_and_the_next_one_goes_on(story):
+    observing = [story.observer({"lr": 0.1})]
+    for _, event, _ in fx.steps(problem.start(), problem.step(), problem.data(), steps=5, observers=observing):
+        if isinstance(event, StepEnd) and event.step == 3:
+            break  # nothing more happens in it
+    (killed,) = story.sessions
+    assert set(killed) == {"began", "from_step", "environment"}
+    with open(story.folder / "events.jsonl", "a") as file:
+        file.write('{"event": "StepEnd", "st')  # and the crash tore a line
+    fit(story)
+    assert story.sessions[0] == killed
+    assert story.sessions[1]["reason"] == "reached 4 steps"
+    assert story.run["config"] == {"lr": 0.1}
+    text = (story.folder / "events.jsonl").read_text().splitlines()
+    assert text[1] == '{"event": "StepEnd", "st'
+    assert [json.loads(line)["event"] for line in (text[0], *text[2:])] == ["FitBegin", "FitBegin", "FitEnd"]
+
+
+def test_requests_that_only_a_device_knows_wait_and_keep_their_order(story):
+    class OnDevice(torch.Tensor):
+        is_cpu = False
+        reads = 0
+
+        def __bool__(self):
+            OnDevice.reads += 1
+            return bool(self.as_subclass(torch.Tensor))
+
+    def flag(value):
+        return torch.tensor(value).as_subclass(OnDevice)
+
+    observer = observers.record_run(story.folder)
+    observer(None, FitBegin(step=0), NOTHING)
+    for step in range(1, 100):
+        asked = Control(skip_update=flag(step % 2 == 1), reason="odd")
+        observer(None, StepEnd(step=step, metrics={}), asked)
+    assert OnDevice.reads == 0
+    observer(None, StepEnd(step=100, metrics={}), Control(skip_update=flag(False), reason="odd"))
+    assert OnDevice.reads == 100
+    observer(None, StepEnd(step=101, metrics={}), Control(skip_update=flag(True), reason="odd"))
+    observer(None, Saved(step=101, path="p", metrics={"loss": float("nan"), "top": float("-inf")}), NOTHING)
+    assert [line["step"] for line in story.events] == [0, *range(1, 100, 2), 101, 101]
+    assert story.events[-1]["metrics"] == {"loss": "NaN", "top": "-Infinity"}
+    observer(None, StepEnd(step=102, metrics={}), Control(skip_update=flag(True), reason="odd"))
+    observer.close()
+    assert story.events[-1]["step"] == 102
+
+
+def test_nothing_is_written_twice(story):
+    observer = observers.record_run(story.folder)
+    seen = (
+        FitBegin(step=0),
+        Restored(step=0, path="p", missing=("ema",)),
+        StepEnd(step=1, metrics={}),
+        EvalEnd(step=1, metrics={}),
+        Saved(step=1, path="p", metrics={}),
+        Rewound(step=1, from_step=1, to_step=0, abandoned=range(1), times=1),
+        Interrupted(step=1, cause="SIGINT"),
+        FitEnd(step=1, reason="interrupted by SIGINT"),
+    )
+    for event in seen:
+        observer(None, event, Control(stop=True, reason="why not"))
+    observer.close()
+    observer.close()
+    assert story.names == [type(event).__name__ for event in seen]
+    assert all(line["asked"] == {"stop": ["why not"]} for line in story.events)
+    assert not list(story.folder.glob("*.tmp"))
+
+
+def test_a_configuration_is_copied_and_the_last_one_given_counts(story):
+    config = {"lr": 0.1, "layers": [1, 2]}
+    observer = observers.record_run(story.folder, config)
+    config["layers"].append(object())
+    observer(None, FitBegin(step=0), NOTHING)
+    assert story.run["config"] == {"lr": 0.1, "layers": [1, 2]}
+    observers.record_run(story.folder)(None, FitBegin(step=1), NOTHING)
+    assert story.run["config"] == {"lr": 0.1, "layers": [1, 2]}
+    observers.record_run(story.folder, {"lr": 0.2})(None, FitBegin(step=2), NOTHING)
+    assert story.run["config"] == {"lr": 0.2}
+    assert len(story.sessions) == 3
+
+
+def circular():
+    config = {}
+    config["self"] = config
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"path": pathlib.Path("x")}, "Path is not JSON serializable"),
+        ({"lr": torch.tensor(1.0)}, "Tensor is not JSON serializable"),
+        ({"limit": float("inf")}, "not JSON compliant"),
+        (circular(), "Circular reference"),
+    ],
+)
+def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path, config, says):
+    with pytest.raises(TypeError, match=rf"config is written as JSON, which it cannot be: .*{says}.*\. Give numbers"):
+        observers.record_run(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_story_that_somebody_else_wrote_is_left_alone(story):
+    story.folder.mkdir(parents=True)
+    (story.folder / "run.json").write_text("{torn")
+    observer = observers.record_run(story.folder)
+    with pytest.raises(ValueError, match=r"run.json is not what record_run wrote: .* Move it away"):
+        observer(None, FitBegin(step=0), NOTHING)
+    assert (story.folder / "run.json").read_text() == "{torn"
+
+
+def test_the_report_reads_what_was_recorded(story):
+    from fxtrain.report.read import read_run
+
+    def back(state, event: fx.StepEnd | fx.Rewound):
+        if isinstance(event, fx.Rewound):
+            return state, Control(stop=event.times == 3, reason="enough")
+        return state, Control(rewind=2 * (event.step == 5), reason="a spike")
+
+    writing = observers.write(writers.jsonl(story.folder / "metrics.jsonl"))
+    fit(story, callbacks=(back,), steps=6, keep_every=1, keep=9, also=(writing,))
+    run = read_run(story.folder)
+    assert [mark.step for mark in run.marks if mark.kind == "rewound"] == [5, 5, 5]
+    assert run.sessions[0]["reason"] == "enough"
+
+
+# system
+
+
+def test_the_machine_is_watched_every_so_many_steps_and_at_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    step, data = problem.step(), problem.data()
+    observing = lambda: {"observers": [observers.required(observers.system(writers.jsonl(path), every=3))]}  # noqa: E731
+    result = fx.fit(problem.start(), step, data, steps=7, **observing())
+    assert [line["step"] for line in lines(path)] == [3, 6, 7]
+    fx.fit(result.last, step, data, steps=9, **observing())
+    assert [line["step"] for line in lines(path)] == [3, 6, 7, 9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fx.fit(problem.start(), step, data, steps=3, **observing())  # the same folder from the beginning
+    assert [line["step"] for line in lines(path)] == [3]
+
+
+def test_its_numbers_are_plausible(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    observer = observers.system(writers.jsonl(path), every=1)
+    for step in (1, 2):
+        end = time.monotonic() + 0.2  # time is counted in hundredths of a second
+        while time.monotonic() < end:
+            torch.ones(300, 300) @ torch.ones(300, 300)
+        observer(problem.start(), StepEnd(step=step, metrics={}), NOTHING)
+    observer.close()
+    for line in lines(path):
+        found = {name.removeprefix("system/"): value for name, value in line["metrics"].items()}
+        assert 0 <= found["cpu_percent"] <= 100
+        assert 0 < found["process_cpu_percent"] <= 150 * os.cpu_count()
+        assert 0 < found["memory_percent"] <= 100
+        assert 0 <= found.get("disk_read_gib", 0.0) < 1e6
+        assert 0 <= found.get("disk_written_gib", 0.0) < 1e6
+        assert not [name for name in found if name.startswith("gpu")]
+
+
+def test_what_the_system_does_not_tell_is_left_out(tmp_path, monkeypatch):
+    import psutil
+
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.delattr(psutil.Process, "io_counters", raising=False)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: (_ for _ in ()).throw(ModuleNotFoundError("pynvml")))
+    observer = observers.system(writers.jsonl(path), every=1)
+    on_gpu = types.SimpleNamespace(step=types.SimpleNamespace(is_cuda=True, device="cuda:0"))
+    observer(on_gpu, StepEnd(step=1, metrics={}), NOTHING)
+    observer.close()
+    assert set(lines(path)[0]["metrics"]) == {
+        f"system/{name}" for name in ("cpu_percent", "process_cpu_percent", "memory_percent")
+    }
+
+
+def test_a_gpu_is_told_in_percent_watts_and_degrees(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    for name, value in {"utilization": 80, "memory_usage": 40, "power_draw": 350_000, "temperature": 60}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    observer = observers.system(writers.jsonl(path), every=1)
+    on_gpu = types.SimpleNamespace(step=types.SimpleNamespace(is_cuda=True, device="cuda:0"))
+    observer(on_gpu, StepEnd(step=1, metrics={}), NOTHING)
+    observer.close()
+    found = lines(path)[0]["metrics"]
+    assert [found[f"system/gpu_{name}"] for name in ("percent", "memory_percent", "watts", "celsius")] == [
+        80, 40, 350, 60,
+    ]  # fmt: skip
+
+
+def test_system_needs_a_writer_and_a_period(tmp_path):
+    with pytest.raises(ValueError, match=r"system\(\) has nothing to write to"):
+        observers.system()
+    with pytest.raises(ValueError, match="every=0: a whole number of steps"):
+        observers.system(writers.jsonl(tmp_path / "x"), every=0)
+
+
+# watch
+
+
+def watched(tmp_path, watch, steps=6):
+    path = tmp_path / "metrics.jsonl"
+    fx.fit(
+        problem.start(),
+        problem.step(callbacks=watch),
+        problem.data(),
+        callbacks=watch,
+        steps=steps,
+        observers=[observers.required(observers.write(writers.jsonl(path)))],
+    )
+    found = {}
+    for line in lines(path):
+        for name, histogram in line.get("histograms", {}).items():
+            found.setdefault(name, {})[line["step"]] = histogram
+    return found
+
+
+def test_watch_writes_histograms_of_weights_and_gradients(tmp_path):
+    found = watched(tmp_path, fx.callbacks.watch(every=3))
+    sizes = {name: leaf.numel() for name, leaf in problem.start().params.items()}
+    assert set(found) == {f"histograms/{kind}/{name}" for kind in ("weights", "grads") for name in sizes}
+    for name, by_step in found.items():
+        assert list(by_step) == [3, 6]
+        for histogram in by_step.values():
+            assert sum(histogram["counts"]) == sizes[name.rpartition("/")[2]]
+            assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+    weights = found["histograms/weights/0.weight"]
+    assert weights[3] != weights[6]
+
+
+def test_watch_looks_at_what_it_is_told_to(tmp_path):
+    found = watched(tmp_path, fx.callbacks.watch("updates", every=2, parameter="4.*", sample=3), steps=2)
+    assert set(found) == {"histograms/updates/4.bias", "histograms/updates/4.weight"}
+    assert sum(found["histograms/updates/4.weight"][2]["counts"]) == 3
+    with pytest.raises(ValueError, match="of='biases'"):
+        fx.callbacks.watch("biases")

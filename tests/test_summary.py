@@ -1,0 +1,345 @@
+"""The page that a summary prints."""
+
+import io
+import os
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import observers
+from fxtrain.core import Control, FitBegin
+
+NOTHING = Control()
+
+
+def printed(state, depth=2, rows=30, **event):
+    file = io.StringIO()
+    observers.summary(depth=depth, rows=rows, file=file)(state, FitBegin(step=int(state.step), **event), NOTHING)
+    return file.getvalue()
+
+
+def panels(page):
+    """The lines of each panel, without their indentation."""
+    found, lines = {}, []
+    for line in page.splitlines():
+        if line.startswith("  "):
+            lines.append(line[2:])
+        else:
+            lines = found[line] = []
+    return found
+
+
+def facts(page, title):
+    return {line[:11].strip(): line[13:] for line in panels(page).get(title, [])}
+
+
+def rows_of(page, title="modules"):
+    """A table's cells; the first ones keep their indentation."""
+    lines = [line for line in panels(page).get(title, []) if line.startswith("| ")]
+    cells = [[cell[1:-1] for cell in line.split("|")[1:-1]] for line in lines]
+    return [[first.rstrip(), *(cell.strip() for cell in rest)] for first, *rest in cells]
+
+
+class Block(nn.Module):
+    def __init__(self, size=2):
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+        self.act = nn.ReLU()
+
+
+class Language(nn.Module):
+    """Nested, with tied and frozen parameters and a buffer."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.embed = nn.Embedding(5, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.norm.requires_grad_(False)
+
+
+def test_summary_is_one_readable_page(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(fx.schedules.cosine(1e-2, 100)))
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
+    module[0].bias.requires_grad_(False)
+    stopping = fx.callbacks.early_stopping("loss", patience=3)
+    state = fx.attach(fx.init(module, tx, seed=7), fx.compose(stopping))
+    fires = frozenset({fx.Updated, fx.Gradients})
+    page = printed(state, total_steps=1000, total_epochs=2, epoch_length=1500, fires=fires)
+    device = re.compile(r"  host .*\n  threads .*\n  torch .*\n  python .*\n")
+    assert len(device.findall(page)) == 1
+    assert device.sub("", page) == (
+        "run\n"
+        "  length       1,000 steps or 2 epochs, what comes first\n"
+        "  seed         7\n"
+        "  events       Gradients, Updated in the step\n"
+        "model\n"
+        "  parameters   24 in 4 tensors: 20 trainable, 4 frozen\n"
+        "  buffers      9 in 3 tensors\n"
+        "  dtype        bfloat16\n"
+        "  state        274 B: params 48 B, buffers 24 B, opt_state 136 B, slots 28 B, the rest 38 B\n"
+        "data\n"
+        "  epoch        1,500 batches\n"
+        "training\n"
+        "  optimizer    ScaleByAdamState 128 B, ScaleByScheduleState 8 B\n"
+        "  callbacks    early_stopping 28 B\n"
+        "distributed\n"
+        "  processes    one\n"
+        "device\n"
+        "  device       cpu\n"
+        "modules\n"
+        "  +---------+-------------+------------+--------+-----------+----------+\n"
+        "  | Module  | Type        | Parameters | Share  | Trainable | Dtype    |\n"
+        "  +---------+-------------+------------+--------+-----------+----------+\n"
+        "  | (model) | Sequential  |         24 | 100.0% | some      | bfloat16 |\n"
+        "  |   0     | Linear      |         16 |  66.7% | some      | bfloat16 |\n"
+        "  |   1     | BatchNorm1d |          8 |  33.3% | all       | bfloat16 |\n"
+        "  +---------+-------------+------------+--------+-----------+----------+\n"
+        "tensors\n"
+        "  +----------+--------+----------+------+\n"
+        "  | Tensor   | Shape  | Dtype    | Size |\n"
+        "  +----------+--------+----------+------+\n"
+        "  | 0.bias   | (4,)   | bfloat16 |    4 |\n"
+        "  | 0.weight | (4, 3) | bfloat16 |   12 |\n"
+        "  | 1.bias   | (4,)   | bfloat16 |    4 |\n"
+        "  | 1.weight | (4,)   | bfloat16 |    4 |\n"
+        "  +----------+--------+----------+------+\n"
+    )
+
+
+def test_the_device_is_told_as_torch_tells_it():
+    told = facts(printed(fx.init(nn.Linear(1, 1))), "device")
+    assert told["device"] == "cpu"
+    assert told["threads"] == str(torch.get_num_threads())
+    assert told["torch"].startswith(torch.__version__)
+    assert re.fullmatch(rf"[\d.]+ [MGT]iB, {os.cpu_count()} cores?", told["host"])
+
+
+# Modules
+
+
+def test_modules_come_in_the_order_of_the_model_each_with_all_that_is_in_it():
+    page = printed(fx.init(Language()), depth=3)
+    assert [row[:5] for row in rows_of(page)[1:]] == [
+        ["(model)", "Language", "26", "100.0%", "some"],
+        ["  embed", "Embedding", "10", "38.5%", "all"],
+        ["  blocks", "ModuleList", "12", "46.2%", "all"],
+        ["    0", "Block", "6", "23.1%", "all"],
+        ["      mix", "Linear", "6", "23.1%", "all"],
+        ["    1", "Block", "6", "23.1%", "all"],
+        ["      mix", "Linear", "6", "23.1%", "all"],
+        ["  norm", "BatchNorm1d", "4", "15.4%", "frozen"],
+    ]
+
+
+@pytest.mark.parametrize(("depth", "deepest"), [(1, 0), (2, 1), (3, 2), (9, 2)])
+def test_modules_are_shown_down_to_a_depth(depth, deepest):
+    names = [row[0] for row in rows_of(printed(fx.init(Language()), depth))[2:]]
+    assert max((len(name) - len(name.lstrip())) // 2 - 1 for name in names) == deepest
+
+
+def test_tied_parameters_count_once_and_are_named():
+    page = printed(fx.init(Language()))
+    assert facts(page, "model")["parameters"] == "26 in 7 tensors: 22 trainable, 4 frozen"
+    assert facts(page, "model")["tied"] == "head.weight is embed.weight"
+    assert [row[0] for row in rows_of(page, "tensors")[1:]].count("embed.weight") == 1
+
+
+def test_a_module_that_is_used_twice_counts_once():
+    shared = nn.Linear(2, 2)
+    page = printed(fx.init(nn.ModuleDict({"a": shared, "b": shared})))
+    assert [row[:3] for row in rows_of(page)[2:]] == [["  a", "Linear", "6"]]
+    assert facts(page, "model")["tied"] == "b.weight is a.weight, b.bias is a.bias"
+
+
+def test_what_is_frozen_later_is_frozen_here():
+    tx = fx.optim.sgd(0.1)
+    state = fx.with_trainable(fx.init(Language(), tx), tx, "blocks.0.*")
+    page = printed(state)
+    assert facts(page, "model")["parameters"] == "26 in 7 tensors: 6 trainable, 20 frozen"
+    assert [row[4] for row in rows_of(page)[1:]] == ["some", "frozen", "some", "all", "frozen", "frozen"]
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    assert facts(printed(fx.init(frozen)), "model")["parameters"] == "2 in 2 tensors, all frozen"
+
+
+def test_several_dtypes_are_counted():
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    module[0].to(torch.bfloat16)
+    page = printed(fx.init(module))
+    assert facts(page, "model")["dtype"] == "bfloat16 16, float32 8"
+    assert [row[-1] for row in rows_of(page)[1:]] == ["bfloat16, float32", "bfloat16", "float32"]
+
+
+def test_a_model_without_parameters_has_no_tables():
+    page = printed(fx.init(nn.ReLU()))
+    assert facts(page, "model") == {"parameters": "0 in 0 tensors", "state": "38 B: the rest 38 B"}
+    assert not {"modules", "tensors", "training"} & set(panels(page))
+
+
+def test_parameters_without_a_module_are_shown_by_their_names():
+    params = {"encoder": {"w": torch.zeros(3), "b": torch.zeros(1)}, "scale": torch.zeros(())}
+    page = printed(fx.init(params))
+    header, *rows = rows_of(page)
+    assert header == ["Module", "Parameters", "Share", "Trainable", "Dtype"]
+    assert [row[:2] for row in rows] == [["(model)", "5"], ["  encoder", "4"]]
+    assert [row[0] for row in rows_of(page, "tensors")[1:]] == ["encoder.b", "encoder.w", "scale"]
+    assert "modules" not in panels(printed(fx.init({"w": torch.zeros(2)})))
+
+
+def test_a_state_without_a_model_says_nothing_of_what_is_trainable():
+    page = printed(fx.init(nn.Linear(3, 2)).replace(model=None))
+    assert facts(page, "model")["parameters"] == "8 in 2 tensors"
+    assert "modules" not in panels(page)
+    assert len(rows_of(page, "tensors")) == 3
+
+
+def test_several_modules_are_parts_of_one_model():
+    tx = fx.optim.adam(1e-3)
+    state = fx.init({"G": nn.Linear(2, 2), "D": Language()}, {"G": tx, "D": tx})
+    page = printed(state, depth=1)
+    assert [row[:3] for row in rows_of(page)[1:]] == [
+        ["(model)", "", "32"],
+        ["  D", "Language", "26"],
+        ["  G", "Linear", "6"],
+    ]
+    assert facts(page, "model")["tied"] == "D.head.weight is D.embed.weight"
+
+
+def test_a_summary_changes_nothing():
+    state = fx.init(Language(), fx.optim.adam(1e-3))
+    before = state.copy()
+    printed(state)
+    assert fx.tree.paths(state) == fx.tree.paths(before)
+    assert all(map(torch.equal, fx.tree.leaves(state), fx.tree.leaves(before)))
+
+
+# Big models
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (99, ["(model)", "  embed", "  blocks", *[f"    {i}" for i in range(12)], "  norm"]),
+        (15, ["(model)", "  embed", "  blocks", "    *", "  norm"]),
+        (4, ["(model)", "  embed", "  blocks", "  norm"]),
+        (3, ["(model)", "  embed", "  (and 2 more)"]),
+        (1, ["  (and 4 more)"]),
+    ],
+)
+def test_a_big_model_is_shown_in_less_detail(rows, names):
+    page = printed(fx.init(Language(12)), rows=rows)
+    assert [row[0] for row in rows_of(page)[1:]] == names
+    if rows == 15:
+        assert rows_of(page)[4][:4] == ["    *", "12 x Block", "72", "83.7%"]
+    assert rows > 3 or rows_of(page)[-1][-4] == {3: "76", 1: "86"}[rows]
+
+
+def test_layers_that_differ_in_more_than_their_number_keep_their_rows():
+    module = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 2), nn.Conv1d(1, 1, 1)])
+    rows = rows_of(printed(fx.init(module), rows=4))[2:]
+    assert [row[:3] for row in rows] == [["  *", "2 x Linear", "4"], ["  2", "Linear", "4"], ["  3", "Conv1d", "2"]]
+
+
+def test_groups_of_parameters_without_a_module_are_alike_too():
+    params = {"layers": [{"w": torch.zeros(2), "b": torch.zeros(1)} for _ in range(6)]}
+    rows = rows_of(printed(fx.init(params), rows=4))[1:]
+    assert [row[:3] for row in rows] == [["(model)", "", "18"], ["  layers", "", "18"], ["    *", "6 alike", "18"]]
+
+
+def test_a_model_of_many_tensors_side_by_side_is_cut():
+    state = fx.init(nn.ParameterDict({name: torch.zeros(2) for name in "abcdef"}))
+    rows = rows_of(printed(state, rows=3), "tensors")
+    assert [(row[0], row[-1]) for row in rows[1:]] == [("a", "2"), ("b", "2"), ("(and 4 more)", "8")]
+
+
+def test_names_that_are_very_long_are_cut_in_their_middle():
+    name = "a" * 100 + "z" * 100
+    page = printed(fx.init(nn.ModuleDict({name: nn.Linear(1, 1)})))
+    assert f"|   {'a' * 22}...{'z' * 22} |" in page
+    assert max(map(len, page.splitlines())) < 120
+
+
+def test_lines_of_many_facts_are_wrapped():
+    state = fx.init(nn.Linear(1, 1))
+    for number in range(30):
+        state = state.with_slot(f"callback_{number}", torch.zeros(number))
+    page = printed(state)
+    lines = panels(page)["training"]
+    assert len(lines) > 5
+    assert max(map(len, page.splitlines())) <= 98
+    assert lines[1].startswith(" " * 13 + "callback_")
+
+
+# Runs
+
+
+def test_a_run_that_goes_on_says_from_where():
+    state = fx.init(nn.Linear(1, 1)).replace(step=torch.tensor(1040))
+    page = printed(state, position=1040, epoch_length=100, total_epochs=20, resumed=True)
+    assert facts(page, "run") == {"length": "20 epochs", "begins": "after step 1,040, resumed", "seed": "0"}
+    assert facts(page, "data") == {"epoch": "100 batches", "position": "after 40 batches of epoch 11"}
+    assert facts(printed(state, position=1), "data") == {"position": "after 1 batch"}
+    assert facts(printed(fx.init(nn.Linear(1, 1)), total_steps=1), "run")["length"] == "1 step"
+
+
+def test_processes_that_have_not_met_are_told_from_the_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    page = printed(fx.init(nn.Linear(1, 1)))
+    assert facts(page, "distributed")["processes"] == "4, this is rank 0; torch.distributed is not initialised"
+    monkeypatch.setenv("RANK", "1")
+    assert printed(fx.init(nn.Linear(1, 1))) == ""
+
+
+def test_a_real_run_writes_its_page_into_its_folder(tmp_path):
+    path = tmp_path / "run" / "summary.txt"
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+    state = fx.init(nn.Linear(1, 1), tx)
+    observing = {"observers": [observers.required(observers.summary(file=path))]}
+    result = fx.fit(state, step, [torch.ones(4, 1)], steps=2, **observing)
+    page = path.read_text()
+    assert facts(page, "run")["events"] == "Microbatch, Gradients, Updated in the step"
+    fx.fit(result.last, step, [torch.ones(4, 1)], steps=4, **observing)
+    assert facts(path.read_text(), "run")["begins"] == "after step 2, resumed"
+    observers.summary(file=os.fspath(path))(state, FitBegin(step=0), NOTHING)
+    assert "begins" not in path.read_text()
+    assert path.read_text().endswith("+\n")
+
+
+# Where it goes
+
+
+def test_standard_output_gets_plain_text_and_a_terminal_boxes(monkeypatch, capsys):
+    import rich
+
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    state = fx.init(nn.Linear(1, 1))
+    observers.summary()(state, FitBegin(step=0), NOTHING)
+    plain = capsys.readouterr().out
+    assert plain == printed(state)
+    for width, boxed in ((120, True), (60, False)):
+        monkeypatch.setattr(rich, "_console", rich.console.Console(force_terminal=True, width=width, _environ={}))
+        observers.summary()(state, FitBegin(step=0), NOTHING)
+        shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+        if boxed:
+            assert shown.startswith("╭─ run ─")
+            inside = [line.strip("│ ") for line in shown.splitlines() if line.startswith("│")]
+            assert inside == [line.strip() for line in plain.splitlines() if line.startswith("  ")]
+        else:
+            assert shown == plain
+
+
+def test_without_clu_it_says_so_and_shows_the_rest(monkeypatch):
+    monkeypatch.setitem(sys.modules, "clu", None)
+    page = printed(fx.init(nn.Linear(1, 1)))
+    assert panels(page)["modules"][0].startswith("(no table, as clu cannot be imported: ")
+    assert panels(page)["modules"][0].endswith("pip install clu)")
+    assert facts(page, "model")["parameters"] == "2 in 2 tensors, all trainable"
