@@ -66,7 +66,8 @@ def test_all_hooks_are_there():
 
 @pytest.mark.parametrize("row", rosetta.rows(), ids=lambda row: f"{row.system}: {row.hook}")
 def test_what_serves_it_is_there(row, fired):
-    functions = re.findall(r"\bfx\.((?:[a-z_]+\.)*[a-z_]+(?:\.[A-Z][a-zA-Z]+)?|values\.[A-Z][a-zA-Z]+)|\bfx\.(Control)", row.here)
+    values = r"values\.[A-Z][a-zA-Z]+"
+    functions = re.findall(rf"\bfx\.({values}|[a-z_.]+[a-z_])|\bfx\.(Control)", row.here)
     events = [word for word in re.findall(r"[A-Z][A-Za-z]+", row.here) if word in NAMES]
     assert functions or events or row.here.startswith("not needed: ")
     for name in (lower or upper for lower, upper in functions):

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.values import KINDS, hand_over, take_back, try_all
+from fxtrain.values import KINDS, HParams, Table, hand_over, take_back, try_all
 from fxtrain.writers.interface import Backend
 
 
@@ -64,18 +65,18 @@ class AsynchronousWriter(Backend):
         """Seconds that callers have waited for room, for copies, and for what they flushed."""
         return self._blocked
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+        # Whether they are in range is found out in the thread as well: here they are copied, and that is all.
         began = time.perf_counter()
-        own = {name: tree.map(_copied, value) for name, value in values.items()}
+        own = {name: _copied(value) for name, value in values.items()}
         self._blocked += time.perf_counter() - began
-        self._submit(functools.partial(hand_over, self._writer, step, own, event))
+        self._submit(functools.partial(hand_over, self._writer, int(step), own, event))
 
     def purge(self, step: int) -> None:
         self._submit(functools.partial(take_back, self._writer, step))
 
     def flush(self) -> None:
-        self._submit(self._writer.flush)
-        self._wait()
+        try_all(lambda: self._submit(self._writer.flush), self._wait)
 
     def close(self) -> None:
         """Waits for all that was written, and closes the other writer; then the first error is raised."""
@@ -107,13 +108,28 @@ class AsynchronousWriter(Backend):
 
         try:
             act()
+            return
         except asynclib.AsyncError as error:
             cause = error.__cause__
-            if not isinstance(cause, Exception):
-                raise
-            cause.add_note("It was raised in the thread of an asynchronous writer, after the call that caused it.")
-            raise cause from None
+        assert cause is not None
+        cause.add_note("It was raised in the thread of an asynchronous writer, after the call that caused it.")
+        raise cause
 
 
-def _copied(leaf: Any) -> Any:
+def _copied(value: Any) -> Any:
+    """The value with memory of its own, on the host."""
+    match value:
+        case np.ndarray():
+            return value.copy()
+        case Table():
+            return Table({name: _copied(column) for name, column in value.columns.items()})
+        case HParams():
+            return HParams(value.flat())
+        case bool() | int() | float():
+            return value
+        case _:
+            return tree.map(_on_host, value)
+
+
+def _on_host(leaf: Any) -> Any:
     return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from csv import DictReader
 from csv import reader as read_rows
 from csv import writer as row_writer
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from fxtrain.writers.disk import replace_file
 from fxtrain.writers.interface import Backend, unwritable
 
-_FIRST = ("step", "epoch", "time")
+_FIRST: tuple[str, ...] = ("step", "epoch", "time")
 
 
 def csv(path: str | os.PathLike[str]) -> CsvWriter:
@@ -64,13 +64,16 @@ class CsvWriter(Backend):
         self._opened()
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        if "step" in values:
+            raise ValueError(f"{self._path} has the step in its column 'step': log this under another name.")
         self._opened()
-        row = {name: _cell(value) for name, value in values.items()}
+        row: dict[str, str] = {}
         if event is not None:
-            row |= {"time": _cell(event.time), **({} if event.epoch is None else {"epoch": _cell(event.epoch)})}
+            row = {"time": _cell(event.time), **({} if event.epoch is None else {"epoch": _cell(event.epoch)})}
+        row |= {name: _cell(value) for name, value in values.items()}
         added = [name for name in row if name not in self._columns]
         if added:
-            self._add_columns(added)
+            self._rewrite([*self._columns, *added], self._rows())
         file = self._opened()
         if self._row.get("step") == str(step):
             self._row |= row
@@ -78,13 +81,16 @@ class CsvWriter(Backend):
         else:
             self._row, self._begin = {"step": str(step), **row}, file.seek(0, os.SEEK_END)
         file.seek(self._begin)
-        file.write(_lines([[self._row.get(name, "") for name in self._columns]]))
+        file.write(_line(_in_columns(self._row, self._columns)))
         file.flush()
 
     def purge(self, step: int) -> None:
-        """Removes the rows beyond a step."""
+        """Removes the rows beyond a step, and those that cannot be read."""
         self._opened()
-        self._rewrite([row for row in self._rows() if int(row["step"]) <= step])
+        rows = self._rows()
+        kept = [row for row in rows if (found := _step(row)) is not None and found <= step]
+        if len(kept) < len(rows):
+            self._rewrite(self._columns, kept)
 
     def flush(self) -> None:
         if self._file is not None:
@@ -97,73 +103,94 @@ class CsvWriter(Backend):
             self._file.close()
             self._file = None
 
-    def _add_columns(self, names: list[str]) -> None:
-        rows = self._rows()
-        self._columns += names
-        self._rewrite(rows)
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        """The whole file anew, in one replacement."""
-        self.close()
-        table = [self._columns, *([row.get(name, "") for name in self._columns] for row in rows)]
-        replace_file(self._path, _lines(table))
-        self._opened()
-
     def _rows(self) -> list[dict[str, str]]:
-        with open(self._path, newline="", encoding="utf-8") as file:
+        with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
             return list(DictReader(file))
 
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        """The whole file anew, in one replacement."""
+        self.close()
+        replace_file(self._path, _lines([columns, *(_in_columns(row, columns) for row in rows)]))
+        self._opened()
+
     def _opened(self) -> BinaryIO:
-        if self._file is not None:
-            return self._file
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab+")  # noqa: SIM115
-            self._file.close()
-            self._file = open(self._path, "rb+")  # noqa: SIM115 -- appending would not go back to a row
-        except OSError as error:
-            raise unwritable("csv", self._path, error) from error
-        self._mend(self._file)
-        rows = self._rows()
-        self._row = rows[-1] if rows else {}
-        last = _lines([[self._row.get(name, "") for name in self._columns]]) if rows else b""
-        self._begin = self._file.seek(0, os.SEEK_END) - len(last)
+        if self._file is None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Not to append only: that would not go back to a row.
+                file = open(self._path, "rb+", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))  # noqa: SIM115
+            except OSError as error:
+                raise unwritable("csv", self._path, error) from error
+            try:
+                self._take_up(file)
+            except BaseException:
+                file.close()
+                raise
+            self._file = file
         return self._file
 
-    def _mend(self, file: BinaryIO) -> None:
-        """Reads the columns, or writes them, and removes a last row that has no end."""
+    def _take_up(self, file: BinaryIO) -> None:
+        """Reads the columns, or writes them, and the last row; removes one that has no end."""
         content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            warnings.warn(
-                f"{self._path} ended in the middle of a row, as after a crash; its last {len(content) - len(whole)} "
-                "bytes were removed.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-            file.truncate(len(whole))
-        header = next(read_rows(io.StringIO(whole.decode())), None)
-        if header is None:
-            self._columns = list(_FIRST)
-            file.seek(0)
-            file.write(_lines([self._columns]))
-            file.flush()
-        elif tuple(header[: len(_FIRST)]) != _FIRST:
-            file.close()
-            self._file = None
+        rows = _end_of_header(content)
+        header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
+        first = _line(list(_FIRST))
+        unfinished = not rows and first.startswith(content[: len(first) - 1])  # or empty
+        if not (unfinished or (rows and tuple(header[: len(_FIRST)]) == _FIRST)):
+            # Before anything is removed: it may be somebody's whole file.
             raise ValueError(
                 f"{self._path} is there, and its columns {header} do not begin with {', '.join(_FIRST)}: it is "
                 "another table. Give another path."
             )
-        else:
-            self._columns = header
+        size = content.rfind(b"\n") + 1 if rows else 0
+        if size < len(content):
+            file.truncate(size)
+            warnings.warn(
+                f"{self._path} ended in the middle of a row, as after a crash; its last {len(content) - size} bytes "
+                "were removed.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        file.seek(size)
+        if not rows:
+            header, rows, size = list(_FIRST), len(first), len(first)
+            file.write(first)
+            file.flush()
+        self._columns = header
+        self._begin = max(content.rfind(b"\n", 0, max(size - 1, 0)) + 1, rows)
+        last = content[self._begin : size].decode(errors="replace")
+        self._row = dict(zip(header, next(read_rows([last]), []), strict=False))
+
+
+def _end_of_header(content: bytes) -> int:
+    """Where the rows begin: after the first line end outside of quotes; 0 if there is none."""
+    end = content.find(b"\n") + 1
+    while end and content.count(b'"', 0, end) % 2:
+        end = content.find(b"\n", end) + 1
+    return end
+
+
+def _step(row: Mapping[str, str]) -> int | None:
+    try:
+        return int(row["step"])
+    except ValueError:
+        return None
+
+
+def _in_columns(row: Mapping[str, str], columns: list[str]) -> list[str]:
+    return [row.get(name, "") for name in columns]
 
 
 def _cell(value: float) -> str:
     return repr(value) if isinstance(value, float) else str(int(value))
 
 
-def _lines(rows: list[list[str]]) -> bytes:
+def _lines(rows: Iterable[list[str]]) -> bytes:
+    return b"".join(map(_line, rows))
+
+
+def _line(row: list[str]) -> bytes:
     buffer = io.StringIO()
-    row_writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue().encode()
+    # Only where rows end with it is a carriage return in a name quoted.
+    row_writer(buffer, lineterminator="\r\n").writerow(row)
+    return buffer.getvalue().removesuffix("\r\n").encode() + b"\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,14 +17,18 @@ from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Tex
 from fxtrain.writers.encoding import gif, png, wav
 from fxtrain.writers.interface import Backend, unwritable
 
-_STEP = re.compile(r"(\d{8,})(-\d+)?\.\w+$")
+_STEP = re.compile(r"(\d{8,})(-\d+)?\.(md|png|gif|wav|json|ply)$")
+_UNSAFE = re.compile(r"^[. ]+|[. ]+$|[^\w .()=-]")  # what leaves the folder, is hidden, or a file system refuses
 
 
 def media(folder: str | os.PathLike[str]) -> MediaWriter:
     """A writer of files: ``<folder>/<name>/<step>.<kind>``, where a name's ``/`` makes folders.
 
+    What a file system does not take of a name is written as in an address, ``%3F`` for ``?``.
+
     Images are PNG, videos GIF, sounds WAV, texts Markdown; tables and confusion matrices are JSON, and point clouds
-    PLY. Several of one name are numbered, ``00000100-3.png``; so are images in a table, which has their names.
+    PLY. Several of one name are numbered, ``00000100-3.png``; so are images in a table, which has their names. Numbers
+    that JSON does not have are strings there, ``"NaN"``.
 
     ``purge`` moves what lies beyond a step to ``<folder>.dropped``.
 
@@ -106,12 +111,12 @@ def _table(stem: str, table: Table) -> dict[str, bytes]:
     columns: dict[str, list[Any]] = {}
     for name, cells in table.cells().items():
         if isinstance(cells, list):
-            columns[name] = cells
+            columns[name] = list(map(_cell, cells))
             continue
         files = [f"{stem}-{len(images) + index}.png" for index in range(len(cells))]
         images |= dict(zip(files, map(png, cells), strict=True))
         columns[name] = files
-    return {f"{stem}.json": json.dumps({"columns": columns}, allow_nan=True).encode(), **images}
+    return {f"{stem}.json": json.dumps({"columns": columns}, allow_nan=False).encode(), **images}
 
 
 def _ply(cloud: PointCloud) -> bytes:
@@ -126,6 +131,14 @@ def _ply(cloud: PointCloud) -> bytes:
 
 
 def _safe(name: str) -> Path:
-    """A path below the folder, whatever the name is."""
-    parts = [re.sub(r"[^\w .()=-]", "_", part).strip(". ") or "_" for part in name.split("/")]
-    return Path(*parts)
+    """A path below the folder, whatever the name is, and another one for each name."""
+    return Path(*(_UNSAFE.sub(_escaped, part) or "%" for part in name.split("/")))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in found[0].encode())
+
+
+def _cell(cell: Any) -> Any:
+    """The cell in what JSON has."""
+    return json.dumps(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell

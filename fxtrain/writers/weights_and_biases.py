@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
-import json
 import os
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from fxtrain.values import (
     Audio,
@@ -23,12 +25,11 @@ from fxtrain.values import (
     Text,
     Video,
 )
-from fxtrain.writers.disk import replace_file
-from fxtrain.writers.encoding import gif, wav
-from fxtrain.writers.interface import Backend, unwritable
+from fxtrain.writers.encoding import gif, numbered, wav
+from fxtrain.writers.remote import RemoteWriter
 
-_FILE = "wandb-run.json"
-_MOST_BUCKETS = 512  # of wandb's
+_MOST_BUCKETS = 512  # what wandb takes of one name, or else raises,
+_MOST_MEDIA = 108  # or drops
 
 
 def wandb(
@@ -43,18 +44,23 @@ def wandb(
 
     The run's step is the value ``step``, which every chart has as its axis. What was written cannot be taken back from
     a run there: where a session goes back to a step before the last one written, the points in between are there
-    twice, and it says so. Numbers and texts may have any name; ``/`` makes sections.
+    twice, and it says so. Values may have any name but ``step``; ``/`` makes sections.
+
+    Offline, each session has files of its own, which one ``wandb sync`` sends in their order. Tables lie where
+    ``WANDB_DATA_DIR`` says until then, so do that on the same machine.
 
     Args:
         folder: For wandb's files, and for the run's identity, ``wandb-run.json``.
         project: The project there.
         name: The run's name there.
         mode: ``"online"``, ``"offline"`` (files only) or ``"disabled"``; by default what ``WANDB_MODE`` says.
-        options: More for ``wandb.init``: ``entity``, ``group``, ``tags``.
+        options: More for ``wandb.init``: ``entity``, ``group``, ``tags``. It is a run of its own, beside one that the
+            program has begun itself, unless ``reinit`` says otherwise.
 
     Raises:
         ImportError: If wandb is not there.
         OSError: If the folder cannot be written to.
+        ValueError: If what the folder has of a run's identity cannot be read.
 
     Example:
         >>> import tempfile
@@ -66,120 +72,110 @@ def wandb(
         import wandb  # noqa: F401
     except ImportError as error:
         raise ImportError("wandb is not there: pip install 'fxtrain[wandb]'.") from error
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable("wandb", path, error) from error
-    return WandbWriter(path, {"project": project, "name": name, "mode": mode, **options})
+    return WandbWriter(Path(folder), {"project": project, "name": name, "mode": mode, **options})
 
 
-class WandbWriter(Backend):
+class WandbWriter(RemoteWriter):
     """Writes to Weights & Biases; made by ``wandb``. The run is begun, or gone on with, at the first value."""
 
+    service, file = "Weights & Biases", "wandb-run.json"
     kinds = frozenset((float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams))
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self._folder, self._options = folder, options
+        super().__init__(folder)
+        self._options = options
         self._run: Any = None
-        self._last = self._known().get("step", 0)  # the last one written
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
-        run = self._opened()
+        if "step" in values:
+            raise ValueError("wandb has the run's step as 'step', the axis of its charts: log it under another name.")
+        self._open()
         config = {key: v for value in values.values() if isinstance(value, HParams) for key, v in value.flat().items()}
         if config:
-            run.config.update(config, allow_val_change=True)
-        shown = {name: self._shown(value) for name, value in values.items() if not isinstance(value, HParams)}
-        if shown:
-            run.log({"step": step, **shown})
-            self._last = max(self._last, step)
+            self._run.config.update(config, allow_val_change=True)
+        # wandb copies files as it logs them, so they have to be there until then.
+        with contextlib.ExitStack() as files:
+            shown: dict[str, Any] = {}
+            for name, value in values.items():
+                shown |= _shown(name, value, files)
+            if shown:
+                self._run.log({"step": step, **shown})
+                self._reached(step)
 
-    def purge(self, step: int) -> None:
-        """Says that points are there twice, if something lies beyond the step."""
-        if self._last > step:
-            warnings.warn(
-                f"Weights & Biases takes nothing back: what it has of steps {step + 1} to {self._last} stays, and will "
-                "be there twice.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            self._last = step
-
-    def flush(self) -> None:
-        """Remembers how far the run is. Its values wandb itself writes to the disk, in a process of its own."""
-        if self._run is not None:
-            self._remember()
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._remember()
-            self._run.finish(quiet=True)
-            self._run = None
-
-    def _opened(self) -> Any:
-        if self._run is None:
-            import wandb
-
-            known = self._known()
-            self._run = wandb.init(
-                dir=str(self._folder), id=known.get("id"), resume="allow" if known else None, **self._options
-            )
-            self._run.define_metric("step", hidden=True)
-            self._run.define_metric("*", step_metric="step")
-            self._remember()
-        return self._run
-
-    def _known(self) -> dict[str, Any]:
-        path = self._folder / _FILE
-        return json.loads(path.read_text()) if path.exists() else {}
-
-    def _remember(self) -> None:
-        content = json.dumps({"id": self._run.id, "step": self._last})
-        replace_file(self._folder / _FILE, content.encode())
-
-    def _shown(self, value: Any) -> Any:
+    def _begin(self, identity: str | None) -> str:
         import wandb
 
-        match value:
-            case Text(markdown):
-                return wandb.Html(f"<pre style='white-space: pre-wrap'>{html.escape(markdown)}</pre>", inject=False)
-            case Image():
-                return [_image(frame) for frame in value.frames]
-            case Video():
-                # A GIF made here: wandb's own encoder wants two more packages.
-                return [wandb.Video(io.BytesIO(gif(frames, value.fps)), format="gif") for frames in value.frames]
-            case Audio():
-                return [_audio(waves, value.rate) for waves in value.waves]
-            case Histogram():
-                return wandb.Histogram(np_histogram=value.buckets(min(30, _MOST_BUCKETS)))
-            case Table():
-                return _table(value)
-            case ConfusionMatrix():
-                return _table(value.table())
-            case PointCloud():
-                points = value.points.float().cpu()
-                if value.colors is not None:
-                    points = points.new_tensor([[*p, *c] for p, c in zip(points, value.colors.cpu(), strict=True)])
-                return wandb.Object3D(points.numpy())
-            case _:
-                return value
+        # Not the run that the program may have begun itself, which init returns by default.
+        options = {"reinit": "create_new", **self._options}
+        resume = None if identity is None else "allow"
+        self._run = wandb.init(dir=str(self._folder), id=identity, resume=resume, **options)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        return self._run.id
+
+    def _end(self) -> None:
+        self._run.finish()
+        self._run = None
 
 
-def _image(frame: Any) -> Any:
+def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
+    """A value as wandb takes it, under one name or several."""
+    import wandb
+
+    match value:
+        case Text(markdown):
+            page = f"<pre style='white-space: pre-wrap'>{html.escape(markdown)}</pre>"
+            return {name: wandb.Html(page, inject=False)}
+        case Image():
+            return _panels(name, [_image(frame) for frame in value.frames])
+        case Video():
+            # A GIF made here: wandb's own encoder wants two more packages.
+            videos = [io.BytesIO(gif(frames, value.fps)) for frames in value.frames]
+            return _panels(name, [wandb.Video(video, format="gif") for video in videos])
+        case Audio():
+            # One a name: for a list of them wandb wants another package.
+            sounds = [_audio(waves, value.rate, files) for waves in value.waves]
+            return {numbered(name, index, len(sounds)): sound for index, sound in enumerate(sounds)}
+        case Histogram():
+            return {name: wandb.Histogram(np_histogram=_fewer(*value.buckets()))}
+        case Table():
+            return {name: _table(value)}
+        case ConfusionMatrix():
+            return {name: _table(value.table())}
+        case PointCloud():
+            points = value.points.double().cpu()
+            if value.colors is not None:
+                points = torch.cat([points, value.colors.double().cpu()], 1)
+            return {name: wandb.Object3D(points.numpy())}
+        case HParams():
+            return {}  # the run's configuration, and no chart
+        case _:
+            return {name: value}
+
+
+def _panels(name: str, media: list[Any]) -> dict[str, Any]:
+    """Several under one name, and no more than wandb takes."""
+    begins = range(0, len(media), _MOST_MEDIA)
+    return {
+        numbered(name, index, len(begins)): media[begin : begin + _MOST_MEDIA] for index, begin in enumerate(begins)
+    }
+
+
+def _image(frame: np.ndarray) -> Any:
     import PIL.Image
     import wandb
 
     return wandb.Image(PIL.Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame))
 
 
-def _audio(waves: Any, rate: int) -> Any:
+def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
     import wandb
 
-    # A file of ours: wandb's own encoder wants another package. It copies the file as it is given.
-    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-        file.write(wav(waves, rate))
-        file.flush()
-        return wandb.Audio(file.name)
+    # A file of ours: wandb's own encoder wants another package.
+    file = files.enter_context(tempfile.NamedTemporaryFile(suffix=".wav"))  # noqa: SIM115 -- the stack closes it
+    file.write(wav(waves, rate))
+    file.flush()
+    return wandb.Audio(file.name)
 
 
 def _table(table: Table) -> Any:
@@ -188,4 +184,12 @@ def _table(table: Table) -> Any:
     columns = [
         cells if isinstance(cells, list) else [_image(frame) for frame in cells] for cells in table.cells().values()
     ]
-    return wandb.Table(columns=list(table.columns), data=[list(row) for row in zip(*columns, strict=True)])
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+
+
+def _fewer(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The histogram with no more buckets than wandb takes: neighbours as one."""
+    together = -(-len(counts) // _MOST_BUCKETS)
+    first = np.arange(0, len(counts), together)
+    return np.add.reduceat(counts, first), np.append(edges[first], edges[-1])
