@@ -35,7 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        print(f"fxtrain report: {path} cannot be written ({error.strerror}): give --out.", file=sys.stderr)
+        print(
+            f"fxtrain report: {path} cannot be written ({error.strerror}): give --out, a path that can be.",
+            file=sys.stderr,
+        )
         return 2
     print(path)
     return 0

@@ -2,12 +2,17 @@
 // Draws the curves. They are drawn at the width there is, and again when it changes, so that text stays readable.
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["#1f6feb", "#e0731d", "#2f9e44", "#c2255c", "#7048e8", "#0b8f9c", "#a07514", "#868e96"];
+// Of marks at one place the first kind is shown; the others are told with it.
 const MARKS = {
-  improved: ["#2f9e44", "●"], saved: ["#868e96", "▴"], skipped: ["#e0731d", "✕"], stopped: ["#c2255c", "■"],
-  rewound: ["#7048e8", "↶"], interrupted: ["#c2255c", "‖"], resumed: ["#0b8f9c", "▸"],
+  stopped: ["#d6336c", "■"], interrupted: ["#d6336c", "‖"], rewound: ["#7048e8", "↶"], skipped: ["#e0731d", "✕"],
+  resumed: ["#0b8f9c", "▸"], improved: ["#2f9e44", "●"], saved: ["#868e96", "▴"],
 };
-const HEIGHT = 190, LEFT = 46, RIGHT = 8, TOP = 16, BOTTOM = 20;
-const view = { smooth: 0, log: false, hidden: new Set() };
+const LINELESS = ["improved", "saved"]; // there are many of these
+const HEIGHT = 190, LEFT = 46, RIGHT = 10, TOP = 18, BOTTOM = 20;
+const LONG = 100; // points of a curve that there is something to smooth in
+const LINES = 40; // so many marks may have one
+const DENSE = data.sections.some((each) => each.panels.some((panel) => panel.series.some((series) => series.values.length > 4 * LONG)));
+const view = { smooth: DENSE ? 0.8 : 0, log: false, all: false, hidden: new Set() };
 
 const svg = (tag, attributes, text) => {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -21,16 +26,20 @@ const element = (tag, name, text) => {
   if (text !== undefined) node.textContent = text;
   return node;
 };
-const short = (x) => {
+const short = (x, digits = 4) => {
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1e4 && size < 1e15) return Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(x);
-  return size < 1e-3 || size >= 1e15 ? x.toExponential(1) : String(Number(x.toPrecision(4)));
+  if (size >= 1e4 && size < 1e15) return Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: digits }).format(x);
+  if (size >= 1e-3 && size < 1e4) return String(Number(x.toPrecision(digits)));
+  return Number(x.toPrecision(digits)).toExponential().replace("e+", "e");
 };
+// A tick has as many digits as tell it from the next.
+const tickText = (x, step) => short(x, Math.max(1, Math.ceil(Math.log10(Math.abs(x) / step || 1) + 1e-9) + 1));
+const extent = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
 
 // The debiased exponential mean; gaps stay gaps.
 function smoothed(values, weight) {
-  if (!weight) return values;
+  if (!weight || values.length < LONG) return values;
   let sum = 0, total = 0;
   return values.map((value) => {
     if (value === null) return null;
@@ -43,92 +52,103 @@ function smoothed(values, weight) {
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
   const found = [];
-  for (let x = Math.ceil(low / step) * step; x <= high + step * 1e-9; x += step) found.push(Math.abs(x) < step * 1e-9 ? 0 : x);
-  return found;
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  return { found, step };
 }
 
+// Where values lie but for the few that are far from all others: a spike would press the rest into a line.
+function usual(values) {
+  const sorted = values.slice().sort((a, b) => a - b), count = sorted.length;
+  if (!count) return [0, 1];
+  const [least, most] = [sorted[0], sorted[count - 1]];
+  if (view.all || count < 20) return [least, most];
+  const cut = Math.max(1, Math.floor(count * 0.01));
+  const [low, high] = [sorted[cut], sorted[count - 1 - cut]];
+  const far = 2 * (high - low);
+  return far > 0 ? [least < low - far ? low : least, most > high + far ? high : most] : [least, most];
+}
+
+// A label below the axis, which does not go beyond the plot.
+const label = (plot, x, y, width, text) => plot.append(svg("text", { x: Math.min(x, width - 3.5 * text.length), y, "text-anchor": "middle" }, text));
+
+let charts = 0;
 function chart(panel) {
-  const box = element("div", "chart");
+  const box = element("div", "chart"), clip = `clip${charts++}`;
   box.append(element("h3", "", panel.title));
+  const color = (series, i) => (series.name === "train" ? COLORS[0] : series.name === "eval" ? COLORS[1] : COLORS[i % COLORS.length]);
   const legend = element("div", "legend");
-  if (panel.series.length > 1)
-    panel.series.forEach((series, i) => {
-      const item = element("span", "");
-      const swatch = element("i", "");
-      swatch.style.background = COLORS[i % COLORS.length];
-      item.append(swatch, series.name);
-      legend.append(item);
-    });
+  panel.series.forEach((series, i) => {
+    const item = element("span", ""), swatch = element("i", "");
+    swatch.style.background = color(series, i);
+    const last = series.values.findLast((v) => v !== null);
+    item.append(swatch, panel.series.length > 1 || series.name !== panel.title ? series.name : "last", element("b", "", last === undefined ? "not finite" : short(last)));
+    legend.append(item);
+  });
+  const [first, end] = extent(panel.series.flatMap((s) => [s.steps[0], s.steps[s.steps.length - 1]]));
+  const last = Math.max(end, first + 1);
   let drawn = null;
   const draw = () => {
     const width = box.clientWidth - 19;
-    if (width <= 0) return;
-    const all = panel.series.flatMap((s) => smoothed(s.values, view.smooth)).filter((v) => v !== null);
+    if (width <= LEFT + RIGHT) return;
+    const lines = panel.series.map((s) => smoothed(s.values, view.smooth));
+    const all = panel.series.flatMap((s) => s.values.filter((v) => v !== null));
     const log = view.log && all.length > 0 && all.every((v) => v > 0);
     const scale = (v) => (log ? Math.log10(v) : v);
-    let low = Math.min(...all.map(scale)), high = Math.max(...all.map(scale));
-    if (!all.length) [low, high] = [0, 1];
-    const room = (high - low || Math.abs(high) || 1) * 0.05;
+    let [low, high] = usual(all.map(scale));
+    const room = (high - low || Math.abs(high) * 0.1 || 1) * 0.05;
     [low, high] = [low - room, high + room];
-    const steps = panel.series.flatMap((s) => [s.steps[0], s.steps[s.steps.length - 1]]);
-    const first = Math.min(...steps), last = Math.max(Math.max(...steps), first + 1);
     const x = (step) => LEFT + ((step - first) / (last - first)) * (width - LEFT - RIGHT);
-    const y = (v) => HEIGHT - BOTTOM - ((scale(v) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+    const up = (v) => HEIGHT - BOTTOM - ((v - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+    const y = (v) => Math.max(-HEIGHT, Math.min(2 * HEIGHT, up(scale(v))));
     const plot = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": panel.title });
-    for (const tick of ticks(low, high, 4)) {
-      const at = HEIGHT - BOTTOM - ((tick - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-      plot.append(svg("line", { x1: LEFT, x2: width - RIGHT, y1: at, y2: at, stroke: "currentColor", "stroke-opacity": 0.12 }));
-      plot.append(svg("text", { x: LEFT - 5, y: at + 4, "text-anchor": "end" }, short(log ? 10 ** tick : tick)));
+    const frame = svg("clipPath", { id: clip });
+    frame.append(svg("rect", { x: LEFT, y: TOP - 3, width: width - LEFT - RIGHT + 3, height: HEIGHT - TOP - BOTTOM + 6 }));
+    plot.append(frame);
+    const { found, step } = ticks(low, high, 4);
+    for (const tick of found) {
+      plot.append(svg("line", { x1: LEFT, x2: width - RIGHT, y1: up(tick), y2: up(tick), stroke: "currentColor", "stroke-opacity": 0.12 }));
+      plot.append(svg("text", { x: LEFT - 5, y: up(tick) + 4, "text-anchor": "end" }, log ? short(10 ** tick, 2) : tickText(tick, step)));
     }
-    for (const tick of ticks(first, last, Math.max(2, Math.floor(width / 90))))
-      plot.append(svg("text", { x: x(tick), y: HEIGHT - 5, "text-anchor": "middle" }, short(tick)));
-    for (const mark of data.marks) {
-      if (view.hidden.has(mark.kind) || mark.step < first || mark.step > last) continue;
-      const [color, sign] = MARKS[mark.kind];
-      if (mark.kind === "saved") {
-        plot.append(svg("line", { x1: x(mark.step), x2: x(mark.step), y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM - 5, stroke: color }));
-        continue;
-      }
-      plot.append(svg("line", { x1: x(mark.step), x2: x(mark.step), y1: TOP, y2: HEIGHT - BOTTOM, stroke: color, "stroke-opacity": 0.35, "stroke-dasharray": "2 3" }));
-      const at = svg("text", { x: x(mark.step), y: TOP - 4, "text-anchor": "middle" }, sign);
-      at.style.fill = color;
-      plot.append(at);
-    }
+    const along = ticks(first, last, Math.max(2, Math.floor(width / 80)));
+    for (const tick of along.found)
+      if (Number.isInteger(tick)) label(plot, x(tick), HEIGHT - 5, width, tickText(tick, along.step));
+    marks(plot, x, first, last);
+    const inside = svg("g", { "clip-path": `url(#${clip})` });
+    plot.append(inside);
     panel.series.forEach((series, i) => {
-      const color = COLORS[i % COLORS.length];
       const line = (values, opacity) => {
         let path = "", pen = "M";
         values.forEach((v, at) => {
-          if (v === null || (log && v <= 0)) return void (pen = "M");
+          if (v === null) return void (pen = "M");
           path += `${pen}${x(series.steps[at]).toFixed(1)},${y(v).toFixed(1)}`;
           pen = "L";
         });
-        plot.append(svg("path", { d: path, fill: "none", stroke: color, "stroke-width": 1.6, "stroke-opacity": opacity, "stroke-linejoin": "round" }));
+        inside.append(svg("path", { d: path, fill: "none", stroke: color(series, i), "stroke-width": 1.6, "stroke-opacity": opacity, "stroke-linejoin": "round" }));
       };
-      if (view.smooth) line(series.values, 0.22);
-      line(smoothed(series.values, view.smooth), 1);
+      if (lines[i] !== series.values) line(series.values, 0.22);
+      line(lines[i], 1);
       if (series.steps.length < 40)
-        series.values.forEach((v, at) => v !== null && !(log && v <= 0) && plot.append(svg("circle", { cx: x(series.steps[at]), cy: y(v), r: 2.2, fill: color })));
+        lines[i].forEach((v, at) => v !== null && inside.append(svg("circle", { cx: x(series.steps[at]), cy: y(v), r: 2.2, fill: color(series, i) })));
     });
-    plot.addEventListener("pointermove", (event) => tell(event, width, first, last));
+    plot.addEventListener("pointermove", (event) => tell(event, width));
     plot.addEventListener("pointerleave", () => box.querySelector(".tip")?.remove());
     if (drawn) drawn.replaceWith(plot);
     else box.append(plot, legend);
     drawn = plot;
   };
-  const tell = (event, width, first, last) => {
+  const tell = (event, width) => {
     const across = event.clientX - drawn.getBoundingClientRect().left;
     const step = first + ((across - LEFT) / (width - LEFT - RIGHT)) * (last - first);
     const near = (steps) => steps.reduce((best, s, i) => (Math.abs(s - step) < Math.abs(steps[best] - step) ? i : best), 0);
     const lines = panel.series.map((s) => {
       const i = near(s.steps);
-      return `${s.name} ${s.values[i] === null ? "not finite" : short(s.values[i])} at ${s.steps[i]}`;
+      return `${s.name} ${s.values[i] === null ? "not finite" : short(s.values[i])} at step ${s.steps[i]}`;
     });
     const reach = ((last - first) * 6) / (width - LEFT - RIGHT);
-    for (const mark of data.marks)
-      if (!view.hidden.has(mark.kind) && Math.abs(mark.step - step) <= reach && lines.length < 7) lines.push(`${MARKS[mark.kind][1]} ${mark.step} ${mark.kind}: ${mark.text}`);
+    const close = data.marks.filter((mark) => !view.hidden.has(mark.kind) && Math.abs(mark.step - step) <= reach);
+    for (const mark of close.slice(0, 6)) lines.push(`${MARKS[mark.kind][1]} step ${mark.step} ${mark.kind}: ${mark.text}`);
     const tip = box.querySelector(".tip") ?? box.appendChild(element("div", "tip"));
     tip.textContent = lines.join("\n");
     tip.style.top = `${HEIGHT * 0.3}px`;
@@ -139,64 +159,142 @@ function chart(panel) {
   return { box, draw };
 }
 
-// Steps go to the right, values up; the darker, the more of them.
+// One sign for what lies within its width; checkpoints are ticks at the bottom.
+function marks(plot, x, first, last) {
+  const signs = [], saved = [], rank = Object.keys(MARKS);
+  const free = (taken, at, room) => taken.every((other) => Math.abs(other - at) >= room) && taken.push(at);
+  const shown = data.marks.filter((mark) => !view.hidden.has(mark.kind) && mark.step >= first && mark.step <= last);
+  const lined = shown.filter((mark) => !LINELESS.includes(mark.kind)).length <= LINES;
+  for (const mark of shown.sort((a, b) => rank.indexOf(a.kind) - rank.indexOf(b.kind))) {
+    const [color, sign] = MARKS[mark.kind], at = x(mark.step), bottom = HEIGHT - BOTTOM;
+    if (mark.kind === "saved") {
+      if (free(saved, at, 3)) plot.append(svg("line", { class: "mark saved", x1: at, x2: at, y1: bottom, y2: bottom - 5, stroke: color }));
+      continue;
+    }
+    if (!free(signs, at, 9)) continue;
+    if (lined && !LINELESS.includes(mark.kind))
+      plot.append(svg("line", { x1: at, x2: at, y1: TOP - 2, y2: bottom, stroke: color, "stroke-opacity": 0.45, "stroke-dasharray": "2 3" }));
+    const node = svg("text", { class: `mark ${mark.kind}`, x: at, y: TOP - 6, "text-anchor": "middle" }, sign);
+    node.style.fill = color;
+    plot.append(node);
+  }
+}
+
+// Steps go to the right, values up; the stronger, the more of them.
 function heat(name, found) {
   const box = element("div", "chart");
   box.append(element("h3", "", name));
-  const canvas = element("canvas", "");
-  const note = element("div", "legend", `${short(found.edges[0])} at the bottom, ${short(found.edges[found.edges.length - 1])} at the top; steps ${found.steps[0]} to ${found.steps[found.steps.length - 1]}`);
-  box.append(canvas, note);
+  const rows = found.edges.length - 1, columns = found.steps.length;
+  const cells = element("canvas", "");
+  [cells.width, cells.height] = [columns, rows];
+  let drawn = null;
   const draw = () => {
-    canvas.width = found.steps.length;
-    canvas.height = found.edges.length - 1;
-    canvas.style.height = "150px";
-    canvas.style.imageRendering = "pixelated";
-    const pen = canvas.getContext("2d");
+    const width = box.clientWidth - 19;
+    if (width <= LEFT + RIGHT) return;
+    const pen = cells.getContext("2d");
+    pen.clearRect(0, 0, columns, rows);
+    pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--accent");
     found.counts.forEach((counts, column) => {
-      const most = Math.max(...counts, 1e-12);
+      const most = extent(counts)[1];
       counts.forEach((count, row) => {
-        pen.fillStyle = `rgba(31, 111, 235, ${Math.sqrt(count / most)})`;
-        pen.fillRect(column, canvas.height - 1 - row, 1, 1);
+        pen.globalAlpha = most > 0 ? Math.sqrt(count / most) : 0;
+        pen.fillRect(column, rows - 1 - row, 1, 1);
       });
     });
+    const plot = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": name });
+    const [wide, high] = [width - LEFT - RIGHT, HEIGHT - BOTTOM - 6];
+    const image = svg("image", { x: LEFT, y: 6, width: wide, height: high, href: cells.toDataURL(), preserveAspectRatio: "none" });
+    image.style.imageRendering = "pixelated";
+    plot.append(image);
+    const labels = Math.min(rows, 5);
+    for (let i = 0; i <= labels; i++) {
+      const edge = Math.round((i * rows) / labels);
+      plot.append(svg("text", { x: LEFT - 5, y: Math.min(6 + high * (1 - edge / rows) + 4, 6 + high), "text-anchor": "end" }, short(found.edges[edge], 2)));
+    }
+    const every = Math.max(1, Math.ceil(columns / Math.max(2, Math.floor(wide / 60))));
+    found.steps.forEach((step, i) => {
+      if (i % every === 0) label(plot, LEFT + ((i + 0.5) * wide) / columns, HEIGHT - 2, width, short(step));
+    });
+    if (drawn) drawn.replaceWith(plot);
+    else box.append(plot);
+    drawn = plot;
   };
   return { box, draw };
 }
 
-const charts = [];
-const place = document.getElementById("charts");
-const section = (title, made) => {
+const all = [];
+const [beginning, rest] = ["first", "rest"].map((id) => document.getElementById(id));
+const section = (place, title, made) => {
   if (!made.length) return;
   const here = element("section", ""), grid = element("div", "grid");
   here.append(element("h2", "", title), grid);
   place.append(here);
   made.forEach((each) => grid.append(each.box));
-  charts.push(...made);
+  all.push(...made);
 };
-data.sections.forEach((each) => section(each.title, each.panels.map(chart)));
-section("Histograms", Object.entries(data.histograms).map(([name, found]) => heat(name, found)));
-const redraw = () => charts.forEach((each) => each.draw());
+const heats = Object.entries(data.histograms).map(([name, found]) => heat(name, found));
+data.sections.forEach((each, i) => section(each.title === "Curves" ? beginning : rest, each.title, each.panels.map(chart)));
+section(rest, "Histograms", heats);
+const redraw = () => all.forEach((each) => each.draw());
 
-const tools = document.getElementById("tools");
-const slider = Object.assign(element("input", ""), { type: "range", min: 0, max: 0.99, step: 0.01, value: 0 });
-slider.addEventListener("input", () => { view.smooth = Number(slider.value); redraw(); });
-const logs = Object.assign(element("input", ""), { type: "checkbox" });
-logs.addEventListener("change", () => { view.log = logs.checked; redraw(); });
+// Of what was made at several steps, one step at a time.
+for (const steps of document.querySelectorAll(".steps")) {
+  const figures = [...steps.children];
+  if (figures.length < 2) continue;
+  const slider = Object.assign(element("input", ""), { type: "range", min: 0, max: figures.length - 1, value: figures.length - 1 });
+  slider.setAttribute("aria-label", "step");
+  const caption = element("span", ""), choose = element("div", "choose");
+  const show = () => {
+    figures.forEach((figure, i) => (figure.hidden = i !== Number(slider.value)));
+    caption.textContent = figures[slider.value].querySelector("figcaption").textContent;
+  };
+  figures.forEach((figure) => (figure.querySelector("figcaption").hidden = true));
+  slider.addEventListener("input", show);
+  choose.append(slider, caption);
+  steps.before(choose);
+  show();
+}
+// Drawings are smooth; a few pixels made large are not.
+for (const image of document.images) image.decode().then(() => image.classList.toggle("large", image.naturalWidth > 128), () => {});
+
+const nav = element("nav", "");
+document.querySelectorAll("main section").forEach((each, i) => {
+  each.id = `section${i}`;
+  nav.append(Object.assign(element("a", "", each.querySelector("h2").textContent), { href: `#section${i}` }));
+});
+document.querySelector("header").append(nav);
+
 const labelled = (text, input) => {
   const label = element("label", "");
   label.append(input, text);
   return label;
 };
-tools.append(labelled("smoothing", slider), labelled("log scale", logs));
-for (const kind of Object.keys(MARKS)) {
-  const count = data.marks.filter((mark) => mark.kind === kind).length;
-  if (!count) continue;
-  const box = Object.assign(element("input", ""), { type: "checkbox", checked: true });
-  box.addEventListener("change", () => { view.hidden[box.checked ? "delete" : "add"](kind); redraw(); });
-  const label = labelled(` ${kind} (${count})`, box);
-  const sign = element("b", "", MARKS[kind][1]);
-  sign.style.color = MARKS[kind][0];
-  box.after(sign);
-  tools.append(label);
+const choice = (text, act) => {
+  const box = Object.assign(element("input", ""), { type: "checkbox" });
+  box.addEventListener("change", () => { act(box.checked); redraw(); });
+  return labelled(text, box);
+};
+if (all.length > heats.length) {
+  const slider = Object.assign(element("input", ""), { type: "range", min: 0, max: 0.99, step: 0.01, value: view.smooth });
+  slider.addEventListener("input", () => { view.smooth = Number(slider.value); redraw(); });
+  const tools = document.getElementById("tools");
+  tools.append(labelled("smoothing", slider), choice("log scale", (on) => (view.log = on)), choice("outliers", (on) => (view.all = on)));
+  for (const [kind, [color, sign]] of Object.entries(MARKS)) {
+    if (!data.counts[kind]) continue;
+    const label = choice(` ${kind} (${data.counts[kind]})`, (on) => view.hidden[on ? "delete" : "add"](kind));
+    const shown = element("b", "", sign), box = label.querySelector("input");
+    box.checked = true;
+    shown.style.color = color;
+    box.after(shown);
+    tools.append(label);
+  }
 }
-new ResizeObserver(redraw).observe(place);
+redraw();
+// Drawing changes heights, of which the observer tells as well.
+let width = 0;
+new ResizeObserver(() => {
+  if (width === document.body.clientWidth) return;
+  width = document.body.clientWidth;
+  requestAnimationFrame(redraw);
+}).observe(document.body);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

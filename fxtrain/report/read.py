@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_NO_METRICS = ("step", "epoch", "time")  # columns of a CSV
+_IMAGE = re.compile(r"\d{8,}-\d+\.png$")  # in a table
 _MEDIUM = re.compile(r"(\d{8,})(?:-(\d+))?\.(png|gif|wav|md|json)$")
 
 
@@ -63,7 +65,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     Lines that a crash tore are left out.
 
     Raises:
-        RunFolderError: If there is no such folder, or no metrics in it.
+        RunFolderError: If there is no such folder, no metrics in it, or nothing in these yet.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -83,19 +85,19 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     run.sessions = facts.get("sessions", [])
     run.config = facts.get("config") or run.config
     run.result = _json(root / "result.json")
-    run.summary = (root / "summary.txt").read_text() if (root / "summary.txt").exists() else ""
+    run.summary = _text(root / "summary.txt") if (root / "summary.txt").exists() else ""
     _take_events(run, root / "events.jsonl")
     _take_media(run, root / "media")
     run.marks.sort(key=lambda mark: mark.step)
+    if not (run.curves or run.texts or run.histograms or run.tables or run.confusion or run.media or run.sessions):
+        raise RunFolderError(f"{root} has nothing in it yet: wait until the run has written something.")
     return run
 
 
 def _take(run: Run, line: Mapping[str, Any]) -> None:
     step = line.get("step", 0)
     for name, value in line.get("metrics", {}).items():
-        steps, values = run.curves.setdefault(name, ([], []))
-        if not steps or step >= steps[-1]:
-            _put(steps, values, step, float(value))
+        _put(*run.curves.setdefault(name, ([], [])), step, float(value))
         if name.endswith("/improved_by"):
             what = name.removesuffix("/improved_by")
             run.marks.append(Mark(step, "improved", f"{what} improved by {float(value):.4g}"))
@@ -111,83 +113,96 @@ def _take(run: Run, line: Mapping[str, Any]) -> None:
 
 
 def _put(steps: list[int], values: list[float], step: int, value: float) -> None:
-    """One point for each step: the last one counts."""
+    """One point for each step, the last one counts; steps that go back have been written by two runs at once."""
     if steps and steps[-1] == step:
         values[-1] = value
-    else:
+    elif not steps or step > steps[-1]:
         steps.append(step)
         values.append(value)
 
 
 def _take_rows(run: Run, path: Path) -> None:
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
+    # A last line without an end was torn by a crash, and its last number may be another than was meant.
+    lines = [line for line in _text(path).splitlines(keepends=True) if line.endswith("\n")]
+    for row in csv.DictReader(lines):
+        try:
             step = int(row["step"])
-            for name, cell in row.items():
-                if name not in ("step", "epoch", "time") and cell:
-                    _put(*run.curves.setdefault(name, ([], [])), step, float(cell))
+            numbers = {name: float(cell) for name, cell in row.items() if name not in _NO_METRICS and cell}
+        except (KeyError, TypeError, ValueError):
+            continue
+        for name, number in numbers.items():
+            _put(*run.curves.setdefault(name, ([], [])), step, number)
 
 
 def _take_events(run: Run, path: Path) -> None:
-    if not path.exists():
-        return
-    for line in _lines(path):
+    saved: list[int] = []
+    for line in _lines(path) if path.exists() else ():
         step, kind = line.get("step", 0), line.get("event")
         if kind == "Saved":
-            run.marks.append(Mark(step, "saved", "checkpoint"))
+            saved.append(step)
         elif kind == "Rewound":
-            to_step = line["to_step"]
-            abandoned = ("saved", "improved")
-            run.marks = [mark for mark in run.marks if mark.step <= to_step or mark.kind not in abandoned]
-            run.marks.append(Mark(line["from_step"], "rewound", f"back to step {to_step}"))
+            saved = [each for each in saved if each <= line["to_step"]]
+            run.marks.append(Mark(line["from_step"], "rewound", f"back to step {line['to_step']}"))
         elif kind == "Interrupted":
             run.marks.append(Mark(step, "interrupted", f"interrupted by {line['cause']}"))
         elif kind == "FitBegin" and line.get("resumed"):
+            # What a killed session did after its last checkpoint is done again.
+            saved = [each for each in saved if each <= step]
             run.marks.append(Mark(step, "resumed", "a session went on from here"))
         asked = line.get("asked", {})
         for request, mark in (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped")):
             if request in asked:
                 run.marks.append(Mark(step, mark, "; ".join(asked[request])))
+    run.marks += [Mark(step, "saved", "checkpoint") for step in saved]
 
 
 def _take_media(run: Run, folder: Path) -> None:
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+    in_tables: set[Path] = set()
+    known = {(name, step) for name, texts in run.texts.items() for step, _ in texts}
+    for path in sorted(folder.rglob("*"), key=_place) if folder.is_dir() else ():
         found = _MEDIUM.match(path.name)
         if found is None:
             continue
-        name, step, kind = str(path.parent.relative_to(folder)), int(found[1]), found[3]
+        name, step, kind = path.parent.relative_to(folder).as_posix(), int(found[1]), found[3]
         if kind == "md":
-            known = run.texts.setdefault(name, [])
-            if all(step != before for before, _ in known):
-                known.append((step, path.read_text()))
+            if (name, step) not in known:
+                run.texts.setdefault(name, []).append((step, _text(path)))
         elif kind == "json":
-            _take_columns(run, name, step, path)
+            in_tables |= _take_columns(run, name, step, path)
         else:
             run.media.setdefault(name, {}).setdefault(step, []).append(path)
-    for steps in run.media.values():
-        for paths in steps.values():
-            paths.sort(key=lambda path: int((_MEDIUM.match(path.name) or [0, 0, 0])[2] or 0))
+    for name, steps in list(run.media.items()):
+        kept = {step: [path for path in paths if path not in in_tables] for step, paths in steps.items()}
+        run.media[name] = {step: paths for step, paths in kept.items() if paths}
+        if not run.media[name]:
+            del run.media[name]
 
 
-def _take_columns(run: Run, name: str, step: int, path: Path) -> None:
+def _place(path: Path) -> tuple[Any, ...]:
+    """In the order of names, steps and numbers; numbers are not padded, and steps beyond eight digits neither."""
+    found = _MEDIUM.match(path.name)
+    return path.parent, int(found[1]) if found else -1, int(found[2] or 0) if found else -1
+
+
+def _take_columns(run: Run, name: str, step: int, path: Path) -> set[Path]:
+    """Takes a table or a matrix; the images that are in it."""
     found = _json(path)
     if "columns" in found:
         # Of images a table has the names of the files beside it.
-        run.tables[name] = (
-            step,
-            {
-                column: [
-                    path.parent / cell if isinstance(cell, str) and _MEDIUM.match(cell) else cell for cell in cells
-                ]
-                for column, cells in found["columns"].items()
-            },
-        )
-    elif "counts" in found:
+        columns = {
+            column: [path.parent / cell if isinstance(cell, str) and _IMAGE.match(cell) else cell for cell in cells]
+            for column, cells in found["columns"].items()
+        }
+        if name not in run.tables or step >= run.tables[name][0]:
+            run.tables[name] = step, columns
+        return {cell for cells in columns.values() for cell in cells if isinstance(cell, Path)}
+    if "counts" in found and (name not in run.confusion or step >= run.confusion[name][0]):
         run.confusion[name] = step, list(found["labels"]), found["counts"]
+    return set()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:  # a crash may tear a letter
         for line in file:
             try:
                 found = json.loads(line)
@@ -199,7 +214,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(_text(path))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")

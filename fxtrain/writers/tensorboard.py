@@ -33,6 +33,9 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
     older files have beyond the step. Nothing on the disk is deleted. Several images of one name become ``name/0``,
     ``name/1`` and so on; a video is a GIF among them, and tables are texts.
 
+    Start TensorBoard on the folder above those of the runs, ``tensorboard --logdir runs``: its tab of hyper-parameters
+    shows a run's last metrics only where the run has a name.
+
     Args:
         folder: One for each run.
 
@@ -83,7 +86,9 @@ class TensorBoardWriter(Backend):
         message, summaries = self._message.Summary, self._summaries
         match value:
             case Text(markdown):
-                return summaries.text(name, markdown).value
+                (text,) = summaries.text(name, markdown).value
+                text.tag = name  # without the ending that tensorboardX adds, so that a text is called as it was logged
+                return [text]
             case Histogram():
                 return self._histogram(step, name, value)
             case Image():
@@ -116,7 +121,8 @@ class TensorBoardWriter(Backend):
                 return summaries.mesh(name, value.points.float().cpu().numpy()[None], colors, None).value
             case HParams():
                 # The session alone: without the summary of the experiment TensorBoard collects the columns itself,
-                # from all sessions, with every scalar's last value as a metric.
+                # from all runs, with every scalar's last value as a metric. With it, it would show the columns of
+                # whichever run it finds first, and as they were when that began.
                 _, session, _ = summaries.hparams(value.flat(), {})
                 return session.value
             case _:
@@ -139,6 +145,9 @@ class TensorBoardWriter(Backend):
                 stacklevel=5,
             )
             return []
+        # Without the empty buckets at both ends: TensorBoard draws all that lies between the outermost edges.
+        used = np.flatnonzero(counts)
+        counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
         middles = (edges[:-1] + edges[1:]) / 2
         return self._summaries.histogram_raw(
             name,
@@ -182,8 +191,10 @@ class TensorBoardWriter(Backend):
             raise unwritable("tensorboard", self._folder, error) from error
         self._record(file_version="brain.Event:2")
         if first_step is not None:
+            # Twice: TensorBoard takes the first that it sees of a run for its beginning, and forgets nothing then.
             log = self._event.SessionLog
-            self._record(step=first_step, session_log=log(status=log.START))
+            for _ in range(2):
+                self._record(step=first_step, session_log=log(status=log.START))
 
     def _older(self) -> list[int]:
         """The seconds in the names of the event files that are there."""

@@ -1,0 +1,351 @@
+"""Pages in a browser: the report of a run with every kind of value in it, and TensorBoard's own of the same run."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+
+import pytest
+import torch
+from browser import chromium, needs_chromium
+from matplotlib.figure import Figure as Canvas
+from sklearn.datasets import load_digits
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import callbacks as cb
+from fxtrain import cli, observers, values, writers
+from fxtrain.report import Mark, Run, page
+
+LABELS = tuple(map(str, range(10)))
+CONFIG = {"batch": 64, "optim": {"name": "adam", "learning_rate": 3e-3}, "clip": 1.0, "augment": False}
+
+
+NOT_FINITE, FAR_OFF, CUT, STEPS = 33, 80, 60, 160  # positions of two batches, and steps of the two sessions
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.hidden = nn.Linear(8 * 16, 32)
+        self.out = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.conv(x).relu(), 2)
+        return self.out(self.hidden(x.flatten(1)).relu())
+
+
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+def measure(model, batch):
+    logits = model(batch["x"])
+    loss = nn.functional.cross_entropy(logits, batch["y"])
+    return (loss, {"accuracy": (logits.argmax(-1) == batch["y"]).float().mean()}), logits
+
+
+def loss_fn(model, batch):
+    return measure(model, batch)[0]
+
+
+def made(model, key):
+    """What the model makes, one value of each kind."""
+    filters = model.conv.weight
+    filters = (filters - filters.amin()) / (filters.amax() - filters.amin())
+    canvas = Canvas(figsize=(4, 3))
+    canvas.subplots().bar(range(32), model.hidden.bias.detach())
+    time = torch.arange(4000) / 8000
+    noise = fx.rng.uniform(key, (2, 6, 16, 16, 3))
+    return {
+        "filters": values.Image(filters, layout="CHW"),
+        "noise": values.Video(noise, fps=6),
+        "tone": values.Audio(0.5 * torch.sin(2 * torch.pi * 440 * time), 8000),
+        "biases": values.Figure(canvas),
+        "embedding": values.PointCloud(model.out.weight.T[:, :3].float().contiguous()),
+        "note": values.Text(
+            "# What the model *says*\n\nThe **least** sure digits:\n\n| digit | share |\n| --- | --- |\n| 3 | 0.41 |\n"
+            "| 8 | 0.38 |\n\n- one `item`\n- another &lt;item&gt;\n"
+        ),
+    }
+
+
+def train(folder, *, steps, resume=False):
+    """A session on scikit-learn's digits, with a batch of NaN and one far off, and all that is written of it."""
+    tx = fx.optim.chain(
+        fx.optim.clip_by_global_norm(1.0),
+        fx.optim.inject_hyperparams(fx.optim.adam)(learning_rate=fx.schedules.cosine(3e-3, 400)),
+    )
+    traced = fx.compose(
+        cb.nan_guard(),
+        cb.spike_guard("loss", deviations=8.0, window=20, warmup=10, rewind=5),
+        cb.grad_norms(layer="*", publish=fx.every(5)),
+        cb.grad_flow(layer="*", publish=fx.every(5)),
+        cb.update_ratios(publish=fx.every(5)),
+        cb.watch(every=10),
+    )
+    looped = fx.compose(
+        cb.early_stopping("loss", patience=3, restore_best=True),
+        cb.target("accuracy", 0.84, mode="max"),
+        cb.throughput(samples=64, publish=fx.every(10)),
+        cb.lr_monitor(),
+        cb.confusion_matrix(10, labels=LABELS),
+        cb.curves(10, labels=LABELS),
+        cb.predictions(lambda batch: values.Image(batch["x"].clamp(0, 1), layout="CHW"), labels=LABELS, limit=12),
+        cb.samples(made),
+        fx.when(fx.every(25), cb.save()),
+    )
+    together = fx.compose(traced, looped)
+    digits = load_digits()
+    x, y = torch.from_numpy(digits.images[:, None] / 16).float(), torch.from_numpy(digits.target)
+    train_data = fx.data.batches({"x": x[:1280], "y": y[:1280]}, 64)
+
+    def spoiled(batch, position):
+        scale = {NOT_FINITE: float("nan"), FAR_OFF: 30.0}.get(position, 1.0)
+        return {"x": scale * batch["x"], "y": (batch["y"] + (position == FAR_OFF)) % 10}
+
+    data = [spoiled(train_data[i], i) for i in range(STEPS)]
+    checkpointer = fx.checkpointer(folder / "checkpoints", keep=10)
+    with open(folder / "summary.txt", "w") as page:
+        return fx.fit(
+            fx.init(net(), tx),
+            fx.train_step(loss_fn, tx, callbacks=traced),
+            data,
+            steps=steps,
+            callbacks=together,
+            eval_step=fx.eval_step(measure, outputs=True),
+            eval_data=fx.data.batches({"x": x[1280:], "y": y[1280:]}, 128, shuffle=False, drop_last=False),
+            eval_when=fx.every(30),
+            checkpointer=checkpointer,
+            resume=resume,
+            keep_every=5,
+            observers=[
+                observers.write(
+                    writers.jsonl(folder / "metrics.jsonl"),
+                    writers.csv(folder / "metrics.csv"),
+                    writers.media(folder / "media"),
+                    writers.tensorboard(folder / "tensorboard"),
+                    hparams=CONFIG,
+                ),
+                observers.record_run(folder, CONFIG),
+                observers.record_code(folder, source=folder),
+                observers.summary(file=page),
+            ],
+        )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of two sessions, its page in it."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    folder.mkdir()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* leaves out ", RuntimeWarning)  # no writer here keeps all kinds
+        assert train(folder, steps=CUT).reason == f"reached {CUT} steps"
+        assert train(folder, steps=STEPS, resume=True).reason == "accuracy reached 0.84"
+    assert cli.main(["report", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as opened:
+        yield opened
+
+
+# The report
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return (run / "report.html").as_uri()
+
+
+@needs_chromium
+class TestReport:
+    def test_it_draws_every_panel_with_its_marks_and_shows_every_image(self, browser, report):
+        browser.open(report)
+        titles = browser.value("[...document.querySelectorAll('.chart h3')].map(title => title.textContent)")
+        assert titles[:3] == ["loss", "accuracy", "curves"]  # what is looked for first
+        assert {"hyperparams/learning_rate", "grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
+        assert {"nan_guard/skipped", "throughput/samples_per_second", "histograms/weights/out.weight"} < set(titles)
+        assert browser.value("document.querySelectorAll('.chart svg').length") == len(titles)
+        assert browser.value("document.querySelectorAll('.chart path, .chart image').length") > len(titles)
+        shown = browser.value(
+            "[...document.querySelector('.chart').querySelectorAll('.mark')].map(mark => mark.classList[1])"
+        )
+        assert {"rewound", "resumed", "improved", "saved", "stopped"} <= set(shown)
+        sections = browser.value("[...document.querySelectorAll('h2')].map(title => title.textContent)")
+        assert sections[:5] == ["Curves", "Samples", "Confusion", "Tables", "Texts"]
+        assert sections[-2:] == ["What happened", "Summary"]
+        browser.wait_for("[...document.images].every(image => image.complete)")
+        assert browser.value("document.images.length") > 50
+        assert browser.value("[...document.images].every(image => image.naturalWidth > 0)")
+        assert browser.value("document.querySelector('audio').src.startsWith('data:audio/wav')")
+        assert browser.value("document.querySelector('.text strong').textContent") == "least"
+        assert browser.errors == []
+
+    @pytest.mark.parametrize("width", [360, 390, 800, 1200])
+    @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+    def test_nothing_is_wider_than_the_window(self, browser, report, width, dark):
+        browser.open(report, width=width, dark=dark)
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        # What is cut off has a bar to scroll it by, and is text in columns.
+        beyond = (
+            "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        )
+        assert browser.value(f"{beyond}.filter(e => !e.closest('.wide')).map(e => e.outerHTML.slice(0, 80))") == []
+        background = browser.value("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(255, 255, 255)") is not dark
+        assert browser.errors == []
+
+    def test_its_tools_change_what_is_drawn(self, browser, report):
+        browser.open(report)
+        path = "document.querySelector('.chart path').getAttribute('d')"
+        before = browser.value(path)
+        browser.value("document.querySelectorAll('#tools input[type=checkbox]')[1].click()")
+        assert browser.value(path) != before  # with the outlier the rest is pressed to the bottom
+        marks = "document.querySelectorAll('.mark.improved').length"
+        assert browser.value(marks) > 0
+        find = "[...document.querySelectorAll('#tools label')].find(label => label.textContent.includes('improved'))"
+        browser.value(f"{find}.click()")
+        assert browser.value(marks) == 0
+        figures = "[...document.querySelector('.steps').children].map(figure => figure.hidden)"
+        assert browser.value(figures)[-1] is False
+        browser.value(
+            "{const slider = document.querySelector('.choose input'); slider.value = 0;"
+            "slider.dispatchEvent(new Event('input'))}"
+        )
+        assert [hidden for hidden in browser.value(figures) if not hidden] == [False]
+        assert browser.value(figures)[0] is False
+        point = "const box = document.querySelector('.chart svg'), at = box.getBoundingClientRect();"
+        browser.value(
+            f"{{{point} box.dispatchEvent(new PointerEvent('pointermove', {{clientX: at.left + at.width / 2}}))}}"
+        )
+        assert re.match(r"train [\d.]+ at step \d+\neval ", browser.value("document.querySelector('.tip').textContent"))
+        assert browser.errors == []
+
+    def test_a_long_run_is_drawn_at_once(self, browser, tmp_path):
+        steps = list(range(1, 100_001))
+        curves = {f"grad_norm/layer{i}": (steps, [(step * 7919 % 1000) / 1000 for step in steps]) for i in range(20)}
+        marks = [Mark(step, kind, "so it was") for step in steps[::100] for kind in ("saved", "improved", "skipped")]
+        run = Run("long", curves, marks, {}, {}, {}, {}, {}, {}, [], "", {})
+        (tmp_path / "long.html").write_text(page(run))
+        assert (tmp_path / "long.html").stat().st_size < 2**20
+        browser.open((tmp_path / "long.html").as_uri())
+        assert browser.value("document.querySelectorAll('.chart svg').length") == 3
+        assert browser.value("{const begin = performance.now(); redraw(); performance.now() - begin}") < 5000
+        assert browser.errors == []
+
+
+# TensorBoard
+
+
+@contextlib.contextmanager
+def tensorboard_of(folder):
+    """TensorBoard's server on a free port, as its address."""
+    options = ["--logdir", str(folder), "--port", "0", "--host", "127.0.0.1", "--load_fast", "false"]
+    command = [sys.executable, "-m", "tensorboard.main", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"at (http://\S+?)/? ", line):
+                yield found[1]
+                return
+        raise AssertionError("".join(said))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def asked(address, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}/data/plugin/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+NAME = "digits/tensorboard"
+
+
+@pytest.fixture(scope="module")
+def board(run):
+    pytest.importorskip("tensorboard")
+    with tensorboard_of(run.parent) as address:
+        end = time.monotonic() + 60
+        while "curves/auc" not in asked(address, "scalars/tags").get(NAME, {}):  # of the last event
+            assert time.monotonic() < end, "TensorBoard has not read the run."
+            time.sleep(0.2)
+        yield address
+
+
+@pytest.mark.slow
+class TestTensorBoard:
+    def test_it_has_values_of_every_kind_under_their_names(self, board):
+        def tags(kind):
+            return set(asked(board, f"{kind}/tags")[NAME])
+
+        assert {"train/loss", "eval/accuracy", "grad_norm/total", "hyperparams/learning_rate"} < tags("scalars")
+        assert {"curves/roc", "confusion_matrix", "samples/noise/1", "samples/biases"} < tags("images")
+        assert {"histograms/grads/out.bias", "histograms/weights/conv.weight"} < tags("histograms")
+        assert tags("text") == {"samples/note", "predictions"}
+        assert tags("audio") == {"samples/tone"}
+        assert tags("mesh") == {"samples/embedding"}
+
+    def test_a_run_that_went_back_and_was_resumed_has_one_point_a_step(self, board):
+        points = asked(board, f"scalars/scalars?run={NAME}&tag=train/loss")
+        steps = [step for _, step, _ in points]
+        assert steps == list(range(1, steps[-1] + 1))
+        assert steps[-1] > FAR_OFF
+
+    def test_histograms_are_as_wide_as_what_is_in_them(self, board):
+        (*_, (_, _, buckets)) = asked(board, f"histograms/histograms?run={NAME}&tag=histograms/weights/out.weight")
+        assert -1 <= buckets[0][0] < 0 < buckets[-1][1] <= 1  # they are counted from -100 to 100
+
+    def test_texts_and_tables_are_rendered(self, board):
+        (*_, note) = asked(board, f"text/text?run={NAME}&tag=samples/note")
+        assert "<strong>least</strong>" in note["text"]
+        assert "<td>0.41</td>" in note["text"]
+        assert "<li>another &lt;item&gt;</li>" in note["text"]
+        (*_, table) = asked(board, f"text/text?run={NAME}&tag=predictions")
+        assert "<th>confidence</th>" in table["text"]
+
+    def test_hyper_parameters_stand_beside_the_last_metrics(self, board):
+        statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
+        request = {"experimentName": "", "allowedStatuses": statuses, "colParams": [], "startIndex": 0, "sliceSize": 9}
+        (group,) = asked(board, "hparams/session_groups", request)["sessionGroups"]
+        assert group["hparams"]["optim/learning_rate"] == 3e-3
+        assert group["hparams"]["augment"] is False
+        values = {each["name"]["tag"]: each["value"] for each in group["metricValues"]}
+        (*_, (_, _, accuracy)) = asked(board, f"scalars/scalars?run={NAME}&tag=eval/accuracy")
+        assert values["eval/accuracy"] == accuracy > 0.8
+
+    @needs_chromium
+    @pytest.mark.parametrize(
+        ("tab", "texts"),
+        [
+            ("timeseries", ["confusion_matrix", "curves/auc"]),
+            ("images", ["confusion_matrix", "curves/roc"]),
+            ("histograms", ["histograms/grads/conv.bias"]),
+            ("text", ["What the model says", "0.41", "confidence"]),
+            ("hparams", ["optim/learning_rate", "adam", "eval/accuracy"]),
+        ],
+    )
+    def test_its_tabs_show_them(self, browser, board, tab, texts):
+        # In components within components, of which each has a document of its own.
+        everything = (
+            "(function all(node) { return [...node.childNodes].map(child => child.nodeType === 3 ? child.data : "
+            "(child.shadowRoot ? all(child.shadowRoot) : '') + all(child)).join('') })(document.body)"
+        )
+        browser.open(f"{board}/?{tab}#{tab}")
+        browser.wait_for(f"{json.dumps(texts)}.every(text => {everything}.includes(text))")

@@ -1,0 +1,422 @@
+"""The report: what is read of a run's folder, whatever state it is in, and what is on the page."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fxtrain import EvalEnd, FitBegin, FitEnd, Interrupted, Rewound, Saved, StepEnd, cli, observers, writers
+from fxtrain.core import Control
+from fxtrain.report import RunFolderError, page, read_run
+from fxtrain.report.markdown import as_html
+from fxtrain.report.panels import evenly, heat, thinned
+from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, Table, Text, Video
+
+
+def data(html):
+    """What the page's script draws."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def panels(html):
+    return {panel["title"]: panel["series"] for section in data(html)["sections"] for panel in section["panels"]}
+
+
+def marked(run):
+    return [(mark.step, mark.kind) for mark in run.marks]
+
+
+def measured(folder, losses, **more):
+    """Writes losses by step, and other values at the last step."""
+    writer = writers.jsonl(folder / "metrics.jsonl")
+    for step, loss in losses.items():
+        writer.write_scalars(step, {"train/loss": loss})
+    writer.write(max(losses, default=0), more)
+    writer.close()
+
+
+# Folders in any state
+
+
+def test_a_folder_that_is_missing_or_has_no_run_is_said(tmp_path):
+    with pytest.raises(RunFolderError, match="nothing is no folder: give that of a run"):
+        read_run(tmp_path / "nothing")
+    with pytest.raises(RunFolderError, match=r"no metrics.jsonl and no metrics.csv: write them with .*writers.jsonl"):
+        read_run(tmp_path)
+
+
+def test_a_run_that_has_written_nothing_yet_is_said(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(RunFolderError, match="has nothing in it yet: wait"):
+        read_run(tmp_path)
+    observers.record_run(tmp_path)(None, FitBegin(step=0), Control())
+    assert "no end was written: it is running, or was killed" in page(read_run(tmp_path))
+
+
+def test_lines_that_a_crash_tore_are_left_out(tmp_path):
+    measured(tmp_path, {1: 3.0, 2: 2.0})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write('{"step": 3, "metrics": {"train/loss": 1.0}, "texts": {"said": "wö'.encode()[:-1])
+    (tmp_path / "events.jsonl").write_text('{"event": "Saved", "step": 2}\n{"event": "Rewound", "step": 2, "fr')
+    (tmp_path / "run.json").write_text('{"sessions": [{"began"')
+    run = read_run(tmp_path)
+    assert run.curves == {"train/loss": ([1, 2], [3.0, 2.0])}
+    assert marked(run) == [(2, "saved")]
+    assert run.sessions == []
+    assert "<h1>" in page(run)
+
+
+def test_a_csv_serves_where_there_are_no_json_lines(tmp_path):
+    writer = writers.csv(tmp_path / "metrics.csv")
+    writer.write_scalars(1, {"train/loss": 0.5})
+    writer.write_scalars(2, {"eval/loss": 0.25})
+    writer.close()
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("3,,,0.12")  # of 0.125
+    run = read_run(tmp_path)
+    assert run.curves == {"train/loss": ([1], [0.5]), "eval/loss": ([2], [0.25])}
+    assert list(panels(page(run))) == ["loss"]
+
+
+def test_each_step_has_one_point_and_none_goes_back(tmp_path):
+    lines = [{"step": step, "metrics": {"train/loss": loss}} for step, loss in [(1, 4), (3, 3), (2, 9), (3, 2)]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path).curves == {"train/loss": ([1, 3], [4.0, 2.0])}
+
+
+def test_what_is_not_finite_is_a_gap(tmp_path):
+    measured(tmp_path, {1: 3.0, 2: float("nan"), 3: float("inf"), 4: 2.0})
+    (series,) = panels(page(read_run(tmp_path)))["loss"]
+    assert series == {"name": "train", "steps": [1, 2, 3, 4], "values": [3, None, None, 2]}
+
+
+# What happened
+
+
+def session(folder, *events, begin=0, config=None):
+    """Writes the events of a session of a run, each with what was asked at it."""
+    observer = observers.record_run(folder, config)
+    observer(None, FitBegin(step=begin, resumed=begin > 0), Control())
+    for event, control in events:
+        observer(None, event, control)
+    observer.close()
+
+
+def test_marks_are_what_callbacks_did(tmp_path):
+    measured(tmp_path, dict.fromkeys(range(1, 11), 1.0))
+    skipped = Control(skip_update=True, reason="a spike of the loss")
+    session(
+        tmp_path,
+        (StepEnd(step=3, metrics={}), skipped),
+        (Saved(step=4, path="somewhere", metrics={}), Control()),
+        (Interrupted(step=5, cause="SIGTERM"), Control()),
+    )
+    session(
+        tmp_path,
+        (EvalEnd(step=9, metrics={}), Control(stop=True, reason="good enough")),
+        (FitEnd(step=9, reason="good enough"), Control()),
+        begin=5,
+    )
+    run = read_run(tmp_path)
+    assert marked(run) == [(3, "skipped"), (4, "saved"), (5, "interrupted"), (5, "resumed"), (9, "stopped")]
+    assert [mark.text for mark in run.marks][::4] == ["a spike of the loss", "good enough"]
+    assert [each["reason"] for each in run.sessions] == ["interrupted by SIGTERM", "good enough"]
+    html = page(run)
+    assert "<td>interrupted by SIGTERM</td>" in html
+    assert "One checkpoint was saved, at step 4." in html
+
+
+def test_what_a_rewind_abandoned_is_not_marked_and_what_came_after_is(tmp_path):
+    writer = writers.jsonl(tmp_path / "metrics.jsonl")
+    writer.write_scalars(2, {"early_stopping/improved_by": 0.5})
+    writer.write_scalars(6, {"early_stopping/improved_by": 0.25})
+    writer.close()
+
+    def saved(step):
+        return Saved(step=step, path="somewhere", metrics={}), Control()
+
+    back = Rewound(step=7, from_step=7, to_step=3, abandoned=range(3, 7), times=1)
+    session(tmp_path, saved(2), saved(6), (back, Control()), saved(5))
+    run = read_run(tmp_path)
+    assert marked(run) == [(2, "improved"), (2, "saved"), (5, "saved"), (6, "improved"), (7, "rewound")]
+    assert run.marks[-1].text == "back to step 3"
+
+
+def test_what_a_killed_session_saved_beyond_its_resumption_is_not_marked(tmp_path):
+    measured(tmp_path, {1: 1.0})
+    session(tmp_path, *[(Saved(step=step, path="somewhere", metrics={}), Control()) for step in (4, 8)])
+    session(tmp_path, (FitEnd(step=9, reason="reached 9 steps"), Control()), begin=4)
+    run = read_run(tmp_path)
+    assert marked(run) == [(4, "resumed"), (4, "saved")]
+    html = page(run)
+    assert html.count("no end was written") == 1
+    assert "<dt>sessions</dt><dd>2</dd>" in html
+
+
+# The page
+
+
+def test_nothing_in_a_run_is_taken_for_html(tmp_path):
+    bad = "<b>&</script><!--"
+    folder = tmp_path / "a <i>run"
+    folder.mkdir()
+    measured(
+        folder,
+        {1: 1.0},
+        **{
+            f"{bad}/number": 1.0,
+            f"{bad}/text": Text(f"{bad} **{bad}** `{bad}`\n\n```\n{bad}\n```\n| {bad} |\n| --- |\n| {bad} |\n"),
+            f"{bad}/table": Table({bad: [bad]}),
+            f"{bad}/confusion": ConfusionMatrix(torch.ones(2, 2), labels=(bad, "b")),
+            f"{bad}/histogram": Histogram(torch.arange(9.0)),
+            "config": HParams({bad: bad}),
+        },
+    )
+    session(folder, (StepEnd(step=1, metrics={}), Control(stop=True, reason=bad)), config={bad: [bad]})
+    (folder / "summary.txt").write_text(bad)
+    (folder / "result.json").write_text(json.dumps({bad: {bad: bad}}))
+    html = page(read_run(folder))
+    assert "<b>" not in html
+    assert "<!--" not in html
+    assert html.count("</script>") == 2
+    assert "<title>a &lt;i&gt;run</title>" in html
+    assert data(html)["marks"][0]["text"] == bad
+    assert f"{bad}/number" in panels(html)
+
+
+def test_it_needs_no_network(tmp_path):
+    measured(tmp_path, {1: 1.0}, text=Text("see http://example.com/x.png"))
+    html = page(read_run(tmp_path))
+    assert not re.findall(r"""(?:src|href)=["']?http|url\((?!#)|@import|<link""", html)
+
+
+def test_sections_that_would_be_empty_are_not_there(tmp_path):
+    measured(tmp_path, {1: 1.0})
+    html = page(read_run(tmp_path))
+    assert "<h2>" not in html  # the script makes that of the curves
+    assert [section["title"] for section in data(html)["sections"]] == ["Curves"]
+
+
+def test_alike_curves_share_a_panel_and_the_loss_comes_first(tmp_path):
+    names = ["train/accuracy", "eval/accuracy", "eval/loss", "train/zeros", "lr", "grad_norm/max", "grad_norm/min"]
+    names += [f"grad_norm/blocks.{i}" for i in range(10)] + ["grad_flow/gain_max", "grad_flow/gain/conv"]
+    names += ["grad_flow/healthy", "grad_flow/damping", "update_ratio/frozen", "throughput/steps_per_second"]
+    names += ["early_stopping/improved_by", "weights/0.bias/norm", "train/activations/0/mean"]
+    measured(tmp_path, {1: 1.0}, **dict.fromkeys(names, 1.0))
+    html = page(read_run(tmp_path))
+    found = {title: [series["name"] for series in lines] for title, lines in panels(html).items()}
+    assert list(found)[:4] == ["loss", "accuracy", "zeros", "lr"]
+    assert found["loss"] == found["accuracy"] == ["train", "eval"]
+    assert found["grad_norm"] == ["max", "min"]
+    assert found["grad_norm by layer, 1 of 2"] == [f"blocks.{i}" for i in range(5)]
+    assert found["grad_norm by layer, 2 of 2"] == [f"blocks.{i}" for i in range(5, 10)]
+    assert found["grad_flow: layers"] == ["damping", "healthy"]
+    assert (found["grad_flow/gain"], found["grad_flow/gain by layer"]) == (["max"], ["conv"])
+    assert (found["weights: norm"], found["activations: mean"]) == (["0.bias"], ["0"])
+    assert "early_stopping/improved_by" not in found
+    assert {"update_ratio/frozen", "throughput/steps_per_second"} < set(found)
+
+
+def test_the_head_says_the_best_of_the_evaluations(tmp_path):
+    writer = writers.jsonl(tmp_path / "metrics.jsonl")
+    for step, loss in enumerate([0.5, 0.25, 0.75], start=1):
+        writer.write_scalars(step, {"eval/loss": loss, "eval/accuracy": 1 - loss})
+    writer.close()
+    html = page(read_run(tmp_path))
+    assert "<dt>lowest eval/loss</dt><dd>0.25</dd>" in html
+    assert "<dt>highest eval/accuracy</dt><dd>0.75</dd>" in html
+    assert html.index("lowest eval/loss") < html.index("highest eval/accuracy")
+
+
+def test_thinning_keeps_spikes_and_ends():
+    steps, values = list(range(100_000)), [1.0] * 100_000
+    values[31_234], values[77_777], values[50_000] = 50.0, -50.0, float("nan")
+    kept_steps, kept = thinned((steps, values))
+    assert len(kept) <= 1000
+    assert (kept_steps[0], kept_steps[-1]) == (0, 99_999)
+    assert kept_steps == sorted(set(kept_steps))
+    assert {(31_234, 50.0), (77_777, -50.0)} < set(zip(kept_steps, kept, strict=True))
+    assert thinned((steps[:1000], values[:1000])) == (steps[:1000], values[:1000])
+
+
+@pytest.mark.parametrize(("count", "most", "kept"), [(3, 5, [0, 1, 2]), (10, 4, [0, 3, 6, 9]), (10, 1, [9])])
+def test_evenly_spreads_over_all_and_keeps_the_last(count, most, kept):
+    assert evenly(range(count), most) == kept
+
+
+def test_many_marks_are_thinned_and_counted(tmp_path):
+    measured(tmp_path, dict.fromkeys(range(1, 2001), 1.0))
+    session(tmp_path, *[(Saved(step=step, path="a", metrics={}), Control()) for step in range(1, 2001)])
+    html = page(read_run(tmp_path))
+    assert data(html)["counts"] == {"saved": 2000}
+    assert len(data(html)["marks"]) == 300
+    assert "2,000 checkpoints were saved, the last one at step 2,000." in html
+
+
+def test_a_heat_map_is_cut_to_what_is_used():
+    edges = [-100.0, -1.0, 0.0, 1.0, 100.0]
+    found = heat([(step, [0.0, 1.0, 3.0, 0.0], edges) for step in range(500)])
+    assert found["edges"] == [-1, 0, 1]
+    assert found["counts"][0] == [1, 3]
+    assert (len(found["steps"]), found["steps"][0], found["steps"][-1]) == (100, 0, 499)
+
+
+def test_histograms_whose_edges_move_are_counted_on_one_scale():
+    found = heat([(1, [4.0, 4.0], [0.0, 1.0, 2.0]), (2, [8.0, 0.0], [0.0, 2.0, 4.0])])
+    first, second = np.asarray(found["counts"], float)
+    assert (found["edges"][0], found["edges"][-1]) == (0, 2)  # nothing is beyond
+    assert np.allclose(first, first[0])
+    assert np.isclose(first.sum(), 8)
+    assert np.isclose(second.sum(), 8)
+
+
+def test_an_empty_histogram_is_drawn_as_nothing(tmp_path):
+    found = heat([(1, [0.0, 0.0], [0.0, 1.0, 2.0])])
+    assert found == {"steps": [1], "counts": [[0, 0]], "edges": [0, 1, 2]}
+
+
+def media_of(folder, values, steps=(10,)):
+    writer = writers.media(folder / "media")
+    for step in steps:
+        writer.write(step, values)
+    measured(folder, {1: 1.0})
+    return read_run(folder)
+
+
+def test_media_are_in_the_page(tmp_path):
+    run = media_of(
+        tmp_path,
+        {
+            "digits": Image(torch.rand(12, 4, 4, 1)),
+            "film": Video(torch.rand(3, 4, 4, 3)),
+            "tone": Audio(torch.zeros(100), 8000),
+            "said": Text("**so**"),
+            "few": Table({"input": Image(torch.rand(2, 4, 4, 1)), "name": ["00000001.json", "b"]}),
+            "taken": ConfusionMatrix(torch.tensor([[3, 1], [0, 4]]), labels=("cat", "dog")),
+        },
+        steps=(10, 20, 100_000_000),
+    )
+    assert list(run.media) == ["digits", "film", "tone"]  # without the images of tables
+    assert [path.name for path in run.media["digits"][10]] == [f"00000010-{i}.png" for i in range(12)]
+    assert run.tables["few"][0] == run.confusion["taken"][0] == 100_000_000
+    html = page(run)
+    assert html.count('src="data:image/png') == 3 * 12 + 2
+    assert html.count('src="data:image/gif') == html.count('src="data:audio/wav') == 3
+    assert html.count("<strong>so</strong>") == 3
+    assert "step 100,000,000" in html
+    assert '<td class=dark style="--share:0.750">3</td>' in html
+
+
+def test_what_is_in_the_lines_and_in_media_is_shown_once(tmp_path):
+    run = media_of(tmp_path, {"said": Text("so")})
+    writer = writers.jsonl(tmp_path / "metrics.jsonl")
+    writer.write_texts(10, {"said": "so"})
+    writer.close()
+    assert run.texts == read_run(tmp_path).texts == {"said": [(10, "so")]}
+
+
+def test_media_are_spread_over_the_run_within_a_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["fxtrain.report.page"], "_BUDGET", 1500)
+    run = media_of(
+        tmp_path,
+        {"a": Image(torch.rand(16, 16, 1)), "b": Image(torch.rand(8, 8, 1))},
+        steps=range(10, 210, 10),
+    )
+    html = page(run)
+    a, b = (html.split(f"<h3>{name}</h3>")[1].split("<h3>")[0] for name in "ab")
+    assert "step 200" in a  # the last of each goes before the earlier ones of any
+    assert "step 200" in b
+    assert 0 < a.count("<img") < 8
+    assert b.count("<img") <= 8
+    assert "more steps are in the run's folder." in a
+
+
+def test_a_large_confusion_matrix_is_an_image_with_its_worst_pairs(tmp_path):
+    counts = torch.eye(100) * 50
+    counts[3, 7] = 9
+    run = media_of(tmp_path, {"taken": ConfusionMatrix(counts)})
+    html = page(run)
+    assert '<img class="matrix"' in html
+    assert "<tr><td>3</td><td>7</td><td>9</td></tr>" in html
+    assert html.count("<tr>") < 20
+
+
+def test_a_long_table_and_a_large_image_of_one_are_named(tmp_path):
+    noise = Image(torch.rand(1, 600, 600, 1))
+    run = media_of(tmp_path, {"rows": Table({"n": list(range(60))}), "seen": Table({"input": noise})})
+    html = page(run)
+    assert "10 more rows are in the run's folder." in html
+    assert "<td>(image)</td>" in html
+
+
+def test_a_figure_is_an_image(tmp_path):
+    from matplotlib.figure import Figure as Canvas
+
+    assert "data:image/png" in page(media_of(tmp_path, {"drawn": Figure(Canvas(figsize=(1, 1)))}))
+
+
+# Markdown
+
+
+@pytest.mark.parametrize(
+    ("markdown", "html"),
+    [
+        ("a\nb", "<p>a<br>b</p>"),
+        ("a\n\nb", "<p>a</p><p>b</p>"),
+        ("## *Title* ##", "<h4><em>Title</em></h4>"),
+        ("text\n- a\n- **b**\n* c", "<p>text</p><ul><li>a</li><li><strong>b</strong></li><li>c</li></ul>"),
+        ("1. a\n2. b", "<ol><li>a</li><li>b</li></ol>"),
+        ("```python\na < **b**\n\n# c\n```\nd", "<pre>a &lt; **b**\n\n# c</pre><p>d</p>"),
+        ("~~~\nnever closed", "<pre>never closed</pre>"),
+        ("2 * 3 * 4 and snake_case and a*b", "<p>2 * 3 * 4 and snake_case and a*b</p>"),
+        ("`a*b*c` and ``d ` e``", "<p><code>a*b*c</code> and <code>d ` e</code></p>"),
+        ("a | b\nc", "<p>a | b<br>c</p>"),
+        ("# ", "<p># </p>"),
+        ("", ""),
+    ],
+)
+def test_markdown(markdown, html):
+    assert as_html(markdown) == html
+
+
+def test_the_markdown_of_a_table_is_that_table():
+    table = Table({"name": ["a|b", "<i>", "two\nlines"], "n": [1, 0.5, None]})
+    rows = [("a|b", "1"), ("&lt;i&gt;", "0.5"), ("two<br>lines", "")]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    assert f"<th>name</th><th>n</th></tr></thead><tbody>{body}</tbody>" in as_html(table.markdown())
+
+
+# The command
+
+
+def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
+    measured(tmp_path, {1: 1.0})
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").exists()
+
+
+def test_the_command_says_what_is_wrong_and_returns_2(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err == f"fxtrain report: {tmp_path / 'nothing'} is no folder: give that of a run.\n"
+    measured(tmp_path, {1: 1.0})
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == f"fxtrain report: {tmp_path / 'no' / 'page.html'} cannot be written (No such file or directory): "
+        "give --out, a path that can be.\n"
+    )
+
+
+def test_the_command_as_a_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fxtrain.cli", "report", str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has no metrics.jsonl and no metrics.csv" in done.stderr
