@@ -127,3 +127,18 @@ class TestRankZero:
         for observer, wanted in ((other, []), (first, [1, 2])):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=2, observers=[observer])
             assert seen == wanted
+
+
+def test_evaluations_between_steps_do_not_count():
+    callback = fx.compose(throughput(samples=8, publish=fx.every(3)))
+    state = fx.attach(problem.start(), callback)
+    events = [
+        fx.StepEnd(step=1, metrics={}, time=1.0),
+        fx.StepEnd(step=2, metrics={}, time=1.5, previous_time=1.0),
+        fx.EvalBegin(step=2, time=1.5),
+        fx.EvalEnd(step=2, metrics={}, time=9.5),
+        fx.StepEnd(step=3, metrics={}, time=10.0, previous_time=1.5),
+    ]
+    for event in events:
+        state, control = callback(state, event)
+    assert float(control.log["throughput/samples_per_second"].value) == 16.0

@@ -189,6 +189,17 @@ def test_what_a_writer_cannot_keep_becomes_simpler_or_is_said_once():
     assert len(said) == 1
 
 
+def test_what_another_writer_of_the_run_keeps_is_left_out_without_a_word(tmp_path, recwarn):
+    both = fx.writers.csv(tmp_path / "a.csv"), fx.writers.media(tmp_path / "media")
+    observer = fx.observers.write(*both)
+    image = Image(torch.zeros(2, 2))
+    observer(None, fx.StepEnd(step=1, metrics={"loss": 1.0}), fx.Control(log={"picture": image}))
+    assert not recwarn.list
+    alone = fx.observers.write(fx.writers.csv(tmp_path / "b.csv"))
+    with pytest.warns(RuntimeWarning, match="keeps no images"):
+        alone(None, fx.StepEnd(step=1, metrics={"loss": 1.0}), fx.Control(log={"picture": image}))
+
+
 def test_what_is_out_of_range_is_left_out_and_the_rest_is_kept():
     values = {"bad": Image(torch.full((2, 2), 7.0)), "good": Image(torch.zeros(2, 2))}
     with pytest.warns(RuntimeWarning, match="'bad' of step 3 is not written: Image has pixels from 0 to 1"):

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim
-from fxtrain.core import Control, StepEnd, TrainState
+from fxtrain.core import Control, EvalBegin, EvalEnd, StepEnd, TrainState
 from fxtrain.fold import Handler, every, stateful
+
+Seen = StepEnd | EvalBegin | EvalEnd
 
 
 class ThroughputState(NamedTuple):
@@ -20,6 +22,7 @@ class ThroughputState(NamedTuple):
     steps: Tensor  # int64 []
     seconds: Tensor  # float64 []
     waited: Tensor  # float64 []: of these, for data
+    evaluating: Tensor  # float64 []: since the last step, what evaluations took; below 0 while one is under way
 
 
 def throughput(
@@ -35,8 +38,8 @@ def throughput(
 
         utilization = flops per step * steps / (seconds * peak)
 
-    Seconds are the loop's own, from the end of one step to that of the next; they are summed up to where it publishes.
-    The first step of a session, which compiles, is left out.
+    Seconds are the loop's own, from the end of one step to that of the next without the evaluations between them; they
+    are summed up to where it publishes. The first step of a session, which compiles, is left out.
 
     Args:
         samples: In a batch.
@@ -68,10 +71,16 @@ def throughput(
         raise ValueError("A share of the peak needs the operations of a step too: give flops.")
     due = every(50) if publish is None else publish
 
-    def update(state: TrainState, event: StepEnd, memory: ThroughputState) -> tuple[ThroughputState, Control]:
+    def update(state: TrainState, event: Seen, memory: ThroughputState) -> tuple[ThroughputState, Control]:
+        if isinstance(event, EvalBegin | EvalEnd):
+            since = event.time if isinstance(event, EvalEnd) else -event.time
+            return memory._replace(evaluating=memory.evaluating + since), Control()
         if event.previous_time > 0:
-            took = event.time - event.previous_time
-            memory = ThroughputState(memory.steps + 1, memory.seconds + took, memory.waited + event.data_wait)
+            took = event.time - event.previous_time - memory.evaluating
+            memory = memory._replace(
+                steps=memory.steps + 1, seconds=memory.seconds + took, waited=memory.waited + event.data_wait
+            )
+        memory = memory._replace(evaluating=torch.zeros_like(memory.evaluating))
         if not due(event):
             return memory, Control()
         rate = memory.steps / memory.seconds
@@ -85,7 +94,7 @@ def throughput(
 
     def start(state: TrainState) -> ThroughputState:
         seconds = torch.zeros((), dtype=torch.float64, device=state.step.device)
-        return ThroughputState(torch.zeros_like(state.step), seconds, seconds.clone())
+        return ThroughputState(torch.zeros_like(state.step), seconds, seconds.clone(), seconds.clone())
 
     return stateful(name, start, update)
 

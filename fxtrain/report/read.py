@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def _take_media(run: Run, folder: Path) -> None:
         found = _MEDIUM.match(path.name)
         if found is None:
             continue
-        name, step, kind = path.parent.relative_to(folder).as_posix(), int(found[1]), found[3]
+        # A folder has the letters that file systems do not take as %XX.
+        name, step, kind = urllib.parse.unquote(path.parent.relative_to(folder).as_posix()), int(found[1]), found[3]
         if kind == "md":
             if (name, step) not in known:
                 run.texts.setdefault(name, []).append((step, _text(path)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fxtrain.values.confusion import ConfusionMatrix
@@ -98,7 +98,7 @@ def hand_over(writer: Any, step: int, values: Mapping[str, Any], event: Any = No
     if hasattr(writer, "write"):
         writer.write(step, values, event)
         return
-    kinds = frozenset(kind for kind, verb in _VERBS.items() if hasattr(writer, verb))
+    kinds = kinds_of(writer)
     by_kind: dict[type[Any], dict[str, Any]] = {}
     for name, value in kept_by(writer, kinds, step, values).items():
         by_kind.setdefault(kind_of(value), {})[name] = value
@@ -148,6 +148,19 @@ def _say_once(writer: Any, kind: type[Any], name: str) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def share(writers: Sequence[Any]) -> None:
+    """Has several writers of one run leave out without a word what another of them keeps."""
+    kinds = [kinds_of(writer) for writer in writers]
+    for index, writer in enumerate(writers):
+        elsewhere = frozenset[type[Any]]().union(*kinds[:index], *kinds[index + 1 :])
+        getattr(writer, "__dict__", {}).setdefault("_left_out", set()).update(elsewhere)
+
+
+def kinds_of(writer: Any) -> frozenset[type[Any]]:
+    """What a writer keeps: as it says, or those that it has a verb of clu's for."""
+    return getattr(writer, "kinds", None) or frozenset(kind for kind, verb in _VERBS.items() if hasattr(writer, verb))
 
 
 def take_back(writer: Any, step: int) -> None:

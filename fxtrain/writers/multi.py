@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxtrain.values import KINDS, hand_over, take_back, try_all
+from fxtrain.values import KINDS, hand_over, share, take_back, try_all
 from fxtrain.writers.interface import Backend
 
 
@@ -40,6 +40,7 @@ class MultiWriter(Backend):
 
     def __init__(self, writers: tuple[Any, ...]) -> None:
         self._writers = writers
+        share(writers)
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         for writer in self._writers:
