@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
-import sysconfig
 import traceback
 import types
 from collections.abc import Callable, Iterable
@@ -17,7 +17,6 @@ import fxtrain
 from fxtrain.explain.explanation import Break
 
 _OURS = os.path.dirname(os.path.abspath(fxtrain.__file__))
-_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 
 _VALUE = (
     "Python reads the value of a tensor here, by if, while, assert, .item(), float() or the like, and a graph is made "
@@ -105,8 +104,15 @@ def _is_own(filename: str) -> bool:
     if filename.startswith("<"):
         return filename.startswith(("<doctest", "<ipython"))
     path = os.path.abspath(filename)
-    return not any(path.startswith(f"{folder}{os.sep}") for folder in (_OURS, *_INSTALLED))
+    return not any(path.startswith(f"{folder}{os.sep}") for folder in (_OURS, *_installed()))
 
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "torch does not say why.")
+
+
+@functools.cache
+def _installed() -> frozenset[str]:
+    import sysconfig
+
+    return frozenset(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))

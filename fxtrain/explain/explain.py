@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from fxtrain import tree
@@ -132,7 +132,7 @@ def _compiled(like: Compiled, state: TrainState, batch: Any, calls: int) -> tupl
     for _ in range(_WARM + calls):
         spent, state = _call(compiled, state, batch)
         whole_seconds.append(spent)
-    whole, graph = statistics.median(whole_seconds[_WARM:]), statistics.median(graph_seconds[1 + _WARM :])
+    whole, graph = float(np.median(whole_seconds[_WARM:])), float(np.median(graph_seconds[1 + _WARM :]))
     return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written
 
 
@@ -141,7 +141,7 @@ def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: 
     for _ in range(calls):
         seconds, state = _call(step, state, batch)
         spent.append(seconds)
-    return statistics.median(spent)
+    return float(np.median(spent))
 
 
 def _call(step: Callable[..., Any], state: TrainState, batch: Any) -> tuple[float, TrainState]:

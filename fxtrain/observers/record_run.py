@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import socket
@@ -32,6 +31,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
 )
+from fxtrain.values import plain
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
 
@@ -152,7 +152,7 @@ class RecordRun:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that a crash tore ends here
                     file.write(b"\n")
-            file.write(json.dumps(_plain(line), allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,21 +174,6 @@ def _reasons(control: Control, kind: str) -> list[str]:
 
 def _at(event: LoopEvent) -> dict[str, Any]:
     return {"step": event.step, "epoch": event.epoch, "time": event.time}
-
-
-def _plain(value: Any) -> Any:
-    """The value in what JSON has; numbers that it has not are strings, as in ``writers.jsonl``."""
-    match value:
-        case str() | int() | None:
-            return value
-        case float():
-            return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
-        case Mapping():
-            return {str(name): _plain(inner) for name, inner in value.items()}
-        case list() | tuple():
-            return [_plain(inner) for inner in value]
-        case _:
-            return str(value)
 
 
 def _now() -> str:

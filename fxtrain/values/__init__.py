@@ -18,6 +18,7 @@ from fxtrain.values.histogram import Histogram as Histogram
 from fxtrain.values.media import Audio as Audio
 from fxtrain.values.media import Image as Image
 from fxtrain.values.media import Video as Video
+from fxtrain.values.plain import plain as plain
 from fxtrain.values.points import PointCloud as PointCloud
 from fxtrain.values.published import named_after as named_after
 from fxtrain.values.published import published as published

@@ -12,8 +12,8 @@ from csv import writer as row_writer
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fxtrain.writers.disk import replace_file
-from fxtrain.writers.interface import Backend, unwritable
+from fxtrain.writers.disk import OneFile, replace_file
+from fxtrain.writers.interface import unwritable
 
 _FIRST: tuple[str, ...] = ("step", "epoch", "time")
 
@@ -50,14 +50,13 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
     return CsvWriter(Path(path))
 
 
-class CsvWriter(Backend):
+class CsvWriter(OneFile):
     """Writes rows; made by ``csv``."""
 
     kinds = frozenset((float,))
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: BinaryIO | None = None
         self._columns: list[str] = []
         self._row: dict[str, str] = {}  # the last one, which later values may be joined to,
         self._begin = 0  # and where in the file it begins
@@ -91,17 +90,6 @@ class CsvWriter(Backend):
         kept = [row for row in rows if (found := _step(row)) is not None and found <= step]
         if len(kept) < len(rows):
             self._rewrite(self._columns, kept)
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-            self._file = None
 
     def _rows(self) -> list[dict[str, str]]:
         with open(self._path, newline="", encoding="utf-8", errors="replace") as file:

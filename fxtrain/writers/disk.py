@@ -5,6 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
+
+from fxtrain.writers.interface import Backend
+
+
+class OneFile(Backend):
+    """A writer into one file, which is open from the first value on."""
+
+    _file: BinaryIO | None = None
+
+    def flush(self) -> None:
+        """Puts on the disk what was written."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flushes, and closes the file."""
+        if self._file is not None:
+            self.flush()
+            self._file.close()
+            self._file = None
 
 
 def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import wave
 
 import numpy as np
 
@@ -46,6 +45,8 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
         >>> wav(np.zeros((100, 1), np.int16), 8000)[:4]
         b'RIFF'
     """
+    import wave
+
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(samples.shape[1])

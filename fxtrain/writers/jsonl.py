@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fxtrain.core import EvalStep
-from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text
-from fxtrain.writers.disk import put_file, replace_file
-from fxtrain.writers.interface import Backend, unwritable
+from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, plain
+from fxtrain.writers.disk import OneFile, put_file, replace_file
+from fxtrain.writers.interface import unwritable
 
 _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
@@ -51,14 +50,13 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
     return JsonLinesWriter(Path(path))
 
 
-class JsonLinesWriter(Backend):
+class JsonLinesWriter(OneFile):
     """Writes JSON lines; made by ``jsonl``."""
 
     kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams))
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: BinaryIO | None = None
         # The lines of the latest step, which later ones may be joined to, and where in the file they begin.
         self._step: int | None = None
         self._latest: dict[Any, dict[str, Any]] = {}
@@ -119,17 +117,6 @@ class JsonLinesWriter(Backend):
             replace_file(self._path, b"".join(kept))
         self._opened()
         self._step, self._latest, self._begin = step, latest, begin
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self.flush()
-            self._file.close()
-            self._file = None
 
     def _write(self, record: dict[str, Any]) -> None:
         file, key = self._opened(), _key(record)
@@ -196,22 +183,7 @@ def _joined(before: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(_plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """The value in what JSON has."""
-    match value:
-        case str() | int() | None:
-            return value
-        case float():
-            return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
-        case Mapping():
-            return {name: _plain(inner) for name, inner in value.items()}
-        case list():
-            return [_plain(inner) for inner in value]
-        case _:  # a 0-d array or tensor
-            return _plain(float(value))
+    return json.dumps(plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
 def _columns(table: Table) -> dict[str, list[Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Video
+from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Video, plain
 from fxtrain.writers.encoding import gif, png, wav
 from fxtrain.writers.interface import Backend, unwritable
 
@@ -111,7 +110,7 @@ def _table(stem: str, table: Table) -> dict[str, bytes]:
     columns: dict[str, list[Any]] = {}
     for name, cells in table.cells().items():
         if isinstance(cells, list):
-            columns[name] = list(map(_cell, cells))
+            columns[name] = plain(cells)
             continue
         files = [f"{stem}-{len(images) + index}.png" for index in range(len(cells))]
         images |= dict(zip(files, map(png, cells), strict=True))
@@ -137,8 +136,3 @@ def _safe(name: str) -> Path:
 
 def _escaped(found: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in found[0].encode())
-
-
-def _cell(cell: Any) -> Any:
-    """The cell in what JSON has."""
-    return json.dumps(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell

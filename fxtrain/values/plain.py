@@ -1,0 +1,27 @@
+"""Plain: values in what JSON has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """The value in what JSON has. Numbers that it has not are strings, which ``float`` reads, and so is the rest.
+
+    Example:
+        >>> plain({"loss": float("-inf"), "shape": (2, 3), "lr": float("nan")})
+        {'loss': '-Infinity', 'shape': [2, 3], 'lr': 'NaN'}
+    """
+    match value:
+        case str() | int() | None:
+            return value
+        case float():
+            return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+        case Mapping():
+            return {str(name): plain(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case _:
+            return str(value)
