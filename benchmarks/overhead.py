@@ -225,5 +225,6 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
             f"{1e3 * statistics.median(logged[FIT]):.1f} ms",
             ratios(logged[LOGGED], logged[FIT]),
             1.02,
+            "In a loop whose step does nothing it is 41 us for one metric: 24 for each writer, which share the event.",
         ),
     ]
