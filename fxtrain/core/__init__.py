@@ -32,6 +32,7 @@ from fxtrain.core.events import StepBegin as StepBegin
 from fxtrain.core.events import StepEnd as StepEnd
 from fxtrain.core.events import Updated as Updated
 from fxtrain.core.events import event_of as event_of
+from fxtrain.core.patterns import by_number as by_number
 from fxtrain.core.patterns import matching as matching
 from fxtrain.core.protocols import Callback as Callback
 from fxtrain.core.protocols import Observer as Observer

@@ -1,8 +1,9 @@
-"""Patterns: names that are chosen as a shell chooses files."""
+"""Patterns: names that are chosen as a shell chooses files, and put in order as people count."""
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 
 _SHOWN = 8
@@ -35,3 +36,13 @@ def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: s
                 f"{pattern!r} matches no {what}; there are {shown}: patterns are those of a shell, as 'blocks.*.attn'."
             )
     return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)]
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A key for sorting, by which layer 2 comes before layer 10.
+
+    Example:
+        >>> sorted(["blocks.10", "blocks.2"], key=by_number)
+        ['blocks.2', 'blocks.10']
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fxtrain.core import by_number
 
 _LONGEST = 46  # characters of a title that fit over a panel
 
@@ -108,7 +109,7 @@ class History(Mapping[str, Series]):
             matching = fnmatch.filter(self, pattern)
             if not matching:
                 raise KeyError(f"No curve is called {pattern!r}; there are {', '.join(map(repr, self)) or 'none'}.")
-            for name in sorted(matching, key=_by_number):
+            for name in sorted(matching, key=by_number):
                 names = panels.setdefault(_shared(name), [])
                 if name not in names:
                     names.append(name)
@@ -150,11 +151,6 @@ class History(Mapping[str, Series]):
 
 def _shared(name: str) -> str:
     return name.removeprefix("train/").removeprefix("eval/")
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """An order in which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _short(title: str) -> str:

@@ -73,10 +73,10 @@ class Publisher:
             self._record(state, kind, event, control)
             return
         on_host, shown = event, control
-        measured = getattr(event, "metrics", None)
-        if (measured is not None and kind is not Saved) or control.log:  # what was saved is on the host already
-            numbers, shown = self._on_host({} if measured is None else measured, control)
-            if measured is not None and kind is not Saved:
+        measured = None if kind is Saved else getattr(event, "metrics", None)  # what was saved is on the host already
+        if measured is not None or control.log:
+            numbers, shown = self._on_host(measured or {}, control)
+            if measured is not None:
                 on_host = event_of(kind, vars(event))
                 vars(on_host)["metrics"] = numbers
         if kind is StepEnd and not control.log and not self._unread and type(on_host.metrics) is dict:

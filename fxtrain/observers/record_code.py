@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from fxtrain.core import Control, FitBegin, TrainState
+from fxtrain.observers.repository import commit_of, git
 
 _LARGEST = 2**20  # bytes of a file; source is smaller
 _ENDINGS = frozenset((".py", ".ipynb", ".toml", ".cfg", ".ini", ".yaml", ".yml", ".json", ".md", ".txt", ".sh", ".cu"))
@@ -74,7 +74,7 @@ def _files(root: Path) -> set[Path]:
 
 
 def _listed(root: Path, *which: str) -> list[Path] | None:
-    names = _git(root, "ls-files", *which, "-z", ".")
+    names = git(root, "ls-files", *which, "-z", ".")
     return None if names is None else [root / name for name in names.split("\0") if name]
 
 
@@ -112,19 +112,8 @@ def _write(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
 
 
 def _commit(root: Path, own: Path) -> dict[str, object]:
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = commit_of(root)
     if commit is None:
         return {}
     apart = (f":(exclude){own.relative_to(root)}",) if root in own.parents else ()
-    return {"commit": commit.strip(), "changed": bool(_git(root, "status", "--porcelain", ".", *apart))}
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git says, or None where there is no repository, or no git."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", errors="replace"
-        )
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+    return {"commit": commit, "changed": bool(git(root, "status", "--porcelain", ".", *apart))}

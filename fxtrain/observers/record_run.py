@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
 )
+from fxtrain.observers.repository import commit_of
 from fxtrain.values import plain
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
@@ -192,7 +192,7 @@ def _environment(state: TrainState | None) -> dict[str, Any]:
         "device": None if device is None else str(device),
         "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit_of(Path()),  # of the repository that the process runs in
     }
 
 
@@ -201,12 +201,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """Of the repository that the process runs in, if it runs in one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

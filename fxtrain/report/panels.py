@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fxtrain.core import by_number
 from fxtrain.report.read import Curve, Run
 
 _POINTS = 1000  # of a curve
@@ -66,9 +67,7 @@ def _order(name: str) -> tuple[Any, ...]:
     """Losses, other metrics, those that the training alone has, and last the rest; the training's before the other."""
     prefix, _, metric = name.partition("/")
     measured = prefix in ("train", "eval")
-    # Numbers in names count as such: layer 10 comes after layer 9.
-    parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", metric)]
-    return not measured, "loss" not in name, "" if measured else prefix, parts, prefix != "train"
+    return not measured, "loss" not in name, "" if measured else prefix, by_number(metric), prefix != "train"
 
 
 def _placed(name: str) -> tuple[str, str]:

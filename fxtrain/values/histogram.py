@@ -61,6 +61,13 @@ class Histogram:
         Raises:
             ValueError: If the edges do not increase.
         """
+        # Once for all writers that ask.
+        known: dict[int, tuple[np.ndarray, np.ndarray]] = vars(self).setdefault("_known", {})
+        if num not in known:
+            known[num] = self._counted(num)
+        return known[num]
+
+    def _counted(self, num: int) -> tuple[np.ndarray, np.ndarray]:
         if self.values is not None:
             values = on_host(self.values).reshape(-1)
             values = values[np.isfinite(values)]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Video, kept_by, kind_of
+from fxtrain.writers.encoding import numbered
 
 
 @runtime_checkable
@@ -138,8 +139,8 @@ class Backend:
         for name, points in point_clouds.items():
             colors = (point_colors or {}).get(name)
             for index, cloud in enumerate(points):
-                numbered = name if len(points) == 1 else f"{name}/{index}"
-                found[numbered] = PointCloud(cloud, None if colors is None else colors[index])
+                color = None if colors is None else colors[index]
+                found[numbered(name, index, len(points))] = PointCloud(cloud, color)
         self.write(step, found)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
