@@ -31,7 +31,6 @@ from fxtrain.core import (
     Logged,
     Restored,
     Rewound,
-    Saved,
     StepEnd,
 )
 from fxtrain.fold.subscription import name_of, subscription
@@ -95,12 +94,21 @@ def test_each_step_has_its_part_in_one_point(options, points):
 
 @pytest.mark.parametrize(
     "event",
-    [Saved(step=3, path="p", metrics={}), Interrupted(step=3, cause="SIGTERM"), FitEnd(step=3, reason="done")],
-    ids=lambda event: type(event).__name__,
+    [Interrupted(step=3, cause="SIGTERM"), FitEnd(step=3, reason="done"), None],
+    ids=lambda event: type(event).__name__ if event else "before a save",
 )
 def test_an_interval_ends_early_where_a_run_may_end(event):
-    steps = [ended(step) for step in range(1, 6)]
-    assert written(*steps[:3], event, *steps[3:], every=5) == [("StepEnd", 3, 2), ("StepEnd", 5, 4.5)]
+    recorder = Recorder()
+    observer = observers.write(recorder, every=5)
+    see(observer, *map(ended, (1, 2, 3)))
+    if event:
+        see(observer, event)
+    else:
+        observer.flush()
+    assert recorder.points == [("StepEnd", 3, "train/loss", 2)]
+    see(observer, *map(ended, (4, 5)))
+    observer.close()
+    assert recorder.points[1:] == [("StepEnd", 5, "train/loss", 4.5)]
 
 
 def test_the_mean_is_over_the_steps_that_measured():
@@ -150,14 +158,15 @@ def test_writers_are_purged_and_flushed_when_it_matters():
     for event in (
         EvalEnd(step=3, metrics={}),
         Rewound(step=3, from_step=3, to_step=1, abandoned=range(1, 3), times=1),
-        Saved(step=1, path="p", metrics={}),
         Interrupted(step=1, cause="x"),
         FitEnd(step=1, reason="x"),
         FitBegin(step=1, resumed=True),
         Restored(step=1, path="p"),
     ):
         see(observer, event)
-    assert recorder.verbs[2:] == ["flush", "purge 1", "flush", "flush", "flush", "purge 1"]
+    assert recorder.verbs[2:] == ["flush", "purge 1", "flush", "flush", "purge 1"]
+    observer.flush()  # before a save
+    assert recorder.verbs[-1] == "flush"
 
 
 def test_a_rewind_takes_back_what_is_not_yet_written_too():
@@ -192,7 +201,7 @@ def test_metrics_are_not_read_before_they_are_written():
     shown = observers.progress(file=io.StringIO())
     shown(None, ended(0, loss=1.0), NOTHING)
     for step, reads in ((1, 0), (2, 0), (3, 3)):
-        event = StepEnd(step=step, time=0.0, metrics=Device())
+        event = StepEnd(step=step, time=step / 3, metrics=Device())
         observer(None, event, NOTHING)
         shown(None, event, NOTHING)
         assert Device.reads == reads
@@ -239,24 +248,35 @@ ENDINGS = st.sampled_from(["end", "crash", "rewind"])
 def test_one_point_for_each_step_whatever_the_run_went_through(tmp_path_factory, parts):
     """Sessions that end, crash and resume, rewinds: the file ends up as that of one uninterrupted run."""
     path = tmp_path_factory.mktemp("law") / "metrics.jsonl"
-    last, observer, expected, previous = 0, None, {}, "end"
+    last, observer, expected, previous, saves = 0, None, {}, "end", [0]
     for number, (back, steps, ending) in enumerate(parts):
-        begin = max(last - back, 0) if previous != "end" else last
-        expected = {step: value for step, value in expected.items() if step <= begin}
+        begin = last
         if previous == "rewind":
+            begin = max(last - back, 0)
             see(observer, Rewound(step=last, from_step=last, to_step=begin, abandoned=range(0), times=1))
         else:
+            if previous == "crash":
+                begin = max(step for step in saves if step <= max(last - back, 0))
             observer = observers.write(writers.jsonl(path))
             see(observer, FitBegin(step=begin, resumed=begin > 0))
-        for step in range(begin + 1, begin + steps + 1):
-            see(observer, ended(step, loss=float(number)))
-            expected[step] = float(number)
+        expected = {step: value for step, value in expected.items() if step <= begin}
+        saves = [step for step in saves if step <= begin]
         last, previous = begin + steps, ending
+        for step in range(begin + 1, last + 1):
+            see(observer, StepEnd(step=step, time=step / 3, metrics={"loss": float(number)}))
+            expected[step] = float(number)
+            if step % 3 == 0 or (step == last and ending == "end"):
+                observer.flush()  # a save follows
+                saves.append(step)
         if ending == "end":
             see(observer, FitEnd(step=last, reason="x"))
             observer.close()
+    if previous == "rewind":
+        observer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["step"], line["metrics"]["train/loss"]) for line in lines] == list(expected.items())
+    points = [(line["step"], line["metrics"]["train/loss"]) for line in lines]
+    assert points == list(expected.items())[: len(points)]
+    assert (points[-1][0] if points else 0) >= (saves[-1] if previous == "crash" else last)
 
 
 # required, subscription, laziness
@@ -293,7 +313,7 @@ def test_required_marks_and_passes_everything_on():
 def test_each_observer_subscribes_to_what_it_needs():
     assert tuple(subscription(observers.summary())) == (FitBegin,)
     assert StepEnd in subscription(observers.progress())
-    assert {StepEnd, Rewound, FitBegin, Saved} <= set(subscription(observers.write(Recorder())))
+    assert {StepEnd, Rewound, FitBegin, EvalEnd} <= set(subscription(observers.write(Recorder())))
 
 
 @pytest.mark.parametrize("wrap", [lambda observer: observer, observers.required])

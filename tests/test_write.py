@@ -9,7 +9,7 @@ import fxtrain as fx
 from fxtrain import observers
 from fxtrain.core import Logged
 from fxtrain.loop import late as late_numbers
-from fxtrain.loop.late import Together
+from fxtrain.loop.late import Together, on_their_way
 from fxtrain.values import Image, Text
 from tests import problem
 
@@ -75,7 +75,7 @@ def test_each_kind_may_have_a_period_of_its_own_and_the_latest_is_written():
     steps = [end(step, float(step), picture=picture(step), note=Text(str(step))) for step in range(1, 8)]
     points = written(steps, every={"images": 3, "metrics": 2})
     shown = [(step, value.frames[0, 0, 0, 0]) for step, name, value in points if name == "picture"]
-    assert shown == [(2, 51), (6, 153), (7, 178)]  # at 3 step 2 was the last one known; the rest comes at the end
+    assert shown == [(3, 77), (6, 153), (7, 178)]  # the rest comes at the end
     assert [step for step, name, _ in points if name == "note"] == [1, 2, 3, 4, 5, 6, 7]
     assert [step for step, name, _ in points if name == "train/loss"] == [2, 4, 6, 7]
 
@@ -89,6 +89,70 @@ def test_what_waits_is_a_copy():
     observer.close()
     ((_, _, loss), (_, _, image)) = recorder.points
     assert (loss, image.frames.max()) == (0.0, 0)
+
+
+def at(step, time, **log):
+    return fx.StepEnd(step=step, time=time, metrics={"loss": 0.0}), fx.Control(log=log)
+
+
+def steps_of(recorder):
+    return [step for step, name, _ in recorder.points if name == "train/loss"]
+
+
+def test_points_are_handed_over_together_at_64_of_them_or_after_a_second():
+    recorder = Recorder()
+    observer = observers.write(recorder, every=2)
+    seen = []
+    for step in range(1, 141):
+        observer(None, *at(step, time=step / 1000 if step < 135 else 1.2))
+        seen.append(len(steps_of(recorder)))
+    assert [(step + 1, n) for step, n in enumerate(seen) if step and n != seen[step - 1]] == [(128, 64), (135, 67)]
+
+
+@pytest.mark.parametrize(
+    "follows",
+    [
+        lambda observer: observer(None, *at(4, 0.0, picture=Image(torch.zeros(2, 2)))),
+        lambda observer: observer(None, fx.EvalEnd(step=3, metrics={}), fx.Control()),
+        lambda observer: observer(None, fx.EpochEnd(step=3), fx.Control(log={"n": 1})),
+        lambda observer: observer.flush(),
+        lambda observer: observer.close(),
+    ],
+    ids=["something large", "an evaluation", "something logged elsewhere", "a save", "the end"],
+)
+def test_points_are_handed_over_before(follows):
+    recorder = Recorder()
+    observer = observers.write(recorder)
+    for step in (1, 2, 3):
+        observer(None, *at(step, 0.0, lr=0.1))
+    assert recorder.points == []
+    follows(observer)
+    assert steps_of(recorder)[:3] == [1, 2, 3]
+    steps = [step for step, _, _ in recorder.points]
+    assert steps == sorted(steps)
+
+
+def test_what_a_checkpoint_leaves_behind_is_written_before_it_is_saved(tmp_path, monkeypatch):
+    """Killed at any moment after a save, a run that resumes from it lacks no point."""
+    recorder, found = Recorder(), []
+    checkpointer = fx.checkpointer(tmp_path)
+    save = checkpointer.save
+
+    def watched(state, *given, **named):
+        found.append((int(state.step), [step for step, name, _ in recorder.points if name == "train/loss"]))
+        return save(state, *given, **named)
+
+    monkeypatch.setattr(checkpointer, "save", watched)
+    fx.fit(
+        problem.start(),
+        problem.step(),
+        problem.data(),
+        steps=10,
+        callbacks=fx.when(fx.every(4), fx.callbacks.save()),
+        checkpointer=checkpointer,
+        observers=[fx.observers.required(observers.write(recorder, every=3))],
+    )
+    assert found == [(4, [3, 4]), (8, [3, 4, 6, 8]), (10, [3, 4, 6, 8, 9, 10])]
 
 
 @pytest.mark.parametrize(
@@ -110,13 +174,14 @@ def test_periods_that_are_refused(every, says):
 def transfers(monkeypatch):
     """How many numbers each transfer brought to the host."""
     counts = []
-    real = late_numbers.on_host
+    real = late_numbers.on_their_way
 
     def counted(values):
-        counts.append(len(values))
+        if values:
+            counts.append(len(values))
         return real(values)
 
-    monkeypatch.setattr(late_numbers, "on_host", counted)
+    monkeypatch.setattr(late_numbers, "on_their_way", counted)
     return counts
 
 
@@ -151,16 +216,65 @@ def test_one_that_cannot_be_read_fails_where_it_is_looked_at():
         dict(bad)
 
 
-def test_an_interval_of_steps_is_one_transfer(transfers):
+def test_the_points_of_many_steps_are_one_transfer(transfers):
     def loss(model, batch):
         value, _ = problem.loss_fn(model, batch)
         return value, {"mean": fx.metrics.Average.from_model_output(values=value.detach()[None])}
 
     recorder = Recorder()
     step = fx.train_step(loss, problem.transform())
-    fx.fit(problem.start(), step, problem.data(), steps=20, observers=[observers.write(recorder, every=10)])
+    observer = observers.write(recorder, every=10)
+    fx.fit(problem.start(), step, problem.data(), steps=20, observers=[observer], clock=lambda: 0.0)
     assert [step for step, name, _ in recorder.points if name == "train/mean"] == [10, 20]
-    assert len(transfers) == 2 + 1  # the history's rest has been read with them, and is looked at in the end
+    assert transfers == [20 * 2]  # of each step, for the writer and the history alike
+
+
+def test_numbers_are_on_their_way_while_the_next_points_are_taken(monkeypatch):
+    acts = []
+    real = late_numbers.on_their_way
+
+    def told(values):
+        if not values:
+            return real(values)
+        acts.append("sent")
+        arrived = real(values)
+        return lambda: (acts.append("waited"), arrived())[1]
+
+    monkeypatch.setattr(late_numbers, "on_their_way", told)
+    together, recorder = Together(), Recorder()
+    observer = observers.write(recorder)
+    for step in range(1, 65 + 128):
+        log = together.log({"half": Logged(torch.tensor(step / 2), when=torch.tensor(step % 2 == 0))})
+        event = fx.StepEnd(step=step, time=0.0, metrics=together.metrics({"loss": torch.tensor(float(step))}))
+        observer(None, event, fx.Control().with_log(log))
+        if step in (63, 64, 128, 192):
+            acts.append(step)
+    assert acts == [63, "sent", 64, "sent", "waited", 128, "sent", "waited", 192]
+    assert steps_of(recorder) == list(range(1, 129))
+    observer.close()
+    assert [(step, value) for step, name, value in recorder.points if name == "train/loss"] == [
+        (step, float(step)) for step in range(1, 193)
+    ]
+    assert [step for step, name, _ in recorder.points if name == "half"] == list(range(2, 193, 2))
+
+
+def test_numbers_of_a_device_keep_their_kinds():
+    device = torch.device("meta")  # which has no numbers, so the transfer is made up
+
+    class OnDevice(torch.Tensor):
+        is_cpu = False
+
+        def to(self, *given):
+            return torch.Tensor.to(self.as_subclass(torch.Tensor), torch.float64)
+
+        @property
+        def device(self):
+            return device
+
+    given = [torch.tensor(x).as_subclass(OnDevice) for x in (True, 3, 2**40, 0.5)]
+    found = on_their_way([given[0], "text", *given[1:]])()
+    assert found == [True, "text", 3, 2**40, 0.5]
+    assert [type(value) for value in found] == [bool, str, int, int, float]
 
 
 def test_the_history_has_every_step_whether_or_not_somebody_watches():

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import Control, Due, TrainState
 from fxtrain.core.state import FIELDS
+from fxtrain.loop.late import copied_to_host
 
 
 class Difference(NamedTuple):
@@ -49,22 +50,15 @@ class Branch(NamedTuple):
 
 
 def _on_its_way(control: Control) -> Callable[[], Control]:
-    """The request to stop, with flags on the host once it is called; what it then waits for is these flags alone.
-
-    Read where they are, they would come only after all that was launched since: the next step.
-    """
+    """The request to stop, with flags on the host once it is called; what it then waits for is these flags alone."""
     control = control.with_log({})
     flags = [flag for flag in tree.leaves(control) if isinstance(flag, Tensor) and flag.is_cuda]
     if not flags:
         return lambda: control
-    copies = {id(flag): torch.empty_like(flag, device="cpu", pin_memory=True) for flag in flags}
-    for flag in flags:
-        copies[id(flag)].copy_(flag, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    arrived = copied_to_host(flags)
 
     def read() -> Control:
-        arrived.synchronize()
+        copies = {id(flag): copy for flag, copy in zip(flags, arrived(), strict=True)}
         return tree.map(lambda leaf: copies.get(id(leaf), leaf), control)
 
     return read

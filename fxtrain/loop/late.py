@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from typing import Any
@@ -11,23 +12,65 @@ from torch import Tensor
 
 from fxtrain import metrics
 from fxtrain.core import Logged
+from fxtrain.values import kind_of
 
+_NUMBERS = (float, int, bool)
 _MANY = 256  # mappings nobody looked at, among which one looks for those that are gone
 
 
 class Late(Mapping[str, Any]):
-    """A mapping whose numbers are on a device until somebody first looks into it; made by ``Together``."""
+    """A mapping whose numbers are on a device until somebody first looks into it; made by ``Together``.
 
-    def __init__(self, together: Together, parts: Callable[[], list[Any]], made: Callable[[list[Any]], dict[str, Any]]):
+    Args:
+        together: What reads it.
+        parts: What is to come to the host.
+        made: From that, on the host, to the mapping.
+        only_numbers: Whether there is nothing but numbers in it, which can be asked without waiting.
+    """
+
+    def __init__(
+        self,
+        together: Together,
+        parts: Callable[[], list[Any]],
+        made: Callable[[list[Any]], dict[str, Any]],
+        *,
+        only_numbers: bool = True,
+    ) -> None:
+        self.only_numbers = only_numbers
         self._together = together
-        self.parts: Callable[[], list[Any]] | None = parts  # what is to come to the host; None when it has come
-        self.made = made
-        self.values_: dict[str, Any] = {}
+        # One after the other; what has been used lets go of what is on the device.
+        self._parts: Callable[[], list[Any]] | None = parts
+        self._arrived: Callable[[], dict[str, Any]] | None = None
+        self._values: dict[str, Any] = {}
+        self._made = made
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its numbers have not been sent."""
+        return self._parts is not None
+
+    def parts(self) -> list[Any]:
+        """What is to come to the host."""
+        return self._parts() if self._parts is not None else []
+
+    def arrives(self, arrived: Callable[[], list[Any]]) -> None:
+        """The parts are on their way, and ``arrived`` waits for them."""
+        made = self._made
+        self._parts, self._arrived = None, lambda: made(arrived())
+        del self._made
+
+    def send(self) -> None:
+        """Begins to bring its numbers to the host, and those of all others that wait. Does not wait for them."""
+        if self.is_waiting:
+            self._together.send()
 
     def _all(self) -> dict[str, Any]:
-        if self.parts is not None:
-            self._together.read(self)
-        return self.values_
+        self.send()
+        if self._arrived is not None:
+            self._values, self._arrived = self._arrived(), None
+        elif self._parts is not None:
+            self._parts()  # raises what kept it from being sent
+        return self._values
 
     def __getitem__(self, name: str) -> Any:
         return self._all()[name]
@@ -46,8 +89,8 @@ class Late(Mapping[str, Any]):
 
 
 class Together:
-    """Makes late mappings, and reads all that somebody still holds when one of them is looked into: in one transfer,
-    so that an observer which keeps a hundred steps waits for the device once."""
+    """Makes late mappings, and brings all that somebody still holds to the host in one transfer: when one of them is
+    sent or looked into. An observer that sends a hundred steps and looks into them a little later waits for nothing."""
 
     def __init__(self) -> None:
         self._waiting: list[weakref.ref[Late]] = []
@@ -58,10 +101,10 @@ class Together:
 
         def parts() -> list[Any]:
             computed = metrics.compute(measured)
-            names.extend(computed)
+            names[:] = computed
             return list(computed.values())
 
-        return self._late(parts, lambda numbers: dict(zip(names, numbers, strict=True)))
+        return self._late(Late(self, parts, lambda numbers: dict(zip(names, numbers, strict=True))))
 
     def log(self, log: Mapping[str, Logged]) -> Late:
         """What was logged, with numbers, and without what its flag holds back."""
@@ -72,47 +115,105 @@ class Together:
             named = zip(log, entries, values, flags, strict=True)
             return {name: Logged(value, True, entry.owner) for name, entry, value, flag in named if flag}
 
-        return self._late(lambda: [*(entry.value for entry in entries), *(entry.when for entry in entries)], made)
+        def parts() -> list[Any]:
+            return [*(entry.value for entry in entries), *(entry.when for entry in entries)]
 
-    def _late(self, parts: Callable[[], list[Any]], made: Callable[[list[Any]], dict[str, Any]]) -> Late:
+        return self._late(Late(self, parts, made, only_numbers=all(kind_of(e.value) is float for e in entries)))
+
+    def _late(self, late: Late) -> Late:
         if len(self._waiting) > _MANY:
-            self._waiting = [each for each in self._waiting if (late := each()) is not None and late.parts is not None]
-        late = Late(self, parts, made)
+            self._waiting = [each for each in self._waiting if (held := each()) is not None and held.is_waiting]
         self._waiting.append(weakref.ref(late))
         return late
 
-    def read(self, wanted: Late) -> None:
-        """Reads a mapping, and all others that wait."""
-        others, self._waiting = [late for each in self._waiting if (late := each()) is not wanted], []
-        found: list[tuple[Late, list[Any]]] = []
-        for late in (wanted, *others):
-            if late is None or late.parts is None:
-                continue
+    def send(self) -> None:
+        """Begins to bring to the host all that waits."""
+        held, self._waiting = [late for each in self._waiting if (late := each()) is not None], []
+        sent: list[Any] = []
+        slices: list[tuple[Late, slice]] = []
+        for late in held:
             try:
-                found.append((late, late.parts()))
+                parts = late.parts()
             except Exception:
-                if late is wanted:
-                    raise
-                # Whoever looks into it will see why.
-        numbers = iter(on_host([part for _, parts in found for part in parts]))
-        for late, parts in found:
-            late.values_, late.parts = late.made([next(numbers) for _ in parts]), None
+                continue  # whoever looks into it will see why
+            slices.append((late, slice(len(sent), len(sent) + len(parts))))
+            sent += parts
+        arrived = functools.cache(on_their_way(sent))
+        for late, where in slices:
+            late.arrives(lambda where=where: arrived()[where])
 
 
-def at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
+def metrics_at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
     """The numbers, where nobody has to wait for them."""
     numbers: dict[str, Any] = {}
     for name, value in measured.items():
-        if not (isinstance(value, Tensor) and value.is_cpu and value.ndim == 0):
+        if isinstance(value, Tensor) and value.is_cpu and value.ndim == 0:
+            numbers[name] = value.item()
+        elif type(value) in _NUMBERS:
+            numbers[name] = value
+        else:
             return None
-        numbers[name] = value.item()
     return numbers
 
 
-def on_host(values: list[Any]) -> list[Any]:
-    """0-d tensors as Python numbers, in one transfer where they are on a device; anything else as it is."""
+def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
+    """What was logged with numbers, and without what its flag holds back, where nobody has to wait for them."""
+    shown: dict[str, Logged] = {}
+    for name, entry in log.items():
+        value, flag = entry.value, entry.when
+        number = isinstance(value, Tensor) and value.ndim == 0
+        if (number and not value.is_cpu) or (isinstance(flag, Tensor) and not flag.is_cpu):
+            return None
+        if flag:
+            shown[name] = Logged(value.item() if number else value, True, entry.owner)
+    return shown
+
+
+def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
+    """Begins to bring numbers to the host, in one transfer where they are on a device.
+
+    Args:
+        values: 0-d tensors, and anything else, which stays as it is.
+
+    Returns:
+        What waits for them, and returns all values, with Python numbers in the places of 0-d tensors.
+    """
     scalars = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
     if all(value.is_cpu for value in scalars):
-        return [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
-    numbers = iter(torch.stack([value.double() for value in scalars]).tolist())
-    return [next(numbers) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
+        numbers = [value.item() for value in scalars]
+        return lambda: _with_numbers(values, numbers)
+    device = next(value.device for value in scalars if not value.is_cpu)
+    # A double holds every flag, and every whole number that something here counts to.
+    arrived = copied_to_host([torch.stack([value.to(device, torch.float64) for value in scalars])])
+    kinds = [_kind(value.dtype) for value in scalars]
+    return lambda: _with_numbers(values, [kind(x) for kind, x in zip(kinds, arrived()[0].tolist(), strict=True)])
+
+
+def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begins to copy tensors to the host; what it returns waits for the copies, and for nothing else.
+
+    Read where they are, tensors of a GPU come only after all that was launched since: the steps that follow.
+    """
+    if not any(tensor.is_cuda for tensor in tensors):
+        copies = [tensor.cpu() for tensor in tensors]
+        return lambda: copies
+    pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(pinned, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[Tensor]:
+        arrived.synchronize()
+        return pinned
+
+    return wait
+
+
+def _kind(dtype: torch.dtype) -> Callable[[float], Any]:
+    return bool if dtype == torch.bool else float if dtype.is_floating_point else int
+
+
+def _with_numbers(values: list[Any], numbers: list[Any]) -> list[Any]:
+    left = iter(numbers)
+    return [next(left) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]

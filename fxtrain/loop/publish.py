@@ -23,13 +23,15 @@ from fxtrain.core import (
 )
 from fxtrain.fold.subscription import name_of, subscription
 from fxtrain.loop.history import History
-from fxtrain.loop.late import Together, at_once
+from fxtrain.loop.late import Late, Together, log_at_once, metrics_at_once
 from fxtrain.values import named_after, published, try_all
 
 _TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
 _MEASURED = (StepEnd, EvalEnd)
 _RECORDED = (EvalEnd, Rewound)  # also where nobody sees them
 _NOTHING = Control()
+
+_Published = tuple[type[Any], int, Mapping[str, Any], Control]  # an event's type, its step, what it measured, its log
 
 
 class Publisher:
@@ -40,7 +42,8 @@ class Publisher:
     Args:
         observers: Functions ``(state, event, control) -> None``. The second parameter's annotation subscribes;
             without one an observer sees every event of the loop. One with ``sees_logged = True`` sees any other
-            event too, where something was logged at it.
+            event too, where something was logged at it. ``flush()`` is called before each save, and ``close()`` in
+            the end, where an observer has them.
         history: What records all that is published.
     """
 
@@ -52,8 +55,9 @@ class Publisher:
             for kind in _events(observer):
                 self._seeing.setdefault(kind, []).append(observer)
         self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
-        # For the history: a type of event, a step, what was measured, and what was logged.
-        self._unread: list[tuple[type[Any], int, Mapping[str, Any], Control]] = []
+        # For the history.
+        self._unread: list[_Published] = []
+        self._sent: list[_Published] = []  # what is on its way to the host
         self._together = Together()
 
     def is_seen(self, kind: type[Any]) -> bool:
@@ -70,7 +74,7 @@ class Publisher:
         kind = type(event)
         seeing = self._seeing.get(kind, ())
         if not seeing and not (control.log and self._wanting_logs):
-            self._record(state, kind, event, control)
+            self._record(state, event, control, logged=bool(control.log))
             return
         on_host, shown = event, control
         measured = None if kind is Saved else getattr(event, "metrics", None)  # what was saved is on the host already
@@ -79,49 +83,63 @@ class Publisher:
             if measured is not None:
                 on_host = event_of(kind, vars(event))
                 vars(on_host)["metrics"] = numbers
-        if kind is StepEnd and not control.log and not self._unread and type(on_host.metrics) is dict:
-            self._history.add(event.step, named_after(kind, on_host.metrics))  # as the numbers are there
+        none_waits = not self._unread and not self._sent
+        if kind is StepEnd and none_waits and type(on_host.metrics) is dict and type(shown.log) is dict:
+            self._history.add(event.step, published(on_host, shown))  # as the numbers are there
         else:
-            self._record(state, kind, event, control)
+            self._record(state, on_host, shown, logged=bool(control.log))
         if control.log and self._wanting_logs:
             seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
         for observer in tuple(seeing):
             try:
                 observer(state, on_host, shown)
             except Exception as error:
-                if getattr(observer, "required", False):
-                    raise
-                self._drop(observer)
-                with contextlib.suppress(Exception):
-                    _close(observer)
-                warnings.warn(
-                    f"The observer {name_of(observer)} failed at {kind.__name__} of step {event.step} and is dropped; "
-                    f"training goes on.\n{''.join(traceback.format_exception(error))}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self._failed(observer, f"{kind.__name__} of step {event.step}", error)
+
+    def flush(self, step: int) -> None:
+        """Has observers put down what they keep back of steps until this one, as those that can do have ``flush()``.
+
+        Before each save, so that what a checkpoint leaves behind is written, whenever the run is killed.
+        """
+        for observer in tuple(self._observers):
+            flush = getattr(observer, "flush", None)
+            if flush is None:
+                continue
+            try:
+                flush()
+            except Exception as error:
+                self._failed(observer, f"the save of step {step}", error)
 
     def close(self) -> None:
         """Closes the observers that can be closed. Every one is tried, then the first error is raised."""
         try_all(self._read, *(functools.partial(_close, observer) for observer in self._observers))
 
-    def _record(self, state: TrainState, kind: type[Any], event: Any, control: Control) -> None:
-        step = event.step
+    def _record(self, state: TrainState, event: Any, control: Control, *, logged: bool) -> None:
+        kind, step = type(event), event.step
         if kind is Rewound:
             self._read()
             step = event.to_step
             self._history.forget_after(step)
-        if kind in _MEASURED or control.log:
+        if kind in _MEASURED or logged:
             self._unread.append((kind, step, event.metrics if kind in _MEASURED else {}, control))
             # At once where that does not wait for a device, so that what cannot be published is refused at its event.
-            if (control.log and state.step.device.type == "cpu") or len(self._unread) >= _TOGETHER:
+            if logged and state.step.device.type == "cpu":
                 self._read()
+            elif len(self._unread) >= _TOGETHER:
+                self._read(wait=False)
 
-    def _read(self) -> None:
-        """Brings to the host what was published since this was last done."""
+    def _read(self, *, wait: bool = True) -> None:
+        """Brings to the history what was published since this was last done.
+
+        Args:
+            wait: Whether for what is on a device, which without it comes the next time, and is sent now.
+        """
         unread, self._unread = self._unread, []
         shown = [(kind, step, *self._on_host(measured, control)) for kind, step, measured, control in unread]
-        for kind, step, values, control in shown:
+        come = self._sent + shown if wait else self._sent
+        self._sent = [] if wait else shown
+        self._together.send()
+        for kind, step, values, control in come:
             if control.log:
                 self._history.add(step, published(event_of(kind, {"metrics": values}), control))
             else:
@@ -129,14 +147,27 @@ class Publisher:
 
     def _on_host(self, measured: Mapping[str, Any], control: Control) -> tuple[Mapping[str, Any], Control]:
         """Metrics and log as numbers. Where somebody would have to wait for them, they come when he looks at them."""
-        numbers = at_once(measured)
-        if control.log:
-            control = control.with_log(self._together.log(control.log))
-        return self._together.metrics(measured) if numbers is None else numbers, control
+        if type(measured) is not Late:
+            numbers = metrics_at_once(measured)
+            measured = self._together.metrics(measured) if numbers is None else numbers
+        if type(control.log) is not Late and control.log:
+            log = log_at_once(control.log)
+            control = control.with_log(self._together.log(control.log) if log is None else log)
+        return measured, control
 
-    def _drop(self, observer: Callable[..., None]) -> None:
+    def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
+        if getattr(observer, "required", False):
+            raise error
         for observers in (self._observers, self._wanting_logs, *self._seeing.values()):
             observers[:] = [other for other in observers if other is not observer]
+        with contextlib.suppress(Exception):
+            _close(observer)
+        warnings.warn(
+            f"The observer {name_of(observer)} failed at {at} and is dropped; training goes on.\n"
+            f"{''.join(traceback.format_exception(error))}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _close(observer: Callable[..., None]) -> None:

@@ -365,6 +365,7 @@ class Run:
         now = self._now
         if self.plan.checkpointer is not None and hasattr(self.data, "snapshot"):
             now.state = now.state.with_slot(DATA, self.data.snapshot(now.position))
+        self._publish.flush(now.step)
         self._saving.save(now.state, self._metrics_of_this_step())
 
     def _save_last(self) -> Moments:

@@ -30,5 +30,6 @@ def required(observer: Callable[..., None]) -> Callable[..., None]:
     result.__name__ = name_of(observer)
     result.required = True
     result.sees_logged = getattr(observer, "sees_logged", False)
-    result.close = getattr(observer, "close", lambda: None)
+    for verb in ("flush", "close"):
+        setattr(result, verb, getattr(observer, verb, lambda: None))
     return result

@@ -19,7 +19,6 @@ from fxtrain.core import (
     Logged,
     LoopEvent,
     Rewound,
-    Saved,
     StepEnd,
     TrainState,
     refuse_unless_one_of,
@@ -41,19 +40,21 @@ def write(
     name, and is written at its own event. Where a run resumes or goes back, writers first drop what lies beyond that
     step, so that there is one point for each step in the end.
 
-    Metrics stay on their device until they are written, and then come in one transfer.
+    Points of steps are handed over several at once: 64 of them, or those of a second; before anything else is, and
+    before each save. Until then metrics stay on their device, and come from there in one transfer, which is under way
+    while the next points are taken.
 
     Args:
         writers: From ``fxtrain.writers``, or clu's.
-        every: Write the metrics of steps at the multiples of so many steps. Less than that is written at a save and
-            at the end, so that no step is lost where a run is interrupted. A mapping says it for each kind:
+        every: Write the metrics of steps at the multiples of so many steps. Less than that is written before a save
+            and at the end, so that no step is lost where a run is interrupted. A mapping says it for each kind:
             ``{"metrics": 10, "images": 500}``, with the names of ``fxtrain.values.KINDS``. What steps log of such a
             kind waits for a multiple, or the end, and only the latest of each name is written then.
         reduce: What is written of the metrics of the steps since the last ones written: their ``"mean"``, the
             ``"last"``, the ``"min"`` or the ``"max"``. NaN stays NaN.
         hparams: What the run is configured with, a nested mapping of strings, numbers and bools; written as the
             session begins.
-        flush_seconds: Writers flush after so many seconds, and at each evaluation, save and end.
+        flush_seconds: Writers flush after so many seconds, at each evaluation, before each save, and in the end.
 
     Raises:
         ValueError: If there is no writer, or an argument is out of its range.
@@ -90,13 +91,21 @@ _REDUCED: Mapping[str, Callable[[list[float]], float]] = {
     "max": lambda values: float(np.max(values)),
 }
 
-_Step = tuple[int, Mapping[str, Any], tuple[StepEnd, Control] | None]
+_AT_MOST = 64  # points that wait to be written together, and
+_SECONDS = 1.0  # for how long at most, by the run's clock
 
-Seen = FitBegin | StepEnd | EvalEnd | Rewound | Saved | Interrupted | FitEnd
+_Steps = list[tuple[int, Mapping[str, Any]]]  # which, and what each measured
+_Point = tuple[StepEnd, _Steps, Control]  # where it is written, of which steps, and what was logged there
+
+Seen = FitBegin | StepEnd | EvalEnd | Rewound | Interrupted | FitEnd
 
 
 class Write:
-    """Hands what is published to writers; made by ``write``."""
+    """Hands what is published to writers; made by ``write``.
+
+    The points of steps wait for each other, and are written together: beside a step, which takes the caches for
+    itself, one alone takes five times as long as one among many, and for each alone one would wait for the device.
+    """
 
     sees_logged = True
 
@@ -115,81 +124,104 @@ class Write:
         self._reduce = _REDUCED[reduce]
         self._hparams = hparams
         self._flush_seconds = flush_seconds
-        # Steps that are not yet written, their metrics, and what they logged, if anything; of the other events, of
-        # which each fills a kilobyte, the last.
-        self._interval: list[_Step] = []
-        self._last: StepEnd | None = None
-        self._waiting: dict[str, tuple[StepEnd, Logged]] = {}  # the latest of what has a period of its own
+        self._interval: _Steps = []  # since the last point
+        self._last: StepEnd | None = None  # of the interval; all the other events of a long one would fill megabytes
+        self._points: list[_Point] = []
+        self._sent: list[_Point] = []  # whose numbers are on their way to the host
+        self._latest: dict[str, tuple[StepEnd, Logged]] = {}  # of each name of a kind that has a period of its own
+        self._written = 0.0
         self._flushed = 0.0
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         match event:
             case StepEnd():
                 self._step(event, control)
-                if event.time - self._flushed >= self._flush_seconds:
-                    self._flush(event)
                 return
             case FitBegin():
-                self._flushed = event.time
+                self._written = self._flushed = event.time
                 self._take_back(event.step)
                 if self._hparams is not None:
                     control = control | Control(log={"hparams": self._hparams})
             case Rewound():
                 self._take_back(event.to_step)
                 event = dataclasses.replace(event, step=event.to_step)  # where the curves go on
-            case Saved() | Interrupted() | FitEnd():
-                self._write_interval()
-                if not isinstance(event, Saved):
-                    self._write_waiting()
-        if self._interval:  # what steps logged goes before this, so that all is written in the order of steps
-            self._write_logged(self._interval)
-            self._interval = [(step, metrics, None) for step, metrics, _ in self._interval]
+            case Interrupted() | FitEnd():
+                self._end_interval()
+                self._write_points()
+                self._write_latest()
+        self._write_points()  # before this, so that all is written in the order of steps
         self._hand_over(event, control)
-        if isinstance(event, EvalEnd | Saved | Interrupted | FitEnd):
-            self._flush(event)
+        if isinstance(event, EvalEnd | Interrupted | FitEnd):
+            self._flush_writers()
+            self._flushed = event.time
+
+    def flush(self) -> None:
+        """Writes what waits, so that each step until now is in a point, and has the writers put it on the disk."""
+        self._end_interval()
+        self._write_points()
+        self._flush_writers()
 
     def close(self) -> None:
         """Writes what is left, and closes every writer; then the first error is raised."""
-        try_all(self._write_interval, self._write_waiting, *(writer.close for writer in self._writers))
+        self._end_interval()
+        try_all(self._write_points, self._write_latest, *(writer.close for writer in self._writers))
 
     def _step(self, event: StepEnd, control: Control) -> None:
-        # Whether something was logged under its flag only the device knows: it is asked when the interval is written.
-        logged = None if type(control.log) is dict and not control.log else (event, control)
-        self._interval.append((event.step, event.metrics, logged))
+        self._interval.append((event.step, event.metrics))
         self._last = event
+        log = control.log
         if event.step % self._every == 0:
-            self._write_interval()
-        if self._waiting:
-            self._write_waiting(event.step)
+            self._points.append((event, self._interval, control))
+            self._interval = []
+        elif type(log) is not dict or log:  # whether a device has something to log only the device knows
+            self._points.append((event, [], control))
+        if not _only_numbers(log):
+            self._write_points()  # it may be large
+        elif self._points and (len(self._points) >= _AT_MOST or event.time - self._written >= _SECONDS):
+            self._write_points(wait=False)
+            self._written = event.time
+        if self._latest:
+            self._write_latest(event.step)
+        if event.time - self._flushed >= self._flush_seconds:
+            self._write_points()
+            self._flush_writers()
+            self._flushed = event.time
 
-    def _write_interval(self) -> None:
+    def _end_interval(self) -> None:
         if not self._interval:
             return
-        self._write_logged(self._interval[:-1])
-        last, _, logged = self._interval[-1]
-        measured = [metrics for _, metrics, _ in self._interval]
-        self._interval = []
         assert self._last is not None
-        event = dataclasses.replace(self._last, step=last, metrics=self._reduced(measured))
-        self._hand_over(event, Control() if logged is None else self._without_waiting(*logged))
+        control = Control()
+        if self._points and self._points[-1][0] is self._last:
+            _, _, control = self._points.pop()
+        self._points.append((self._last, self._interval, control))
+        self._interval = []
 
-    def _write_logged(self, steps: list[_Step]) -> None:
-        for _, _, logged in steps:
-            if logged is not None:
-                event, control = logged
-                self._hand_over(dataclasses.replace(event, metrics={}), self._without_waiting(event, control))
+    def _write_points(self, *, wait: bool = True) -> None:
+        """Writes the points that wait.
+
+        Args:
+            wait: Whether for what is on a device, which without it is sent now, and written the next time.
+        """
+        points, self._points = self._points, []
+        sent, self._sent = self._sent, []
+        if not wait and points and (send := getattr(points[-1][0].metrics, "send", None)) is not None:
+            send()
+            self._sent, points = points, []
+        for event, measured, control in (*sent, *points):
+            if len(measured) != 1:
+                event = dataclasses.replace(event, metrics=self._reduced([metrics for _, metrics in measured]))
+            self._hand_over(event, self._without_latest(event, control))
 
     def _reduced(self, measured: list[Mapping[str, float]]) -> dict[str, float]:
-        if len(measured) == 1:
-            return dict(measured[0])
         found: dict[str, list[float]] = {}
         for metrics in measured:
             for name, value in metrics.items():
                 found.setdefault(name, []).append(value)
         return {name: self._reduce(values) for name, values in found.items()}
 
-    def _without_waiting(self, event: StepEnd, control: Control) -> Control:
-        """What was logged, but for what has a period of its own, which is kept."""
+    def _without_latest(self, event: StepEnd, control: Control) -> Control:
+        """What was logged, but for what has a period of its own, of which the latest is kept."""
         if not self._periods:
             return control
         log = dict(control.log)
@@ -198,15 +230,18 @@ class Write:
                 # Its tensors may be written over before it is written.
                 del log[name]
                 own = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, entry.value)
-                self._waiting[name] = event, dataclasses.replace(entry, value=own)
+                self._latest[name] = event, dataclasses.replace(entry, value=own)
         return control.with_log(log)
 
-    def _write_waiting(self, step: int | None = None) -> None:
-        """Writes what waited for this step, or all that waits."""
-        for name, (event, entry) in list(self._waiting.items()):
-            if step is None or step % self._periods[kind_of(entry.value)] == 0:
-                del self._waiting[name]
-                self._hand_over(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
+    def _write_latest(self, step: int | None = None) -> None:
+        """Writes what is kept and has its period end at this step, or all that is kept."""
+        latest = self._latest
+        due = [n for n, (_, e) in latest.items() if step is None or step % self._periods[kind_of(e.value)] == 0]
+        if due:
+            self._write_points()
+        for name in due:
+            event, entry = latest.pop(name)
+            self._hand_over(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
 
     def _hand_over(self, event: LoopEvent, control: Control) -> None:
         values = published(event, control)
@@ -215,11 +250,18 @@ class Write:
 
     def _take_back(self, step: int) -> None:
         self._interval = [entry for entry in self._interval if entry[0] <= step]
-        self._waiting = {name: entry for name, entry in self._waiting.items() if entry[0].step <= step}
+        self._points = [point for point in (*self._sent, *self._points) if point[0].step <= step]
+        self._sent = []
+        self._latest = {name: entry for name, entry in self._latest.items() if entry[0].step <= step}
         for writer in self._writers:
             take_back(writer, step)
 
-    def _flush(self, event: LoopEvent) -> None:
-        self._flushed = event.time
+    def _flush_writers(self) -> None:
         for writer in self._writers:
             writer.flush()
+
+
+def _only_numbers(log: Mapping[str, Logged]) -> bool:
+    if type(log) is dict:
+        return all(kind_of(entry.value) is float for entry in log.values())
+    return getattr(log, "only_numbers", False)

@@ -7,6 +7,7 @@ record for each number, through a queue, costs four times as much as one record 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -73,6 +74,7 @@ class TensorBoardWriter(Backend):
         self._message: Any = summary_pb2
         self._folder = folder
         self._records: Any = None  # the open event file
+        self._began = math.inf  # when the session's clock was at 0, in seconds since 1970
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         summaries: list[Any] = []
@@ -80,7 +82,15 @@ class TensorBoardWriter(Backend):
             summaries += self._summaries_of(step, name, value)
         if self._records is None:
             self._open()
-        self._record(step=step, summary=self._message.Summary(value=summaries))
+        self._record(wall_time=self._when(event), step=step, summary=self._message.Summary(value=summaries))
+
+    def _when(self, event: Any) -> float:
+        """When something happened: points come after it, several at once, and never before."""
+        now = time.time()
+        if event is None:
+            return now
+        self._began = min(self._began, now - event.time)
+        return self._began + event.time
 
     def _summaries_of(self, step: int, name: str, value: Any) -> Any:
         message, summaries = self._message.Summary, self._summaries
@@ -163,6 +173,7 @@ class TensorBoardWriter(Backend):
     def purge(self, step: int) -> None:
         """Has TensorBoard forget what lies beyond a step. Costs one more file, unless nothing was ever written."""
         self.close()
+        self._began = math.inf
         if self._older():
             self._open(first_step=step + 1)
 
@@ -176,8 +187,9 @@ class TensorBoardWriter(Backend):
             self._records.close()
             self._records = None
 
-    def _record(self, **fields: Any) -> None:
-        self._records.write(self._event.Event(wall_time=time.time(), **fields).SerializeToString())
+    def _record(self, wall_time: float | None = None, **fields: Any) -> None:
+        event = self._event.Event(wall_time=time.time() if wall_time is None else wall_time, **fields)
+        self._records.write(event.SerializeToString())
 
     def _open(self, first_step: int | None = None) -> None:
         # TensorBoard reads files in the order of their names, so the second in a name is later than those before it,
