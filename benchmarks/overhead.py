@@ -46,9 +46,10 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
     try:
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
             tiny = workload("tiny_mlp", quick=quick)
+            rounds *= 1 if quick else 4  # of short turns: where a turn's memory lies is left to chance
             steps = 500 if quick else 5000
             found = {"tiny_mlp": alternate(turns(tiny, steps, pathlib.Path(folder, "tiny"), statistics.fmean), rounds)}
-            steps = 50 if quick else 1000
+            steps = 50 if quick else 250
             for name, batch, only in (
                 ("about a millisecond", 1280, (BARE, FIT)),
                 ("about five milliseconds", 7000, (FIT, LOGGED)),

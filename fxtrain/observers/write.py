@@ -170,12 +170,13 @@ class Write:
         self._interval.append((event.step, event.metrics))
         self._last = event
         log = control.log
+        silent = type(log) is dict and not log  # whether a device has something to log only the device knows
         if event.step % self._every == 0:
             self._points.append((event, self._interval, control))
             self._interval = []
-        elif type(log) is not dict or log:  # whether a device has something to log only the device knows
+        elif not silent:
             self._points.append((event, [], control))
-        if not _only_numbers(log):
+        if not silent and not _only_numbers(log):
             self._write_points()  # it may be large
         elif self._points and (len(self._points) >= _AT_MOST or event.time - self._written >= _SECONDS):
             self._write_points(wait=False)
