@@ -1,8 +1,9 @@
 """Overhead: what callbacks and the loop add to a step, in microseconds.
 
-All in one process and in turns, so that little else differs. A turn of ``fit`` is a whole run; a step lasts from one
-batch to the next. A turn of the tiny MLP's counts with its mean, as a writer does something at few steps; one of longer
-steps with its median, as what else the machine does at some of them is more than what the loop adds to each.
+All in one process, so that little else differs, and in turns of milliseconds, as the speed of a shared machine is
+another one every second: each loop has a thread, which waits where it asks for a batch until it has a turn. A step
+lasts from one batch to the next, and counts with its mean over a turn. Where a loop's memory lies is left to chance,
+and makes some percent of its step: so all begin anew in each round.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import os
 import pathlib
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +23,13 @@ from torch import nn
 
 import fxtrain as fx
 from benchmarks.bars import Verdict
+from benchmarks.contestants import ENDLESS
 from benchmarks.contestants.fxtrain import pieces
 from benchmarks.measure import Seconds, alternate, ratios
 from benchmarks.workloads import Workload, workload
 from benchmarks.workloads.workload import squared_error
 
-Turn = Callable[[], float]
-Average = Callable[[list[float]], float]
+Loop = Callable[["Turns"], Any]
 
 BARE = "bare loop"
 IN_STEP = "bare loop, ten stateful callbacks on Updated"
@@ -39,26 +41,102 @@ LOGGED = "fit, JSON lines and TensorBoard at each step"
 
 
 def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]]:
-    """Seconds a step of the tiny MLP and of a step of about a millisecond, and what they come to."""
+    """Seconds a step of the tiny MLP, and of longer ones, and what they come to."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     torch.set_num_threads(1)
+    found: dict[str, Seconds] = {}
     try:
-        with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-            tiny = workload("tiny_mlp", quick=quick)
-            rounds *= 1 if quick else 4  # of short turns: where a turn's memory lies is left to chance
-            steps = 500 if quick else 5000
-            found = {"tiny_mlp": alternate(turns(tiny, steps, pathlib.Path(folder, "tiny"), statistics.fmean), rounds)}
-            steps = 50 if quick else 250
-            for name, batch, only in (
-                ("about a millisecond", 1280, (BARE, FIT)),
-                ("about five milliseconds", 7000, (FIT, LOGGED)),
+        with tempfile.TemporaryDirectory(prefix="benchmarks-") as parent:
+            for name, made, steps, times, only in (
+                ("tiny_mlp", workload("tiny_mlp", quick=quick), 100, 60, ()),
+                ("about a millisecond", slower(1280), 20, 60, (BARE, FIT)),
+                ("about five milliseconds", slower(7000), 64, 6, (FIT, LOGGED)),  # as many as are written together
             ):
-                made = turns(slower(batch), steps, pathlib.Path(folder, str(batch)), statistics.median, only)
-                found[name] = alternate(made, rounds)
+                for index in range(rounds):
+                    folder = pathlib.Path(parent, f"{name} {index}")
+                    folder.mkdir()
+                    seconds = in_turns(loops(made, folder, only), made.batches, steps, 3 if quick else times)
+                    for loop, values in seconds.items():
+                        found.setdefault(name, {}).setdefault(loop, []).extend(values)
     finally:
         os.sched_setaffinity(0, cores)
     return found, verdicts(found)
+
+
+def in_turns(made: Mapping[str, Loop], batches: list[Any], steps: int, times: int) -> Seconds:
+    """Each loop's seconds a step, in so many turns of so many steps."""
+    turns = {name: Turns(loop, batches, steps) for name, loop in made.items()}
+    try:
+        alternate(turns, 2)  # graphs are made, and all is warm
+        return alternate(turns, times)
+    finally:
+        for each in turns.values():
+            each.close()
+
+
+class Over(BaseException):
+    """A loop needs no more turns. Nobody catches it on its way."""
+
+
+class Turns(fx.data.Source):
+    """Batches again and again, for a loop in a thread of its own, that are given in its turns only.
+
+    Args:
+        loop: Takes batches for ever.
+        batches: What is given.
+        steps: How many make a turn.
+    """
+
+    def __init__(self, loop: Loop, batches: list[Any], steps: int) -> None:
+        super().__init__()
+        self.epoch_length = 64 * len(batches)  # long, as epochs are
+        self._loop, self._batches, self._steps = loop, batches, steps
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        self._error: BaseException | None = None
+        self._left, self._began, self._seconds = steps, 0.0, 0.0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __call__(self) -> float:
+        """One turn; its seconds a step."""
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._seconds
+
+    def __getitem__(self, position: int) -> Any:
+        if self._left == 0:
+            self._seconds = (time.perf_counter() - self._began) / self._steps
+            self._done.release()
+            self._wait()
+        self._left -= 1
+        return self._batches[position % len(self._batches)]
+
+    def close(self) -> None:
+        """Ends the loop."""
+        self._over = True
+        self._go.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # which MKL asks each thread
+        try:
+            self._wait()
+            self._loop(self)
+        except Over:
+            pass
+        except BaseException as error:
+            self._error = error
+            self._done.release()
+
+    def _wait(self) -> None:
+        self._go.acquire()
+        if self._over:
+            raise Over
+        self._left, self._began = self._steps, time.perf_counter()
 
 
 def slower(batch: int) -> Workload:
@@ -76,93 +154,45 @@ def slower(batch: int) -> Workload:
     )
 
 
-def turns(
-    made: Workload, steps: int, folder: pathlib.Path, average: Average, only: tuple[str, ...] = ()
-) -> dict[str, Turn]:
-    """A turn of so many steps for each variant."""
-    seen = [counter(index) for index in range(10)]
-    glances = [glance() for _ in range(10)]
-    asleep = [sleeper() for _ in range(10)]
+def loops(made: Workload, folder: pathlib.Path, only: tuple[str, ...]) -> dict[str, Loop]:
+    """By what they add to a bare loop."""
+    watched = fx.compose(*[glance() for _ in range(10)])
+    asleep = fx.compose(*[sleeper() for _ in range(10)])
+    seen = fx.compose(*[counter(index) for index in range(10)])
 
-    def writer(every: int) -> Any:
+    def writing(every: int) -> Any:
         return fx.observers.write(fx.writers.jsonl(folder / f"{every}.jsonl"), every=every)
 
-    def logged() -> Any:
-        writers = fx.writers.jsonl(folder / "logged.jsonl"), fx.writers.tensorboard(folder / "tensorboard")
-        return fx.observers.write(*writers, every=1)
+    def logging() -> Any:
+        return fx.observers.write(fx.writers.jsonl(folder / "all.jsonl"), fx.writers.tensorboard(folder / "all"))
 
-    def fit(callbacks: Any = (), observers: Callable[[], list[Any]] = list) -> Turn:
-        # One graph for all: callbacks of the loop do not enter it.
-        return fitted(state, step, batches, steps, callbacks, observers)
-
-    folder.mkdir()
-    batches = Clocked(made.batches * 64, average)  # an epoch is long, as epochs are
+    # One graph for all but one: callbacks of the loop do not enter it.
     state, step = pieces(made, donate=True)
-    watched = fx.compose(*glances)
-    variants: dict[str, Callable[[], Turn]] = {
-        BARE: lambda: bare(state, step, batches, steps),
-        IN_STEP: lambda: bare(*with_callbacks(made, fx.compose(*seen)), batches, steps),
-        FIT: fit,
-        ON_STEP_END: lambda: fit(watched, lambda: [writer(100)]),
-        WRITTEN: lambda: fit(watched, lambda: [writer(1)]),
-        UNSUBSCRIBED: lambda: fit(fx.compose(*asleep)),
-        LOGGED: lambda: fit(observers=lambda: [logged()]),
+    found: dict[str, Loop] = {
+        BARE: bare(state, step),
+        FIT: fit(state, step),
+        ON_STEP_END: fit(state, step, watched, lambda: [writing(100)]),
+        WRITTEN: fit(state, step, watched, lambda: [writing(1)]),
+        UNSUBSCRIBED: fit(state, step, asleep),
+        LOGGED: fit(state, step, observers=lambda: [logging()]),
     }
-    return {name: make() for name, make in variants.items() if not only or name in only}
+    if not only:
+        with_callbacks, traced = pieces(made, donate=True, callbacks=seen)
+        found[IN_STEP] = bare(fx.attach(with_callbacks, seen), traced)
+    return {name: loop for name, loop in found.items() if not only or name in only}
 
 
-def with_callbacks(made: Workload, callbacks: Any) -> tuple[fx.TrainState, Any]:
-    state, step = pieces(made, donate=True, callbacks=callbacks)
-    return fx.attach(state, callbacks), step
+def bare(state: fx.TrainState, step: Any) -> Loop:
+    def loop(batches: Turns) -> None:
+        current = state.copy()
+        for position in itertools.count():
+            current, _ = step(current, batches[position])
+
+    return loop
 
 
-class Clocked(fx.data.Source):
-    """Batches in a list, which writes down when each was asked for."""
-
-    def __init__(self, batches: list[Any], average: Average) -> None:
-        super().__init__()
-        self.batches, self.epoch_length, self.average = batches, len(batches), average
-        self.asked: list[float] = []
-
-    def __getitem__(self, position: int) -> Any:
-        self.asked.append(time.perf_counter())
-        return self.batches[position % self.epoch_length]
-
-    def seconds(self) -> float:
-        """From one batch to the next, on average, since this was last called."""
-        asked, self.asked = self.asked, []
-        return self.average([after - before for before, after in itertools.pairwise(asked)])
-
-
-def bare(state: fx.TrainState, step: Any, batches: Clocked, steps: int) -> Turn:
-    def turn() -> float:
-        nonlocal state
-        state = state.copy()  # as fit does, so that where its memory lies is left to chance in both
-        for position in range(steps):
-            state, _ = step(state, batches[position])
-        return batches.seconds()
-
-    turn()
-    return turn
-
-
-def fitted(
-    state: fx.TrainState,
-    step: Any,
-    batches: Clocked,
-    steps: int,
-    callbacks: Any,
-    observers: Callable[[], list[Any]],
-) -> Turn:
-    def turn() -> float:
-        nonlocal state
-        until = int(state.step) + steps
-        result = fx.fit(state, step, batches, steps=until, callbacks=callbacks, observers=observers())
-        state = result.last
-        return batches.seconds()
-
-    turn()
-    return turn
+def fit(state: fx.TrainState, step: Any, callbacks: Any = (), observers: Callable[[], list[Any]] = list) -> Loop:
+    return lambda batches: fx.fit(state, step, batches, steps=ENDLESS, callbacks=callbacks, observers=observers())
 
 
 def counter(index: int) -> Any:

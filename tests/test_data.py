@@ -242,7 +242,8 @@ def test_windows_do_not_overlap_and_begin_elsewhere_each_epoch():
         (lambda: batches(arrays(3), 4), ValueError, "batch_size=4, and the arrays have 3 rows: there is no full batch"),
         (lambda: batches([], 4), ValueError, "the dataset has 0 samples: there is no full batch"),
         (lambda: batches(torch.zeros(0, 2), 1, drop_last=False), ValueError, "the arrays have 0 rows"),
-        (lambda: batches(arrays(), 0), ValueError, "batch_size=0: a whole number, 1 or more, is wanted"),
+        (lambda: batches(arrays(), 0), ValueError, "batch_size=0: a whole number of samples, 1 or more"),
+        (lambda: batches(arrays(), True), ValueError, "batch_size=True: a whole number of samples"),
         (lambda: batches(arrays(), 2, drop_last="no"), ValueError, "drop_last='no': True, False or \"pad\" is wanted"),
         (
             lambda: batches({"x": torch.zeros(3), "y": (torch.zeros(4),)}, 2),

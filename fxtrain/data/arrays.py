@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from fxtrain import tree
+from fxtrain.core import refuse_unless_whole
 from fxtrain.data.generators import seeded
 from fxtrain.data.order import Order, mix
 from fxtrain.data.source import ANY, Source, as_tensors
@@ -43,8 +44,7 @@ class Indexed(Source):
         dynamic: bool = False,
     ) -> None:
         super().__init__(free=ANY if dynamic else 0)
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: a whole number, 1 or more, is wanted.")
+        refuse_unless_whole("batch_size", batch_size, "samples")
         if not (isinstance(drop_last, bool) or drop_last == "pad"):
             raise ValueError(f'drop_last={drop_last!r}: True, False or "pad" is wanted.')
         if size == 0 or (drop_last is True and batch_size > size):
@@ -157,8 +157,7 @@ def windows(
         >>> windows(torch.arange(100), 3, 2, shuffle=False)[1]
         {'x': tensor([[ 6,  7,  8], [ 9, 10, 11]]), 'y': tensor([[ 7,  8,  9], [10, 11, 12]])}
     """
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r}: a whole number of tokens, 1 or more, is wanted.")
+    refuse_unless_whole("length", length, "tokens")
     head = as_tensors(tokens[:0]) if len(tokens.shape) == 1 else None
     if head is None or head.dtype == torch.bool or head.is_floating_point() or head.is_complex():
         raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}: integers of shape [n] are wanted.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import refuse_unless_whole
 from fxtrain.data.adapt import adapt
 from fxtrain.data.generators import is_seeded
 from fxtrain.data.source import Source
@@ -38,8 +39,7 @@ def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | 
         (tensor([0, 1]), tensor([2, 3]), tensor([0, 1]))
         >>> data.close()
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size={size!r}: a whole number of batches to keep ready, 1 or more, is wanted.")
+    refuse_unless_whole("size", size, "batches to keep ready")
     source = adapt(data, seed=seed)
     return (StatefulPrefetched if hasattr(source, "snapshot") else Prefetched)(source, size, device)
 

@@ -178,15 +178,17 @@ def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
     Returns:
         What waits for them, and returns all values, with Python numbers in the places of 0-d tensors.
     """
-    scalars = [value for value in values if isinstance(value, Tensor) and value.ndim == 0]
-    if all(value.is_cpu for value in scalars):
-        numbers = [value.item() for value in scalars]
-        return lambda: _with_numbers(values, numbers)
-    device = next(value.device for value in scalars if not value.is_cpu)
-    # A double holds every flag, and every whole number that something here counts to.
-    arrived = copied_to_host([torch.stack([value.to(device, torch.float64) for value in scalars])])
-    kinds = [_kind(value.dtype) for value in scalars]
-    return lambda: _with_numbers(values, [kind(x) for kind, x in zip(kinds, arrived()[0].tolist(), strict=True)])
+    groups: dict[torch.dtype, list[int]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor) and value.ndim == 0:
+            groups.setdefault(value.dtype, []).append(index)
+    places = [index for group in groups.values() for index in group]
+    device = next((values[index].device for index in places if not values[index].is_cpu), None)
+    if device is None:
+        numbers = [values[index].item() for index in places]
+        return lambda: _with(values, places, numbers)
+    arrived = copied_to_host([torch.stack([values[i].to(device) for i in group]) for group in groups.values()])
+    return lambda: _with(values, places, [number for group in arrived() for number in group.tolist()])
 
 
 def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -210,10 +212,8 @@ def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     return wait
 
 
-def _kind(dtype: torch.dtype) -> Callable[[float], Any]:
-    return bool if dtype == torch.bool else float if dtype.is_floating_point else int
-
-
-def _with_numbers(values: list[Any], numbers: list[Any]) -> list[Any]:
-    left = iter(numbers)
-    return [next(left) if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
+def _with(values: list[Any], places: list[int], numbers: list[Any]) -> list[Any]:
+    result = list(values)
+    for index, number in zip(places, numbers, strict=True):
+        result[index] = number
+    return result

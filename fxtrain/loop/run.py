@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxtrain import metrics, tree
+from fxtrain import metrics
 from fxtrain.core import (
     Control,
     Donated,
@@ -45,6 +45,7 @@ from fxtrain.loop.evaluate import measure
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts
+from fxtrain.loop.kept import Kept
 from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
 from fxtrain.loop.saving import Saving
@@ -94,7 +95,6 @@ class Run:
         refuse_unserved(plan.callbacks, given)
         # The loop owns its state, so a compiled step may write the next one over it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
-        self._donates = self.step is not given or getattr(given, "donates", False)
         self._publish = Publisher(plan.observers, history)
         self._interrupts = Interrupts()
         self._at_once: int = getattr(self.step, "steps_per_call", 1)
@@ -122,7 +122,8 @@ class Run:
         if DATA in state.slots and hasattr(self.data, "restore"):
             self.data.restore(self._now.position, state.slots[DATA])
 
-        self._kept: list[tuple[int, TrainState]] = []  # states to rewind to by their step, oldest first
+        donates = self.step is not given or getattr(given, "donates", False)
+        self._kept = Kept(plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving)
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
         self._root = self._now.branch()  # what to come back to when something goes wrong,
@@ -161,7 +162,7 @@ class Run:
                     break
                 if self._finished():
                     break
-                self._keep_for_rewind()
+                self._kept.keep(now.step, now.state)
                 yield from self._advance()
         except Exception as error:
             yield from self._after_error(error)
@@ -386,19 +387,9 @@ class Run:
 
     # The way back
 
-    def _keep_for_rewind(self) -> None:
-        step, every = self._now.step, self.plan.keep_every
-        if every and step % every == 0 and step not in (kept for kept, _ in self._kept):
-            state = self._now.state
-            if self.plan.keep_on_host:
-                state = tree.map(lambda leaf: leaf.to("cpu", copy=True), state)
-            elif self._donates:
-                state = state.copy()
-            self._kept = [*self._kept, (step, state)][-self.plan.keep :]
-
     def _rewind(self) -> Moments:
         now, old, steps = self._now, self._now.state, self._now.due["rewind"]
-        target = self._newest_until(now.step - steps)
+        target = self._kept.newest_until(now.step - steps, like=old)
         now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
         if target is None:
             now.stop(f"a rewind of {steps} steps was asked for at step {now.step}, and no state that old is kept")
@@ -418,22 +409,11 @@ class Run:
         crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
         stop, unsaved = now.due["stop"], now.due["unsaved"]
         now.take(target.replace(slots={**target.slots, **crossed}))
-        self._kept = [(step, state) for step, state in self._kept if step <= to_step]
+        self._kept.forget_after(to_step)
         # Saved anew, so that the folder tells what was abandoned from what leads on, and no resume goes back again.
         now.set(stop=stop, unsaved=unsaved, save=self.plan.checkpointer is not None)
         if times[to_step] > self.plan.rewind_limit:
             now.stop(f"went back to step {to_step} {times[to_step]} times, and it did not help")
-
-    def _newest_until(self, step: int) -> TrainState | None:
-        """The newest state, in memory or on disk, that has taken at most so many steps."""
-        in_memory = max((kept for kept in self._kept if kept[0] <= step), key=lambda kept: kept[0], default=None)
-        on_disk = self._saving.newest_until(step)
-        if on_disk is not None and (in_memory is None or on_disk > in_memory[0]):
-            return self._saving.state_at(on_disk, like=self._now.state)
-        if in_memory is None:
-            return None
-        device = self._now.state.step.device
-        return tree.map(lambda leaf: leaf.to(device), in_memory[1])
 
     # Events
 

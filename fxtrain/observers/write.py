@@ -12,6 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import (
     Control,
+    EvalBegin,
     EvalEnd,
     FitBegin,
     FitEnd,
@@ -97,7 +98,7 @@ _SECONDS = 1.0  # for how long at most, by the run's clock
 _Steps = list[tuple[int, Mapping[str, Any]]]  # which, and what each measured
 _Point = tuple[StepEnd, _Steps, Control]  # where it is written, of which steps, and what was logged there
 
-Seen = FitBegin | StepEnd | EvalEnd | Rewound | Interrupted | FitEnd
+Seen = FitBegin | StepEnd | EvalBegin | EvalEnd | Rewound | Interrupted | FitEnd
 
 
 class Write:
@@ -149,7 +150,7 @@ class Write:
                 self._end_interval()
                 self._write_points()
                 self._write_latest()
-        self._write_points()  # before this, so that all is written in the order of steps
+        self._write_points()  # before this, so that all is in the order of steps; before an evaluation, which may last
         self._hand_over(event, control)
         if isinstance(event, EvalEnd | Interrupted | FitEnd):
             self._flush_writers()

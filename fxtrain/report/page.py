@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fxtrain.observers.figures import duration
 from fxtrain.report.markdown import as_html
 from fxtrain.report.panels import evenly, heat, sections
 from fxtrain.report.read import Mark, Run
@@ -69,7 +70,7 @@ def _head(run: Run) -> str:
     facts = {
         "step": f"{step:,}",
         "how it ended": reason,
-        "time": _duration(seconds) if seconds else "",
+        "time": duration(seconds) if seconds else "",
         "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
         "device": _device(last.get("environment", {})),
     }
@@ -287,9 +288,3 @@ def _section(title: str, content: str) -> str:
 
 def _grid(cards: list[str]) -> str:
     return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
