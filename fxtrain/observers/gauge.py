@@ -16,7 +16,7 @@ from fxtrain.core import (
     TrainState,
     refuse_unless_whole,
 )
-from fxtrain.values import hand_over, take_back, try_all
+from fxtrain.values import hand_over, settle, take_back, try_all
 
 Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
 Read = Callable[[TrainState | None], Mapping[str, float]]
@@ -70,4 +70,5 @@ class Gauge:
         self._step = event.step
         numbers = self._read_numbers(state)
         for writer in self._writers:
+            settle(writer)
             hand_over(writer, event.step, numbers, event)

@@ -25,7 +25,7 @@ from fxtrain.core import (
     refuse_unless_one_of,
     refuse_unless_whole,
 )
-from fxtrain.values import KINDS, HParams, hand_over, kind_of, published, share, take_back, try_all
+from fxtrain.values import KINDS, HParams, hand_over, hold_back, kind_of, published, share, take_back, try_all
 
 
 def write(
@@ -120,6 +120,8 @@ class Write:
     ) -> None:
         self._writers = writers
         share(writers)
+        for writer in writers:
+            hold_back(writer, self._write_points)
         self._every = periods.get(_METRICS, 1)
         self._periods = {kind: periods[name] for kind, name in KINDS.items() if periods.get(name, 1) > 1}
         self._reduce = _REDUCED[reduce]

@@ -9,8 +9,10 @@ from fxtrain.values.confusion import ConfusionMatrix as ConfusionMatrix
 from fxtrain.values.figure import Figure as Figure
 from fxtrain.values.handing import KINDS as KINDS
 from fxtrain.values.handing import hand_over as hand_over
+from fxtrain.values.handing import hold_back as hold_back
 from fxtrain.values.handing import kept_by as kept_by
 from fxtrain.values.handing import kind_of as kind_of
+from fxtrain.values.handing import settle as settle
 from fxtrain.values.handing import share as share
 from fxtrain.values.handing import take_back as take_back
 from fxtrain.values.handing import try_all as try_all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,20 @@ def _say_once(writer: Any, kind: type[Any], name: str) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def hold_back(writer: Any, write: Callable[[], None]) -> None:
+    """Has ``settle`` call ``write``, a method of somebody who keeps points for this writer back."""
+    getattr(writer, "__dict__", {}).setdefault("_held_back", []).append(weakref.WeakMethod(write))
+
+
+def settle(writer: Any) -> None:
+    """Has the writer given what others keep back for it: before anything later is written, so that steps keep their
+    order."""
+    for each in getattr(writer, "_held_back", ()):
+        write = each()
+        if write is not None:
+            write()
 
 
 def share(writers: Sequence[Any]) -> None:
