@@ -5,6 +5,10 @@ A part of them is printed, and a quick run, which only shows in a few minutes th
     python -m benchmarks --only tiny_mlp,overhead --rounds 5
     python -m benchmarks --quick
 
+On a GPU, against its peers there, with CUDA graphs; the report goes to ``benchmarks/RESULTS_GPU.md``:
+
+    python -m benchmarks --device cuda --rounds 5
+
 On a machine that does nothing else: children that wait cost nothing, other people's processes do.
 """
 
@@ -22,7 +26,7 @@ from benchmarks.race import Outcome, race
 from benchmarks.report import report
 from benchmarks.workloads import workload
 
-RESULTS = pathlib.Path(__file__).parent / "RESULTS.md"
+HERE = pathlib.Path(__file__).parent
 OTHERS = ("overhead", "monitoring", "first_step", "ensemble", "checkpoint")
 QUICK = (contestants.FXTRAIN, contestants.EAGER, contestants.FLAX)
 
@@ -30,23 +34,26 @@ QUICK = (contestants.FXTRAIN, contestants.EAGER, contestants.FLAX)
 def main() -> None:
     given = options()
     rounds = given.rounds or (2 if given.quick else 20)
-    wanted = given.only.split(",") if given.only else [*workloads.NAMES, *OTHERS]
-    unknown = [name for name in wanted if name not in (*workloads.NAMES, *OTHERS)]
+    on_gpu = given.device != "cpu"
+    known = workloads.ON_GPU if on_gpu else (*workloads.NAMES, *OTHERS)
+    wanted = given.only.split(",") if given.only else known
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join((*workloads.NAMES, *OTHERS))}.")
+        raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join(known)}.")
 
-    path = given.write or (RESULTS if not given.only and not given.quick else None)
+    results = HERE / ("RESULTS_GPU.md" if on_gpu else "RESULTS.md")
+    path = given.write or (results if not given.only and not given.quick else None)
     text = ""
     outcomes: dict[str, Outcome] = {}
     others: dict[str, Any] = {}
     for name in wanted:
         began = time.perf_counter()
-        if name in workloads.NAMES:
-            outcomes[name] = race(name, who(name, given), rounds=rounds, quick=given.quick)
+        if name in workloads.ON_GPU:
+            outcomes[name] = race(name, who(name, given), rounds=rounds, quick=given.quick, device=given.device)
         else:
             others[name] = other(name, rounds, quick=given.quick)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        text = report(outcomes, others, rounds=rounds, quick=given.quick)
+        text = report(outcomes, others, rounds=rounds, quick=given.quick, device=given.device)
         if path is not None:
             pathlib.Path(path).write_text(text)  # after each part: all of them take an hour
     print(text)
@@ -58,6 +65,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--contestants", metavar="NAMES", help="those whose name has one of these parts in it")
     parser.add_argument("--rounds", type=int, help="20, or 2 for a quick run")
     parser.add_argument("--quick", action="store_true", help="small sizes; few contestants but on tiny_mlp")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the workloads run")
     parser.add_argument("--write", metavar="PATH", help="where to write the report, for a part or a quick run too")
     return parser.parse_args()
 
@@ -65,8 +73,9 @@ def options() -> argparse.Namespace:
 def who(name: str, given: argparse.Namespace) -> list[str]:
     """The contestants of a workload."""
     peers = workload(name, quick=given.quick).peers
-    names = [who for who in contestants.ALL if peers or who not in contestants.TRAINERS]
-    if name != "tiny_mlp":  # elsewhere computing takes longer than calling
+    everybody = contestants.ALL if given.device == "cpu" else contestants.ON_GPU
+    names = [who for who in everybody if peers or who not in contestants.TRAINERS]
+    if name != "tiny_mlp" and contestants.EIGHT in names:  # elsewhere computing takes longer than calling
         names.remove(contestants.EIGHT)
     if given.contestants:
         parts = given.contestants.split(",")

@@ -6,7 +6,18 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.contestants import AHEAD, ANY_FLAX, BY_HAND, FXTRAIN, HUGGING_FACE, LIGHTNING
+from benchmarks import workloads
+from benchmarks.contestants import (
+    AHEAD,
+    ANY_FLAX,
+    BOTH_GRAPHS,
+    BY_HAND,
+    BY_HAND_ON_GPU,
+    FXTRAIN,
+    GRAPHS,
+    HUGGING_FACE,
+    LIGHTNING,
+)
 from benchmarks.measure import fastest, ratios
 from benchmarks.race import Outcome
 
@@ -66,6 +77,11 @@ BARS = (
     Bar("wide_mlp", BY_HAND, "the best by hand", 1.0, measure="memory"),
     Bar("many_leaves", ANY_FLAX, "flax + optax", 0.6),
 )
+BARS_ON_GPU = (
+    *(Bar(name, BY_HAND_ON_GPU, "the best by hand", 1.0, ours=GRAPHS) for name in workloads.ON_GPU),
+    *(Bar(name, (BOTH_GRAPHS,), BOTH_GRAPHS, 1.0, "memory", ours=GRAPHS) for name in workloads.ON_GPU),
+    *(Bar("tiny_mlp", (name,), name, 0.2, ours=GRAPHS) for name in (LIGHTNING, HUGGING_FACE)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +99,10 @@ class Verdict:
         return statistics.median(self.values) <= self.limit
 
 
-def verdicts(outcomes: Mapping[str, Outcome]) -> list[Verdict]:
+def verdicts(outcomes: Mapping[str, Outcome], device: str) -> list[Verdict]:
     """Of the bars whose workload was run."""
     found = []
-    for bar in BARS:
+    for bar in BARS if device == "cpu" else BARS_ON_GPU:
         values, best = bar.ratios(outcomes[bar.workload]) if bar.workload in outcomes else ([], "")
         if values:
             what = "time a step" if bar.measure == "seconds" else "peak memory"

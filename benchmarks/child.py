@@ -59,7 +59,7 @@ def prepared(job: dict[str, Any]) -> tuple[Any, Any]:
     from benchmarks.contestants import contestant
     from benchmarks.workloads import workload
 
-    made = workload(job["workload"], quick=job["quick"])
+    made = workload(job["workload"], quick=job["quick"], device=job["device"])
     torch.set_num_threads(made.threads)
     return made, contestant(job["contestant"])
 
@@ -84,7 +84,12 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
         if not sys.stdin.readline():
             os._exit(0)  # no library is asked to end well: nothing of this process is needed any more
 
-    train(workload, in_turns(workload.batches, workload.warmup, workload.turn, ask))
+    feed = in_turns(workload.batches, workload.warmup, workload.turn, ask)
+    if workload.device != "cpu":
+        import torch
+
+        feed.sync = torch.cuda.synchronize
+    train(workload, feed)
     raise RuntimeError(f"{job['contestant']} ended of its own accord.")
 
 
@@ -106,7 +111,7 @@ def check(job: dict[str, Any], parent: TextIO) -> None:
     reached = floating(module.state_dict())
     if not os.path.exists(job["reference"]):
         torch.save(reached, job["reference"])
-    reference = torch.load(job["reference"])
+    reference = torch.load(job["reference"], map_location=workload.device)
     difference = math.sqrt(sum(float((reached[name] - reference[name]).square().sum()) for name in start))
     way = math.sqrt(sum(float((reference[name] - start[name]).square().sum()) for name in start))
     with torch.no_grad():
@@ -130,19 +135,27 @@ def forget_compiled() -> None:
 
 def memory(job: dict[str, Any], parent: TextIO) -> None:
     """The peak of a few steps, above what the process held before there was a model."""
+    import torch
+
     from benchmarks.feed import limited
     from benchmarks.workloads import workload
 
     full, train = prepared(job)
-    small = workload(job["workload"], quick=True)
+    on_gpu = full.device != "cpu"
+    small = workload(job["workload"], quick=True, device=full.device)
     train(small, limited(small.batches, 2))  # loads what a library and its compiler need
     forget_compiled()
     trim()
-    before = resident("VmRSS")
+    before = torch.cuda.memory_reserved() if on_gpu else resident("VmRSS")
     peaks = []
 
     def look(given: int) -> None:
-        if given == SETTLED:
+        if on_gpu and given == SETTLED:
+            torch.cuda.reset_peak_memory_stats()
+        elif on_gpu:
+            # Reserved, as what a CUDA graph keeps for its next replay is not allocated in between.
+            peaks.append(torch.cuda.max_memory_reserved() - before)
+        elif given == SETTLED:
             trim()
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         else:

@@ -15,8 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import contestants
-from benchmarks.contestants import ANY_FLAX, BY_HAND, EAGER, FXTRAIN, UNDONATED
+from benchmarks.contestants import ANY_FLAX, BY_HAND_ON_GPU, EAGER, FXTRAIN, GRAPHS, UNDONATED
 from benchmarks.measure import Seconds, alternate
 from benchmarks.workloads import workload
 
@@ -97,15 +96,16 @@ def child(job: dict[str, Any], environment: dict[str, str] | None = None) -> Ite
         made.close()
 
 
-def race(name: str, names: Sequence[str], *, rounds: int, quick: bool) -> Outcome:
+def race(name: str, names: Sequence[str], *, rounds: int, quick: bool, device: str = "cpu") -> Outcome:
     """Everybody does the same short training first, which is compared; then come the rounds."""
-    made = workload(name, quick=quick)
+    made = workload(name, quick=quick, device=device)
     outcome = Outcome(made.about, made.threads, made.turn)
     cores = sorted(os.sched_getaffinity(0))
     measured_on = cores[-made.threads :]
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder, contextlib.ExitStack() as closing:
         reference = str(pathlib.Path(folder, "reference.pt"))
-        job = {"what": "turns", "workload": name, "quick": quick, "reference": reference, "then_pin": measured_on}
+        job = {"what": "turns", "workload": name, "quick": quick, "device": device, "reference": reference}
+        job["then_pin"] = measured_on
         children: dict[str, Child] = {}
 
         def prepare(contestant: str, place: list[int]) -> None:
@@ -123,20 +123,21 @@ def race(name: str, names: Sequence[str], *, rounds: int, quick: bool) -> Outcom
         prepare(EAGER, measured_on)  # the reference
         places = [[core] for core in cores] if made.threads == 1 else [measured_on]
         in_pairs([contestant for contestant in names if contestant != EAGER], places, prepare)
-        order = [contestant for contestant in contestants.ALL if contestant in children]
+        order = [contestant for contestant in dict.fromkeys([EAGER, *names]) if contestant in children]
         taken = alternate({contestant: children[contestant].turn for contestant in order}, rounds)
         outcome.seconds = {contestant: [s / made.turn for s in turns] for contestant, turns in taken.items()}
     if made.memory:
 
         def weigh(contestant: str, place: list[int]) -> None:
-            job = {"what": "memory", "workload": name, "quick": quick, "contestant": contestant, "cores": place}
+            job = {"what": "memory", "workload": name, "quick": quick, "device": device}
+            job |= {"contestant": contestant, "cores": place}
             with child(job) as made:
                 try:
                     outcome.memory[contestant] = int(made.hear()["bytes"])
                 except RuntimeError as error:
                     outcome.failures[f"{contestant}, memory"] = str(error)
 
-        torch_and_flax = {FXTRAIN, UNDONATED, *BY_HAND, *ANY_FLAX}
+        torch_and_flax = {FXTRAIN, GRAPHS, UNDONATED, *BY_HAND_ON_GPU, *ANY_FLAX}
         in_pairs([contestant for contestant in order if contestant in torch_and_flax], places, weigh)
     return outcome
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from benchmarks.bars import Verdict, verdicts
 from benchmarks.contestants import FXTRAIN
 from benchmarks.measure import Seconds, quartiles, ratios
@@ -42,6 +44,8 @@ MEMORY = (
     "0.45 of flax, 0.74 of the best by hand on `wide_mlp`, and 0.99 on `digits_resnet`."
 )
 
+MEMORY_ON_GPU = "Batches are on the GPU. Memory is the peak of what PyTorch reserves there, graphs included."
+
 PACKAGES = (
     *("torch", "jax", "flax", "optax", "lightning", "transformers", "accelerate", "pytorch-ignite", "keras"),
     *("torchtnt", "numpy", "scikit-learn"),
@@ -54,12 +58,13 @@ def report(
     *,
     rounds: int,
     quick: bool,
+    device: str = "cpu",
 ) -> str:
     """All of it. ``others`` has what the further measurements returned, by their names."""
-    judged = verdicts(outcomes)
+    judged = verdicts(outcomes, device)
     for part in ("overhead", "monitoring"):
         judged += others[part][1] if part in others else []
-    lines = ["# Results", "", heading(rounds), ""]
+    lines = ["# Results", "", heading(rounds, device), ""]
     if quick:
         lines += ["**A quick run, of small sizes and few steps: it shows that all works, and nothing else.**", ""]
     lines += bars(judged)
@@ -78,19 +83,20 @@ def report(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def heading(rounds: int) -> str:
+def heading(rounds: int, device: str) -> str:
     """What the numbers hold for."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if installed(name))
-    return (
+    gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name()}; "
+    text = (
         f"{time.strftime('%Y-%m-%d')}; commit {commit()}; {processor()}, {len(os.sched_getaffinity(0))} cores, "
-        f"{memory_of_machine()}, {platform.system()} {platform.release()}; Python {platform.python_version()}, "
+        f"{memory_of_machine()}, {platform.system()} {platform.release()}; {gpu}Python {platform.python_version()}, "
         f"{versions}; {rounds} rounds. Load of the machine at the end: {os.getloadavg()[1]:.1f}.\n\n"
         "Each contestant runs in a process of its own, which is stopped between its turns; in each round everybody has "
         "one, in another order each time. With one thread, all turns are on one core. Numbers are medians, with "
         "quartiles in parentheses; ratios are taken within each round. All begin with the same weights, take the same "
-        "batches in the same order and use AdamW alike; nobody logs, saves or shows progress.\n\n"
-        f"{MEMORY}"
+        "batches in the same order and use AdamW alike; nobody logs, saves or shows progress."
     )
+    return f"{text}\n\n{MEMORY if device == 'cpu' else MEMORY_ON_GPU}"
 
 
 def bars(judged: Sequence[Verdict]) -> list[str]:

@@ -10,9 +10,11 @@ AHEAD = "fxtrain, ahead of time"
 EIGHT = "fxtrain, eight steps a call"
 FIT = "fxtrain, fit"
 UNDONATED = "fxtrain, not donated"
+GRAPHS = "fxtrain, CUDA graphs"
 EAGER = "by hand, eager"
 MODEL_COMPILED = "by hand, model compiled"
 BOTH_COMPILED = "by hand, model and optimizer compiled"
+BOTH_GRAPHS = "by hand, model and optimizer compiled, CUDA graphs"
 LIGHTNING = "Lightning"
 HUGGING_FACE = "Hugging Face Trainer"
 IGNITE = "Ignite"
@@ -25,6 +27,8 @@ BY_HAND = (EAGER, MODEL_COMPILED, BOTH_COMPILED)
 ANY_FLAX = (FLAX, FLAX_NUMPY)
 TRAINERS = (LIGHTNING, HUGGING_FACE, IGNITE, KERAS, TORCHTNT)
 ALL = (FXTRAIN, AHEAD, EIGHT, FIT, UNDONATED, *BY_HAND, *TRAINERS, *ANY_FLAX)
+BY_HAND_ON_GPU = (*BY_HAND, BOTH_GRAPHS)
+ON_GPU = (FXTRAIN, GRAPHS, FIT, UNDONATED, *BY_HAND_ON_GPU, LIGHTNING, HUGGING_FACE)
 
 ENDLESS = 10**9
 """For trainers that must know how many steps there are."""
@@ -35,9 +39,11 @@ _FUNCTIONS = {
     EIGHT: ("fxtrain", "eight"),
     FIT: ("fxtrain", "fit"),
     UNDONATED: ("fxtrain", "undonated"),
+    GRAPHS: ("fxtrain", "graphs"),
     EAGER: ("by_hand", "eager"),
     MODEL_COMPILED: ("by_hand", "model_compiled"),
     BOTH_COMPILED: ("by_hand", "both_compiled"),
+    BOTH_GRAPHS: ("by_hand", "both_graphs"),
     LIGHTNING: ("lightning_", "train"),
     HUGGING_FACE: ("hf_trainer", "train"),
     IGNITE: ("ignite_", "train"),

@@ -22,13 +22,18 @@ def model_compiled(workload: Workload, feed: Feed) -> dict[str, Any]:
     return _loop(workload, feed, module, torch.compile(module), optimizer, optimizer.step)
 
 
-def both_compiled(workload: Workload, feed: Feed) -> dict[str, Any]:
+def both_compiled(workload: Workload, feed: Feed, mode: str | None = None) -> dict[str, Any]:
     """As torch's recipe has it: the rate is a tensor, and Inductor fuses what ``fused=True`` would."""
     module = workload.module()
-    rate = torch.tensor(workload.learning_rate)
-    optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=workload.weight_decay)
-    update = torch.compile(lambda: optimizer.step(), fullgraph=False)
-    return _loop(workload, feed, module, torch.compile(module), optimizer, update)
+    rate = torch.tensor(workload.learning_rate, device=workload.device)
+    capturable = workload.device != "cpu"
+    optimizer = torch.optim.AdamW(module.parameters(), rate, weight_decay=workload.weight_decay, capturable=capturable)
+    update = torch.compile(lambda: optimizer.step(), fullgraph=False, mode=mode)
+    return _loop(workload, feed, module, torch.compile(module, mode=mode), optimizer, update)
+
+
+def both_graphs(workload: Workload, feed: Feed) -> dict[str, Any]:
+    return both_compiled(workload, feed, mode="reduce-overhead")
 
 
 def _loop(

@@ -34,6 +34,10 @@ def ahead(workload: Workload, feed: Feed) -> dict[str, Any]:
     return _loop(workload, feed, mode="ahead-of-time")
 
 
+def graphs(workload: Workload, feed: Feed) -> dict[str, Any]:
+    return _loop(workload, feed, mode="reduce-overhead")
+
+
 def undonated(workload: Workload, feed: Feed) -> dict[str, Any]:
     return _loop(workload, feed, donate=False)
 

@@ -43,7 +43,8 @@ def train(workload: Workload, feed: Feed) -> dict[str, Any]:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=workload.device == "cpu",
+            dataloader_pin_memory=False,  # the batches are where they are needed
         )
         trainer = Trainer(model, arguments, train_dataset=feed.loader().dataset, optimizers=(optimizer, constant))
         trainer.feed = feed

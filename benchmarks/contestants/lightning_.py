@@ -27,6 +27,7 @@ class Module(lightning.LightningModule):
 def train(workload: Workload, feed: Feed) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module = Module(workload)
-    trainer = lightning.Trainer(barebones=True, accelerator="cpu", devices=1, max_steps=feed.total or ENDLESS)
+    accelerator = "cpu" if workload.device == "cpu" else "gpu"
+    trainer = lightning.Trainer(barebones=True, accelerator=accelerator, devices=1, max_steps=feed.total or ENDLESS)
     trainer.fit(module, feed.loader())
     return module.inner.state_dict()

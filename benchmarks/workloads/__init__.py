@@ -5,8 +5,10 @@ import importlib
 from benchmarks.workloads.workload import Workload as Workload
 
 NAMES = ("tiny_mlp", "small_gpt", "wide_mlp", "digits_resnet", "many_leaves")
+ON_GPU = (*NAMES, "gpt")
 
 
-def workload(name: str, *, quick: bool = False) -> Workload:
+def workload(name: str, *, quick: bool = False, device: str = "cpu") -> Workload:
     """The workload; quick ones are small, to see that all works."""
-    return importlib.import_module(f"benchmarks.workloads.{name}").make(quick)
+    made: Workload = importlib.import_module(f"benchmarks.workloads.{name}").make(quick)
+    return made if device == "cpu" else made.on(device)

@@ -38,6 +38,7 @@ class Workload:
         weight_decay: AdamW's.
         peers: Whether trainers of other libraries take part, beside loops by hand and flax.
         memory: Whether peak memory is measured too.
+        device: Where modules and batches are.
     """
 
     name: str
@@ -52,10 +53,16 @@ class Workload:
     weight_decay: float = 0.1
     peers: bool = True
     memory: bool = False
+    device: str = "cpu"
+
+    def on(self, device: str) -> Workload:
+        """The same on another device. Its batches are there, so that nobody waits for copies."""
+        batches = [{name: value.to(device) for name, value in batch.items()} for batch in self.batches]
+        return dataclasses.replace(self, device=device, batches=batches, threads=1, memory=True)
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.make()
+        return self.make().to(self.device)
 
     def adamw(self, module: nn.Module) -> torch.optim.AdamW:
         """The optimizer of every contestant that uses torch's."""
