@@ -9,12 +9,12 @@ makes some percent of its step: so all begin anew in each round, and those of lo
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import pathlib
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +25,7 @@ import fxtrain as fx
 from benchmarks.bars import Verdict
 from benchmarks.contestants import ENDLESS
 from benchmarks.contestants.fxtrain import pieces
+from benchmarks.feed import End, in_turns
 from benchmarks.measure import Seconds, alternate, ratios
 from benchmarks.workloads import Workload, workload
 from benchmarks.workloads.workload import squared_error
@@ -56,7 +57,7 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
                 for index in range(rounds if quick else begin * rounds):
                     folder = pathlib.Path(parent, f"{name} {index}")
                     folder.mkdir()
-                    seconds = in_turns(loops(made, folder, only), made.batches, steps, 3 if quick else times)
+                    seconds = measured(loops(made, folder, only), made.batches, steps, 3 if quick else times)
                     for loop, values in seconds.items():
                         found.setdefault(name, {}).setdefault(loop, []).extend(values)
     finally:
@@ -64,7 +65,7 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
     return found, verdicts(found)
 
 
-def in_turns(made: Mapping[str, Loop], batches: list[Any], steps: int, times: int) -> Seconds:
+def measured(made: Mapping[str, Loop], batches: list[Any], steps: int, times: int) -> Seconds:
     """Each loop's seconds a step, in so many turns of so many steps."""
     turns = {name: Turns(loop, batches, steps) for name, loop in made.items()}
     try:
@@ -73,10 +74,6 @@ def in_turns(made: Mapping[str, Loop], batches: list[Any], steps: int, times: in
     finally:
         for each in turns.values():
             each.close()
-
-
-class Over(BaseException):
-    """A loop needs no more turns. Nobody catches it on its way."""
 
 
 class Turns(fx.data.Source):
@@ -91,11 +88,12 @@ class Turns(fx.data.Source):
     def __init__(self, loop: Loop, batches: list[Any], steps: int) -> None:
         super().__init__()
         self.epoch_length = 64 * len(batches)  # long, as epochs are
-        self._loop, self._batches, self._steps = loop, batches, steps
+        self._loop, self._steps = loop, steps
+        self._feed = iter(in_turns(batches, 0, steps, self._ask))
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._over = False
         self._error: BaseException | None = None
-        self._left, self._began, self._seconds = steps, 0.0, 0.0
+        self._seconds = float("nan")
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -105,15 +103,10 @@ class Turns(fx.data.Source):
         self._done.acquire()
         if self._error is not None:
             raise self._error
-        return self._seconds
+        return self._seconds / self._steps
 
     def __getitem__(self, position: int) -> Any:
-        if self._left == 0:
-            self._seconds = (time.perf_counter() - self._began) / self._steps
-            self._done.release()
-            self._wait()
-        self._left -= 1
-        return self._batches[position % len(self._batches)]
+        return next(self._feed)
 
     def close(self) -> None:
         """Ends the loop."""
@@ -124,19 +117,21 @@ class Turns(fx.data.Source):
     def _run(self) -> None:
         torch.set_num_threads(1)  # which MKL asks each thread
         try:
-            self._wait()
             self._loop(self)
-        except Over:
+        except End:
             pass
         except BaseException as error:
             self._error = error
             self._done.release()
 
-    def _wait(self) -> None:
+    def _ask(self, seconds: float) -> None:
+        """A turn took so long; returns when the next one begins. Before the first it is told nan."""
+        if not math.isnan(seconds):
+            self._seconds = seconds
+            self._done.release()
         self._go.acquire()
         if self._over:
-            raise Over
-        self._left, self._began = self._steps, time.perf_counter()
+            raise End
 
 
 def slower(batch: int) -> Workload:
