@@ -155,14 +155,13 @@ class Write:
         self._write_points()  # before this, so that all is in the order of steps; before an evaluation, which may last
         self._hand_over(event, control)
         if isinstance(event, EvalEnd | Interrupted | FitEnd):
-            self._flush_writers()
-            self._flushed = event.time
+            self._flush(event.time)
 
     def flush(self) -> None:
         """Writes what waits, so that each step until now is in a point, and has the writers put it on the disk."""
         self._end_interval()
         self._write_points()
-        self._flush_writers()
+        self._flush(self._flushed)  # no event says the time
 
     def close(self) -> None:
         """Writes what is left, and closes every writer; then the first error is raised."""
@@ -188,8 +187,7 @@ class Write:
             self._write_latest(event.step)
         if event.time - self._flushed >= self._flush_seconds:
             self._write_points()
-            self._flush_writers()
-            self._flushed = event.time
+            self._flush(event.time)
 
     def _end_interval(self) -> None:
         if not self._interval:
@@ -260,7 +258,8 @@ class Write:
         for writer in self._writers:
             take_back(writer, step)
 
-    def _flush_writers(self) -> None:
+    def _flush(self, time: float) -> None:
+        self._flushed = time
         for writer in self._writers:
             writer.flush()
 
