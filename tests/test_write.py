@@ -9,7 +9,9 @@ import fxtrain as fx
 from fxtrain import observers
 from fxtrain.core import Logged
 from fxtrain.loop import late as late_numbers
+from fxtrain.loop.history import History
 from fxtrain.loop.late import Together, on_their_way
+from fxtrain.loop.publish import Publisher
 from fxtrain.values import Image, Text
 from tests import problem
 
@@ -217,15 +219,16 @@ def test_one_that_cannot_be_read_fails_where_it_is_looked_at():
 
 
 def test_the_points_of_many_steps_are_one_transfer(transfers):
-    def loss(model, batch):
-        value, _ = problem.loss_fn(model, batch)
-        return value, {"mean": fx.metrics.Average.from_model_output(values=value.detach()[None])}
-
-    recorder = Recorder()
-    step = fx.train_step(loss, problem.transform())
-    observer = observers.write(recorder, every=10)
-    fx.fit(problem.start(), step, problem.data(), steps=20, observers=[observer], clock=lambda: 0.0)
+    recorder, history = Recorder(), History()
+    publish = Publisher([observers.write(recorder, every=10)], history, torch.device("cuda"))
+    for step in range(1, 21):
+        # Which is not a number at once, as one on a device is not.
+        mean = fx.metrics.Average.from_model_output(values=torch.tensor([float(step)]))
+        publish(None, fx.StepEnd(step=step, time=0.0, metrics={"loss": mean, "mean": mean}), fx.Control())
+    assert transfers == []
+    publish.close()
     assert [step for step, name, _ in recorder.points if name == "train/mean"] == [10, 20]
+    assert history["train/mean"].values.tolist() == list(range(1, 21))
     assert transfers == [20 * 2]  # of each step, for the writer and the history alike
 
 

@@ -70,7 +70,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     refuse_unless_whole("calls", calls, "calls", least=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step
-    state, batch = attach(state, pure).copy(), tree.clone(to_device(batch, state))
+    state, batch = attach(state, pure).copy(), tree.clone(to_device(batch, state.step.device))
     entered = pure.enter(state)
     assumed, sizes = described(entered, batch), _sizes(state)  # before the copy is donated
 

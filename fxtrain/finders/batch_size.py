@@ -119,7 +119,7 @@ def _take_steps(state: TrainState, step: Callable[..., Any], make_batch: Callabl
     step = anew(step) if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
     state = attach(state, step).copy()
     for _ in range(_STEPS):
-        state, _ = step(state, to_device(make_batch(size), state))
+        state, _ = step(state, to_device(make_batch(size), state.step.device))
     if state.step.device.type != "cpu":
         torch.accelerator.synchronize(state.step.device)
 

@@ -104,7 +104,7 @@ def lr_finder(
     for rate in np.geomspace(low, high, steps).tolist():
         # A stopped state is a fixed point, and its loss would say nothing of the rate.
         go_on = state.due._replace(stop=torch.zeros_like(state.due.stop))
-        state, output = step(_with_rate(state.replace(due=go_on), rate), to_device(next(batches), state))
+        state, output = step(_with_rate(state.replace(due=go_on), rate), to_device(next(batches), state.step.device))
         loss = _measured(output, metric)
         rates.append(rate)
         losses.append(loss)

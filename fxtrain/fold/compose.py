@@ -104,6 +104,8 @@ class Composed:
         self.table: Mapping[type[Any], tuple[Handler, ...]] = {
             kind: seen for kind in EVENTS if (seen := tuple(h for h in handlers if kind in h.events))
         }
+        # Beside the table, as a callback that asks for nothing is to cost no more than its call.
+        self._functions = {kind: tuple(h.function for h in seen) for kind, seen in self.table.items()}
         owners: dict[str, Handler] = {}
         for handler in handlers:
             if handler.slot is not None and handler.slot in owners:
@@ -122,21 +124,18 @@ class Composed:
 
     def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]:
         kind = typing.cast(type[Any], type(event))
-        handlers = self.table.get(kind)
         total = _NOTHING
-        if handlers is None:
-            return state, total
-        for handler in handlers:
-            result = handler.function(state, event)
-            # Most callbacks change nothing at most events, and are to cost nothing more than their call then.
+        for index, function in enumerate(self._functions.get(kind, ())):
+            result = function(state, event)
             if type(result) is tuple and len(result) == 2 and result[0] is state and type(result[1]) is Control:
                 control = result[1]
             else:
-                before = state
+                before, handler = state, self.table[kind][index]
                 state, control = checked(handler, event, result)
                 if state is not before:
                     _refuse_overreach(handler, kind, before, state)
             if control.requests or control.log:  # half of what `if control` takes
+                handler = self.table[kind][index]
                 _refuse_unaskable(handler, kind, control)
                 total = total | control.owned(handler.name)
         return state, total

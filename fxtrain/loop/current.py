@@ -9,33 +9,31 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, Due, TrainState
+from fxtrain.core import Control, Donated, Due, TrainState
 from fxtrain.core.state import FIELDS
 from fxtrain.loop.late import copied_to_host
 
 
 class Difference(NamedTuple):
-    """How to come back from one state to an older one."""
+    """An older state, as a newer one and what it had instead: it holds nothing else of the older one's."""
 
+    newer: TrainState
     fields: dict[str, Any]  # those that have changed, but for the slots, as they were
     slots: dict[str, Any]  # likewise
     names: tuple[str, ...]  # of all slots that there were
 
     @classmethod
     def between(cls, old: TrainState, new: TrainState) -> Difference:
-        """From ``new`` to ``old``."""
-        if new is old:
-            return cls({}, {}, tuple(old.slots))
+        """``old``, by what is another in ``new``."""
         changed = {name: was for name in FIELDS if (was := getattr(old, name)) is not getattr(new, name)}
         changed.pop("slots", None)
         slots = {name: was for name, was in old.slots.items() if new.slots.get(name) is not was}
-        return cls(changed, slots, tuple(old.slots))
+        return cls(new, changed, slots, tuple(old.slots))
 
-    def undo(self, state: TrainState) -> TrainState:
-        """The older state."""
-        if not self.fields and not self.slots and len(state.slots) == len(self.names):
-            return state
-        return state.replace(**self.fields, slots={name: {**state.slots, **self.slots}[name] for name in self.names})
+    def older(self) -> TrainState:
+        """The older state, whole."""
+        slots = {**self.newer.slots, **self.slots}
+        return self.newer.replace(**self.fields, slots={name: slots[name] for name in self.names})
 
 
 class Branch(NamedTuple):
@@ -47,6 +45,12 @@ class Branch(NamedTuple):
     why: tuple[str, ...]
     step: int
     position: int
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether a step has taken the memory of what is needed to come back."""
+        state = self.state.newer if isinstance(self.state, Difference) else self.state
+        return type(state) is Donated
 
 
 def _on_its_way(control: Control) -> Callable[[], Control]:
@@ -89,20 +93,21 @@ class Current:
 
     def branch(self) -> Branch:
         """What ``abandon`` returns to."""
-        return Branch(self.state, self.due, self.unread, self.why, self.step, self.position)
+        where = (self.state, self.due, self.unread, self.why, self.step, self.position)
+        return tuple.__new__(Branch, where)  # past the function that a NamedTuple has for it, as this is in each step
 
     def abandon(self, branch: Branch) -> None:
         """Forgets all that happened since."""
         state, self.due, self.unread, self.why, self.step, self.position = branch
-        self.state = state.undo(self.state) if isinstance(state, Difference) else state
+        self.state = state.older() if isinstance(state, Difference) else state
 
     def thin(self, branch: Branch) -> Branch:
         """The branch, holding no more than what has changed since: a step that is given the state takes its memory only
         where nobody else has it."""
-        if isinstance(branch.state, Difference):
+        if branch.state is self.state:
             return branch
-        _, due, unread, why, step, position = branch
-        return Branch(Difference.between(branch.state, self.state), due, unread, why, step, position)
+        assert not isinstance(branch.state, Difference)
+        return branch._replace(state=Difference.between(branch.state, self.state))
 
     def set(self, **changes: Any) -> None:
         """Changes what is due, on both sides."""

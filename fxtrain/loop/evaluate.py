@@ -54,7 +54,7 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
     index = 0
     while data.epoch_length is None or index < data.epoch_length:
         try:
-            batch = to_device(data[index], state)
+            batch = to_device(data[index], state.step.device)
         except Exhausted:
             break
         # The position tells the evaluation step which batch it is at, and so which random numbers are its own.
@@ -68,9 +68,8 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
         raise ValueError("The evaluation data is empty: there is nothing to measure.")
 
 
-def to_device(batch: Any, state: TrainState) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
     """The batch where the state lives."""
-    device = state.step.device
     if device.type == "cpu":
         return batch
     return tree.map(lambda leaf: leaf.to(device, non_blocking=True), batch)

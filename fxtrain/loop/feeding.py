@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fxtrain.core import TrainState
+import torch
+
 from fxtrain.data import Exhausted
 from fxtrain.loop.evaluate import to_device
 
@@ -15,31 +16,36 @@ class Feeding:
 
     Args:
         data: From ``fxtrain.data.adapt``.
+        device: Where the run's state lives.
         clock: Seconds.
         wanted: How long the run is to be, in words.
     """
 
-    def __init__(self, data: Any, clock: Callable[[], float], wanted: str) -> None:
+    def __init__(self, data: Any, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
         self.data = data
         self.wait = 0.0  # seconds that the loop waited for the last batch, or batches
         self.epoch_from: int | None = None  # where this session last began an epoch
         self._end: int | None = None  # where the data said that it was exhausted
         self._told = False  # whether the loop has been told
+        self._device, self._on_host = device, device.type == "cpu"  # asked once: it takes longer than all else here
         self._clock, self._wanted = clock, wanted
 
-    def next(self, position: int, count: int, state: TrainState) -> list[Any]:
-        """So many batches from a position on, where ``state`` lives; fewer, or none, where the data ends.
+    def next(self, position: int, count: int) -> list[Any]:
+        """So many batches from a position on; fewer, or none, where the data ends.
 
         Raises:
             ValueError: If there is no more data than this, and more is wanted.
         """
         began = self._clock()
         batches: list[Any] = []
-        while len(batches) < count and (batch := self._fetched(position + len(batches))) is not None:
+        for index in range(position, position + count):
+            batch = self._fetched(index)
+            if batch is None:
+                self._told = self._told or not batches
+                break
             batches.append(batch)
-        self._told = self._told or not batches
         self.wait = self._clock() - began
-        return [to_device(batch, state) for batch in batches]
+        return batches if self._on_host else [to_device(batch, self._device) for batch in batches]
 
     def ends_at(self, position: int) -> bool:
         """Whether the data said that an epoch ends here."""

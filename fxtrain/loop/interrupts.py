@@ -12,6 +12,7 @@ from typing import Any, Self
 # What is on the stack while a graph is made, and not while it runs: a function of ours, or a module of torch's.
 _OURS = ("fxtrain.compile.traced", "compile_traced")
 _DYNAMO = "torch._dynamo.convert_frame"
+_LEAVABLE = (__name__, "leavable")
 
 
 class Abandoned(BaseException):
@@ -29,7 +30,7 @@ class Interrupts:
         self.cause: str | None = None
         self.exit_code = 0
         self._before: dict[signal.Signals, Any] = {}
-        self._may_leave = False
+        self._has_left = False
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -46,22 +47,6 @@ class Interrupts:
             signal.signal(kind, handler)
         self._before = {}
 
-    def leaving_compilation(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which is left by ``Abandoned`` if a signal comes while torch compiles in it.
-
-        That can take minutes and has changed nothing yet. A graph that runs is never left: it may be in the middle of
-        writing over memory that was donated to it.
-        """
-
-        def guarded(*args: Any) -> Any:
-            self._may_leave = True
-            try:
-                return function(*args)
-            finally:
-                self._may_leave = False
-
-        return guarded
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
         if self.cause is None:
@@ -72,15 +57,30 @@ class Interrupts:
             self.__exit__()
             os.kill(os.getpid(), kind)
             return
-        if self._may_leave and _compiling(frame):
-            self._may_leave = False
+        if not self._has_left and _can_be_left(frame):
+            self._has_left = True
             raise Abandoned
 
 
-def _compiling(frame: FrameType | None) -> bool:
+def leaving_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which is left by ``Abandoned`` if a signal comes while torch compiles in it.
+
+    That can take minutes and has changed nothing yet. A graph that runs is never left: it may be in the middle of
+    writing over memory that was donated to it.
+    """
+
+    def leavable(*args: Any) -> Any:  # known by its name on the stack
+        return function(*args)
+
+    return leavable
+
+
+def _can_be_left(frame: FrameType | None) -> bool:
+    compiles = False
     while frame is not None:
-        module = frame.f_globals.get("__name__")
-        if module == _DYNAMO or (module, frame.f_code.co_name) == _OURS:
-            return True
+        where = frame.f_globals.get("__name__"), frame.f_code.co_name
+        compiles = compiles or where[0] == _DYNAMO or where == _OURS
+        if where == _LEAVABLE:
+            return compiles
         frame = frame.f_back
     return False

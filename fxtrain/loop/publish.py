@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from fxtrain.core import (
     EVENTS,
     SESSION,
@@ -23,11 +25,10 @@ from fxtrain.core import (
 )
 from fxtrain.fold.subscription import name_of, subscription
 from fxtrain.loop.history import History
-from fxtrain.loop.late import Late, Together, log_at_once, metrics_at_once
+from fxtrain.loop.late import Late, Numbers, Together, log_at_once, metrics_at_once
 from fxtrain.values import named_after, published, try_all
 
 _TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
-_MEASURED = (StepEnd, EvalEnd)
 _RECORDED = (EvalEnd, Rewound)  # also where nobody sees them
 _NOTHING = Control()
 
@@ -45,11 +46,13 @@ class Publisher:
             event too, where something was logged at it. ``flush()`` is called before each save, and ``close()`` in
             the end, where an observer has them.
         history: What records all that is published.
+        device: Where the run's state is.
     """
 
-    def __init__(self, observers: Iterable[Callable[..., None]], history: History) -> None:
+    def __init__(self, observers: Iterable[Callable[..., None]], history: History, device: torch.device) -> None:
         self._observers = list(observers)
         self._history = history
+        self._on_host = device.type == "cpu"
         self._seeing: dict[type[Any], list[Callable[..., None]]] = {}
         for observer in self._observers:
             for kind in _events(observer):
@@ -73,26 +76,14 @@ class Publisher:
     def __call__(self, state: TrainState, event: Any, control: Control) -> None:
         kind = type(event)
         seeing = self._seeing.get(kind, ())
-        if not seeing and not (control.log and self._wanting_logs):
-            self._record(state, event, control, logged=bool(control.log))
-            return
-        on_host, shown = event, control
-        measured = None if kind is Saved else getattr(event, "metrics", None)  # what was saved is on the host already
-        if measured is not None or control.log:
-            numbers, shown = self._on_host(measured or {}, control)
-            if measured is not None:
-                on_host = event_of(kind, vars(event))
-                vars(on_host)["metrics"] = numbers
-        none_waits = not self._unread and not self._sent
-        if kind is StepEnd and none_waits and type(on_host.metrics) is dict and type(shown.log) is dict:
-            self._history.add(event.step, published(on_host, shown))  # as the numbers are there
-        else:
-            self._record(state, on_host, shown, logged=bool(control.log))
         if control.log and self._wanting_logs:
             seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
-        for observer in tuple(seeing):
+        if seeing:
+            event, control = self._shown(event, control)
+        self._record(event, control)
+        for observer in seeing:
             try:
-                observer(state, on_host, shown)
+                observer(state, event, control)
             except Exception as error:
                 self._failed(observer, f"{kind.__name__} of step {event.step}", error)
 
@@ -101,7 +92,7 @@ class Publisher:
 
         Before each save, so that what a checkpoint leaves behind is written, whenever the run is killed.
         """
-        for observer in tuple(self._observers):
+        for observer in self._observers:
             flush = getattr(observer, "flush", None)
             if flush is None:
                 continue
@@ -114,16 +105,27 @@ class Publisher:
         """Closes the observers that can be closed. Every one is tried, then the first error is raised."""
         try_all(self._read, *(functools.partial(_close, observer) for observer in self._observers))
 
-    def _record(self, state: TrainState, event: Any, control: Control, *, logged: bool) -> None:
+    def _shown(self, event: Any, control: Control) -> tuple[Any, Control]:
+        """The event and what was asked at it, as observers see them."""
+        measured = getattr(event, "metrics", None)
+        if measured is not None and type(event) is not Saved:  # whose metrics are numbers
+            shown = event_of(type(event), event.__dict__)
+            shown.__dict__["metrics"] = self._numbers(measured)
+            event = shown
+        return event, self._with_numbers(control) if control.log else control
+
+    def _record(self, event: Any, control: Control) -> None:
         kind, step = type(event), event.step
         if kind is Rewound:
             self._read()
             step = event.to_step
             self._history.forget_after(step)
-        if kind in _MEASURED or logged:
-            self._unread.append((kind, step, event.metrics if kind in _MEASURED else {}, control))
+        logged = type(control.log) is Late or len(control.log) > 0
+        measured = kind is StepEnd or kind is EvalEnd
+        if measured or logged:
+            self._unread.append((kind, step, event.metrics if measured else {}, control))
             # At once where that does not wait for a device, so that what cannot be published is refused at its event.
-            if logged and state.step.device.type == "cpu":
+            if logged and self._on_host:
                 self._read()
             elif len(self._unread) >= _TOGETHER:
                 self._read(wait=False)
@@ -135,7 +137,7 @@ class Publisher:
             wait: Whether for what is on a device, which without it comes the next time, and is sent now.
         """
         unread, self._unread = self._unread, []
-        shown = [(kind, step, *self._on_host(measured, control)) for kind, step, measured, control in unread]
+        shown = [(kind, step, self._numbers(these), self._with_numbers(asked)) for kind, step, these, asked in unread]
         come = self._sent + shown if wait else self._sent
         self._sent = [] if wait else shown
         self._together.send()
@@ -145,21 +147,29 @@ class Publisher:
             else:
                 self._history.add(step, named_after(kind, values))
 
-    def _on_host(self, measured: Mapping[str, Any], control: Control) -> tuple[Mapping[str, Any], Control]:
-        """Metrics and log as numbers. Where somebody would have to wait for them, they come when he looks at them."""
-        if type(measured) is not Late:
-            numbers = metrics_at_once(measured)
-            measured = self._together.metrics(measured) if numbers is None else numbers
-        if type(control.log) is not Late and control.log:
-            log = log_at_once(control.log)
-            control = control.with_log(self._together.log(control.log) if log is None else log)
-        return measured, control
+    def _numbers(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Metrics as numbers, which come when somebody looks at them."""
+        if type(measured) is Late or type(measured) is Numbers:
+            return measured
+        if self._on_host:
+            return Numbers(measured)
+        numbers = metrics_at_once(measured)
+        return self._together.metrics(measured) if numbers is None else numbers
+
+    def _with_numbers(self, control: Control) -> Control:
+        """What was logged as numbers. Where somebody would have to wait for them, they come when he looks at them."""
+        if type(control.log) is Late or not control.log:
+            return control
+        log = log_at_once(control.log)
+        return control.with_log(self._together.log(control.log) if log is None else log)
 
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):
             raise error
-        for observers in (self._observers, self._wanting_logs, *self._seeing.values()):
-            observers[:] = [other for other in observers if other is not observer]
+        # Anew, as somebody goes through them.
+        self._observers = _without(observer, self._observers)
+        self._wanting_logs = _without(observer, self._wanting_logs)
+        self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
         with contextlib.suppress(Exception):
             _close(observer)
         warnings.warn(
@@ -168,6 +178,10 @@ class Publisher:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _without(observer: Callable[..., None], observers: list[Callable[..., None]]) -> list[Callable[..., None]]:
+    return [other for other in observers if other is not observer]
 
 
 def _close(observer: Callable[..., None]) -> None:

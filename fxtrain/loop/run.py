@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 from fxtrain import metrics
 from fxtrain.core import (
     Control,
-    Donated,
     EpochBegin,
     EpochEnd,
     EvalBegin,
@@ -44,7 +44,7 @@ from fxtrain.loop.current import Current
 from fxtrain.loop.evaluate import measure
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
-from fxtrain.loop.interrupts import Abandoned, Interrupts
+from fxtrain.loop.interrupts import Abandoned, Interrupts, leaving_compilation
 from fxtrain.loop.kept import Kept
 from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
@@ -95,11 +95,11 @@ class Run:
         refuse_unserved(plan.callbacks, given)
         # The loop owns its state, so a compiled step may write the next one over it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
-        self._publish = Publisher(plan.observers, history)
+        self._publish = Publisher(plan.observers, history, state.step.device)
         self._interrupts = Interrupts()
         self._at_once: int = getattr(self.step, "steps_per_call", 1)
-        self._take_step = self._interrupts.leaving_compilation(self.step)
-        self._take_steps = self._interrupts.leaving_compilation(getattr(self.step, "many", self.step))
+        self._take_step = leaving_compilation(self.step)
+        self._take_steps = leaving_compilation(getattr(self.step, "many", self.step))
 
         self._in_step = as_composed(self.step).traced_slots
         state = attach(attach(state, plan.callbacks), self.step)
@@ -111,7 +111,7 @@ class Run:
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
-        self._feeding = Feeding(self.data, plan.clock, wanted)
+        self._feeding = Feeding(self.data, state.step.device, plan.clock, wanted)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
@@ -126,8 +126,7 @@ class Run:
         self._kept = Kept(plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving)
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
-        self._root = self._now.branch()  # what to come back to when something goes wrong,
-        self._taken = False  # unless the step has taken its memory
+        self._root = self._now.branch()  # what to come back to when something goes wrong
         self.reason = ""
         self.exit_code = 0
         self.last: Any = None
@@ -150,8 +149,8 @@ class Run:
         try:
             yield from self._begin()
             while True:
-                self._root, self._taken = now.branch(), False
-                if now.anything_due or self._saving.under_way:  # at most steps it costs nothing
+                self._root = now.branch()
+                if now.anything_due or self._saving.under_way:
                     yield from self._tell_saved()
                     yield from self._settle()
                     self._root = now.branch()
@@ -203,7 +202,7 @@ class Run:
 
     def _after_error(self, error: Exception) -> Moments:
         now = self._now
-        if self._taken:
+        if taken := self._root.is_taken:
             error.add_note(
                 "The step had taken the memory of the state before it, and the callbacks have not seen all of the "
                 "state after it: neither is saved. Resume from the last checkpoint."
@@ -213,14 +212,15 @@ class Run:
             now.abandon(self._root)
         try:
             yield from self._fire(Interrupted, cause=f"{type(error).__name__}: {error}")
-            if not self._taken:
+            if not taken:
                 yield from self._save_last()
         except Exception as error:  # the first error is the one to raise
             warnings.warn(f"While ending after an error, this failed too: {error!r}.", RuntimeWarning, stacklevel=2)
 
-    # One step
+    # Steps
 
     def _advance(self) -> Moments:
+        """Steps, until something else is due."""
         now = self._now
         if now.due["begin_epoch"]:
             now.set(begin_epoch=False)
@@ -228,50 +228,66 @@ class Run:
             yield from self._fire(EpochBegin)
             if now.anything_due:
                 return
-        batches = self._feeding.next(now.position, self._together(), now.state)
-        if not batches:
-            now.set(end_epoch=True)
-            return
-        served = now.state.slots
-        if self._is_seen(StepBegin):
-            asked = _NOTHING
-            for index, batch in enumerate(batches):  # where there are several, no callback sees it
-                at: dict[str, Any] = {"step": now.step + 1 + index, "position": now.position + index}
-                asked = yield from self._fire(StepBegin, **at, batch=batch)
-            if asked.any("skip_batch"):
-                now.move_to(now.position + 1)
-                self._end_epoch_if_over()
+        due, last = now.due, self._last_in_a_row()
+        begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
+        while True:
+            batches = self._feeding.next(now.position, self._together())
+            if not batches:
+                now.set(end_epoch=True)
                 return
-            if now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]:
-                return  # the step is not taken; should the run go on, the batch comes again
-        # What only the loop uses is not given to the step.
-        outside = {name: memory for name, memory in served.items() if name not in self._in_step}
-        del served
-        self._root = now.thin(self._root)
-        given = now.state
-        try:
-            state, outputs = self._take(given, batches)
-        except Abandoned:
-            now.abandon(self._root)
-            return
-        finally:
-            self._taken = type(given) is Donated
-        if now.unread and now.read_flags():
-            # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
-            # wrote down about a batch that was never used goes as well.
-            now.state = state.replace(slots={**state.slots, **outside})
-            return
-        now.state = state
-        if len(outputs) > 1:
-            outputs = outputs[: int(state.step) - now.step]  # stopped at one, those after it were not taken
-        for output in outputs:
-            now.step += 1
-            now.position += 1
+            outside: dict[str, Any] = {}
+            if begins:
+                outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
+                if not (yield from self._begin_step(batches)):
+                    return
+            self._root = now.thin(self._root)
+            try:
+                state, outputs = self._take(now.state, batches)
+            except Abandoned:
+                now.abandon(self._root)
+                return
+            if now.unread and now.read_flags():
+                # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
+                # wrote down about a batch that was never used goes as well.
+                now.state = state.replace(slots={**state.slots, **outside})
+                return
+            now.state = state
+            if len(outputs) > 1:
+                outputs = outputs[: int(state.step) - now.step]  # stopped at one, those after it were not taken
+            for output in outputs:
+                now.step += 1
+                now.position += 1
+                self._end_epoch_if_over()
+                if ends or output.control:
+                    moment = self._tell(StepEnd, {"metrics": output.metrics}, output.control)
+                    if self.plan.every_event:
+                        yield moment
+                else:
+                    self._publish.step(now.step, output.metrics)
+            if now.due is not due or now.step >= last or self._interrupts.cause is not None:
+                return
+            self._root = now.branch()
+
+    def _begin_step(self, batches: Sequence[Any]) -> Generator[Moment, None, bool]:
+        """Returns whether the step is to be taken."""
+        now, asked = self._now, _NOTHING
+        for index, batch in enumerate(batches):  # where there are several, no callback sees it
+            at: dict[str, Any] = {"step": now.step + 1 + index, "position": now.position + index}
+            asked = yield from self._fire(StepBegin, **at, batch=batch)
+        if asked.any("skip_batch"):
+            now.move_to(now.position + 1)
             self._end_epoch_if_over()
-            if self._is_seen(StepEnd) or output.control:
-                yield from self._fire(StepEnd, also=output.control, metrics=output.metrics)
-            else:
-                self._publish.step(now.step, output.metrics)
+            return False
+        # If it is not, and the run goes on, the batch comes again.
+        return not (now.due["stop"] or now.due["rewind"] or now.due["end_epoch"])
+
+    def _last_in_a_row(self) -> float:
+        """The step after which something beside requests is to be looked at."""
+        now, every = self._now, self.plan.keep_every
+        if self._saving.under_way:
+            return now.step + 1
+        limit = math.inf if self.plan.steps is None else self.plan.steps
+        return min(limit, now.step - now.step % every + every) if every else limit
 
     def _together(self) -> int:
         """How many steps to take at once: some, if nothing of the loop's own comes in between, or one."""
@@ -289,10 +305,13 @@ class Run:
         return count if fits else 1
 
     def _take(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
-        if len(batches) == self._at_once > 1:
+        if len(batches) == 1:
+            state, output = self._take_step(state, batches[0])
+            return state, (output,)
+        if len(batches) == self._at_once:
             return self._take_steps(state, batches)
         outputs: list[StepOutput] = []
-        for batch in batches:
+        for batch in batches:  # the last of the data
             state, output = self._take_step(state, batch)
             outputs.append(output)
         return state, outputs
@@ -335,7 +354,7 @@ class Run:
         yield from self._fire(EvalBegin)
         total: dict[str, Any] = {}
         seen = now.state if self.plan.eval_view is None else self.plan.eval_view(now.state)
-        batches = measure(seen, self._interrupts.leaving_compilation(eval_step), self.eval_data)
+        batches = measure(seen, leaving_compilation(eval_step), self.eval_data)
         try:
             for index, batch, output, total in batches:  # noqa: B007
                 if self._interrupts.cause is not None:
@@ -417,16 +436,29 @@ class Run:
 
     # Events
 
-    def _fire(self, kind: type[Any], *, also: Control | None = None, step: int | None = None, **fields: Any) -> Moments:
-        """Folds an event, joins what was asked, publishes and yields it; returns what was asked."""
-        now, plan = self._now, self.plan
-        if not also and not self._is_seen(kind):
+    def _fire(self, kind: type[Any], **fields: Any) -> Moments:
+        """Tells of an event, if anybody sees it, and yields it; returns what was asked."""
+        if not self._is_seen(kind):
             return _NOTHING
+        moment = self._tell(kind, fields)
+        if self.plan.every_event:
+            yield moment
+        return moment[2]
+
+    def _tell(self, kind: type[Any], fields: dict[str, Any], also: Control | None = None) -> Moment:
+        """Folds an event, joins what was asked and publishes it.
+
+        Args:
+            kind: Its type.
+            fields: What only such events have, and what else is not as the loop counts it.
+            also: What was asked before.
+        """
+        now, plan = self._now, self.plan
         time = plan.clock() - self._start
         event = event_of(
             kind,
             {
-                "step": now.step if step is None else step,
+                "step": now.step,
                 "position": now.position,
                 "epoch_length": self.data.epoch_length,
                 "total_steps": plan.steps,
@@ -444,9 +476,7 @@ class Run:
         if control:
             now.ask(control)
         self._publish(now.state, event, control)
-        if plan.every_event:
-            yield now.state, event, control
-        return control
+        return now.state, event, control
 
     def _is_seen(self, kind: type[Any]) -> bool:
         return self.plan.every_event or kind in self.plan.callbacks.table or self._publish.is_seen(kind)
