@@ -51,7 +51,7 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as parent:
             for name, made, steps, times, begin, only in (
                 ("tiny_mlp", workload("tiny_mlp", quick=quick), 300, 30, 1, ()),
-                ("about a millisecond", slower(1280), 100, 6, 4, (BARE, FIT)),
+                ("about a millisecond", slower(1280), 100, 20, 4, (BARE, FIT)),
                 ("about five milliseconds", slower(7000), 64, 3, 4, (FIT, LOGGED)),  # as many as are written together
             ):
                 for index in range(rounds if quick else begin * rounds):
