@@ -347,6 +347,26 @@ class TestProducts:
 
 
 @pytest.mark.slow
+class TestLayouts:
+    def test_of_convolutions_are_kept_where_they_are_trained_on_a_cpu(self, monkeypatch):
+        kept = []
+        compiled = torch._inductor.compile
+
+        def seen(graph, examples, options):
+            kept.append(options.get("layout_optimization", True) is False)
+            return compiled(graph, examples, options=options)
+
+        monkeypatch.setattr(torch._inductor, "compile", seen)
+        module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        tx = fx.optim.sgd(0.1)
+        state, images = fx.init(module, tx), torch.randn(2, 1, 6, 6)
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        measure = fx.eval_step(lambda model, batch: {"loss": model(batch).square().mean()})
+        close(fx.compile(step)(state, images)[0], step(state, images)[0])
+        close(fx.compile(measure)(state, images).metrics, measure(state, images).metrics)
+        assert kept == [True, False]
+
+
 class TestAheadOfTime:
     @pytest.mark.parametrize("donate", [False, True])
     def test_as_compiled_otherwise_bitwise(self, donate):

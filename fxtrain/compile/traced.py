@@ -129,6 +129,8 @@ def _compiled(graph: Any, examples: Sequence[Tensor], mode: str | None) -> Calla
     options: dict[str, Any] = {} if mode in (None, AHEAD) else dict(inductor.list_mode_options(mode))
     if _is_torch_alone(graph):
         options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
+    if _is_better_channels_first(graph, examples):
+        options["layout_optimization"] = False
     if mode == AHEAD:
         return compile_ahead(graph, examples, options)
     outputs = len(graph.graph.output_node().args[0])
@@ -181,6 +183,16 @@ def _is_torch_alone(graph: Any) -> bool:
         for node in graph.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
     )
+
+
+def _is_better_channels_first(graph: Any, examples: Sequence[Tensor]) -> bool:
+    """Whether convolutions are to keep their layout, where Inductor would have all around them channels-last.
+
+    On a CPU its kernels for sums over such layouts, those of batch norms say, take several times as long: six small
+    networks trained in 0.85 to 0.94 of the time without (AMD EPYC, torch 2.13). Forward alone it is 1.0 to 1.3.
+    """
+    backward = torch.ops.aten.convolution_backward.default
+    return not any(leaf.is_cuda for leaf in examples) and any(node.target == backward for node in graph.graph.nodes)
 
 
 def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
