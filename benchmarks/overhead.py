@@ -225,8 +225,8 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
         "which takes the first caches for itself, it is half as much again."
     )
     of_fit = (
-        "A step of fit takes 6 us more than its step where that does nothing, and twice that beside one that goes "
-        "through megabytes: the loop's code and data have gone from the first caches then, and some of the step's."
+        "A step of fit takes 3.5 us more than its step where that does nothing, and twice that beside one that goes "
+        "through megabytes: the loop's code and data have gone from the first caches then."
     )
     return [
         Verdict("Ten stateful callbacks on Updated add", added(IN_STEP, BARE), 10.0, unit=" us"),
