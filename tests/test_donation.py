@@ -206,6 +206,15 @@ def test_a_cell_that_is_run_twice_says_so():
         DONATED(state, BATCH)
 
 
+def counted(kind):
+    """A callback of the loop that changes the state at each such event."""
+
+    def update(state, event, memory):
+        return memory + 1, fx.Control()
+
+    return fx.on(kind, fx.stateful(kind.__name__, lambda state: torch.tensor(0), update))
+
+
 class TestFit:
     def run(self, step, *, callbacks=(), **options):
         options = {"steps": 9, "data": problem.data(), **options}
@@ -222,15 +231,21 @@ class TestFit:
             testing.assert_equal(getattr(donated, name), getattr(state, name), name)
         testing.assert_equal(given, before, "the state given to fit")
 
+    @pytest.mark.parametrize("lag", [0, 1])
+    @pytest.mark.parametrize("kind", [fx.StepBegin, fx.StepEnd])
+    def test_copies_nothing_in_steps_that_follow_each_other(self, kind, lag):
+        places = []
+
+        def observe(state, event: fx.StepEnd, control):
+            places.append(tuple(leaf.data_ptr() for leaf in tree.leaves((state.params, state.opt_state))))
+
+        asks = fx.on(fx.StepEnd, lambda state, event: (state, fx.Control(stop=torch.tensor(False))))
+        self.run(UNDONATED, callbacks=[counted(kind), asks], data=problem.data(9), observers=[observe], lag=lag)
+        assert len(places) == 9
+        assert len(set(places[1:])) == 1
+
     def test_copies_nothing_whatever_callbacks_and_saves_do(self, tmp_path):
         """After the first step every leaf of the parameters stays where it is."""
-
-        def count(name, kind):
-            def update(state, event, memory):
-                return memory + 1, fx.Control()
-
-            return fx.on(kind, fx.stateful(name, lambda state: torch.tensor(0), update))
-
         places = []
 
         def observe(state, event: fx.StepEnd, control):
@@ -240,7 +255,7 @@ class TestFit:
         self.run(
             UNDONATED,
             callbacks=[
-                *(count(kind.__name__, kind) for kind in kinds),
+                *map(counted, kinds),
                 fx.callbacks.early_stopping("loss", patience=50, restore_best=True),
                 fx.when(fx.every(2), fx.callbacks.save()),
             ],

@@ -228,6 +228,7 @@ class Run:
             yield from self._fire(EpochBegin)
             if now.anything_due:
                 return
+        # No name here may hold a state: what somebody else holds is copied by a step that takes its memory.
         due, last = now.due, self._last_in_a_row()
         begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
         while True:
@@ -242,26 +243,23 @@ class Run:
                     return
             self._root = now.thin(self._root)
             try:
-                state, outputs = self._take(now.state, batches)
+                now.state, outputs = self._take(now.state, batches)
             except Abandoned:
                 now.abandon(self._root)
                 return
             if now.unread and now.read_flags():
                 # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
                 # wrote down about a batch that was never used goes as well.
-                now.state = state.replace(slots={**state.slots, **outside})
+                now.state = now.state.replace(slots={**now.state.slots, **outside})
                 return
-            now.state = state
             if len(outputs) > 1:
-                outputs = outputs[: int(state.step) - now.step]  # stopped at one, those after it were not taken
+                outputs = outputs[: int(now.state.step) - now.step]  # stopped at one, those after it were not taken
             for output in outputs:
                 now.step += 1
                 now.position += 1
                 self._end_epoch_if_over()
                 if ends or output.control:
-                    moment = self._tell(StepEnd, {"metrics": output.metrics}, output.control)
-                    if self.plan.every_event:
-                        yield moment
+                    yield from self._tell(StepEnd, {"metrics": output.metrics}, output.control)[0]
                 else:
                     self._publish.step(now.step, output.metrics)
             if now.due is not due or now.step >= last or self._interrupts.cause is not None:
@@ -440,13 +438,14 @@ class Run:
         """Tells of an event, if anybody sees it, and yields it; returns what was asked."""
         if not self._is_seen(kind):
             return _NOTHING
-        moment = self._tell(kind, fields)
-        if self.plan.every_event:
-            yield moment
-        return moment[2]
+        moments, asked = self._tell(kind, fields)
+        yield from moments
+        return asked
 
-    def _tell(self, kind: type[Any], fields: dict[str, Any], also: Control | None = None) -> Moment:
-        """Folds an event, joins what was asked and publishes it.
+    def _tell(
+        self, kind: type[Any], fields: dict[str, Any], also: Control | None = None
+    ) -> tuple[Sequence[Moment], Control]:
+        """Folds an event, joins what was asked and publishes it. Returns what to yield of it, and what was asked.
 
         Args:
             kind: Its type.
@@ -476,7 +475,7 @@ class Run:
         if control:
             now.ask(control)
         self._publish(now.state, event, control)
-        return now.state, event, control
+        return ((now.state, event, control),) if plan.every_event else (), control
 
     def _is_seen(self, kind: type[Any]) -> bool:
         return self.plan.every_event or kind in self.plan.callbacks.table or self._publish.is_seen(kind)
