@@ -226,10 +226,11 @@ def commit() -> str:
 
 
 def processor() -> str:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
-    )
+    """Its name, and what tells its kind: a cloud's names seldom do."""
+    lines = (line.partition(":") for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    name = found.get("model name", "unknown processor")
+    return f"{name} (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else name
 
 
 def memory_of_machine() -> str:

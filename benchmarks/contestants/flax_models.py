@@ -10,8 +10,6 @@ import optax
 from flax import linen as nn
 from torch import nn as torch_nn
 
-from benchmarks.workloads.small_gpt import HEADS
-
 losses: dict[str, Callable[[Any, Any], Any]] = {
     "cross_entropy": lambda output, y: optax.softmax_cross_entropy_with_integer_labels(output, y).mean(),
     "squared_error": lambda output, y: jnp.square(output - y).mean(),
@@ -38,13 +36,14 @@ class GPT(nn.Module):
             return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
 
         vocabulary, width = self.module.tokens.weight.shape
+        heads = self.module.blocks[0].heads
         positions = self.param("positions", nn.initializers.zeros, tuple(self.module.positions.shape))
         x = nn.Embed(vocabulary, width, name="tokens")(x) + positions
         batch, length, _ = x.shape
         for index in range(len(self.module.blocks)):
             at = f"blocks.{index}."
             qkv = nn.Dense(3 * width, name=f"{at}qkv")(norm(f"{at}norm1", x))
-            q, k, v = (part.squeeze(2) for part in jnp.split(qkv.reshape(batch, length, 3, HEADS, -1), 3, axis=2))
+            q, k, v = (part.squeeze(2) for part in jnp.split(qkv.reshape(batch, length, 3, heads, -1), 3, axis=2))
             mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(batch, length, width)
             x = x + nn.Dense(width, name=f"{at}out")(mixed)
             up = nn.Dense(4 * width, name=f"{at}up")(norm(f"{at}norm2", x))

@@ -1,0 +1,38 @@
+"""Benchmarks: what each takes from the others is there, also where the library that it measures is not installed."""
+
+import ast
+import pathlib
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def file_of(module):
+    path = BENCHMARKS.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def names_in(path):
+    """What a module defines or imports, and what lies beside it where it is a package."""
+    found = {other.stem for other in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.FunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Import() | ast.ImportFrom():
+                found.update(alias.asname or alias.name for alias in node.names)
+            case ast.Assign() | ast.AnnAssign():
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+    return found
+
+
+def test_what_they_take_from_each_other_is_there():
+    missing, count = [], 0
+    for path in sorted(BENCHMARKS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+                there = names_in(file_of(node.module))
+                count += len(node.names)
+                missing += [f"{path}: {node.module}.{each.name}" for each in node.names if each.name not in there]
+    assert count > 100
+    assert not missing
