@@ -41,7 +41,7 @@ MEMORY = (
     "Compiled steps of fxtrain keep what they free for the next step (`fxtrain/compile/heap.py`); the others are as "
     "their users run them, and glibc maps theirs anew. With the same for everybody (`MALLOC_TRIM_THRESHOLD_=2000000000 "
     "MALLOC_MMAP_THRESHOLD_=33554432`; 3 rounds, 2026-11-22) fxtrain takes 0.60 of the best by hand on `small_gpt` and "
-    "0.45 of flax, 0.74 of the best by hand on `wide_mlp`, and 0.99 on `digits_resnet`."
+    "0.45 of flax, and 0.74 of the best by hand on `wide_mlp`."
 )
 
 MEMORY_ON_GPU = "Batches are on the GPU. Memory is the peak of what PyTorch reserves there, graphs included."
