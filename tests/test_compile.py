@@ -367,6 +367,7 @@ class TestLayouts:
         assert kept == [True, False]
 
 
+@pytest.mark.slow
 class TestAheadOfTime:
     @pytest.mark.parametrize("donate", [False, True])
     def test_as_compiled_otherwise_bitwise(self, donate):

@@ -215,6 +215,15 @@ def counted(kind):
     return fx.on(kind, fx.stateful(kind.__name__, lambda state: torch.tensor(0), update))
 
 
+def places_into(places):
+    """An observer that writes down where parameters and optimizer are after each step."""
+
+    def observe(state, event: fx.StepEnd, control):
+        places.append(tuple(leaf.data_ptr() for leaf in tree.leaves((state.params, state.opt_state))))
+
+    return observe
+
+
 class TestFit:
     def run(self, step, *, callbacks=(), **options):
         options = {"steps": 9, "data": problem.data(), **options}
@@ -235,22 +244,16 @@ class TestFit:
     @pytest.mark.parametrize("kind", [fx.StepBegin, fx.StepEnd])
     def test_copies_nothing_in_steps_that_follow_each_other(self, kind, lag):
         places = []
-
-        def observe(state, event: fx.StepEnd, control):
-            places.append(tuple(leaf.data_ptr() for leaf in tree.leaves((state.params, state.opt_state))))
-
         asks = fx.on(fx.StepEnd, lambda state, event: (state, fx.Control(stop=torch.tensor(False))))
-        self.run(UNDONATED, callbacks=[counted(kind), asks], data=problem.data(9), observers=[observe], lag=lag)
+        self.run(
+            UNDONATED, callbacks=[counted(kind), asks], data=problem.data(9), observers=[places_into(places)], lag=lag
+        )
         assert len(places) == 9
         assert len(set(places[1:])) == 1
 
     def test_copies_nothing_whatever_callbacks_and_saves_do(self, tmp_path):
         """After the first step every leaf of the parameters stays where it is."""
         places = []
-
-        def observe(state, event: fx.StepEnd, control):
-            places.append(tuple(leaf.data_ptr() for leaf in tree.leaves((state.params, state.opt_state))))
-
         kinds = (fx.EpochBegin, fx.StepBegin, fx.StepEnd, fx.EvalEnd, fx.EpochEnd)
         self.run(
             UNDONATED,
@@ -263,7 +266,7 @@ class TestFit:
             eval_data=problem.data(1),
             eval_when=fx.every(2),
             checkpointer=fx.checkpointer(tmp_path),
-            observers=[observe],
+            observers=[places_into(places)],
         )
         assert len(places) == 9
         assert len(set(places[1:])) == 1

@@ -108,7 +108,7 @@ def _sample(leaf: Tensor, count: int) -> Tensor:
 
 
 def _counted(values: Tensor, bounds: Tensor) -> Tensor:
-    """int64 [edges + 1]: how many values are at most at each edge and above the one before. NaN is beyond the last."""
+    """int64 [edges + 1]: how many values lie above one edge, and at most at the next. NaN is beyond the last."""
     # To compare all values with each edge takes a quarter of what a search for each value does: it is done in vectors.
     above = (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32).to(torch.int64)
     ends = above.new_full((1,), values.shape[0])

@@ -69,7 +69,7 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch where the state lives."""
+    """The batch, on this device."""
     if device.type == "cpu":
         return batch
     return tree.map(lambda leaf: leaf.to(device, non_blocking=True), batch)

@@ -112,7 +112,7 @@ class Publisher:
             shown = event_of(type(event), event.__dict__)
             shown.__dict__["metrics"] = self._numbers(measured)
             event = shown
-        return event, self._with_numbers(control) if control.log else control
+        return event, self._with_numbers(control)
 
     def _record(self, event: Any, control: Control) -> None:
         kind, step = type(event), event.step
