@@ -1,16 +1,20 @@
 """Compile: one graph for a whole run, with the numbers of the uncompiled step."""
 
+import re
+
 import problem
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain.compile import matmul
 from fxtrain.compile.replay import Replay
+from fxtrain.compile.scalars import with_scalars_once
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -305,8 +309,12 @@ class TestReplay:
         assert state.tolist() == [6.0, 6.0]
 
 
+def operations(graph):
+    return {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+
+
 class TestProducts:
-    """Large products by oneDNN."""
+    """Large products by oneDNN, and biases apart."""
 
     @pytest.fixture(autouse=True)
     def _anywhere(self, monkeypatch):
@@ -324,14 +332,19 @@ class TestProducts:
 
         given = torch.randn(rows, 96), torch.randn((112, 96) if turned else (96, 112)), torch.randn(112)
         graph = matmul.with_faster_products(make_fx(function, tracing_mode="fake")(*given))
-        names = {str(node.target) for node in graph.graph.nodes}
-        assert ("fxtrain.linear.default" in names) == (rows == 256)
+        assert ("fxtrain.linear.default" in operations(graph)) == (rows == 256)
+        assert "aten.addmm.default" not in operations(graph)
         torch.testing.assert_close(graph(*given), function(*given), rtol=1e-4, atol=1e-4)
 
     def test_of_what_it_cannot_take_stay(self):
         given = torch.randn(256, 96, dtype=torch.float64), torch.randn(96, 112, dtype=torch.float64)
         graph = matmul.with_faster_products(make_fx(torch.mm, tracing_mode="fake")(*given))
-        assert "aten.mm.default" in {str(node.target) for node in graph.graph.nodes}
+        assert operations(graph) == {"aten.mm.default"}
+
+    def test_of_short_numbers_keep_their_bias_which_would_be_rounded_twice(self):
+        given = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((112,), (4, 96), (96, 112))]
+        graph = matmul.with_faster_products(make_fx(torch.addmm, tracing_mode="fake")(*given))
+        assert operations(graph) == {"aten.addmm.default"}
 
     @pytest.mark.slow
     @pytest.mark.parametrize("mode", [None, "ahead-of-time"])
@@ -344,6 +357,43 @@ class TestProducts:
         found, compiled = fx.compile(step, mode=mode)(state, batch)
         torch.testing.assert_close(found.params, expected.params, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(compiled.metrics["loss"], output.metrics["loss"])
+
+
+class TestScalars:
+    """What is one number for many elements."""
+
+    @pytest.mark.parametrize(
+        ("function", "shapes", "expected"),
+        [
+            (lambda x, y: x * -torch.expm1(y), [(64,), ()], 1),
+            (lambda x, y: x[:4] * torch.expm1(y), [(64,), ()], 0),  # as few elements as are computed at once
+            (lambda x, y: x * (y + 1), [(64,), ()], 0),  # soon done
+            (lambda x, y: (x * y).exp(), [(64,), ()], 0),  # another number for each element
+            (lambda x, y: (x * torch.cos(y), x - torch.cos(y)), [(64,), ()], 2),
+            (lambda x, y: x * (1 - torch.exp(y))[:, None, None], [(3, 8, 8), (3,)], 1),  # several runs at once
+            (lambda x, y: x * torch.cos(y).to(torch.float32), [(64,), ()], 1),
+        ],
+    )
+    def test_are_kept_where_many_read_them(self, function, shapes, expected):
+        given = [torch.randn(shape) for shape in shapes]
+        graph = with_scalars_once(make_fx(function, tracing_mode="fake")(*given))
+        kept = [node for node in graph.graph.nodes if str(node.target) == "fxtrain.once.default"]
+        assert len(kept) == expected
+        assert all(node.meta["val"].numel() <= 3 for node in kept)
+        torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
+
+    @pytest.mark.slow
+    def test_and_are_not_in_the_loops_over_parameters(self):
+        tx = fx.optim.adamw(fx.schedules.cosine(1e-1, 100))
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        state, batch = fx.init(nn.Linear(64, 64), tx), torch.randn(4, 64)
+        (found, _), (code,) = run_and_get_code(fx.compile(step), state, batch)
+        close(found, step(state, batch)[0])
+        loops = re.findall(r"^( +)for\(.*\n((?:\1[ {].*\n)+)", code, re.MULTILINE)
+        assert sum("sqrt(" in loop for _, loop in loops) >= 2  # for weight and bias
+        assert "expm1(" in code
+        assert "cos(" in code
+        assert not any(re.search(r"\b(expm1|cos)\(", loop) for _, loop in loops)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from fxtrain.compile.ahead import compile_ahead
 from fxtrain.compile.assembly import assembler
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
+from fxtrain.compile.scalars import with_scalars_once
 from fxtrain.core import TrainState
 from fxtrain.step import EvalFunction, Step
 
@@ -82,7 +83,8 @@ def compile_traced(
             old[index].copy_(value)
         return values[len(changed) :]
 
-    graph = with_faster_products(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs))
+    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+    graph = with_scalars_once(with_faster_products(graph))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu
     read = _without_unread(graph)
