@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxtrain.compile.once import once
+from fxtrain.compile.operators import linear, once
 
 _LEAST = 4_000_000  # floating point operations that are worth a call
 _FULL_WIDTH = 26  # the family of AMD's processors since which vectors of 512 bits are not taken in halves
@@ -62,7 +62,7 @@ def _by_onednn(nodes: Any, x: Any, other: Any, bias: Any) -> Any:
     if not x.meta["val"].is_contiguous():
         # oneDNN's own operator would copy it, and Inductor does that on the way to it.
         x = nodes.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
-    return nodes.call_function(_linear(), (x, weight, bias))
+    return nodes.call_function(linear(), (x, weight, bias))
 
 
 def _bias_apart(nodes: Any, x: Any, other: Any, bias: Any) -> Any:
@@ -89,21 +89,3 @@ def _pays() -> bool:
     processor = information.read_text()
     family = re.search(r"^cpu family\s*: (\d+)$", processor, re.MULTILINE)
     return "AuthenticAMD" in processor and family is not None and int(family[1]) >= _FULL_WIDTH
-
-
-@functools.cache
-def _linear() -> Any:
-    """An operator of torch's: x weight^T + bias, of [n, k], [m, k] and [m]: [n, m]."""
-    library = torch.library.Library("fxtrain", "FRAGMENT")
-    library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    library.impl("linear", linear, "CPU")
-    torch.library.register_fake("fxtrain::linear", lambda x, weight, bias: x.new_empty((len(x), len(weight))))
-    _kept.append(library)  # an operator goes when its library does
-    return torch.ops.fxtrain.linear.default
-
-
-_kept: list[Any] = []
