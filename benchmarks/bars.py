@@ -59,17 +59,17 @@ class Bar:
 
 
 OF_THE_TINY = (
-    "Of 76 us (AMD of family 25, model 1), 51 are Inductor's: 25 in five calls of MKL, of 2 to 7 each, 11 in allocating "
-    "fifteen buffers, 15 in five kernels and the Python between them. 25 are the loop's and ours: batches, finding "
-    "leaves and graph, who else holds the memory, putting output and state together. The ahead-of-time mode has no "
-    "Python between kernels: 38 and 25."
+    "Of 76 us (AMD of family 25, model 1), 51 are Inductor's: 25 in five calls of MKL, of 2 to 7 each, 11 in "
+    "allocating fifteen buffers, 15 in five kernels and the Python between them. 25 are the loop's and ours: batches, "
+    "finding leaves and graph, who else holds the memory, putting output and state together. The ahead-of-time mode "
+    "has no Python between kernels: 38 and 25."
 )
 OF_PRODUCTS = (
     "What it comes to depends on the processor. Where oneDNN reaches twice what MKL does (512 x 128 x 384 in 0.25 ms "
-    "against 0.53, one core), the small GPT took 0.58 of the best by hand, and the wide MLP 0.44 (commit bc8070e). Where "
-    "both reach what the core can (0.61; AMD of family 25, model 1), 35 of the small GPT's 53 ms are products, as 33 are "
-    "by hand, 7 and 6 are PyTorch's attention on short sequences, and what can be fused, the update included, is 11 "
-    "against 14."
+    "against 0.53, one core), the small GPT took 0.58 of the best by hand, and the wide MLP 0.44 (commit bc8070e). "
+    "Where both reach what the core can (0.61; AMD of family 25, model 1), 35 of the small GPT's 53 ms are products, "
+    "as 33 are by hand, 7 and 6 are PyTorch's attention on short sequences, and what can be fused, the update "
+    "included, is 11 against 14."
 )
 BARS = (
     Bar("tiny_mlp", ANY_FLAX, "flax + optax", 1.0, reason=OF_THE_TINY),

@@ -228,8 +228,8 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
     of_fit = (
         "A step of fit takes 3.5 us more than its step where that does nothing, and twice that beside one that goes "
         "through megabytes: the loop's code and data have gone from the first caches then. From one step's end to the "
-        "next one's beginning it is 9.5 us, and 2.3 in a bare loop (beside a step of 1.7 ms, where that is 0.4 %); what "
-        "is more is the machine's, whose speed changes meanwhile, as the quartiles show."
+        "next one's beginning it is 9.5 us, and 2.3 in a bare loop (beside a step of 1.7 ms, where that is 0.4 %). "
+        "What is more is the machine's, whose speed changes meanwhile, as the quartiles show."
     )
     return [
         Verdict("Ten stateful callbacks on Updated add", added(IN_STEP, BARE), 10.0, unit=" us"),
