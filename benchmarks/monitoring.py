@@ -17,9 +17,8 @@ from fxtrain.callbacks import activation_stats, grad_flow, grad_norms, histogram
 
 STEPS = 4  # of a turn
 WHY = (
-    "Where memory lies is left to chance, once for a process, and makes some percent of such a step: in another "
-    "process, an hour after the run that gave 1.073, all monitors at every step took 1.035 of none (158.8 ms, and "
-    "153.5)."
+    "Where memory lies is left to chance, once for a process, and makes some percent of such a step: in two processes "
+    "on one machine, all monitors at every step took 1.073 and 1.035 of none."
 )
 NONE, EVERY, HUNDREDTH = "none", "all, and activations, every step", "all, every 100th step"
 
