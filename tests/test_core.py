@@ -1,6 +1,8 @@
 """The vocabulary: states refuse what is no tensor, controls only join, events are a closed union."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -109,6 +111,13 @@ class TestControl:
             assert set(joined.reasons(kind)) == set(a.reasons(kind)) | set(b.reasons(kind))
         for reason in {*a.rewind, *b.rewind}:
             assert joined.rewind[reason] == max(a.rewind.get(reason, 0), b.rewind.get(reason, 0))
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda control: pickle.loads(pickle.dumps(control))])
+    def test_a_copy_asks_for_the_same_and_nothing_stays_nothing(self, copied):
+        control = fx.Control(stop=True, reason="done", log={"lr": 0.1})
+        assert copied(control) == control
+        assert not fx.Control()
+        assert copied(fx.Control()) == fx.Control()
 
     def test_a_reason_counts_only_where_its_flag_is_true(self):
         control = fx.Control(stop=torch.tensor(False), reason="no") | fx.Control(stop=True, reason="yes")

@@ -68,8 +68,8 @@ class Control:
     requests: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
     log: Mapping[str, Logged]
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         stop: Flag | Mapping[str, Flag] = False,
         end_epoch: Flag | Mapping[str, Flag] = False,
@@ -81,30 +81,22 @@ class Control:
         log: Mapping[str, Any] | None = None,
         reason: str = "",
         final_save: bool = True,
-    ) -> None:
+    ) -> Control:
+        # Most callbacks ask for nothing at most events, and this is all that they cost then.
+        unasked = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
+        if unasked and type(rewind) is int and rewind == 0 and not log:
+            return _NOTHING
         asked: dict[str, dict[str, Any]] = {}
-        # Unrolled, because most callbacks ask for nothing at most events and `Control()` is all they cost.
-        if stop is not False:
-            _ask(asked, "stop", stop, reason)
-        if end_epoch is not False:
-            _ask(asked, "end_epoch", end_epoch, reason)
-        if evaluate is not False:
-            _ask(asked, "evaluate", evaluate, reason)
-        if save is not False:
-            _ask(asked, "save", save, reason)
-        if skip_batch is not False:
-            _ask(asked, "skip_batch", skip_batch, reason)
-        if skip_update is not False:
-            _ask(asked, "skip_update", skip_update, reason)
+        flags = {"stop": stop, "end_epoch": end_epoch, "evaluate": evaluate, "save": save}
+        for kind, request in {**flags, "skip_batch": skip_batch, "skip_update": skip_update}.items():
+            if request is not False:
+                _ask(asked, kind, request, reason)
         if type(rewind) is not int or rewind:
             _ask(asked, "rewind", rewind, reason)
         if not final_save and "stop" in asked:
             asked["unsaved"] = asked["stop"]
-        if asked:
-            object.__setattr__(self, "requests", asked)
-        if log:
-            logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()}
-            object.__setattr__(self, "log", logged)
+        logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
+        return _filled(asked, logged)
 
     @property
     def stop(self) -> Mapping[str, Flag]:
@@ -163,7 +155,7 @@ class Control:
         asked = dict(self.requests)
         for kind, reasons in other.requests.items():
             asked[kind] = _unite(kind, asked[kind], reasons) if kind in asked else reasons
-        return _fill(object.__new__(Control), asked, {**self.log, **other.log})
+        return _filled(asked, {**self.log, **other.log})
 
     def owned(self, owner: str) -> Control:
         """The same requests; a value without an owner, or a request without a reason, gets this name."""
@@ -174,7 +166,7 @@ class Control:
             for kind, reasons in self.requests.items()
         }
         log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
-        return _fill(object.__new__(Control), asked, log)
+        return _filled(asked, log)
 
     def given(self, condition: Tensor) -> Control:
         """The same requests, each under the further condition (bool [])."""
@@ -185,11 +177,11 @@ class Control:
             for kind, reasons in self.requests.items()
         }
         log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
-        return _fill(object.__new__(Control), asked, log)
+        return _filled(asked, log)
 
     def with_log(self, log: Mapping[str, Logged]) -> Control:
         """The same requests with another log."""
-        return _fill(object.__new__(Control), self.requests, log)
+        return _filled(self.requests, log)
 
     def any(self, kind: str) -> Flag:
         """Whether any reason of this kind holds: a bool, or a bool tensor where a flag is one."""
@@ -201,6 +193,10 @@ class Control:
     def reasons(self, kind: str) -> list[str]:
         """The reasons that hold. Reads the flags: on an accelerator this waits for the device."""
         return [reason for reason, flag in self.requests.get(kind, {}).items() if bool(flag)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default a copy is filled after it is made, and what is made without arguments is everybody's.
+        return _filled, (self.requests, self.log)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Control) and self.requests == other.requests and self.log == other.log
@@ -215,15 +211,14 @@ class Control:
         return f"Control({', '.join(shown)})"
 
 
-# What a control that asks for nothing has, without being given it: most are such, and some are made at each step.
-Control.requests = {}
-Control.log = {}
-
-
-def _fill(control: Control, asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
+def _filled(asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
+    control = object.__new__(Control)
     object.__setattr__(control, "requests", asked)
     object.__setattr__(control, "log", log)
     return control
+
+
+_NOTHING = _filled({}, {})
 
 
 def _ask(asked: dict[str, dict[str, Any]], kind: str, request: Any, reason: str) -> None:
@@ -294,7 +289,7 @@ def _unflatten(context: Any, children: Any) -> Control:
         for (kind, reasons), flags_of_kind in zip(kinds, flags, strict=True)
     }
     log = {name: Logged(value, when, owner) for (name, owner), value, when in zip(names, values, whens, strict=True)}
-    return _fill(object.__new__(Control), asked, log)
+    return _filled(asked, log)
 
 
 register_node(Control, _flatten, _unflatten)

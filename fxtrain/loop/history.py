@@ -10,6 +10,7 @@ import numpy as np
 
 from fxtrain.core import by_number
 
+_NUMBERS = (int, float)
 _LONGEST = 46  # characters of a title that fit over a panel
 
 
@@ -36,7 +37,7 @@ class History(Mapping[str, Series]):
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the numbers among what was published at a step."""
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if isinstance(value, _NUMBERS):
                 points = self._points.get(name)
                 if points is None:
                     points = self._points[name] = ([], [])

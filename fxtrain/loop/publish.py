@@ -25,7 +25,7 @@ from fxtrain.core import (
 )
 from fxtrain.fold.subscription import name_of, subscription
 from fxtrain.loop.history import History
-from fxtrain.loop.late import Late, Numbers, Together, log_at_once, metrics_at_once
+from fxtrain.loop.late import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
 from fxtrain.values import named_after, published, try_all
 
 _TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
@@ -136,14 +136,17 @@ class Publisher:
         Args:
             wait: Whether for what is on a device, which without it comes the next time, and is sent now.
         """
-        unread, self._unread = self._unread, []
-        shown = [(kind, step, self._numbers(these), self._with_numbers(asked)) for kind, step, these, asked in unread]
-        come = self._sent + shown if wait else self._sent
-        self._sent = [] if wait else shown
-        self._together.send()
-        for kind, step, values, control in come:
+        come, self._unread = self._unread, []
+        if not self._on_host:
+            shown = [(kind, step, self._numbers(these), self._with_numbers(asked)) for kind, step, these, asked in come]
+            come = self._sent + shown if wait else self._sent
+            self._sent = [] if wait else shown
+            self._together.send()
+        for kind, step, measured, control in come:
+            values = numbers_on_host(measured)
             if control.log:
-                self._history.add(step, published(event_of(kind, {"metrics": values}), control))
+                event = event_of(kind, {"metrics": values})
+                self._history.add(step, published(event, self._with_numbers(control)))
             else:
                 self._history.add(step, named_after(kind, values))
 

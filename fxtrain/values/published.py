@@ -45,13 +45,13 @@ def published(event: Any, control: Control) -> dict[str, Any]:
     return named
 
 
-_PREFIXES = {StepEnd: "train", EvalEnd: "eval"}
+_PREFIXES = {StepEnd: "train/", EvalEnd: "eval/"}
 
 
 def named_after(kind: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of a ``StepEnd`` or an ``EvalEnd``, under the names that they are published under."""
     prefix = _PREFIXES[kind]
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+    return {prefix + name: value for name, value in metrics.items()}
 
 
 def _loggable(name: str, entry: Logged) -> Any:
