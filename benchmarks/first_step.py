@@ -1,4 +1,4 @@
-"""First step: how long one waits for the compiler, with its cache empty and with what the time before left in it."""
+"""First step: how long one waits for it, with the compiler's cache empty and with what the time before left there."""
 
 from __future__ import annotations
 

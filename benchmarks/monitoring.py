@@ -31,11 +31,14 @@ def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
         EVERY: (lambda: monitors(1), tapped()),
         HUNDREDTH: (lambda: monitors(100), lm.loss_fn),
     }
-    turns = {name: turn_of(*parts) for name, parts in made.items()}
-    found: Seconds = {name: [] for name in turns}
-    for _ in range(min(rounds, 7)):
+    runs = {name: Run(*parts) for name, parts in made.items()}
+    found: Seconds = {name: [] for name in runs}
+    for _ in range(1 if quick else 2 * rounds):
+        # Where memory lies is left to chance, and makes some percent of such a step.
+        for run in runs.values():
+            run.begin_anew()
         # Of a hundred steps one is measured. They take longer than the machine keeps its speed, so they are many turns.
-        short = alternate(turns, 2 if quick else 100 // STEPS)
+        short = alternate(runs, 2 if quick else 100 // STEPS)
         for name, seconds in short.items():
             found[name].append(statistics.fmean(seconds))
     return found, [
@@ -59,19 +62,23 @@ def tapped() -> Callable[..., Any]:
     return fx.tap(lm.loss_fn, "blocks.?", activation_stats)
 
 
-def turn_of(callbacks: Callable[[], Any], loss_fn: Callable[..., Any]) -> Callable[[], float]:
-    tx, watching = fx.optim.adamw(1e-3), callbacks()
-    step = fx.compile(fx.train_step(loss_fn, tx, callbacks=watching), donate=True, on_recompile="error")
-    state = fx.attach(fx.init(lm.model(), tx), watching)
-    batches, _ = lm.data()
-    some = [batches[index] for index in range(STEPS)]
+class Run:
+    """Takes some steps at each call, and returns the seconds of one."""
 
-    def turn() -> float:
-        nonlocal state
+    def __init__(self, callbacks: Callable[[], Any], loss_fn: Callable[..., Any]) -> None:
+        tx, watching = fx.optim.adamw(1e-3), callbacks()
+        self._step = fx.compile(fx.train_step(loss_fn, tx, callbacks=watching), donate=True, on_recompile="error")
+        self._first = fx.attach(fx.init(lm.model(), tx), watching)
+        batches, _ = lm.data()
+        self._batches = [batches[index] for index in range(STEPS)]
+
+    def begin_anew(self) -> None:
+        """With a state in other memory; and so that all is warm."""
+        self._state = self._first.copy()
+        self()
+
+    def __call__(self) -> float:
         began = time.perf_counter()
-        for index in range(STEPS):
-            state, _ = step(state, some[index])
+        for batch in self._batches:
+            self._state, _ = self._step(self._state, batch)
         return (time.perf_counter() - began) / STEPS
-
-    turn()
-    return turn

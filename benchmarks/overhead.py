@@ -3,7 +3,7 @@
 All in one process, so that little else differs, and in turns of a tenth of a second, as the speed of a shared machine
 is soon another one: each loop has a thread, which waits where it asks for a batch until it has a turn. A step lasts
 from one batch to the next, and counts with its mean over a turn. Where a loop's memory lies is left to chance, and
-makes some percent of its step: so all begin anew in each round, and those of longer steps four times.
+makes some percent of its step: so all begin anew in each round, and those of longer steps many times in each.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as parent:
             for name, made, steps, times, begin, only in (
                 ("tiny_mlp", workload("tiny_mlp", quick=quick), 300, 30, 1, ()),
-                ("about a millisecond", slower(1280), 100, 20, 4, (BARE, FIT)),
-                ("about five milliseconds", slower(7000), 64, 3, 4, (FIT, LOGGED)),  # as many as are written together
+                ("about a millisecond", slower(1280), 100, 6, 14, (BARE, FIT)),
+                ("about five milliseconds", slower(7000), 64, 2, 8, (FIT, LOGGED)),  # as many as are written together
             ):
                 for index in range(rounds if quick else begin * rounds):
                     folder = pathlib.Path(parent, f"{name} {index}")

@@ -28,8 +28,9 @@ LOSS = 1e-3
 """By how much its loss may differ, as a part of the reference's."""
 
 FIRST_STEP = (
-    "Seconds until the second batch is asked for, imports left out. flax keeps no compiled programs from one process "
-    "to the next, unless it is asked to.\n\n"
+    "Seconds from the first import until the second batch is asked for. Of a compiler's imports some come before the "
+    "first batch and some after, so all are counted; torch, which makes the workloads, is imported for flax too. flax "
+    "keeps no compiled programs from one process to the next, unless it is asked to.\n\n"
     "Kernels are compiled in parallel, and what is alike in several layers once: GPTs of 2, 4, 8 and 16 such layers "
     "take 27, 35, 45 and 75 s, with 28, 33, 33 and 35 libraries to build (one run each, 2026-11-21). What a layer adds "
     "is Inductor's own Python, which fuses and writes for each anew. Regional compilation (`nested_compile_region`) "

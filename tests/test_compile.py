@@ -336,6 +336,14 @@ class TestProducts:
         assert "aten.addmm.default" not in operations(graph)
         torch.testing.assert_close(graph(*given), function(*given), rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize(
+        ("vendor", "family", "expected"),
+        [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 26, False)],
+    )
+    def test_are_onednns_where_amds_vectors_are_whole(self, vendor, family, expected):
+        processor = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 1\n"
+        assert matmul._is_full_width(processor) == expected
+
     def test_of_what_it_cannot_take_stay(self):
         given = torch.randn(256, 96, dtype=torch.float64), torch.randn(96, 112, dtype=torch.float64)
         graph = matmul.with_faster_products(make_fx(torch.mm, tracing_mode="fake")(*given))

@@ -84,8 +84,11 @@ def _is_large(x: Tensor, other: Tensor) -> bool:
 @functools.cache
 def _pays() -> bool:
     information = Path("/proc/cpuinfo")
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available() or not information.exists():
-        return False
-    processor = information.read_text()
+    both = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return both and information.exists() and _is_full_width(information.read_text())
+
+
+def _is_full_width(processor: str) -> bool:
+    """Whether these lines of /proc/cpuinfo are of such a processor of AMD's."""
     family = re.search(r"^cpu family\s*: (\d+)$", processor, re.MULTILINE)
     return "AuthenticAMD" in processor and family is not None and int(family[1]) >= _FULL_WIDTH

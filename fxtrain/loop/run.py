@@ -34,7 +34,6 @@ from fxtrain.core import (
     Saved,
     StepBegin,
     StepEnd,
-    StepOutput,
     TrainState,
     event_of,
 )
@@ -50,6 +49,7 @@ from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
 from fxtrain.loop.saving import Saving
 from fxtrain.loop.served import refuse_unserved
+from fxtrain.loop.strides import Strides
 from fxtrain.step import Step
 
 Moment = tuple[TrainState, Event, Control]
@@ -97,10 +97,6 @@ class Run:
         self.step: Any = given.donating() if hasattr(given, "donating") else given
         self._publish = Publisher(plan.observers, history, state.step.device)
         self._interrupts = Interrupts()
-        self._at_once: int = getattr(self.step, "steps_per_call", 1)
-        self._take_step = leaving_compilation(self.step)
-        self._take_steps = leaving_compilation(getattr(self.step, "many", self.step))
-
         self._in_step = as_composed(self.step).traced_slots
         state = attach(attach(state, plan.callbacks), self.step)
         self._saving = Saving(plan.checkpointer, getattr(self.step, "how", "nothing"))
@@ -112,6 +108,7 @@ class Run:
         self.data: Any = adapt(data, seed=seed)
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self.data, state.step.device, plan.clock, wanted)
+        self._strides = Strides(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
@@ -232,7 +229,7 @@ class Run:
         due, last = now.due, self._last_in_a_row()
         begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
         while True:
-            batches = self._feeding.next(now.position, self._together())
+            batches = self._feeding.next(now.position, self._strides.length(now.step, now.position))
             if not batches:
                 now.set(end_epoch=True)
                 return
@@ -243,7 +240,7 @@ class Run:
                     return
             self._root = now.thin(self._root)
             try:
-                now.state, outputs = self._take(now.state, batches)
+                now.state, outputs = self._strides.take(now.state, batches)
             except Abandoned:
                 now.abandon(self._root)
                 return
@@ -286,33 +283,6 @@ class Run:
             return now.step + 1
         limit = math.inf if self.plan.steps is None else self.plan.steps
         return min(limit, now.step - now.step % every + every) if every else limit
-
-    def _together(self) -> int:
-        """How many steps to take at once: some, if nothing of the loop's own comes in between, or one."""
-        now, plan, count = self._now, self.plan, self._at_once
-        if count == 1:
-            return 1
-        length, every = self.data.epoch_length, plan.keep_every
-        if length is None and hasattr(self.data, "snapshot"):
-            return 1  # it may end anywhere, and keeps a place of its own, which would be ahead of the steps
-        fits = (
-            (plan.steps is None or now.step + count <= plan.steps)
-            and (length is None or now.position % length + count <= length)
-            and (not every or now.step // every == (now.step + count - 1) // every)
-        )
-        return count if fits else 1
-
-    def _take(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
-        if len(batches) == 1:
-            state, output = self._take_step(state, batches[0])
-            return state, (output,)
-        if len(batches) == self._at_once:
-            return self._take_steps(state, batches)
-        outputs: list[StepOutput] = []
-        for batch in batches:  # the last of the data
-            state, output = self._take_step(state, batch)
-            outputs.append(output)
-        return state, outputs
 
     def _end_epoch_if_over(self) -> None:
         length = self.data.epoch_length

@@ -1,0 +1,59 @@
+"""Generators: seeded for a while, and then as they were."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fxtrain.data.generators import seeded
+
+
+def drawn():
+    return torch.rand(()).item(), random.random(), np.random.rand(), np.random.normal(), random.gauss(0, 1)
+
+
+@pytest.fixture(autouse=True)
+def numpys_own():
+    generator = np.random.get_bit_generator()
+    yield
+    np.random.set_bit_generator(generator)
+
+
+def test_numbers_are_a_function_of_the_seeds():
+    found = []
+    for numbers in ((1, 2), (1, 2), (2, 1)):
+        with seeded(*numbers):
+            found.append(drawn())
+    assert found[0] == found[1]
+    assert all(one != other for one, other in zip(found[1], found[2], strict=True))
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])  # of two normal numbers that are drawn at once, one is kept
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
+def test_generators_go_on_as_if_nothing_had_been(kind, before):
+    found = []
+    for interrupted in (False, True):
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.set_bit_generator(kind(3))
+        for _ in range(before):
+            drawn()
+        if interrupted:
+            with seeded(1):
+                drawn()
+        found.append([drawn() for _ in range(3)])
+    assert found[0] == found[1]
+
+
+def test_one_in_another_leaves_it_where_it_was():
+    with seeded(1):
+        first = drawn(), drawn()
+    with seeded(1):
+        found = [drawn()]
+        with seeded(2):
+            inner = drawn()
+        found.append(drawn())
+    with seeded(2):
+        assert inner == drawn()
+    assert tuple(found) == first
