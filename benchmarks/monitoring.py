@@ -17,8 +17,10 @@ from fxtrain.callbacks import activation_stats, grad_flow, grad_norms, histogram
 
 STEPS = 4  # of a turn
 WHY = (
-    "Where memory lies is left to chance, once for a process, and makes some percent of such a step: in two processes "
-    "on one machine, all monitors at every step took 1.073 and 1.035 of none."
+    "The monitors' own work is 1.4 %: by a profile of the kernels, of two runs in turns, all that is neither a product "
+    "nor attention takes 38.2 ms of a step with them and 36.1 without. Products took 82.0 and 84.9 there: where memory "
+    "lies is left to chance, once for a process, and makes as much of a difference as all monitors. So in three "
+    "processes on one machine, all monitors at every step took 1.073, 1.035 and 1.053 of none."
 )
 NONE, EVERY, HUNDREDTH = "none", "all, and activations, every step", "all, every 100th step"
 

@@ -220,10 +220,11 @@ def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
 
     noise = 1e6 * statistics.median(tiny[FIT]) * 0.02
     of_callbacks = (
-        "In a loop whose step does nothing it is 9.5: 2.5 for the event, which without anybody to see it is not made, "
-        "0.65 for each callback (0.4 the Control that it makes, 0.2 the fold) and 1 for the writer. Beside a step, "
-        "which takes the first caches for itself, it is half as much again. It moves with the machine, as microseconds "
-        "do: 14.4, 13.9 and 15.8 on one whose tiny MLP takes 49 us in a bare loop, 36 on one where it takes 98."
+        "Beside a step, which takes the first caches for itself, at the faster of two speeds of this machine: 2 us for "
+        "the event, which without anybody to see it is not made, 11 for ten callbacks (of each 0.7 for the Control "
+        "that it makes, 0.3 for the rest), 5 for what an observer sees and what the writer does with it. It moves with "
+        "the machine, as microseconds do, and with its other users: 33 where the tiny MLP takes 107 us in a bare loop; "
+        "14 to 16 where it takes 49, when a Control took 1.4 times as long."
     )
     of_fit = (
         "A step of fit takes 3.5 us more than its step where that does nothing, and twice that beside one that goes "
