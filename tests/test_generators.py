@@ -46,6 +46,20 @@ def test_generators_go_on_as_if_nothing_had_been(kind, before):
     assert found[0] == found[1]
 
 
+def test_numpys_words_are_not_read_which_takes_longer_than_all_else():
+    class Unread(np.random.MT19937):
+        @property
+        def state(self):
+            raise AssertionError("read")
+
+    np.random.set_bit_generator(Unread(3))
+    with seeded(1):
+        drawn()
+    np.random.rand()
+    with pytest.raises(AssertionError, match="read"):
+        np.random.get_state()
+
+
 def test_one_in_another_leaves_it_where_it_was():
     with seeded(1):
         first = drawn(), drawn()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import threading
@@ -68,10 +69,10 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
 
 def _spare_normal() -> dict[str, Any]:
     """What of numpy's state is beside its generator."""
-    numpys = _RANDOM.mtrand._rand
-    theirs = _RANDOM.get_bit_generator()
+    numpys, theirs, stand_in = _RANDOM.mtrand._rand, _RANDOM.get_bit_generator(), _stand_in()
+    stand_in.stands_for, stand_in.thread = theirs, threading.get_ident()
     with contextlib.suppress(AttributeError):  # a private name, without which this reads all words
-        numpys._bit_generator = _Wordless()
+        numpys._bit_generator = stand_in
     try:
         state = _RANDOM.get_state(legacy=False)
     finally:
@@ -80,12 +81,20 @@ def _spare_normal() -> dict[str, Any]:
     return {name: state[name] for name in ("has_gauss", "gauss")}
 
 
-class _Wordless:
-    """In the place of a generator, where nobody asks for its words."""
+class _StandIn(np.random.MT19937):
+    """In the place of numpy's generator for a moment, without its words for the thread that does not want them."""
+
+    stands_for: Any
+    thread: int
 
     @property
-    def state(self) -> dict[str, str]:
-        return {"bit_generator": "MT19937"}
+    def state(self) -> dict[str, Any]:
+        return {"bit_generator": "MT19937"} if threading.get_ident() == self.thread else self.stands_for.state
+
+
+@functools.cache
+def _stand_in() -> _StandIn:
+    return _StandIn(0)
 
 
 _OURS: list[Any] = []  # a generator of numpy's for each depth of ``seeded`` in itself
