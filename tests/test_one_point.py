@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 
+import problem
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fxtrain as fx
-from tests import problem
 
 STEPS = 60
 
@@ -82,12 +82,12 @@ def points(folder):
 def test_killed_twice_resumed_twice_and_sent_back_once(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = (
-        "import pathlib, torch; from tests.test_one_point import session; torch.set_num_threads(1); "
+        "import pathlib, torch; from test_one_point import session; torch.set_num_threads(1); "
         f"session(pathlib.Path({str(killed)!r}), 0.02)"
     )
-    root = pathlib.Path(__file__).parent.parent
+    here = pathlib.Path(__file__).parent
     for until in (18, 42):
-        child = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=here, env={**os.environ, "PYTHONPATH": str(here)})
         while (
             not (killed / "metrics.jsonl").exists() or f'"step": {until}' not in (killed / "metrics.jsonl").read_text()
         ):

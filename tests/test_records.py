@@ -1,13 +1,10 @@
-"""What a run leaves in its folder: its source, its story, what the machine did, how weights were distributed."""
+"""What a run leaves in its folder: its source and its story."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import time
-import types
-import warnings
 import zipfile
 
 import problem
@@ -429,116 +426,3 @@ def test_the_report_reads_what_was_recorded(story):
     run = read_run(story.folder)
     assert [mark.step for mark in run.marks if mark.kind == "rewound"] == [5, 5, 5]
     assert run.sessions[0]["reason"] == "enough"
-
-
-# system
-
-
-def test_the_machine_is_watched_every_so_many_steps_and_at_the_end(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    step, data = problem.step(), problem.data()
-    observing = lambda: {"observers": [observers.required(observers.system(writers.jsonl(path), every=3))]}  # noqa: E731
-    result = fx.fit(problem.start(), step, data, steps=7, **observing())
-    assert [line["step"] for line in lines(path)] == [3, 6, 7]
-    fx.fit(result.last, step, data, steps=9, **observing())
-    assert [line["step"] for line in lines(path)] == [3, 6, 7, 9]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fx.fit(problem.start(), step, data, steps=3, **observing())  # the same folder from the beginning
-    assert [line["step"] for line in lines(path)] == [3]
-
-
-def test_its_numbers_are_plausible(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    observer = observers.system(writers.jsonl(path), every=1)
-    for step in (1, 2):
-        end = time.monotonic() + 0.2  # time is counted in hundredths of a second
-        while time.monotonic() < end:
-            torch.ones(300, 300) @ torch.ones(300, 300)
-        observer(problem.start(), StepEnd(step=step, metrics={}), NOTHING)
-    observer.close()
-    for line in lines(path):
-        found = {name.removeprefix("system/"): value for name, value in line["metrics"].items()}
-        assert 0 <= found["cpu_percent"] <= 100
-        assert 0 < found["process_cpu_percent"] <= 150 * os.cpu_count()
-        assert 0 < found["memory_percent"] <= 100
-        assert 0 <= found.get("disk_read_gib", 0.0) < 1e6
-        assert 0 <= found.get("disk_written_gib", 0.0) < 1e6
-        assert not [name for name in found if name.startswith("gpu")]
-
-
-def test_what_the_system_does_not_tell_is_left_out(tmp_path, monkeypatch):
-    import psutil
-
-    path = tmp_path / "metrics.jsonl"
-    monkeypatch.delattr(psutil.Process, "io_counters", raising=False)
-    monkeypatch.setattr(torch.cuda, "utilization", lambda device: (_ for _ in ()).throw(ModuleNotFoundError("pynvml")))
-    observer = observers.system(writers.jsonl(path), every=1)
-    on_gpu = types.SimpleNamespace(step=types.SimpleNamespace(is_cuda=True, device="cuda:0"))
-    observer(on_gpu, StepEnd(step=1, metrics={}), NOTHING)
-    observer.close()
-    assert set(lines(path)[0]["metrics"]) == {
-        f"system/{name}" for name in ("cpu_percent", "process_cpu_percent", "memory_percent")
-    }
-
-
-def test_a_gpu_is_told_in_percent_watts_and_degrees(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    for name, value in {"utilization": 80, "memory_usage": 40, "power_draw": 350_000, "temperature": 60}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    observer = observers.system(writers.jsonl(path), every=1)
-    on_gpu = types.SimpleNamespace(step=types.SimpleNamespace(is_cuda=True, device="cuda:0"))
-    observer(on_gpu, StepEnd(step=1, metrics={}), NOTHING)
-    observer.close()
-    found = lines(path)[0]["metrics"]
-    assert [found[f"system/gpu_{name}"] for name in ("percent", "memory_percent", "watts", "celsius")] == [
-        80, 40, 350, 60,
-    ]  # fmt: skip
-
-
-def test_system_needs_a_writer_and_a_period(tmp_path):
-    with pytest.raises(ValueError, match=r"system\(\) has nothing to write to"):
-        observers.system()
-    with pytest.raises(ValueError, match="every=0: a whole number of steps"):
-        observers.system(writers.jsonl(tmp_path / "x"), every=0)
-
-
-# watch
-
-
-def watched(tmp_path, watch, steps=6):
-    path = tmp_path / "metrics.jsonl"
-    fx.fit(
-        problem.start(),
-        problem.step(callbacks=watch),
-        problem.data(),
-        callbacks=watch,
-        steps=steps,
-        observers=[observers.required(observers.write(writers.jsonl(path)))],
-    )
-    found = {}
-    for line in lines(path):
-        for name, histogram in line.get("histograms", {}).items():
-            found.setdefault(name, {})[line["step"]] = histogram
-    return found
-
-
-def test_watch_writes_histograms_of_weights_and_gradients(tmp_path):
-    found = watched(tmp_path, fx.callbacks.watch(every=3))
-    sizes = {name: leaf.numel() for name, leaf in problem.start().params.items()}
-    assert set(found) == {f"histograms/{kind}/{name}" for kind in ("weights", "grads") for name in sizes}
-    for name, by_step in found.items():
-        assert list(by_step) == [3, 6]
-        for histogram in by_step.values():
-            assert sum(histogram["counts"]) == sizes[name.rpartition("/")[2]]
-            assert len(histogram["edges"]) == len(histogram["counts"]) + 1
-    weights = found["histograms/weights/0.weight"]
-    assert weights[3] != weights[6]
-
-
-def test_watch_looks_at_what_it_is_told_to(tmp_path):
-    found = watched(tmp_path, fx.callbacks.watch("updates", every=2, parameter="4.*", sample=3), steps=2)
-    assert set(found) == {"histograms/updates/4.bias", "histograms/updates/4.weight"}
-    assert sum(found["histograms/updates/4.weight"][2]["counts"]) == 3
-    with pytest.raises(ValueError, match="of='biases'"):
-        fx.callbacks.watch("biases")

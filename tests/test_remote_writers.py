@@ -17,18 +17,7 @@ from matplotlib.figure import Figure as Canvas
 
 from fxtrain import writers
 from fxtrain.core import StepEnd
-from fxtrain.values import (
-    Audio,
-    ConfusionMatrix,
-    Figure,
-    Histogram,
-    HParams,
-    Image,
-    PointCloud,
-    Table,
-    Text,
-    Video,
-)
+from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import mlflow
 
 

@@ -35,27 +35,6 @@ def train(loss_fn=squares, tx=None, module=None, **options):
 BATCH = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [2.0, 0.0]])
 
 
-def members(state, count=3):
-    """As many states of one architecture, with parameters and seeds of their own."""
-    made = []
-    for index in range(count):
-        key = fx.rng.key(100 + index)
-        params = tree.map(
-            lambda leaf, key=key: leaf + 0.1 * fx.rng.normal(key, leaf.shape) if leaf.is_floating_point() else leaf,
-            state.params,
-        )
-        made.append(state.replace(params=params, seed=state.seed + index))
-    return made
-
-
-def stack(states):
-    return tree.map(lambda *leaves: torch.stack(leaves), *states)
-
-
-def member(states, index):
-    return tree.map(lambda leaf: leaf[index], states)
-
-
 class TestStep:
     def test_counts_and_moves_on_whatever_the_function_does(self):
         @fx.Step
@@ -452,50 +431,6 @@ class TestSkippedUpdate:
 def _annotated(function, kind):
     function.__annotations__["event"] = kind
     return function
-
-
-class TestVmap:
-    """A batch of states equals the states one by one."""
-
-    def test_with_dropout_batch_norm_accumulation_and_callbacks(self):
-        def stops(state, event: fx.Updated, memory):
-            flag = (state.seed == 1) & (event.step == 2)
-            return memory + event.loss, fx.Control(stop=flag, reason="the second member", log={"total": memory})
-
-        callback = fx.stateful("total", lambda state: torch.tensor(0.0), stops)
-        callbacks = [fx.callbacks.nan_guard(), callback]
-        # Not Adam: the gradient of a bias before batch norm is rounding, and Adam makes steps of full length of it.
-        state, step = train(
-            problem.loss_fn, fx.optim.sgd(0.1, momentum=0.9), problem.module(), accumulate=2, callbacks=callbacks
-        )
-        states = members(state)
-        together, alone = stack(states), states
-        for batch in problem.data():
-            together, output = torch.vmap(step, (0, None))(together, batch)
-            outputs = [step(state, batch) for state in alone]
-            alone = [state for state, _ in outputs]
-            for index, (state, one) in enumerate(outputs):
-                torch.testing.assert_close(tree.leaves(member(together, index)), tree.leaves(state))
-                torch.testing.assert_close(member(dict(output.metrics), index), dict(one.metrics))
-                assert member(output.control, index).reasons("stop") == one.control.reasons("stop")
-        assert len({float(state.slots["total"]) for state in alone}) == 3
-        assert [int(state.step) for state in alone] == [3, 2, 3]
-
-    def test_draws_each_members_own_numbers(self):
-        tx = fx.optim.sgd(0.0)
-        state = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), tx)
-        step = fx.train_step(lambda model, batch: (model[1](batch) * torch.arange(4.0)).sum(), tx)
-        states = [state.replace(seed=state.seed + index) for index in range(4)]
-        losses = torch.vmap(step, (0, None))(stack(states), torch.ones(8, 4))[1].metrics["loss"]
-        assert losses.tolist() == [float(step(state, torch.ones(8, 4))[1].metrics["loss"]) for state in states]
-        assert len(set(losses.tolist())) > 1
-
-    def test_evaluates(self):
-        states = members(problem.start())
-        batch = problem.data()[0]
-        together = torch.vmap(problem.eval_step, (0, None))(stack(states), batch).metrics
-        for index, state in enumerate(states):
-            torch.testing.assert_close(member(together, index), dict(problem.eval_step(state, batch).metrics))
 
 
 class TestEvalStep:

@@ -2,6 +2,7 @@
 
 import math
 
+import problem
 import pytest
 import torch
 
@@ -13,7 +14,6 @@ from fxtrain.loop.history import History
 from fxtrain.loop.late import Together, on_their_way
 from fxtrain.loop.publish import Publisher
 from fxtrain.values import Image, Text
-from tests import problem
 
 
 class Recorder:

@@ -1,0 +1,215 @@
+"""Whatever interrupts a run, and wherever, it changes nothing of where the run ends."""
+
+import itertools
+import os
+import signal
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+from fxtrain.core import TRAJECTORY
+
+
+def kinds(moments):
+    return [type(event).__name__ for _, event, _ in moments]
+
+
+def fit(state=None, step=None, **options):
+    options = {"steps": 6, **options}
+    return fx.fit(state or problem.start(), step or problem.step(), problem.data(), **options)
+
+
+def recorder(into):
+    """An observer that writes down what fires."""
+
+    def record(state, event, control):
+        into.append(event)
+
+    return record
+
+
+def traced_counter():
+    def update(state, event: fx.Updated, memory):
+        return memory + 1, fx.Control(log={"updates": memory})
+
+    return fx.stateful("updates", lambda state: torch.tensor(0), update)
+
+
+def loop_counter():
+    def update(state, event: fx.StepBegin | fx.StepEnd, memory):
+        return memory + 1, fx.Control()
+
+    return fx.stateful("moments", lambda state: torch.tensor(0), update)
+
+
+def everything(tmp_path, **options):
+    """A run in which all kinds of requests are honoured, over two epochs and a half."""
+    callbacks = fx.compose(
+        fx.callbacks.early_stopping("loss", patience=50, restore_best=True),
+        fx.callbacks.epoch_mean("loss", "mae"),
+        fx.callbacks.nan_guard(),
+        traced_counter(),
+        loop_counter(),
+        fx.when(fx.every(3), fx.callbacks.save()),
+    )
+    return {
+        "step": problem.step(accumulate=2, callbacks=callbacks),
+        "callbacks": callbacks,
+        "eval_step": problem.eval_step,
+        "eval_data": problem.data(2, seed=1),
+        "eval_when": fx.every(2),
+        "checkpointer": fx.checkpointer(tmp_path, keep=None),
+        "steps": 8,
+        "resume": True,
+        **options,
+    }
+
+
+def signature(events):
+    """What two runs must agree on: everything but the clock."""
+    told = []
+    for event, control in events:
+        if isinstance(event, TRAJECTORY):
+            metrics = dict(getattr(event, "metrics", {}))
+            told.append((type(event).__name__, event.step, event.position, metrics, dict(control.log)))
+    return told
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts, and what was told of it."""
+    events = []
+    observe = fx.observers.required(lambda state, event, control: events.append((event, control)))
+    result = fit(**everything(tmp_path_factory.mktemp("whole"), observers=[observe]))
+    return result, signature(events)
+
+
+def test_wherever_a_signal_comes_the_resumed_run_ends_the_same(tmp_path, whole):
+    result, told = whole
+    for cut in range(len(told)):
+        folder, seen = tmp_path / str(cut), []
+
+        def observe(state, event, control, seen=seen, cut=cut):
+            if not isinstance(event, TRAJECTORY):
+                return
+            seen.append((event, control))
+            if len(seen) == cut + 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        first = fit(**everything(folder, observers=[fx.observers.required(observe)]))
+        assert "SIGINT" in first.reason or cut >= len(told) - 2
+        resumed = fit(**everything(folder, observers=[fx.observers.required(observe)]))
+        testing.assert_equal(resumed.last, result.last, f"interrupted at moment {cut}, {told[cut][0]}")
+        testing.assert_equal(resumed.state, result.state, f"harvest after an interrupt at {cut}")
+        # An evaluation that was cut short is told again from its beginning; nothing else is told twice.
+        unique = [moment for moment, _ in itertools.groupby(sorted(map(repr, signature(seen))))]
+        assert unique == sorted(map(repr, told))
+
+
+def test_wherever_a_callback_fails_nothing_is_lost(tmp_path, whole):
+    result, told = whole
+    for cut in range(len(told)):
+        folder, count = tmp_path / str(cut), itertools.count()
+
+        def fail(state, event, count=count, cut=cut):
+            if next(count) == cut:
+                raise RuntimeError("a bug in a callback")
+            return state, fx.Control()
+
+        options = everything(folder)
+        with pytest.raises(RuntimeError, match="a bug in a callback"):
+            fit(**{**options, "callbacks": fx.compose(options["callbacks"], fail)})
+        testing.assert_equal(fit(**options).last, result.last, f"failed at moment {cut}, {told[cut][0]}")
+
+
+def test_an_epoch_of_unknown_length_ends_once_wherever_the_run_is_cut(tmp_path):
+    def batches():
+        yield from problem.data()
+
+    class Stream:
+        def __iter__(self):
+            return batches()
+
+    def told(folder, *limits):
+        fired = []
+        for steps in limits:
+            checkpoints = fx.checkpointer(folder)
+            options = {"checkpointer": checkpoints, "resume": True, "observers": [recorder(fired)]}
+            last = fx.fit(problem.start(), problem.step(), Stream(), steps=steps, **options).last
+        return last, [(type(e).__name__, e.step) for e in fired if isinstance(e, fx.EpochBegin | fx.EpochEnd)]
+
+    last, epochs = told(tmp_path / "whole", 8)
+    assert epochs == [
+        *[("EpochBegin", 0), ("EpochEnd", 3)],
+        *[("EpochBegin", 3), ("EpochEnd", 6)],
+        ("EpochBegin", 6),
+    ]
+    for cut in range(1, 8):
+        assert told(tmp_path / str(cut), cut, 8)[1] == epochs
+        testing.assert_equal(told(tmp_path / f"{cut}-again", cut, 8)[0], last, f"cut at step {cut}")
+
+    def interrupt(state, event: fx.EpochEnd, control):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    options = {"checkpointer": fx.checkpointer(tmp_path / "end"), "steps": 8}
+    fx.fit(problem.start(), problem.step(), Stream(), observers=[interrupt], **options)
+    assert told(tmp_path / "end", 8)[1] == epochs[2:]
+
+
+def test_a_second_signal_ends_at_once():
+    def twice(state, event, control):
+        if isinstance(event, fx.StepEnd):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(observers=[twice])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_does_nothing_when_resumed(tmp_path):
+    def stop(state, event: fx.StepEnd):
+        return state, fx.Control(stop=event.step == 2, reason="two")
+
+    checkpoints = fx.checkpointer(tmp_path)
+    first = fit(callbacks=stop, checkpointer=checkpoints)
+    fired = []
+    again = fit(callbacks=stop, checkpointer=checkpoints, resume=True, observers=[recorder(fired)])
+    assert [type(event).__name__ for event in fired] == ["FitBegin", "Restored", "FitEnd"]
+    assert again.reason == "it had been stopped before this session began"
+    testing.assert_equal(again.last, first.last, "a finished run, resumed")
+    assert int(fit(first.last, steps=4).last.step) == 4  # in memory it goes on where it is asked to
+
+
+def test_a_save_that_waits_for_an_evaluation_stays_due(tmp_path):
+    def interrupt(state, event, control):
+        if isinstance(event, fx.EvalStep):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    options = {
+        "callbacks": fx.when(fx.every(2), fx.callbacks.save()),
+        "eval_step": problem.eval_step,
+        "eval_data": problem.data(2),
+        "eval_when": fx.every(2),
+        "checkpointer": fx.checkpointer(tmp_path, best="loss"),
+        "steps": 3,
+    }
+    fit(observers=[interrupt], **options)
+    assert options["checkpointer"].best() is None
+    fit(resume=True, **options)
+    assert options["checkpointer"].best() == 2
+
+
+def test_a_callback_added_to_an_old_run_starts_fresh(tmp_path):
+    checkpoints = fx.checkpointer(tmp_path)
+    counter = traced_counter()
+    fit(steps=2, callbacks=counter, step=problem.step(callbacks=counter), checkpointer=checkpoints)
+    fired = []
+    late = fx.stateful("late", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))
+    result = fit(callbacks=late, checkpointer=checkpoints, resume=True, steps=3, observers=[recorder(fired)])
+    (restored,) = [event for event in fired if isinstance(event, fx.Restored)]
+    assert (restored.missing, restored.extra) == (("late",), ("updates",))
+    assert int(result.last.slots["updates"]) == 2

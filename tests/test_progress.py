@@ -1,0 +1,447 @@
+"""The progress panel: on a terminal, in a notebook, in a file; and the pace that it tells."""
+
+import contextlib
+import functools
+import io
+import math
+import re
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxtrain import observers
+from fxtrain.core import (
+    Control,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    Restored,
+    Rewound,
+    StepEnd,
+)
+from fxtrain.observers.pace import Pace
+
+NOTHING = Control()
+
+
+def see(observer, *events):
+    for event in events:
+        observer(None, event, NOTHING)
+
+
+def ended(step, **metrics):
+    return StepEnd(step=step, time=float(step), metrics=metrics or {"loss": float(step)})
+
+
+class Terminal(io.StringIO):
+    """A terminal, which can tell what stands on it."""
+
+    def isatty(self):
+        return True
+
+    @property
+    def screen(self):
+        rows, row, column = [""], 0, 0
+        for code, kind, character in re.findall(r"\x1b\[([?\d;]*)([A-Za-z])|([^\x1b])", self.getvalue()):
+            if kind == "A":
+                row -= int(code or 1)
+            elif kind == "K":
+                rows[row] = ""
+            elif character == "\r":
+                column = 0
+            elif character == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif character:
+                rows[row] = rows[row].ljust(column)[:column] + character + rows[row][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in rows]
+
+    @property
+    def cursor_is_shown(self):
+        text = self.getvalue()
+        return text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return Terminal()
+
+
+def attached(terminal):
+    """Standard output and error are this terminal."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(contextlib.redirect_stdout(terminal))
+    stack.enter_context(contextlib.redirect_stderr(terminal))
+    return stack
+
+
+def run(*, evaluated=True, reason="reached 20 steps"):
+    """A run of 20 steps of 2 s, of which a quarter waits for data, after 30 s of compiling; two evaluations of 3 s."""
+    time = 30.0
+
+    def at(kind, step, **fields):
+        return kind(step=step, position=step, epoch_length=10, total_steps=20, total_epochs=2, time=time, **fields)
+
+    yield at(FitBegin, 0)
+    for step in range(1, 21):
+        yield at(StepEnd, step, data_wait=0.5, metrics={"loss": 4.0 - step / 10, "norm": 1.0})
+        if step % 10 == 0 and evaluated:
+            yield at(EvalBegin, step)
+            for index in range(3):
+                time += 1
+                yield at(EvalStep, step, index=index, batch=None, metrics={})
+            yield at(EvalEnd, step, metrics={"loss": step / 5, "accuracy": 0.25})
+        time += 2
+    yield at(FitEnd, 20, reason=reason)
+
+
+def bits(metrics):
+    return metrics["loss"] / math.log(2)
+
+
+def test_lines_are_written_where_the_output_is_no_terminal():
+    file = io.StringIO()
+    shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, seconds=100, file=file)
+    see(shown, *run())
+    shown.close()
+    assert file.getvalue() == (
+        "compiling, and taking the first step\n"
+        "step  1/20 | epoch 0.10/2 | loss 3.9000 | bits 5.6265\n"
+        "step  2/20 | epoch 0.20/2 | loss 3.8450 | bits 5.5472 | 500 tokens/s | data wait 25% | 0:36 left\n"
+        "step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | 500 tokens/s | data wait 25% | 0:32 left\n"
+        "step  6/20 | epoch 0.60/2 | loss 3.5931 | bits 5.1837 | 500 tokens/s | data wait 25% | 0:28 left\n"
+        "step  8/20 | epoch 0.80/2 | loss 3.4493 | bits 4.9763 | 500 tokens/s | data wait 25% | 0:24 left\n"
+        "step 10/20 | epoch 1.00/2 | loss 3.2951 | bits 4.7539 | 500 tokens/s | data wait 25% | 0:20 left\n"
+        "step 10: compiling the evaluation\n"
+        "evaluation at step 10 | loss 2.0000 | bits 2.8854 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
+        "step 12/20 | epoch 1.20/2 | loss 3.1319 | bits 4.5184 | 500 tokens/s | data wait 25% | 0:18 left\n"
+        "step 14/20 | epoch 1.40/2 | loss 2.9610 | bits 4.2718 | 500 tokens/s | data wait 25% | 0:13 left\n"
+        "step 16/20 | epoch 1.60/2 | loss 2.7837 | bits 4.0160 | 500 tokens/s | data wait 25% | 8.8 s left\n"
+        "step 18/20 | epoch 1.80/2 | loss 2.6011 | bits 3.7526 | 500 tokens/s | data wait 25% | 4.4 s left\n"
+        "step 20/20 | epoch 2.00/2 | loss 2.4144 | bits 3.4832 | 500 tokens/s | data wait 25%\n"
+        "evaluation at step 20 | loss 4.0000 | bits 5.7708 | accuracy 0.2500 | best loss 2.0000 at step 10\n"
+        "ended: reached 20 steps, in 1:16\n"
+    )
+
+
+def test_lines_come_every_so_many_seconds_as_well():
+    file = io.StringIO()
+    shown = observers.progress(seconds=3.0, file=file)
+    see(shown, *(StepEnd(step=step, time=float(step), metrics={"loss": 1.0}) for step in range(1, 9)))
+    assert re.findall(r"step (\d)", file.getvalue()) == ["1", "4", "7"]
+
+
+def test_a_panel_changes_in_place_on_a_terminal(terminal):
+    shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, file=terminal)
+    screens = {}
+    for event in run():
+        see(shown, event)
+        screens[type(event).__name__, event.step, getattr(event, "index", 0)] = terminal.screen
+    shown.close()
+    bar = "━" * 40
+    assert screens["FitBegin", 0, 0] == [
+        f"train  {bar}   0/20   epoch 0.00/2",
+        "       compiling, and taking the first step",
+    ]
+    assert screens["StepEnd", 10, 0] == [
+        f"train  {bar[:20]}╺{bar[:19]}  10/20   epoch 1.00/2   0:20 left",
+        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
+    ]
+    assert screens["EvalBegin", 10, 0][1] == "       step 10: compiling the evaluation"
+    assert screens["EvalStep", 10, 1][1:] == [
+        "       loss 3.2951   bits 4.7539   500 tokens/s   data wait 25%",
+        f"eval   {bar}  batch 2",
+    ]
+    assert screens["EvalStep", 20, 1][2] == f"eval   {bar[:26]}╸{bar[:13]}  batch 2/3"
+    assert terminal.screen == [
+        f"train  {bar}  20/20   epoch 2.00/2",
+        "       loss 2.4144   bits 3.4832   500 tokens/s   data wait 25%",
+        "eval   at step 20   loss 4.0000   bits 5.7708   accuracy 0.2500   best loss 2.0000 at step 10",
+        "end    reached 20 steps, in 1:16",
+        "",
+    ]
+    assert terminal.cursor_is_shown
+
+
+def test_what_is_printed_stands_above_the_panel(terminal):
+    with attached(terminal):
+        shown = observers.progress(file=terminal)
+        for event in run(evaluated=False):
+            see(shown, event)
+            if isinstance(event, StepEnd) and event.step in (3, 7):
+                print(f"a message at step {event.step}")
+                print("and an error", file=sys.stderr)
+        shown.close()
+        print("after the end")
+    assert terminal.screen[:4] == ["a message at step 3", "and an error", "a message at step 7", "and an error"]
+    assert terminal.screen[4].startswith("train  ━")
+    assert terminal.screen[-2:] == ["after the end", ""]
+    assert len(terminal.screen) == 9
+
+
+def test_what_is_printed_to_a_file_stays_there(terminal):
+    output = io.StringIO()
+    with attached(terminal), contextlib.redirect_stdout(output):
+        shown = observers.progress(file=terminal)
+        see(shown, FitBegin(step=0))
+        print("a result")
+        shown.close()
+    assert output.getvalue() == "a result\n"
+
+
+@pytest.mark.parametrize("how", ["close", "failure"])
+def test_the_terminal_is_as_it_was_after_an_exception(terminal, how):
+    with attached(terminal):
+        shown = observers.progress(file=terminal)
+        see(shown, FitBegin(step=0), ended(1))
+        assert not terminal.cursor_is_shown
+        assert sys.stdout is not terminal
+        if how == "failure":
+            with pytest.raises(TypeError):
+                see(shown, EvalEnd(step=1, metrics=None))
+        else:
+            shown.close()
+        assert terminal.cursor_is_shown
+        assert (sys.stdout, sys.stderr) == (terminal, terminal)
+        shown.close()
+
+
+def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    shown = observers.progress(file=terminal)
+    see(shown, *run(evaluated=False))
+    assert "\x1b" not in terminal.getvalue()
+    assert terminal.screen[-2] == "ended: reached 20 steps, in 1:10"
+
+
+class Cell:
+    """The output of a notebook's cell, as ``IPython.display`` reaches it: what is shown there now, and how often."""
+
+    def __init__(self, monkeypatch):
+        import rich
+        import rich.console
+
+        self.shown, self.count = [], 0
+        monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+        monkeypatch.setattr(rich, "_console", rich.console.Console())
+        module = types.SimpleNamespace(display=self.display)
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=module))
+        monkeypatch.setitem(sys.modules, "IPython.display", module)
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+
+    def display(self, data, *, raw, display_id):
+        assert raw
+        assert display_id
+        self.shown.append(data)
+        return types.SimpleNamespace(update=functools.partial(self.update, len(self.shown) - 1))
+
+    def update(self, index, data, *, raw):
+        assert raw
+        self.shown[index], self.count = data, self.count + 1
+
+
+def test_a_notebook_shows_a_panel_that_changes_in_place_without_widgets(monkeypatch, capsys):
+    cell = Cell(monkeypatch)
+    shown = observers.progress()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            see(shown, *run())
+            shown.close()
+    first, second = cell.shown
+    assert first == second
+    assert 20 < cell.count < 100
+    assert [line.rstrip() for line in first["text/plain"].splitlines()] == [
+        f"train  {'━' * 40}  20/20   epoch 2.00/2",
+        "       loss 2.4144   0.50 steps/s   data wait 25%",
+        "eval   at step 20   loss 4.0000   accuracy 0.2500   best loss 2.0000 at step 10",
+        "end    reached 20 steps, in 1:16",
+    ]
+    assert first["text/html"].startswith("<pre style=")
+    assert "reached 20 steps" in first["text/html"]
+    assert capsys.readouterr().out == ""
+
+
+def test_in_a_notebook_notes_are_printed_and_a_file_gets_lines(monkeypatch, capsys):
+    cell, file = Cell(monkeypatch), io.StringIO()
+    see(observers.progress(), FitBegin(step=0), ended(1), Interrupted(step=1, cause="ValueError: <b>"))
+    assert capsys.readouterr().out == "interrupted at step 1: ValueError: <b>\n"
+    assert "compiling" not in cell.shown[0]["text/plain"]
+    see(observers.progress(file=file), *run(evaluated=False))
+    assert file.getvalue().endswith("ended: reached 20 steps, in 1:10\n")
+    assert len(cell.shown) == 1
+
+
+class Untouched(Mapping):
+    """Metrics that nobody may look at."""
+
+    def __getitem__(self, name):
+        raise AssertionError("looked at")
+
+    __iter__ = __len__ = None
+
+
+def test_of_several_processes_that_of_rank_0_shows(monkeypatch):
+    file = io.StringIO()
+    made_before = observers.progress(file=file)
+    monkeypatch.setenv("RANK", "1")
+    for shown in (made_before, observers.progress(file=file)):
+        see(shown, FitBegin(step=0), StepEnd(step=1, metrics=Untouched()), FitEnd(step=1, reason="done"))
+        shown.close()
+    assert file.getvalue() == ""
+    see(observers.progress(file=file, every_rank=True), *run())
+    assert file.getvalue().count("\n") == 16
+    monkeypatch.setenv("RANK", "0")
+    see(made_before, *run())
+    assert file.getvalue().count("\n") == 32
+
+
+def test_the_rank_is_that_of_the_process_group(monkeypatch):
+    from torch import distributed
+
+    from fxtrain.observers.rank_zero import rank
+
+    monkeypatch.setenv("RANK", "")  # as some launchers leave it
+    assert rank() == 0
+    monkeypatch.setenv("RANK", "3")
+    assert rank() == 3
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert rank() == 0
+        observer = print  # any function is one
+        assert observers.rank_zero(observer) is observer
+    finally:
+        distributed.destroy_process_group()
+    assert observers.rank_zero(observer) is not observer
+
+
+TWO = """if True:
+    import datetime, torch, torch.distributed as dist, fxtrain as fx
+    shown = fx.observers.progress(), fx.observers.summary()
+    wait = datetime.timedelta(seconds=100)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=wait)
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+    fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, [torch.ones(4, 1)], steps=3, observers=shown)
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_do_not_write_amidst_each_other(tmp_path, capsys):
+    where = f"file://{tmp_path}/meeting"
+    command = [sys.executable, "-c", f"rank, where = 1, {where!r}\n{TWO}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        exec(TWO, {"rank": 0, "where": where})
+        assert other.communicate(timeout=100) == ("", None)
+        assert other.returncode == 0
+    shown = capsys.readouterr().out
+    assert "processes    2, this is rank 0; gloo\n" in shown
+    assert re.search(r"step 3/3 \| epoch 3.00 \| loss .*\nended: reached 3 steps", shown)
+
+
+def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
+    file = io.StringIO()
+    shown = observers.progress(file=file)
+    see(
+        shown,
+        FitBegin(step=7, resumed=True),
+        Restored(step=7, path="x", missing=("ema",), extra=("old",), different=("threads: 2 at the save, 1 now",)),
+        EvalEnd(step=8, metrics={"loss": 1.0}),
+        Rewound(step=8, from_step=8, to_step=4, abandoned=range(4, 8), times=1),
+        EvalEnd(step=5, metrics={"loss": 2.0}),
+        Interrupted(step=5, cause="ValueError: boom"),
+    )
+    assert file.getvalue() == (
+        "going on from step 7; compiling, and taking the first step\n"
+        "slot 'ema' is new; slot 'old' is kept for nobody; the last bits may differ: threads: 2 at the save, 1 now; "
+        "compiling, and taking the first step\n"
+        "evaluation at step 8 | loss 1.0000 | best loss 1.0000 at step 8\n"
+        "back from step 8 to step 4\n"
+        "evaluation at step 5 | loss 2.0000 | best loss 2.0000 at step 5\n"
+        "interrupted at step 5: ValueError: boom\n"
+    )
+
+
+def test_one_observer_serves_one_run_after_another(terminal):
+    with attached(terminal):
+        shown = observers.progress(file=terminal)
+        for _ in range(2):
+            see(shown, *run(reason="done"))
+            shown.close()
+        assert sys.stdout is terminal
+    assert [line for line in terminal.screen if line.startswith("end")] == ["end    done, in 1:16"] * 2
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", "0.2500 at step 3"), ("max", "0.9000 at step 2")])
+def test_the_best_is_the_first_of_the_best(mode, best):
+    file = io.StringIO()
+    shown = observers.progress(metrics=(), best="score", mode=mode, file=file)
+    see(shown, *(EvalEnd(step=i, metrics={"score": s}) for i, s in enumerate([0.5, math.nan, 0.9, 0.25, 0.9, 0.25])))
+    assert file.getvalue().splitlines()[-1].endswith(f"best score {best}")
+
+
+def test_a_metric_that_is_not_there_is_an_error_at_the_first_step():
+    with pytest.raises(KeyError, match=r"progress is to show 'acc', and the step measures 'loss': name some of these"):
+        see(observers.progress(metrics=("loss", "acc"), file=io.StringIO()), ended(1))
+    with pytest.raises(KeyError, match="typo"):
+        see(observers.progress(extra={"x": lambda m: m["typo"]}, file=io.StringIO()), ended(1))
+    with pytest.raises(TypeError, match=r"write metrics=\('loss',\)"):
+        observers.progress(metrics="loss")
+
+
+def test_pace_leaves_out_compiling_evaluations_and_saves():
+    pace, time = Pace(10.0), 100.0
+    for step in range(1, 50):
+        pace.step(StepEnd(step=step, time=time, data_wait=0.05, metrics={"loss": 3.0}, total_steps=100))
+        time += 0.5
+        if step % 5 == 0:
+            pace.pause(7.0)
+            time += 7.0
+    assert pace.rate == pytest.approx(2.0)
+    assert pace.waiting == pytest.approx(0.1)
+    assert pace.metrics == {"loss": pytest.approx(3.0)}
+    # 51 steps are left, and of 48 intervals 9 had an evaluation in them.
+    now = StepEnd(step=49, time=time - 0.5, metrics={}, total_steps=100)
+    assert pace.remaining(now) == pytest.approx(51 * (48 * 0.5 + 9 * 7) / 48)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 100), st.floats(-1e3, 1e3)), min_size=1, max_size=400))
+def test_pace_is_the_weighted_mean_it_says(steps):
+    pace, time, weights = Pace(10.0), 0.0, []
+    for number, (seconds, value) in enumerate(steps):
+        time += seconds
+        weights = [weight * min(math.exp(-seconds / 10.0), 0.95) for weight in weights] + [1.0]
+        pace.step(StepEnd(step=number, time=time, metrics={"x": value}))
+    mean = sum(w * value for w, (_, value) in zip(weights, steps, strict=True)) / sum(weights)
+    assert pace.metrics["x"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
+
+
+def test_pace_shows_a_value_that_is_not_finite_and_forgets_it():
+    pace = Pace(10.0)
+    pace.step(ended(1, loss=2.0))
+    pace.step(ended(2, loss=math.nan))
+    assert math.isnan(pace.metrics["loss"])
+    pace.step(ended(3, loss=2.0))
+    assert pace.metrics["loss"] == pytest.approx(2.0)
+
+
+def test_pace_knows_nothing_before_it_can():
+    pace = Pace(10.0)
+    pace.step(StepEnd(step=1, metrics={}, total_steps=3))
+    pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # a clock that stands still
+    assert (pace.rate, pace.waiting, pace.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (None, None, None)

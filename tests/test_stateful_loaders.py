@@ -1,0 +1,122 @@
+"""Loaders that keep their own place: their snapshots travel with the checkpoints."""
+
+import random
+
+import pytest
+import torch
+from sources import Augmented, assert_resumes, assert_same, same, take
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from fxtrain.data import Exhausted, from_stateful_loader, prefetch
+
+
+class Counting(IterableDataset):
+    """An iterable dataset that torchdata can put back."""
+
+    def __init__(self, count=11, noise=True):
+        self.count, self.i, self.noise = count, 0, noise
+
+    def __iter__(self):
+        while self.i < self.count:
+            self.i += 1
+            yield self.i, torch.rand(2) if self.noise else 0
+        self.i = 0
+
+    def state_dict(self):
+        return {"i": self.i}
+
+    def load_state_dict(self, state):
+        self.i = state["i"]
+
+
+def stateful(kind, workers):
+    # What a worker draws after it was begun anew is torchdata's own business, and not in its state.
+    augmented = Augmented(11) if workers == 0 else torch.arange(11)
+    source = Counting(noise=workers == 0) if kind == "iterable" else augmented
+    options = {"shuffle": True} if kind == "map" else {}
+    return StatefulDataLoader(source, 3, drop_last=True, num_workers=workers, **options)
+
+
+def assert_snapshots(kind, workers, positions, wrap):
+    data = wrap(stateful(kind, workers))
+    found, kept = [], {}
+    stop = max(positions) + 5
+    for position in range(stop):
+        if position in positions:
+            kept[position] = data.snapshot(position)
+        found += take(data, [position])
+    data.close()
+    for position, snapshot in kept.items():
+        assert snapshot.dtype == torch.uint8
+        resumed = wrap(stateful(kind, workers))
+        resumed.restore(position, snapshot)
+        assert_same(take(resumed, range(position, stop)), found[position:])
+        resumed.restore(position, snapshot)  # and so does a rewind
+        assert_same(take(resumed, range(position, stop)), found[position:])
+        resumed.close()
+
+
+WRAPPED = {
+    "alone": lambda loader: from_stateful_loader(loader, seed=2),
+    "prefetched": lambda loader: prefetch(from_stateful_loader(loader, seed=2), 3),
+    "mapped": lambda loader: from_stateful_loader(loader, seed=2).map(lambda batch: [batch]),
+    "mapped and prefetched": lambda loader: prefetch(
+        from_stateful_loader(loader, seed=2).map(lambda batch: [batch]), 2
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", list(WRAPPED))
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_a_stateful_loader_continues_from_a_snapshot(kind, wrap, caplog):
+    assert_snapshots(kind, 0, range(9), WRAPPED[wrap])
+    assert not caplog.records
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_a_stateful_loader_with_workers_continues_from_a_snapshot(kind):
+    assert_snapshots(kind, 2, (0, 2, 4), WRAPPED["alone"])
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_a_stateful_loader_can_be_read_without_snapshots(kind):
+    assert_resumes(lambda: from_stateful_loader(stateful(kind, 0), seed=2), range(8), 8)
+
+
+@pytest.mark.parametrize("wrap", list(WRAPPED))
+def test_a_snapshot_at_the_end_that_was_just_found(wrap):
+    data = WRAPPED[wrap](stateful("iterable", 0))
+    take(data, range(3))
+    with pytest.raises(Exhausted):
+        data[3]
+    snapshot, resumed = data.snapshot(3), WRAPPED[wrap](stateful("iterable", 0))
+    resumed.restore(3, snapshot)
+    assert resumed.epoch_length == 3
+    assert_same([resumed[position] for position in range(3, 8)], [data[position] for position in range(3, 8)])
+    data.close()
+    resumed.close()
+
+
+def test_a_stateful_loader_says_what_it_cannot_do(caplog):
+    data = from_stateful_loader(stateful("iterable", 0), seed=2)
+    found = take(data, range(7))
+    snapshot = data.snapshot(7)
+    with pytest.raises(ValueError, match="was made at position 7, and is not for 6"):
+        data.restore(6, snapshot)
+    assert not caplog.records
+    assert same(data[5], found[5])  # without a snapshot it reads the epoch again
+    assert "Reading 2 batches again to reach position 5" in caplog.text
+    at_next_epoch = data.snapshot(9)  # nor need it stand there
+    resumed = from_stateful_loader(stateful("iterable", 0), seed=2)
+    resumed.restore(9, at_next_epoch)
+    assert_same(take(resumed, range(9, 13)), take(data, range(9, 13)))
+    assert resumed.epoch_length == 3
+
+    class Opaque(Counting):
+        def state_dict(self):
+            return {"i": random.Random()}
+
+    with pytest.raises(ValueError, match="cannot be kept in a checkpoint: let its state_dict, and those of its data"):
+        from_stateful_loader(StatefulDataLoader(Opaque(), 3)).snapshot(0)

@@ -1,0 +1,51 @@
+"""How weights and gradients were distributed during a run."""
+
+import json
+
+import problem
+import pytest
+
+import fxtrain as fx
+from fxtrain import observers, writers
+
+
+def lines(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def watched(tmp_path, watch, steps=6):
+    path = tmp_path / "metrics.jsonl"
+    fx.fit(
+        problem.start(),
+        problem.step(callbacks=watch),
+        problem.data(),
+        callbacks=watch,
+        steps=steps,
+        observers=[observers.required(observers.write(writers.jsonl(path)))],
+    )
+    found = {}
+    for line in lines(path):
+        for name, histogram in line.get("histograms", {}).items():
+            found.setdefault(name, {})[line["step"]] = histogram
+    return found
+
+
+def test_watch_writes_histograms_of_weights_and_gradients(tmp_path):
+    found = watched(tmp_path, fx.callbacks.watch(every=3))
+    sizes = {name: leaf.numel() for name, leaf in problem.start().params.items()}
+    assert set(found) == {f"histograms/{kind}/{name}" for kind in ("weights", "grads") for name in sizes}
+    for name, by_step in found.items():
+        assert list(by_step) == [3, 6]
+        for histogram in by_step.values():
+            assert sum(histogram["counts"]) == sizes[name.rpartition("/")[2]]
+            assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+    weights = found["histograms/weights/0.weight"]
+    assert weights[3] != weights[6]
+
+
+def test_watch_looks_at_what_it_is_told_to(tmp_path):
+    found = watched(tmp_path, fx.callbacks.watch("updates", every=2, parameter="4.*", sample=3), steps=2)
+    assert set(found) == {"histograms/updates/4.bias", "histograms/updates/4.weight"}
+    assert sum(found["histograms/updates/4.weight"][2]["counts"]) == 3
+    with pytest.raises(ValueError, match="of='biases'"):
+        fx.callbacks.watch("biases")
