@@ -15,6 +15,14 @@ from fxtrain import testing, tree
 from fxtrain.finders import find_batch_size, lr_finder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _only_what_is_new_is_searched():
+    """The finder collects garbage after each size, which among all that the tests have imported takes half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def injected(factory=fx.optim.adamw, rate=1e-3):
     tx = fx.optim.inject_hyperparams(factory)(learning_rate=rate)
     return fx.init(problem.module(), tx, seed=0), fx.train_step(problem.loss_fn, tx)

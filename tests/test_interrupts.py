@@ -151,7 +151,7 @@ def run(self, *args):
 GraphLowering.run = run
 torch.set_num_threads(1)
 torch._inductor.config.force_disable_caches = True
-module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8 + i, 9 + i), torch.nn.Tanh()) for i in range(40)])
+module = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8 + i, 9 + i), torch.nn.Tanh()) for i in range(16)])
 tx = fx.optim.adamw(1e-3)
 options = {"backend": sys.argv[2]} if sys.argv[2] else {}
 step = fx.compile(fx.train_step(lambda model, batch: model(batch).square().mean(), tx), **options)

@@ -1,5 +1,6 @@
 """Hyper-parameters changed between steps: when, to what, and that no graph is made anew."""
 
+import functools
 import math
 
 import problem
@@ -121,8 +122,11 @@ def test_the_laws_hold():
 
 
 class TestInARun:
-    def run(self, callback, tx, steps=6, **options):
-        step = fx.compile(fx.train_step(problem.loss_fn, tx), backend="eager", on_recompile="error")
+    def compiled(self, tx):
+        return fx.compile(fx.train_step(problem.loss_fn, tx), backend="eager", on_recompile="error")
+
+    def run(self, callback, tx, steps=6, step=None, **options):
+        step = step or self.compiled(tx)
         options = {"eval_step": problem.eval_step, "eval_data": problem.data(), "eval_when": fx.every(1), **options}
         return fx.fit(fx.init(problem.module(), tx), step, problem.data(), steps=steps, callbacks=callback, **options)
 
@@ -142,9 +146,10 @@ class TestInARun:
             schedule_hyperparam("momentum", fx.schedules.linear(0.9, 0.5, transition_steps=12)),
         )
         tx = transform(learning_rate=0.1, momentum=0.9)
-        whole = self.run(callback, tx, steps=12).last
+        run = functools.partial(self.run, callback, tx, step=self.compiled(tx))
+        whole = run(steps=12).last
         for cut in range(1, 12, 2):
             checkpointer = fx.checkpointer(tmp_path / str(cut))
-            self.run(callback, tx, steps=cut, checkpointer=checkpointer)
-            again = self.run(callback, tx, steps=12, checkpointer=checkpointer, resume=True).last
+            run(steps=cut, checkpointer=checkpointer)
+            again = run(steps=12, checkpointer=checkpointer, resume=True).last
             testing.assert_equal(again, whole, f"cut after {cut}")
