@@ -20,6 +20,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compile.ahead import compile_ahead
 from fxtrain.compile.assembly import assembler
+from fxtrain.compile.draws import with_draws_together
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
 from fxtrain.compile.scalars import with_scalars_once
@@ -84,6 +85,8 @@ def compile_traced(
         return values[len(changed) :]
 
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+    if isinstance(step, Step):
+        graph = with_draws_together(graph)
     graph = with_scalars_once(with_faster_products(graph))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu
