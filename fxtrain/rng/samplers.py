@@ -62,14 +62,12 @@ def uniform(
     if high < low:
         raise ValueError(f"uniform draws from [low, high), and low={low} is above high={high}.")
 
-    def number(integer: Tensor) -> Tensor:
-        unit = (integer >> form.width - form.significand).to(form.compute) * 2.0**-form.significand
-        if low == 0.0 and high == 1.0:
-            return unit.to(dtype)
-        value = (unit * (high - low) + low).to(dtype)
-        return torch.where(value < high, value, torch.full_like(value, low))
-
-    return _fill_floats(key, shape, site, device, form, number)
+    integer = _integers(key, shape, site, device, form)
+    unit = (integer >> form.width - form.significand).to(form.compute) * 2.0**-form.significand
+    if low == 0.0 and high == 1.0:
+        return unit.to(dtype)
+    value = (unit * (high - low) + low).to(dtype)
+    return torch.where(value < high, value, torch.full_like(value, low))
 
 
 def normal(
@@ -96,15 +94,17 @@ def normal(
     """
     form = form_of(dtype)
 
-    def pair(integer: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    # As in ``_integers``: what is made of both pairs of words is made at once.
+    def pairs(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        if form.width == 32:
+            integer, turn = torch.stack([a, c], -1), torch.stack([b, d], -1)
+        else:
+            integer, turn = _join(a, b), _join(c, d)
         radius = sqrt(2.0 * negative_log(integer, form), form)
         x, y = point_on_circle(turn, form)
         return radius * x, radius * y
 
-    if form.width == 32:
-        unit = _fill(key, shape, site, device, 4, lambda a, b, c, d: (*pair(a, b), *pair(c, d)))
-    else:
-        unit = _fill(key, shape, site, device, 2, lambda a, b, c, d: pair(_join(a, b), _join(c, d)))
+    unit = _fill(key, shape, site, device, 4 if form.width == 32 else 2, pairs)
     return (unit * std + mean).to(dtype)
 
 
@@ -123,10 +123,8 @@ def exponential(
         raise ValueError(f"exponential takes a rate above 0, and {rate} came.")
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # what float16 would round to 0
 
-    def number(integer: Tensor) -> Tensor:
-        return (negative_log(integer, form) * (1.0 / rate)).to(dtype).clamp(min=least)
-
-    return _fill_floats(key, shape, site, device, form, number)
+    integer = _integers(key, shape, site, device, form)
+    return (negative_log(integer, form) * (1.0 / rate)).to(dtype).clamp(min=least)
 
 
 def bernoulli(
@@ -298,11 +296,8 @@ def cauchy(
     """Cauchy numbers: median + scale tan(a), with a uniform angle a."""
     form = form_of(dtype)
 
-    def number(integer: Tensor) -> Tensor:
-        x, y = point_on_circle(integer, form)
-        return (y / x * scale + median).to(dtype)
-
-    return _fill_floats(key, shape, site, device, form, number)
+    x, y = point_on_circle(_integers(key, shape, site, device, form), form)
+    return (y / x * scale + median).to(dtype)
 
 
 def geometric(
@@ -345,18 +340,14 @@ def _fill(
     return torch.stack(list(numbers(*words)), -1).flatten()[:count].reshape(shape)
 
 
-def _fill_floats(
-    key: Key,
-    shape: Sequence[int],
-    site: int,
-    device: torch.device | str | None,
-    form: Form,
-    number: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The shape filled with what ``number`` makes of an integer of ``form.width`` random bits."""
+def _integers(key: Key, shape: Sequence[int], site: int, device: torch.device | str | None, form: Form) -> Tensor:
+    """The shape filled with integers of ``form.width`` random bits.
+
+    What is made of them is made of all at once: a compiler takes as long for each word that comes by itself.
+    """
     if form.width == 32:
-        return _fill(key, shape, site, device, 4, lambda *words: [number(word) for word in words])
-    return _fill(key, shape, site, device, 2, lambda a, b, c, d: [number(_join(a, b)), number(_join(c, d))])
+        return bits(key, shape, site=site, device=device)
+    return _fill(key, shape, site, device, 2, lambda a, b, c, d: (_join(a, b), _join(c, d)))
 
 
 def _join(a: Tensor, b: Tensor) -> Tensor:
