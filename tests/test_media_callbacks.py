@@ -1,5 +1,7 @@
 """Text, samples, predictions, matrices and curves: what is logged is a function of the state and the event."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import fxtrain as fx
 from fxtrain import callbacks as cb
 from fxtrain import testing
 from fxtrain.callbacks.textgen import draw
+from fxtrain.report.markdown import as_html
 from fxtrain.values import ConfusionMatrix, Image
 
 
@@ -42,7 +45,7 @@ class TestTextgen:
     def test_each_prompt_has_numbers_of_its_own(self):
         callback = cb.textgen(["a", "a"], Bytes(), length=8, max_tokens=20)
         _, control = callback(language_model(), fx.EvalEnd(step=1, metrics={}))
-        first, second = control.log["textgen"].value.markdown.split("**a**")[1:]
+        first, second = control.log["textgen"].value.markdown.split("**prompt**")[1:]
         assert first.strip() != second.strip()
 
     def test_it_stops_at_a_stop_token_which_is_not_shown(self):
@@ -62,7 +65,14 @@ class TestTextgen:
             def forward(self, tokens):
                 return type("Output", (), {"logits": self.inner(tokens)})()
 
-        assert "**def **" in generated(fx.init(Output()))
+        assert "```text\ndef \n```" in generated(fx.init(Output()))
+
+    @pytest.mark.parametrize("prompt", ["def ", "**a** # `b`\n\n- c", "```python\nx", "a `````` b"])
+    def test_prompts_are_shown_as_they_are(self, prompt):
+        callback = cb.textgen([prompt], Bytes(), length=8, max_tokens=1, stop=range(256))
+        _, control = callback(language_model(), fx.EvalEnd(step=1, metrics={}))
+        shown = as_html(control.log["textgen"].value.markdown)
+        assert re.findall("<pre>(.*?)</pre>", shown, re.DOTALL) == [prompt, ""]
 
     def test_a_model_that_gives_no_logits_is_an_error_that_says_what_came(self):
         with pytest.raises(TypeError, match=r"wants logits \[1, T, vocabulary\].*a tensor of shape \[1, 4\] came"):

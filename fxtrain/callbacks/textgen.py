@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -14,8 +15,6 @@ from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, refuse_unless_
 from fxtrain.fold import Handler, on
 from fxtrain.model import view
 from fxtrain.values import Text
-
-_FENCE = "`````"
 
 
 class Tokenizer(Protocol):
@@ -73,8 +72,8 @@ def textgen(
         >>> model = torch.nn.Sequential(torch.nn.Embedding(26, 8), torch.nn.Linear(8, 26))
         >>> callback = textgen(["once"], Letters(), length=16, max_tokens=4, temperature=0)
         >>> _, control = callback(fx.init(model), fx.EvalEnd(step=10, metrics={}))
-        >>> control.log["textgen"].value.markdown.splitlines()[0]
-        '**once**'
+        >>> control.log["textgen"].value.markdown.splitlines()[:4]
+        ['**prompt**', '', '```text', 'once']
     """
     if isinstance(prompts, str) or not prompts:
         raise TypeError(f"prompts={prompts!r}: a sequence of one string or more is wanted.")
@@ -99,11 +98,17 @@ def textgen(
             key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=event.step, microbatch=index)
             numbers = rng.uniform(key, (max_tokens,)).tolist()
             written = generate(model, tokens, numbers, length=length, device=state.step.device, **drawing)
-            parts.append(f"**{prompts[index]}**\n\n{_FENCE}text\n{tokenizer.decode(written)}\n{_FENCE}\n")
+            parts += ["**prompt**\n", _verbatim(prompts[index]), "**goes on**\n", _verbatim(tokenizer.decode(written))]
         return state, Control(log={name: Text("\n".join(parts))})
 
     callback.__name__ = name
     return on(at, callback)
+
+
+def _verbatim(text: str) -> str:
+    """As a block of code, whose fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}\n"
 
 
 def generate(
