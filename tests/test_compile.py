@@ -390,6 +390,18 @@ class TestScalars:
         assert all(node.meta["val"].numel() <= 3 for node in kept)
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
+    @pytest.mark.parametrize("changed", [lambda y, view: y.add_(1.0), lambda y, view: view.add_(1.0)])
+    def test_that_are_written_over_are_read_as_they_are(self, changed):
+        def function(x, y):
+            y = torch.log(y)
+            view = y.view(())
+            changed(y, view)
+            return x * view, x * y
+
+        given = torch.randn(64), torch.rand(1)
+        graph = with_scalars_once(make_fx(function, tracing_mode="fake")(*given))
+        torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
+
     @pytest.mark.slow
     def test_and_are_not_in_the_loops_over_parameters(self):
         tx = fx.optim.adamw(fx.schedules.cosine(1e-1, 100))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.compile.writes import written_over
+
 _SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"))
 
 
@@ -32,7 +34,7 @@ def with_draws_together(graph: Any) -> Any:
 
     Where memory is written over before the end, in a module that works in place, it stays as it is.
     """
-    if any(map(_writes_within, graph.graph.nodes)):
+    if written_over(graph.graph):
         return graph
     numbers = _merge_numbers(graph.graph)
     order = {node: index for index, node in enumerate(graph.graph.nodes)}
@@ -47,12 +49,6 @@ def with_draws_together(graph: Any) -> Any:
                 _draw_together(graph.graph, [draws[site] for site in sites], sites, order)
     graph.recompile()
     return graph
-
-
-def _writes_within(node: Any) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return False
-    return node.target != torch.ops.aten.copy_.default or node.args[0].op != "placeholder"
 
 
 def _merge_numbers(graph: Any) -> dict[Any, None]:

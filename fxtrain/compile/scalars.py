@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.compile.operators import once
+from fxtrain.compile.writes import memory_of, written_over
 
 _MANY = 8  # elements for each number; a vector has as many
 
@@ -30,8 +31,11 @@ _SAME_NUMBERS = frozenset(
 
 
 def with_scalars_once(graph: Any) -> Any:
-    """The graph, from ``make_fx``, with such numbers kept in memory, on a CPU. It is changed in place."""
-    long = set[Any]()
+    """The graph, from ``make_fx``, with such numbers kept in memory, on a CPU. It is changed in place.
+
+    What is written over afterwards, by itself or as a view of it, is read where it is.
+    """
+    long, written = set[Any](), written_over(graph.graph)
     for node in list(graph.graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
@@ -40,7 +44,7 @@ def with_scalars_once(graph: Any) -> Any:
             continue
         long.add(node)
         readers = [user for user in node.users if _size(user) >= _MANY * max(value.numel(), 1)]
-        if not readers:
+        if not readers or memory_of(value) in written:
             continue
         with graph.graph.inserting_after(node):
             kept = graph.graph.call_function(once(), (node,))

@@ -24,6 +24,7 @@ from fxtrain.compile.draws import with_draws_together
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
 from fxtrain.compile.scalars import with_scalars_once
+from fxtrain.compile.writes import memory_of
 from fxtrain.core import TrainState
 from fxtrain.step import EvalFunction, Step
 
@@ -202,13 +203,9 @@ def _is_better_channels_first(graph: Any, examples: Sequence[Tensor]) -> bool:
 
 def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The values, each in memory of its own: what is a view of an input would change with it."""
-    taken = {_memory(leaf) for leaf in inputs}
+    taken = set(map(memory_of, inputs))
     out: list[Tensor] = []
     for value in values:
-        out.append(value.clone() if _memory(value) in taken else value)
-        taken.add(_memory(value))
+        out.append(value.clone() if memory_of(value) in taken else value)
+        taken.add(memory_of(value))
     return out
-
-
-def _memory(leaf: Tensor) -> int:
-    return leaf.untyped_storage()._cdata
