@@ -309,6 +309,14 @@ class TestReplay:
         assert state.tolist() == [6.0, 6.0]
 
 
+def changed(change, function, given):
+    """The function as a graph that was changed."""
+    graph = make_fx(function, tracing_mode="fake")(*given)
+    change(graph.graph)
+    graph.recompile()
+    return graph
+
+
 def operations(graph):
     return {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
 
@@ -331,7 +339,7 @@ class TestProducts:
             return torch.addmm(more, x, other) if bias else x @ other
 
         given = torch.randn(rows, 96), torch.randn((112, 96) if turned else (96, 112)), torch.randn(112)
-        graph = matmul.with_faster_products(make_fx(function, tracing_mode="fake")(*given))
+        graph = changed(matmul.with_faster_products, function, given)
         assert ("fxtrain.linear.default" in operations(graph)) == (rows == 256)
         assert "aten.addmm.default" not in operations(graph)
         torch.testing.assert_close(graph(*given), function(*given), rtol=1e-4, atol=1e-4)
@@ -346,12 +354,12 @@ class TestProducts:
 
     def test_of_what_it_cannot_take_stay(self):
         given = torch.randn(256, 96, dtype=torch.float64), torch.randn(96, 112, dtype=torch.float64)
-        graph = matmul.with_faster_products(make_fx(torch.mm, tracing_mode="fake")(*given))
+        graph = changed(matmul.with_faster_products, torch.mm, given)
         assert operations(graph) == {"aten.mm.default"}
 
     def test_of_short_numbers_keep_their_bias_which_would_be_rounded_twice(self):
         given = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((112,), (4, 96), (96, 112))]
-        graph = matmul.with_faster_products(make_fx(torch.addmm, tracing_mode="fake")(*given))
+        graph = changed(matmul.with_faster_products, torch.addmm, given)
         assert operations(graph) == {"aten.addmm.default"}
 
     @pytest.mark.slow
@@ -384,22 +392,22 @@ class TestScalars:
     )
     def test_are_kept_where_many_read_them(self, function, shapes, expected):
         given = [torch.randn(shape) for shape in shapes]
-        graph = with_scalars_once(make_fx(function, tracing_mode="fake")(*given))
+        graph = changed(with_scalars_once, function, given)
         kept = [node for node in graph.graph.nodes if str(node.target) == "fxtrain.once.default"]
         assert len(kept) == expected
         assert all(node.meta["val"].numel() <= 3 for node in kept)
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("changed", [lambda y, view: y.add_(1.0), lambda y, view: view.add_(1.0)])
-    def test_that_are_written_over_are_read_as_they_are(self, changed):
+    @pytest.mark.parametrize("write", [lambda y, view: y.add_(1.0), lambda y, view: view.add_(1.0)])
+    def test_that_are_written_over_are_read_as_they_are(self, write):
         def function(x, y):
             y = torch.log(y)
             view = y.view(())
-            changed(y, view)
+            write(y, view)
             return x * view, x * y
 
         given = torch.randn(64), torch.rand(1)
-        graph = with_scalars_once(make_fx(function, tracing_mode="fake")(*given))
+        graph = changed(with_scalars_once, function, given)
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
     @pytest.mark.slow

@@ -30,7 +30,10 @@ def graph_of(function, *inputs):
     def traced():
         return make_fx(drawing, tracing_mode="fake", _allow_non_fake_inputs=True)(SEED, STEP, *inputs)
 
-    return traced(), draws.with_draws_together(traced())
+    together = traced()
+    draws.with_draws_together(together.graph)
+    together.recompile()
+    return traced(), together
 
 
 def count(graph, target):

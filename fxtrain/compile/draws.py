@@ -30,14 +30,14 @@ class _Draw(NamedTuple):
 
 
 def with_draws_together(graph: Any) -> Any:
-    """The graph, from ``make_fx``, with masks of one shape drawn together. It is changed in place.
+    """The graph, of ``make_fx``, with masks of one shape drawn together. It is changed in place.
 
     Where memory is written over before the end, in a module that works in place, it stays as it is.
     """
-    if written_over(graph.graph):
+    if written_over(graph):
         return graph
-    numbers = _merge_numbers(graph.graph)
-    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+    numbers = _merge_numbers(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
     alike = collections.defaultdict[str, dict[int, _Draw]](dict)
     for node in filter(_takes_site, numbers):
         draw = _draw_from(node, numbers, order)
@@ -46,8 +46,7 @@ def with_draws_together(graph: Any) -> Any:
     for draws in alike.values():
         for sites in _progressions(draws):
             if len(sites) > 1:
-                _draw_together(graph.graph, [draws[site] for site in sites], sites, order)
-    graph.recompile()
+                _draw_together(graph, [draws[site] for site in sites], sites, order)
     return graph
 
 

@@ -29,9 +29,9 @@ _FULL_WIDTH = 26  # the family of AMD's processors since which vectors of 512 bi
 
 
 def with_faster_products(graph: Any) -> Any:
-    """The graph, from ``make_fx``, with its products on a CPU as they are fastest. It is changed in place."""
-    aten, nodes = torch.ops.aten, graph.graph
-    for node in list(nodes.nodes):
+    """The graph, of ``make_fx``, with its products on a CPU as they are fastest. It is changed in place."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
         if node.target == aten.mm.default:
             x, other = node.args
             bias = None
@@ -41,36 +41,35 @@ def with_faster_products(graph: Any) -> Any:
             continue
         if not _is_exact(x.meta["val"], other.meta["val"]):
             continue
-        with nodes.inserting_before(node):
+        with graph.inserting_before(node):
             if _pays() and _is_large(x.meta["val"], other.meta["val"]):
-                product = _by_onednn(nodes, x, other, bias)
+                product = _by_onednn(graph, x, other, bias)
             elif bias is not None:
-                product = _bias_apart(nodes, x, other, bias)
+                product = _bias_apart(graph, x, other, bias)
             else:
                 continue
         product.meta.update(node.meta)
         node.replace_all_uses_with(product)
-        nodes.erase_node(node)
-    graph.recompile()
+        graph.erase_node(node)
     return graph
 
 
-def _by_onednn(nodes: Any, x: Any, other: Any, bias: Any) -> Any:
+def _by_onednn(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     aten = torch.ops.aten
-    weight = nodes.call_function(aten.t.default, (other,))
+    weight = graph.call_function(aten.t.default, (other,))
     weight.meta["val"] = other.meta["val"].t()
     if not x.meta["val"].is_contiguous():
         # oneDNN's own operator would copy it, and Inductor does that on the way to it.
-        x = nodes.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
-    return nodes.call_function(linear(), (x, weight, bias))
+        x = graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+    return graph.call_function(linear(), (x, weight, bias))
 
 
-def _bias_apart(nodes: Any, x: Any, other: Any, bias: Any) -> Any:
+def _bias_apart(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     aten = torch.ops.aten
-    product = nodes.call_function(aten.mm.default, (x, other))
+    product = graph.call_function(aten.mm.default, (x, other))
     product.meta["val"] = x.meta["val"] @ other.meta["val"]
     # Kept, or Inductor would put the two together again.
-    return nodes.call_function(aten.add.Tensor, (nodes.call_function(once(), (product,)), bias))
+    return graph.call_function(aten.add.Tensor, (graph.call_function(once(), (product,)), bias))
 
 
 def _is_exact(x: Tensor, other: Tensor) -> bool:

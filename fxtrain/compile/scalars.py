@@ -31,12 +31,12 @@ _SAME_NUMBERS = frozenset(
 
 
 def with_scalars_once(graph: Any) -> Any:
-    """The graph, from ``make_fx``, with such numbers kept in memory, on a CPU. It is changed in place.
+    """The graph, of ``make_fx``, with such numbers kept in memory, on a CPU. It is changed in place.
 
     What is written over afterwards, by itself or as a view of it, is read where it is.
     """
-    long, written = set[Any](), written_over(graph.graph)
-    for node in list(graph.graph.nodes):
+    long, written = set[Any](), written_over(graph)
+    for node in list(graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
             continue
@@ -46,12 +46,11 @@ def with_scalars_once(graph: Any) -> Any:
         readers = [user for user in node.users if _size(user) >= _MANY * max(value.numel(), 1)]
         if not readers or memory_of(value) in written:
             continue
-        with graph.graph.inserting_after(node):
-            kept = graph.graph.call_function(once(), (node,))
+        with graph.inserting_after(node):
+            kept = graph.call_function(once(), (node,))
         kept.meta.update(node.meta)
         for user in readers:
             user.replace_input_with(node, kept)
-    graph.recompile()
     return graph
 
 

@@ -86,9 +86,9 @@ def compile_traced(
         return values[len(changed) :]
 
     graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
-    if isinstance(step, Step):
-        graph = with_draws_together(graph)
-    graph = with_scalars_once(with_faster_products(graph))
+    if isinstance(step, Step):  # which keeps its masks for its backward pass; what only goes forward need not
+        with_draws_together(graph.graph)
+    with_scalars_once(with_faster_products(graph.graph))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu
     read = _without_unread(graph)
@@ -122,7 +122,7 @@ def _without_unread(graph: Any) -> list[int]:
     for node in inputs:
         if not node.users:
             graph.graph.erase_node(node)
-    graph.recompile()
+    graph.recompile()  # once for all that was changed
     return read
 
 
