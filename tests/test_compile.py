@@ -164,7 +164,7 @@ class TestOneGraph:
             testing.assert_equal(getattr(last, name), getattr(straight, name), f"{name} of the uncompiled run")
         assert train.frame_count == 1
         assert evaluation.frame_count == 1
-        assert {"a", "b", "early_stopping", "evaluated"} <= set(last.slots)
+        assert {"a", "b", "early_stopping", "loop/evaluated"} <= set(last.slots)
         assert not {(977,), (983,)} & set(inputs(train))
         leaves = tree.leaves((last.replace(slots={}), problem.data()[0]))
         assert len(inputs(train)) <= len(leaves)

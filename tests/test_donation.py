@@ -236,8 +236,10 @@ class TestFit:
         donated = fx.fit(given, UNDONATED, problem.data(), callbacks=CALLBACK, steps=9).last
         for batch in problem.data() * 3:
             state, _ = UNDONATED(state, batch)
-        for name in ("params", "buffers", "opt_state", "step", "slots"):
+        for name in ("params", "buffers", "opt_state", "step"):
             testing.assert_equal(getattr(donated, name), getattr(state, name), name)
+        for name, slot in state.slots.items():
+            testing.assert_equal(donated.slots[name], slot, name)
         testing.assert_equal(given, before, "the state given to fit")
 
     @pytest.mark.parametrize("lag", [0, 1])

@@ -322,7 +322,7 @@ class TestTriggers:
         gradients = fx.Gradients(step=torch.tensor(1), loss=torch.tensor(0.0), metrics={}, grads={})
         with pytest.raises(TypeError, match="Gradients has no clock"):
             fx.every(seconds=1)(gradients)
-        with pytest.raises(TypeError, match="StepEnd does not know how long an epoch is"):
+        with pytest.raises(TypeError, match="expected an event with a known epoch length, got StepEnd"):
             fx.every(epochs=1)(fx.StepEnd(step=1, metrics={}))
 
     def test_gate_a_traced_callback_by_a_tensor(self):

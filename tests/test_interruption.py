@@ -179,7 +179,7 @@ def test_a_finished_run_does_nothing_when_resumed(tmp_path):
     fired = []
     again = fit(callbacks=stop, checkpointer=checkpoints, resume=True, observers=[recorder(fired)])
     assert [type(event).__name__ for event in fired] == ["FitBegin", "Restored", "FitEnd"]
-    assert again.reason == "it had been stopped before this session began"
+    assert again.reason == "two"
     testing.assert_equal(again.last, first.last, "a finished run, resumed")
     assert int(fit(first.last, steps=4).last.step) == 4  # in memory it goes on where it is asked to
 
@@ -203,13 +203,15 @@ def test_a_save_that_waits_for_an_evaluation_stays_due(tmp_path):
     assert options["checkpointer"].best() == 2
 
 
-def test_a_callback_added_to_an_old_run_starts_fresh(tmp_path):
+def test_a_callback_added_at_a_resume_starts_from_the_restored_state(tmp_path):
     checkpoints = fx.checkpointer(tmp_path)
     counter = traced_counter()
-    fit(steps=2, callbacks=counter, step=problem.step(callbacks=counter), checkpointer=checkpoints)
+    first = fit(steps=2, callbacks=counter, step=problem.step(callbacks=counter), checkpointer=checkpoints)
     fired = []
-    late = fx.stateful("late", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))
-    result = fit(callbacks=late, checkpointer=checkpoints, resume=True, steps=3, observers=[recorder(fired)])
+    late = fx.stateful("late", lambda state: state.params, lambda state, event, memory: (memory, fx.Control()))
+    with pytest.warns(UserWarning, match="'late' is not in the checkpoint.*'updates' is in the checkpoint alone"):
+        result = fit(callbacks=late, checkpointer=checkpoints, resume=True, steps=3, observers=[recorder(fired)])
+    testing.assert_equal(result.last.slots["late"], first.last.params, "the slot that was added")
     (restored,) = [event for event in fired if isinstance(event, fx.Restored)]
     assert (restored.missing, restored.extra) == (("late",), ("updates",))
     assert int(result.last.slots["updates"]) == 2

@@ -23,6 +23,7 @@ from fxtrain.checkpoint.folder import Leaves, make_folder, read_manifest, write
 from fxtrain.checkpoint.selection import Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
+from fxtrain.core import LOOP
 
 _LARGE = 2**20  # bytes; below, a thread costs more than it brings
 
@@ -49,8 +50,8 @@ class Restoration:
     different: list[str]
 
     def warn(self, stacklevel: int) -> None:
-        """Tells whoever asked for the state alone."""
-        said = [f"the slot {name!r} is not in the checkpoint, and stays as in `like`" for name in self.missing]
+        """Warns about everything that is not as it was at the save."""
+        said = [f"the slot {name!r} is not in the checkpoint, and is initialized" for name in self.missing]
         kept = [name for name in self.extra if name in self.state.slots]
         said += [f"the slot {name!r} is in the checkpoint alone, and is kept" for name in kept]
         said += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
@@ -177,7 +178,10 @@ def read(
             state = state.replace(slots={**state.slots, **kept})
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
-    return Restoration(state, path, matched.missing, list(matched.extra), different)
+    missing, added = (
+        [name for name in names if not name.startswith(LOOP)] for names in (matched.missing, matched.extra)
+    )
+    return Restoration(state, path, missing, added, different)
 
 
 def device_of(state: Any) -> torch.device:

@@ -9,6 +9,8 @@ from fxtrain.core.control import Logged as Logged
 from fxtrain.core.donated import Donated as Donated
 from fxtrain.core.donated import DonatedError as DonatedError
 from fxtrain.core.donated import bury as bury
+from fxtrain.core.epochs import Epoch as Epoch
+from fxtrain.core.epochs import epochs_taken as epochs_taken
 from fxtrain.core.events import EVENTS as EVENTS
 from fxtrain.core.events import SESSION as SESSION
 from fxtrain.core.events import TRACED as TRACED
@@ -42,5 +44,12 @@ from fxtrain.core.pytrees import NAMESPACE as NAMESPACE
 from fxtrain.core.pytrees import NODES as NODES
 from fxtrain.core.pytrees import ops as ops
 from fxtrain.core.pytrees import register_node as register_node
+from fxtrain.core.slots import DATA as DATA
+from fxtrain.core.slots import EPOCH as EPOCH
+from fxtrain.core.slots import EVALUATED as EVALUATED
+from fxtrain.core.slots import LOOP as LOOP
+from fxtrain.core.slots import REWINDS as REWINDS
+from fxtrain.core.slots import SNAPSHOTS as SNAPSHOTS
+from fxtrain.core.slots import STOP_REASONS as STOP_REASONS
 from fxtrain.core.state import Due as Due
 from fxtrain.core.state import TrainState as TrainState

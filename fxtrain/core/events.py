@@ -78,7 +78,9 @@ class LoopEvent:
     Args:
         step: The number of the step being taken, or between steps of the last one taken.
         position: Batches consumed of the data stream, this step's included at its end.
-        epoch_length: Batches in an epoch, or None where that is unknown or there is no end.
+        epochs_done: Epochs finished.
+        epoch_start: Position at which the current epoch began.
+        epoch_length: Batches in an epoch; None while that is unknown, and for data without an end.
         total_steps: Steps that the run is to have, or None.
         total_epochs: Epochs that the run is to have, or None.
         time: Seconds since this session of the loop began.
@@ -88,6 +90,8 @@ class LoopEvent:
 
     step: int
     position: int = 0
+    epochs_done: int = 0
+    epoch_start: int = 0
     epoch_length: int | None = None
     total_steps: int | None = None
     total_epochs: int | None = None
@@ -97,8 +101,10 @@ class LoopEvent:
 
     @property
     def epoch(self) -> float | None:
-        """Epochs done, with their fraction; None where an epoch's length is unknown."""
-        return None if self.epoch_length is None else self.position / self.epoch_length
+        """Epochs done, with their fraction; None while the length of an epoch is unknown."""
+        if self.epoch_length is None:
+            return None
+        return self.epochs_done + (self.position - self.epoch_start) / self.epoch_length
 
 
 def event_of(kind: type[Any], fields: dict[str, Any]) -> Any:

@@ -23,6 +23,8 @@ class Foreign(Source):
         self.source = source
         if hasattr(source, "snapshot") and hasattr(source, "restore"):
             self.snapshot, self.restore = source.snapshot, source.restore
+        if hasattr(source, "expect_epoch_length"):
+            self.expect_epoch_length = source.expect_epoch_length
 
     @property
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -96,6 +96,13 @@ class Prefetched(Source):
     def fetch(self, position: int) -> Any:
         return self[position]
 
+    def expect_epoch_length(self, length: int) -> None:
+        """Sets the number of batches in an epoch, which an earlier session found out."""
+        expect = getattr(self.source, "expect_epoch_length", None)
+        if expect is not None and self._reader is None:
+            expect(length)
+            self.epoch_length = self.source.epoch_length
+
     def close(self) -> None:
         if self._reader is not None:
             self._unused.detach()

@@ -142,7 +142,7 @@ class Mapped(Source):
         self.source.close()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("snapshot", "restore"):  # there only if the source has them
+        if name in ("snapshot", "restore", "expect_epoch_length"):  # there only if the source has them
             return getattr(self.source, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
 

@@ -61,6 +61,11 @@ class Streamed(Source):
     def _position(self) -> int:
         return self._epoch * (self.epoch_length or 0) + self._index
 
+    def expect_epoch_length(self, length: int) -> None:
+        """Sets the number of batches in an epoch, which an earlier session found out."""
+        if self.epoch_length is None and not self._begun:
+            self.epoch_length = length
+
     def _seek(self, position: int) -> None:
         """Makes the batch at ``position`` the one that is read next."""
         if self._iterator is not None and self._index == self.epoch_length and not self._ended:
@@ -80,7 +85,7 @@ class Streamed(Source):
         return None
 
     def _open(self, epoch: int, position: int) -> None:
-        if self._once and self._begun:
+        if self._once and (self._begun or epoch > 0):
             if self.epoch_length is not None and position >= self.epoch_length:
                 raise Exhausted(position)
             raise ValueError(

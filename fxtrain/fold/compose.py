@@ -10,6 +10,7 @@ from typing import Any
 from fxtrain import tree
 from fxtrain.core import (
     EVENTS,
+    LOOP,
     SESSION,
     TRACED,
     Control,
@@ -209,7 +210,9 @@ def slotted(
         label: The callback's own name, if it is not the slot's.
     """
     if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"A slot's name is a non-empty string, and {name!r} came.")
+        raise ValueError(f"expected a non-empty string as the name of a slot, got {name!r}.")
+    if name.startswith(LOOP):
+        raise ValueError(f"expected a slot name that does not begin with {LOOP!r}, which the loop uses, got {name!r}.")
     handler = handler_of(callback)
     return dataclasses.replace(handler, name=label or name, slot=name, init=init)
 

@@ -66,9 +66,8 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
         )
 
     def crossed_epochs(event: Any) -> Flag:
-        batches = period * _epoch_length(event)
-        # The nudge keeps 3 * 0.1 epochs from landing just below 0.3.
-        return (event.position + 1e-6) // batches > (event.position - 1 + 1e-6) // batches and event.position > 0
+        now, nudge = _epoch(event), 1e-6 / event.epoch_length  # the nudge keeps 3 * 0.1 epochs from landing below 0.3
+        return (now + nudge) // period > (now - 1 / event.epoch_length + nudge) // period and event.position > 0
 
     return Trigger(f"every(epochs={period})", crossed_epochs)
 
@@ -105,7 +104,7 @@ def after(steps: int | None = None, *, seconds: float | None = None, epochs: flo
         return Trigger(f"after({period})", lambda event: event.step > period)
     if unit == "seconds":
         return Trigger(f"after(seconds={period})", lambda event: _elapsed(event) > period)
-    return Trigger(f"after(epochs={period})", lambda event: event.position > period * _epoch_length(event))
+    return Trigger(f"after(epochs={period})", lambda event: _epoch(event) > period)
 
 
 def when(trigger: Callable[[Any], Flag], callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,12 +151,13 @@ def _elapsed(event: Any) -> float:
     return event.time
 
 
-def _epoch_length(event: Any) -> int:
-    if isinstance(event, TRACED) or event.epoch_length is None:
+def _epoch(event: Any) -> float:
+    if isinstance(event, TRACED) or event.epoch is None:
         raise TypeError(
-            f"{type(event).__name__} does not know how long an epoch is: count steps, or give the data a length."
+            f"expected an event with a known epoch length, got {type(event).__name__} without one. Count steps, or "
+            "give data that has a length."
         )
-    return event.epoch_length
+    return event.epoch
 
 
 def _text(trigger: Callable[[Any], Flag]) -> str:

@@ -1,7 +1,8 @@
-"""Current: the state that a run is at, with its counters and what is due as Python values beside it."""
+"""The state that a run is at, with its counters and pending requests as Python values."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, Donated, Due, TrainState
+from fxtrain.core import STOP_REASONS, Control, Donated, Due, Epoch, TrainState
 from fxtrain.core.state import FIELDS
 from fxtrain.loop.late import copied_to_host
 
@@ -45,6 +46,7 @@ class Branch(NamedTuple):
     why: tuple[str, ...]
     step: int
     position: int
+    epoch: Epoch
 
     @property
     def is_taken(self) -> bool:
@@ -82,23 +84,24 @@ class Current:
         # None of these is changed in place, so that a branch, of which there is one at each step, can hold them.
         self.due: dict[str, Any] = {}
         self.unread: tuple[Callable[[], Control], ...] = ()  # requests to stop, their flags on their way here
-        self.why: tuple[str, ...] = ()  # the reasons to stop
+        self.why: tuple[str, ...] = _read_why(state)  # the reasons to stop
         self.take(state)
 
     def take(self, state: TrainState) -> None:
         """Makes ``state`` the current one, and reads its counters: the only time that the loop waits for them."""
         self.state = state
         self.step, self.position = int(state.step), int(state.position)
+        self.epoch = Epoch.of(state) or Epoch(done=0, start=0, length=0)
         self.due = {name: value.item() for name, value in state.due._asdict().items()}
 
     def branch(self) -> Branch:
         """What ``abandon`` returns to."""
-        where = (self.state, self.due, self.unread, self.why, self.step, self.position)
+        where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch)
         return tuple.__new__(Branch, where)  # past the function that a NamedTuple has for it, as this is in each step
 
     def abandon(self, branch: Branch) -> None:
         """Forgets all that happened since."""
-        state, self.due, self.unread, self.why, self.step, self.position = branch
+        state, self.due, self.unread, self.why, self.step, self.position, self.epoch = branch
         self.state = state.older() if isinstance(state, Difference) else state
 
     def thin(self, branch: Branch) -> Branch:
@@ -119,9 +122,33 @@ class Current:
             self.state = self.state.replace(due=self.state.due._replace(**tensors))
 
     def move_to(self, position: int) -> None:
-        """Moves the place in the data, without a step."""
+        """Moves the data position without a step."""
         self.position = position
         self.state = self.state.replace(position=torch.full_like(self.state.position, position))
+
+    def count(self, epoch: Epoch) -> None:
+        """Sets the epoch that the run is in."""
+        if epoch != Epoch.of(self.state):
+            self.epoch, self.state = epoch, epoch.into(self.state)
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether every batch of the current epoch is consumed; False while its length is unknown."""
+        return self.epoch.length > 0 and self.position >= self.epoch.start + self.epoch.length
+
+    def keep_why(self) -> None:
+        """Writes the reasons of a pending stop into the state, for the session that resumes it."""
+        if self.due["stop"] and self.why:
+            text = json.dumps(list(dict.fromkeys(self.why))).encode()
+            reasons = torch.tensor(list(text), dtype=torch.uint8, device=self.state.step.device)
+            self.state = self.state.with_slot(STOP_REASONS, reasons)
+
+    def forget_stop(self) -> None:
+        """Clears a stop that has been carried out, so that the state can be trained further."""
+        self.set(stop=False, unsaved=False)
+        if STOP_REASONS in self.state.slots:
+            slots = {name: slot for name, slot in self.state.slots.items() if name != STOP_REASONS}
+            self.state = self.state.replace(slots=slots)
 
     def stop(self, reason: str) -> None:
         """The loop's own request to stop."""
@@ -132,7 +159,7 @@ class Current:
         """Joins what was asked into what is due."""
         if not control.kinds:
             return
-        late = {"stop", "unsaved"}.intersection(control.kinds) if self.late else ()
+        late = {"stop", "unsaved"}.intersection(control.kinds) if self.late and _on_device(control) else ()
         if late:
             # Set where the flags are, so that the next step is a fixed point; read when they have arrived.
             due = self.state.due
@@ -149,10 +176,14 @@ class Current:
                 if kind == "stop":
                     self.why = (*self.why, *control.reasons("stop"))
 
-    def read_flags(self) -> bool:
-        """Reads the requests to stop that were left on the device; returns whether the run is to stop."""
-        unread, self.unread = self.unread, ()
-        for asked in unread:
+    def read_flags(self, count: int | None = None) -> bool:
+        """Reads the oldest ``count`` stop requests whose flags were left on the device, by default all of them.
+
+        Returns whether the run is to stop.
+        """
+        count = len(self.unread) if count is None else count
+        read, self.unread = self.unread[:count], self.unread[count:]
+        for asked in read:
             control = asked()
             if control.any("stop"):
                 self.why = (*self.why, *control.reasons("stop"))
@@ -165,3 +196,13 @@ class Current:
         """Whether the next step has to wait for something."""
         due = self.due
         return bool(due["rewind"] or due["evaluate"] or due["end_epoch"] or due["save"] or due["stop"])
+
+
+def _on_device(control: Control) -> bool:
+    """Whether a stop depends on a tensor, which the loop may have to wait for."""
+    return any(isinstance(flag, Tensor) for flag in control.stop.values())
+
+
+def _read_why(state: TrainState) -> tuple[str, ...]:
+    slot = state.slots.get(STOP_REASONS)
+    return () if slot is None else tuple(json.loads(bytes(slot.tolist())))

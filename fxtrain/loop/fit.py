@@ -75,8 +75,8 @@ def fit(
         callbacks: Folded over after each event, in their order.
         eval_step: From ``fxtrain.eval_step``.
         eval_data: As ``data``; an evaluation takes one epoch of it.
-        eval_when: A trigger, asked at each ``StepEnd``. By default evaluation is at the last step of each epoch and
-            of the run.
+        eval_when: A trigger, asked at each ``StepEnd``. By default each epoch ends with an evaluation, and so does
+            the run.
         eval_view: From the state to the one that is evaluated in its place, ``fxtrain.callbacks.averaged`` say. What
             trains, and what is saved, stays what it is.
         epochs: How many epochs the run is to have in all, those before a resume included.
@@ -188,6 +188,7 @@ def _plan(
         eval_step=eval_step,
         eval_data=eval_data,
         eval_view=eval_view,
+        evaluate_epochs=eval_step is not None and eval_when is None,
         epochs=epochs,
         steps=steps,
         checkpointer=checkpointer,
@@ -205,5 +206,5 @@ def _evaluation_by(trigger: Callable[[Any], Any]) -> Handler:
 
 def _at_the_last_step(event: StepEnd) -> bool:
     """The last step of an epoch, or of the run."""
-    ends_epoch = event.epoch_length is not None and event.position % event.epoch_length == 0
+    ends_epoch = event.epoch_length is not None and event.position == event.epoch_start + event.epoch_length
     return ends_epoch or event.step == event.total_steps

@@ -12,14 +12,18 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fxtrain import metrics
 from fxtrain.core import (
+    DATA,
+    EVALUATED,
+    REWINDS,
     Control,
+    Epoch,
     EpochBegin,
     EpochEnd,
     EvalBegin,
@@ -37,9 +41,11 @@ from fxtrain.core import (
     TrainState,
     event_of,
 )
+from fxtrain.checkpoint import Restoration
 from fxtrain.data import adapt
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.loop.current import Current
+from fxtrain.loop.epochs import begin_epochs
 from fxtrain.loop.evaluate import measure
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
@@ -57,11 +63,8 @@ Moment = tuple[TrainState, Event, Control]
 
 Moments = Generator[Moment, None, Any]
 
-EVALUATED = "evaluated"  # slot: the last evaluation's metrics and step, for the save that follows it
-REWINDS = "rewinds"  # slot: int64 [n, 2], how often (second column) the run went back to which step (first)
 _NOTHING = Control()
-
-DATA = "data"  # slot: uint8 [n], where a source of data that keeps its own place is
+_MAX_EMPTY_EPOCHS = 100  # in a row; a run that takes no step in so many never will
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Plan:
     eval_step: Callable[..., Any] | None
     eval_data: Any
     eval_view: Callable[[TrainState], TrainState] | None
+    evaluate_epochs: bool  # whether each epoch ends with an evaluation
     epochs: int | None
     steps: int | None
     observers: Iterable[Callable[..., None]]
@@ -103,7 +107,8 @@ class Run:
         self._restored = self._saving.restored(state) if plan.resume else None
         whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
-            state = self._restored.state
+            # A slot that the checkpoint lacks begins at the state that the run goes on from, not at a fresh one.
+            state = self._attached_late(self._restored)
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
@@ -116,17 +121,25 @@ class Run:
         # disk is its own already.
         self._now = Current(state if whole else state.copy(), late=bool(late))
         self._saving.begin(self._now.state, on_disk=whole)
+        self._now.count(begin_epochs(state, self.data))
         if DATA in state.slots and hasattr(self.data, "restore"):
-            self.data.restore(self._now.position, state.slots[DATA])
+            self.data.restore(self._now.epoch.index(self._now.position), state.slots[DATA])
 
         donates = self.step is not given or getattr(given, "donates", False)
         self._kept = Kept(plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving)
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
         self._root = self._now.branch()  # what to come back to when something goes wrong
+        self._empty_epochs = 0  # in a row, without a step
+        self._step_of_last_epoch = -1
         self.reason = ""
         self.exit_code = 0
         self.last: Any = None
+
+    def _attached_late(self, restored: Restoration) -> TrainState:
+        claimed = {*self.plan.callbacks.slots, *as_composed(self.step).slots}.intersection(restored.missing)
+        slots = {name: slot for name, slot in restored.state.slots.items() if name not in claimed}
+        return attach(attach(restored.state.replace(slots=slots), self.plan.callbacks), self.step)
 
     @property
     def state(self) -> TrainState:
@@ -152,6 +165,7 @@ class Run:
                     yield from self._settle()
                     self._root = now.branch()
                 if self._interrupts.cause is not None:
+                    now.read_flags()
                     self.reason = f"interrupted by {self._interrupts.cause}"
                     self.exit_code = self._interrupts.exit_code
                     yield from self._fire(Interrupted, cause=self._interrupts.cause)
@@ -166,15 +180,14 @@ class Run:
         yield from self._save_last()
         # A stop is honoured here. The last checkpoint keeps it, so that resuming a finished run does nothing;
         # the state in memory goes on where it is asked to.
-        now.set(stop=False, unsaved=False)
+        now.forget_stop()
         self.last = now.state
         yield from self._fire(FitEnd, reason=self.reason)
 
     def _finished(self) -> bool:
         now, plan = self._now, self.plan
-        length = self.data.epoch_length
         out_of_steps = plan.steps is not None and now.step >= plan.steps
-        out_of_epochs = plan.epochs is not None and bool(length) and now.position // length >= plan.epochs
+        out_of_epochs = plan.epochs is not None and now.epoch.done >= plan.epochs
         if (out_of_steps or out_of_epochs) and now.unread:
             now.read_flags()
         if now.due["stop"]:
@@ -220,23 +233,31 @@ class Run:
         """Steps, until something else is due."""
         now = self._now
         if now.due["begin_epoch"]:
+            if now.unread and now.read_flags():
+                return
             now.set(begin_epoch=False)
-            self._feeding.epoch_from = now.position
             yield from self._fire(EpochBegin)
             if now.anything_due:
                 return
+            self._root = now.branch()
         # No name here may hold a state: what somebody else holds is copied by a step that takes its memory.
         due, last = now.due, self._last_in_a_row()
         begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
         while True:
-            batches = self._feeding.next(now.position, self._strides.length(now.step, now.position))
-            if not batches:
+            count = self._strides.length(now.step, now.position, now.epoch)
+            batches = self._feeding.next(now.position, now.epoch, count)
+            if not batches:  # data of unknown length, which the state now keeps
+                now.count(now.epoch._replace(length=now.position - now.epoch.start))
                 now.set(end_epoch=True)
                 return
             outside: dict[str, Any] = {}
             if begins:
                 outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
                 if not (yield from self._begin_step(batches)):
+                    if now.read_flags(len(self._root.unread)) and self._root.unread:
+                        # The run had stopped one step ago, so this event is undone.
+                        now.abandon(self._root)
+                        now.read_flags()
                     return
             self._root = now.thin(self._root)
             try:
@@ -244,10 +265,7 @@ class Run:
             except Abandoned:
                 now.abandon(self._root)
                 return
-            if now.unread and now.read_flags():
-                # The run had stopped one step ago, so this step returned its input. What callbacks of the loop
-                # wrote down about a batch that was never used goes as well.
-                now.state = now.state.replace(slots={**now.state.slots, **outside})
+            if now.unread and self._stopped_before_step(outside):
                 return
             if len(outputs) > 1:
                 outputs = outputs[: int(now.state.step) - now.step]  # stopped at one, those after it were not taken
@@ -262,6 +280,21 @@ class Run:
             if now.due is not due or now.step >= last or self._interrupts.cause is not None:
                 return
             self._root = now.branch()
+
+    def _stopped_before_step(self, outside: Mapping[str, Any]) -> bool:
+        """Reads the flags left on the device; returns whether one was set, so that the step returned its input.
+
+        Args:
+            outside: The loop's slots as they were before this step's StepBegin.
+        """
+        now = self._now
+        if self._root.unread and now.read_flags(len(self._root.unread)):
+            # The run had stopped one step ago, so what happened at this StepBegin is undone.
+            now.unread = ()
+            now.set(**{name: value for name, value in self._root.due.items() if name not in ("stop", "unsaved")})
+            now.state = now.state.replace(slots={**now.state.slots, **outside})
+            return True
+        return bool(now.unread) and now.read_flags()
 
     def _begin_step(self, batches: Sequence[Any]) -> Generator[Moment, None, bool]:
         """Returns whether the step is to be taken."""
@@ -285,8 +318,7 @@ class Run:
         return min(limit, now.step - now.step % every + every) if every else limit
 
     def _end_epoch_if_over(self) -> None:
-        length = self.data.epoch_length
-        if length is not None and self._now.position % length == 0:
+        if self._now.epoch_is_over:
             self._now.set(end_epoch=True)
 
     # What is due, in its order
@@ -299,6 +331,8 @@ class Run:
             if now.due["rewind"]:
                 yield from self._rewind()
             elif now.due["evaluate"]:
+                yield from self._evaluate()
+            elif now.due["end_epoch"] and self._epoch_lacks_evaluation():
                 yield from self._evaluate()
             elif now.due["end_epoch"]:
                 yield from self._end_epoch()
@@ -338,21 +372,40 @@ class Run:
         now.state = now.state.with_slot(EVALUATED, memory)
         yield from self._fire(EvalEnd, metrics=measured)
 
+    def _epoch_lacks_evaluation(self) -> bool:
+        """Whether the epoch is to end with an evaluation and no step asked for it.
+
+        A step cannot where it was the last of data of unknown length, or where the batches after it were skipped.
+        """
+        last = self._now.state.slots.get(EVALUATED)
+        return self.plan.evaluate_epochs and (last is None or int(last["step"]) != self._now.step)
+
     def _end_epoch(self) -> Moments:
-        now, length = self._now, self.data.epoch_length
-        if length is None and not self._feeding.ends_at(now.position):
+        now, epoch = self._now, self._now.epoch
+        if not epoch.length:
             raise ValueError(
-                "The end of the epoch was asked for, and nobody knows how long it is: give data with a length."
+                "expected data that knows its epoch length where a callback requests end_epoch, got data that is still "
+                "in its first epoch. Give data that has a length."
             )
-        if length is not None and now.position % length:
-            now.move_to(now.position + length - now.position % length)
+        end = epoch.start + epoch.length
+        if now.position < end:
+            now.move_to(end)
+        self._empty_epochs = 0 if now.step > self._step_of_last_epoch else self._empty_epochs + 1
+        if self._empty_epochs >= _MAX_EMPTY_EPOCHS:
+            raise ValueError(
+                f"expected a step within {_MAX_EMPTY_EPOCHS} epochs, got none: a callback skips every batch or ends "
+                "every epoch before its first step. Let it stop the run instead."
+            )
+        self._step_of_last_epoch = now.step
+        now.count(Epoch(epoch.done + 1, start=now.position, length=self.data.epoch_length or epoch.length))
         now.set(end_epoch=False, begin_epoch=True)
         yield from self._fire(EpochEnd)
 
     def _save(self) -> None:
         now = self._now
+        now.keep_why()
         if self.plan.checkpointer is not None and hasattr(self.data, "snapshot"):
-            now.state = now.state.with_slot(DATA, self.data.snapshot(now.position))
+            now.state = now.state.with_slot(DATA, self.data.snapshot(now.epoch.index(now.position)))
         self._publish.flush(now.step)
         self._saving.save(now.state, self._metrics_of_this_step())
 
@@ -391,6 +444,7 @@ class Run:
             abandoned=range(int(target.position), now.position),
             times=times[to_step],
         )
+        now.read_flags()
         # What callbacks wrote at this event is all that crosses, beside a request to stop.
         crossed = {name: memory for name, memory in now.state.slots.items() if memory is not old.slots.get(name)}
         crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
@@ -429,7 +483,9 @@ class Run:
             {
                 "step": now.step,
                 "position": now.position,
-                "epoch_length": self.data.epoch_length,
+                "epochs_done": now.epoch.done,
+                "epoch_start": now.epoch.start,
+                "epoch_length": now.epoch.length or None,
                 "total_steps": plan.steps,
                 "total_epochs": plan.epochs,
                 "time": time,

@@ -32,8 +32,7 @@ class Saving:
         if not checkpointer.has_any():
             return None
         report: Restoration = checkpointer.read(like, notes=self._notes)
-        for line in report.different:
-            warnings.warn(f"The resumed run may differ in the last bits: {line}.", UserWarning, stacklevel=5)
+        report.warn(stacklevel=5)
         return report
 
     def begin(self, state: TrainState, *, on_disk: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxtrain.core import StepOutput, TrainState
+from fxtrain.core import Epoch, StepOutput, TrainState
 from fxtrain.loop.interrupts import leaving_compilation
 
 
@@ -25,17 +25,17 @@ class Strides:
         self._several = leaving_compilation(getattr(step, "many", step))
         self._data, self._steps, self._keep_every = data, steps, keep_every
 
-    def length(self, step: int, position: int) -> int:
-        """How many steps to take at once from a step and a position on."""
+    def length(self, step: int, position: int, epoch: Epoch) -> int:
+        """How many steps to take in one call from a step and a position on."""
         count = self._at_once
         if count == 1:
             return 1
-        length, every = self._data.epoch_length, self._keep_every
-        if length is None and hasattr(self._data, "snapshot"):
-            return 1  # it may end anywhere, and keeps a place of its own, which would be ahead of the steps
+        every = self._keep_every
+        if not epoch.length and hasattr(self._data, "snapshot"):
+            return 1  # it may end anywhere, and its own iterator state would be ahead of the steps
         fits = (
             (self._steps is None or step + count <= self._steps)
-            and (length is None or position % length + count <= length)
+            and (not epoch.length or position - epoch.start + count <= epoch.length)
             and (not every or step // every == (step + count - 1) // every)
         )
         return count if fits else 1

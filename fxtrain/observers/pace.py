@@ -109,5 +109,6 @@ def _counts(event: LoopEvent) -> list[tuple[int, int]]:
     if event.total_steps is not None:
         counts.append((event.step, event.total_steps))
     if event.total_epochs is not None and event.epoch_length is not None:
-        counts.append((event.position, event.total_epochs * event.epoch_length))
+        batches = event.epochs_done * event.epoch_length + event.position - event.epoch_start
+        counts.append((batches, event.total_epochs * event.epoch_length))
     return counts

@@ -231,8 +231,9 @@ def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Fact
 
 
 def _data(event: FitBegin) -> Facts:
-    at = f" of epoch {event.position // event.epoch_length + 1:,}" if event.epoch_length else ""
-    within = event.position % event.epoch_length if event.epoch_length else event.position
+    at = f" of epoch {int(event.epoch) + 1:,}" if event.epoch is not None else ""
+    within = event.position - event.epoch_start
+    within = within % event.epoch_length if event.epoch_length else within
     return _known(
         epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
         position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
