@@ -79,6 +79,12 @@ class Policy:
     output: torch.dtype | None = torch.float32
     loss_scale: LossScale | None = None
 
+    @property
+    def described(self) -> str:
+        """The dtypes in a line."""
+        dtypes = (f"{name} {getattr(self, name) or 'unchanged'}" for name in ("param", "compute", "output"))
+        return ", ".join(dtypes).replace("torch.", "") + (", loss scale" if self.loss_scale is not None else "")
+
     def __post_init__(self) -> None:
         for field in ("param", "compute", "output"):
             dtype = getattr(self, field)

@@ -215,3 +215,17 @@ def test_a_callback_added_at_a_resume_starts_from_the_restored_state(tmp_path):
     (restored,) = [event for event in fired if isinstance(event, fx.Restored)]
     assert (restored.missing, restored.extra) == (("late",), ("updates",))
     assert int(result.last.slots["updates"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        ({"accumulate": 4}, "accumulate: 2 at the save, 4 now"),
+        ({"precision": "bf16"}, "precision: .* compute unchanged, .* at the save, .* compute bfloat16, .* now"),
+    ],
+)
+def test_a_resume_with_another_step_warns(tmp_path, change, warned):
+    options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
+    fit(step=problem.step(accumulate=2), steps=2, **options)
+    with pytest.warns(UserWarning, match=warned):
+        fit(step=problem.step(**{"accumulate": 2, **change}), steps=3, **options)

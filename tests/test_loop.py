@@ -256,6 +256,41 @@ class TestRequests:
         testing.assert_equal(late.last, at_once.last, "flags read one step late")
         assert fit(callbacks=stop, lag=1, steps=1).reason == "low"
 
+    @pytest.mark.parametrize("where", ["inside", "StepEnd", "StepBegin", "EvalEnd", "EpochEnd"])
+    @pytest.mark.parametrize("request_", ["none", "skip_batch", "end_epoch", "evaluate", "save", "rewind", "stop"])
+    def test_what_is_requested_after_an_unread_stop_changes_nothing(self, tmp_path, where, request_):
+        stopped = torch.tensor(True)  # a tensor, as a flag on a device
+
+        def stop(state, event, memory):
+            asked = fx.Control(stop=stopped & (event.step == 3), reason="three")
+            return memory + 1, asked
+
+        def asks(state, event: fx.StepBegin, memory):
+            after = event.step == 4
+            asked = {"rewind": int(after)} if request_ == "rewind" else {request_: after} if request_ != "none" else {}
+            return memory + 1, fx.Control(**asked, reason="too late")
+
+        kind = fx.Updated if where == "inside" else getattr(fx, where)
+        callbacks = [
+            fx.stateful("stop", lambda state: torch.tensor(0), fx.on(kind, stop)),
+            fx.stateful("asks", lambda state: torch.tensor(0), asks),
+        ]
+        step = problem.step(callbacks=callbacks[0] if where == "inside" else ())
+        at_once, late = (
+            fit(
+                step=step,
+                callbacks=callbacks,
+                lag=lag,
+                keep_every=1,
+                eval_step=problem.eval_step,
+                eval_data=problem.data(1),
+                checkpointer=fx.checkpointer(tmp_path / str(lag)),
+            )
+            for lag in (0, 1)
+        )
+        assert at_once.reason == late.reason == "three"
+        testing.assert_equal(late.last, at_once.last, "flags read one step late")
+
     def test_saving_without_a_checkpointer_says_so(self):
         with pytest.warns(UserWarning, match="nothing is saved, because fit was given no checkpointer"):
             fit(callbacks=fx.callbacks.save(), steps=1)

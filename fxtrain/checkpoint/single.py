@@ -9,7 +9,7 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -178,10 +178,12 @@ def read(
             state = state.replace(slots={**state.slots, **kept})
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
-    missing, added = (
-        [name for name in names if not name.startswith(LOOP)] for names in (matched.missing, matched.extra)
-    )
+    missing, added = _of_callbacks(matched.missing), _of_callbacks(matched.extra)
     return Restoration(state, path, missing, added, different)
+
+
+def _of_callbacks(slots: Iterable[str]) -> list[str]:
+    return [name for name in slots if not name.startswith(LOOP)]
 
 
 def device_of(state: Any) -> torch.device:

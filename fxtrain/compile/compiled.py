@@ -65,6 +65,11 @@ class Compiled:
         return getattr(self.step, "fires", frozenset())
 
     @property
+    def settings(self) -> dict[str, str]:
+        """What decides the bits of the result, as text by name."""
+        return getattr(self.step, "settings", {})
+
+    @property
     def graphs(self) -> int:
         """How many graphs there are."""
         return len(self._graphs)

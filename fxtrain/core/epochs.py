@@ -35,7 +35,7 @@ class Epoch(NamedTuple):
         """Position at which the epoch ends; None while its length is unknown."""
         return self.start + self.length if self.length else None
 
-    def index(self, position: int) -> int:
+    def data_index(self, position: int) -> int:
         """Index into the data, which counts batches as if all epochs had the current length."""
         return self.done * self.length + position - self.start
 

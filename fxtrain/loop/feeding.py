@@ -50,7 +50,7 @@ class Feeding:
         return batches if self._on_host else [to_device(batch, self._device) for batch in batches]
 
     def _fetch(self, position: int, epoch: Epoch) -> Any:
-        index = epoch.index(position)
+        index = epoch.data_index(position)
         try:
             return self.data[index]
         except Exhausted:

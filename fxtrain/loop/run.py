@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fxtrain import metrics
+from fxtrain.checkpoint import Restoration
 from fxtrain.core import (
     DATA,
     EVALUATED,
@@ -41,7 +42,6 @@ from fxtrain.core import (
     TrainState,
     event_of,
 )
-from fxtrain.checkpoint import Restoration
 from fxtrain.data import adapt
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.loop.current import Current
@@ -103,7 +103,7 @@ class Run:
         self._interrupts = Interrupts()
         self._in_step = as_composed(self.step).traced_slots
         state = attach(attach(state, plan.callbacks), self.step)
-        self._saving = Saving(plan.checkpointer, getattr(self.step, "how", "nothing"))
+        self._saving = Saving(plan.checkpointer, _settings(self.step))
         self._restored = self._saving.restored(state) if plan.resume else None
         whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
@@ -123,7 +123,7 @@ class Run:
         self._saving.begin(self._now.state, on_disk=whole)
         self._now.count(begin_epochs(state, self.data))
         if DATA in state.slots and hasattr(self.data, "restore"):
-            self.data.restore(self._now.epoch.index(self._now.position), state.slots[DATA])
+            self.data.restore(self._now.epoch.data_index(self._now.position), state.slots[DATA])
 
         donates = self.step is not given or getattr(given, "donates", False)
         self._kept = Kept(plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving)
@@ -330,9 +330,7 @@ class Run:
                 now.read_flags()
             if now.due["rewind"]:
                 yield from self._rewind()
-            elif now.due["evaluate"]:
-                yield from self._evaluate()
-            elif now.due["end_epoch"] and self._epoch_lacks_evaluation():
+            elif now.due["evaluate"] or (now.due["end_epoch"] and self._epoch_lacks_evaluation()):
                 yield from self._evaluate()
             elif now.due["end_epoch"]:
                 yield from self._end_epoch()
@@ -405,7 +403,7 @@ class Run:
         now = self._now
         now.keep_why()
         if self.plan.checkpointer is not None and hasattr(self.data, "snapshot"):
-            now.state = now.state.with_slot(DATA, self.data.snapshot(now.epoch.index(now.position)))
+            now.state = now.state.with_slot(DATA, self.data.snapshot(now.epoch.data_index(now.position)))
         self._publish.flush(now.step)
         self._saving.save(now.state, self._metrics_of_this_step())
 
@@ -505,3 +503,8 @@ class Run:
 
     def _is_seen(self, kind: type[Any]) -> bool:
         return self.plan.every_event or kind in self.plan.callbacks.table or self._publish.is_seen(kind)
+
+
+def _settings(step: Any) -> dict[str, str]:
+    """What decides the bits of a step's result, as text by name."""
+    return {"compiled by": getattr(step, "how", "nothing"), **getattr(step, "settings", {})}

@@ -16,12 +16,13 @@ class Saving:
 
     Args:
         checkpointer: From ``fxtrain.checkpointer``, or None.
-        how: What makes the steps' graphs. It is remembered with each save, because bitwise claims hold within one.
+        settings: What decides the bits of a step's result, as text by name. Each save keeps them, and a resume with
+            others warns.
     """
 
-    def __init__(self, checkpointer: Any, how: str) -> None:
+    def __init__(self, checkpointer: Any, settings: Mapping[str, str]) -> None:
         self._checkpointer = checkpointer
-        self._notes = {"compiled by": how}
+        self._notes = dict(settings)
         # By weak references: a step that donates takes the memory only of what nobody else holds.
         self._handed: Callable[[], TrainState | None] = _nothing
         self._on_disk: Callable[[], TrainState | None] = _nothing

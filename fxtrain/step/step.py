@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Step:
         function: The step. It may be any pure function of this signature.
         callbacks: The callbacks that it folds; their slots enter the compiled graph.
         fires: The traced events at which it folds them.
+        settings: What else decides the bits of its result, as text by name. A checkpoint keeps them, and a resume
+            with others warns.
 
     Raises:
         TypeError: When it runs, if the function returned anything else.
@@ -43,10 +45,18 @@ class Step:
         (4.0, 1)
     """
 
-    def __init__(self, function: Callable[..., Any], *, callbacks: Any = (), fires: Iterable[type[Any]] = ()) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        callbacks: Any = (),
+        fires: Iterable[type[Any]] = (),
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.function = function
         self.callbacks: Composed = as_composed(callbacks)
         self.fires = frozenset(fires)
+        self.settings = dict(settings or {})
         unknown = self.fires - set(TRACED)
         if unknown:
             raise ValueError(

@@ -102,7 +102,8 @@ def train_step(
 
     step.__name__ = f"train_step({name_of(loss_fn)})"
     step.__doc__ = loss_fn.__doc__
-    return Step(step, callbacks=folded, fires=TRACED)
+    settings = {"accumulate": str(accumulate), "precision": policy.described}
+    return Step(step, callbacks=folded, fires=TRACED, settings=settings)
 
 
 def apply_gradients(
