@@ -145,7 +145,7 @@ class TestBackground:
         checkpoints.close()
 
     def test_only_a_state_has_a_step(self, tmp_path):
-        with pytest.raises(TypeError, match=r"A dict came, and a state is wanted: fxtrain\.save takes any tree"):
+        with pytest.raises(TypeError, match=r"expected a TrainState, got dict\. fxtrain\.save takes any tree"):
             fx.checkpointer(tmp_path).save({"a": torch.ones(1)})
 
 
@@ -259,6 +259,7 @@ class TestLock:
             second.save(at(2))
         assert second.steps() == [1]  # who reads needs no lock
         first.close()
+        second.restore(problem.start())
         second.save(at(2))
         assert second.steps() == [1, 2]
         second.close()
@@ -284,6 +285,7 @@ class TestLock:
             other.wait()
             try:
                 os.kill(worker, 0)  # it is alive
+                mine.restore(fx.init(torch.nn.Linear(1, 1)))
                 mine.save(at(1))
                 mine.close()
             finally:

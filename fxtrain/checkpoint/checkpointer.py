@@ -1,30 +1,29 @@
-"""Checkpointer: the checkpoints of a run, in one folder, written while the run goes on."""
+"""Checkpointer: the checkpoints of a run, in one folder, written in the background."""
 
 from __future__ import annotations
 
-import concurrent.futures
+import collections
 import os
 import pathlib
-import shutil
 import warnings
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from fxtrain.checkpoint import folder as folders
-from fxtrain.checkpoint import retention
-from fxtrain.checkpoint.contents import Snapshot
-from fxtrain.checkpoint.errors import CheckpointError, DamagedError
+from fxtrain.checkpoint import ownership, retention
+from fxtrain.checkpoint.contents import Direct, Snapshot
+from fxtrain.checkpoint.deletion import Deletion
+from fxtrain.checkpoint.errors import CheckpointError
 from fxtrain.checkpoint.lock import FolderLock
-from fxtrain.checkpoint.retention import Entry, Policy
-from fxtrain.checkpoint.selection import Where
-from fxtrain.checkpoint.single import Extra, Restoration, device_of, facts, read
+from fxtrain.checkpoint.ownership import Ownership
+from fxtrain.checkpoint.reader import Reader
+from fxtrain.checkpoint.retention import Entry, Policy, Role
+from fxtrain.checkpoint.single import device_of, facts
+from fxtrain.checkpoint.writer import Writer
 from fxtrain.core import TrainState
-
-Tree = TypeVar("Tree")
-
-_GONE = ".deleted-"
+from fxtrain.core.checks import refuse_unless_one_of
 
 
 class Committed(NamedTuple):
@@ -35,72 +34,142 @@ class Committed(NamedTuple):
     metrics: dict[str, float]
 
 
-class Checkpointer:
+class Save:
+    """One call of ``Checkpointer.save``. ``committed`` is None until the checkpoint has reached the disk."""
+
+    def __init__(self, role: Role) -> None:
+        self.role: Role = role
+        self.committed: Committed | None = None
+
+
+class Checkpointer(Reader):
     """The checkpoints of a run; made by ``checkpointer``.
 
-    ``save`` returns when the state is copied, and a thread writes the copy. Everything else that asks about the folder
-    waits for that thread first, so it sees every save that was made before.
+    ``save`` returns when the state is copied, and a thread writes the copy. Every other method that reads the folder
+    first waits for that thread, so it sees every earlier save.
+
+    A folder belongs to one run. The id of the run is drawn when it begins, adopted from the checkpoint that is read,
+    and stored with each checkpoint. Checkpoints of other runs are not listed, not restored and not deleted.
     """
 
-    def __init__(self, folder: pathlib.Path, policy: Policy, *, background: bool, on_error: str) -> None:
-        self.folder = folder
-        self._policy, self._background, self._on_error = policy, background, on_error
+    def __init__(
+        self, folder: pathlib.Path, policy: Policy, *, background: bool, on_error: str, overwrite: bool
+    ) -> None:
+        super().__init__(folder, policy)
+        self._background, self._on_error, self._overwrite = background, on_error, overwrite
         self._lock = FolderLock(folder)
+        self._ownership = Ownership(folder, overwrite=overwrite)
+        self._run: str | None = None  # while this object may write: the folder is locked and belongs to this run
         self._snapshot = Snapshot()
-        self._writer: concurrent.futures.Executor | None = None
-        self._writing: list[concurrent.futures.Future[Committed | None]] = []
-        self._committed: list[Committed] = []
-        self._metrics: dict[str, dict[str, float]] = {}  # by folder name, of those that were read or written
+        self._writer = Writer()
+        # Filled by the writer's thread. Each method of a deque is atomic.
+        self._committed: collections.deque[Committed] = collections.deque()
+        self._errors: collections.deque[BaseException] = collections.deque()
+        self._warnings: collections.deque[str] = collections.deque()
+        self._deletion = Deletion(folder, self._warnings)
 
-    # Writing
+    def begin(self, state: TrainState, *, resume: bool) -> None:
+        """Starts a session that saves here: decides which run its checkpoints belong to, and reserves memory.
+
+        A resumed session continues the run of the newest checkpoint. So does a session that begins with the state
+        which this object has written or read last. Any other session begins a new run.
+
+        Args:
+            state: What the session begins with.
+            resume: Whether it continues what ``read`` has returned, if there was anything to read.
+
+        Raises:
+            CheckpointError: If the folder has checkpoints of another run, cannot be written to, or another writer
+                is there. In the first case nothing is written.
+        """
+        self.wait()
+        found = None
+        try:
+            # The second round is for a writer that has ended between the listing and the lock.
+            while found != (found := ownership.contents(self.folder)):
+                run = self._ownership.run_of_session(state, found, resume=resume)
+                self._lock.take()
+            self._snapshot.reserve(state)
+        except BaseException:
+            self._release()
+            raise
+        self._run = run
 
     def reserve(self, state: TrainState) -> None:
-        """Finds out whether the folder can be written to, and makes room in memory for a copy of ``state``.
+        """Locks the folder, and makes room in memory for a copy of ``state``.
 
         Without it the first ``save`` does so, and takes longer than the others.
 
         Raises:
-            CheckpointError: If it cannot, or another writer is there.
+            CheckpointError: If the folder cannot be written to, or another writer is there.
         """
+        self.wait()
         self._lock.take()
         self._snapshot.reserve(state)
-        self._start_writer().submit(int).result()  # a thread's first task costs more than the others
 
     def save(
-        self, state: TrainState, metrics: Mapping[str, float] | None = None, *, notes: Mapping[str, str] | None = None
-    ) -> None:
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        notes: Mapping[str, str] | None = None,
+        role: Role = "trajectory",
+    ) -> Save:
         """Copies ``state``, commits the copy in the background, and then deletes what the policy does not keep.
 
-        A save that is still under way is waited for. The first save takes the folder for this process, until
+        A save that is still under way is waited for. The first save locks the folder for this process, until
         ``close``.
 
         Args:
-            state: Any state. When this returns it may be changed in place or donated. A step that is there already is
-                saved anew, and the newer one counts.
+            state: Any state. When this returns it may be changed in place or donated. If its step has a checkpoint
+                already, the newer one counts.
             metrics: Numbers to choose the best by.
             notes: What else must be equal for a resumed run to be bitwise equal, as text by name; ``read`` compares it.
+            role: Why it is saved. A ``"session"`` checkpoint is deleted once the run has a newer one. A
+                ``"snapshot"`` is read by ``read_newest_until`` alone and deleted by ``retain_snapshots``. Its state is
+                not copied, so it must stay as it is until ``wait`` returns.
+
+        Returns:
+            The save, which is ``committed`` once it has reached the disk.
 
         Raises:
-            CheckpointError: If this save, or the one before, could not be written; one in the background tells the
-                next call of any method.
+            CheckpointError: If the folder has checkpoints of a run that this object has not read from, or if this save
+                or the one before could not be written. The next call of any method raises an error of the background.
         """
         if not isinstance(state, TrainState):
-            raise TypeError(f"A {type(state).__name__} came, and a state is wanted: fxtrain.save takes any tree.")
+            raise TypeError(f"expected a TrainState, got {type(state).__name__}. fxtrain.save takes any tree.")
+        refuse_unless_one_of("role", role, retention.ROLES)
         self.wait()
+        save = Save(role)
         try:
             self._lock.take()
-            self._snapshot.take(state)
         except CheckpointError as error:
             self._failed(error)
-            return
-        writer = self._start_writer()
-        said = {"threads": torch.get_num_threads(), **(notes or {})}  # the writer's thread has its own count
-        self._writing = [
-            writer.submit(self._commit, dict(metrics or {}), said, device_of(state)),
-            writer.submit(self._delete_old),
-        ]
+            return save
+        if self._run is None:
+            self._run = self._ownership.run_of_save(ownership.contents(self.folder))
+        try:
+            content = self._content(state, role)
+        except CheckpointError as error:
+            self._failed(error)
+            return save
+        measured = {"threads": torch.get_num_threads(), **(notes or {})}  # the writer's thread has its own count
+        self._submit(self._commit, save, self._run, content, dict(metrics or {}), measured, device_of(state))
         if not self._background:
             self.wait()
+        return save
+
+    def retain_snapshots(self, steps: Iterable[int]) -> None:
+        """Deletes the run's snapshots of all other steps, in the background and after the saves before this call.
+
+        Raises:
+            CheckpointError: If neither ``begin`` nor ``save`` was called before.
+        """
+        if self._run is None:
+            raise CheckpointError(
+                f"expected a session that saves to {self.folder}, got none. Call begin or save first."
+            )
+        self._submit(self._delete_snapshots, self._run, frozenset(steps))
 
     def wait(self) -> None:
         """Returns when no save is under way.
@@ -108,34 +177,32 @@ class Checkpointer:
         Raises:
             CheckpointError: If one that was could not be written. With ``on_error="warn"`` that is a warning.
         """
-        concurrent.futures.wait(self._writing)
-        done, self._writing = self._writing, []
-        self._committed += [
-            committed for future in done if future.exception() is None and (committed := future.result()) is not None
-        ]
-        for error in [error for future in done if (error := future.exception()) is not None]:
+        self._writer.wait()
+        while self._warnings:
+            warnings.warn(self._warnings.popleft(), RuntimeWarning, stacklevel=3)
+        while self._errors:
+            error = self._errors.popleft()
             if not isinstance(error, CheckpointError):
                 raise error
             self._failed(error)
 
     def committed(self) -> list[Committed]:
-        """What has been committed since this was last called. It does not wait.
+        """The checkpoints committed since the last call, except snapshots. It does not wait.
 
         Raises:
             CheckpointError: As ``wait``.
         """
-        if all(future.done() for future in self._writing):
+        if not self._writer.busy:
             self.wait()
-        committed, self._committed = self._committed, []
-        return committed
+        return [self._committed.popleft() for _ in range(len(self._committed))]
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way, or there is news of one."""
-        return bool(self._writing or self._committed)
+        """Whether a save is under way, or has an outcome that was not reported yet."""
+        return self._writer.busy or bool(self._committed or self._errors or self._warnings)
 
     def close(self) -> None:
-        """Waits for what is under way, frees the memory, and lets others write. A later ``save`` begins anew.
+        """Waits for what is under way, frees the memory, and lets others write. A later ``save`` starts over.
 
         Raises:
             CheckpointError: As ``wait``.
@@ -143,10 +210,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._writer is not None:
-                self._writer.shutdown()
-            self._writer, self._snapshot = None, Snapshot()
-            self._lock.release()
+            self._snapshot = Snapshot()
+            self._release()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -154,160 +219,81 @@ class Checkpointer:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # Reading
+    # For the reading half
 
-    def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, ascending."""
-        return sorted({entry.step for entry in self._entries()})
+    def _run_to_read(self) -> str | None:
+        return super()._run_to_read() if self._run is None else self._run
 
-    def latest(self) -> int | None:
-        """The step of the newest checkpoint: the last one saved, which after a rewind is not the largest step."""
-        entries = self._entries()
-        return entries[-1].step if entries else None
-
-    def best(self) -> int | None:
-        """The step of the checkpoint with the best metric, or None where none has it."""
-        entry = self._policy.best_of(self._entries(), self._metrics_of)
-        return None if entry is None else entry.step
-
-    def newest_until(self, step: int) -> int | None:
-        """The newest step, of at most so many, on the way that led to the latest; None where there is none."""
-        return next((entry.step for entry in retention.line(self._entries()) if entry.step <= step), None)
-
-    def restore(
-        self,
-        like: Tree,
-        *,
-        step: int | None = None,
-        where: Where = None,
-        extra: Extra = "keep",
-        device: torch.device | str | None = None,
-    ) -> Tree:
-        """The state of ``step``, by default of the newest checkpoint; see ``fxtrain.restore``."""
-        report = self.read(like, step=step, where=where, extra=extra, device=device)
-        report.warn(stacklevel=2)
-        return report.state
-
-    def read(self, like: Any, *, step: int | None = None, **options: Any) -> Restoration:
-        """``restore``, with a report of slots that were missing or are extra, and of what is different now.
-
-        A newest checkpoint that is damaged is set aside: renamed to ``unreadable-...``, with a warning, and the next
-        older one is taken. One that was asked for by its step is not replaced by another.
-
-        Raises:
-            CheckpointError: If there is no checkpoint, none can be read, or it does not fit ``like``.
-        """
-        entries = self._entries()
-        if step is not None:
-            chosen = [entry for entry in entries if entry.step == step]
-            if not chosen:
-                raise CheckpointError(
-                    f"There is no step {step} in {self.folder}; the steps there are: {_shown(entries)}."
-                )
-            return read(chosen[-1].path, like, **options)
-        damaged: list[tuple[Entry, DamagedError]] = []
-        for entry in reversed(entries):
-            try:
-                report = read(entry.path, like, **options)
-            except DamagedError as error:
-                if entry.path.exists():  # else another process has deleted it meanwhile
-                    damaged.append((entry, error))
-            else:
-                # Only now: had none been readable, all would keep their names.
-                self._set_aside(damaged, entry)
-                return report
-        self._refuse_fresh_start(damaged)
-        raise CheckpointError(f"There is no checkpoint in {self.folder}.")
-
-    def __repr__(self) -> str:
-        return f"Checkpointer({str(self.folder)!r}, steps {_shown(retention.entries(self.folder))})"
-
-    def has_any(self) -> bool:
-        """Whether there is anything to resume from.
-
-        Raises:
-            CheckpointError: If there only is what was set aside as unreadable: to begin anew would be no resume.
-        """
-        if self._entries():
-            return True
-        self._refuse_fresh_start([])
-        return False
+    def _has_read(self, entry: Entry) -> None:
+        if self._run is None:
+            self._ownership.has_read(entry, ownership.contents(self.folder))
 
     # How it is done
 
-    def _entries(self) -> list[Entry]:
-        self.wait()
-        return retention.entries(self.folder)
+    def _content(self, state: TrainState, role: Role) -> Direct | Snapshot:
+        if role == "snapshot":
+            return Direct(state)
+        self._snapshot.take(state)
+        return self._snapshot
 
-    def _start_writer(self) -> concurrent.futures.Executor:
-        if self._writer is None:
-            self._writer = concurrent.futures.ThreadPoolExecutor(1, "fxtrain-checkpoint")
-        return self._writer
-
-    def _commit(self, metrics: dict[str, float], notes: dict[str, Any], device: torch.device) -> Committed:
-        """In the writer's thread."""
-        # Nobody else writes here, so what is half written or half deleted is nobody's.
-        for pattern in (f"{folders.UNFINISHED}*-step-*", f"{_GONE}*"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
-        self._snapshot.wait()
-        said = facts(self._snapshot, device, metrics)
-        said["environment"].update(notes)
-        entries = retention.entries(self.folder)
-        aside = [int(path.name.removeprefix(retention.UNREADABLE)[:8]) for path in retention.unreadable(self.folder)]
-        sequence = 1 + max([entry.sequence for entry in entries] + aside, default=-1)
-        path = self.folder / retention.name(sequence, said["step"])
-        folders.write(path, self._snapshot, {**said, "sequence": sequence})
-        self._metrics[path.name] = said["metrics"]
-        return Committed(said["step"], path, said["metrics"])
-
-    def _delete_old(self) -> None:
-        try:
-            for entry in self._policy.to_delete(retention.entries(self.folder), self._metrics_of):
-                # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
-                gone = entry.path.with_name(f"{_GONE}{entry.path.name}")
-                entry.path.rename(gone)
-                folders.sync_folder(self.folder)
-                self._metrics.pop(entry.path.name, None)
-                shutil.rmtree(gone)
-        except OSError as error:
-            raise CheckpointError(
-                f"The checkpoint was saved, and an older one in {self.folder} could not be deleted: {error}."
-            ) from error
-
-    def _metrics_of(self, entry: Entry) -> dict[str, float]:
-        if entry.path.name not in self._metrics:
-            try:
-                self._metrics[entry.path.name] = folders.read_manifest(entry.path)["metrics"]
-            except CheckpointError:  # it will be found when it is read; the best it is not
-                self._metrics[entry.path.name] = {}
-        return self._metrics[entry.path.name]
+    def _release(self) -> None:
+        """Unlocks the folder, after the writes that an interrupted wait has left under way."""
+        self._run = None
+        if self._writer.busy:
+            self._submit(self._lock.release)
+        else:
+            self._lock.release()
 
     def _failed(self, error: CheckpointError) -> None:
         if self._on_error == "raise":
             raise error
         warnings.warn(f"{error} Training goes on.", RuntimeWarning, stacklevel=4)
 
-    def _set_aside(self, damaged: list[tuple[Entry, DamagedError]], taken: Entry) -> None:
-        for entry, error in damaged:
-            aside = entry.path.with_name(f"{retention.UNREADABLE}{entry.path.name}")
+    def _submit(self, job: Callable[..., None], *arguments: Any) -> None:
+        def guarded() -> None:
             try:
-                entry.path.rename(aside)
-                folders.sync_folder(self.folder)
-                where = f"It is kept as {aside.name}"
-            except OSError as problem:
-                where = f"It could not be renamed ({problem})"
-            warnings.warn(f"{error} {where}, and step {taken.step} is restored.", UserWarning, stacklevel=4)
+                job(*arguments)
+            except BaseException as error:
+                self._errors.append(error)
 
-    def _refuse_fresh_start(self, damaged: list[tuple[Entry, DamagedError]]) -> None:
-        said = [str(error) for _, error in damaged]
-        said += [f"{path} was set aside before as unreadable." for path in retention.unreadable(self.folder)]
-        if said:
-            lines = "\n".join(f"  {line}" for line in said)
-            raise CheckpointError(
-                f"No checkpoint in {self.folder} can be read:\n{lines}\nNothing was changed. To begin anew, give "
-                "another folder or move these away."
-            )
+        self._writer.submit(guarded)
+
+    # In the writer's thread
+
+    def _commit(
+        self,
+        save: Save,
+        run: str,
+        content: Direct | Snapshot,
+        metrics: dict[str, float],
+        notes: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self._deletion.clear()
+        content.wait()
+        head = facts(content, device, metrics)
+        head["environment"].update(notes)
+        found = ownership.contents(self.folder)
+        sequence = found[-1].sequence + 1 if found else 0
+        step, metrics = head["step"], head["metrics"]
+        path = self.folder / retention.name(sequence, step, run, save.role)
+        folders.write(path, content, {**head, "run": run, "role": save.role, "sequence": sequence})
+        self._metrics[path.name] = metrics
+        save.committed = Committed(step, path, metrics)
+        if save.role != "snapshot":
+            self._ownership.wrote(Entry(sequence, step, run, save.role, path))
+            self._committed.append(save.committed)
+        self._delete_old(run)
+
+    def _delete_old(self, run: str) -> None:
+        found = retention.entries(self.folder)
+        self._deletion.delete(self._policy.to_delete([entry for entry in found if entry.run == run], self._metrics_of))
+        if self._overwrite:
+            self._deletion.delete(entry for entry in ownership.contents(self.folder) if entry.run != run)
+
+    def _delete_snapshots(self, run: str, kept: frozenset[int]) -> None:
+        snapshots = [entry for entry in retention.entries(self.folder) if (entry.run, entry.role) == (run, "snapshot")]
+        self._deletion.delete(entry for entry in snapshots if entry.step not in kept)
 
 
 def checkpointer(
@@ -319,8 +305,11 @@ def checkpointer(
     mode: str = "min",
     background: bool = True,
     on_error: str = "raise",
+    overwrite: bool = False,
 ) -> Checkpointer:
     """The checkpoints of a run, in ``folder``.
+
+    A folder belongs to one run: to begin another one in it is an error.
 
     Args:
         folder: Where they are; made at the first save.
@@ -331,6 +320,8 @@ def checkpointer(
         background: Whether ``save`` returns when the state is copied. Costs the memory of one copy; False costs the
             time of writing.
         on_error: ``"raise"``, or ``"warn"`` and go on when a save fails: a full disk, a vanished mount.
+        overwrite: Whether a new run replaces the runs in the folder. Their checkpoints are deleted once the new run
+            has committed its first. A resumed run replaces those of all others.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -355,8 +346,6 @@ def checkpointer(
     path = pathlib.Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, and checkpoints need a folder.")
-    return Checkpointer(path, Policy(keep, keep_every, best, mode), background=background, on_error=on_error)
-
-
-def _shown(entries: list[Entry]) -> str:
-    return ", ".join(map(str, sorted({entry.step for entry in entries}))) or "none"
+    return Checkpointer(
+        path, Policy(keep, keep_every, best, mode), background=background, on_error=on_error, overwrite=overwrite
+    )

@@ -14,18 +14,28 @@ from fxtrain.checkpoint.table import Place, places, root_of
 
 
 class Direct:
-    """The leaves as they are, for whoever waits until they are written. Costs no memory, but for leaves that are
-    not contiguous or not on the CPU, one at a time."""
+    """The leaves themselves, which must not change until they are written. Copies only leaves that are not contiguous
+    or not on the CPU, one at a time."""
 
     def __init__(self, state: Any) -> None:
         self.leaves, self.structure = dense_leaves(state)
         self.places = places(self.leaves)
+        self._computed: Any = None
+        device = next((leaf.device for leaf in self.leaves if leaf.device.type == "cuda"), None)
+        if device is not None:
+            # Another thread's copies run on a stream of its own and do not wait for the kernels of this one's.
+            self._computed = torch.cuda.Event()
+            self._computed.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Returns when the device has computed the leaves."""
+        if self._computed is not None:
+            self._computed.synchronize()
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
         """The index of each leaf and its bytes."""
         for index in _in_file_order(self.places):
-            leaf = self.leaves[index].detach().resolve_conj().resolve_neg()
-            yield index, bytes_of(leaf.cpu().contiguous())
+            yield index, host_bytes(self.leaves[index])
 
     def scalar(self, index: int) -> int:
         """One leaf, as a Python number."""
@@ -86,7 +96,9 @@ class Snapshot:
         return int(self._targets[index])
 
     def _fit(self, leaves: Sequence[Tensor]) -> None:
-        self.places, self._kinds = places(leaves), _kinds(leaves)
+        # An exception may interrupt this at any line: until all of it is done, no leaves match what is prepared.
+        self._kinds = ()
+        self.places = places(leaves)
         self._device = next((leaf.device for leaf in leaves if leaf.device.type == "cuda"), None)
         size = sum(place.size for place in self.places)
         if self._buffer.nbytes < size:
@@ -98,11 +110,17 @@ class Snapshot:
             self._buffer[place.offset : place.offset + place.size].view(place.dtype).view(place.shape)
             for place in self.places
         ]
+        self._kinds = _kinds(leaves)
 
 
 def bytes_of(leaf: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return leaf.reshape(-1).view(torch.uint8).numpy().data
+
+
+def host_bytes(leaf: Tensor) -> memoryview:
+    """The bytes of a dense tensor in row-major order. Copies it if it is on a device or not contiguous."""
+    return bytes_of(leaf.detach().resolve_conj().resolve_neg().cpu().contiguous())
 
 
 def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:

@@ -23,7 +23,7 @@ from fxtrain.checkpoint.table import Leaf, rows
 LEAVES = "leaves.bin"
 MANIFEST = "manifest.jsonl"
 UNFINISHED = ".unfinished-"
-_FORMAT = 1
+_FORMAT = 2
 _PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
 
 

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fxtrain.checkpoint import Committed, Restoration
+from fxtrain.checkpoint import CheckpointError, Committed, Restoration
 from fxtrain.core import TrainState
 
 
@@ -23,13 +23,15 @@ class Saving:
     def __init__(self, checkpointer: Any, settings: Mapping[str, str]) -> None:
         self._checkpointer = checkpointer
         self._notes = dict(settings)
-        # By weak references: a step that donates takes the memory only of what nobody else holds.
+        self._resumes = False
+        # Weak references, because a step donates only what has no other reference.
         self._handed: Callable[[], TrainState | None] = _nothing
+        self._save: Any = None  # of the state handed over last
         self._on_disk: Callable[[], TrainState | None] = _nothing
 
     def restored(self, like: TrainState) -> Restoration | None:
         """The newest state there is, if there is any."""
-        checkpointer = self._checkpointer
+        checkpointer, self._resumes = self._checkpointer, True
         if not checkpointer.has_any():
             return None
         report: Restoration = checkpointer.read(like, notes=self._notes)
@@ -37,10 +39,10 @@ class Saving:
         return report
 
     def begin(self, state: TrainState, *, on_disk: bool) -> None:
-        """What cannot be written to is found out now, and not after an hour."""
+        """Refuses now, and not after an hour, a folder of another run or one that cannot be written to."""
         self._on_disk = weakref.ref(state) if on_disk else _nothing
         if self._checkpointer is not None:
-            self._checkpointer.reserve(state)
+            self._checkpointer.begin(state, resume=self._resumes)
 
     def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Hands ``state`` over; it may be donated afterwards."""
@@ -52,7 +54,7 @@ class Saving:
                 stacklevel=2,
             )
             return
-        self._checkpointer.save(state, metrics, notes=self._notes)
+        self._save = self._checkpointer.save(state, metrics, notes=self._notes)
         self._handed = weakref.ref(state)
 
     @property
@@ -68,7 +70,7 @@ class Saving:
         if wait:
             checkpointer.wait()
         committed: list[Committed] = checkpointer.committed()
-        if committed:
+        if self._save is not None and self._save.committed is not None:  # the news may be of an older save only
             self._on_disk = self._handed
         return committed
 
@@ -81,8 +83,12 @@ class Saving:
         return None if self._checkpointer is None else self._checkpointer.newest_until(step)
 
     def state_at(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step on the disk."""
-        return self._checkpointer.restore(like, step=step)
+        """The state of a step on the disk, or of the next older one that a rewind can return to if it is damaged."""
+        report = self._checkpointer.read_newest_until(step, like)
+        if report is None:
+            raise CheckpointError(f"expected a readable checkpoint of step {step} or before, got damaged ones only.")
+        report.warn(stacklevel=2)
+        return report.state
 
     def close(self) -> None:
         """Lets others write."""
