@@ -40,6 +40,7 @@ class Save:
     def __init__(self, role: Role) -> None:
         self.role: Role = role
         self.committed: Committed | None = None
+        self.ended = False  # whether the writer has finished with it, committed or not
 
 
 class Checkpointer(Reader):
@@ -61,6 +62,7 @@ class Checkpointer(Reader):
         self._ownership = Ownership(folder, overwrite=overwrite)
         self._run: str | None = None  # while this object may write: the folder is locked and belongs to this run
         self._snapshot = Snapshot()
+        self._in_snapshot: Save | None = None  # the save whose copy is there
         self._writer = Writer()
         # Filled by the writer's thread. Each method of a deque is atomic.
         self._committed: collections.deque[Committed] = collections.deque()
@@ -117,17 +119,17 @@ class Checkpointer(Reader):
     ) -> Save:
         """Copies ``state``, commits the copy in the background, and then deletes what the policy does not keep.
 
-        A save that is still under way is waited for. The first save locks the folder for this process, until
-        ``close``.
+        A save that is still under way is waited for, unless it is a snapshot. The first save locks the folder for this
+        process, until ``close``.
 
         Args:
             state: Any state. When this returns it may be changed in place or donated. If its step has a checkpoint
                 already, the newer one counts.
             metrics: Numbers to choose the best by.
             notes: What else must be equal for a resumed run to be bitwise equal, as text by name; ``read`` compares it.
-            role: Why it is saved. A ``"session"`` checkpoint is deleted once the run has a newer one. A
-                ``"snapshot"`` is read by ``read_newest_until`` alone and deleted by ``retain_snapshots``. Its state is
-                not copied, so it must stay as it is until ``wait`` returns.
+            role: Why it is saved. A ``"session"`` checkpoint is no target of rewinds. A ``"snapshot"`` is read by
+                ``read_snapshot`` alone and deleted by ``retain_snapshots``. Its state is not copied, so it must stay
+                as it is until ``wait`` returns.
 
         Returns:
             The save, which is ``committed`` once it has reached the disk.
@@ -139,7 +141,10 @@ class Checkpointer(Reader):
         if not isinstance(state, TrainState):
             raise TypeError(f"expected a TrainState, got {type(state).__name__}. fxtrain.save takes any tree.")
         refuse_unless_one_of("role", role, retention.ROLES)
-        self.wait()
+        if role == "snapshot" or self._in_snapshot is None or self._in_snapshot.ended:
+            self._report()
+        else:
+            self.wait()
         save = Save(role)
         try:
             self._lock.take()
@@ -149,7 +154,7 @@ class Checkpointer(Reader):
         if self._run is None:
             self._run = self._ownership.run_of_save(ownership.contents(self.folder))
         try:
-            content = self._content(state, role)
+            content = self._content(state, save)
         except CheckpointError as error:
             self._failed(error)
             return save
@@ -178,6 +183,9 @@ class Checkpointer(Reader):
             CheckpointError: If one that was could not be written. With ``on_error="warn"`` that is a warning.
         """
         self._writer.wait()
+        self._report()
+
+    def _report(self) -> None:
         while self._warnings:
             warnings.warn(self._warnings.popleft(), RuntimeWarning, stacklevel=3)
         while self._errors:
@@ -230,9 +238,10 @@ class Checkpointer(Reader):
 
     # How it is done
 
-    def _content(self, state: TrainState, role: Role) -> Direct | Snapshot:
-        if role == "snapshot":
+    def _content(self, state: TrainState, save: Save) -> Direct | Snapshot:
+        if save.role == "snapshot":
             return Direct(state)
+        self._in_snapshot = save
         self._snapshot.take(state)
         return self._snapshot
 
@@ -269,6 +278,21 @@ class Checkpointer(Reader):
         notes: dict[str, Any],
         device: torch.device,
     ) -> None:
+        try:
+            self._write(save, run, content, metrics, notes, device)
+        finally:
+            save.ended = True
+        self._delete_old(run)
+
+    def _write(
+        self,
+        save: Save,
+        run: str,
+        content: Direct | Snapshot,
+        metrics: dict[str, float],
+        notes: dict[str, Any],
+        device: torch.device,
+    ) -> None:
         self._deletion.clear()
         content.wait()
         head = facts(content, device, metrics)
@@ -283,7 +307,6 @@ class Checkpointer(Reader):
         if save.role != "snapshot":
             self._ownership.wrote(Entry(sequence, step, run, save.role, path))
             self._committed.append(save.committed)
-        self._delete_old(run)
 
     def _delete_old(self, run: str) -> None:
         found = retention.entries(self.folder)

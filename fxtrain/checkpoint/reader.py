@@ -122,6 +122,23 @@ class Reader:
         self._set_aside(found, "")
         return None
 
+    def snapshots(self) -> set[int]:
+        """The steps that there are snapshots of."""
+        return {entry.step for entry in self._snapshots()}
+
+    def read_snapshot(self, step: int, like: Any, **options: Any) -> Restoration | None:
+        """``read`` of the newest snapshot of a step; None if there is none, or it is damaged and set aside.
+
+        Raises:
+            CheckpointError: If it does not fit ``like``, or the disk fails.
+        """
+        chosen = [entry for entry in self._snapshots() if entry.step == step][-1:]
+        found = self._first_readable(chosen, like, options)
+        if isinstance(found, Restoration):
+            return found
+        self._set_aside(found, "")
+        return None
+
     def __repr__(self) -> str:
         entries = retention.listed(self._own(retention.entries(self.folder)))
         return f"{type(self).__name__}({str(self.folder)!r}, steps {_shown(entries)})"
@@ -146,9 +163,12 @@ class Reader:
 
     def _targets(self, step: int) -> list[Entry]:
         """What a rewind can return to, newest first. Session saves are none: a run must not depend on interruptions."""
+        led = retention.line(self._listed())
+        return [entry for entry in led if entry.step <= step and entry.role == "trajectory"]
+
+    def _snapshots(self) -> list[Entry]:
         self.wait()
-        led = retention.line(self._own(retention.entries(self.folder)))
-        return [entry for entry in led if entry.step <= step and entry.role != "session"]
+        return [entry for entry in self._own(retention.entries(self.folder)) if entry.role == "snapshot"]
 
     def _metrics_of(self, entry: Entry) -> dict[str, float]:
         if entry.path.name not in self._metrics:

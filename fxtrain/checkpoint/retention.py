@@ -13,7 +13,7 @@ Role = Literal["trajectory", "session", "snapshot"]
 """Why a checkpoint was saved.
 
 - ``"trajectory"``: requested by the run itself. Retention counts these.
-- ``"session"``: where a session ended. It is deleted once the run has a newer checkpoint.
+- ``"session"``: where a session ended. It is deleted once it is none of the ``keep`` newest of all.
 - ``"snapshot"``: a target of rewinds only. It is never listed, and its owner says how long it is kept.
 """
 
@@ -55,16 +55,16 @@ class Policy(NamedTuple):
     def to_delete(self, entries: Sequence[Entry], metrics: Callable[[Entry], dict[str, float]]) -> list[Entry]:
         """The checkpoints of one run that are not kept, oldest first.
 
-        The newest is always kept. Snapshots are kept unless a newer snapshot has the same step.
+        Those of the trajectory are counted alone, because a run may rewind to them and must not depend on where it was
+        interrupted. Snapshots are kept unless a newer snapshot has the same step.
         """
         regular = [entry for entry in entries if entry.role == "trajectory"]
-        kept = set(regular if self.keep is None else regular[-self.keep :])
+        kept = {entry for counted in (regular, listed(entries)) for entry in counted[-(self.keep or 0) :]}
         if self.keep_every is not None:
             kept |= {entry for entry in regular if entry.step % self.keep_every == 0}
         best = self.best_of(regular, metrics)
         kept |= set() if best is None else {best}
         kept |= {entry for entry in entries if entry.role == "snapshot"}
-        kept |= set(listed(entries)[-1:])
         # Of one step and role only the newest save counts, whatever the policy keeps.
         newest = {(entry.step, entry.role): entry for entry in entries}
         kept = {entry for entry in kept if newest[entry.step, entry.role] is entry}

@@ -49,8 +49,9 @@ ASKABLE: Mapping[type[Any], frozenset[str]] = {
     EvalEnd: _INSIDE_EVALUATION,
     EpochEnd: _LOOP - {"end_epoch"},
     Rewound: frozenset({"stop", "unsaved"}),
-    FitBegin: frozenset({"stop", "unsaved", "evaluate", "save"}),
-    Restored: frozenset({"stop", "unsaved", "evaluate"}),
+    # No evaluation at events of a session: it would count in callbacks, once more in an interrupted run.
+    FitBegin: frozenset({"stop", "unsaved", "save"}),
+    Restored: frozenset({"stop", "unsaved"}),
     Saved: frozenset({"stop", "unsaved"}),
 }
 """The requests that can be honoured at each event. At those that are not listed a callback can only log."""

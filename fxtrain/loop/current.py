@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import STOP_REASONS, Control, Donated, Due, Epoch, TrainState
+from fxtrain.core import SNAPSHOTS, STOP_REASONS, Control, Donated, Due, Epoch, TrainState
 from fxtrain.core.state import FIELDS
 from fxtrain.loop.late import copied_to_host
 
@@ -47,6 +47,7 @@ class Branch(NamedTuple):
     step: int
     position: int
     epoch: Epoch
+    snapshots: tuple[int, ...]
 
     @property
     def is_taken(self) -> bool:
@@ -92,16 +93,18 @@ class Current:
         self.state = state
         self.step, self.position = int(state.step), int(state.position)
         self.epoch = Epoch.of(state) or Epoch(done=0, start=0, length=0)
+        retained = state.slots[SNAPSHOTS].tolist() if SNAPSHOTS in state.slots else []
+        self.snapshots: tuple[int, ...] = tuple(step for step in retained if step >= 0)
         self.due = {name: value.item() for name, value in state.due._asdict().items()}
 
     def branch(self) -> Branch:
         """What ``abandon`` returns to."""
-        where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch)
+        where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots)
         return tuple.__new__(Branch, where)  # past the function that a NamedTuple has for it, as this is in each step
 
     def abandon(self, branch: Branch) -> None:
         """Forgets all that happened since."""
-        state, self.due, self.unread, self.why, self.step, self.position, self.epoch = branch
+        state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = branch
         self.state = state.older() if isinstance(state, Difference) else state
 
     def thin(self, branch: Branch) -> Branch:
@@ -130,6 +133,13 @@ class Current:
         """Sets the epoch that the run is in."""
         if epoch != Epoch.of(self.state):
             self.epoch, self.state = epoch, epoch.into(self.state)
+
+    def list_snapshots(self, steps: Sequence[int], count: int) -> None:
+        """Sets the steps of the retained states: int64 [count] in the state, -1 where there is none."""
+        self.snapshots = tuple(steps[-count:])
+        listed = [*self.snapshots, *[-1] * (count - len(self.snapshots))]
+        if SNAPSHOTS not in self.state.slots or self.state.slots[SNAPSHOTS].tolist() != listed:
+            self.state = self.state.with_slot(SNAPSHOTS, torch.tensor(listed, device=self.state.step.device))
 
     @property
     def epoch_is_over(self) -> bool:

@@ -34,7 +34,7 @@ class Snapshots:
         """Drops the listed snapshots that this session cannot reach, as after a run without a checkpointer."""
         if self._every or now.snapshots:
             self._on_disk = set(now.snapshots) & self._saving.snapshots()
-            now.list_snapshots(sorted(self._on_disk), self._count)
+            now.list_snapshots([step for step in now.snapshots if step in self._on_disk], self._count)
 
     def is_due(self, now: Current) -> bool:
         """Whether the current state is to be retained."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fxtrain import metrics
-from fxtrain.checkpoint import Restoration
+from fxtrain.checkpoint import Restoration, Role
 from fxtrain.core import (
     DATA,
     EVALUATED,
@@ -50,9 +50,9 @@ from fxtrain.loop.evaluate import measure
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts, leaving_compilation
-from fxtrain.loop.kept import Kept
 from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
+from fxtrain.loop.rewind import Snapshots
 from fxtrain.loop.saving import Saving
 from fxtrain.loop.served import refuse_unserved
 from fxtrain.loop.strides import Strides
@@ -120,13 +120,17 @@ class Run:
         # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
         # disk is its own already.
         self._now = Current(state if whole else state.copy(), late=bool(late))
-        self._saving.begin(self._now.state, on_disk=whole)
         self._now.count(begin_epochs(state, self.data))
         if DATA in state.slots and hasattr(self.data, "restore"):
             self.data.restore(self._now.epoch.data_index(self._now.position), state.slots[DATA])
-
+        self._saving.begin(self._now.state)
         donates = self.step is not given or getattr(given, "donates", False)
-        self._kept = Kept(plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving)
+        self._snapshots = Snapshots(
+            plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving
+        )
+        self._snapshots.begin(self._now)
+        if whole and self._now.state is state:
+            self._saving.mark_on_disk(state)
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
         self._root = self._now.branch()  # what to come back to when something goes wrong
@@ -172,7 +176,10 @@ class Run:
                     break
                 if self._finished():
                     break
-                self._kept.keep(now.step, now.state)
+                if self._snapshots.is_due(now):
+                    if now.unread and now.read_flags():
+                        continue
+                    self._snapshots.retain(now)
                 yield from self._advance()
         except Exception as error:
             yield from self._after_error(error)
@@ -199,7 +206,11 @@ class Run:
         return bool(self.reason)
 
     def _begin(self) -> Moments:
-        yield from self._fire(FitBegin, fires=frozenset(self.step.fires), resumed=self._now.step > 0)
+        now, pending = self._now, self._now.due["save"]
+        yield from self._fire(FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0)
+        if now.due["save"] and not pending:  # how often this event fires depends on interruptions, so no rewind target
+            now.set(save=False)
+            self._save("session")
         report, self._restored = self._restored, None
         if report is not None:
             yield from self._fire(
@@ -399,18 +410,19 @@ class Run:
         now.set(end_epoch=False, begin_epoch=True)
         yield from self._fire(EpochEnd)
 
-    def _save(self) -> None:
+    def _save(self, role: Role = "trajectory") -> None:
         now = self._now
         now.keep_why()
         if self.plan.checkpointer is not None and hasattr(self.data, "snapshot"):
             now.state = now.state.with_slot(DATA, self.data.snapshot(now.epoch.data_index(now.position)))
         self._publish.flush(now.step)
-        self._saving.save(now.state, self._metrics_of_this_step())
+        self._snapshots.save(now.snapshots)
+        self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots)
 
     def _save_last(self) -> Moments:
         yield from self._tell_saved(wait=True)
         if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
-            self._save()  # a save that waits for an evaluation, say, stays due: it is another one
+            self._save("session")  # a pending save, as one that waits for an evaluation, stays due: it is another one
             yield from self._tell_saved(wait=True)
 
     def _tell_saved(self, *, wait: bool = False) -> Moments:
@@ -427,7 +439,7 @@ class Run:
 
     def _rewind(self) -> Moments:
         now, old, steps = self._now, self._now.state, self._now.due["rewind"]
-        target = self._kept.newest_until(now.step - steps, like=old)
+        target = self._snapshots.newest_until(now.step - steps, now)
         now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
         if target is None:
             now.stop(f"a rewind of {steps} steps was asked for at step {now.step}, and no state that old is kept")
@@ -446,10 +458,13 @@ class Run:
         # What callbacks wrote at this event is all that crosses, beside a request to stop.
         crossed = {name: memory for name, memory in now.state.slots.items() if memory is not old.slots.get(name)}
         crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
-        stop, unsaved = now.due["stop"], now.due["unsaved"]
+        stop, unsaved, retained, length = now.due["stop"], now.due["unsaved"], now.snapshots, now.epoch.length
         now.take(target.replace(slots={**target.slots, **crossed}))
-        self._kept.forget_after(to_step)
-        # Saved anew, so that the folder tells what was abandoned from what leads on, and no resume goes back again.
+        if not now.epoch.length:  # what was found out of the data stays known
+            now.count(now.epoch._replace(length=length))
+        now.snapshots = retained
+        self._snapshots.roll_back(now)
+        # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
         now.set(stop=stop, unsaved=unsaved, save=self.plan.checkpointer is not None)
         if times[to_step] > self.plan.rewind_limit:
             now.stop(f"went back to step {to_step} {times[to_step]} times, and it did not help")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from fxtrain.checkpoint import CheckpointError, Committed, Restoration
-from fxtrain.core import TrainState
+from fxtrain.checkpoint import Committed, Restoration, Role
+from fxtrain.core import LOOP, TrainState
 
 
 class Saving:
@@ -24,6 +24,7 @@ class Saving:
         self._checkpointer = checkpointer
         self._notes = dict(settings)
         self._resumes = False
+        self._has_snapshots = False  # whether the folder may hold any
         # Weak references, because a step donates only what has no other reference.
         self._handed: Callable[[], TrainState | None] = _nothing
         self._save: Any = None  # of the state handed over last
@@ -38,14 +39,24 @@ class Saving:
         report.warn(stacklevel=5)
         return report
 
-    def begin(self, state: TrainState, *, on_disk: bool) -> None:
+    def begin(self, state: TrainState) -> None:
         """Refuses now, and not after an hour, a folder of another run or one that cannot be written to."""
-        self._on_disk = weakref.ref(state) if on_disk else _nothing
         if self._checkpointer is not None:
             self._checkpointer.begin(state, resume=self._resumes)
 
-    def save(self, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Hands ``state`` over; it may be donated afterwards."""
+    def mark_on_disk(self, state: TrainState) -> None:
+        """Notes that the state was read from the newest checkpoint."""
+        self._on_disk = weakref.ref(state)
+
+    def save(self, state: TrainState, metrics: Mapping[str, float], role: Role, snapshots: Iterable[int]) -> None:
+        """Hands ``state`` over; it may be donated afterwards.
+
+        Args:
+            state: To be saved.
+            metrics: Of its evaluation, by name.
+            role: Why it is saved.
+            snapshots: The steps that it lists. Snapshots of other steps are deleted once it is committed.
+        """
         if self._checkpointer is None:
             warnings.warn(
                 "A save was asked for and nothing is saved, because fit was given no checkpointer: give "
@@ -54,8 +65,10 @@ class Saving:
                 stacklevel=2,
             )
             return
-        self._save = self._checkpointer.save(state, metrics, notes=self._notes)
+        self._save = self._checkpointer.save(state, metrics, notes=self._notes, role=role)
         self._handed = weakref.ref(state)
+        if self._has_snapshots:
+            self._checkpointer.retain_snapshots(snapshots)
 
     @property
     def under_way(self) -> bool:
@@ -78,17 +91,29 @@ class Saving:
         """Whether ``state`` is not on the disk yet, where it could be."""
         return self._checkpointer is not None and state is not self._on_disk()
 
-    def newest_until(self, step: int) -> int | None:
-        """The newest step on the disk that has taken at most so many."""
-        return None if self._checkpointer is None else self._checkpointer.newest_until(step)
+    # Rewinds
 
-    def state_at(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step on the disk, or of the next older one that a rewind can return to if it is damaged."""
-        report = self._checkpointer.read_newest_until(step, like)
-        if report is None:
-            raise CheckpointError(f"expected a readable checkpoint of step {step} or before, got damaged ones only.")
-        report.warn(stacklevel=2)
-        return report.state
+    def snapshots(self) -> set[int]:
+        """The steps whose snapshots are on disk."""
+        found: set[int] = set() if self._checkpointer is None else self._checkpointer.snapshots()
+        self._has_snapshots = bool(found)
+        return found
+
+    def save_snapshot(self, state: TrainState) -> None:
+        """Hands over a state to rewind to, which stays as it is."""
+        if self._checkpointer is not None:
+            self._checkpointer.save(state, notes=self._notes, role="snapshot")
+            self._has_snapshots = True
+
+    def read_newest_until(self, step: int, like: TrainState, *, newer_than: int) -> TrainState | None:
+        """The newest state of the run's own saves between two steps, the first excluded."""
+        if self._checkpointer is None:
+            return None
+        return _state_of(self._checkpointer.read_newest_until(step, _without_loop(like), newer_than=newer_than))
+
+    def read_snapshot(self, step: int, like: TrainState) -> TrainState | None:
+        """The state of a snapshot; None if it is damaged."""
+        return _state_of(self._checkpointer.read_snapshot(step, _without_loop(like)))
 
     def close(self) -> None:
         """Lets others write."""
@@ -98,3 +123,15 @@ class Saving:
 
 def _nothing() -> None:
     """The weak reference to no state."""
+
+
+def _without_loop(like: TrainState) -> TrainState:
+    """The state without the loop's slots, which come from the checkpoint alone."""
+    return like.replace(slots={name: slot for name, slot in like.slots.items() if not name.startswith(LOOP)})
+
+
+def _state_of(report: Restoration | None) -> TrainState | None:
+    if report is None:
+        return None
+    report.warn(stacklevel=3)
+    return report.state

@@ -1,0 +1,133 @@
+"""Rewinds and resumes commute: a run that is cut anywhere rewinds to where the whole run does."""
+
+import os
+import signal
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+
+STEPS = 14
+
+
+def rewinds(*asked):
+    """Requests each rewind ``(at step, number of steps)`` once: the count survives because ``Rewound`` writes it."""
+
+    def update(state, event: fx.StepEnd | fx.Rewound, memory):
+        if isinstance(event, fx.Rewound):
+            return memory + 1, fx.Control()
+        done = int(memory)
+        due = done < len(asked) and event.step == asked[done][0]
+        return memory, fx.Control(rewind=asked[done][1] if due else 0, reason="a test")
+
+    return fx.stateful("asked", lambda state: torch.tensor(0), update)
+
+
+def trace():
+    def update(state, event: fx.StepEnd, memory):
+        return memory * 31 + event.step, fx.Control()
+
+    return fx.stateful("trace", lambda state: torch.tensor(0), update)
+
+
+def fit(folder, asked, *, interrupt_at=None, keep_every=2, keep=2, saves=5, steps=STEPS, **options):
+    fired, count = [], 0
+
+    def watch(state, event, control):
+        nonlocal count
+        if isinstance(event, fx.Rewound | fx.StepEnd):
+            fired.append((type(event).__name__, event.step, getattr(event, "to_step", None)))
+            count += 1
+            if count == interrupt_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    callbacks = [rewinds(*asked), trace()]
+    if saves:
+        callbacks.append(fx.when(fx.every(saves), fx.callbacks.save()))
+    result = fx.fit(
+        problem.start(),
+        problem.step(),
+        problem.data(),
+        callbacks=callbacks,
+        observers=[fx.observers.required(watch)],
+        checkpointer=fx.checkpointer(folder, keep=2),
+        keep_every=keep_every,
+        keep=keep,
+        steps=steps,
+        resume=True,
+        **options,
+    )
+    return result, fired
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [((7, 2),), ((7, 1), (9, 4)), ((6, 1), (6, 1), (11, 2)), ((9, 9),), ((3, 2), (8, 7))],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"saves": None}, {"keep_every": None}, {"keep_on_host": True, "keep": 3}],
+    ids=["both", "snapshots", "checkpoints", "host"],
+)
+def test_a_run_cut_anywhere_rewinds_to_the_same_states(tmp_path, asked, options):
+    whole, whole_fired = fit(tmp_path / "whole", asked, **options)
+    for cut in range(1, len(whole_fired)):
+        folder = tmp_path / str(cut)
+        _, first = fit(folder, asked, interrupt_at=cut, **options)
+        _, second = fit(folder, asked, interrupt_at=2, **options)
+        resumed, third = fit(folder, asked, **options)
+        assert first + second + third == whole_fired, cut
+        assert resumed.reason == whole.reason
+        testing.assert_equal(resumed.last, whole.last, f"cut after {cut} events")
+
+
+def test_the_save_of_an_interrupt_is_no_target(tmp_path):
+    asked = ((6, 1),)
+    fit(tmp_path, asked, interrupt_at=4, saves=3, keep_every=None)
+    _, fired = fit(tmp_path, asked, saves=3, keep_every=None)
+    assert ("Rewound", 6, 3) in fired
+
+
+def test_a_save_at_the_begin_of_a_session_is_no_target(tmp_path):
+    def save(state, event: fx.FitBegin):
+        return state, fx.Control(save=True)
+
+    def rewind(state, event: fx.StepEnd):
+        return state, fx.Control(rewind=1 if event.step == 4 else 0)
+
+    options = {"checkpointer": fx.checkpointer(tmp_path), "callbacks": [save, rewind]}
+    result = fx.fit(problem.start(), problem.step(), problem.data(), steps=6, **options)
+    assert result.reason == "a rewind of 1 steps was asked for at step 4, and no state that old is kept"
+    assert options["checkpointer"].steps() == [0, 4]
+
+
+def test_a_damaged_snapshot_is_passed_over(tmp_path):
+    asked = ((7, 1),)
+    fit(tmp_path, asked, interrupt_at=7, saves=None)
+    (newest,) = (path for path in tmp_path.iterdir() if path.name.endswith("-snapshot-step-000000006"))
+    (newest / "leaves.bin").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        _, fired = fit(tmp_path, asked, saves=None)
+    assert ("Rewound", 7, 4) in fired
+
+
+def test_snapshots_that_are_gone_are_no_targets_of_a_run_continued_in_memory():
+    def rewind(state, event: fx.StepEnd):
+        return state, fx.Control(rewind=3 if event.step == 6 else 0)
+
+    options = {"keep_every": 2, "keep": 2, "callbacks": rewind}
+    first = fx.fit(problem.start(), problem.step(), problem.data(), steps=4, **options)
+    assert first.last.slots["loop/snapshots"].tolist() == [0, 2]
+    second = fx.fit(first.last, problem.step(), problem.data(), steps=8, **options)
+    assert second.reason == "a rewind of 3 steps was asked for at step 6, and no state that old is kept"
+
+
+def test_the_folder_holds_no_more_snapshots_than_are_listed(tmp_path):
+    result, _ = fit(tmp_path, (), saves=3)
+    listed = [step for step in result.last.slots["loop/snapshots"].tolist() if step >= 0]
+    found = sorted(int(path.name[-9:]) for path in tmp_path.iterdir() if "-snapshot-" in path.name)
+    assert found == listed == [10, 12]
