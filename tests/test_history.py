@@ -50,6 +50,14 @@ def test_numbers_are_kept_by_step_and_the_rest_is_not(history):
     assert repr(history).splitlines()[:2] == ["History of 6 curves", "  eval/auc: 5 points, last 0.9"]
 
 
+def test_one_point_a_step_whatever_is_published_again_or_late():
+    history = History()
+    for step, value in [(1, 1.0), (3, 3.0), (3, 4.0), (2, 2.0), (1, 0.5)]:
+        history.add(step, {"eval/loss": value})
+    assert history["eval/loss"].steps.tolist() == [1, 2, 3]
+    assert history["eval/loss"].values.tolist() == [0.5, 2.0, 4.0]
+
+
 def test_a_rewind_takes_back_what_it_abandons(history):
     history.forget_after(30)
     assert history["train/loss"].steps[-1] == 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -35,14 +36,22 @@ class History(Mapping[str, Series]):
         self._points: dict[str, tuple[list[int], list[float]]] = {}
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the numbers among what was published at a step."""
+        """Adds the numbers among what was published at a step. Of one name and step the later value counts."""
         for name, value in values.items():
             if isinstance(value, _NUMBERS):
                 points = self._points.get(name)
                 if points is None:
                     points = self._points[name] = ([], [])
-                points[0].append(step)
-                points[1].append(value)
+                steps, recorded = points
+                if not steps or step > steps[-1]:
+                    steps.append(step)
+                    recorded.append(value)
+                    continue
+                place = bisect.bisect_left(steps, step)  # a second evaluation, or a save that is reported later
+                if steps[place] != step:
+                    steps.insert(place, step)
+                    recorded.insert(place, value)
+                recorded[place] = value
 
     def forget_after(self, last: int) -> None:
         """Takes back what was published at later steps."""
