@@ -141,11 +141,6 @@ class Current:
         if SNAPSHOTS not in self.state.slots or self.state.slots[SNAPSHOTS].tolist() != listed:
             self.state = self.state.with_slot(SNAPSHOTS, torch.tensor(listed, device=self.state.step.device))
 
-    @property
-    def epoch_is_over(self) -> bool:
-        """Whether every batch of the current epoch is consumed; False while its length is unknown."""
-        return self.epoch.length > 0 and self.position >= self.epoch.start + self.epoch.length
-
     def keep_why(self) -> None:
         """Writes the reasons of a pending stop into the state, for the session that resumes it."""
         if self.due["stop"] and self.why:

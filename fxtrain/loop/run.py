@@ -252,7 +252,7 @@ class Run:
                 return
             self._root = now.branch()
         # No name here may hold a state: what somebody else holds is copied by a step that takes its memory.
-        due, last = now.due, self._last_in_a_row()
+        due, last, end = now.due, self._last_in_a_row(), now.epoch.end
         begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
         while True:
             count = self._strides.length(now.step, now.position, now.epoch)
@@ -283,7 +283,8 @@ class Run:
             for output in outputs:
                 now.step += 1
                 now.position += 1
-                self._end_epoch_if_over()
+                if now.position == end:
+                    now.set(end_epoch=True)
                 if ends or output.control:
                     yield from self._tell(StepEnd, {"metrics": output.metrics}, output.control)[0]
                 else:
@@ -315,7 +316,8 @@ class Run:
             asked = yield from self._fire(StepBegin, **at, batch=batch)
         if asked.any("skip_batch"):
             now.move_to(now.position + 1)
-            self._end_epoch_if_over()
+            if now.position == now.epoch.end:
+                now.set(end_epoch=True)
             return False
         # If it is not, and the run goes on, the batch comes again.
         return not (now.due["stop"] or now.due["rewind"] or now.due["end_epoch"])
@@ -327,10 +329,6 @@ class Run:
             return now.step + 1
         limit = math.inf if self.plan.steps is None else self.plan.steps
         return min(limit, now.step - now.step % every + every) if every else limit
-
-    def _end_epoch_if_over(self) -> None:
-        if self._now.epoch_is_over:
-            self._now.set(end_epoch=True)
 
     # What is due, in its order
 
@@ -396,9 +394,8 @@ class Run:
                 "expected data that knows its epoch length where a callback requests end_epoch, got data that is still "
                 "in its first epoch. Give data that has a length."
             )
-        end = epoch.start + epoch.length
-        if now.position < end:
-            now.move_to(end)
+        if now.position < epoch.start + epoch.length:
+            now.move_to(epoch.start + epoch.length)
         self._empty_epochs = 0 if now.step > self._step_of_last_epoch else self._empty_epochs + 1
         if self._empty_epochs >= _MAX_EMPTY_EPOCHS:
             raise ValueError(
