@@ -31,6 +31,7 @@ from fxtrain.core import (
     TrainState,
     Updated,
 )
+from fxtrain.fold.structure import refuse_other_structure
 from fxtrain.fold.subscription import kinds, name_of, subscription
 
 _LOOP = frozenset({"stop", "unsaved", "end_epoch", "evaluate", "save", "rewind"})
@@ -136,6 +137,7 @@ class Composed:
                 state, control = checked(handler, event, result)
                 if state is not before:
                     _refuse_overreach(handler, kind, before, state)
+                    refuse_other_structure(handler.name, kind, before, state)
             if control.requests or control.log:  # half of what `if control` takes
                 handler = self.table[kind][index]
                 _refuse_unaskable(handler, kind, control)
@@ -224,7 +226,12 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
     Args:
         name: The slot.
         init: From the state to the first memory, a pytree of tensors.
-        update: ``(state, event, memory) -> (memory, control)``. The annotation of ``event`` subscribes.
+        update: ``(state, event, memory) -> (memory, control)``. The annotation of ``event`` subscribes. The memory keeps
+            its containers, shapes, dtypes and devices.
+
+    Raises:
+        TypeError: When it runs, if ``update`` returned anything but a pair with a control.
+        ValueError: When it runs, if the memory changed in structure, shape, dtype or device.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -239,8 +246,13 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
     function: Callable[..., tuple[Any, Control]] = update.function if isinstance(update, Handler) else update
 
     def callback(state: TrainState, event: Any) -> tuple[TrainState, Control]:
-        memory, control = function(state, event, _memory(state, name))
-        return state.with_slot(name, memory), control
+        result = function(state, event, _memory(state, name))
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Control):
+            raise TypeError(
+                f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
+                f"{_shown(result)}. To request nothing, return the content and Control()."
+            )
+        return state.with_slot(name, result[0]), result[1]
 
     return slotted(name, init, on(tuple(events), callback))
 
@@ -281,13 +293,16 @@ def checked(handler: Handler, event: Any, result: Any) -> tuple[TrainState, Cont
         pair = typing.cast(tuple[Any, ...], result)
         if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
             return pair[0], pair[1]
-        came = f"a tuple of {', '.join(type(part).__name__ for part in pair)}"
-    else:
-        came = "None" if result is None else f"a {type(result).__name__}"
     raise TypeError(
-        f"{handler.name} returned {came} at {type(event).__name__}: a callback returns (state, control); "
+        f"{handler.name} returned {_shown(result)} at {type(event).__name__}: a callback returns (state, control); "
         "to ask for nothing, return state, Control()."
     )
+
+
+def _shown(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in typing.cast(tuple[Any, ...], result))}"
+    return "None" if result is None else f"a {type(result).__name__}"
 
 
 def _refuse_unaskable(handler: Handler, kind: type[Any], control: Control) -> None:

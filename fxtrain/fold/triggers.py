@@ -12,6 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import TRACED, Control, Flag, TrainState
 from fxtrain.fold.compose import Composed, Handler, checked, handler_of
+from fxtrain.fold.structure import refuse_other_structure
 from fxtrain.fold.subscription import name_of
 
 
@@ -129,6 +130,7 @@ def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:
         if not isinstance(flag, Tensor):
             return handler.function(state, event) if flag else (state, Control())
         new, control = checked(handler, event, handler.function(state, event))
+        refuse_other_structure(handler.name, type(event), state, new)
         return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.given(flag)
 
     return dataclasses.replace(handler, name=f"{handler.name} when {_text(trigger)}", function=gated)

@@ -1,0 +1,110 @@
+"""Checks that a callback keeps the structure of the state: containers, shapes, dtypes and devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TrainState
+
+_MODEL = "Callbacks keep the model: change it between two calls of fit, or give each parameter its phase with "
+_MODEL += "fxtrain.optim.unfreeze."
+_KEEP = "A run resumes only into the structure it started with, so "
+
+
+def refuse_other_structure(name: str, event: type[Any], before: TrainState, after: TrainState) -> None:
+    """Refuses a state that a saved run could not be resumed into.
+
+    Only containers that were replaced are compared, so the cost is in proportion to what the callback wrote.
+
+    Args:
+        name: The callback's name.
+        event: The type of the event.
+        before: What the callback was given.
+        after: What it returned.
+
+    Raises:
+        ValueError: If a container, a shape, a dtype or a device changed. The message names the callback, the event
+            and the path of the leaf.
+    """
+    if torch.compiler.is_dynamo_compiling():  # which cannot write paths; `Step` compares its result with its input
+        return
+    old_fields, new_fields = before.__dict__, after.__dict__
+    for field, old in old_fields.items():
+        new = new_fields[field]
+        if new is old:
+            continue
+        if field == "model":
+            if new != old:
+                raise ValueError(f"{name} changed state.model at {event.__name__}: expected {old}, got {new}. {_MODEL}")
+        elif field == "slots":
+            if old.keys() != new.keys():
+                raise ValueError(_other_slots(name, event, old, new))
+            for slot, content in old.items():
+                if new[slot] is not content and not _is_alike(content, new[slot]):
+                    raise ValueError(_other(name, event, f"state.slots[{slot!r}]", content, new[slot]))
+        elif not _is_alike(old, new):
+            raise ValueError(_other(name, event, f"state.{field}", old, new))
+
+
+def _is_alike(old: Any, new: Any) -> bool:
+    if isinstance(old, Tensor):
+        return isinstance(new, Tensor) and _is_alike_leaf(old, new)
+    if type(new) is not type(old):
+        return False
+    if isinstance(old, tuple):  # most slots are named tuples of tensors, and here take half the time of a flattening
+        return len(old) == len(new) and all(map(_is_alike, old, new))
+    old_leaves, old_structure = tree.flatten(old)
+    new_leaves, new_structure = tree.flatten(new)
+    return old_structure == new_structure and all(map(_is_alike_leaf, old_leaves, new_leaves))
+
+
+def _is_alike_leaf(old: Tensor, new: Tensor) -> bool:
+    return new is old or (new.dtype is old.dtype and new.device == old.device and new.shape == old.shape)
+
+
+def _other_slots(name: str, event: type[Any], old: dict[str, Any], new: dict[str, Any]) -> str:
+    added = [slot for slot in new if slot not in old]
+    what, slot = ("added", added[0]) if added else ("removed", next(slot for slot in old if slot not in new))
+    slots = ", ".join(map(repr, old)) or "none"
+    remedy = (
+        "reserve a slot with fxtrain.stateful or fxtrain.slotted, which initialize it before the first step."
+        if added
+        else "reset the slot to the content that its init makes."
+    )
+    return (
+        f"{name} {what} state.slots[{slot!r}] at {event.__name__}: expected the slots {slots}, got "
+        f"{', '.join(map(repr, new)) or 'none'}. {_KEEP}{remedy}"
+    )
+
+
+def _other(name: str, event: type[Any], path: str, old: Any, new: Any) -> str:
+    where = f"{name} changed {path} at {event.__name__}"
+    if isinstance(new, TrainState) and not isinstance(old, TrainState):
+        return (
+            f"{where}: expected {_described(old)}, got a whole TrainState. An update given to fxtrain.stateful returns "
+            "(content of the slot, control) and not (state, control)."
+        )
+    was, now = (dict(zip(tree.paths(side, path), tree.leaves(side), strict=True)) for side in (old, new))
+    for place in (*was, *now):
+        if place not in now or place not in was:
+            expected, got = (_described(side[place]) if place in side else "no leaf" for side in (was, now))
+        elif _is_alike_leaf(was[place], now[place]):
+            continue
+        else:
+            expected, got = _described(was[place]), _described(now[place])
+        where = f"{name} changed {place} at {event.__name__}"
+        return f"{where}: expected {expected}, got {got}. {_KEEP}return what was there, or start with what it becomes."
+    return (
+        f"{where}: expected {tree.structure(old)}, got {tree.structure(new)}. {_KEEP}keep the types of all containers."
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a tensor of shape {list(value.shape)}, {dtype}, on {value.device}"
+    return f"a {type(value).__name__}"
