@@ -3,7 +3,7 @@
 A metric holds what is needed to go on measuring, so that ``merge`` is the same as having seen both batches, in
 any order and grouping. Its leaves are 0-d tensors: it lives inside a compiled step, under ``vmap``, and in a state.
 Leaves are float64, so that a hundred million values are summed without loss; a device that has no float64 (MPS)
-keeps float32. What ``compute`` gives has torch's default dtype, float32 at least.
+keeps float32. What ``compute`` gives has torch's default dtype, float32 at least. ``lift`` keeps a float64 tensor float64.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Metric:
         """The metric of no data: merging it changes nothing."""
         names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
         where = torch.empty((), device=device).device
-        return cls(*(torch.zeros((), dtype=_wide(where), device=where) for _ in names))
+        return cls(*(torch.zeros((), dtype=wide_dtype(where), device=where) for _ in names))
 
     @classmethod
     def from_model_output(cls, *args: Any, **outputs: Any) -> Self:
@@ -355,16 +355,24 @@ def _scalar(name: str, value: Any) -> Tensor:
     )
 
 
+class _DoubleAverage(Average):
+    """The average of float64 values, which stays float64."""
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
 def _weighted(value: Tensor, weight: Tensor | float) -> Average:
-    value = value.detach().to(_wide(value.device))
+    kind = _DoubleAverage if value.dtype == torch.float64 else Average
+    value = value.detach().to(wide_dtype(value.device))
     count = torch.ones_like(value) * weight  # a tensor of its own: leaves share no storage
-    return Average(torch.where(count > 0, value * count, 0), count)
+    return kind(torch.where(count > 0, value * count, 0), count)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The values, zero where they are masked, and which are kept as ones and zeros: both wide, of one shape."""
     values = values.detach()  # the graph of a whole evaluation would be kept alive otherwise
-    values = values.to(_wide(values.device))
+    values = values.to(wide_dtype(values.device))
     if mask is None:
         return values, torch.ones_like(values)
     if mask.shape != values.shape[: mask.ndim]:
@@ -376,7 +384,13 @@ def _masked(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.where(kept, values, 0), kept.to(values.dtype)
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The floating dtype to sum and compare in: float64, or float32 on a device that has no float64.
+
+    Example:
+        >>> wide_dtype(torch.device("cpu"))
+        torch.float64
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -327,13 +327,17 @@ class TestStructure:
             return state.with_slot("n", memory + 1), fx.Control()
 
         counter = fx.stateful("n", lambda state: torch.tensor(0), count)
-        with pytest.raises(ValueError, match=r"n changed state\.slots\['n'\] at StepEnd: expected a tensor .*, int64, .* TrainState"):
+        with pytest.raises(
+            ValueError, match=r"n changed state\.slots\['n'\] at StepEnd: expected a tensor .*, int64, .* TrainState"
+        ):
             fx.compose(counter)(state_with(counter), events[0])
 
     @pytest.mark.parametrize("returned", [None, torch.tensor(1), (torch.tensor(1),), (torch.tensor(1), None)])
     def test_an_update_returns_a_pair_with_a_control(self, returned):
         counter = fx.stateful("n", lambda state: torch.tensor(0), fx.on(fx.StepEnd, lambda *_: returned))
-        with pytest.raises(TypeError, match=r"n: expected its update to return \(content of the slot, control\) at StepEnd"):
+        with pytest.raises(
+            TypeError, match=r"n: expected its update to return \(content of the slot, control\) at StepEnd"
+        ):
             fx.compose(counter)(state_with(counter), events[0])
 
     @pytest.mark.parametrize("field", ["params", "buffers", "opt_state", "step", "position", "seed"])
@@ -344,7 +348,9 @@ class TestStructure:
 
         tx = fx.optim.adam(0.1)
         state = fx.init(torch.nn.BatchNorm1d(2), tx)
-        with pytest.raises(ValueError, match=rf"halve changed state\.{field}.* at StepEnd: expected a .* of shape \[\d?\]"):
+        with pytest.raises(
+            ValueError, match=rf"halve changed state\.{field}.* at StepEnd: expected a .* of shape \[\d?\]"
+        ):
             fx.compose(halve)(state, events[0])
 
     def test_a_slot_added_or_removed_by_hand(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,10 +31,13 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
         data: As ``fit`` takes it.
 
     Returns:
-        Averages by name, weighted by the size of each batch.
+        Averages by name. ``fxtrain.metrics`` merge with weights of their own. A tensor is weighted by the batch's 1-d
+        ``mask``, its sum, if the batch is a mapping, named tuple or dataclass that has one; else by the first
+        dimension of the batch's tensors.
 
     Raises:
-        ValueError: If the data is empty or endless.
+        ValueError: If the data is empty or endless, or if a batch that has no mask has tensors of different first
+            dimensions. Tensors of shape [] are left out.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -60,7 +63,9 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
         # The position tells the evaluation step which batch it is at, and so which random numbers are its own.
         at = state.replace(position=torch.tensor(index, device=state.step.device))
         output = eval_step(at, batch)
-        lifted = metrics.lift(output.metrics, _size(batch, state))
+        # What merges by weights of its own needs no batch size.
+        averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
+        lifted = metrics.lift(output.metrics, _weight(batch, index) if averaged else 1)
         total = metrics.merge(total, lifted) if total else lifted
         yield Measured(index, batch, output, total)
         index += 1
@@ -75,10 +80,35 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree.map(lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
-def _size(batch: Any, state: TrainState) -> Tensor:
-    """How many examples a batch has; rows that only fill it up do not count."""
-    first = next((leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
-    mask = batch.get("mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:
+def _weight(batch: Any, index: int) -> Tensor | int:
+    """How much a batch counts in averages: its mask's sum, or the first dimension that all of its tensors share.
+
+    Raises:
+        ValueError: If the tensors do not agree. The message names two of them.
+    """
+    mask = _mask(batch)
+    sizes = {leaf.shape[0] for leaf in tree.leaves(batch) if leaf is not mask and leaf.ndim}
+    if mask is not None and (not sizes or len(mask) in sizes):
         return mask.sum()
-    return torch.tensor(1 if first is None else first.shape[0], device=state.step.device)
+    if len(sizes) > 1 or mask is not None:
+        raise ValueError(
+            f"Evaluation batch {index}: expected one first dimension, the batch size that weights the averages, got "
+            f'{_two_sizes(batch)}. Give the batch a 1-d "mask" of its examples, keep tensors without a batch dimension '
+            "out of it, or return metrics with weights of their own from eval_step, as "
+            "fxtrain.metrics.Average.from_model_output(losses)."
+        )
+    return sizes.pop() if sizes else 1
+
+
+def _mask(batch: Any) -> Tensor | None:
+    """Which examples count, or how much each does: a batch's own 1-d mask, if it has one."""
+    if isinstance(batch, Tensor | list):
+        return None
+    mask = cast(Mapping[Any, Any], batch).get("mask") if isinstance(batch, Mapping) else getattr(batch, "mask", None)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 1 and not mask.is_complex() else None
+
+
+def _two_sizes(batch: Any) -> str:
+    pairs = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
+    shapes = {leaf.shape[0]: f"{path} of shape {list(leaf.shape)}" for path, leaf in pairs if leaf.ndim}
+    return " and ".join(list(shapes.values())[:2])
