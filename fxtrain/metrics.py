@@ -3,7 +3,8 @@
 A metric holds what is needed to go on measuring, so that ``merge`` is the same as having seen both batches, in
 any order and grouping. Its leaves are 0-d tensors: it lives inside a compiled step, under ``vmap``, and in a state.
 Leaves are float64, so that a hundred million values are summed without loss; a device that has no float64 (MPS)
-keeps float32. What ``compute`` gives has torch's default dtype, float32 at least. ``lift`` keeps a float64 tensor float64.
+keeps float32. What ``compute`` gives has torch's default dtype, float32 at least; the average that ``lift`` makes of
+float64 values stays float64.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import register_node
+from fxtrain.core import register_node, wide_dtype
 
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
@@ -382,16 +383,6 @@ def _masked(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         )
     kept = (mask != 0).reshape(*mask.shape, *([1] * (values.ndim - mask.ndim))).expand(values.shape)
     return torch.where(kept, values, 0), kept.to(values.dtype)
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The floating dtype to sum and compare in: float64, or float32 on a device that has no float64.
-
-    Example:
-        >>> wide_dtype(torch.device("cpu"))
-        torch.float64
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _narrow(value: Tensor) -> Tensor:

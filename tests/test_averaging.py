@@ -94,6 +94,44 @@ class TestValues:
         assert float(averaged(state).params["half"]) == 2.0
         assert complex(averaged(state).params["complex"]) == 1 + 2j
 
+    @pytest.mark.parametrize("decay", [0.9, 0.999, 0.9999, 0.999999, 0.99999999])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("options", [{}, {"debias": True}, {"warmup": True}])
+    def test_the_share_of_a_new_value_is_exact(self, decay, dtype, options):
+        composed = fx.compose(ema(decay, **options))
+        state = fx.attach(fx.init({"w": torch.zeros(2, dtype=dtype)}), composed)
+        average, weight = 0.0, 0.0
+        for step in range(1, 4):
+            state = state.replace(params={"w": torch.full((2,), float(step), dtype=dtype)})
+            state, _ = composed(state, updated(step))
+            share = max(1 - decay, 9 / (9 + step)) if "warmup" in options else 1 - decay
+            if "debias" in options:
+                weight += share * (1 - weight)
+                share /= weight
+            average += share * (step - average)
+        rel = 1e-12 if dtype == torch.float64 else 5e-7
+        assert averaged(state).params["w"].tolist() == pytest.approx([average] * 2, rel=rel, abs=0)
+
+    @pytest.mark.parametrize("count", [10**6, 2**24 + 1, 10**9])
+    def test_a_mean_of_many_still_moves(self, count):
+        composed = fx.compose(swa(start=0))
+        state = fx.attach(fx.init({"w": torch.zeros(2)}), composed)
+        memory = state.slots["swa"]._replace(count=torch.tensor(count))
+        state = state.with_slot("swa", memory).replace(params={"w": torch.ones(2)})
+        state, _ = composed(state, updated(count + 1))
+        assert averaged(state, "swa").params["w"].tolist() == pytest.approx([1 / (count + 1)] * 2, rel=1e-6, abs=0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_does_not_stall(self, dtype):
+        composed = fx.compose(ema(0.999))
+        state = fx.attach(fx.init({"w": torch.ones(2, dtype=dtype)}), composed)
+        state = state.replace(params={"w": torch.full((2,), 2.0, dtype=dtype)})
+        for step in range(1, 1001):
+            state, _ = composed(state, updated(step))
+        seen = averaged(state).params["w"]
+        assert seen.dtype == dtype
+        assert seen.tolist() == pytest.approx([2 - 0.999**1000] * 2, rel=1e-2)
+
     @pytest.mark.parametrize(
         ("make", "message"),
         [

@@ -190,6 +190,27 @@ class TestEarlyStopping:
     def test_not_finite(self, values, stop):
         assert number_of(early_stopping("loss", patience=99), values) == stop
 
+    @pytest.mark.parametrize(("dtype", "stop"), [(torch.float64, None), (torch.float32, 3)])
+    def test_float64_is_compared_in_float64(self, dtype, stop):
+        values = [1.0, 1.0 - 1e-12, 1.0 - 2e-12, 1.0 - 3e-12]
+        events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(v, dtype=dtype)}) for i, v in enumerate(values)]
+        found = stop_of(early_stopping("loss", patience=2), events)
+        assert (found and found[0]) == stop
+
+    def test_float64_evaluations_reach_it_in_float64(self):
+        tx = fx.optim.sgd(1e-12)
+        step = fx.train_step(lambda model, batch: model["w"] * batch, tx)
+        data = [torch.tensor(1.0, dtype=torch.float64)]
+        state = fx.init({"w": torch.tensor(1.0, dtype=torch.float64)}, tx)
+        evaluate = fx.eval_step(lambda model, batch: {"w": model["w"] * batch})
+        rule = early_stopping("w", patience=1)
+        result = fx.fit(state, step, data, callbacks=rule, eval_step=evaluate, eval_data=data, epochs=5)
+        assert result.reason == "finished 5 epochs"
+
+    def test_a_threshold_is_compared_as_precisely_as_the_metric(self):
+        events = [fx.EvalEnd(step=1, metrics={"accuracy": torch.tensor(0.9)})]
+        assert stop_of(early_stopping("accuracy", patience=9, mode="max", good_enough=0.9), events)[0] == 1
+
     def test_a_function_says_what_is_better(self):
         def nearer_to_one(value, best):
             return best.isnan() | ((value - 1).abs() < (best - 1).abs())
@@ -342,11 +363,11 @@ class TestOverfitting:
 
 
 class TestRestoreBest:
-    def run(self, restore_best, **options):
+    def run(self, restore_best, baseline=None, **options):
         # The metric is best in the middle: a rate far too large then leads away.
         tx = fx.optim.sgd(0.75)
         step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
-        rule = early_stopping("far", patience=99, restore_best=restore_best)
+        rule = early_stopping("far", patience=99, baseline=baseline, restore_best=restore_best)
         evaluate = fx.eval_step(lambda model, batch: {"far": (model["w"] - 1.6).abs()})
         return fx.fit(
             fx.init({"w": torch.tensor(0.0)}, tx),
@@ -364,6 +385,9 @@ class TestRestoreBest:
         # w: 1.5, 0.75, 1.125, 0.9375, 1.03125
         assert float(result.state.params["w"]) == 1.5
         assert float(result.last.params["w"]) == 1.03125
+
+    def test_a_baseline_that_nothing_beats_still_has_a_best(self):
+        assert float(self.run(True, baseline=0.01).state.params["w"]) == 1.5
 
     def test_from_the_best_checkpoint(self, tmp_path):
         checkpointer = fx.checkpointer(tmp_path, best="far")

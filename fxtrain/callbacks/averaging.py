@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, TrainState, Updated, refuse_unless_whole
+from fxtrain.core import Control, TrainState, Updated, refuse_unless_whole, wide_dtype
 from fxtrain.fold import Handler, stateful
+from fxtrain.optim.leaves import Scalar, wide
 
 
 class AveragedState(NamedTuple):
     """The memory of ``ema`` and of ``swa``."""
 
-    average: Any  # like (params, buffers), or (params, ()): floating leaves averaged, others as they were last
-    weight: Tensor  # float32 []: 1, or if debiased the share of the average that comes from parameters seen
+    average: Any  # like (params, buffers), or (params, ()), float32 at least: floating leaves averaged, others the last
+    weight: Tensor  # float64 []: 1, or if debiased the share of the average that comes from parameters seen
     count: Tensor  # int64 []: updates averaged
 
 
@@ -70,15 +71,16 @@ def ema(
     refuse_unless_whole("every", every, "steps")
     refuse_unless_whole("start", start, "steps", least=0)
 
-    def mean(memory: AveragedState) -> tuple[Tensor, Tensor]:
-        kept = torch.full_like(memory.weight, decay)
-        if warmup:
-            kept = torch.minimum(kept, (1 + memory.count) / (10 + memory.count))
+    def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
+        # The share of the new value, 1 - d, as rounding d to float32 first would change it by up to 3e-8 / (1 - d).
+        share: Scalar = 1 - decay
+        if warmup:  # 1 - (1 + n) / (10 + n)
+            share = (9 / (10 + memory.count.to(memory.weight.dtype))).clamp(min=share)
         if debias:
-            weight = kept * memory.weight + (1 - kept)
+            weight = memory.weight + share * (1 - memory.weight)
             # The average is kept divided by its weight, so that a view has no more to do than to read it.
-            return kept * memory.weight / weight, weight
-        return kept, memory.weight
+            return share / weight, weight
+        return share, memory.weight
 
     return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=0.0 if debias else 1.0)
 
@@ -116,8 +118,8 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
     refuse_unless_whole("every", every, "steps")
     refuse_unless_whole("start", start, "steps", least=0)
 
-    def mean(memory: AveragedState) -> tuple[Tensor, Tensor]:
-        return memory.count / (memory.count + 1), memory.weight
+    def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
+        return 1 / (memory.count.to(memory.weight.dtype) + 1), memory.weight
 
     return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=1.0)
 
@@ -136,12 +138,14 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
         there = ", ".join(repr(slot) for slot, memory in state.slots.items() if isinstance(memory, AveragedState))
         raise KeyError(f"The state has no average {name!r}; there {f'is {there}' if there else 'is none'}.")
     params, buffers = state.slots[name].average
+    live = (state.params, () if buffers == () else state.buffers)
+    params, buffers = tree.map(lambda average, now: average.to(now.dtype), (params, buffers), live)
     return state.replace(params=params, **({} if buffers == () else {"buffers": buffers}))
 
 
 def _averaging(
     name: str,
-    mean: Callable[[AveragedState], tuple[Tensor, Tensor]],
+    mean: Callable[[AveragedState], tuple[Scalar, Tensor]],
     *,
     every: int,
     start: int,
@@ -152,7 +156,7 @@ def _averaging(
 
     Args:
         name: The slot.
-        mean: From the memory to how much of the average stays, and the weight: each [].
+        mean: From the memory to the share of the new value in the average, and the weight: each [].
         every: At the multiples of so many steps.
         start: After this step.
         buffers: Whether to average buffers.
@@ -161,28 +165,37 @@ def _averaging(
 
     def init(state: TrainState) -> AveragedState:
         zero = torch.zeros_like(state.step)
-        first = torch.tensor(weight, device=state.step.device)
-        return AveragedState((state.params, state.buffers if buffers else ()), first, zero)
+        first = torch.tensor(weight, dtype=wide_dtype(zero.device), device=zero.device)
+        # In half precision an average would stop moving once its steps are below its last bit.
+        average = tree.map(_wide, (state.params, state.buffers if buffers else ()))
+        return AveragedState(average, first, zero)
 
     def update(state: TrainState, event: Updated, memory: AveragedState) -> tuple[AveragedState, Control]:
         now = (state.params, state.buffers if buffers else ())
         counts = ~event.skipped & (event.step > start) & (event.step % every == 0)
         before = ~event.skipped & (event.step <= start)
-        stays, share = mean(memory)
+        share, new_weight = mean(memory)
 
         def averaged_leaf(average: Tensor, value: Tensor) -> Tensor:
             if not value.is_floating_point() and not value.is_complex():
                 return torch.where(counts | before, value, average)
-            moved = torch.lerp(value, average, stays.to(value.real.dtype if value.is_complex() else value.dtype))
+            value = _wide(value)
+            real = value.real if value.is_complex() else value
+            by = share.to(real.dtype) if isinstance(share, Tensor) else share
+            moved = torch.lerp(average, value, by)
             return torch.where(counts, moved, torch.where(before, value, average))
 
         return (
             AveragedState(
                 average=tree.map(averaged_leaf, memory.average, now),
-                weight=torch.where(counts, share, memory.weight),
+                weight=torch.where(counts, new_weight, memory.weight),
                 count=memory.count + counts,
             ),
             Control(),
         )
 
     return stateful(name, init, update)
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return wide(leaf) if leaf.is_floating_point() or leaf.is_complex() else leaf

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.callbacks.watched import Better, Metric, direction, measured, needing
-from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, refuse_unless_whole
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, refuse_unless_whole, wide_dtype
 from fxtrain.fold import Handler, slotted
 
 
 class ReduceOnPlateauState(NamedTuple):
     """The memory of ``reduce_on_plateau``."""
 
-    best: Tensor  # float32 []: the best value so far
+    best: Tensor  # float64 []: the best value so far
     bad: Tensor  # int64 []: evaluations since then
     cooldown: Tensor  # int64 []: evaluations that are still not counted
     reductions: Tensor  # int64 []: how many there were
@@ -82,11 +82,12 @@ def reduce_on_plateau(
 
     def init(state: TrainState) -> ReduceOnPlateauState:
         zero = torch.zeros_like(state.step)
-        return ReduceOnPlateauState(torch.tensor(worst, device=zero.device), zero, zero.clone(), zero.clone())
+        best = torch.tensor(worst, dtype=wide_dtype(zero.device), device=zero.device)
+        return ReduceOnPlateauState(best, zero, zero.clone(), zero.clone())
 
     def update(state: TrainState, event: EvalEnd) -> tuple[TrainState, Control]:
         memory: ReduceOnPlateauState = state.slots[name]
-        value = measured(event, metric, name, memory.best)
+        value = measured(event, metric, name, memory.best.device)
         improved = better(value, memory.best)
         cooling = memory.cooldown > 0
         bad = torch.where(improved | cooling, 0, memory.bad + 1)
@@ -96,7 +97,7 @@ def reduce_on_plateau(
             **{hyperparam: lambda old: torch.where(reduce, torch.clamp(old * factor, min=minimum).minimum(old), old)},
         )
         memory = ReduceOnPlateauState(
-            best=torch.where(improved, value, memory.best),
+            best=torch.where(improved, value.to(memory.best.dtype), memory.best),
             bad=torch.where(reduce, 0, bad),
             cooldown=torch.where(reduce, cooldown, torch.clamp(memory.cooldown - 1, min=0)),
             reductions=memory.reductions + reduce,

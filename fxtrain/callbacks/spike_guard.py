@@ -18,6 +18,7 @@ from fxtrain.core import (
     TrainState,
     refuse_unless_one_of,
     refuse_unless_whole,
+    wide_dtype,
 )
 from fxtrain.fold import Handler, on, slotted
 
@@ -25,7 +26,7 @@ from fxtrain.fold import Handler, on, slotted
 class SpikeGuardState(NamedTuple):
     """The memory of ``spike_guard``."""
 
-    window: Tensor  # float32 [window]: the last accepted values, in a ring; inf where there is none yet
+    window: Tensor  # float64 [window]: the last accepted values, in a ring; inf where there is none yet
     count: Tensor  # int64 []: values accepted
     in_a_row: Tensor  # int64 []: spikes since the last accepted value
     spikes: Tensor  # int64 []: in all
@@ -96,7 +97,7 @@ def spike_guard(
     def init(state: TrainState) -> SpikeGuardState:
         zero = torch.zeros_like(state.step)
         nobody = torch.full((record,), -1, dtype=torch.int64, device=zero.device)
-        values = torch.full((window,), math.inf, device=zero.device)
+        values = torch.full((window,), math.inf, dtype=wide_dtype(zero.device), device=zero.device)
         return SpikeGuardState(values, zero, zero, zero, nobody, nobody)
 
     def update(state: TrainState, event: Gradients | StepEnd | Rewound) -> tuple[TrainState, Control]:
@@ -106,7 +107,7 @@ def spike_guard(
         if isinstance(event, StepEnd):
             asked = (memory.found >= 0).any()
             return state, Control(rewind=torch.where(asked, rewind, 0), reason=f"a spike of the {what}")
-        value = (event.loss if watch == "loss" else tree.global_norm(event.grads)).to(torch.float32)
+        value = (event.loss if watch == "loss" else tree.global_norm(event.grads)).to(memory.window.dtype)
         limit = torch.where(memory.count >= warmup, _limit(memory.window, memory.count, deviations), math.inf)
         banned = (memory.banned == state.position).any()
         spike = ~banned & ~(value.isfinite() & (value <= limit))
@@ -122,7 +123,7 @@ def spike_guard(
 
 
 def _limit(window: Tensor, count: Tensor, deviations: float) -> Tensor:
-    """float32 []: above this is a spike."""
+    """[]: above this is a spike."""
     filled = count.clamp(max=window.shape[0])
     median = _median(window, filled)
     # Where there is no value yet, it is infinitely far, and so sorted behind the others.

@@ -20,6 +20,7 @@ from fxtrain.core import (
     Updated,
     refuse_unless_one_of,
     refuse_unless_whole,
+    wide_dtype,
 )
 from fxtrain.fold import Handler, on, slotted, stateful
 
@@ -29,17 +30,17 @@ _UNITS = ("evaluations", "steps", "epochs")
 class Overfitting(NamedTuple):
     """The memory of how training and evaluation drift apart."""
 
-    total: Tensor  # float32 []: the training metric, summed since the last evaluation
+    total: Tensor  # float64 []: the training metric, summed since the last evaluation
     count: Tensor  # int64 []: over so many steps
-    gap: Tensor  # float32 []: evaluation minus training at the last evaluation, the worse the larger
+    gap: Tensor  # float64 []: evaluation minus training at the last evaluation, the worse the larger
     grown: Tensor  # int64 []: evaluations in a row at which it grew
 
 
 class EarlyStoppingState(NamedTuple):
     """The memory of ``early_stopping``."""
 
-    best: Tensor  # float32 []: the best value so far; nan before the first, where a function says what is better
-    best_step: Tensor  # int64 []: where it was; -1 before the first improvement
+    best: Tensor  # float64 []: the best value so far; nan before the first, where a function says what is better
+    best_step: Tensor  # int64 []: where it was; -1 before the first
     evaluations: Tensor  # int64 []: how many there were
     since: Tensor  # int64 []: where waiting began: evaluations, steps, or batches for epochs
     kept: Any  # the best parameters and buffers, or nothing: ()
@@ -68,7 +69,7 @@ def early_stopping(
     """Stops when an evaluation metric has not improved for ``patience`` evaluations, steps or epochs.
 
         improved = value < best - min_delta        (mode "min"; "max" mirrors it)
-        waited   = 0 if improved else now - since the last improvement
+        waited   = 0 if improved, and better than the baseline, else now - when it last was
         stop     = waited >= patience
 
     A NaN is no improvement, and neither is a tie.
@@ -78,10 +79,11 @@ def early_stopping(
         patience: How long to wait, 1 or more of ``unit``.
         unit: ``"evaluations"``, ``"steps"`` or ``"epochs"``. It is decided at evaluations in any case.
         mode: ``"min"`` or ``"max"``: which way is better. Or a function ``(value, best) -> improved`` of tensors of
-            shape []; before the first improvement ``best`` is the baseline, or nan.
+            shape []; before the first value ``best`` is the baseline, or nan.
         min_delta: What counts as an improvement, in the metric's units, 0 or more.
         relative: Whether ``min_delta`` is a part of the best value instead.
-        baseline: A value to beat; waiting begins with the first evaluation that does not.
+        baseline: A value to beat; waiting begins with the first evaluation that does not. The best weights are those of
+            the best value seen, whether or not it beat the baseline.
         start_from: Nothing is watched before so many evaluations, steps or epochs.
         good_enough: Stop at once where the value is at this one or better.
         diverged: Stop at once where it is at this one or worse.
@@ -128,24 +130,27 @@ def early_stopping(
     in_memory, checkpointer = restore_best is True, None if isinstance(restore_best, bool) else restore_best
     if checkpointer is not None and not hasattr(checkpointer, "restore"):
         raise ValueError(f"restore_best={restore_best!r}: True, False or a checkpointer is wanted.")
+    first = baseline if callable(mode) and baseline is not None else worst
     what = called(metric)
     singular = unit.removesuffix("s") if patience == 1 else unit
     late = f"{what} has not improved for {patience} {singular}"
     drifted = f"the gap between {what} and the training {train_metric} grew {overfit_patience} evaluations in a row"
 
     def init(state: TrainState) -> EarlyStoppingState:
+        wide = wide_dtype(state.step.device)
+
         def of(value: float, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(value, dtype=dtype, device=state.step.device)
 
         return EarlyStoppingState(
-            best=of(worst if baseline is None else baseline, torch.float32),
+            best=of(first, wide),
             best_step=of(-1),
             evaluations=of(0),
             since=_begin(state, unit),
             kept=(state.params, state.buffers) if in_memory else (),
             overfitting=()
             if overfit_patience is None
-            else Overfitting(of(0.0, torch.float32), of(0), of(math.inf, torch.float32), of(0)),
+            else Overfitting(of(0.0, wide), of(0), of(math.inf, wide), of(0)),
         )
 
     def update(state: TrainState, event: EvalEnd | FitEnd | Updated) -> tuple[TrainState, Control]:
@@ -159,15 +164,19 @@ def early_stopping(
         return state.with_slot(name, memory), control
 
     def evaluated(state: TrainState, event: EvalEnd, memory: EarlyStoppingState) -> tuple[EarlyStoppingState, Control]:
-        before, value = memory.best, measured(event, metric, name, memory.best)
+        before, value = memory.best, measured(event, metric, name, memory.best.device)
         now, passed, scale = _place(event, memory, unit)
         watching = passed >= start_from * scale
-        improved = watching & better(value, before) & ~value.isnan()
+        improved = better(value, before)
+        if callable(mode) and baseline is not None:
+            improved = improved | (memory.best_step < 0)  # nothing was seen before, so this is the best
+        improved = watching & improved & ~value.isnan()
+        beats = improved if baseline is None else improved & better(value, torch.full_like(before, baseline))
         memory = EarlyStoppingState(
-            best=torch.where(improved, value, before),
+            best=torch.where(improved, value.to(before.dtype), before),
             best_step=torch.where(improved, state.step, memory.best_step),
             evaluations=memory.evaluations + 1,
-            since=torch.where(improved | ~watching, now, memory.since),
+            since=torch.where(beats | ~watching, now, memory.since),
             kept=tree.where(improved, (state.params, state.buffers), memory.kept) if in_memory else (),
             overfitting=_drifted(memory.overfitting, value, sign, overfit_min_delta) if overfit_patience else (),
         )
@@ -215,7 +224,7 @@ def _place(event: EvalEnd, memory: EarlyStoppingState, unit: str) -> tuple[Any, 
 
 
 def _trained(memory: Overfitting, event: Updated, metric: str, who: str) -> Overfitting:
-    value = measured(event, metric, who, memory.total)
+    value = measured(event, metric, who, memory.total.device).to(memory.total.dtype)
     finite = value.isfinite()  # what a guard skips says nothing of the fit
     return memory._replace(
         total=memory.total + torch.where(finite, value, torch.zeros_like(value)), count=memory.count + finite
@@ -324,7 +333,7 @@ def target(metric: Metric, value: float, *, mode: str = "min", at: Any = EvalEnd
     what = called(metric)
 
     def reached(state: TrainState, event: EvalEnd | StepEnd) -> tuple[TrainState, Control]:
-        now = measured(event, metric, "target", torch.empty((), device=state.step.device))
+        now = measured(event, metric, "target", state.step.device)
         return state, Control(stop=sign * now <= sign * value, reason=f"{what} reached {value:g}")
 
     handler = Handler(f"target {what}", reached, frozenset({at}))

@@ -9,6 +9,7 @@ from fxtrain.core.control import Logged as Logged
 from fxtrain.core.donated import Donated as Donated
 from fxtrain.core.donated import DonatedError as DonatedError
 from fxtrain.core.donated import bury as bury
+from fxtrain.core.dtypes import wide_dtype as wide_dtype
 from fxtrain.core.epochs import Epoch as Epoch
 from fxtrain.core.epochs import epochs_taken as epochs_taken
 from fxtrain.core.events import EVENTS as EVENTS
