@@ -1,6 +1,7 @@
 """Schedules: functions from the step to a value, as tensor operations, so that an advancing step costs no new graph.
 
-A schedule takes the step as an int64 tensor of shape [], or as a Python int, and returns a float32 tensor of shape [].
+A schedule takes the step as an int64 tensor of shape [], or as a Python int, and returns a float32 tensor of shape [],
+computed in float64.
 Any function of that shape is one. Values may be 0-d tensors too, which makes a schedule ``vmap``-able over them.
 """
 
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fxtrain.core import refuse_unless_whole
+from fxtrain.core import refuse_unless_whole, wide_dtype
 
 Schedule = Callable[[Any], Tensor]
 """From the step (int64 [], or an int) to a value (float32 [])."""
@@ -56,7 +57,7 @@ def polynomial(
     refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
 
     def value(step: Tensor) -> Any:
-        left = 1.0 - (step - transition_begin).clamp(0, transition_steps).float() / transition_steps
+        left = 1.0 - _wide((step - transition_begin).clamp(0, transition_steps)) / transition_steps
         return (init_value - end_value) * left**power + end_value
 
     return _schedule(value)
@@ -93,7 +94,7 @@ def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent:
     refuse_unless_whole("decay_steps", decay_steps, "steps")
 
     def value(step: Tensor) -> Any:
-        angle = step.clamp(0, decay_steps).float() * (math.pi / decay_steps)
+        angle = _wide(step.clamp(0, decay_steps)) * (math.pi / decay_steps)
         return init_value * ((1 - alpha) * (0.5 * (1 + torch.cos(angle))) ** exponent + alpha)
 
     return _schedule(value)
@@ -132,7 +133,7 @@ def exponential(
         raise ValueError("end_value needs a decay_rate that is a number: it is a floor below 1, and a ceiling above.")
 
     def value(step: Tensor) -> Any:
-        elapsed = (step - transition_begin).clamp(min=0).float() / transition_steps
+        elapsed = _wide((step - transition_begin).clamp(min=0)) / transition_steps
         decayed = init_value * decay_rate ** (elapsed.floor() if staircase else elapsed)
         if end_value is None:
             return decayed
@@ -161,7 +162,7 @@ def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
         Vaswani et al., Attention Is All You Need, 2017.
     """
     refuse_unless_whole("timescale", timescale, "steps")
-    return _schedule(lambda step: init_value * torch.rsqrt(1.0 + step.clamp(min=0).float() / timescale))
+    return _schedule(lambda step: init_value * torch.rsqrt(1.0 + _wide(step.clamp(min=0)) / timescale))
 
 
 def piecewise(
@@ -199,7 +200,7 @@ def piecewise(
         if interpolation == "constant":
             return start
         width = max(boundaries[index + 1] - boundaries[index], 1)
-        part = (step - boundaries[index]).float() / width
+        part = _wide(step - boundaries[index]) / width
         return start + (end - start) * (part if interpolation == "linear" else 0.5 * (1 - torch.cos(math.pi * part)))
 
     def value(step: Tensor) -> Any:
@@ -278,7 +279,7 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedu
 
     def value(step: Tensor) -> Any:
         peak = schedule(torch.zeros_like(step))
-        rising = init_value + (peak - init_value) * (step.float() / steps)
+        rising = init_value + (peak - init_value) * (_wide(step) / steps)
         return torch.where(step < steps, rising, schedule((step - steps).clamp(min=0)))
 
     return _schedule(value)
@@ -356,6 +357,11 @@ def _schedule(value: Callable[[Tensor], Any]) -> Schedule:
         return _float(value(count), count)
 
     return schedule
+
+
+def _wide(step: Tensor) -> Tensor:
+    # float32 loses whole steps past 2^24, and powers of a rate near 1 lose more with every step.
+    return step.to(wide_dtype(step.device))
 
 
 def _float(value: Any, step: Tensor) -> Tensor:

@@ -279,6 +279,26 @@ class TestPrecision:
         updates, _ = tx.update(params, tx.init(params))
         torch.testing.assert_close(updates, params, rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("b2", [0.999, 0.9999, 0.999999])
+    def test_radam_rectifies_in_single_precision_as_in_double(self, b2):
+        seen = {}
+        for dtype in (torch.float32, torch.float64):
+            params = torch.ones(3, dtype=dtype)
+            tx = optim.scale_by_radam(b2=b2)
+            state, seen[dtype] = tx.init(params), []
+            for step in range(1, 40):
+                updates, state = tx.update(params * step, state)
+                seen[dtype].append(float(updates[0]))
+        assert seen[torch.float32] == pytest.approx(seen[torch.float64], rel=1e-5, abs=0)
+
+    @pytest.mark.parametrize("count", [10**7, 10**9, 10**10])
+    def test_adafactor_still_averages_after_many_steps(self, count):
+        params = torch.ones(3)
+        tx = optim.scale_by_factored_rms()
+        state = tx.init(params)._replace(count=torch.tensor(count))
+        _, state = tx.update(params, state)
+        assert state.v.tolist() == pytest.approx([(count + 1) ** -0.8] * 3, rel=1e-5, abs=0)
+
 
 BAD = {"other": torch.ones(2)}
 REFUSALS = [

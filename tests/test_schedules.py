@@ -1,5 +1,7 @@
 """Schedules are optax's of the same meaning, on tensors and on ints, batched and compiled."""
 
+import math
+
 import jax
 import numpy as np
 import optax
@@ -178,3 +180,35 @@ def test_what_makes_no_schedule_is_refused(make, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert str(caught.value) == message
+
+
+EXACT = {
+    "exponential": (
+        lambda: schedules.exponential(1.0, 1, decay_rate=0.9999999),
+        lambda step: 0.9999999**step,
+    ),
+    "exponential, staircase": (
+        lambda: schedules.exponential(1.0, 3, decay_rate=0.5, staircase=True, transition_begin=16_777_200),
+        lambda step: 0.5 ** (max(step - 16_777_200, 0) // 3),
+    ),
+    "linear": (
+        lambda: schedules.linear(0.0, 1.0, transition_steps=100, transition_begin=16_777_200),
+        lambda step: min(max(step - 16_777_200, 0), 100) / 100,
+    ),
+    "cosine near its end": (
+        lambda: schedules.cosine(1.0, 16_777_300),
+        lambda step: 0.5 * (1 + math.cos(math.pi * min(step / 16_777_300, 1))),
+    ),
+    "piecewise": (
+        lambda: schedules.piecewise(1.0, {16_777_200: 1.0, 16_777_300: 0.0}, interpolation="linear"),
+        lambda step: 1 - min(max(step - 16_777_200, 0), 100) / 100,
+    ),
+    "warmup": (lambda: schedules.warmup(schedules.constant(1.0), 16_777_300), lambda step: min(step / 16_777_300, 1)),
+}
+
+
+@pytest.mark.parametrize("step", [16_777_203, 16_777_216, 16_777_217, 16_777_219, 16_777_299])
+@pytest.mark.parametrize("name", EXACT)
+def test_steps_beyond_what_float32_counts(name, step):
+    make, wanted = EXACT[name]
+    assert float(make()(torch.tensor(step))) == pytest.approx(wanted(step), rel=2e-7, abs=1e-15)

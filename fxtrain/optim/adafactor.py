@@ -17,7 +17,7 @@ from fxtrain.optim.decay import add_decayed_weights
 from fxtrain.optim.leaves import (
     Scalar,
     at_least,
-    moving_average,
+    mixed,
     real_full,
     refuse_paths,
     squared,
@@ -101,7 +101,7 @@ def scale_by_factored_rms(
         new: tuple[list[Tensor], ...] = ([], [], [])
         results: list[Tensor] = []
         count = opt_state.count + 1
-        decay = 1 - (count - decay_offset).to(widest(updates)) ** -decay_rate
+        share = (count - decay_offset).to(widest(updates)) ** -decay_rate
 
         for path, leaf in zip(paths, leaves, strict=True):
             floor = torch.finfo(leaf.dtype).eps if eps is None else eps
@@ -109,12 +109,12 @@ def scale_by_factored_rms(
             square = squared(update) if clamp else squared(update) + floor
             at = dims(leaf)
             if at is None:
-                v = moving_average(square, whole[path], decay)
+                v = mixed(square, whole[path], share)
                 new[2].append(v)
                 scaled = update / (at_least(v.sqrt(), floor) if clamp else v.sqrt())
             else:
-                row = moving_average(square.mean(at[1]), rows[path], decay)
-                column = moving_average(square.mean(at[0]), columns[path], decay)
+                row = mixed(square.mean(at[1]), rows[path], share)
+                column = mixed(square.mean(at[0]), columns[path], share)
                 new[0].append(row)
                 new[1].append(column)
                 scaled = _over_factored_root(update, row, column, at, floor if clamp else None)

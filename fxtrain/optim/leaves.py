@@ -145,6 +145,11 @@ def moving_average(value: Tensor, average: Tensor, decay: Scalar) -> Tensor:
     return torch.lerp(average, value, 1 - decay)  # One operation in the place of three.
 
 
+def mixed(value: Tensor, average: Tensor, share: Tensor) -> Tensor:
+    """``(1 - share) * average + share * value``, for a share too small to be told from ``1 - decay`` in float32."""
+    return average + share * (value - average)
+
+
 def log_decay(decay: Scalar) -> Scalar:
     """The logarithm of a decay rate; minus infinity for 0."""
     if isinstance(decay, Tensor):

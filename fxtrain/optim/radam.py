@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain.core import wide_dtype
 from fxtrain.optim import checks
 from fxtrain.optim.adam import ScaleByAdamState
 from fxtrain.optim.leaves import (
@@ -57,11 +58,14 @@ def scale_by_radam(
         count = opt_state.count + 1
         dtype = widest(updates)
         first, second = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)
-        length = longest - 2 * count.to(dtype) * (1 - second) / second
+        # A small difference of two large numbers, which float32 would not hold.
+        wide = wide_dtype(count.device)
+        unbiased = bias_correction(b2, count, wide)
+        length = longest - 2 * count.to(wide) * (1 - unbiased) / unbiased
         rectified = length >= threshold
         # Where it is not used, the square root is of a number that is not negative.
         safe = torch.where(rectified, length, longest)
-        factor = ((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)).sqrt()
+        factor = ((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)).sqrt().to(dtype)
 
         def rule(update: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, ...]:
             mu = moving_average(update, mu, b1)
