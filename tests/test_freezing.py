@@ -25,7 +25,63 @@ def moved(before, after):
     return sorted(name for name in before.params if not torch.equal(before.params[name], after.params[name]))
 
 
+def scheduled():
+    return fx.optim.adam(fx.schedules.linear(0.1, 0.0, transition_steps=100))
+
+
+SHARED = {
+    "adam": lambda: fx.optim.adam(0.1),
+    "adamw, chained": lambda: fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(0.1)),
+    "adam, scheduled": scheduled,
+    "injected": lambda: fx.optim.inject_hyperparams(fx.optim.adam)(learning_rate=0.1),
+    "amsgrad": lambda: fx.optim.adam(0.1, amsgrad=True),
+    "adamax": lambda: fx.optim.adamax(0.1),
+    "lamb": lambda: fx.optim.lamb(0.1),
+    "nadam": lambda: fx.optim.nadam(0.1, momentum_decay=4e-3),
+    "radam": lambda: fx.optim.radam(0.1),
+    "adafactor": lambda: fx.optim.adafactor(0.1),
+    "muon": lambda: fx.optim.muon(0.1),
+    "dampened": lambda: fx.optim.sgd(0.1, momentum=0.9, dampening=0.1),
+    "rmsprop, corrected": lambda: fx.optim.rmsprop(0.1, bias_correction=True),
+    "masked": lambda: fx.optim.masked(fx.optim.adam(0.1), lambda path, leaf: True),
+    "lookahead": lambda: fx.optim.lookahead(fx.optim.adam(0.1)),
+    "if finite": lambda: fx.optim.apply_if_finite(fx.optim.adam(0.1), max_consecutive=2),
+    "from torch": lambda: fx.optim.from_torch(torch.optim.ASGD),
+}
+UNSHARED = {
+    "sgd": lambda: fx.optim.sgd(fx.schedules.linear(0.1, 0.05, transition_steps=100)),
+    "momentum": lambda: fx.optim.sgd(0.1, momentum=0.9),
+    "rmsprop": lambda: fx.optim.rmsprop(0.1),
+    "adagrad": lambda: fx.optim.adagrad(0.1),
+    "lion": lambda: fx.optim.lion(0.1),
+    "lookahead": lambda: fx.optim.lookahead(fx.optim.sgd(0.1)),
+    "injected": lambda: fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.1, momentum=0.9),
+    "accumulated": lambda: fx.optim.every_k(fx.optim.sgd(0.1), 1),
+}
+
+
 class TestUnfreeze:
+    @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor"])
+    def test_unfrozen_parameters_step_as_torchs_do(self, name):
+        frozen, options = 2000, {"lr": 0.01}
+        make = getattr(torch.optim, name)
+        tx = fx.optim.unfreeze(fx.optim.from_torch(make, **options), {"head": 0, "body": frozen})
+        start = {"body": torch.ones(3, dtype=torch.float64), "head": torch.ones(3, dtype=torch.float64)}
+        grads, params, state = tree.clone(start), tree.clone(start), tx.init(start)
+        theirs = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        optimizer = make([theirs], **options)
+        for step in range(frozen + 10):
+            updates, state = tx.update(grads, state, params)
+            params = fx.optim.apply_updates(params, updates)
+            if step < frozen:
+                assert not updates["body"].any()
+                continue
+            theirs.grad = grads["body"].clone()
+            optimizer.step()
+            torch.testing.assert_close(params["body"], theirs.detach(), rtol=1e-6, atol=0)
+
+
+class TestPhases:
     @pytest.mark.parametrize("compiled", [False, True])
     def test_each_in_its_own_time(self, compiled):
         tx = fx.optim.unfreeze(fx.optim.adam(0.1), {"2.*": 0, "0.weight": (1, 3), "*": None})
@@ -61,7 +117,7 @@ class TestUnfreeze:
 
 class TestWithTrainable:
     def test_phases(self):
-        tx = fx.optim.adam(0.1)
+        tx = fx.optim.rmsprop(0.1)
         step = fx.compile(fx.train_step(loss_fn, tx), on_recompile="allow")
         state = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
         assert len(tree.leaves(state.opt_state)) < len(tree.leaves(fx.init(two_layers(), tx).opt_state))
@@ -70,6 +126,35 @@ class TestWithTrainable:
         thawed = fx.with_trainable(after, tx, "*")
         assert moved(thawed, step(thawed, BATCH)[0]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
         assert step.graphs == 2
+
+    @pytest.mark.parametrize("name", SHARED)
+    def test_a_shared_count_refuses_a_parameter_that_begins_later(self, name):
+        tx = SHARED[name]()
+        head = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
+        fx.with_trainable(head, tx, "*")  # before the first update
+        state, _ = fx.train_step(loss_fn, tx)(head, BATCH)
+        fx.with_trainable(state, tx, "2.weight")  # fewer parameters keep what they have
+        with pytest.raises(ValueError, match=r"got '0\.\w+' after 1 updates, .*State.*fxtrain\.optim\.unfreeze"):
+            fx.with_trainable(state, tx, "*")
+        again = fx.with_trainable(state.replace(opt_state=()), tx, "*")
+        testing.assert_equal(again.opt_state, tx.init(state.params), "the restarted optimizer")
+
+    @pytest.mark.parametrize("name", UNSHARED)
+    def test_what_needs_no_count_unfreezes(self, name):
+        tx = UNSHARED[name]()
+        head = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
+        step = fx.train_step(loss_fn, tx)
+        for _ in range(4):
+            head, _ = step(head, BATCH)
+        state, _ = step(fx.with_trainable(head, tx, "*"), BATCH)
+        assert moved(head, state) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+    def test_in_the_midst_of_an_accumulation(self):
+        tx = fx.optim.every_k(fx.optim.sgd(0.1), 2)
+        head = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
+        state, _ = fx.train_step(loss_fn, tx)(head, BATCH)
+        with pytest.raises(ValueError, match=r"got '0\.bias' after 1 updates, .*EveryKState"):
+            fx.with_trainable(state, tx, "*")
 
     def test_what_the_optimizer_remembers_stays(self):
         tx = fx.optim.sgd(0.1, momentum=0.9)

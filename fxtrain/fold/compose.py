@@ -226,8 +226,8 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
     Args:
         name: The slot.
         init: From the state to the first memory, a pytree of tensors.
-        update: ``(state, event, memory) -> (memory, control)``. The annotation of ``event`` subscribes. The memory keeps
-            its containers, shapes, dtypes and devices.
+        update: ``(state, event, memory) -> (memory, control)``. The annotation of ``event`` subscribes. The memory
+            keeps its containers, shapes, dtypes and devices.
 
     Raises:
         TypeError: When it runs, if ``update`` returned anything but a pair with a control.

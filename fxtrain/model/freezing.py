@@ -11,24 +11,29 @@ from fxtrain import tree
 from fxtrain.core import TrainState, matching
 from fxtrain.model.architecture import model_of
 from fxtrain.model.init import init_optimizer
-from fxtrain.optim.nodes import as_name, leaf_paths
+from fxtrain.optim.nodes import as_code, as_name, children, leaf_paths
 
 
 def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
     """The state with these parameters trained, and no others.
 
-    What is frozen is not differentiated, takes no memory of the optimizer's, and makes a step faster; each choice is
-    another graph. What the optimizer remembers of parameters that were trained before and still are stays; of those
-    that begin to be, it begins anew. ``fxtrain.optim.unfreeze`` keeps one graph for all phases, and computes all
-    gradients.
+    Frozen parameters get no gradients and no optimizer state, so steps are faster and use less memory. Changing the
+    selection recompiles the step. Optimizer state is kept for parameters that stay trainable, and initialized for newly
+    unfrozen ones.
+
+    In mid-run that is refused for optimizers with one count of updates for all parameters, as Adam's: corrected for a
+    start that is long past, the first steps of an unfrozen parameter would be up to several times too large.
+    ``fxtrain.optim.unfreeze`` counts for each phase, in one graph, and computes all gradients. To restart the optimizer
+    state of all parameters, give ``state.replace(opt_state=())``.
 
     Args:
         state: Any state with a model.
         tx: As given to ``init``.
-        parameters: Patterns of a shell for the names of parameters: ``"head.*"``; ``"*"`` is all.
+        parameters: Shell patterns of parameter names: ``"head.*"``; ``"*"`` is all.
 
     Raises:
-        ValueError: If a pattern matches no parameter that can be trained.
+        ValueError: If a pattern matches no parameter that can be trained, or if a newly unfrozen parameter would share
+            a count with parameters that have been trained.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -49,6 +54,7 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     fresh = init_optimizer(tx, narrowed.split(state.params))
     known = dict(zip(tree.paths(state.opt_state), tree.leaves(state.opt_state), strict=True))
     opt_state = tree.map_with_path(lambda path, leaf: _kept(known.get(path), leaf), fresh)
+    _refuse_shared_counts(opt_state, {id(leaf) for leaf in tree.leaves(fresh)})
     return state.replace(model=narrowed, opt_state=opt_state)
 
 
@@ -58,3 +64,39 @@ def _can_be_trained(leaf: Tensor) -> bool:
 
 def _kept(old: Tensor | None, new: Tensor) -> Tensor:
     return old if old is not None and old.shape == new.shape and old.dtype == new.dtype else new
+
+
+def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
+    """Refuses an optimizer state whose count of updates is that of older parameters too.
+
+    Args:
+        node: The new optimizer state, or a node of it.
+        fresh: The identities of the leaves that were just initialized.
+        path: The node's.
+    """
+    for key, child in children(node) or []:
+        _refuse_shared_counts(child, fresh, f"{path}{as_code((key,))}")
+    fields: dict[str, Any] = node._asdict() if hasattr(node, "_asdict") else {}
+    names: tuple[str, ...] = getattr(type(node), "AGES", tuple(fields))
+    ages = [age for name in names if isinstance(age := fields.get(name), Tensor) and _is_count(age)]
+    if not any(bool(age.any()) for age in ages):
+        return
+    for name, memory in fields.items():
+        if name in _WRAPPED or isinstance(memory, Tensor):
+            continue
+        for place, leaf in zip(leaf_paths(memory), tree.leaves(memory), strict=True):
+            if id(leaf) in fresh:
+                raise ValueError(
+                    f"with_trainable: expected parameters that have been trained from the optimizer's first update, got "
+                    f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
+                    f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
+                    "counts for each phase, or restart the optimizer state of all parameters: "
+                    "with_trainable(state.replace(opt_state=()), ...)."
+                )
+
+
+_WRAPPED = ("inner_state", "inner_states")  # states of other transformations, which have counts of their own
+
+
+def _is_count(leaf: Tensor) -> bool:
+    return not leaf.is_floating_point() and not leaf.is_complex()

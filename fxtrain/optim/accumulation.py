@@ -24,6 +24,7 @@ class EveryKState(NamedTuple):
     seen: Tensor  # int64 []: gradients since the last one
     mean: Any  # like the parameters: the mean of these
     inner_state: Any  # of the wrapped transformation
+    AGES = ("seen",)  # the mean begins at zero wherever no gradient has been seen
 
 
 def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> GradientTransformation:

@@ -62,6 +62,8 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
 def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> GradientTransformation:
     """``tx`` for each parameter in its own time: what is frozen gets zeros, and its memory waits.
 
+    Counts of updates, and with them schedules and bias corrections inside ``tx``, begin where the phase begins.
+
     It is one graph for all phases: the gradients of what is frozen are computed and thrown away.
     ``fxtrain.with_trainable`` leaves them out of the graph, and makes a graph for each phase. What never trains takes
     no memory here either.

@@ -21,6 +21,7 @@ class LookaheadState(NamedTuple):
     count: Tensor  # int64 []: updates made
     slow: Any  # like the parameters: the slow weights
     inner_state: Any  # of the wrapped transformation
+    AGES = ()  # slow weights begin as the parameters, at any count
 
 
 def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar = 0.5) -> GradientTransformation:
