@@ -83,7 +83,8 @@ def synced(system: type[System]) -> Cell:
     """Checks an uninterrupted scenario. Each save is one trial."""
     cell = Cell()
     for best in (False, True):
-        calls = log(system, best=best)
+        # Another writer of the run may have made the folder, and not synced its name.
+        calls = log(system, best=best, made_before=best)
         commits = sum(call == Call("note", COMMITTED) for call in calls)
         problems = unsynced(calls, counts=part_of_checkpoint)
         bad = {problem.split(":")[0] for problem in problems}
@@ -93,10 +94,18 @@ def synced(system: type[System]) -> Cell:
     return cell
 
 
-def log(system: type[System], *, best: bool) -> list[Call]:
-    """The calls of an uninterrupted scenario below the folder's parent."""
+def log(system: type[System], *, best: bool, made_before: bool = False) -> list[Call]:
+    """The calls of an uninterrupted scenario below the folder's parent.
+
+    Args:
+        system: What saves.
+        best: Whether it keeps the best beside the newest.
+        made_before: Whether the folder above the checkpoints is made by another writer, without a sync.
+    """
     with shim.scratch() as parent, shim.log_file() as (descriptor, path):
-        outcome = children.in_child(functools.partial(_scenario, system, pathlib.Path(parent), best, descriptor))
+        outcome = children.in_child(
+            functools.partial(_scenario, system, pathlib.Path(parent), best, made_before, descriptor)
+        )
         if outcome.error:
             raise RuntimeError(outcome.error)
         return shim.parse(path.read_text())
@@ -108,14 +117,22 @@ def part_of_checkpoint(path: str) -> bool:
 
 
 def _scenario(
-    system: type[System], parent: pathlib.Path, best: bool, descriptor: int, tell: Callable[[object], None]
+    system: type[System],
+    parent: pathlib.Path,
+    best: bool,
+    made_before: bool,
+    descriptor: int,
+    tell: Callable[[object], None],
 ) -> None:
     shim.arm(parent, log=descriptor)
-    session = system(parent / "run", best=best)
+    run = parent / "runs" / "1"
+    if made_before:
+        run.mkdir(parents=True)
+    session = system(run / "checkpoints", best=best)
     for index, save in enumerate(WITH_RETURNS if system.goes_back else FORWARD):
         if save.reopen:
             session.close()
-            session = system(parent / "run", best=best)
+            session = system(run / "checkpoints", best=best)
         shim.note(BEGIN)
         session.save(save.step, values(index), save.loss)
         session.wait()

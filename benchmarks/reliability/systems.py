@@ -94,8 +94,12 @@ class Fxtrain(System):
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, best: bool = False, on_error: str = "raise") -> None:
         super().__init__(folder, keep=keep, best=best)
         self.checkpoints = fx.checkpointer(folder, keep=keep, best="loss" if best else None, on_error=on_error)
+        self._continues = False
 
     def save(self, step: int, values: Values, loss: float | None = None) -> None:
+        if not self._continues and self.checkpoints.has_any():  # a folder belongs to the run that is read from it
+            self.checkpoints.restore(state_of(zeros_like(values), 0))
+        self._continues = True
         self.checkpoints.save(state_of(values, step), {} if loss is None else {"loss": loss})
 
     def wait(self) -> None:

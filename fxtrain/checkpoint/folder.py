@@ -6,6 +6,7 @@ Everything is written into a folder beside it, brought to the disk, and then ren
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -24,6 +25,8 @@ LEAVES = "leaves.bin"
 MANIFEST = "manifest.jsonl"
 UNFINISHED = ".unfinished-"
 _FORMAT = 2
+# What a file system answers that does not sync folders, or a folder of the system that may not be opened.
+_NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
 
 
@@ -136,11 +139,21 @@ class Leaves:
 
 
 def make_folder(path: pathlib.Path) -> None:
-    """Makes a folder, with those above it as needed; their names reach the disk."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    """Makes a folder, with those above it as needed, and brings the names of all of them to the disk.
+
+    Other writers make folders too and may not sync their names, so this does not depend on who made them.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(missing):
-        sync_folder(folder.parent)
+    # As it is written, and as it is behind symbolic links: a power cut may take either.
+    for start in dict.fromkeys([path.absolute(), path.resolve()]):
+        for folder in (start, *start.parents):
+            if os.path.ismount(folder):  # its name is not on a disk
+                break
+            try:
+                sync_folder(folder.parent)
+            except OSError as error:
+                if error.errno not in _NOT_SYNCED:
+                    raise
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import pathlib
 import socket
+import stat
 import warnings
 import weakref
+from typing import NoReturn
 
 from fxtrain.checkpoint.errors import CheckpointError
 from fxtrain.checkpoint.folder import make_folder
 
 _NAME = ".lock"
+_NOTE = b"process "
 
 
 class FolderLock:
@@ -20,53 +25,67 @@ class FolderLock:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
-        self._descriptor: int | None = None
+        self._file: io.FileIO | None = None
 
     def take(self) -> None:
         """Takes the lock, unless it is held; makes the folder.
 
         Raises:
-            CheckpointError: If another writer holds it, the folder cannot be written to, or it is not the folder
-                any more that the lock was taken in.
+            CheckpointError: If another writer holds it, the folder cannot be written to, it is no longer the folder
+                in which the lock was taken, or something else has the name of the lock's file.
         """
-        if self._descriptor is not None:
-            self._check_same(self._descriptor)
+        if self._file is not None and not self._file.closed:
+            self._check_same(self._file)
             return
+        # The file object owns the descriptor, so an exception at any line closes it, and with it the lock.
+        file: io.FileIO | None = None
         try:
             make_folder(self._folder)
-            descriptor = os.open(self._folder / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
+            file = io.FileIO(str(self._folder / _NAME), "r+", opener=_open)
+            self._claim(file)
+            self._file = file
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                self._refuse("a symbolic link")
             raise CheckpointError(
                 f"{self._folder} cannot be written to ({error}): make it writable, or give another folder."
             ) from error
+        finally:
+            if file is not None and self._file is not file:
+                file.close()
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Lets others write."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _claim(self, file: io.FileIO) -> None:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            self._refuse("something that is not a regular file")
+        content = os.pread(file.fileno(), 200, 0).strip(b"\0\n")  # zeros are what a power cut leaves
+        if not (content.startswith(_NOTE) or _NOTE.startswith(content)):
+            self._refuse("a file with other content")
         try:
-            _lock(descriptor)
+            _lock(file.fileno())
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
+            holder = content.decode(errors="replace").strip() or "another process"
             raise CheckpointError(
                 f"{self._folder} is being written to by {holder}, and two writers would delete each other's "
                 "checkpoints: give each run a folder of its own, or end the other one (`close()` a checkpointer that "
                 "is not needed any more)."
             ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
         with contextlib.suppress(OSError):  # on a full disk the lock holds without its note
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._descriptor = descriptor
-        _HELD.add(self)
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), b"%s%d on %s\n" % (_NOTE, os.getpid(), socket.gethostname().encode()), 0)
 
-    def release(self) -> None:
-        """Lets others write."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+    def _refuse(self, what: str) -> NoReturn:
+        raise CheckpointError(f"expected the lock of a folder at {self._folder / _NAME}, got {what}. Move it away.")
 
-    def _check_same(self, descriptor: int) -> None:
+    def _check_same(self, file: io.FileIO) -> None:
         try:
-            there = os.path.samestat(os.fstat(descriptor), os.stat(self._folder / _NAME))
+            there = os.path.samestat(os.fstat(file.fileno()), os.lstat(self._folder / _NAME))
         except OSError:
             there = False
         if not there:
@@ -77,6 +96,12 @@ class FolderLock:
 
     def __del__(self) -> None:
         self.release()
+
+
+def _open(path: str, flags: int) -> int:
+    # A link could lead to a stranger's file, and a FIFO would block.
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
 
 
 _HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
