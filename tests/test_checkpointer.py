@@ -12,6 +12,7 @@ import torch
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.checkpoint import folder as folders
+from fxtrain.checkpoint import manifest as manifests
 
 
 def at(step, **changes):
@@ -96,10 +97,10 @@ class TestPolicy:
     def test_another_environment_is_told(self, tmp_path):
         checkpoints = saved(tmp_path, [10])
         (path,) = folders_of(tmp_path)
-        manifest = folders.read_manifest(path)
+        manifest = manifests.read_manifest(path)
         manifest["environment"]["threads"] = 64
         with open(path / "manifest.jsonl", "wb") as file:
-            folders.write_manifest(file, manifest, manifest.pop("leaves"))
+            manifests.write_manifest(file, manifest, manifest.pop("leaves"))
         with pytest.warns(UserWarning, match=r"may differ in the last bits \(threads: 64 at the save, 1 now\)"):
             checkpoints.restore(problem.start())
 

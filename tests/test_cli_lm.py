@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fxtrain.checkpoint.folder import read_manifest
+from fxtrain.checkpoint.manifest import read_manifest
 from fxtrain.cli import main
 
 SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]

@@ -158,7 +158,8 @@ class Checkpointer(Reader):
         except CheckpointError as error:
             self._failed(error)
             return save
-        measured = {"threads": torch.get_num_threads(), **(notes or {})}  # the writer's thread has its own count
+        texts = {name: str(text) for name, text in (notes or {}).items()}
+        measured = {"threads": torch.get_num_threads(), **texts}  # the writer's thread has its own count
         self._submit(self._commit, save, self._run, content, dict(metrics or {}), measured, device_of(state))
         if not self._background:
             self.wait()

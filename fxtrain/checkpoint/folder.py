@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
-import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import xxhash
 
 from fxtrain.checkpoint.contents import Direct, Snapshot
 from fxtrain.checkpoint.errors import CheckpointError, DamagedError
+from fxtrain.checkpoint.files import open_regular, unreadable
+from fxtrain.checkpoint.manifest import FORMAT, MANIFEST, write_manifest
 from fxtrain.checkpoint.table import Leaf, rows
 
 LEAVES = "leaves.bin"
-MANIFEST = "manifest.jsonl"
 UNFINISHED = ".unfinished-"
-_FORMAT = 2
 # What a file system answers that does not sync folders, or a folder of the system that may not be opened.
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
@@ -45,7 +43,7 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
         try:
             with _synced(unfinished / LEAVES) as file:
                 checksums = _write_leaves(file, contents)
-            head = {"format": _FORMAT, "bytes": sum(place.size for place in contents.places), **facts}
+            head = {"format": FORMAT, "bytes": sum(place.size for place in contents.places), **facts}
             with _synced(unfinished / MANIFEST) as file:
                 write_manifest(file, head, rows(contents.structure, contents.places, checksums))
             sync_folder(unfinished)
@@ -61,54 +59,17 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
         ) from error
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    """What the checkpoint says of itself.
-
-    Raises:
-        CheckpointError: If it is no checkpoint, or one of another version.
-        DamagedError: If its manifest is not what was written.
-    """
-    try:
-        content = (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise DamagedError(f"{path} is no checkpoint: there is no {MANIFEST} in it.") from None
-    except OSError as error:
-        raise DamagedError(f"{path / MANIFEST} cannot be read: {error}.") from None
-    text = content[: content.rstrip(b"\n").rfind(b"\n") + 1]
-    if content != text + _checksum_line(xxhash.xxh3_64(text)):
-        raise DamagedError(f"{path / MANIFEST} is damaged: its checksum is not that of its content.")
-    head, *table = [json.loads(line) for line in text.splitlines()]
-    if head["format"] != _FORMAT:
-        raise CheckpointError(
-            f"{path} has the format {head['format']}, and this version of fxtrain reads {_FORMAT}: read it with the "
-            "version that wrote it."
-        )
-    return {**head, "leaves": table}
-
-
-def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Leaf]) -> None:
-    """Lines of JSON: the facts, one for each leaf, and a checksum of all that is before it."""
-    checksum = xxhash.xxh3_64()
-    for line in itertools.chain([head], table):
-        text = json.dumps(line).encode() + b"\n"
-        checksum.update(text)
-        file.write(text)
-    file.write(_checksum_line(checksum))
-
-
 class Leaves:
     """The file of the leaves' bytes, open to be read.
 
     Raises:
-        DamagedError: If it is not as long as it was.
+        CheckpointError: If it cannot be opened.
+        DamagedError: If it is no regular file, or not as long as it was.
     """
 
     def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
         self._path = path / LEAVES
-        try:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
-        except OSError as error:
-            raise DamagedError(f"{self._path} cannot be read: {error}.") from None
+        self._descriptor = open_regular(self._path)
         size = os.fstat(self._descriptor).st_size
         if size != manifest["bytes"]:
             self.close()
@@ -118,6 +79,7 @@ class Leaves:
         """Fills ``memory`` with one leaf. Several threads may do so at a time.
 
         Raises:
+            CheckpointError: If it cannot be read.
             DamagedError: If its bytes are not those that were written.
         """
         checksum, done = xxhash.xxh3_64(), 0
@@ -129,7 +91,7 @@ class Leaves:
                 checksum.update(memory[done : done + count])
                 done += count
         except OSError as error:
-            raise DamagedError(f"{self._path} cannot be read: {error}.") from None
+            raise unreadable(self._path, error) from None
         if checksum.hexdigest() != row["xxh3"] or done != row["bytes"]:
             raise DamagedError(f"{self._path} is damaged: the bytes of {row['path']} are not those that were written.")
 
@@ -184,8 +146,3 @@ def _write_leaves(file: IO[bytes], contents: Direct | Snapshot) -> list[str]:
             file.write(piece)
         checksums[index] = checksum.hexdigest()
     return checksums
-
-
-def _checksum_line(checksum: xxhash.xxh3_64) -> bytes:
-    # Compared as text, so that no byte of the file can change unseen.
-    return b'{"xxh3": "%s"}\n' % checksum.hexdigest().encode()

@@ -17,7 +17,7 @@ import torch
 
 from fxtrain import tree
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import read_manifest
+from fxtrain.checkpoint.manifest import read_manifest
 from fxtrain.checkpoint.selection import Where
 from fxtrain.checkpoint.single import read, save
 from fxtrain.checkpoint.table import entry_of, keys_of, root_of

@@ -13,7 +13,7 @@ from fxtrain import tree
 from fxtrain.checkpoint import retention
 from fxtrain.checkpoint.contents import host_bytes
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import read_manifest
+from fxtrain.checkpoint.manifest import read_entry
 from fxtrain.checkpoint.retention import Entry
 from fxtrain.core import TrainState
 
@@ -119,7 +119,7 @@ def _is_saved_as(state: TrainState, entry: Entry) -> bool:
     if entry.step == 0 or int(state.step) != entry.step:
         return False
     try:
-        saved = {row["path"]: row["xxh3"] for row in read_manifest(entry.path)["leaves"]}
+        saved = {row["path"]: row["xxh3"] for row in read_entry(entry)["leaves"]}
     except CheckpointError:
         return False
     given: dict[str, Tensor] = {"state.seed": state.seed}

@@ -13,6 +13,7 @@ import torch
 from fxtrain.checkpoint import folder as folders
 from fxtrain.checkpoint import ownership, retention
 from fxtrain.checkpoint.errors import CheckpointError, DamagedError
+from fxtrain.checkpoint.manifest import read_entry
 from fxtrain.checkpoint.retention import Entry, Policy
 from fxtrain.checkpoint.selection import Where
 from fxtrain.checkpoint.single import Extra, Restoration, read
@@ -90,7 +91,7 @@ class Reader:
                 raise CheckpointError(
                     f"There is no step {step} in {self.folder}; the steps there are: {_shown(entries)}."
                 )
-            report = read(chosen[-1].path, like, **options)
+            report = read(chosen[-1].path, like, manifest=read_entry(chosen[-1]), **options)
             self._has_read(chosen[-1])
             return report
         found = self._first_readable(reversed(entries), like, options)
@@ -173,7 +174,7 @@ class Reader:
     def _metrics_of(self, entry: Entry) -> dict[str, float]:
         if entry.path.name not in self._metrics:
             try:
-                self._metrics[entry.path.name] = folders.read_manifest(entry.path)["metrics"]
+                self._metrics[entry.path.name] = read_entry(entry)["metrics"]
             except CheckpointError:  # a restore will report it; it cannot be the best
                 self._metrics[entry.path.name] = {}
         return self._metrics[entry.path.name]
@@ -189,7 +190,7 @@ class Reader:
         damaged: list[tuple[Entry, DamagedError]] = []
         for entry in entries:
             try:
-                report = read(entry.path, like, **options)
+                report = read(entry.path, like, manifest=read_entry(entry), **options)
             except DamagedError as error:
                 if os.path.lexists(entry.path):  # else another process has deleted it meanwhile
                     damaged.append((entry, error))

@@ -78,7 +78,7 @@ def _slots_of_one_side(like: TrainState, stored: Mapping[str, Leaf]) -> tuple[di
     there: dict[str, list[Leaf]] = {}
     for row in stored.values():
         entries = row["entries"]
-        if len(entries) > 1 and entries[0] == ["attribute", "slots"]:
+        if len(entries) > 1 and entries[0] == ["attribute", "slots"] and isinstance(entries[1][1], str):
             there.setdefault(entries[1][1], []).append(row)
     missing = {
         path: name

@@ -19,7 +19,8 @@ from fxtrain import tree
 from fxtrain.checkpoint.contents import Direct, bytes_of
 from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import Leaves, make_folder, read_manifest, write
+from fxtrain.checkpoint.folder import Leaves, make_folder, write
+from fxtrain.checkpoint.manifest import dtype_of, read_manifest
 from fxtrain.checkpoint.selection import Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
@@ -141,8 +142,11 @@ def restore(
 
 
 def facts(contents: Any, device: torch.device, metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """What a manifest says beside the table of the leaves."""
+    """The head of a manifest, as that of a checkpoint which belongs to no run."""
     return {
+        "run": None,
+        "role": None,
+        "sequence": None,
         "step": contents.scalar(0) if root_of(contents.structure) == "state" else None,  # a state's first leaf
         "time": time.time(),
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
@@ -158,11 +162,15 @@ def read(
     extra: Extra = "keep",
     device: torch.device | str | None = None,
     notes: Mapping[str, str] | None = None,
+    manifest: Mapping[str, Any] | None = None,
 ) -> Restoration:
-    """``restore``, with a report. ``notes`` are compared with those that a checkpointer's ``save`` was given."""
+    """``restore``, with a report. ``notes`` are compared with those that a checkpointer's ``save`` was given.
+
+    The manifest is read here unless the caller has done so.
+    """
     if extra not in ("keep", "drop"):
         raise ValueError(f"extra={extra!r}: 'keep' or 'drop' is wanted.")
-    manifest = read_manifest(path)
+    manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, like, stored, where)
     leaves, structure = tree.flatten(like)
@@ -225,4 +233,7 @@ def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
 def _room(row: Leaf) -> Tensor:
     # Memory of its own for each leaf, because the kernels of the same operation differ with the alignment of their
     # inputs, to the bit.
-    return torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]), device="cpu")
+    try:
+        return torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")
+    except RuntimeError as error:
+        raise CheckpointError(f"expected memory for {row['path']}, {row['bytes']} bytes, got {error}.") from error

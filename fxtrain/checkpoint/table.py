@@ -40,12 +40,17 @@ class Place(NamedTuple):
 
 def places(leaves: Sequence[Tensor]) -> list[Place]:
     """A place for each leaf, in the order of the leaves."""
-    order = sorted(range(len(leaves)), key=lambda index: -leaves[index].element_size())
-    offsets, offset = [0] * len(leaves), 0
-    for index in order:
-        offsets[index] = offset
-        offset += leaves[index].nbytes
-    return [Place(leaf.dtype, leaf.shape, offset, leaf.nbytes) for leaf, offset in zip(leaves, offsets, strict=True)]
+    starts = offsets([(leaf.element_size(), leaf.nbytes) for leaf in leaves])
+    return [Place(leaf.dtype, leaf.shape, start, leaf.nbytes) for leaf, start in zip(leaves, starts, strict=True)]
+
+
+def offsets(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """The offset of each leaf in the file, by the sizes of its elements and of the whole, in bytes."""
+    found, offset = [0] * len(sizes), 0
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index][0]):
+        found[index] = offset
+        offset += sizes[index][1]
+    return found
 
 
 def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> Iterator[Leaf]:
@@ -101,4 +106,15 @@ def entry_of(entry: Any) -> list[Any]:
         case optree.GetAttrEntry():
             return ["attribute", entry.name]
         case _:
-            return ["attribute", entry.entry]
+            return ["attribute", entry.codify("")]
+
+
+def code_of(entries: Sequence[Sequence[Any]]) -> str:
+    """The code that reaches a leaf by the entries of its row."""
+
+    def one(kind: str, key: Any) -> str:
+        if kind == "attribute":
+            return key if key[:1] in (".", "[") else f".{key}"
+        return f"[{key!r}]"
+
+    return "".join(one(kind, key) for kind, key in entries)

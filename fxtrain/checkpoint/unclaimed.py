@@ -8,6 +8,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from fxtrain.checkpoint.table import code_of
 from fxtrain.core import NAMESPACE, ops
 
 
@@ -34,22 +35,27 @@ ops.register_pytree_node(
 
 def rebuild(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
     """A tree from leaves and the rest of their paths: dictionaries and lists, or ``Unclaimed`` where there were
-    classes, which are not stored."""
+    classes, which are not stored, and where lists have elements without leaves."""
+    try:
+        return _nested(rows)
+    except (_NotPlainError, RecursionError):
+        return Unclaimed({code_of(entries): leaf for entries, leaf in rows})
+
+
+class _NotPlainError(Exception):
+    """The rows are not those of dictionaries and full lists."""
+
+
+def _nested(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
     if len(rows) == 1 and not rows[0][0]:
         return rows[0][1]
-    if any(kind == "attribute" for entries, _ in rows for kind, _ in entries):
-        return Unclaimed({_code(entries): leaf for entries, leaf in rows})
-    groups: dict[Any, list[tuple[list[list[Any]], Tensor]]] = {}
+    kinds = {entries[0][0] if entries else "leaf" for entries, _ in rows}
+    if kinds not in ({"key"}, {"index"}):
+        raise _NotPlainError
+    groups: dict[str, list[tuple[list[list[Any]], Tensor]]] = {}  # by code, because True and 1 are equal
     for entries, leaf in rows:
-        groups.setdefault(entries[0][1], []).append((entries[1:], leaf))
-    built = {key: rebuild(group) for key, group in groups.items()}
-    return [built[i] for i in sorted(built)] if rows[0][0][0][0] == "index" else built
-
-
-def _code(entries: list[list[Any]]) -> str:
-    def one(kind: str, key: Any) -> str:
-        if kind == "attribute":
-            return key if isinstance(key, str) and key[:1] in ".[" else f".{key}"
-        return f"[{key!r}]"
-
-    return "".join(one(kind, key) for kind, key in entries)
+        groups.setdefault(code_of(entries[:1]), []).append((entries, leaf))
+    built = {group[0][0][0][1]: _nested([(entries[1:], leaf) for entries, leaf in group]) for group in groups.values()}
+    if len(built) != len(groups) or (kinds == {"index"} and sorted(built) != list(range(len(built)))):
+        raise _NotPlainError
+    return [built[index] for index in range(len(built))] if kinds == {"index"} else built

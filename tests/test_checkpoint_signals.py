@@ -1,0 +1,191 @@
+"""No exception from a signal handler, at any point of a call, damages a checkpoint or leaves a write untracked."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain.checkpoint import contents
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a finalizer
+
+# The frames in which the exception is raised: ours, and those of Python's libraries that may hold a lock.
+WATCHED = ("fxtrain/checkpoint/", "concurrent/futures/", "threading.py", "multiprocessing/util.py", "contextlib.py")
+
+
+class FromHandler(BaseException):
+    """What a signal handler raises."""
+
+
+class Tracer:
+    """Counts the lines and instructions of the watched frames in this thread, and raises at number ``at``."""
+
+    def __init__(self, at=None):
+        self.at, self.count = at, 0
+
+    def __call__(self, frame, event, argument):
+        if not any(part in frame.f_code.co_filename for part in WATCHED):
+            return None
+        frame.f_trace_opcodes = True
+        if event in ("line", "opcode", "return"):
+            self.count += 1
+            if self.count == self.at:
+                raise FromHandler
+        return self
+
+    def __enter__(self):
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        sys.settrace(None)
+        return kind is FromHandler
+
+
+LIKE = fx.init(torch.nn.Linear(40, 8))
+
+
+def at(step):
+    params = {name: torch.full_like(value, step) for name, value in LIKE.params.items()}
+    return LIKE.replace(step=torch.tensor(step), params=params)
+
+
+@pytest.fixture(autouse=True)
+def slow_writes(monkeypatch):
+    """A write is still under way when the next call is made. The disk itself is not waited for."""
+    whole = contents.Snapshot.parts
+
+    def parts(self):
+        time.sleep(0.002)
+        yield from whole(self)
+
+    monkeypatch.setattr(contents.Snapshot, "parts", parts)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def prepared(folder, *, waits):
+    checkpoints = fx.checkpointer(folder, keep=None)
+    checkpoints.save(at(1))
+    if waits:
+        checkpoints.wait()
+    return checkpoints
+
+
+CALLS = {
+    "the first save": (False, lambda checkpoints: checkpoints.save(at(2))),
+    "a save": (True, lambda checkpoints: checkpoints.save(at(2))),
+    "a save behind another": (True, lambda checkpoints: checkpoints.save(at(2))),
+    "a snapshot": (True, lambda checkpoints: checkpoints.save(at(2), role="snapshot")),
+    "wait": (True, lambda checkpoints: checkpoints.wait()),
+    "committed": (True, lambda checkpoints: checkpoints.committed()),
+    "close": (True, lambda checkpoints: checkpoints.close()),
+    "begin": (False, lambda checkpoints: checkpoints.begin(at(1), resume=False)),
+}
+
+
+def trial(folder, name, point):
+    """Runs one call, interrupted at a point, and uses the checkpointer again. Returns how many points there were."""
+    follows, call = CALLS[name]
+    checkpoints = prepared(folder, waits=name == "a save") if follows else fx.checkpointer(folder, keep=None)
+    with Tracer(point) as tracer:
+        call(checkpoints)
+    for step in (3, 4):
+        checkpoints.save(at(step))
+    checkpoints.close()
+    with fx.checkpointer(folder) as other:  # the lock is free, and all that is there is whole
+        steps = other.steps()
+        for step in steps:
+            restored = other.restore(LIKE, step=step)
+            assert all((leaf == step).all() for leaf in restored.params.values()), f"step {step} has other values"
+        snapshot = other.read_newest_until(2, LIKE)
+        assert snapshot is None or all((leaf == snapshot.state.step).all() for leaf in snapshot.state.params.values())
+    assert {1, 3, 4} - set(steps) == (set() if follows else {1})
+    assert not list(folder.glob("unreadable-*"))
+    return tracer.count
+
+
+def interrupted_everywhere(tmp_path, name, stride):
+    total = trial(tmp_path / "whole", name, None)
+    assert total > 20
+    for point in range(1, total + 1, stride):
+        trial(tmp_path / str(point), name, point)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_damages_nothing(tmp_path, name):
+    interrupted_everywhere(tmp_path, name, 61)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_at_any_line_or_instruction_damages_nothing(tmp_path, name):
+    interrupted_everywhere(tmp_path, name, 1)
+
+
+def session(folder, *lines, slow=0.0):
+    """Runs lines in a process of its own, in which a write takes ``slow`` seconds. Returns it and its duration."""
+    code = [
+        "import os, signal, sys, time, torch, fxtrain as fx",
+        "from fxtrain.checkpoint import contents",
+        "whole = contents.Snapshot.parts",
+        f"contents.Snapshot.parts = lambda self: time.sleep({slow}) or whole(self)",
+        "state, checkpoints = fx.init(torch.nn.Linear(1, 1)), fx.checkpointer(sys.argv[1])",
+        *lines,
+    ]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*code, ""]), str(folder)], capture_output=True, text=True, check=False
+    )
+    return done, time.monotonic() - began
+
+
+class TestExit:
+    def test_save_is_finished_before_the_process_ends(self, tmp_path):
+        done, _ = session(tmp_path, "checkpoints.save(state)", slow=0.3)
+        assert done.returncode == 0, done.stderr
+        assert fx.checkpointer(tmp_path).steps() == [0]
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_save_is_finished_before_a_child_of_multiprocessing_ends(self, tmp_path, method):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import multiprocessing, sys, time, torch, fxtrain as fx\n"
+            "from fxtrain.checkpoint import contents\n"
+            "whole = contents.Snapshot.parts\n"
+            "contents.Snapshot.parts = lambda self: time.sleep(0.3) or whole(self)\n"
+            "def child(folder):\n"
+            "    checkpoints = fx.checkpointer(folder)\n"
+            "    checkpoints.save(fx.init(torch.nn.Linear(1, 1)))\n"
+            "if __name__ == '__main__':\n"
+            f"    process = multiprocessing.get_context('{method}').Process(target=child, args=(sys.argv[1],))\n"
+            "    process.start(), process.join()\n"
+        )
+        subprocess.run([sys.executable, script, tmp_path / "run"], check=True)
+        assert fx.checkpointer(tmp_path / "run").steps() == [0]
+
+    def test_second_interrupt_does_not_wait_for_the_disk(self, tmp_path):
+        done, seconds = session(
+            tmp_path,
+            "checkpoints.save(state), checkpoints.wait()",
+            "contents.Snapshot.parts = lambda self: time.sleep(60) or whole(self)",
+            "checkpoints.save(state.replace(step=torch.tensor(1)))",
+            "os.kill(os.getpid(), signal.SIGINT)",
+            "time.sleep(60)",
+        )
+        assert "KeyboardInterrupt" in done.stderr
+        assert seconds < 40
+        assert fx.checkpointer(tmp_path).steps() == [0]
+
+    def test_interrupt_that_was_caught_does_not_lose_a_save(self, tmp_path):
+        done, _ = session(
+            tmp_path,
+            "try: os.kill(os.getpid(), signal.SIGINT), time.sleep(60)",
+            "except KeyboardInterrupt: pass",
+            "checkpoints.save(state)",
+            slow=0.3,
+        )
+        assert done.returncode == 0, done.stderr
+        assert fx.checkpointer(tmp_path).steps() == [0]
