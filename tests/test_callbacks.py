@@ -108,6 +108,31 @@ def test_epoch_mean_is_the_mean_over_each_epoch():
         fx.fit(problem.start(), problem.step(callbacks=other), problem.data(), callbacks=other, steps=1)
 
 
+def test_epoch_mean_of_skipped_batches_logs_nothing():
+    mean = fx.callbacks.epoch_mean("loss")
+
+    def skip(state, event: fx.StepBegin):
+        return state, fx.Control(skip_batch=3 <= event.position < 6, reason="the second epoch")
+
+    logged = []
+
+    def watch(state, event: fx.EpochEnd, control):
+        logged.append((event.step, list(control.log)))
+
+    result = fx.fit(
+        problem.start(),
+        problem.step(callbacks=mean),
+        problem.data(),
+        callbacks=[skip, mean],
+        epochs=3,
+        observers=[fx.observers.required(watch)],
+    )
+    curve = result.history["epoch/loss"]
+    assert curve.steps.tolist() == [3, 6]
+    assert all(map(math.isfinite, curve.values))
+    assert logged == [(3, ["epoch/loss"]), (3, []), (6, ["epoch/loss"])]
+
+
 LAWS = {
     "early_stopping": (
         lambda: fx.callbacks.early_stopping("loss", patience=2, restore_best=True),

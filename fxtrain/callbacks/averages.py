@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxtrain import metrics
-from fxtrain.core import Control, EpochEnd, TrainState, Updated
+from fxtrain.core import Control, EpochEnd, Logged, TrainState, Updated
 from fxtrain.fold import Handler, slotted
 
 
@@ -13,7 +13,7 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     """Averages training metrics over each epoch, and logs them at ``EpochEnd`` as ``epoch/<metric>``.
 
     The sums are kept inside the compiled step, so nothing is read from the device until the epoch ends: give it to
-    ``train_step(..., callbacks=)`` as well as to ``fit``.
+    ``train_step(..., callbacks=)`` as well as to ``fit``. An epoch without a step logs nothing.
 
     Args:
         names: Metrics of the step, 0-d tensors; ``"loss"`` by default.
@@ -31,7 +31,8 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     def update(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
         memory: dict[str, Any] = state.slots[name]
         if isinstance(event, EpochEnd):
-            log = {f"epoch/{metric}": average.compute() for metric, average in memory.items()}
+            # An epoch whose batches were all skipped has no mean, and ends at a step that has a point already.
+            log = {f"epoch/{metric}": Logged(mean.compute(), when=mean.count > 0) for metric, mean in memory.items()}
             return state.with_slot(name, init(state)), Control(log=log)
         for metric in watched:
             if metric not in event.metrics:
