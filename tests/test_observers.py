@@ -1,5 +1,6 @@
 """What observers do to the world: the points they write, what they subscribe to, what they import."""
 
+import functools
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+import problem
 import pytest
 import torch
 from hypothesis import given, settings
@@ -334,3 +336,56 @@ def test_nothing_heavy_is_imported_and_summary_starts_no_backend_of_jax():
         assert "clu" in sys.modules and not xla_bridge.backends_are_initialized()
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def run_with(**options):
+    return fx.fit(problem.start(), problem.step(), problem.data(), steps=1, **options)
+
+
+def callback_on_step_ends(state, event: StepEnd):
+    return state, NOTHING
+
+
+class CallbackObject:
+    def __call__(self, state, event: StepEnd):
+        return state, NOTHING
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (callback_on_step_ends, "callback_on_step_ends"),
+        (CallbackObject(), "CallbackObject"),
+        (fx.callbacks.early_stopping("loss", patience=1), "early_stopping"),
+        (fx.compose(fx.callbacks.save()), "save"),
+        (fx.on(StepEnd, callback_on_step_ends), "callback_on_step_ends"),
+        (functools.partial(callback_on_step_ends), "callback_on_step_ends"),
+    ],
+)
+def test_a_callback_among_observers_is_an_error(given, name):
+    with pytest.raises(TypeError, match=rf"observers: expected .*, got {name}, .* Pass it in callbacks="):
+        run_with(observers=[lambda state, event, control: None, given])
+
+
+def test_what_is_no_observer_is_an_error():
+    with pytest.raises(TypeError, match=r"got <lambda>, .* Give it these three parameters"):
+        run_with(observers=[lambda event: None])
+    run_with(observers=[lambda state, event, control=None: None, lambda *given: None][:1])
+
+
+def observer_of_step_ends(state, event: StepEnd, control):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda folder: observer_of_step_ends, "observer_of_step_ends"),
+        (lambda folder: observers.write(writers.jsonl(folder / "a.jsonl")), "Write"),
+        (lambda folder: observers.required(observers.record_run(folder)), "RecordRun"),
+        (lambda folder: fx.on(StepEnd, observer_of_step_ends), "observer_of_step_ends"),
+    ],
+)
+def test_an_observer_among_callbacks_is_an_error(tmp_path, make, name):
+    with pytest.raises(TypeError, match=rf"callbacks: expected .*, got {name}, .* Pass it in observers="):
+        run_with(callbacks=[make(tmp_path)])

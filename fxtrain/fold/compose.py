@@ -32,7 +32,7 @@ from fxtrain.core import (
     Updated,
 )
 from fxtrain.fold.structure import refuse_other_structure
-from fxtrain.fold.subscription import kinds, name_of, subscription
+from fxtrain.fold.subscription import kinds, name_of, subscription, takes
 
 _LOOP = frozenset({"stop", "unsaved", "end_epoch", "evaluate", "save", "rewind"})
 _INSIDE_EVALUATION = _LOOP - {"evaluate"}  # an evaluation inside an evaluation would never end
@@ -352,6 +352,7 @@ def _memory(state: TrainState, name: str) -> Any:
 def handler_of(callback: Any) -> Handler:
     """The callback with its name and its subscription."""
     if isinstance(callback, Handler):
+        _refuse_observer(callback.function)
         return callback
     if not callable(callback):
         raise TypeError(
@@ -360,4 +361,13 @@ def handler_of(callback: Any) -> Handler:
         )
     if isinstance(callback, type):
         raise TypeError(f"{callback.__name__} is a class: make an instance of it, and give that.")
+    _refuse_observer(callback)
     return Handler(name_of(callback), typing.cast(Any, callback), frozenset(subscription(callback)))
+
+
+def _refuse_observer(callback: Callable[..., Any]) -> None:
+    if takes(callback, 3) and not takes(callback, 2):
+        raise TypeError(
+            f"callbacks: expected functions (state, event), got {name_of(callback)}, which requires a third argument "
+            "as observers do. Pass it in observers=."
+        )

@@ -20,6 +20,22 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
+def takes(function: Any, count: int) -> bool:
+    """Whether a function can be called with so many positional arguments; True where its signature cannot be read.
+
+    Example:
+        >>> takes(lambda state, event: None, 2), takes(lambda state, event: None, 3)
+        (True, False)
+    """
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def subscription(callback: Any) -> Iterable[type[Any]]:
     """The events that the annotation of the second parameter names."""
     try:

@@ -23,7 +23,8 @@ from fxtrain.core import (
     TrainState,
     event_of,
 )
-from fxtrain.fold.subscription import name_of, subscription
+from fxtrain.fold import Composed, Handler
+from fxtrain.fold.subscription import name_of, subscription, takes
 from fxtrain.loop.history import History
 from fxtrain.loop.late import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
 from fxtrain.values import named_after, published, try_all
@@ -47,10 +48,15 @@ class Publisher:
             the end, where an observer has them.
         history: What records all that is published.
         device: Where the run's state is.
+
+    Raises:
+        TypeError: If one of ``observers`` is a callback.
     """
 
     def __init__(self, observers: Iterable[Callable[..., None]], history: History, device: torch.device) -> None:
         self._observers = list(observers)
+        for observer in self._observers:
+            _refuse_callback(observer)
         self._history = history
         self._on_host = device.type == "cpu"
         self._seeing: dict[type[Any], list[Callable[..., None]]] = {}
@@ -191,6 +197,19 @@ def _close(observer: Callable[..., None]) -> None:
     close = getattr(observer, "close", None)
     if close is not None:
         close()
+
+
+def _refuse_callback(observer: Callable[..., None]) -> None:
+    if isinstance(observer, Composed):
+        name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
+    else:
+        name = observer.name if isinstance(observer, Handler) else name_of(observer)
+    if isinstance(observer, Composed | Handler) or not takes(observer, 3):
+        remedy = "Pass it in callbacks=" if takes(observer, 2) else "Give it these three parameters"
+        raise TypeError(
+            f"observers: expected functions (state, event, control), got {name}, which does not take three "
+            f"arguments. {remedy}."
+        )
 
 
 def _events(observer: Callable[..., None]) -> frozenset[type[Any]]:
