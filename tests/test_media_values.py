@@ -204,3 +204,31 @@ def test_what_is_out_of_range_is_left_out_and_the_rest_is_kept():
     values = {"bad": Image(torch.full((2, 2), 7.0)), "good": Image(torch.zeros(2, 2))}
     with pytest.warns(RuntimeWarning, match="'bad' of step 3 is not written: Image has pixels from 0 to 1"):
         assert list(kept_by(Numbers(), frozenset((Image,)), 3, values)) == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("value", "read", "expected"),
+    [
+        (Image(torch.tensor([[1.06, 0.5, -0.2]])), lambda v: v.frames.reshape(-1).tolist(), [255, 128, 0]),
+        (Image(torch.tensor([[1.4, 0.0]]), limits=(-1, 1)), lambda v: v.frames.reshape(-1).tolist(), [255, 128]),
+        (Video(torch.full((2, 2, 2, 3), 1.1)), lambda v: v.frames.max(), 255),
+        (Audio(torch.tensor([1.1, -1.2]), 10), lambda v: v.waves.reshape(-1).tolist(), [32767, -32767]),
+    ],
+)
+def test_what_is_slightly_out_of_range_is_clipped(value, read, expected):
+    assert read(value) == expected
+
+
+def test_clipping_is_said_once_for_each_name_of_a_run(tmp_path, recwarn):
+    pair = fx.writers.media(tmp_path / "a"), fx.writers.media(tmp_path / "b")
+    observer = fx.observers.write(*pair)
+    table = Table({"look": Image(torch.full((2, 2, 2, 1), 1.05))})
+    for step in (1, 2, 3):
+        log = {"one": Image(torch.full((2, 2), 1.05)), "two": Image(torch.full((2, 2), -0.05)), "table": table}
+        observer(None, fx.StepEnd(step=step, metrics={}), fx.Control(log=log))
+    observer.close()
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == 3
+    assert said[0].startswith("'one' of step 1: Image pixels from 1.05 to 1.05 are clipped to 0 to 1.")
+    for folder in ("a", "b"):
+        assert len(list((tmp_path / folder).rglob("*.png"))) == 3 * (1 + 1 + 2)

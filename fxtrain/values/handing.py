@@ -10,7 +10,7 @@ from typing import Any
 from fxtrain.values.confusion import ConfusionMatrix
 from fxtrain.values.figure import Figure
 from fxtrain.values.histogram import Histogram
-from fxtrain.values.media import Audio, Image, Video
+from fxtrain.values.media import Audio, Image, Video, note_of_clipping
 from fxtrain.values.points import PointCloud
 from fxtrain.values.table import Table
 from fxtrain.values.text import HParams, Text
@@ -62,13 +62,20 @@ def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping
         if kind not in kinds:
             make = next((make for simpler, make in _SIMPLER.get(kind, ()) if simpler in kinds), None)
             if make is None:
-                _say_once(writer, kind, name)
+                _say_once(
+                    writer,
+                    kind,
+                    f"{type(writer).__name__} keeps no {KINDS.get(kind, 'numbers')}, and leaves out {name!r} and "
+                    "others like it: add a writer that does, fxtrain.writers.tensorboard or fxtrain.writers.media say.",
+                )
                 continue
             value = make(value)
         try:
             for part in value.columns.values() if isinstance(value, Table) else (value,):
                 if type(part) in _ON_HOST:
                     _ON_HOST[type(part)](part)
+                    if (clipped := note_of_clipping(part)) is not None:
+                        _say_once(writer, f"clipped {name}", f"{name!r} of step {step}: {clipped} {_CLIPPING}")
         except ValueError as error:
             warnings.warn(f"{name!r} of step {step} is not written: {error}", RuntimeWarning, stacklevel=3)
             continue
@@ -139,16 +146,14 @@ _VERBS: Mapping[type[Any], str] = {
 }
 
 
-def _say_once(writer: Any, kind: type[Any], name: str) -> None:
-    told: set[type[Any]] = getattr(writer, "__dict__", {}).setdefault("_left_out", set())
-    if kind not in told:
-        told.add(kind)
-        warnings.warn(
-            f"{type(writer).__name__} keeps no {KINDS.get(kind, 'numbers')}, and leaves out {name!r} and others like "
-            "it: add a writer that does, fxtrain.writers.tensorboard or fxtrain.writers.media say.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+_CLIPPING = "Set limits= or scale them; later ones of this name are clipped without a warning."
+
+
+def _say_once(writer: Any, about: Any, message: str) -> None:
+    told: set[Any] = getattr(writer, "__dict__", {}).setdefault("_left_out", set())
+    if about not in told:
+        told.add(about)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def hold_back(writer: Any, write: Callable[[], None]) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from fxtrain.values.nodes import as_tensor, on_host, register_value
 
 Layout = Literal["HWC", "CHW"]
+_NOTE = "_clipped"
 _CHANNELS = {1: "gray", 3: "RGB", 4: "RGBA"}
-_ROUNDING = 1e-3  # by so much of its range a pixel or a sample may lie beyond it
+_ROUNDING = 1e-3  # share of the range by which a pixel or a sample may exceed it silently
+_OVERSHOOT = 0.25  # share up to which it is clipped with a warning; more is another scale, and refused
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,10 +50,10 @@ class Image:
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
-        """The images on the host: uint8 [N, H, W, C].
+        """The images on the host: uint8 [N, H, W, C]. Pixels up to a quarter of the range beyond the limits are clipped.
 
         Raises:
-            ValueError: If a pixel is not finite, or beyond the limits.
+            ValueError: If a pixel is not finite, or further beyond the limits.
         """
         return _frames(self)
 
@@ -91,10 +93,10 @@ class Video:
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
-        """The videos on the host: uint8 [N, T, H, W, C].
+        """The videos on the host: uint8 [N, T, H, W, C], clipped as images are.
 
         Raises:
-            ValueError: If a pixel is not finite, or beyond the limits.
+            ValueError: If a pixel is not finite, or further beyond the limits.
         """
         return _frames(self)
 
@@ -135,13 +137,13 @@ class Audio:
 
     @functools.cached_property
     def waves(self) -> np.ndarray:
-        """The sounds on the host: int16 [N, T, C].
+        """The sounds on the host: int16 [N, T, C]. Samples up to 0.5 beyond -1 and 1 are clipped.
 
         Raises:
-            ValueError: If a sample is not finite, or beyond -1 and 1.
+            ValueError: If a sample is not finite, or further beyond.
         """
         samples = self.samples if self.samples.ndim > 1 else self.samples[:, None]
-        waves = np.round(_within(on_host(samples), -1.0, 1.0, "Audio", "samples") * 32767).astype(np.int16)
+        waves = np.round(_within(self, on_host(samples), -1.0, 1.0, "samples") * 32767).astype(np.int16)
         return waves if waves.ndim == 3 else waves[None]
 
     def __repr__(self) -> str:
@@ -189,22 +191,30 @@ def _frames(value: Any) -> np.ndarray:
     found = on_host(pixels if whole else pixels[None])
     if pixels.is_floating_point():
         low, high = value.limits
-        found = _within(found, low, high, type(value).__name__, "pixels")
+        found = _within(value, found, low, high, "pixels")
         found = np.round((found - low) / (high - low) * 255)
     elif pixels.dtype == torch.bool:
         found = found * 255
     return np.ascontiguousarray(found.astype(np.uint8))
 
 
-def _within(values: np.ndarray, low: float, high: float, name: str, what: str) -> np.ndarray:
-    least, most = float(values.min()), float(values.max())
-    room = _ROUNDING * (high - low)
-    if not (low - room <= least and most <= high + room):
+def _within(value: Any, numbers: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
+    """Clips what is slightly out of range, and leaves a note of that on the value, for ``note_of_clipping``."""
+    name, least, most = type(value).__name__, float(numbers.min()), float(numbers.max())
+    beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
+    if not beyond <= _OVERSHOOT:
         remedy = "say what is black and what is white with limits=." if what == "pixels" else "scale them."
         raise ValueError(
             f"{name} has {what} from {low:g} to {high:g}, and these go from {least:g} to {most:g}: {remedy}"
         )
-    return values.clip(low, high)
+    if beyond > _ROUNDING:
+        value.__dict__[_NOTE] = f"{name} {what} from {least:g} to {most:g} are clipped to {low:g} to {high:g}."
+    return numbers.clip(low, high)
+
+
+def note_of_clipping(value: Any) -> str | None:
+    """Returns what was clipped of an image, video or sound on its way to the host, once; None if nothing was."""
+    return value.__dict__.pop(_NOTE, None)
 
 
 def _described(value: Any, name: str) -> str:
