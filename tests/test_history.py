@@ -210,3 +210,9 @@ def test_a_notebook_shows_the_figure_once_and_progress_in_its_cell(tmp_path):
     assert "end    reached 30 steps, in" in shown[0].data["text/plain"]
     assert "━" in shown[0].data["text/html"]
     assert [list(output.data) for output in drawn] == [["text/plain", "image/png"]]
+
+
+def test_the_repr_escapes_what_acts_on_a_terminal():
+    history = History()
+    history.add(1, {"a\x1b[2J\n\u202e": 1.0})
+    assert repr(history).splitlines() == ["History of 1 curves", "  a\\x1b[2J\\n\\u202e: 1 points, last 1"]

@@ -449,6 +449,35 @@ def test_console_writes_to_a_file_that_it_does_not_close(tmp_path):
     assert (tmp_path / "log.txt").read_text().splitlines() == ["step 1 | loss 0.5", "step 2 | loss 0.25"]
 
 
+HOSTILE = "a\x1b[2J\x07\x9b\x7f\n\u202eb\ud800"
+SHOWN = "a\\x1b[2J\\x07\\x9b\\x7f\\n\\u202eb\\ud800"
+
+
+def test_console_escapes_what_acts_on_a_terminal(capsys):
+    writer = console()
+    writer.write(1, {HOSTILE: 1.0, f"{HOSTILE}!": Text(f"one\t{HOSTILE}\r\ntwo\x0c\n")})
+    writer.write_hparams({HOSTILE: HOSTILE})
+    writer.close()
+    first, second = SHOWN.split("\\n")
+    assert capsys.readouterr().out.split("\n") == [
+        f"step 1 | {SHOWN} 1",
+        f"step 1 | {SHOWN}!:",
+        f"  one\t{first}",
+        f"  {second}",
+        "  two\\x0c",
+        "hparams:",
+        f"  {SHOWN}  {SHOWN}",
+        "",
+    ]
+
+
+def test_console_writes_to_a_file_that_lacks_a_letter():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console(file).write_texts(1, {"a": "wörld"})
+    file.flush()
+    assert file.buffer.getvalue() == b"step 1 | a:\n  w\\xf6rld\n"
+
+
 # Disk
 
 

@@ -445,3 +445,38 @@ def test_pace_knows_nothing_before_it_can():
     pace.step(StepEnd(step=1, metrics={}, total_steps=3))
     pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # a clock that stands still
     assert (pace.rate, pace.waiting, pace.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (None, None, None)
+
+
+HOSTILE = "a[red]\x1b[2J\x07\x9b\x7f\n\u202eb\ud800\u2028[/]:smile:"
+SHOWN = "a[red]\\x1b[2J\\x07\\x9b\\x7f\\n\\u202eb\\ud800\\u2028[/]:smile:"
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_names_and_reasons_reach_the_terminal_escaped(kind, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    file = kind()
+    shown = observers.progress((HOSTILE,), best=HOSTILE, rate=(HOSTILE, 1), extra={HOSTILE: lambda m: 1.0}, file=file)
+    see(
+        shown,
+        FitBegin(step=0, total_steps=3),
+        Restored(step=0, path="p", missing=(HOSTILE,), different=(HOSTILE,)),
+        ended(1, **{HOSTILE: 1.0}),
+        ended(2, **{HOSTILE: 1.0}),
+        EvalBegin(step=2),
+        EvalEnd(step=2, metrics={HOSTILE: 2.0}),
+        Interrupted(step=2, cause=HOSTILE),
+        FitEnd(step=2, reason=HOSTILE),
+    )
+    text = file.getvalue()
+    assert SHOWN in text
+    assert not re.findall(r"[\x07\x7f-\x9f\u2028\u202e\ud800]", text)
+    assert "\x1b[2J" not in text
+    assert "\x1b[31m" not in text  # red
+    assert f"best {SHOWN}" in text
+
+
+def test_a_terminal_that_lacks_a_letter_is_no_error():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    see(observers.progress(("wörld",), file=file), ended(1, **{"wörld": 1.0}))
+    file.flush()
+    assert file.buffer.getvalue() == b"step 1 | w\\xf6rld 1.0000\n"

@@ -343,3 +343,12 @@ def test_without_clu_it_says_so_and_shows_the_rest(monkeypatch):
     assert panels(page)["modules"][0].startswith("(no table, as clu cannot be imported: ")
     assert panels(page)["modules"][0].endswith("pip install clu)")
     assert facts(page, "model")["parameters"] == "2 in 2 tensors, all trainable"
+
+
+def test_names_of_parameters_reach_the_terminal_escaped(capsys):
+    state = fx.init({"a\x1b[2J\n\u202e": torch.zeros(2)}, fx.optim.sgd(0.1))
+    observers.summary()(state, FitBegin(step=0), Control())
+    text = capsys.readouterr().out
+    assert "a\\x1b[2J\\n\\u202e" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text

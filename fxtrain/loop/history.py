@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fxtrain.core import by_number
+from fxtrain.core.text import printable
 
 _NUMBERS = (int, float)
 _LONGEST = 46  # characters of a title that fit over a panel
@@ -155,7 +156,9 @@ class History(Mapping[str, Series]):
             axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color="0.3")
 
     def __repr__(self) -> str:
-        rows = [f"  {name}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self]
+        rows = [
+            f"  {printable(name)}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self
+        ]
         return "\n".join([f"History of {len(self)} curves", *rows])
 
 

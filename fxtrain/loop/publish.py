@@ -23,6 +23,7 @@ from fxtrain.core import (
     TrainState,
     event_of,
 )
+from fxtrain.core.text import printable, printable_lines
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold.subscription import name_of, subscription, takes
 from fxtrain.loop.history import History
@@ -182,8 +183,8 @@ class Publisher:
         with contextlib.suppress(Exception):
             _close(observer)
         warnings.warn(
-            f"The observer {name_of(observer)} failed at {at} and is dropped; training goes on.\n"
-            f"{''.join(traceback.format_exception(error))}",
+            f"The observer {printable(name_of(observer))} failed at {at} and is dropped; training goes on.\n"
+            + "\n".join(printable_lines("".join(traceback.format_exception(error)))),
             RuntimeWarning,
             stacklevel=3,
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 from fxtrain.core import LoopEvent
+from fxtrain.core.text import encodable, printable
 from fxtrain.observers.pace import fraction
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
@@ -83,7 +84,7 @@ class Lines:
         pass
 
     def _print(self, *parts: str | None) -> None:
-        print(" | ".join(part for part in parts if part), file=self._file, flush=True)
+        _print_line(" | ".join(part for part in parts if part), self._file)
 
 
 class Terminal:
@@ -107,7 +108,7 @@ class Terminal:
         self._live.update(drawn, refresh=True)
 
     def note(self, text: str) -> None:
-        self._live.console.print(text, style="yellow", highlight=False, markup=False)
+        self._live.console.print(_text(text, style="yellow"), highlight=False)
 
     def close(self) -> None:
         self._live.stop()
@@ -138,7 +139,7 @@ class Cell:
             self._handle.update(shown, raw=True)
 
     def note(self, text: str) -> None:
-        print(text)
+        _print_line(text, None)
 
     def close(self) -> None:
         pass
@@ -196,7 +197,6 @@ class Panel:
 
     def _draw(self) -> Any:
         from rich.table import Table
-        from rich.text import Text
 
         table = Table.grid(padding=(0, 2, 0, 0))
         if self._frame is None or self._event is None:
@@ -205,7 +205,7 @@ class Panel:
         where = filter(None, (frame.step, frame.epoch, frame.remaining and f"{frame.remaining} left"))
         table.add_row(_label("train"), self._bar(fraction(self._event), width, "   ".join(where)))
         if self._phase or frame.columns:
-            table.add_row("", Text(self._phase, style="yellow") if self._phase else _styled(frame.columns))
+            table.add_row("", _text(self._phase, style="yellow") if self._phase else _styled(frame.columns))
         if self._batch is not None:
             done, count = self._batch
             share = min(done / count, 1.0) if count else None
@@ -213,25 +213,35 @@ class Panel:
         elif frame.evaluation:
             table.add_row(_label("eval"), _styled(frame.evaluation))
         if self._end:
-            table.add_row(_label("end"), Text(self._end))
+            table.add_row(_label("end"), _text(self._end))
         return table
 
     def _bar(self, share: float | None, width: int, text: str) -> Any:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
-        from rich.text import Text
 
         total = None if share is None else 1.0  # without one, it pulses
         bar = ProgressBar(total=total, completed=share or 0.0, width=width, animation_time=self._drawn)
         row = Table.grid(padding=(0, 2, 0, 0))
-        row.add_row(bar, Text(text))
+        row.add_row(bar, _text(text))
         return row
 
 
-def _label(text: str) -> Any:
+def _print_line(text: str, file: TextIO | None) -> None:
+    """Prints one line, whatever is in the names and reasons of which it is made."""
+    file = file or sys.stdout
+    print(encodable(printable(text), getattr(file, "encoding", None)), file=file, flush=True)
+
+
+def _text(text: str, style: str = "") -> Any:
+    """One line as rich shows it. A ``Text`` has no markup: brackets in names stay brackets."""
     from rich.text import Text
 
-    return Text(text, style="bold")
+    return Text(printable(text), style=style)
+
+
+def _label(text: str) -> Any:
+    return _text(text, style="bold")
 
 
 def _words(columns: list[Column]) -> list[str]:
@@ -241,5 +251,8 @@ def _words(columns: list[Column]) -> list[str]:
 def _styled(columns: list[Column]) -> Any:
     from rich.text import Text
 
-    parts = [Text.assemble((f"{label} ", "dim"), value) if label else Text(value) for label, value in columns]
+    parts = [
+        Text.assemble((f"{printable(label)} ", "dim"), printable(value)) if label else _text(value)
+        for label, value in columns
+    ]
     return Text("   ").join(parts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, ops, refuse_unless_whole
+from fxtrain.core.text import printable
 from fxtrain.observers.figures import size
 from fxtrain.observers.rank_zero import rank
 
@@ -140,7 +141,11 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
 
 def _line(label: str, text: str) -> str:
     return textwrap.fill(
-        f"{label:<11}  {text}", _WIDTH, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False
+        f"{printable(label):<11}  {printable(text)}",
+        _WIDTH,
+        subsequent_indent=" " * 13,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
@@ -383,6 +388,7 @@ def _table(rows: list[_Row]) -> str:
         from clu import parameter_overview  # imports jax, and starts no backend of it
     except ImportError as error:
         return f"(no table, as clu cannot be imported: {error}; pip install clu)"
+    rows = [{name: printable(cell) for name, cell in row.items()} for row in rows]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]  # what is known of none is no column
     widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     # Numbers stand below each other, to the right.

@@ -50,7 +50,8 @@ class Image:
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
-        """The images on the host: uint8 [N, H, W, C]. Pixels up to a quarter of the range beyond the limits are clipped.
+        """The images on the host: uint8 [N, H, W, C]. Pixels beyond the limits by up to a quarter of their range
+        are clipped.
 
         Raises:
             ValueError: If a pixel is not finite, or further beyond the limits.

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from fxtrain.core.text import encodable, printable, printable_lines
 from fxtrain.values import HParams, Text
 from fxtrain.writers.interface import Backend
 
 
 def console(file: TextIO | None = None) -> ConsoleWriter:
-    """A writer of lines to a terminal or a log.
+    """A writer of lines to a terminal or a log. Control characters in names and texts are shown as escapes.
 
     Args:
         file: Where to; standard output by default.
@@ -41,11 +42,14 @@ class ConsoleWriter(Backend):
         lines = [_line(step, numbers)] if numbers else []
         for name, value in values.items():
             if isinstance(value, Text):
-                lines += [f"step {step} | {name}:", *(f"  {line}" for line in value.markdown.splitlines())]
+                lines.append(f"step {step} | {printable(name)}:")
+                lines += [f"  {line}" for line in printable_lines(value.markdown)]
             elif isinstance(value, HParams):
-                width = max(map(len, value.flat()), default=0)
-                lines += [f"{name}:", *(f"  {key:<{width}}  {given}" for key, given in value.flat().items())]
-        print("\n".join(lines), file=self._file)
+                config = {printable(key): printable(str(given)) for key, given in value.flat().items()}
+                width = max(map(len, config), default=0)
+                lines += [f"{printable(name)}:", *(f"  {key:<{width}}  {given}" for key, given in config.items())]
+        file = self._file or sys.stdout
+        print(encodable("\n".join(lines), getattr(file, "encoding", None)), file=file)
 
     def flush(self) -> None:
         (self._file or sys.stdout).flush()
@@ -56,6 +60,7 @@ class ConsoleWriter(Backend):
 
 def _line(step: int, numbers: Mapping[str, Any]) -> str:
     shown = [
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
+        f"{printable(name)} {value:.6g}" if isinstance(value, float) else f"{printable(name)} {value}"
+        for name, value in numbers.items()
     ]
     return " | ".join([f"step {step}", *shown])
