@@ -296,9 +296,30 @@ def test_an_exception_in_a_run_loses_nothing_that_was_written(tmp_path):
     assert losses(tmp_path / "a.jsonl") == losses(tmp_path / "b.jsonl")
 
 
-def test_an_error_of_the_thread_is_that_of_the_observer_in_a_run():
-    with pytest.warns(RuntimeWarning, match=r"(?s)The observer Write failed at .*full at 3\n.*after the call that"):
-        assert fit(asynchronous(Keeping(fail=(3,)))).reason == "reached 20 steps"
+def test_an_error_of_the_thread_is_reported_in_a_run_and_what_it_missed_is_written_later():
+    inner = Keeping(fail=(3,))
+    put = inner.put
+
+    def once(step, values, event):
+        try:
+            put(step, values, event)
+        finally:
+            inner.fail = () if step in inner.fail else inner.fail
+
+    inner.put = once
+    with pytest.warns(RuntimeWarning) as said:
+        assert fit(asynchronous(inner)).reason == "reached 20 steps"
+    first, second = (str(warning.message) for warning in said)
+    assert first.startswith("Keeping failed at step 3 and is tried again")
+    assert second == "Keeping works again: the points that waited are written."
+    assert inner.steps()[:5] == [1, 2, 3, 3, 4]
+    assert inner.steps()[3:] == list(range(3, 21))
+
+
+def test_an_error_of_the_thread_ends_a_run_that_requires_the_writer():
+    observer = fx.observers.required(fx.observers.write(asynchronous(Keeping(fail=(3,)))))
+    with pytest.warns(RuntimeWarning), pytest.raises(OSError, match="full at 3"):
+        fx.fit(problem.start(), problem.step(), problem.data(), steps=20, observers=[observer])
 
 
 SCRIPT = """

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
     {"core"},
-    {"tree", "values", "schedules", "foreign"},
+    {"tree", "values", "schedules", "foreign", "disk"},
     {"fold", "metrics", "rng", "optim"},
     {"precision", "data"},
     {"model"},

@@ -477,6 +477,6 @@ def test_names_and_reasons_reach_the_terminal_escaped(kind, monkeypatch):
 
 def test_a_terminal_that_lacks_a_letter_is_no_error():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    see(observers.progress(("wörld",), file=file), ended(1, **{"wörld": 1.0}))
+    see(observers.progress(("wörld",), file=file), ended(1, wörld=1.0))
     file.flush()
     assert file.buffer.getvalue() == b"step 1 | w\\xf6rld 1.0000\n"

@@ -232,7 +232,11 @@ def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
     whole = WHOLE[:cut].count(b"\n")
     torn = cut - (WHOLE[:cut].rfind(b"\n") + 1)
     assert [str(w.message) for w in recwarn] == (
-        [f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes were removed."] if torn else []
+        [
+            f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes were moved to a.jsonl.damaged."
+        ]
+        if torn
+        else []
     )
     writer.write_scalars(9, {"loss": 9.5})
     writer.close()

@@ -109,8 +109,17 @@ class Publisher:
                 self._failed(observer, f"the save of step {step}", error)
 
     def close(self) -> None:
-        """Closes the observers that can be closed. Every one is tried, then the first error is raised."""
-        try_all(self._read, *(functools.partial(_close, observer) for observer in self._observers))
+        """Closes the observers that can be closed. Every one is tried, then the first error of a required one, or of
+        the history, is raised; others are reported."""
+        try_all(self._read, *(functools.partial(self._close, observer) for observer in self._observers))
+
+    def _close(self, observer: Callable[..., None]) -> None:
+        try:
+            _close(observer)
+        except Exception as error:
+            if getattr(observer, "required", False):
+                raise
+            _report(observer, "failed as it was closed", error)
 
     def _shown(self, event: Any, control: Control) -> tuple[Any, Control]:
         """The event and what was asked at it, as observers see them."""
@@ -182,12 +191,14 @@ class Publisher:
         self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
         with contextlib.suppress(Exception):
             _close(observer)
-        warnings.warn(
-            f"The observer {printable(name_of(observer))} failed at {at} and is dropped; training goes on.\n"
-            + "\n".join(printable_lines("".join(traceback.format_exception(error)))),
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        _report(observer, f"failed at {at} and is dropped; training goes on", error)
+
+
+def _report(observer: Callable[..., None], what: str, error: Exception) -> None:
+    lines = printable_lines("".join(traceback.format_exception(error)))
+    warnings.warn(
+        "\n".join([f"The observer {printable(name_of(observer))} {what}.", *lines]), RuntimeWarning, stacklevel=4
+    )
 
 
 def _without(observer: Callable[..., None], observers: list[Callable[..., None]]) -> list[Callable[..., None]]:

@@ -16,7 +16,7 @@ from fxtrain.core import (
     TrainState,
     refuse_unless_whole,
 )
-from fxtrain.values import hand_over, settle, take_back, try_all
+from fxtrain.values import outlet_of, settle, try_all
 
 Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
 Read = Callable[[TrainState | None], Mapping[str, float]]
@@ -42,6 +42,7 @@ class Gauge:
             )
         refuse_unless_whole("every", every, "steps")
         self._writers = writers
+        self._outlets = [outlet_of(writer) for writer in writers]
         self._every = every
         self._read_numbers = read
         self._step = 0  # of the last reading, and of the beginning
@@ -59,16 +60,21 @@ class Gauge:
 
     def close(self) -> None:
         """Closes every writer; then the first error is raised."""
-        try_all(*(writer.close for writer in self._writers))
+        try_all(*(outlet.close for outlet in self._outlets))
+
+    def take_failure(self) -> Exception | None:
+        """Returns the first error of a writer since this was last asked."""
+        failures = [outlet.take_failure() for outlet in self._outlets]
+        return next((failure for failure in failures if failure is not None), None)
 
     def _go_back(self, step: int) -> None:
         self._step = step
-        for writer in self._writers:
-            take_back(writer, step)
+        for outlet in self._outlets:
+            outlet.take_back(step)
 
     def _read(self, state: TrainState | None, event: LoopEvent) -> None:
         self._step = event.step
         numbers = self._read_numbers(state)
-        for writer in self._writers:
+        for writer, outlet in zip(self._writers, self._outlets, strict=True):
             settle(writer)
-            hand_over(writer, event.step, numbers, event)
+            outlet.hand_over(event.step, numbers, event)

@@ -25,7 +25,7 @@ from fxtrain.core import (
     refuse_unless_one_of,
     refuse_unless_whole,
 )
-from fxtrain.values import KINDS, HParams, hand_over, hold_back, kind_of, published, share, take_back, try_all
+from fxtrain.values import KINDS, HParams, hold_back, kind_of, outlet_of, published, share, try_all
 
 
 def write(
@@ -44,6 +44,10 @@ def write(
     Points of steps are handed over several at once: 64 of them, or those of a second; before anything else is, and
     before each save. Until then metrics stay on their device, and come from there in one transfer, which is under way
     while the next points are taken.
+
+    Each writer fails alone. After an ``OSError``, as of a full disk, the points that it misses wait, at most 10,000 of
+    them and 64 MiB, and are written when it works again; it is tried each second, at each flush and at the end. What is
+    lost is counted in a warning. Within ``observers.required`` a failure ends the run.
 
     Args:
         writers: From ``fxtrain.writers``, or clu's.
@@ -118,8 +122,8 @@ class Write:
         hparams: HParams | None,
         flush_seconds: float,
     ) -> None:
-        self._writers = writers
         share(writers)
+        self._outlets = [outlet_of(writer) for writer in writers]
         for writer in writers:
             hold_back(writer, self._write_points)
         self._every = periods.get(_METRICS, 1)
@@ -166,7 +170,12 @@ class Write:
     def close(self) -> None:
         """Writes what is left, and closes every writer; then the first error is raised."""
         self._end_interval()
-        try_all(self._write_points, self._write_latest, *(writer.close for writer in self._writers))
+        try_all(self._write_points, self._write_latest, *(outlet.close for outlet in self._outlets))
+
+    def take_failure(self) -> Exception | None:
+        """Returns the first error of a writer since this was last asked."""
+        failures = [outlet.take_failure() for outlet in self._outlets]
+        return next((failure for failure in failures if failure is not None), None)
 
     def _step(self, event: StepEnd, control: Control) -> None:
         self._interval.append((event.step, event.metrics))
@@ -247,21 +256,21 @@ class Write:
 
     def _hand_over(self, event: LoopEvent, control: Control) -> None:
         values = published(event, control)
-        for writer in self._writers:
-            hand_over(writer, event.step, values, event)
+        for outlet in self._outlets:
+            outlet.hand_over(event.step, values, event)
 
     def _take_back(self, step: int) -> None:
         self._interval = [entry for entry in self._interval if entry[0] <= step]
         self._points = [point for point in (*self._sent, *self._points) if point[0].step <= step]
         self._sent = []
         self._latest = {name: entry for name, entry in self._latest.items() if entry[0].step <= step}
-        for writer in self._writers:
-            take_back(writer, step)
+        for outlet in self._outlets:
+            outlet.take_back(step)
 
     def _flush(self, time: float) -> None:
         self._flushed = time
-        for writer in self._writers:
-            writer.flush()
+        for outlet in self._outlets:
+            outlet.flush()
 
 
 def _only_numbers(log: Mapping[str, Logged]) -> bool:

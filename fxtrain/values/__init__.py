@@ -5,6 +5,9 @@ of thing it is, and check its shape and dtype at once. Tensors stay on their dev
 they are in range is found out there.
 """
 
+from fxtrain.values.backlog import Backlog as Backlog
+from fxtrain.values.backlog import Waiting as Waiting
+from fxtrain.values.backlog import on_host_copy as on_host_copy
 from fxtrain.values.confusion import ConfusionMatrix as ConfusionMatrix
 from fxtrain.values.figure import Figure as Figure
 from fxtrain.values.handing import KINDS as KINDS
@@ -20,6 +23,8 @@ from fxtrain.values.histogram import Histogram as Histogram
 from fxtrain.values.media import Audio as Audio
 from fxtrain.values.media import Image as Image
 from fxtrain.values.media import Video as Video
+from fxtrain.values.outlet import Outlet as Outlet
+from fxtrain.values.outlet import outlet_of as outlet_of
 from fxtrain.values.plain import plain as plain
 from fxtrain.values.points import PointCloud as PointCloud
 from fxtrain.values.published import named_after as named_after

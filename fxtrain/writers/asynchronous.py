@@ -8,11 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from fxtrain import tree
-from fxtrain.values import KINDS, HParams, Table, hand_over, take_back, try_all
+from fxtrain.values import KINDS, Outlet, hand_over, on_host_copy, take_back, try_all
 from fxtrain.writers.interface import Backend
 
 
@@ -21,7 +17,8 @@ def asynchronous(writer: Any, *, size: int = 100) -> AsynchronousWriter:
 
     What is written is first copied to the host, so the run may write over its tensors. The queue has an end: where the
     other writer is slower than the run for long, the run waits, and nothing is lost. ``flush`` and ``close`` return
-    when all that was written has been handed over. An error of the thread is raised at the next call.
+    when all that was written has been handed over. An error of the thread is raised at the next call. Where an observer
+    uses the writer, the thread keeps and retries what the other one misses, as ``observers.write`` does elsewhere.
 
     Args:
         writer: One of ours, or clu's.
@@ -56,6 +53,7 @@ class AsynchronousWriter(Backend):
         from clu import asynclib
 
         self._writer = writer
+        self._contained: Outlet | None = None
         self._pool = asynclib.Pool(thread_name_prefix="writer", max_workers=1)  # one thread keeps the order
         self._room = threading.Semaphore(size)
         self._blocked = 0.0
@@ -68,19 +66,33 @@ class AsynchronousWriter(Backend):
     def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
         # Whether they are in range is found out in the thread as well: here they are copied, and that is all.
         began = time.perf_counter()
-        own = {name: _copied(value) for name, value in values.items()}
+        own = {name: on_host_copy(value) for name, value in values.items()}
         self._blocked += time.perf_counter() - began
-        self._submit(functools.partial(hand_over, self._writer, int(step), own, event))
+        inner = self._contained
+        write = functools.partial(hand_over, self._writer) if inner is None else inner.hand_over
+        self._submit(functools.partial(write, int(step), own, event))
 
     def purge(self, step: int) -> None:
-        self._submit(functools.partial(take_back, self._writer, step))
+        inner = self._contained
+        self._submit(
+            functools.partial(take_back, self._writer, step) if inner is None else lambda: inner.take_back(step)
+        )
 
     def flush(self) -> None:
-        try_all(lambda: self._submit(self._writer.flush), self._wait)
+        inner = self._contained or self._writer
+        try_all(lambda: self._submit(inner.flush), self._wait)
 
     def close(self) -> None:
         """Waits for all that was written, and closes the other writer; then the first error is raised."""
-        try_all(self._wait, self._writer.close)
+        inner = self._contained or self._writer
+        try_all(self._wait, inner.close)
+
+    def contain_failures(self) -> None:
+        """Has the thread keep and retry what the other writer misses, in place of raising at a later call."""
+        self._contained = self._contained or Outlet(self._writer)
+
+    def take_failure(self) -> Exception | None:
+        return None if self._contained is None else self._contained.take_failure()
 
     def _submit(self, act: Callable[[], None]) -> None:
         began = time.perf_counter()
@@ -114,22 +126,3 @@ class AsynchronousWriter(Backend):
         assert cause is not None
         cause.add_note("It was raised in the thread of an asynchronous writer, after the call that caused it.")
         raise cause
-
-
-def _copied(value: Any) -> Any:
-    """The value with memory of its own, on the host."""
-    match value:
-        case np.ndarray():
-            return value.copy()
-        case Table():
-            return Table({name: _copied(column) for name, column in value.columns.items()})
-        case HParams():
-            return HParams(value.flat())
-        case bool() | int() | float():
-            return value
-        case _:
-            return tree.map(_on_host, value)
-
-
-def _on_host(leaf: Any) -> Any:
-    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from csv import DictReader
 from csv import reader as read_rows
 from csv import writer as row_writer
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from fxtrain.writers.disk import OneFile, replace_file
+from fxtrain.disk import make_folder, replace_file, set_aside
 from fxtrain.writers.interface import unwritable
+from fxtrain.writers.one_file import Appendable, OneFile
 
 _FIRST: tuple[str, ...] = ("step", "epoch", "time")
 
@@ -25,8 +25,9 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
     before it are empty: the file is written anew then, and put in the place of the old one at once. ``epoch`` and
     ``time`` (seconds of a session) are empty where no event says them.
 
-    A row is handed to the operating system as it is written, and put on the disk by ``flush``. A last row that a crash
-    tore is removed on opening, with a warning; ``purge`` removes the rows beyond a step.
+    A row is handed to the operating system as it is written, and put on the disk by ``flush``; a failed write leaves no
+    part of a row. A last row that a crash tore, or a power cut filled with zeros, is moved to ``<name>.damaged`` on
+    opening, with a warning; ``purge`` removes the rows beyond a step.
 
     Args:
         path: The file. If it is there already, it goes on.
@@ -74,14 +75,10 @@ class CsvWriter(OneFile):
         if added:
             self._rewrite([*self._columns, *added], self._rows())
         file = self._opened()
-        if self._row.get("step") == str(step):
-            self._row |= row
-            file.truncate(self._begin)
-        else:
-            self._row, self._begin = {"step": str(step), **row}, file.seek(0, os.SEEK_END)
-        file.seek(self._begin)
-        file.write(_line(_in_columns(self._row, self._columns)))
-        file.flush()
+        joins = self._row.get("step") == str(step)
+        whole, begin = (self._row | row, self._begin) if joins else ({"step": str(step), **row}, file.size)
+        file.put(begin, _line(_in_columns(whole, self._columns)))
+        self._row, self._begin = whole, begin
 
     def purge(self, step: int) -> None:
         """Removes the rows beyond a step, and those that cannot be read."""
@@ -101,29 +98,22 @@ class CsvWriter(OneFile):
         replace_file(self._path, _lines([columns, *(_in_columns(row, columns) for row in rows)]))
         self._opened()
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> Appendable:
         if self._file is None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                # Not to append only: that would not go back to a row.
-                file = open(self._path, "rb+", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))  # noqa: SIM115
+                make_folder(self._path.parent)
+                self._take_up(self._path.read_bytes() if self._path.exists() else b"")
             except OSError as error:
                 raise unwritable("csv", self._path, error) from error
-            try:
-                self._take_up(file)
-            except BaseException:
-                file.close()
-                raise
-            self._file = file
+        assert self._file is not None
         return self._file
 
-    def _take_up(self, file: BinaryIO) -> None:
-        """Reads the columns, or writes them, and the last row; removes one that has no end."""
-        content = file.read()
+    def _take_up(self, content: bytes) -> None:
+        """Opens the file at the end of its whole rows, and reads the columns, or writes them, and the last row."""
         rows = _end_of_header(content)
         header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
         first = _line(list(_FIRST))
-        unfinished = not rows and first.startswith(content[: len(first) - 1])  # or empty
+        unfinished = not rows and first.startswith(content.rstrip(b"\0")[: len(first) - 1])  # or empty, or zeros
         if not (unfinished or (rows and tuple(header[: len(_FIRST)]) == _FIRST)):
             # Before anything is removed: it may be somebody's whole file.
             raise ValueError(
@@ -132,19 +122,12 @@ class CsvWriter(OneFile):
             )
         size = content.rfind(b"\n") + 1 if rows else 0
         if size < len(content):
-            file.truncate(size)
-            warnings.warn(
-                f"{self._path} ended in the middle of a row, as after a crash; its last {len(content) - size} bytes "
-                "were removed.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-        file.seek(size)
+            set_aside(self._path, "ended in the middle of a row", size)
+        file = Appendable(self._path)
         if not rows:
             header, rows, size = list(_FIRST), len(first), len(first)
-            file.write(first)
-            file.flush()
-        self._columns = header
+            file.append(first)
+        self._file, self._columns = file, header
         self._begin = max(content.rfind(b"\n", 0, max(size - 1, 0)) + 1, rows)
         last = content[self._begin : size].decode(errors="replace")
         self._row = dict(zip(header, next(read_rows([last]), []), strict=False))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fxtrain.core import EvalStep
+from fxtrain.disk import make_folder, put_file, replace_file, set_aside
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, plain
-from fxtrain.writers.disk import OneFile, put_file, replace_file
 from fxtrain.writers.interface import unwritable
+from fxtrain.writers.one_file import Appendable, OneFile
 
 _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
@@ -28,8 +28,9 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
     Numbers that JSON does not have are strings, ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float`` reads.
     What is written by the verbs alone has no event.
 
-    A line is handed to the operating system as it is written, and put on the disk by ``flush``. A last line that a
-    crash tore is removed on opening, with a warning. ``purge`` moves what lies beyond a step to
+    A line is handed to the operating system as it is written, and put on the disk by ``flush``; a failed write leaves
+    no part of a line. A last line that a crash tore, or a power cut filled with zeros, is moved to ``<name>.damaged`` on
+    opening, with a warning. ``purge`` moves what lies beyond a step to
     ``<name>.dropped.jsonl``, by one atomic replacement of the file.
 
     Args:
@@ -119,49 +120,43 @@ class JsonLinesWriter(OneFile):
         self._step, self._latest, self._begin = step, latest, begin
 
     def _write(self, record: dict[str, Any]) -> None:
-        file, key = self._opened(), _key(record)
-        if record.get("step") != self._step:
-            self._step, self._latest, self._begin = record.get("step"), {}, file.tell()
-        if key not in self._latest:
-            self._latest[key] = record
-            file.write(_line(record))
+        file, step, key = self._opened(), record.get("step"), _key(record)
+        latest, begin = (self._latest, self._begin) if step == self._step else ({}, file.size)
+        if key not in latest:
+            latest = {**latest, key: record}
+            file.append(_line(record))
         else:
-            self._latest[key] = _joined(self._latest[key], record)
-            file.truncate(self._begin)
-            file.seek(self._begin)
-            file.writelines(_line(each) for each in self._latest.values())
-        file.flush()
+            latest = {**latest, key: _joined(latest[key], record)}
+            file.put(begin, b"".join(_line(each) for each in latest.values()))
+        self._step, self._latest, self._begin = step, latest, begin
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> Appendable:
         if self._file is None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, "ab")  # noqa: SIM115
-                _mend(self._path, self._file)
+                make_folder(self._path.parent)
+                _mend(self._path)
+                self._file = Appendable(self._path)
             except OSError as error:
                 raise unwritable("jsonl", self._path, error) from error
             # Another writer may have been here in between.
-            self._step, self._latest, self._begin = None, {}, self._file.seek(0, os.SEEK_END)
+            self._step, self._latest, self._begin = None, {}, self._file.size
         return self._file
 
 
-def _mend(path: Path, file: BinaryIO) -> None:
-    """Removes a last line that has no end."""
-    size = file.seek(0, os.SEEK_END)
-    tail, begin = b"", size
-    with open(path, "rb") as reader:
+def _mend(path: Path) -> None:
+    """Sets aside a last line that has no end."""
+    if not path.exists():
+        return
+    tail = b""
+    with open(path, "rb") as file:
+        size = begin = file.seek(0, os.SEEK_END)
         while begin and b"\n" not in tail:
             begin = max(begin - 65536, 0)
-            reader.seek(begin)
-            tail = reader.read(size - begin)
+            file.seek(begin)
+            tail = file.read(size - begin)
     torn = len(tail) - (tail.rfind(b"\n") + 1)
     if torn:
-        file.truncate(size - torn)
-        warnings.warn(
-            f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes were removed.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        set_aside(path, "ended in the middle of a line", size - torn)
 
 
 def _read(line: bytes) -> dict[str, Any] | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxtrain.values import KINDS, hand_over, share, take_back, try_all
+from fxtrain.values import KINDS, outlet_of, share, try_all
 from fxtrain.writers.interface import Backend
 
 
 def multi(*writers: Any) -> MultiWriter:
     """One writer that hands everything to each of the given ones, in order.
+
+    Each fails alone, as in ``observers.write``: what one misses after an ``OSError`` waits for it and is written later,
+    up to a bound, and every failure and loss is a warning.
 
     Args:
         writers: Our own writers, or clu's.
@@ -34,26 +37,30 @@ def multi(*writers: Any) -> MultiWriter:
 
 
 class MultiWriter(Backend):
-    """Several writers as one; made by ``multi``. If one fails, those after it are not reached."""
+    """Several writers as one; made by ``multi``."""
 
     kinds = frozenset((float, *KINDS))
 
     def __init__(self, writers: tuple[Any, ...]) -> None:
-        self._writers = writers
         share(writers)
+        self._outlets = [outlet_of(writer) for writer in writers]
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
-        for writer in self._writers:
-            hand_over(writer, step, values, event)
+        for outlet in self._outlets:
+            outlet.hand_over(step, values, event)
 
     def purge(self, step: int) -> None:
-        for writer in self._writers:
-            take_back(writer, step)
+        for outlet in self._outlets:
+            outlet.take_back(step)
 
     def flush(self) -> None:
-        for writer in self._writers:
-            writer.flush()
+        for outlet in self._outlets:
+            outlet.flush()
 
     def close(self) -> None:
         """Closes every one; then the first error is raised."""
-        try_all(*(writer.close for writer in self._writers))
+        try_all(*(outlet.close for outlet in self._outlets))
+
+    def take_failure(self) -> Exception | None:
+        failures = [outlet.take_failure() for outlet in self._outlets]
+        return next((failure for failure in failures if failure is not None), None)

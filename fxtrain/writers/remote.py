@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
+from fxtrain.disk import replace_file
 from fxtrain.values import try_all
-from fxtrain.writers.disk import replace_file
 from fxtrain.writers.interface import Backend, unwritable
 
 

@@ -1,8 +1,9 @@
-"""TensorBoard: event files, written by the protocol buffers and the record writer of tensorboardX.
+"""TensorBoard: event files, made of the protocol buffers of tensorboardX.
 
 tensorboardX's own ``SummaryWriter`` is not used: it hands records to a thread, so that a flush may come before what it
 is to flush; it names files by the second, so that a run which goes back within one overwrites its own file; and one
-record for each number, through a queue, costs four times as much as one record for each step.
+record for each number, through a queue, costs four times as much as one record for each step. Its record writer
+buffers, and after a failed write would write the same bytes again.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import math
 import os
 import re
 import socket
+import struct
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fxtrain.disk import make_folder
 from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Video
 from fxtrain.writers.encoding import gif, numbered, png, wav
-from fxtrain.writers.interface import Backend, unwritable
+from fxtrain.writers.interface import unwritable
+from fxtrain.writers.one_file import Appendable, OneFile
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
@@ -51,7 +55,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
     """
     path = Path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -59,28 +63,27 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
     return TensorBoardWriter(path)
 
 
-class TensorBoardWriter(Backend):
+class TensorBoardWriter(OneFile):
     """Writes TensorBoard's event files; made by ``tensorboard``. Opens one when there is something to write."""
 
     kinds = frozenset((float, Text, Histogram, Image, Video, Audio, PointCloud, HParams))
 
     def __init__(self, folder: Path) -> None:
-        import tensorboardX
         from tensorboardX import summary
         from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.record_writer import masked_crc32c
 
-        self._open_records, self._summaries = tensorboardX.RecordWriter, summary
+        self._checksum, self._summaries = masked_crc32c, summary
         self._event: Any = event_pb2  # their messages are made at run time, unseen by type checkers
         self._message: Any = summary_pb2
         self._folder = folder
-        self._records: Any = None  # the open event file
         self._began = math.inf  # when the session's clock was at 0, in seconds since 1970
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         summaries: list[Any] = []
         for name, value in values.items():
             summaries += self._summaries_of(step, name, value)
-        if self._records is None:
+        if self._file is None:
             self._open()
         self._record(wall_time=self._when(event), step=step, summary=self._message.Summary(value=summaries))
 
@@ -177,19 +180,10 @@ class TensorBoardWriter(Backend):
         if self._older():
             self._open(first_step=step + 1)
 
-    def flush(self) -> None:
-        if self._records is not None:
-            self._records.flush()
-
-    def close(self) -> None:
-        if self._records is not None:
-            self._records.flush()
-            self._records.close()
-            self._records = None
-
     def _record(self, wall_time: float | None = None, **fields: Any) -> None:
+        assert self._file is not None
         event = self._event.Event(wall_time=time.time() if wall_time is None else wall_time, **fields)
-        self._records.write(event.SerializeToString())
+        self._file.append(_framed(event.SerializeToString(), self._checksum))
 
     def _open(self, first_step: int | None = None) -> None:
         # TensorBoard reads files in the order of their names, so the second in a name is later than those before it,
@@ -197,8 +191,8 @@ class TensorBoardWriter(Backend):
         second = max([int(time.time()), *(before + 1 for before in self._older())])
         path = self._folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._records = self._open_records(str(path))
+            make_folder(self._folder)
+            self._file = Appendable(path)
         except OSError as error:
             raise unwritable("tensorboard", self._folder, error) from error
         self._record(file_version="brain.Event:2")
@@ -211,3 +205,9 @@ class TensorBoardWriter(Backend):
     def _older(self) -> list[int]:
         """The seconds in the names of the event files that are there."""
         return [int(found[1]) for path in self._folder.glob("*tfevents*") if (found := _NAME.match(path.name))]
+
+
+def _framed(record: bytes, checksum: Callable[[bytes], int]) -> bytes:
+    """A record as TFRecord files have it: its length and its bytes, each followed by a checksum."""
+    length = struct.pack("<Q", len(record))
+    return b"".join((length, struct.pack("<I", checksum(length)), record, struct.pack("<I", checksum(record))))

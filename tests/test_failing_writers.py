@@ -1,0 +1,281 @@
+"""Writers that fail: alone, for a moment without a hole, for good with a count of what is lost."""
+
+import contextlib
+import json
+import math
+import resource
+
+import pytest
+import torch
+from test_writers import curve
+
+from fxtrain import observers, values, writers
+from fxtrain.core import Control, EvalEnd, FitBegin, FitEnd, Rewound, StepEnd
+from fxtrain.values import HParams, Image, Text, backlog, outlet
+
+NOTHING = Control()
+LONG = "x" * 50
+
+
+class Recorder:
+    """A writer that remembers; it fails while ``error`` is set."""
+
+    def __init__(self):
+        self.points, self.error, self.calls = [], None, 0
+
+    def write(self, step, values, event):
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        self.points += [(step, name) for name in values]
+
+    def purge(self, step):
+        if self.error is not None:
+            raise self.error
+        self.points = [point for point in self.points if point[0] <= step]
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+    @property
+    def steps(self):
+        return [step for step, _ in self.points]
+
+
+def ended(step, **log):
+    return StepEnd(step=step, time=0.0, metrics={"loss": float(step)}), Control(log=log)
+
+
+def see(observer, *steps):
+    for step in steps:
+        observer(None, *ended(step))
+        observer.flush()
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """No file grows beyond ``room`` bytes: what fits of a write is written, and then it fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def messages(said):
+    return [str(warning.message) for warning in said if issubclass(warning.category, RuntimeWarning)]
+
+
+def rows(path):
+    header, *found = path.read_text().splitlines()
+    return [(int(step), float(row[-1])) for step, *row in (line.split(",") for line in found)]
+
+
+LOCAL = {
+    "jsonl": (
+        lambda folder: writers.jsonl(folder / "a.jsonl"),
+        lambda folder: [
+            (line["step"], line["metrics"]["train/loss"])
+            for line in map(json.loads, (folder / "a.jsonl").read_text().splitlines())
+        ],
+    ),
+    "csv": (lambda folder: writers.csv(folder / "a.csv"), lambda folder: rows(folder / "a.csv")),
+    "tensorboard": (lambda folder: writers.tensorboard(folder), lambda folder: curve(folder, "train/loss")),
+}
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["write", "multi"])
+@pytest.mark.parametrize("extra", range(0, 60, 13))
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_disk_that_is_full_for_a_moment_leaves_no_hole(tmp_path, kind, extra, together):
+    make, read = LOCAL[kind]
+    (tmp_path / kind).mkdir()
+    healthy, writer = Recorder(), make(tmp_path / kind)
+    observer = observers.write(writers.multi(writer, healthy)) if together else observers.write(writer, healthy)
+    observer(None, FitBegin(step=0, time=0.0), NOTHING)
+    see(observer, 1, 2)
+    size = max(path.stat().st_size for path in (tmp_path / kind).iterdir())
+    with pytest.warns(RuntimeWarning) as said:
+        with full_disk(size + extra):
+            see(observer, *range(3, 9))
+        assert healthy.steps == list(range(1, 9))
+        see(observer, 9)
+        observer.close()
+    assert [(step, value) for step, value in read(tmp_path / kind)] == [(step, float(step)) for step in range(1, 10)]
+    first, second = messages(said)
+    assert "failed at step" in first
+    assert "File too large" in first
+    assert second.endswith("works again: the points that waited are written.")
+
+
+def test_media_that_a_full_disk_refused_are_written_later(tmp_path):
+    writer = writers.media(tmp_path / "media")
+    observer = observers.write(writer)
+    pixels = torch.rand(8, 8)
+    expected = values.Image(pixels.clone()).frames
+    with pytest.warns(RuntimeWarning, match="MediaWriter works again"):
+        with full_disk(10):
+            observer(None, *ended(1, picture=Image(pixels)))
+            pixels.zero_()  # the run reuses the memory
+        observer.close()
+    import numpy as np
+    import PIL.Image
+
+    (path,) = (tmp_path / "media").rglob("*.png")
+    assert (np.array(PIL.Image.open(path)) == expected[0, ..., 0]).all()
+
+
+def test_a_writer_that_stays_broken_loses_the_oldest_and_counts_them(monkeypatch):
+    monkeypatch.setattr(backlog, "MOST_POINTS", 10)
+    broken, healthy = Recorder(), Recorder()
+    observer = observers.write(broken, healthy, hparams={"lr": 0.1})
+    broken.error = OSError("gone")
+    with pytest.warns(RuntimeWarning) as said:
+        observer(None, FitBegin(step=0, time=0.0), NOTHING)
+        see(observer, *range(1, 101))
+        broken.error = None
+        see(observer, 101)
+        observer.close()
+    assert broken.points == [(0, "hparams"), *((step, "train/loss") for step in range(93, 102))]
+    assert healthy.steps == list(range(102))
+    first, second = messages(said)
+    assert first.startswith("Recorder failed at step 0 and is tried again")
+    assert (
+        second == "Recorder works again: the points that waited are written, but 92 points of steps 1 to 92 are lost."
+    )
+
+
+def test_one_that_never_recovers_says_at_the_end_what_is_lost():
+    broken, healthy = Recorder(), Recorder()
+    broken.error = OSError("gone")
+    observer = observers.write(broken, healthy)
+    with pytest.warns(RuntimeWarning) as said:
+        see(observer, 1, 2, 3)
+        observer(None, FitEnd(step=3, reason="done"), NOTHING)
+        observer.close()
+    assert messages(said)[1:] == ["Recorder: 3 points of steps 1 to 3 could not be written and are lost."]
+    assert healthy.steps == [1, 2, 3]
+
+
+def test_a_large_backlog_is_bounded_by_its_bytes(monkeypatch):
+    monkeypatch.setattr(backlog, "MOST_BYTES", 10_000)
+    broken = Recorder()
+    observer = observers.write(broken)
+    broken.error = OSError("gone")
+    with pytest.warns(RuntimeWarning):
+        for step in range(1, 21):
+            observer(None, *ended(step, note=Text("x" * 1000)))
+        broken.error = None
+        observer.close()
+    assert 5 <= len([name for _, name in broken.points if name == "note"]) <= 10
+    assert broken.points[-1] == (20, "note")
+
+
+def test_an_error_of_one_point_costs_that_point_alone():
+    class Picky(Recorder):
+        def write(self, step, values, event):
+            if step in (2, 4):
+                raise ValueError(f"not {step}\x1b[2J")
+            super().write(step, values, event)
+
+    picky, healthy = Picky(), Recorder()
+    observer = observers.write(picky, healthy)
+    with pytest.warns(RuntimeWarning) as said:
+        see(observer, *range(1, 7))
+        observer.close()
+    assert (picky.steps, healthy.steps) == ([1, 3, 5, 6], [1, 2, 3, 4, 5, 6])
+    first, second = messages(said)
+    assert "Picky failed at step 2, whose points are lost" in first
+    assert "ValueError: not 2\\x1b[2J" in first
+    assert second == "Picky: 2 points of steps 2 to 4 could not be written and are lost."
+
+
+def test_a_broken_writer_is_not_tried_at_each_point(monkeypatch):
+    monkeypatch.setattr(outlet, "_RETRY_SECONDS", math.inf)
+    broken = Recorder()
+    broken.error = OSError("gone")
+    observer = observers.write(broken)
+    with pytest.warns(RuntimeWarning):
+        for step in range(1, 1001):
+            observer(None, EvalEnd(step=step, metrics={"loss": 1.0}), NOTHING) if step == 1 else observer(
+                None, *ended(step)
+            )
+        assert broken.calls <= 5
+        observer.close()
+
+
+def test_a_rewind_drops_what_waits_beyond_it_and_is_kept_for_the_writer():
+    broken = Recorder()
+    observer = observers.write(broken)
+    see(observer, 1, 2, 3)
+    broken.error = OSError("gone")
+    with pytest.warns(RuntimeWarning) as said:
+        see(observer, 4, 5)
+        observer(None, Rewound(step=5, from_step=5, to_step=2, abandoned=range(2, 5), times=1), NOTHING)
+        see(observer, 3)
+        broken.error = None
+        see(observer, 4)
+        observer.close()
+    assert broken.steps == [1, 2, 3, 4]
+    assert messages(said)[-1] == "Recorder works again: the points that waited are written."
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("bad")])
+@pytest.mark.parametrize("wrap", [lambda writer: writer, writers.multi, writers.asynchronous])
+def test_a_required_observer_still_raises(error, wrap):
+    broken, healthy = Recorder(), Recorder()
+    observer = observers.required(observers.write(healthy, wrap(broken)))
+    broken.error = error
+    with pytest.warns(RuntimeWarning), pytest.raises(type(error), match=str(error)):
+        see(observer, 1, 2)
+        observer.close()
+    assert healthy.steps[0] == 1
+
+
+def test_observers_that_share_a_writer_keep_the_order_of_steps():
+    broken = Recorder()
+    write, gauge = observers.write(broken), observers.memory(broken, every=1)
+    with pytest.warns(RuntimeWarning) as said:
+        for step in range(1, 8):
+            broken.error = OSError("gone") if 3 <= step <= 5 else None
+            for observer in (write, gauge):
+                observer(None, *ended(step))
+        write.close()
+        gauge.close()
+    assert broken.steps == sorted(broken.steps)
+    assert {step for step, name in broken.points if name == "train/loss"} == set(range(1, 8))
+    assert {step for step, name in broken.points if name.startswith("memory/")} == set(range(1, 8))
+    assert len(messages(said)) == 2
+
+
+def test_a_flush_that_keeps_failing_is_said_once_and_its_recovery_too():
+    broken = Recorder()
+    observer = observers.write(broken)
+
+    def flush():
+        if len(broken.points) < 4:
+            raise OSError("no space")
+
+    broken.flush = flush
+    with pytest.warns(RuntimeWarning) as said:
+        see(observer, 1, 2, 3, 4, 5)
+    first, second = messages(said)
+    assert first.startswith("Recorder failed at a flush")
+    assert second.startswith("Recorder works again")
+    assert broken.steps == [1, 2, 3, 4, 5]
+
+
+def test_hparams_survive_a_failure(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = writers.jsonl(path)
+    observer = observers.write(writer, hparams={"lr": LONG})
+    with pytest.warns(RuntimeWarning, match="works again"):
+        with full_disk(10):
+            observer(None, FitBegin(step=0, time=0.0), NOTHING)
+        see(observer, 1)
+        observer.close()
+    assert json.loads(path.read_text().splitlines()[0])["hparams"] == HParams({"lr": LONG}).flat()
