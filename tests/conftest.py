@@ -5,6 +5,8 @@ import signal
 import pytest
 import torch
 
+from fxtrain.loop import interrupts
+
 torch.set_num_threads(1)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the tests run in the background of a shell
@@ -17,3 +19,19 @@ def _quiet_generator():
     before = torch.random.get_rng_state()
     yield
     torch.random.set_rng_state(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_pending_signal():
+    """A test that ends a run by SIGTERM must not end the next test."""
+    yield
+    interrupts._pending.clear()
+
+
+@pytest.fixture
+def own_handler():
+    """A SIGTERM handler of the program's own, so that sessions after SIGTERM go on. Returns what it has received."""
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)

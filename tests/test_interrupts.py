@@ -48,14 +48,16 @@ def test_one_signal_ends_the_run_with_a_last_save(tmp_path, kind, code):
     assert (result.exit_code, result.reason) == (code, f"interrupted by {signal.Signals(kind).name}")
     assert checkpoints.steps() == [2]
     assert signal.getsignal(kind) is before
-    assert fit().exit_code == 0
 
 
-def test_asked_to_end_twice_it_still_saves_and_pressed_twice_it_ends(tmp_path):
+def test_asked_to_end_twice_it_still_saves(tmp_path):
     checkpoints = fx.checkpointer(tmp_path)
     result = fit(observers=[send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)], checkpointer=checkpoints)
     assert result.reason == "interrupted by SIGUSR1"
     assert checkpoints.steps() == [2]
+
+
+def test_ctrl_c_after_another_signal_ends_at_once():
     with pytest.raises(KeyboardInterrupt):
         fit(observers=[send(signal.SIGTERM, signal.SIGINT)])
 
@@ -69,6 +71,57 @@ def test_a_signal_that_the_program_handles_is_left_to_it(tmp_path):
         signal.signal(signal.SIGUSR1, before)
     assert heard == [signal.SIGUSR1]
     assert result.reason == "reached 6 steps"
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
+def test_no_session_begins_after_the_process_was_asked_to_end(kind, caplog):
+    assert fit(observers=[send(kind)]).exit_code == 128 + kind
+    started = []
+    with pytest.raises(SystemExit) as ended:
+        fit(observers=[lambda state, event, control: started.append(event)])
+    assert (ended.value.code, started) == (128 + kind, [])
+    assert f"received {kind.name} in an earlier session" in caplog.text
+    assert fit().exit_code == 0  # delivered once, as the signal itself would be
+
+
+def test_steps_does_not_begin_after_the_process_was_asked_to_end():
+    fit(observers=[send(signal.SIGTERM)])
+    with pytest.raises(SystemExit):
+        fx.steps(problem.start(), problem.step(), problem.data(), steps=6)
+
+
+def test_a_signal_in_the_last_moment_is_kept_for_the_next_session():
+    result = fit(observers=[send(signal.SIGTERM, after=fx.FitEnd, step=6)])
+    assert (result.exit_code, result.reason) == (0, "reached 6 steps")
+    with pytest.raises(SystemExit, match="143"):
+        fit()
+
+
+def test_ctrl_c_ends_one_session_and_the_next_begins():
+    assert fit(observers=[send(signal.SIGINT)]).exit_code == 130
+    assert fit().exit_code == 0
+
+
+def test_the_programs_own_handler_is_called_once_the_run_is_saved(tmp_path):
+    checkpoints, heard = fx.checkpointer(tmp_path), []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append((number, checkpoints.steps())))
+    try:
+        assert fit(observers=[send(signal.SIGTERM)], checkpointer=checkpoints).exit_code == 143
+        assert heard == [(signal.SIGTERM, [2])]
+        assert fit().exit_code == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_ends_a_run_inside_a_run_and_the_outer_one():
+    def inner(state, event: fx.StepEnd, control):
+        if event.step == 1:
+            assert fit(observers=[send(signal.SIGTERM, step=3)]).reason == "interrupted by SIGTERM"
+
+    outer = fit(observers=[fx.observers.required(inner)])
+    assert (outer.exit_code, int(outer.last.step)) == (143, 1)
+    with pytest.raises(SystemExit):
+        fit()
 
 
 class Slow:
@@ -88,7 +141,7 @@ class Slow:
         return graph
 
 
-def test_a_compilation_is_left_at_once_and_the_state_before_it_saved(tmp_path):
+def test_a_compilation_is_left_at_once_and_the_state_before_it_saved(tmp_path, own_handler):
     torch._dynamo.reset()
     slow = Slow()
     checkpoints = fx.checkpointer(tmp_path)
@@ -102,7 +155,7 @@ def test_a_compilation_is_left_at_once_and_the_state_before_it_saved(tmp_path):
     testing.assert_equal(resumed.last, whole.last, "resumed after a compilation was left")
 
 
-def test_the_compilation_of_an_evaluation_too_and_it_stays_due(tmp_path):
+def test_the_compilation_of_an_evaluation_too_and_it_stays_due(tmp_path, own_handler):
     torch._dynamo.reset()
     slow = Slow()
     options = {

@@ -337,7 +337,7 @@ class TestRewind:
 
         def interrupt(state, event, control):
             if isinstance(event, fx.Saved) and event.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
 
         options = {"checkpointer": checkpoints, "keep_every": 2, "keep": 5}
         # Saved at step 4, then back to step 2, and ended right after.

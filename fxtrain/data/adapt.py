@@ -23,6 +23,7 @@ class Foreign(Source):
         self.source = source
         if hasattr(source, "snapshot") and hasattr(source, "restore"):
             self.snapshot, self.restore = source.snapshot, source.restore
+            self.can_be_left = False
         if hasattr(source, "expect_epoch_length"):
             self.expect_epoch_length = source.expect_epoch_length
 

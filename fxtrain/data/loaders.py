@@ -12,6 +12,7 @@ from fxtrain.data.arrays import samples
 from fxtrain.data.generators import borrowed, seeded, start_epoch
 from fxtrain.data.source import ANY, Source
 from fxtrain.data.streams import Streamed, free_dimensions
+from fxtrain.data.workers import ended, started
 
 
 def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False) -> Source:
@@ -74,16 +75,20 @@ class Loaded(Source):
             if epoch != self._epoch:
                 self._order, self._epoch = self._drawn(epoch), epoch
             self._tasks[:] = [(position + ahead, keys) for ahead, keys in enumerate(self._order[index:])]
-            self._iterator = None  # the workers of the old one end before there are new ones
-            self._iterator = iter(self._pool)
+            if not self.loader.persistent_workers:
+                ended(self._iterator)
+            self._iterator = None
+            self._iterator = started(self._pool)
         self._next = None  # should the dataset fail, the next try starts anew
         batch = next(self._iterator)
         self._next = position + 1
         return batch
 
     def close(self) -> None:
+        ended(self._iterator)
+        ended(getattr(self._pool, "_iterator", None))  # of persistent workers, if starting to read again failed
         self._iterator = self._next = None
-        self._pool = self._workers()  # the old one's workers end with it
+        self._pool = self._workers()
 
     def _drawn(self, epoch: int) -> list[Any]:
         with seeded(self.seed, epoch, 1), borrowed(self.loader):
@@ -142,18 +147,22 @@ class Keyed(Dataset[Any]):
 def _epoch(loader: Any, epoch: int, seed: int) -> Iterator[Any]:
     """One epoch, with the loader's generators as they would go on if nobody else used them."""
     iterator, states = None, []
-    while True:
-        with borrowed(loader) as generators:
-            if iterator is None:
-                start_epoch(loader, epoch, seed)
-                iterator = iter(loader)
-            for generator, state in zip(generators, states, strict=False):
-                generator.set_state(state)
-            batch = next(iterator, _same)
-            states = [generator.get_state() for generator in generators]
-        if batch is _same:
-            return
-        yield batch
+    try:
+        while True:
+            with borrowed(loader) as generators:
+                if iterator is None:
+                    start_epoch(loader, epoch, seed)
+                    iterator = started(loader)
+                for generator, state in zip(generators, states, strict=False):
+                    generator.set_state(state)
+                batch = next(iterator, _same)
+                states = [generator.get_state() for generator in generators]
+            if batch is _same:
+                return
+            yield batch
+    finally:
+        if not getattr(loader, "persistent_workers", False):
+            ended(iterator)
 
 
 def _same(batch: Any) -> Any:

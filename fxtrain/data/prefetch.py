@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 import operator
 import threading
 import weakref
@@ -17,6 +18,10 @@ from fxtrain.core import refuse_unless_whole
 from fxtrain.data.adapt import adapt
 from fxtrain.data.generators import is_seeded
 from fxtrain.data.source import Source
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 5.0  # seconds that the end of a session waits for the batch under way
 
 
 def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
@@ -64,6 +69,7 @@ class Prefetched(Source):
         self.device = None if device is None else torch.device(device)
         self.epoch_length = source.epoch_length
         self._reader: Reader | None = None
+        self._closed: Reader | None = None  # whose thread still read a batch when it was closed
         self._expected: int | None = None
 
     def __getitem__(self, position: int) -> Any:
@@ -74,8 +80,9 @@ class Prefetched(Source):
                 "each other: put prefetch around the outer source."
             )
         if self._reader is None:
+            self._wait_for_closed()
             self._reader = Reader(_reading(self.source, self.device), self.size)
-            self._unused = weakref.finalize(self, self._reader.stop, 5.0)  # or when the interpreter exits
+            self._unused = weakref.finalize(self, self._reader.stop, _PATIENCE)  # or when the interpreter exits
             self._expected = None
         if position != self._expected:
             self._reader.jump(position)
@@ -106,9 +113,20 @@ class Prefetched(Source):
     def close(self) -> None:
         if self._reader is not None:
             self._unused.detach()
-            self._reader.stop()
-            self._reader = None
+            reader, self._reader = self._reader, None
+            if not reader.stop(_PATIENCE):
+                # Waiting longer would keep an interrupted process alive until its scheduler kills it.
+                self._closed = reader
+                _log.warning("Prefetch was closed while a batch is read for more than %g seconds.", _PATIENCE)
+                return
+        self._wait_for_closed()
         self.source.close()
+
+    def _wait_for_closed(self) -> None:
+        """Two threads must not read the source at the same time."""
+        if self._closed is not None:
+            self._closed.stop()
+            self._closed = None
 
     def _took(self, position: int, item: Item) -> None:
         pass
@@ -137,6 +155,7 @@ class StatefulPrefetched(Prefetched):
 
     def _pause(self) -> None:
         self._expected = self._kept = None
+        self._wait_for_closed()
         if self._reader is not None:
             self._reader.jump(None)
 
@@ -173,13 +192,18 @@ class Reader:
             self._changed.notify_all()
             return self._ready.popleft()
 
-    def stop(self, timeout: float | None = None) -> None:
-        """Ends the thread, and waits (at most ``timeout`` seconds) while it makes its last batch."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """Ends the thread, and waits (at most ``timeout`` seconds) while it makes its last batch.
+
+        Returns:
+            Whether it has ended.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:  # the garbage collector calls from anywhere
             self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

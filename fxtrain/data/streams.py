@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from fxtrain.data.generators import seeded, start_epoch
 from fxtrain.data.source import ANY, Exhausted, Source
+from fxtrain.data.workers import ended, started
 
 _log = logging.getLogger(__name__)
 _END: Any = object()
@@ -40,6 +41,7 @@ class Streamed(Source):
         self._begin = begin
         self._name = name
         self._once = once
+        self.can_be_left = not once
         self._iterator: Iterator[Any] | None = None
         self._begun = False  # whether there has been an iterator
         self._epoch = 0  # of the iterator
@@ -127,6 +129,7 @@ class Stateful(Streamed):
         free = free_dimensions(loader, dynamic)
         super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, free=free)
         self.loader = loader
+        self.can_be_left = False  # its state would have to be made again, by reading from the epoch's start
         dataset = getattr(loader, "dataset", None)
         self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
         self._start_of_dataset = copy.deepcopy(self._dataset.state_dict()) if self._dataset is not None else None
@@ -137,7 +140,7 @@ class Stateful(Streamed):
         if self._begun and not follows and self._dataset is not None:
             self._dataset.load_state_dict(copy.deepcopy(self._start_of_dataset))
         start_epoch(self.loader, epoch, self.seed)
-        return iter(self.loader)
+        return started(self.loader)
 
     def snapshot(self, position: int) -> Tensor:
         """What ``restore`` needs to continue at ``position`` without reading again: uint8 [n]."""
@@ -174,14 +177,15 @@ class Stateful(Streamed):
         start_epoch(self.loader, epoch, self.seed)
         self.loader.load_state_dict(content["loader"])
         with seeded(self.seed, epoch, 2):
-            self._iterator = iter(self.loader)
+            self._iterator = started(self.loader)
         self._begun, self._epoch, self._index = True, epoch, index
         self._ended, self.epoch_length = content["ended"], length
 
     def close(self) -> None:
         super().close()
-        if getattr(self.loader, "_iterator", None) is not None:
+        if (iterator := getattr(self.loader, "_iterator", None)) is not None:
             self.loader._iterator = None  # torchdata's loader holds on to its workers
+            ended(iterator)
 
 
 def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Source:

@@ -100,7 +100,7 @@ class Run:
         # The loop owns its state, so a compiled step may write the next one over it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
         self._publish = Publisher(plan.observers, history, state.step.device)
-        self._interrupts = Interrupts()
+        self._interrupts = Interrupts(lambda: self._saving.under_way)
         self._in_step = as_composed(self.step).traced_slots
         state = attach(attach(state, plan.callbacks), self.step)
         self._saving = Saving(plan.checkpointer, _settings(self.step))
@@ -112,7 +112,7 @@ class Run:
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
-        self._feeding = Feeding(self.data, state.step.device, plan.clock, wanted)
+        self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
         self._strides = Strides(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
@@ -156,6 +156,8 @@ class Run:
             closing.callback(self._saving.close)
             closing.callback(self._publish.close)
             closing.callback(self.data.close)
+            if self.eval_data is not None:
+                closing.callback(self.eval_data.close)
             yield from self._session()
 
     def _session(self) -> Moments:
@@ -256,7 +258,10 @@ class Run:
         begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
         while True:
             count = self._strides.length(now.step, now.position, now.epoch)
-            batches = self._feeding.next(now.position, now.epoch, count)
+            try:
+                batches = self._feeding.next(now.position, now.epoch, count)
+            except Abandoned:
+                return
             if not batches:  # data of unknown length, which the state now keeps
                 now.count(now.epoch._replace(length=now.position - now.epoch.start))
                 now.set(end_epoch=True)
@@ -363,7 +368,7 @@ class Run:
         yield from self._fire(EvalBegin)
         total: dict[str, Any] = {}
         seen = now.state if self.plan.eval_view is None else self.plan.eval_view(now.state)
-        batches = measure(seen, leaving_compilation(eval_step), self.eval_data)
+        batches = measure(seen, leaving_compilation(eval_step), self._interrupts.leaving_waits(self.eval_data))
         try:
             for index, batch, output, total in batches:  # noqa: B007
                 if self._interrupts.cause is not None:

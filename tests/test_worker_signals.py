@@ -1,0 +1,213 @@
+"""Signals to a run whose data comes from worker processes: to the process alone, or to all of its group."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import fxtrain as fx
+from fxtrain.data import from_loader
+
+PROGRAM = pathlib.Path(__file__).with_name("worker_run.py")
+SECONDS = 20  # far more than an end takes, and far less than a hang
+
+
+def members(session):
+    """The processes of a session that still run."""
+    found = []
+    for folder in pathlib.Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(of) == session and state != "Z":
+                found.append(folder.name)
+    return found
+
+
+def end(tmp_path, method, where, kind, number, *, group):
+    """Sends a signal once the program says that it is where it should be."""
+    command = [sys.executable, str(PROGRAM), str(tmp_path / "run"), method, where, kind]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n", process.communicate()
+            time.sleep(0.2)
+            (os.killpg if group else os.kill)(process.pid, number)
+            out, err = process.communicate(timeout=SECONDS)
+        finally:
+            left = members(process.pid)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out) == (128 + number, f"interrupted by {number.name}\n"), err
+    assert "Traceback" not in err
+    assert not left
+    assert fx.checkpointer(tmp_path / "run").steps()
+
+
+@pytest.mark.parametrize("where", ["step", "wait"])
+def test_a_signal_to_the_group_ends_in_a_save(tmp_path, where):
+    end(tmp_path, "fork", where, "plain", signal.SIGTERM, group=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("kind", ["plain", "persistent", "prefetched", "stateful", "nested"])
+@pytest.mark.parametrize("where", ["step", "wait", "evaluation", "start"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_do_not_change_how_a_signal_ends_a_run(tmp_path, method, where, kind, number, group):
+    # One in fifteen of all combinations, so that each value of each meets most values of the others.
+    values = (["fork", "spawn", "forkserver"].index(method), ["step", "wait", "evaluation", "start"].index(where))
+    kinds = ["plain", "persistent", "prefetched", "stateful", "nested"]
+    if (sum(values) + kinds.index(kind) + number + 2 * group) % 15:
+        pytest.skip("another combination stands for it")
+    end(tmp_path, method, where, kind, number, group=group)
+
+
+class Hanging(Dataset):
+    """Its first batch is made at once, and the others never."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index >= 2:
+            time.sleep(1000)
+        return torch.tensor(float(index))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_that_hang_are_ended(persistent):
+    data = from_loader(DataLoader(Hanging(), 2, num_workers=2, persistent_workers=persistent))
+    assert data[0].equal(torch.tensor([0.0, 1.0]))
+    workers = data._iterator._workers
+    began = time.monotonic()
+    data.close()
+    assert time.monotonic() - began < 6
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_the_loaders_own_settings_are_left_as_they_were():
+    loader = DataLoader(Hanging(), 2, num_workers=1)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    data = from_loader(loader)
+    data[0]
+    assert loader.worker_init_fn is None
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    data.close()
+
+
+SAVING = """
+import sys, time, torch, fxtrain as fx
+from fxtrain.checkpoint import folder
+
+write = folder.write
+
+def slow(*args):
+    print("writing", flush=True)
+    time.sleep(60)
+    write(*args)
+
+folder.write = slow
+tx = fx.optim.sgd(0.1)
+step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+state = fx.init(torch.nn.Linear(1, 1), tx)
+print("lost without a flush", end="")
+try:
+    result = fx.fit(
+        state,
+        step,
+        [torch.ones(4, 1)],
+        steps=10**9,
+        callbacks=fx.when(fx.at(3), fx.callbacks.save()),
+        checkpointer=fx.checkpointer(sys.argv[1]),
+    )
+except BaseException as error:
+    print(repr(error))
+    raise
+sys.exit(result.exit_code)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path, first):
+    command = [sys.executable, "-c", SAVING, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline().endswith("writing\n")
+            process.send_signal(first)
+            time.sleep(1)
+            assert process.poll() is None  # once is not enough
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT, err  # a shell says 130
+    assert not fx.checkpointer(tmp_path).steps()
+
+
+SLOW_THREAD = """
+import sys, time, torch, fxtrain as fx
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 99
+
+    def __getitem__(self, index):
+        if index > 1:
+            print("reading", flush=True)
+            time.sleep(60)
+        return torch.ones(1)
+
+tx = fx.optim.sgd(0.1)
+step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+data = fx.data.prefetch(torch.utils.data.DataLoader(Slow(), 2))
+checkpoints = fx.checkpointer(sys.argv[1])
+sys.exit(fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, data, steps=9, checkpointer=checkpoints).exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_that_reads_for_long_does_not_delay_the_end(tmp_path):
+    command = [sys.executable, "-c", SLOW_THREAD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "reading\n"
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 143, err
+    assert fx.checkpointer(tmp_path).steps() == [1]
+
+
+def test_the_programs_own_sigchld_handler_still_hears_of_children():
+    heard = []
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+
+    def end_a_child(state, event: fx.StepEnd, control):
+        if event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            child = subprocess.Popen([sys.executable, "-c", ""])
+            child.wait()
+
+    try:
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        state = fx.init(torch.nn.Linear(1, 1), tx)
+        handler = signal.getsignal(signal.SIGCHLD)
+        result = fx.fit(state, step, [torch.ones(2, 1)], steps=9, observers=[fx.observers.required(end_a_child)])
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (result.exit_code, heard) == (130, [signal.SIGCHLD])
