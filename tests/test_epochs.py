@@ -78,7 +78,7 @@ def test_signal_around_the_end_of_a_stream_leaves_a_checkpoint_that_resumes(tmp_
 
     def interrupt(state, event, control):
         if isinstance(event, kind) and event.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
     options = {"checkpointer": fx.checkpointer(tmp_path), "epochs": 3}
     fit(observers=[interrupt], **options)
