@@ -57,7 +57,7 @@ def test_with_dropout_batch_norm_accumulation_and_callbacks():
 def test_draws_each_members_own_numbers():
     tx = fx.optim.sgd(0.0)
     state = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), tx)
-    step = fx.train_step(lambda model, batch: (model[1](batch) * torch.arange(4.0)).sum(), tx)
+    step = fx.train_step(lambda model, batch: (model(batch) * torch.arange(4.0)).sum(), tx)
     states = [state.replace(seed=state.seed + index) for index in range(4)]
     losses = torch.vmap(step, (0, None))(stack(states), torch.ones(8, 4))[1].metrics["loss"]
     assert losses.tolist() == [float(step(state, torch.ones(8, 4))[1].metrics["loss"]) for state in states]

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
-import random
-import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from fxtrain.data.order import mix
-
-_RANDOM: Any = np.random  # of which numpy's annotations do not know all
-_LOCKS: dict[int, threading.RLock] = {}  # by process: a worker forked while a lock was held must not inherit it
+from fxtrain.rng import host
 
 
 @contextlib.contextmanager
@@ -28,88 +21,21 @@ def seeded(*numbers: int) -> Iterator[None]:
     code of other threads had better draw from generators of its own while ``prefetch`` runs a dataset.
 
     Example:
+        >>> import random
         >>> with seeded(1, 2):
-        ...     first = torch.rand(()), random.random(), np.random.rand()
+        ...     first = torch.rand(()), random.random()
         >>> with seeded(1, 2):
-        ...     first == (torch.rand(()), random.random(), np.random.rand())
+        ...     first == (torch.rand(()), random.random())
         True
     """
     seed = mix(*numbers)
-    with _LOCKS.setdefault(os.getpid(), threading.RLock()):
-        states = torch.default_generator.get_state(), random.getstate()
-        _here.depth += 1
+    with host.seeded(seed):
+        state = torch.default_generator.get_state()
         try:
             torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            with _numpy_seeded(seed % 2**32):
-                yield
+            yield
         finally:
-            _here.depth -= 1
-            torch.default_generator.set_state(states[0])
-            random.setstate(states[1])
-
-
-@contextlib.contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
-    # Its generator is exchanged for another. To read its state and put it back takes 0.1 ms: each of its 624 words
-    # becomes a Python number. Of two normal numbers that are drawn at once the second is kept beside the generator,
-    # and an exchange forgets it.
-    theirs, spare = _RANDOM.get_bit_generator(), _spare_normal()
-    if len(_OURS) < _here.depth:
-        _OURS.append(np.random.MT19937())
-    _RANDOM.set_bit_generator(_OURS[_here.depth - 1])
-    _RANDOM.seed(seed)
-    try:
-        yield
-    finally:
-        _RANDOM.set_bit_generator(theirs)
-        if spare["has_gauss"]:
-            _RANDOM.set_state({**_RANDOM.get_state(legacy=False), **spare})
-
-
-def _spare_normal() -> dict[str, Any]:
-    """What of numpy's state is beside its generator."""
-    numpys, theirs, stand_in = _RANDOM.mtrand._rand, _RANDOM.get_bit_generator(), _stand_in()
-    stand_in.stands_for, stand_in.thread = theirs, threading.get_ident()
-    with contextlib.suppress(AttributeError):  # a private name, without which this reads all words
-        numpys._bit_generator = stand_in
-    try:
-        state = _RANDOM.get_state(legacy=False)
-    finally:
-        with contextlib.suppress(AttributeError):
-            numpys._bit_generator = theirs
-    return {name: state[name] for name in ("has_gauss", "gauss")}
-
-
-class _StandIn(np.random.MT19937):
-    """In the place of numpy's generator for a moment, without its words for the thread that does not want them."""
-
-    stands_for: Any
-    thread: int
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return {"bit_generator": "MT19937"} if threading.get_ident() == self.thread else self.stands_for.state
-
-
-@functools.cache
-def _stand_in() -> _StandIn:
-    return _StandIn(0)
-
-
-_OURS: list[Any] = []  # a generator of numpy's for each depth of ``seeded`` in itself
-
-
-def is_seeded() -> bool:
-    """Whether this thread is inside ``seeded``, so that others wait for it."""
-    return _here.depth > 0
-
-
-class _Here(threading.local):
-    depth = 0
-
-
-_here = _Here()
+            torch.default_generator.set_state(state)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import refuse_unless_whole
 from fxtrain.data.adapt import adapt
-from fxtrain.data.generators import is_seeded
 from fxtrain.data.source import Source
+from fxtrain.rng.host import is_seeded
 
 _log = logging.getLogger(__name__)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,8 +16,13 @@ from torch.func import functional_call
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
+from fxtrain.fold.subscription import name_of
 from fxtrain.model.fingerprint import fingerprint
+from fxtrain.model.first_calls import FirstCalls, hooks_refused, refuse_new_parameters, refuse_state
+from fxtrain.model.following import Following, generators_in
+from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.optim import MaskedNode
+from fxtrain.rng.tracing import is_traced
 
 
 class Model:
@@ -40,13 +47,21 @@ class Model:
             {name: _is_trainable(value) for name, value in original.named_parameters()},
             [_is_trainable(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
         )
-        self._training = _without_memory(original)
+        found_at = zip(tree.paths(modules, "model"), leaves, strict=True)
+        paths = dict(zip(map(str, range(len(found))), (p for p, x in found_at if isinstance(x, nn.Module)), strict=True))
+        self._training, owned = without_memory(original)
         for module in self._training.children():
             # A module that is in eval mode as a whole was loaded or used, not configured; single parts that are
             # in eval mode, such as frozen batch norms, are meant.
             if not module.training:
                 module.train()
-        self._evaluating = copy.deepcopy(self._training).eval()
+        self._evaluating, owned_evaluating = evaluating(self._training)
+        self._templates = (
+            Template(self._evaluating, owned_evaluating, paths),
+            Template(self._training, owned, paths),
+        )
+        self._slots = self._templates[True].slots
+        self._hooked = frozenset(name for name, value in original.named_parameters() if _has_hooks(value))
         self._fingerprint = fingerprint(self._training)
         self._choose(self.trainable)
 
@@ -59,7 +74,7 @@ class Model:
     def _choose(self, trainable: Any) -> None:
         masks, structure = tree.flatten(trainable)
         self.trainable = trainable
-        self._key = self._fingerprint, tuple(masks), structure, str(self.template)
+        self._key = self._fingerprint, self._hooked, tuple(masks), structure, str(self.template)
 
     def call(
         self,
@@ -69,23 +84,111 @@ class Model:
         *args: Any,
         train: bool,
         key: rng.Key | None = None,
+        first: FirstCalls | None = None,
     ) -> tuple[Any, Any]:
         """``function(model, *args)``, where ``model`` has these parameters and buffers, and the buffers after it.
 
         Inside, ``model`` is the module itself, so any method and any submodule can be called. Nothing outside
-        changes: buffers are cloned first, and what the call wrote comes back.
+        changes: buffers are cloned first, and what the call wrote is returned.
+
+        Args:
+            params: Of this architecture.
+            buffers: Of this architecture.
+            function: Any function of the model.
+            *args: Its other arguments.
+            train: Whether the modules are in training mode.
+            key: Where random numbers come from; without one, torch's functions draw as usual.
+            first: The calls of this function so far: the first of a model, and each that is traced, is checked.
+
+        Raises:
+            RuntimeError: If the function assigns to ``parameter.data``; if it is checked, and draws numbers that the
+                key does not decide, adds parameters, or leaves attributes that change the next call.
+            NotImplementedError: If it is checked, and adds hooks to parameters.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._call_in_dynamo(params, buffers, function, args, train, key)
+        draws = None if first is None or key is None else first.draws(self)
+        if key is None or (draws is False and not is_traced()):
+            return self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
+        examine = first is not None and draws is None
+        generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
+        draw = Following(key, name_of(function), compare=examine, generators=generators)
+        result = self._call(params, buffers, function, args, train, key, draw, examine=examine)
+        if first is not None and examine:
+            first.add(self, draws=draw.moved)
+        return result
+
+    def _call(
+        self,
+        params: Any,
+        buffers: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        train: bool,
+        key: rng.Key | None,
+        draw: Callable[[], AbstractContextManager[None]],
+        *,
+        examine: bool = False,
+    ) -> tuple[Any, Any]:
+        functional = functools.partial(rng.functional, key) if key is not None else contextlib.nullcontext
+        if not self.has_modules:
+            with draw(), functional():
+                return function(params, *args), buffers
+        template = self._templates[train]
+        flat_params, flat_buffers = self._flat(params), self._flat(buffers)
+        tensors: dict[str, Tensor] = {}
+
+        def run() -> tuple[Any, dict[str, Tensor]]:
+            tensors.update(flat_params)
+            tensors.update({name: value.clone() for name, value in flat_buffers.items()})
+            template.fill(tensors)
+            modules = template.root._modules
+            model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
+            with draw(), functional():
+                output = function(model, *args)
+            # Read while they are in place: a module may write a buffer or put another in its place.
+            return template.apart(output), template.buffers()
+
+        try:
+            with template:
+                before = template.leaves() if examine else {}
+                output, written = run()
+                if examine:
+                    refuse_new_parameters(name_of(function), template, tensors, flat_params)
+                    refuse_state(name_of(function), template, before, output, lambda: run()[0])
+        except rng.DataAssignmentError as error:
+            path = next((template.path(name) for name, value in tensors.items() if value is error.tensor), None)
+            raise error.naming(path) from None
+        return output, self._grouped(written, itertools.repeat({}))
+
+    def _call_in_dynamo(
+        self, params: Any, buffers: Any, function: Callable[..., Any], args: tuple[Any, ...], train: bool, key: Any
+    ) -> tuple[Any, Any]:
         with rng.functional(key) if key is not None else contextlib.nullcontext():
             if not self.has_modules:
                 return function(params, *args), buffers
             tensors = {**self._flat(params), **{name: value.clone() for name, value in self._flat(buffers).items()}}
+            filled = {slot: tensors[name] for slot, name in self._slots.items()}
             caller = self._training if train else self._evaluating
-            kept = _attributes(caller)
-            try:
-                output, written = functional_call(caller, tensors, (self.template, params, function, args))
-            finally:
-                _put_back(kept)
+            # Each place is named once, ties among them: left to functional_call, a module under two names would be
+            # filled twice, and keep the state's tensors.
+            output, written = functional_call(
+                caller, filled, (self.template, params, function, args), tie_weights=False
+            )
         return output, self._grouped(written, itertools.repeat({}))
+
+    def refuse_hooks(self) -> None:
+        """Raises if a trainable parameter has hooks, which would not run.
+
+        Raises:
+            NotImplementedError: Naming the parameters.
+        """
+        if not self._hooked:
+            return
+        mask = self._flat(self.trainable)
+        path = self._templates[True].path
+        if hooked := [path(name) for name in sorted(self._hooked) if mask[name]]:
+            raise hooks_refused(hooked)
 
     def split(self, params: Any, wrt: str | None = None) -> Any:
         """The trainable parameters, with an empty node in the place of each other: what is differentiated.
@@ -183,34 +286,9 @@ class _Caller(nn.Module):
         return output, {name: value.detach() for name, value in self.named_buffers()}
 
 
-def _without_memory(caller: _Caller) -> _Caller:
-    # Seeding deepcopy's memo with meta twins copies the code without copying the weights, and keeps ties.
-    memo: dict[int, Any] = {}
-    for parameter in caller.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in caller.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    try:
-        return copy.deepcopy(caller, memo)
-    except Exception as error:
-        raise TypeError(
-            f"The module cannot be copied ({error}), and init copies its code to leave yours as it was: "
-            "remove locks, open files and hooks that close over them from it."
-        ) from error
-
-
-def _attributes(caller: _Caller) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The attributes of all modules, and copies of them. While compiling nothing: a guard for each would cost more."""
-    if torch.compiler.is_dynamo_compiling():
-        return []
-    return [(module.__dict__, module.__dict__.copy()) for module in caller.modules()]
-
-
-def _put_back(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    # What a forward pass stores on its module would keep tensors of a finished transform alive.
-    for now, before in kept:
-        now.clear()
-        now.update(before)
+def _has_hooks(parameter: Tensor) -> bool:
+    # No public interface lists the hooks of a tensor.
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _is_trainable(value: Tensor) -> bool:

@@ -3,6 +3,7 @@
 There is no generator. The same numbers come out eager, compiled and under ``torch.func.vmap``, and after a resume.
 """
 
+from fxtrain.rng.mode import DataAssignmentError as DataAssignmentError
 from fxtrain.rng.mode import functional as functional
 from fxtrain.rng.mode import untouched as untouched
 from fxtrain.rng.philox import Key as Key

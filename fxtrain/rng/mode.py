@@ -48,6 +48,27 @@ def functional(key: Key) -> TorchFunctionMode:
     return _Functional(key)
 
 
+class DataAssignmentError(RuntimeError):
+    """A function inside ``functional`` assigned to the ``data`` of a tensor.
+
+    Args:
+        tensor: The tensor.
+        path: The tensor's name, where it is known.
+    """
+
+    def __init__(self, tensor: Tensor, path: str | None = None) -> None:
+        super().__init__(
+            f"expected a function that computes new values, got an assignment to .data of {path or 'a tensor'}. Keep "
+            "what a call changes in a buffer and assign to that (self.name = value), or average weights by "
+            "fxtrain.callbacks.ema."
+        )
+        self.tensor = tensor
+
+    def naming(self, path: str | None) -> DataAssignmentError:
+        """The same error for a tensor of this name."""
+        return DataAssignmentError(self.tensor, path)
+
+
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
     """Checks that the block leaves the default generators where they are. Costs some tens of microseconds.
@@ -95,6 +116,12 @@ class _Functional(TorchFunctionMode):
         # By name, a constant while tracing: a table with functions as keys costs Dynamo several guards a key.
         name = func.__name__
         kwargs = kwargs or {}
+        if name == "__set__" and func == _ASSIGN_DATA:
+            if args[1] is args[0]:
+                return None  # as module.to(device) does on the device it is on
+            # Inside torch.func this ends the process where the tensor is not a wrapped one; outside it would change
+            # the state that was given.
+            raise DataAssignmentError(args[0])
         if not _is_known(name):
             if isinstance(func, _OPERATORS) and _is_seeded(func):
                 raise _refusal(name)
@@ -176,6 +203,7 @@ _BODIES: dict[str, Callable[..., Any]] = {
 } | {f"init.{name}": _body(getattr(torch.nn.init, name)) for name in _INITIALISERS}
 
 
+_ASSIGN_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 _KNOWN = frozenset({*REPLACED, *SOMETIMES, *REFUSED, *_BODIES, *_INITIALISERS})
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
-from fxtrain.model import model_of
+from fxtrain.fold.subscription import name_of
+from fxtrain.model import FirstCalls, captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
 from fxtrain.step.returned import loss_and_metrics
 
@@ -54,6 +55,7 @@ def gradients(
         {'w': tensor(24.)}
     """
     policy = policy_of(precision)
+    first, reached = FirstCalls(), FirstCalls()
 
     def run(state: TrainState, batch: Any, index: int = 0) -> Gradient:
         model = model_of(state)
@@ -64,8 +66,12 @@ def gradients(
         def objective(trainable: Any) -> tuple[Tensor, tuple[dict[str, Any], Any]]:
             params = model.merge(state.params, trainable, wrt)
             with policy.autocast(state.step.device):
-                result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key)
+                result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, first=first)
             loss, measured = loss_and_metrics(loss_fn, result)
+            # Dynamo does not say what requires gradients inside torch.func.
+            if not torch.compiler.is_dynamo_compiling() and reached.draws(model) is None:
+                _refuse_unreached(loss_fn, loss, wrt)
+                reached.add(model, draws=False)
             metrics = policy.cast_output({"loss": loss, **measured})
             loss = metrics["loss"]
             return (loss if scale is None else loss * scale), (metrics, buffers)
@@ -73,6 +79,7 @@ def gradients(
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
             raise ValueError("Nothing to train: no parameter is floating or complex and requires gradients.")
+        model.refuse_hooks()
         # Inside inference_mode the gradients of torch 2.11 are zero, and nothing says so.
         inferring = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
         with torch.inference_mode(False) if inferring else contextlib.nullcontext():
@@ -82,3 +89,19 @@ def gradients(
         return Gradient(metrics["loss"], metrics, grads, buffers)
 
     return run
+
+
+def _refuse_unreached(loss_fn: Callable[..., Any], loss: Tensor, wrt: str | None) -> None:
+    """A zero gradient is a number; a loss that no trainable parameter takes part in is a mistake."""
+    # A parameter of a module of the user's requires a gradient that torch.func does not compute; a sum that it takes
+    # part in does not.
+    if (loss + 0).requires_grad:
+        return
+    what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
+    modules = [name for name, value in captured(loss_fn) if isinstance(value, nn.Module)]
+    instead = f" instead of {', '.join(modules)}, which it takes from outside" if modules else ""
+    raise ValueError(
+        f"expected a loss that depends on {what}, got one from {name_of(loss_fn)} that reaches none, so nothing would "
+        f"be trained. Call the model that the loss function is given{instead}, outside of torch.no_grad() and without "
+        ".detach() or .item()."
+    )

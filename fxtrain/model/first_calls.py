@@ -1,0 +1,233 @@
+"""First calls: what is checked when a function first runs a model, so that later calls cost nothing.
+
+A step is a pure function, so the Python attributes of modules are put back after each call. A module that counts its
+calls, or keeps a hidden state on itself, would silently start from the same values at every step. A module that builds a
+cache, sets a flag, or stores its last attention for inspection is not affected. The two are told apart by a second call
+that starts where the first one ended: a cache then stays as it is, a counter counts on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fxtrain import tree
+from fxtrain.model.contents import are_alike
+from fxtrain.model.template import Template
+from fxtrain.rng.tracing import is_traced, unrecorded, unwatched
+
+_SHOWN = 3  # attributes named in an error
+_SHORT = 60  # characters of a value in an error
+
+
+class FirstCalls:
+    """Which models a function of users has run, and whether it drew random numbers of the host there."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[weakref.ref[Any], bool]] = []
+
+    def draws(self, model: Any) -> bool | None:
+        """Whether calls of this model draw from Python's or numpy's generator; None before the first call."""
+        for seen, draws in self._seen:
+            if seen() is model:
+                return draws
+        return None
+
+    def add(self, model: Any, *, draws: bool) -> None:
+        """Notes that a call has passed."""
+        self._seen = [entry for entry in self._seen if entry[0]() not in (None, model)]
+        self._seen.append((weakref.ref(model), draws))
+
+
+def refuse_state(
+    who: str, template: Template, before: dict[str, Any], output: Any, again: Callable[[], Any]
+) -> None:
+    """Raises if the Python attributes of modules matter to a second call.
+
+    Args:
+        who: The function that runs the modules, for errors.
+        template: In use, and as the first call left it.
+        before: Its ``leaves`` before that call.
+        output: Of that call.
+        again: Makes the second call, and returns its output.
+
+    Raises:
+        RuntimeError: Naming the attributes, their values and what to do.
+    """
+    first = template.leaves()
+    changed = _changed(before, first)
+    if not changed:
+        return
+    watched = {id(value) for value in first.values() if isinstance(value, Tensor)}
+    try:
+        with unrecorded(), _Reads(watched) as reads:
+            repeated = again()
+            second = template.leaves()
+            equal = _are_close(output, repeated)
+    except (torch.OutOfMemoryError, MemoryError):
+        return
+    except Exception as error:
+        raise _refusal(who, changed, before, first, {}, f"a second call then raises {error!r}") from error
+    moved = _changed(first, second, reads.found)
+    moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
+    if moved:
+        raise _refusal(who, moved, before, first, second, "")
+    if not equal:
+        raise _refusal(who, changed, before, first, second, "a second call then returns something else")
+
+
+def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tensor], names: Collection[str]) -> None:
+    """Raises if a call put a parameter where there was none, or another in the place of one.
+
+    Args:
+        who: The function that ran the modules, for errors.
+        template: In use, and as the call left it.
+        tensors: What it was filled with.
+        names: Those among them that are parameters.
+
+    Raises:
+        RuntimeError: Naming the parameter.
+    """
+    for prefix, module in template.root.named_modules():
+        for key, value in module._parameters.items():
+            slot = f"{prefix}.{key}"
+            name = template.slots.get(slot)
+            if value is None or (name is not None and value is tensors[name]):
+                continue
+            if name is None:
+                raise RuntimeError(
+                    f"expected the parameters that init found, got a new one, {template.path(slot)}, which {who} made "
+                    "and the next call would lose. Make all parameters before fxtrain.init: run the module once."
+                )
+            raise RuntimeError(
+                f"expected {who} to read parameters, got another tensor in the place of {template.path(slot)}, which "
+                "the next call would lose. Compute the new value in the step, and give it to state.replace(params=...); "
+                "a copy that follows the weights, such as a momentum encoder, is a buffer, or averaged by "
+                "fxtrain.callbacks.ema."
+            )
+    hooked = [template.path(name) for name in names if getattr(tensors[name], "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        raise hooks_refused(hooked)
+
+
+def hooks_refused(paths: Iterable[str]) -> NotImplementedError:
+    """The error for parameters with hooks."""
+    return NotImplementedError(
+        f"expected parameters without hooks, got hooks on {', '.join(paths)} (register_hook or "
+        "register_post_accumulate_grad_hook), which a step would not run, as it computes gradients as values. Remove "
+        "them, and change gradients in the optimizer's chain or in a callback of fx.Gradients."
+    )
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any], read: Collection[int] = ()) -> list[str]:
+    missing = _Missing
+    return [
+        path
+        for path in dict.fromkeys((*before, *after))
+        if not are_alike(after.get(path, missing), before.get(path, missing), read)
+    ]
+
+
+class _Missing:
+    """Stands for the value of an attribute that does not exist."""
+
+
+def _refusal(
+    who: str, paths: list[str], before: dict[str, Any], first: dict[str, Any], second: dict[str, Any], also: str
+) -> RuntimeError:
+    def told(path: str) -> str:
+        values = [_shown(values[path]) if path in values else "missing" for values in (before, first)]
+        third = f", {_shown(second[path]) if path in second else 'missing'} after a second one" if second else ""
+        return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
+
+    named = "; ".join(map(told, paths[:_SHOWN])) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+    return RuntimeError(
+        f"expected a module whose Python attributes do not depend on earlier calls, got {named}"
+        f"{f': {also}' if also else ''}. {who} is part of a pure step, which puts attributes back after each call. "
+        "Keep what must last in a buffer, self.register_buffer(name, tensor), and assign to it in forward."
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, type):
+        return f"a {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 3]}..."
+
+
+def _are_close(output: Any, other: Any) -> bool:
+    """Whether two outputs are the same, up to the order of sums; True where vmap hides the values."""
+    ours, theirs = tree.leaves(output), tree.leaves(other)
+    if len(ours) != len(theirs):
+        return False
+    for one, two in zip(ours, theirs, strict=True):
+        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+            continue
+        if one.shape != two.shape or one.dtype != two.dtype:
+            return False
+        if not one.is_floating_point():
+            continue
+        tolerance = torch.finfo(one.dtype).eps ** 0.5
+        try:
+            with unwatched():
+                if not torch.allclose(one.detach(), two.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
+                    return False
+        except RuntimeError:  # batched by vmap
+            return True
+    return True
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of some tensors an operation reads, and into which it writes."""
+
+    def __init__(self, watched: Collection[int]) -> None:
+        super().__init__()
+        self._watched = watched
+        self.found: set[int] = set()
+        self.written: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _reads_shape_only(func):
+            self.found.update(id(leaf) for leaf in tree.leaves((args, kwargs)) if id(leaf) in self._watched)
+        if args and id(args[0]) in self._watched and _writes(func.__name__):
+            self.written.add(id(args[0]))
+        return func(*args, **kwargs)
+
+
+_OF_VALUES = frozenset(("data", "grad", "T", "mT", "H", "mH", "real", "imag"))
+_OF_SHAPES = frozenset(
+    (
+        *("size", "dim", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device", "__len__"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "__hash__"),
+        *("type", "type_as", "new_empty", "empty_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "ndimension"),
+        *("__set__", "__delete__"),
+    )
+)
+
+
+def _writes(name: str) -> bool:
+    return name in _IN_PLACE if name.endswith("__") else name.endswith("_")
+
+
+_IN_PLACE = frozenset(
+    f"__{name}__"
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+)
+
+
+def _reads_shape_only(func: Any) -> bool:
+    name = func.__name__
+    if name == "__get__":
+        return func.__self__.__name__ not in _OF_VALUES
+    return name in _OF_SHAPES

@@ -1,0 +1,76 @@
+"""Following: numbers that a function draws from Python's and numpy's generators, as a function of the step's key."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from fxtrain.model.captured import captured
+from fxtrain.rng import Key, host
+from fxtrain.rng.tracing import host_seed
+
+
+class Following:
+    """A context, to be entered for each run of a function, in which the host's generators start from the key.
+
+    Args:
+        key: Where in the run.
+        who: The function, for errors.
+        compare: Whether to notice draws; without it ``moved`` stays False.
+        generators: Generator objects that the function can reach, with a name for each.
+
+    Raises:
+        RuntimeError: At the end, if the function drew from one of ``generators``, or from a global generator where the
+            key has no values: in a graph the draw would be a constant, and under vmap the same for all members.
+    """
+
+    def __init__(
+        self, key: Key, who: str, *, compare: bool, generators: Iterable[tuple[str, Any]] = ()
+    ) -> None:
+        self._seed, self._who = host_seed(key), who
+        self._compare = compare or self._seed is None
+        self._generators = list(generators)
+        self.moved = False
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with host.seeded(self._seed or 0):
+            if not self._compare:
+                yield
+                return
+            before = host.positions()
+            states = [host.state_of(generator) for _, generator in self._generators]
+            yield
+            for (name, generator), state in zip(self._generators, states, strict=True):
+                if host.state_of(generator) != state:
+                    raise _refusal(
+                        self._who,
+                        f"draws from {name} ({type(generator).__name__}), whose numbers depend on what was drawn before",
+                    )
+            moved = host.moved(before)
+            self.moved = bool(moved)
+            if moved and self._seed is None:
+                raise _refusal(
+                    self._who,
+                    f"draws from {' and '.join(moved)}, which a compiled step would repeat at each call and vmap for "
+                    "each member",
+                )
+
+
+def generators_in(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """The generator objects of Python and numpy that a function captured."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, value in captured(function):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        for part in (value, *parts):
+            if host.state_of(part) is not None:
+                found.setdefault(id(part), (name, part))
+    return list(found.values())
+
+
+def _refusal(who: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"expected {who} to draw random numbers from the run's seed alone, got {what}. Draw with torch's functions "
+        "(torch.rand, torch.bernoulli), which follow the seed, or in the data, and pass the numbers in."
+    )

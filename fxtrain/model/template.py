@@ -1,0 +1,162 @@
+"""The template: modules without memory, into which a call puts that of a state, and that are then as they were."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxtrain.model.contents import Contents, leaves
+
+
+class Template:
+    """Modules on the meta device. Inside ``with template:`` they can be filled and used; then they are as they were.
+
+    Contexts nest, and each starts from modules as they were at first. Other threads wait.
+
+    Args:
+        root: A module whose children are the modules.
+        owned: The ids of the objects that belong to them alone.
+        paths: How an error names each child.
+    """
+
+    def __init__(self, root: nn.Module, owned: frozenset[int], paths: Mapping[str, str]) -> None:
+        self.root = root
+        self._modules = {paths[name]: module for name, module in root._modules.items() if module is not None}
+        self._owned, self._paths = owned, dict(paths)
+        self._lock = threading.RLock()
+        self._outer: list[Contents | None] = []  # what nested contexts put back, the innermost last
+        self._contents = Contents(self._modules, owned)
+        names = {id(value): name for named in (root.named_buffers, root.named_parameters) for name, value in named()}
+        self._places = [
+            (container, key, names[id(value)])
+            for container in self._contents.containers
+            for key, value in _items(container)
+            if id(value) in names
+        ]
+        self._tensors = [
+            (path, tensor, tensor._version) for path, tensor in self._contents.tensors if id(tensor) not in names
+        ]
+        self._buffers = [(name, module._buffers) for name, module in root.named_modules()]
+        # One name for each place in a module: torch would visit a module under two names twice.
+        self.slots = {
+            f"{prefix}.{key}" if prefix else key: names[id(value)]
+            for prefix, module in root.named_modules()
+            for named in (module._parameters, module._buffers)
+            for key, value in named.items()
+            if value is not None
+        }
+
+    def __enter__(self) -> Template:
+        self._lock.acquire()
+        nested = bool(self._outer)
+        self._outer.append(Contents(self._modules, self._owned) if nested else None)
+        if nested:
+            self._contents.put_back()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._contents.put_back()
+            outer = self._outer.pop()
+            if outer is not None:
+                outer.put_back()
+            self._refuse_writes()
+        finally:
+            self._lock.release()
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts the tensors of a state in their places, ties included."""
+        for container, key, name in self._places:
+            container[key] = tensors[name]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers by name: a module may write one or put another in its place."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for prefix, named in self._buffers:
+            for key, value in named.items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    found[f"{prefix}.{key}"] = value.detach()
+        return found
+
+    def leaves(self) -> dict[str, Any]:
+        """The values of all Python attributes, by path."""
+        return leaves(self._modules, self._owned)
+
+    def generators(self) -> list[tuple[str, Any]]:
+        """The generator objects of Python and numpy among the attributes, by path."""
+        return [(path, generator) for path, generator, _ in self._contents.generators]
+
+    def path(self, name: str) -> str:
+        """How an error names a parameter, a buffer or a module of the root."""
+        number, _, rest = name.partition(".")
+        return f"{self._paths[number]}.{rest}" if rest else self._paths[number]
+
+    def apart(self, output: Any) -> Any:
+        """An output in containers of its own, where it holds one that is about to be put back."""
+        if isinstance(output, tuple) and type(output) in (tuple,):
+            return tuple(map(self.apart, output))
+        if id(output) in self._contents.ids:
+            output = copy.copy(output)
+        if type(output) is list:
+            return list(map(self.apart, output))
+        if type(output) is dict:
+            return {key: self.apart(value) for key, value in output.items()}
+        return output
+
+    def _refuse_writes(self) -> None:
+        for path, tensor, version in self._tensors:
+            if tensor._version != version and not tensor.is_inference():
+                raise RuntimeError(
+                    f"expected a call to leave tensors outside the state as they are, got a write in place to {path}. "
+                    "Register it as a buffer: what a call writes into a buffer is part of the next state."
+                )
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.root, self._paths
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        root, paths = state
+        self.__init__(root, frozenset(), paths)
+
+
+def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
+    """A copy on the meta device with its ties, and the ids of all objects that were copied."""
+    # Meta twins in deepcopy's memo copy the code without copying the weights.
+    memo: dict[int, Any] = {}
+    for parameter in root.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in root.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    try:
+        return _copied(root, memo)
+    except Exception as error:
+        raise TypeError(
+            f"The module cannot be copied ({error}), and init copies its code to leave yours as it was: "
+            "remove locks, open files and hooks that close over them from it."
+        ) from error
+
+
+def evaluating(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
+    """A copy in eval mode, and the ids of all objects that were copied."""
+    module, owned = _copied(root, {})
+    return module.eval(), owned
+
+
+def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset[int]]:
+    made = copy.deepcopy(root, memo)
+    return made, frozenset(id(value) for key, value in memo.items() if key != id(memo))
+
+
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    if isinstance(container, dict):
+        return [(key, value) for key, value in container.items() if isinstance(value, Tensor)]
+    if isinstance(container, list | collections.deque):
+        return [(index, value) for index, value in enumerate(container) if isinstance(value, Tensor)]
+    return []
