@@ -96,9 +96,40 @@ def test_what_differs_is_refused():
         fx.load_state_dict(state, nn.Linear(3, 2).state_dict())
     with pytest.raises(ValueError, match=r"weight: wanted torch\.float32, and torch\.float16 is given"):
         fx.load_state_dict(state, {name: value.half() for name, value in good.items()})
-    testing.assert_equal(
-        fx.load_state_dict(state, {"weight": good["weight"]}, strict=False).params["weight"], good["weight"], "a part"
-    )
+
+
+def test_partial_load_warns_with_counts():
+    state = fx.init(nn.Linear(2, 3))
+    weight = torch.ones(3, 2)
+    with pytest.warns(UserWarning, match="loaded 1 of 2 names of the model") as caught:
+        loaded = fx.load_state_dict(state, {"weight": weight, "head": weight, "tail": weight}, strict=False)
+    testing.assert_equal(loaded.params["weight"], weight, "the weight")
+    testing.assert_equal(loaded.params["bias"], state.params["bias"], "the bias")
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert "Not in the state dict (1): bias" in str(warning.message)
+    assert "Not in the model (2): head, tail" in str(warning.message)
+
+
+def test_load_where_no_name_fits_is_refused():
+    good = nn.Linear(2, 3).state_dict()
+    for given in ({f"module.{name}": value for name, value in good.items()}, {}):
+        with pytest.raises(ValueError, match=r"expected .* names of the model, such as weight, bias, got one with"):
+            fx.load_state_dict(fx.init(nn.Linear(2, 3)), given, strict=False)
+
+
+def test_partial_load_of_a_tree_names_the_part():
+    modules = {"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)}
+    given = {"a": nn.Linear(2, 3).state_dict(), "b": {}}
+    with pytest.warns(UserWarning, match=r"loaded 2 of 4 .*\['b'\] weight, \['b'\] bias"):
+        loaded = fx.load_state_dict(fx.init(modules), given, strict=False)
+    testing.assert_equal(fx.state_dict(loaded)["a"], dict(given["a"]), "the part that fits")
+
+
+def test_load_into_modules_without_weights_is_silent(recwarn):
+    fx.load_state_dict(fx.init(nn.ReLU()), {}, strict=False)
+    fx.load_state_dict(fx.init(nn.Linear(2, 3)), nn.Linear(2, 3).state_dict(), strict=False)
+    assert not recwarn.list
 
 
 def test_an_abstract_state_has_no_memory_to_load_into():

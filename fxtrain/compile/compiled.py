@@ -17,6 +17,7 @@ from fxtrain.compile.heap import keep_freed_memory
 from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
 from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
 from fxtrain.fold import Composed
+from fxtrain.model import ValuesNeededError
 from fxtrain.step import EvalFunction, Several, Step
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,11 @@ class Compiled:
         _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
         began = time.perf_counter()
         try:
-            artefact = self._compiler(self.step, entered, batch)
+            try:
+                artefact = self._compiler(self.step, entered, batch)
+            except ValuesNeededError:
+                self.step(entered, batch)
+                artefact = self._compiler(self.step, entered, batch)
         except Exception as error:
             raise self._explained(error, entered, batch) from error
         _log.info("Compiled %r in %.1f s.", self.step, time.perf_counter() - began)

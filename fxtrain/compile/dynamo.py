@@ -12,6 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compile.traced import Artefact
 from fxtrain.core import TrainState
+from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
 
@@ -25,15 +26,36 @@ def compile_by_dynamo(
     dynamic: bool,
 ) -> Artefact:
     """The step by ``torch.compile``, as one graph. Arguments as for ``compile_traced``."""
+    _check(step, state, batch)
     compiled = torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
     compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
+    # Dynamo's code repeats at each call what the modules wrote on themselves while it was made.
+    model: Any = state.model
+    writes = model is not None and model.restore()
 
     def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
         result = compiled(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
+        if writes and model is not None:
+            model.restore()
         return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)
 
     return Artefact(run, ())
+
+
+def _check(step: Step | EvalFunction, state: TrainState, batch: Any) -> None:
+    """The checks of a first call, which Dynamo's trace skips: without values if possible, else uncompiled."""
+    from torch._subclasses import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        fakes = tree.map(mode.from_tensor, (state, batch))
+        with mode:
+            step(*fakes)
+    except UnseededError:
+        raise
+    except Exception:
+        step(state, batch)
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,7 +49,9 @@ class Model:
             [_is_trainable(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
         )
         found_at = zip(tree.paths(modules, "model"), leaves, strict=True)
-        paths = dict(zip(map(str, range(len(found))), (p for p, x in found_at if isinstance(x, nn.Module)), strict=True))
+        paths = dict(
+            zip(map(str, range(len(found))), (p for p, x in found_at if isinstance(x, nn.Module)), strict=True)
+        )
         self._training, owned = without_memory(original)
         for module in self._training.children():
             # A module that is in eval mode as a whole was loaded or used, not configured; single parts that are
@@ -61,7 +64,10 @@ class Model:
             Template(self._training, owned, paths),
         )
         self._slots = self._templates[True].slots
-        self._hooked = frozenset(name for name, value in original.named_parameters() if _has_hooks(value))
+        self._hooked = self._grouped(
+            {name: _has_hooks(value) for name, value in original.named_parameters()},
+            [_has_hooks(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
+        )
         self._fingerprint = fingerprint(self._training)
         self._choose(self.trainable)
 
@@ -74,7 +80,9 @@ class Model:
     def _choose(self, trainable: Any) -> None:
         masks, structure = tree.flatten(trainable)
         self.trainable = trainable
-        self._key = self._fingerprint, self._hooked, tuple(masks), structure, str(self.template)
+        hooked = map(operator.and_, masks, tree.leaves(self._hooked))
+        self._hooks_at = tuple(itertools.compress(tree.paths(trainable, "state.params"), hooked))
+        self._key = self._fingerprint, self._hooks_at, tuple(masks), structure, str(self.template)
 
     def call(
         self,
@@ -177,18 +185,23 @@ class Model:
             )
         return output, self._grouped(written, itertools.repeat({}))
 
+    def restore(self) -> bool:
+        """Puts back the modules after code that Dynamo compiled, which writes their attributes by itself.
+
+        Returns:
+            Whether it had written any.
+        """
+        written = [template.restore() for template in self._templates]
+        return any(written)
+
     def refuse_hooks(self) -> None:
         """Raises if a trainable parameter has hooks, which would not run.
 
         Raises:
             NotImplementedError: Naming the parameters.
         """
-        if not self._hooked:
-            return
-        mask = self._flat(self.trainable)
-        path = self._templates[True].path
-        if hooked := [path(name) for name in sorted(self._hooked) if mask[name]]:
-            raise hooks_refused(hooked)
+        if self._hooks_at:
+            raise hooks_refused(self._hooks_at)
 
     def split(self, params: Any, wrt: str | None = None) -> Any:
         """The trainable parameters, with an empty node in the place of each other: what is differentiated.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import operator
 import types
 import weakref
 from collections.abc import Collection, Iterator, Mapping
@@ -60,6 +61,20 @@ class Contents:
             self._dicts.append((values, values.copy()))
         else:
             self._others.append((values, dict(values) if isinstance(values, dict) else list(values)))
+
+    def is_intact(self) -> bool:
+        """Whether each container holds what it held: the same objects."""
+        return (
+            not any(self._empty)
+            and all(
+                now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
+                for now, before in self._dicts
+            )
+            and all(
+                len(now) == len(before) and all(map(operator.is_, _in_order(now), _in_order(before)))
+                for now, before in self._others
+            )
+        )
 
     def put_back(self) -> None:
         """Gives each container what it held."""
@@ -120,9 +135,7 @@ _COMPARED = (
 )
 
 
-def _walk(
-    roots: Mapping[str, nn.Module], owned: Collection[int], *, memory: bool = False
-) -> Iterator[tuple[str, Any]]:
+def _walk(roots: Mapping[str, nn.Module], owned: Collection[int], *, memory: bool = False) -> Iterator[tuple[str, Any]]:
     """Each container, module, owned object and tensor below the roots, once, with its path.
 
     Args:
@@ -131,7 +144,7 @@ def _walk(
         memory: Whether parameters and buffers, and the dicts that hold them, are among it.
     """
     seen: set[int] = set()
-    todo = list(reversed(roots.items()))
+    todo: list[tuple[str, Any]] = list(roots.items())[::-1]
     while todo:
         path, part = todo.pop()
         if id(part) in seen:
@@ -139,7 +152,9 @@ def _walk(
         seen.add(id(part))
         yield path, part
         if _is_walked(part, owned):
-            todo += [child for child in _children(path, part) if _is_walked(child[1], owned) or _is_kept(child[1])][::-1]
+            todo += [child for child in _children(path, part) if _is_walked(child[1], owned) or _is_kept(child[1])][
+                ::-1
+            ]
         if memory and isinstance(part, nn.Module):
             for name in _TENSORS:
                 yield f"{path}.{name}", vars(part)[name]
@@ -224,7 +239,16 @@ def _frozen(value: Any) -> Any:
 
 def _base(values: Any) -> Any:
     """The built-in type of a container: a subclass may forbid what puts its contents back."""
-    return next(kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind))
+    return next(
+        kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind)
+    )
+
+
+def _in_order(values: Any) -> Any:
+    """The elements, keys of dicts among them; a set that holds the same elements is read in the same order."""
+    if isinstance(values, dict):
+        return [element for item in values.items() for element in item]
+    return values
 
 
 def _refill(now: Any, before: Any) -> None:

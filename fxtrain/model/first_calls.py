@@ -1,9 +1,9 @@
 """First calls: what is checked when a function first runs a model, so that later calls cost nothing.
 
 A step is a pure function, so the Python attributes of modules are put back after each call. A module that counts its
-calls, or keeps a hidden state on itself, would silently start from the same values at every step. A module that builds a
-cache, sets a flag, or stores its last attention for inspection is not affected. The two are told apart by a second call
-that starts where the first one ended: a cache then stays as it is, a counter counts on.
+calls, or keeps a hidden state on itself, would silently start from the same values at every step. A module that builds
+a cache, sets a flag, or stores its last attention for inspection is not affected. A second call, which starts where the
+first one ended, separates the two: a cache then stays as it is, and a counter counts on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ _SHOWN = 3  # attributes named in an error
 _SHORT = 60  # characters of a value in an error
 
 
+class ValuesNeededError(RuntimeError):
+    """A check that compares values was reached while tracing: run the step once uncompiled, and trace it then."""
+
+
 class FirstCalls:
     """Which models a function of users has run, and whether it drew random numbers of the host there."""
 
@@ -44,9 +48,7 @@ class FirstCalls:
         self._seen.append((weakref.ref(model), draws))
 
 
-def refuse_state(
-    who: str, template: Template, before: dict[str, Any], output: Any, again: Callable[[], Any]
-) -> None:
+def refuse_state(who: str, template: Template, before: dict[str, Any], output: Any, again: Callable[[], Any]) -> None:
     """Raises if the Python attributes of modules matter to a second call.
 
     Args:
@@ -58,6 +60,7 @@ def refuse_state(
 
     Raises:
         RuntimeError: Naming the attributes, their values and what to do.
+        ValuesNeededError: While tracing, if attributes changed in a way that only the outputs can tell.
     """
     first = template.leaves()
     changed = _changed(before, first)
@@ -67,8 +70,7 @@ def refuse_state(
     try:
         with unrecorded(), _Reads(watched) as reads:
             repeated = again()
-            second = template.leaves()
-            equal = _are_close(output, repeated)
+        second = template.leaves()
     except (torch.OutOfMemoryError, MemoryError):
         return
     except Exception as error:
@@ -77,7 +79,12 @@ def refuse_state(
     moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
     if moved:
         raise _refusal(who, moved, before, first, second, "")
-    if not equal:
+    if is_traced():
+        raise ValuesNeededError(
+            f"expected tensors with values for the first call of {who}, whose modules write the attributes "
+            f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before it is traced."
+        )
+    if not _are_close(output, repeated):
         raise _refusal(who, changed, before, first, second, "a second call then returns something else")
 
 
@@ -106,9 +113,9 @@ def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tenso
                 )
             raise RuntimeError(
                 f"expected {who} to read parameters, got another tensor in the place of {template.path(slot)}, which "
-                "the next call would lose. Compute the new value in the step, and give it to state.replace(params=...); "
-                "a copy that follows the weights, such as a momentum encoder, is a buffer, or averaged by "
-                "fxtrain.callbacks.ema."
+                "the next call would lose. Compute the new value in the step, and give it to "
+                "state.replace(params=...). Keep a copy that follows the weights, such as a momentum encoder, in "
+                "buffers, or let fxtrain.callbacks.ema average it."
             )
     hooked = [template.path(name) for name in names if getattr(tensors[name], "_post_accumulate_grad_hooks", None)]
     if hooked:
@@ -207,7 +214,17 @@ _OF_SHAPES = frozenset(
     (
         *("size", "dim", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device", "__len__"),
         *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "__hash__"),
-        *("type", "type_as", "new_empty", "empty_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "ndimension"),
+        *(
+            "type",
+            "type_as",
+            "new_empty",
+            "empty_like",
+            "zeros_like",
+            "ones_like",
+            "new_zeros",
+            "new_ones",
+            "ndimension",
+        ),
         *("__set__", "__delete__"),
     )
 )

@@ -11,6 +11,10 @@ from fxtrain.rng import Key, host
 from fxtrain.rng.tracing import host_seed
 
 
+class UnseededError(RuntimeError):
+    """A function drew random numbers that are no function of the run's seed."""
+
+
 class Following:
     """A context, to be entered for each run of a function, in which the host's generators start from the key.
 
@@ -21,13 +25,11 @@ class Following:
         generators: Generator objects that the function can reach, with a name for each.
 
     Raises:
-        RuntimeError: At the end, if the function drew from one of ``generators``, or from a global generator where the
+        UnseededError: At the end, if the function drew from one of ``generators``, or from a global generator where the
             key has no values: in a graph the draw would be a constant, and under vmap the same for all members.
     """
 
-    def __init__(
-        self, key: Key, who: str, *, compare: bool, generators: Iterable[tuple[str, Any]] = ()
-    ) -> None:
+    def __init__(self, key: Key, who: str, *, compare: bool, generators: Iterable[tuple[str, Any]] = ()) -> None:
         self._seed, self._who = host_seed(key), who
         self._compare = compare or self._seed is None
         self._generators = list(generators)
@@ -44,10 +46,9 @@ class Following:
             yield
             for (name, generator), state in zip(self._generators, states, strict=True):
                 if host.state_of(generator) != state:
-                    raise _refusal(
-                        self._who,
-                        f"draws from {name} ({type(generator).__name__}), whose numbers depend on what was drawn before",
-                    )
+                    kind = type(generator).__name__
+                    what = f"draws from {name} ({kind}), whose numbers depend on what was drawn before"
+                    raise _refusal(self._who, what)
             moved = host.moved(before)
             self.moved = bool(moved)
             if moved and self._seed is None:
@@ -69,8 +70,8 @@ def generators_in(function: Callable[..., Any]) -> list[tuple[str, Any]]:
     return list(found.values())
 
 
-def _refusal(who: str, what: str) -> RuntimeError:
-    return RuntimeError(
+def _refusal(who: str, what: str) -> UnseededError:
+    return UnseededError(
         f"expected {who} to draw random numbers from the run's seed alone, got {what}. Draw with torch's functions "
         "(torch.rand, torch.bernoulli), which follow the seed, or in the data, and pass the numbers in."
     )

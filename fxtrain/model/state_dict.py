@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.core import TrainState
 from fxtrain.model.architecture import model_of
+
+_SHOWN = 4  # names in a message
 
 
 def state_dict(state: TrainState) -> Any:
@@ -51,7 +54,8 @@ def load_state_dict(state: TrainState, state_dict: Any, *, strict: bool = True) 
         strict: Whether every name must be on both sides.
 
     Raises:
-        ValueError: If a name is missing or too many, or a shape or a dtype differs. The message names all of them.
+        ValueError: If a name is missing or unexpected, or a shape or a dtype differs. The message names all of them.
+            With ``strict=False`` names may differ, which is a warning that counts them, unless none fits.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -63,23 +67,63 @@ def load_state_dict(state: TrainState, state_dict: Any, *, strict: bool = True) 
     if any(leaf.is_meta for leaf in tree.leaves((state.params, state.buffers))):
         raise ValueError("The state is on the meta device, and has no memory to load into: make it on another device.")
     params = tree.clone(state.params)
+    fits = _Fits()
 
     def load(modules: Any) -> None:
         parts, structure = tree.flatten(modules)
         dicts = structure.flatten_up_to(state_dict)
-        for part, given in zip(parts, dicts, strict=True):
+        for part, given, path in zip(parts, dicts, tree.paths(modules), strict=True):
             if not isinstance(part, nn.Module):
                 _refuse_dtypes({"": part}, {"": given})
                 part.copy_(given)
+                fits.loaded += 1
                 continue
-            _refuse_dtypes(part.state_dict(), given)
+            names = part.state_dict()
+            _refuse_dtypes(names, given)
             try:
-                part.load_state_dict(given, strict=strict)
+                missing, unexpected = part.load_state_dict(given, strict=strict)
             except RuntimeError as error:
                 raise ValueError(str(error)) from None
+            fits.loaded += len(names) - len(missing)
+            fits.missing += [f"{path} {name}".lstrip() for name in missing]
+            fits.unexpected += [f"{path} {name}".lstrip() for name in unexpected]
 
     _, buffers = model_of(state).call(params, state.buffers, load, train=False)
+    fits.refuse_nothing()
+    fits.warn()
     return state.replace(params=params, buffers=buffers)
+
+
+class _Fits:
+    """What of a state dict fits a state."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+
+    def refuse_nothing(self) -> None:
+        if not self.loaded and (self.missing or self.unexpected):
+            raise ValueError(
+                f"expected a state dict with names of the model, such as {_named(self.missing)}, got one with "
+                f"{_named(self.unexpected)}: no name fits, so nothing would be loaded. Rename the keys, for example by "
+                "removing a prefix."
+            )
+
+    def warn(self) -> None:
+        if self.missing or self.unexpected:
+            warnings.warn(
+                f"load_state_dict loaded {self.loaded} of {self.loaded + len(self.missing)} names of the model. "
+                f"Not in the state dict ({len(self.missing)}): {_named(self.missing)}. "
+                f"Not in the model ({len(self.unexpected)}): {_named(self.unexpected)}.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) or "none"
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _cloned(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxtrain.model.contents import Contents, leaves
+from fxtrain.rng.host import GLOBAL
 
 
 class Template:
@@ -68,6 +69,14 @@ class Template:
             self._refuse_writes()
         finally:
             self._lock.release()
+
+    def restore(self) -> bool:
+        """Puts back what code outside the context has changed; returns whether there was anything."""
+        with self._lock:
+            changed = not self._contents.is_intact()
+            if changed:
+                self._contents.put_back()
+            return changed
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts the tensors of a state in their places, ties included."""
@@ -150,8 +159,10 @@ def evaluating(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
 
 
 def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset[int]]:
+    memo |= {id(generator): generator for generator in GLOBAL}  # a copy would no longer be the one that is seeded
     made = copy.deepcopy(root, memo)
-    return made, frozenset(id(value) for key, value in memo.items() if key != id(memo))
+    # A logger or a member of an enum is its own copy.
+    return made, frozenset(id(value) for key, value in memo.items() if key not in (id(value), id(memo)))
 
 
 def _items(container: Any) -> list[tuple[Any, Any]]:

@@ -14,6 +14,8 @@ import numpy as np
 
 _RANDOM: Any = np.random  # numpy's annotations omit the functions for exchanging its generator
 _LOCKS: dict[int, threading.RLock] = {}  # by process: a forked worker must not inherit a lock that is held
+GLOBAL = (getattr(random.random, "__self__", None), getattr(np.random.rand, "__self__", None))
+"""The generator objects behind the functions of both modules."""
 _GENERATORS: list[Any] = []  # one of numpy's for each depth of ``seeded`` in itself
 
 
@@ -70,7 +72,12 @@ def moved(before: dict[str, Any]) -> list[str]:
 
 
 def state_of(generator: Any) -> Any:
-    """The state of a generator object of Python or numpy, comparable by ``==``; None for any other object."""
+    """The state of a generator object of Python or numpy, comparable by ``==``; None for any other object.
+
+    The global generators count as other objects.
+    """
+    if any(generator is each for each in GLOBAL):
+        return None
     if isinstance(generator, random.Random):
         return generator.getstate()
     bits = _bits(generator)

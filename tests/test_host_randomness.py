@@ -1,0 +1,189 @@
+"""Numbers from Python's and numpy's generators in a model or a loss: a function of the seed, or refused by name."""
+
+import functools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import testing
+from fxtrain.rng import host
+
+X = torch.ones(4, 2)
+DRAWS = {"numpy": np.random.rand, "Python": random.random, "numpy's normal": np.random.normal}
+
+
+class Drops(nn.Linear):
+    """A layer that is dropped at random, as LayerDrop does it."""
+
+    def __init__(self, draw=random.random):
+        super().__init__(2, 1)
+        self.draw = draw
+
+    def forward(self, x):
+        return super().forward(x) * float(self.draw())
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+def run(draw, *, seed=0, steps=3, resume_at=None):
+    tx = fx.optim.sgd(0.1)
+    torch.manual_seed(0)
+    state, found = fx.init(Drops(draw), tx, seed=seed), []
+    step = fx.train_step(loss_fn, tx, accumulate=2)
+    for index in range(steps):
+        if index == resume_at:  # as a new process would
+            step = fx.train_step(loss_fn, tx, accumulate=2)
+        np.random.seed(index)
+        random.seed(index)
+        state, output = step(state, X)
+        found.append(float(output.metrics["loss"]))
+    return found
+
+
+def states():
+    return random.getstate(), [repr(part) for part in np.random.get_state()]
+
+
+@pytest.fixture(autouse=True)
+def _generators():
+    before, bits = random.getstate(), np.random.get_bit_generator()
+    yield
+    random.setstate(before)
+    np.random.set_bit_generator(bits)
+
+
+class TestUncompiled:
+    @pytest.mark.parametrize("name", DRAWS)
+    def test_numbers_follow_the_seed(self, name):
+        draw = DRAWS[name]
+        found = run(draw)
+        assert run(draw) == run(draw, resume_at=1) == found
+        assert run(draw, seed=1) != found
+
+    def test_numbers_differ_by_step_and_microbatch(self):
+        seen = []
+
+        def draw():
+            seen.append(np.random.rand())
+            return seen[-1]
+
+        run(draw)
+        assert len(set(seen)) == 6  # 3 steps of 2 microbatches; nothing is called twice
+
+    @pytest.mark.parametrize("name", DRAWS)
+    def test_global_generators_are_neither_read_nor_moved(self, name):
+        draw = DRAWS[name]
+        state, tx = fx.init(Drops(draw)), fx.optim.sgd(0.1)
+        step, evaluation = fx.train_step(loss_fn, tx), fx.eval_step(loss_fn)
+        np.random.normal()  # numpy keeps the second of a pair
+        before = states()
+        for _ in range(2):
+            step(state.replace(opt_state=fx.init(Drops(draw), tx).opt_state), X)
+            evaluation(state, X)
+            fx.view(state)(X)
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                fx.view(state)(torch.ones(1, 3))
+        assert states() == before
+
+    def test_evaluation_and_views_follow_the_seed(self):
+        state = fx.init(Drops(np.random.rand))
+        evaluation, view = fx.eval_step(loss_fn), fx.view(state)
+        first = evaluation(state, X).metrics["loss"]
+        for seed in (1, 2):
+            np.random.seed(seed)
+            assert torch.equal(evaluation(state, X).metrics["loss"], first)
+            assert torch.equal(fx.eval_step(loss_fn)(state, X).metrics["loss"], first)
+            assert torch.equal(view(X), view(X))
+        moved = state.replace(position=state.position + 1)
+        assert not torch.equal(evaluation(moved, X).metrics["loss"], first)
+
+    def test_a_model_without_modules_is_seeded(self):
+        def noisy(model, batch):
+            return (model["w"] * np.random.rand()).square()
+
+        state = fx.init({"w": torch.tensor(2.0)})
+        find = fx.gradients(noisy)
+        assert float(find(state, None).loss) == float(find(state, None).loss)
+
+    def test_what_does_not_draw_is_not_seeded_after_its_first_call(self, monkeypatch):
+        tx = fx.optim.sgd(0.1)
+        state, step = fx.init(nn.Linear(2, 1), tx), fx.train_step(loss_fn, tx)
+        step(state, X)
+
+        def fails(_):
+            raise AssertionError("seeded")
+
+        monkeypatch.setattr(host, "seeded", fails)
+        step(state, X)
+
+
+class TestRefused:
+    @pytest.mark.parametrize("name", ["numpy", "Python"])
+    @pytest.mark.parametrize("backend", [None, "eager"])
+    def test_a_draw_in_a_compiled_step(self, name, backend):
+        tx = fx.optim.sgd(0.1)
+        wanted = {"numpy": r"numpy\.random", "Python": "Python's random module"}[name]
+        before = states()
+        for step in (fx.train_step(loss_fn, tx), fx.eval_step(loss_fn)):
+            state = fx.init(Drops(DRAWS[name]), tx)
+            with pytest.raises(
+                RuntimeError, match=f"expected loss_fn to draw .* got draws from {wanted}, which a comp"
+            ):
+                fx.compile(step, backend=backend)(state, X)
+        assert states() == before
+
+    def test_a_draw_under_vmap_over_seeds(self):
+        tx = fx.optim.sgd(0.1)
+        states = [fx.init(Drops(), tx, seed=seed) for seed in (0, 1)]
+        stacked = fx.tree.map(lambda *leaves: torch.stack(leaves), *states)
+        with pytest.raises(RuntimeError, match="Python's random module"):
+            torch.vmap(fx.train_step(loss_fn, tx), (0, None))(stacked, X)
+
+    @pytest.mark.parametrize(
+        "generator",
+        [np.random.default_rng(0), random.Random(0), np.random.RandomState(0)],
+        ids=lambda generator: type(generator).__name__,
+    )
+    def test_a_generator_of_its_own(self, generator):
+        kind = type(generator).__name__
+        draw = generator.random if not isinstance(generator, np.random.RandomState) else generator.rand
+        module = nn.Linear(2, 1)
+        module.augment = {"generator": generator}
+
+        def by_attribute(model, batch):
+            owned = model.augment["generator"]
+            return loss_fn(model, batch) * getattr(owned, draw.__name__)()
+
+        def by_closure(model, batch):
+            return loss_fn(model, batch) * getattr(generator, draw.__name__)()
+
+        def by_argument(generator, model, batch):
+            return loss_fn(model, batch) * getattr(generator, draw.__name__)()
+
+        for function, name in (
+            (by_attribute, r"model\.augment\['generator'\]"),
+            (by_closure, "generator"),
+            (functools.partial(by_argument, generator), "argument 0"),
+        ):
+            state = fx.init(module)
+            for run in (fx.gradients(function), fx.eval_step(function)):
+                with pytest.raises(RuntimeError, match=rf"got draws from {name} \({kind}\)"):
+                    run(state, X)
+
+    def test_a_generator_of_its_own_that_is_not_used_is_fine(self):
+        module = nn.Linear(2, 1)
+        module.generator = np.random.default_rng(0)
+        fx.gradients(loss_fn)(fx.init(module), X)
+
+    def test_a_view_leaves_the_generator_of_a_module(self):
+        module = Drops()
+        module.generator = np.random.default_rng(0)
+        module.draw = module.generator.random
+        view = fx.view(fx.init(module))
+        testing.assert_equal(view(X), view(X), "two calls")

@@ -1,0 +1,562 @@
+"""Python state of modules: what a call writes on them is gone, and what a second call would read is refused."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import testing
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+BACKENDS = ["eager", pytest.param("traced", marks=pytest.mark.slow), "dynamo"]
+
+
+class Base(nn.Module):
+    """A linear layer, and what a test adds to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.inner.weight.copy_(torch.tensor([[0.5, -0.25]]))
+            self.inner.bias.fill_(0.1)
+        self.start()
+
+    def start(self):
+        pass
+
+
+def loss_fn(model, batch):
+    return model(batch).square().mean()
+
+
+def losses(module, *, loss_fn=loss_fn, backend="eager", steps=4, rate=0.0):
+    """The losses of some steps at a learning rate of 0, which are one number for a pure module."""
+    tx = fx.optim.sgd(rate)
+    step = fx.train_step(loss_fn, tx)
+    if backend != "eager":
+        step = fx.compile(step) if backend == "traced" else fx.compile(step, backend="eager")
+    state, found = fx.init(module, tx), []
+    for _ in range(steps):
+        state, output = step(state, X)
+        found.append(float(output.metrics["loss"]))
+    return found
+
+
+class HooksOnce(Base):
+    def start(self):
+        self.done = False
+
+    def forward(self, x):
+        if not self.done:
+            self.inner.register_forward_hook(lambda module, inputs, output: output * 2)
+            self.done = True
+        return self.inner(x)
+
+
+class Caches(Base):
+    """What libraries write: caches, flags, the last attention, statistics for inspection."""
+
+    def start(self):
+        self.table, self.last, self.initialized, self.options = None, None, False, {"seen": set(), "shapes": []}
+
+    def forward(self, x):
+        if self.table is None or self.table.shape[0] < len(x):
+            self.table = torch.linspace(1.0, 2.0, len(x))[:, None]
+        self.initialized = True
+        self.options["seen"].add(tuple(x.shape))
+        if x.shape not in self.options["shapes"]:
+            self.options["shapes"].append(x.shape)
+        self.last = self.inner(x) * self.table
+        self.memo = {"last": [self.last]}
+        return self.last
+
+
+class Counter(Base):
+    def start(self):
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x) * self.calls
+
+
+class CounterOfTheClass(Base):
+    calls = 0
+    forward = Counter.forward
+
+
+class Threshold(Base):
+    """Neither the first nor the second output shows it."""
+
+    def start(self):
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x) * (2 if self.calls > 100 else 1)
+
+
+class Hidden(Base):
+    def start(self):
+        self.hidden = None
+
+    def forward(self, x):
+        before = torch.zeros(()) if self.hidden is None else self.hidden
+        y = self.inner(x) + before
+        self.hidden = y.detach().mean()
+        return y
+
+
+class HiddenWithoutStart(Base):
+    def forward(self, x):
+        y = self.inner(x) + getattr(self, "hidden", 0.0)
+        self.hidden = y.detach().mean()
+        return y
+
+
+class Grows(Base):
+    def start(self):
+        self.history = []
+
+    def forward(self, x):
+        self.history.append(self.inner(x))
+        return self.history[-1] * len(self.history)
+
+
+class Nested(Base):
+    def start(self):
+        self.stats = {"layers": [{"calls": 0}]}
+
+    def forward(self, x):
+        self.stats["layers"][0]["calls"] += 1
+        return self.inner(x)
+
+
+class Tally:
+    def __init__(self):
+        self.calls = 0
+
+
+class SlottedTally:
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 0
+
+
+class InAnObject(Base):
+    kind = Tally
+
+    def start(self):
+        self.tally = self.kind()
+
+    def forward(self, x):
+        self.tally.calls += 1
+        return self.inner(x)
+
+
+class InSlots(InAnObject):
+    kind = SlottedTally
+
+
+class OnlyFirst(Base):
+    """A flag that stays where the first call put it, and that the second call reads."""
+
+    def start(self):
+        self.first = True
+
+    def forward(self, x):
+        scale, self.first = (2 if self.first else 1), False
+        return self.inner(x) * scale
+
+
+class Toggle(Base):
+    def start(self):
+        self.odd = False
+
+    def forward(self, x):
+        self.odd = not self.odd
+        return self.inner(x)
+
+
+class WritesInto(Base):
+    def start(self):
+        self.memory = None
+
+    def forward(self, x):
+        if self.memory is None:
+            self.memory = torch.zeros(3)
+        self.memory[0] = self.inner(x).detach().mean()
+        return self.inner(x)
+
+
+class HooksPileUp(Base):
+    def forward(self, x):
+        self.inner.register_forward_hook(lambda module, inputs, output: output * 2)
+        return self.inner(x)
+
+
+STATEFUL = {
+    Counter: r"model\.calls \(0 before a call, 1 after it, 2 after a second one\)",
+    CounterOfTheClass: r"model\.calls .*1 after it, 2 after a second one",
+    Threshold: r"model\.calls \(0 before",
+    Hidden: r"model\.hidden \(None before a call, a float32 tensor of shape \[\] after it",
+    HiddenWithoutStart: r"model\.hidden \(missing before a call",
+    Grows: r"model\.history\[1\]",
+    Nested: r"model\.stats\['layers'\]\[0\]\['calls'\] \(0 before",
+    InAnObject: r"model\.tally\.calls \(0 before",
+    InSlots: r"model\.tally\.calls \(0 before",
+    OnlyFirst: r"model\.first \(True before a call, False after it.*a second call then returns something else",
+    Toggle: r"model\.odd \(False before a call, True after it, False",
+    WritesInto: r"model\.memory \(None before",
+    HooksPileUp: r"model\.inner\._forward_hooks\[",
+}
+
+
+class TestRefused:
+    @pytest.mark.parametrize("kind", STATEFUL)
+    def test_state_that_a_second_call_reads(self, kind):
+        with pytest.raises(RuntimeError, match=rf"{STATEFUL[kind]}.*self\.register_buffer"):
+            losses(kind())
+
+    @pytest.mark.parametrize("backend", BACKENDS[1:])
+    @pytest.mark.parametrize("kind", [Counter, Hidden, OnlyFirst])
+    def test_at_the_first_compiled_step(self, kind, backend):
+        with pytest.raises(RuntimeError, match=STATEFUL[kind]):
+            losses(kind(), backend=backend)
+
+    def test_again_at_the_next_try(self):
+        tx = fx.optim.sgd(0.1)
+        state, step = fx.init(Counter(), tx), fx.train_step(loss_fn, tx)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="0 before a call, 1 after it"):
+                step(state, X)
+
+    def test_in_evaluation_and_accumulation_and_by_part(self):
+        modules = {"body": nn.Sequential(nn.Linear(2, 2), Counter()), "rest": nn.Linear(1, 1)}
+
+        def both(model, batch):
+            return model["rest"](model["body"](batch)).mean()
+
+        path = r"model\['body'\]\.1\.calls"
+        with pytest.raises(RuntimeError, match=path):
+            fx.eval_step(both)(fx.init(modules), X)
+        with pytest.raises(RuntimeError, match=path):
+            fx.gradients(both, wrt="rest")(fx.init(modules), X)
+        tx = fx.optim.sgd(0.1)
+        with pytest.raises(RuntimeError, match=r"model\.calls"):
+            fx.train_step(loss_fn, tx, accumulate=3)(fx.init(Counter(), tx), X)
+
+    def test_a_new_parameter(self):
+        class Lazy(Base):
+            def start(self):
+                self.head = None
+
+            def forward(self, x):
+                if self.head is None:
+                    self.head = nn.Linear(1, 1)
+                return self.head(self.inner(x))
+
+        with pytest.raises(RuntimeError, match=r"got a new one, model\.head\.weight, .* before fxtrain\.init"):
+            losses(Lazy())
+
+    def test_another_parameter_in_the_place_of_one(self):
+        class Replaces(Base):
+            def forward(self, x):
+                y = self.inner(x)
+                self.inner.weight = nn.Parameter(self.inner.weight * 0.5)
+                return y
+
+        with pytest.raises(RuntimeError, match=r"another tensor in the place of model\.inner\.weight"):
+            losses(Replaces())
+
+    def test_writing_into_a_tensor_that_is_no_buffer(self):
+        class Plain(Base):
+            def start(self):
+                self.total = torch.zeros(())
+
+            def forward(self, x):
+                self.total += 1
+                return self.inner(x)
+
+        state = fx.init(Plain())
+        for run in (lambda: fx.eval_step(loss_fn)(state, X), lambda: fx.view(state)(X)):
+            with pytest.raises(RuntimeError, match=r"got a write in place to model\.total\. Register it as a buffer"):
+                run()
+
+
+class TestHarmless:
+    @pytest.mark.parametrize(
+        ("kind", "backend"),
+        [
+            (HooksOnce, "eager"),
+            (Caches, "eager"),
+            (Caches, "dynamo"),  # which cannot register hooks
+            pytest.param(HooksOnce, "traced", marks=pytest.mark.slow),
+            pytest.param(Caches, "traced", marks=pytest.mark.slow),
+        ],
+    )
+    def test_every_step_has_the_same_loss(self, kind, backend):
+        wanted = float(loss_fn(kind(), X).detach())
+        assert losses(kind(), backend=backend) == pytest.approx([wanted] * 4)
+
+    def test_a_counter_that_the_loss_starts_anew(self):
+        def loss_fn(model, batch):
+            model.history.clear()
+            return model(batch).square().mean()
+
+        assert len(set(losses(Grows(), loss_fn=loss_fn))) == 1
+
+    def test_the_second_call_is_made_at_the_first_step_only(self):
+        calls = []
+
+        class Counted(Caches):
+            def forward(self, x):
+                calls.append(1)
+                return super().forward(x)
+
+        losses(Counted(), steps=1)
+        first = len(calls)
+        losses(Counted(), steps=4)
+        assert (first, len(calls) - first) == (2, 5)
+
+    def test_a_module_that_writes_nothing_is_called_once(self):
+        calls = []
+
+        class Counted(Base):
+            def forward(self, x):
+                calls.append(1)
+                return self.inner(x)
+
+        losses(Counted(), steps=3)
+        assert len(calls) == 3
+
+    def test_random_numbers_are_the_same_in_the_second_call(self):
+        class Drops(Caches):
+            def forward(self, x):
+                return super().forward(nn.functional.dropout(x, 0.5))
+
+        assert len(set(losses(Drops()))) > 1
+
+
+class TestPutBack:
+    """After every call the modules are what they were."""
+
+    @staticmethod
+    def contents(module):
+        """All that is reached from the attributes, by identity; containers by their elements."""
+
+        def seen(value):
+            if isinstance(value, nn.Module):
+                return id(value), {name: seen(part) for name, part in vars(value).items()}
+            if isinstance(value, dict):
+                return id(value), [(key, seen(part)) for key, part in value.items()]
+            if isinstance(value, list):
+                return id(value), list(map(seen, value))
+            return (id(value), frozenset(value)) if isinstance(value, set) else id(value)
+
+        return seen(module)
+
+    def test_after_calls_of_all_kinds(self):
+        def writes(model, batch):
+            y = loss_fn(model, batch)
+            model.inner.register_forward_hook(lambda *_: None)
+            model.inner.extra = nn.ReLU()
+            model.options["seen"].add("more")
+            model.options["shapes"] += [1, 2]
+            model.options["new"] = 1
+            model.train(not model.training)
+            del model.last, model.initialized
+            return y
+
+        def fails(model, batch):
+            writes(model, batch)
+            raise KeyError("in the middle")
+
+        state = fx.init(Caches())
+        modules = state.model._training, state.model._evaluating
+        before = list(map(self.contents, modules))
+        for function in (writes, fails):
+            for train in (True, False):
+                try:
+                    state.model.call(state.params, state.buffers, function, X, train=train, key=fx.rng.key(0))
+                except KeyError:
+                    assert function is fails
+                assert list(map(self.contents, modules)) == before
+        fx.train_step(loss_fn, fx.optim.sgd(0.1))(fx.init(Caches(), fx.optim.sgd(0.1)), X)
+        fx.view(state)(X)
+        torch.vmap(lambda x: fx.view(state)(x))(X[None])
+        assert list(map(self.contents, modules)) == before
+
+    def test_after_compiled_calls(self):
+        tx = fx.optim.sgd(0.1)
+        state = fx.init(Caches(), tx)
+        before = self.contents(state.model._training)
+        step = fx.compile(fx.train_step(loss_fn, tx), backend="eager", on_recompile="error")
+        for _ in range(3):
+            state, _ = step(state, X)
+            assert self.contents(state.model._training) == before
+
+    def test_containers_that_a_function_returns_keep_what_it_put_there(self):
+        class Reports(Base):
+            def start(self):
+                self.metrics = {}
+
+            def forward(self, x):
+                y = self.inner(x)
+                self.metrics["mean"] = y.mean()
+                return y
+
+        def reports(model, batch):
+            return model(batch).square().mean(), model.metrics
+
+        found = fx.gradients(reports)(fx.init(Reports()), X)
+        assert sorted(found.metrics) == ["loss", "mean"]
+        view = fx.view(fx.init(Reports()))
+        assert view.metrics == {}
+
+    def test_tensors_of_a_call_are_freed(self):
+        class Keeps(Base):
+            def forward(self, x):
+                self.last = self.inner(x)
+                seen.append(weakref.ref(self.last))
+                return self.last
+
+        seen = []
+        losses(Keeps(), steps=3)
+        gc.collect()
+        assert not [ref for ref in seen if ref() is not None]
+
+    def test_dicts_that_forbid_it_are_put_back(self):
+        class Strict(dict):
+            def update(self, *_):
+                raise NotImplementedError
+
+            clear = update
+
+        class Uses(Base):
+            def start(self):
+                self.strict = Strict(a=1)
+
+            def forward(self, x):
+                self.strict["b"] = 2
+                return self.inner(x)
+
+        state = fx.init(Uses())
+        fx.view(state)(X)
+        assert fx.view(state).strict == {"a": 1}
+
+    def test_objects_of_the_program_are_left_alone(self):
+        import logging
+
+        class Logs(Base):
+            def start(self):
+                self.logger = logging.getLogger("fxtrain.test")
+
+            def forward(self, x):
+                self.logger.setLevel(17)
+                return self.inner(x)
+
+        losses(Logs())
+        assert logging.getLogger("fxtrain.test").level == 17
+
+
+class TestSharing:
+    def test_one_module_under_two_names_tied_to_a_third(self):
+        class Shared(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = nn.Embedding(5, 3)
+                self.again = self.embed
+                self.head = nn.Linear(3, 5, bias=False)
+                self.head.weight = self.embed.weight
+
+            def forward(self, x):
+                return self.head(self.embed(x) + self.again(x))
+
+        torch.manual_seed(0)
+        module, tokens, tx = Shared(), torch.tensor([0, 1, 4]), fx.optim.sgd(0.1)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for backend in ("eager", "dynamo"):
+            start, step = fx.init(module, tx), fx.train_step(loss_fn, tx)
+            state, step = start, step if backend == "eager" else fx.compile(step, backend="eager")
+            for _ in range(4):
+                state, output = step(state, tokens)
+            assert {leaf.device.type for leaf in start.model._training.parameters()} == {"meta"}
+            if backend == "eager":
+                wanted = state
+        testing.assert_equal(state.params, wanted.params, "compiled")
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = loss_fn(module, tokens)
+            loss.backward()
+            optimizer.step()
+        torch.testing.assert_close(output.metrics["loss"], loss.detach())
+        torch.testing.assert_close(wanted.params["embed.weight"], module.embed.weight.detach())
+
+    def test_parameters_in_lists_and_dicts_are_those_of_the_state(self):
+        class Listed(Base):
+            def start(self):
+                self.weights = [self.inner.weight]
+                self.named = {"b": self.inner.bias}
+                self.__dict__["plain"] = self.inner.weight
+
+            def forward(self, x):
+                return x @ self.weights[0].T + self.named["b"] + 0 * self.plain.sum()
+
+        state = fx.init(Listed())
+        found = fx.gradients(loss_fn)(state, X)
+        module = Listed()
+        loss_fn(module, X).backward()
+        torch.testing.assert_close(found.grads["inner.weight"], module.inner.weight.grad)
+        torch.testing.assert_close(found.grads["inner.bias"], module.inner.bias.grad)
+        for template in (state.model._training, state.model._evaluating):
+            assert template.get_submodule("0").weights[0].is_meta
+
+    def test_a_buffer_that_is_a_parameter_follows_it(self):
+        class Aliased(Base):
+            def start(self):
+                self.register_buffer("alias", self.inner.weight)
+
+            def forward(self, x):
+                return x @ self.alias.T
+
+        found = fx.gradients(loss_fn)(fx.init(Aliased()), X)
+        assert float(found.grads["inner.weight"].abs().sum()) > 0
+
+    def test_a_call_inside_a_call_starts_from_clean_modules(self):
+        state = fx.init(Caches())
+        seen = []
+
+        def nested(model, batch):
+            hook = model.inner.register_forward_hook(lambda *_: seen.append("outer"))
+            model.table = torch.full((3, 1), 7.0)
+            inside = fx.view(state)(batch)
+            outside = model(batch)
+            hook.remove()
+            assert not model.inner.weight.is_meta
+            return {"ratio": (outside / inside)[0, 0]}
+
+        assert float(fx.eval_step(nested)(state, X).metrics["ratio"]) == pytest.approx(7.0)
+        assert seen == ["outer"] * 2  # the check of the first call makes a second one
+
+    def test_threads_wait_for_one_another(self):
+        state = fx.init(Caches())
+        wanted, wrong = fx.view(state)(X), []
+
+        def use():
+            for _ in range(50):
+                if not torch.equal(fx.view(state)(X), wanted):
+                    wrong.append(1)
+
+        threads = [threading.Thread(target=use) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
