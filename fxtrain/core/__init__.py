@@ -45,6 +45,7 @@ from fxtrain.core.pytrees import NAMESPACE as NAMESPACE
 from fxtrain.core.pytrees import NODES as NODES
 from fxtrain.core.pytrees import ops as ops
 from fxtrain.core.pytrees import register_node as register_node
+from fxtrain.core.slots import BATCH as BATCH
 from fxtrain.core.slots import DATA as DATA
 from fxtrain.core.slots import EPOCH as EPOCH
 from fxtrain.core.slots import EVALUATED as EVALUATED

@@ -5,6 +5,7 @@ from __future__ import annotations
 LOOP = "loop/"
 """Prefix of the loop's slots. Callbacks cannot claim a name that begins with it."""
 
+BATCH = f"{LOOP}batch"  # int64 [2]: index and checksum of the batch read last; in checkpoints only
 DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a data source that has its own
 EPOCH = f"{LOOP}epoch"  # dict of int64 []: the fields of `Epoch`
 EVALUATED = f"{LOOP}evaluated"  # metrics of the last evaluation, and its step

@@ -8,6 +8,7 @@ from fxtrain.data.adapt import adapt as adapt
 from fxtrain.data.arrays import batches as batches
 from fxtrain.data.arrays import sequence as sequence
 from fxtrain.data.arrays import windows as windows
+from fxtrain.data.checksum import checksum as checksum
 from fxtrain.data.loaders import from_loader as from_loader
 from fxtrain.data.prefetch import prefetch as prefetch
 from fxtrain.data.source import Batches as Batches

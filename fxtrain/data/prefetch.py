@@ -65,6 +65,7 @@ class Prefetched(Source):
     def __init__(self, source: Source, size: int, device: torch.device | str | None) -> None:
         super().__init__(free=source.free)
         self.source: Any = source
+        self.can_jump = source.can_jump
         self.size = size
         self.device = None if device is None else torch.device(device)
         self.epoch_length = source.epoch_length

@@ -56,6 +56,7 @@ class Source:
 
     epoch_length: int | None
     can_be_left = True  # whether an exception raised while a batch is awaited leaves the position where it was
+    can_jump = True  # whether any batch is read without those before it
 
     def __init__(self, *, free: int = 0) -> None:
         self.free = free
@@ -130,7 +131,7 @@ class Mapped(Source):
         self.source = source
         self.function = function
         self.with_position = with_position
-        self.can_be_left = source.can_be_left
+        self.can_be_left, self.can_jump = source.can_be_left, source.can_jump
 
     @property
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -41,7 +41,7 @@ class Streamed(Source):
         self._begin = begin
         self._name = name
         self._once = once
-        self.can_be_left = not once
+        self.can_be_left, self.can_jump = not once, False
         self._iterator: Iterator[Any] | None = None
         self._begun = False  # whether there has been an iterator
         self._epoch = 0  # of the iterator

@@ -10,6 +10,7 @@ import torch
 from fxtrain.core import Epoch
 from fxtrain.data import Exhausted
 from fxtrain.loop.evaluate import to_device
+from fxtrain.loop.repeats import LastBatch, warn_unless_repeated
 
 
 class Feeding:
@@ -24,6 +25,8 @@ class Feeding:
 
     def __init__(self, data: Any, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
         self.data = data
+        self.expected: LastBatch | None = None  # what was read before the checkpoint that the run is resumed from
+        self.last: tuple[int, Any] | None = None  # index and batch read last
         self.wait = 0.0  # seconds that the loop waited for the last batch, or batches
         self._end: int | None = None  # position at which data of unknown length was found to end
         self._device, self._on_host = device, device.type == "cpu"  # read once: it takes longer than all else here
@@ -36,6 +39,8 @@ class Feeding:
             ValueError: If the data is exhausted before the run is over.
         """
         began = self._clock()
+        if self.expected is not None:
+            self._compare(position, epoch)
         batches: list[Any] = []
         while len(batches) < count and (epoch.length or position != self._end):
             try:
@@ -52,12 +57,21 @@ class Feeding:
     def _fetch(self, position: int, epoch: Epoch) -> Any:
         index = epoch.data_index(position)
         try:
-            return self.data[index]
+            batch = self.data[index]
         except Exhausted:
             if position != epoch.start or not epoch.length:
                 raise
             # The length is known from an earlier session, and this session's data has only now found its end.
-            return self.data[index]
+            batch = self.data[index]
+        self.last = index, batch
+        return batch
+
+    def _compare(self, position: int, epoch: Epoch) -> None:
+        expected, self.expected = self.expected, None
+        # At the beginning of an epoch a stream would have to read the whole epoch before it.
+        is_near = self.data.can_jump or position > epoch.start
+        if expected is not None and expected.index == epoch.data_index(position) - 1 and is_near:
+            warn_unless_repeated(self.data, expected)
 
     def _exhausted(self, position: int) -> str:
         if position == 0:

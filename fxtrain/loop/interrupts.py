@@ -150,6 +150,7 @@ class Waits:
 
     def __init__(self, data: Any, interrupts: Interrupts) -> None:
         self._data, self._interrupts = data, interrupts
+        self.can_jump: bool = data.can_jump
         self._read = _leaving_waits(data) if data.can_be_left else data.__getitem__
 
     @property

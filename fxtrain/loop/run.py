@@ -52,6 +52,7 @@ from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts, leaving_compilation
 from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
+from fxtrain.loop.repeats import LastBatch, without_last_batch
 from fxtrain.loop.rewind import Snapshots
 from fxtrain.loop.saving import Saving
 from fxtrain.loop.served import refuse_unserved
@@ -109,6 +110,7 @@ class Run:
         if self._restored is not None:
             # A slot that the checkpoint lacks begins at the state that the run goes on from, not at a fresh one.
             state = self._attached_late(self._restored)
+        state, last_batch = without_last_batch(state)
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
@@ -123,6 +125,8 @@ class Run:
         self._now.count(begin_epochs(state, self.data))
         if DATA in state.slots and hasattr(self.data, "restore"):
             self.data.restore(self._now.epoch.data_index(self._now.position), state.slots[DATA])
+        else:
+            self._feeding.expected = last_batch
         self._saving.begin(self._now.state)
         donates = self.step is not given or getattr(given, "donates", False)
         self._snapshots = Snapshots(
@@ -419,7 +423,8 @@ class Run:
             now.state = now.state.with_slot(DATA, self.data.snapshot(now.epoch.data_index(now.position)))
         self._publish.flush(now.step)
         self._snapshots.save(now.snapshots)
-        self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots)
+        last_batch = self._feeding.last if self.plan.checkpointer is not None else None
+        self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots, LastBatch.of(last_batch))
 
     def _save_last(self) -> Moments:
         yield from self._tell_saved(wait=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fxtrain.checkpoint import Committed, Restoration, Role
 from fxtrain.core import LOOP, TrainState
+from fxtrain.loop.repeats import LastBatch, with_last_batch
 
 
 class Saving:
@@ -42,13 +43,20 @@ class Saving:
     def begin(self, state: TrainState) -> None:
         """Refuses now, and not after an hour, a folder of another run or one that cannot be written to."""
         if self._checkpointer is not None:
-            self._checkpointer.begin(state, resume=self._resumes)
+            self._checkpointer.begin(with_last_batch(state, None), resume=self._resumes)
 
     def mark_on_disk(self, state: TrainState) -> None:
         """Notes that the state was read from the newest checkpoint."""
         self._on_disk = weakref.ref(state)
 
-    def save(self, state: TrainState, metrics: Mapping[str, float], role: Role, snapshots: Iterable[int]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        role: Role,
+        snapshots: Iterable[int],
+        last_batch: LastBatch | None,
+    ) -> None:
         """Hands ``state`` over; it may be donated afterwards.
 
         Args:
@@ -56,6 +64,7 @@ class Saving:
             metrics: Of its evaluation, by name.
             role: Why it is saved.
             snapshots: The steps that it lists. Snapshots of other steps are deleted once it is committed.
+            last_batch: What the run has read last.
         """
         if self._checkpointer is None:
             warnings.warn(
@@ -65,7 +74,7 @@ class Saving:
                 stacklevel=2,
             )
             return
-        self._save = self._checkpointer.save(state, metrics, notes=self._notes, role=role)
+        self._save = self._checkpointer.save(with_last_batch(state, last_batch), metrics, notes=self._notes, role=role)
         self._handed = weakref.ref(state)
         if self._has_snapshots:
             self._checkpointer.retain_snapshots(snapshots)
