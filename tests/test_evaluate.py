@@ -132,3 +132,13 @@ def test_a_run_refuses_it_too():
 def test_the_average_of_float64_is_not_rounded():
     data = [torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
     assert fx.evaluate(STATE, MEAN, data)["mean"] == pytest.approx(1.0 + 5e-13, rel=1e-15, abs=0)
+
+
+def test_epoch_means_of_float64_are_not_rounded():
+    tx = fx.optim.sgd(0.0)
+    mean = fx.callbacks.epoch_mean()
+    step = fx.train_step(lambda model, batch: model["w"] * batch, tx, callbacks=mean)
+    data = [torch.tensor(1.0 + 1e-12, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)]
+    state = fx.init({"w": torch.tensor(1.0, dtype=torch.float64)}, tx)
+    result = fx.fit(state, step, data, callbacks=mean, epochs=1)
+    assert result.history["epoch/loss"].values[-1] == pytest.approx(1.0 + 5e-13, rel=1e-15, abs=0)

@@ -1,5 +1,7 @@
 """Chains, masks, partitions, skipped updates, injected hyper-parameters, and what is refused with which words."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -157,6 +159,19 @@ class TestInjectHyperparams:
         tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
         assert float(tx.init(params).hyperparams["learning_rate"]) == 0.1
         torch.testing.assert_close(one(tx, params, params), one(optim.sgd(0.1), params, params), rtol=0, atol=0)
+
+    def test_a_decay_that_single_precision_cannot_hold_is_refused(self):
+        inject = optim.inject_hyperparams
+        near = inject(optim.adam)(learning_rate=0.1, b2=0.999999)
+        with pytest.raises(ValueError, match=r"b2=0\.999999: expected a number .*got .*functools\.partial"):
+            near.init(PARAMS)
+        near.init(tree.map(torch.Tensor.double, PARAMS))
+        state = inject(optim.adam)(learning_rate=0.1, b2=0.999).init(PARAMS)
+        with pytest.raises(ValueError, match=r"b2=0\.999999: expected"):
+            optim.set_hyperparams(state, b2=0.999999)
+        outside = inject(functools.partial(optim.adam, b2=0.999999))(learning_rate=0.1)
+        assert sorted(outside.init(PARAMS).hyperparams) == ["learning_rate"]
+        torch.testing.assert_close(one(outside), one(optim.adam(0.1, b2=0.999999)))
 
     def test_a_tensor_of_the_user_s_is_copied(self):
         rate = torch.tensor(0.1)

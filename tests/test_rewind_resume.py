@@ -42,7 +42,7 @@ def fit(folder, asked, *, interrupt_at=None, keep_every=2, keep=2, saves=5, step
             fired.append((type(event).__name__, event.step, getattr(event, "to_step", None)))
             count += 1
             if count == interrupt_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
 
     callbacks = [rewinds(*asked), trace()]
     if saves:

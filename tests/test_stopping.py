@@ -363,7 +363,7 @@ class TestOverfitting:
 
 
 class TestRestoreBest:
-    def run(self, restore_best, baseline=None, **options):
+    def run(self, restore_best, baseline=None, callbacks=(), **options):
         # The metric is best in the middle: a rate far too large then leads away.
         tx = fx.optim.sgd(0.75)
         step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
@@ -374,7 +374,7 @@ class TestRestoreBest:
             step,
             [torch.tensor(1.0)],
             epochs=5,
-            callbacks=rule,
+            callbacks=[rule, *callbacks],
             eval_step=evaluate,
             eval_data=[torch.tensor(1.0)],
             **options,
@@ -400,7 +400,7 @@ class TestRestoreBest:
     def test_a_best_checkpoint_that_is_gone(self, tmp_path):
         checkpointer = fx.checkpointer(tmp_path, keep=1)
         with pytest.raises(ValueError, match=r"The best far was at step 1, and .* has deleted its checkpoint"):
-            self.run(checkpointer, checkpointer=checkpointer)
+            self.run(checkpointer, checkpointer=checkpointer, callbacks=[fx.callbacks.save()])
 
 
 class TestTimeLimit:

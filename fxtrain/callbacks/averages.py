@@ -12,6 +12,9 @@ from fxtrain.fold import Handler, slotted
 def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     """Averages training metrics over each epoch, and logs them at ``EpochEnd`` as ``epoch/<metric>``.
 
+    Every step counts once, whatever the size of its batch; a metric of the step that is a ``fxtrain.metrics.Average``
+    counts with its own weight.
+
     The sums are kept inside the compiled step, so nothing is read from the device until the epoch ends: give it to
     ``train_step(..., callbacks=)`` as well as to ``fit``. An epoch without a step logs nothing.
 
@@ -32,13 +35,20 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
         memory: dict[str, Any] = state.slots[name]
         if isinstance(event, EpochEnd):
             # An epoch whose batches were all skipped has no mean, and ends at a step that has a point already.
-            log = {f"epoch/{metric}": Logged(mean.compute(), when=mean.count > 0) for metric, mean in memory.items()}
+            log = {
+                f"epoch/{metric}": Logged(average.total / average.count, when=average.count > 0)
+                for metric, average in memory.items()
+            }
             return state.with_slot(name, init(state)), Control(log=log)
         for metric in watched:
             if metric not in event.metrics:
                 there = ", ".join(map(repr, event.metrics))
                 raise KeyError(f"epoch_mean averages {metric!r}, and the step measures {there}.")
-        seen = metrics.lift({metric: event.metrics[metric] for metric in watched}, weight=state.step.new_ones(()))
+        seen = {metric: _average(event.metrics[metric]) for metric in watched}
         return state.with_slot(name, metrics.merge(memory, seen)), Control()
 
     return slotted(name, init, update)
+
+
+def _average(value: Any) -> Any:
+    return value if isinstance(value, metrics.Metric) else metrics.Average.from_model_output(value)

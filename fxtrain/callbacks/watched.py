@@ -60,8 +60,8 @@ def needing(callback: Handler, metric: Metric) -> Handler:
 class Direction(NamedTuple):
     """Which way a metric is better.
 
-    ``better(value, best)`` is whether ``value`` is an improvement, compared in the dtype of ``value``. Anything improves
-    on ``worst``.
+    ``better(value, best)`` is whether ``value`` is an improvement, compared in its own dtype. Anything improves on
+    ``worst``.
     """
 
     better: Better

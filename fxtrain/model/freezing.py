@@ -87,7 +87,7 @@ def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
         for place, leaf in zip(leaf_paths(memory), tree.leaves(memory), strict=True):
             if id(leaf) in fresh:
                 raise ValueError(
-                    f"with_trainable: expected parameters that have been trained from the optimizer's first update, got "
+                    f"with_trainable: expected parameters trained from the optimizer's first update on, got "
                     f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
                     f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
                     "counts for each phase, or restart the optimizer state of all parameters: "

@@ -49,6 +49,8 @@ def inject_hyperparams(
 
     Raises:
         TypeError: If ``factory`` does not take the arguments, or none of them can be injected.
+        ValueError: At ``init``, if a number is so near 1 that float32, in which the hyper-parameters of float32
+            parameters are kept, changes its distance from 1 by more than a thousandth: 0.999999 would be 0.99999899.
 
     Example:
         >>> from fxtrain import optim
@@ -82,6 +84,8 @@ def inject_hyperparams(
         def init(params: Any) -> InjectHyperparamsState:
             dtype, device = widest(params), device_of(params)
             count = start_count(params)
+            for name, value in numbers.items():
+                _refuse_rounded(name, value, dtype)
             hyperparams = {name: _scalar(value, dtype, device) for name, value in numbers.items()}
             scheduled = {name: Scheduled(_scalar(of(count), dtype, device)) for name, of in schedules.items()}
             kept = {**hyperparams, **scheduled}
@@ -111,6 +115,7 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
 
     Raises:
         ValueError: If a name is nowhere to be found, or follows a schedule. The message says which names there are.
+            Also if a number is too near 1 for float32, see ``inject_hyperparams``.
 
     Example:
         >>> from fxtrain import optim
@@ -120,10 +125,12 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
         {'learning_rate': tensor(0.0100)}
     """
     states = [state for _, state in _injected(opt_state)]
-    for name in values:
+    for name, value in values.items():
         found = [state.hyperparams[name] for state in states if name in state.hyperparams]
         if any(isinstance(value, Scheduled) for value in found):
             raise ValueError(f"{name} follows a schedule: give inject_hyperparams a number instead, to set it.")
+        for kept in found:
+            _refuse_rounded(name, value, _value(kept).dtype)
         if found:
             continue
         names = sorted({name for state in states for name in state.hyperparams})
@@ -157,6 +164,22 @@ def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
         elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
             raise TypeError(f"inject_hyperparams needs a factory whose arguments have names, and {name} has none.")
     return given
+
+
+def _refuse_rounded(name: str, value: Any, dtype: torch.dtype) -> None:
+    """Refuses a number whose distance from 1, which is what a decay rate is about, the dtype cannot hold."""
+    if dtype != torch.float32 or not isinstance(value, float) or not 0.5 < value < 1:
+        return
+    kept = round(value * 2**24) / 2**24  # a multiple of the spacing of float32 below 1
+    if abs(kept - value) > _ROUNDING * (1 - value):
+        raise ValueError(
+            f"{name}={value!r}: expected a number whose distance from 1 is kept in {dtype}, got one that becomes "
+            f"{kept!r}. Keep it out of the optimizer state: "
+            f"inject_hyperparams(functools.partial(factory, {name}={value!r}))(...)."
+        )
+
+
+_ROUNDING = 1e-3  # the largest relative change of 1 - value
 
 
 def _scalar(value: Any, dtype: torch.dtype, device: torch.device | None) -> Tensor:
