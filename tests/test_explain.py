@@ -1,6 +1,8 @@
 """Explain: the numbers that can be worked out by hand, breaks at the lines of users, and that nothing moves."""
 
 import inspect
+import random
+import time
 
 import problem
 import pytest
@@ -250,3 +252,50 @@ class TestShown:
     def test_what_it_refuses(self):
         with pytest.raises(ValueError, match="calls=-1: a whole number of calls, 0 or more"):
             explain(fx.train_step(square, TX), start(), BATCH, calls=-1)
+
+
+SCALE = 2.0
+
+
+class TestConstants:
+    def test_values_of_closures_globals_and_defaults_are_listed(self):
+        weight, teacher = torch.ones(3), torch.nn.Linear(4, 3)
+
+        def scaled(y):
+            return y * SCALE
+
+        def loss_fn(model, batch, *, power=3):
+            return ((scaled(model(batch["x"])) - teacher(batch["x"])) * weight).abs().pow(power).mean()
+
+        step = fx.train_step(loss_fn, TX, accumulate=2)
+        found = explain(step, start(), BATCH, calls=0)
+        assert found.constants == {
+            "SCALE": "2.0",
+            "power": "3",
+            "teacher": "a module of type Linear",
+            "weight": "a float32 tensor of shape [3]",
+        }
+        assert "\n  constants   SCALE = 2.0\n" in repr(found)
+        assert explain(fx.train_step(square, TX), start(), BATCH, calls=0).constants == {}
+
+    def test_of_a_step_written_by_hand_and_of_evaluation(self):
+        factor = 0.5
+
+        def by_hand(state, batch):
+            found = fx.gradients(square)(state, batch)
+            return state, fx.StepOutput({"loss": found.loss * factor})
+
+        assert explain(by_hand, start(), BATCH, calls=0).constants == {"factor": "0.5"}
+        evaluation = fx.eval_step(lambda model, batch: square(model, batch) * factor)
+        assert explain(evaluation, start(), BATCH, calls=0).constants == {"factor": "0.5"}
+
+    def test_a_clock_and_a_draw_are_breaks(self):
+        def clock(model, batch):
+            return square(model, batch) * time.time()
+
+        def draw(model, batch):
+            return square(model, batch) * random.random()
+
+        for loss_fn, said in ((clock, "a read of time.time()"), (draw, "draws from Python's random module")):
+            found = explain(fx.train_step(loss_fn, TX), start(), BATCH, calls=0)
+            assert said in found.breaks[0].reason

@@ -1,7 +1,10 @@
 """Numbers from Python's and numpy's generators in a model or a loss: a function of the seed, or refused by name."""
 
 import functools
+import logging
 import random
+import time
+from time import monotonic
 
 import numpy as np
 import pytest
@@ -187,3 +190,32 @@ class TestRefused:
         module.draw = module.generator.random
         view = fx.view(fx.init(module))
         testing.assert_equal(view(X), view(X), "two calls")
+
+
+class TestClocks:
+    """A clock that is read while a step is traced would stand still."""
+
+    @pytest.mark.parametrize("backend", [None, "eager"])
+    @pytest.mark.parametrize(
+        "read", [lambda: time.time(), lambda: time.perf_counter(), lambda: monotonic()], ids=["time", "other", "name"]
+    )
+    def test_are_refused_in_a_compiled_step(self, read, backend):
+        def timed(model, batch):
+            return loss_fn(model, batch) * read()
+
+        tx = fx.optim.sgd(0.1)
+        clocks = time.time, time.perf_counter, monotonic
+        for step in (fx.train_step(timed, tx), fx.eval_step(timed)):
+            with pytest.raises(RuntimeError, match=rf"expected timed .* got a read of time\.\w+\(\) at {__file__}:"):
+                fx.compile(step, backend=backend)(fx.init(nn.Linear(2, 1), tx), X)
+        assert (time.time, time.perf_counter, monotonic) == clocks
+
+    def test_may_be_read_uncompiled_and_by_libraries(self):
+        def logs(model, batch):
+            logging.getLogger("fxtrain.test").warning("now")  # which reads the time
+            return loss_fn(model, batch)
+
+        tx = fx.optim.sgd(0.1)
+        state = fx.init(nn.Linear(2, 1), tx)
+        fx.eval_step(lambda model, batch: loss_fn(model, batch) * time.time())(state, X)
+        fx.compile(fx.train_step(logs, tx))(state, X)

@@ -20,7 +20,10 @@ from fxtrain.explain.counts import counted, trace
 from fxtrain.explain.explanation import Explanation
 from fxtrain.fold import attach
 from fxtrain.loop.evaluate import to_device
+from fxtrain.model import captured
+from fxtrain.step.returned import described as described_value
 
+_LONGEST = 60  # characters of a constant
 _WARM = 3  # calls before those that are measured
 
 
@@ -105,6 +108,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         first_seconds=first,
         assumed=assumed,
         varied=_varied([*like._known, assumed]),
+        constants=_constants(pure),
     )
 
 
@@ -157,6 +161,23 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def _constants(step: Any) -> dict[str, str]:
+    """What the functions of users read besides their arguments, as text."""
+    found = {
+        name: value for name, value in captured(step.function) if not type(value).__module__.startswith("fxtrain.")
+    }
+    return {name: _told(value) for name, value in sorted(found.items())}
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return described_value(value)
+    if isinstance(value, torch.nn.Module):
+        return f"a module of type {type(value).__name__}"
+    text = repr(value).split("\n")[0]
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _varied(known: list[dict[str, str]]) -> dict[str, tuple[str, ...]]:

@@ -54,6 +54,8 @@ class Explanation:
             while the device works.
         first_seconds: Of the first call, most of it compilation. It depends on torch's caches.
         assumed: What the graph assumes of each leaf of state and batch, by path: anything else makes another graph.
+        constants: What the functions of users read besides their arguments, from closures, globals and defaults, as far
+            as it can be seen: the graph keeps the values that these had when it was made.
         varied: What the step has been compiled for before, and this state and batch, of leaves that differed.
     """
 
@@ -72,6 +74,7 @@ class Explanation:
     first_seconds: float | None
     assumed: Mapping[str, str]
     varied: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, str]
 
     def __repr__(self) -> str:
         rows = [line for label, texts in _rows(self) for line in _lines(label, texts)]
@@ -95,6 +98,7 @@ def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
         ("traffic", [_traffic(found)]),
         ("time", [_time(found)]),
         ("new graph", [_new_graph(found), *_some(_batch(found.assumed))]),
+        ("constants", _some([f"{name} = {value}" for name, value in found.constants.items()])),
         ("varied", _some([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()])),
     ]
     return [(label, [text for text in texts if text]) for label, texts in rows if any(texts)]

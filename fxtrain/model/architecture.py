@@ -120,7 +120,7 @@ class Model:
             return self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
         examine = first is not None and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
-        draw = Following(key, name_of(function), compare=examine, generators=generators)
+        draw = Following(key, function, compare=examine, generators=generators)
         result = self._call(params, buffers, function, args, train, key, draw, examine=examine)
         if first is not None and examine:
             first.add(self, draws=draw.moved)

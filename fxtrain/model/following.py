@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.model.captured import captured
+from fxtrain.fold.subscription import name_of
+from fxtrain.model.captured import CLOCKS, captured, clocks, is_of_users
 from fxtrain.rng import Key, host
-from fxtrain.rng.tracing import host_seed
+from fxtrain.rng.tracing import host_seed, is_traced
 
 
 class UnseededError(RuntimeError):
@@ -20,17 +24,20 @@ class Following:
 
     Args:
         key: Where in the run.
-        who: The function, for errors.
+        function: What is run.
         compare: Whether to notice draws; without it ``moved`` stays False.
         generators: Generator objects that the function can reach, with a name for each.
 
     Raises:
         UnseededError: At the end, if the function drew from one of ``generators``, or from a global generator where the
             key has no values: in a graph the draw would be a constant, and under vmap the same for all members.
+            Likewise if it read a clock while it was traced.
     """
 
-    def __init__(self, key: Key, who: str, *, compare: bool, generators: Iterable[tuple[str, Any]] = ()) -> None:
-        self._seed, self._who = host_seed(key), who
+    def __init__(
+        self, key: Key, function: Callable[..., Any], *, compare: bool, generators: Iterable[tuple[str, Any]] = ()
+    ) -> None:
+        self._seed, self._function, self._who = host_seed(key), function, name_of(function)
         self._compare = compare or self._seed is None
         self._generators = list(generators)
         self.moved = False
@@ -43,7 +50,8 @@ class Following:
                 return
             before = host.positions()
             states = [host.state_of(generator) for _, generator in self._generators]
-            yield
+            with _clocks_refused(self._function) if is_traced() else contextlib.nullcontext():
+                yield
             for (name, generator), state in zip(self._generators, states, strict=True):
                 if host.state_of(generator) != state:
                     kind = type(generator).__name__
@@ -57,6 +65,38 @@ class Following:
                     f"draws from {' and '.join(moved)}, which a compiled step would repeat at each call and vmap for "
                     "each member",
                 )
+
+
+@contextlib.contextmanager
+def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
+    """Raises at the end if this thread read a clock of the module ``time`` from a file of the user's."""
+    read: list[str] = []
+    thread = threading.get_ident()
+
+    def watching(clock: Callable[[], Any]) -> Callable[[], Any]:
+        def watched() -> Any:
+            caller = sys._getframe(1)
+            if threading.get_ident() == thread and is_of_users(caller.f_code.co_filename):
+                read.append(f"time.{clock.__name__}() at {caller.f_code.co_filename}:{caller.f_lineno}")
+            return clock()
+
+        return watched
+
+    places = [(vars(time), clock.__name__, clock) for clock in CLOCKS] + list(clocks(function))
+    before = [names[name] for names, name, _ in places]
+    try:
+        for names, name, clock in places:
+            names[name] = watching(clock)
+        yield
+    finally:
+        for (names, name, _), value in zip(places, before, strict=True):
+            names[name] = value
+    if read:
+        raise UnseededError(
+            f"expected {name_of(function)} to read nothing but its arguments while it is traced, got a read of "
+            f"{read[0]}, which a compiled step would repeat at each call. Measure time outside of the step, and pass a "
+            "time that the step needs in the batch."
+        )
 
 
 def generators_in(function: Callable[..., Any]) -> list[tuple[str, Any]]:
