@@ -230,6 +230,53 @@ class TestInit:
             fx.init({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}, tx)
 
 
+class TestSharedMemory:
+    """A state would hold apart what changes together in torch."""
+
+    @staticmethod
+    def pair(change):
+        module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        change(module["a"], module["b"])
+        return module
+
+    @pytest.mark.parametrize(
+        ("change", "names"),
+        [
+            (lambda a, b: setattr(b.weight, "data", a.weight.data), "model.a.weight and model.b.weight"),
+            (lambda a, b: setattr(b.weight, "data", a.weight.data.T), "model.a.weight and model.b.weight"),
+            (
+                lambda a, b: setattr(b.bias, "data", a.weight.data[0]),
+                "model.b.bias and model.a.weight",
+            ),
+            (lambda a, b: b.register_buffer("last", a.weight.data[1]), "model.a.weight and model.b.last"),
+        ],
+        ids=["same", "transposed", "part", "buffer"],
+    )
+    def test_of_a_parameter_is_refused(self, change, names):
+        with pytest.raises(ValueError, match=f"got ({names}) in the same memory.*assigning one Parameter"):
+            fx.init(self.pair(change))
+
+    def test_side_by_side_and_of_frozen_ones_is_fine(self):
+        memory = torch.arange(8.0)
+
+        def beside(a, b):
+            a.weight.data, b.weight.data = memory[:4].view(2, 2), memory[4:].view(2, 2)
+
+        def interleaved(a, b):
+            a.weight.data, b.weight.data = memory.view(2, 4)[:, :2], memory.view(2, 4)[:, 2:]
+
+        def frozen(a, b):
+            b.weight.data = a.weight.data
+            a.weight.requires_grad_(False)
+            b.weight.requires_grad_(False)
+
+        def tied(a, b):
+            b.weight = a.weight
+
+        for change in (beside, interleaved, frozen, tied):
+            fx.init(self.pair(change))
+
+
 class TestWhatIsTrained:
     @pytest.mark.parametrize("tx", [problem.transform(), fx.optim.from_torch(torch.optim.Adam, lr=0.1)])
     def test_frozen_parameters_stay_and_the_optimizer_has_no_memory_of_them(self, tx):

@@ -81,6 +81,12 @@ class TestNoneReached:
         with pytest.raises(ValueError, match="got one from by_global that reaches none"):
             fx.compile(fx.train_step(by_global, tx), backend=backend)(state, X)
 
+    def test_by_torch_compile_itself(self):
+        state, tx = start()
+        torch.compile(fx.train_step(squares, tx), fullgraph=True, backend="eager")(state, X)
+        with pytest.raises(Exception, match="ValueError"):
+            torch.compile(fx.train_step(by_global, tx), fullgraph=True, backend="eager")(state, X)
+
     def test_of_one_entry(self):
         state = fx.init({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
 

@@ -82,7 +82,8 @@ def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
 
         return watched
 
-    places = [(vars(time), clock.__name__, clock) for clock in CLOCKS] + list(clocks(function))
+    named: list[tuple[Any, str, Any]] = [(vars(time), clock.__name__, clock) for clock in CLOCKS]
+    places = [*named, *clocks(function)]
     before = [names[name] for names, name, _ in places]
     try:
         for names, name, clock in places:

@@ -41,7 +41,8 @@ def init(
     Raises:
         TypeError: If a leaf of ``model`` is neither a module nor a tensor, is not yet materialised, or cannot be
             copied; or if ``tx`` is no gradient transformation.
-        ValueError: If the keys of ``tx`` are not those of ``model``.
+        ValueError: If the keys of ``tx`` are not those of ``model``, or if a parameter lies in the memory of another
+            parameter or buffer without being the same tensor.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -50,6 +51,7 @@ def init(
         (['bias', 'weight'], 0)
     """
     _refuse_unusable(model)
+    _refuse_overlaps(model)
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise TypeError(f"seed={seed!r}: an integer of 64 bits is wanted.")
     architecture = Model(model)
@@ -102,3 +104,34 @@ def _refuse_unusable(model: Any) -> None:
                 f"{path} is compiled already ({type(leaf).__name__}): give init the module itself, and compile the "
                 "step, fxtrain.compile(step)."
             )
+
+
+def _refuse_overlaps(model: Any) -> None:
+    """Views of one memory change together in torch, and would be leaves of their own in a state."""
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
+        if isinstance(leaf, nn.Module):
+            for name, value in (*leaf.named_parameters(), *leaf.named_buffers()):
+                tensors.setdefault(id(value), (f"{path}.{name}", value))
+    last_path, last_end, last_trained = "", 0, False
+    for start, end, path, trained in sorted(filter(None, (_span(path, value) for path, value in tensors.values()))):
+        if start < last_end and (trained or last_trained):
+            raise ValueError(
+                f"expected parameters in memory of their own, got {last_path} and {path} in the same memory, which a "
+                "state would hold apart. Tie them by assigning one Parameter to both modules, or make one of them a "
+                "copy, .clone()."
+            )
+        if end > last_end:
+            last_path, last_end, last_trained = path, end, trained
+
+
+def _span(path: str, value: Tensor) -> tuple[int, int, str, bool] | None:
+    """Where a tensor lies in memory; None where it has none, or has gaps in which others may lie."""
+    plain = value.layout == torch.strided and not value.is_meta and type(value) in (Tensor, nn.Parameter)
+    if not plain or not value.numel():
+        return None
+    count = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    if count != value.numel():
+        return None
+    start = value.data_ptr()
+    return start, start + count * value.element_size(), path, value.requires_grad

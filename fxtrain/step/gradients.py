@@ -68,8 +68,11 @@ def gradients(
             with policy.autocast(state.step.device):
                 result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, first=first)
             loss, measured = loss_and_metrics(loss_fn, result)
-            # Dynamo does not say what requires gradients inside torch.func.
-            if not torch.compiler.is_dynamo_compiling() and reached.draws(model) is None:
+            if torch.compiler.is_dynamo_compiling():
+                # Whether Dynamo knows what requires a gradient inside torch.func depends on its version.
+                if _requires_grad(tree.leaves(trainable)[0]) and not _requires_grad(loss):
+                    raise ValueError("expected a loss that depends on a trainable parameter, got one that reaches none")
+            elif reached.draws(model) is None:
                 _refuse_unreached(loss_fn, loss, wrt)
                 reached.add(model, draws=False)
             metrics = policy.cast_output({"loss": loss, **measured})
@@ -93,9 +96,7 @@ def gradients(
 
 def _refuse_unreached(loss_fn: Callable[..., Any], loss: Tensor, wrt: str | None) -> None:
     """A zero gradient is a number; a loss that no trainable parameter takes part in is a mistake."""
-    # A parameter of a module of the user's requires a gradient that torch.func does not compute; a sum that it takes
-    # part in does not.
-    if (loss + 0).requires_grad:
+    if _requires_grad(loss):
         return
     what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
     modules = [name for name, value in captured(loss_fn) if isinstance(value, nn.Module)]
@@ -105,3 +106,9 @@ def _refuse_unreached(loss_fn: Callable[..., Any], loss: Tensor, wrt: str | None
         f"be trained. Call the model that the loss function is given{instead}, outside of torch.no_grad() and without "
         ".detach() or .item()."
     )
+
+
+def _requires_grad(value: Tensor) -> bool:
+    # A parameter of a module from outside requires a gradient that torch.func does not compute; a sum in which it
+    # takes part does not.
+    return (value + 0).requires_grad
