@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxtrain.core import EvalEnd, StepEnd
+from fxtrain.disk import replace_file
 from fxtrain.values import Audio, ConfusionMatrix, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import console, csv, media
-from fxtrain.disk import replace_file
 from fxtrain.writers.encoding import gif, png, wav
 
 # CSV
@@ -96,7 +96,8 @@ def test_csv_mends_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
     whole = WHOLE[:cut].rfind(b"\n") + 1 if cut >= HEADER else 0
     assert [str(w.message) for w in recwarn] == (
         [
-            f"{path} ended in the middle of a row, as after a crash; its last {cut - whole} bytes were moved to a.csv.damaged."
+            f"{path} ended in the middle of a row, as after a crash; its last {cut - whole} bytes "
+            "were moved to a.csv.damaged."
         ]
         if cut > whole
         else []

@@ -247,6 +247,7 @@ def test_a_run_remembers_its_last_step_when_it_is_killed_and_lets_the_program_en
         writer = wandb(sys.argv[1], mode="offline")
         for step in range(1, 51):
             writer.write_scalars(step, {"loss": float(step)})
+        writer.flush()
         if sys.argv[2] == "killed":
             os.kill(os.getpid(), 9)
         writer.close()
@@ -314,6 +315,7 @@ def test_mlflow_goes_on_with_a_run_and_says_what_stays(tmp_path, recwarn):
     writer = opened(tmp_path)
     for step in (1, 2, 3, 3):
         writer.write_scalars(step, {"loss": float(step)})
+    writer.flush()
     assert client(tmp_path).get_run(identity(tmp_path)).info.status == "RUNNING"
     writer.close()
     first = identity(tmp_path)
@@ -324,6 +326,7 @@ def test_mlflow_goes_on_with_a_run_and_says_what_stays(tmp_path, recwarn):
         writer.purge(1)
     writer.purge(1)
     writer.write_scalars(2, {"loss": 20.0})
+    writer.flush()
     assert client(tmp_path).get_run(first).info.status == "RUNNING"
     writer.close()
     assert identity(tmp_path) == first
@@ -336,10 +339,11 @@ def test_mlflow_keeps_a_parameter_as_first_written_and_says_so(tmp_path, recwarn
     writer = opened(tmp_path)
     writer.write_hparams({"lr": 0.1, "long": "x" * 7000, **{f"p{index}": index for index in range(250)}})
     writer.write_hparams({"lr": 0.1, "long": "x" * 7000})
+    writer.flush()
     assert not recwarn
+    writer.write_hparams({"lr": 0.2, "new": 1})
     with pytest.warns(RuntimeWarning, match="it still has lr as first written: begin a new run"):
-        writer.write_hparams({"lr": 0.2, "new": 1})
-    writer.close()
+        writer.close()
     parameters = client(tmp_path).get_run(identity(tmp_path)).data.params
     assert (parameters["lr"], parameters["new"], parameters["p249"], len(parameters)) == ("0.1", "1", "249", 253)
 
@@ -367,11 +371,19 @@ def test_a_folder_that_cannot_be_used_is_an_error_at_once(tmp_path, make):
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(OSError, match=r"cannot write to .*file.*give a path that you may write to"):
             make(path, **options)
-    for content in ("", "[]", '{"id": "x"}'):
-        for name in ("wandb-run.json", "mlflow-run.json"):
-            (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=r"run.json does not say which run of .* or remove the file"):
-            make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"id": "x', "\0" * 40])
+@pytest.mark.parametrize("make", [writers.wandb, mlflow])
+def test_a_damaged_identity_is_set_aside_and_a_new_run_begins(tmp_path, make, content):
+    options = {"uri": tmp_path.as_uri()} if make is mlflow else {}
+    for name in ("wandb-run.json", "mlflow-run.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"run.json does not say which run of .*, so a new one begins"):
+        writer = make(tmp_path, **options)
+    assert writer.identity is None
+    (damaged,) = tmp_path.glob("*.damaged")
+    assert damaged.read_text() == content
 
 
 def test_neither_is_imported_before_it_is_used():

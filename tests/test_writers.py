@@ -233,7 +233,8 @@ def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
     torn = cut - (WHOLE[:cut].rfind(b"\n") + 1)
     assert [str(w.message) for w in recwarn] == (
         [
-            f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes were moved to a.jsonl.damaged."
+            f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes "
+            "were moved to a.jsonl.damaged."
         ]
         if torn
         else []

@@ -96,7 +96,7 @@ class Backend:
         """
         kept = kept_by(self, self.kinds, step, values)
         if kept:
-            self.put(int(step), {name: _plain(value) for name, value in kept.items()}, event)
+            self.put(int(step), {name: plain_number(value) for name, value in kept.items()}, event)
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
         """Writes arrays whose meaning somebody else's plugin knows: as histograms, which is what we know of them."""
@@ -147,7 +147,7 @@ class Backend:
         self.write(0, {"hparams": HParams(hparams)})
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """Numbers of numpy and torch as Python's."""
     if kind_of(value) is not float or isinstance(value, bool | int | float):
         return value

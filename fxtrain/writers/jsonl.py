@@ -29,8 +29,8 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
     What is written by the verbs alone has no event.
 
     A line is handed to the operating system as it is written, and put on the disk by ``flush``; a failed write leaves
-    no part of a line. A last line that a crash tore, or a power cut filled with zeros, is moved to ``<name>.damaged`` on
-    opening, with a warning. ``purge`` moves what lies beyond a step to
+    no part of a line. A last line that a crash tore, or a power cut filled with zeros, is moved to
+    ``<name>.damaged`` on opening, with a warning. ``purge`` moves what lies beyond a step to
     ``<name>.dropped.jsonl``, by one atomic replacement of the file.
 
     Args:

@@ -24,12 +24,15 @@ from fxtrain.values import (
     Table,
     Text,
     Video,
+    Waiting,
 )
 from fxtrain.writers.encoding import gif, numbered, wav
+from fxtrain.writers.outbox import CLOSE_SECONDS
 from fxtrain.writers.remote import RemoteWriter
 
 _MOST_BUCKETS = 512  # what wandb takes of one name, or else raises,
 _MOST_MEDIA = 108  # or drops
+_LIMITS = {"init_timeout": 10.0, "finish_timeout": CLOSE_SECONDS}
 
 
 def wandb(
@@ -41,6 +44,11 @@ def wandb(
     **options: Any,
 ) -> WandbWriter:
     """A writer to Weights & Biases. The same folder is the same run there: a resumed session goes on in it.
+
+    A thread hands on what is written, so training never waits for the service, but for 5 seconds at most in a flush.
+    Up to 10,000 points and 64 MiB wait until the run could begin there; beyond that the oldest are dropped. The end
+    waits at most 20 seconds, or 5 where the service does not answer; what wandb had taken by then is in its files, for
+    ``wandb sync``. Each outage, and the number of points that were lost, is a warning.
 
     The run's step is the value ``step``, which every chart has as its axis. What was written cannot be taken back from
     a run there: where a session goes back to a step before the last one written, the points in between are there
@@ -60,7 +68,6 @@ def wandb(
     Raises:
         ImportError: If wandb is not there.
         OSError: If the folder cannot be written to.
-        ValueError: If what the folder has of a run's identity cannot be read.
 
     Example:
         >>> import tempfile
@@ -84,12 +91,41 @@ class WandbWriter(RemoteWriter):
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         super().__init__(folder)
         self._options = options
-        self._run: Any = None
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def check(self, values: Mapping[str, Any]) -> None:
         if "step" in values:
             raise ValueError("wandb has the run's step as 'step', the axis of its charts: log it under another name.")
-        self._open()
+
+    def _session(self) -> WandbSession:
+        return WandbSession(self, self._folder, self._options)
+
+
+class WandbSession:
+    """The calls of one session, made by one thread."""
+
+    def __init__(self, writer: WandbWriter, folder: Path, options: dict[str, Any]) -> None:
+        self._writer, self._folder, self._options = writer, folder, options
+        self._run: Any = None
+
+    def begin(self) -> None:
+        import wandb
+
+        # Not the run that the program may have begun itself, which init returns by default.
+        options = {"reinit": "create_new", **self._options}
+        options.setdefault("settings", _settings())
+        identity = self._writer.identity
+        resume = None if identity is None else "allow"
+        self._run = wandb.init(dir=str(self._folder), id=identity, resume=resume, **options)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        self._writer.identified(self, self._run.id)
+
+    def send(self, calls: list[Waiting]) -> None:
+        for call in calls:
+            self._log(call.step, call.values or {})
+        self._writer.reached(self, calls)
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
         config = {key: v for value in values.values() if isinstance(value, HParams) for key, v in value.flat().items()}
         if config:
             self._run.config.update(config, allow_val_change=True)
@@ -100,22 +136,23 @@ class WandbWriter(RemoteWriter):
                 shown |= _shown(name, value, files)
             if shown:
                 self._run.log({"step": step, **shown})
-                self._reached(step)
 
-    def _begin(self, identity: str | None) -> str:
-        import wandb
+    def end(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish()
 
-        # Not the run that the program may have begun itself, which init returns by default.
-        options = {"reinit": "create_new", **self._options}
-        resume = None if identity is None else "allow"
-        self._run = wandb.init(dir=str(self._folder), id=identity, resume=resume, **options)
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
-        return self._run.id
+    def is_refusal(self, error: Exception) -> bool:
+        # What reaches its server is wandb's own concern: an error here is one of these values.
+        return not isinstance(error, OSError)
 
-    def _end(self) -> None:
-        self._run.finish()
-        self._run = None
+
+def _settings() -> Any:
+    """Limits of wandb's own: it would wait minutes to begin, and for ever to end, also as the program exits."""
+    import wandb
+
+    known = getattr(wandb.Settings, "model_fields", {})
+    return wandb.Settings(**{name: seconds for name, seconds in _LIMITS.items() if name in known})
 
 
 def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
