@@ -211,11 +211,11 @@ def _read_leaves(file: Leaves, like: list[Tensor], sources: list[Leaf | None], t
         for index, source in enumerate(sources):
             if source is None:
                 continue
-            found[index] = _room(source)
+            found[index], memory = _room(source)
             if source["bytes"] < _LARGE:
-                file.read_into(bytes_of(found[index]), source)
+                file.read_into(memory, source)
             else:
-                under_way.append(pool.submit(file.read_into, bytes_of(found[index]), source))
+                under_way.append(pool.submit(file.read_into, memory, source))
         for future in under_way:
             future.result()
     return [
@@ -225,15 +225,16 @@ def _read_leaves(file: Leaves, like: list[Tensor], sources: list[Leaf | None], t
 
 
 def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
-    leaf = _room(row)
-    file.read_into(bytes_of(leaf), row)
+    leaf, memory = _room(row)
+    file.read_into(memory, row)
     return leaf.to(device)
 
 
-def _room(row: Leaf) -> Tensor:
+def _room(row: Leaf) -> tuple[Tensor, memoryview]:
     # Memory of its own for each leaf, because the kernels of the same operation differ with the alignment of their
     # inputs, to the bit.
     try:
-        return torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")
-    except RuntimeError as error:
+        leaf = torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")
+        return leaf, bytes_of(leaf)
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"expected memory for {row['path']}, {row['bytes']} bytes, got {error}.") from error

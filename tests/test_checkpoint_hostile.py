@@ -1,0 +1,448 @@
+"""Whatever is in a checkpoint's folder, a restore returns a verified state or raises a CheckpointError."""
+
+import copy
+import errno
+import json
+import os
+import pathlib
+import random
+import shutil
+import socket
+import warnings
+
+import problem
+import pytest
+import torch
+import xxhash
+
+import fxtrain as fx
+from fxtrain import testing
+from fxtrain.checkpoint import DamagedError
+from fxtrain.checkpoint import files as opening
+
+
+def at(step, **changes):
+    return problem.start().replace(step=torch.tensor(step), **changes)
+
+
+def saved(folder, *steps):
+    with fx.checkpointer(folder) as checkpoints:
+        for step in steps:
+            checkpoints.save(at(step))
+    return sorted(folder.glob("*-step-*"))
+
+
+def rewrite(path, change):
+    """Changes the lines of a manifest, given as JSON, and makes its checksum again."""
+    file = path / "manifest.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()][:-1]
+    lines = change(lines) or lines
+    put(file, b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
+
+
+def put(file, text):
+    file.write_bytes(text + b'{"xxh3": "%s"}\n' % xxhash.xxh3_64(text).hexdigest().encode())
+
+
+class TestForged:
+    """Manifests with a valid checksum that no version has written."""
+
+    @pytest.mark.parametrize(
+        ("what", "change"),
+        {
+            "bytes of": lambda head, row: row.update(bytes=0),
+            "a shape": lambda head, row: row.update(shape=[-1]),
+            "a shape that a tensor can have": lambda head, row: row.update(shape=[2**40, 2**40]),
+            "a shape that a tensor can have ": lambda head, row: row.update(shape=[2**62, 2**62, 0], bytes=0),
+            "a dtype": lambda head, row: row.update(dtype="float"),
+            "a dtype ": lambda head, row: row.update(dtype="quint8"),
+            "a dtype  ": lambda head, row: row.update(dtype="nn"),
+            "at the offset": lambda head, row: row.update(offset=row["offset"] + 8),
+            "at the offset ": lambda head, row: row.update(offset=-8),
+            "a row": lambda head, row: row.pop("xxh3"),
+            "a row ": lambda head, row: row.update(more=1),
+            "a checksum": lambda head, row: row.update(xxh3="0" * 15),
+            "the path of its entries": lambda head, row: row.update(path="state.other"),
+            "entries of a path": lambda head, row: row.update(entries=[["attribute", ["x"]]]),
+            "a number of bytes": lambda head, row: head.update(bytes=10**4000),
+            "bytes in all": lambda head, row: head.update(bytes=head["bytes"] + 1),
+            "a step": lambda head, row: head.update(step=-1),
+            "a time": lambda head, row: head.update(time=float("nan")),
+            "metrics": lambda head, row: head.update(metrics={"loss": "low"}),
+            "an environment": lambda head, row: head.update(environment=[]),
+            "a run": lambda head, row: head.update(run="../../x"),
+            "a role": lambda head, row: head.update(role=["snapshot"]),
+            "a sequence number": lambda head, row: head.update(sequence=1.5),
+            "a head with the keys": lambda head, row: head.pop("metrics"),
+            "a format number": lambda head, row: head.update(format="2"),
+        }.items(),
+    )
+    def test_wrong_fact_is_named(self, tmp_path, what, change):
+        (path,) = saved(tmp_path, 1)
+
+        def apply(lines):
+            change(lines[0], lines[1])
+
+        rewrite(path, apply)
+        with pytest.raises(DamagedError, match=rf"manifest\.jsonl is damaged: expected .*({what.strip()}).*, got "):
+            fx.restore(path, like=problem.start())
+
+    def test_two_rows_of_one_path(self, tmp_path):
+        (path,) = saved(tmp_path, 1)
+        rewrite(path, lambda lines: [*lines, lines[-1]])
+        with pytest.raises(DamagedError, match="expected a path of its own"):
+            fx.restore(path, like=problem.start())
+
+    def test_another_format_is_no_damage(self, tmp_path):
+        (path,) = saved(tmp_path, 1)
+        rewrite(path, lambda lines: lines[0].update(format=1))
+        with pytest.raises(fx.CheckpointError, match="has the format 1, and this version of fxtrain reads 2") as caught:
+            fx.checkpointer(tmp_path).restore(problem.start())
+        assert not isinstance(caught.value, DamagedError)
+        assert path.exists()
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b"",
+            b"\n",
+            b"[]\n",
+            b"null\n",
+            b"{}\n",
+            b"\xff\xfe{\x00}\x00\n",
+            b"[" * 100_000 + b"]" * 100_000 + b"\n",
+            b'{"format": ' + b"9" * 10_000 + b"}\n",
+            b'{"format": NaN}\n',
+            b'{"format": 2' + b" " * 10_000_000 + b"}\n",
+            b'{"format": {"format": 2}}\n',
+        ],
+        ids=lambda text: f"{text[:14]!r} {len(text)}",
+    )
+    def test_text_that_is_no_manifest(self, tmp_path, text):
+        (path,) = saved(tmp_path, 1)
+        put(path / "manifest.jsonl", text)
+        with pytest.raises(DamagedError, match=r"manifest\.jsonl is damaged: expected"):
+            fx.restore(path, like=problem.start())
+
+    def test_manifest_of_another_checkpoint(self, tmp_path):
+        _, second, third = saved(tmp_path, 1, 2, 3)
+        third.rename(tmp_path / "away")
+        second.rename(third)
+        with pytest.warns(UserWarning, match=r"expected a manifest with the sequence of the folder's name, got 1"):
+            assert int(fx.checkpointer(tmp_path).restore(problem.start()).step) == 1
+
+    def test_renamed_by_its_owner(self, tmp_path):
+        (path,) = saved(tmp_path, 1)
+        path.rename(tmp_path / "final")
+        assert int(fx.restore(tmp_path / "final", like=problem.start()).step) == 1
+
+
+VALUES = [
+    *(None, True, False, 0, -1, 1, 7, 2**31, 2**63, -(2**63), 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf")),
+    *("", "x", "state", "state.step", "state.slots", "float32", "int4", "bits8", "quint8", "\0", "\ud800", "9" * 99),
+    *([], {}, [[]], [0], [-1], [2**63], [2**32, 2**32], [1] * 70, {"a": 1}, {"": []}, [["index", 0]]),
+    *([["key", True]], [["attribute", "slots"]], [["attribute", "slots"], ["key", 1]], ["x"] * 3),
+]
+
+
+def places(value, path=()):
+    """The paths of all values in JSON."""
+    yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield from places(inner, (*path, key))
+
+
+def mutate(lines, chance):
+    lines = copy.deepcopy(lines)
+    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+        *above, last = chance.choice([place for place in places(lines) if place])
+        holder = lines
+        for key in above:
+            holder = holder[key]
+        match chance.randrange(8):
+            case 0:
+                del holder[last]
+            case 1 if isinstance(holder, list):
+                holder.insert(last, copy.deepcopy(chance.choice(holder)))
+            case 2 if isinstance(holder, list):
+                other = chance.randrange(len(holder))
+                holder[last], holder[other] = holder[other], holder[last]
+            case 3 if isinstance(holder, dict):
+                holder[str(chance.choice(VALUES))] = chance.choice(VALUES)
+            case 4 if type(holder[last]) is int:
+                holder[last] += chance.choice([-8, -1, 1, 8, 2**40])
+            case _:
+                holder[last] = copy.deepcopy(chance.choice(VALUES))
+        if not lines:
+            return lines
+    return lines
+
+
+def rewritten(text, chance):
+    text = bytearray(text)
+    for _ in range(chance.choice([1, 2, 5])):
+        place = chance.randrange(len(text))
+        piece = chance.choice(
+            [b"", b"\xff", b"\0", b"\n", b"\r", b"[" * 2000, b"{", b'"', b"\\u0000", b"1e999", b"\x80"]
+        )
+        text[place : place + chance.choice([0, 1, 1, 30])] = piece
+    return bytes(text)
+
+
+def fuzz(tmp_path, count, seed):
+    slots = {
+        "a": {"b": torch.ones(2), "c": [torch.zeros(1), torch.ones(1)]},
+        "d": torch.tensor(True),
+        "e": {1: torch.ones(1)},
+    }
+    state = fx.init(torch.nn.Linear(2, 1)).replace(slots=slots)
+    path, chance = fx.save(tmp_path / "c", state), random.Random(seed)
+    file = path / "manifest.jsonl"
+    text = b"".join(file.read_bytes().splitlines(keepends=True)[:-1])
+    lines = [json.loads(line) for line in text.splitlines()]
+    likes = [
+        (state, None),
+        (state.replace(slots={}), None),
+        (state, ["state.slots['a']"]),
+        (fx.init(torch.nn.Linear(2, 1)), None),
+    ]
+    outcomes = {True: 0, False: 0}
+    for _ in range(count):
+        mutated = mutate(lines, chance) if chance.random() < 0.8 else None
+        made = (
+            b"".join(json.dumps(line).encode() + b"\n" for line in mutated)
+            if mutated is not None
+            else rewritten(text, chance)
+        )
+        put(file, made)
+        like, where = chance.choice(likes)
+        try:
+            restored = fx.restore(path, like=like, where=where)
+        except fx.CheckpointError:
+            outcomes[False] += 1
+        else:
+            saved_bytes = {leaf.numpy().tobytes() for leaf in fx.tree.leaves(state)}
+            assert all(leaf.numpy().tobytes() in saved_bytes for leaf in fx.tree.leaves(restored))
+            outcomes[True] += 1
+    return outcomes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_manifests_end_in_a_state_or_a_checkpoint_error(tmp_path):
+    outcomes = fuzz(tmp_path, 600, seed=1)
+    assert outcomes[False] > 400
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_many_mutated_manifests_end_in_a_state_or_a_checkpoint_error(tmp_path):
+    assert fuzz(tmp_path, 5_000, seed=2)[False] > 3_000
+
+
+FILES = ["manifest.jsonl", "leaves.bin"]
+
+
+def a_fifo(file):
+    os.mkfifo(file)
+
+
+def a_folder(file):
+    file.mkdir()
+
+
+def a_socket(file):
+    server = socket.socket(socket.AF_UNIX)
+    before = os.getcwd()
+    os.chdir(file.parent)  # a socket's path is short
+    try:
+        server.bind(file.name)
+    finally:
+        os.chdir(before)
+    return server
+
+
+def a_device(file):
+    file.symlink_to("/dev/zero")
+
+
+def a_loop(file):
+    file.symlink_to(file)
+
+
+def a_dangling_link(file):
+    file.symlink_to(file.with_name("nothing"))
+
+
+def a_sparse_file(file):
+    file.touch()
+    os.truncate(file, 2**42)
+
+
+class TestOddFiles:
+    @pytest.mark.parametrize("file", FILES)
+    @pytest.mark.parametrize(
+        "kind",
+        [a_fifo, a_folder, a_socket, a_device, a_loop, a_dangling_link, a_sparse_file],
+        ids=lambda kind: kind.__name__,
+    )
+    def test_is_damage(self, tmp_path, file, kind):
+        _, newest = saved(tmp_path, 1, 2)
+        (newest / file).unlink()
+        kept = kind(newest / file)
+        with pytest.raises(DamagedError):
+            fx.restore(newest, like=problem.start())
+        with pytest.warns(UserWarning, match="It is kept as unreadable-.*, and step 1 is restored"):
+            assert int(fx.checkpointer(tmp_path).restore(problem.start()).step) == 1
+        if kept is not None:
+            kept.close()
+
+    @pytest.mark.parametrize("kind", [a_fifo, a_folder, a_loop, a_dangling_link, lambda path: path.write_text("x")])
+    def test_in_the_place_of_a_checkpoint(self, tmp_path, kind):
+        (path,) = saved(tmp_path, 1)
+        kind(path.with_name(path.name.replace("00000000-", "00000001-").replace("step-000000001", "step-000000002")))
+        with pytest.warns(UserWarning, match="and step 1 is restored"):
+            assert int(fx.checkpointer(tmp_path).restore(problem.start()).step) == 1
+
+
+class TestNoAnswer:
+    """A disk that does not answer says nothing about what is on it."""
+
+    @pytest.mark.parametrize("file", FILES)
+    @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+    def test_newest_is_refused_and_keeps_its_name(self, tmp_path, monkeypatch, file, code):
+        _, newest = saved(tmp_path, 1, 2)
+        whole = os.open
+
+        def fails(path, *arguments, **options):
+            if str(path) == str(newest / file):
+                raise OSError(code, os.strerror(code), str(path))
+            return whole(path, *arguments, **options)
+
+        monkeypatch.setattr(opening.os, "open", fails)
+        for attempt in (
+            lambda: fx.checkpointer(tmp_path).restore(problem.start()),
+            lambda: fx.checkpointer(tmp_path).restore(problem.start(), step=2),
+            lambda: fx.restore(newest, like=problem.start()),
+            lambda: fx.checkpointer(tmp_path).read_newest_until(2, problem.start()),
+            lambda: fx.fit(
+                problem.start(),
+                problem.step(),
+                problem.data(),
+                steps=3,
+                checkpointer=fx.checkpointer(tmp_path),
+                resume=True,
+            ),
+        ):
+            with pytest.raises(fx.CheckpointError, match=r"cannot be read .* It may be whole") as caught:
+                attempt()
+            assert not isinstance(caught.value, DamagedError)
+        assert newest.exists()
+
+    def test_in_the_middle_of_a_file(self, tmp_path, monkeypatch):
+        _, newest = saved(tmp_path, 1, 2)
+
+        def fails(*arguments):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", fails)
+        with pytest.raises(fx.CheckpointError, match="It may be whole") as caught:
+            fx.checkpointer(tmp_path).restore(problem.start())
+        assert not isinstance(caught.value, DamagedError)
+        assert newest.exists()
+
+    def test_folder_that_cannot_be_listed(self, tmp_path, monkeypatch):
+        saved(tmp_path, 1)
+
+        def fails(self):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("pathlib.Path.iterdir", fails)
+        with pytest.raises(fx.CheckpointError, match="expected a folder that can be listed"):
+            fx.checkpointer(tmp_path).latest()
+
+
+class TestLockFile:
+    def test_link_to_a_file_of_another_owner_is_refused(self, tmp_path):
+        (tmp_path / "diary").write_text("dear diary")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".lock").symlink_to(tmp_path / "diary")
+        with pytest.raises(fx.CheckpointError, match=r"expected the lock of a folder at .*, got a symbolic link"):
+            fx.checkpointer(tmp_path / "run").save(at(1))
+        assert (tmp_path / "diary").read_text() == "dear diary"
+
+    def test_file_with_other_content_is_refused(self, tmp_path):
+        (tmp_path / ".lock").write_text("dear diary")
+        with pytest.raises(fx.CheckpointError, match="got a file with other content"):
+            fx.checkpointer(tmp_path).save(at(1))
+        assert (tmp_path / ".lock").read_text() == "dear diary"
+
+    @pytest.mark.parametrize("kind", [a_fifo, a_folder])
+    def test_what_is_no_file_is_refused(self, tmp_path, kind):
+        kind(tmp_path / ".lock")
+        with pytest.raises(fx.CheckpointError, match=r"no regular file|cannot be written to|not a regular file"):
+            fx.checkpointer(tmp_path).save(at(1))
+
+    @pytest.mark.parametrize("content", ["", "process 1 on there\n", "proc", "\0\0\0\0"])
+    def test_what_an_ended_writer_has_left_is_taken(self, tmp_path, content):
+        (tmp_path / ".lock").write_text(content)
+        with fx.checkpointer(tmp_path) as checkpoints:
+            checkpoints.save(at(1))
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+class TestUndeletable:
+    """An old checkpoint that cannot be deleted costs space, and not the run."""
+
+    def run(self, tmp_path):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with fx.checkpointer(tmp_path, keep=1) as checkpoints:
+                if checkpoints.has_any():
+                    checkpoints.restore(problem.start())
+                for step in (11, 12, 13, 14):
+                    checkpoints.save(at(step))
+        return [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)]
+
+    def test_link_is_kept_and_told_once(self, tmp_path):
+        (path,) = saved(tmp_path / "run", 1)
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        (told,) = self.run(tmp_path / "run")
+        assert str(path) in told
+        assert "could not be deleted: it is a symbolic link" in told
+        assert (path / "leaves.bin").exists()
+
+    @pytest.mark.parametrize("call", ["pathlib.Path.rename", "shutil.rmtree"])
+    @pytest.mark.parametrize("code", [errno.EBUSY, errno.EPERM, errno.EACCES, errno.EIO])
+    def test_each_is_told_once(self, tmp_path, monkeypatch, call, code):
+        saved(tmp_path, 1)
+        whole = pathlib.Path.rename if call.endswith("rename") else shutil.rmtree
+
+        def fails(path, *arguments, **options):
+            if "step-000000001" in str(path) and not options.get("ignore_errors"):
+                raise OSError(code, os.strerror(code), str(path))
+            return whole(path, *arguments, **options)
+
+        monkeypatch.setattr(call, fails)
+        (told,) = self.run(tmp_path)
+        assert "could not be deleted" in told
+        assert fx.checkpointer(tmp_path).latest() == 14
+
+    def test_run_goes_on(self, tmp_path, monkeypatch):
+        def fails(path, *arguments, ignore_errors=False, **options):
+            if not ignore_errors:
+                raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+        monkeypatch.setattr("shutil.rmtree", fails)
+        with pytest.warns(RuntimeWarning, match="could not be deleted"):
+            result = fx.fit(
+                problem.start(),
+                problem.step(),
+                problem.data(),
+                steps=6,
+                callbacks=fx.callbacks.save(),
+                checkpointer=fx.checkpointer(tmp_path, keep=1),
+            )
+        assert result.reason == "reached 6 steps"
+        testing.assert_equal(fx.checkpointer(tmp_path).restore(problem.start()).params, result.last.params, "the last")
