@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from fxtrain.checkpoint import folder as folders
 from fxtrain.checkpoint.retention import Entry
+from fxtrain.checkpoint.unfinished import UNFINISHED
 
 _GONE = ".deleted-"
 
@@ -43,6 +44,6 @@ class Deletion:
 
     def clear(self) -> None:
         """Deletes half written and half deleted checkpoints. The folder is locked, so their writers have ended."""
-        for pattern in (f"{folders.UNFINISHED}*-step-*", f"{_GONE}*"):
+        for pattern in (f"{UNFINISHED}*-step-*", f"{_GONE}*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)

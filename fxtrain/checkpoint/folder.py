@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -20,9 +19,10 @@ from fxtrain.checkpoint.errors import CheckpointError, DamagedError
 from fxtrain.checkpoint.files import open_regular, unreadable
 from fxtrain.checkpoint.manifest import FORMAT, MANIFEST, write_manifest
 from fxtrain.checkpoint.table import Leaf, rows
+from fxtrain.checkpoint.unfinished import unfinished_folder
 
 LEAVES = "leaves.bin"
-UNFINISHED = ".unfinished-"
+FILES = (LEAVES, MANIFEST)
 # What a file system answers that does not sync folders, or a folder of the system that may not be opened.
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
@@ -36,11 +36,8 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
     """
     if path.exists():
         raise CheckpointError(f"{path} is there already, and a checkpoint is never overwritten: choose another name.")
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
+        with unfinished_folder(path) as unfinished:
             with _synced(unfinished / LEAVES) as file:
                 checksums = _write_leaves(file, contents)
             head = {"format": FORMAT, "bytes": sum(place.size for place in contents.places), **facts}
@@ -48,9 +45,6 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
                 write_manifest(file, head, rows(contents.structure, contents.places, checksums))
             sync_folder(unfinished)
             unfinished.rename(path)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
         sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(

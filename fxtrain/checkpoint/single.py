@@ -19,11 +19,12 @@ from fxtrain import tree
 from fxtrain.checkpoint.contents import Direct, bytes_of
 from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import Leaves, make_folder, write
+from fxtrain.checkpoint.folder import FILES, Leaves, make_folder, write
 from fxtrain.checkpoint.manifest import dtype_of, read_manifest
 from fxtrain.checkpoint.selection import Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
+from fxtrain.checkpoint.unfinished import clear_abandoned
 from fxtrain.core import LOOP
 
 _LARGE = 2**20  # bytes; below, a thread costs more than it brings
@@ -63,7 +64,8 @@ class Restoration:
 def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
     """Writes ``state`` to the folder ``path``, which must not be there yet.
 
-    The folder appears by one rename, after every file in it has reached the disk. Nothing is copied in memory.
+    The folder appears by one rename, after every file in it has reached the disk. Nothing is copied in memory. What
+    killed saves have left beside it is deleted.
 
     Args:
         path: The folder to make. Folders above it are made as needed.
@@ -89,6 +91,7 @@ def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, floa
     contents = Direct(state)
     try:
         make_folder(folder.parent)
+        clear_abandoned(folder.parent, FILES)
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint {folder} could not be written ({error}): give another folder."
