@@ -351,6 +351,31 @@ class TestNoAnswer:
         assert not isinstance(caught.value, DamagedError)
         assert newest.exists()
 
+    def test_best_whose_metrics_cannot_be_read_is_not_deleted(self, tmp_path, monkeypatch):
+        with fx.checkpointer(tmp_path, keep=1, best="loss") as checkpoints:
+            for step, loss in ((1, 0.1), (2, 0.5)):
+                checkpoints.save(at(step), {"loss": loss})
+        best = min(tmp_path.glob("*-step-*"))
+        whole = os.open
+
+        def fails(path, *arguments, **options):
+            if str(path) == str(best / "manifest.jsonl"):
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return whole(path, *arguments, **options)
+
+        with monkeypatch.context() as broken, fx.checkpointer(tmp_path, keep=1, best="loss") as checkpoints:
+            broken.setattr(opening.os, "open", fails)
+            checkpoints.restore(problem.start())
+            with pytest.raises(fx.CheckpointError, match="It may be whole"):
+                checkpoints.best()
+            checkpoints.save(at(3), {"loss": 0.3})
+            with pytest.warns(RuntimeWarning, match="Nothing was deleted from .* It may be whole"):
+                checkpoints.wait()
+        with fx.checkpointer(tmp_path, keep=1, best="loss") as checkpoints:
+            checkpoints.restore(problem.start())
+            checkpoints.save(at(4), {"loss": 0.4})
+            assert checkpoints.steps() == [1, 4]
+
     def test_folder_that_cannot_be_listed(self, tmp_path, monkeypatch):
         saved(tmp_path, 1)
 

@@ -310,10 +310,14 @@ class Checkpointer(Reader):
             self._committed.append(save.committed)
 
     def _delete_old(self, run: str) -> None:
-        found = retention.entries(self.folder)
-        self._deletion.delete(self._policy.to_delete([entry for entry in found if entry.run == run], self._metrics_of))
-        if self._overwrite:
-            self._deletion.delete(entry for entry in ownership.contents(self.folder) if entry.run != run)
+        try:
+            found = retention.entries(self.folder)
+            own = [entry for entry in found if entry.run == run]
+            self._deletion.delete(self._policy.to_delete(own, self._metrics_of))
+            if self._overwrite:
+                self._deletion.delete(entry for entry in ownership.contents(self.folder) if entry.run != run)
+        except CheckpointError as error:  # a metric cannot be read now: what may be the best is not deleted
+            self._deletion.warn_once(self.folder, f"Nothing was deleted from {self.folder}: {error}")
 
     def _delete_snapshots(self, run: str, kept: frozenset[int]) -> None:
         snapshots = [entry for entry in retention.entries(self.folder) if (entry.run, entry.role) == (run, "snapshot")]

@@ -38,9 +38,13 @@ class Deletion:
                 folders.sync_folder(self._folder)
                 shutil.rmtree(gone)
             except OSError as error:
-                if entry.path not in self._told:
-                    self._told.add(entry.path)
-                    self._warnings.append(f"The old checkpoint {entry.path} could not be deleted: {error}.")
+                self.warn_once(entry.path, f"The old checkpoint {entry.path} could not be deleted: {error}.")
+
+    def warn_once(self, path: pathlib.Path, text: str) -> None:
+        """Warns, unless a warning was given for the same path."""
+        if path not in self._told:
+            self._told.add(path)
+            self._warnings.append(text)
 
     def clear(self) -> None:
         """Deletes half written and half deleted checkpoints. The folder is locked, so their writers have ended."""

@@ -175,7 +175,7 @@ class Reader:
         if entry.path.name not in self._metrics:
             try:
                 self._metrics[entry.path.name] = read_entry(entry)["metrics"]
-            except CheckpointError:  # a restore will report it; it cannot be the best
+            except DamagedError:  # a restore will report it; it cannot be the best
                 self._metrics[entry.path.name] = {}
         return self._metrics[entry.path.name]
 
