@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.reliability import children, shim
+from benchmarks.reliability.power_cut import losses
 from benchmarks.reliability.shim import Call
 from benchmarks.reliability.synced import unsynced
 from benchmarks.reliability.systems import same, values_of
@@ -62,6 +63,11 @@ class TestWhole:
         cell = run("R11")
         nothing_is_lost(cell)
         assert cell["tried"] >= 10
+
+    def test_a_power_cut_leaves_every_save_that_was_reported(self, run):
+        cell = run("R12")
+        nothing_is_lost(cell)
+        assert cell["tried"] > 400
 
 
 class TestVerified:
@@ -177,6 +183,39 @@ class TestUnsynced:
         write = [Call("note", "begin"), Call("truncate", "/w/last"), Call("write", "/w/last"), Call("sync", "/w/last")]
         log = [*write, Call("sync", "/w"), Call("note", "committed"), *write, Call("note", "committed")]
         assert unsynced(log) == ["save 2: last, which is older, is written over in place"]
+
+
+def _run(number):
+    """The log of one save into a folder that another writer has made."""
+    new, root = f"/w/run/.new-{number}", "/w/run"
+    calls = [Call("mkdir", "/w"), Call("mkdir", root)] if number == 0 else []
+    calls += [Call("sync", "/"), Call("sync", "/w")] if number == 0 else []
+    calls += [Call("mkdir", new)]
+    for file in ("leaves.bin", "manifest.jsonl"):
+        calls += [Call(name, f"{new}/{file}") for name in ("create", "write", "sync")]
+    calls += [Call("sync", new), Call("rename", new, f"{root}/{number:08d}-step-000000001"), Call("sync", root)]
+    return [*calls, Call("note", "committed")]
+
+
+RUN = [*_run(0), *_run(1)]
+
+
+class TestPowerCut:
+    def test_a_log_that_is_right(self):
+        assert losses(RUN, "") == (len(RUN), [])
+
+    @pytest.mark.parametrize("index", [index for index, call in enumerate(RUN) if call.name == "sync"])
+    def test_no_sync_can_be_left_out(self, index):
+        assert losses(RUN[:index] + RUN[index + 1 :], "")[1]
+
+    def test_a_write_after_the_sync(self):
+        index = RUN.index(Call("sync", "/w/run/.new-1/leaves.bin"))
+        assert losses([*RUN[:index], RUN[index], RUN[index - 1], *RUN[index + 1 :]], "")[1]
+
+    def test_the_older_is_deleted_first(self):
+        gone = Call("rename", "/w/run/00000000-step-000000001", "/w/run/.gone")
+        log = [*_run(0), gone, Call("sync", "/w/run"), *_run(1)]
+        assert losses(log, "")[1]
 
 
 class TestChildren:

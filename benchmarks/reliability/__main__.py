@@ -40,6 +40,7 @@ ROWS = {
     "R8": Row("leaves changed right after save returned", "aliasing:aliasing"),
     "R9": Row("a disk that is full, read-only, broken or gone", "disk:disks"),
     "R11": Row("synced before anything older goes", "synced:synced"),
+    "R12": Row("a power cut: what was synced is left", "power_cut:power_cuts", ours_only=True),
     "R13": Row("every kind of leaf and key comes back", "fits:kinds"),
 }
 
