@@ -174,6 +174,8 @@ class Current:
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
                 continue
+            if kind == "end_epoch" and self.due["begin_epoch"]:  # between two epochs, as in an evaluation there
+                continue
             if kind == "rewind":
                 self.set(rewind=max(self.due["rewind"], *(int(steps) for steps in control.rewind.values())))
             elif control.any(kind):

@@ -238,6 +238,7 @@ class Run:
             # The state before the failing iteration is whole; the one in its middle may lack callbacks' part.
             now.abandon(self._root)
         try:
+            now.read_flags()
             yield from self._fire(Interrupted, cause=f"{type(error).__name__}: {error}")
             if not taken:
                 yield from self._save_last()
@@ -259,6 +260,9 @@ class Run:
             self._root = now.branch()
         # No name here may hold a state: what somebody else holds is copied by a step that takes its memory.
         due, last, end = now.due, self._last_in_a_row(), now.epoch.end
+        if now.position == end:  # found out after this state was retained, and the run has rewound to it
+            now.set(end_epoch=True)
+            return
         begins, ends = self._is_seen(StepBegin), self._is_seen(StepEnd)
         while True:
             count = self._strides.length(now.step, now.position, now.epoch)
@@ -267,6 +271,8 @@ class Run:
             except Abandoned:
                 return
             if not batches:  # data of unknown length, which the state now keeps
+                if now.unread and now.read_flags():
+                    return
                 now.count(now.epoch._replace(length=now.position - now.epoch.start))
                 now.set(end_epoch=True)
                 return
