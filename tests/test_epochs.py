@@ -179,6 +179,15 @@ class TestAnotherBatchSize:
         with pytest.raises(ValueError, match="because 2 of the current epoch are consumed, got 3"):
             self.fit(self.rows(8), state=first.last, epochs=3)
 
+    def test_a_stop_that_waits_for_epochs_counts_on(self):
+        worse = fx.eval_step(lambda model, batch: {"loss": batch["x"].sum() * 0 + 1.0})
+        stopping = fx.callbacks.early_stopping("loss", patience=3, unit="epochs")
+        options = {"eval_step": worse, "eval_data": self.rows(24), "callbacks": stopping}
+        first = self.fit(self.rows(4), epochs=2, **options)
+        second = self.fit(self.rows(8), state=first.last, epochs=9, **options)
+        assert second.reason == "loss has not improved for 3 epochs"
+        assert int(second.last.step) == 2 * 6 + 2 * 3
+
 
 def test_events_count_epochs_across_a_change_of_length():
     event = fx.StepEnd(step=9, position=15, epochs_done=2, epoch_start=12, epoch_length=6, metrics={})

@@ -9,6 +9,7 @@ import torch
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.callbacks import early_stopping, target, time_limit
+from fxtrain.core import Epoch
 
 NAN, INF = math.nan, math.inf
 
@@ -227,7 +228,7 @@ class TestEarlyStopping:
         rule = early_stopping("loss", patience=20, unit="steps", check_finite=False)
         assert stop_of(rule, events, state)[0] == 2
         rule = early_stopping("loss", patience=2, unit="epochs", check_finite=False)
-        assert stop_of(rule, events, state)[0] == 2
+        assert stop_of(rule, events, Epoch(done=100, start=1000, length=10).into(state))[0] == 2
 
     def test_each_cause_has_its_reason(self):
         rule = early_stopping("loss", patience=1, good_enough=0.1, diverged=10.0)
@@ -279,7 +280,7 @@ class TestEarlyStopping:
             early_stopping("loss", **options)
 
     def test_epochs_of_unknown_length(self):
-        with pytest.raises(ValueError, match="nobody knows how long they are"):
+        with pytest.raises(ValueError, match="expected data with a known epoch length"):
             number_of(early_stopping("loss", patience=1, unit="epochs"), [1.0], epoch_length=None)
 
     def test_a_metric_that_is_not_measured_names_those_that_are(self):

@@ -18,6 +18,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     Updated,
+    epochs_taken,
     refuse_unless_one_of,
     refuse_unless_whole,
     wide_dtype,
@@ -25,6 +26,7 @@ from fxtrain.core import (
 from fxtrain.fold import Handler, on, slotted, stateful
 
 _UNITS = ("evaluations", "steps", "epochs")
+_ROUNDING = 1e-9  # of a difference of fractional epochs
 
 
 class Overfitting(NamedTuple):
@@ -42,7 +44,7 @@ class EarlyStoppingState(NamedTuple):
     best: Tensor  # float64 []: the best value so far; nan before the first, where a function says what is better
     best_step: Tensor  # int64 []: where it was; -1 before the first
     evaluations: Tensor  # int64 []: how many there were
-    since: Tensor  # int64 []: where waiting began: evaluations, steps, or batches for epochs
+    since: Tensor  # []: where waiting began: int64 in evaluations or steps, float64 in epochs
     kept: Any  # the best parameters and buffers, or nothing: ()
     overfitting: Any  # Overfitting, or nothing: ()
 
@@ -133,6 +135,7 @@ def early_stopping(
     first = baseline if callable(mode) and baseline is not None else worst
     what = called(metric)
     singular = unit.removesuffix("s") if patience == 1 else unit
+    slack = _ROUNDING if unit == "epochs" else 0
     late = f"{what} has not improved for {patience} {singular}"
     drifted = f"the gap between {what} and the training {train_metric} grew {overfit_patience} evaluations in a row"
 
@@ -165,8 +168,8 @@ def early_stopping(
 
     def evaluated(state: TrainState, event: EvalEnd, memory: EarlyStoppingState) -> tuple[EarlyStoppingState, Control]:
         before, value = memory.best, measured(event, metric, name, memory.best.device)
-        now, passed, scale = _place(event, memory, unit)
-        watching = passed >= start_from * scale
+        now, passed = _place(event, memory, unit)
+        watching = passed >= start_from - slack
         improved = better(value, before)
         if callable(mode) and baseline is not None:
             improved = improved | (memory.best_step < 0)  # nothing was seen before, so this is the best
@@ -181,7 +184,7 @@ def early_stopping(
             overfitting=_drifted(memory.overfitting, value, sign, overfit_min_delta) if overfit_patience else (),
         )
         waited = now - memory.since
-        stops = {late: watching & (waited >= patience * scale)}
+        stops = {late: watching & (waited >= patience - slack)}
         if good_enough is not None:
             stops[f"{what} reached {good_enough:g}"] = watching & (sign * value <= sign * good_enough)
         if diverged is not None:
@@ -192,7 +195,7 @@ def early_stopping(
             stops[drifted] = watching & (memory.overfitting.grown >= overfit_patience)
         log = {
             f"{name}/best": memory.best,
-            f"{name}/waited": waited / scale,
+            f"{name}/waited": waited,
             f"{name}/improved_by": Logged((value - before).abs(), when=improved & before.isfinite()),
         }
         asked = Control(stop=stops, log=log)
@@ -206,21 +209,22 @@ def early_stopping(
 
 def _begin(state: TrainState, unit: str) -> Tensor:
     """Where waiting begins for a state that has not been evaluated."""
-    place = {"evaluations": torch.zeros_like(state.step), "steps": state.step, "epochs": state.position}
-    return place[unit].clone()
+    if unit == "epochs":
+        return epochs_taken(state).to(wide_dtype(state.step.device))
+    return state.step.clone() if unit == "steps" else torch.zeros_like(state.step)
 
 
-def _place(event: EvalEnd, memory: EarlyStoppingState, unit: str) -> tuple[Any, Any, int]:
-    """Where the run is, how much has passed before it, and how many of these are one unit."""
+def _place(event: EvalEnd, memory: EarlyStoppingState, unit: str) -> tuple[Any, Tensor]:
+    """Returns where the run is, in the unit, and how much of it has passed before this evaluation."""
     if unit == "evaluations":
-        return memory.evaluations + 1, memory.evaluations, 1
-    if unit == "steps":
-        return event.step, torch.full_like(memory.since, event.step), 1
-    if event.epoch_length is None:
+        return memory.evaluations + 1, memory.evaluations
+    now = event.step if unit == "steps" else event.epoch
+    if now is None:
         raise ValueError(
-            "early_stopping counts epochs, and nobody knows how long they are: count steps or evaluations."
+            "expected data with a known epoch length for early_stopping(unit='epochs'), got data without one. Use "
+            "unit='steps' or 'evaluations'."
         )
-    return event.position, torch.full_like(memory.since, event.position), event.epoch_length
+    return now, torch.full_like(memory.since, now)
 
 
 def _trained(memory: Overfitting, event: Updated, metric: str, who: str) -> Overfitting:

@@ -7,8 +7,8 @@ from typing import Any
 from fxtrain.core import Epoch, TrainState
 
 
-def begin_epochs(state: TrainState, data: Any) -> Epoch:
-    """Continues the state's epoch on this data.
+def begin_epochs(state: TrainState, data: Any) -> TrainState:
+    """Returns the state with its epoch continued on this data.
 
     An epoch may have another number of batches than those before it, as with another batch size, but not change
     its length once it has begun.
@@ -20,8 +20,13 @@ def begin_epochs(state: TrainState, data: Any) -> Epoch:
     Raises:
         ValueError: If the state is inside an epoch that has another length in this data.
     """
-    length, position = data.epoch_length or 0, int(state.position)
-    epoch = Epoch.of(state)
+    before = Epoch.of(state)
+    epoch = _continued(before, int(state.position), data)
+    return state if epoch == before else epoch.into(state)
+
+
+def _continued(epoch: Epoch | None, position: int, data: Any) -> Epoch:
+    length = data.epoch_length or 0
     consumed = 0 if epoch is None else position - epoch.start
     if epoch is None or consumed < 0 or consumed > epoch.length > 0:  # no loop has counted up to this position
         done = position // length if length else 0

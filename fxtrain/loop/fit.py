@@ -10,8 +10,10 @@ from typing import Any
 
 from fxtrain.core import Control, StepEnd, TrainState
 from fxtrain.fold import Handler, as_composed, compose, on
+from fxtrain.loop.emitter import Moment
 from fxtrain.loop.history import History
-from fxtrain.loop.run import Moment, Plan, Run
+from fxtrain.loop.plan import Plan
+from fxtrain.loop.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxtrain.checkpoint import Committed, Restoration, Role
 from fxtrain.core import LOOP, TrainState
-from fxtrain.loop.repeats import LastBatch, with_last_batch
+from fxtrain.loop.repeats import LastBatch, with_last_batch, without_last_batch
 
 
 class Saving:
@@ -143,4 +143,4 @@ def _state_of(report: Restoration | None) -> TrainState | None:
     if report is None:
         return None
     report.warn(stacklevel=3)
-    return report.state
+    return without_last_batch(report.state)[0]

@@ -1,0 +1,33 @@
+"""The arguments of ``fit``, checked and in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fxtrain.core import TrainState
+from fxtrain.fold import Composed
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The options of a run. ``fit`` documents each."""
+
+    callbacks: Composed
+    eval_step: Callable[..., Any] | None
+    eval_data: Any
+    eval_view: Callable[[TrainState], TrainState] | None
+    evaluate_epochs: bool  # whether each epoch ends with an evaluation
+    epochs: int | None
+    steps: int | None
+    observers: Iterable[Callable[..., None]]
+    checkpointer: Any
+    resume: bool
+    keep_every: int | None
+    keep: int
+    keep_on_host: bool
+    rewind_limit: int
+    lag: int | None
+    clock: Callable[[], float]
+    every_event: bool  # whether each event is created and yielded, also where nothing subscribes to it
