@@ -243,16 +243,18 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
 
     # What `on` made of an update has the subscription already, and no annotation to read.
     events = update.events if isinstance(update, Handler) else subscription(update)
-    function: Callable[..., tuple[Any, Control]] = update.function if isinstance(update, Handler) else update
+    function: Callable[..., Any] = update.function if isinstance(update, Handler) else update
 
     def callback(state: TrainState, event: Any) -> tuple[TrainState, Control]:
         result = function(state, event, _memory(state, name))
-        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Control):
-            raise TypeError(
-                f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
-                f"{_shown(result)}. To request nothing, return the content and Control()."
-            )
-        return state.with_slot(name, result[0]), result[1]
+        if isinstance(result, tuple):
+            pair = typing.cast(tuple[Any, ...], result)
+            if len(pair) == 2 and isinstance(pair[1], Control):
+                return state.with_slot(name, pair[0]), pair[1]
+        raise TypeError(
+            f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
+            f"{_shown(result)}. To request nothing, return the content and Control()."
+        )
 
     return slotted(name, init, on(tuple(events), callback))
 

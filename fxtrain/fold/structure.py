@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import TrainState
 
-_MODEL = "Callbacks keep the model: change it between two calls of fit, or give each parameter its phase with "
-_MODEL += "fxtrain.optim.unfreeze."
+_MODEL = (
+    "Callbacks keep the model: change it between two calls of fit, or give each parameter its phase with "
+    "fxtrain.optim.unfreeze."
+)
 _KEEP = "A run resumes only into the structure it started with, so "
 
 
@@ -56,7 +59,8 @@ def _is_alike(old: Any, new: Any) -> bool:
     if type(new) is not type(old):
         return False
     if isinstance(old, tuple):  # most slots are named tuples of tensors, and here take half the time of a flattening
-        return len(old) == len(new) and all(map(_is_alike, old, new))
+        parts = typing.cast(tuple[Any, ...], old)
+        return len(parts) == len(new) and all(map(_is_alike, parts, new))
     old_leaves, old_structure = tree.flatten(old)
     new_leaves, new_structure = tree.flatten(new)
     return old_structure == new_structure and all(map(_is_alike_leaf, old_leaves, new_leaves))

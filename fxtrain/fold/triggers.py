@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:
         if not isinstance(flag, Tensor):
             return handler.function(state, event) if flag else (state, Control())
         new, control = checked(handler, event, handler.function(state, event))
-        refuse_other_structure(handler.name, type(event), state, new)
+        refuse_other_structure(handler.name, cast(type[Any], type(event)), state, new)
         return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.given(flag)
 
     return dataclasses.replace(handler, name=f"{handler.name} when {_text(trigger)}", function=gated)

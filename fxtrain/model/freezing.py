@@ -76,8 +76,8 @@ def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
     """
     for key, child in children(node) or []:
         _refuse_shared_counts(child, fresh, f"{path}{as_code((key,))}")
-    fields: dict[str, Any] = node._asdict() if hasattr(node, "_asdict") else {}
-    names: tuple[str, ...] = getattr(type(node), "AGES", tuple(fields))
+    fields: dict[Any, Any] = node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, dict) else {}
+    names: tuple[Any, ...] = getattr(type(node), "AGES", tuple(fields))
     ages = [age for name in names if isinstance(age := fields.get(name), Tensor) and _is_count(age)]
     if not any(bool(age.any()) for age in ages):
         return

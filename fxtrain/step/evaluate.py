@@ -41,8 +41,8 @@ def eval_step(
 
     Args:
         measure: ``(model, batch)`` to a 0-d loss, a loss and a dict of metrics, or a dict of metrics alone; a loss
-            function serves as it is. Tensors are averaged over the batches, weighted by their first dimension;
-            ``fxtrain.metrics`` are merged.
+            function serves as it is. Tensors are averaged over the batches, weighted by the batch size, see
+            ``fxtrain.evaluate``; ``fxtrain.metrics`` are merged.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         outputs: Whether ``measure`` returns a pair of that and anything else, which reaches callbacks at
             ``EvalStep``.
