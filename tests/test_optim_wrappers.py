@@ -163,12 +163,13 @@ class TestInjectHyperparams:
     def test_a_decay_that_single_precision_cannot_hold_is_refused(self):
         inject = optim.inject_hyperparams
         near = inject(optim.adam)(learning_rate=0.1, b2=0.999999)
-        with pytest.raises(ValueError, match=r"b2=0\.999999: expected a number .*got .*functools\.partial"):
+        with pytest.raises(ValueError, match=r"b2=0\.999999: expected a decay rate .*got .*functools\.partial"):
             near.init(PARAMS)
         near.init(tree.map(torch.Tensor.double, PARAMS))
         state = inject(optim.adam)(learning_rate=0.1, b2=0.999).init(PARAMS)
         with pytest.raises(ValueError, match=r"b2=0\.999999: expected"):
             optim.set_hyperparams(state, b2=0.999999)
+        optim.set_hyperparams(state, learning_rate=0.9999999999999999)
         outside = inject(functools.partial(optim.adam, b2=0.999999))(learning_rate=0.1)
         assert sorted(outside.init(PARAMS).hyperparams) == ["learning_rate"]
         torch.testing.assert_close(one(outside), one(optim.adam(0.1, b2=0.999999)))

@@ -49,8 +49,9 @@ def inject_hyperparams(
 
     Raises:
         TypeError: If ``factory`` does not take the arguments, or none of them can be injected.
-        ValueError: At ``init``, if a number is so near 1 that float32, in which the hyper-parameters of float32
-            parameters are kept, changes its distance from 1 by more than a thousandth: 0.999999 would be 0.99999899.
+        ValueError: At ``init``, if a decay rate such as ``b2`` is so near 1 that float32, in which the hyper-parameters
+            of float32 parameters are kept, changes its distance from 1 by more than a thousandth: 0.999999 would be
+            0.99999899.
 
     Example:
         >>> from fxtrain import optim
@@ -115,7 +116,7 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
 
     Raises:
         ValueError: If a name is nowhere to be found, or follows a schedule. The message says which names there are.
-            Also if a number is too near 1 for float32, see ``inject_hyperparams``.
+            Also if a decay rate is too near 1 for float32, see ``inject_hyperparams``.
 
     Example:
         >>> from fxtrain import optim
@@ -167,18 +168,19 @@ def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _refuse_rounded(name: str, value: Any, dtype: torch.dtype) -> None:
-    """Refuses a number whose distance from 1, which is what a decay rate is about, the dtype cannot hold."""
-    if dtype != torch.float32 or not isinstance(value, float) or not 0.5 < value < 1:
+    """Refuses a decay rate whose distance from 1 the dtype cannot hold."""
+    if name not in _DECAY_RATES or dtype != torch.float32 or not isinstance(value, float) or not 0.5 < value < 1:
         return
     kept = round(value * 2**24) / 2**24  # a multiple of the spacing of float32 below 1
     if abs(kept - value) > _ROUNDING * (1 - value):
         raise ValueError(
-            f"{name}={value!r}: expected a number whose distance from 1 is kept in {dtype}, got one that becomes "
+            f"{name}={value!r}: expected a decay rate whose distance from 1 is kept in {dtype}, got one that becomes "
             f"{kept!r}. Keep it out of the optimizer state: "
             f"inject_hyperparams(functools.partial(factory, {name}={value!r}))(...)."
         )
 
 
+_DECAY_RATES = frozenset({"b1", "b2", "adam_b1", "adam_b2", "alpha", "beta", "decay", "momentum", "rho"})
 _ROUNDING = 1e-3  # the largest relative change of 1 - value
 
 
