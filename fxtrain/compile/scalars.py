@@ -40,7 +40,9 @@ def with_scalars_once(graph: Any) -> Any:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
             continue
-        if node.target._opname not in _LONG and long.isdisjoint(node.all_input_nodes):
+        # A loop over float32 elements loses half of its vector width to a float64 scalar in it.
+        is_double = value.dtype == torch.float64 and value.numel() == 1
+        if not is_double and node.target._opname not in _LONG and long.isdisjoint(node.all_input_nodes):
             continue
         long.add(node)
         readers = [user for user in node.users if _size(user) >= _MANY * max(value.numel(), 1)]

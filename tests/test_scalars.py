@@ -1,0 +1,66 @@
+"""The compiled step computes a float64 scalar, as a schedule's, once, and not beside each element of a vector."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fxtrain as fx
+from fxtrain import optim, schedules
+from fxtrain.compile.scalars import with_scalars_once
+
+RATES = {
+    "linear": schedules.linear(0.1, 0.0, transition_steps=10),
+    "warmup": schedules.warmup(schedules.constant(0.1), 10),
+    "cosine": schedules.warmup_cosine_decay(0.0, 0.1, warmup_steps=2, decay_steps=10),
+    "exponential": schedules.exponential(0.1, 10, decay_rate=0.5, staircase=True),
+}
+AVERAGES = {
+    "debiased": fx.callbacks.ema(0.999, debias=True, name="average"),
+    "warming up": fx.callbacks.ema(0.999, warmup=True, name="average"),
+    "mean": fx.callbacks.swa(start=0, name="average"),
+}
+
+
+def read_by_vectors(function, *arguments):
+    """The float64 scalars that operations on vectors read in a traced graph, after the pass."""
+    traced = make_fx(function, tracing_mode="fake")(*arguments)
+    graph = with_scalars_once(traced.graph)
+    return [
+        source
+        for node in graph.nodes
+        if isinstance(value := node.meta.get("val"), torch.Tensor) and value.numel() > 1
+        for source in node.all_input_nodes
+        if source.meta["val"].dtype == torch.float64 or (source.meta["val"].numel() == 1 and _is_derived(source))
+    ]
+
+
+def _is_derived(node):
+    """Whether a scalar is computed of float64 ones where it is read."""
+    if node.op != "call_function" or "once" in str(node.target):
+        return False
+    return any(source.meta["val"].dtype == torch.float64 or _is_derived(source) for source in node.all_input_nodes)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_schedule_is_computed_once(name):
+    tx = optim.adamw(RATES[name], weight_decay=0.1)
+    params = {"w": torch.ones(64)}
+
+    def update(grads, state, weights):
+        return tx.update(grads, state, weights)
+
+    assert read_by_vectors(update, params, tx.init(params), params) == []
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_the_share_of_an_average_is_computed_once(name):
+    state = fx.attach(fx.init({"w": torch.ones(64)}), AVERAGES[name])
+
+    def update(memory, params, step):
+        event = fx.Updated(
+            step=step, loss=step.float(), metrics={}, grads={}, updates={}, skipped=torch.zeros_like(step).bool()
+        )
+        now = state.replace(params=params).with_slot("average", memory)
+        return AVERAGES[name](now, event)[0].slots["average"]
+
+    assert read_by_vectors(update, state.slots["average"], state.params, torch.tensor(3)) == []
