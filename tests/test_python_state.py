@@ -1,6 +1,8 @@
 """Python state of modules: what a call writes on them is gone, and what a second call would read is refused."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -305,7 +307,7 @@ class TestHarmless:
         wanted = float(loss_fn(kind(), X).detach())
         assert losses(kind(), backend=backend) == pytest.approx([wanted] * 4)
 
-    def test_a_counter_that_the_loss_starts_anew(self):
+    def test_a_list_that_the_loss_clears(self):
         def loss_fn(model, batch):
             model.history.clear()
             return model(batch).square().mean()
@@ -324,6 +326,26 @@ class TestHarmless:
         first = len(calls)
         losses(Counted(), steps=4)
         assert (first, len(calls) - first) == (2, 5)
+
+    @pytest.mark.parametrize("per_call", ["gradients", "function"])
+    def test_nor_where_a_step_makes_its_functions_at_each_call(self, per_call):
+        calls = []
+
+        class Counted(Caches):
+            def forward(self, x):
+                calls.append(1)
+                return super().forward(x)
+
+        def by_hand(state, batch):
+            function = loss_fn if per_call == "gradients" else lambda model, batch: loss_fn(model, batch)
+            return state, fx.StepOutput(fx.gradients(function)(state, batch).metrics)
+
+        state, step = fx.init(Counted()), fx.Step(by_hand)
+        for _ in range(20):
+            step(state, X)
+        assert len(calls) == 21 if per_call == "gradients" else len(calls) < 30
+        compiled = fx.compile(by_hand, backend="eager")
+        assert float(compiled(state, X)[1].metrics["loss"]) == pytest.approx(losses(Caches(), steps=1)[0])
 
     def test_a_module_that_writes_nothing_is_called_once(self):
         calls = []
@@ -464,6 +486,17 @@ class TestPutBack:
 
         losses(Logs())
         assert logging.getLogger("fxtrain.test").level == 17
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+    def test_copies_of_a_state_have_modules_of_their_own(self, copied):
+        first = fx.init(Caches())
+        fx.eval_step(loss_fn)(first, X)
+        state = copied(first)
+        assert state.model == first.model
+        before = self.contents(state.model._evaluating)
+        testing.assert_equal(fx.view(state)(X), fx.view(first)(X), "outputs")
+        fx.eval_step(loss_fn)(state, X)
+        assert self.contents(state.model._evaluating) == before
 
 
 class TestSharing:

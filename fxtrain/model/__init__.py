@@ -3,7 +3,6 @@
 from fxtrain.model.architecture import Model as Model
 from fxtrain.model.architecture import model_of as model_of
 from fxtrain.model.captured import captured as captured
-from fxtrain.model.first_calls import FirstCalls as FirstCalls
 from fxtrain.model.first_calls import ValuesNeededError as ValuesNeededError
 from fxtrain.model.following import UnseededError as UnseededError
 from fxtrain.model.freezing import with_trainable as with_trainable

@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -82,6 +82,7 @@ class Model:
         self.trainable = trainable
         hooked = map(operator.and_, masks, tree.leaves(self._hooked))
         self._hooks_at = tuple(itertools.compress(tree.paths(trainable, "state.params"), hooked))
+        self._first: dict[Hashable, FirstCalls] = {}
         self._key = self._fingerprint, self._hooks_at, tuple(masks), structure, str(self.template)
 
     def call(
@@ -92,7 +93,7 @@ class Model:
         *args: Any,
         train: bool,
         key: rng.Key | None = None,
-        first: FirstCalls | None = None,
+        check: bool = False,
     ) -> tuple[Any, Any]:
         """``function(model, *args)``, where ``model`` has these parameters and buffers, and the buffers after it.
 
@@ -106,7 +107,7 @@ class Model:
             *args: Its other arguments.
             train: Whether the modules are in training mode.
             key: Where random numbers come from; without one, torch's functions draw as usual.
-            first: The calls of this function so far: the first of a model, and each that is traced, is checked.
+            check: Whether the first call of this function is checked.
 
         Raises:
             RuntimeError: If the function assigns to ``parameter.data``; if it is checked, and draws numbers that the
@@ -115,16 +116,23 @@ class Model:
         """
         if torch.compiler.is_dynamo_compiling():
             return self._call_in_dynamo(params, buffers, function, args, train, key)
-        draws = None if first is None or key is None else first.draws(self)
+        first = self.first_calls(train)
+        draws = first.draws(function) if check else None
         if key is None or (draws is False and not is_traced()):
             return self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
-        examine = first is not None and draws is None
+        examine = check and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
         draw = Following(key, function, compare=examine, generators=generators)
         result = self._call(params, buffers, function, args, train, key, draw, examine=examine)
-        if first is not None and examine:
-            first.add(self, draws=draw.moved)
+        if examine:
+            first.add(function, draws=draw.moved)
         return result
+
+    def first_calls(self, kind: Hashable) -> FirstCalls:
+        """The functions that have passed the checks of one kind."""
+        if kind not in self._first:
+            self._first[kind] = FirstCalls()
+        return self._first[kind]
 
     def _call(
         self,
@@ -163,7 +171,8 @@ class Model:
                 output, written = run()
                 if examine:
                     refuse_new_parameters(name_of(function), template, tensors, flat_params)
-                    refuse_state(name_of(function), template, before, output, lambda: run()[0])
+                    compared = self.first_calls(train).has_seen_like(function)
+                    refuse_state(name_of(function), template, before, output, lambda: run()[0], compared=compared)
         except rng.DataAssignmentError as error:
             path = next((template.path(name) for name, value in tensors.items() if value is error.tensor), None)
             raise error.naming(path) from None
@@ -259,6 +268,9 @@ class Model:
             return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
 
         return tree.map(group, self.template)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_first": {}}  # functions have no place in a copy or a file
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Model) and self._key == other._key)

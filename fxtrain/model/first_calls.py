@@ -8,8 +8,10 @@ first one ended, separates the two: a cache then stays as it is, and a counter c
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -30,25 +32,67 @@ class ValuesNeededError(RuntimeError):
 
 
 class FirstCalls:
-    """Which models a function of users has run, and whether it drew random numbers of the host there."""
+    """Which functions of users have run one model, and whether they drew random numbers of the host there.
+
+    A function that a step makes anew at each call is known by its code after some calls.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[weakref.ref[Any], bool]] = []
+        self._seen: dict[Hashable, tuple[Callable[[], Any], bool]] = {}
+        self._codes: dict[Any, tuple[int, bool]] = {}
 
-    def draws(self, model: Any) -> bool | None:
-        """Whether calls of this model draw from Python's or numpy's generator; None before the first call."""
-        for seen, draws in self._seen:
-            if seen() is model:
-                return draws
-        return None
+    def draws(self, function: Callable[..., Any]) -> bool | None:
+        """Whether calls draw from Python's or numpy's generator; None before the first call."""
+        key, part = _identity(function)
+        alive, draws = self._seen.get(key, (None, False))
+        if alive is not None and alive() is part:
+            return draws
+        count, draws = self._codes.get(_code(function), (0, False))
+        return draws if count >= _ENOUGH else None
 
-    def add(self, model: Any, *, draws: bool) -> None:
+    def has_seen_like(self, function: Callable[..., Any]) -> bool:
+        """Whether a function of the same code has passed."""
+        return _code(function) in self._codes
+
+    def add(self, function: Callable[..., Any], *, draws: bool = False) -> None:
         """Notes that a call has passed."""
-        self._seen = [entry for entry in self._seen if entry[0]() not in (None, model)]
-        self._seen.append((weakref.ref(model), draws))
+        key, part = _identity(function)
+        if len(self._seen) >= _MOST:
+            self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
+        try:
+            alive: Callable[[], Any] = weakref.ref(part)
+        except TypeError:
+            alive = functools.partial(_same, part)
+        self._seen[key] = alive, draws
+        count, drew = self._codes.get(_code(function), (0, False))
+        self._codes[_code(function)] = count + 1, drew or draws
 
 
-def refuse_state(who: str, template: Template, before: dict[str, Any], output: Any, again: Callable[[], Any]) -> None:
+_ENOUGH = 8  # functions of one code that are examined
+_MOST = 64  # functions that are kept before those that are gone are dropped
+
+
+def _same(part: Any) -> Any:
+    return part
+
+
+def _identity(function: Any) -> tuple[Hashable, Any]:
+    """A key, and the object that lives as long as it holds: a bound method is made at each access."""
+    if isinstance(function, types.MethodType):
+        return (id(function.__self__), function.__func__), function.__self__
+    return id(function), function
+
+
+def _code(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
+
+
+def refuse_state(
+    who: str, template: Template, before: dict[str, Any], output: Any, again: Callable[[], Any], *, compared: bool
+) -> None:
     """Raises if the Python attributes of modules matter to a second call.
 
     Args:
@@ -57,6 +101,7 @@ def refuse_state(who: str, template: Template, before: dict[str, Any], output: A
         before: Its ``leaves`` before that call.
         output: Of that call.
         again: Makes the second call, and returns its output.
+        compared: Whether an earlier call has compared the outputs, so that a trace need not.
 
     Raises:
         RuntimeError: Naming the attributes, their values and what to do.
@@ -79,6 +124,8 @@ def refuse_state(who: str, template: Template, before: dict[str, Any], output: A
     moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
     if moved:
         raise _refusal(who, moved, before, first, second, "")
+    if is_traced() and compared:
+        return
     if is_traced():
         raise ValuesNeededError(
             f"expected tensors with values for the first call of {who}, whose modules write the attributes "

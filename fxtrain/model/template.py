@@ -40,7 +40,9 @@ class Template:
             if id(value) in names
         ]
         self._tensors = [
-            (path, tensor, tensor._version) for path, tensor in self._contents.tensors if id(tensor) not in names
+            (path, tensor, tensor._version)
+            for path, tensor in self._contents.tensors
+            if id(tensor) not in names and not tensor.is_inference()  # whose writes torch does not count
         ]
         self._buffers = [(name, module._buffers) for name, module in root.named_modules()]
         # One name for each place in a module: torch would visit a module under two names twice.
@@ -60,13 +62,14 @@ class Template:
             self._contents.put_back()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
             self._contents.put_back()
             outer = self._outer.pop()
             if outer is not None:
                 outer.put_back()
-            self._refuse_writes()
+            if error is None:
+                self._refuse_writes()
         finally:
             self._lock.release()
 
@@ -121,11 +124,15 @@ class Template:
 
     def _refuse_writes(self) -> None:
         for path, tensor, version in self._tensors:
-            if tensor._version != version and not tensor.is_inference():
+            if tensor._version != version:
                 raise RuntimeError(
                     f"expected a call to leave tensors outside the state as they are, got a write in place to {path}. "
                     "Register it as a buffer: what a call writes into a buffer is part of the next state."
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Template:
+        root = copy.deepcopy(self.root, memo)
+        return Template(root, frozenset(id(memo[part]) for part in self._owned if part in memo), self._paths)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.root, self._paths

@@ -9,7 +9,7 @@ from typing import Any
 from fxtrain import rng
 from fxtrain.core import StepOutput, TrainState
 from fxtrain.fold.subscription import name_of
-from fxtrain.model import FirstCalls, model_of
+from fxtrain.model import model_of
 from fxtrain.precision import Policy, policy_of
 from fxtrain.step.returned import checked_metrics, described, loss_and_metrics
 from fxtrain.step.step import on_device
@@ -58,13 +58,12 @@ def eval_step(
         {'mean': tensor(1.)}
     """
     policy = policy_of(precision)
-    first = FirstCalls()
 
     def step(state: TrainState, batch: Any) -> StepOutput:
         key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
         with policy.autocast(state.step.device):
             result, _ = model_of(state).call(
-                state.params, state.buffers, measure, batch, train=False, key=key, first=first
+                state.params, state.buffers, measure, batch, train=False, key=key, check=True
             )
         extra = None
         if outputs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
 from fxtrain.fold.subscription import name_of
-from fxtrain.model import FirstCalls, captured, model_of
+from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
 from fxtrain.step.returned import loss_and_metrics
 
@@ -55,7 +55,6 @@ def gradients(
         {'w': tensor(24.)}
     """
     policy = policy_of(precision)
-    first, reached = FirstCalls(), FirstCalls()
 
     def run(state: TrainState, batch: Any, index: int = 0) -> Gradient:
         model = model_of(state)
@@ -66,15 +65,15 @@ def gradients(
         def objective(trainable: Any) -> tuple[Tensor, tuple[dict[str, Any], Any]]:
             params = model.merge(state.params, trainable, wrt)
             with policy.autocast(state.step.device):
-                result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, first=first)
+                result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, check=True)
             loss, measured = loss_and_metrics(loss_fn, result)
             if torch.compiler.is_dynamo_compiling():
                 # Whether Dynamo knows what requires a gradient inside torch.func depends on its version.
                 if _requires_grad(tree.leaves(trainable)[0]) and not _requires_grad(loss):
                     raise ValueError("expected a loss that depends on a trainable parameter, got one that reaches none")
-            elif reached.draws(model) is None:
+            elif (reached := model.first_calls(("reached", wrt))).draws(loss_fn) is None:
                 _refuse_unreached(loss_fn, loss, wrt)
-                reached.add(model, draws=False)
+                reached.add(loss_fn)
             metrics = policy.cast_output({"loss": loss, **measured})
             loss = metrics["loss"]
             return (loss if scale is None else loss * scale), (metrics, buffers)
