@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,6 @@ from fxtrain.loop.evaluate import to_device
 from fxtrain.model import captured
 from fxtrain.step.returned import described as described_value
 
-_LONGEST = 60  # characters of a constant
 _WARM = 3  # calls before those that are measured
 
 
@@ -176,8 +176,7 @@ def _told(value: Any) -> str:
         return described_value(value)
     if isinstance(value, torch.nn.Module):
         return f"a module of type {type(value).__name__}"
-    text = repr(value).split("\n")[0]
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return reprlib.repr(value)
 
 
 def _varied(known: list[dict[str, str]]) -> dict[str, tuple[str, ...]]:

@@ -110,9 +110,9 @@ class Model:
             check: Whether the first call of this function is checked.
 
         Raises:
-            RuntimeError: If the function assigns to ``parameter.data``; if it is checked, and draws numbers that the
-                key does not decide, adds parameters, or leaves attributes that change the next call.
-            NotImplementedError: If it is checked, and adds hooks to parameters.
+            RuntimeError: If the function assigns to ``parameter.data``. At a checked call also if it draws numbers that
+                the key does not decide, adds parameters, or leaves attributes that change the next call.
+            NotImplementedError: At a checked call, if the function adds hooks to parameters.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._call_in_dynamo(params, buffers, function, args, train, key)

@@ -9,6 +9,7 @@ first one ended, separates the two: a cache then stays as it is, and a counter c
 from __future__ import annotations
 
 import functools
+import reprlib
 import types
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable
@@ -24,7 +25,6 @@ from fxtrain.model.template import Template
 from fxtrain.rng.tracing import is_traced, unrecorded, unwatched
 
 _SHOWN = 3  # attributes named in an error
-_SHORT = 60  # characters of a value in an error
 
 
 class ValuesNeededError(RuntimeError):
@@ -34,7 +34,7 @@ class ValuesNeededError(RuntimeError):
 class FirstCalls:
     """Which functions of users have run one model, and whether they drew random numbers of the host there.
 
-    A function that a step makes anew at each call is known by its code after some calls.
+    Functions that a step creates at each call are recognized by their code after some calls.
     """
 
     def __init__(self) -> None:
@@ -212,8 +212,7 @@ def _shown(value: Any) -> str:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     if isinstance(value, type):
         return f"a {value.__name__}"
-    text = repr(value)
-    return text if len(text) <= _SHORT else f"{text[: _SHORT - 3]}..."
+    return reprlib.repr(value)
 
 
 def _are_close(output: Any, other: Any) -> bool:

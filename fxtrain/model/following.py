@@ -16,7 +16,7 @@ from fxtrain.rng.tracing import host_seed, is_traced
 
 
 class UnseededError(RuntimeError):
-    """A function drew random numbers that are no function of the run's seed."""
+    """A function drew random numbers, or read a clock, where only the run's seed may decide."""
 
 
 class Following:
@@ -31,7 +31,7 @@ class Following:
     Raises:
         UnseededError: At the end, if the function drew from one of ``generators``, or from a global generator where the
             key has no values: in a graph the draw would be a constant, and under vmap the same for all members.
-            Likewise if it read a clock while it was traced.
+            Also if it read a clock while it was traced.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The template: modules without memory, into which a call puts that of a state, and that are then as they were."""
+"""The template: modules on the meta device. A call fills them with the tensors of a state, and restores them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fxtrain.rng.host import GLOBAL
 
 
 class Template:
-    """Modules on the meta device. Inside ``with template:`` they can be filled and used; then they are as they were.
+    """Modules on the meta device, which can be filled and used inside ``with template:``, and are restored at its end.
 
-    Contexts nest, and each starts from modules as they were at first. Other threads wait.
+    Contexts nest, and each starts from the original modules. Other threads wait.
 
     Args:
         root: A module whose children are the modules.
@@ -111,8 +111,8 @@ class Template:
         return f"{self._paths[number]}.{rest}" if rest else self._paths[number]
 
     def apart(self, output: Any) -> Any:
-        """An output in containers of its own, where it holds one that is about to be put back."""
-        if isinstance(output, tuple) and type(output) in (tuple,):
+        """The output, in which containers of the modules are replaced by copies: the originals are put back."""
+        if type(output) is tuple:
             return tuple(map(self.apart, output))
         if id(output) in self._contents.ids:
             output = copy.copy(output)
