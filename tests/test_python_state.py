@@ -536,11 +536,11 @@ class TestSharing:
         class Listed(Base):
             def start(self):
                 self.weights = [self.inner.weight]
-                self.named = {"b": self.inner.bias}
+                self.named = {"b": (2.0, self.inner.bias)}
                 self.__dict__["plain"] = self.inner.weight
 
             def forward(self, x):
-                return x @ self.weights[0].T + self.named["b"] + 0 * self.plain.sum()
+                return x @ self.weights[0].T + self.named["b"][1] + 0 * self.plain.sum()
 
         state = fx.init(Listed())
         found = fx.gradients(loss_fn)(state, X)
@@ -550,6 +550,31 @@ class TestSharing:
         torch.testing.assert_close(found.grads["inner.bias"], module.inner.bias.grad)
         for template in (state.model._training, state.model._evaluating):
             assert template.get_submodule("0").weights[0].is_meta
+
+    def test_a_parameter_without_values_is_refused(self):
+        class Holder:
+            def __init__(self, scale):
+                self.scale = {"deep": ((scale,),)}
+
+        class Hides(Base):
+            def start(self):
+                self.scale = nn.Parameter(torch.tensor(2.0))
+                self.holder = Holder(self.scale)
+
+            def forward(self, x):
+                return self.inner(x) + torch.zeros_like(self.scale, device="cpu") * 1 + self.peek()
+
+            def peek(self):
+                return float(self.holder.scale["deep"][0][0].is_meta)
+
+        class Uses(Hides):
+            def peek(self):
+                self.seen = self.holder.scale["deep"][0][0] * 2
+                return 0.0
+
+        fx.gradients(loss_fn)(fx.init(Hides()), X)
+        with pytest.raises(RuntimeError, match=r"got model\.scale from an object that holds it besides"):
+            fx.gradients(loss_fn)(fx.init(Uses()), X)
 
     def test_a_buffer_that_is_a_parameter_follows_it(self):
         class Aliased(Base):

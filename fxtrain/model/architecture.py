@@ -19,7 +19,7 @@ from fxtrain import rng, tree
 from fxtrain.core import TrainState
 from fxtrain.fold.subscription import name_of
 from fxtrain.model.fingerprint import fingerprint
-from fxtrain.model.first_calls import FirstCalls, hooks_refused, refuse_new_parameters, refuse_state
+from fxtrain.model.first_calls import FirstCalls, empty_refused, hooks_refused, refuse_new_parameters, refuse_state
 from fxtrain.model.following import Following, generators_in
 from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.optim import MaskedNode
@@ -153,6 +153,8 @@ class Model:
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
         tensors: dict[str, Tensor] = {}
+        who = name_of(function) if examine else ""
+        watch = functools.partial(empty_refused, who, template.empty) if examine else contextlib.nullcontext
 
         def run() -> tuple[Any, dict[str, Tensor]]:
             tensors.update(flat_params)
@@ -160,7 +162,7 @@ class Model:
             template.fill(tensors)
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
-            with draw(), functional():
+            with draw(), functional(), watch():
                 output = function(model, *args)
             # Read while they are in place: a module may write a buffer or put another in its place.
             return template.apart(output), template.buffers()
@@ -170,9 +172,9 @@ class Model:
                 before = template.leaves() if examine else {}
                 output, written = run()
                 if examine:
-                    refuse_new_parameters(name_of(function), template, tensors, flat_params)
+                    refuse_new_parameters(who, template, tensors, flat_params)
                     compared = self.first_calls(train).has_seen_like(function)
-                    refuse_state(name_of(function), template, before, output, lambda: run()[0], compared=compared)
+                    refuse_state(who, template, before, output, lambda: run()[0], compared=compared)
         except rng.DataAssignmentError as error:
             path = next((template.path(name) for name, value in tensors.items() if value is error.tensor), None)
             raise error.naming(path) from None

@@ -8,11 +8,12 @@ first one ended, separates the two: a cache then stays as it is, and a counter c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import reprlib
 import types
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -235,6 +236,26 @@ def _are_close(output: Any, other: Any) -> bool:
         except RuntimeError:  # batched by vmap
             return True
     return True
+
+
+@contextlib.contextmanager
+def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
+    """Raises at the end if an operator read a tensor without memory, from a place that no call fills.
+
+    Args:
+        who: The function that runs the modules, for errors.
+        empty: Their paths by id.
+
+    Raises:
+        RuntimeError: Naming the tensor.
+    """
+    with _Reads(empty) as reads:
+        yield
+    if reads.found:
+        raise RuntimeError(
+            f"expected {who} to reach parameters and buffers through modules, got {empty[min(reads.found)]} from an "
+            "object that holds it besides, where it has no values. Read it as an attribute of its module."
+        )
 
 
 class _Reads(TorchFunctionMode):

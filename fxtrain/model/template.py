@@ -23,6 +23,11 @@ class Template:
         root: A module whose children are the modules.
         owned: The ids of the objects that belong to them alone.
         paths: How an error names each child.
+
+    Attributes:
+        root: As given.
+        slots: The name of the tensor for each place in a module.
+        empty: The path of each tensor on the meta device, by its id: no operator may see it.
     """
 
     def __init__(self, root: nn.Module, owned: frozenset[int], paths: Mapping[str, str]) -> None:
@@ -36,9 +41,16 @@ class Template:
         self._places = [
             (container, key, names[id(value)])
             for container in self._contents.containers
-            for key, value in _items(container)
+            for key, value in _entries(container)
             if id(value) in names
         ]
+        self._tuples = [
+            (container, key, value, [names.get(id(part)) for part in value])
+            for container in self._contents.containers
+            for key, value in _entries(container)
+            if type(value) is tuple and any(id(part) in names for part in value)
+        ]
+        self.empty = {number: self.path(name) for number, name in names.items()}
         self._tensors = [
             (path, tensor, tensor._version)
             for path, tensor in self._contents.tensors
@@ -85,6 +97,10 @@ class Template:
         """Puts the tensors of a state in their places, ties included."""
         for container, key, name in self._places:
             container[key] = tensors[name]
+        for container, key, values, names in self._tuples:
+            container[key] = tuple(
+                value if name is None else tensors[name] for value, name in zip(values, names, strict=True)
+            )
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by name: a module may write one or put another in its place."""
@@ -172,9 +188,7 @@ def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset
     return made, frozenset(id(value) for key, value in memo.items() if key not in (id(value), id(memo)))
 
 
-def _items(container: Any) -> list[tuple[Any, Any]]:
+def _entries(container: Any) -> list[tuple[Any, Any]]:
     if isinstance(container, dict):
-        return [(key, value) for key, value in container.items() if isinstance(value, Tensor)]
-    if isinstance(container, list | collections.deque):
-        return [(index, value) for index, value in enumerate(container) if isinstance(value, Tensor)]
-    return []
+        return list(container.items())
+    return list(enumerate(container)) if isinstance(container, list | collections.deque) else []
