@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sources import Augmented, Rows, assert_same, in_order, indexed_sources, same, take
 from torch.utils.data import DataLoader
 
-from fxtrain.data import Exhausted, batches, from_iterable, from_loader, prefetch
+from fxtrain.data import Exhausted, Source, batches, from_iterable, from_loader, prefetch
 from fxtrain.data.generators import seeded
 
 
@@ -154,4 +154,29 @@ def test_prefetch_copies_to_a_device():
         batch = data[position]["x"]
         assert batch.is_cuda
         assert batch.cpu().equal(plain[position]["x"])
+    data.close()
+
+
+def test_a_long_read_does_not_delay_close_and_the_source_is_closed_after_it():
+    go, events = threading.Event(), []
+
+    class Slow(Source):
+        epoch_length = 9
+
+        def fetch(self, position):
+            if position == 1:
+                go.wait()
+            events.append(position)
+            return torch.tensor(position)
+
+        def close(self):
+            events.append("closed")
+
+    data = prefetch(Slow())
+    data[0]
+    data.close()
+    assert events == [0]
+    threading.Timer(0.2, go.set).start()
+    assert data[2] == 2  # waits for the thread before
+    assert events[:4] == [0, 1, "closed", 2]
     data.close()

@@ -38,9 +38,10 @@ def shuffled(seed):
     """A function that returns batches in an order of its own."""
 
     def stream():
+        rng = random.Random(seed())
         order = problem.data(8)
-        random.Random(seed()).shuffle(order)
-        yield from order
+        rng.shuffle(order)
+        yield from ({**batch, "x": batch["x"] + rng.random()} for batch in order)
 
     return stream
 

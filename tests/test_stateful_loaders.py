@@ -31,9 +31,8 @@ class Counting(IterableDataset):
 
 
 def stateful(kind, workers):
-    # What a worker draws after it was begun anew is torchdata's own business, and not in its state.
-    augmented = Augmented(11) if workers == 0 else torch.arange(11)
-    source = Counting(noise=workers == 0) if kind == "iterable" else augmented
+    # Samples that an iterable dataset draws in a worker depend on those before it, whose generator torchdata forgets.
+    source = Counting(noise=workers == 0) if kind == "iterable" else Augmented(11)
     options = {"shuffle": True} if kind == "map" else {}
     return StatefulDataLoader(source, 3, drop_last=True, num_workers=workers, **options)
 
@@ -120,3 +119,72 @@ def test_a_stateful_loader_says_what_it_cannot_do(caplog):
 
     with pytest.raises(ValueError, match="cannot be kept in a checkpoint: let its state_dict, and those of its data"):
         from_stateful_loader(StatefulDataLoader(Opaque(), 3)).snapshot(0)
+
+
+class OwnGenerator(Augmented):
+    def __init__(self, count=24):
+        super().__init__(count)
+        self.rng = random.Random(0)
+
+    def __getitem__(self, index):
+        return {"i": index, "own": self.rng.random()}
+
+
+class KeepsGenerator(OwnGenerator):
+    def state_dict(self):
+        return {"own": list(self.rng.getstate()[1])}
+
+    def load_state_dict(self, state):
+        self.rng.setstate((3, tuple(state["own"]), None))
+
+
+def mixed(samples):
+    """A collation that draws random numbers too."""
+    batch = torch.utils.data.default_collate(samples)
+    return {**batch, "mixed": torch.rand(2)}
+
+
+def read(make, stop):
+    data = from_stateful_loader(make(), seed=2)
+    found = take(data, range(stop))
+    data.close()
+    return found
+
+
+def resume(make, start, stop):
+    data = from_stateful_loader(make(), seed=2)
+    take(data, range(start))
+    snapshot = data.snapshot(start)
+    data.close()
+    data = from_stateful_loader(make(), seed=2)
+    data.restore(start, snapshot)
+    found = take(data, range(start, stop))
+    data.close()
+    return found
+
+
+@pytest.mark.parametrize("start", [pytest.param(start, marks=pytest.mark.slow) for start in (1, 3, 4, 6)] + [5])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_augmentation_in_workers_is_resumed(start, persistent):
+    def make():
+        options = {"shuffle": True, "num_workers": 2, "persistent_workers": persistent, "collate_fn": mixed}
+        return StatefulDataLoader(Augmented(12), 3, **options)
+
+    whole = read(make, 10)
+    assert not same(whole[0]["r"], whole[4]["r"])
+    assert_same(resume(make, start, 10), whole[start:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_does_not_repeat_itself_is_warned_about(workers):
+    with pytest.warns(UserWarning, match=f"expected batch {max(1, workers)} of the StatefulDataLoader"):
+        resume(lambda: StatefulDataLoader(OwnGenerator(), 3, num_workers=workers), 6, 7)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 8, 9])
+def test_a_generator_that_the_dataset_keeps_is_resumed(start, recwarn):
+    def make():
+        return StatefulDataLoader(KeepsGenerator(), 3, shuffle=True)
+
+    assert_same(resume(make, start, 12), read(make, 12)[start:])
+    assert not [warning for warning in recwarn if "expected batch" in str(warning.message)]

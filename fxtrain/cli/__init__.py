@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: By default those of the process.
 
     Returns:
-        The exit code: 0 when done, 2 when what was asked for cannot be done, 130 after an interrupt.
+        The exit code: 0 when done, 2 when what was asked for cannot be done, 128 and the number of a signal that
+        ended it: 130 for SIGINT, 143 for SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:

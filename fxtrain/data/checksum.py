@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,21 @@ def checksum(batch: Any) -> int:
         if isinstance(value, Tensor):
             hashed.update(f"{value.dtype}{list(value.shape)}".encode())
             if value.layout == torch.strided:
-                hashed.update(_bytes(value).numpy())
+                hashed.update(_bytes(value).numpy().data)
         elif isinstance(value, str | bytes | bool | int | float):
             hashed.update(repr(value).encode())
     return hashed.intdigest() - 2**63
+
+
+def warn_of_another_batch(index: int, name: str) -> None:
+    """Warns that a batch read again differs from what was read before the checkpoint."""
+    warnings.warn(
+        f"expected batch {index} of {name} as it was read before the checkpoint, got another one. The resumed run "
+        "differs from the uninterrupted one. Make the data repeat itself: derive its random numbers from the index of "
+        "the sample or the epoch, seed its shuffling, or keep its generators in its state_dict.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _is_numeric(leaf: Any) -> bool:

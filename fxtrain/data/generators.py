@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from fxtrain.data.order import mix
@@ -36,6 +38,14 @@ def seeded(*numbers: int) -> Iterator[None]:
             yield
         finally:
             torch.default_generator.set_state(state)
+
+
+def seed_process(*numbers: int) -> None:
+    """Seeds the same generators for good, in a process that nothing else draws in."""
+    seed = mix(*numbers)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from fxtrain.data.arrays import samples
 from fxtrain.data.generators import borrowed, seeded, start_epoch
 from fxtrain.data.source import ANY, Source
 from fxtrain.data.streams import Streamed, free_dimensions
-from fxtrain.data.workers import ended, started
+from fxtrain.data.workers import Seeds, end_persistent, ended, started
 
 
 def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False) -> Source:
@@ -39,8 +39,9 @@ def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False
     """
     if _can_jump(loader):
         return Loaded(loader, seed=seed, dynamic=dynamic)
+    read: list[int] = []
     return Streamed(
-        lambda epoch: _epoch(loader, epoch, seed),
+        lambda epoch: _epoch(loader, epoch, seed, read),
         name=f"the {type(loader).__name__}",
         seed=seed,
         free=free_dimensions(loader, dynamic),
@@ -144,20 +145,30 @@ class Keyed(Dataset[Any]):
         setattr(self.__dict__["_parts"][0], name, value)
 
 
-def _epoch(loader: Any, epoch: int, seed: int) -> Iterator[Any]:
-    """One epoch, with the loader's generators as they would go on if nobody else used them."""
+def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]:
+    """One epoch, with the loader's generators as they would go on if nobody else used them.
+
+    Args:
+        loader: To iterate.
+        epoch: Its number.
+        seed: Any whole number.
+        read: The epoch that was read to its end last, to be updated.
+    """
     iterator, states = None, []
+    if read != [epoch - 1]:
+        end_persistent(loader)
     try:
         while True:
             with borrowed(loader) as generators:
                 if iterator is None:
                     start_epoch(loader, epoch, seed)
-                    iterator = started(loader)
+                    iterator = started(loader, Seeds(seed, epoch))
                 for generator, state in zip(generators, states, strict=False):
                     generator.set_state(state)
                 batch = next(iterator, _same)
                 states = [generator.get_state() for generator in generators]
             if batch is _same:
+                read[:] = [epoch]
                 return
             yield batch
     finally:

@@ -21,7 +21,7 @@ from fxtrain.rng.host import is_seeded
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds that the end of a session waits for the batch under way
+_PATIENCE = 2.0  # seconds that the end of a session waits for the batch under way
 
 
 def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
@@ -118,7 +118,8 @@ class Prefetched(Source):
             if not reader.stop(_PATIENCE):
                 # Waiting longer would keep an interrupted process alive until its scheduler kills it.
                 self._closed = reader
-                _log.warning("Prefetch was closed while a batch is read for more than %g seconds.", _PATIENCE)
+                reader.afterwards(self.source.close)
+                _log.info("Prefetch is closed when the batch under way is read, which takes longer than usual.")
                 return
         self._wait_for_closed()
         self.source.close()
@@ -173,6 +174,8 @@ class Reader:
         self._jumps = 0
         self._busy = False
         self._stopped = False
+        self._afterwards: Callable[[], None] | None = None
+        self._has_ended = False
         # A daemon, so that a dataset that hangs cannot keep the interpreter from exiting.
         self._thread = threading.Thread(target=self._run, name="fxtrain prefetch", daemon=True)
         self._thread.start()
@@ -206,7 +209,22 @@ class Reader:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Calls ``action`` once the thread reads no more."""
+        with self._changed:
+            if not self._has_ended:
+                self._afterwards = action
+                return
+        action()
+
     def _run(self) -> None:
+        self._read_ahead()
+        with self._changed:
+            self._has_ended, action = True, self._afterwards
+        if action is not None:
+            action()
+
+    def _read_ahead(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fxtrain.data.checksum import checksum, warn_of_another_batch
 from fxtrain.data.generators import seeded, start_epoch
 from fxtrain.data.source import ANY, Exhausted, Source
-from fxtrain.data.workers import ended, started
+from fxtrain.data.workers import Seeds, end_persistent, ended, started
 
 _log = logging.getLogger(__name__)
 _END: Any = object()
@@ -134,29 +135,43 @@ class Stateful(Streamed):
         self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
         self._start_of_dataset = copy.deepcopy(self._dataset.state_dict()) if self._dataset is not None else None
         self._readable = False  # whether a snapshot has been tried
+        self._counted: int | None = None  # the epoch that persistent workers are in, by their own count
+        self._batches = 0  # read since the iterator was started
+        self._trial: dict[str, Any] | None = None  # a state, and the checksum of the batch that followed it
+        self._tried = False  # whether the trial of a snapshot was read again
 
     def _start(self, epoch: int) -> Iterator[Any]:
         follows = self._ended and epoch == self._epoch + 1
         if self._begun and not follows and self._dataset is not None:
             self._dataset.load_state_dict(copy.deepcopy(self._start_of_dataset))
         start_epoch(self.loader, epoch, self.seed)
-        return started(self.loader)
+        if getattr(self.loader, "persistent_workers", False) and not (follows and self._counted == self._epoch):
+            end_persistent(self.loader)
+        self._counted, self._batches = epoch, 0
+        return started(self.loader, Seeds(self.seed, epoch))
+
+    def fetch(self, position: int) -> Any:
+        if self._trial is not None:
+            return super().fetch(position)
+        self._seek(position)
+        if self._batches < max(1, getattr(self.loader, "num_workers", 0)):  # each worker is to have made one before
+            return super().fetch(position)
+        before = copy.deepcopy(self._state())
+        batch = super().fetch(position)
+        if before["index"] + 1 == self._index:
+            self._trial = {"state": before, "checksum": checksum(batch)}
+        return batch
+
+    def _read(self) -> Any:
+        self._batches += 1
+        return super()._read()
 
     def snapshot(self, position: int) -> Tensor:
         """What ``restore`` needs to continue at ``position`` without reading again: uint8 [n]."""
         if self._iterator is None or position != self._position:
             self._seek(position)
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "epoch": self._epoch,
-                "index": self._index,
-                "ended": self._ended,
-                "epoch_length": self.epoch_length,
-                "loader": self.loader.state_dict(),
-            },
-            buffer,
-        )
+        torch.save({**self._state(), "trial": self._trial}, buffer)
         snapshot = torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
         if not self._readable:
             _load(snapshot)  # better now than when a run is to be resumed
@@ -166,26 +181,49 @@ class Stateful(Streamed):
     def restore(self, position: int, snapshot: Tensor) -> None:
         """Continues at ``position`` as the source went on from there that made the snapshot.
 
+        The first time, an earlier batch is read again from its own snapshot. If it is another one now, a warning says
+        that the loader does not repeat itself.
+
         Raises:
             ValueError: If the snapshot belongs to another position.
         """
         content = _load(snapshot)
-        epoch, index, length = content["epoch"], content["index"], content["epoch_length"]
-        stood = epoch * (length or 0) + index
+        stood = content["epoch"] * (content["epoch_length"] or 0) + content["index"]
         if stood != position:
             raise ValueError(f"The snapshot of {self._name} was made at position {stood}, and is not for {position}.")
+        trial, self._trial = content.get("trial"), content.get("trial")
+        if trial is not None and not self._tried:
+            self._tried = True
+            self._continue_from(trial["state"])
+            at = self._position
+            if checksum(self._read()) != trial["checksum"]:
+                warn_of_another_batch(at, self._name)
+            self.close()
+        self._continue_from(content)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "index": self._index,
+            "ended": self._ended,
+            "epoch_length": self.epoch_length,
+            "loader": self.loader.state_dict(),
+        }
+
+    def _continue_from(self, state: dict[str, Any]) -> None:
+        epoch = state["epoch"]
         start_epoch(self.loader, epoch, self.seed)
-        self.loader.load_state_dict(content["loader"])
+        ended(getattr(self.loader, "_iterator", None))
+        self.loader.load_state_dict(state["loader"])
         with seeded(self.seed, epoch, 2):
-            self._iterator = started(self.loader)
-        self._begun, self._epoch, self._index = True, epoch, index
-        self._ended, self.epoch_length = content["ended"], length
+            self._iterator = started(self.loader, Seeds(self.seed, epoch))
+        self._begun, self._epoch, self._index, self._batches = True, epoch, state["index"], 0
+        self._ended, self.epoch_length = state["ended"], state["epoch_length"]
+        self._counted = None if self._ended else epoch  # at an epoch's end the loader has begun another by itself
 
     def close(self) -> None:
         super().close()
-        if (iterator := getattr(self.loader, "_iterator", None)) is not None:
-            self.loader._iterator = None  # torchdata's loader holds on to its workers
-            ended(iterator)
+        end_persistent(self.loader)  # torchdata's loader holds on to its workers
 
 
 def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Source:

@@ -66,9 +66,12 @@ def fit(
 
     ``state`` itself is left as it was: the run works on a copy.
 
-    SIGINT, SIGTERM and SIGUSR1 end it where the state is whole, with a last checkpoint: after the step under way at
-    the latest, that is one step and the writing of one state later. A compilation or an evaluation under way is left
-    at once, and comes again when the run is resumed. A second SIGINT ends the process on the spot.
+    SIGINT, SIGTERM and SIGUSR1 end the run where the state is whole, with a last checkpoint: after the step under way
+    at the latest. A compilation, an evaluation or a wait for data is left immediately, and is repeated when the run is
+    resumed. A second SIGINT ends the process, even while a checkpoint is written. ``result.exit_code`` is what the
+    process should then exit with. If it does not exit, the next ``fit`` after SIGTERM or SIGUSR1 raises SystemExit
+    with that code. Two cases differ: after SIGINT the next ``fit`` trains, as in a notebook; and a SIGTERM handler
+    that the program has installed is called in place of SystemExit, when the interrupted run is saved.
 
     Args:
         state: From ``init``, or the ``last`` of another result.
@@ -97,6 +100,7 @@ def fit(
 
     Raises:
         ValueError: If no limit is given, evaluation is half given, or a callback subscribes to what never fires.
+        SystemExit: If SIGTERM or SIGUSR1 has ended an earlier run in this process.
 
     Example:
         >>> import torch, fxtrain as fx

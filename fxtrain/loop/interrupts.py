@@ -61,6 +61,7 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
         self._has_left = False
         self._is_saving = is_saving
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -73,25 +74,26 @@ class Interrupts:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        before = self._restore()
-        theirs = before.get(self._kind) if self._kind is not None else None
+        before, kind = self._restore(), self._kind
+        if kind is None:
+            return
+        theirs = before.get(kind)
         if theirs == signal.SIG_DFL:
-            _pending[:] = [self._kind]
+            _pending[:] = [kind]
         elif callable(theirs) and theirs is not signal.default_int_handler:
-            signal.raise_signal(self._kind)
+            signal.raise_signal(kind)
 
     def leaving_waits(self, data: Any) -> Waits:
         """``data``, whose reading is left by ``Abandoned`` when a signal arrives."""
         return Waits(data, self)
 
-    def explains(self, error: RuntimeError) -> bool:
-        """Whether workers of a DataLoader are gone because of a signal that this process has received too.
+    def explains(self, error: Exception) -> bool:
+        """Whether an error of the data follows from a signal, as when it has ended workers of a DataLoader.
 
-        It waits a second for that signal.
+        For a signal that has reached the workers first it waits a second.
         """
-        if _DEAD_WORKER not in str(error):
-            return False
-        until = time.monotonic() + (_GRACE if self._before else 0.0)
+        from_workers = isinstance(error, OSError | EOFError) or _DEAD_WORKER in str(error)
+        until = time.monotonic() + (_GRACE if from_workers and self._before else 0.0)
         while self.cause is None and time.monotonic() < until:
             time.sleep(0.01)
         return self.cause is not None
@@ -104,6 +106,12 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
+        if os.getpid() != self._process:
+            # A process forked during the session: this one answers for it, and ends it by SIGTERM.
+            if kind == signal.SIGTERM:
+                self._restore()
+                signal.raise_signal(kind)
+            return
         if self.cause is None:
             self.cause, self.exit_code, self._kind = kind.name, 128 + number, kind
             self._ignore_dead_workers()
@@ -161,10 +169,11 @@ class Waits:
     def __getitem__(self, position: int) -> Any:
         try:
             return self._read(position)
-        except RuntimeError as error:
-            if self._interrupts.explains(error):
-                raise Abandoned from error
-            raise
+        except Exception as error:
+            if not self._interrupts.explains(error):
+                raise
+            _log.info("Reading a batch failed after %s: %r.", self._interrupts.cause, error)
+            raise Abandoned from error
 
 
 def _leaving_waits(data: Any) -> Callable[[int], Any]:

@@ -5,13 +5,12 @@ The checksum of that batch is in checkpoints alone. A state in memory does not d
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 
 from fxtrain.core import BATCH, TrainState
-from fxtrain.data import checksum
+from fxtrain.data.checksum import checksum, warn_of_another_batch
 
 
 class LastBatch(NamedTuple):
@@ -48,10 +47,4 @@ def without_last_batch(state: TrainState) -> tuple[TrainState, LastBatch | None]
 def warn_unless_repeated(data: Any, last: LastBatch) -> None:
     """Reads a batch again and warns if it is another than before."""
     if checksum(data[last.index]) != last.checksum:
-        warnings.warn(
-            f"expected batch {last.index} of the data as it was read before the checkpoint, got another one. The "
-            "resumed run differs from the uninterrupted one. Make the data repeat itself: derive its random numbers "
-            "from the index of the sample or the epoch, seed its shuffling, or keep its generators in its state_dict.",
-            UserWarning,
-            stacklevel=3,
-        )
+        warn_of_another_batch(last.index, "the data")
