@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from sources import Augmented, assert_resumes, assert_same, same, take
-from torch.utils.data import IterableDataset
+from sources import Augmented, Lines, assert_resumes, assert_same, same, take
+from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fxtrain.data import Exhausted, from_stateful_loader, prefetch
+from fxtrain.data import Exhausted, from_loader, from_stateful_loader, prefetch
 
 
 class Counting(IterableDataset):
@@ -188,3 +188,28 @@ def test_a_generator_that_the_dataset_keeps_is_resumed(start, recwarn):
 
     assert_same(resume(make, start, 12), read(make, 12)[start:])
     assert not [warning for warning in recwarn if "expected batch" in str(warning.message)]
+
+
+def test_workers_that_draw_in_sequence_are_warned_about():
+    with pytest.warns(UserWarning, match="expected batch 2 of the StatefulDataLoader"):
+        resume(lambda: StatefulDataLoader(Counting(24), 3, num_workers=2), 4, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_persistent_workers_draw_by_epoch_wherever_reading_starts(kind):
+    def make():
+        source = Lines(24) if kind == "iterable" else Augmented(12)
+        loader = DataLoader(source, 3, num_workers=2, persistent_workers=True, drop_last=True)
+        return from_loader(loader, seed=2)
+
+    data = make()
+    whole = take(data, range(14))
+    assert not same(whole[0], whole[8 if kind == "iterable" else 4])
+    assert_same(take(data, (9, 10, 2, 9)), [whole[position] for position in (9, 10, 2, 9)])
+    data.close()
+    for start in (3, 9):
+        data = make()
+        data.expect_epoch_length(8) if kind == "iterable" else None
+        assert_same(take(data, range(start, 14)), whole[start:])
+        data.close()

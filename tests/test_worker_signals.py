@@ -105,6 +105,28 @@ def test_workers_that_hang_are_ended(persistent):
     assert not any(worker.is_alive() for worker in workers)
 
 
+UNENDED = """
+import sys, time, torch
+from torch.utils.data import DataLoader, IterableDataset
+from fxtrain.data import from_loader
+
+class Hanging(IterableDataset):
+    def __iter__(self):
+        yield torch.ones(1)
+        time.sleep(1000)
+
+loader = DataLoader(Hanging(), 1, num_workers=2, persistent_workers=True)
+data = from_loader(loader)
+data[0]
+sys.exit(3)
+"""
+
+
+def test_workers_that_hang_do_not_hang_the_end_of_the_process():
+    ended = subprocess.run([sys.executable, "-c", UNENDED], capture_output=True, text=True, timeout=SECONDS)
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 def test_the_loaders_own_settings_are_left_as_they_were():
     loader = DataLoader(Hanging(), 2, num_workers=1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -152,11 +152,13 @@ def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]
         loader: To iterate.
         epoch: Its number.
         seed: Any whole number.
-        read: The epoch that was read to its end last, to be updated.
+        read: The epoch that the loader has just read to its end, if any; to be updated.
     """
     iterator, states = None, []
-    if read != [epoch - 1]:
-        end_persistent(loader)
+    follows = read == [epoch - 1]
+    read.clear()
+    if not follows:
+        end_persistent(loader)  # they count epochs
     try:
         while True:
             with borrowed(loader) as generators:

@@ -266,6 +266,11 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
     It has ``snapshot(position)`` and ``restore(position, snapshot)``, so that a run is resumed without reading
     anything again. Any other jump reads from the start of the epoch, and logs a warning.
 
+    What a worker draws for a batch from the global generators of torch, Python and numpy is a function of (seed, epoch,
+    keys of the samples), so a resumed run draws the same. Generators of the dataset's own belong in its ``state_dict``.
+    The first restore reads one earlier batch again and warns if it is another than before the checkpoint. The workers
+    of an iterable dataset draw in sequence, which cannot be resumed: it warns too.
+
     Args:
         loader: Its state is to consist of tensors, numbers, strings, lists, dicts and None.
         seed: Any whole number. At each epoch the loader's generators are seeded from (seed, epoch).

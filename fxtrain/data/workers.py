@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
             _replaced(loader, worker_init_fn=init, multiprocessing_context=context),
         ):
             iterator = iter(loader)
+            for worker in getattr(iterator, "_workers", ()):
+                worker._popen.terminate = functools.partial(_terminate, worker._popen, weakref.ref(iterator))
     except BaseException:
         ended(iterator)
         raise
@@ -193,6 +196,12 @@ def _start(worker: Any) -> None:
         worker._popen.terminate = worker._popen.kill  # by default it sends SIGTERM
 
 
+def _terminate(popen: Any, iterator: Callable[[], Any]) -> None:
+    """What torch at the end of an iterator, and multiprocessing at the end of the process, call for a busy worker."""
+    _unregister(iterator())
+    popen.kill()
+
+
 def _start_helpers(loader: DataLoader[Any]) -> None:
     """Starts the processes that multiprocessing needs to start others.
 
@@ -216,11 +225,15 @@ def _start_helpers(loader: DataLoader[Any]) -> None:
 
 
 def _kill(iterator: Any, workers: list[Any]) -> None:
-    if iterator._worker_pids_set:
-        # Otherwise torch raises in the main thread that a worker was killed.
-        iterator._worker_pids_set = False
-        with contextlib.suppress(ValueError):
-            reported: Any = signal_handling
-            reported._remove_worker_pids(id(iterator))
+    _unregister(iterator)
     for worker in workers:
         worker.kill()
+
+
+def _unregister(iterator: Any) -> None:
+    """Otherwise torch raises in the main thread that a worker was killed."""
+    if getattr(iterator, "_worker_pids_set", False):
+        iterator._worker_pids_set = False
+        reported: Any = signal_handling
+        with contextlib.suppress(ValueError):
+            reported._remove_worker_pids(id(iterator))
