@@ -404,13 +404,62 @@ def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path, config, says
     assert not (tmp_path / "run").exists()
 
 
-def test_a_story_that_somebody_else_wrote_is_left_alone(story):
+@pytest.mark.parametrize("content", ["", "{torn", "\0" * 50, '{"config": 1, "sessions": 3}', "[]"])
+def test_a_damaged_record_is_set_aside_and_the_story_begins_again(story, content):
     story.folder.mkdir(parents=True)
-    (story.folder / "run.json").write_text("{torn")
+    (story.folder / "run.json").write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"run.json is not what record_run wrote, so the story begins again"):
+        fit(story)
+    assert [session["reason"] for session in story.sessions] == ["reached 4 steps"]
+    assert (story.folder / "run.json.damaged").read_text() == content
+
+
+def test_zeros_at_the_end_of_the_events_are_cut(story):
+    story.folder.mkdir(parents=True)
+    (story.folder / "events.jsonl").write_bytes(b'{"event": "FitEnd"}\n' + b"\0" * 100)
+    fit(story)
+    assert story.names == ["FitEnd", "FitBegin", "FitEnd"]
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_event(story):
+    from test_failing_writers import full_disk
+
     observer = observers.record_run(story.folder)
-    with pytest.raises(ValueError, match=r"run.json is not what record_run wrote: .* Move it away"):
-        observer(None, FitBegin(step=0), NOTHING)
-    assert (story.folder / "run.json").read_text() == "{torn"
+    observer(None, FitBegin(step=0), NOTHING)
+    with pytest.warns(RuntimeWarning, match="record_run cannot write to .* and tries again") as said:  # noqa: PT031
+        with full_disk((story.folder / "events.jsonl").stat().st_size + 20):
+            for step in (1, 2, 3):
+                observer(None, Saved(step=step, path="p", metrics={}), NOTHING)
+                observer.flush()
+        observer(None, FitEnd(step=3, reason="done"), NOTHING)
+        observer.close()
+    assert story.names == ["FitBegin", "Saved", "Saved", "Saved", "FitEnd"]
+    assert story.sessions[0]["reason"] == "done"
+    assert len(said) == 1
+
+
+def test_a_full_disk_counts_the_events_that_are_lost_and_stops_a_run_that_requires_them(story):
+    from test_failing_writers import full_disk
+
+    with full_disk(5):
+        observer = observers.record_run(story.folder)
+        with pytest.warns(RuntimeWarning, match="2 lines of .*events.jsonl could not be written and are lost"):  # noqa: PT031
+            observer(None, FitBegin(step=0), NOTHING)
+            observer(None, FitEnd(step=0, reason="done"), NOTHING)
+            observer.close()
+        with pytest.warns(RuntimeWarning), pytest.raises(OSError, match="File too large"):
+            story.observer()(None, FitBegin(step=0), NOTHING)
+
+
+def test_an_archive_of_which_a_power_cut_left_the_name_is_written_again(tmp_path, source):
+    run = tmp_path / "run"
+    line, files = recorded(run, source)
+    (run / "code" / line["archive"]).write_bytes(b"")
+    with open(run / "code" / "sessions.jsonl", "ab") as file:
+        file.write(b"\0" * 30)
+    again, found = recorded(run, source, step=1)
+    assert (again["archive"], found) == (line["archive"], files)
+    assert len(lines(run / "code" / "sessions.jsonl")) == 2
 
 
 def test_the_report_reads_what_was_recorded(story):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fxtrain.core import Control, FitBegin, TrainState
+from fxtrain.disk import make_folder, put_file, sync_file, sync_folder
 from fxtrain.observers.repository import commit_of, git
 
 _LARGEST = 2**20  # bytes of a file; source is smaller
@@ -54,12 +55,12 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         files = {str(path.relative_to(root)): path for path in _files(root) if own not in path.parents}
         contents = {name: path.read_bytes() for name, path in sorted(files.items())}
         path = target / f"{_digest(contents)}.zip"
-        target.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        make_folder(target)
+        if not zipfile.is_zipfile(path):  # it is not there, or a power cut left no more than its name
             _write(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
         line = {"step": event.step, "archive": path.name, **_commit(root, own)}
-        with open(target / "sessions.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        _add_line(target / "sessions.jsonl", json.dumps(line).encode())
+        sync_folder(target)
 
     return record_code
 
@@ -108,7 +109,18 @@ def _write(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.external_attr = mode << 16
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    sync_file(new)
     os.replace(new, path)
+
+
+def _add_line(path: Path, line: bytes) -> None:
+    """Adds a line, after one that a crash may have torn or a power cut filled with zeros."""
+    before = path.read_bytes() if path.exists() else b""
+    kept = before.rstrip(b"\0")
+    if len(kept) < len(before):
+        os.truncate(path, len(kept))
+    torn = kept and not kept.endswith(b"\n")
+    put_file(path, [b"\n" * bool(torn), line, b"\n"], "ab")
 
 
 def _commit(root: Path, own: Path) -> dict[str, object]:

@@ -9,7 +9,9 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,14 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
 )
+from fxtrain.core.text import printable
+from fxtrain.disk import make_folder, replace_file, set_aside, sync_file, sync_folder
 from fxtrain.observers.repository import commit_of
 from fxtrain.values import plain
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
 
+_MOST_LINES = 10_000  # that wait where they cannot be written
 _TOGETHER = 100  # steps whose requests may wait on their device
 _TOLD: Mapping[type[Any], tuple[str, ...]] = {
     FitBegin: ("total_steps", "total_epochs", "resumed"),
@@ -57,6 +62,10 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
       from it.
 
     Nothing waits for an accelerator: requests that only it knows are read some steps later.
+
+    Both are on the disk before each save. A ``run.json`` that a power cut left empty or cut is moved to
+    ``run.json.damaged``, with a warning, and begun again. Where the disk is full, at most 10,000 lines wait, and are
+    written later.
 
     Args:
         folder: Of the run. Made if it is not there.
@@ -86,7 +95,7 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
             "and dicts of these."
         ) from None
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     return RecordRun(path, kept)
 
 
@@ -97,6 +106,11 @@ class RecordRun:
         self._run, self._events = folder / "run.json", folder / "events.jsonl"
         self._config = config
         self._known: dict[str, Any] = {}
+        self._unwritten = False  # whether run.json lacks something of it
+        self._lines: deque[bytes] = deque()  # that events.jsonl lacks
+        self._dropped = 0
+        self._failure: OSError | None = None  # since the last success
+        self._contained: OSError | None = None
         self._unread: list[tuple[LoopEvent, Control]] = []
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
@@ -111,12 +125,26 @@ class RecordRun:
         if isinstance(event, FitEnd | Interrupted):
             self._end(event)
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def flush(self) -> None:
+        """Writes what is left, and brings it to the disk."""
         self._read()
+        self._try(self._sync)
+
+    def close(self) -> None:
+        """Writes what is left. Lines that cannot be written are counted in a warning."""
+        self.flush()
+        if lost := self._dropped + len(self._lines):
+            _warn(f"record_run: {lost} lines of {self._events} could not be written and are lost.")
+            self._lines.clear()
+            self._dropped = 0
+
+    def take_failure(self) -> Exception | None:
+        """Returns the error of the disk that was contained since this was last asked."""
+        failure, self._contained = self._contained, None
+        return failure
 
     def _begin(self, state: TrainState | None, event: FitBegin) -> None:
-        before = _read_json(self._run) if self._run.exists() else {}
+        before = _read_json(self._run)
         sessions = before.get("sessions", [])
         # What a session that was killed began stays as it is: it has no end.
         sessions.append({"began": _now(), "from_step": event.step, "environment": _environment(state)})
@@ -132,9 +160,36 @@ class RecordRun:
         self._write()
 
     def _write(self) -> None:
-        new = self._run.with_name("run.json.tmp")
-        new.write_text(json.dumps(self._known, indent=2))
-        os.replace(new, self._run)
+        self._unwritten = True
+        self._try(self._put)
+
+    def _put(self) -> None:
+        """Writes what the files lack."""
+        if self._unwritten:
+            replace_file(self._run, json.dumps(self._known, indent=2).encode())
+            self._unwritten = False
+        if self._lines:
+            _append(self._events, b"".join(self._lines))
+            self._lines.clear()
+
+    def _sync(self) -> None:
+        self._put()
+        if self._events.exists():
+            sync_file(self._events)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self._contained = self._contained or error
+            if self._failure is None:
+                _warn(
+                    f"record_run cannot write to {self._run.parent} and tries again; up to {_MOST_LINES} lines wait. "
+                    f"Training goes on. {type(error).__name__}: {printable(str(error))}"
+                )
+            self._failure = error
+        else:
+            self._failure = None
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []
@@ -145,23 +200,59 @@ class RecordRun:
                 line["asked"] = asked
             if asked or kind in _TOLD:
                 self._line({"event": kind.__name__, **_at(event), **line})
+        if self._lines:
+            self._try(self._put)
 
     def _line(self, line: dict[str, Any]) -> None:
-        with open(self._events, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a line that a crash tore ends here
-                    file.write(b"\n")
-            file.write(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+        self._lines.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+        if len(self._lines) > _MOST_LINES:
+            self._lines.popleft()
+            self._dropped += 1
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Adds lines to a file, all or none. A last line that a crash tore ends where they begin."""
+    is_new = not path.exists()
+    with open(path, "ab+", buffering=0) as file:
+        size = end = file.tell()
+        # A power cut may have left zeros in the place of what was not synced.
+        while end and (last := _byte(file, end - 1)) == b"\0":
+            end -= 1
+        if end < size:
+            file.truncate(end)
+        torn = end > 0 and last != b"\n"
+        rest = memoryview(b"\n" + lines if torn else lines)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+    if is_new:
+        sync_folder(path.parent)
+
+
+def _byte(file: Any, place: int) -> bytes:
+    file.seek(place)
+    return file.read(1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """What an earlier session wrote, or nothing where that cannot be read, and is set aside."""
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not what record_run wrote: {error}. Move it away, and the story begins anew."
-        ) from error
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and isinstance(found.get("sessions", []), list):
+            return found
+    except ValueError:
+        pass
+    set_aside(path, "is not what record_run wrote, so the story begins again")
+    return {}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def _flags(control: Control) -> list[Any]:

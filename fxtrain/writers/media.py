@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fxtrain.disk import make_folder, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Video, plain
 from fxtrain.writers.encoding import gif, png, wav
 from fxtrain.writers.interface import Backend, unwritable
@@ -29,7 +30,8 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
     PLY. Several of one name are numbered, ``00000100-3.png``; so are images in a table, which has their names. Numbers
     that JSON does not have are strings there, ``"NaN"``.
 
-    ``purge`` moves what lies beyond a step to ``<folder>.dropped``.
+    ``flush`` puts the files and their names on the disk. ``purge`` moves what lies beyond a step to
+    ``<folder>.dropped``.
 
     Args:
         folder: Made when there is something to write.
@@ -52,32 +54,61 @@ class MediaWriter(Backend):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._unsynced: list[Path] = []
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         for name, value in values.items():
             place = self._folder / _safe(name)
             try:
-                place.mkdir(parents=True, exist_ok=True)
+                if not place.is_dir():
+                    make_folder(place)
                 for file, content in _files(f"{step:08d}", value).items():
-                    (place / file).write_bytes(content)
+                    self._put(place / file, content)
             except OSError as error:
                 raise unwritable("media", place, error) from error
+
+    def _put(self, path: Path, content: bytes) -> None:
+        if path.exists():
+            replace_file(path, content)  # what is there may have been synced already
+            return
+        try:
+            path.write_bytes(content)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()  # a part of a picture is none
+            raise
+        self._unsynced.append(path)
 
     def purge(self, step: int) -> None:
         """Moves the files beyond a step to ``<folder>.dropped``."""
         dropped = self._folder.with_name(f"{self._folder.name}.dropped")
+        moved: dict[Path, Path] = {}
         for path in [path for path in self._folder.rglob("*") if path.is_file()]:
             found = _STEP.match(path.name)
             if found is not None and int(found[1]) > step:
                 target = dropped / path.relative_to(self._folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(path, target)
+                if not target.parent.is_dir():
+                    make_folder(target.parent)
+                os.replace(path, target)
+                moved[path.parent] = target.parent
+        self._unsynced = [path for path in self._unsynced if path.exists()]
+        # In this order, so that a power cut loses none.
+        for source, target in moved.items():
+            sync_folder(target)
+            sync_folder(source)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Brings the files and their names to the disk."""
+        while self._unsynced:
+            path = self._unsynced[-1]
+            if path.exists():
+                sync_file(path)
+            self._unsynced.pop()
+            if path.parent not in (other.parent for other in self._unsynced):
+                sync_folder(path.parent)
 
     def close(self) -> None:
-        """Nothing is open."""
+        self.flush()
 
 
 def _files(stem: str, value: Any) -> dict[str, bytes]:

@@ -28,6 +28,7 @@ from fxtrain.writers.encoding import gif, numbered, png, wav
 from fxtrain.writers.interface import unwritable
 from fxtrain.writers.one_file import Appendable, OneFile
 
+_LENGTH_BYTES = 8  # at the beginning of a record, and not zero
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
@@ -192,6 +193,7 @@ class TensorBoardWriter(OneFile):
         path = self._folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
         try:
             make_folder(self._folder)
+            self._set_damaged_aside()
             self._file = Appendable(path)
         except OSError as error:
             raise unwritable("tensorboard", self._folder, error) from error
@@ -201,6 +203,20 @@ class TensorBoardWriter(OneFile):
             log = self._event.SessionLog
             for _ in range(2):
                 self._record(step=first_step, session_log=log(status=log.START))
+
+    def _set_damaged_aside(self) -> None:
+        """Renames event files that begin with zeros, or with nothing, as after a power cut: none can be read."""
+        for path in self._folder.glob("*tfevents*"):
+            with open(path, "rb") as file:
+                begin = file.read(_LENGTH_BYTES)
+            if len(begin) < _LENGTH_BYTES or not any(begin):
+                target = path.with_name(f"damaged.{path.name.replace('tfevents.', '')}")  # not TensorBoard's any more
+                os.replace(path, target)
+                warnings.warn(
+                    f"{path} has no record, as after a crash; it is called {target.name} now.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
 
     def _older(self) -> list[int]:
         """The seconds in the names of the event files that are there."""
