@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, refuse_unless_whole
+from fxtrain.disk import make_folder
 
 _ROWS = 40  # of the table
 _ENTRIES = 100_000  # allocations that a memory snapshot goes back; each takes some kilobytes of the host's memory
@@ -82,7 +83,7 @@ class Profile:
                     self._end()
                     self._begin()
                     self.files = ()
-                    self._folder.mkdir(parents=True, exist_ok=True)
+                    make_folder(self._folder)
                 case StepBegin() if not self._done:
                     self._step_begins(state)
                 case StepEnd() if not self._done:

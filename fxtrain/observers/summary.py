@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, ops, refuse_unless_whole
 from fxtrain.core.text import printable
+from fxtrain.disk import make_folder, replace_file
 from fxtrain.observers.figures import size
 from fxtrain.observers.rank_zero import rank
 
@@ -98,8 +99,8 @@ def _put(panels: Mapping[str, str], file: str | os.PathLike[str] | TextIO | None
     page = "\n".join(f"{title}\n{textwrap.indent(text, '  ')}" for title, text in panels.items())
     if isinstance(file, str | os.PathLike):
         path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{page}\n", encoding="utf-8")
+        make_folder(path.parent)
+        replace_file(path, f"{page}\n".encode(errors="backslashreplace"))
     elif file is not None or not _boxed(panels):
         print(page, file=file, flush=True)
 

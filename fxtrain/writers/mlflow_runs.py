@@ -168,15 +168,15 @@ def limit_requests() -> None:
     from mlflow import environment_variables
 
     _limited.here = True
-    for name, limit in _LIMITS.items():
+    for name in _LIMITS:
         variable: Any = getattr(environment_variables, name, None)
         if variable is not None and not hasattr(variable.get, "unlimited"):
-            variable.get = _limited_get(variable.get, name, limit)
+            variable.get = _limited_get(variable.get, name)
 
 
-def _limited_get(get: Callable[[], Any], name: str, limit: int) -> Callable[[], Any]:
+def _limited_get(get: Callable[[], Any], name: str) -> Callable[[], Any]:
     def limited() -> Any:
-        return limit if getattr(_limited, "here", False) and name not in os.environ else get()
+        return _LIMITS[name] if getattr(_limited, "here", False) and name not in os.environ else get()
 
     limited.unlimited = get  # pyright: ignore[reportFunctionMemberAccess]
     return limited

@@ -48,7 +48,8 @@ def wandb(
     A thread hands on what is written, so training never waits for the service, but for 5 seconds at most in a flush.
     Up to 10,000 points and 64 MiB wait until the run could begin there; beyond that the oldest are dropped. The end
     waits at most 20 seconds, or 5 where the service does not answer; what wandb had taken by then is in its files, for
-    ``wandb sync``. Each outage, and the number of points that were lost, is a warning.
+    ``wandb sync``. Each outage, and the number of points that were lost, is a warning. Where the server stays silent,
+    wandb's own process may delay the exit of the program by some 20 seconds more.
 
     The run's step is the value ``step``, which every chart has as its axis. What was written cannot be taken back from
     a run there: where a session goes back to a step before the last one written, the points in between are there
@@ -152,7 +153,8 @@ def _settings() -> Any:
     import wandb
 
     known = getattr(wandb.Settings, "model_fields", {})
-    return wandb.Settings(**{name: seconds for name, seconds in _LIMITS.items() if name in known})
+    limits: dict[str, Any] = {name: seconds for name, seconds in _LIMITS.items() if name in known}
+    return wandb.Settings(**limits)
 
 
 def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
