@@ -113,6 +113,19 @@ def test_a_disk_that_is_full_for_a_moment_leaves_no_hole(tmp_path, kind, extra, 
     assert second.endswith("works again: the points that waited are written.")
 
 
+def test_an_event_file_that_could_not_begin_is_begun_later(tmp_path):
+    writer = writers.tensorboard(tmp_path)
+    observer = observers.write(writer)
+    with pytest.warns(RuntimeWarning, match="TensorBoardWriter works again"):
+        for room in (0, 10):
+            with full_disk(room):
+                see(observer, 1 + (room > 0))
+        assert list(tmp_path.iterdir()) == []
+        see(observer, 3)
+        observer.close()
+    assert curve(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
 def test_media_that_a_full_disk_refused_are_written_later(tmp_path):
     writer = writers.media(tmp_path / "media")
     observer = observers.write(writer)

@@ -148,8 +148,6 @@ def test_what_a_save_covers_is_there_and_the_run_goes_on(tmp_path, monkeypatch, 
     for index, (disk, saved) in enumerate(moments):
         left = tmp_path / f"left{index}"
         disk.lay_out(left, lost)
-        if kind == "csv" and lost == b"\0\n\0":
-            continue  # a first row that is none of ours is somebody's table
         session(left, kind, saved, offset=0.5)
         expected = [(step, step + 0.5 * (step > saved)) for step in range(1, STEPS + 1)]
         assert KINDS[kind][1](left) == expected, (index, saved)

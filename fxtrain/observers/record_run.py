@@ -181,8 +181,8 @@ class RecordRun:
         try:
             act()
         except OSError as error:
-            self._contained = self._contained or error
             if self._failure is None:
+                self._contained = error
                 _warn(
                     f"record_run cannot write to {self._run.parent} and tries again; up to {_MOST_LINES} lines wait. "
                     f"Training goes on. {type(error).__name__}: {printable(str(error))}"

@@ -117,9 +117,9 @@ class Outlet:
 
     def _failed(self, step: int | None, error: Exception) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
-        self._failure = self._failure or error
         if not self._fails:
-            self._fails = True
+            # Once an outage, so that a run which it ends can still save its last state.
+            self._fails, self._failure = True, self._failure or error
             at = "a flush" if step is None else f"step {step}"
             _warn(
                 f"{self._name} failed at {at} and is tried again; up to {MOST_POINTS} points and "

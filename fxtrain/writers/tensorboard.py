@@ -86,7 +86,9 @@ class TensorBoardWriter(OneFile):
             summaries += self._summaries_of(step, name, value)
         if self._file is None:
             self._open()
-        self._record(wall_time=self._when(event), step=step, summary=self._message.Summary(value=summaries))
+        assert self._file is not None
+        summary = self._message.Summary(value=summaries)
+        self._file.append(self._record(wall_time=self._when(event), step=step, summary=summary))
 
     def _when(self, event: Any) -> float:
         """When something happened: points come after it, several at once, and never before."""
@@ -181,28 +183,33 @@ class TensorBoardWriter(OneFile):
         if self._older():
             self._open(first_step=step + 1)
 
-    def _record(self, wall_time: float | None = None, **fields: Any) -> None:
-        assert self._file is not None
+    def _record(self, wall_time: float | None = None, **fields: Any) -> bytes:
         event = self._event.Event(wall_time=time.time() if wall_time is None else wall_time, **fields)
-        self._file.append(_framed(event.SerializeToString(), self._checksum))
+        return _framed(event.SerializeToString(), self._checksum)
 
     def _open(self, first_step: int | None = None) -> None:
         # TensorBoard reads files in the order of their names, so the second in a name is later than those before it,
         # even where several are begun within one or the clock was set back.
         second = max([int(time.time()), *(before + 1 for before in self._older())])
         path = self._folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
-        try:
-            make_folder(self._folder)
-            self._set_damaged_aside()
-            self._file = Appendable(path)
-        except OSError as error:
-            raise unwritable("tensorboard", self._folder, error) from error
-        self._record(file_version="brain.Event:2")
+        head = [self._record(file_version="brain.Event:2")]
         if first_step is not None:
             # Twice: TensorBoard takes the first that it sees of a run for its beginning, and forgets nothing then.
             log = self._event.SessionLog
-            for _ in range(2):
-                self._record(step=first_step, session_log=log(status=log.START))
+            head += 2 * [self._record(step=first_step, session_log=log(status=log.START))]
+        try:
+            make_folder(self._folder)
+            self._set_damaged_aside()
+            file = Appendable(path)
+            try:
+                file.append(b"".join(head))
+            except BaseException:
+                file.close()
+                path.unlink()
+                raise
+        except OSError as error:
+            raise unwritable("tensorboard", self._folder, error) from error
+        self._file = file
 
     def _set_damaged_aside(self) -> None:
         """Renames event files that begin with zeros, or with nothing, as after a power cut: none can be read."""
