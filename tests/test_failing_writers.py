@@ -6,10 +6,12 @@ import json
 import math
 import resource
 
+import problem
 import pytest
 import torch
 from test_writers import curve
 
+import fxtrain as fx
 from fxtrain import observers, values, writers
 from fxtrain.core import Control, FitBegin, FitEnd, Rewound, StepEnd
 from fxtrain.values import HParams, Image, Text, backlog, outlet
@@ -291,3 +293,42 @@ def test_hparams_survive_a_failure(tmp_path):
         see(observer, 1)
         observer.close()
     assert json.loads(path.read_text().splitlines()[0])["hparams"] == HParams({"lr": LONG}).flat()
+
+
+def test_a_run_that_a_required_writer_ends_saves_its_last_state(tmp_path):
+    broken = Recorder()
+
+    def breaks(state, event: fx.StepEnd, control):
+        if event.step == 4:
+            broken.error = OSError("gone")
+
+    with pytest.warns(RuntimeWarning) as said, pytest.raises(OSError, match="gone"):
+        fx.fit(
+            problem.start(),
+            problem.step(),
+            problem.data(),
+            steps=9,
+            observers=[breaks, observers.required(observers.write(broken, flush_seconds=0.0))],
+            checkpointer=fx.checkpointer(tmp_path / "run"),
+        )
+    assert not any("While ending after an error" in message for message in messages(said))
+    restored = fx.checkpointer(tmp_path / "run").restore(problem.start())
+    assert int(restored.step) == 3
+
+
+def test_a_writer_that_fails_as_it_is_closed_does_not_cost_the_result():
+    class Unclosable(Recorder):
+        def close(self):
+            raise OSError("stuck")
+
+    healthy = Recorder()
+    with pytest.warns(RuntimeWarning, match="The observer Write failed as it was closed"):
+        result = fx.fit(
+            problem.start(),
+            problem.step(),
+            problem.data(),
+            steps=3,
+            observers=[observers.write(Unclosable(), healthy)],
+        )
+    assert result.reason == "reached 3 steps"
+    assert healthy.steps[-1] == 3

@@ -1,6 +1,7 @@
 """A service that refuses, fails or stays silent: training goes on, points wait and arrive later, the end is bounded."""
 
 # ruff: noqa: PT031 -- warnings of a whole session
+# ruff: noqa: PT012, PT031 -- warnings of a whole session
 import http.server
 import json
 import os
@@ -234,6 +235,17 @@ def test_a_rewind_in_an_outage_sends_no_point_twice(tmp_path, server, recwarn):
     assert sorted(set(server.steps)) in ([1, 2, 3], [1, 2, 3, 4])
     doubled = any("takes nothing back" in str(warning.message) for warning in recwarn)
     assert doubled == (server.steps != [1, 2, 3])
+
+
+def test_an_outage_ends_a_run_that_requires_the_writer(tmp_path, server):
+    server.goes("fails")
+    observer = observers.required(observers.write(opened(tmp_path, server)))
+    with pytest.warns(RuntimeWarning), pytest.raises(Exception, match=r"failed with exception|500"):
+        for step in range(1, 10):
+            observer(None, StepEnd(step=step, time=0.0, metrics={"loss": 1.0}), Control())
+            observer.flush()
+    with pytest.warns(RuntimeWarning, match="were not sent and are lost"):
+        observer.close()
 
 
 def test_tensors_are_sent_as_they_were_written(tmp_path, server, monkeypatch):

@@ -60,6 +60,7 @@ class Outbox:
         self._changed = threading.Condition()
         self._closing = self._abandoned = self._ended = False
         self._error: Exception | None = None  # of the last attempt
+        self._failure: Exception | None = None  # the first of an outage, until it is taken
         self._is_late = False  # since a flush that timed out, until all is sent
         self._first_lost = True
         self._notes: list[str] = []
@@ -121,6 +122,12 @@ class Outbox:
         """Adds something that a person should know."""
         with self._changed:
             self._notes.append(note)
+
+    def take_failure(self) -> Exception | None:
+        """Returns the error with which an outage or a refusal began, once."""
+        with self._changed:
+            failure, self._failure = self._failure, None
+            return failure
 
     def notes(self) -> list[str]:
         """Returns what a person should know, once."""
@@ -193,6 +200,7 @@ class Outbox:
                         self._notes.append(f"{self._service} answers again: what waited is sent.")
                     return True
                 if self._error is None:
+                    self._failure = self._failure or error
                     self._notes.append(
                         f"{self._service} does not answer; points wait, and are sent when it does. Training goes on. "
                         f"{_short(error)}"
@@ -205,6 +213,7 @@ class Outbox:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _refused(self, call: Waiting, error: Exception) -> None:
+        self._failure = self._failure or error
         if not self._backlog.lost:
             self._notes.append(
                 f"{self._service} refused the points of step {call.step}, which are lost: {_short(error)}. More such "

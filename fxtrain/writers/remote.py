@@ -110,6 +110,10 @@ class RemoteWriter(Backend):
             self._record = None
         self._speak(outbox)
 
+    def take_failure(self) -> Exception | None:
+        """Returns the error with which an outage or a refusal began, once, for runs that must not go on."""
+        return None if self._outbox is None else self._outbox.take_failure()
+
     def _opened(self) -> Outbox:
         if self._outbox is None:
             self._current = self._session()
