@@ -189,7 +189,9 @@ class TestFit:
     def test_a_missing_slot_stays_and_an_extra_one_is_kept(self, tmp_path):
         memory = Memory(torch.tensor(4), {"w": torch.ones(2)})
         path = fx.save(tmp_path / "1", a_state(old=memory, plain={"x": [torch.tensor(1), torch.tensor(2)]}))
-        with pytest.warns(UserWarning, match="'new' is not in the checkpoint, and stays .* 'old' is in the checkpoint"):
+        with pytest.warns(
+            UserWarning, match="'new' is not in the checkpoint, and is initialized; .* 'old' is in the checkpoint"
+        ):
             back = fx.restore(path, like=a_state(new=torch.tensor(7)))
         assert int(back.slots["new"]) == 7
         assert int(back.slots["plain"]["x"][1]) == 2

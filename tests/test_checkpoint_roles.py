@@ -33,14 +33,14 @@ def present(folder):
 
 
 class TestSession:
-    def test_goes_with_the_next_commit(self, tmp_path):
-        checkpoints = saved(tmp_path, [10, "13s"])
+    def test_stays_while_it_is_one_of_the_newest(self, tmp_path):
+        checkpoints = saved(tmp_path, [10, "13s"], keep=1)
         assert checkpoints.steps() == [10, 13]
         assert checkpoints.latest() == 13
         checkpoints.save(at(17), role="session")
         assert checkpoints.steps() == [10, 17]
         checkpoints.save(at(20))
-        assert checkpoints.steps() == [10, 20]
+        assert checkpoints.steps() == [20]
         checkpoints.close()
 
     def test_stays_while_only_snapshots_are_newer(self, tmp_path):
@@ -53,13 +53,15 @@ class TestSession:
     def test_does_not_count_for_retention(self, tmp_path, policy):
         whole = saved(tmp_path / "whole", [10, 20, 30, 40], **policy)
         often = saved(tmp_path / "often", ["1s", 10, "13s", "17s", 20, 30, "33s", "36s", 40], **policy)
-        assert often.steps() == whole.steps()
+        assert [name for name in present(tmp_path / "often") if name[-1] != "s"] == present(tmp_path / "whole")
         assert often.best() == whole.best()
 
     def test_of_the_same_step_does_not_replace_the_regular_one(self, tmp_path):
-        checkpoints = saved(tmp_path, [10, 20, "20s", 30])
-        assert checkpoints.steps() == [10, 20, 30]
-        assert present(tmp_path) == ["10", "20", "30"]
+        checkpoints = saved(tmp_path, [10, 20, "20s", 30], keep=2)
+        assert present(tmp_path) == ["20", "20s", "30"]
+        checkpoints.save(at(40))
+        checkpoints.close()
+        assert present(tmp_path) == ["30", "40"]
 
     def test_is_no_target_of_a_rewind(self, tmp_path):
         checkpoints = saved(tmp_path, [10, "13s"])
@@ -82,11 +84,21 @@ class TestSnapshot:
             checkpoints.restore(problem.start(), step=12)
         assert int(checkpoints.restore(problem.start()).step) == 10
 
-    def test_is_a_target_of_rewinds(self, tmp_path):
+    def test_is_read_by_its_step(self, tmp_path):
         checkpoints = saved(tmp_path, [10, "12r", "14r"])
-        assert checkpoints.newest_until(13) == 12
-        assert int(checkpoints.read_newest_until(13, problem.start()).state.step) == 12
-        assert checkpoints.read_newest_until(13, problem.start(), newer_than=12) is None
+        assert checkpoints.snapshots() == {12, 14}
+        assert int(checkpoints.read_snapshot(12, problem.start()).state.step) == 12
+        assert checkpoints.read_snapshot(13, problem.start()) is None
+        assert checkpoints.newest_until(13) == 10
+        assert checkpoints.read_newest_until(13, problem.start(), newer_than=10) is None
+
+    def test_that_is_damaged_is_set_aside(self, tmp_path):
+        checkpoints = saved(tmp_path, [10, "12r"])
+        (path,) = tmp_path.glob("*-snapshot-step-*")
+        (path / "leaves.bin").write_bytes(b"")
+        with pytest.warns(UserWarning, match="It is kept as unreadable-"):
+            assert checkpoints.read_snapshot(12, problem.start()) is None
+        checkpoints.close()
 
     def test_is_kept_until_its_owner_says_so(self, tmp_path):
         checkpoints = saved(tmp_path, ["2r", "4r", "6r", 7, "8r", 9], keep=1)
@@ -109,7 +121,7 @@ class TestSnapshot:
         assert not checkpoints.has_any()
         result = fx.fit(problem.start(), problem.step(), problem.data(), steps=1, checkpointer=checkpoints, resume=True)
         assert result.last.step == 1
-        assert checkpoints.newest_until(1) == 1
+        assert checkpoints.steps() == [1]
         with pytest.raises(fx.CheckpointError, match="another run"):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=1, checkpointer=fx.checkpointer(tmp_path))
 
