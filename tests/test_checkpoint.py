@@ -163,6 +163,15 @@ class TestVerified:
         with pytest.raises(fx.CheckpointError, match="never overwritten"):
             fx.save(tmp_path / "c", a_state())
 
+    def test_a_negative_step_is_refused(self, tmp_path):
+        state = a_state().replace(step=torch.tensor(-1))
+        with pytest.raises(fx.CheckpointError, match="expected a state of step 0 or more, got step -1"):
+            fx.save(tmp_path / "c", state)
+        checkpoints = fx.checkpointer(tmp_path / "run")
+        checkpoints.save(state)
+        with pytest.raises(fx.CheckpointError, match="expected a state of step 0 or more, got step -1"):
+            checkpoints.close()
+
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(fx.CheckpointError, match="could not be written"):

@@ -146,11 +146,14 @@ def restore(
 
 def facts(contents: Any, device: torch.device, metrics: Mapping[str, float] | None) -> dict[str, Any]:
     """The head of a manifest, as that of a checkpoint which belongs to no run."""
+    step = contents.scalar(0) if root_of(contents.structure) == "state" else None  # a state's first leaf
+    if step is not None and step < 0:
+        raise CheckpointError(f"expected a state of step 0 or more, got step {step}.")
     return {
         "run": None,
         "role": None,
         "sequence": None,
-        "step": contents.scalar(0) if root_of(contents.structure) == "state" else None,  # a state's first leaf
+        "step": step,
         "time": time.time(),
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
         "environment": environment(device),
