@@ -202,6 +202,15 @@ class TestContinuing:
         with pytest.raises(fx.CheckpointError, match=OTHER):
             fit(first.last, checkpointer=checkpoints, steps=6)
 
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_resume_behind_another_process_is_refused(self, tmp_path, overwrite):
+        fit(checkpointer=fx.checkpointer(tmp_path))
+        checkpoints = fx.checkpointer(tmp_path, overwrite=overwrite)
+        report = checkpoints.read(problem.start())
+        fit(checkpointer=fx.checkpointer(tmp_path), resume=True, steps=5)
+        with pytest.raises(fx.CheckpointError, match=OTHER):
+            checkpoints.begin(report.state, resume=True)
+
 
 class TestByHand:
     def test_save_to_a_used_folder_is_refused(self, tmp_path):

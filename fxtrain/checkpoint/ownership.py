@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import secrets
 from collections.abc import Sequence
+from typing import NoReturn
 
 import xxhash
 from torch import Tensor
@@ -52,6 +53,8 @@ class Ownership:
         last = self._last_if_current(found)
         if last is not None and (resume or _is_saved_as(state, last)):
             return last.run
+        if resume:  # another process has saved since the state was read: that is not to be overwritten
+            self._refuse(found)
         return self._new_run_beside(found)
 
     def run_of_save(self, found: Sequence[Entry]) -> str:
@@ -68,8 +71,11 @@ class Ownership:
         return self._last if self._newest is not None and self._newest == _newest_listed(found) else None
 
     def _new_run_beside(self, found: Sequence[Entry]) -> str:
-        if not found or self._overwrite:
-            return _new_run()
+        if found and not self._overwrite:
+            self._refuse(found)
+        return _new_run()
+
+    def _refuse(self, found: Sequence[Entry]) -> NoReturn:
         aside = [entry for entry in found if entry.path.name.startswith(retention.UNREADABLE)]
         committed = [entry for entry in found if entry not in aside]
         described = [f"checkpoints of steps {shown({entry.step for entry in committed})}"] if committed else []
