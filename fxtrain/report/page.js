@@ -11,6 +11,7 @@ const LINELESS = ["improved", "saved"]; // there are many of these
 const HEIGHT = 190, LEFT = 46, RIGHT = 10, TOP = 18, BOTTOM = 20;
 const LONG = 100; // points of a curve that there is something to smooth in
 const LINES = 40; // so many marks may have one
+const LARGEST = 1e300; // of a value that is drawn in its place
 const DENSE = data.sections.some((each) => each.panels.some((panel) => panel.series.some((series) => series.values.length > 4 * LONG)));
 const view = { smooth: DENSE ? 0.8 : 0, log: false, all: false, hidden: new Set() };
 
@@ -52,10 +53,11 @@ function smoothed(values, weight) {
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
-  return { found, step };
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999) ?? rough;
+  const found = [], begin = Math.ceil(low / step - 1e-9);
+  // Counted, because an index beyond 2**53 would not grow.
+  for (let i = 0; i <= 2 * count && (begin + i) * step <= high + step * 1e-9; i++) found.push((begin + i) * step);
+  return { found: [...new Set(found)], step };
 }
 
 // Where values lie but for the few that are far from all others: a spike would press the rest into a line.
@@ -95,7 +97,8 @@ function chart(panel) {
     const lines = panel.series.map((s) => smoothed(s.values, view.smooth));
     const all = panel.series.flatMap((s) => s.values.filter((v) => v !== null));
     const log = view.log && all.length > 0 && all.every((v) => v > 0);
-    const scale = (v) => (log ? Math.log10(v) : v);
+    // Differences of larger values overflow.
+    const scale = (v) => (log ? Math.log10(v) : Math.max(-LARGEST, Math.min(LARGEST, v)));
     let [low, high] = usual(all.map(scale));
     const room = (high - low || Math.abs(high) * 0.1 || 1) * 0.05;
     [low, high] = [low - room, high + room];

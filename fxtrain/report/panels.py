@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fxtrain.core import by_number
-from fxtrain.report.read import Curve, Run
+from fxtrain.report.kept import evenly, thinned
+from fxtrain.report.run import Heights, Run
 
 _POINTS = 1000  # of a curve
 _LINES = 8  # of a panel: there are so many colors
 _COLUMNS = 100  # of a heat map
 _ROWS = 40  # of a heat map whose steps had different edges
+_MAX_ROWS = 1000  # of a heat map; a canvas has a limit, and an eye a lower one
 
 FIRST = "Curves"
 
@@ -52,7 +53,7 @@ def sections(run: Run) -> list[dict[str, Any]]:
             continue  # it is a mark
         title = next((t for t, starts in _SECTIONS if any(name.startswith(s) for s in starts)), FIRST)
         panel, label = _placed(name)
-        steps, values = thinned(run.curves[name])
+        steps, values = thinned(run.curves[name], _POINTS)
         found[title].setdefault(panel, []).append(
             {"name": label, "steps": steps, "values": [_short(value) for value in values]}
         )
@@ -101,48 +102,25 @@ def _short(value: float) -> float | int | None:
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
-def thinned(curve: Curve) -> Curve:
-    """At most a thousand points: of each stretch the least and the largest, so that no spike is lost."""
-    steps, values = curve
-    if len(steps) <= _POINTS:
-        return curve
-    chosen = {0, len(steps) - 1}
-    stretch = 2 * len(steps) / (_POINTS - 2)
-    for index in range(_POINTS // 2 - 1):
-        part = range(round(index * stretch), round((index + 1) * stretch))
-        finite = [i for i in part if math.isfinite(values[i])] or list(part)[:1]
-        chosen |= {min(finite, key=lambda i: values[i]), max(finite, key=lambda i: values[i])}
-    return [steps[i] for i in sorted(chosen)], [values[i] for i in sorted(chosen)]
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, spread over all of them, the last one included."""
-    count = len(items)
-    if count <= most:
-        return list(items)
-    if most == 1:
-        return [items[-1]]
-    return [items[round(index * (count - 1) / (most - 1))] for index in range(most)]
-
-
-def heat(found: list[tuple[int, list[float], list[float]]]) -> dict[str, Any]:
+def heat(found: list[tuple[int, Heights]]) -> dict[str, Any]:
     """Histograms as a heat map: one column a step, from the lowest bucket that anything is in to the highest."""
     columns = evenly(found, _COLUMNS)
-    edges = np.asarray(columns[-1][2], float)
-    if any(list(each) != list(columns[-1][2]) for _, _, each in columns):
-        edges = np.linspace(min(each[0] for _, _, each in columns), max(each[-1] for _, _, each in columns), _ROWS + 1)
-    counts = np.stack([_counted_between(edges, *column) for _, *column in columns])
+    edges = columns[-1][1].edges
+    if len(edges) > _MAX_ROWS or not all(np.array_equal(each.edges, edges) for _, each in columns):
+        low, high = min(each.edges[0] for _, each in columns), max(each.edges[-1] for _, each in columns)
+        edges = np.linspace(low, high, _ROWS + 1)
+    counts = np.stack([_counted_between(edges, each) for _, each in columns])
     used = np.flatnonzero(counts.sum(0))
     first, last = (int(used[0]), int(used[-1])) if used.size else (0, len(edges) - 2)
     return {
-        "steps": [step for step, _, _ in columns],
+        "steps": [step for step, _ in columns],
         "counts": [[_short(count) for count in row] for row in counts[:, first : last + 1].tolist()],
         "edges": [_short(edge) for edge in edges[first : last + 2].tolist()],
     }
 
 
-def _counted_between(edges: np.ndarray, counts: list[float], own: list[float]) -> np.ndarray:
+def _counted_between(edges: np.ndarray, found: Heights) -> np.ndarray:
     """The counts between other edges than their own, as if each bucket were evenly filled."""
-    if list(edges) == own:
-        return np.asarray(counts, float)
-    return np.diff(np.interp(edges, own, np.concatenate([[0.0], np.cumsum(counts)])))
+    if np.array_equal(edges, found.edges):
+        return found.counts
+    return np.diff(np.interp(edges, found.edges, np.concatenate([[0.0], np.cumsum(found.counts)])))

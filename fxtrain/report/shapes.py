@@ -1,0 +1,197 @@
+"""Values from JSON, converted to the shape that the report draws, or refused by a ValueError that says what came."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+MAX_STEP = 2**50
+"""The page draws steps as float64, and the ticks between two of them as well."""
+
+_IMAGE_OF_TABLE = re.compile(r"\d{8,}-\d+\.png", re.ASCII)  # beside the table, so without a folder
+_MAX_NUMBER = 40  # characters of a number that is written as a string
+_MAX_NAME = 1000  # characters
+_MAX_WORDS = 1000  # characters of a value in a table
+_MAX_DEPTH = 20  # of a configuration
+_MAX_COUNT = 2.0**53  # of a bucket or a pair of classes; integers beyond are not exact
+_MAX_EDGE = 1e300  # differences of larger edges overflow
+
+
+def parsed(content: bytes) -> Any:
+    """The JSON value that bytes hold. A letter that a crash tore becomes a replacement character.
+
+    Raises:
+        ValueError: If it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(content.decode("utf-8", "replace"))
+    except RecursionError:
+        raise ValueError("expected JSON, got values nested too deeply") from None
+    except ValueError as error:
+        # The message repeats the place. The interpreter's limit of digits has a message of another kind.
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
+        raise ValueError(
+            f"expected JSON, got {shortened(content[:40].decode(errors='replace'), 30)!r} ({what})"
+        ) from None
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8.
+
+    Raises:
+        ValueError: If it is not text.
+    """
+    if b"\0" in content:
+        raise ValueError("expected text, got zero bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8, got other bytes at {error.start:,}") from None
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {named(value)}")
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    """A JSON array."""
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list, got {named(value)}")
+    return value
+
+
+def step(value: Any) -> int:
+    """A step: a whole number from 0 to ``MAX_STEP``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_STEP:
+        raise ValueError(f"expected a step, a whole number from 0 to 2**50, got {named(value)}")
+    return value
+
+
+def number(value: Any) -> float:
+    """A number, as one or as the string that stands for it: JSON has neither NaN nor infinity."""
+    if isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _MAX_NUMBER):
+        try:
+            return float(value)
+        except OverflowError:
+            assert isinstance(value, int)
+            return math.inf if value > 0 else -math.inf  # as 1e400 is read
+        except ValueError:
+            pass
+    raise ValueError(f"expected a number, got {named(value)}")
+
+
+def text(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected a string, got {named(value)}")
+    return value
+
+
+def name(value: str) -> str:
+    """A name of at most a thousand characters."""
+    if len(value) > _MAX_NAME:
+        raise ValueError(f"expected a name of at most {_MAX_NAME:,} characters, got {len(value):,}")
+    return value
+
+
+def seconds(value: Any) -> float:
+    """A finite number that is not negative."""
+    found = number(value)
+    if not 0 <= found < math.inf:
+        raise ValueError(f"expected seconds, 0 or more, got {found}")
+    return found
+
+
+def counts(value: Any) -> np.ndarray:
+    """float64 [n] of finite numbers that are not negative."""
+    return _between(value, 0.0, _MAX_COUNT, "counts")
+
+
+def edges(value: Any, buckets: int) -> np.ndarray:
+    """float64 [buckets + 1] that increases."""
+    found = _between(value, -_MAX_EDGE, _MAX_EDGE, "edges")
+    if len(found) != buckets + 1 or not (np.diff(found) > 0).all():
+        raise ValueError(f"expected {buckets + 1} increasing edges of {buckets} buckets, got {named(value)}")
+    return found
+
+
+def square(value: Any, side: int) -> np.ndarray:
+    """float64 [side, side] of counts."""
+    rows = [counts(row) for row in listed(value)]
+    if len(rows) != side or any(len(row) != side for row in rows):
+        raise ValueError(f"expected {side} rows of {side} counts, got {named(value)}")
+    return np.stack(rows)
+
+
+def _between(value: Any, low: float, high: float, what: str) -> np.ndarray:
+    found = np.array([number(each) for each in listed(value)], dtype=np.float64)
+    if not len(found) or not ((found >= low) & (found <= high)).all():
+        raise ValueError(f"expected finite {what} from {low:g} to {high:g}, got {named(value)}")
+    return found
+
+
+def is_image_of_table(cell: Any) -> bool:
+    """Whether a cell names an image file beside its table."""
+    return isinstance(cell, str) and len(cell) < 256 and _IMAGE_OF_TABLE.fullmatch(cell) is not None
+
+
+def shortened(value: str, most: int = _MAX_WORDS) -> str:
+    """At most so many characters.
+
+    Example:
+        >>> shortened("abcdefgh", 4)
+        'a...'
+    """
+    return value if len(value) <= most else f"{value[: most - 3]}..."
+
+
+def words(value: Any) -> str:
+    """A scalar, or a list of scalars, as text of bounded length.
+
+    Example:
+        >>> words(0.1), words(["train.py", 3]), words([[1]]), words(None)
+        ('0.1', 'train.py 3', '(a list)', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return shortened(" ".join("(a list)" if isinstance(each, list) else words(each) for each in value[:100]))
+    return "(an object)" if isinstance(value, Mapping) else shortened(str(value))
+
+
+def named(value: Any) -> str:
+    """A value in an error message: its type, and itself if it is short."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return shortened(repr(value[:40]) if isinstance(value, str) else words(value), 40)
+
+
+def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The leaves of nested objects as text, under names joined by ``/``. None is left out.
+
+    Example:
+        >>> list(flattened({"optim": {"lr": 0.1}, "steps": 5}))
+        [('optim/lr', '0.1'), ('steps', '5')]
+    """
+    waiting: list[tuple[str, Any, int]] = [("", values, 0)]  # a stack, because recursion has a limit
+    while waiting:
+        path, value, depth = waiting.pop()
+        if isinstance(value, Mapping) and depth < _MAX_DEPTH:
+            inside = [(f"{path}/{key}" if path else key, each, depth + 1) for key, each in value.items()]
+            waiting += reversed(inside)
+        elif value is not None:
+            yield shortened(path, 200), words(value)

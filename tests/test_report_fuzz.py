@@ -1,0 +1,586 @@
+"""A damaged run folder gives a page that names what could not be read, or a one-line error. Nothing else."""
+
+import contextlib
+import html
+import html.parser
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+
+import pytest
+import torch
+from problem import data, eval_step, loss_fn, start, transform
+
+import fxtrain as fx
+from fxtrain import cli, observers, values, writers
+
+SECRET = "the-content-of-a-file-outside-of-the-run"
+SECONDS = 20  # for one page; a hang is a failure
+STEPS = 6
+TAGS = {"html", "head", "meta", "title", "style", "script", "body", "header", "main", "section", "div", "p", "small"}
+TAGS |= {"h1", "h2", "h3", "h4", "dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td", "ul", "ol", "li"}
+TAGS |= {"figure", "figcaption", "img", "audio", "pre", "code", "em", "strong", "br", "hr", "blockquote"}
+
+
+def record(folder):
+    """A run of a few steps with one value of each kind, and everything that observers write."""
+
+    def measure(state, event: fx.StepEnd):
+        made = {
+            "samples/image": values.Image(torch.rand(2, 4, 4, 1)),
+            "samples/film": values.Video(torch.rand(2, 4, 4, 3)),
+            "samples/tone": values.Audio(torch.zeros(50), 8000),
+            "samples/text": values.Text(f"# Step\n\n- **{event.step}**\n"),
+            "samples/table": values.Table({"picture": values.Image(torch.rand(2, 4, 4, 1)), "name": ["a", "b"]}),
+            "confusion": values.ConfusionMatrix(torch.ones(2, 2), labels=("cat", "dog")),
+            "weights": values.Histogram(state.params["0.weight"]),
+            "monitor/improved_by": 0.5,
+        }
+        return state, fx.Control(log=made, save=event.step == 4, reason="half of it")
+
+    tx = transform()
+    with open(folder / "summary.txt", "w") as summary:
+        fx.fit(
+            start(),
+            fx.train_step(loss_fn, tx),
+            data(),
+            steps=STEPS,
+            callbacks=[measure],
+            eval_step=eval_step,
+            eval_data=data(1),
+            eval_when=fx.every(2),
+            checkpointer=fx.checkpointer(folder / "checkpoints"),
+            observers=[
+                observers.write(
+                    writers.jsonl(folder / "metrics.jsonl"),
+                    writers.csv(folder / "metrics.csv"),
+                    writers.media(folder / "media"),
+                    hparams={"lr": 0.1, "model": {"layers": 2}},
+                ),
+                observers.record_run(folder, {"lr": 0.1, "data": ["a", "b"]}),
+                observers.record_code(folder, source=folder),
+                observers.summary(file=summary),
+            ],
+        )
+    (folder / "result.json").write_text(json.dumps({"loss": {"eval": 0.5}}))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "run"
+    folder.mkdir()
+    record(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """A folder beside the run, of which nothing may be in a page."""
+    folder = tmp_path_factory.mktemp("outside")
+    for name in ("00000001.md", "summary.txt", "run.json", "metrics.jsonl"):
+        line = {"step": 1, "metrics": {SECRET: 1.0}, "config": {SECRET: SECRET}}
+        (folder / name).write_text(json.dumps(line) + "\n" if "json" in name else SECRET)
+    return folder
+
+
+# What is a page, and what an error
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what could run or load something."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.suspicious, self.scripts = set(), [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.scripts += tag == "script"
+        for name, value in attributes:
+            if name.startswith("on") or (name in ("src", "href") and not re.match(r"data:(image|audio)/", value)):
+                self.suspicious.append((tag, name, value[:80]))
+
+
+@contextlib.contextmanager
+def within(seconds):
+    def expired(number, frame):
+        raise TimeoutError(f"no page after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def strict(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def report(folder, capsys):
+    """What the command makes of a folder: a page, or the line of its error."""
+    out = folder.parent / "page.html"
+    out.unlink(missing_ok=True)
+    with within(SECONDS):
+        code = cli.main(["report", str(folder), "--out", str(out)])
+    captured = capsys.readouterr()
+    if code:
+        assert code in (1, 2)
+        assert captured.out == ""
+        assert captured.err.startswith("fxtrain report: ")
+        assert captured.err.count("\n") == 1
+        assert not out.exists()
+        return None, captured.err
+    assert captured.err == ""
+    text = out.read_bytes().decode("utf-8")
+    found = Page()
+    found.feed(text)
+    assert found.tags <= TAGS
+    assert found.suspicious == []
+    assert found.scripts == 2
+    assert SECRET not in text
+    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    json.loads(embedded, parse_constant=strict)
+    return text, ""
+
+
+def unread(text):
+    """The lines that say what could not be read."""
+    found = re.search(r"<h2>Could not be read</h2><ul>(.*?)</ul>", text, re.DOTALL)
+    return re.findall("<li>(.*?)</li>", found[1], re.DOTALL) if found else []
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(original, folder)
+    return folder
+
+
+def test_an_undamaged_run_has_nothing_to_say(run, capsys):
+    text, _ = report(run, capsys)
+    assert unread(text) == []
+
+
+# A file that is something else
+
+FILES = ("metrics.jsonl", "metrics.csv", "events.jsonl", "run.json", "summary.txt", "result.json")
+MEDIA = ("00000003-0.png", "00000003.gif", "00000003.wav", "00000003.md", "00000003.json")
+FOLDERS = ("media", "media/samples", "checkpoints", "code")
+
+
+def empty(path, outside):
+    path.write_bytes(b"")
+
+
+def zeros(path, outside):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def noise(path, outside):
+    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+
+
+def half(path, outside):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2 + 1])
+
+
+def utf16(path, outside):
+    path.write_bytes(path.read_bytes().decode(errors="replace").encode("utf-16"))
+
+
+def sparse(path, outside):
+    with open(path, "wb") as file:
+        file.truncate(2**28)
+
+
+def missing(path, outside):
+    path.unlink()
+
+
+def fifo(path, outside):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path, outside):
+    path.unlink()
+    path.mkdir()
+
+
+def bound(path, outside):
+    path.unlink()
+    here = os.getcwd()
+    os.chdir(path.parent)  # the address of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def zero_device(path, outside):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def link_to_itself(path, outside):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def link_to_nothing(path, outside):
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def link_outside(path, outside):
+    there = outside / (path.name if (outside / path.name).exists() else "00000001.md")
+    path.unlink()
+    path.symlink_to(there)
+
+
+def link_outside_by_two_dots(path, outside):
+    link_outside(path, outside)
+    there = os.path.relpath(os.readlink(path), path.parent)
+    path.unlink()
+    path.symlink_to(there)
+
+
+DAMAGES = (empty, zeros, noise, half, utf16, sparse, missing, fifo, folder, bound, zero_device, link_to_itself)
+DAMAGES += (link_to_nothing, link_outside, link_outside_by_two_dots)
+QUIET = {empty, missing}  # a run is whole without such a file
+QUIET_MEDIA = {missing, folder, sparse}  # a folder has a name, and what is too large stays in the run
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", [*FILES, *MEDIA])
+def test_a_file_that_is_something_else(run, outside, capsys, name, damage):
+    if name.endswith(".md"):  # its text is in these lines as well
+        (run / "metrics.jsonl").unlink()
+    for path in sorted(run.rglob(name)):
+        damage(path, outside)
+    text, _ = report(run, capsys)
+    read = name != "metrics.csv" and not (name == "summary.txt" and damage in (noise, half))
+    if read and damage not in (QUIET_MEDIA if name in MEDIA else QUIET):
+        assert any(name in line for line in unread(text)) or (name.endswith(".md") and damage in (empty, half))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("damage", [missing, fifo, bound, link_to_itself, link_to_nothing, link_outside, empty])
+def test_a_folder_that_is_something_else(run, outside, capsys, name, damage):
+    path = run / name
+    shutil.rmtree(path)
+    path.touch()
+    damage(path, outside)
+    if damage is link_outside:
+        path.unlink()
+        path.symlink_to(outside)
+    text, _ = report(run, capsys)
+    if name.startswith("media") and damage is not missing and (name == "media" or path.is_symlink()):
+        assert any(name in line for line in unread(text))
+
+
+def test_a_folder_without_metrics_is_a_page_of_the_rest(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.csv").unlink()
+    text, _ = report(run, capsys)
+    assert "Samples" in text
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_run_of_which_nothing_can_be_read_is_an_error(tmp_path, outside, capsys, damage):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1')
+    damage(folder / "metrics.jsonl", outside)
+    text, error = report(folder, capsys)
+    assert text is None
+    assert str(folder) in error
+
+
+def test_files_without_permission(run, capsys, monkeypatch):
+    opened = os.open
+
+    def refused(path, flags, *rest, **more):
+        if str(path).endswith(("run.json", "events.jsonl", ".wav")):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refused)
+    text, _ = report(run, capsys)
+    assert {"run.json", "events.jsonl"} <= {line.split(":")[0] for line in unread(text)}
+    assert all("Permission denied" in line for line in unread(text))
+
+
+# A value that is something else
+
+HOSTILE = (
+    *(
+        "[]",
+        "{}",
+        "null",
+        "true",
+        '""',
+        '"7"',
+        "-1",
+        "-0.0",
+        "1.5",
+        "1e400",
+        "-1e400",
+        "NaN",
+        "Infinity",
+        '"NaN"',
+        "[[]]",
+    ),
+    "1" + 400 * "0",
+    "9" * 5000,
+    "9007199254740993",
+    "1e308",
+    "5e-324",
+    '[1, "a", null, {}]',
+    '{"a": {"b": [1, {"c": NaN}]}}',
+    '"\\ud800"',
+    '"\\u0000\\u001b[31m\\u2028\\u202e"',
+    json.dumps("</script><script>alert(1)</script><!--"),
+    json.dumps("\"'><img src=x onerror=alert(1)>"),
+    json.dumps("../../../../etc/passwd"),
+    json.dumps("/etc/passwd"),
+    json.dumps("[a](javascript:alert(1)) ![b](http://example.com/x.png) <http://example.com> <b onclick=alert(1)>"),
+    json.dumps("x" * 300_000),
+    json.dumps("`" * 5000),
+    json.dumps("__proto__"),
+    200 * "[" + 200 * "]",
+    10_000 * "[" + 10_000 * "]",
+    10_000 * '{"a":' + "1" + 10_000 * "}",
+    10_000 * "[",
+)
+JSON_FILES = ("metrics.jsonl", "events.jsonl", "run.json", "result.json", "table.json", "confusion.json")
+
+
+def places(value, path=()):
+    """The paths of all nodes of a JSON value."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def replaced(value, path, new, *, key=False):
+    """The JSON text with another value at a path, or another key."""
+    mark = "4d8f1c"
+
+    def at(value, path):
+        if not path:
+            return mark
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        if key and len(path) == 1 and isinstance(copy, dict):
+            return {(mark if k == path[0] else k): v for k, v in copy.items()}
+        copy[path[0]] = at(value[path[0]], path[1:])
+        return copy
+
+    text = json.dumps(at(value, path))
+    return text.replace(f'"{mark}"', new if not key or new.startswith('"') else json.dumps(new[:1000]))
+
+
+def json_file(run, name):
+    if name in ("table.json", "confusion.json"):
+        kind = "samples/table" if name.startswith("table") else "confusion"
+        return run / "media" / kind / f"{STEPS:08d}.json"
+    return run / name
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_a_value_that_is_something_else(run, capsys, seed):
+    choose = random.Random(seed)
+    name = JSON_FILES[seed % len(JSON_FILES)]
+    path = json_file(run, name)
+    lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+    for _ in range(choose.choice((1, 1, 3, 10))):
+        index = choose.randrange(len(lines))
+        with contextlib.suppress(ValueError, RecursionError):  # damaged before
+            value = json.loads(lines[index])
+            lines[index] = replaced(
+                value, choose.choice(list(places(value))), choose.choice(HOSTILE), key=choose.random() < 0.2
+            )
+    path.write_text("\n".join(lines) + "\n")
+    text, _ = report(run, capsys)
+    assert text is not None
+
+
+@pytest.mark.parametrize("new", HOSTILE, ids=lambda new: new[:12])
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("metrics.jsonl", ("step",)),
+        ("metrics.jsonl", ("metrics",)),
+        ("metrics.jsonl", ("metrics", "train/loss")),
+        ("events.jsonl", ("step",)),
+        ("run.json", ("sessions", 0)),
+        ("run.json", ("sessions", 0, "seconds")),
+        ("run.json", ("sessions", 0, "environment", "threads")),
+        ("table.json", ("columns", "picture", 0)),
+        ("confusion.json", ("counts", 0, 0)),
+        ("confusion.json", ("labels", 0)),
+    ],
+)
+def test_each_hostile_value_in_a_place_that_is_calculated_with(run, capsys, name, at, new):
+    path = json_file(run, name)
+    lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+    index = next(i for i, line in enumerate(lines) if at in set(places(json.loads(line))))
+    lines[index] = replaced(json.loads(lines[index]), at, new)
+    path.write_text("\n".join(lines) + "\n")
+    report(run, capsys)
+
+
+INSERTED = (b"\n", b'"', b"\0", b"\xff\xfe", b"{", b"]", b",,,", b"\r", b"<script>")
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_bytes_that_changed(run, capsys, seed):
+    choose = random.Random(seed)
+    files = sorted(path for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts)
+    for path in choose.sample(files, 3):
+        content = bytearray(path.read_bytes())
+        for _ in range(choose.choice((1, 5, 50))):
+            at = choose.randrange(len(content))
+            choice = choose.randrange(3)
+            if choice == 0:
+                content[at] = choose.randrange(256)
+            elif choice == 1:
+                content[at : at + choose.randrange(20)] = b""
+            else:
+                content[at:at] = choose.choice(INSERTED)
+            content = content or bytearray(b"\n")
+        path.write_bytes(content)
+    report(run, capsys)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv", "events.jsonl"])
+@pytest.mark.parametrize("order", ["reversed", "shuffled", "twice", "without ends", "one line"])
+def test_lines_in_another_order(run, capsys, name, order):
+    path = run / name
+    if name == "metrics.csv":
+        (run / "metrics.jsonl").unlink()
+    lines = path.read_text().splitlines(keepends=True)
+    changed = {
+        "reversed": lines[::-1],
+        "shuffled": random.Random(0).sample(lines, len(lines)),
+        "twice": lines + lines,
+        "without ends": [line.rstrip() for line in lines],
+        "one line": lines[:1],
+    }[order]
+    path.write_text("".join(changed))
+    text, _ = report(run, capsys)
+    if order in ("reversed", "twice", "without ends") and name.startswith("metrics"):
+        assert any(name in line for line in unread(text))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv", "events.jsonl", "run.json", "summary.txt"])
+def test_a_line_of_a_hundred_megabytes_is_left_out_and_the_next_is_read(run, capsys, name):
+    path = run / name
+    if name == "metrics.csv":
+        (run / "metrics.jsonl").unlink()
+    content = path.read_bytes()
+    with open(path, "wb") as file:
+        file.write(content.splitlines(keepends=True)[0] if name == "metrics.csv" else b"")
+        file.write(b'{"step": ')
+        file.seek(100 * 2**20, os.SEEK_CUR)
+        file.write(b"\n" + content)
+    text, _ = report(run, capsys)
+    assert any(name in line for line in unread(text))
+    if name == "metrics.jsonl":
+        assert '"title":"loss"' in text
+
+
+# Names and places
+
+
+def test_hostile_names_of_media(run, capsys):
+    folder = os.fsencode(run / "media")
+    content = (run / "media/samples/text/00000006.md").read_bytes()
+    for name in (b"\xff\xfe", b"<script>alert(1)</script>".replace(b"/", b"%2F"), b"%00%ff%2e%2e%2fpasswd", b"a" * 255):
+        os.mkdir(os.path.join(folder, name))
+        with open(os.path.join(folder, name, b"00000001.md"), "wb") as file:
+            file.write(content)
+    with open(os.path.join(folder, b"9" * 200 + b".md"), "wb") as file:
+        file.write(content)
+    deep = folder
+    for _ in range(300):
+        deep = os.path.join(deep, b"deep")
+        os.mkdir(deep)
+    text, _ = report(run, capsys)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert any("9999" in line for line in unread(text))
+
+
+def test_media_that_lead_to_themselves(run, capsys):
+    (run / "media" / "again").symlink_to("..")
+    text, _ = report(run, capsys)
+    assert any("media/again" in line for line in unread(text))
+
+
+def test_a_link_within_the_run_is_followed(run, capsys):
+    path = run / "media/samples/text/00000006.md"
+    path.rename(run / "kept.md")
+    path.symlink_to(run / "kept.md")
+    text, _ = report(run, capsys)
+    assert "<strong>6</strong>" in text
+    assert unread(text) == []
+
+
+def test_a_run_behind_a_link_is_shown(run, tmp_path, capsys):
+    (tmp_path / "latest").symlink_to(run)
+    text, _ = report(tmp_path / "latest", capsys)
+    assert unread(text) == []
+
+
+# The place of the page
+
+
+def command(*arguments, capsys):
+    with within(SECONDS):
+        code = cli.main(["report", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("damage", [fifo, folder, bound, link_outside, link_to_nothing, zero_device, link_to_itself])
+def test_what_is_in_the_place_of_the_page_is_not_overwritten(run, outside, capsys, damage):
+    place = run / "report.html"
+    place.touch()
+    damage(place, outside)
+    before = {path: path.read_bytes() for path in outside.iterdir()}
+    kind = stat.S_IFMT(place.lstat().st_mode)
+    code, out, err = command(run, capsys=capsys)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"fxtrain report: expected a place .*, got .*report\.html \(it is a.*\)\. .*--out.*\n", err)
+    assert stat.S_IFMT(place.lstat().st_mode) == kind
+    assert {path: path.read_bytes() for path in outside.iterdir()} == before
+    assert not list(run.glob("*.tmp"))
+
+
+def test_an_earlier_page_is_replaced_in_one_step(run, capsys, monkeypatch):
+    place = run / "report.html"
+    place.write_text("before")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        code, out, err = command(run, capsys=capsys)
+    assert (code, out, place.read_text()) == (1, "", "before")
+    assert "No space left on device" in err
+    assert sorted(path.name for path in run.iterdir() if "report" in path.name) == ["report.html"]
+    assert command(run, capsys=capsys)[0] == 0
+    assert place.read_text().startswith("<!doctype html>")
