@@ -1,6 +1,10 @@
 """The main job as a person runs it: what it says, what it leaves, Ctrl-C, resume, and what it refuses."""
 
+import concurrent.futures
+import dataclasses
+import datetime
 import json
+import os
 import pathlib
 import re
 import signal
@@ -10,7 +14,8 @@ import sys
 import pytest
 
 from fxtrain.checkpoint.manifest import read_manifest
-from fxtrain.cli import main
+from fxtrain.cli import lm, main
+from fxtrain.cli.run_folder import make_folder
 
 SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]
 SMALL = [*SHAPE, "--eval-interval", "10", "--snapshot-interval", "10"]
@@ -97,7 +102,7 @@ def test_trains_reports_and_resumes_to_the_bit(tmp_path, text):
         (["--lr", "-1"], "--lr is -1.0, and more than 0 is wanted"),
         (["--width", "30"], "A width of 30 does not divide into 4 heads"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
-        (["--resume", "nowhere"], "nowhere is no run: there is no config.json in it"),
+        (["--resume", "nowhere"], "expected the folder of a run for --resume, got nowhere (No such file or directory)"),
     ],
 )
 def test_refuses_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, message):
@@ -133,4 +138,119 @@ def test_says_what_commands_there_are(capsys):
     assert main([]) == 0
     assert "lm      train a small byte-level transformer" in capsys.readouterr().out
     assert main(["lim"]) == 2
-    assert "there is no command 'lim'" in capsys.readouterr().err
+    assert "expected a command, got 'lim'" in capsys.readouterr().err
+
+
+# Folders of runs
+
+
+class AtOneTime(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 5, 17, 12, 30, 45)
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("fxtrain.cli.run_folder.datetime.datetime", AtOneTime)
+    found = [make_folder(tmp_path / "runs", {"number": number}) for number in range(3)]
+    names = ["lm-20240517-123045", "lm-20240517-123045-2", "lm-20240517-123045-3"]
+    assert [folder.name for folder in found] == names
+    assert [json.loads((folder / "config.json").read_text())["number"] for folder in found] == [0, 1, 2]
+
+
+def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("fxtrain.cli.run_folder.datetime.datetime", AtOneTime)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda number: make_folder(tmp_path, {"number": number}), range(64)))
+    assert [json.loads((folder / "config.json").read_text())["number"] for folder in found] == list(range(64))
+
+
+def refused(capsys, code, *arguments):
+    assert main(["lm", *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fxtrain lm: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_place_for_runs_that_cannot_be_written_to(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for runs in ("file", "file/runs", "/proc/runs", "a" * 5000):
+        said = refused(capsys, 1, "--text", "text.py", "--runs", runs, *SMALL)
+        assert "expected a folder for runs that can be written to" in said
+        assert "Give another one with --runs." in said
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch, text):
+    """The folder of a run that has no checkpoint yet."""
+    monkeypatch.chdir(tmp_path)
+    options = {**dataclasses.asdict(lm.Options()), "text": "text.py", "steps": 1, "compile": False, "runs": "runs"}
+    options |= {"layers": 1, "width": 16, "heads": 2, "length": 16, "batch_size": 4}
+    del options["resume"]
+    corpus = lm.read_corpus("text.py")
+    return make_folder(tmp_path / "runs", {"options": options, "corpus": {"digest": corpus.digest}})
+
+
+def changed(path, **options):
+    config = json.loads(path.read_text())
+    config["options"] |= options
+    config["options"] = {name: value for name, value in config["options"].items() if value != "MISSING"}
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", "null", '{"options": []}', '{"options": {}}', "\0" * 100, "[" * 10_000, '{"corpus": 3}'],
+    ids=lambda content: content[:12],
+)
+def test_a_damaged_configuration(started, capsys, content):
+    (started / "config.json").write_text(content)
+    assert "is damaged" in refused(capsys, 1, "--resume", str(started))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "MISSING"}, "got no option 'lr'"),
+        ({"later": 3}, "got an unknown option 'later'"),
+        ({"resume": "x"}, "got an unknown option 'resume'"),
+        ({"steps": "5"}, "expected a value of the option steps in config.json, got '5'"),
+        ({"steps": True}, "expected a value of the option steps in config.json, got True"),
+        ({"lr": None}, "expected a value of the option lr in config.json, got null"),
+        ({"compile": 0}, "expected a value of the option compile in config.json, got 0"),
+        ({"runs": ["a"]}, "expected a value of the option runs in config.json, got a list of 1"),
+    ],
+)
+def test_a_configuration_of_other_options(started, capsys, options, message):
+    changed(started / "config.json", **options)
+    assert message in refused(capsys, 1, "--resume", str(started))
+
+
+def test_a_configuration_whose_values_are_out_of_range(started, capsys):
+    changed(started / "config.json", steps=0)
+    assert "--steps is 0" in refused(capsys, 2, "--resume", str(started))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_a_configuration_that_is_no_file(started, capsys, kind):
+    path = started / "config.json"
+    path.unlink()
+    {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to(path)}[kind]()
+    assert "config.json: " in refused(capsys, 1, "--resume", str(started))
+
+
+@pytest.mark.parametrize("place", ["text.py", "", "nothing/at/all", "text.py/below", "a" * 5000])
+def test_a_place_that_has_no_run_to_resume(tmp_path, monkeypatch, capsys, text, place):
+    monkeypatch.chdir(tmp_path)
+    assert "expected the folder of a run for --resume, got" in refused(capsys, 2, "--resume", place)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_begins_at_its_first_step(started, capsys):
+    assert main(["lm", "--resume", str(started)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"No checkpoint is in {started} yet: the run begins at its first step.\n"
+    assert json.loads((started / "result.json").read_text())["step"] == 1

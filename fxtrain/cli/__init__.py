@@ -6,10 +6,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fxtrain.cli.messages import EXIT_FAILURE, EXIT_USAGE
+from fxtrain.cli.streams import lasting_streams
+
 COMMANDS = {
     "lm": "train a small byte-level transformer on real text, from nothing",
     "report": "write one HTML page of a run, which opens without a server",
 }
+_EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,23 +23,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: By default those of the process.
 
     Returns:
-        The exit code: 0 when done, 2 when what was asked for cannot be done, 128 and the number of a signal that
-        ended it: 130 for SIGINT, 143 for SIGTERM.
+        The exit code: 0 when done, 1 after a failure, 2 for arguments that cannot be used, 128 and the number of a
+        signal that ended it: 130 for SIGINT, 143 for SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with lasting_streams() as failures:
+        code = _guarded(given)
+    if failures:
+        print(f"fxtrain: expected to write to standard output, got {failures[0].strerror}.", file=sys.stderr)
+    return code or (EXIT_FAILURE if failures else 0)
+
+
+def _guarded(given: list[str]) -> int:
+    try:
+        return _run(given)
+    except SystemExit as error:  # tyro has printed help, or what is wrong with the arguments
+        return error.code if isinstance(error.code, int) else EXIT_USAGE
+    except KeyboardInterrupt:
+        print("\nfxtrain: interrupted.", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def _run(given: list[str]) -> int:
     if given and given[0] in COMMANDS:
-        command = importlib.import_module(f"fxtrain.cli.{given[0]}")
-        try:
-            return command.main(given[1:])
-        except KeyboardInterrupt:
-            print("\nfxtrain: interrupted.", file=sys.stderr)
-            return 130
+        return importlib.import_module(f"fxtrain.cli.{given[0]}").main(given[1:])
     asked_for_help = not given or given[0] in ("-h", "--help")
     out = sys.stdout if asked_for_help else sys.stderr
     if not asked_for_help:
-        print(f"fxtrain: there is no command {given[0]!r}.", file=out)
+        print(f"fxtrain: expected a command, got {given[0]!r}. Use one of these.", file=out)
     print("usage: fxtrain <command> [options]\n", file=out)
     for name, purpose in COMMANDS.items():
         print(f"  {name:<8}{purpose}", file=out)
     print("\nfxtrain <command> --help lists its options.", file=out)
-    return 0 if asked_for_help else 2
+    return 0 if asked_for_help else EXIT_USAGE

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
 import pathlib
 import platform
@@ -15,24 +13,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 import fxtrain as fx
 from fxtrain.callbacks.textgen import generate
 from fxtrain.cli import baselines
+from fxtrain.cli.arguments import parse
 from fxtrain.cli.corpus import CorpusError, check_fits, read_corpus
+from fxtrain.cli.messages import EXIT_FAILURE, EXIT_USAGE, fail
+from fxtrain.cli.run_folder import (
+    CommandError,
+    FolderError,
+    make_folder,
+    read_config,
+    saved_options,
+    write_json,
+)
 from fxtrain.cli.transformer import Config, Transformer
 
-CONFIG = "config.json"
 STEPS = 1000  # where neither steps nor epochs are asked for
 MUON_RATE = 20 / 3  # its learning rate over AdamW's
 PROMPT = "def "
 TEMPERATURE = 0.8
-
-
-class CommandError(Exception):
-    """What was asked for cannot be done. The message is for whoever typed the command."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,52 +96,49 @@ def main(arguments: Sequence[str]) -> int:
     # resumed run would differ in its last bits.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        options, folder = _options(arguments)
-        return _Job(options, folder).run()
-    except (CommandError, CorpusError, fx.CheckpointError) as error:
-        print(f"fxtrain lm: {error}", file=sys.stderr)
-        return 2
+        return _Job(_options(arguments)).run()
+    except (CommandError, CorpusError) as error:
+        return fail("lm", error, EXIT_USAGE)
+    except (FolderError, fx.CheckpointError, OSError) as error:
+        return fail("lm", error, EXIT_FAILURE)
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-def _options(arguments: Sequence[str]) -> tuple[Options, pathlib.Path]:
-    """The options of the run, and its folder: a new one, or that of the run to resume, with the options it had."""
-    given = tyro.cli(Options, prog="fxtrain lm", args=arguments)
+def _options(arguments: Sequence[str]) -> Options:
+    """The options of the run: those given, or those that the run to resume was started with."""
+    given = parse(Options, "lm", arguments)
     if given.resume is None:
-        name = datetime.datetime.now().strftime("lm-%Y%m%d-%H%M%S")
-        return given, given.runs / name
-    path = given.resume / CONFIG
-    if not path.is_file():
-        raise CommandError(f"{given.resume} is no run: there is no {CONFIG} in it.")
-    saved = json.loads(path.read_text())["options"]
-    options = Options(**{**saved, "runs": pathlib.Path(saved["runs"]), "resume": given.resume})
-    again = tyro.cli(Options, prog="fxtrain lm", args=arguments, default=options)
+        return given
+    options = saved_options(Options, read_config(given.resume).options, resume=given.resume)
+    again = parse(Options, "lm", arguments, default=options)
     changed = [name for name, value in dataclasses.asdict(again).items() if value != getattr(options, name)]
     if changed:
         raise CommandError(
             f"A resumed run keeps the options that it was started with, and --{changed[0].replace('_', '-')} was "
             f"{getattr(options, changed[0])!r} then: leave it out, or start a new run."
         )
-    return options, given.resume
+    return options
 
 
 class _Job:
     """One session of a run, from its options to its report."""
 
-    def __init__(self, options: Options, folder: pathlib.Path) -> None:
-        self.options, self.folder = options, folder
+    def __init__(self, options: Options) -> None:
+        self.options = options
         _validate(options)
         self.device = _device(options.device)
         self.corpus = read_corpus(options.text)
         check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
         self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
         self.steps = _steps(options, self.data.epoch_length)
-        self.checkpoints = fx.checkpointer(folder / "checkpoints", keep=2, best="loss")
+        self.folder = self._start_folder()
+        self.checkpoints = fx.checkpointer(self.folder / "checkpoints", keep=2, best="loss")
+        if options.resume is not None and not self.checkpoints.steps():
+            print(f"No checkpoint is in {self.folder} yet: the run begins at its first step.", file=sys.stderr)
 
     def run(self) -> int:
         options = self.options
-        self._start_folder()
         self._head()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
@@ -261,9 +260,7 @@ class _Job:
             "trigrams": baselines.trigram_bits(self.corpus.train, text),
             "unigrams": baselines.unigram_bits(self.corpus.train, text),
         }
-        (self.folder / "result.json").write_text(
-            json.dumps({"bits_per_byte": marks, "step": int(state.step)}, indent=2)
-        )
+        write_json(self.folder / "result.json", {"bits_per_byte": marks, "step": int(state.step)})
         print(f"validation  bits per byte of {len(text) / 1e6:.2f} MB held out:")
         for name, value in marks.items():
             print(f"            {value:6.3f}  {name}")
@@ -284,29 +281,26 @@ class _Job:
         print(f"resume      fxtrain lm --resume {self.folder}")
         print(f"report      fxtrain report {self.folder}")
 
-    def _start_folder(self) -> None:
-        path = self.folder / CONFIG
-        facts = {
-            "options": _plain(self.options),
-            "corpus": {"digest": self.corpus.digest, "description": self.corpus.description},
-            "environment": {
-                "fxtrain": version("fxtrain"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        if self.options.resume is None:
-            self.folder.mkdir(parents=True)
-            path.write_text(json.dumps(facts, indent=2))
-            return
-        digest = json.loads(path.read_text())["corpus"]["digest"]
-        if digest != self.corpus.digest:
+    def _start_folder(self) -> pathlib.Path:
+        """Makes a new folder, or checks that of the run to resume."""
+        folder = self.options.resume
+        if folder is None:
+            facts = {
+                "options": _plain(self.options),
+                "corpus": {"digest": self.corpus.digest, "description": self.corpus.description},
+                "environment": {
+                    "fxtrain": version("fxtrain"),
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            }
+            return make_folder(self.options.runs, facts)
+        if read_config(folder).digest != self.corpus.digest:
             raise CommandError(
-                f"The text is not the one that {self.folder} was started with ({self.corpus.description}): a resumed "
+                f"The text is not the one that {folder} was started with ({self.corpus.description}): a resumed "
                 "run would be another one. Bring the text back, or start a new run."
             )
-        if not self.checkpoints.steps():
-            print(f"No checkpoint is in {self.folder} yet: the run begins at its first step.", file=sys.stderr)
+        return folder
 
 
 class Bytes:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import pathlib
-import sys
+import secrets
+import stat
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
+from fxtrain.cli.arguments import parse
+from fxtrain.cli.messages import EXIT_FAILURE, EXIT_USAGE, fail
 from fxtrain.report import RunFolderError, page, read_run
+from fxtrain.report.folder import kind_of_file, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +31,47 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    options = tyro.cli(Options, prog="fxtrain report", args=arguments)
+    options = parse(Options, "report", arguments)
     try:
         text = page(read_run(options.run))
     except RunFolderError as error:
-        print(f"fxtrain report: {error}", file=sys.stderr)
-        return 2
+        return fail("report", error, EXIT_USAGE)
     path = options.out or options.run / "report.html"
     try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        print(
-            f"fxtrain report: {path} cannot be written ({error.strerror}): give --out, a path that can be.",
-            file=sys.stderr,
-        )
-        return 2
+        _put(path, text.encode(), follow=options.out is not None)
+    except (OSError, ValueError) as error:
+        why = f"expected a place for the page, got {path} ({reason(error)}). Give --out, a path that can be written to."
+        return fail("report", why, EXIT_FAILURE)
     print(path)
     return 0
+
+
+def _put(path: pathlib.Path, content: bytes, *, follow: bool) -> None:
+    """Writes a file in one step. What is there and is no regular file is written to only where a person named it."""
+    try:
+        mode = (os.stat if follow else os.lstat)(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISREG(mode):
+        _replace(os.path.realpath(path) if follow else os.fspath(path), content)
+    elif follow and not stat.S_ISDIR(mode):
+        # Without O_NONBLOCK a FIFO that nobody reads would block here; with it, it is an error.
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        os.set_blocking(handle, True)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+    else:
+        raise ValueError(f"it is {kind_of_file(mode)}")
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Puts a new file in the place of an old one. A random name cannot be a link that was prepared."""
+    new = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(new, "xb") as file:
+            file.write(content)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
