@@ -232,6 +232,39 @@ class TestReport:
         assert re.match(r"train [\d.]+ at step \d+\neval ", browser.value("document.querySelector('.tip').textContent"))
         assert browser.errors == []
 
+    def test_a_run_of_hostile_names_and_extreme_values_is_drawn_and_runs_nothing(self, browser, tmp_path):
+        bad = "</script><img src=x onerror=window.taken=1><script>window.taken=1</script>"
+        rows = {0: (1e308, 1e300), 1: (-1e308, 1.000001e300), 2: (5e-324, "NaN"), 2**50 - 1: ("NaN", 0), 2**50: (3, -1)}
+        with open(tmp_path / "metrics.jsonl", "w") as file:
+            for step, (loss, other) in rows.items():
+                names = dict.fromkeys((bad, "__proto__", "constructor", "", "huge"), 1.0)
+                line = {"step": step, "metrics": {"train/loss": loss, "eval/loss": other, **names}}
+                line["texts"] = {bad: f"{bad}\n\n[x](javascript:window.taken=1) ![y](http://127.0.0.1:1/x.png)"}
+                line["histograms"] = {bad: {"counts": [1e15, 0], "edges": [-1e300, 0, 1e300]}}
+                line["tables"] = {bad: {bad: [bad]}}
+                line["confusion"] = {bad: {"labels": [bad], "counts": [[1e15]]}}
+                file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": 2**50, "metrics": {"late": 1.0}}) + "\n")
+        with open(tmp_path / "events.jsonl", "w") as file:
+            file.write(json.dumps({"event": "StepEnd", "step": 1, "asked": {"stop": [bad]}}) + "\n")
+        assert cli.main(["report", str(tmp_path)]) == 0
+        browser.open((tmp_path / "report.html").as_uri())
+        for tool in range(3):
+            browser.value(f"document.querySelectorAll('#tools input[type=checkbox]')[{tool}].click()")
+        assert browser.value("document.querySelectorAll('.chart svg').length") == 8
+        assert browser.value("[...document.querySelectorAll('path')].every(p => !/NaN|Inf/.test(p.getAttribute('d')))")
+        assert browser.value("window.taken === undefined")
+        assert browser.errors == []
+
+    def test_its_policy_runs_no_code_but_its_own(self, browser, tmp_path):
+        html = page(Run("run", {"loss": ([1, 2], [1.0, 2.0])}, [], {}, {}, {}, {}, {}, {}, [], "", {}))
+        taken = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
+        (tmp_path / "page.html").write_text(html.replace("</main>", f"</main>{taken}"))
+        browser.open((tmp_path / "page.html").as_uri())
+        assert browser.value("document.querySelectorAll('.chart svg').length") == 1
+        assert browser.value("window.taken === undefined")
+        assert len(browser.errors) >= 2
+
     def test_a_long_run_is_drawn_at_once(self, browser, tmp_path):
         steps = list(range(1, 100_001))
         curves = {f"grad_norm/layer{i}": (steps, [(step * 7919 % 1000) / 1000 for step in steps]) for i in range(20)}
