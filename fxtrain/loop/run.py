@@ -134,6 +134,7 @@ class Run:
             if self.eval_data is not None:
                 closing.callback(self.eval_data.close)
             yield from self._session()
+            self.exit_code = self._interrupts.exit_code  # also of a signal that arrived when the run was over
 
     def _session(self) -> Moments:
         now = self._now
@@ -148,7 +149,6 @@ class Run:
                 if self._interrupts.cause is not None:
                     now.read_flags()
                     self.reason = f"interrupted by {self._interrupts.cause}"
-                    self.exit_code = self._interrupts.exit_code
                     yield from self._emitter.emit(Interrupted, cause=self._interrupts.cause)
                     break
                 if self._finished():
@@ -164,6 +164,7 @@ class Run:
         yield from self._requests.save_last()
         # A stop is honoured here. The last checkpoint keeps it, so that resuming a finished run does nothing;
         # the state in memory goes on where it is asked to.
+        now.read_flags()
         now.forget_stop()
         self.last = now.state
         yield from self._emitter.emit(FitEnd, reason=self.reason)
