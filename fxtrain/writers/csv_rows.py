@@ -110,10 +110,13 @@ class CsvWriter(OneFile):
 
     def _take_up(self, content: bytes) -> None:
         """Opens the file at the end of its whole rows, and reads the columns, or writes them, and the last row."""
-        rows = _end_of_header(content) if content.strip(b"\0\r\n") else 0
+        is_zeros = b"\0" in content and not content.strip(b"\0\r\n")
+        rows = 0 if is_zeros else _end_of_header(content)
         header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
         first = _line(list(_FIRST))
-        unfinished = not rows and first.startswith(content.strip(b"\0\r\n")[: len(first) - 1])  # or empty, or zeros
+        unfinished = not rows and (
+            is_zeros or first.startswith(content.rstrip(b"\0")[: len(first) - 1])
+        )  # or empty, or zeros
         if not (unfinished or (rows and tuple(header[: len(_FIRST)]) == _FIRST)):
             # Before anything is removed: it may be somebody's whole file.
             raise ValueError(
