@@ -359,7 +359,7 @@ def checkpointer(
         >>> state = fx.init(torch.nn.Linear(2, 1))
         >>> with tempfile.TemporaryDirectory() as folder, fx.checkpointer(folder, keep=1) as checkpoints:
         ...     for step in (1, 2):
-        ...         checkpoints.save(state.replace(step=torch.tensor(step)))
+        ...         _ = checkpoints.save(state.replace(step=torch.tensor(step)))
         ...     checkpoints.steps()
         [2]
     """

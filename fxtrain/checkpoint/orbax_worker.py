@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import sys
+import time
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - teaches numpy the dtypes below a word
@@ -41,18 +42,21 @@ def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
         wanted = _mapped(getattr(found.item_metadata, "tree", found.item_metadata))
         tree = checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=wanted))
     ours.mkdir()
-    rows: list[dict[str, Any]] = []
+    leaves = [(entries, np.ascontiguousarray(leaf), list(np.shape(leaf))) for entries, leaf in _flattened(tree, [])]
+    rows: list[dict[str, Any]] = [{}] * len(leaves)
     offset = 0
     with open(ours / "leaves.bin", "wb") as file:
-        for entries, leaf in _flattened(tree, []):
-            array = np.ascontiguousarray(leaf)
+        # The widest elements first, as in a file that fxtrain writes itself.
+        for index in sorted(range(len(leaves)), key=lambda index: -leaves[index][1].itemsize):
+            entries, array, shape = leaves[index]
             raw = array.tobytes()
             path = "tree" + "".join(f"[{key!r}]" for _, key in entries)
-            row = {"path": path, "entries": entries, "dtype": array.dtype.name, "shape": list(np.shape(leaf))}
-            rows.append({**row, "offset": offset, "bytes": len(raw), "xxh3": xxhash.xxh3_64_hexdigest(raw)})
+            row = {"path": path, "entries": entries, "dtype": array.dtype.name, "shape": shape}
+            rows[index] = {**row, "offset": offset, "bytes": len(raw), "xxh3": xxhash.xxh3_64_hexdigest(raw)}
             file.write(raw)
             offset += len(raw)
-    head = {"format": 1, "bytes": offset, "step": None, "metrics": {}, "environment": {}}
+    head = {"format": 2, "bytes": offset, "step": None, "time": time.time(), "metrics": {}, "environment": {}}
+    head |= {"run": None, "role": None, "sequence": None}
     text = b"".join(json.dumps(line).encode() + b"\n" for line in [head, *rows])
     checksum = xxhash.xxh3_64_hexdigest(text).encode()
     (ours / "manifest.jsonl").write_bytes(b'%s{"xxh3": "%s"}\n' % (text, checksum))
