@@ -102,6 +102,12 @@ def test_trains_reports_and_resumes_to_the_bit(tmp_path, text):
         (["--lr", "-1"], "--lr is -1.0, and more than 0 is wanted"),
         (["--width", "30"], "A width of 30 does not divide into 4 heads"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+        (["--lr", "inf"], "expected a finite number for --lr"),
+        (["--min-delta", "nan"], "expected a finite number, 0 or more, for --min-delta"),
+        (["--seed", str(2**64)], "expected a seed of 64 bits"),
+        (["--steps", str(10**30)], "expected at most 2147483648 for --steps"),
+        (["--patience", str(10**30)], "expected at most 2147483648 for --patience"),
         (["--resume", "nowhere"], "expected the folder of a run for --resume, got nowhere (No such file or directory)"),
     ],
 )

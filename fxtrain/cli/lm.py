@@ -35,6 +35,7 @@ STEPS = 1000  # where neither steps nor epochs are asked for
 MUON_RATE = 20 / 3  # its learning rate over AdamW's
 PROMPT = "def "
 TEMPERATURE = 0.8
+_LARGEST = 2**31  # of a whole number; the product of two still fits into 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +202,9 @@ class _Job:
 
         def rate(peak: float) -> Any:
             warmup = max(1, self.steps // 10)
+            decay = max(self.steps, warmup + 1)  # a run of one step is all warmup
             return fx.schedules.warmup_cosine_decay(
-                init_value=0.0, peak_value=peak, warmup_steps=warmup, decay_steps=self.steps, end_value=peak / 20
+                init_value=0.0, peak_value=peak, warmup_steps=warmup, decay_steps=decay, end_value=peak / 20
             )
 
         return fx.optim.muon(
@@ -324,8 +326,16 @@ def _validate(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} is {value}, and at least 1 is wanted.")
+        if value is not None and value > _LARGEST:
+            raise CommandError(f"expected at most {_LARGEST} for --{name.replace('_', '-')}, got {value}. Give less.")
     if not options.lr > 0:
         raise CommandError(f"--lr is {options.lr}, and more than 0 is wanted.")
+    if not math.isfinite(options.lr):
+        raise CommandError("expected a finite number for --lr, got inf. Give one like 3e-3.")
+    if not 0 <= options.min_delta < math.inf:
+        raise CommandError(f"expected a finite number, 0 or more, for --min-delta, got {options.min_delta}. Give one.")
+    if not -(2**63) <= options.seed < 2**63:
+        raise CommandError(f"expected a seed of 64 bits for --seed, got {options.seed}. Give a smaller one.")
     try:
         Config(options.layers, options.width, options.heads, options.length, options.dropout)
     except ValueError as error:
@@ -337,8 +347,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # meta tensors have no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise CommandError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
