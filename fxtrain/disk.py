@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+# What a file system answers that does not sync folders, or for a folder of the system that may not be opened
+_NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it; their names reach the disk, those made earlier by others included."""
-    path = path.absolute()
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    """Makes a folder and those above it as needed, and brings the names of all of them to the disk.
+
+    Other programs make folders too and may not sync their names, so this does not depend on who made them.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    for folder in (path, *path.parents):
-        if folder in missing:
-            sync_folder(folder.parent)
-        else:
-            # Another program may have made it without a sync. It may also be one that cannot be opened.
-            with contextlib.suppress(OSError):
+    # As it is written, and as it is behind symbolic links: a power cut may take either.
+    for start in dict.fromkeys([path.absolute(), path.resolve()]):
+        for folder in (start, *start.parents):
+            if os.path.ismount(folder):  # its name is not on a disk
+                break
+            try:
                 sync_folder(folder.parent)
+            except OSError as error:
+                if error.errno not in _NOT_SYNCED:
+                    raise
 
 
 def sync_folder(folder: Path) -> None:

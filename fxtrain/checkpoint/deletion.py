@@ -7,11 +7,11 @@ import pathlib
 import shutil
 from collections.abc import Iterable
 
-from fxtrain.checkpoint import folder as folders
 from fxtrain.checkpoint.retention import Entry
 from fxtrain.checkpoint.unfinished import UNFINISHED
 
 _GONE = ".deleted-"
+from fxtrain.disk import sync_folder
 
 
 class Deletion:
@@ -35,7 +35,7 @@ class Deletion:
                 if entry.path.is_symlink():
                     raise OSError("it is a symbolic link")
                 entry.path.rename(gone)
-                folders.sync_folder(self._folder)
+                sync_folder(self._folder)
                 shutil.rmtree(gone)
             except OSError as error:
                 self.warn_once(entry.path, f"The old checkpoint {entry.path} could not be deleted: {error}.")

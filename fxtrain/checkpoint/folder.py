@@ -6,7 +6,6 @@ Everything is written into a folder beside it, brought to the disk, and then ren
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -20,11 +19,10 @@ from fxtrain.checkpoint.files import open_regular, unreadable
 from fxtrain.checkpoint.manifest import FORMAT, MANIFEST, write_manifest
 from fxtrain.checkpoint.table import Leaf, rows
 from fxtrain.checkpoint.unfinished import unfinished_folder
+from fxtrain.disk import sync_folder
 
 LEAVES = "leaves.bin"
 FILES = (LEAVES, MANIFEST)
-# What a file system answers that does not sync folders, or a folder of the system that may not be opened.
-_NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
 
 
@@ -92,33 +90,6 @@ class Leaves:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
-
-
-def make_folder(path: pathlib.Path) -> None:
-    """Makes a folder, with those above it as needed, and brings the names of all of them to the disk.
-
-    Other writers make folders too and may not sync their names, so this does not depend on who made them.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    # As it is written, and as it is behind symbolic links: a power cut may take either.
-    for start in dict.fromkeys([path.absolute(), path.resolve()]):
-        for folder in (start, *start.parents):
-            if os.path.ismount(folder):  # its name is not on a disk
-                break
-            try:
-                sync_folder(folder.parent)
-            except OSError as error:
-                if error.errno not in _NOT_SYNCED:
-                    raise
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Brings the names in ``folder`` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

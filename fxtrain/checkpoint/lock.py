@@ -14,7 +14,7 @@ import weakref
 from typing import NoReturn
 
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import make_folder
+from fxtrain.disk import make_folder
 
 _NAME = ".lock"
 _NOTE = b"process "

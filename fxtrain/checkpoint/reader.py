@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from fxtrain.checkpoint import folder as folders
 from fxtrain.checkpoint import ownership, retention
 from fxtrain.checkpoint.errors import CheckpointError, DamagedError
 from fxtrain.checkpoint.manifest import read_entry
@@ -19,6 +18,7 @@ from fxtrain.checkpoint.selection import Where
 from fxtrain.checkpoint.single import Extra, Restoration, read
 
 Tree = TypeVar("Tree")
+from fxtrain.disk import sync_folder
 
 
 class Reader:
@@ -205,7 +205,7 @@ class Reader:
             aside = entry.path.with_name(f"{retention.UNREADABLE}{entry.path.name}")
             try:
                 entry.path.rename(aside)
-                folders.sync_folder(self.folder)
+                sync_folder(self.folder)
                 where = f"It is kept as {aside.name}"
             except OSError as problem:
                 where = f"It could not be renamed ({problem})"

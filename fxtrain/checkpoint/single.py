@@ -19,13 +19,14 @@ from fxtrain import tree
 from fxtrain.checkpoint.contents import Direct, bytes_of
 from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.folder import FILES, Leaves, make_folder, write
+from fxtrain.checkpoint.folder import FILES, Leaves, write
 from fxtrain.checkpoint.manifest import dtype_of, read_manifest
 from fxtrain.checkpoint.selection import Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
 from fxtrain.checkpoint.unfinished import clear_abandoned
 from fxtrain.core import LOOP
+from fxtrain.disk import make_folder
 
 _LARGE = 2**20  # bytes; below, a thread costs more than it brings
 

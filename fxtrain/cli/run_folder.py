@@ -9,9 +9,9 @@ import pathlib
 import typing
 from typing import Any, NamedTuple, TypeVar
 
+from fxtrain.disk import replace_file
 from fxtrain.report import shapes
 from fxtrain.report.folder import Folder, reason
-from fxtrain.writers.disk import replace_file
 
 _CONFIG = "config.json"
 _REMEDY = "Restore the file, or start a new run."

@@ -5,10 +5,12 @@ from __future__ import annotations
 LOOP = "loop/"
 """Prefix of the loop's slots. Callbacks cannot claim a name that begins with it."""
 
-BATCH = f"{LOOP}batch"  # int64 [2]: index and checksum of the batch read last; in checkpoints only
-DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a data source that has its own
 EPOCH = f"{LOOP}epoch"  # dict of int64 []: the fields of `Epoch`
 EVALUATED = f"{LOOP}evaluated"  # metrics of the last evaluation, and its step
 REWINDS = f"{LOOP}rewinds"  # int64 [n, 2]: steps that the run rewound to, and how often
 SNAPSHOTS = f"{LOOP}snapshots"  # int64 [keep]: steps whose states are retained for rewinds, -1 where there is none
+
+# In checkpoints only
+BATCH = f"{LOOP}batch"  # int64 [2]: index and checksum of the batch read last
+DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a data source that has its own
 STOP_REASONS = f"{LOOP}stop_reasons"  # uint8 [n]: JSON list of the reasons of a pending stop

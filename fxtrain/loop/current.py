@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import SNAPSHOTS, STOP_REASONS, Control, Donated, Due, Epoch, TrainState
+from fxtrain.core import SNAPSHOTS, Control, Donated, Due, Epoch, TrainState
 from fxtrain.core.state import FIELDS
 from fxtrain.loop.late import copied_to_host
 
@@ -78,14 +77,15 @@ class Current:
     Args:
         state: Where the run begins.
         late: Whether the device's requests to stop are read one step late, so that the loop never waits for it.
+        why: Reasons of a stop that was pending when the state was saved.
     """
 
-    def __init__(self, state: TrainState, *, late: bool) -> None:
+    def __init__(self, state: TrainState, *, late: bool, why: tuple[str, ...] = ()) -> None:
         self.late = late
         # None of these is changed in place, so that a branch, of which there is one at each step, can hold them.
         self.due: dict[str, Any] = {}
         self.unread: tuple[Callable[[], Control], ...] = ()  # requests to stop, their flags on their way here
-        self.why: tuple[str, ...] = _read_why(state)  # the reasons to stop
+        self.why = why  # the reasons to stop
         self.take(state)
 
     def take(self, state: TrainState) -> None:
@@ -141,19 +141,9 @@ class Current:
         if SNAPSHOTS not in self.state.slots or self.state.slots[SNAPSHOTS].tolist() != listed:
             self.state = self.state.with_slot(SNAPSHOTS, torch.tensor(listed, device=self.state.step.device))
 
-    def keep_why(self) -> None:
-        """Writes the reasons of a pending stop into the state, for the session that resumes it."""
-        if self.due["stop"] and self.why:
-            text = json.dumps(list(dict.fromkeys(self.why))).encode()
-            reasons = torch.tensor(list(text), dtype=torch.uint8, device=self.state.step.device)
-            self.state = self.state.with_slot(STOP_REASONS, reasons)
-
     def forget_stop(self) -> None:
         """Clears a stop that has been carried out, so that the state can be trained further."""
         self.set(stop=False, unsaved=False)
-        if STOP_REASONS in self.state.slots:
-            slots = {name: slot for name, slot in self.state.slots.items() if name != STOP_REASONS}
-            self.state = self.state.replace(slots=slots)
 
     def stop(self, reason: str) -> None:
         """The loop's own request to stop."""
@@ -208,8 +198,3 @@ class Current:
 def _on_device(control: Control) -> bool:
     """Whether a stop depends on a tensor, which the loop may have to wait for."""
     return any(isinstance(flag, Tensor) for flag in control.stop.values())
-
-
-def _read_why(state: TrainState) -> tuple[str, ...]:
-    slot = state.slots.get(STOP_REASONS)
-    return () if slot is None else tuple(json.loads(bytes(slot.tolist())))

@@ -8,7 +8,7 @@ import torch
 
 from fxtrain import metrics
 from fxtrain.checkpoint import Role
-from fxtrain.core import DATA, EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
+from fxtrain.core import EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
 from fxtrain.loop.current import Current
 from fxtrain.loop.emitter import Emitter, Moments
 from fxtrain.loop.evaluate import measure
@@ -18,6 +18,7 @@ from fxtrain.loop.plan import Plan
 from fxtrain.loop.publish import Publisher
 from fxtrain.loop.repeats import LastBatch
 from fxtrain.loop.rewind import Snapshots
+from fxtrain.loop.saved_slots import SavedSlots
 from fxtrain.loop.saving import Saving
 
 _MAX_EMPTY_EPOCHS = 100  # in a row; a run that takes no step in so many never will
@@ -135,13 +136,19 @@ class Requests:
 
     def save(self, role: Role = "trajectory") -> None:
         now = self._now
-        now.keep_why()
-        if self._plan.checkpointer is not None and hasattr(self._data, "snapshot"):
-            now.state = now.state.with_slot(DATA, self._data.snapshot(now.epoch.data_index(now.position)))
         self._publish.flush(now.step)
         self._snapshots.save(now.snapshots)
-        last_batch = self._feeding.last if self._plan.checkpointer is not None else None
-        self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots, LastBatch.of(last_batch))
+        slots = SavedSlots() if self._plan.checkpointer is None else self._saved_slots()
+        self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots, slots)
+
+    def _saved_slots(self) -> SavedSlots:
+        now, last = self._now, self._feeding.last
+        stateful = hasattr(self._data, "snapshot")
+        return SavedSlots(
+            batch=None if last is None else LastBatch.of(last),
+            data=self._data.snapshot(now.epoch.data_index(now.position)) if stateful else None,
+            stop_reasons=now.why if now.due["stop"] else (),
+        )
 
     def save_last(self) -> Moments:
         yield from self.report_saves(wait=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 from fxtrain.checkpoint import Restoration
 from fxtrain.core import (
-    DATA,
     Control,
     EpochBegin,
     FitBegin,
@@ -38,9 +37,9 @@ from fxtrain.loop.interrupts import Abandoned, Interrupts
 from fxtrain.loop.plan import Plan
 from fxtrain.loop.provided import refuse_unprovided
 from fxtrain.loop.publish import Publisher
-from fxtrain.loop.repeats import without_last_batch
 from fxtrain.loop.requests import Requests
 from fxtrain.loop.rewind import Snapshots
+from fxtrain.loop.saved_slots import SavedSlots
 from fxtrain.loop.saving import Saving
 from fxtrain.loop.served import refuse_unserved
 from fxtrain.loop.strides import Strides
@@ -66,7 +65,7 @@ class Run:
         whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
             state = self._without_missing(self._restored)
-        state, last_batch = without_last_batch(state)
+        state, saved = SavedSlots.split(state)
         restored_state = state
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
@@ -80,19 +79,16 @@ class Run:
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
         # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
         # disk is its own already.
-        self._now = Current(state if whole else state.copy(), late=bool(late))
-        if DATA in state.slots and hasattr(self.data, "restore"):
-            self.data.restore(self._now.epoch.data_index(self._now.position), state.slots[DATA])
+        self._now = Current(state if whole else state.copy(), late=bool(late), why=saved.stop_reasons)
+        if saved.data is not None and hasattr(self.data, "restore"):
+            self.data.restore(self._now.epoch.data_index(self._now.position), saved.data)
         else:
-            self._feeding.expected = last_batch
-        self._saving.begin(self._now.state)
+            self._feeding.expected = saved.batch
         donates = self.step is not given or getattr(given, "donates", False)
         self._snapshots = Snapshots(
             plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving
         )
-        self._snapshots.begin(self._now)
-        if whole and self._now.state is restored_state:
-            self._saving.mark_on_disk(self._now.state)
+        self._from_disk = restored_state if whole else None
         self._emitter = Emitter(plan, self._now, self._publish, self._feeding)
         self._requests = Requests(
             plan,
@@ -129,12 +125,20 @@ class Run:
         """Every event of the session, in order."""
         with self._interrupts, contextlib.ExitStack() as closing:
             closing.callback(self._saving.close)
+            self._begin_saving()
             closing.callback(self._publish.close)
             closing.callback(self.data.close)
             if self.eval_data is not None:
                 closing.callback(self.eval_data.close)
             yield from self._session()
             self.exit_code = self._interrupts.exit_code  # also of a signal that arrived when the run was over
+
+    def _begin_saving(self) -> None:
+        self._saving.begin(self._now.state)
+        self._snapshots.begin(self._now)
+        restored, self._from_disk = self._from_disk, None  # a reference to it would keep a step from donating it
+        if restored is not None and restored is self._now.state:
+            self._saving.mark_on_disk(restored)
 
     def _session(self) -> Moments:
         now = self._now

@@ -9,7 +9,7 @@ from typing import Any
 
 from fxtrain.checkpoint import Committed, Restoration, Role
 from fxtrain.core import LOOP, TrainState
-from fxtrain.loop.repeats import LastBatch, with_last_batch, without_last_batch
+from fxtrain.loop.saved_slots import SavedSlots
 
 
 class Saving:
@@ -43,7 +43,7 @@ class Saving:
     def begin(self, state: TrainState) -> None:
         """Refuses now, and not after an hour, a folder of another run or one that cannot be written to."""
         if self._checkpointer is not None:
-            self._checkpointer.begin(with_last_batch(state, None), resume=self._resumes)
+            self._checkpointer.begin(SavedSlots().into(state), resume=self._resumes)
 
     def mark_on_disk(self, state: TrainState) -> None:
         """Notes that the state was read from the newest checkpoint."""
@@ -55,7 +55,7 @@ class Saving:
         metrics: Mapping[str, float],
         role: Role,
         snapshots: Iterable[int],
-        last_batch: LastBatch | None,
+        slots: SavedSlots,
     ) -> None:
         """Hands ``state`` over; it may be donated afterwards.
 
@@ -64,7 +64,7 @@ class Saving:
             metrics: Of its evaluation, by name.
             role: Why it is saved.
             snapshots: The steps that it lists. Snapshots of other steps are deleted once it is committed.
-            last_batch: What the run has read last.
+            slots: Saved with it.
         """
         if self._checkpointer is None:
             warnings.warn(
@@ -74,7 +74,7 @@ class Saving:
                 stacklevel=2,
             )
             return
-        self._save = self._checkpointer.save(with_last_batch(state, last_batch), metrics, notes=self._notes, role=role)
+        self._save = self._checkpointer.save(slots.into(state), metrics, notes=self._notes, role=role)
         self._handed = weakref.ref(state)
         if self._has_snapshots:
             self._checkpointer.retain_snapshots(snapshots)
@@ -143,4 +143,4 @@ def _state_of(report: Restoration | None) -> TrainState | None:
     if report is None:
         return None
     report.warn(stacklevel=3)
-    return without_last_batch(report.state)[0]
+    return SavedSlots.split(report.state)[0]
