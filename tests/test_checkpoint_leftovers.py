@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fxtrain as fx
+from fxtrain import disk
 from fxtrain.checkpoint import folder as folders
 from fxtrain.checkpoint import unclaimed
 
@@ -84,8 +85,8 @@ def test_all_names_above_are_synced_whoever_made_them(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "1"
     run.mkdir(parents=True)  # by a writer of metrics, say
     (tmp_path / "link").symlink_to(run)
-    synced, whole = [], folders.sync_folder
-    monkeypatch.setattr(folders, "sync_folder", lambda folder: (synced.append(folder), whole(folder)))
+    synced, whole = [], disk.sync_folder
+    monkeypatch.setattr(disk, "sync_folder", lambda folder: (synced.append(folder), whole(folder)))
     with fx.checkpointer(tmp_path / "link" / "checkpoints") as checkpoints:
         checkpoints.save(problem.start())
     assert {run, run.parent, tmp_path} <= {path.resolve() for path in synced}
@@ -102,7 +103,7 @@ def test_disk_that_fails_to_sync_a_name_is_an_error(tmp_path, monkeypatch):
     def fails(folder):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(folders, "sync_folder", fails)
+    monkeypatch.setattr(disk, "sync_folder", fails)
     with pytest.raises(fx.CheckpointError, match="Input/output error"):
         fx.checkpointer(tmp_path / "run").save(problem.start())
 

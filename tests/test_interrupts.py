@@ -90,9 +90,9 @@ def test_steps_does_not_begin_after_the_process_was_asked_to_end():
         fx.steps(problem.start(), problem.step(), problem.data(), steps=6)
 
 
-def test_a_signal_in_the_last_moment_is_kept_for_the_next_session():
+def test_a_signal_in_the_last_moment_is_in_the_exit_code_and_kept_for_the_next_session():
     result = fit(observers=[send(signal.SIGTERM, after=fx.FitEnd, step=6)])
-    assert (result.exit_code, result.reason) == (0, "reached 6 steps")
+    assert (result.exit_code, result.reason) == (128 + signal.SIGTERM, "reached 6 steps")
     with pytest.raises(SystemExit, match="143"):
         fit()
 

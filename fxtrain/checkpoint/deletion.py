@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from fxtrain.checkpoint.retention import Entry
 from fxtrain.checkpoint.unfinished import UNFINISHED
+from fxtrain.disk import sync_folder
 
 _GONE = ".deleted-"
-from fxtrain.disk import sync_folder
 
 
 class Deletion:

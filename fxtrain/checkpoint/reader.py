@@ -16,9 +16,9 @@ from fxtrain.checkpoint.manifest import read_entry
 from fxtrain.checkpoint.retention import Entry, Policy
 from fxtrain.checkpoint.selection import Where
 from fxtrain.checkpoint.single import Extra, Restoration, read
+from fxtrain.disk import sync_folder
 
 Tree = TypeVar("Tree")
-from fxtrain.disk import sync_folder
 
 
 class Reader:
