@@ -86,7 +86,8 @@ def test_all_names_above_are_synced_whoever_made_them(tmp_path, monkeypatch):
     run.mkdir(parents=True)  # by a writer of metrics, say
     (tmp_path / "link").symlink_to(run)
     synced, whole = [], disk.sync_folder
-    monkeypatch.setattr(disk, "sync_folder", lambda folder: (synced.append(folder), whole(folder)))
+    for module in (disk, folders):
+        monkeypatch.setattr(module, "sync_folder", lambda folder: (synced.append(folder), whole(folder)))
     with fx.checkpointer(tmp_path / "link" / "checkpoints") as checkpoints:
         checkpoints.save(problem.start())
     assert {run, run.parent, tmp_path} <= {path.resolve() for path in synced}
