@@ -458,6 +458,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="epoch_mean was given to the step, and subscribes to EpochEnd too"):
             fit(step=problem.step(callbacks=fx.callbacks.epoch_mean()))
 
+    @pytest.mark.parametrize(
+        "option", [{"keep": 0}, {"keep_every": 0}, {"keep_every": 1.5}, {"rewind_limit": -1}, {"lag": 2}], ids=str
+    )
+    def test_an_option_out_of_its_range(self, option):
+        (name,) = option
+        with pytest.raises(ValueError, match=name):
+            fit(**option)
+
     def test_data_that_ends_too_soon(self):
         with pytest.raises(ValueError, match="expected data for 6 steps, got 3 batches"):
             fx.fit(problem.start(), problem.step(), iter(problem.data()), steps=6)

@@ -28,7 +28,7 @@ def refuse_unless_whole(name: str, value: Any, of: str, *, least: int = 1) -> No
         raise ValueError(f"{name}={value!r}: a whole number of {of}, {least} or more, is wanted.")
 
 
-def refuse_unless_one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+def refuse_unless_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuses what is none of the choices.
 
     Args:

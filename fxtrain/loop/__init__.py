@@ -19,6 +19,10 @@ The firing order, by what leads to each event (indented: only where it applies):
                             Saved                           the last one, unless the stop is to save nothing
                         FitEnd
 
+Requests at FitBegin and Restored are ``stop`` and, at FitBegin, ``save``: how often these events fire depends on
+interruptions, so nothing that counts in the run is requested there. An evaluation before the first step is requested at
+EpochBegin.
+
 A step compiled with ``steps_per_call=k`` is taken k times at once: k times ``StepBegin``, which observers alone see,
 then all that is inside the step, then k times ``StepEnd``, over the state after all of them.
 """

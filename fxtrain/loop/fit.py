@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.core import Control, StepEnd, TrainState
+from fxtrain.core import Control, StepEnd, TrainState, refuse_unless_one_of, refuse_unless_whole
 from fxtrain.fold import Handler, as_composed, compose, on
 from fxtrain.loop.emitter import Moment
 from fxtrain.loop.history import History
@@ -84,14 +84,17 @@ def fit(
             the run.
         eval_view: From the state to the one that is evaluated in its place, ``fxtrain.callbacks.averaged`` say. What
             trains, and what is saved, stays what it is.
-        epochs: How many epochs the run is to have in all, those before a resume included.
+        epochs: How many epochs the run is to have in all, those before a resume included. Each may have another number
+            of batches, as with another batch size, but none changes its length once it has begun.
         steps: How many steps the run is to have in all. With both, what comes first ends it.
         observers: What sees each event after the fold.
         checkpointer: From ``fxtrain.checkpointer``. Without one nothing is saved.
-        resume: Whether to go on from the checkpointer's latest state, where there is one.
-        keep_every: Keep a state in memory every so many steps, to rewind to.
-        keep: How many of them.
-        keep_on_host: Whether to keep them in the host's memory, which an accelerator waits for, and not on the device.
+        resume: Whether to continue from the checkpointer's latest state, if there is one. Callbacks that were not part
+            of the run start from that state. Without it, a folder with checkpoints of another run is an error.
+        keep_every: Retain a snapshot of the state in memory every so many steps, to rewind to. Each checkpoint is saved
+            with the snapshots retained then, so a resumed run rewinds to where the uninterrupted one would have.
+        keep: How many of them, the newest.
+        keep_on_host: Whether to retain them in host memory, which an accelerator waits for, and not on the device.
         rewind_limit: Going back to one step more often than this stops the run.
         lag: After how many steps the device's requests to stop are read: 0 or 1. By default 0 on a CPU and 1 on an
             accelerator, where reading at once would stall it. A stopped state is a fixed point of the step, so the
@@ -99,7 +102,9 @@ def fit(
         clock: Seconds; every time that callbacks see comes from it.
 
     Raises:
-        ValueError: If no limit is given, evaluation is half given, or a callback subscribes to what never fires.
+        ValueError: If no limit is given, evaluation is half given, a callback subscribes to what never fires, or the
+            state is inside an epoch of another length than the data's.
+        CheckpointError: If the folder has checkpoints of another run, or cannot be written to.
         SystemExit: If SIGTERM or SIGUSR1 has ended an earlier run in this process.
 
     Example:
@@ -171,6 +176,10 @@ def _plan(
     steps: int | None,
     checkpointer: Any,
     resume: bool,
+    keep_every: int | None,
+    keep: int,
+    rewind_limit: int,
+    lag: int | None,
     **others: Any,
 ) -> Plan:
     if epochs is None and steps is None:
@@ -178,6 +187,11 @@ def _plan(
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise ValueError(f"{name}={value!r}: a whole number, 0 or more, is wanted.")
+    if keep_every is not None:
+        refuse_unless_whole("keep_every", keep_every, "steps")
+    refuse_unless_whole("keep", keep, "states")
+    refuse_unless_whole("rewind_limit", rewind_limit, "rewinds", least=0)
+    refuse_unless_one_of("lag", lag, (None, 0, 1))
     if (eval_step is None) != (eval_data is None):
         missing = "eval_data" if eval_data is None else "eval_step"
         raise ValueError(f"Evaluation needs eval_step and eval_data, and {missing} is missing.")
@@ -199,6 +213,10 @@ def _plan(
         steps=steps,
         checkpointer=checkpointer,
         resume=resume,
+        keep_every=keep_every,
+        keep=keep,
+        rewind_limit=rewind_limit,
+        lag=lag,
         **others,
     )
 
