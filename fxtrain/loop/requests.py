@@ -60,6 +60,7 @@ class Requests:
         self._step_of_last_epoch = -1
 
     def handle(self) -> Moments:
+        """Handles requests until none but a stop is left, or a signal arrives. A request made meanwhile is one more."""
         now = self._now
         while self._interrupts.cause is None:
             if now.anything_due and now.unread:
@@ -135,6 +136,7 @@ class Requests:
         yield from self._emit(EpochEnd)
 
     def save(self, role: Role = "trajectory") -> None:
+        """Saves the current state, after everything that the checkpoint covers: points of writers and snapshots."""
         now = self._now
         self._publish.flush(now.step)
         self._snapshots.save(now.snapshots)
@@ -151,12 +153,14 @@ class Requests:
         )
 
     def save_last(self) -> Moments:
+        """Waits for the saves under way, and saves the state in which the session ends unless it is on disk."""
         yield from self.report_saves(wait=True)
         if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
             self.save("session")  # a pending save, as one that waits for an evaluation, stays due: it is another one
             yield from self.report_saves(wait=True)
 
     def report_saves(self, *, wait: bool = False) -> Moments:
+        """Emits what was committed since the last call."""
         for step, path, measured in self._saving.news(wait=wait):
             yield from self._emit(Saved, step=step, path=str(path), metrics=measured)
 
