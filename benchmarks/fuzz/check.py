@@ -1,0 +1,91 @@
+"""Check: a program is run whole, cut, resumed and resumed once more, and every law is applied."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from benchmarks.fuzz import laws
+from benchmarks.fuzz.program import Program
+from benchmarks.fuzz.session import Session, session
+
+_TWICE = 8  # of so many programs one is run twice, to see that it is a function
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a program.
+
+    Args:
+        program: Which.
+        problems: One line for each law that is broken.
+        refused: Whether fxtrain refuses the program, as it documents.
+    """
+
+    program: Program
+    problems: tuple[str, ...]
+    refused: bool = False
+
+
+def check(program: Program) -> Verdict:
+    """Runs a program in all ways, and says which laws are broken."""
+    with _scratch() as folder:
+        return _checked(program, folder)
+
+
+def whole_session(program: Program) -> Session:
+    """The run that nothing cuts, on the plainest path."""
+    with _scratch() as folder:
+        return session(program.plain, folder)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[pathlib.Path]:
+    """A folder, in memory where there is such."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fxtrain-fuzz-", dir=memory, ignore_cleanup_errors=True) as folder:
+        yield pathlib.Path(folder)
+
+
+def _checked(program: Program, folder: pathlib.Path) -> Verdict:
+    plain = program.plain
+    whole = session(plain, folder / "whole")
+    if laws.is_refused(whole):
+        return Verdict(program, (), refused=True)
+    found = [f"whole: {line}" for line in laws.every_session(plain, whole)]
+    if whole.result is None:
+        return Verdict(program, tuple(found))
+    if program.seed % _TWICE == 0:
+        found += [f"twice: {line}" for line in _differences(plain, whole, session(plain, folder / "twice"))]
+
+    cut = folder / "cut"
+    sessions: list[Session] = [session(program, cut, each) for each in program.cuts]
+    sessions.append(session(program, cut))
+    for number, each in enumerate(sessions):
+        found += [f"session {number + 1}: {line}" for line in laws.every_session(program, each)]
+    final = sessions[-1]
+    if final.result is None:
+        return Verdict(program, tuple(found))
+    reasons = [each.result.reason for each in sessions if each.result is not None]
+    found += laws.same_end(program, whole, final, reasons)
+    found += laws.same_trajectory(program, whole, sessions)
+    found += laws.same_history(whole, sessions)
+    found += laws.same_files(program, folder / "whole", cut)
+    if program.saves and not any("unsaved" in dict(told.asked) for told in whole.events):
+        found += laws.saved_last(program, cut, final)
+        again = session(program, cut)
+        found += [f"again: {line}" for line in laws.every_session(program, again)]
+        found += laws.does_nothing(again, final, whole)
+        found += [f"again: {line}" for line in laws.same_files(program, folder / "whole", cut)]
+    return Verdict(program, tuple(found))
+
+
+def _differences(program: Program, first: Session, second: Session) -> list[str]:
+    if second.result is None:
+        return [f"the second time it raised {second.error!r}"]
+    found = laws.same_end(program, first, second, [second.result.reason])
+    return found + laws.same_trajectory(program, first, [second])

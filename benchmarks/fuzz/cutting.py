@@ -1,0 +1,93 @@
+"""Cuts a session: counts what happens at one place, and sends a signal or raises an exception at the chosen time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import fxtrain as fx
+from benchmarks.fuzz.build import NAMES
+from benchmarks.fuzz.program import Cut
+from fxtrain.core import TRAJECTORY
+
+INTERRUPTING = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+class InjectedError(Exception):
+    """The exception that a cut raises."""
+
+
+class Cutter:
+    """Counts, and cuts once.
+
+    Args:
+        cut: Where, when and how; None never cuts.
+    """
+
+    def __init__(self, cut: Cut | None) -> None:
+        self._cut = None if cut is None or cut.how in ("limit", "leave") else cut
+        self._count = 0
+        self._is_armed = False  # a signal before the loop has taken the handlers over ends the process
+
+    def at(self, where: str) -> Callable[[], None]:
+        """What to call at a place."""
+
+        def called() -> None:
+            if self._cut is not None and self._cut.where == where:
+                self._passed()
+
+        return called
+
+    @property
+    def observers(self) -> list[Any]:
+        """What watches events, and cuts there if the cut is there."""
+
+        def arm(state: Any, event: fx.FitBegin | fx.FitEnd, control: Any) -> None:
+            self._is_armed = isinstance(event, fx.FitBegin)
+
+        # Evaluated, as subscription reads it.
+        arm.__annotations__ = {"event": fx.FitBegin | fx.FitEnd}
+        if self._cut is None or self._cut.where != "observer":
+            return [arm]
+
+        def cut(state: Any, event: Any, control: Any) -> None:
+            self._passed()
+
+        kind = _annotation(self._cut)
+        cut.__annotations__ = {"event": kind}
+        return [arm, fx.observers.required(cut)]
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """What is folded over events, where the cut is there."""
+        if self._cut is None or self._cut.where != "callback":
+            return []
+
+        def cut(state: Any, event: Any) -> Any:
+            self._passed()
+            return state, fx.Control()
+
+        return [fx.on(_annotation(self._cut), cut)]
+
+    def _passed(self) -> None:
+        assert self._cut is not None
+        self._count += self._is_armed
+        if not self._is_armed or self._count != self._cut.at:
+            return
+        if self._cut.how == "error":
+            raise InjectedError(f"{self._cut}")
+        os.kill(os.getpid(), signal.SIGKILL if self._cut.how == "kill" else signal.Signals[self._cut.how])
+
+
+def _annotation(cut: Cut) -> Any:
+    """The events that a cut counts. Without a name these are all of the trajectory but the beginnings of steps, to
+    which no callback of a multi-step call may subscribe."""
+    if cut.event:
+        return NAMES[cut.event]
+    kinds = [kind for kind in TRAJECTORY if kind is not fx.StepBegin]
+    union = kinds[0]
+    for kind in kinds[1:]:
+        union = union | kind
+    return union

@@ -1,0 +1,294 @@
+"""The laws: what a cut and resumed run has in common with the whole one, and what every run obeys.
+
+Each check returns lines ``law: what was expected and what there is``; no line means the law holds.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.fuzz import order
+from benchmarks.fuzz.program import Program, unknown_length
+from benchmarks.fuzz.session import Session, Told, checkpointer, is_injected
+from fxtrain import testing
+
+_EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
+_STOPPED_BEFORE = "it had been stopped before this session began"
+_REFUSED = (
+    "nobody knows how long",  # an end of an epoch, or a count of epochs, of data without a length
+    "give the data a length",
+)
+
+_EXPECTED_WARNINGS = (
+    "A save was asked for and nothing is saved",
+    "'set_vital' is deprecated",  # torchdata, of torch
+)
+
+
+def is_refused(session: Session) -> bool:
+    """Whether a program asks for what fxtrain documents as impossible: no law applies."""
+    return isinstance(session.error, (ValueError, TypeError)) and any(text in str(session.error) for text in _REFUSED)
+
+
+def every_session(program: Program, session: Session) -> list[str]:
+    """What holds for any session."""
+    found = []
+    if session.error is not None and not is_injected(session.error):
+        found.append(f"error: {type(session.error).__name__}: {session.error}")
+    if session.error is None and session.cut is not None and session.cut.how == "error" and session.result is None:
+        found.append("error: the injected exception was lost")
+    found += [f"warning: {text}" for text in session.warned if not _is_expected(text)]
+    if session.input_changed:
+        found.append(f"input: {session.input_changed}")
+    if session.is_recorded:
+        # What a closed generator or an exception leaves behind ends anywhere.
+        found += [
+            f"order: {line}" for line in order.problems(session.events, program, is_whole=session.result is not None)
+        ]
+    if session.result is not None:
+        found += [f"history: {line}" for line in _unordered(session.result.history)]
+    return found
+
+
+def same_end(program: Program, whole: Session, final: Session, reasons: Sequence[str]) -> list[str]:
+    """The states and the reasons at the end.
+
+    Args:
+        program: Whose.
+        whole: The run that nothing cut.
+        final: The last session of the other.
+        reasons: Of all its sessions.
+    """
+    found: list[str] = []
+    for name in ("last", "state"):
+        got, wanted = getattr(final.result, name), getattr(whole.result, name)
+        if program.lag:
+            # Read late, a stop finds a loader's place at the start of the next epoch, and not at the end of this one.
+            got, wanted = _without_data(got), _without_data(wanted)
+        try:
+            testing.assert_equal(got, wanted, f"result.{name}")
+        except AssertionError as error:
+            found.append(f"state: {error}")
+    reason = whole.result.reason
+    if final.result.reason != reason and not (final.result.reason == _STOPPED_BEFORE and reason in reasons):
+        found.append(f"reason: {final.result.reason!r}, and of the whole run {reason!r}")
+    return found
+
+
+def same_trajectory(program: Program, whole: Session, sessions: Sequence[Session]) -> list[str]:
+    """Together, the sessions tell the events of the whole run; only what an error or a kill threw away comes twice."""
+    wanted = _comparable(program, whole)
+    if not sessions[-1].is_recorded:
+        return []
+    if not all(session.is_recorded for session in sessions if session is not sessions[-1]):
+        sessions = sessions[-1:]  # the events of the others are not known
+        known_end = len(wanted)
+    else:
+        known_end = 0
+    found: list[str] = []
+    for number, session in enumerate(sessions):
+        told = _comparable(program, session)
+        begin = _placed(told, wanted, known_end, is_final=session is sessions[-1])
+        if begin is None:
+            return [*found, f"events: session {number + 1} {_where_apart(told, wanted, known_end)}"]
+        again = wanted[begin:known_end] if number else []
+        before = sessions[number - 1].cut if number else None
+        if again and before is not None and not any("unsaved" in dict(event.asked) for event in again):
+            found += _too_much_again(again, before, program)
+        known_end = begin + len(told) if told else known_end
+    if known_end != len(wanted):
+        found.append(f"events: {len(wanted) - known_end} of {len(wanted)} are missing, from {wanted[known_end]!r}")
+    return found
+
+
+def does_nothing(again: Session, final: Session, whole: Session) -> list[str]:
+    """A finished run that is resumed takes no step and stays where it is."""
+    found: list[str] = []
+    if again.result is None:
+        return []
+    try:
+        testing.assert_equal(again.result.last, final.result.last, "once more: result.last")
+        testing.assert_equal(again.result.state, final.result.state, "once more: result.state")
+    except AssertionError as error:
+        found.append(f"again: {error}")
+    if again.is_recorded and again.trajectory:
+        found.append(f"again: a finished run goes on with {again.trajectory[0]!r}")
+    return found
+
+
+def same_files(program: Program, whole: pathlib.Path, cut: pathlib.Path) -> list[str]:
+    """What the writers wrote, but for the clock: one point for each step, and the same ones."""
+    found: list[str] = []
+    for kind in program.writers:
+        read = _json_lines if kind == "jsonl" else _rows
+        wanted, got = read(whole / f"metrics.{kind}"), read(cut / f"metrics.{kind}")
+        found += [f"{kind}: {line}" for line in _doubled(got)]
+        if program.write_every == 1 and got != wanted:
+            found.append(f"{kind}: {_first_difference(got, wanted)}")
+    return found
+
+
+def same_history(whole: Session, sessions: Sequence[Session]) -> list[str]:
+    """The histories of all sessions, joined, are that of the whole run."""
+    if not all(session.result is not None for session in sessions):
+        return []  # a session that raised returned none
+    joined: dict[tuple[str, int], float] = {}
+    for session in sessions:
+        back_to = [int(dict(told.fields)["to_step"]) for told in session.events if told.kind == "Rewound"]
+        kept_until = min([session.began_at, *back_to])
+        joined = {point: value for point, value in joined.items() if point[1] <= kept_until}
+        joined |= _points(session.result.history)
+    wanted = _points(whole.result.history)
+    if repr(sorted(joined.items())) == repr(sorted(wanted.items())):
+        return []
+    differing = [
+        f"{point} is {joined.get(point)} where the whole run has {wanted.get(point)}"
+        for point in sorted({*joined, *wanted})
+        if repr(joined.get(point)) != repr(wanted.get(point))
+    ]
+    return [f"history: {differing[0]} ({len(differing)} differ)"]
+
+
+def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[str]:
+    """The newest checkpoint is where the run ended."""
+    with checkpointer(program, folder) as checkpoints:
+        if checkpoints.latest() is None:
+            return ["disk: there is no checkpoint at the end"]
+        last = final.result.last
+        saved = checkpoints.restore(last)
+    false = last.due.stop.new_zeros(())
+    try:
+        testing.assert_equal(
+            saved.replace(due=saved.due._replace(stop=false, unsaved=false)), last, "disk: the newest checkpoint"
+        )
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+def _without_data(state: Any) -> Any:
+    return state.replace(slots={name: memory for name, memory in state.slots.items() if name != "data"})
+
+
+def _is_expected(text: str) -> bool:
+    return any(part in text for part in _EXPECTED_WARNINGS)
+
+
+def _comparable(program: Program, session: Session) -> list[Told]:
+    """The trajectory, without what the number of steps in a call or the lag may change."""
+    told = session.trajectory
+    if program.lag:
+        # A stop is read after the next step has begun, and that step takes nothing.
+        while told and told[-1].kind in ("StepBegin", "EpochBegin"):
+            told = told[:-1]
+    return [event for event in told if event.kind != "StepBegin" or program.steps_per_call == 1]
+
+
+def _placed(told: list[Told], wanted: list[Told], known_end: int, *, is_final: bool) -> int | None:
+    """Where in the whole run a session's events are; the latest place that leaves no gap."""
+    if is_final:
+        begin = len(wanted) - len(told)
+        return begin if 0 <= begin <= known_end and wanted[begin:] == told else None
+    return next((b for b in range(known_end, -1, -1) if wanted[b : b + len(told)] == told), None)
+
+
+def _too_much_again(again: list[Told], cut: Any, program: Program) -> list[str]:
+    """A signal loses nothing but an unfinished evaluation; an exception only the iteration in which it was raised."""
+    if cut.how in ("kill", "leave"):
+        return []
+    if cut.how != "error":
+        others = [told for told in again if told.kind not in _EVALUATION]
+        return [f"events: after {cut.how} these come twice: {again}"] if others else []
+    if program.donate:
+        return []  # a step had taken the state's memory, so the run goes on from the last checkpoint
+    steps = sum(told.kind == "StepEnd" for told in again)
+    return [f"events: after an error {steps} steps come twice"] if steps > program.steps_per_call else []
+
+
+def _where_apart(told: list[Told], wanted: list[Told], known_end: int) -> str:
+    """The first event that is not as in the whole run, by the placement that agrees longest."""
+    best, at = -1, 0
+    for begin in range(known_end, -1, -1):
+        same = 0
+        while same < len(told) and begin + same < len(wanted) and told[same] == wanted[begin + same]:
+            same += 1
+        if same > best:
+            best, at = same, begin
+    got = repr(told[best]) if best < len(told) else "nothing"
+    should = repr(wanted[at + best]) if at + best < len(wanted) else "nothing"
+    return f"tells {got} where the whole run tells {should} (event {at + best} of {len(wanted)})"
+
+
+def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines if line.get("metrics")]
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    # A resumed run may add columns in another order, or for a row that a rewind has taken back.
+    return [{name: value for name, value in sorted(row.items()) if name != "time" and value} for row in rows]
+
+
+def _doubled(rows: list[dict[str, Any]]) -> list[str]:
+    seen = set()
+    found: list[str] = []
+    for row in rows:
+        key = (row.get("event"), str(row.get("step")), row.get("index"))
+        if key in seen:
+            found.append(f"two points for {key}")
+        seen.add(key)
+    return found
+
+
+def _first_difference(got: list[Any], wanted: list[Any]) -> str:
+    for a, b in zip(got, wanted, strict=False):
+        if a != b:
+            return f"{a} where the whole run has {b}"
+    longer, what = (got, "more") if len(got) > len(wanted) else (wanted, "fewer")
+    return f"{len(got)} points, {what} than {len(wanted)}: {longer[min(len(got), len(wanted))]}"
+
+
+def _unordered(history: Any) -> list[str]:
+    return [
+        f"{name} has steps {series.steps.tolist()}"
+        for name, series in history.items()
+        if any(a >= b for a, b in zip(series.steps, series.steps[1:], strict=False))
+    ]
+
+
+def _points(history: Any) -> dict[tuple[str, int], float]:
+    return {
+        (name, int(step)): float(value)
+        for name, series in history.items()
+        for step, value in zip(series.steps, series.values, strict=True)
+    }
+
+
+def signature(line: str) -> str:
+    """A line of a check without its numbers: failures of one kind have one signature."""
+    return re.sub(r"\[#(, #)*\]", "[#]", re.sub(r"-?\d[\d.e+-]*", "#", line))[:100]
+
+
+__all__ = [
+    "does_nothing",
+    "every_session",
+    "is_refused",
+    "same_end",
+    "same_files",
+    "same_history",
+    "same_trajectory",
+    "saved_last",
+    "signature",
+    "unknown_length",
+]

@@ -1,0 +1,227 @@
+"""The legal order of events, as a state machine written from the table in ``fxtrain.loop``, not from its code.
+
+One session is::
+
+    FitBegin Restored? (EpochBegin | StepBegin+ StepEnd+ | Rewound | EvalBegin EvalStep* EvalEnd | EpochEnd | Saved)*
+    Interrupted? Saved* FitEnd?
+
+with steps, positions and epochs that count, and requests that are honored in the order rewind, evaluate, end of epoch,
+save, stop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.fuzz.program import Program, unknown_length
+from benchmarks.fuzz.session import Told
+
+_ASK = re.compile(r"ask (\d+): ")  # a reason that ``build`` writes
+
+
+def problems(told: Sequence[Told], program: Program, *, is_whole: bool) -> list[str]:
+    """What is illegal in the events of one session, at most one line for each event.
+
+    Args:
+        told: Every event of the session.
+        program: Whose.
+        is_whole: Whether the session ended by itself, not by an exception or a closed generator.
+    """
+    machine = _Machine(program)
+    found: list[str] = []
+    for index, event in enumerate(told):
+        found += [f"event {index}, {event!r:.160}: {problem}" for problem in machine.see(event)][:1]
+    if is_whole and (not told or told[-1].kind != "FitEnd"):
+        found.append("the session returned without FitEnd")
+    return found
+
+
+class _Machine:
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._last = ""  # the kind of the event before
+        self._step = self._position = -1
+        self._begun: list[int] = []  # the positions of batches whose steps have not ended
+        self._is_in_epoch: bool | None = None  # None where the session does not know, after its start or a rewind
+        self._is_evaluating = False
+        self._index = 0  # of the next evaluation batch
+        self._ended = ""  # the event that ends the session, once it has come
+        self._pending: set[str] = set()  # requests of this session that wait
+        self._rewind = 0  # how far back the requests of this session go
+        self._saved: int | None = None  # the step that was saved last
+        self._is_unsaved = False
+        self._has_moved = False  # whether a batch was used or skipped since the last epoch ended
+
+    def see(self, event: Told) -> list[str]:
+        found = list(self._common(event))
+        found += getattr(self, f"_{event.kind}")(event)
+        self._last = event.kind
+        self._ask(event)
+        return found
+
+    def _common(self, event: Told) -> list[str]:
+        found: list[str] = []
+        if self._last == "" and event.kind != "FitBegin":
+            found.append("the session does not begin with FitBegin")
+        if self._last == "FitEnd":
+            found.append("an event after FitEnd")
+        if self._ended and event.kind not in ("Saved", "FitEnd"):
+            found.append(f"{event.kind} after Interrupted")
+        if self._is_evaluating and event.kind not in ("EvalStep", "EvalEnd", "Interrupted"):
+            found.append(f"{event.kind} inside an evaluation")
+        if event.kind not in ("FitBegin", "StepBegin", "StepEnd", "Saved") and self._step >= 0:
+            moved = event.kind == "EpochEnd" and event.position >= self._position  # its rest is left out
+            # A stop inside a multi-step call and a dropped step leave begun steps behind.
+            # An exception leaves the loop at the end of a step that no observer has seen, or takes a call back.
+            beyond = event.step - self._step if event.kind == "Interrupted" and self._step >= 0 else 0
+            is_there = event.position == self._position + beyond or moved or beyond
+            if abs(beyond) > self._program.steps_per_call or event.step != self._step + beyond or not is_there:
+                found.append(f"step {event.step}, position {event.position}; they were {self._step}, {self._position}")
+        return found
+
+    def _ask(self, event: Told) -> None:
+        for kind, reasons in event.asked:
+            if kind == "rewind":
+                steps = [self._program.asks[int(match[1])].steps for each in reasons if (match := _ASK.match(each))]
+                self._rewind = max([self._rewind, *steps])
+            self._is_unsaved |= kind == "unsaved"
+            if kind in ("evaluate", "end_epoch", "save", "stop", "rewind"):
+                self._pending.add(kind)
+
+    def _due(self, *kinds: str) -> list[str]:
+        return [f"{kind} was asked, and comes later" for kind in kinds if kind in self._pending]
+
+    # Of the session
+
+    def _FitBegin(self, event: Told) -> list[str]:  # noqa: N802
+        self._step, self._position = event.step, event.position
+        self._is_in_epoch = False if event.step == event.position == 0 else None
+        return ["FitBegin inside a session"] if self._last else []
+
+    def _Restored(self, event: Told) -> list[str]:  # noqa: N802
+        self._is_in_epoch = None
+        return [] if self._last == "FitBegin" else [f"Restored after {self._last}"]
+
+    def _Saved(self, event: Told) -> list[str]:  # noqa: N802
+        self._pending.discard("save")
+        self._saved = event.step
+        found = [] if self._program.saves else ["Saved without a checkpointer"]
+        # A stop that is read late, or inside a call of several steps, leaves begun steps behind.
+        can_be_left = self._program.lag or self._program.steps_per_call > 1
+        return found if self._begun == [] or self._ended or can_be_left else [*found, "Saved inside a step"]
+
+    def _Interrupted(self, event: Told) -> list[str]:  # noqa: N802
+        self._ended, self._is_evaluating, self._begun = event.kind, False, []
+        return []
+
+    def _FitEnd(self, event: Told) -> list[str]:  # noqa: N802
+        if self._program.saves and not self._is_unsaved and self._last != "Restored" and self._saved != event.step:
+            return [f"the last save was of step {self._saved}"]
+        reason = dict(event.fields)["reason"]
+        if self._ended or self._program.lag or "no state that old is kept" in reason:
+            return []
+        is_over = self._has_moved and event.position % self._program.batches == 0
+        found = ["the epoch is over, and did not end"] if is_over and not unknown_length(self._program) else []
+        return found + self._due("evaluate", "end_epoch", "rewind")
+
+    # Of the trajectory
+
+    def _EpochBegin(self, event: Told) -> list[str]:  # noqa: N802
+        found = self._settled()
+        if self._is_in_epoch:
+            found.append("EpochBegin inside an epoch")
+        length = self._program.batches
+        if event.position % length:
+            found.append(f"EpochBegin at position {event.position} of epochs of {length}")
+        self._is_in_epoch = True
+        return found
+
+    def _StepBegin(self, event: Told) -> list[str]:  # noqa: N802
+        found = self._settled() if not self._begun else []
+        if self._is_in_epoch is False:
+            found.append("a step before EpochBegin")
+        self._is_in_epoch = True
+        ahead = len(self._begun)
+        if (event.step, event.position) != (self._step + 1 + ahead, self._position + ahead):
+            found.append(f"step {event.step}, position {event.position} after {self._step}, {self._position}")
+        if ahead >= self._program.steps_per_call:
+            found.append(f"{ahead + 1} steps begin together")
+        asked = dict(event.asked)
+        if "skip_batch" in asked:
+            self._position += 1
+            self._has_moved = True
+        elif not {"stop", "rewind", "end_epoch"} & asked.keys():
+            self._begun.append(event.position)
+        return found
+
+    def _StepEnd(self, event: Told) -> list[str]:  # noqa: N802
+        found: list[str] = []
+        if not self._begun:
+            found.append("a step ends that did not begin")
+        else:
+            self._begun.pop(0)
+        if (event.step, event.position) != (self._step + 1, self._position + 1):
+            found.append(f"a step ends at {event.step}, {event.position} after {self._step}, {self._position}")
+        self._step, self._position, self._has_moved = event.step, event.position, True
+        return found
+
+    def _Rewound(self, event: Told) -> list[str]:  # noqa: N802
+        found = (
+            []
+            if "rewind" in self._pending or self._is_in_epoch is None or "spike_guard" in self._program.callbacks
+            else ["Rewound, and no one asked"]
+        )
+        fields: dict[str, Any] = dict(event.fields)
+        to_step = int(fields["to_step"])
+        if int(fields["from_step"]) != self._step or to_step > self._step - self._rewind:
+            found.append(f"a rewind of {self._rewind} steps from {self._step}")
+        self._step, self._position = to_step, _start(fields["abandoned"], self._position)
+        self._pending, self._rewind, self._is_in_epoch = self._pending & {"stop"}, 0, None
+        self._has_moved = False
+        return found
+
+    def _EvalBegin(self, event: Told) -> list[str]:  # noqa: N802
+        found = self._due("rewind")
+        self._is_evaluating, self._index = True, 0
+        self._pending.discard("evaluate")
+        self._begun = []
+        return found
+
+    def _EvalStep(self, event: Told) -> list[str]:  # noqa: N802
+        found = [] if self._is_evaluating else ["EvalStep outside of an evaluation"]
+        index = int(dict(event.fields)["index"])
+        if index != self._index:
+            found.append(f"evaluation batch {index} after {self._index - 1}")
+        self._index = index + 1
+        return found
+
+    def _EvalEnd(self, event: Told) -> list[str]:  # noqa: N802
+        found = [] if self._is_evaluating else ["EvalEnd outside of an evaluation"]
+        if self._index != self._program.eval_batches:
+            found.append(f"an evaluation of {self._index} batches")
+        self._is_evaluating = False
+        return found
+
+    def _EpochEnd(self, event: Told) -> list[str]:  # noqa: N802
+        found = self._due("rewind", "evaluate")
+        if self._is_in_epoch is False:
+            found.append("EpochEnd outside of an epoch")
+        if event.position % self._program.batches:
+            found.append(f"EpochEnd at position {event.position} of epochs of {self._program.batches}")
+        self._is_in_epoch, self._position, self._has_moved = False, event.position, False
+        self._pending.discard("end_epoch")
+        self._begun = []
+        return found
+
+    def _settled(self) -> list[str]:
+        """What was asked and must be done before the next step or epoch begins."""
+        self._begun = []
+        return self._due("rewind", "evaluate", "end_epoch", *(() if self._program.lag else ("stop",)))
+
+
+def _start(range_text: str, otherwise: int) -> int:
+    """The first position of a ``range`` as its ``repr`` shows it."""
+    first = range_text.removeprefix("range(").split(",")[0]
+    return int(first) if first.isdigit() else otherwise

@@ -1,0 +1,262 @@
+"""One session of a program: ``fit`` with everything fresh, recorded, bounded in time and in events."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import fxtrain as fx
+from benchmarks.fuzz import build, sources
+from benchmarks.fuzz.cutting import Cutter, InjectedError
+from benchmarks.fuzz.program import Cut, Program
+from benchmarks.reliability import children
+from fxtrain import testing
+from fxtrain.core import TRAJECTORY
+
+MOST_EVENTS = 3000  # a program is tens of steps long
+SECONDS = 60.0
+COMPILED_SECONDS = 900.0
+
+logging.getLogger("fxtrain").setLevel(logging.ERROR)  # reading again is what a resume of a stream does
+
+_CLOCK = ("time", "previous_time", "data_wait", "step", "position", "epoch_length", "total_steps", "total_epochs")
+_SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitEnd | fx.EvalEnd | fx.Rewound
+
+
+class HungError(BaseException):
+    """A session that took too long, or had too many events. No code under test catches it."""
+
+
+class Told(NamedTuple):
+    """An event as an observer sees it, in values that compare bit by bit."""
+
+    kind: str
+    step: int
+    position: int
+    epoch: str
+    fields: tuple[tuple[str, str], ...]
+    asked: tuple[tuple[str, tuple[str, ...]], ...]
+    log: tuple[tuple[str, str], ...]
+
+    def __repr__(self) -> str:
+        words = [f"{self.kind} step={self.step} position={self.position} epoch={self.epoch}"]
+        words += [f"{name}={value}" for name, value in (*self.fields, *self.log)]
+        return " ".join([*words, *(f"asks {kind}: {reasons}" for kind, reasons in self.asked)])
+
+
+@dataclasses.dataclass
+class Session:
+    """What became of one session.
+
+    Args:
+        events: All that were told; of an unobserved session those of the session alone.
+        result: What ``fit`` returned.
+        error: What it raised.
+        cut: How it was to end.
+        is_recorded: Whether ``events`` has every event.
+        warned: The text of all warnings.
+        input_changed: Which leaf of the given state differs afterwards, or an empty string.
+    """
+
+    events: list[Told]
+    result: Any = None
+    error: BaseException | None = None
+    cut: Cut | None = None
+    is_recorded: bool = True
+    warned: tuple[str, ...] = ()
+    input_changed: str = ""
+
+    @property
+    def trajectory(self) -> list[Told]:
+        """The events that do not depend on interruptions."""
+        return [told for told in self.events if told.kind in _TRAJECTORY]
+
+    @property
+    def began_at(self) -> int:
+        """The step it began at."""
+        return self.events[0].step if self.events else 0
+
+
+_TRAJECTORY = frozenset(kind.__name__ for kind in TRAJECTORY)
+
+
+def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, steps: Any = None) -> Session:
+    """Runs one session.
+
+    Args:
+        program: Which. Its cuts are ignored.
+        folder: Of the run: checkpoints and metrics.
+        cut: How it is to end.
+        steps: Compiled steps of the same program to use again.
+    """
+    if cut is not None and cut.how == "kill":
+        return _killed(program, folder, cut)
+    cutter = Cutter(cut)
+    found = Session([], cut=cut, is_recorded=program.observed)
+    state = build.state_of(program)
+    before = state.copy()
+    try:
+        with warnings.catch_warnings(record=True) as caught, _bounded(program):
+            warnings.simplefilter("always")
+            arguments, options = _arguments(program, folder, cutter, found, steps)
+            if cut is not None and cut.how == "limit":
+                options["steps"] = min(cut.at, program.steps or cut.at)
+            if cut is not None and cut.how == "leave":
+                _leave(fx.steps(state, *arguments, **options), cut.at)
+            else:
+                found.result = fx.fit(state, *arguments, **options)
+    except (Exception, HungError) as error:
+        found.error = error
+    found.warned = tuple(str(warning.message) for warning in caught)
+    found.input_changed = _difference(state, before)
+    return found
+
+
+def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Session, steps: Any) -> Any:
+    callbacks, step, eval_step = steps or parts_of(program, cutter)
+    options: dict[str, Any] = {
+        "callbacks": [callbacks, *cutter.callbacks],
+        "observers": [_recorder(found, program.observed), *_writers(program, folder), *cutter.observers],
+        "epochs": program.epochs,
+        "steps": program.steps,
+        "keep_every": program.keep_every,
+        "keep": program.keep,
+        "keep_on_host": program.keep_on_host,
+        "rewind_limit": program.rewind_limit,
+        "lag": program.lag,
+    }
+    if program.evaluate:
+        options |= {"eval_step": eval_step, "eval_data": sources.eval_source(program, cutter.at("eval_data"))}
+        if program.evaluate != "default":
+            options["eval_when"] = _never if program.evaluate == "never" else fx.every(int(program.evaluate))
+        if program.eval_view:
+            options["eval_view"] = fx.callbacks.averaged
+    if program.saves:
+        options |= {"checkpointer": checkpointer(program, folder), "resume": True}
+    return (step, sources.source(program, cutter.at("data"))), options
+
+
+def parts_of(program: Program, cutter: Cutter) -> tuple[Any, Any, Any]:
+    """Callbacks, step and evaluation step."""
+    callbacks = build.callbacks_of(program)
+    eval_step = build.eval_step_of(program, cutter.at("eval_step"))
+    return callbacks, build.step_of(program, callbacks, cutter.at("step")), eval_step
+
+
+def checkpointer(program: Program, folder: pathlib.Path) -> Any:
+    """The checkpoints of a run."""
+    return fx.checkpointer(
+        folder / "checkpoints",
+        keep=program.save_keep,
+        keep_every=program.save_keep_every,
+        best="loss" if program.save_best else None,
+        background=program.background,
+    )
+
+
+def _never(event: Any) -> bool:
+    return False
+
+
+def _writers(program: Program, folder: pathlib.Path) -> list[Any]:
+    make = {"jsonl": fx.writers.jsonl, "csv": fx.writers.csv}
+    made = [make[kind](folder / f"metrics.{kind}") for kind in program.writers]
+    return [fx.observers.required(fx.observers.write(*made, every=program.write_every))] if made else []
+
+
+def _recorder(found: Session, all_events: bool) -> Any:
+    def record(state: Any, event: Any, control: Any) -> None:
+        found.events.append(_told(event, control))
+        if len(found.events) > MOST_EVENTS:
+            raise HungError(f"more than {MOST_EVENTS} events; the last are {found.events[-12:]}")
+
+    if not all_events:
+        record.__annotations__ = {"event": _SESSION_ALONE}
+    return fx.observers.required(record)
+
+
+def _told(event: Any, control: fx.Control) -> Told:
+    fields = {name: value for name, value in event.__dict__.items() if name not in _CLOCK}
+    for name in ("path", "fires", "resumed", "missing", "extra", "different"):
+        fields.pop(name, None)
+    asked = {kind: tuple(control.reasons(kind)) for kind in control.kinds}
+    return Told(
+        type(event).__name__,
+        event.step,
+        event.position,
+        repr(event.epoch),
+        tuple((name, _plain(value)) for name, value in sorted(fields.items())),
+        tuple(sorted((kind, reasons) for kind, reasons in asked.items() if reasons)),
+        tuple(sorted((name, _plain(entry.value)) for name, entry in control.log.items())),
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    if hasattr(value, "items"):
+        return repr({str(name): _plain(inner) for name, inner in value.items()})
+    return repr(value)
+
+
+def _leave(moments: Iterator[Any], at: int) -> None:
+    """Drives the generator up to a trajectory event, and closes it."""
+    count = 0
+    for _, event, _ in moments:
+        count += type(event).__name__ in _TRAJECTORY
+        if count == at:
+            break
+    moments.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _killed(program: Program, folder: pathlib.Path, cut: Cut) -> Session:
+    def work(tell: Any) -> None:
+        arguments, options = _arguments(program, folder, Cutter(cut), Session([]), None)
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fx.fit(build.state_of(program), *arguments, **options)
+
+    outcome = children.in_child(work)
+    error = RuntimeError(outcome.error) if outcome.error else None
+    return Session([], error=error, cut=cut, is_recorded=False)
+
+
+@contextlib.contextmanager
+def _bounded(program: Program) -> Iterator[None]:
+    """Raises ``HungError`` in here after a while, and again each second in case it is caught."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hung(number: int, frame: Any) -> None:
+        raise HungError("it took too long")
+
+    handler = signal.signal(signal.SIGALRM, hung)
+    theirs = signal.setitimer(signal.ITIMER_REAL, COMPILED_SECONDS if program.compiled else SECONDS, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *theirs)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _difference(state: fx.TrainState, before: fx.TrainState) -> str:
+    try:
+        testing.assert_equal(state, before, "the state given to fit was changed")
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def is_injected(error: BaseException | None) -> bool:
+    """Whether an error is the one that the cut raised."""
+    return isinstance(error, InjectedError)
