@@ -158,7 +158,8 @@ def _ask(index: int, ask: Ask) -> Any:
     """Makes one request."""
     kind, name = NAMES[ask.event], f"ask {index}"
     reason = f"ask {index}: {ask.kind}"
-    asked: dict[str, Any] = {ask.kind: ask.steps if ask.kind == "rewind" else True, "final_save": ask.final_save}
+    flag = ask.steps if ask.kind == "rewind" else True
+    asked: dict[str, Any] = {ask.kind: torch.tensor(flag) if ask.tensor else flag, "final_save": ask.final_save}
 
     if ask.by_step or ask.at == 0:
 

@@ -136,6 +136,7 @@ def _ask(r: _Random, program: Program) -> Ask:
         steps=r.one(0, 1, 2, 4) if kind == "rewind" and r.chance(0.9) else 1,
         crosses=r.chance(0.7),
         final_save=not (kind == "stop" and r.chance(0.1)),
+        tensor=r.chance(0.3),
     )
 
 

@@ -51,7 +51,7 @@ class _Machine:
         self._pending: set[str] = set()  # requests of this session that wait
         self._rewind = 0  # how far back the requests of this session go
         self._saved: int | None = None  # the step that was saved last
-        self._is_unsaved = False
+        self._is_unsaved = self._has_stepped = False
         self._has_moved = False  # whether a batch was used or skipped since the last epoch ended
 
     def see(self, event: Told) -> list[str]:
@@ -117,7 +117,7 @@ class _Machine:
         return []
 
     def _FitEnd(self, event: Told) -> list[str]:  # noqa: N802
-        if self._program.saves and not self._is_unsaved and self._last != "Restored" and self._saved != event.step:
+        if self._program.saves and not self._is_unsaved and self._has_stepped and self._saved != event.step:
             return [f"the last save was of step {self._saved}"]
         reason = dict(event.fields)["reason"]
         if self._ended or self._program.lag or "no state that old is kept" in reason:
@@ -139,6 +139,8 @@ class _Machine:
         return found
 
     def _StepBegin(self, event: Told) -> list[str]:  # noqa: N802
+        if self._last != "StepBegin" and self._program.steps_per_call > 1:
+            self._begun = []  # a stop inside the call before left them behind
         found = self._settled() if not self._begun else []
         if self._is_in_epoch is False:
             found.append("a step before EpochBegin")
@@ -158,6 +160,7 @@ class _Machine:
 
     def _StepEnd(self, event: Told) -> list[str]:  # noqa: N802
         found: list[str] = []
+        self._has_stepped = True
         if not self._begun:
             found.append("a step ends that did not begin")
         else:

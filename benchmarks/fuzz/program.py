@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+_SEEING_STEPS = {"spike_guard", "nan_guard", "save"}  # callbacks that ask at StepEnd
+
 
 class Terse:
     """A dataclass whose ``repr`` shows the fields that differ from their defaults."""
@@ -30,6 +32,7 @@ class Ask(Terse):
         steps: How far to rewind.
         crosses: Whether the count of occurrences survives a rewind, so that the request is made once only.
         final_save: For a stop.
+        tensor: Whether the flag is a tensor, which with ``lag=1`` is read late.
     """
 
     kind: str = "stop"
@@ -39,6 +42,7 @@ class Ask(Terse):
     steps: int = 1
     crosses: bool = True
     final_save: bool = True
+    tensor: bool = False
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -162,7 +166,7 @@ class Program(Terse):
         make another run.
         """
         asks_at_steps = any(ask.event in ("StepBegin", "StepEnd") for ask in self.asks)
-        return not (asks_at_steps or self.evaluate.isdigit() or {"spike_guard", "save"} & set(self.callbacks))
+        return not (asks_at_steps or self.evaluate.isdigit() or _SEEING_STEPS & set(self.callbacks))
 
 
 def unknown_length(program: Program) -> bool:
