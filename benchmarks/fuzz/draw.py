@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.fuzz.program import Ask, Cut, Program, unknown_length
+from benchmarks.fuzz.program import Ask, Cut, Program
 
 _TRAJECTORY = ("EpochBegin", "StepBegin", "StepEnd", "EvalBegin", "EvalStep", "EvalEnd", "EpochEnd", "Rewound")
 _ASKABLE = {
@@ -199,6 +199,3 @@ def _cut(r: _Random, program: Program) -> Cut:
     if r.chance(0.5):
         return Cut(how, where, at=r.randint(1, 40))
     return Cut(how, where, at=r.randint(1, 8), event=r.choice(events))
-
-
-__all__ = ["draw", "unknown_length"]

@@ -75,9 +75,10 @@ class _Machine:
             moved = event.kind == "EpochEnd" and event.position >= self._position  # its rest is left out
             # A stop inside a multi-step call and a dropped step leave begun steps behind.
             # An exception leaves the loop at the end of a step that no observer has seen, or takes a call back.
-            beyond = event.step - self._step if event.kind == "Interrupted" and self._step >= 0 else 0
-            is_there = event.position == self._position + beyond or moved or beyond
-            if abs(beyond) > self._program.steps_per_call or event.step != self._step + beyond or not is_there:
+            # A rewind is taken back too, and a request at a step that a stop read late has undone.
+            is_undone = event.kind == "Interrupted" or (event.kind == "FitEnd" and self._program.lag)
+            is_there = event.step == self._step and (event.position == self._position or moved)
+            if not is_there and not is_undone:
                 found.append(f"step {event.step}, position {event.position}; they were {self._step}, {self._position}")
         return found
 
