@@ -14,6 +14,7 @@ from benchmarks.fuzz.interpreted import interpreted
 from benchmarks.fuzz.program import Ask, Program
 from benchmarks.fuzz.sources import FEATURES
 from fxtrain.core import EVENTS, TRACED
+from fxtrain.precision import LossScale
 
 NAMES = {kind.__name__: kind for kind in EVENTS}
 _HASH_SIZE = 2**31 - 1
@@ -117,7 +118,9 @@ def _trained(program: Program, tx: Any, callbacks: Any, called: Callable[[], Non
             called()
         return _loss(model, batch)
 
-    return fx.train_step(loss_fn, tx, accumulate=program.accumulate, callbacks=callbacks)
+    scale = LossScale(initial=2.0**126, period=4)
+    precision = fx.Policy(loss_scale=scale) if program.loss_scale else None
+    return fx.train_step(loss_fn, tx, accumulate=program.accumulate, precision=precision, callbacks=callbacks)
 
 
 def _machine(callbacks: Any, called: Callable[[], None] | None = None) -> Any:

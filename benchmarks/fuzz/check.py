@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 
 from benchmarks.fuzz import laws
-from benchmarks.fuzz.program import Program
-from benchmarks.fuzz.session import Session, session
+from benchmarks.fuzz.program import Program, depends_on_sessions
+from benchmarks.fuzz.session import Session, delivered_exit, session
 
 _TWICE = 8  # of so many programs one is run twice, to see that it is a function
 
@@ -63,8 +63,13 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
         found += [f"twice: {line}" for line in _differences(plain, whole, session(plain, folder / "twice"))]
 
     cut = folder / "cut"
-    sessions: list[Session] = [session(program, cut, each) for each in program.cuts]
-    sessions.append(session(program, cut))
+    sessions: list[Session] = []
+    for number, each in enumerate((*program.cuts, None)):
+        path = plain if program.alternates and number % 2 else program
+        sessions.append(session(path.replace(observed=program.observed), cut, each))
+        found += [f"session {number + 1}: {line}" for line in laws.ends_process(sessions[-1], delivered_exit())]
+        if each is not None and each.damage:
+            _damage(program, cut)
     for number, each in enumerate(sessions):
         found += [f"session {number + 1}: {line}" for line in laws.every_session(program, each)]
     final = sessions[-1]
@@ -75,13 +80,25 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
     found += laws.same_trajectory(program, whole, sessions)
     found += laws.same_history(whole, sessions)
     found += laws.same_files(program, folder / "whole", cut)
-    if program.saves and not any("unsaved" in dict(told.asked) for told in whole.events):
+    is_saved = program.saves and not any("unsaved" in dict(told.asked) for told in whole.events)
+    if is_saved and not depends_on_sessions(program):
         found += laws.saved_last(program, cut, final)
         again = session(program, cut)
         found += [f"again: {line}" for line in laws.every_session(program, again)]
         found += laws.does_nothing(again, final, whole)
         found += [f"again: {line}" for line in laws.same_files(program, folder / "whole", cut)]
     return Verdict(program, tuple(found))
+
+
+def _damage(program: Program, folder: pathlib.Path) -> None:
+    """Flips a byte of the newest checkpoint, if there is another to go on from."""
+    saved = sorted(path for path in (folder / "checkpoints").glob("[0-9]*-step-*") if "-snapshot-" not in path.name)
+    if len(saved) < 2:
+        return
+    largest = max((path for path in saved[-1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
 
 
 def _differences(program: Program, first: Session, second: Session) -> list[str]:

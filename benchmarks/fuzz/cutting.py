@@ -44,32 +44,37 @@ class Cutter:
     def observers(self) -> list[Any]:
         """What watches events, and cuts there if the cut is there."""
 
-        def arm(state: Any, event: fx.FitBegin | fx.FitEnd, control: Any) -> None:
-            self._is_armed = isinstance(event, fx.FitBegin)
+        def disarm(state: Any, event: fx.FitEnd, control: Any) -> None:
+            self._is_armed = False
 
-        # Evaluated, as subscription reads it.
-        arm.__annotations__ = {"event": fx.FitBegin | fx.FitEnd}
+        disarm.__annotations__ = {"event": fx.FitEnd}
         if self._cut is None or self._cut.where != "observer":
-            return [arm]
+            return [disarm]
 
         def cut(state: Any, event: Any, control: Any) -> None:
             self._passed()
 
         kind = _annotation(self._cut)
         cut.__annotations__ = {"event": kind}
-        return [arm, fx.observers.required(cut)]
+        return [fx.observers.required(cut), disarm]
 
     @property
     def callbacks(self) -> list[Any]:
-        """What is folded over events, where the cut is there."""
+        """What is folded over events: it arms the cut, and cuts if the cut is there."""
+
+        def arm(state: Any, event: fx.FitBegin) -> Any:
+            self._is_armed = True
+            return state, fx.Control()
+
+        armed = fx.on(fx.FitBegin, arm)
         if self._cut is None or self._cut.where != "callback":
-            return []
+            return [armed]
 
         def cut(state: Any, event: Any) -> Any:
             self._passed()
             return state, fx.Control()
 
-        return [fx.on(_annotation(self._cut), cut)]
+        return [armed, fx.on(_annotation(self._cut), cut)]
 
     def _passed(self) -> None:
         assert self._cut is not None
@@ -78,6 +83,8 @@ class Cutter:
             return
         if self._cut.how == "error":
             raise InjectedError(f"{self._cut}")
+        if self._cut.how == "exit":
+            raise KeyboardInterrupt
         os.kill(os.getpid(), signal.SIGKILL if self._cut.how == "kill" else signal.Signals[self._cut.how])
 
 

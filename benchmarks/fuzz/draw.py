@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.fuzz.program import Ask, Cut, Program
+from benchmarks.fuzz.program import Ask, Cut, Program, depends_on_sessions, rewinds
 
 _TRAJECTORY = ("EpochBegin", "StepBegin", "StepEnd", "EvalBegin", "EvalStep", "EvalEnd", "EpochEnd", "Rewound")
 _ASKABLE = {
@@ -18,11 +19,13 @@ _ASKABLE = {
     "EvalEnd": ("stop", "save", "rewind", "end_epoch"),
     "EpochEnd": ("stop", "save", "rewind", "evaluate"),
     "Rewound": ("stop",),
+    "FitBegin": ("stop", "evaluate", "save"),
+    "Saved": ("stop",),
 }
 _AT_EACH = {("StepEnd", "save"), ("EvalEnd", "save"), ("EpochEnd", "evaluate"), ("StepEnd", "rewind")}  # and it ends
 _SOURCES = {
     "list": 6, "sequence": 4, "arrays": 4, "shuffled": 6, "prefetched": 1, "loader": 3, "generator": 4, "iterable": 3,
-    "iterable_loader": 1, "stateful": 3, "torchdata": 1,
+    "iterable_loader": 1, "stateful": 3, "torchdata": 1, "foreign": 2, "endless": 1, "iterator": 1,
 }  # fmt: skip
 _WORKERS = 0.003  # their processes take a tenth of a second
 _COMPILED_SOURCES = ("list", "shuffled", "generator", "stateful")
@@ -64,6 +67,7 @@ def _model(r: _Random, program: Program) -> dict[str, Any]:
         "optimizer": r.one("sgd", "momentum", "adamw", "injected"),
         "rows": r.one(2, 4),  # batch norm needs two in each microbatch
         "accumulate": r.one(1, 1, 2),
+        "loss_scale": r.chance(0.15),
     }
 
 
@@ -72,7 +76,7 @@ def _data(r: _Random, program: Program) -> dict[str, Any]:
         return {"source": r.one(*_COMPILED_SOURCES), "batches": r.randint(2, 5)}
     source = "workers" if r.chance(_WORKERS) else r.weighted(_SOURCES)
     least = 4 if program.model == "mlp" else 2  # a short batch of an mlp keeps three rows
-    can_be_short = program.rows >= least and program.accumulate == 1
+    can_be_short = program.rows >= least and program.accumulate == 1 and source != "endless"
     changes: dict[str, Any] = {"source": source, "batches": r.randint(1, 5), "short": can_be_short and r.chance(0.2)}
     if program.accumulate * 2 > program.rows and program.model == "mlp":
         changes["accumulate"] = 1
@@ -81,6 +85,10 @@ def _data(r: _Random, program: Program) -> dict[str, Any]:
 
 def _limits(r: _Random, program: Program) -> dict[str, Any]:
     epochs, steps = r.randint(1, 4), r.randint(1, 14)
+    if program.source == "endless":
+        return {"steps": steps}
+    if program.source == "iterator":  # which is read once
+        return {"epochs": 1}
     return r.one({"epochs": epochs}, {"steps": steps}, {"epochs": epochs, "steps": steps})
 
 
@@ -102,7 +110,7 @@ def _callbacks(r: _Random, program: Program) -> dict[str, Any]:
         if program.optimizer == "injected":
             names += r.some(["plateau"], 0.6)
     names += r.some(["ema"], 0.2) + r.some(["epoch_mean"], 0.15) + r.some(["save"], 0.2)
-    guards = r.some(["nan_guard"], 0.15) or r.some(["spike_guard"], 0.08)
+    guards = r.some(["nan_guard"], 0.15) or r.some(["spike_guard"], 0.08 if program.source != "iterator" else 0.0)
     names += guards
     r.shuffle(names)
     return {
@@ -121,12 +129,16 @@ def _asks(r: _Random, program: Program) -> dict[str, Any]:
 
 def _ask(r: _Random, program: Program) -> Ask:
     event = r.one(*(_TRAJECTORY if program.evaluate else ("EpochBegin", "StepBegin", "StepEnd", "EpochEnd")))
+    if r.chance(0.03):
+        event = r.one("FitBegin", "Saved")
     kinds = [kind for kind in _ASKABLE[event] if kind != "evaluate" or program.evaluate]
+    if program.source == "iterator":
+        kinds = [kind for kind in kinds if kind != "rewind"]
     kind = r.choice(kinds)
     # An endless program is the callback's own fault: what asks at each event of a step may not lead back to it.
     by_step = event in ("StepEnd", "EvalEnd") and kind not in ("end_epoch", "evaluate") and r.chance(0.3)
     at = r.randint(1, 8 if event in ("StepBegin", "StepEnd") else 4)
-    if (event, kind) in _AT_EACH and r.chance(0.15):
+    if event in ("FitBegin", "Saved") or ((event, kind) in _AT_EACH and r.chance(0.15)):
         at = 0
     return Ask(
         kind=kind,
@@ -157,6 +169,7 @@ def _running(r: _Random, program: Program) -> dict[str, Any]:
         "lag": r.one(0, 0, 1),
         "donate": r.chance(0.4),
         "observed": r.chance(0.85),
+        "alternates": r.chance(0.2),
         "writers": r.some(["jsonl", "csv"], 0.35),
         "write_every": r.one(1, 1, 1, 2),
     }
@@ -165,22 +178,30 @@ def _running(r: _Random, program: Program) -> dict[str, Any]:
 def _saving(r: _Random, program: Program) -> dict[str, Any]:
     if r.chance(0.08):
         return {"saves": False}
+    saved = any(ask.event == "Saved" for ask in program.asks)
     return {
         "save_keep": r.one(None, 1, 2, 3),
         "save_keep_every": r.one(None, None, 2),
         "save_best": bool(program.evaluate) and r.chance(0.3),
-        "background": r.chance(0.6),
+        "background": r.chance(0.6) and not saved,  # a save in the background ends at any event
     }
 
 
 def _cuts(r: _Random, program: Program) -> dict[str, Any]:
-    if not program.saves:
+    if not program.saves or depends_on_sessions(program):
         return {}
     return {"cuts": tuple(_cut(r, program) for _ in range(r.one(0, 1, 1, 1, 2, 2, 3)))}
 
 
 def _cut(r: _Random, program: Program) -> Cut:
-    how = r.choices(["SIGINT", "SIGTERM", "SIGUSR1", "error", "leave", "limit", "kill"], [25, 8, 4, 35, 8, 14, 3])[0]
+    cut = _undamaged(r, program)
+    # A rewind to a checkpoint that is damaged goes elsewhere.
+    return dataclasses.replace(cut, damage=True) if r.chance(0.06) and not rewinds(program) else cut
+
+
+def _undamaged(r: _Random, program: Program) -> Cut:
+    hows = {"SIGINT": 25, "SIGTERM": 8, "SIGUSR1": 4, "error": 30, "exit": 6, "leave": 8, "limit": 14, "kill": 3}
+    how = r.weighted(hows)
     if how == "leave" and program.observed:
         return Cut("leave", at=r.randint(1, 40))
     if how == "limit" or how == "leave":
@@ -195,7 +216,9 @@ def _cut(r: _Random, program: Program) -> Cut:
     where: str = r.one(*inside, *(["observer", "callback"] * 2 if program.observed else []))
     if where not in ("observer", "callback"):
         return Cut(how, where, at=r.randint(1, 14))
-    events = [kind for kind in _TRAJECTORY if kind != "StepBegin" or where == "observer" or program.steps_per_call == 1]
     if r.chance(0.5):
         return Cut(how, where, at=r.randint(1, 40))
+    if r.chance(0.15):
+        return Cut(how, where, event=r.one("FitBegin", "Restored", "Saved", "FitEnd"))
+    events = [kind for kind in _TRAJECTORY if kind != "StepBegin" or where == "observer" or program.steps_per_call == 1]
     return Cut(how, where, at=r.randint(1, 8), event=r.choice(events))

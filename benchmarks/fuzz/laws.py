@@ -18,7 +18,8 @@ from benchmarks.fuzz.session import Session, Told, checkpointer, is_injected
 from fxtrain import testing
 from fxtrain.core import STOP_REASONS
 
-_LOSING = ("kill", "leave", "error")
+_EXITS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
+_LOSING = ("kill", "leave", "exit", "error")
 _EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
 _STOPPED_BEFORE = "it had been stopped before this session began"
 _REFUSED = (
@@ -30,6 +31,8 @@ _REFUSED = (
 _EXPECTED_WARNINGS = (
     "A save was asked for and nothing is saved",
     "'set_vital' is deprecated",  # torchdata, of torch
+    "may differ in the last bits (compiled by",  # sessions that alternate
+    " is restored.",  # and not the damaged one
 )
 
 
@@ -56,6 +59,25 @@ def every_session(program: Program, session: Session) -> list[str]:
     if session.result is not None:
         found += [f"history: {line}" for line in _unordered(session.result.history)]
     return found
+
+
+def ends_process(session: Session, code: int | None) -> list[str]:
+    """A signal whose default is to end the process ends it after the save, where the next session would begin.
+
+    Args:
+        session: Any.
+        code: What the process would exit with.
+    """
+    if session.result is None or session.cut is None:
+        return []  # the exception ends it
+    exits = session.result.exit_code
+    found = (
+        []
+        if exits == (_EXITS.get(session.cut.how) if "interrupted" in session.result.reason else 0)
+        else [f"exit: {session.result.exit_code} after {session.result.reason}"]
+    )
+    wanted = exits if session.cut.how in ("SIGTERM", "SIGUSR1") and exits else None
+    return found if code == wanted else [*found, f"exit: the process would exit with {code}, and {wanted} is right"]
 
 
 def same_end(program: Program, whole: Session, final: Session, reasons: Sequence[str]) -> list[str]:
@@ -219,7 +241,7 @@ def _harshest(cuts: Sequence[Cut]) -> Cut | None:
 
 def _too_much_again(again: list[Told], cut: Cut, program: Program) -> list[str]:
     """A signal loses nothing but an unfinished evaluation; an exception only the iteration in which it was raised."""
-    if cut.how in ("kill", "leave"):
+    if cut.how in ("kill", "leave", "exit") or cut.damage:
         return []
     if cut.how != "error":
         others = [told for told in again if told.kind not in _EVALUATION]

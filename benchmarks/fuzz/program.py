@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+_UNKNOWN_LENGTH = ("generator", "iterable", "iterator", "iterable_loader", "stateful", "torchdata", "endless")
 _SEEING_STEPS = {"spike_guard", "nan_guard", "save"}  # callbacks that ask at StepEnd
 
 
@@ -50,17 +51,20 @@ class Cut(Terse):
     """The end of one session.
 
     Args:
-        how: ``"SIGINT"``, ``"SIGTERM"``, ``"SIGUSR1"``; ``"error"``, an exception; ``"kill"``, SIGKILL to a forked
-            child; ``"leave"``, the generator ``fx.steps`` is closed; ``"limit"``, a smaller ``steps``.
+        how: ``"SIGINT"``, ``"SIGTERM"``, ``"SIGUSR1"``; ``"error"``, an exception; ``"exit"``, KeyboardInterrupt, which
+            nothing may catch; ``"kill"``, SIGKILL to a forked child; ``"leave"``, the generator ``fx.steps`` is closed;
+            ``"limit"``, a smaller ``steps``.
         where: ``"observer"``, ``"callback"``, ``"step"``, ``"eval_step"`` or ``"data"``. A limit is nowhere.
         at: The occurrence there, from 1: of trajectory events, of calls, of batches read. For a limit, the steps.
         event: With observers and callbacks, count events of this type only.
+        damage: Whether a byte of the newest checkpoint is flipped afterwards, if there is an older one.
     """
 
     how: str = "SIGINT"
     where: str = "observer"
     at: int = 1
     event: str = ""
+    damage: bool = False
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,6 +103,8 @@ class Program(Terse):
         steps_per_call: Steps in one call.
         lag: As for ``fit``.
         donate: Whether the step overwrites the state that it is given.
+        loss_scale: Whether the mlp's loss is scaled dynamically, from a scale at which it overflows.
+        alternates: Whether every second session is run plainly, so that a run is resumed by another call path.
         compiled: Whether the step is compiled by Inductor; else an interpreter stands in where one is needed.
         observed: Whether an observer sees every event. If not, the loop takes its shorter path.
         writers: ``"jsonl"`` and ``"csv"``.
@@ -137,6 +143,8 @@ class Program(Terse):
     steps_per_call: int = 1
     lag: int = 0
     donate: bool = False
+    loss_scale: bool = False
+    alternates: bool = False
     compiled: bool = False
     observed: bool = True
     writers: tuple[str, ...] = ()
@@ -171,4 +179,14 @@ class Program(Terse):
 
 def unknown_length(program: Program) -> bool:
     """Whether nobody knows how long an epoch of the data is before its end."""
-    return program.source in ("generator", "iterable", "iterable_loader", "stateful", "torchdata")
+    return program.source in _UNKNOWN_LENGTH
+
+
+def rewinds(program: Program) -> bool:
+    """Whether the program may go back."""
+    return "spike_guard" in program.callbacks or any(ask.kind == "rewind" for ask in program.asks)
+
+
+def depends_on_sessions(program: Program) -> bool:
+    """Whether a callback makes requests at events of the session, so that an interrupted run is another run."""
+    return any(ask.event in ("FitBegin", "Saved") for ask in program.asks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import signal
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import fxtrain as fx
@@ -107,6 +109,7 @@ def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, s
     try:
         with warnings.catch_warnings(record=True) as caught, _bounded(program):
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", ResourceWarning)  # of writers, where fit refuses before it starts
             arguments, options = _arguments(program, folder, cutter, found, steps)
             if cut is not None and cut.how == "limit":
                 options["steps"] = min(cut.at, program.steps or cut.at)
@@ -114,7 +117,7 @@ def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, s
                 _leave(fx.steps(state, *arguments, **options), cut.at)
             else:
                 found.result = fx.fit(state, *arguments, **options)
-    except (Exception, HungError) as error:
+    except (Exception, HungError, KeyboardInterrupt) as error:
         found.error = error
     found.warned = tuple(str(warning.message) for warning in caught)
     found.input_changed = _difference(state, before)
@@ -230,6 +233,22 @@ def _killed(program: Program, folder: pathlib.Path, cut: Cut) -> Session:
     return Session([], error=error, cut=cut, is_recorded=False)
 
 
+def delivered_exit() -> int | None:
+    """The exit code with which the next session of this process would end it, as a signal asked; it is cleared."""
+    state, step = _nothing_to_do()
+    try:
+        fx.steps(state, step, [torch.zeros(1)], steps=0).close()  # pyright: ignore[reportAttributeAccessIssue]
+    except SystemExit as end:
+        return end.code  # pyright: ignore[reportReturnType]
+    return None
+
+
+@functools.cache
+def _nothing_to_do() -> tuple[fx.TrainState, Any]:
+    tx = fx.optim.sgd(0.1)
+    return fx.init(torch.nn.Linear(1, 1), tx), fx.train_step(lambda model, batch: model(batch).sum(), tx)
+
+
 @contextlib.contextmanager
 def _bounded(program: Program) -> Iterator[None]:
     """Raises ``HungError`` in here after a while, and again each second in case it is caught."""
@@ -258,5 +277,5 @@ def _difference(state: fx.TrainState, before: fx.TrainState) -> str:
 
 
 def is_injected(error: BaseException | None) -> bool:
-    """Whether an error is the one that the cut raised."""
-    return isinstance(error, InjectedError)
+    """Whether an error is one that a cut raises."""
+    return isinstance(error, InjectedError | KeyboardInterrupt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,22 @@ class _Iterable:
             yield batch
 
 
+class _Foreign:
+    """Batches by position, of a class that fxtrain does not know."""
+
+    def __init__(self, batches: list[Any], read: Read) -> None:
+        self._batches, self._read, self.epoch_length = batches, read, len(batches)
+
+    def __getitem__(self, position: int) -> Any:
+        self._read()
+        epoch, index = divmod(position, self.epoch_length)
+        return self._batches[(index + epoch) % self.epoch_length if self._is_even else index]
+
+    @property
+    def _is_even(self) -> bool:
+        return len({batch["x"].shape for batch in self._batches}) == 1
+
+
 class _Stateful:
     """A loader that keeps its own position."""
 
@@ -138,6 +155,17 @@ def _generator(program: Program, arrays: dict[str, Tensor], read: Read) -> Any:
     return generate
 
 
+def _endless(program: Program, arrays: dict[str, Tensor], read: Read) -> Any:
+    batches = _batches(arrays, program.rows)
+
+    def generate() -> Iterator[Any]:
+        for position in itertools.count():
+            read()
+            yield batches[position % len(batches)]
+
+    return generate
+
+
 def _loader(workers: int) -> Callable[..., Any]:
     def make(program: Program, arrays: dict[str, Tensor], read: Read) -> Any:
         return DataLoader(_Rows(arrays, read), program.rows, shuffle=True, num_workers=workers)
@@ -162,6 +190,9 @@ KINDS: dict[str, Callable[[Program, dict[str, Tensor], Read], Any]] = {
     "generator": _generator,
     "iterable": lambda program, arrays, read: _Iterable(_batches(arrays, program.rows), read),
     "iterable_loader": lambda program, arrays, read: DataLoader(_Lines(_Rows(arrays, read)), program.rows),
+    "iterator": lambda *given: _generator(*given)(),
+    "endless": _endless,
+    "foreign": lambda program, arrays, read: _Foreign(_batches(arrays, program.rows), read),
     "stateful": lambda program, arrays, read: _Stateful(_batches(arrays, program.rows), read),
     "torchdata": _torchdata,
 }
