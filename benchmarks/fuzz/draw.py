@@ -19,7 +19,7 @@ _ASKABLE = {
     "EvalEnd": ("stop", "save", "rewind", "end_epoch"),
     "EpochEnd": ("stop", "save", "rewind", "evaluate"),
     "Rewound": ("stop",),
-    "FitBegin": ("stop", "evaluate", "save"),
+    "FitBegin": ("stop", "save"),
     "Saved": ("stop",),
 }
 _AT_EACH = {("StepEnd", "save"), ("EvalEnd", "save"), ("EpochEnd", "evaluate"), ("StepEnd", "rewind")}  # and it ends

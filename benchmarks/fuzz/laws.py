@@ -16,7 +16,7 @@ from benchmarks.fuzz import order
 from benchmarks.fuzz.program import Cut, Program
 from benchmarks.fuzz.session import Session, Told, checkpointer, is_injected
 from fxtrain import testing
-from fxtrain.core import STOP_REASONS
+from fxtrain.core import BATCH, DATA, STOP_REASONS
 
 _EXITS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
 _LOSING = ("kill", "leave", "exit", "error")
@@ -191,7 +191,7 @@ def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[s
         saved = checkpoints.restore(last, extra="keep")
     # The stop that ended the run stays in the checkpoint, so that a resume does nothing.
     false = last.due.stop.new_zeros(())
-    slots = {name: memory for name, memory in saved.slots.items() if name != STOP_REASONS}
+    slots = {name: memory for name, memory in saved.slots.items() if name not in (STOP_REASONS, BATCH)}
     try:
         testing.assert_equal(
             saved.replace(due=saved.due._replace(stop=false, unsaved=false), slots=slots),
@@ -209,7 +209,7 @@ def _is_unsaved(sessions: Sequence[Session]) -> bool:
 
 
 def _without_data(state: Any) -> Any:
-    return state.replace(slots={name: memory for name, memory in state.slots.items() if name != "data"})
+    return state.replace(slots={name: memory for name, memory in state.slots.items() if name != DATA})
 
 
 def _is_expected(text: str) -> bool:

@@ -88,7 +88,8 @@ class _Machine:
                 steps = [self._program.asks[int(match[1])].steps for each in reasons if (match := _ASK.match(each))]
                 self._rewind = max([self._rewind, *steps])
             self._is_unsaved |= kind == "unsaved"
-            if kind in ("evaluate", "end_epoch", "save", "stop", "rewind"):
+            between_epochs = kind == "end_epoch" and self._is_in_epoch is False  # where there is none to end
+            if kind in ("evaluate", "end_epoch", "save", "stop", "rewind") and not between_epochs:
                 self._pending.add(kind)
 
     def _due(self, *kinds: str) -> list[str]:
