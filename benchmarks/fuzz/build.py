@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxtrain as fx
-from benchmarks.fuzz.interpreted import interpreted
+from benchmarks.fuzz.interpreted import interpreted, undonating
 from benchmarks.fuzz.program import Ask, Program
 from benchmarks.fuzz.sources import FEATURES
 from fxtrain.core import EVENTS, TRACED
@@ -39,7 +39,8 @@ def step_of(program: Program, callbacks: Any, called: Callable[[], None]) -> Any
     _, tx = _template(program.model, program.optimizer)
     if program.compiled:
         pure: Any = _machine(traced) if program.model == "machine" else _trained(program, tx, traced)
-        return fx.compile(pure, steps_per_call=program.steps_per_call, on_recompile="allow")
+        step = fx.compile(pure, steps_per_call=program.steps_per_call, on_recompile="allow")
+        return step if program.donate else undonating(step)
     pure = _machine(traced, called) if program.model == "machine" else _trained(program, tx, traced, called)
     if not program.donate and program.steps_per_call == 1:
         return pure

@@ -26,18 +26,14 @@ def interpreted(step: Step, *, donate: bool, steps_per_call: int) -> Compiled:
         donate: Whether ``fit`` gets a variant that overwrites the state it is given.
         steps_per_call: As for ``fx.compile``.
     """
-    return _Undonating(step, steps_per_call) if not donate else _made(step, steps_per_call, donate=False)
+    made = _made(step, steps_per_call, donate=False)
+    return made if donate else undonating(made)
 
 
-class _Undonating(Compiled):
-    """Has no donating twin."""
-
-    def __init__(self, step: Step, steps_per_call: int) -> None:
-        made = _made(step, steps_per_call, donate=False)
-        self.__dict__.update(made.__dict__)
-
-    def donating(self) -> Compiled:
-        return self
+def undonating(step: Compiled) -> Compiled:
+    """``step`` without its donating twin, so that ``fit`` uses it as it is."""
+    step.donating = lambda: step
+    return step
 
 
 def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:

@@ -34,6 +34,13 @@ _CLOCK = ("time", "previous_time", "data_wait", "step", "position", "epoch_lengt
 _SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitEnd | fx.EvalEnd | fx.Rewound
 
 
+# Those of torch about itself, and of writers that nobody closes where fit refuses before it starts.
+_NOT_OURS = (DeprecationWarning, FutureWarning, ResourceWarning)
+
+Parts = dict[tuple[int, bool], Any]
+"""Callbacks, compiled step and compiled evaluation step, by steps in a call and whether the step donates."""
+
+
 class HungError(BaseException):
     """A session that took too long, or had too many events. No code under test catches it."""
 
@@ -91,14 +98,16 @@ class Session:
 _TRAJECTORY = frozenset(kind.__name__ for kind in TRAJECTORY)
 
 
-def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, steps: Any = None) -> Session:
+def session(
+    program: Program, folder: pathlib.Path, cut: Cut | None = None, *, compiled: Parts | None = None
+) -> Session:
     """Runs one session.
 
     Args:
         program: Which. Its cuts are ignored.
         folder: Of the run: checkpoints and metrics.
         cut: How it is to end.
-        steps: Compiled steps of the same program to use again.
+        compiled: Where to find, and to leave, what takes seconds to compile.
     """
     if cut is not None and cut.how == "kill":
         return _killed(program, folder, cut)
@@ -109,8 +118,9 @@ def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, s
     try:
         with warnings.catch_warnings(record=True) as caught, _bounded(program):
             warnings.simplefilter("always")
-            warnings.simplefilter("ignore", ResourceWarning)  # of writers, where fit refuses before it starts
-            arguments, options = _arguments(program, folder, cutter, found, steps)
+            for kind in _NOT_OURS:
+                warnings.simplefilter("ignore", kind)
+            arguments, options = _arguments(program, folder, cutter, found, compiled)
             if cut is not None and cut.how == "limit":
                 options["steps"] = min(cut.at, program.steps or cut.at)
             if cut is not None and cut.how == "leave":
@@ -124,8 +134,8 @@ def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, s
     return found
 
 
-def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Session, steps: Any) -> Any:
-    callbacks, step, eval_step = steps or parts_of(program, cutter)
+def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Session, compiled: Parts | None) -> Any:
+    callbacks, step, eval_step = _parts_of(program, cutter, compiled)
     options: dict[str, Any] = {
         "callbacks": [callbacks, *cutter.callbacks],
         "observers": [_recorder(found, program.observed), *_writers(program, folder), *cutter.observers],
@@ -148,8 +158,13 @@ def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Se
     return (step, sources.source(program, cutter.at("data"))), options
 
 
-def parts_of(program: Program, cutter: Cutter) -> tuple[Any, Any, Any]:
-    """Callbacks, step and evaluation step."""
+def _parts_of(program: Program, cutter: Cutter, compiled: Parts | None) -> tuple[Any, Any, Any]:
+    """Callbacks, step and evaluation step: made afresh, but for those that are compiled."""
+    if program.compiled and compiled is not None:
+        key = program.steps_per_call, program.donate
+        if key not in compiled:
+            compiled[key] = _parts_of(program, cutter, None)
+        return compiled[key]
     callbacks = build.callbacks_of(program)
     eval_step = build.eval_step_of(program, cutter.at("eval_step"))
     return callbacks, build.step_of(program, callbacks, cutter.at("step")), eval_step
