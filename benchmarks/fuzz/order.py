@@ -63,7 +63,7 @@ class _Machine:
 
     def _common(self, event: Told) -> list[str]:
         found: list[str] = []
-        if self._last == "" and event.kind != "FitBegin":
+        if self._last == "" and event.kind not in ("FitBegin", "Interrupted"):  # by an error before it was told
             found.append("the session does not begin with FitBegin")
         if self._last == "FitEnd":
             found.append("an event after FitEnd")
