@@ -235,7 +235,11 @@ def _placed(told: list[Told], wanted: list[Told], known_end: int, *, is_final: b
 
 def _harshest(cuts: Sequence[Cut]) -> Cut | None:
     """The cut that may lose most."""
-    return min(cuts, key=lambda cut: _LOSING.index(cut.how) if cut.how in _LOSING else len(_LOSING), default=None)
+
+    def kept(cut: Cut) -> int:
+        return 0 if cut.damage else _LOSING.index(cut.how) if cut.how in _LOSING else len(_LOSING)
+
+    return min(cuts, key=kept, default=None)
 
 
 def _too_much_again(again: list[Told], cut: Cut, program: Program) -> list[str]:
