@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from benchmarks.fuzz import laws
 from benchmarks.fuzz.program import Program, depends_on_sessions
-from benchmarks.fuzz.session import Parts, Session, delivered_exit, session
+from benchmarks.fuzz.session import Session, Shared, delivered_exit, session
 
 _TWICE = 8  # of so many programs one is run twice, to see that it is a function
 
@@ -52,8 +52,8 @@ def _scratch() -> Iterator[pathlib.Path]:
 
 
 def _checked(program: Program, folder: pathlib.Path) -> Verdict:
-    plain, compiled = program.plain, Parts()
-    whole = session(plain, folder / "whole", compiled=compiled)
+    plain, shared = program.plain, Shared()
+    whole = session(plain, folder / "whole", shared=shared)
     if laws.is_refused(whole):
         return Verdict(program, (), refused=True)
     found = [f"whole: {line}" for line in laws.every_session(plain, whole)]
@@ -61,14 +61,14 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
         return Verdict(program, tuple(found))
     if program.seed % _TWICE == 0:
         found += [
-            f"twice: {line}" for line in _differences(plain, whole, session(plain, folder / "twice", compiled=compiled))
+            f"twice: {line}" for line in _differences(plain, whole, session(plain, folder / "twice", shared=shared))
         ]
 
     cut = folder / "cut"
     sessions: list[Session] = []
     for number, each in enumerate((*program.cuts, None)):
         path = plain if program.alternates and number % 2 else program
-        sessions.append(session(path.replace(observed=program.observed), cut, each, compiled=compiled))
+        sessions.append(session(path.replace(observed=program.observed), cut, each, shared=shared))
         found += [f"session {number + 1}: {line}" for line in laws.ends_process(sessions[-1], delivered_exit())]
         if each is not None and each.damage:
             _damage(program, cut)
@@ -85,7 +85,7 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
     is_saved = program.saves and not any("unsaved" in dict(told.asked) for told in whole.events)
     if is_saved and not depends_on_sessions(program):
         found += laws.saved_last(program, cut, final)
-        again = session(program, cut, compiled=compiled)
+        again = session(program, cut, shared=shared)
         found += [f"again: {line}" for line in laws.every_session(program, again)]
         found += laws.does_nothing(again, final, whole)
         found += [f"again: {line}" for line in laws.same_files(program, folder / "whole", cut)]

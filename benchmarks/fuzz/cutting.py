@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.fuzz.build import NAMES
 from benchmarks.fuzz.program import Cut
 from fxtrain.core import TRAJECTORY
 
-INTERRUPTING = ("SIGINT", "SIGTERM", "SIGUSR1")
+_TICK = 0.0002  # seconds
 
 
 class InjectedError(Exception):
@@ -27,8 +28,9 @@ class Cutter:
     """
 
     def __init__(self, cut: Cut | None) -> None:
-        self._cut = None if cut is None or cut.how in ("limit", "leave") else cut
+        self._cut = None if cut is None or cut.how in ("limit", "epochs", "leave") else cut
         self._count = 0
+        self._lock = threading.Lock()
         self._is_armed = False  # a signal before the loop has taken the handlers over ends the process
 
     def at(self, where: str) -> Callable[[], None]:
@@ -45,7 +47,7 @@ class Cutter:
         """What watches events, and cuts there if the cut is there."""
 
         def disarm(state: Any, event: fx.FitEnd, control: Any) -> None:
-            self._is_armed = False
+            self.disarm()
 
         disarm.__annotations__ = {"event": fx.FitEnd}
         if self._cut is None or self._cut.where != "observer":
@@ -64,6 +66,8 @@ class Cutter:
 
         def arm(state: Any, event: fx.FitBegin) -> Any:
             self._is_armed = True
+            if self._cut is not None and self._cut.where == "time":
+                threading.Timer(self._cut.at * _TICK, self._at_time).start()
             return state, fx.Control()
 
         armed = fx.on(fx.FitBegin, arm)
@@ -76,11 +80,25 @@ class Cutter:
 
         return [armed, fx.on(_annotation(self._cut), cut)]
 
+    def disarm(self) -> None:
+        """From here on nothing is cut."""
+        with self._lock:
+            self._is_armed = False
+
+    def _at_time(self) -> None:
+        with self._lock:
+            if self._is_armed:
+                self._passed_last()
+
     def _passed(self) -> None:
         assert self._cut is not None
         self._count += self._is_armed
         if not self._is_armed or self._count != self._cut.at:
             return
+        self._passed_last()
+
+    def _passed_last(self) -> None:
+        assert self._cut is not None
         if self._cut.how == "error":
             raise InjectedError(f"{self._cut}")
         if self._cut.how == "exit":

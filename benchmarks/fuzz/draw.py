@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.fuzz.program import Ask, Cut, Program, depends_on_sessions, rewinds
+from benchmarks.fuzz.program import Ask, Cut, Program, depends_on_sessions, rewinds, unknown_length
 
 _TRAJECTORY = ("EpochBegin", "StepBegin", "StepEnd", "EvalBegin", "EvalStep", "EvalEnd", "EpochEnd", "Rewound")
 _ASKABLE = {
@@ -26,6 +26,9 @@ _AT_EACH = {("StepEnd", "save"), ("EvalEnd", "save"), ("EpochEnd", "evaluate"), 
 _SOURCES = {
     "list": 6, "sequence": 4, "arrays": 4, "shuffled": 6, "prefetched": 1, "loader": 3, "generator": 4, "iterable": 3,
     "iterable_loader": 1, "stateful": 3, "torchdata": 1, "foreign": 2, "endless": 1, "iterator": 1,
+}  # fmt: skip
+_HOWS = {
+    "SIGINT": 25, "SIGTERM": 8, "SIGUSR1": 4, "error": 30, "exit": 6, "leave": 8, "limit": 10, "epochs": 5, "kill": 3,
 }  # fmt: skip
 _WORKERS = 0.003  # their processes take a tenth of a second
 _COMPILED_SOURCES = ("list", "shuffled", "generator", "stateful")
@@ -95,8 +98,9 @@ def _limits(r: _Random, program: Program) -> dict[str, Any]:
 def _evaluation(r: _Random, program: Program) -> dict[str, Any]:
     if r.chance(0.35):
         return {}
+    fractions = [] if unknown_length(program) else ["1 epochs", "0.5 epochs"]
     return {
-        "evaluate": r.one("default", "default", "never", "1", "2", "3"),
+        "evaluate": r.one("default", "default", "never", "1", "2", "3", *fractions),
         "eval_batches": r.randint(1, 3),
         "eval_unknown": not program.compiled and r.chance(0.2),
     }
@@ -170,6 +174,7 @@ def _running(r: _Random, program: Program) -> dict[str, Any]:
         "donate": r.chance(0.4),
         "observed": r.chance(0.85),
         "alternates": r.chance(0.2),
+        "reuses": r.chance(0.25) and program.source != "iterator",
         "writers": r.some(["jsonl", "csv"], 0.35),
         "write_every": r.one(1, 1, 1, 2),
     }
@@ -200,11 +205,14 @@ def _cut(r: _Random, program: Program) -> Cut:
 
 
 def _undamaged(r: _Random, program: Program) -> Cut:
-    hows = {"SIGINT": 25, "SIGTERM": 8, "SIGUSR1": 4, "error": 30, "exit": 6, "leave": 8, "limit": 14, "kill": 3}
-    how = r.weighted(hows)
+    how = r.weighted(_HOWS)
+    if how == "epochs" and program.epochs is not None and program.steps is None:
+        return Cut("epochs", at=r.randint(0, program.epochs))
+    if how in ("SIGINT", "kill") and program.source != "prefetched" and r.chance(0.15):
+        return Cut(how, "time", at=r.randint(1, 60))
     if how == "leave" and program.observed:
         return Cut("leave", at=r.randint(1, 40))
-    if how == "limit" or how == "leave":
+    if how in ("limit", "leave", "epochs"):
         # Without the limit's own boundary the calls of several steps would fall elsewhere.
         # An evaluation at the last step of the run would be at the limit as well.
         fits = program.is_call_neutral and program.evaluate != "default"

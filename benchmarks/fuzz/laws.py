@@ -24,7 +24,7 @@ _EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
 _STOPPED_BEFORE = "it had been stopped before this session began"
 _REFUSED = (
     "expected data that knows its epoch length",  # where an end of an epoch, or a count of epochs, is asked for
-    "give the data a length",
+    "expected an event with a known epoch length",
     "expected a step within",  # so many epochs, of which a callback ends or skips each
 )
 
@@ -70,12 +70,10 @@ def ends_process(session: Session, code: int | None) -> list[str]:
     """
     if session.result is None or session.cut is None:
         return []  # the exception ends it
-    exits = session.result.exit_code
-    found = (
-        []
-        if exits == (_EXITS.get(session.cut.how) if "interrupted" in session.result.reason else 0)
-        else [f"exit: {session.result.exit_code} after {session.result.reason}"]
-    )
+    exits, reason = session.result.exit_code, session.result.reason
+    right = _EXITS.get(session.cut.how, 0)
+    # A signal may come when the run has ended for another reason.
+    found = [] if exits == right or (exits == 0 and "interrupted" not in reason) else [f"exit: {exits} after {reason}"]
     wanted = exits if session.cut.how in ("SIGTERM", "SIGUSR1") and exits else None
     return found if code == wanted else [*found, f"exit: the process would exit with {code}, and {wanted} is right"]
 

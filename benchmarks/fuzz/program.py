@@ -53,9 +53,11 @@ class Cut(Terse):
     Args:
         how: ``"SIGINT"``, ``"SIGTERM"``, ``"SIGUSR1"``; ``"error"``, an exception; ``"exit"``, KeyboardInterrupt, which
             nothing may catch; ``"kill"``, SIGKILL to a forked child; ``"leave"``, the generator ``fx.steps`` is closed;
-            ``"limit"``, a smaller ``steps``.
-        where: ``"observer"``, ``"callback"``, ``"step"``, ``"eval_step"`` or ``"data"``. A limit is nowhere.
-        at: The occurrence there, from 1: of trajectory events, of calls, of batches read. For a limit, the steps.
+            ``"limit"``, a smaller ``steps``; ``"epochs"``, a smaller ``epochs``.
+        where: ``"observer"``, ``"callback"``, ``"step"``, ``"eval_step"``, ``"data"``, ``"eval_data"``, or ``"time"``:
+            at any instruction, which no seed repeats. A limit is nowhere.
+        at: The occurrence there, from 1: of trajectory events, of calls, of batches read. For a limit, the steps or
+            epochs; for a time, units of 0.2 ms after ``FitBegin``.
         event: With observers and callbacks, count events of this type only.
         damage: Whether a byte of the newest checkpoint is flipped afterwards, if there is an older one.
     """
@@ -82,7 +84,8 @@ class Program(Terse):
         bad: Positions in an epoch whose batch holds a NaN.
         epochs: A limit.
         steps: A limit.
-        evaluate: ``""`` for no evaluation, ``"default"``, ``"never"`` for requests alone, or the period in steps.
+        evaluate: ``""`` for no evaluation, ``"default"``, ``"never"`` for requests alone, the period in steps, or
+            in epochs: ``"0.5 epochs"``.
         eval_batches: In an evaluation.
         eval_unknown: Whether the evaluation data has no length.
         counted: The events at which callbacks with state count.
@@ -105,6 +108,7 @@ class Program(Terse):
         donate: Whether the step overwrites the state that it is given.
         loss_scale: Whether the mlp's loss is scaled dynamically, from a scale at which it overflows.
         alternates: Whether every second session is run plainly, so that a run is resumed by another call path.
+        reuses: Whether all sessions use the same step, callbacks and data, as a notebook cell that is run again does.
         compiled: Whether the step is compiled by Inductor; else an interpreter stands in where one is needed.
         observed: Whether an observer sees every event. If not, the loop takes its shorter path.
         writers: ``"jsonl"`` and ``"csv"``.
@@ -145,6 +149,7 @@ class Program(Terse):
     donate: bool = False
     loss_scale: bool = False
     alternates: bool = False
+    reuses: bool = False
     compiled: bool = False
     observed: bool = True
     writers: tuple[str, ...] = ()
@@ -174,7 +179,7 @@ class Program(Terse):
         make another run.
         """
         asks_at_steps = any(ask.event in ("StepBegin", "StepEnd") for ask in self.asks)
-        return not (asks_at_steps or self.evaluate.isdigit() or _SEEING_STEPS & set(self.callbacks))
+        return not (asks_at_steps or self.evaluate[:1].isdigit() or _SEEING_STEPS & set(self.callbacks))
 
 
 def unknown_length(program: Program) -> bool:

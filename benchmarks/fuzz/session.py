@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,23 @@ _SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitE
 # Those of torch about itself, and of writers that nobody closes where fit refuses before it starts.
 _NOT_OURS = (DeprecationWarning, FutureWarning, ResourceWarning)
 
-Parts = dict[tuple[int, bool], Any]
-"""Callbacks, compiled step and compiled evaluation step, by steps in a call and whether the step donates."""
+
+class Shared:
+    """What the sessions of a program have in common: compiled steps, or with ``reuses`` steps, callbacks and data."""
+
+    def __init__(self) -> None:
+        self.cutter = Cutter(None)
+        self._made: dict[Any, Any] = {}
+
+    def at(self, where: str) -> Callable[[], None]:
+        """What to call at a place, whichever session is there."""
+        return lambda: self.cutter.at(where)()
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 class HungError(BaseException):
@@ -98,16 +113,14 @@ class Session:
 _TRAJECTORY = frozenset(kind.__name__ for kind in TRAJECTORY)
 
 
-def session(
-    program: Program, folder: pathlib.Path, cut: Cut | None = None, *, compiled: Parts | None = None
-) -> Session:
+def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, shared: Shared | None = None) -> Session:
     """Runs one session.
 
     Args:
         program: Which. Its cuts are ignored.
         folder: Of the run: checkpoints and metrics.
         cut: How it is to end.
-        compiled: Where to find, and to leave, what takes seconds to compile.
+        shared: What it has in common with the program's other sessions.
     """
     if cut is not None and cut.how == "kill":
         return _killed(program, folder, cut)
@@ -120,22 +133,27 @@ def session(
             warnings.simplefilter("always")
             for kind in _NOT_OURS:
                 warnings.simplefilter("ignore", kind)
-            arguments, options = _arguments(program, folder, cutter, found, compiled)
+            arguments, options = _arguments(program, folder, cutter, found, shared or Shared())
             if cut is not None and cut.how == "limit":
                 options["steps"] = min(cut.at, program.steps or cut.at)
+            if cut is not None and cut.how == "epochs":
+                options["epochs"] = min(cut.at, program.epochs or cut.at)
             if cut is not None and cut.how == "leave":
                 _leave(fx.steps(state, *arguments, **options), cut.at)
             else:
                 found.result = fx.fit(state, *arguments, **options)
     except (Exception, HungError, KeyboardInterrupt) as error:
         found.error = error
+    finally:
+        cutter.disarm()
     found.warned = tuple(str(warning.message) for warning in caught)
     found.input_changed = _difference(state, before)
     return found
 
 
-def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Session, compiled: Parts | None) -> Any:
-    callbacks, step, eval_step = _parts_of(program, cutter, compiled)
+def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Session, shared: Shared) -> Any:
+    shared.cutter = cutter
+    callbacks, step, eval_step = _parts_of(program, shared)
     options: dict[str, Any] = {
         "callbacks": [callbacks, *cutter.callbacks],
         "observers": [_recorder(found, program.observed), *_writers(program, folder), *cutter.observers],
@@ -148,26 +166,32 @@ def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Se
         "lag": program.lag,
     }
     if program.evaluate:
-        options |= {"eval_step": eval_step, "eval_data": sources.eval_source(program, cutter.at("eval_data"))}
+        options |= {"eval_step": eval_step, "eval_data": _data_of(program, shared, sources.eval_source, "eval_data")}
         if program.evaluate != "default":
-            options["eval_when"] = _never if program.evaluate == "never" else fx.every(int(program.evaluate))
+            options["eval_when"] = _trigger(program.evaluate)
         if program.eval_view:
             options["eval_view"] = fx.callbacks.averaged
     if program.saves:
         options |= {"checkpointer": checkpointer(program, folder), "resume": True}
-    return (step, sources.source(program, cutter.at("data"))), options
+    return (step, _data_of(program, shared, sources.source, "data")), options
 
 
-def _parts_of(program: Program, cutter: Cutter, compiled: Parts | None) -> tuple[Any, Any, Any]:
-    """Callbacks, step and evaluation step: made afresh, but for those that are compiled."""
-    if program.compiled and compiled is not None:
-        key = program.steps_per_call, program.donate
-        if key not in compiled:
-            compiled[key] = _parts_of(program, cutter, None)
-        return compiled[key]
-    callbacks = build.callbacks_of(program)
-    eval_step = build.eval_step_of(program, cutter.at("eval_step"))
-    return callbacks, build.step_of(program, callbacks, cutter.at("step")), eval_step
+def _parts_of(program: Program, shared: Shared) -> tuple[Any, Any, Any]:
+    """Callbacks, step and evaluation step."""
+
+    def make() -> tuple[Any, Any, Any]:
+        callbacks = build.callbacks_of(program)
+        eval_step = build.eval_step_of(program, shared.at("eval_step"))
+        return callbacks, build.step_of(program, callbacks, shared.at("step")), eval_step
+
+    key = program.steps_per_call, program.donate
+    return shared.get(key, make) if program.compiled or program.reuses else make()
+
+
+def _data_of(program: Program, shared: Shared, make: Callable[..., Any], where: str) -> Any:
+    """The data of the run, or of its evaluations."""
+    made = functools.partial(make, program, shared.at(where))
+    return shared.get(where, made) if program.reuses else made()
 
 
 def checkpointer(program: Program, folder: pathlib.Path) -> Any:
@@ -181,8 +205,11 @@ def checkpointer(program: Program, folder: pathlib.Path) -> Any:
     )
 
 
-def _never(event: Any) -> bool:
-    return False
+def _trigger(text: str) -> Any:
+    if text == "never":
+        return lambda event: False
+    number, _, unit = text.partition(" ")
+    return fx.every(epochs=float(number)) if unit else fx.every(int(number))
 
 
 def _writers(program: Program, folder: pathlib.Path) -> list[Any]:
@@ -238,7 +265,7 @@ def _leave(moments: Iterator[Any], at: int) -> None:
 
 def _killed(program: Program, folder: pathlib.Path, cut: Cut) -> Session:
     def work(tell: Any) -> None:
-        arguments, options = _arguments(program, folder, Cutter(cut), Session([]), None)
+        arguments, options = _arguments(program, folder, Cutter(cut), Session([]), Shared())
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fx.fit(build.state_of(program), *arguments, **options)
