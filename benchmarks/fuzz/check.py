@@ -78,7 +78,7 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
     if final.result is None:
         return Verdict(program, tuple(found))
     reasons = [each.result.reason for each in sessions if each.result is not None]
-    found += laws.same_end(program, whole, final, reasons)
+    found += laws.same_end(whole, final, reasons)
     found += laws.same_trajectory(program, whole, sessions)
     found += laws.same_history(whole, sessions)
     found += laws.same_files(program, folder / "whole", cut)
@@ -106,5 +106,5 @@ def _damage(program: Program, folder: pathlib.Path) -> None:
 def _differences(program: Program, first: Session, second: Session) -> list[str]:
     if second.result is None:
         return [f"the second time it raised {second.error!r}"]
-    found = laws.same_end(program, first, second, [second.result.reason])
+    found = laws.same_end(first, second, [second.result.reason])
     return found + laws.same_trajectory(program, first, [second])
