@@ -68,22 +68,22 @@ def _model(r: _Random, program: Program) -> dict[str, Any]:
     return {
         "model": "mlp",
         "optimizer": r.one("sgd", "momentum", "adamw", "injected"),
-        "rows": r.one(2, 4),  # batch norm needs two in each microbatch
+        "rows": r.one(2, 4),
         "accumulate": r.one(1, 1, 2),
         "loss_scale": r.chance(0.15),
     }
 
 
 def _data(r: _Random, program: Program) -> dict[str, Any]:
+    # Batch norm needs two rows in each microbatch.
+    fits = {} if program.accumulate * 2 <= program.rows else {"accumulate": 1}
     if program.compiled:
-        return {"source": r.one(*_COMPILED_SOURCES), "batches": r.randint(2, 5)}
+        return {"source": r.one(*_COMPILED_SOURCES), "batches": r.randint(2, 5), **fits}
     source = "workers" if r.chance(_WORKERS) else r.weighted(_SOURCES)
     least = 4 if program.model == "mlp" else 2  # a short batch of an mlp keeps three rows
     can_be_short = program.rows >= least and program.accumulate == 1 and source != "endless"
     changes: dict[str, Any] = {"source": source, "batches": r.randint(1, 5), "short": can_be_short and r.chance(0.2)}
-    if program.accumulate * 2 > program.rows and program.model == "mlp":
-        changes["accumulate"] = 1
-    return changes
+    return {**changes, **fits}
 
 
 def _limits(r: _Random, program: Program) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Program(Terse):
 
 
 def unknown_length(program: Program) -> bool:
-    """Whether nobody knows how long an epoch of the data is before its end."""
+    """Whether the data has no length before its first epoch ends."""
     return program.source in _UNKNOWN_LENGTH
 
 

@@ -34,7 +34,7 @@ _CLOCK = ("time", "previous_time", "data_wait", "step", "position", "epoch_lengt
 _SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitEnd | fx.EvalEnd | fx.Rewound
 
 
-# Those of torch about itself, and of writers that nobody closes where fit refuses before it starts.
+# Of torch about itself, and of writers that stay open where fit refuses before it starts.
 _NOT_OURS = (DeprecationWarning, FutureWarning, ResourceWarning)
 
 
