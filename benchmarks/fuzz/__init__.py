@@ -19,6 +19,6 @@ call, stops read at once, nothing donated):
 - steps in a call, lag, donation, observers and the call path of a resumed session change nothing.
 
 Run: 2,000 eager programs (seeds 40000 to 41999) without a failure, 10 a second on one of two shared cores; 30 of them
-fxtrain refuses, because they end an epoch of a length that is still unknown. Compiled, 24 programs (seeds 10 to 33) take
+fxtrain refuses, because they end an epoch of a length that is still unknown. 24 compiled programs (seeds 10 to 33) take
 2 to 4 seconds each. Among about 19,000 programs 21 mistakes were found, nearly all of them in the loop.
 """
