@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import fxtrain as fx
+from fxtrain.step import Several
 
 BATCHES = 3
 
@@ -41,3 +42,17 @@ def step(**options):
 
 
 eval_step = fx.eval_step(loss_fn)
+
+
+class Together:
+    """Several steps at a time, uncompiled: everything that the loop needs of a compiled step."""
+
+    def __init__(self, step, count):
+        self.step, self.steps_per_call = step, count
+        self.callbacks, self.fires = step.callbacks, step.fires
+
+    def __call__(self, state, batch):
+        return self.step(state, batch)
+
+    def many(self, state, batches):
+        return Several(self.step, self.steps_per_call)(state, batches)

@@ -11,7 +11,6 @@ import torch
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.data import batches, prefetch
-from fxtrain.step import Several
 
 
 class Stream:
@@ -22,20 +21,6 @@ class Stream:
 
     def __iter__(self):
         yield from itertools.islice(itertools.cycle(problem.data()), self.count)
-
-
-class Together:
-    """An uncompiled step with ``steps_per_call``."""
-
-    def __init__(self, step, count):
-        self.step, self.steps_per_call = step, count
-        self.callbacks, self.fires = step.callbacks, step.fires
-
-    def __call__(self, state, batch):
-        return self.step(state, batch)
-
-    def many(self, state, several):
-        return Several(self.step, self.steps_per_call)(state, several)
 
 
 def moments_of(fired):
@@ -54,7 +39,7 @@ def fit(data=None, *, state=None, step=None, fired=None, **options):
 @pytest.mark.parametrize("data", [Stream, lambda: prefetch(Stream())], ids=["stream", "prefetched"])
 @pytest.mark.parametrize("steps_per_call", [1, 2, 4, 5])
 def test_resumed_stream_equals_whole_run_wherever_it_is_cut(tmp_path, steps_per_call, data):
-    step = Together(problem.step(), steps_per_call)
+    step = problem.Together(problem.step(), steps_per_call)
     whole_fired = []
     whole = fit(data(), step=step, epochs=3, fired=whole_fired)
     for cut in range(1, 10):

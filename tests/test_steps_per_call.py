@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain.step import Several
 
 K = 4
 DATA = problem.data(8, seed=3)  # two calls make an epoch
@@ -56,22 +55,8 @@ def test_a_compiled_run():
     assert together.history["train/loss"].values.tolist() == plain.history["train/loss"].values.tolist()
 
 
-class Together:
-    """Several steps at a time, uncompiled: all that the loop asks of a compiled step."""
-
-    def __init__(self, step, count):
-        self.step, self.steps_per_call = step, count
-        self.callbacks, self.fires = step.callbacks, step.fires
-
-    def __call__(self, state, batch):
-        return self.step(state, batch)
-
-    def many(self, state, batches):
-        return Several(self.step, self.steps_per_call)(state, batches)
-
-
 def run(steps_per_call, callbacks=(), data=DATA, **options):
-    step = Together(problem.step(callbacks=callbacks), steps_per_call)
+    step = problem.Together(problem.step(callbacks=callbacks), steps_per_call)
     seen = []
 
     def watch(state, event: fx.Event, control):
@@ -144,7 +129,7 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(tmp_path):
         if event.step == 6:
             raise KeyboardInterrupt
 
-    step = Together(problem.step(), K)
+    step = problem.Together(problem.step(), K)
     save = fx.when(fx.every(3), fx.callbacks.save())
     with pytest.raises(KeyboardInterrupt):
         fx.fit(
@@ -212,8 +197,8 @@ def test_one_at_a_time_is_many_too():
 
 def test_what_is_left_of_an_epoch_is_taken_singly(monkeypatch):
     calls = []
-    many, one = Together.many, Together.__call__
-    monkeypatch.setattr(Together, "many", lambda self, *given: (calls.append(3), many(self, *given))[1])
-    monkeypatch.setattr(Together, "__call__", lambda self, *given: (calls.append(1), one(self, *given))[1])
+    many, one = problem.Together.many, problem.Together.__call__
+    monkeypatch.setattr(problem.Together, "many", lambda self, *given: (calls.append(3), many(self, *given))[1])
+    monkeypatch.setattr(problem.Together, "__call__", lambda self, *given: (calls.append(1), one(self, *given))[1])
     run(3)
     assert calls == [3, 3, 1, 1, 3, 3, 1, 1]

@@ -280,34 +280,23 @@ class Checkpointer(Reader):
         device: torch.device,
     ) -> None:
         try:
-            self._write(save, run, content, metrics, notes, device)
+            self._deletion.clear()
+            content.wait()
+            head = facts(content, device, metrics)
+            head["environment"].update(notes)
+            found = ownership.contents(self.folder)
+            sequence = found[-1].sequence + 1 if found else 0
+            step, metrics = head["step"], head["metrics"]
+            path = self.folder / retention.name(sequence, step, run, save.role)
+            folders.write(path, content, {**head, "run": run, "role": save.role, "sequence": sequence})
+            self._metrics[path.name] = metrics
+            save.committed = Committed(step, path, metrics)
+            if save.role != "snapshot":
+                self._ownership.wrote(Entry(sequence, step, run, save.role, path))
+                self._committed.append(save.committed)
         finally:
             save.ended = True
         self._delete_old(run)
-
-    def _write(
-        self,
-        save: Save,
-        run: str,
-        content: Direct | Snapshot,
-        metrics: dict[str, float],
-        notes: dict[str, Any],
-        device: torch.device,
-    ) -> None:
-        self._deletion.clear()
-        content.wait()
-        head = facts(content, device, metrics)
-        head["environment"].update(notes)
-        found = ownership.contents(self.folder)
-        sequence = found[-1].sequence + 1 if found else 0
-        step, metrics = head["step"], head["metrics"]
-        path = self.folder / retention.name(sequence, step, run, save.role)
-        folders.write(path, content, {**head, "run": run, "role": save.role, "sequence": sequence})
-        self._metrics[path.name] = metrics
-        save.committed = Committed(step, path, metrics)
-        if save.role != "snapshot":
-            self._ownership.wrote(Entry(sequence, step, run, save.role, path))
-            self._committed.append(save.committed)
 
     def _delete_old(self, run: str) -> None:
         try:

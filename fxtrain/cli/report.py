@@ -55,7 +55,7 @@ def _put(path: pathlib.Path, content: bytes, *, follow: bool) -> None:
     if stat.S_ISREG(mode):
         _replace(os.path.realpath(path) if follow else os.fspath(path), content)
     elif follow and not stat.S_ISDIR(mode):
-        # Without O_NONBLOCK a FIFO that nobody reads would block here; with it, it is an error.
+        # Without O_NONBLOCK a FIFO without a reader would block here; with it, it is an error.
         handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
         os.set_blocking(handle, True)
         with os.fdopen(handle, "wb") as file:

@@ -146,7 +146,7 @@ class Keyed(Dataset[Any]):
 
 
 def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]:
-    """One epoch, with the loader's generators as they would go on if nobody else used them.
+    """One epoch, with generators of the loader that only this source advances.
 
     Args:
         loader: To iterate.

@@ -1,4 +1,4 @@
-"""Values from JSON, converted to the shape that the report draws, or refused by a ValueError that says what came."""
+"""Values from JSON, converted to the shape that the report draws, or refused by a ValueError that shows them."""
 
 from __future__ import annotations
 
