@@ -1,0 +1,104 @@
+"""Rewinds: where a run returns to, and what crosses."""
+
+import os
+import signal
+
+import problem
+import pytest
+import torch
+
+import fxtrain as fx
+from fxtrain import testing
+
+
+def fit(state=None, step=None, **options):
+    options = {"steps": 6, **options}
+    return fx.fit(state or problem.start(), step or problem.step(), problem.data(), **options)
+
+
+def recorder(into):
+    """An observer that writes down what fires."""
+
+    def record(state, event, control):
+        into.append(event)
+
+    return record
+
+
+def rewind_once(at, steps):
+    """Asks to go back, once: its memory survives because it is written at `Rewound`."""
+
+    def callback(state, event: fx.StepEnd | fx.Rewound):
+        done = state.slots["once"]
+        if isinstance(event, fx.Rewound):
+            return state.with_slot("once", done + 1), fx.Control()
+        return state, fx.Control(rewind=steps if event.step == at and not int(done) else 0)
+
+    return fx.slotted("once", lambda state: torch.tensor(0), callback)
+
+
+class TestRewind:
+    @pytest.mark.parametrize("where", ["device", "host", "disk"])
+    def test_returns_to_the_newest_state_that_is_old_enough(self, tmp_path, where):
+        fired = []
+        options = {"keep_every": 2, "keep": 5, "keep_on_host": where == "host"}
+        callbacks = [rewind_once(at=5, steps=2)]
+        if where == "disk":
+            options = {"checkpointer": fx.checkpointer(tmp_path, keep=None)}
+            callbacks.append(fx.when(fx.every(2), fx.callbacks.save()))
+        result = fit(callbacks=callbacks, observers=[recorder(fired)], **options)
+        (rewound,) = [event for event in fired if isinstance(event, fx.Rewound)]
+        assert (rewound.from_step, rewound.to_step, rewound.abandoned, rewound.times) == (5, 2, range(2, 5), 1)
+        steps = [event.step for event in fired if isinstance(event, fx.StepEnd)]
+        assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+        straight = fit(steps=6)
+        for field in ("params", "buffers", "opt_state", "position", "step"):
+            testing.assert_equal(getattr(result.last, field), getattr(straight.last, field), field)
+        assert int(result.last.slots["once"]) == 1
+        assert result.history["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
+
+    def test_is_saved_so_that_no_resume_goes_back_again(self, tmp_path):
+        checkpoints = fx.checkpointer(tmp_path, keep=None, background=False)
+
+        def interrupt(state, event, control):
+            if isinstance(event, fx.Saved) and event.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        options = {"checkpointer": checkpoints, "keep_every": 2, "keep": 5}
+        # Saved at step 4, then back to step 2, and ended right after.
+        callbacks = [rewind_once(at=5, steps=2), fx.when(fx.at(4), fx.callbacks.save())]
+        first = fit(callbacks=callbacks, observers=[fx.observers.required(interrupt)], **options)
+        assert int(first.last.step) == 2
+        assert checkpoints.latest() == 2
+        fired = []
+        fit(callbacks=callbacks, observers=[recorder(fired)], resume=True, **options)
+        assert not [event for event in fired if isinstance(event, fx.Rewound)]
+        assert [event.step for event in fired if isinstance(event, fx.StepEnd)] == [3, 4, 5, 6]
+
+    def test_drops_what_else_was_asked(self):
+        def asks(state, event: fx.StepEnd):
+            return state, fx.Control(evaluate=event.step == 3)
+
+        fired = []
+        fit(
+            callbacks=[rewind_once(at=3, steps=1), asks],
+            keep_every=1,
+            eval_step=problem.eval_step,
+            eval_data=problem.data(1),
+            eval_when=lambda event: False,
+            observers=[recorder(fired)],
+            steps=4,
+        )
+        evaluations = [event.step for event in fired if isinstance(event, fx.EvalEnd)]
+        assert evaluations == [3]  # the second time the run came to step 3
+
+    def test_going_back_for_ever_is_a_stop_with_that_reason(self):
+        def always(state, event: fx.StepEnd):
+            return state, fx.Control(rewind=1 if event.step == 3 else 0)
+
+        result = fit(callbacks=always, keep_every=2, rewind_limit=2)
+        assert result.reason == "went back to step 2 3 times, and it did not help"
+
+    def test_without_a_state_that_old_the_run_stops(self):
+        result = fit(callbacks=rewind_once(at=2, steps=1))
+        assert result.reason == "a rewind of 1 steps was asked for at step 2, and no state that old is kept"
