@@ -84,7 +84,7 @@ def test_summary_is_one_readable_page(monkeypatch):
         "  parameters   24 in 4 tensors: 20 trainable, 4 frozen\n"
         "  buffers      9 in 3 tensors\n"
         "  dtype        bfloat16\n"
-        "  state        274 B: params 48 B, buffers 24 B, opt_state 136 B, slots 28 B, the rest 38 B\n"
+        "  state        278 B: params 48 B, buffers 24 B, opt_state 136 B, slots 32 B, the rest 38 B\n"
         "data\n"
         "  epoch        1,500 batches\n"
         "training\n"

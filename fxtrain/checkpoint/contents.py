@@ -67,14 +67,15 @@ class Snapshot:
         if _kinds(leaves) != self._kinds:  # with the same kinds they were found dense before
             leaves, self.structure = dense_leaves(state)
             self._fit(leaves)
-        with torch.no_grad():
-            try:
-                # torch's optimizers stand on it too; one call for all leaves, where one for each costs more than 2 us.
-                copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-                copy(self._targets, leaves, non_blocking=self._device is not None)
-            except NotImplementedError:  # dtypes below a byte, which torch stores and cannot copy
-                for target, leaf in zip(self._targets, leaves, strict=True):
-                    target.reshape(-1).view(torch.uint8).copy_(leaf.contiguous().reshape(-1).view(torch.uint8))
+        # Not torch.no_grad(), which an exception from a signal handler could leave switched on.
+        leaves = [leaf.detach() if leaf.requires_grad else leaf for leaf in leaves]
+        try:
+            # torch's optimizers stand on it too; one call for all leaves, where one for each costs more than 2 us.
+            copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            copy(self._targets, leaves, non_blocking=self._device is not None)
+        except NotImplementedError:  # dtypes below a byte, which torch stores and cannot copy
+            for target, leaf in zip(self._targets, leaves, strict=True):
+                target.reshape(-1).view(torch.uint8).copy_(leaf.contiguous().reshape(-1).view(torch.uint8))
         if self._device is not None:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(self._device))

@@ -345,7 +345,7 @@ def _memory(state: TrainState, name: str) -> Any:
     try:
         return state.slots[name]
     except KeyError:
-        there = ", ".join(map(repr, state.slots)) or "none"
+        there = ", ".join(repr(slot) for slot in state.slots if not slot.startswith(LOOP)) or "none"
         raise KeyError(
             f"The state has no slot {name!r} (there are: {there}): call fxtrain.attach(state, callbacks) first."
         ) from None

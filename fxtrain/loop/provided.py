@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxtrain import tree
-from fxtrain.core import TRACED, TrainState
+from fxtrain.core import LOOP, TRACED, TrainState
 from fxtrain.fold import Composed
 
 
@@ -29,7 +29,7 @@ def refuse_unprovided(
                 )
         for slot in handler.needs.slots:
             if slot not in state.slots:
-                there = ", ".join(map(repr, state.slots)) or "none"
+                there = ", ".join(repr(slot) for slot in state.slots if not slot.startswith(LOOP)) or "none"
                 raise ValueError(
                     f"{handler.name} needs the slot {slot!r}, and the state has {there}: give fit the callback that "
                     "keeps it too."

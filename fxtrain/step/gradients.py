@@ -14,6 +14,7 @@ from fxtrain.core import TrainState
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
+from fxtrain.rng.tracing import unrecorded
 from fxtrain.step.returned import loss_and_metrics
 
 
@@ -95,8 +96,9 @@ def gradients(
 
 def _refuse_unreached(loss_fn: Callable[..., Any], loss: Tensor, wrt: str | None) -> None:
     """A zero gradient is a number; a loss that no trainable parameter takes part in is a mistake."""
-    if _requires_grad(loss):
-        return
+    with unrecorded():  # the first trace of a step is the same graph as the next ones
+        if _requires_grad(loss):
+            return
     what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
     modules = [name for name, value in captured(loss_fn) if isinstance(value, nn.Module)]
     instead = f" instead of {', '.join(modules)}, which it takes from outside" if modules else ""
