@@ -89,7 +89,7 @@ def test_summary_is_one_readable_page(monkeypatch):
         "  epoch        1,500 batches\n"
         "training\n"
         "  optimizer    ScaleByAdamState 128 B, ScaleByScheduleState 8 B\n"
-        "  callbacks    early_stopping 28 B\n"
+        "  callbacks    early_stopping 32 B\n"
         "distributed\n"
         "  processes    one\n"
         "device\n"
