@@ -114,6 +114,27 @@ class TestUncompiled:
         find = fx.gradients(noisy)
         assert float(find(state, None).loss) == float(find(state, None).loss)
 
+    @pytest.mark.parametrize("name", DRAWS)
+    def test_a_draw_that_begins_at_a_later_step_follows_the_seed(self, name):
+        def losses(seed_of_process):
+            class Late(nn.Linear):
+                def forward(self, x):
+                    return super().forward(x) * (DRAWS[name]() if x[0, 0] > 1 else 1.0)
+
+            torch.manual_seed(0)
+            tx = fx.optim.sgd(0.1)
+            state, step, found = fx.init(Late(2, 1), tx), fx.train_step(loss_fn, tx), []
+            for batch in (X, X, X + 1, X + 1):
+                np.random.seed(seed_of_process)
+                random.seed(seed_of_process)
+                before = states()
+                state, output = step(state, batch)
+                assert states() == before
+                found.append(float(output.metrics["loss"]))
+            return found
+
+        assert losses(1) == losses(2)
+
     def test_what_does_not_draw_is_not_seeded_after_its_first_call(self, monkeypatch):
         tx = fx.optim.sgd(0.1)
         state, step = fx.init(nn.Linear(2, 1), tx), fx.train_step(loss_fn, tx)

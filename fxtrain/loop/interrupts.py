@@ -16,8 +16,9 @@ from typing import Any, Self
 
 _log = logging.getLogger(__name__)
 
-# What is on the stack while a graph is made, and not while it runs: a function of ours, or a module of torch's.
-_OURS = ("fxtrain.compile.traced", "compile_traced")
+# What is on the stack while a step has changed nothing yet: functions of ours that make a graph, or wait for a thread
+# that makes a batch; a module of torch's that makes a graph.
+_OURS = (("fxtrain.compile.traced", "compile_traced"), ("fxtrain.rng.host", "wait_for_turn"))
 _DYNAMO = "torch._dynamo.convert_frame"
 # Modules of which an exception would leave a half.
 _IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")
@@ -184,7 +185,7 @@ def _leaving_waits(data: Any) -> Callable[[int], Any]:
 
 
 def leaving_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which is left by ``Abandoned`` if a signal comes while torch compiles in it.
+    """``function``, which is left by ``Abandoned`` if a signal arrives while it compiles or waits for a thread.
 
     That can take minutes and has changed nothing yet. A graph that runs is never left: it may be in the middle of
     writing over memory that was donated to it.
@@ -202,7 +203,7 @@ def _can_be_left(frame: FrameType | None) -> bool:
         where = frame.f_globals.get("__name__"), frame.f_code.co_name
         if where[0] in _IMPORTING:
             return False
-        compiles = compiles or where[0] == _DYNAMO or where == _OURS
+        compiles = compiles or where[0] == _DYNAMO or where in _OURS
         if where == _LEAVABLE:
             return compiles
         if where == _LEAVABLE_WAIT:

@@ -23,6 +23,7 @@ from fxtrain.model.first_calls import FirstCalls, empty_refused, hooks_refused, 
 from fxtrain.model.following import Following, generators_in
 from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.optim import MaskedNode
+from fxtrain.rng import host
 from fxtrain.rng.tracing import is_traced
 
 
@@ -118,8 +119,16 @@ class Model:
             return self._call_in_dynamo(params, buffers, function, args, train, key)
         first = self.first_calls(train)
         draws = first.draws(function) if check else None
-        if key is None or (draws is False and not is_traced()):
+        if key is None:
             return self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
+        if draws is False and not is_traced():
+            # Seeding would wait for a thread that makes batches, so what draws nothing is run without it.
+            before = host.mark()
+            result = self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
+            if before is None or not host.rewind_if_moved(before):
+                return result
+            draws = True  # it has begun to: this call is repeated from the key, and the next ones start there
+            first.add(function, draws=True)
         examine = check and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
         draw = Following(key, function, compare=examine, generators=generators)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import random
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ _RANDOM: Any = np.random  # numpy's annotations omit the functions for exchangin
 _LOCKS: dict[int, threading.RLock] = {}  # by process: a forked worker must not inherit a lock that is held
 GLOBAL = (getattr(random.random, "__self__", None), getattr(np.random.rand, "__self__", None))
 """The generator objects behind the functions of both modules."""
+_MT19937 = 625 * 4  # bytes of numpy's Mersenne twister: its words and the position among them
 _GENERATORS: list[Any] = []  # one of numpy's for each depth of ``seeded`` in itself
 
 
@@ -36,7 +38,9 @@ def seeded(seed: int) -> Iterator[None]:
         ...     first == (random.random(), np.random.rand())
         True
     """
-    with _LOCKS.setdefault(os.getpid(), threading.RLock()):
+    lock = _LOCKS.setdefault(os.getpid(), threading.RLock())
+    wait_for_turn(lock)
+    try:
         state = random.getstate()
         _here.depth += 1
         try:
@@ -46,11 +50,66 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             _here.depth -= 1
             random.setstate(state)
+    finally:
+        lock.release()
+
+
+def wait_for_turn(lock: Any) -> None:
+    """Takes the lock of the generators. The loop leaves this wait when a signal arrives; it knows it by its name."""
+    try:
+        lock.acquire()
+    except BaseException:
+        if not is_seeded():  # an exception of a signal's handler may come when the lock was taken
+            with contextlib.suppress(RuntimeError):
+                lock.release()
+        raise
 
 
 def is_seeded() -> bool:
     """Whether this thread is inside ``seeded``, so that other threads wait for it."""
     return _here.depth > 0
+
+
+class Mark(NamedTuple):
+    """The state of both generators, copied as memory: some microseconds."""
+
+    python: Any
+    bits: Any  # numpy's generator object
+    words: Any  # its memory; None for a kind of generator that is not known here
+    spare: dict[str, Any]  # the second of a pair of normal numbers, which numpy keeps beside the generator
+
+
+def mark() -> Mark | None:
+    """Marks where both generators are; None while another thread has seeded them."""
+    lock = _LOCKS.setdefault(os.getpid(), threading.RLock())
+    if not lock.acquire(blocking=False):
+        return None
+    try:
+        bits = _RANDOM.get_bit_generator()
+        known = type(bits) is np.random.MT19937
+        words = ctypes.string_at(bits.ctypes.state_address, _MT19937) if known else None
+        return Mark(random.getstate(), bits, words, _spare_normal())
+    finally:
+        lock.release()
+
+
+def rewind_if_moved(before: Mark) -> bool:
+    """Whether one of the generators has drawn numbers since ``before``. If so, both are put back there.
+
+    Example:
+        >>> before = mark()
+        >>> _ = np.random.rand()
+        >>> rewind_if_moved(before), rewind_if_moved(before)
+        (True, False)
+    """
+    now = mark()
+    if now is None or now.bits is not before.bits or now == before:
+        return False
+    random.setstate(before.python)
+    if before.words is not None:
+        ctypes.memmove(before.bits.ctypes.state_address, before.words, _MT19937)
+    _RANDOM.set_state({**_RANDOM.get_state(legacy=False), **before.spare})
+    return True
 
 
 def positions() -> dict[str, Any]:
