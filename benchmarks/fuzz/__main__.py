@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import faulthandler
+import logging
 import sys
 import time
 
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shrink-seconds", type=float, default=30.0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    logging.getLogger("fxtrain").setLevel(logging.ERROR)  # reading again is what a resume of a stream does
     if options.program is not None:
         names = {name: getattr(program, name) for name in ("Program", "Ask", "Cut")}
         return _one(eval(options.program, names), options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import pathlib
 import signal
 import threading
@@ -28,7 +27,6 @@ MOST_EVENTS = 3000  # a program is tens of steps long
 SECONDS = 60.0
 COMPILED_SECONDS = 900.0
 
-logging.getLogger("fxtrain").setLevel(logging.ERROR)  # reading again is what a resume of a stream does
 
 _CLOCK = ("time", "previous_time", "data_wait", "step", "position", "epoch_length", "total_steps", "total_epochs")
 _SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitEnd | fx.EvalEnd | fx.Rewound
