@@ -33,20 +33,12 @@ def make_folder(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync(folder)
 
 
 def sync_file(path: Path) -> None:
     """Brings the content of a file to the disk, whichever handle wrote it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync(path)
 
 
 def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:
@@ -92,3 +84,11 @@ def set_aside(path: Path, what: str, begin: int = 0) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

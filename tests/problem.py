@@ -56,3 +56,34 @@ class Together:
 
     def many(self, state, batches):
         return Several(self.step, self.steps_per_call)(state, batches)
+
+
+def fit(state=None, step=None, **options):
+    options = {"steps": 6, **options}
+    return fx.fit(state or start(), step or fx.train_step(loss_fn, transform()), data(), **options)
+
+
+def recorder(into):
+    """An observer that writes down what fires."""
+
+    def record(state, event, control):
+        into.append(event)
+
+    return record
+
+
+def state_with(*callbacks):
+    return fx.attach(fx.init(torch.nn.Linear(1, 1)), fx.compose(*callbacks))
+
+
+def adder(name, amount):
+    """A stateful callback that does not commute with its like: memory = 2 * (what the first slot has) + amount."""
+
+    def update(state, event: fx.StepEnd, memory):
+        seen = sum(state.slots.values())
+        return 2 * seen + amount, fx.Control(log={f"{name}/{event.step}": memory})
+
+    return fx.stateful(name, lambda state: torch.tensor(1), update)
+
+
+events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0 / step)}) for step in (1, 2, 3)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problem import adder, events, state_with
 
 import fxtrain as fx
 from fxtrain import StepEnd as Aliased
@@ -130,23 +131,6 @@ def no_event(state, event: int):
 def test_what_hides_or_misnames_its_events_is_refused(callback, message):
     with pytest.raises(TypeError, match=message):
         fx.compose(callback)
-
-
-def state_with(*callbacks):
-    return fx.attach(fx.init(torch.nn.Linear(1, 1)), fx.compose(*callbacks))
-
-
-def adder(name, amount):
-    """A stateful callback that does not commute with its like: memory = 2 * (what the first slot has) + amount."""
-
-    def update(state, event: fx.StepEnd, memory):
-        seen = sum(state.slots.values())
-        return 2 * seen + amount, fx.Control(log={f"{name}/{event.step}": memory})
-
-    return fx.stateful(name, lambda state: torch.tensor(1), update)
-
-
-events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0 / step)}) for step in (1, 2, 3)]
 
 
 class TestFold:

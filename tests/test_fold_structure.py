@@ -7,28 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from problem import adder, events, state_with
 
 import fxtrain as fx
 from fxtrain import tree
-
-EvalOrEpoch = fx.EvalEnd | fx.EpochEnd
-
-
-def state_with(*callbacks):
-    return fx.attach(fx.init(torch.nn.Linear(1, 1)), fx.compose(*callbacks))
-
-
-def adder(name, amount):
-    """A stateful callback that does not commute with its like: memory = 2 * (what the first slot has) + amount."""
-
-    def update(state, event: fx.StepEnd, memory):
-        seen = sum(state.slots.values())
-        return 2 * seen + amount, fx.Control(log={f"{name}/{event.step}": memory})
-
-    return fx.stateful(name, lambda state: torch.tensor(1), update)
-
-
-events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0 / step)}) for step in (1, 2, 3)]
 
 
 class Count(NamedTuple):

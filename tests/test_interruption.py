@@ -7,28 +7,11 @@ import signal
 import problem
 import pytest
 import torch
+from problem import fit, recorder
 
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.core import TRAJECTORY
-
-
-def kinds(moments):
-    return [type(event).__name__ for _, event, _ in moments]
-
-
-def fit(state=None, step=None, **options):
-    options = {"steps": 6, **options}
-    return fx.fit(state or problem.start(), step or problem.step(), problem.data(), **options)
-
-
-def recorder(into):
-    """An observer that writes down what fires."""
-
-    def record(state, event, control):
-        into.append(event)
-
-    return record
 
 
 def traced_counter():

@@ -8,6 +8,7 @@ import warnings
 import problem
 import pytest
 import torch
+from problem import fit, recorder
 
 import fxtrain as fx
 from fxtrain import testing, tree
@@ -16,20 +17,6 @@ from fxtrain.core import EVENTS, TRACED
 
 def kinds(moments):
     return [type(event).__name__ for _, event, _ in moments]
-
-
-def fit(state=None, step=None, **options):
-    options = {"steps": 6, **options}
-    return fx.fit(state or problem.start(), step or problem.step(), problem.data(), **options)
-
-
-def recorder(into):
-    """An observer that writes down what fires."""
-
-    def record(state, event, control):
-        into.append(event)
-
-    return record
 
 
 class TestOrder:
