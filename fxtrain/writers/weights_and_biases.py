@@ -223,7 +223,7 @@ def _table(table: Table) -> Any:
     columns = [
         cells if isinstance(cells, list) else [_image(frame) for frame in cells] for cells in table.cells().values()
     ]
-    rows = [list(row) for row in zip(*columns, strict=True)]
+    rows: list[Any] = [list(row) for row in zip(*columns, strict=True)]
     return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
 
 
