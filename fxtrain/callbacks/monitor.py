@@ -107,10 +107,10 @@ def _where(flag: Tensor, function: Callable[[Any, Any], Any], seen: Any, otherwi
         return tuple(leaf.clone() for leaf in tree.leaves(tree.unflatten(structure, leaves)[1]))
 
     # `torch.cond` itself would start Dynamo, where what traces is make_fx.
-    cond: Any = torch.cond if torch.compiler.is_compiling() else torch.ops.higher_order.cond
+    cond: Any = torch.cond if torch.compiler.is_dynamo_compiling() else torch.ops.higher_order.cond
     return tree.unflatten(tree.structure(otherwise), cond(flag, yes, no, tuple(leaves)))
 
 
 def _is_traced() -> bool:
     tracer: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")  # heavy to import, and there where it traces
-    return torch.compiler.is_compiling() or (tracer is not None and tracer.get_proxy_mode() is not None)
+    return torch.compiler.is_dynamo_compiling() or (tracer is not None and tracer.get_proxy_mode() is not None)

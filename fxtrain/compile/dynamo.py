@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compile.traced import Artefact
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, compiling
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
@@ -50,7 +50,7 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         fakes = tree.map(mode.from_tensor, (state, batch))
-        with mode:
+        with mode, compiling():
             step(*fakes)
     except UnseededError:
         raise

@@ -25,7 +25,7 @@ from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
 from fxtrain.compile.scalars import with_scalars_once
 from fxtrain.compile.writes import memory_of
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, compiling
 from fxtrain.step import EvalFunction, Step
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any]]
@@ -85,7 +85,8 @@ def compile_traced(
             old[index].copy_(value)
         return values[len(changed) :]
 
-    graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+    with compiling():
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
     if isinstance(step, Step):  # which keeps its masks for its backward pass; what only goes forward need not
         with_draws_together(graph.graph)
     with_scalars_once(with_faster_products(graph.graph))

@@ -2,6 +2,7 @@
 
 from fxtrain.core.checks import refuse_unless_one_of as refuse_unless_one_of
 from fxtrain.core.checks import refuse_unless_whole as refuse_unless_whole
+from fxtrain.core.compiling import compiling as compiling
 from fxtrain.core.control import KINDS as KINDS
 from fxtrain.core.control import Control as Control
 from fxtrain.core.control import Flag as Flag

@@ -1,0 +1,90 @@
+"""Tracing: what code of models sees while a step is traced, and that a graph computes what the step does."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.core import compiling
+
+AS_LIBRARIES_ASK = [
+    torch.compiler.is_compiling,
+    torch._utils.is_compiling,
+    torch._dynamo.is_compiling,
+    lambda: False | torch.compiler.is_compiling(),
+    lambda: torch.compiler.is_compiling() | False,
+    lambda: torch.compiler.is_compiling() and not torch.compiler.is_exporting(),
+]
+
+
+class Masked(nn.Module):
+    """Skips a mask that hides nothing, as the models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, mask):
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return self.linear(x)
+        return self.linear(x) * mask
+
+
+def masked():
+    tx = fx.optim.sgd(0.1)
+    step = fx.train_step(lambda model, batch: model(*batch).square().mean(), tx)
+    return step, fx.init(Masked(), tx), (torch.randn(3, 4), torch.tensor([[1.0], [1.0], [0.0]]))
+
+
+class TestIsCompiling:
+    @pytest.mark.parametrize("ask", AS_LIBRARIES_ASK)
+    def test_is_true_inside_and_false_after(self, ask):
+        with compiling():
+            assert bool(ask()) is True
+            with compiling():
+                assert bool(ask()) is True
+            assert bool(ask()) is True
+        assert ask() is False
+
+    def test_is_put_back_after_an_error(self):
+        with pytest.raises(ZeroDivisionError), compiling():
+            raise ZeroDivisionError
+        assert torch.compiler.is_compiling() is False
+
+    def test_is_false_in_other_threads(self):
+        seen = []
+
+        def ask():
+            seen.append(bool(torch.compiler.is_compiling()))
+            with compiling():
+                seen.append(bool(torch.compiler.is_compiling()))
+            seen.append(bool(torch.compiler.is_compiling()))
+
+        with compiling():
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+            assert torch.compiler.is_compiling()
+        assert seen == [False, True, False]
+        assert torch.compiler.is_compiling() is False
+
+    def test_that_another_session_restores_late_is_false(self):
+        before = torch.compiler._is_compiling_flag
+        with compiling():
+            covered = torch.compiler._is_compiling_flag
+            torch.compiler._is_compiling_flag = True
+        assert torch.compiler._is_compiling_flag is True
+        torch.compiler._is_compiling_flag = covered
+        assert not torch.compiler.is_compiling()
+        torch.compiler._is_compiling_flag = before
+
+    def test_lets_a_model_that_reads_its_mask_be_one_graph(self):
+        step, state, batch = masked()
+        compiled = fx.compile(step, backend="aot_eager")
+        found, expected = compiled(state, batch), step(state, batch)
+        torch.testing.assert_close(tree.leaves(found), tree.leaves(expected))
+        assert fx.explain(step, state, batch, calls=0).breaks == ()
+        assert torch.compiler.is_compiling() is False
