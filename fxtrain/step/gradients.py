@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxtrain import rng, tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, register_node
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
-from fxtrain.rng.tracing import unrecorded
+from fxtrain.step.differentiate import Differentiate, Differentiation, ordinary, outside_inference_mode
 from fxtrain.step.returned import loss_and_metrics
 
 
-class Gradient(NamedTuple):
-    """What ``gradients`` finds."""
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """What ``gradients`` finds: a pytree of tensors.
 
-    loss: Tensor  # float []
-    metrics: dict[str, Any]  # 0-d tensors and metrics; "loss" among them
-    grads: Any  # like the trainable parameters
-    buffers: Any  # like state.buffers, after the forward pass
+    Args:
+        loss: Floating [].
+        metrics: 0-d tensors and metrics, ``"loss"`` among them.
+        grads: Like the trainable parameters.
+        buffers: Like ``state.buffers``, after the forward pass.
+        used: A pytree like ``grads`` of Python bools: False for a parameter that the loss does not depend on, where
+            torch leaves ``grad`` at None; ``grads`` holds zeros there. A traced step has the answer of its trace, and
+            one that Dynamo compiles has True everywhere. Static: it is part of the tree's structure and no leaf.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Any]
+    grads: Any
+    buffers: Any
+    used: Any
+
+
+_CHILDREN = ("loss", "metrics", "grads", "buffers")
+
+
+def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
+    leaves, structure = tree.flatten(gradient.used)
+    return [getattr(gradient, name) for name in _CHILDREN], (tuple(leaves), structure)
+
+
+def _unflatten(used: Any, children: Sequence[Any]) -> Gradient:
+    leaves, structure = used
+    loss, metrics, grads, buffers = children
+    return Gradient(loss, metrics, grads, buffers, tree.unflatten(structure, leaves))
+
+
+register_node(Gradient, _flatten, _unflatten, fields=_CHILDREN)
 
 
 def gradients(
@@ -32,6 +61,7 @@ def gradients(
     *,
     wrt: str | None = None,
     precision: str | Policy | None = None,
+    differentiate: Differentiate = "auto",
 ) -> Callable[..., Gradient]:
     """The function ``(state, batch, index=0) -> Gradient`` that differentiates a loss: the first piece of a step.
 
@@ -40,25 +70,34 @@ def gradients(
             tensors or ``fxtrain.metrics``. The model is called as usual, and torch's random functions too.
         wrt: The entry of a dict of modules to differentiate; by default all parameters.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
+        differentiate: ``"func"`` is ``torch.func``, which nests in ``torch.func.vmap`` and in outer derivatives.
+            ``"autograd"`` is ``torch.autograd.grad`` on detached parameters, which takes whatever a plain PyTorch
+            loop takes: activation checkpointing, ``requires_grad_()`` and ``torch.autograd.grad`` in the loss, backward
+            hooks, any ``autograd.Function``. Both give the same numbers. ``"auto"`` begins with the first, and changes
+            to the second with a warning where ``torch.func`` refuses the loss.
 
     Returns:
         A pure function. ``index`` tells apart several calls in one step: each draws its own random numbers.
 
     Raises:
         TypeError: When it runs, if the loss function returned anything else.
-        ValueError: When it runs, if there is nothing to train.
+        ValueError: If ``differentiate`` is none of these. When it runs, if there is nothing to train, or if
+            ``differentiate="autograd"`` runs inside a transform of ``torch.func`` or under outer derivatives.
 
     Example:
         >>> import torch, fxtrain as fx
-        >>> state = fx.init({"w": torch.tensor(3.0)})
+        >>> state = fx.init({"w": torch.tensor(3.0), "b": torch.tensor(1.0)})
         >>> find = fx.gradients(lambda model, batch: (model["w"] * batch).square())
-        >>> find(state, torch.tensor(2.0)).grads
-        {'w': tensor(24.)}
+        >>> found = find(state, torch.tensor(2.0))
+        >>> found.grads, found.used
+        ({'w': tensor(24.), 'b': tensor(0.)}, {'w': True, 'b': False})
     """
     policy = policy_of(precision)
+    differentiation = Differentiation(differentiate, name_of(loss_fn))
 
     def run(state: TrainState, batch: Any, index: int = 0) -> Gradient:
         model = model_of(state)
+        state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
@@ -68,13 +107,8 @@ def gradients(
             with policy.autocast(state.step.device):
                 result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, check=True)
             loss, measured = loss_and_metrics(loss_fn, result)
-            if torch.compiler.is_dynamo_compiling():
-                # Whether Dynamo knows what requires a gradient inside torch.func depends on its version.
-                if _requires_grad(tree.leaves(trainable)[0]) and not _requires_grad(loss):
-                    raise ValueError("expected a loss that depends on a trainable parameter, got one that reaches none")
-            elif (reached := model.first_calls(("reached", wrt))).draws(loss_fn) is None:
-                _refuse_unreached(loss_fn, loss, wrt)
-                reached.add(loss_fn)
+            if torch.compiler.is_dynamo_compiling() and _is_unreached(loss, trainable):
+                raise ValueError("expected a loss that depends on a trainable parameter, got one that reaches none")
             metrics = policy.cast_output({"loss": loss, **measured})
             loss = metrics["loss"]
             return (loss if scale is None else loss * scale), (metrics, buffers)
@@ -83,33 +117,33 @@ def gradients(
         if not tree.leaves(trainable):
             raise ValueError("Nothing to train: no parameter is floating or complex and requires gradients.")
         model.refuse_hooks()
-        # Inside inference_mode the gradients of torch 2.11 are zero, and nothing says so.
-        inferring = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
-        with torch.inference_mode(False) if inferring else contextlib.nullcontext():
-            grads, (metrics, buffers) = torch.func.grad(objective, has_aux=True)(trainable)
+        with outside_inference_mode():
+            grads, used, (metrics, buffers) = differentiation(objective, trainable)
+        reached = model.first_calls(("reached", wrt))
+        if not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None:
+            if not any(tree.leaves(used)):
+                raise _unreached(loss_fn, wrt)
+            reached.add(loss_fn)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
-        return Gradient(metrics["loss"], metrics, grads, buffers)
+        return Gradient(metrics["loss"], metrics, grads, buffers, used)
 
     return run
 
 
-def _refuse_unreached(loss_fn: Callable[..., Any], loss: Tensor, wrt: str | None) -> None:
+def _unreached(loss_fn: Callable[..., Any], wrt: str | None) -> ValueError:
     """A zero gradient is a number; a loss that no trainable parameter takes part in is a mistake."""
-    with unrecorded():  # the first trace of a step is the same graph as the next ones
-        if _requires_grad(loss):
-            return
     what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
     modules = [name for name, value in captured(loss_fn) if isinstance(value, nn.Module)]
     instead = f" instead of {', '.join(modules)}, which it takes from outside" if modules else ""
-    raise ValueError(
+    return ValueError(
         f"expected a loss that depends on {what}, got one from {name_of(loss_fn)} that reaches none, so nothing would "
         f"be trained. Call the model that the loss function is given{instead}, outside of torch.no_grad() and without "
         ".detach() or .item()."
     )
 
 
-def _requires_grad(value: Tensor) -> bool:
-    # A parameter of a module from outside requires a gradient that torch.func does not compute; a sum in which it
-    # takes part does not.
-    return (value + 0).requires_grad
+def _is_unreached(loss: Tensor, trainable: Any) -> bool:
+    # Whether Dynamo knows what requires a gradient inside torch.func depends on its version. A parameter of a module
+    # from outside requires a gradient that torch.func does not compute; a sum in which it takes part does not.
+    return (tree.leaves(trainable)[0] + 0).requires_grad and not (loss + 0).requires_grad

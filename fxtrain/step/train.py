@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
 from fxtrain.model import model_of
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
+from fxtrain.step.differentiate import Differentiate
 from fxtrain.step.gradients import Gradient, gradients
 from fxtrain.step.returned import described
 from fxtrain.step.step import Step
@@ -27,6 +29,7 @@ def train_step(
     accumulate: int = 1,
     precision: str | Policy | None = None,
     callbacks: Any = (),
+    differentiate: Differentiate = "auto",
 ) -> Step:
     """The step of supervised training: gradients, averaged over microbatches, then the optimizer.
 
@@ -43,6 +46,7 @@ def train_step(
             forward and backward pass to the graph, and so to the time of compiling it.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         callbacks: Those that subscribe to ``Microbatch``, ``Gradients`` or ``Updated`` are folded in here.
+        differentiate: ``"auto"``, ``"func"`` or ``"autograd"``, as ``gradients`` takes it.
 
     Raises:
         TypeError: If ``tx`` is no gradient transformation.
@@ -69,13 +73,13 @@ def train_step(
     folded = as_composed(callbacks)
     if policy.loss_scale is not None:
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
-    differentiate = gradients(loss_fn, precision=policy)
+    find = gradients(loss_fn, precision=policy, differentiate=differentiate)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
         number = state.step + 1
         before, control, found = state, Control(), None
         for index, microbatch in enumerate(_microbatches(batch, accumulate)):
-            part = differentiate(before, microbatch, index)
+            part = find(before, microbatch, index)
             before = before.replace(buffers=part.buffers)
             state, asked = folded(
                 state,
@@ -182,7 +186,8 @@ def _joined(total: Gradient, part: Gradient) -> Gradient:
         name: value.merge(part.metrics[name]) if isinstance(value, Metric) else value + part.metrics[name]
         for name, value in total.metrics.items()
     }
-    return Gradient(metrics["loss"], metrics, tree.map(torch.add, total.grads, part.grads), part.buffers)
+    grads = tree.map(torch.add, total.grads, part.grads)
+    return Gradient(metrics["loss"], metrics, grads, part.buffers, tree.map(operator.or_, total.used, part.used))
 
 
 def _averaged(total: Gradient, count: int) -> tuple[dict[str, Any], Any]:
