@@ -166,6 +166,11 @@ def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in root.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
+    for _, tensor in Contents({"model": root}, ()).tensors:
+        # What a module computed from its parameters and keeps, as torch.nn.utils.weight_norm does, is computed again
+        # in each call; deepcopy refuses it.
+        if not tensor.is_leaf:
+            memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         return _copied(root, memo)
     except Exception as error:
