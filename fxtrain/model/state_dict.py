@@ -1,18 +1,17 @@
-"""State dicts: the names and shapes in which torch's users pass weights on."""
+"""State dicts: the weights of a state by name, as PyTorch programs exchange them."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import TrainState
 from fxtrain.model.architecture import model_of
-
-_SHOWN = 4  # names in a message
+from fxtrain.model.loading import Loaded, load
+from fxtrain.model.renaming import Rename
 
 
 def state_dict(state: TrainState) -> Any:
@@ -45,101 +44,94 @@ def state_dict(state: TrainState) -> Any:
     return model_of(state).call(state.params, state.buffers, read, train=False)[0]
 
 
-def load_state_dict(state: TrainState, state_dict: Any, *, strict: bool = True) -> TrainState:
-    """``state`` with the weights of a state dict; all else stays as it is, the optimizer's memory among it.
+@overload
+def load_state_dict(
+    state: TrainState,
+    state_dict: Any,
+    *,
+    strict: bool = True,
+    where: str | Sequence[str] | None = None,
+    rename: Rename = None,
+    ignore_mismatched_sizes: bool = False,
+    cast: bool = False,
+    report: Literal[False] = False,
+) -> TrainState: ...
+
+
+@overload
+def load_state_dict(
+    state: TrainState,
+    state_dict: Any,
+    *,
+    strict: bool = True,
+    where: str | Sequence[str] | None = None,
+    rename: Rename = None,
+    ignore_mismatched_sizes: bool = False,
+    cast: bool = False,
+    report: Literal[True],
+) -> Loaded: ...
+
+
+def load_state_dict(
+    state: TrainState,
+    state_dict: Any,
+    *,
+    strict: bool = True,
+    where: str | Sequence[str] | None = None,
+    rename: Rename = None,
+    ignore_mismatched_sizes: bool = False,
+    cast: bool = False,
+    report: bool = False,
+) -> TrainState | Loaded:
+    """``state`` with the weights of a state dict. Everything else stays as it is, optimizer state included.
+
+    Of names that the model ties, one is enough. What is skipped by choice is summed up in a warning.
 
     Args:
         state: From ``init``. It is left as it was.
-        state_dict: From ``module.state_dict()``, ``torch.load`` or safetensors; a tree of them for a tree of modules.
+        state_dict: From ``module.state_dict()`` or ``torch.load``: a mapping from name to tensor. For a tree of
+            modules a tree of them, or one mapping whose names begin with the path of the module,
+            ``"generator.layers.0.weight"``. ``fxtrain.load_weights`` reads files.
         strict: Whether every name must be on both sides.
+        where: Shell patterns of names of the model, ``"encoder.*"``. Only these are loaded and compared.
+        rename: From prefixes of names in the state dict to those in the model: ``{"module.": ""}`` for a module that
+            was wrapped by DDP, ``{"": "encoder."}`` for weights of a submodule, ``{"head.": None}`` to leave names out.
+            Or a function of the name.
+        ignore_mismatched_sizes: Whether tensors of another shape are skipped, such as a head for other classes.
+        cast: Whether tensors of another dtype are cast to that of the state.
+        report: Whether to return a ``Loaded`` with full lists of what was loaded and what was not, in place of a
+            warning. The state is its field ``state``.
 
     Raises:
-        ValueError: If a name is missing or unexpected, or a shape or a dtype differs. The message names all of them.
-            With ``strict=False`` names may differ, which is a warning that counts them, unless none fits.
+        ValueError: If a name is missing or unexpected, a shape or a dtype differs, or tied names have different values.
+            The message names them, and the argument that allows it or makes it fit. A state dict of which no name fits
+            is refused always.
 
     Example:
         >>> import torch, fxtrain as fx
-        >>> module = torch.nn.Linear(2, 1)
-        >>> state = load_state_dict(fx.init(torch.nn.Linear(2, 1)), module.state_dict())
-        >>> bool((state.params["weight"] == module.weight).all())
-        True
+        >>> state = fx.init(torch.nn.Linear(2, 1))
+        >>> wrapped = {"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)}
+        >>> state = fx.load_state_dict(state, wrapped, rename={"module.": ""})
+        >>> state.params["weight"]
+        tensor([[1., 1.]])
+        >>> found = fx.load_state_dict(state, {"weight": torch.zeros(1, 2)}, strict=False, report=True)
+        >>> found.loaded, found.missing
+        (['weight'], ['bias'])
     """
-    if any(leaf.is_meta for leaf in tree.leaves((state.params, state.buffers))):
-        raise ValueError("The state is on the meta device, and has no memory to load into: make it on another device.")
-    params = tree.clone(state.params)
-    fits = _Fits()
-
-    def load(modules: Any) -> None:
-        parts, structure = tree.flatten(modules)
-        dicts = structure.flatten_up_to(state_dict)
-        for part, given, path in zip(parts, dicts, tree.paths(modules), strict=True):
-            if not isinstance(part, nn.Module):
-                _refuse_dtypes({"": part}, {"": given})
-                part.copy_(given)
-                fits.loaded += 1
-                continue
-            names = part.state_dict()
-            _refuse_dtypes(names, given)
-            try:
-                missing, unexpected = part.load_state_dict(given, strict=strict)
-            except RuntimeError as error:
-                raise ValueError(str(error)) from None
-            fits.loaded += len(names) - len(missing)
-            fits.missing += [f"{path} {name}".lstrip() for name in missing]
-            fits.unexpected += [f"{path} {name}".lstrip() for name in unexpected]
-
-    _, buffers = model_of(state).call(params, state.buffers, load, train=False)
-    fits.refuse_nothing()
-    fits.warn()
-    return state.replace(params=params, buffers=buffers)
-
-
-class _Fits:
-    """What of a state dict fits a state."""
-
-    def __init__(self) -> None:
-        self.loaded = 0
-        self.missing: list[str] = []
-        self.unexpected: list[str] = []
-
-    def refuse_nothing(self) -> None:
-        if not self.loaded and (self.missing or self.unexpected):
-            raise ValueError(
-                f"expected a state dict with names of the model, such as {_named(self.missing)}, got one with "
-                f"{_named(self.unexpected)}: no name fits, so nothing would be loaded. Rename the keys, for example by "
-                "removing a prefix."
-            )
-
-    def warn(self) -> None:
-        if self.missing or self.unexpected:
-            warnings.warn(
-                f"load_state_dict loaded {self.loaded} of {self.loaded + len(self.missing)} names of the model. "
-                f"Not in the state dict ({len(self.missing)}): {_named(self.missing)}. "
-                f"Not in the model ({len(self.unexpected)}): {_named(self.unexpected)}.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
-def _named(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) or "none"
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    loaded = load(
+        state,
+        state_dict,
+        strict=strict,
+        where=where,
+        rename=rename,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        cast=cast,
+    )
+    if report:
+        return loaded
+    loaded.warn(stacklevel=2)
+    return loaded.state
 
 
 def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _refuse_dtypes(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """torch casts without a word."""
-    problems = [
-        f"  {name or 'the tensor'}: wanted {wanted[name].dtype}, and {value.dtype} is given"
-        for name, value in given.items()
-        if isinstance(value, Tensor) and isinstance(wanted.get(name), Tensor) and value.dtype != wanted[name].dtype
-    ]
-    if problems:
-        raise ValueError(
-            "The state dict has other dtypes than the state:\n"
-            + "\n".join(problems)
-            + "\nCast its values, or make the state in their dtype."
-        )

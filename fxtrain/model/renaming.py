@@ -1,0 +1,105 @@
+"""Renaming: from the names in a state dict to those of a model, and the renaming that makes names fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+Rename = Mapping[str, str | None] | Callable[[str], str | None] | None
+
+# What wrappers of modules put into names: torch.compile, DDP and DataParallel, FSDP, activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
+    """The new name of each name. Names that are renamed to None are left out.
+
+    Args:
+        names: Names in a state dict.
+        rename: A mapping from old prefixes to new ones, of which the longest that fits is replaced; or a function of
+            the name.
+
+    Raises:
+        ValueError: If no name has a prefix of the mapping, or two names get the same new name.
+
+    Example:
+        >>> renamed(["module.head.bias", "module.body.bias"], {"module.": "", "module.head.": None})
+        {'module.body.bias': 'body.bias'}
+    """
+    names = list(names)
+    if rename is None:
+        return {name: name for name in names}
+    if isinstance(rename, Mapping):
+        for prefix in rename:
+            if not any(name.startswith(prefix) for name in names):
+                raise ValueError(
+                    f"expected rename to have prefixes of names in the state dict, got {prefix!r}. The names are "
+                    f"{shown(names)}."
+                )
+    changed = {name: rename(name) if callable(rename) else _replaced(name, rename) for name in names}
+    found = {old: new for old, new in changed.items() if new is not None}
+    twice = [new for new, count in Counter(found.values()).items() if count > 1]
+    if twice:
+        both = [old for old, new in found.items() if new == twice[0]]
+        raise ValueError(
+            f"expected rename to keep names apart, got {twice[0]!r} for each of {shown(both)}. Rename all but one of "
+            "them to None, which leaves them out."
+        )
+    return found
+
+
+def proposed(names: Collection[str], given: Collection[str]) -> tuple[str, int] | None:
+    """The renaming that makes most of the given names fit, as code, and how many names of the model it fits.
+
+    Returns:
+        None if no renaming fits more names than fit already.
+
+    Example:
+        >>> proposed(["weight", "bias"], ["module.weight", "module.bias"])
+        ("rename={'module.': ''}", 2)
+    """
+    wanted = set(names)
+    candidates: list[tuple[str, list[str]]] = []
+    # By the longest common end, as in "module.layers.0.bias" and "net.layers.0.bias".
+    by_end: dict[str, str | None] = {}  # None where two names have the same end
+    for name in wanted:
+        for end in _ends(name):
+            by_end[end] = None if end in by_end else name
+    by_end.update({name: name for name in wanted})
+    prefixes: Counter[tuple[str, str]] = Counter()
+    for name in given:
+        for end in _ends(name):
+            match = by_end.get(end)
+            if match is not None:
+                prefixes[name[: len(name) - len(end)], match[: len(match) - len(end)]] += 1
+                break
+    for (old, new), _ in prefixes.most_common(4):
+        if old != new:
+            candidates.append((f"rename={{{old!r}: {new!r}}}", [_replaced(name, {old: new}) or "" for name in given]))
+    for part in _WRAPPERS:
+        if any(f".{part}" in name for name in given):
+            code = f"rename=lambda name: name.replace({part!r}, '')"
+            candidates.append((code, [name.replace(part, "") for name in given]))
+    fitting = [(code, len(wanted.intersection(new))) for code, new in candidates if len(set(new)) == len(new)]
+    best = max(fitting, key=lambda candidate: candidate[1], default=None)
+    return best if best is not None and best[1] > len(wanted.intersection(given)) else None
+
+
+def shown(names: Collection[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    listed = ", ".join(list(names)[:most]) or "none"
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _replaced(name: str, prefixes: Mapping[str, str | None]) -> str | None:
+    longest = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+    if longest is None:
+        return name
+    new = prefixes[longest]
+    return None if new is None else new + name[len(longest) :]
+
+
+def _ends(name: str) -> list[str]:
+    """The name, and what follows each of its dots: the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
