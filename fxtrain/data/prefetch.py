@@ -63,7 +63,7 @@ class Prefetched(Source):
     """Batches that are read ahead. Use ``prefetch``."""
 
     def __init__(self, source: Source, size: int, device: torch.device | str | None) -> None:
-        super().__init__(free=source.free)
+        super().__init__(free=source.free, kinds=source.kinds)
         self.source: Any = source
         self.can_jump = source.can_jump
         self.size = size

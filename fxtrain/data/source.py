@@ -52,16 +52,18 @@ class Source:
 
     Args:
         free: How many first dimensions may change their size at any batch: none as a rule, or ``ANY``.
+        kinds: How many shapes batches have, if they differ and that is known. A compiled step makes a graph of each
+            without a warning. None where it is unknown.
     """
 
     epoch_length: int | None
     can_be_left = True  # whether an exception raised while a batch is awaited leaves the position where it was
     can_jump = True  # whether any batch is read without those before it
 
-    def __init__(self, *, free: int = 0) -> None:
-        self.free = free
+    def __init__(self, *, free: int = 0, kinds: int | None = 1) -> None:
+        self.free, self.kinds = free, kinds
         self._like: tuple[int, Any] | None = None  # a position, and its batch without values
-        self._usual: Any = None  # its structure, shapes and dtypes: most batches are told by these
+        self._usual: list[Any] = []  # structures, shapes and dtypes that need no comparison
         self._short: int | None = None  # the position of a short batch, while nobody knows whether an epoch ends there
 
     def fetch(self, position: int) -> Any:
@@ -76,7 +78,7 @@ class Source:
         if position < 0:
             raise ValueError(f"Position {position}: positions start at 0 and run on through the epochs.")
         batch = self.fetch(position)
-        if self._short is None and _kind(batch) == self._usual:
+        if self._short is None and _kind(batch) in self._usual:
             return batch
         batch = as_tensors(batch)
         self._compare(batch, position)
@@ -106,9 +108,12 @@ class Source:
                 f"its epoch: {_REMEDY}"
             )
         if self._like is None:
-            self._like, self._usual = (position, _without_values(batch)), _kind(batch)
+            self._like, self._usual = (position, _without_values(batch)), [_kind(batch)]
             return
         like_position, like = self._like
+        if self.kinds is not None and self.kinds > 1:
+            self._compare_kind(batch, like, position)
+            return
         loose = length is None or _ends_epoch(position, length) or _ends_epoch(like_position, length)
         try:
             same = check(batch, like, free=max(self.free, int(loose)))
@@ -120,14 +125,26 @@ class Source:
             self._short = position
         elif _ends_epoch(like_position, length):
             # That one was short, and this is the usual size.
-            self._like, self._usual = (position, _without_values(batch)), _kind(batch)
+            self._like, self._usual = (position, _without_values(batch)), [_kind(batch)]
+
+    def _compare_kind(self, batch: Any, like: Any, position: int) -> None:
+        try:
+            check(batch, like, free=ANY)
+        except ValueError as error:
+            raise ValueError(f"At position {position}: {error}") from None
+        if len(self._usual) == self.kinds:
+            raise ValueError(
+                f"At position {position}: expected batches of {self.kinds} shapes, as the data source declares, got "
+                f"one more: {tree.map(_described, batch)}. Let data.map change shapes in the same way at each position."
+            )
+        self._usual.append(_kind(batch))
 
 
 class Mapped(Source):
     """Batches, each changed by a function. Only what comes out is checked."""
 
     def __init__(self, source: Source, function: Callable[..., Any], *, with_position: bool = False) -> None:
-        super().__init__(free=source.free)
+        super().__init__(free=source.free, kinds=source.kinds)
         self.source = source
         self.function = function
         self.with_position = with_position
