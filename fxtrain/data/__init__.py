@@ -8,9 +8,15 @@ from fxtrain.data.adapt import adapt as adapt
 from fxtrain.data.arrays import batches as batches
 from fxtrain.data.arrays import sequence as sequence
 from fxtrain.data.arrays import windows as windows
+from fxtrain.data.buckets import bucketed as bucketed
 from fxtrain.data.checksum import checksum as checksum
 from fxtrain.data.loaders import from_loader as from_loader
+from fxtrain.data.packing import packed as packed
+from fxtrain.data.padded import padded as padded
+from fxtrain.data.padding import pad as pad
 from fxtrain.data.prefetch import prefetch as prefetch
+from fxtrain.data.segments import attention_mask as attention_mask
+from fxtrain.data.segments import next_tokens as next_tokens
 from fxtrain.data.source import Batches as Batches
 from fxtrain.data.source import Exhausted as Exhausted
 from fxtrain.data.source import Source as Source

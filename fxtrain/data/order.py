@@ -67,6 +67,17 @@ class Order:
         ]
         return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 
+    def at(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """int64 [n]: the items at scattered indices (int64 [n]) of an epoch.
+
+        Example:
+            >>> Order(5, seed=1).at(0, np.array([4, 0])).tolist()
+            [1, 2]
+        """
+        if not self.shuffle or self.size <= _BLOCK:
+            return self.items(epoch, 0, self.size)[indices]
+        return permuted(indices.astype(np.uint64), self.size, mix(self.seed, epoch)).astype(np.int64)
+
     def _block(self, epoch: int, number: int) -> np.ndarray:
         kept = self._kept
         if kept is None or kept[0] != (epoch, number):
