@@ -80,6 +80,7 @@ from fxtrain.step import eval_step as eval_step
 from fxtrain.step import gradients as gradients
 from fxtrain.step import tap as tap
 from fxtrain.step import train_step as train_step
+from fxtrain.step import weighted as weighted
 from fxtrain.step import wrap_step as wrap_step
 
 if _collecting:

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import problem
 import pytest
 import torch
@@ -203,18 +204,30 @@ class TestGradients:
     @pytest.mark.parametrize(
         ("returned", "error", "message"),
         [
-            (lambda y: y, TypeError, r"bad returned a float32 tensor of shape \[4, 1\]: .* reduced with \.mean\(\)"),
-            (lambda y: None, TypeError, "bad returned None: a loss function returns a 0-d floating tensor"),
-            (lambda y: 1.0, TypeError, "bad returned a value of type float"),
-            (lambda y: y.sum().long(), TypeError, r"bad returned a int64 tensor of shape \[\]"),
-            (lambda y: (y.sum(), y), TypeError, r"a tuple of \(a float32 tensor of shape \[\], a float32 tensor"),
+            (lambda y: y, TypeError, r"bad to return a 0-d .*, got a float32 tensor of shape \[4, 1\]\. .* \.mean\(\)"),
+            (lambda y: y.sum()[None], TypeError, r"got a float32 tensor of shape \[1\]\. .* \.mean\(\)"),
+            (lambda y: None, TypeError, "got None. End the function with return loss"),
+            (lambda y: 1.0, TypeError, r"got a value of type float\. Return the tensor itself, without \.item\(\)"),
+            (lambda y: np.float64(1.0), TypeError, r"got a value of type float64\. .* without \.item\(\)"),
+            (lambda y: y.sum().long(), TypeError, r"got a int64 tensor of shape \[\]\. .* floating dtype"),
+            (
+                lambda y: (y.sum(), y),
+                TypeError,
+                r"a tuple of \(a float32 tensor of .*\)\. .* return loss, \{'accuracy'",
+            ),
+            (lambda y: (y.sum(),), TypeError, r"a tuple of \(a float32 tensor of shape \[\]\)\. Return the loss"),
+            (lambda y: [y.sum()], TypeError, r"got a value of type list\. Return the loss"),
+            (lambda y: {"mae": y.sum()}, TypeError, "got a value of type dict. .* under the name 'loss'"),
+            (lambda y: {"loss": y}, TypeError, r"got a dict whose loss is a float32 tensor of shape \[4, 1\]"),
+            (lambda y: nn.MSELoss(), TypeError, r"got a value of type MSELoss\. Call an instance .* MSELoss\(\)\("),
             (
                 lambda y: (y.sum(), {"error": 1.0}),
                 TypeError,
-                "bad returned the metric 'error' as a value of type float",
+                r"the metric 'error' of bad to be a 0-d tensor .*, got a value of type float\. .* without \.item\(\)",
             ),
-            (lambda y: (y.sum(), {"error": y}), TypeError, r"the metric 'error' as a float32 tensor of shape \[4, 1\]"),
-            (lambda y: (y.sum(), {"loss": y.sum()}), ValueError, "a metric named 'loss', .* rename it"),
+            (lambda y: {"loss": y.sum(), "y": y}, TypeError, r"'y' of bad .* \[4, 1\]\. Reduce it, or leave it out"),
+            (lambda y: (y.sum(), {"name": "a"}), TypeError, "'name' of bad .*, got a value of type str. Leave out"),
+            (lambda y: (y.sum(), {"loss": y.sum()}), ValueError, "a metric named 'loss' from bad. Rename it"),
         ],
     )
     def test_what_is_no_loss_is_refused(self, returned, error, message):
@@ -279,19 +292,27 @@ class TestTrainStep:
     @pytest.mark.parametrize(
         ("batch", "message"),
         [
-            (torch.ones(5, 2), r"cuts each batch into 2 parts .*, and batch is a float32 tensor of shape \[5, 2\]"),
-            ({"x": BATCH, "n": torch.tensor(4)}, r"batch\['n'\] is a int64 tensor of shape \[\]"),
-            (
-                {"x": BATCH, "y": torch.ones(2)},
-                r"batch\['y'\] is a float32 tensor of shape \[2\]: choose one batch size",
-            ),
-            ({"x": BATCH, "name": "four"}, r"batch\['name'\] is a value of type str"),
+            (torch.ones(5, 2), r"accumulate=2: expected tensors .* got batch, a float32 tensor of shape \[5, 2\]"),
+            ({"x": BATCH, "y": torch.ones(2)}, r"got batch\['y'\], a float32 tensor of shape \[2\]\. Choose"),
+            (torch.tensor(4.0), "got batch, a float32 tensor"),
         ],
     )
     def test_a_batch_that_cannot_be_cut_is_an_error(self, batch, message):
         state, step = train(accumulate=2)
         with pytest.raises(ValueError, match=message):
             step(state, batch)
+
+    def test_leaves_without_examples_are_shared_by_all_microbatches(self):
+        seen = []
+
+        def loss_fn(model, batch):
+            seen.append({**batch, "x": batch["x"].shape, "mask": batch["mask"].shape})
+            return model(batch["x"] * batch["scale"]).square().mean()
+
+        state, step = train(loss_fn, accumulate=2)
+        batch = {"x": BATCH, "scale": torch.tensor(2.0), "mask": torch.ones(1, 3), "name": "four", "nothing": None}
+        step(state, batch)
+        assert seen == [{**batch, "x": torch.Size([2, 2]), "mask": torch.Size([1, 3])}] * 2
 
     @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
     def test_accumulate_is_a_whole_number(self, accumulate):
@@ -454,9 +475,9 @@ class TestEvalStep:
     @pytest.mark.parametrize(
         ("measure", "outputs", "message"),
         [
-            (lambda model, batch: model(batch), False, r"returned a float32 tensor of shape \[4, 1\]"),
-            (lambda model, batch: {"y": model(batch)}, False, r"the metric 'y' as a float32 tensor"),
-            (lambda model, batch: model(batch).sum(), True, r"with outputs=True a pair \(metrics, outputs\) is wanted"),
+            (lambda model, batch: model(batch), False, r"return a 0-d .*, got a float32 tensor of shape \[4, 1\]"),
+            (lambda model, batch: {"y": model(batch)}, False, r"the metric 'y' of <lambda> .* got a float32 tensor"),
+            (lambda model, batch: model(batch).sum(), True, r"to return a pair \(metrics, outputs\) .*, got a float32"),
         ],
     )
     def test_what_is_no_measurement_is_refused(self, measure, outputs, message):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fxtrain import metrics
 from fxtrain.core import Control, EpochEnd, Logged, TrainState, Updated
 from fxtrain.fold import Handler, slotted
@@ -12,8 +14,8 @@ from fxtrain.fold import Handler, slotted
 def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     """Averages training metrics over each epoch, and logs them at ``EpochEnd`` as ``epoch/<metric>``.
 
-    Every step counts once, whatever the size of its batch; a metric of the step that is a ``fxtrain.metrics.Average``
-    counts with its own weight.
+    Every step counts once, whatever the size of its batch, or by the weight that ``fxtrain.weighted`` gives its loss. A
+    metric of the step that is a ``fxtrain.metrics.Average`` counts with its own weight.
 
     The sums are kept inside the compiled step, so nothing is read from the device until the epoch ends: give it to
     ``train_step(..., callbacks=)`` as well as to ``fit``. An epoch without a step logs nothing.
@@ -44,11 +46,14 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
             if metric not in event.metrics:
                 there = ", ".join(map(repr, event.metrics))
                 raise KeyError(f"epoch_mean averages {metric!r}, and the step measures {there}.")
-        seen = {metric: _average(event.metrics[metric]) for metric in watched}
+        seen = {metric: _average(event.metrics[metric], event.weight) for metric in watched}
         return state.with_slot(name, metrics.merge(memory, seen)), Control()
 
     return slotted(name, init, update)
 
 
-def _average(value: Any) -> Any:
-    return value if isinstance(value, metrics.Metric) else metrics.Average.from_model_output(value)
+def _average(value: Any, weight: Tensor | None) -> Any:
+    if isinstance(value, metrics.Metric):
+        return value
+    seen = metrics.Average.from_model_output(value)
+    return seen if weight is None else metrics.Average(seen.total * weight, seen.count * weight)

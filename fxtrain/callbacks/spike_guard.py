@@ -49,7 +49,9 @@ def spike_guard(
 
         spike = value > median + deviations * 1.4826 * median |values - median|        over the last values accepted
 
-    What is not finite is a spike. With ``rewind`` the run goes back at least so many steps, to a state that
+    What is not finite is a spike. Batches of weight 0, see ``fxtrain.weighted``, are left out of the statistics.
+
+    With ``rewind`` the run goes back at least so many steps, to a state that
     ``fit(keep_every=)`` or a checkpointer has kept, and comes again to where it was; the batches that made the spikes
     are then skipped, as their positions are written down before the run goes back.
 
@@ -110,8 +112,9 @@ def spike_guard(
         value = (event.loss if watch == "loss" else tree.global_norm(event.grads)).to(memory.window.dtype)
         limit = torch.where(memory.count >= warmup, _limit(memory.window, memory.count, deviations), math.inf)
         banned = (memory.banned == state.position).any()
-        spike = ~banned & ~(value.isfinite() & (value <= limit))
-        memory = _seen(memory, value, spike, banned, state.position)
+        left_out = banned if event.weight is None else banned | (event.weight == 0)
+        spike = ~left_out & ~(value.isfinite() & (value <= limit))
+        memory = _seen(memory, value, spike, left_out, state.position)
         control = Control(skip_update=spike, reason=f"a spike of the {what}")
         control = control | Control(skip_update=banned, reason=f"the batch made a spike of the {what} before")
         late = f"the {what} was a spike {patience} times in a row"
@@ -140,12 +143,12 @@ def _median(values: Tensor, count: Tensor) -> Tensor:
     return pair.mean()
 
 
-def _seen(memory: SpikeGuardState, value: Tensor, spike: Tensor, banned: Tensor, position: Tensor) -> SpikeGuardState:
-    good = ~spike & ~banned
+def _seen(memory: SpikeGuardState, value: Tensor, spike: Tensor, left_out: Tensor, position: Tensor) -> SpikeGuardState:
+    good = ~spike & ~left_out
     return SpikeGuardState(
         window=_put(memory.window, memory.count, value, good),
         count=memory.count + good,
-        in_a_row=torch.where(spike, memory.in_a_row + 1, torch.where(banned, memory.in_a_row, 0)),
+        in_a_row=torch.where(spike, memory.in_a_row + 1, torch.where(left_out, memory.in_a_row, 0)),
         spikes=memory.spikes + spike,
         found=_put(memory.found, memory.spikes, position, spike),
         banned=memory.banned,

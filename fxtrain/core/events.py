@@ -24,6 +24,7 @@ class Microbatch:
         loss: float []. Of this microbatch.
         metrics: 0-d tensors, or ``fxtrain.metrics`` values, by name; ``"loss"`` among them.
         grads: Pytree like the trainable parameters: this microbatch's gradients.
+        weight: float64 []. How much the microbatch counts in means, from ``fxtrain.weighted``; None without it.
     """
 
     step: Tensor
@@ -31,6 +32,7 @@ class Microbatch:
     loss: Tensor
     metrics: Mapping[str, Any]
     grads: Any
+    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,14 @@ class Gradients:
         loss: float []. Averaged over the microbatches.
         metrics: As at ``Microbatch``, averaged or merged.
         grads: Pytree like the trainable parameters: averaged, unscaled, before clipping.
+        weight: float64 []. How much the batch counts in means, from ``fxtrain.weighted``; None without it.
     """
 
     step: Tensor
     loss: Tensor
     metrics: Mapping[str, Any]
     grads: Any
+    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class Updated:
         grads: As at ``Gradients``.
         updates: Pytree like the trainable parameters: what was added to them, had it not been skipped.
         skipped: bool []. Whether parameters, optimizer and buffers were kept instead.
+        weight: As at ``Gradients``.
     """
 
     step: Tensor
@@ -69,6 +74,7 @@ class Updated:
     grads: Any
     updates: Any
     skipped: Tensor
+    weight: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

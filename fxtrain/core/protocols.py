@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from fxtrain.core.control import Control
 from fxtrain.core.pytrees import register_node
 from fxtrain.core.state import TrainState
@@ -19,11 +21,14 @@ class StepOutput:
         metrics: 0-d tensors or ``fxtrain.metrics`` values by name; ``"loss"`` among them by custom.
         control: What the traced callbacks asked; None is nothing. After a ``Step`` it is always a ``Control``.
         outputs: Anything else, for an evaluation step: it reaches callbacks at ``EvalStep``.
+        weight: float64 []. How much its 0-d tensors count in means over batches, from ``fxtrain.weighted``; None if the
+            loss function returns no weight.
     """
 
     metrics: Mapping[str, Any]
     control: Control | None = None
     outputs: Any = None
+    weight: Tensor | None = None
 
 
 class Callback(Protocol):
@@ -44,7 +49,7 @@ class StepFn(Protocol):
     def __call__(self, state: TrainState, batch: Any, /) -> tuple[TrainState, StepOutput]: ...
 
 
-_OUTPUT = ("metrics", "control", "outputs")
+_OUTPUT = ("metrics", "control", "outputs", "weight")
 
 
 def _flatten(output: StepOutput) -> tuple[list[Any], None]:
@@ -53,8 +58,8 @@ def _flatten(output: StepOutput) -> tuple[list[Any], None]:
 
 
 def _unflatten(_: None, children: Sequence[Any]) -> StepOutput:
-    metrics, control, outputs = children
-    return StepOutput(metrics, _present(control), _present(outputs))
+    metrics, *others = children
+    return StepOutput(metrics, *map(_present, others))
 
 
 def _present(child: Any) -> Any:

@@ -31,9 +31,9 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
         data: As ``fit`` takes it.
 
     Returns:
-        Averages by name. ``fxtrain.metrics`` merge with weights of their own. A tensor is weighted by the batch's 1-d
-        ``mask``, its sum, if the batch is a mapping, named tuple or dataclass that has one; else by the first
-        dimension of the batch's tensors.
+        Averages by name. ``fxtrain.metrics`` merge with weights of their own. A tensor is weighted by what
+        ``fxtrain.weighted`` gave the loss; else by the batch's 1-d ``mask``, its sum, if the batch is a mapping, named
+        tuple or dataclass that has one; else by the first dimension of the batch's tensors.
 
     Raises:
         ValueError: If the data is empty or endless, or if a batch that has no mask has tensors of different first
@@ -65,7 +65,10 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
         output = eval_step(at, batch)
         # What merges by weights of its own needs no batch size.
         averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
-        lifted = metrics.lift(output.metrics, _weight(batch, index) if averaged else 1)
+        weight = output.weight
+        if weight is None:
+            weight = _weight(batch, index) if averaged else 1
+        lifted = metrics.lift(output.metrics, weight)
         total = metrics.merge(total, lifted) if total else lifted
         yield Measured(index, batch, output, total)
         index += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from fxtrain import rng
@@ -11,8 +11,9 @@ from fxtrain.core import StepOutput, TrainState
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import model_of
 from fxtrain.precision import Policy, policy_of
-from fxtrain.step.returned import checked_metrics, described, loss_and_metrics
+from fxtrain.step.returned import described, measured
 from fxtrain.step.step import on_device
+from fxtrain.step.weights import Weighted
 
 
 class EvalFunction:
@@ -24,7 +25,8 @@ class EvalFunction:
 
     def __call__(self, state: TrainState, batch: Any) -> StepOutput:
         output = self.function(state, batch)
-        return StepOutput(output.metrics, on_device(output.control, state.step.device), output.outputs)
+        control = on_device(output.control, state.step.device)
+        return StepOutput(output.metrics, control, output.outputs, output.weight)
 
     def enter(self, state: TrainState) -> TrainState:
         """What of the state goes into the compiled graph: no optimizer and no slots."""
@@ -40,9 +42,10 @@ def eval_step(
     """The function ``(state, batch) -> StepOutput`` that measures the model in eval mode.
 
     Args:
-        measure: ``(model, batch)`` to a 0-d loss, a loss and a dict of metrics, or a dict of metrics alone; a loss
-            function serves as it is. Tensors are averaged over the batches, weighted by the batch size, see
-            ``fxtrain.evaluate``; ``fxtrain.metrics`` are merged.
+        measure: ``(model, batch)`` to what ``gradients`` takes, so that a loss function serves as it is, or to a dict
+            of metrics without a loss. 0-d tensors are averaged over the batches, by the weight that
+            ``fxtrain.weighted`` gives the loss or else by the batch size, see ``fxtrain.evaluate``;
+            ``fxtrain.metrics`` are merged.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         outputs: Whether ``measure`` returns a pair of that and anything else, which reaches callbacks at
             ``EvalStep``.
@@ -67,18 +70,14 @@ def eval_step(
             )
         extra = None
         if outputs:
-            if not isinstance(result, tuple) or len(result) != 2:
+            if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:
                 raise TypeError(
-                    f"{name_of(measure)} returned {described(result)}: with outputs=True a pair (metrics, outputs) "
-                    "is wanted."
+                    f"expected {name_of(measure)} to return a pair (metrics, outputs) because of outputs=True, got "
+                    f"{described(result)}. Return both, or leave outputs=True away."
                 )
             result, extra = result
-        if isinstance(result, Mapping):
-            measured = checked_metrics(measure, result)
-        else:
-            loss, metrics = loss_and_metrics(measure, result)
-            measured = {"loss": loss, **metrics}
-        return StepOutput(policy.cast_output(measured), outputs=extra)
+        metrics, weight = measured(measure, result)
+        return StepOutput(policy.cast_output(metrics), outputs=extra, weight=weight)
 
     step.__name__ = f"eval_step({name_of(measure)})"
     step.__doc__ = measure.__doc__

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, register_node
 from fxtrain.fold.subscription import name_of
+from fxtrain.metrics import Metric
 from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
 from fxtrain.step.differentiate import Differentiate, Differentiation, ordinary, outside_inference_mode
@@ -30,6 +31,7 @@ class Gradient:
         used: A pytree like ``grads`` of Python bools: False for a parameter that the loss does not depend on, where
             torch leaves ``grad`` at None; ``grads`` holds zeros there. A traced step has the answer of its trace, and
             one that Dynamo compiles has True everywhere. Static: it is part of the tree's structure and no leaf.
+        weight: float64 []. How much it counts in a mean, from ``fxtrain.weighted``; None without it.
     """
 
     loss: Tensor
@@ -37,20 +39,24 @@ class Gradient:
     grads: Any
     buffers: Any
     used: Any
+    weight: Tensor | None = None
 
 
-_CHILDREN = ("loss", "metrics", "grads", "buffers")
+_CHILDREN = ("loss", "metrics", "grads", "buffers", "weight")
 
 
 def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
     leaves, structure = tree.flatten(gradient.used)
-    return [getattr(gradient, name) for name in _CHILDREN], (tuple(leaves), structure)
+    # torch's pytree takes None for a leaf; an empty tuple has none.
+    children = [() if (value := getattr(gradient, name)) is None else value for name in _CHILDREN]
+    return children, (tuple(leaves), structure)
 
 
 def _unflatten(used: Any, children: Sequence[Any]) -> Gradient:
     leaves, structure = used
-    loss, metrics, grads, buffers = children
-    return Gradient(loss, metrics, grads, buffers, tree.unflatten(structure, leaves))
+    loss, metrics, grads, buffers, weight = children
+    used = tree.unflatten(structure, leaves)
+    return Gradient(loss, metrics, grads, buffers, used, None if isinstance(weight, tuple) else weight)
 
 
 register_node(Gradient, _flatten, _unflatten, fields=_CHILDREN)
@@ -67,7 +73,9 @@ def gradients(
 
     Args:
         loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``: a 0-d floating tensor, and a dict of 0-d
-            tensors or ``fxtrain.metrics``. The model is called as usual, and torch's random functions too.
+            tensors or ``fxtrain.metrics``. The model is called as usual, and torch's random functions too. In place of
+            the loss it may return the model's output, of which only ``.loss`` is taken, or ``fxtrain.weighted``; in
+            place of the pair a dict of metrics with the entry ``"loss"``.
         wrt: The entry of a dict of modules to differentiate; by default all parameters.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         differentiate: ``"func"`` is ``torch.func``, which nests in ``torch.func.vmap`` and in outer derivatives.
@@ -102,23 +110,23 @@ def gradients(
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
 
-        def objective(trainable: Any) -> tuple[Tensor, tuple[dict[str, Any], Any]]:
+        def objective(trainable: Any) -> tuple[Tensor, tuple[dict[str, Any], Any, Any]]:
             params = model.merge(state.params, trainable, wrt)
             with policy.autocast(state.step.device):
                 result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, check=True)
-            loss, measured = loss_and_metrics(loss_fn, result)
+            loss, measured, weight = loss_and_metrics(loss_fn, result)
             if torch.compiler.is_dynamo_compiling() and _is_unreached(loss, trainable):
                 raise ValueError("expected a loss that depends on a trainable parameter, got one that reaches none")
             metrics = policy.cast_output({"loss": loss, **measured})
             loss = metrics["loss"]
-            return (loss if scale is None else loss * scale), (metrics, buffers)
+            return (loss if scale is None else loss * scale), (metrics, buffers, () if weight is None else (weight,))
 
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
             raise ValueError("Nothing to train: no parameter is floating or complex and requires gradients.")
         model.refuse_hooks()
         with outside_inference_mode():
-            grads, used, (metrics, buffers) = differentiation(objective, trainable)
+            grads, used, (metrics, buffers, weights) = differentiation(objective, trainable)
         reached = model.first_calls(("reached", wrt))
         if not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None:
             if not any(tree.leaves(used)):
@@ -126,9 +134,20 @@ def gradients(
             reached.add(loss_fn)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
-        return Gradient(metrics["loss"], metrics, grads, buffers, used)
+        found = Gradient(metrics["loss"], metrics, grads, buffers, used, *weights)
+        return found if found.weight is None else _zero_unless_counted(found, found.weight > 0)
 
     return run
+
+
+def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
+    """Zeros where the weight is 0: the mean of nothing is nan, and so is its gradient."""
+    metrics = {
+        name: value if isinstance(value, Metric) else torch.where(counted, value, 0)
+        for name, value in found.metrics.items()
+    }
+    grads = tree.map(lambda grad: torch.where(counted, grad, 0), found.grads)
+    return dataclasses.replace(found, loss=metrics["loss"], metrics=metrics, grads=grads)
 
 
 def _unreached(loss_fn: Callable[..., Any], wrt: str | None) -> ValueError:

@@ -1,50 +1,101 @@
-"""Returned: what users' functions give back, checked and named."""
+"""Returned values: checks and names what users' functions return."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from fxtrain.core import wide_dtype
 from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
+from fxtrain.step.weights import Weighted
+
+_TUPLE = (
+    "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. "
+    "Other outputs are left out."
+)
 
 
-def loss_and_metrics(function: Any, result: Any) -> tuple[Tensor, dict[str, Any]]:
-    """A loss, with the metrics that came beside it or without any.
+class Returned(NamedTuple):
+    """The parts of a loss function's result."""
+
+    loss: Tensor  # float []
+    metrics: dict[str, Any]  # without the loss
+    weight: Tensor | None  # float64 [] (float32 where there is no float64); None without fxtrain.weighted
+
+
+def loss_and_metrics(function: Any, result: Any) -> Returned:
+    """Splits a loss function's result into loss, metrics and weight.
+
+    A result is a loss; a pair of a loss and a dict of metrics; or a dict with the entry ``"loss"``, whose other
+    entries are metrics. A loss is a 0-d floating tensor, an object with the attribute ``loss`` (as the outputs of
+    Hugging Face models), or either of them in ``fxtrain.weighted``. Nothing but the loss is taken from such an object.
 
     Raises:
-        TypeError: If it is neither; the message says what came.
+        TypeError: If the result is something else, or a metric is.
         ValueError: If a metric has the loss's name.
     """
     loss, metrics = result, {}
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+    if _is_pair(result):
         loss, metrics = result
+    elif _has_named_loss(result):
+        metrics = {name: value for name, value in result.items() if name != "loss"}
+        loss = result["loss"]
+    weight = None
+    if isinstance(loss, Weighted):
+        loss, weight = loss
+    loss = _taken_from_output(loss)
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         raise TypeError(
-            f"{name_of(function)} returned {described(result)}: a loss function returns a 0-d floating tensor, or that "
-            "and a dict of metrics. A loss of each example is reduced with .mean()."
+            f"expected {name_of(function)} to return a 0-d floating tensor, alone or with a dict of metrics, got "
+            f"{_shown(result, loss)}. {_remedy(result, loss)}"
         )
     if "loss" in metrics:
         raise ValueError(
-            f"{name_of(function)} returned a metric named 'loss', which is the loss's own name: rename it."
+            f"expected metrics with names other than the loss's own, got a metric named 'loss' from "
+            f"{name_of(function)}. Rename it."
         )
-    return loss, checked_metrics(function, metrics)
+    return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
+
+
+def measured(function: Any, result: Any) -> tuple[dict[str, Any], Tensor | None]:
+    """Splits the result of an evaluation's function into metrics, the loss among them, and weight.
+
+    A result is what a loss function returns, or a dict of metrics.
+
+    Raises:
+        TypeError: As for ``loss_and_metrics``.
+        ValueError: As for ``loss_and_metrics``.
+    """
+    if (
+        isinstance(result, Mapping)
+        and not hasattr(result, "loss")
+        and ("loss" not in result or _is_metric(result["loss"]))
+    ):
+        return checked_metrics(function, result), None
+    loss, metrics, weight = loss_and_metrics(function, result)
+    return {"loss": loss, **metrics}, weight
 
 
 def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics, if they are some.
+    """The metrics as a dict.
 
     Raises:
         TypeError: If a value is neither a 0-d tensor nor a metric.
     """
     for name, value in metrics.items():
-        if not isinstance(value, Metric) and not (isinstance(value, Tensor) and value.ndim == 0):
-            raise TypeError(
-                f"{name_of(function)} returned the metric {name!r} as {described(value)}: a 0-d tensor is wanted, or "
-                "one of fxtrain.metrics."
-            )
+        if _is_metric(value):
+            continue
+        remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave out what is no measurement."
+        if isinstance(value, int | float):
+            remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
+        raise TypeError(
+            f"expected the metric {name!r} of {name_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
+            f"{described(value)}. {remedy}"
+        )
     return dict(metrics)
 
 
@@ -61,3 +112,61 @@ def described(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of ({', '.join(described(part) for part in value)})"
     return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, Metric) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
+
+
+def _has_named_loss(result: Any) -> bool:
+    return isinstance(result, Mapping) and not hasattr(result, "loss") and "loss" in result
+
+
+def _taken_from_output(value: Any) -> Any:
+    """The loss of a model's output, and any other value itself."""
+    return value if isinstance(value, Tensor | nn.Module) else getattr(value, "loss", value)
+
+
+def _shown(result: Any, loss: Any) -> str:
+    if loss is result or isinstance(result, tuple):
+        return described(result)
+    return f"a {type(result).__name__} whose loss is {described(loss)}"
+
+
+def _remedy(result: Any, loss: Any) -> str:
+    """How to turn what is not a loss into one."""
+    if isinstance(loss, Tensor):
+        if loss.ndim:
+            return "Reduce the loss of each example with .mean()."
+        return "Compute the loss in a floating dtype."
+    if loss is None and result is not None:
+        return "The model computes no loss without labels: give them to it, or compute the loss from its outputs."
+    if loss is None:
+        return "End the function with return loss."
+    if isinstance(loss, int | float | complex) or type(loss).__module__ == "numpy":
+        return "Return the tensor itself, without .item(), float() or .numpy()."
+    if isinstance(loss, nn.Module):
+        return f"Call an instance of the module: {type(loss).__name__}()(prediction, target)."
+    if isinstance(loss, tuple | list):
+        return _TUPLE
+    if isinstance(loss, Mapping):
+        return "Give a dict of metrics its loss under the name 'loss'; compute it from the outputs of a model."
+    return "Compute the loss from it."
+
+
+def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    wide = wide_dtype(loss.device)
+    if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
+        return weight.detach().to(loss.device, wide)
+    if isinstance(weight, int | float):
+        return torch.full((), weight, dtype=wide, device=loss.device)
+    raise TypeError(
+        f"expected the weight that {name_of(function)} gives to fxtrain.weighted to be a number or a real 0-d tensor, "
+        f"got {described(weight)}. Count the items of the batch, as (labels != -100).sum()."
+    )

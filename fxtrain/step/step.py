@@ -82,7 +82,7 @@ class Step:
             due = Due(due.begin_epoch, due.rewind, due.evaluate, due.end_epoch, due.save, stop, unsaved)
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
-        return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs)
+        return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs, output.weight)
 
     def enter(self, state: TrainState) -> TrainState:
         """What of the state goes into the compiled graph: slots that only the loop uses stay outside."""

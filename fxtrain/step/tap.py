@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.core import matching
 from fxtrain.optim.nodes import as_name, leaf_paths
+from fxtrain.step.returned import loss_and_metrics
+from fxtrain.step.weights import weighted
 
 Statistic = Callable[[Tensor], Any]
 """From the output of a module to a 0-d tensor, or a dict of them by name."""
@@ -25,7 +27,7 @@ def tap(
     metrics of the step, ``<prefix>/<module>`` or ``<prefix>/<module>/<name>``; nothing is differentiated through it.
 
     Args:
-        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``.
+        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``, or what else ``fxtrain.gradients`` takes.
         modules: Patterns of a shell for the names of submodules: ``"blocks.*.attn"``; a dict of modules has its keys in
             front. A module that is called several times is measured at its last call.
         statistic: From an output, the first tensor of a tuple, to a 0-d tensor, or a dict of them.
@@ -62,11 +64,11 @@ def tap(
         finally:
             for hook in hooks:
                 hook.remove()
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        loss, metrics, weight = loss_and_metrics(loss_fn, result)
         twice = sorted(seen.keys() & metrics.keys())
         if twice:
             raise ValueError(f"The loss measures {twice[0]!r}, and so does tap: choose another prefix.")
-        return loss, {**metrics, **seen}
+        return (loss if weight is None else weighted(loss, weight)), {**metrics, **seen}
 
     return tapped
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,11 @@ from fxtrain import optim, tree
 from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated, refuse_unless_whole
 from fxtrain.fold import as_composed, compose
 from fxtrain.fold.subscription import name_of
-from fxtrain.metrics import Metric
 from fxtrain.model import model_of
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step.differentiate import Differentiate
-from fxtrain.step.gradients import Gradient, gradients
+from fxtrain.step.gradients import gradients
+from fxtrain.step.microbatches import averaged, joined, microbatches
 from fxtrain.step.returned import described
 from fxtrain.step.step import Step
 
@@ -33,24 +32,27 @@ def train_step(
 ) -> Step:
     """The step of supervised training: gradients, averaged over microbatches, then the optimizer.
 
-        g = 1/k sum_i grad L(params, batch_i)
+        g = sum_i w_i grad L(params, batch_i) / sum_i w_i        w_i = 1, or from fxtrain.weighted
         u, opt_state = tx.update(g, opt_state, params)
         params = params + u
 
     It is one pure function: ``torch.compile(step, fullgraph=True)`` takes it whole, callbacks included.
 
     Args:
-        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``. The model is called as usual.
+        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``. The model is called as usual, and a model that
+            computes its own loss may return its output: ``lambda model, batch: model(**batch)``. All that is taken is
+            listed at ``gradients``.
         tx: The gradient transformation, as given to ``init``.
         accumulate: Into how many microbatches each batch is cut, along its first dimension. Each adds its
-            forward and backward pass to the graph, and so to the time of compiling it.
+            forward and backward pass to the graph, and so to the time of compiling it. Leaves without examples are
+            shared by all: tensors of shape [] or of first dimension 1, and leaves that are not tensors.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         callbacks: Those that subscribe to ``Microbatch``, ``Gradients`` or ``Updated`` are folded in here.
         differentiate: ``"auto"``, ``"func"`` or ``"autograd"``, as ``gradients`` takes it.
 
     Raises:
         TypeError: If ``tx`` is no gradient transformation.
-        ValueError: If ``accumulate`` is below 1 or does not divide the batch.
+        ValueError: If ``accumulate`` is below 1, or when it runs, does not divide the batch.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -78,19 +80,26 @@ def train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
         number = state.step + 1
         before, control, found = state, Control(), None
-        for index, microbatch in enumerate(_microbatches(batch, accumulate)):
+        for index, microbatch in enumerate(microbatches(batch, accumulate)):
             part = find(before, microbatch, index)
             before = before.replace(buffers=part.buffers)
             state, asked = folded(
                 state,
-                Microbatch(step=number, index=index, loss=part.loss, metrics=part.metrics, grads=part.grads),
+                Microbatch(
+                    step=number,
+                    index=index,
+                    loss=part.loss,
+                    metrics=part.metrics,
+                    grads=part.grads,
+                    weight=part.weight,
+                ),
             )
             control = _followed(control, asked)
-            found = part if found is None else _joined(found, part)
+            found = part if found is None else joined(found, part)
         assert found is not None
-        measured, grads = _averaged(found, accumulate)
-        loss = measured["loss"]
-        state, asked = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads))
+        found = averaged(found, accumulate)
+        loss, measured, grads, weight = found.loss, found.metrics, found.grads, found.weight
+        state, asked = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads, weight=weight))
         control = _followed(control, asked)
 
         moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx)
@@ -100,9 +109,11 @@ def train_step(
         state = _where_not(skipped, moved, state) if "skip_update" in control.kinds else moved
         state, asked = folded(
             state,
-            Updated(step=number, loss=loss, metrics=measured, grads=grads, updates=updates, skipped=skipped),
+            Updated(
+                step=number, loss=loss, metrics=measured, grads=grads, updates=updates, skipped=skipped, weight=weight
+            ),
         )
-        return state, StepOutput(measured, _followed(control, asked))
+        return state, StepOutput(measured, _followed(control, asked), weight=weight)
 
     step.__name__ = f"train_step({name_of(loss_fn)})"
     step.__doc__ = loss_fn.__doc__
@@ -153,45 +164,3 @@ def _where_not(skipped: Tensor, moved: TrainState, state: TrainState) -> TrainSt
         skipped, (state.params, state.opt_state, state.buffers), (moved.params, moved.opt_state, moved.buffers)
     )
     return state.replace(params=kept[0], opt_state=kept[1], buffers=kept[2])
-
-
-def _microbatches(batch: Any, count: int) -> list[Any]:
-    if count == 1:
-        return [batch]
-    _refuse_uneven(batch, count)
-
-    def part(leaf: Tensor, index: int) -> Tensor:
-        size = leaf.shape[0] // count
-        return leaf[index * size : (index + 1) * size]
-
-    return [tree.map(lambda leaf, index=index: part(leaf, index), batch) for index in range(count)]
-
-
-def _refuse_uneven(batch: Any, count: int) -> None:
-    leaves = tree.leaves(batch)
-    size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
-    for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != size or size % count:
-            # Dynamo cannot write paths.
-            path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(batch, "batch")[index]
-            raise ValueError(
-                f"accumulate={count} cuts each batch into {count} parts along its first dimension, and {path} is "
-                f"{described(leaf)}: choose one batch size for all that {count} divides, and keep what has no batch "
-                "dimension elsewhere."
-            )
-
-
-def _joined(total: Gradient, part: Gradient) -> Gradient:
-    metrics: dict[str, Any] = {
-        name: value.merge(part.metrics[name]) if isinstance(value, Metric) else value + part.metrics[name]
-        for name, value in total.metrics.items()
-    }
-    grads = tree.map(torch.add, total.grads, part.grads)
-    return Gradient(metrics["loss"], metrics, grads, part.buffers, tree.map(operator.or_, total.used, part.used))
-
-
-def _averaged(total: Gradient, count: int) -> tuple[dict[str, Any], Any]:
-    if count == 1:
-        return total.metrics, total.grads
-    metrics = {name: value if isinstance(value, Metric) else value / count for name, value in total.metrics.items()}
-    return metrics, tree.map(lambda grad: grad / count, total.grads)
