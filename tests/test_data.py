@@ -111,12 +111,12 @@ def test_windows_do_not_overlap_and_begin_elsewhere_each_epoch():
         (lambda: batches({"x": [1, 2]}, 2), TypeError, r"arrays\['x'\]\[0\] is a int: a tensor or a numpy array"),
         (lambda: batches({"x": torch.tensor(1)}, 2), ValueError, r"arrays\['x'\] has shape \[\]"),
         (lambda: batches({}, 2), ValueError, "There is no array"),
-        (lambda: batches(np.array(["a", "b"]), 2), TypeError, "array of <U1, which torch does not have"),
+        (lambda: batches(np.array(["a", "b"]), 2)[0], TypeError, "expected a batch with a tensor in it, got array"),
         (lambda: batches(Lines(), 2), TypeError, "put it into a DataLoader"),
         (lambda: batches(torch.zeros(3), 2, drop_last="pad"), ValueError, 'adds the entry "mask" to each batch'),
         (lambda: batches({"mask": torch.zeros(3)}, 2, drop_last="pad"), ValueError, 'adds the entry "mask"'),
         (lambda: batches([1, 2, 3], 2, drop_last="pad")[0], ValueError, 'adds the entry "mask"'),
-        (lambda: batches(["a", "b"], 2)[0], TypeError, r"batch\[0\] is a str \('b'\), and a batch is made of tensors"),
+        (lambda: batches(["a", "b"], 2)[0], TypeError, r"expected a batch with a tensor in it, got \['b', 'a'\]"),
         (lambda: windows(torch.arange(10), 4, 2), ValueError, "10 tokens make 1 windows of 4: there is no full batch"),
         (lambda: windows(torch.arange(3), 4, 2, drop_last=False), ValueError, "3 tokens make 0 windows of 4"),
         (lambda: windows(torch.zeros(9), 4, 2), ValueError, "tokens are torch.float32 of shape .9.: integers"),
@@ -200,16 +200,14 @@ class Encoding(collections.UserDict):
     """As the batches of a tokenizer: a mapping that is no dict."""
 
 
-def test_arrays_become_tensors_and_the_rest_is_refused_by_path():
+def test_arrays_become_tensors():
     frozen = np.arange(3)
     frozen.flags.writeable = False
     batch = adapt([{"a": np.ones(2), "b": [frozen, np.float32(1)], "c": Encoding(d=np.zeros(1))}])[0]
     expected = {"a": torch.ones(2, dtype=torch.float64), "b": [torch.arange(3), torch.tensor(1.0)]}
-    assert same(batch, {**expected, "c": {"d": torch.zeros(1, dtype=torch.float64)}})
-    for wrong, path in ([{"a": [1.5]}, r"batch\['a'\]\[0\] is a float"], [Encoding(d="x"), r"batch\['d'\] is a str"]):
-        with pytest.raises(TypeError, match=path):
+    assert same(batch, {**expected, "c": Encoding(d=torch.zeros(1, dtype=torch.float64))})
+    for wrong in ({}, Encoding(d="x")):
+        with pytest.raises(TypeError, match="expected a batch with a tensor in it"):
             adapt([wrong])
-    with pytest.raises(TypeError, match="no tensor in it"):
-        adapt([{}])
     # A function of `map` sees what comes, before it is checked.
     assert from_iterable([Encoding(d="four")]).map(lambda b: torch.tensor(len(b["d"])))[0] == 4

@@ -426,5 +426,5 @@ def test_declared_shapes_survive_map_and_prefetch_and_no_others_come():
     other = data.map(
         lambda batch, position: batch["x"].to([torch.int64, torch.int32][position % 2]), with_position=True
     )
-    with pytest.raises(ValueError, match="At position 1: .* int32"):
+    with pytest.raises(ValueError, match=r"At position 1: .* int32"):
         [other[index] for index in range(4)]

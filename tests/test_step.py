@@ -307,11 +307,13 @@ class TestTrainStep:
 
         def loss_fn(model, batch):
             seen.append({**batch, "x": batch["x"].shape, "mask": batch["mask"].shape})
+            assert repr(seen[-1].pop("name")) == "<batch['name'] is kept beside the tensors>"
             return model(batch["x"] * batch["scale"]).square().mean()
 
         state, step = train(loss_fn, accumulate=2)
         batch = {"x": BATCH, "scale": torch.tensor(2.0), "mask": torch.ones(1, 3), "name": "four", "nothing": None}
         step(state, batch)
+        del batch["name"]
         assert seen == [{**batch, "x": torch.Size([2, 2]), "mask": torch.Size([1, 3])}] * 2
 
     @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, EvalStep, TrainState, refuse_unless_whole
+from fxtrain.core import NAMESPACE, Control, EvalStep, TrainState, ops, refuse_unless_whole
 from fxtrain.fold import Handler, on
 from fxtrain.values import Table
 
@@ -65,7 +66,7 @@ def predictions(
         if event.index != batch:
             return state, Control()
         scores = class_scores(name, event.outputs, logits)[:limit]
-        few = tree.map(lambda leaf: leaf[:limit], event.batch)
+        few = _rows(event.batch, limit)
         confidence, predicted = scores.max(-1)
         columns = {
             "input": show(few),
@@ -77,6 +78,19 @@ def predictions(
 
     callback.__name__ = name
     return on(EvalStep, callback)
+
+
+def _rows(batch: Any, limit: int) -> Any:
+    """The first rows of a batch, of its texts too where these are a list."""
+
+    def is_column(part: Any) -> bool:
+        return isinstance(part, list | tuple) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
+
+    def cut(part: Any) -> Any:
+        is_cut = is_column(part) or (isinstance(part, Tensor | np.ndarray) and part.ndim > 0)
+        return part[:limit] if is_cut else part
+
+    return ops.tree_map(cut, batch, is_leaf=is_column, namespace=NAMESPACE)
 
 
 def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:

@@ -10,12 +10,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+
+from fxtrain import tree
 from fxtrain.compile.changes import advice, changes, described
 from fxtrain.compile.dynamo import compile_by_dynamo
-from fxtrain.compile.graph import Graph
+from fxtrain.compile.graph import Found, Graph
 from fxtrain.compile.heap import keep_freed_memory
 from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
 from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
+from fxtrain.data import for_step
 from fxtrain.fold import Composed
 from fxtrain.model import ValuesNeededError
 from fxtrain.step import EvalFunction, Several, Step
@@ -110,19 +114,29 @@ class Compiled:
         return self._several(state, tuple(batches))
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
+        found = self._found(state, batch)
+        if found is None:
+            batch = for_step(batch)  # most batches are tensors alone, which the walk finds out faster
+            found = self._found(state, batch)
+        if found is None:
+            self._make(state, batch)
+            found = self._found(state, batch)
+            assert found is not None
+        return self._graphs[0](state, *found)
+
+    def _found(self, state: TrainState, batch: Any) -> Found | None:
+        """What to call the first graph with, which is then the one for this state and batch."""
         for index, graph in enumerate(self._graphs):
             found = graph.find(state, batch)
             if found is not None:
                 if index:
                     self._graphs.insert(0, self._graphs.pop(index))
-                return graph(state, *found)
-        graph = self._make(state, batch)
-        found = graph.find(state, batch)
-        assert found is not None
-        return graph(state, *found)
+                return found
+        return None
 
-    def _make(self, state: TrainState, batch: Any) -> Graph:
+    def _make(self, state: TrainState, batch: Any) -> None:
         entered = self.step.enter(state)
+        _refuse_sparse(batch)
         kinds = described(entered, batch)
         if self._graphs and self._on_recompile != "allow":
             why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {advice(kinds, self._known)}"
@@ -145,7 +159,6 @@ class Compiled:
         graph = Graph(self.step, state, batch, artefact, **self._options)
         self._graphs.insert(0, graph)
         self._known.append(kinds)
-        return graph
 
     def _explained(self, error: Exception, state: TrainState, batch: Any) -> Exception:
         """A mistake of the step's own in its own words; else what the compiler said, with what to do."""
@@ -260,3 +273,13 @@ def compile(  # noqa: A001
     return Compiled(
         pure, compiler, how=how, on_recompile=on_recompile, steps_per_call=steps_per_call, twin=twin, **options
     )
+
+
+def _refuse_sparse(batch: Any) -> None:
+    for path, leaf in zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True):
+        if leaf.layout != torch.strided:
+            raise ValueError(
+                f"expected dense tensors in the batch of a compiled step, got {path} with the layout "
+                f"{str(leaf.layout).removeprefix('torch.')}. Give its indices and values as tensors, make it dense, or "
+                "leave the step uncompiled."
+            )

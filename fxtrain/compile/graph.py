@@ -121,7 +121,7 @@ def _general(structure: Any, enter: Callable[[Any], Any]) -> Walk:
 
     def walk(node: Any) -> tuple[list[Any], list[Any]]:
         leaves, found = tree.flatten(enter(node))
-        if found != structure:
+        if found != structure or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise OtherStructureError
         # Nobody knows who holds what, so all of it counts as held elsewhere, and this list with it.
         return leaves, [leaves]

@@ -8,8 +8,12 @@ from fxtrain.data.adapt import adapt as adapt
 from fxtrain.data.arrays import batches as batches
 from fxtrain.data.arrays import sequence as sequence
 from fxtrain.data.arrays import windows as windows
+from fxtrain.data.aside import Aside as Aside
+from fxtrain.data.aside import for_step as for_step
 from fxtrain.data.buckets import bucketed as bucketed
 from fxtrain.data.checksum import checksum as checksum
+from fxtrain.data.leaves import map_tensors as map_tensors
+from fxtrain.data.likeness import check as check
 from fxtrain.data.loaders import from_loader as from_loader
 from fxtrain.data.packing import packed as packed
 from fxtrain.data.padded import padded as padded
@@ -20,6 +24,5 @@ from fxtrain.data.segments import next_tokens as next_tokens
 from fxtrain.data.source import Batches as Batches
 from fxtrain.data.source import Exhausted as Exhausted
 from fxtrain.data.source import Source as Source
-from fxtrain.data.source import check as check
 from fxtrain.data.streams import from_iterable as from_iterable
 from fxtrain.data.streams import from_stateful_loader as from_stateful_loader

@@ -14,8 +14,10 @@ from torch.utils.data import IterableDataset, default_collate
 from fxtrain import tree
 from fxtrain.core import refuse_unless_whole
 from fxtrain.data.generators import seeded
+from fxtrain.data.leaves import as_tensors
+from fxtrain.data.likeness import ANY
 from fxtrain.data.order import Order, mix
-from fxtrain.data.source import ANY, Source, as_tensors
+from fxtrain.data.source import Source
 
 DropLast = bool | Literal["pad"]
 
@@ -257,9 +259,9 @@ def _common_length(source: Any) -> int:
     return len(leaves[0])
 
 
-def _rows(leaf: Tensor | np.ndarray, index: np.ndarray) -> Tensor:
+def _rows(leaf: Tensor | np.ndarray, index: np.ndarray) -> Any:
     if isinstance(leaf, np.ndarray):
-        return torch.from_numpy(np.asarray(leaf[index]))  # reads only these rows of a memory-mapped file
+        return as_tensors(np.asarray(leaf[index]))  # reads only these rows of a memory-mapped file
     at = torch.from_numpy(index).to(leaf.device)
     # index_select takes half the time, and does not know unsigned words, as which tokens are often stored.
     return leaf[at] if leaf.dtype in (torch.uint16, torch.uint32, torch.uint64) else leaf.index_select(0, at)

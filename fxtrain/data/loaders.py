@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.data.arrays import samples
 from fxtrain.data.generators import borrowed, seeded, start_epoch
-from fxtrain.data.source import ANY, Source
+from fxtrain.data.likeness import ANY
+from fxtrain.data.source import Source
 from fxtrain.data.streams import Streamed, free_dimensions
 from fxtrain.data.workers import Seeds, end_persistent, ended, started
 

@@ -10,10 +10,11 @@ import numpy as np
 from fxtrain.core import refuse_unless_one_of, refuse_unless_whole
 from fxtrain.data.arrays import DropLast
 from fxtrain.data.generators import seeded
+from fxtrain.data.likeness import ANY
 from fxtrain.data.order import Order
 from fxtrain.data.padding import Layout, Side
 from fxtrain.data.ragged import Examples, Lengths
-from fxtrain.data.source import ANY, Source
+from fxtrain.data.source import Source
 
 _FEW = 16  # sizes for which compiling each pays off
 

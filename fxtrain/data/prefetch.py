@@ -16,6 +16,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import refuse_unless_whole
 from fxtrain.data.adapt import adapt
+from fxtrain.data.leaves import map_tensors
 from fxtrain.data.source import Source
 from fxtrain.rng.host import is_seeded
 
@@ -98,7 +99,8 @@ class Prefetched(Source):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(item.copied)
             for leaf in tree.leaves(item.batch):
-                leaf.record_stream(stream)
+                if isinstance(leaf, Tensor) and leaf.is_cuda:
+                    leaf.record_stream(stream)
         return item.batch
 
     def fetch(self, position: int) -> Any:
@@ -255,7 +257,7 @@ def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
             if stream is not None:
                 batch, copied = _copied(batch, device, stream)
             elif device is not None:
-                batch = tree.map(lambda leaf: leaf.to(device), batch)
+                batch = map_tensors(lambda leaf: leaf.to(device), batch)
         except BaseException as raised:  # whatever it is, it is for the one who waits
             error = raised
         return Item(batch, error, data.epoch_length, snapshot, copied)
@@ -269,4 +271,4 @@ def _copied(batch: Any, device: Any, stream: Any) -> tuple[Any, Any]:
 
     stream.wait_stream(torch.cuda.current_stream(device))  # on which the batch may have been made
     with torch.cuda.stream(stream):
-        return tree.map(copy, batch), stream.record_event()
+        return map_tensors(copy, batch), stream.record_event()

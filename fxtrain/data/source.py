@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-
-ANY = 64  # as many dimensions as a tensor can have: all may change their size
+from fxtrain.data.aside import for_step
+from fxtrain.data.leaves import as_tensors, map_tensors
+from fxtrain.data.likeness import ANY, REMEDY, check, described
 
 
 @runtime_checkable
@@ -47,8 +47,9 @@ class Exhausted(IndexError):  # noqa: N818
 class Source:
     """Batches that check themselves: a subclass writes ``fetch`` and ``epoch_length``.
 
-    A batch's numpy arrays become tensors. Its structure, dtypes and shapes are those of the batches before it, so
-    that a step is compiled once; only the last batch of an epoch may have fewer rows, where the source gives one.
+    A batch's numpy arrays and numbers become tensors, and text and other values stay beside them. Its structure, dtypes
+    and shapes are those of the batches before it, so that a step is compiled once. Sizes differ in the last batch of an
+    epoch, in graphs, and in lists of tensors of different sizes.
 
     Args:
         free: How many first dimensions may change their size at any batch: none as a rule, or ``ANY``.
@@ -81,6 +82,10 @@ class Source:
         if self._short is None and _kind(batch) in self._usual:
             return batch
         batch = as_tensors(batch)
+        if not any(isinstance(leaf, Tensor) for leaf in tree.leaves(batch)):
+            raise TypeError(
+                f"expected a batch with a tensor in it, got {batch!r:.80}. Make tensors of its contents with data.map."
+            )
         self._compare(batch, position)
         return batch
 
@@ -105,7 +110,7 @@ class Source:
         if short is not None and position == short + 1 and not _ends_epoch(short, length):
             raise ValueError(
                 f"The batch at position {short} had another number of rows than those before, and was not the last of "
-                f"its epoch: {_REMEDY}"
+                f"its epoch: {REMEDY}"
             )
         if self._like is None:
             self._like, self._usual = (position, _without_values(batch)), [_kind(batch)]
@@ -135,7 +140,8 @@ class Source:
         if len(self._usual) == self.kinds:
             raise ValueError(
                 f"At position {position}: expected batches of {self.kinds} shapes, as the data source declares, got "
-                f"one more: {tree.map(_described, batch)}. Let data.map change shapes in the same way at each position."
+                f"one more: {tree.map(described, for_step(batch))}. Let data.map change shapes in the same way at each "
+                "position."
             )
         self._usual.append(_kind(batch))
 
@@ -167,101 +173,16 @@ class Mapped(Source):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
 
 
-def check(batch: Any, like: Any, *, free: int = 0) -> bool:
-    """Refuses a batch that is not like another in structure, dtype or shape.
-
-    Args:
-        batch: Pytree of tensors.
-        like: Pytree of tensors. Only their dtypes and shapes count.
-        free: How many first dimensions may differ in size.
-
-    Returns:
-        Whether the sizes are the same throughout.
-
-    Raises:
-        ValueError: With the path of the first leaf that differs, and both sides.
-
-    Example:
-        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, free=1)
-        False
-        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
-        Traceback (most recent call last):
-        ...
-        ValueError: batch['x'] is a float32 tensor of shape [3, 2], and before it was a float32 tensor of shape ...
-    """
-    leaves, structure = tree.flatten(batch)
-    like_leaves, like_structure = tree.flatten(like)
-    if structure != like_structure:
-        came, was = tree.paths(batch, "batch"), tree.paths(like, "batch")
-        gone, added = [p for p in was if p not in came], [p for p in came if p not in was]
-        raise ValueError(
-            "The batch has another structure than the batches before: "
-            + " and ".join(
-                [f"{', '.join(gone)} missing"] * bool(gone) + [f"{', '.join(added)} added"] * bool(added)
-                or [f"{structure} where {like_structure} was"]
-            )
-            + ". Give all batches the same structure, with data.map if need be."
-        )
-    for index, (leaf, was) in enumerate(zip(leaves, like_leaves, strict=True)):
-        if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[free:] != was.shape[free:]:
-            remedy = "convert it with data.map." if leaf.dtype != was.dtype else _REMEDY
-            raise ValueError(
-                f"{tree.paths(batch, 'batch')[index]} is {_described(leaf)}, and before it was {_described(was)}: "
-                f"{remedy}"
-            )
-    return all(leaf.shape == was.shape for leaf, was in zip(leaves, like_leaves, strict=True))
-
-
-def as_tensors(batch: Any) -> Any:
-    """The batch with numpy arrays as tensors, and mappings that are no dicts as dicts.
-
-    Raises:
-        TypeError: If a leaf is anything else. The message names its path.
-    """
-    leaves = tree.leaves(batch)
-    if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
-        return batch
-    if not leaves:
-        raise TypeError(f"The batch has no tensor in it: {batch!r}.")
-    return tree.map_with_path(_as_tensor, batch, root="batch")
-
-
-def _as_tensor(path: str, leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf
-    if isinstance(leaf, np.ndarray | np.generic):
-        try:
-            # A copy where the array is read-only, which a tensor cannot be.
-            return torch.as_tensor(leaf if isinstance(leaf, np.ndarray) and leaf.flags.writeable else np.array(leaf))
-        except TypeError:
-            raise TypeError(f"{path} is an array of {leaf.dtype}, which torch does not have: convert it.") from None
-    if isinstance(leaf, Mapping):
-        return tree.map_with_path(_as_tensor, dict(leaf), root=path)
-    raise TypeError(
-        f"{path} is a {type(leaf).__name__} ({leaf!r:.60}), and a batch is made of tensors: take it out, or convert "
-        "it, with data.map."
-    )
-
-
-_REMEDY = (
-    "batches are of one shape, so that a step is compiled once. drop_last=True leaves a short batch out, and "
-    'fxtrain.data.batches(..., drop_last="pad") fills it up; pad other sizes to one, or let them change with '
-    "dynamic=True."
-)
-
-
 def _ends_epoch(position: int, length: int | None) -> bool:
     return length is not None and (position + 1) % length == 0
 
 
 def _kind(batch: Any) -> tuple[Any, list[Any]]:
     leaves, structure = tree.flatten(batch)
-    return structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves]
+    return structure, [
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) and not leaf.is_nested else None for leaf in leaves
+    ]
 
 
 def _without_values(batch: Any) -> Any:
-    return tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), batch)
-
-
-def _described(leaf: Tensor) -> str:
-    return f"a {str(leaf.dtype).removeprefix('torch.')} tensor of shape {list(leaf.shape)}"
+    return map_tensors(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), for_step(batch))

@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 
 from fxtrain.data.checksum import checksum, warn_of_another_batch
 from fxtrain.data.generators import seeded, start_epoch
-from fxtrain.data.source import ANY, Exhausted, Source
+from fxtrain.data.likeness import ANY
+from fxtrain.data.source import Exhausted, Source
 from fxtrain.data.workers import Seeds, end_persistent, ended, started
 
 _log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from fxtrain.compile.anew import anew
 from fxtrain.compile.changes import described
 from fxtrain.compile.traced import Run
 from fxtrain.core import TrainState, refuse_unless_whole
+from fxtrain.data import for_step
 from fxtrain.explain.breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.explain.counts import counted, trace
 from fxtrain.explain.explanation import Explanation
@@ -73,7 +74,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     refuse_unless_whole("calls", calls, "calls", least=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step
-    state, batch = attach(state, pure).copy(), tree.clone(to_device(batch, state.step.device))
+    state, batch = attach(state, pure).copy(), tree.clone(to_device(for_step(batch), state.step.device))
     entered = pure.enter(state)
     assumed, sizes = described(entered, batch), _sizes(state)  # before the copy is donated
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxtrain import metrics, tree
 from fxtrain.core import StepOutput, TrainState
-from fxtrain.data import Exhausted, adapt
+from fxtrain.data import Exhausted, adapt, map_tensors
+from fxtrain.data.containers import count_examples
 
 
 class Measured(NamedTuple):
@@ -80,19 +81,23 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch, on this device."""
     if device.type == "cpu":
         return batch
-    return tree.map(lambda leaf: leaf.to(device, non_blocking=True), batch)
+    return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
 def _weight(batch: Any, index: int) -> Tensor | int:
-    """How much a batch counts in averages: its mask's sum, or the first dimension that all of its tensors share.
+    """How much a batch counts in averages: its mask's sum, the first dimension that all of its tensors share, or the
+    number of its graphs or of the elements of its lists.
 
     Raises:
         ValueError: If the tensors do not agree. The message names two of them.
     """
     mask = _mask(batch)
-    sizes = {leaf.shape[0] for leaf in tree.leaves(batch) if leaf is not mask and leaf.ndim}
+    sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf is not mask and leaf.ndim}
     if mask is not None and (not sizes or len(mask) in sizes):
         return mask.sum()
+    examples = count_examples(batch) if mask is None else None
+    if examples is not None:
+        return examples
     if len(sizes) > 1 or mask is not None:
         raise ValueError(
             f"Evaluation batch {index}: expected one first dimension, the batch size that weights the averages, got "
@@ -113,5 +118,13 @@ def _mask(batch: Any) -> Tensor | None:
 
 def _two_sizes(batch: Any) -> str:
     pairs = zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True)
-    shapes = {leaf.shape[0]: f"{path} of shape {list(leaf.shape)}" for path, leaf in pairs if leaf.ndim}
+    shapes = {
+        leaf.shape[0]: f"{path} of shape {list(leaf.shape)}"
+        for path, leaf in pairs
+        if isinstance(leaf, Tensor) and leaf.ndim
+    }
     return " and ".join(list(shapes.values())[:2])
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)]

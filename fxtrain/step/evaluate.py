@@ -8,6 +8,7 @@ from typing import Any
 
 from fxtrain import rng
 from fxtrain.core import StepOutput, TrainState
+from fxtrain.data import for_step
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import model_of
 from fxtrain.precision import Policy, policy_of
@@ -24,7 +25,7 @@ class EvalFunction:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Any) -> StepOutput:
-        output = self.function(state, batch)
+        output = self.function(state, for_step(batch))
         control = on_device(output.control, state.step.device)
         return StepOutput(output.metrics, control, output.outputs, output.weight)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.data.containers import holds_graph
 from fxtrain.metrics import Metric
 from fxtrain.step.gradients import Gradient
 from fxtrain.step.returned import described
@@ -27,7 +28,7 @@ def microbatches(batch: Any, count: int) -> list[Any]:
         count: How many parts.
 
     Raises:
-        ValueError: If two first dimensions differ, or ``count`` does not divide them.
+        ValueError: If two first dimensions differ, if ``count`` does not divide them, or if there is a graph.
 
     Example:
         >>> microbatches({"x": torch.arange(4), "scale": torch.tensor(2.0)}, 2)
@@ -35,6 +36,11 @@ def microbatches(batch: Any, count: int) -> list[Any]:
     """
     if count == 1:
         return [batch]
+    if holds_graph(batch):
+        raise ValueError(
+            f"accumulate={count}: expected a batch of tensors [examples, ...], got a graph, which cannot be cut. Take "
+            "accumulate=1 and a smaller batch size in its loader."
+        )
     size = _common_size(batch, count) // count
 
     def part(leaf: Any, index: int) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TRACED, Control, Due, StepOutput, TrainState
+from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import refuse_writes, versions
@@ -69,7 +70,7 @@ class Step:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
         name, before = self._name, versions(state)
-        new, output = _checked(name, self.function(state, batch))
+        new, output = _checked(name, self.function(state, for_step(batch)))
         refuse_writes(name, state, before, "state")
         stopped = state.due.stop
         # A step that is not taken asks for nothing.
