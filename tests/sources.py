@@ -20,7 +20,11 @@ from fxtrain.data import (
 def same(first, second):
     leaves, structure = tree.flatten(first)
     others, other_structure = tree.flatten(second)
-    return structure == other_structure and all(map(torch.equal, leaves, others))
+    return structure == other_structure and all(map(equal, leaves, others))
+
+
+def equal(first, second):
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
 def take(data, positions):

@@ -328,6 +328,12 @@ def test_columns_of_text_are_batched_with_the_arrays():
     assert data[1]["text"].tolist() == ["c", "d"]
 
 
+def test_a_column_of_text_may_be_none_in_a_whole_batch():
+    rows = [{"x": torch.ones(2), "text": text} for text in (["a", None], [None, None], ["a", "b"])]
+    assert adapt(rows)[1]["text"] == [None, None]
+    assert tree.structure(for_step(rows[0])) == tree.structure(for_step(rows[1]))
+
+
 def test_leaves_of_a_placeholder_are_none():
     assert tree.leaves(for_step({"text": ["a", None], "x": torch.ones(1)})) == [torch.ones(1)]
     assert for_step(None) is None

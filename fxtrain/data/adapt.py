@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.data.arrays import sequence
 from fxtrain.data.loaders import from_loader
+from fxtrain.data.samples import as_torch, has_state
 from fxtrain.data.source import Batches, Source
 from fxtrain.data.streams import from_iterable, from_stateful_loader
 
@@ -60,18 +61,19 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
     """
     if isinstance(source, Source):
         return source
+    source = as_torch(source)
     if isinstance(source, Batches):
         return Foreign(source)
     if isinstance(source, list | tuple):
         return sequence(source)
-    if isinstance(source, Iterable) and hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+    if isinstance(source, Iterable) and has_state(source):
         return from_stateful_loader(source, seed=seed)
     if isinstance(source, DataLoader):
         return from_loader(source, seed=seed)
     samples = isinstance(source, Dataset) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
     if isinstance(source, Tensor | np.ndarray | Mapping) or (samples and not isinstance(source, IterableDataset)):
         raise TypeError(
-            f"A {type(source).__name__} holds samples, and batches are wanted: make them with "
-            "fxtrain.data.batches(source, batch_size), or put it into a DataLoader."
+            f"expected batches, got a {type(source).__name__}, which holds samples. Make batches of them with "
+            "fxtrain.data.batches(source, batch_size), or with a DataLoader."
         )
     return from_iterable(source, seed=seed)

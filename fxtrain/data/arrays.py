@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 
 from fxtrain import tree
 from fxtrain.core import refuse_unless_whole
@@ -17,7 +17,9 @@ from fxtrain.data.generators import seeded
 from fxtrain.data.leaves import as_tensors
 from fxtrain.data.likeness import ANY
 from fxtrain.data.order import Order, mix
+from fxtrain.data.samples import Grouped, StatefulGrouped, as_torch, collate, has_state, is_stream, samples
 from fxtrain.data.source import Source
+from fxtrain.data.streams import from_iterable, from_stateful_loader
 
 DropLast = bool | Literal["pad"]
 
@@ -74,9 +76,9 @@ def batches(
     batch_size: int,
     *,
     seed: int = 0,
-    shuffle: bool = True,
+    shuffle: bool | None = None,
     drop_last: DropLast = True,
-    collate: Callable[[list[Any]], Any] = default_collate,
+    collate: Callable[[list[Any]], Any] = collate,
     dynamic: bool = False,
 ) -> Source:
     """Batches of arrays or of a dataset, in an order that is a function of the seed and the epoch.
@@ -85,14 +87,18 @@ def batches(
         source: A tensor, an array, or a pytree (not a list) of these, all of the same length in the first dimension;
             arrays may be memory-mapped. Or a map-style dataset: anything with ``len`` and ``[]``, as a list of
             samples. The dataset's random numbers, from the global generators of torch, Python and numpy, are a
-            function of (seed, position).
+            function of (seed, position). A ``datasets.Dataset`` without a format is read as tensors. Or a stream: an
+            ``IterableDataset`` of torch or ``datasets``, or a WebDataset, whose samples are batched in their order. A
+            run resumes from the stream's ``state_dict`` if it has one; otherwise an epoch is read again from its start.
         batch_size: Items in a batch.
         seed: Any whole number. Each epoch has an order of its own.
-        shuffle: Without it, items come in their order.
+        shuffle: Whether each epoch has an order of its own. By default this is so for all but streams, which shuffle
+            themselves.
         drop_last: What becomes of the items that are left over at the end of an epoch: True drops them, False makes a
             shorter batch of them, ``"pad"`` fills it with zeros and adds ``"mask"``, bool [batch_size], to each batch,
             which must be a dict.
-        collate: From a list of a dataset's samples to a batch.
+        collate: From a list of a dataset's samples to a batch. By default numbers and tensors are stacked, and text and
+            other values become lists.
         dynamic: Whether sizes may change from batch to batch, as ``collate`` makes them.
 
     Raises:
@@ -106,6 +112,10 @@ def batches(
         >>> data.epoch_length
         2
     """
+    source = as_torch(source)
+    if isinstance(source, IterableDataset) or is_stream(source):
+        options: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last, "collate": collate, "dynamic": dynamic}
+        return _grouped(source, batch_size, seed=seed, **options)
     if _is_dataset(source):
 
         def take(items: np.ndarray, position: int) -> Any:
@@ -124,7 +134,16 @@ def batches(
         def take(items: np.ndarray, position: int) -> Any:
             return tree.map(lambda leaf: _rows(leaf, items), source)
 
-    return Indexed(take, size, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, what=what, dynamic=dynamic)
+    return Indexed(
+        take,
+        size,
+        batch_size,
+        seed=seed,
+        shuffle=shuffle is not False,
+        drop_last=drop_last,
+        what=what,
+        dynamic=dynamic,
+    )
 
 
 def windows(
@@ -226,18 +245,32 @@ def sequence(items: Sequence[Any], *, dynamic: bool = False) -> Source:
     return Listed(list(items), dynamic=dynamic)
 
 
-def samples(dataset: Any, keys: Any) -> list[Any]:
-    """The samples of a map-style dataset, at once where it can give them so."""
-    fetch = getattr(dataset, "__getitems__", None)
-    return [dataset[key] for key in keys] if fetch is None else fetch(keys)
+def _grouped(
+    stream: Any,
+    batch_size: int,
+    *,
+    seed: int,
+    shuffle: bool | None,
+    drop_last: DropLast,
+    collate: Callable[[list[Any]], Any],
+    dynamic: bool,
+) -> Source:
+    """Batches of an iterable dataset's samples."""
+    refuse_unless_whole("batch_size", batch_size, "samples")
+    if shuffle:
+        raise ValueError(
+            "expected shuffle=False for a dataset that is a stream, got shuffle=True. Shuffle the stream itself, as "
+            "dataset.shuffle(...) of datasets or webdataset does."
+        )
+    if not isinstance(drop_last, bool):
+        raise ValueError(f"expected drop_last=True or False for a dataset that is a stream, got {drop_last!r}.")
+    if has_state(stream):
+        loader = StatefulGrouped(stream, batch_size, collate, drop_last)
+        return from_stateful_loader(loader, seed=seed, dynamic=dynamic)
+    return from_iterable(Grouped(stream, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
 
 
 def _is_dataset(source: Any) -> bool:
-    if isinstance(source, IterableDataset):
-        raise TypeError(
-            "An IterableDataset has no items to choose from: put it into a DataLoader, and give that to fit or to "
-            "fxtrain.data.from_loader."
-        )
     sized = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     return sized and not isinstance(source, Tensor | np.ndarray | Mapping | tuple)
 
@@ -273,7 +306,9 @@ def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
             'drop_last="pad" adds the entry "mask" to each batch: make it a dict without an entry of that name.'
         )
 
-    def pad(path: str, leaf: Tensor) -> Tensor:
+    def pad(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
         if leaf.ndim == 0 or len(leaf) != rows:
             raise ValueError(
                 f"{path} has shape {list(leaf.shape)}, and the batch has {rows} rows: nothing to pad it by."
@@ -281,4 +316,5 @@ def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
         return torch.cat([leaf, leaf.new_zeros(batch_size - rows, *leaf.shape[1:])]) if rows < batch_size else leaf
 
     full = tree.map_with_path(pad, batch, root="batch")
-    return {**full, "mask": torch.arange(batch_size, device=tree.leaves(batch)[0].device) < rows}
+    device = next((leaf.device for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)), None)
+    return {**full, "mask": torch.arange(batch_size, device=device) < rows}

@@ -57,7 +57,7 @@ def for_step(batch: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():
         return batch
     batch = as_tensors(batch)
-    if all(isinstance(leaf, Tensor) for leaf in tree.leaves(batch)):
+    if all(isinstance(leaf, Tensor) for leaf in ops.tree_leaves(batch, none_is_leaf=True, namespace=NAMESPACE)):
         return tree.map(lambda leaf: leaf, batch)
 
     def enter(accessor: Any, part: Any) -> Any:
@@ -70,7 +70,9 @@ def _is_beside(part: Any) -> bool:
     """Whether a part of a batch holds values, and no tensor."""
     if isinstance(part, Tensor):
         return False
-    leaves = tree.leaves(part)
+    # A column of text may happen to have None in all rows of a batch.
+    is_column = type(part) in (list, tuple)
+    leaves = ops.tree_leaves(part, none_is_leaf=is_column, namespace=NAMESPACE)
     return bool(leaves) and not any(isinstance(leaf, Tensor) for leaf in leaves)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fxtrain.data.arrays import samples
 from fxtrain.data.generators import borrowed, seeded, start_epoch
 from fxtrain.data.likeness import ANY
+from fxtrain.data.samples import samples
 from fxtrain.data.source import Source
 from fxtrain.data.streams import Streamed, free_dimensions
 from fxtrain.data.workers import Seeds, end_persistent, ended, started

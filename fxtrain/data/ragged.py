@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fxtrain.data.arrays import samples
 from fxtrain.data.generators import seeded
+from fxtrain.data.samples import samples
 
 Lengths = Sequence[int] | np.ndarray | Tensor | str
 """Int [n], or the name of the column that holds them."""
