@@ -216,8 +216,9 @@ def loss_scale_of(state: TrainState) -> Tensor:
     """
     if SLOT not in state.slots:
         raise ValueError(
-            f"The precision policy scales the loss, and the state has no slot {SLOT!r} for the scale: call "
-            "fxtrain.attach(state, step) first, with the step or with fxtrain.precision.dynamic_loss_scale."
+            f"expected the loss scale of the precision policy in the slot {SLOT!r}, got a state without it. Give the "
+            "hand-written step its callback, fxtrain.precision.dynamic_loss_scale: Step(function, callbacks=...) then "
+            "attaches the slot and moves the scale."
         )
     return state.slots[SLOT].scale
 

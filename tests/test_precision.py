@@ -252,8 +252,8 @@ class TestLossScale:
         assert float(whole.slots["loss_scale"].scale) < 2.0**22
 
     def test_a_state_without_it_says_what_to_do(self):
-        step = fx.train_step(problem.loss_fn, SGD, precision="fp16")
-        with pytest.raises(ValueError, match=r"no slot 'loss_scale' .* call fxtrain\.attach\(state, step\) first"):
+        step = fx.gradients(problem.loss_fn, precision="fp16")
+        with pytest.raises(ValueError, match=r"in the slot 'loss_scale', got a state without it\. .* callbacks="):
             step(fx.init(module(), SGD), BATCH)
 
     def test_stands_beside_other_guards(self):

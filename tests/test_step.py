@@ -118,7 +118,10 @@ class TestStep:
                 lambda s: {"params": {"bias_": s.params["bias"], "weight": s.params["weight"]}},
                 r"by_hand removed state\.params\['bias'\]",
             ),
-            (lambda s: {"slots": {"new": torch.tensor(0)}}, r"by_hand added state\.slots\['new'\].* attached before"),
+            (
+                lambda s: {"slots": {"new": torch.tensor(0)}},
+                r"by_hand added state\.slots\['new'\].* Give the step a callback",
+            ),
             (lambda s: {"opt_state": []}, "by_hand changed the structure of its state, though every leaf"),
             (lambda s: {"model": None}, "by_hand changed the structure .* keeps the model"),
         ],
@@ -404,15 +407,31 @@ class TestTracedEvents:
         with pytest.raises(ValueError, match=r"writes changed state\.params at Gradients; .* write slots only"):
             step(state, BATCH)
 
-    def test_a_slot_that_was_not_attached_is_an_error_that_says_so(self):
-        def keeps(state, event: fx.Updated, memory):
-            return memory, fx.Control()
+    @pytest.mark.parametrize("how", ["eager", "compiled", "donating", "by dynamo", "vmapped"])
+    def test_a_slot_that_was_not_attached_is_attached_at_entry(self, how):
+        def counts(state, event: fx.Updated, memory):
+            return memory + state.params["weight"].sum(), fx.Control()
 
-        step = fx.train_step(
-            squares, fx.optim.sgd(0.1), callbacks=fx.stateful("memory", lambda s: torch.tensor(0), keeps)
-        )
-        with pytest.raises(KeyError, match=r"no slot 'memory' .* call fxtrain\.attach"):
-            step(fx.init(linear(), fx.optim.sgd(0.1)), BATCH)
+        counter = fx.stateful("memory", lambda state: state.params["bias"], counts)
+        attached, step = train(callbacks=counter)
+        bare = attached.replace(slots={})
+        wanted, _ = step(*(step(attached, BATCH)[0], BATCH))
+        call = step
+        if how == "vmapped":
+            bare = tree.map(lambda leaf: leaf[None], bare)
+            call = torch.vmap(step, (0, None))
+        elif how == "by dynamo":
+            call = torch.compile(step, fullgraph=True, backend="eager")
+        elif how != "eager":
+            call = fx.compile(step, backend="eager", donate=how == "donating", on_recompile="error")
+        first, _ = call(bare, BATCH)
+        kept = first.copy()
+        second, _ = call(first, BATCH)
+        got = tree.map(lambda leaf: leaf[0], second) if how == "vmapped" else second
+        testing.assert_equal(tree.structure(kept), tree.structure(second), "structure")
+        torch.testing.assert_close(tree.leaves(got), tree.leaves(wanted))
+        assert bare.slots == {}
+        assert bool(tree.leaves(bare.params)[0].isfinite().all())  # its memory was not donated
 
 
 class TestSkippedUpdate:

@@ -118,6 +118,9 @@ class Compiled:
         if found is None:
             batch = for_step(batch)  # most batches are tensors alone, which the walk finds out faster
             found = self._found(state, batch)
+        if found is None and isinstance(self.step, Step):
+            state = self.step.attached(state)
+            found = self._found(state, batch)
         if found is None:
             self._make(state, batch)
             found = self._found(state, batch)

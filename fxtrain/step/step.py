@@ -12,7 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import TRACED, Control, Due, StepOutput, TrainState
 from fxtrain.data import for_step
-from fxtrain.fold import Composed, as_composed
+from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import refuse_writes, versions
 from fxtrain.step.returned import described
@@ -23,6 +23,9 @@ class Step:
 
     Whatever the function does, the step counts itself, moves the position by one batch, and returns its input
     once ``state.due.stop`` is set: a stopped state is a fixed point. A hand-written function needs none of this.
+
+    A slot of its callbacks that the state lacks, as that of a loss scale, is attached at entry: the result is that of
+    ``step(fxtrain.attach(state, step), batch)``. From then on the state keeps its structure.
 
     Args:
         function: The step. It may be any pure function of this signature.
@@ -69,6 +72,7 @@ class Step:
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+        state = self.attached(state)
         name, before = self._name, versions(state)
         new, output = _checked(name, self.function(state, for_step(batch)))
         refuse_writes(name, state, before, "state")
@@ -84,6 +88,13 @@ class Step:
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs, output.weight)
+
+    def attached(self, state: TrainState) -> TrainState:
+        """The state with all slots that this step reads and writes: one it lacks starts as its callback's init says."""
+        missing = self.enters.difference(state.slots)
+        if not missing:
+            return state
+        return attach(state, [handler for name, handler in self.callbacks.slots.items() if name in missing])
 
     def enter(self, state: TrainState) -> TrainState:
         """What of the state goes into the compiled graph: slots that only the loop uses stay outside."""
@@ -134,7 +145,7 @@ def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
         if was is None or came is None:
             raise ValueError(
                 f"{name} {'added' if was is None else 'removed'} {path}: a step keeps the structure of its state. "
-                "What a callback remembers is a slot, attached before the first step."
+                "Give the step a callback that keeps it in a slot: Step(..., callbacks=)."
             )
         if was.shape != came.shape or was.dtype != came.dtype:
             raise ValueError(
