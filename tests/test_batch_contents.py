@@ -102,7 +102,9 @@ def test_values_that_hold_numbers_in_another_form_are_refused_by_path(value, mes
             make({"x": torch.zeros(1), "v": value})
 
 
-@pytest.mark.parametrize("read", [str, len, bool, list, hash, lambda t: t == "a", lambda t: t[0], lambda t: t.upper()])
+@pytest.mark.parametrize(
+    "read", [str, len, bool, list, hash, lambda t: t == "a", lambda t: t[0] == "a", lambda t: t.upper()]
+)
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 def test_a_loss_that_reads_text_is_refused_compiled_or_not(read, kind):
     def reads(model, batch):
@@ -111,7 +113,7 @@ def test_a_loss_that_reads_text_is_refused_compiled_or_not(read, kind):
 
     state, step = problem(reads)
     step = fx.compile(step, backend="aot_eager") if kind == "compiled" else step
-    with pytest.raises(TypeError, match=r"got one that reads batch\['text'\], which does not enter the step"):
+    with pytest.raises(TypeError, match=r"got one that reads batch\['text'\](\[0\])?, which does not enter the step"):
         step(state, mixed())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.data.arrays import sequence
+from fxtrain.data.containers import is_graph
 from fxtrain.data.loaders import from_loader
 from fxtrain.data.samples import as_torch, has_state
 from fxtrain.data.source import Batches, Source
@@ -43,7 +44,7 @@ class Foreign(Source):
 def adapt(source: Any, *, seed: int = 0) -> Source:
     """Batches by position from what there is.
 
-    Batches stay themselves, a list is a ``sequence``, a loader with a ``state_dict`` goes to
+    Batches stay themselves, a list is a ``sequence``, and so is a graph of torch_geometric, a loader with a ``state_dict`` goes to
     ``from_stateful_loader``, another ``DataLoader`` to ``from_loader``, and the rest to ``from_iterable``.
 
     Args:
@@ -64,6 +65,8 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
     source = as_torch(source)
     if isinstance(source, Batches):
         return Foreign(source)
+    if is_graph(source):
+        return sequence([source])
     if isinstance(source, list | tuple):
         return sequence(source)
     if isinstance(source, Iterable) and has_state(source):

@@ -36,10 +36,13 @@ class Aside:
             "read it in event.batch."
         )
 
-    __getattr__ = __getitem__ = __len__ = __iter__ = __contains__ = __call__ = _refuse
+    __getattr__ = __len__ = __iter__ = __contains__ = __call__ = _refuse
     __bool__ = __int__ = __float__ = __index__ = __str__ = __format__ = __fspath__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __mod__ = _refuse
+
+    def __getitem__(self, key: Any) -> Aside:
+        return Aside(f"{self._path}[{key!r}]")
 
     def __repr__(self) -> str:
         return f"<{self._path} is kept beside the tensors>"
