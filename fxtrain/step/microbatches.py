@@ -36,7 +36,7 @@ def microbatches(batch: Any, count: int) -> list[Any]:
     """
     if count == 1:
         return [batch]
-    if holds_graph(batch):
+    if not torch.compiler.is_dynamo_compiling() and holds_graph(batch):  # Dynamo cannot follow the search
         raise ValueError(
             f"accumulate={count}: expected a batch of tensors [examples, ...], got a graph, which cannot be cut. Take "
             "accumulate=1 and a smaller batch size in its loader."
