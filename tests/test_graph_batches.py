@@ -142,7 +142,7 @@ def test_graphs_keep_their_attributes_and_are_not_cut():
     with pytest.raises(ValueError, match=r"has another structure than the batches before: batch.*edge_index.* missing"):
         adapt([first, second])
     _, state, step = problem(accumulate=2)
-    with pytest.raises(ValueError, match="accumulate=2: expected a batch of tensors .* got a graph"):
+    with pytest.raises(ValueError, match=r"accumulate=2: expected a batch of tensors .* got a graph"):
         step(state, next(iter(loaders.DataLoader(graphs(), 4))))
 
 

@@ -182,8 +182,8 @@ def uneven(sizes):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (uneven([3, 2]), "has fewer batches than the first, which has 3: positions need epochs of one length"),
-        (uneven([3, 4, 3]), "has more batches than the first, which has 3"),
+        (uneven([3, 2]), r"expected 3 batches in epoch 1 of .*, as many as before, got fewer"),
+        (uneven([3, 4, 3]), r"expected 3 batches in epoch 1 of .*, as many as before, got more"),
         (uneven([0]), "Epoch 0 of .* has no batch: the data is empty, or used up"),
         (uneven([3, 0]), "Epoch 1 of .* has no batch"),
     ],

@@ -4,14 +4,14 @@ The loop asks for ``data[0]``, ``data[1]``, ... through all epochs. A batch is a
 a position is all that a checkpoint has to keep.
 
 A batch is a pytree. Its tensors enter the step, and numpy arrays, numbers and lists of numbers enter it as tensors.
-Text, bytes, paths, dates and other values without numbers stay with the batch: callbacks read them in ``event.batch``, a
-step finds placeholders, and a changed text does not recompile. Containers keep their class: dicts and their subclasses,
-named tuples, dataclasses, Hugging Face's encodings, graphs of torch_geometric, and classes registered with optree or
-torch's pytree.
+Text, bytes, paths, dates and other values without numbers stay with the batch: callbacks read them in ``event.batch``,
+a step finds placeholders, and a changed text does not recompile. Containers keep their class: dicts and their
+subclasses, named tuples, dataclasses, Hugging Face's encodings, graphs of torch_geometric, and classes registered with
+optree or torch's pytree.
 
-Graphs change their sizes at each batch, and so do lists of tensors inside of a batch. Uncompiled steps take them as they
-are. A compiled step makes a graph of each size: use ``fxtrain.compile(step, dynamic=True)``, or pad to few sizes with
-``data.map``.
+Graphs change their sizes at each batch, and so do lists of tensors inside of a batch. Uncompiled steps take them as
+they are. A compiled step makes a graph of each size: use ``fxtrain.compile(step, dynamic=True)``, or pad to few sizes
+with ``data.map``.
 """
 
 from fxtrain.data.adapt import adapt as adapt

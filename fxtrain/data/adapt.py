@@ -28,6 +28,8 @@ class Foreign(Source):
             self.can_be_left = False
         if hasattr(source, "expect_epoch_length"):
             self.expect_epoch_length = source.expect_epoch_length
+        if hasattr(source, "begin_epoch"):
+            self.begin_epoch = source.begin_epoch
 
     @property
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -44,8 +46,9 @@ class Foreign(Source):
 def adapt(source: Any, *, seed: int = 0) -> Source:
     """Batches by position from what there is.
 
-    Batches stay themselves, a list is a ``sequence``, and so is a graph of torch_geometric, a loader with a ``state_dict`` goes to
-    ``from_stateful_loader``, another ``DataLoader`` to ``from_loader``, and the rest to ``from_iterable``.
+    Batches stay themselves, and a list is a ``sequence``. A graph of torch_geometric is a single batch. A loader with a
+    ``state_dict`` goes to ``from_stateful_loader``, another ``DataLoader`` to ``from_loader``, and the rest to
+    ``from_iterable``.
 
     Args:
         source: What gives batches.

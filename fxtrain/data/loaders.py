@@ -24,6 +24,8 @@ def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False
     and the collation, is a function of (seed, epoch) or (seed, position), with any number of workers; where the
     loader has generators of its own, this takes the place of their seeds. No generator is moved.
 
+    In ``fit``, samplers that are not torch's own may make another number of batches in each epoch.
+
     An ``IterableDataset``, a sampler without a length or a loader with an ``__iter__`` of its own can only be read
     from the start: the batches before a position are read again to reach it, and a warning is logged.
 
@@ -70,6 +72,16 @@ class Loaded(Source):
         self._pool = self._workers()
         self._iterator: Iterator[Any] | None = None
         self._next: int | None = None
+        if _has_own_samplers(loader):
+            self.begin_epoch = self._begin_epoch
+
+    def _begin_epoch(self, epoch: int, length: int) -> None:
+        """Draws the order of an epoch: its sampler may make another number of batches of it."""
+        if epoch != self._epoch:
+            order = self._order_of(epoch)
+            if not order:
+                raise ValueError(f"expected batches in epoch {epoch}, got none from the DataLoader's sampler.")
+            self._order, self._epoch, self._next, self.epoch_length = order, epoch, None, len(order)
 
     def fetch(self, position: int) -> Any:
         epoch, index = divmod(position, self.epoch_length)
@@ -92,10 +104,13 @@ class Loaded(Source):
         self._iterator = self._next = None
         self._pool = self._workers()
 
-    def _drawn(self, epoch: int) -> list[Any]:
+    def _order_of(self, epoch: int) -> list[Any]:
         with seeded(self.seed, epoch, 1), borrowed(self.loader):
             start_epoch(self.loader, epoch, self.seed)
-            order = list(self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler)
+            return list(self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler)
+
+    def _drawn(self, epoch: int) -> list[Any]:
+        order = self._order_of(epoch)
         if len(order) != self.epoch_length:
             raise ValueError(
                 f"The DataLoader's sampler gave {len(order)} batches for epoch {epoch}, and its length is "
@@ -181,6 +196,12 @@ def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]
 
 def _same(batch: Any) -> Any:
     return batch
+
+
+def _has_own_samplers(loader: DataLoader[Any]) -> bool:
+    """Whether the number of batches may differ between epochs, as torch's own samplers never do."""
+    samplers = loader.batch_sampler, loader.sampler
+    return any(not type(part).__module__.startswith("torch.utils.data") for part in samplers if part is not None)
 
 
 def _can_jump(loader: DataLoader[Any]) -> bool:

@@ -58,6 +58,7 @@ class Item(NamedTuple):
     epoch_length: int | None  # as known after this batch and not later, so that threads' timing decides nothing
     snapshot: Tensor | None  # for the position after this one
     copied: Any  # the CUDA event of the copy, or None
+    follows: int  # the position of the batch after it
 
 
 class Prefetched(Source):
@@ -71,8 +72,21 @@ class Prefetched(Source):
         self.device = None if device is None else torch.device(device)
         self.epoch_length = source.epoch_length
         self._reader: Reader | None = None
+        self._kept: tuple[int, Tensor] | None = None  # a snapshot, and its position
         self._closed: Reader | None = None  # whose thread still read a batch when it was closed
         self._expected: int | None = None
+        self._epoch = -1  # that was announced last
+        if hasattr(source, "begin_epoch"):
+            self.begin_epoch = self._begin_epoch
+
+    def _begin_epoch(self, epoch: int, length: int) -> None:
+        follows, self._epoch = epoch == self._epoch + 1, epoch
+        # What was read ahead is still right if the epoch is expected to be as long as the one before.
+        if follows and self.source.may_end_anywhere and self.epoch_length and length == self.epoch_length:
+            return
+        self._pause()
+        self.source.begin_epoch(epoch, length)
+        self.epoch_length = self.source.epoch_length
 
     def __getitem__(self, position: int) -> Any:
         position = operator.index(position)
@@ -94,7 +108,7 @@ class Prefetched(Source):
         self._took(position, item)
         if item.error is not None:
             raise item.error
-        self._expected = position + 1
+        self._expected = item.follows
         if item.copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(item.copied)
@@ -135,11 +149,15 @@ class Prefetched(Source):
     def _took(self, position: int, item: Item) -> None:
         pass
 
+    def _pause(self) -> None:
+        self._expected = self._kept = None
+        self._wait_for_closed()
+        if self._reader is not None:
+            self._reader.jump(None)
+
 
 class StatefulPrefetched(Prefetched):
     """As ``Prefetched``, of batches that have snapshots: there is one with each batch, made before the next is read."""
-
-    _kept: tuple[int, Tensor] | None = None
 
     def snapshot(self, position: int) -> Tensor:
         """What ``restore`` needs to continue at ``position``: the source's, as it was before it read on."""
@@ -156,12 +174,6 @@ class StatefulPrefetched(Prefetched):
 
     def _took(self, position: int, item: Item) -> None:
         self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
-
-    def _pause(self) -> None:
-        self._expected = self._kept = None
-        self._wait_for_closed()
-        if self._reader is not None:
-            self._reader.jump(None)
 
 
 class Reader:
@@ -240,7 +252,7 @@ class Reader:
                 self._busy = False
                 if jumps == self._jumps:
                     self._ready.append(item)
-                    self._next = None if item.error is not None else position + 1
+                    self._next = None if item.error is not None else item.follows
                 self._changed.notify_all()
             del item  # a batch, or a traceback with its frames, is not kept alive while waiting
 
@@ -251,6 +263,7 @@ def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
 
     def read(position: int) -> Item:
         batch = error = snapshot = copied = None
+        length = data.epoch_length
         try:
             batch = data[position]
             snapshot = data.snapshot(position + 1) if stateful else None
@@ -260,7 +273,10 @@ def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
                 batch = map_tensors(lambda leaf: leaf.to(device), batch)
         except BaseException as raised:  # whatever it is, it is for the one who waits
             error = raised
-        return Item(batch, error, data.epoch_length, snapshot, copied)
+        # An epoch that turns out to go on counts its positions from its own start.
+        goes_on = length is not None and data.epoch_length is None
+        follows = position % length + 1 if length is not None and goes_on else position + 1
+        return Item(batch, error, data.epoch_length, snapshot, copied, follows)
 
     return read
 

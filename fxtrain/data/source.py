@@ -22,6 +22,11 @@ class Batches(Protocol):
     The position runs on through the epochs: ``i // data.epoch_length`` is the epoch. A source may have ``close()``,
     which releases threads and processes, and, if the position alone is not enough to continue quickly,
     ``snapshot(position)`` and ``restore(position, snapshot)``, of which a snapshot is a uint8 tensor.
+
+    Where epochs differ in length, a source has ``begin_epoch(epoch, length)``, which the loop calls before it reads the
+    first batch of an epoch, with the length that it expects (0 if unknown). From then on ``epoch_length`` is the length
+    of that epoch, and positions count as if all epochs had it. If the epoch ends early, the source raises ``Exhausted``
+    and has the right length; if it goes on, ``epoch_length`` is None until it ends, and positions count from its start.
     """
 
     @property
@@ -60,12 +65,15 @@ class Source:
     epoch_length: int | None
     can_be_left = True  # whether an exception raised while a batch is awaited leaves the position where it was
     can_jump = True  # whether any batch is read without those before it
+    may_end_anywhere = False  # whether an epoch may have another length than expected
 
     def __init__(self, *, free: int = 0, kinds: int | None = 1) -> None:
         self.free, self.kinds = free, kinds
-        self._like: tuple[int, Any] | None = None  # a position, and its batch without values
+        # A position, the epoch length there, and the batch without its values.
+        self._like: tuple[int, int | None, Any] | None = None
         self._usual: list[Any] = []  # structures, shapes and dtypes that need no comparison
-        self._short: int | None = None  # the position of a short batch, while nobody knows whether an epoch ends there
+        # The position of a short batch, and the epoch length then, until it is known whether the epoch ends there.
+        self._short: tuple[int, int | None] | None = None
 
     def fetch(self, position: int) -> Any:
         """The batch at this position, as it comes."""
@@ -107,30 +115,42 @@ class Source:
 
     def _compare(self, batch: Any, position: int) -> None:
         length, short, self._short = self.epoch_length, self._short, None
-        if short is not None and position == short + 1 and not _ends_epoch(short, length):
+        # With another epoch length it is another epoch, and its positions count otherwise.
+        if short == (position - 1, length) and not _ends_epoch(position - 1, length):
             raise ValueError(
-                f"The batch at position {short} had another number of rows than those before, and was not the last of "
-                f"its epoch: {REMEDY}"
+                f"The batch at position {position - 1} had another number of rows than those before, and was not the "
+                f"last of its epoch: {REMEDY}"
             )
         if self._like is None:
-            self._like, self._usual = (position, _without_values(batch)), [_kind(batch)]
+            self._set_like(batch, position)
             return
-        like_position, like = self._like
+        like_position, like_length, like = self._like
         if self.kinds is not None and self.kinds > 1:
             self._compare_kind(batch, like, position)
             return
-        loose = length is None or _ends_epoch(position, length) or _ends_epoch(like_position, length)
+        loose = (
+            length is None
+            or self.may_end_anywhere
+            or _ends_epoch(position, length)
+            or _ends_epoch(like_position, length)
+        )
         try:
             same = check(batch, like, free=max(self.free, int(loose)))
         except ValueError as error:
             raise ValueError(f"At position {position}: {error}") from None
         if same or self.free:
             return
-        if length is None:
-            self._short = position
-        elif _ends_epoch(like_position, length):
+        if _ends_epoch(like_position, length):
             # That one was short, and this is the usual size.
-            self._like, self._usual = (position, _without_values(batch)), [_kind(batch)]
+            self._set_like(batch, position)
+        elif self.may_end_anywhere and like_length != length and _rows(batch) > _rows(like):
+            self._set_like(batch, position)  # likewise, in an epoch that has ended early
+        elif length is None or self.may_end_anywhere:
+            self._short = (position, length)
+
+    def _set_like(self, batch: Any, position: int) -> None:
+        self._like = position, self.epoch_length, _without_values(batch)
+        self._usual = [_kind(batch)]
 
     def _compare_kind(self, batch: Any, like: Any, position: int) -> None:
         try:
@@ -160,6 +180,10 @@ class Mapped(Source):
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.source.epoch_length
 
+    @property
+    def may_end_anywhere(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.may_end_anywhere
+
     def fetch(self, position: int) -> Any:
         batch = self.source.fetch(position)
         return self.function(batch, position) if self.with_position else self.function(batch)
@@ -168,9 +192,13 @@ class Mapped(Source):
         self.source.close()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("snapshot", "restore", "expect_epoch_length"):  # there only if the source has them
+        if name in ("snapshot", "restore", "expect_epoch_length", "begin_epoch"):  # there only if the source has them
             return getattr(self.source, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+
+def _rows(batch: Any) -> int:
+    return next((len(leaf) for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def _ends_epoch(position: int, length: int | None) -> bool:

@@ -49,17 +49,41 @@ class Streamed(Source):
         self._epoch = 0  # of the iterator
         self._index = 0  # the batches that it has given
         self._ended = False  # whether it has said that it ends here
+        self._announced: int | None = None  # the epoch that the loop is in, if it says so
+        self._ahead: list[Any] = []  # a batch that was read to find out whether the epoch goes on
+        self._reads_ahead = True
 
     def fetch(self, position: int) -> Any:
         self._seek(position)
         batch = self._read()
         if batch is _END:
             raise Exhausted(position)
+        if self.may_end_anywhere and self._reads_ahead and self._index == self.epoch_length:
+            self._look_ahead()
         return batch
 
     def close(self) -> None:
         if not self._once:
             self._iterator = None
+            self._ahead.clear()
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
+        """Announces the epoch that is read next, and the length to expect, 0 if unknown."""
+        self._announced, self.epoch_length = epoch, length or None
+
+    @property
+    def may_end_anywhere(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._announced is not None
+
+    def _look_ahead(self) -> None:
+        """Finds out whether the epoch has more batches than expected, before the last expected one is handed over."""
+        assert self._iterator is not None
+        with seeded(self.seed, self._epoch, self._index, 4):
+            batch = next(self._iterator, _END)
+        self._ended = batch is _END
+        if not self._ended:
+            self._ahead = [batch]
+            self._announced, self.epoch_length = self._epoch, None
 
     @property
     def _position(self) -> int:
@@ -72,9 +96,12 @@ class Streamed(Source):
 
     def _seek(self, position: int) -> None:
         """Makes the batch at ``position`` the one that is read next."""
-        if self._iterator is not None and self._index == self.epoch_length and not self._ended:
+        epoch, index = (
+            (self._announced or 0, position) if self.epoch_length is None else divmod(position, self.epoch_length)
+        )
+        is_complete = self._index == self.epoch_length and not self._ended
+        if self._iterator is not None and is_complete and epoch == self._epoch + 1:
             self._read()  # the end belongs to the epoch: a source may do its housekeeping there
-        epoch, index = (0, position) if self.epoch_length is None else divmod(position, self.epoch_length)
         if self._iterator is None or epoch != self._epoch or index < self._index:
             self._open(epoch, position)
         missing = index - self._index
@@ -84,7 +111,10 @@ class Streamed(Source):
                 *(missing, position, self._name),
             )
         for _ in range(missing):
+            length = self.epoch_length
             if self._read() is _END:
+                if length is not None:
+                    raise self._other_length("fewer", length)
                 return self._seek(position)  # the length of an epoch is known now
         return None
 
@@ -99,12 +129,13 @@ class Streamed(Source):
         with seeded(self.seed, epoch, 2):
             self._iterator = self._begin(epoch)
         self._begun, self._epoch, self._index, self._ended = True, epoch, 0, False
+        self._ahead.clear()
 
     def _read(self) -> Any:
         assert self._iterator is not None
         try:
-            with seeded(self.seed, self._position):
-                batch = next(self._iterator, _END)
+            with seeded(self.seed, self._epoch, self._index, 4):
+                batch = self._ahead.pop() if self._ahead else next(self._iterator, _END)
         except BaseException:
             self._iterator = None  # a generator that has raised says ever after that it is at its end
             raise
@@ -113,15 +144,18 @@ class Streamed(Source):
         self._ended = batch is _END
         if self._ended and self._index == 0:
             raise ValueError(f"Epoch {self._epoch} of {self._name} has no batch: the data is empty, or used up.")
-        if self._ended and self.epoch_length is None:
+        if self._ended and (self.epoch_length is None or (self.may_end_anywhere and self._index < self.epoch_length)):
             self.epoch_length = self._index
         length = self.epoch_length
         if length is not None and (self._index > length or (self._ended and self._index < length)):
-            raise ValueError(
-                f"Epoch {self._epoch} of {self._name} has {'fewer' if self._ended else 'more'} batches than the first, "
-                f"which has {length}: positions need epochs of one length."
-            )
+            raise self._other_length("fewer" if self._ended else "more", length)
         return batch
+
+    def _other_length(self, more_or_fewer: str, length: int) -> ValueError:
+        return ValueError(
+            f"expected {length} batches in epoch {self._epoch} of {self._name}, as many as before, got "
+            f"{more_or_fewer}. Give the epoch the same batches whenever it is read."
+        )
 
 
 class Stateful(Streamed):
@@ -132,6 +166,7 @@ class Stateful(Streamed):
         super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, free=free)
         self.loader = loader
         self.can_be_left = False  # its state would have to be made again, by reading from the epoch's start
+        self._reads_ahead = False  # its state would be that after the next batch
         dataset = getattr(loader, "dataset", None)
         self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
         self._start_of_dataset = copy.deepcopy(self._dataset.state_dict()) if self._dataset is not None else None
@@ -233,6 +268,9 @@ def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Sourc
     Reading again is logged as a warning. The length of an epoch is known when the first one ends, and then a
     position is reached from the start of its epoch. The source's random numbers are those of the global generators
     of torch, Python and numpy, or of its own ones if they start anew with each iterator.
+
+    In ``fit`` an epoch may have another length than the one before. Its length, and that it ends, are known when it
+    ends.
 
     Args:
         source: An iterable of batches, or a function that returns an iterator. An iterator (a generator that was

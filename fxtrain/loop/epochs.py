@@ -21,8 +21,17 @@ def begin_epochs(state: TrainState, data: Any) -> TrainState:
         ValueError: If the state is inside an epoch that has another length in this data.
     """
     before = Epoch.of(state)
+    announce(data, before or Epoch(0, 0, 0))
     epoch = _continued(before, int(state.position), data)
+    announce(data, epoch)
     return state if epoch == before else epoch.into(state)
+
+
+def announce(data: Any, epoch: Epoch) -> None:
+    """Announces an epoch to data whose epochs may differ in length."""
+    begin = getattr(data, "begin_epoch", None)
+    if begin is not None:
+        begin(epoch.done, epoch.length or data.epoch_length or 0)
 
 
 def _continued(epoch: Epoch | None, position: int, data: Any) -> Epoch:

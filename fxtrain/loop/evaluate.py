@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import metrics, tree
-from fxtrain.core import StepOutput, TrainState
+from fxtrain.core import Epoch, StepOutput, TrainState
 from fxtrain.data import Exhausted, adapt, map_tensors
 from fxtrain.data.containers import count_examples
+from fxtrain.loop.epochs import announce
 
 
 class Measured(NamedTuple):
@@ -56,6 +57,7 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
     """The batches of one evaluation, one at a time."""
     total: dict[str, Any] = {}
     index = 0
+    announce(data, Epoch(0, 0, 0))
     while data.epoch_length is None or index < data.epoch_length:
         try:
             batch = to_device(data[index], state.step.device)

@@ -29,6 +29,7 @@ class Feeding:
         self.last: tuple[int, Any] | None = None  # index and batch read last
         self.wait = 0.0  # seconds that the loop waited for the last batch, or batches
         self._end: int | None = None  # position at which data of unknown length was found to end
+        self._is_over = False  # whether the last call returned batches and found that the epoch ends after them
         self._device, self._on_host = device, device.type == "cpu"  # read once: it takes longer than all else here
         self._clock, self._wanted = clock, wanted
 
@@ -42,13 +43,15 @@ class Feeding:
         if self.expected is not None:
             self._compare(position, epoch)
         batches: list[Any] = []
-        while len(batches) < count and (epoch.length or position != self._end):
+        is_over, self._is_over = self._is_over and position == self._end, False
+        while len(batches) < count and not is_over and (epoch.length or position != self._end):
             try:
                 batches.append(self._fetch(position, epoch))
             except Exhausted:
-                if epoch.length or position == epoch.start:
+                ends_early = self.data.epoch_length == position - epoch.start
+                if position == epoch.start or (epoch.length and not ends_early):
                     raise ValueError(self._exhausted(position)) from None
-                self._end = position
+                self._end, self._is_over = position, bool(epoch.length and batches)
                 break
             position += 1
         self.wait = self._clock() - began

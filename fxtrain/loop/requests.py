@@ -11,6 +11,7 @@ from fxtrain.checkpoint import Role
 from fxtrain.core import EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
 from fxtrain.loop.current import Current
 from fxtrain.loop.emitter import Emitter, Moments
+from fxtrain.loop.epochs import announce
 from fxtrain.loop.evaluate import measure
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.interrupts import Abandoned, Interrupts, leaving_compilation
@@ -131,7 +132,9 @@ class Requests:
                 "every epoch before its first step. Let it stop the run instead."
             )
         self._step_of_last_epoch = now.step
-        now.count(Epoch(epoch.done + 1, start=now.position, length=self._data.epoch_length or epoch.length))
+        following = Epoch(epoch.done + 1, start=now.position, length=self._data.epoch_length or epoch.length)
+        announce(self._data, following)
+        now.count(following._replace(length=self._data.epoch_length or following.length))
         now.set(end_epoch=False, begin_epoch=True)
         yield from self._emit(EpochEnd)
 
@@ -195,6 +198,7 @@ class Requests:
         now.take(target.replace(slots={**target.slots, **crossed}))
         if not now.epoch.length:  # what was found out of the data stays known
             now.count(now.epoch._replace(length=length))
+        announce(self._data, now.epoch)
         now.snapshots = retained
         self._snapshots.roll_back(now)
         # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.

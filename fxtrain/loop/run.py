@@ -73,6 +73,7 @@ class Run:
         state = self._attached(begin_epochs(state, self.data))
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
+        self._differs = hasattr(self.data, "begin_epoch")
         self._strides = Strides(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
@@ -252,6 +253,9 @@ class Run:
                 now.count(now.epoch._replace(length=now.position - now.epoch.start))
                 now.set(end_epoch=True)
                 return
+            if now.epoch.length and self._differs and self.data.epoch_length is None:  # the epoch goes on
+                now.count(now.epoch._replace(length=0))
+                end = None
             outside: dict[str, Any] = {}
             if begins:
                 outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
