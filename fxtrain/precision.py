@@ -111,6 +111,10 @@ class Policy:
             return contextlib.nullcontext()
         return _autocast(device, self.compute)
 
+    def backward(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The context inside that one which the backward pass runs in: operations keep the dtypes they had."""
+        return torch.autocast(device.type, enabled=False) if self._casts else contextlib.nullcontext()
+
     def cast_output(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The metrics, the floating tensors among them in ``output``. What ``fxtrain.metrics`` made keeps its own."""
         return {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import fxtrain as fx
 from fxtrain import testing
@@ -51,6 +52,10 @@ def plain(model, batch):
 
 def old(model, batch):
     return Old.apply(model(batch)).mean()
+
+
+def squares(model, batch):
+    return model(batch).square().mean()
 
 
 def linear():
@@ -196,6 +201,120 @@ class TestAuto:
     def test_of_an_unknown_name_is_an_error(self):
         with pytest.raises(ValueError, match="expected differentiate='auto', 'func' or 'autograd', got 'backward'"):
             fx.train_step(plain, fx.optim.sgd(0.1), differentiate="backward")
+
+
+class Recomputes(nn.Module):
+    """Two regions with dropout that the backward pass may compute again, and dropout after them."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.again = again
+
+    def region(self, x):
+        return F.dropout(self.inner(F.dropout(x, 0.3)).tanh(), 0.5)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(2):
+            x = self.region(x) if self.again is None else checkpoint(self.region, x, use_reentrant=self.again)
+        return self.last(F.dropout(x, 0.5))
+
+
+class TestRecomputation:
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_draws_the_same_numbers_and_leaves_the_generator_alone(self, reentrant):
+        tx, ends = fx.optim.sgd(0.1), []
+        before = torch.get_rng_state()
+        for again in (None, reentrant):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                state = fx.init(Recomputes(again).double(), tx)
+            step = fx.train_step(squares, tx, differentiate="autograd")
+            for _ in range(2):
+                state, _ = step(state, X)
+            ends.append(state.params)
+        close(*ends)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_traced(self, reentrant):
+        tx = fx.optim.sgd(0.1)
+        state = fx.init(Recomputes(reentrant).double(), tx)
+        step = fx.train_step(squares, tx, differentiate="autograd")
+        found = step(state, X)
+        close(traced(step, state, X), found)
+
+
+def penalty(model, batch):
+    x = batch.requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return (slope.norm(dim=1) - 1).square().mean()
+
+
+def hooked(model, batch):
+    with torch.autograd.graph.save_on_cpu():
+        return plain(model, batch)
+
+
+def masked(model, batch):
+    mask = torch.zeros_like(batch)
+    mask.data = torch.ones_like(batch)
+    return (model(batch) * mask).mean()
+
+
+def backward_inside(model, batch):
+    x = batch.clone().requires_grad_()
+    model(x).sum().backward()
+    return (model(batch) * x.grad.norm()).mean()
+
+
+class TestLikeAPlainLoop:
+    @pytest.mark.parametrize("loss_fn", [penalty, hooked, masked, backward_inside, old])
+    def test_takes_the_same_steps(self, loss_fn):
+        module, tx = linear(), fx.optim.sgd(0.1, momentum=0.9)
+        state, step = fx.init(module, tx), fx.train_step(loss_fn, tx, differentiate="autograd")
+        batch = X.clone()
+        for _ in range(3):
+            state, _ = step(state, batch)
+        assert not batch.requires_grad
+        optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_fn(module, X.clone()).backward()
+            optimizer.step()
+        close(state.params, {name: value.detach() for name, value in module.named_parameters()})
+
+    def test_densifies_sparse_gradients(self):
+        state = fx.init(nn.Embedding(5, 2, sparse=True))
+        (grad,) = fx.gradients(plain)(state, torch.tensor([1, 3])).grads.values()
+        assert grad.layout == torch.strided
+        assert grad.any(1).tolist() == [False, True, False, True, False]
+
+    def test_leaves_no_grad_on_tensors_from_outside_when_it_reaches_all_leaves(self):
+        outside = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        outside.grad = torch.full_like(outside, 3.0)
+        state = fx.init(Recomputes(True).double())
+        fx.gradients(lambda model, x: squares(model, x * outside), differentiate="autograd")(state, X)
+        assert outside.grad.tolist() == [3.0] * 4
+
+
+class TestWritesToParameters:
+    @pytest.mark.parametrize("way", ["auto", *WAYS])
+    def test_are_refused(self, way):
+        def assigns(model, batch):
+            model[0].weight.data = model[0].weight.data * 0.5
+            return plain(model, batch)
+
+        def clamps(model, batch):
+            model[0].weight.data.clamp_(-0.1, 0.1)
+            return plain(model, batch)
+
+        tx = fx.optim.sgd(0.1)
+        with pytest.raises(RuntimeError, match=r"got an assignment to \.data of model\.0\.weight"):
+            fx.train_step(assigns, tx, differentiate=way)(fx.init(linear(), tx), X)
+        with pytest.raises(RuntimeError, match=r"wrote into state\.params\['0\.weight'\] in place"):
+            fx.train_step(clamps, tx, differentiate=way)(fx.init(linear(), tx), X)
 
 
 class TestUsed:

@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,6 +24,7 @@ from fxtrain.model.following import Following, generators_in
 from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.optim import MaskedNode
 from fxtrain.rng import host
+from fxtrain.rng.replay import replayed
 from fxtrain.rng.tracing import is_traced
 
 
@@ -95,6 +96,7 @@ class Model:
         train: bool,
         key: rng.Key | None = None,
         check: bool = False,
+        finish: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, Any]:
         """``function(model, *args)``, where ``model`` has these parameters and buffers, and the buffers after it.
 
@@ -109,6 +111,8 @@ class Model:
             train: Whether the modules are in training mode.
             key: Where random numbers come from; without one, torch's functions draw as usual.
             check: Whether the first call of this function is checked.
+            finish: Applied to what the function returns while the memory is still in place, for a backward pass that
+                computes parts of the forward pass again.
 
         Raises:
             RuntimeError: If the function assigns to ``parameter.data``. At a checked call also if it draws numbers that
@@ -116,15 +120,17 @@ class Model:
             NotImplementedError: At a checked call, if the function adds hooks to parameters.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._call_in_dynamo(params, buffers, function, args, train, key)
+            output, buffers = self._call_in_dynamo(params, buffers, function, args, train, key)
+            return (output if finish is None else finish(output)), buffers
+        call = functools.partial(self._call, params, buffers, function, args, train, key, finish=finish)
         first = self.first_calls(train)
         draws = first.draws(function) if check else None
         if key is None:
-            return self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
+            return call(contextlib.nullcontext)
         if draws is False and not is_traced():
             # Seeding would wait for a thread that makes batches, so what draws nothing is run without it.
             before = host.mark()
-            result = self._call(params, buffers, function, args, train, key, contextlib.nullcontext)
+            result = call(contextlib.nullcontext)
             if before is None or not host.rewind_if_moved(before):
                 return result
             draws = True  # it has begun to: this call is repeated from the key, and the next ones start there
@@ -132,7 +138,7 @@ class Model:
         examine = check and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
         draw = Following(key, function, compare=examine, generators=generators)
-        result = self._call(params, buffers, function, args, train, key, draw, examine=examine)
+        result = call(draw, examine=examine)
         if examine:
             first.add(function, draws=draw.moved)
         return result
@@ -153,19 +159,22 @@ class Model:
         key: rng.Key | None,
         draw: Callable[[], AbstractContextManager[None]],
         *,
+        finish: Callable[[Any], Any] | None,
         examine: bool = False,
     ) -> tuple[Any, Any]:
-        functional = functools.partial(rng.functional, key) if key is not None else contextlib.nullcontext
+        finish = finish or (lambda output: output)
+        guarded = frozenset(map(id, tree.leaves(params)))
+        functional = functools.partial(_functional, key, guarded) if key is not None else contextlib.nullcontext
         if not self.has_modules:
             with draw(), functional():
-                return function(params, *args), buffers
+                return finish(function(params, *args)), buffers
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
         tensors: dict[str, Tensor] = {}
         who = name_of(function) if examine else ""
         watch = functools.partial(empty_refused, who, template.empty) if examine else contextlib.nullcontext
 
-        def run() -> tuple[Any, dict[str, Tensor]]:
+        def run(finish: Callable[[Any], Any]) -> tuple[Any, Any]:
             tensors.update(flat_params)
             tensors.update({name: value.clone() for name, value in flat_buffers.items()})
             template.fill(tensors)
@@ -173,21 +182,24 @@ class Model:
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
             with draw(), functional(), watch():
                 output = function(model, *args)
-            # Read while they are in place: a module may write a buffer or put another in its place.
-            return template.apart(output), template.buffers()
+                finished = finish(output)
+            return template.apart(output), template.apart(finished)
 
         try:
             with template:
                 before = template.leaves() if examine else {}
-                output, written = run()
+                output, finished = run(finish)
+                # Read while they are in place: a module may write a buffer or put another in its place.
+                written = template.buffers()
                 if examine:
                     refuse_new_parameters(who, template, tensors, flat_params)
                     compared = self.first_calls(train).has_seen_like(function)
-                    refuse_state(who, template, before, output, lambda: run()[0], compared=compared)
+                    again = functools.partial(run, lambda output: output)
+                    refuse_state(who, template, before, output, lambda: again()[0], compared=compared)
         except rng.DataAssignmentError as error:
             path = next((template.path(name) for name, value in tensors.items() if value is error.tensor), None)
             raise error.naming(path) from None
-        return output, self._grouped(written, itertools.repeat({}))
+        return finished, self._grouped(written, itertools.repeat({}))
 
     def _call_in_dynamo(
         self, params: Any, buffers: Any, function: Callable[..., Any], args: tuple[Any, ...], train: bool, key: Any
@@ -320,6 +332,13 @@ class _Caller(nn.Module):
         output = function(model, *args)
         # Read while they are in place: a module may write a buffer or put another in its stead.
         return output, {name: value.detach() for name, value in self.named_buffers()}
+
+
+@contextlib.contextmanager
+def _functional(key: rng.Key, guarded: frozenset[int]) -> Iterator[None]:
+    with rng.functional(key) as mode, replayed():
+        mode.guarded = guarded
+        yield
 
 
 def _has_hooks(parameter: Tensor) -> bool:

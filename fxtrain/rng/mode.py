@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain.rng.philox import Key
 from fxtrain.rng.replacements import REPLACED, SOMETIMES
+from fxtrain.rng.tracing import is_traced, is_transformed
 
 
-def functional(key: Key) -> TorchFunctionMode:
+def functional(key: Key) -> Functional:
     """A context in which torch's random functions draw from ``key``; the default generator is not touched.
 
     Each call that draws takes the next site, in program order, from 0, so one key gives the same numbers again. It
@@ -29,7 +30,7 @@ def functional(key: Key) -> TorchFunctionMode:
     A transform of the caller that batches inputs and not the key gives all its members the same numbers, as
     ``vmap(randomness="same")`` does. To be filled under a ``vmap`` over keys, a tensor must come from ``torch.empty``,
     ``empty_like`` or ``new_empty``, or be batched already. What is computed again, as in activation checkpointing, must
-    enter a context of its own: ``checkpoint`` a function that does.
+    enter a context of its own: ``checkpoint`` a function that does. Steps replay their numbers by themselves.
 
     Args:
         key: Where in the run. To draw by hand as well, use another stream for that.
@@ -45,7 +46,7 @@ def functional(key: Key) -> TorchFunctionMode:
         tensor([0., 0., 0., 0., 2., 2.])
     """
     _show_all_to_modes()
-    return _Functional(key)
+    return Functional(key)
 
 
 class DataAssignmentError(RuntimeError):
@@ -100,13 +101,16 @@ def _generator_states() -> dict[str, Tensor]:
     return states
 
 
-class _Functional(TorchFunctionMode):
+class Functional(TorchFunctionMode):
+    """The mode of ``functional``, which makes it."""
+
     # Dynamo follows a mode that inherits __enter__ and __exit__, and a Python number on it that changes.
 
     def __init__(self, key: Key) -> None:
         super().__init__()
         self.key = key
         self.sites = 0
+        self.guarded: frozenset[int] = frozenset()  # ids of the parameters, whose data may not be assigned
 
     def site(self) -> int:
         self.sites += 1
@@ -119,15 +123,17 @@ class _Functional(TorchFunctionMode):
         if name == "__set__" and func == _ASSIGN_DATA:
             if args[1] is args[0]:
                 return None  # as module.to(device) does on the device it is on
-            # Inside torch.func this ends the process where the tensor is not a wrapped one; outside it would change
-            # the state that was given.
-            raise DataAssignmentError(args[0])
+            return self._assign_data(func, *args)
+        if name == "__get__" and self.guarded and func == _READ_DATA and id(args[0]) in self.guarded:
+            return args[0].detach()  # alike, but torch counts what is written into it as a write to the parameter
         if not _is_known(name):
             if isinstance(func, _OPERATORS) and _is_seeded(func):
                 raise _refusal(name)
             return func(*args, **kwargs)
         if name in _INITIALISERS and "tensor" in kwargs:
             name = f"init.{name}"  # torch.nn.init passes this keyword, and has names that methods of tensors have too
+        if name == "backward" and "gradient" in kwargs:
+            name = "Tensor.backward"
         if name in _BODIES:
             with self:
                 return _BODIES[name](*args, **kwargs)
@@ -136,6 +142,17 @@ class _Functional(TorchFunctionMode):
         if name in SOMETIMES:
             return SOMETIMES[name](self, func, *args, **kwargs)
         raise _refusal(name)
+
+    def _assign_data(self, func: Any, tensor: Tensor, value: Tensor) -> None:
+        # Inside torch.func this ends the process where the tensor is not a wrapped one; a parameter would lose it.
+        if torch.compiler.is_dynamo_compiling() or is_transformed() or id(tensor) in self.guarded:
+            raise DataAssignmentError(tensor)
+        if not is_traced():
+            func(tensor, value)
+        elif tensor.shape == value.shape and tensor.dtype == value.dtype:
+            tensor.detach().copy_(value)  # a tracer does not see an assignment
+        else:
+            raise DataAssignmentError(tensor)
 
 
 def _refusal(name: str) -> NotImplementedError:
@@ -199,11 +216,15 @@ _BODIES: dict[str, Callable[..., Any]] = {
         torch.svd_lowrank,
         torch.pca_lowrank,
         torch.lobpcg,
+        torch.autograd.grad,  # a backward pass may compute again what draws
+        torch.autograd.backward,
     )
 } | {f"init.{name}": _body(getattr(torch.nn.init, name)) for name in _INITIALISERS}
+_BODIES["Tensor.backward"] = _body(torch.Tensor.backward)
 
 
 _ASSIGN_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
+_READ_DATA = torch.Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _KNOWN = frozenset({*REPLACED, *SOMETIMES, *REFUSED, *_BODIES, *_INITIALISERS})
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 

@@ -20,6 +20,11 @@ def is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.PROXY, _MODES.FAKE))
 
 
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` surrounds this call. Not to be called inside Dynamo."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def unrecorded() -> AbstractContextManager[object]:
     """A context whose operations do not enter the graph that ``make_fx`` records, if it does."""
     if torch._C._get_dispatch_mode(_MODES.PROXY) is None:

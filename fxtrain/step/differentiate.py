@@ -15,12 +15,16 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.model import ValuesNeededError
 from fxtrain.model.captured import is_of_users
-from fxtrain.rng.tracing import is_traced
+from fxtrain.rng.tracing import is_traced, is_transformed
 
 Differentiate = Literal["auto", "func", "autograd"]
 
-Objective = Callable[[Any], tuple[Tensor, Any]]
-"""From the trainable parameters to the value that is differentiated, and to a pytree of tensors beside it."""
+Find = Callable[[Tensor], Any]
+"""From the value that is differentiated to what its backward pass finds."""
+
+Objective = Callable[[Any, Find, bool], tuple[Tensor, Any, Any]]
+"""From the trainable parameters, how to run the backward pass, and whether to detach all other inputs; to the value,
+what was found, and a pytree of tensors beside it."""
 
 _REFUSALS = (
     "autograd.Function with functorch transforms",
@@ -28,6 +32,9 @@ _REFUSALS = (
     "don't yet support saved tensor hooks",
 )
 """Parts of the messages by which torch.func refuses a function, whatever its values."""
+
+_OUTSIDE = "would mutate a captured Tensor"
+_REENTRANT = "use_reentrant=True, torch.utils.checkpoint is incompatible"
 
 _LONGEST_REASON = 200  # characters of an error that a warning repeats
 
@@ -47,6 +54,7 @@ class Differentiation:
         if way not in get_args(Differentiate):
             raise ValueError(f"expected differentiate='auto', 'func' or 'autograd', got {way!r}.")
         self._way, self._who = way, who
+        self._whole = False  # whether a reentrant checkpoint asks for a backward pass to all leaves
 
     def __call__(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
         """As ``by_func`` and ``by_autograd``.
@@ -65,15 +73,17 @@ class Differentiation:
         if self._way == "func" or nested or dynamo:
             return (by_autograd if self._way == "autograd" else by_func)(objective, trainable)
         if self._way == "autograd":
-            return by_autograd(objective, trainable)
+            return self._by_autograd(objective, trainable)
         try:
             return by_func(objective, trainable)
         except (ValuesNeededError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
+            if _OUTSIDE in str(error):
+                raise  # torch.autograd would write there
             refusal = error
         try:
-            found = by_autograd(objective, trainable)
+            found = self._by_autograd(objective, trainable)
         except Exception as error:
             # What fails both ways is a mistake of the function's own, which torch.func may have hidden.
             raise (error if _is_refusal(refusal) else refusal) from None
@@ -89,6 +99,15 @@ class Differentiation:
             raise ValuesNeededError(f"The trace of {self._who} holds two forward passes. Trace it again.")
         return found
 
+    def _by_autograd(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+        try:
+            return by_autograd(objective, trainable, whole=self._whole)
+        except RuntimeError as error:
+            if self._whole or _REENTRANT not in str(error):
+                raise
+        self._whole = True
+        return by_autograd(objective, trainable, whole=True)
+
 
 def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
     """Gradients inside ``torch.func``, which nest in its other transforms.
@@ -102,16 +121,22 @@ def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
         what the objective returned beside its value.
     """
     if torch.compiler.is_dynamo_compiling():  # cannot follow torch.autograd.grad inside a transform
-        grads, aux = torch.func.grad(objective, has_aux=True)(trainable)
+
+        def plain(trainable: Any) -> tuple[Tensor, Any]:
+            value, _, aux = objective(trainable, lambda value: None, False)
+            return value, aux
+
+        grads, aux = torch.func.grad(plain, has_aux=True)(trainable)
         return grads, tree.map(lambda _: True, grads), aux
     used: Any = None
 
     def differentiated(trainable: Any) -> tuple[Tensor, Any]:
         nonlocal used
-        value, aux = objective(trainable)
         # torch.func.grad replaces an absent gradient by zeros, and nothing says which were absent. The graph of the
         # backward pass is kept for the transforms and the autograd around this one.
-        grads, used = _grads(value, trainable, create_graph=True)
+        value, (grads, used), aux = objective(
+            trainable, lambda value: _grads(value, trainable, _found(value, trainable, create_graph=True)), False
+        )
         return value, (grads, aux)
 
     found: Any = torch.func.vjp(differentiated, trainable, has_aux=True)
@@ -119,11 +144,11 @@ def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
     return grads, used, aux
 
 
-def by_autograd(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
-    """Gradients by ``torch.autograd.grad``, which takes all that a plain PyTorch loop takes.
+def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) -> tuple[Any, Any, Any]:
+    """Gradients by ``torch.autograd``, which takes all that a plain PyTorch loop takes.
 
     Arguments and results are those of ``by_func``. Nothing outside changes: no tensor gets a ``grad``, and the graph is
-    freed.
+    freed. With ``whole`` the backward pass is that of ``torch.autograd.backward``, which reentrant checkpoints need.
 
     Raises:
         ValueError: If a transform of ``torch.func`` surrounds the call, or a graph of autograd leads to the parameters:
@@ -131,8 +156,18 @@ def by_autograd(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
     """
     with torch.enable_grad():
         leaves = tree.map(lambda parameter: parameter.detach().requires_grad_(), trainable)
-        value, aux = objective(leaves)
-        grads, used = _grads(value, leaves, create_graph=False)
+
+        def find(value: Tensor) -> Any:
+            if whole:
+                _backward(value, leaves)
+                found = [None] * len(tree.leaves(leaves))
+            else:
+                found = _found(value, leaves, create_graph=False)
+            # A backward pass inside of the loss left its part there, as in a plain loop.
+            earlier = [leaf.grad for leaf in tree.leaves(leaves)]
+            return _grads(value, leaves, [_sum(*pair) for pair in zip(earlier, found, strict=True)])
+
+        _, (grads, used), aux = objective(leaves, find, True)
     return grads, used, tree.map(torch.detach, aux)
 
 
@@ -154,18 +189,58 @@ def _is_inference(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
-def _grads(value: Tensor, trainable: Any, *, create_graph: bool) -> tuple[Any, Any]:
+def _grads(value: Tensor, trainable: Any, found: Any) -> tuple[Any, Any]:
     leaves, structure = tree.flatten(trainable)
-    found: Any = [None] * len(leaves)
-    if value.requires_grad:
-        found = torch.autograd.grad(value, leaves, create_graph=create_graph, allow_unused=True)
     grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
-    return tree.unflatten(structure, grads), tree.unflatten(structure, [grad is not None for grad in found])
+    dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
+    return tree.unflatten(structure, dense), tree.unflatten(structure, [grad is not None for grad in found])
+
+
+def _found(value: Tensor, trainable: Any, *, create_graph: bool) -> list[Tensor | None]:
+    leaves = tree.leaves(trainable)
+    if not value.requires_grad:
+        return [None] * len(leaves)
+    # A loss may freeze a parameter.
+    reached = iter(
+        torch.autograd.grad(
+            value, [leaf for leaf in leaves if leaf.requires_grad], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(reached) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _sum(earlier: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if earlier is None or grad is None:
+        return grad if earlier is None else earlier
+    return earlier + grad
+
+
+def _backward(value: Tensor, trainable: Any) -> None:
+    """The backward pass to all leaves of the graph, of which only ``trainable`` keep what it finds."""
+    if not value.requires_grad:
+        return
+    ours = set(map(id, tree.leaves(trainable)))
+    others, seen, todo = [], set[Any](), [value.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [part for part, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
+            others.append((leaf, leaf.grad))
+            leaf.grad = None
+    try:
+        torch.autograd.backward(value)
+    finally:
+        for leaf, grad in others:
+            leaf.grad = grad
 
 
 def _is_differentiated(values: Any) -> bool:
     """Whether a transform of torch.func surrounds this call, or autograd records what is computed from the values."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if is_transformed():
         return True
     return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(values))
 

@@ -15,7 +15,7 @@ from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
 from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
-from fxtrain.step.differentiate import Differentiate, Differentiation, ordinary, outside_inference_mode
+from fxtrain.step.differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode
 from fxtrain.step.returned import loss_and_metrics
 
 
@@ -110,16 +110,30 @@ def gradients(
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
 
-        def objective(trainable: Any) -> tuple[Tensor, tuple[dict[str, Any], Any, Any]]:
-            params = model.merge(state.params, trainable, wrt)
+        def objective(trainable: Any, find: Find, apart: bool) -> tuple[Tensor, Any, Any]:
+            params, inputs = model.merge(state.params, trainable, wrt), batch
+            if apart:  # what a loss does to a frozen parameter or to the batch itself stays inside
+                frozen = tree.map(torch.detach, state.params)
+                params = model.merge(frozen, trainable, wrt)
+                inputs = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch)
+
+            def finish(result: Any) -> tuple[Tensor, Any, Any]:
+                with policy.backward(state.step.device):
+                    loss, measured, weight = loss_and_metrics(loss_fn, result)
+                    if torch.compiler.is_dynamo_compiling() and _is_unreached(loss, trainable):
+                        raise ValueError(
+                            "expected a loss that depends on a trainable parameter, got one that reaches none"
+                        )
+                    metrics = policy.cast_output({"loss": loss, **measured})
+                    loss = metrics["loss"]
+                    value = loss if scale is None else loss * scale
+                    return value, find(value), (metrics, () if weight is None else (weight,))
+
             with policy.autocast(state.step.device):
-                result, buffers = model.call(params, state.buffers, loss_fn, batch, train=True, key=key, check=True)
-            loss, measured, weight = loss_and_metrics(loss_fn, result)
-            if torch.compiler.is_dynamo_compiling() and _is_unreached(loss, trainable):
-                raise ValueError("expected a loss that depends on a trainable parameter, got one that reaches none")
-            metrics = policy.cast_output({"loss": loss, **measured})
-            loss = metrics["loss"]
-            return (loss if scale is None else loss * scale), (metrics, buffers, () if weight is None else (weight,))
+                (value, found, (metrics, weights)), buffers = model.call(
+                    params, state.buffers, loss_fn, inputs, train=True, key=key, check=True, finish=finish
+                )
+            return value, found, (metrics, buffers, weights)
 
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
