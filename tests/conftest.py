@@ -35,3 +35,11 @@ def own_handler():
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     yield received
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def double():
+    """Float64 by default: torch.optim keeps its counts, and what it derives from them, in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

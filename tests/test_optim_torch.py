@@ -46,14 +46,6 @@ TABLE = [(name, options) for name, cases in CASES.items() for options in cases]
 IDS = [f"{name} {options}" for name, options in TABLE]
 
 
-@pytest.fixture
-def double():
-    """torch.optim keeps its counts, and what it derives from them, in the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def draw(seed, shapes, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, dtype=dtype, generator=generator) for name, shape in shapes.items()}

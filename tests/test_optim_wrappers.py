@@ -311,7 +311,8 @@ class TestPrecision:
     def test_adafactor_still_averages_after_many_steps(self, count):
         params = torch.ones(3)
         tx = optim.scale_by_factored_rms()
-        state = tx.init(params)._replace(count=torch.tensor(count))
+        state = tx.init(params)
+        state = state._replace(count=state.count + count)
         _, state = tx.update(params, state)
         assert state.v.tolist() == pytest.approx([(count + 1) ** -0.8] * 3, rel=1e-5, abs=0)
 

@@ -30,6 +30,7 @@ def read_by_vectors(function, *arguments):
         for node in graph.nodes
         if isinstance(value := node.meta.get("val"), torch.Tensor) and value.numel() > 1
         for source in node.all_input_nodes
+        if isinstance(source.meta["val"], torch.Tensor)  # and not the numbers of a vector, which is kept
         if source.meta["val"].dtype == torch.float64 or (source.meta["val"].numel() == 1 and _is_derived(source))
     ]
 
@@ -38,7 +39,8 @@ def _is_derived(node):
     """Whether a scalar is computed of float64 ones where it is read."""
     if node.op != "call_function" or "once" in str(node.target):
         return False
-    return any(source.meta["val"].dtype == torch.float64 or _is_derived(source) for source in node.all_input_nodes)
+    sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], torch.Tensor)]
+    return any(source.meta["val"].dtype == torch.float64 or _is_derived(source) for source in sources)
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -50,6 +52,20 @@ def test_a_schedule_is_computed_once(name):
         return tx.update(grads, state, weights)
 
     assert read_by_vectors(update, params, tx.init(params), params) == []
+
+
+def test_bias_corrections_are_computed_as_one_vector():
+    tx, params = optim.adam(0.1), {"a": torch.ones(64), "b": torch.ones(64)}
+
+    def update(grads, state, weights):
+        return tx.update(grads, state, weights)
+
+    graph = with_scalars_once(make_fx(update, tracing_mode="fake")(params, tx.init(params), params).graph)
+    corrections = [node for node in graph.nodes if "expm1" in str(node.target)]
+    assert [tuple(node.meta["val"].shape) for node in corrections] == [(2,), (2,)]
+    parted = [node.all_input_nodes[0] for node in graph.nodes if "unbind" in str(node.target)]
+    assert len(parted) == 2
+    assert all("once" in str(source.target) for source in parted)
 
 
 @pytest.mark.parametrize("name", AVERAGES)

@@ -45,7 +45,7 @@ def with_scalars_once(graph: Any) -> Any:
         if not is_double and node.target._opname not in _LONG and long.isdisjoint(node.all_input_nodes):
             continue
         long.add(node)
-        readers = [user for user in node.users if _size(user) >= _MANY * max(value.numel(), 1)]
+        readers = [user for user in node.users if _picks(user) or _size(user) >= _MANY * max(value.numel(), 1)]
         if not readers or memory_of(value) in written:
             continue
         with graph.inserting_after(node):
@@ -60,6 +60,11 @@ def _is_elementwise(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return torch.Tag.pointwise in target.tags or target._opname in _SAME_NUMBERS
+
+
+def _picks(node: Any) -> bool:
+    """Whether a node takes single numbers out of a vector, such as the bias corrections of all parameters."""
+    return node.target in (torch.ops.aten.select.int, torch.ops.aten.unbind.int)
 
 
 def _size(node: Any) -> int:

@@ -11,7 +11,8 @@ from fxtrain import tree
 from fxtrain.core import TrainState, matching
 from fxtrain.model.architecture import model_of
 from fxtrain.model.init import init_optimizer
-from fxtrain.optim.nodes import as_code, as_name, children, leaf_paths
+from fxtrain.optim import PerParameter
+from fxtrain.optim.nodes import as_code, as_name, children, leaf_paths, rebuilt
 
 
 def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
@@ -21,10 +22,11 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     selection recompiles the step. Optimizer state is kept for parameters that stay trainable, and initialized for newly
     unfrozen ones.
 
-    In mid-run that is refused for optimizers with one count of updates for all parameters, as Adam's: corrected for a
-    start that is long past, the first steps of an unfrozen parameter would be up to several times too large.
-    ``fxtrain.optim.unfreeze`` counts for each phase, in one graph, and computes all gradients. To restart the optimizer
-    state of all parameters, give ``state.replace(opt_state=())``.
+    Optimizers count the updates of each parameter, so a newly unfrozen one gets the steps of a fresh optimizer, as in
+    ``torch.optim``; schedules go on. A transformation of your own with one count of updates for all parameters refuses
+    newly unfrozen ones in mid-run, because a correction for a start that is long past would make their first steps
+    several times too large; ``fxtrain.optim.start_counts`` counts for each parameter. To restart the optimizer state of
+    all parameters, give ``state.replace(opt_state=())``.
 
     Args:
         state: Any state with a model.
@@ -52,8 +54,7 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     chosen = {able[i] for i in matching(able, parameters, "parameter that can be trained")}
     narrowed = model_of(state).training_only(tree.unflatten(structure, [name in chosen for name in names]))
     fresh = init_optimizer(tx, narrowed.split(state.params))
-    known = dict(zip(tree.paths(state.opt_state), tree.leaves(state.opt_state), strict=True))
-    opt_state = tree.map_with_path(lambda path, leaf: _kept(known.get(path), leaf), fresh)
+    opt_state = _carried(state.opt_state, fresh)
     _refuse_shared_counts(opt_state, {id(leaf) for leaf in tree.leaves(fresh)})
     return state.replace(model=narrowed, opt_state=opt_state)
 
@@ -62,8 +63,19 @@ def _can_be_trained(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def _kept(old: Tensor | None, new: Tensor) -> Tensor:
-    return old if old is not None and old.shape == new.shape and old.dtype == new.dtype else new
+def _carried(old: Any, fresh: Any) -> Any:
+    """The fresh optimizer state, with what the old one has at the same places."""
+    if isinstance(fresh, PerParameter):
+        return fresh.updated(old) if isinstance(old, PerParameter) and _is_like(old.values, fresh.values, 1) else fresh
+    inner = children(fresh)
+    if inner is None:
+        return old if isinstance(old, Tensor) and _is_like(old, fresh) else fresh
+    kept = dict(children(old) or ())
+    return rebuilt(fresh, [_carried(kept.get(key), child) for key, child in inner])
+
+
+def _is_like(old: Tensor, new: Tensor, first_dim: int = 0) -> bool:
+    return old.shape[first_dim:] == new.shape[first_dim:] and old.dtype == new.dtype
 
 
 def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
@@ -90,7 +102,7 @@ def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
                     f"with_trainable: expected parameters trained from the optimizer's first update on, got "
                     f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
                     f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
-                    "counts for each phase, or restart the optimizer state of all parameters: "
+                    "counts for each phase, count by fxtrain.optim.start_counts, or restart the optimizer state: "
                     "with_trainable(state.replace(opt_state=()), ...)."
                 )
 

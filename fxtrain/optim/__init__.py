@@ -60,6 +60,9 @@ from fxtrain.optim.nadam import ScaleByNadamState as ScaleByNadamState
 from fxtrain.optim.nadam import nadam as nadam
 from fxtrain.optim.nadam import scale_by_nadam as scale_by_nadam
 from fxtrain.optim.nodes import MaskedNode as MaskedNode
+from fxtrain.optim.per_parameter import PerParameter as PerParameter
+from fxtrain.optim.per_parameter import per_parameter as per_parameter
+from fxtrain.optim.per_parameter import start_counts as start_counts
 from fxtrain.optim.radam import radam as radam
 from fxtrain.optim.radam import scale_by_radam as scale_by_radam
 from fxtrain.optim.rmsprop import ScaleByRmsState as ScaleByRmsState
@@ -87,3 +90,4 @@ from fxtrain.optim.transform import chain as chain
 from fxtrain.optim.transform import identity as identity
 from fxtrain.optim.transform import set_to_zero as set_to_zero
 from fxtrain.optim.transform import stateless as stateless
+from fxtrain.optim.unused import update_used as update_used

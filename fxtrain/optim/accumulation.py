@@ -24,7 +24,7 @@ class EveryKState(NamedTuple):
     seen: Tensor  # int64 []: gradients since the last one
     mean: Any  # like the parameters: the mean of these
     inner_state: Any  # of the wrapped transformation
-    AGES = ("seen",)  # the mean begins at zero wherever no gradient has been seen
+    AGES = ()  # a mean begins at zero, and a parameter that joins in the middle has had gradients of zero
 
 
 def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> GradientTransformation:

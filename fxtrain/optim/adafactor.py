@@ -21,13 +21,13 @@ from fxtrain.optim.leaves import (
     real_full,
     refuse_paths,
     squared,
-    start_count,
     wide,
     widest,
 )
 from fxtrain.optim.masking import Mask
 from fxtrain.optim.momentum import ema
 from fxtrain.optim.nodes import MaskedNode, leaf_paths
+from fxtrain.optim.per_parameter import PerParameter, start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale, scale_by_learning_rate, scale_by_param_block_rms
 from fxtrain.optim.transform import GradientTransformation, chain
 
@@ -35,7 +35,7 @@ from fxtrain.optim.transform import GradientTransformation, chain
 class FactoredState(NamedTuple):
     """The memory of ``scale_by_factored_rms``. A parameter has either a row and a column, or a whole ``v``."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     v_row: Any  # the parameter's shape without its largest dimension, real, float32 at least
     v_col: Any  # the parameter's shape without its second largest dimension, real, float32 at least
     v: Any  # the parameter's shape, real, float32 at least
@@ -86,7 +86,7 @@ def scale_by_factored_rms(
         leaves, structure = tree.flatten(real_full(params))
         found = [(leaf, dims(leaf)) for leaf in leaves]
         return FactoredState(
-            start_count(params),
+            start_counts(params),
             tree.unflatten(structure, [without(leaf, at[1]) if at else MaskedNode() for leaf, at in found]),
             tree.unflatten(structure, [without(leaf, at[0]) if at else MaskedNode() for leaf, at in found]),
             tree.unflatten(structure, [MaskedNode() if at else leaf for leaf, at in found]),
@@ -101,9 +101,9 @@ def scale_by_factored_rms(
         new: tuple[list[Tensor], ...] = ([], [], [])
         results: list[Tensor] = []
         count = opt_state.count + 1
-        share = (count - decay_offset).to(widest(updates)) ** -decay_rate
+        shares = (count.values - decay_offset).to(widest(updates)) ** -decay_rate
 
-        for path, leaf in zip(paths, leaves, strict=True):
+        for path, leaf, share in zip(paths, leaves, shares.unbind(), strict=True):
             floor = torch.finfo(leaf.dtype).eps if eps is None else eps
             update = wide(leaf)
             square = squared(update) if clamp else squared(update) + floor

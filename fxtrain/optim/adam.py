@@ -20,16 +20,17 @@ from fxtrain.optim.decay import add_decayed_weights
 from fxtrain.optim.leaves import (
     Scalar,
     bias_correction,
+    bias_corrections,
     debiased,
     map_with_memory,
     moving_average,
     real_full,
     squared,
-    start_count,
     widest,
     zeros,
 )
 from fxtrain.optim.masking import Mask
+from fxtrain.optim.per_parameter import PerParameter, start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale_by_learning_rate, scale_by_trust_ratio
 from fxtrain.optim.transform import GradientTransformation, chain
 
@@ -37,7 +38,7 @@ from fxtrain.optim.transform import GradientTransformation, chain
 class ScaleByAdamState(NamedTuple):
     """The memory of Adam and its kin."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: first moment
     nu: Any  # like the parameters, real, float32 at least: second moment
 
@@ -45,7 +46,7 @@ class ScaleByAdamState(NamedTuple):
 class ScaleByAmsgradState(NamedTuple):
     """The memory of AMSGrad."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: first moment
     nu: Any  # like the parameters, real, float32 at least: second moment
     nu_max: Any  # like nu: its largest value so far
@@ -66,15 +67,16 @@ def scale_by_adam(
 
     def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
         count = opt_state.count + 1
-        moment = debiased(b1, count, widest(updates), nesterov)
-        correction = bias_correction(b2, count, widest(updates))
+        dtype = widest(updates)
+        second = bias_correction(b2, count.values, dtype)
+        first = bias_corrections(b1, count.values, dtype, nesterov)
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, ...]:
+        def rule(update: Tensor, mu: Tensor, nu: Tensor, second: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
             mu = moving_average(update, mu, b1)
             nu = moving_average(squared(update), nu, b2)
-            return moment(update, mu) / ((nu / correction + eps_root).sqrt() + eps), mu, nu
+            return debiased(update, mu, b1, *first) / ((nu / second + eps_root).sqrt() + eps), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu)
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[second, *first])
         return updates, ScaleByAdamState(count, mu, nu)
 
     def init(params: Any) -> ScaleByAdamState:
@@ -114,17 +116,20 @@ def scale_by_amsgrad(
 
     def update(updates: Any, opt_state: ScaleByAmsgradState, params: Any = None) -> tuple[Any, ScaleByAmsgradState]:
         count = opt_state.count + 1
-        moment = debiased(b1, count, widest(updates), nesterov=False)
-        correction = bias_correction(b2, count, widest(updates))
+        numbers = [bias_correction(decay, count.values, widest(updates)) for decay in (b1, b2)]
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor, nu_max: Tensor) -> tuple[Tensor, ...]:
+        def rule(
+            update: Tensor, mu: Tensor, nu: Tensor, nu_max: Tensor, first: Tensor, second: Tensor
+        ) -> tuple[Tensor, ...]:
             mu = moving_average(update, mu, b1)
             nu = moving_average(squared(update), nu, b2)
-            nu_max = torch.maximum(nu_max, nu if correct_maximum else nu / correction)
-            root = (nu_max / correction if correct_maximum else nu_max) + eps_root
-            return moment(update, mu) / (root.sqrt() + eps), mu, nu, nu_max
+            nu_max = torch.maximum(nu_max, nu if correct_maximum else nu / second)
+            root = (nu_max / second if correct_maximum else nu_max) + eps_root
+            return mu / first / (root.sqrt() + eps), mu, nu, nu_max
 
-        updates, mu, nu, nu_max = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, opt_state.nu_max)
+        updates, mu, nu, nu_max = map_with_memory(
+            rule, updates, opt_state.mu, opt_state.nu, opt_state.nu_max, numbers=numbers
+        )
         return updates, ScaleByAmsgradState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
@@ -137,14 +142,14 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
 
     def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
         count = opt_state.count + 1
-        correction = bias_correction(b1, count, widest(updates))
+        first = bias_correction(b1, count.values, widest(updates))
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, ...]:
+        def rule(update: Tensor, mu: Tensor, nu: Tensor, first: Tensor) -> tuple[Tensor, ...]:
             mu = moving_average(update, mu, b1)
             nu = torch.maximum(b2 * nu, update.abs() + eps)
-            return mu / correction / nu, mu, nu
+            return mu / first / nu, mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu)
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
         return updates, ScaleByAdamState(count, mu, nu)
 
     def init(params: Any) -> ScaleByAdamState:
@@ -229,8 +234,8 @@ def adamw(
         >>> tx = adamw(3e-4, weight_decay=0.1, mask=lambda path, leaf: leaf.ndim > 1)
         >>> params = {"bias": torch.zeros(2), "weight": torch.zeros(2, 2)}
         >>> state = tx.init(params)
-        >>> int(state[0].count), sorted(state[0].mu)
-        (0, ['bias', 'weight'])
+        >>> state[0].count.values, sorted(state[0].mu)
+        (tensor([0, 0]), ['bias', 'weight'])
 
     References:
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
@@ -304,4 +309,4 @@ def _adam(
 
 
 def _start(params: Any, mu_dtype: torch.dtype | None) -> ScaleByAdamState:
-    return ScaleByAdamState(start_count(params), zeros(params, dtype=mu_dtype), real_full(params))
+    return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))

@@ -7,7 +7,7 @@ tensors of float32 at least, whatever they are kept in, and its results are roun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,13 +47,16 @@ def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Any, ot
     return tree.unflatten(structure, _narrowed([rule(value, other) for value, other in pairs], leaves))
 
 
-def map_with_memory(rule: Callable[..., tuple[Tensor, ...]], updates: Any, *memory: Any) -> tuple[Any, ...]:
-    """The trees of ``rule(update, *memory) -> (update, *memory)``.
+def map_with_memory(
+    rule: Callable[..., tuple[Tensor, ...]], updates: Any, *memory: Any, numbers: Sequence[Tensor] = ()
+) -> tuple[Any, ...]:
+    """The trees of ``rule(update, *memory, *numbers) -> (update, *memory)``.
 
     Args:
         rule: Of one update and of what is remembered of it: tensors of its shape, in float32 at least.
         updates: Pytree of tensors.
         memory: Pytrees like ``updates``, whose dtypes may differ.
+        numbers: Vectors with one number for each leaf, as ``PerParameter`` keeps; a rule sees its own, of shape [].
 
     Raises:
         ValueError: If the trees or the shapes of their leaves differ. The message names the path.
@@ -62,8 +65,8 @@ def map_with_memory(rule: Callable[..., tuple[Tensor, ...]], updates: Any, *memo
     leaves = flat[0][0]
     for remembered, (kept, _) in zip(memory, flat[1:], strict=True):
         _refuse_mismatch("updates", updates, leaves, "the optimizer's memory", remembered, kept)
-    rows = zip(*(_widened(column) for column, _ in flat), strict=True)
-    results = [rule(*row) for row in rows]
+    columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
+    results = [rule(*row) for row in zip(*columns, strict=True)]
     return tuple(
         tree.unflatten(structure, _narrowed([result[index] for result in results], column))
         for index, (column, structure) in enumerate(flat)
@@ -158,20 +161,24 @@ def log_decay(decay: Scalar) -> Scalar:
 
 
 def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - decay^count``, by which an average that began at zero is divided.
+    """``1 - decay^count``, by which an average that began at zero is divided, element by element.
 
     It is taken as ``-expm1(count log(decay))``: in float32 the difference itself loses five digits at first.
     """
     return -torch.expm1(count.to(dtype) * log_decay(decay))
 
 
-def debiased(decay: Scalar, count: Tensor, dtype: torch.dtype, nesterov: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """From an update and the average that holds it to the average without the bias of its start, or one step ahead."""
-    correction = bias_correction(decay, count, dtype)
-    if not nesterov:
-        return lambda update, average: average / correction
-    ahead = bias_correction(decay, count + 1, dtype)
-    return lambda update, average: moving_average(update / correction, average / ahead, decay)
+def bias_corrections(decay: Scalar, count: Tensor, dtype: torch.dtype, nesterov: bool) -> list[Tensor]:
+    """The correction at this count and, for Nesterov's momentum, at the next: what ``debiased`` takes."""
+    counts = (count, count + 1) if nesterov else (count,)
+    return [bias_correction(decay, number, dtype) for number in counts]
+
+
+def debiased(update: Tensor, average: Tensor, decay: Scalar, correction: Tensor, ahead: Tensor | None = None) -> Tensor:
+    """The average, which includes the update, without the bias of its start; with ``ahead``, one step further."""
+    if ahead is None:
+        return average / correction
+    return moving_average(update / correction, average / ahead, decay)
 
 
 def at_least(value: Tensor, bound: Scalar) -> Tensor:

@@ -15,13 +15,14 @@ from fxtrain.optim.decay import add_decayed_weights
 from fxtrain.optim.leaves import (
     Scalar,
     bias_correction,
+    debiased,
     map_with_memory,
     moving_average,
-    start_count,
     widest,
     zeros,
 )
 from fxtrain.optim.masking import Mask
+from fxtrain.optim.per_parameter import PerParameter, start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim.transform import GradientTransformation, chain
 
@@ -35,14 +36,14 @@ class TraceState(NamedTuple):
 class DampenedTraceState(NamedTuple):
     """The memory of a dampened ``trace``."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     trace: Any  # like the parameters
 
 
 class EmaState(NamedTuple):
     """The memory of ``ema``."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     ema: Any  # like the parameters
 
 
@@ -99,16 +100,16 @@ def _dampened_trace(
         raise ValueError("nesterov=True with dampening: Nesterov's momentum is defined without it; leave one out.")
 
     def init(params: Any) -> DampenedTraceState:
-        return DampenedTraceState(start_count(params), zeros(params, dtype=dtype))
+        return DampenedTraceState(start_counts(params), zeros(params, dtype=dtype))
 
     def update(updates: Any, opt_state: DampenedTraceState, params: Any = None) -> tuple[Any, DampenedTraceState]:
-        share = 1 - dampening * (opt_state.count > 0).to(widest(updates))
+        share = 1 - dampening * (opt_state.count.values > 0).to(widest(updates))
 
-        def rule(update: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        def rule(update: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
             total = share * update + decay * total
             return total, total
 
-        updates, total = map_with_memory(rule, updates, opt_state.trace)
+        updates, total = map_with_memory(rule, updates, opt_state.trace, numbers=[share])
         return updates, DampenedTraceState(opt_state.count + 1, total)
 
     return GradientTransformation(init, update)
@@ -127,17 +128,17 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
     checks.decay_rate(decay=decay)
 
     def init(params: Any) -> EmaState:
-        return EmaState(start_count(params), zeros(params, dtype=accumulator_dtype))
+        return EmaState(start_counts(params), zeros(params, dtype=accumulator_dtype))
 
     def update(updates: Any, opt_state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
         count = opt_state.count + 1
-        correction = bias_correction(decay, count, widest(updates)) if debias else 1.0
+        corrections = [bias_correction(decay, count.values, widest(updates))] if debias else []
 
-        def rule(update: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        def rule(update: Tensor, average: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
             average = moving_average(update, average, decay)
-            return average / correction, average
+            return debiased(update, average, decay, *corrections) if debias else average, average
 
-        updates, average = map_with_memory(rule, updates, opt_state.ema)
+        updates, average = map_with_memory(rule, updates, opt_state.ema, numbers=corrections)
         return updates, EmaState(count, average)
 
     return GradientTransformation(init, update)

@@ -18,16 +18,17 @@ from fxtrain.optim.adam import adamw
 from fxtrain.optim.decay import add_decayed_weights
 from fxtrain.optim.leaves import (
     Scalar,
+    bias_corrections,
     debiased,
     map_updates,
     map_with_memory,
     moving_average,
-    start_count,
     widest,
     zeros,
 )
 from fxtrain.optim.masking import Labels, Mask, partition
 from fxtrain.optim.nodes import as_code, leaf_paths
+from fxtrain.optim.per_parameter import PerParameter, start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim.transform import GradientTransformation, chain, stateless
 
@@ -41,7 +42,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class ScaleByMuonState(NamedTuple):
     """The memory of Muon."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: first moment
 
 
@@ -125,22 +126,23 @@ def scale_by_muon(
                     f"params{as_code(path)} has shape {list(leaf.shape)}, and scale_by_muon takes matrices: "
                     "muon gives the rest to AdamW, and masked and partition leave it out."
                 )
-        return ScaleByMuonState(start_count(params), zeros(params, dtype=mu_dtype))
+        return ScaleByMuonState(start_counts(params), zeros(params, dtype=mu_dtype))
 
     def update(updates: Any, opt_state: ScaleByMuonState, params: Any = None) -> tuple[Any, ScaleByMuonState]:
         count = opt_state.count + 1
-        corrected = debiased(beta, count, widest(updates), nesterov)
+        corrections = bias_corrections(beta, count.values, widest(updates), nesterov) if bias_correction else []
 
-        def moment(update: Tensor, mu: Tensor) -> Tensor:
+        def moment(update: Tensor, mu: Tensor, corrections: Sequence[Tensor]) -> Tensor:
             if bias_correction:
-                return corrected(update, mu)
+                return debiased(update, mu, beta, *corrections)
             return moving_average(update, mu, beta) if nesterov else mu
 
-        def rule(update: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        def rule(update: Tensor, mu: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
             mu = moving_average(update, mu, beta)
-            return orthogonalize(moment(update, mu), ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
+            matrix = moment(update, mu, corrections)
+            return orthogonalize(matrix, ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
 
-        updates, mu = map_with_memory(rule, updates, opt_state.mu)
+        updates, mu = map_with_memory(rule, updates, opt_state.mu, numbers=corrections)
         return updates, ScaleByMuonState(count, mu)
 
     return GradientTransformation(init, update)

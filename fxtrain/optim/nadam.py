@@ -16,15 +16,14 @@ from fxtrain.optim.adam import adam
 from fxtrain.optim.leaves import (
     Scalar,
     bias_correction,
-    device_of,
     map_with_memory,
     moving_average,
     real_full,
     squared,
-    start_count,
     widest,
     zeros,
 )
+from fxtrain.optim.per_parameter import PerParameter, per_parameter, start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim.transform import GradientTransformation, chain
 
@@ -32,8 +31,8 @@ from fxtrain.optim.transform import GradientTransformation, chain
 class ScaleByNadamState(NamedTuple):
     """The memory of NAdam with a momentum schedule."""
 
-    count: Tensor  # int64 []: updates made
-    momentum_product: Tensor  # float32 [], or float64: the product of all momenta so far
+    count: PerParameter  # int64 [parameters]: updates of each
+    momentum_product: PerParameter  # float32 [parameters], or float64: the product of all momenta so far
     mu: Any  # like the parameters: first moment
     nu: Any  # like the parameters, real, float32 at least: second moment
 
@@ -66,27 +65,32 @@ def scale_by_nadam(
     checks.non_negative(eps=eps, momentum_decay=momentum_decay)
 
     def init(params: Any) -> ScaleByNadamState:
-        product = torch.ones((), dtype=widest(params), device=device_of(params))
-        return ScaleByNadamState(start_count(params), product, zeros(params, dtype=mu_dtype), real_full(params))
+        product = per_parameter(params, 1, dtype=widest(params))
+        return ScaleByNadamState(start_counts(params), product, zeros(params, dtype=mu_dtype), real_full(params))
 
     def momentum(count: Tensor, dtype: torch.dtype) -> Tensor:
         return b1 * (1 - 0.5 * torch.exp(count.to(dtype) * math.log(0.96) * momentum_decay))
 
     def update(updates: Any, opt_state: ScaleByNadamState, params: Any = None) -> tuple[Any, ScaleByNadamState]:
         count = opt_state.count + 1
-        dtype = opt_state.momentum_product.dtype
-        now, ahead = momentum(count, dtype), momentum(count + 1, dtype)
-        product = opt_state.momentum_product * now
-        of_update, of_mu = (1 - now) / (1 - product), ahead / (1 - product * ahead)
-        correction = bias_correction(b2, count, dtype)
+        previous = opt_state.momentum_product.values
+        now, ahead = (momentum(number, previous.dtype) for number in (count.values, count.values + 1))
+        product = previous * now
+        numbers = (
+            (1 - now) / (1 - product),
+            ahead / (1 - product * ahead),
+            bias_correction(b2, count.values, previous.dtype),
+        )
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, ...]:
+        def rule(
+            update: Tensor, mu: Tensor, nu: Tensor, of_update: Tensor, of_mu: Tensor, correction: Tensor
+        ) -> tuple[Tensor, ...]:
             mu = moving_average(update, mu, b1)
             nu = moving_average(squared(update), nu, b2)
             return (of_update * update + of_mu * mu) / ((nu / correction).sqrt() + eps), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu)
-        return updates, ScaleByNadamState(count, product, mu, nu)
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
+        return updates, ScaleByNadamState(count, opt_state.momentum_product.replace(product), mu, nu)
 
     return GradientTransformation(init, update)
 

@@ -17,10 +17,10 @@ from fxtrain.optim.leaves import (
     moving_average,
     real_full,
     squared,
-    start_count,
     widest,
     zeros,
 )
+from fxtrain.optim.per_parameter import start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim.transform import GradientTransformation, chain
 
@@ -52,22 +52,30 @@ def scale_by_radam(
     longest = 2 / (1 - b2) - 1
 
     def init(params: Any) -> ScaleByAdamState:
-        return ScaleByAdamState(start_count(params), zeros(params, dtype=mu_dtype), real_full(params))
+        return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))
 
     def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
         count = opt_state.count + 1
         dtype = widest(updates)
-        first, second = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)
+        first, second = (bias_correction(decay, count.values, dtype) for decay in (b1, b2))
         # A small difference of two large numbers, which float32 would not hold.
-        wide = wide_dtype(count.device)
-        unbiased = bias_correction(b2, count, wide)
-        length = longest - 2 * count.to(wide) * (1 - unbiased) / unbiased
+        wide = wide_dtype(count.values.device)
+        unbiased = bias_correction(b2, count.values, wide)
+        length = longest - 2 * count.values.to(wide) * (1 - unbiased) / unbiased
         rectified = length >= threshold
         # Where it is not used, the square root is of a number that is not negative.
         safe = torch.where(rectified, length, longest)
         factor = ((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)).sqrt().to(dtype)
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, ...]:
+        def rule(
+            update: Tensor,
+            mu: Tensor,
+            nu: Tensor,
+            first: Tensor,
+            second: Tensor,
+            rectified: Tensor,
+            factor: Tensor,
+        ) -> tuple[Tensor, ...]:
             mu = moving_average(update, mu, b1)
             nu = moving_average(squared(update), nu, b2)
             direction = mu / first
@@ -75,7 +83,8 @@ def scale_by_radam(
             scale = root + (eps / second.sqrt() if correct_eps else eps)
             return torch.where(rectified, factor * direction / scale, direction), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu)
+        numbers = (first, second, rectified, factor)
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
         return updates, ScaleByAdamState(count, mu, nu)
 
     return GradientTransformation(init, update)

@@ -18,12 +18,12 @@ from fxtrain.optim.leaves import (
     moving_average,
     real_full,
     squared,
-    start_count,
     wide,
     widest,
     zeros,
 )
 from fxtrain.optim.momentum import trace
+from fxtrain.optim.per_parameter import PerParameter, start_counts
 from fxtrain.optim.scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim.transform import GradientTransformation, chain
 
@@ -37,7 +37,7 @@ class ScaleByRmsState(NamedTuple):
 class ScaleByRmsWithCountState(NamedTuple):
     """The memory of ``scale_by_rms`` with bias correction."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     nu: Any  # like the parameters, real, float32 at least: average of squares
 
 
@@ -51,7 +51,7 @@ class ScaleByStddevState(NamedTuple):
 class ScaleByStddevWithCountState(NamedTuple):
     """The memory of ``scale_by_stddev`` with bias correction."""
 
-    count: Tensor  # int64 []: updates made
+    count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: average
     nu: Any  # like the parameters, real, float32 at least: average of squares
 
@@ -69,16 +69,16 @@ def scale_by_rms(
 
     def init(params: Any) -> ScaleByRmsState | ScaleByRmsWithCountState:
         nu = real_full(params, initial_scale)
-        return ScaleByRmsWithCountState(start_count(params), nu) if bias_correction else ScaleByRmsState(nu)
+        return ScaleByRmsWithCountState(start_counts(params), nu) if bias_correction else ScaleByRmsState(nu)
 
     def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
-        count, correction = _correction(bias_correction, decay, opt_state, updates)
+        count, corrections = _corrections(bias_correction, decay, opt_state, updates)
 
-        def rule(update: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
+        def rule(update: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, Tensor]:
             nu = moving_average(squared(update), nu, decay)
             return _over_root(update, nu / correction, eps, eps_in_sqrt), nu
 
-        updates, nu = map_with_memory(rule, updates, opt_state.nu)
+        updates, nu = map_with_memory(rule, updates, opt_state.nu, numbers=corrections)
         return updates, type(opt_state)(nu=nu, **count)
 
     return GradientTransformation(init, update)
@@ -99,18 +99,18 @@ def scale_by_stddev(
         # In half precision, the difference of the two averages would be lost with the lower bits of the first.
         mu, nu = zeros(tree.map(wide, params)), real_full(params, initial_scale)
         return (
-            ScaleByStddevWithCountState(start_count(params), mu, nu) if bias_correction else ScaleByStddevState(mu, nu)
+            ScaleByStddevWithCountState(start_counts(params), mu, nu) if bias_correction else ScaleByStddevState(mu, nu)
         )
 
     def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
-        count, correction = _correction(bias_correction, decay, opt_state, updates)
+        count, corrections = _corrections(bias_correction, decay, opt_state, updates)
 
-        def rule(update: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, ...]:
+        def rule(update: Tensor, mu: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, ...]:
             mu, nu = moving_average(update, mu, decay), moving_average(squared(update), nu, decay)
             variance = nu / correction - squared(mu / correction)
             return _over_root(update, variance, eps, eps_in_sqrt), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu)
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=corrections)
         return updates, type(opt_state)(mu=mu, nu=nu, **count)
 
     return GradientTransformation(init, update)
@@ -176,9 +176,11 @@ def _over_root(update: Tensor, square: Tensor, eps: Scalar, eps_in_sqrt: bool) -
     return update / ((square + eps).sqrt() if eps_in_sqrt else square.sqrt() + eps)
 
 
-def _correction(correct: bool, decay: Scalar, opt_state: Any, updates: Any) -> tuple[dict[str, Tensor], Scalar]:
-    """The new count, as a change of the state, and by what averages are divided."""
+def _corrections(
+    correct: bool, decay: Scalar, opt_state: Any, updates: Any
+) -> tuple[dict[str, PerParameter], list[Tensor]]:
+    """The new counts, as a change of the state, and the divisors of the averages."""
     if not correct:
-        return {}, 1.0
-    count = opt_state.count + 1
-    return {"count": count}, bias_correction(decay, count, widest(updates))
+        return {}, []
+    count: PerParameter = opt_state.count + 1
+    return {"count": count}, [bias_correction(decay, count.values, widest(updates))]

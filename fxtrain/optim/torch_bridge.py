@@ -19,15 +19,16 @@ from fxtrain.optim.adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from fxtrain.optim.clipping import clip_by_block_rms
 from fxtrain.optim.complex_values import split_real_and_imaginary
 from fxtrain.optim.decay import add_decayed_weights
-from fxtrain.optim.leaves import at_most, combine, map_updates, map_with_params, start_count, widest, zeros
+from fxtrain.optim.leaves import at_most, map_with_memory, start_count, widest, zeros
 from fxtrain.optim.momentum import trace
 from fxtrain.optim.muon import scale_by_muon, scale_by_shape
 from fxtrain.optim.nadam import scale_by_nadam
+from fxtrain.optim.per_parameter import PerParameter, per_parameter, start_counts
 from fxtrain.optim.radam import scale_by_radam
 from fxtrain.optim.rmsprop import scale_by_rms, scale_by_stddev
 from fxtrain.optim.rprop import rprop
-from fxtrain.optim.scaling import ScaleByScheduleState, scale, scale_by_learning_rate, scale_by_param_block_rms
-from fxtrain.optim.transform import GradientTransformation, apply_updates, chain
+from fxtrain.optim.scaling import scale, scale_by_learning_rate, scale_by_param_block_rms
+from fxtrain.optim.transform import GradientTransformation, chain
 
 Options = Mapping[str, Any]
 
@@ -35,8 +36,8 @@ Options = Mapping[str, Any]
 def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -> GradientTransformation:
     """The transformation that makes the steps of a ``torch.optim`` optimizer.
 
-    Its arguments, their defaults and their checks are those of the class. The steps agree to rounding. The memory
-    is smaller, as all parameters share one count, and in half precision finer: squares are kept in float32. It is
+    Its arguments, their defaults and their checks are those of the class. The steps agree to rounding. In half
+    precision squares are kept in float32. It is
     made of this package's own transformations, because torch's functions write into their arguments, read numbers
     back from the device, and so can be neither ``vmap``-ed nor, some of them, compiled into one graph.
 
@@ -129,7 +130,7 @@ def _adagrad(options: Options) -> GradientTransformation:
         initial_accumulator_value=options["initial_accumulator_value"], eps=options["eps"], eps_in_sqrt=False
     )
     if _is_set(options["lr_decay"]):
-        scaled = chain(scaled, _scale_by(lambda count: 1 / (1 + count * options["lr_decay"])))
+        scaled = chain(scaled, _scale_each(lambda updates, step: 1 / (1 + updates * options["lr_decay"])))
     return _with_decay(scaled, options)
 
 
@@ -146,9 +147,9 @@ def _adafactor(options: Options) -> GradientTransformation:
     eps, smallest_scale = options["eps"]
     rate = options["lr"]
 
-    def relative_step(count: Tensor) -> Tensor:
-        largest: Any = rate(count.long()) if callable(rate) else rate
-        return at_most(torch.rsqrt(count + 1), largest)
+    def relative_step(updates: Tensor, step: Tensor) -> Tensor:
+        largest: Any = rate(step) if callable(rate) else rate
+        return at_most(torch.rsqrt(updates + 1), largest)
 
     return chain(
         scale_by_factored_rms(
@@ -156,7 +157,7 @@ def _adafactor(options: Options) -> GradientTransformation:
         ),
         clip_by_block_rms(options["d"]),
         scale_by_param_block_rms(min_scale=smallest_scale),
-        _scale_by(relative_step),
+        _scale_each(relative_step),
         # The learning rate is a factor of the decay, and only a bound of the step.
         _decay_at(rate, options["weight_decay"]),
         scale(-1.0),
@@ -179,34 +180,37 @@ def _muon(options: Options) -> GradientTransformation:
 
 
 class AsgdState(NamedTuple):
-    """The memory of ``torch.optim.ASGD``."""
+    """The state of ``torch.optim.ASGD``."""
 
-    count: Tensor  # int64 []: updates made
+    step: Tensor  # int64 []: updates of the optimizer, which a schedule of the learning rate reads
+    count: PerParameter  # int64 [parameters]: updates of each
+    eta: PerParameter  # float32 [parameters], or float64: the next step size, for the learning rate of the last update
     ax: Any  # like the parameters: their average
+    AGES = ()  # the step is a schedule's, and each parameter has a count of its own
 
 
 def _asgd(options: Options) -> GradientTransformation:
     rate, lambd, alpha, start = options["lr"], options["lambd"], options["alpha"], options["t0"]
 
     def init(params: Any) -> AsgdState:
-        return AsgdState(start_count(params), zeros(params))
+        eta = per_parameter(params, dtype=widest(params))
+        return AsgdState(start_count(params), start_counts(params), eta, zeros(params))
 
     def update(updates: Any, opt_state: AsgdState, params: Any = None) -> tuple[Any, AsgdState]:
-        count = opt_state.count.to(widest(updates))
-        base = rate(opt_state.count) if callable(rate) else rate
-        step = base / (1 + lambd * base * count) ** alpha
+        if params is None:
+            raise ValueError("from_torch(ASGD) needs the parameters: call update(grads, opt_state, params).")
+        count = opt_state.count.values.to(widest(updates))
+        base: Any = rate(opt_state.step) if callable(rate) else rate
+        eta = torch.where(opt_state.count.values == 0, base, opt_state.eta.values)
         share = 1 / (count - start).clamp(min=1)
 
-        def rule(update: Tensor, param: Tensor) -> Tensor:
-            return -step * (update + lambd * param)
+        def rule(update: Tensor, param: Tensor, ax: Tensor, eta: Tensor, share: Tensor) -> tuple[Tensor, ...]:
+            update = -eta * (update + lambd * param)
+            return update, param, ax + share * (param + update - ax)
 
-        def average(mean: Tensor, param: Tensor) -> Tensor:
-            return mean + share * (param - mean)
-
-        steps = map_with_params(rule, "from_torch(ASGD)", updates, params)
-        moved = apply_updates(params, steps)
-        ax = combine(average, "the optimizer's memory", opt_state.ax, "params", moved)
-        return steps, AsgdState(opt_state.count + 1, ax)
+        steps, _, ax = map_with_memory(rule, updates, params, opt_state.ax, numbers=[eta, share])
+        following = opt_state.eta.replace((base / (1 + lambd * base * (count + 1)) ** alpha).to(eta.dtype))
+        return steps, AsgdState(opt_state.step + 1, opt_state.count + 1, following, ax)
 
     return chain(_l2(options), GradientTransformation(init, update))
 
@@ -229,15 +233,26 @@ def _decay_at(rate: Any, weight_decay: Any) -> GradientTransformation:
     return add_decayed_weights(rate * weight_decay)
 
 
-def _scale_by(factor: Callable[[Tensor], Tensor]) -> GradientTransformation:
-    """As ``scale_by_schedule``, with a count that is as precise as the parameters."""
+class StepSizeState(NamedTuple):
+    """The state of a step size that shrinks with the updates of each parameter."""
 
-    def update(updates: Any, opt_state: ScaleByScheduleState, params: Any = None) -> tuple[Any, ScaleByScheduleState]:
-        by = factor(opt_state.count.to(widest(updates)))
-        return map_updates(lambda update: by * update, updates), ScaleByScheduleState(opt_state.count + 1)
+    step: Tensor  # int64 []: updates of the optimizer, which a schedule of the learning rate reads
+    count: PerParameter  # int64 [parameters]: updates of each
 
-    def init(params: Any) -> ScaleByScheduleState:
-        return ScaleByScheduleState(start_count(params))
+
+def _scale_each(factor: Callable[[Tensor, Tensor], Tensor]) -> GradientTransformation:
+    """Each parameter's update times a factor of the updates it had before and of the optimizer's step."""
+
+    def rule(update: Tensor, by: Tensor) -> tuple[Tensor]:
+        return (by * update,)
+
+    def update(updates: Any, opt_state: StepSizeState, params: Any = None) -> tuple[Any, StepSizeState]:
+        factors = factor(opt_state.count.values.to(widest(updates)), opt_state.step)
+        (scaled,) = map_with_memory(rule, updates, numbers=[factors])
+        return scaled, StepSizeState(opt_state.step + 1, opt_state.count + 1)
+
+    def init(params: Any) -> StepSizeState:
+        return StepSizeState(start_count(params), start_counts(params))
 
     return GradientTransformation(init, update)
 

@@ -122,15 +122,23 @@ def train_step(
 
 
 def apply_gradients(
-    state: TrainState, grads: Any, tx: optim.GradientTransformation, *, wrt: str | None = None
+    state: TrainState,
+    grads: Any,
+    tx: optim.GradientTransformation,
+    *,
+    wrt: str | None = None,
+    used: Any = None,
 ) -> tuple[TrainState, Any]:
     """The state with its parameters moved, and the updates that moved them: the second piece of a step.
+
+    Unused parameters keep their values and their optimizer state, see ``fxtrain.optim.update_used``.
 
     Args:
         state: Any state with a model.
         grads: From ``gradients``.
         tx: As given to ``init``; with ``wrt``, for that entry.
         wrt: The entry of a dict of modules, as given to ``gradients``.
+        used: Pytree like ``grads`` of bools: which parameters got a gradient. None for all.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -144,8 +152,11 @@ def apply_gradients(
     model = model_of(state)
     trainable = model.split(state.params, wrt)
     memory = state.opt_state if wrt is None else state.opt_state[wrt]
-    updates, memory = tx.update(grads, memory, trainable)
-    params = model.merge(state.params, optim.apply_updates(trainable, updates), wrt)
+    updates, memory = optim.update_used(tx, grads, memory, trainable, used)
+    moved = optim.apply_updates(trainable, updates)
+    if used is not None:
+        moved = tree.map(lambda use, old, new: new if use else old, used, trainable, moved)
+    params = model.merge(state.params, moved, wrt)
     opt_state = memory if wrt is None else {**state.opt_state, wrt: memory}
     return state.replace(params=params, opt_state=opt_state), updates
 

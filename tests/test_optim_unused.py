@@ -1,0 +1,160 @@
+"""Parameters without a gradient keep their values and their optimizer state, as in ``torch.optim``."""
+
+import pytest
+import torch
+from test_optim_laws import FACTORIES, SHAPES, assert_close, draw
+from test_optim_torch import IDS, TABLE
+from torch._dynamo.testing import CompileCounter
+
+import fxtrain as fx
+from fxtrain import optim, testing, tree
+
+MATRICES = {"a": (6, 4), "b": (3, 5), "c": (2, 2)}
+VECTORS = {"a": (7,), "b": (4, 6), "c": ()}
+
+
+def normal(seed, shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(("name", "options"), TABLE, ids=IDS)
+def test_parameters_used_sometimes_step_as_torchs_do(name, options, double):
+    kind, shapes = getattr(torch.optim, name), MATRICES if name == "Muon" else VECTORS
+    tx, params = optim.from_torch(kind, **options), normal(0, shapes)
+    theirs = {name: value.clone() for name, value in params.items()}
+    optimizer = kind(list(theirs.values()), **options)
+    state = tx.init(params)
+    for step in range(1, 16):
+        grads = normal(step, shapes)
+        used = {"a": True, "b": step % 3 == 0, "c": 4 <= step != 9}
+        updates, state = optim.update_used(
+            tx, tree.map(lambda g, use: g if use else torch.zeros_like(g), grads, used), state, params, used
+        )
+        params = optim.apply_updates(params, updates)
+        for path, value in theirs.items():
+            value.grad = grads[path].clone() if used[path] else None
+        optimizer.step()
+        for path, value in theirs.items():
+            torch.testing.assert_close(params[path], value, rtol=1e-12, atol=1e-12, msg=lambda m, p=path: p + m)
+
+
+def without(values, path):
+    return {name: value for name, value in values.items() if name != path}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_the_rest_is_updated_as_if_the_unused_were_not_there(name):
+    tx, path = FACTORIES[name](), "layer.weight"
+    params = draw(0)
+    rest = without(params, path)
+    state, alone = tx.init(params), tx.init(rest)
+    before = [leaf.clone() for leaf in tree.leaves(state)]
+    used = tree.map(lambda _: True, params) | {path: False}
+    for step in range(1, 4):
+        grads = draw(step)
+        updates, state = optim.update_used(tx, grads | {path: torch.zeros(3, 4)}, state, params, used)
+        expected, alone = tx.update(without(grads, path), alone, rest)
+        assert not updates[path].any()
+        assert_close(without(updates, path), expected, rtol=0, atol=0)
+        params, rest = optim.apply_updates(params, updates), optim.apply_updates(rest, expected)
+    kept = dict(zip(tree.paths(state), zip(before, tree.leaves(state), strict=True), strict=True))
+    for place, (old, new) in kept.items():
+        if f"'{path}'" in place:
+            assert torch.equal(old, new), place
+    # A state that saw both kinds of steps goes on for all.
+    updates, state = optim.update_used(tx, draw(9), state, params, tree.map(lambda _: True, params))
+    assert all(leaf.isfinite().all() for leaf in tree.leaves((updates, state)))
+
+
+def test_it_is_one_graph_and_vmapped():
+    tx = FACTORIES["chain"]()
+    params, used = draw(0), tree.map(lambda _: True, draw(0)) | {"scale": False}
+
+    def update(grads, state, params):
+        return optim.update_used(tx, grads, state, params, used)
+
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(update, fullgraph=True, backend=counter)
+    state = tx.init(params)
+    assert_close(compiled(draw(1), state, params), update(draw(1), state, params))
+    assert counter.frame_count == 1
+    batched = draw(0, batch=(2,))
+    states = torch.func.vmap(tx.init)(batched)
+    updates, states = torch.func.vmap(update)(draw(1, batch=(2,)), states, batched)
+    one, _ = update(tree.map(lambda leaf: leaf[1], draw(1, batch=(2,))), state, tree.map(lambda leaf: leaf[1], batched))
+    assert_close(tree.map(lambda leaf: leaf[1], updates), one)
+    assert set(updates) == set(SHAPES)
+
+
+class TestHandWritten:
+    def test_a_dict_of_its_own(self):
+        def init(params):
+            return {"m": {name: torch.zeros_like(value) for name, value in params.items()}}
+
+        def update(updates, state, params=None):
+            m = {name: 0.9 * state["m"][name] + grad for name, grad in updates.items()}
+            return {name: -0.1 * (m[name] + params[name]) for name in m}, {"m": m}
+
+        tx = optim.GradientTransformation(init, update)
+        params = {"busy": torch.ones(2), "idle": torch.ones(2)}
+        updates, state = optim.update_used(tx, params, tx.init(params), params, {"busy": True, "idle": False})
+        assert updates["idle"].tolist() == [0, 0]
+        assert state["m"]["idle"].tolist() == [0, 0]
+        assert state["m"]["busy"].tolist() == [1, 1]
+
+    def test_a_state_that_reads_values_as_it_begins(self):
+        def init(params):
+            return {"size": torch.tensor(sum(leaf.sum().item() for leaf in tree.leaves(params)))}
+
+        tx = optim.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+        params = {"busy": torch.ones(2), "idle": torch.ones(2)}
+        _, state = optim.update_used(tx, params, tx.init(params), params, {"busy": True, "idle": False})
+        assert float(state["size"]) == 4.0
+
+    @pytest.mark.parametrize(
+        "init",
+        [
+            lambda params: [torch.zeros_like(leaf) for leaf in tree.leaves(params)],
+            lambda params: dict(enumerate(map(torch.zeros_like, tree.leaves(params)))),
+            lambda params: {"all": torch.zeros(sum(leaf.numel() for leaf in tree.leaves(params)))},
+        ],
+    )
+    def test_a_state_in_the_order_of_the_leaves_is_refused(self, init):
+        tx = optim.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+        params = {"busy": torch.ones(2), "idle": torch.ones(2)}
+        with pytest.raises(ValueError, match="expected optimizer state that keeps the structure of the parameters"):
+            optim.update_used(tx, params, tx.init(params), params, {"busy": True, "idle": False})
+
+
+@pytest.mark.parametrize(
+    ("used", "message"),
+    [
+        ({"a": True}, r"expected used to be a tree like grads, got \['b'\] missing in used"),
+        ({"a": True, "b": torch.tensor(True)}, r"expected True or False at used\['b'\], got Tensor"),
+    ],
+)
+def test_a_wrong_tree_of_used_parameters_is_refused(used, message):
+    params = {"a": torch.ones(1), "b": torch.ones(1)}
+    tx = optim.adam(0.1)
+    with pytest.raises(ValueError, match=message):
+        optim.update_used(tx, params, tx.init(params), params, used)
+
+
+def test_apply_gradients_keeps_unused_parameters_bitwise():
+    tx = optim.adamw(0.1, weight_decay=0.1)
+    state = fx.init({"busy": torch.ones(2), "idle": torch.tensor([-0.0, 1.0])}, tx)
+    grads = {"busy": torch.ones(2), "idle": torch.zeros(2)}
+    after, updates = fx.step.apply_gradients(state, grads, tx, used={"busy": True, "idle": False})
+    assert after.params["idle"] is state.params["idle"]
+    assert not updates["idle"].any()
+    assert not torch.equal(after.params["busy"], state.params["busy"])
+    testing.assert_equal(after.opt_state[0].mu["idle"], state.opt_state[0].mu["idle"], "momenta")
+
+
+def test_a_count_is_read_by_name():
+    count = optim.start_counts({"a": torch.ones(1), "b": {"c": torch.ones(1)}})
+    assert int((count + 1)["b.c"]) == 1
+    with pytest.raises(KeyError, match=r"expected the name of a parameter, got 'd'\. There are a, b\.c\."):
+        count["d"]
