@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.optim.accumulation import EveryKState
 from fxtrain.optim.nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 from fxtrain.optim.per_parameter import PerParameter
 from fxtrain.optim.transform import GradientTransformation
@@ -17,9 +18,12 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
 
     Unused parameters get an update of zero, and their optimizer state stays: no weight decay, no decay of momenta, no
     count. ``torch.optim`` treats a parameter whose ``grad`` is None in the same way. State of the whole optimizer, such
-    as the step of a schedule, advances. The transformation runs on trees without the unused parameters, so any
-    transformation takes part whose state keeps the structure of the parameters: dictionaries lose these keys, and
-    other nodes have a ``MaskedNode`` in their place.
+    as the step of a schedule, advances.
+
+    The transformation runs on trees without the unused parameters: dictionaries lose these keys, and other nodes have
+    a ``MaskedNode`` in their place. So it may be any transformation whose state keeps the structure of the parameters.
+    Within ``every_k`` an unused parameter counts as one with a gradient of zero, because earlier gradients of the same
+    accumulation may wait for the update.
 
     Args:
         tx: Any transformation.
@@ -48,7 +52,7 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
         return tx.update(grads, opt_state, params)
     flags = _flags(used, grads)
     left_out = frozenset(path for path, use in zip(leaf_paths(grads), flags, strict=True) if not use)
-    if not left_out:
+    if not left_out or _accumulates(opt_state):
         return tx.update(grads, opt_state, params)
     part = _without(params, left_out)
     inside = _narrowed(opt_state, _layout(tx, part), left_out, "opt_state")
@@ -60,6 +64,10 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
         for path, leaf in zip(leaf_paths(grads), leaves, strict=True)
     ]
     return tree.unflatten(structure, updates), _merged(opt_state, after)
+
+
+def _accumulates(node: Any) -> bool:
+    return isinstance(node, EveryKState) or any(_accumulates(child) for _, child in children(node) or ())
 
 
 def _flags(used: Any, grads: Any) -> list[bool]:

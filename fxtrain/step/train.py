@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def train_step(
     precision: str | Policy | None = None,
     callbacks: Any = (),
     differentiate: Differentiate = "auto",
+    unused: Literal["keep", "zero"] = "keep",
 ) -> Step:
     """The step of supervised training: gradients, averaged over microbatches, then the optimizer.
 
@@ -49,10 +50,14 @@ def train_step(
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         callbacks: Those that subscribe to ``Microbatch``, ``Gradients`` or ``Updated`` are folded in here.
         differentiate: ``"auto"``, ``"func"`` or ``"autograd"``, as ``gradients`` takes it.
+        unused: What happens to trainable parameters that the loss of a step does not depend on. ``"keep"``: they and
+            their optimizer state stay as they are, as in ``torch.optim``. ``"zero"``: their gradient is zero, so weight
+            decay and momentum move them, as in optax.
 
     Raises:
         TypeError: If ``tx`` is no gradient transformation.
-        ValueError: If ``accumulate`` is below 1, or when it runs, does not divide the batch.
+        ValueError: If ``accumulate`` is below 1, or ``unused`` is neither of the two, or when it runs, if
+            ``accumulate`` does not divide the batch.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -70,6 +75,8 @@ def train_step(
             f"tx is {described(tx)}: one gradient transformation is wanted. For several, fxtrain.optim.partition makes "
             "one of them, or write the step by hand, from fxtrain.gradients and fxtrain.step.apply_gradients."
         )
+    if unused not in ("keep", "zero"):
+        raise ValueError(f"expected unused='keep' or 'zero', got {unused!r}.")
     refuse_unless_whole("accumulate", accumulate, "microbatches")
     policy = policy_of(precision)
     folded = as_composed(callbacks)
@@ -102,7 +109,8 @@ def train_step(
         state, asked = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads, weight=weight))
         control = _followed(control, asked)
 
-        moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx)
+        used = found.used if unused == "keep" else None
+        moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx, used=used)
         skip = control.any("skip_update")
         # Filled and not torch.tensor(...), which would be an input of the graph even where nobody reads it.
         skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
@@ -118,6 +126,8 @@ def train_step(
     step.__name__ = f"train_step({name_of(loss_fn)})"
     step.__doc__ = loss_fn.__doc__
     settings = {"accumulate": str(accumulate), "precision": policy.described}
+    if unused != "keep":
+        settings["unused"] = unused
     return Step(step, callbacks=folded, fires=TRACED, settings=settings)
 
 
@@ -154,7 +164,7 @@ def apply_gradients(
     memory = state.opt_state if wrt is None else state.opt_state[wrt]
     updates, memory = optim.update_used(tx, grads, memory, trainable, used)
     moved = optim.apply_updates(trainable, updates)
-    if used is not None:
+    if not all(tree.leaves(used)):
         moved = tree.map(lambda use, old, new: new if use else old, used, trainable, moved)
     params = model.merge(state.params, moved, wrt)
     opt_state = memory if wrt is None else {**state.opt_state, wrt: memory}
