@@ -21,6 +21,7 @@ from fxtrain.core.text import printable
 from fxtrain.disk import make_folder, replace_file
 from fxtrain.observers.figures import size
 from fxtrain.observers.rank_zero import rank
+from fxtrain.optim import PerParameter
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 _LONGEST = 48  # characters of a name in a table
@@ -62,9 +63,9 @@ def summary(
         model
           parameters   8 in 2 tensors, all trainable
           dtype        float32
-          state        142 B: params 32 B, opt_state 72 B, the rest 38 B
+          state        150 B: params 32 B, opt_state 80 B, the rest 38 B
         training
-          optimizer    ScaleByAdamState 72 B
+          optimizer    ScaleByAdamState 80 B
         distributed
           processes    one
         device
@@ -251,7 +252,7 @@ def _training(state: TrainState) -> Facts:
     accessors = ops.tree_accessors(state.opt_state, namespace=NAMESPACE)
     for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
         # The innermost node with a name of its own says what the memory is for.
-        named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple)]
+        named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
         kind = named[-1] if named else "tensors"
         kinds[kind] = kinds.get(kind, 0) + leaf.nbytes
     slots = {name: _bytes(memory) for name, memory in state.slots.items()}
