@@ -161,6 +161,12 @@ def test_prefetch_and_evaluation_take_text():
     assert int(result.last.step) == 4
 
 
+def test_only_tensors_are_moved_to_a_device():
+    batch = prefetch([mixed(1)], device="meta")[0]
+    assert {batch[name].device.type for name in ("x", "y", "scale")} == {"meta"}
+    assert batch["text"] == mixed(1)["text"]
+
+
 def test_checksums_see_text_paths_and_dates():
     values = [mixed(0), mixed(1)]
     assert checksum(mixed(0)) == checksum(values[0]) != checksum(values[1])

@@ -31,6 +31,7 @@ def collate(samples: list[Any]) -> Any:
         ValueError: If tensors differ in shape.
 
     Example:
+        >>> import torch
         >>> collate([{"x": torch.tensor(1), "caption": "a"}, {"x": torch.tensor(2), "caption": None}])
         {'x': tensor([1, 2]), 'caption': ['a', None]}
     """
