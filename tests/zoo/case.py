@@ -1,0 +1,63 @@
+"""A case: one model with its data and its loss, small enough to compile in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxtrain as fx
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, the data it is trained on, and how.
+
+    Packages are imported inside of the functions, so a table of cases can be read without any of them installed.
+
+    Args:
+        name: Unique within the zoo.
+        package: The distribution that the model comes from; "torch" for models written in the zoo.
+        build: Returns the module, or a dict of modules, given the probability of dropout.
+        batch: Returns one batch: a pytree of tensors, floating ones in float32.
+        loss: ``(model, batch) -> loss``.
+        dropout: Whether the module draws random numbers in training if the probability is above zero.
+        step: Builds a step by hand from the optimizers; by default ``fx.train_step(loss, tx)``.
+        plain: The same step for a plain loop: ``(modules, optimizers, batch) -> loss``, updates included.
+        measure: A scalar in evaluation mode, to compare exported weights by; by default the loss.
+    """
+
+    name: str
+    package: str
+    build: Callable[[float], Any]
+    batch: Callable[[], Any]
+    loss: Callable[[Any, Any], Any]
+    dropout: bool = True
+    step: Callable[[Any], fx.Step] | None = None
+    plain: Callable[[Any, Any, Any], torch.Tensor] | None = None
+    measure: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.package}: {self.name}"
+
+
+def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
+    """Token ids from 3 on, because 0 to 2 are special tokens in most models."""
+    return torch.randint(3, vocabulary, shape)
+
+
+def lengths_mask(length: int, *lengths: int) -> torch.Tensor:
+    """An attention mask of shape [len(lengths), length]: ones, then zeros where a row is padding."""
+    return (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+
+
+def with_dropout(module: nn.Module, probability: float) -> nn.Module:
+    """The module with the given probability in all of its dropout layers, for packages that have no such option."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = probability
+    return module
