@@ -28,9 +28,7 @@ def build_ia3(dropout: float) -> Any:
     model = llama()
     from peft import IA3Config, get_peft_model
 
-    return get_peft_model(
-        model, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    )
+    return get_peft_model(model, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
 
 
 CASES = [

@@ -41,9 +41,7 @@ def spectrogram() -> dict[str, torch.Tensor]:
 def build_conformer(dropout: float) -> Any:
     from torchaudio.models import Conformer
 
-    return Conformer(
-        input_dim=16, num_heads=2, ffn_dim=32, num_layers=1, depthwise_conv_kernel_size=3, dropout=dropout
-    )
+    return Conformer(input_dim=16, num_heads=2, ffn_dim=32, num_layers=1, depthwise_conv_kernel_size=3, dropout=dropout)
 
 
 def frames() -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def batches(case: Case, dtype: torch.dtype) -> list[Any]:
 def transformation(modules: Any) -> Any:
     """AdamW, for each entry where there are several modules."""
     tx = fx.optim.adamw(ADAM["lr"], eps=ADAM["eps"], weight_decay=ADAM["weight_decay"])
-    return {name: tx for name in modules} if isinstance(modules, dict) else tx
+    return dict.fromkeys(modules, tx) if isinstance(modules, dict) else tx
 
 
 def built_step(case: Case, tx: Any) -> fx.Step:
@@ -205,7 +205,7 @@ def route_of(step: Any) -> str:
 
 
 def relative(value: Tensor, like: Tensor) -> float:
-    """The largest difference, relative to the largest value, or to the size of an optimizer's step if that is larger."""
+    """The largest difference, relative to the largest value or to an optimizer's step, whichever is larger."""
     if value.numel() == 0:
         return 0.0
     size = max(float(like.abs().max()), ADAM["lr"])

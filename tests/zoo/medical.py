@@ -42,8 +42,17 @@ def build_unetr(dropout: float) -> Any:
     from monai.networks.nets import ViT
 
     return ViT(
-        1, 16, 8, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, spatial_dims=2, classification=True,
-        num_classes=2, dropout_rate=dropout,
+        1,
+        16,
+        8,
+        hidden_size=16,
+        mlp_dim=32,
+        num_layers=1,
+        num_heads=2,
+        spatial_dims=2,
+        classification=True,
+        num_classes=2,
+        dropout_rate=dropout,
     )
 
 

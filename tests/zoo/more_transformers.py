@@ -51,9 +51,7 @@ def build_encoder(dropout: float) -> Any:
 
 
 def same_token(model: Any, batch: Any) -> torch.Tensor:
-    losses = F.cross_entropy(
-        model(batch["ids"], mask=batch["mask"]).transpose(1, 2), batch["ids"], reduction="none"
-    )
+    losses = F.cross_entropy(model(batch["ids"], mask=batch["mask"]).transpose(1, 2), batch["ids"], reduction="none")
     return (losses * batch["mask"]).sum() / batch["mask"].sum()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,4 +81,3 @@ def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         if not any(overlaps[index][other] for other in kept):
             kept.append(index)
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device)
-

@@ -63,9 +63,7 @@ def mobilenet_v3(models: Any, dropout: float) -> Any:
     from timm.models._efficientnet_builder import decode_arch_def
 
     blocks = decode_arch_def([["ds_r1_k3_s1_e1_c8_nre"], ["ir_r1_k3_s2_e2_c16_se0.25"]])
-    return models.mobilenetv3.MobileNetV3(
-        blocks, num_classes=CLASSES, num_features=16, stem_size=8, drop_rate=dropout
-    )
+    return models.mobilenetv3.MobileNetV3(blocks, num_classes=CLASSES, num_features=16, stem_size=8, drop_rate=dropout)
 
 
 def convnext(models: Any, dropout: float) -> Any:
