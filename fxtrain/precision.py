@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fxtrain.core import Control, Gradients, TrainState
 from fxtrain.fold import Handler, stateful
 
 SLOT = "loss_scale"
-_AUTOCAST = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,9 @@ class Policy:
             the dtype of the parameters.
         output: Of the loss and the floating metrics.
         loss_scale: A dynamic loss scale, kept in the state's slot ``"loss_scale"``; None for none.
+        keep: Shell patterns of module names, such as ``"*.wo"``: modules whose ``forward`` computes in float32, with
+            autocast off and bfloat16 and float16 inputs cast. Their parameters and buffers are cast for the call where
+            ``param`` is one of these dtypes; their outputs are then cast back to it.
 
     Raises:
         TypeError: If a dtype is not floating.
@@ -78,19 +81,24 @@ class Policy:
     compute: torch.dtype | None = None
     output: torch.dtype | None = torch.float32
     loss_scale: LossScale | None = None
+    keep: str | Sequence[str] = ()
 
     @property
     def described(self) -> str:
         """The dtypes in a line."""
         dtypes = (f"{name} {getattr(self, name) or 'unchanged'}" for name in ("param", "compute", "output"))
-        return ", ".join(dtypes).replace("torch.", "") + (", loss scale" if self.loss_scale is not None else "")
+        kept = f", {' '.join(self.keep)} in float32" if self.keep else ""
+        scaled = ", loss scale" if self.loss_scale is not None else ""
+        return ", ".join(dtypes).replace("torch.", "") + kept + scaled
 
     def __post_init__(self) -> None:
+        # A tuple has a hash, as the other fields.
+        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
         for field in ("param", "compute", "output"):
             dtype = getattr(self, field)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise TypeError(f"Policy({field}={dtype!r}): a floating torch.dtype is wanted, such as torch.bfloat16.")
-        if self._casts and (self.compute not in _AUTOCAST or self.param != torch.float32):
+        if self.casts and (self.compute not in HALF or self.param != torch.float32):
             raise ValueError(
                 f"Policy(param={self.param}, compute={self.compute}): autocast computes in bfloat16 or float16, over "
                 "float32 parameters. To keep parameters in another dtype too, give it for both."
@@ -102,18 +110,19 @@ class Policy:
             )
 
     @property
-    def _casts(self) -> bool:
+    def casts(self) -> bool:
+        """Whether autocast runs the forward pass."""
         return self.compute is not None and self.compute != self.param
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context that the forward pass runs in."""
-        if not self._casts:
+        if not self.casts:
             return contextlib.nullcontext()
         return _autocast(device, self.compute)
 
     def backward(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """The context inside that one which the backward pass runs in: operations keep the dtypes they had."""
-        return torch.autocast(device.type, enabled=False) if self._casts else contextlib.nullcontext()
+        return torch.autocast(device.type, enabled=False) if self.casts else contextlib.nullcontext()
 
     def cast_output(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """The metrics, the floating tensors among them in ``output``. What ``fxtrain.metrics`` made keeps its own."""
@@ -151,8 +160,11 @@ class _Float32(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ in _IN_FLOAT32 and args and args[0].dtype in _AUTOCAST:
-            return func(args[0].float(), *args[1:], **kwargs)
+        if func.__name__ in _IN_FLOAT32:
+            if args and args[0].dtype in HALF:
+                return func(args[0].float(), *args[1:], **kwargs)
+            if "input" in kwargs and kwargs["input"].dtype in HALF:
+                return func(*args, **{**kwargs, "input": kwargs["input"].float()})
         if func.__name__ == "unflatten":
             return args[0].unflatten(*args[1:], **kwargs)  # Dynamo cannot call this Python method as a function
         return func(*args, **kwargs)

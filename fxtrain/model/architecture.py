@@ -23,9 +23,12 @@ from fxtrain.model.first_calls import FirstCalls, empty_refused, hooks_refused, 
 from fxtrain.model.following import Following, generators_in
 from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.optim import MaskedNode
+from fxtrain.optim.nodes import as_name, leaf_paths
 from fxtrain.rng import host
 from fxtrain.rng.replay import replayed
 from fxtrain.rng.tracing import is_traced
+
+Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
 
 
 class Model:
@@ -97,6 +100,7 @@ class Model:
         key: rng.Key | None = None,
         check: bool = False,
         finish: Callable[[Any], Any] | None = None,
+        inside: Inside | None = None,
     ) -> tuple[Any, Any]:
         """``function(model, *args)``, where ``model`` has these parameters and buffers, and the buffers after it.
 
@@ -113,6 +117,7 @@ class Model:
             check: Whether the first call of this function is checked.
             finish: Applied to what the function returns while the memory is still in place, for a backward pass that
                 computes parts of the forward pass again.
+            inside: From the modules by name, once they are filled, to a context that the function runs in.
 
         Raises:
             RuntimeError: If the function assigns to ``parameter.data``. At a checked call also if it draws numbers that
@@ -120,9 +125,9 @@ class Model:
             NotImplementedError: At a checked call, if the function adds hooks to parameters.
         """
         if torch.compiler.is_dynamo_compiling():
-            output, buffers = self._call_in_dynamo(params, buffers, function, args, train, key)
+            output, buffers = self._call_in_dynamo(params, buffers, function, args, train, key, inside)
             return (output if finish is None else finish(output)), buffers
-        call = functools.partial(self._call, params, buffers, function, args, train, key, finish=finish)
+        call = functools.partial(self._call, params, buffers, function, args, train, key, inside=inside, finish=finish)
         first = self.first_calls(train)
         draws = first.draws(function) if check else None
         if key is None:
@@ -159,6 +164,7 @@ class Model:
         key: rng.Key | None,
         draw: Callable[[], AbstractContextManager[None]],
         *,
+        inside: Inside | None,
         finish: Callable[[Any], Any] | None,
         examine: bool = False,
     ) -> tuple[Any, Any]:
@@ -180,7 +186,7 @@ class Model:
             template.fill(tensors)
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
-            with draw(), functional(), watch():
+            with draw(), functional(), watch(), self._entered(inside, train):
                 output = function(model, *args)
                 finished = finish(output)
             return template.apart(output), template.apart(finished)
@@ -202,9 +208,16 @@ class Model:
         return finished, self._grouped(written, itertools.repeat({}))
 
     def _call_in_dynamo(
-        self, params: Any, buffers: Any, function: Callable[..., Any], args: tuple[Any, ...], train: bool, key: Any
+        self,
+        params: Any,
+        buffers: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        train: bool,
+        key: Any,
+        inside: Inside | None,
     ) -> tuple[Any, Any]:
-        with rng.functional(key) if key is not None else contextlib.nullcontext():
+        with rng.functional(key) if key is not None else contextlib.nullcontext(), self._entered(inside, train):
             if not self.has_modules:
                 return function(params, *args), buffers
             tensors = {**self._flat(params), **{name: value.clone() for name, value in self._flat(buffers).items()}}
@@ -216,6 +229,19 @@ class Model:
                 caller, filled, (self.template, params, function, args), tie_weights=False
             )
         return output, self._grouped(written, itertools.repeat({}))
+
+    def _entered(self, inside: Inside | None, train: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if inside is None else inside(self.named_modules(train=train))
+
+    def named_modules(self, *, train: bool) -> dict[str, nn.Module]:
+        """The modules by name, as patterns of parameters have it; the names of a tree begin with its keys."""
+        roots = [as_name(path) for path in leaf_paths(self.template)]
+        prefixes = {number: name for number, name in zip(tree.leaves(self.template), roots, strict=True) if number}
+        named: dict[str, nn.Module] = {}
+        for number, root in (self._training if train else self._evaluating).named_children():
+            for name, module in root.named_modules():
+                named[".".join(filter(None, (prefixes[number], name)))] = module
+        return named
 
     def restore(self) -> bool:
         """Puts back the modules after code that Dynamo compiled, which writes their attributes by itself.

@@ -10,8 +10,8 @@ from fxtrain import rng
 from fxtrain.core import StepOutput, TrainState
 from fxtrain.data import for_step
 from fxtrain.fold.subscription import name_of
-from fxtrain.model import model_of
 from fxtrain.precision import Policy, policy_of
+from fxtrain.step.forward import forward
 from fxtrain.step.returned import described, measured
 from fxtrain.step.step import on_device
 from fxtrain.step.weights import Weighted
@@ -65,10 +65,7 @@ def eval_step(
 
     def step(state: TrainState, batch: Any) -> StepOutput:
         key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
-        with policy.autocast(state.step.device):
-            result, _ = model_of(state).call(
-                state.params, state.buffers, measure, batch, train=False, key=key, check=True
-            )
+        result, _ = forward(policy, state, measure, batch, train=False, key=key)
         extra = None
         if outputs:
             if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:

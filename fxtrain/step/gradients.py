@@ -16,6 +16,7 @@ from fxtrain.metrics import Metric
 from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
 from fxtrain.step.differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode
+from fxtrain.step.forward import forward
 from fxtrain.step.returned import loss_and_metrics
 
 
@@ -129,10 +130,9 @@ def gradients(
                     value = loss if scale is None else loss * scale
                     return value, find(value), (metrics, () if weight is None else (weight,))
 
-            with policy.autocast(state.step.device):
-                (value, found, (metrics, weights)), buffers = model.call(
-                    params, state.buffers, loss_fn, inputs, train=True, key=key, check=True, finish=finish
-                )
+            (value, found, (metrics, weights)), buffers = forward(
+                policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish
+            )
             return value, found, (metrics, buffers, weights)
 
         trainable = model.split(state.params, wrt)
