@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
 import fxtrain as fx
 from fxtrain import tree
+from fxtrain.compile.concatenation import with_dense_concatenations
 from fxtrain.core import compiling
 
 AS_LIBRARIES_ASK = [
@@ -88,3 +92,34 @@ class TestIsCompiling:
         torch.testing.assert_close(tree.leaves(found), tree.leaves(expected))
         assert fx.explain(step, state, batch, calls=0).breaks == ()
         assert torch.compiler.is_compiling() is False
+
+
+def grown(dim):
+    """A head's keys after an empty cache, and a view that needs them dense."""
+    return lambda empty, keys: torch.cat([empty, keys.transpose(1, 2)], dim=dim).view(4, 8, 3)
+
+
+class TestConcatenations:
+    @pytest.mark.parametrize(
+        ("function", "shapes", "replaced"),
+        [
+            (grown(-2), [(0,), (2, 8, 2, 3)], True),
+            (grown(2), [(2, 2, 0, 3), (2, 8, 2, 3)], True),
+            (lambda empty, x: torch.cat([x.mT, empty]).view(6), [(0,), (2, 3)], True),
+            (lambda x, y: torch.cat([x.mT, y.mT]), [(2, 3), (2, 3)], False),
+            (lambda x, y: torch.cat([x, y]), [(0,), (0,)], False),
+            (lambda empty, x: torch.cat([empty.double(), x]), [(0,), (3,)], False),
+        ],
+    )
+    def test_with_empty_tensors_are_dense_copies(self, function, shapes, replaced):
+        given = [torch.randn(shape) for shape in shapes]
+        graph = make_fx(function, tracing_mode="fake")(*given)
+        with_dense_concatenations(graph.graph)
+        graph.recompile()
+        assert ("aten.cat" not in graph.code) == replaced
+        # What Inductor makes of a graph before it writes code.
+        lowered = make_fx(graph, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
+        expected = function(*given)
+        for found in (graph(*given), lowered(*given)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            assert found.stride() == expected.stride()

@@ -20,6 +20,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compile.ahead import compile_ahead
 from fxtrain.compile.assembly import assembler
+from fxtrain.compile.concatenation import with_dense_concatenations
 from fxtrain.compile.draws import with_draws_together
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
@@ -89,7 +90,7 @@ def compile_traced(
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
     if isinstance(step, Step):  # which keeps its masks for its backward pass; what only goes forward need not
         with_draws_together(graph.graph)
-    with_scalars_once(with_faster_products(graph.graph))
+    with_scalars_once(with_faster_products(with_dense_concatenations(graph.graph)))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu
     read = _without_unread(graph)
