@@ -21,6 +21,7 @@ from fxtrain.checkpoint import CheckpointError as CheckpointError
 from fxtrain.checkpoint import checkpointer as checkpointer
 from fxtrain.checkpoint import restore as restore
 from fxtrain.checkpoint import save as save
+from fxtrain.compile import GraphBreakError as GraphBreakError
 from fxtrain.compile import RecompileError as RecompileError
 from fxtrain.compile import compile as compile  # noqa: A004
 from fxtrain.core import Callback as Callback

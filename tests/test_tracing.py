@@ -5,7 +5,6 @@ import threading
 import pytest
 import torch
 from torch import nn
-
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 

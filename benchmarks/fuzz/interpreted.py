@@ -39,29 +39,25 @@ def undonating(step: Compiled) -> Compiled:
 def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
     return Compiled(
         step,
-        _artefact_in_place if donate else _artefact,
-        how="interpreter",
+        _artefact,
+        how=lambda: "interpreter",
         on_recompile="allow",
         steps_per_call=steps_per_call,
         twin=lambda: _made(step, steps_per_call, donate=True),
         donate=donate,
-        in_place=donate,
         dynamic=False,
     )
 
 
-def _artefact(step: Any, state: TrainState, batch: Any) -> Artefact:
+def _artefact(step: Any, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
     structures = tree.structure(state), tree.structure(batch)
 
     def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
         new, output = step(tree.unflatten(structures[0], leaves), tree.unflatten(structures[1], inputs))
         return tree.leaves(new), output
 
-    return Artefact(run, ())
-
-
-def _artefact_in_place(step: Any, state: TrainState, batch: Any) -> Artefact:
-    run, _ = _artefact(step, state, batch)
+    if not in_place:
+        return Artefact(run, None)
 
     def run_in_place(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
         new, output = run(leaves, inputs)

@@ -3,3 +3,4 @@
 from fxtrain.compile.compiled import Compiled as Compiled
 from fxtrain.compile.compiled import RecompileError as RecompileError
 from fxtrain.compile.compiled import compile as compile  # noqa: A004
+from fxtrain.compile.routes import GraphBreakError as GraphBreakError

@@ -14,14 +14,13 @@ import torch
 
 from fxtrain import tree
 from fxtrain.compile.changes import advice, changes, described
-from fxtrain.compile.dynamo import compile_by_dynamo
 from fxtrain.compile.graph import Found, Graph
 from fxtrain.compile.heap import keep_freed_memory
-from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
+from fxtrain.compile.routes import routes_to
+from fxtrain.compile.traced import AHEAD, Artefact
 from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
-from fxtrain.model import ValuesNeededError
 from fxtrain.step import EvalFunction, Several, Step
 
 _log = logging.getLogger(__name__)
@@ -41,23 +40,27 @@ class Compiled:
         step: Step | EvalFunction,
         compiler: Callable[..., Artefact],
         *,
-        how: str,
+        how: Callable[[], str],
         on_recompile: OnRecompile,
         steps_per_call: int,
         twin: Callable[[], Compiled],
         **options: bool,
     ) -> None:
         self.step = step
-        self.how = how  # what made the graph: bitwise claims hold within one
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
-        self._compiler, self._on_recompile, self._options = compiler, on_recompile, options
+        self._compiler, self._how, self._on_recompile, self._options = compiler, how, on_recompile, options
         self._graphs: list[Graph] = []  # the one that was used last is first
         self._known: list[dict[str, str]] = []
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
         self._twin = twin
         functools.update_wrapper(self, step, updated=())
+
+    @property
+    def how(self) -> str:
+        """The compiler of the graphs, and the route to it. Bitwise claims hold within one."""
+        return self._how()
 
     @property
     def callbacks(self) -> Composed | tuple[()]:
@@ -150,27 +153,11 @@ class Compiled:
             keep_freed_memory()
         _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
         began = time.perf_counter()
-        try:
-            try:
-                artefact = self._compiler(self.step, entered, batch)
-            except ValuesNeededError:
-                self.step(entered, batch)
-                artefact = self._compiler(self.step, entered, batch)
-        except Exception as error:
-            raise self._explained(error, entered, batch) from error
+        artefact = self._compiler(self.step, entered, batch, in_place=self.donates)
         _log.info("Compiled %r in %.1f s.", self.step, time.perf_counter() - began)
         graph = Graph(self.step, state, batch, artefact, **self._options)
         self._graphs.insert(0, graph)
         self._known.append(kinds)
-
-    def _explained(self, error: Exception, state: TrainState, batch: Any) -> Exception:
-        """A mistake of the step's own in its own words; else what the compiler said, with what to do."""
-        try:
-            self.step(state, batch)
-        except Exception as mistake:
-            return mistake
-        error.add_note(f"{self.step!r} works uncompiled, and cannot be one graph for the reason above.")
-        return error
 
     def __repr__(self) -> str:
         return f"<compiled {self.step!r}>"
@@ -183,6 +170,7 @@ def compile(  # noqa: A001
     backend: str | Callable[..., Any] | None = None,
     mode: str | None = None,
     dynamic: bool = False,
+    fullgraph: bool = False,
     steps_per_call: int = 1,
     on_recompile: OnRecompile = "warn",
 ) -> Compiled:
@@ -191,6 +179,11 @@ def compile(  # noqa: A001
     A graph is made at the first call. Values never make a new one: counters and rates are tensors. Slots that only
     the loop uses stay outside, so a callback of the loop can be added or removed without a new graph. What the step
     reads beside its arguments, of modules, closures or globals, stays as it was when the graph was made.
+
+    Where Python needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, there is no such
+    graph. Then the first of these routes that leads is taken, with one warning that names the line: one graph by
+    Dynamo; the loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer and the
+    callbacks of the step as one; forward and backward pass uncompiled, and the rest as one graph. All compute the same.
 
     That first call takes from ten seconds to minutes. What torch compiled stays on the disk, where
     ``TORCHINDUCTOR_CACHE_DIR`` says, so that a later process has it in a few seconds. The logger ``fxtrain.compile``
@@ -211,6 +204,7 @@ def compile(  # noqa: A001
             graph becomes a library, which is called without any Python between its kernels. To build it takes about
             twice as long, the tiny MLP's step three quarters of the time; it is kept where torch keeps compiled code.
         dynamic: Whether sizes are symbols: one slower graph for batches of many sizes. It goes through Dynamo.
+        fullgraph: Whether a step that cannot be one graph is an error.
         steps_per_call: How many steps ``fit`` takes at a time, in one graph, where calling a graph takes longer than
             computing it. Callbacks of the step are folded at each; those of the loop after all of them, so what these
             ask for comes up to so many steps later. It is compiled in proportion to their number. What is left at the
@@ -221,8 +215,8 @@ def compile(  # noqa: A001
     Raises:
         TypeError: If the step is compiled already.
         ValueError: If an argument is out of its range.
-        Exception: At the first call, if the step cannot be one graph, with what the compiler says of it. A step that
-            is wrong raises what it raises uncompiled.
+        GraphBreakError: At the first call, if ``fullgraph`` is set and the step cannot be one graph.
+        Exception: At the first call of a step that is wrong, what it raises uncompiled.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -250,32 +244,21 @@ def compile(  # noqa: A001
         raise ValueError(
             f"mode={AHEAD!r} goes another way than a backend or dynamic=True, which go through Dynamo: choose one."
         )
-    donate = donate and isinstance(pure, Step)
-    in_place = donate and backend is None and not dynamic
-    if backend is None and not dynamic:
-        compiler = functools.partial(compile_traced, mode=mode, in_place=in_place)
-        how = "inductor, traced"
-    else:
-        chosen = backend or "inductor"
-        compiler = functools.partial(compile_by_dynamo, backend=chosen, mode=mode, dynamic=dynamic)
-        how = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
-    how = how if mode is None else f"{how}, {mode}"
-    options = {"donate": donate, "in_place": in_place, "dynamic": dynamic}
+    routes = routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph)
 
-    def twin() -> Compiled:
-        return compile(
+    def made(donate: bool) -> Compiled:
+        return Compiled(
             pure,
-            donate=True,
-            backend=backend,
-            mode=mode,
-            dynamic=dynamic,
-            steps_per_call=steps_per_call,
+            routes,
+            how=lambda: routes.name,
             on_recompile=on_recompile,
+            steps_per_call=steps_per_call,
+            twin=lambda: made(donate=True),
+            donate=donate,
+            dynamic=dynamic,
         )
 
-    return Compiled(
-        pure, compiler, how=how, on_recompile=on_recompile, steps_per_call=steps_per_call, twin=twin, **options
-    )
+    return made(donate and isinstance(pure, Step))
 
 
 def _refuse_sparse(batch: Any) -> None:

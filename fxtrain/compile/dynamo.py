@@ -40,7 +40,7 @@ def compile_by_dynamo(
             model.restore()
         return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)
 
-    return Artefact(run, ())
+    return Artefact(run, None)
 
 
 def _check(step: Step | EvalFunction, state: TrainState, batch: Any) -> None:

@@ -32,7 +32,6 @@ class Graph:
         batch: A batch like those it is for.
         artefact: What was made of it.
         donate: Whether it takes the old state.
-        in_place: Whether it writes the new one over it.
         dynamic: Whether it is for batches of any sizes.
     """
 
@@ -44,12 +43,12 @@ class Graph:
         artefact: Artefact,
         *,
         donate: bool,
-        in_place: bool,
         dynamic: bool,
     ) -> None:
         leaves, self._structure = tree.flatten(step.enter(state))
         inputs, batch_structure = tree.flatten(batch)
-        (self._run, self._written), self._donate, self._in_place = artefact, donate, in_place
+        self._run, self._donate, self._in_place = artefact.run, donate, artefact.written is not None
+        self._written = artefact.written or ()
         self._taker = repr(step)
         self._is_step = isinstance(step, Step)
         self._kinds_of_batch = loose_kinds if dynamic else kinds

@@ -27,7 +27,7 @@ from fxtrain.compile.replay import Replay
 from fxtrain.compile.scalars import with_scalars_once
 from fxtrain.compile.writes import memory_of
 from fxtrain.core import TrainState, compiling
-from fxtrain.step import EvalFunction, Step
+from fxtrain.step import Step
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any]]
 """From the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
@@ -47,20 +47,28 @@ class Artefact(NamedTuple):
     """What a compiler made of a step."""
 
     run: Run
-    written: Sequence[int]  # the leaves of the state that it writes over, where it works in place
+    written: Sequence[int] | None  # the leaves of the state that it writes over; None if it returns new ones
 
 
 def compile_traced(
-    step: Step | EvalFunction, state: TrainState, batch: Any, *, mode: str | None, in_place: bool
+    step: Callable[[TrainState, Any], Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mode: str | None,
+    in_place: bool,
+    backend: str | Callable[..., Any] | None = None,
 ) -> Artefact:
     """The step as one graph.
 
     Args:
-        step: What to compile.
+        step: A ``Step``, whose result is a new state and an output, or any other pure function, whose result is an
+            output alone.
         state: What enters of a state. Only structure, shapes, strides, dtypes and devices matter.
         batch: Likewise.
         mode: As ``compile`` takes it.
         in_place: Whether the new state's leaves are written over the old one's; then none are returned.
+        backend: A backend of ``torch.compile`` in place of Inductor.
     """
     # Imported when used: they are a third of what importing torch takes.
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -95,7 +103,8 @@ def compile_traced(
     replayed = mode == REPLAYED and in_place and on_gpu
     read = _without_unread(graph)
     pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
-    call = _compiled(graph, pick((*leaves, *inputs)), None if replayed else mode)
+    examples = pick((*leaves, *inputs))
+    call = _compiled_by(backend, graph) if backend else _compiled(graph, examples, None if replayed else mode)
     if replayed:
         call = Replay(call, sum(index < count for index in read))
     assemble = assembler(output_structure)
@@ -114,7 +123,7 @@ def compile_traced(
                 new[index] = value
             return new, assemble(values[returned:])
 
-    return Artefact(run, changed if in_place else ())
+    return Artefact(run, changed if in_place else None)
 
 
 def _without_unread(graph: Any) -> list[int]:
@@ -147,6 +156,14 @@ def _compiled(graph: Any, examples: Sequence[Tensor], mode: str | None) -> Calla
     # Constants are handed over by the wrappers, and autocast is switched off by them.
     bare = None if constants is not None or torch._C._is_any_autocast_enabled() else _bare(artefact, outputs)
     return bare or (lambda tensors: artefact(*tensors))
+
+
+def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[..., Sequence[Tensor]]:
+    """A function of a tuple of tensors."""
+    chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    made = chosen(graph, fakes)
+    return lambda tensors: made(*tensors)
 
 
 def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:

@@ -22,7 +22,7 @@ from fxtrain.explain.counts import counted, trace
 from fxtrain.explain.explanation import Explanation
 from fxtrain.fold import attach
 from fxtrain.loop.evaluate import to_device
-from fxtrain.model import captured
+from fxtrain.model import ValuesNeededError, captured
 from fxtrain.step.returned import described as described_value
 
 _WARM = 3  # calls before those that are measured
@@ -80,7 +80,11 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
 
     counts, breaks, graphs = None, [], 1
     try:
-        counts = counted(trace(pure, entered, batch))
+        try:
+            counts = counted(trace(pure, entered, batch))
+        except ValuesNeededError:
+            pure(entered, batch)
+            counts = counted(trace(pure, entered, batch))
     except Exception as error:
         # Run, a mistake of the step's own is raised in its own words.
         breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0

@@ -6,27 +6,10 @@ import dataclasses
 import html
 from collections.abc import Mapping
 
+from fxtrain.compile.refusals import Break
 from fxtrain.observers.figures import scaled, size
 
 _SHOWN = 6  # leaves, or breaks, before the rest is summed up
-
-
-@dataclasses.dataclass(frozen=True)
-class Break:
-    """A place where a step cannot be in one graph.
-
-    Args:
-        reason: Why not, and what to do.
-        where: ``file:line in function``, the innermost that is the user's own; "" where that is not known.
-        code: The line itself.
-    """
-
-    reason: str
-    where: str = ""
-    code: str = ""
-
-    def __str__(self) -> str:
-        return " | ".join(part for part in (self.where, self.code, self.reason) if part)
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)

@@ -5,6 +5,7 @@ from fxtrain.model.architecture import model_of as model_of
 from fxtrain.model.captured import captured as captured
 from fxtrain.model.first_calls import ValuesNeededError as ValuesNeededError
 from fxtrain.model.following import UnseededError as UnseededError
+from fxtrain.model.forward import forward_by as forward_by
 from fxtrain.model.freezing import with_trainable as with_trainable
 from fxtrain.model.init import init as init
 from fxtrain.model.purity import refuse_writes as refuse_writes

@@ -21,6 +21,7 @@ from fxtrain.fold.subscription import name_of
 from fxtrain.model.fingerprint import fingerprint
 from fxtrain.model.first_calls import FirstCalls, empty_refused, hooks_refused, refuse_new_parameters, refuse_state
 from fxtrain.model.following import Following, generators_in
+from fxtrain.model.forward import forward_of
 from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.optim import MaskedNode
 from fxtrain.optim.nodes import as_name, leaf_paths
@@ -173,7 +174,7 @@ class Model:
         functional = functools.partial(_functional, key, guarded) if key is not None else contextlib.nullcontext
         if not self.has_modules:
             with draw(), functional():
-                return finish(function(params, *args)), buffers
+                return finish(forward_of(function)(params, *args)), buffers
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
         tensors: dict[str, Tensor] = {}
@@ -187,7 +188,7 @@ class Model:
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
             with draw(), functional(), watch(), self._entered(inside, train):
-                output = function(model, *args)
+                output = forward_of(function)(model, *args)
                 finished = finish(output)
             return template.apart(output), template.apart(finished)
 

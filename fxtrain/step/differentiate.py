@@ -15,6 +15,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.model import ValuesNeededError
 from fxtrain.model.captured import is_of_users
+from fxtrain.model.forward import is_forward_wrapped
 from fxtrain.rng.tracing import is_traced, is_transformed
 
 Differentiate = Literal["auto", "func", "autograd"]
@@ -72,7 +73,8 @@ class Differentiation:
             )
         if self._way == "func" or nested or dynamo:
             return (by_autograd if self._way == "autograd" else by_func)(objective, trainable)
-        if self._way == "autograd":
+        # What torch.compile made of a forward pass cannot run inside torch.func.
+        if self._way == "autograd" or is_forward_wrapped():
             return self._by_autograd(objective, trainable)
         try:
             return by_func(objective, trainable)

@@ -17,6 +17,7 @@ from fxtrain.model import captured, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
 from fxtrain.step.differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode
 from fxtrain.step.forward import forward
+from fxtrain.step.interception import handled
 from fxtrain.step.returned import loss_and_metrics
 
 
@@ -104,7 +105,10 @@ def gradients(
     policy = policy_of(precision)
     differentiation = Differentiation(differentiate, name_of(loss_fn))
 
-    def run(state: TrainState, batch: Any, index: int = 0) -> Gradient:
+    def find(state: TrainState, batch: Any, index: int = 0) -> Gradient:
+        return handled(compute, state, batch, index)
+
+    def compute(state: TrainState, batch: Any, index: int) -> Gradient:
         model = model_of(state)
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
@@ -151,7 +155,7 @@ def gradients(
         found = Gradient(metrics["loss"], metrics, grads, buffers, used, *weights)
         return found if found.weight is None else _zero_unless_counted(found, found.weight > 0)
 
-    return run
+    return find
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:

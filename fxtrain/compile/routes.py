@@ -1,0 +1,176 @@
+"""Routes: the ways to compile a step, tried in order, from one graph to graphs around an uncompiled forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fxtrain.compile.dynamo import compile_by_dynamo
+from fxtrain.compile.refusals import Break, refusal
+from fxtrain.compile.regions import NoGradientsError, compile_in_regions
+from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
+from fxtrain.compile.uncompiled import uncompiled
+from fxtrain.core import TrainState
+from fxtrain.model import UnseededError, ValuesNeededError
+from fxtrain.step import EvalFunction, Step
+
+_log = logging.getLogger(__name__)
+
+
+class GraphBreakError(RuntimeError):
+    """A step that was compiled with ``fullgraph=True`` cannot be one graph."""
+
+
+class Route(NamedTuple):
+    """One way to compile a step.
+
+    Args:
+        name: What the graph is made by, for records and explanations.
+        compile: ``(step, state, batch, in_place=...) -> Artefact``; raises where this way does not lead.
+        outcome: What is compiled, as a clause.
+        is_whole: Whether it makes one graph of the whole step.
+    """
+
+    name: str
+    compile: Callable[..., Artefact]
+    outcome: str
+    is_whole: bool
+
+
+class Routes:
+    """The routes for one step. The first that leads is kept for all later graphs, so that these agree to the bit.
+
+    Args:
+        routes: In the order in which they are tried.
+        fullgraph: Whether only routes that make one graph of the step are tried.
+
+    Raises:
+        GraphBreakError: When it is called, if ``fullgraph`` is set and no route makes one graph.
+        Exception: When it is called, what the step raises uncompiled.
+    """
+
+    def __init__(self, routes: Sequence[Route], *, fullgraph: bool) -> None:
+        self._routes = [route for route in routes if route.is_whole or not fullgraph]
+        self._fullgraph = fullgraph
+        self._chosen = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the route in use; before the first call, of the first."""
+        return self._routes[self._chosen].name
+
+    def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
+        """An artefact by the first route that leads, with one warning if it is not the first of all."""
+        found: Break | None = None
+        for index in range(self._chosen, len(self._routes)):
+            route = self._routes[index]
+            try:
+                with _without_logs_of_dynamo():
+                    artefact = _compiled(route, step, state, batch, in_place=in_place)
+            except (UnseededError, torch.OutOfMemoryError, MemoryError):
+                raise
+            except NoGradientsError as error:
+                _log.debug("%s: %s", route.name, error)
+                continue
+            except Exception as error:
+                _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
+                if found is None:
+                    step(state, batch)  # a mistake of the step's own is raised in its own words
+                    found = refusal(error)
+                continue
+            if found is not None:
+                self._chosen = index
+                warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=5)
+            return artefact
+        assert found is not None
+        raise GraphBreakError(_refused(step, found)) from None
+
+
+def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dynamic: bool, fullgraph: bool) -> Routes:
+    """The routes for the options of ``compile``, which describes them."""
+    chosen = backend or "inductor"
+    title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+    suffix = "" if mode is None else f", {mode}"
+    traced = Route(
+        f"{title}, traced{suffix}", functools.partial(compile_traced, mode=mode), "the step as one graph", True
+    )
+    online = None if mode == AHEAD else mode
+    dynamo = Route(
+        f"{title}, dynamo{suffix}" if backend is None and not dynamic else f"{title}{suffix}",
+        functools.partial(_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
+        "the step as one graph by torch.compile, which checks its assumptions at each call",
+        True,
+    )
+    around = functools.partial(compile_in_regions, backend=backend, mode=online)
+    regions = Route(
+        f"{title}, regions{suffix}",
+        functools.partial(around, forward="compiled"),
+        "the loss function in several graphs by torch.compile; the optimizer and the callbacks of the step as one",
+        False,
+    )
+    eager = Route(
+        f"{title}, eager forward{suffix}",
+        functools.partial(around, forward=None),
+        "the optimizer and the callbacks of the step as one graph; forward and backward passes run uncompiled",
+        False,
+    )
+    nothing = Route("uncompiled", uncompiled, "nothing: the step runs uncompiled", False)
+    if dynamic:  # the graphs around a forward pass are for one size each
+        return Routes([dynamo, nothing], fullgraph=fullgraph)
+    whole = [traced, dynamo] if backend is None else [dynamo]
+    return Routes([*whole, regions, eager, nothing], fullgraph=fullgraph)
+
+
+def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Artefact:
+    return compile_by_dynamo(step, state, batch, **options)  # which returns a new state in any case
+
+
+def _compiled(route: Route, step: Any, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
+    try:
+        return route.compile(step, state, batch, in_place=in_place)
+    except ValuesNeededError:
+        step(state, batch)
+        return route.compile(step, state, batch, in_place=in_place)
+
+
+@contextlib.contextmanager
+def _without_logs_of_dynamo() -> Generator[None]:
+    """Keeps the pages that Dynamo writes about each break to itself, unless ``TORCH_LOGS`` asks for them."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    if level in (logging.NOTSET, logging.WARNING):
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Dynamo detected")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _fallback(step: Any, found: Break, route: Route) -> str:
+    return (
+        f"{step!r} cannot be traced as one graph:\n{_lines(found)}"
+        f"Compiled instead: {route.outcome}. The numbers are the same. fx.explain(step, state, batch) lists all such "
+        "places; fx.compile(step, fullgraph=True) makes this an error."
+    )
+
+
+def _refused(step: Any, found: Break) -> str:
+    return (
+        f"expected a step that is one graph because of fullgraph=True, got {step!r}, which is not one:\n{_lines(found)}"
+        "fx.explain(step, state, batch) lists all such places. Change them, or leave fullgraph=True out to compile "
+        "what can be compiled."
+    )
+
+
+def _lines(found: Break) -> str:
+    """The place, its source and the reason, a line each."""
+    lines = (found.where and f"{found.where}: {found.code}", found.within, found.reason)
+    return "".join(f"  {line}\n" for line in lines if line)

@@ -1,0 +1,49 @@
+"""Forward passes of a thread by another compiler: functions of models are wrapped where ``Model.call`` runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class _Here(threading.local):
+    wrap: Wrap | None = None
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def forward_by(wrap: Wrap | None) -> Generator[None]:
+    """Functions of a model that ``Model.call`` runs inside are ``wrap(function)``, in this thread alone.
+
+    Args:
+        wrap: From a function ``(model, *args)`` to one that computes the same; None for the function itself.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> state = fx.init(__import__("torch").nn.ReLU())
+        >>> with forward_by(lambda function: lambda *args: "wrapped"):
+        ...     state.model.call(state.params, state.buffers, lambda model: "plain", train=True)[0]
+        'wrapped'
+    """
+    before = _here.wrap
+    _here.wrap = wrap
+    try:
+        yield
+    finally:
+        _here.wrap = before
+
+
+def is_forward_wrapped() -> bool:
+    """Whether this thread is inside ``forward_by`` with a wrap."""
+    return _here.wrap is not None
+
+
+def forward_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as ``forward_by`` wraps it."""
+    return function if _here.wrap is None else _here.wrap(function)

@@ -1,0 +1,236 @@
+"""The routes by which steps are compiled that cannot be traced as one graph."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fxtrain as fx
+
+TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
+
+
+class Branching(torch.nn.Module):
+    """Dropout on both sides of a branch on a value, and batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.outer = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        hidden = self.drop(self.norm(torch.tanh(self.inner(x))))
+        if hidden.mean() > 0:
+            hidden = self.drop(hidden * 2)
+        return self.outer(self.drop(hidden))
+
+
+def branching(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def by_item(model, batch):
+    loss = branching(model, batch)
+    return loss * 2 if loss.item() > 1 else loss
+
+
+def by_list(model, batch):
+    return sum(F.cross_entropy(model(batch["x"])[:count], batch["y"][:count]) for count in batch["count"][0].tolist())
+
+
+def by_distribution(model, batch):
+    return -torch.distributions.Categorical(logits=model(batch["x"]), validate_args=True).log_prob(batch["y"]).mean()
+
+
+def data_dependent_loop(model, batch):
+    x = batch["x"]
+    while x.abs().max() > 0.5:
+        x = x / 2
+    return F.cross_entropy(model(x), batch["y"])
+
+
+LOSSES = [branching, by_item, by_list, by_distribution, data_dependent_loop]
+
+
+def batch(number, rows=8):
+    drawn = torch.Generator().manual_seed(number)
+    return {
+        "x": torch.randn(rows, 4, generator=drawn),
+        "y": torch.randint(0, 3, (rows,), generator=drawn),
+        "count": torch.randint(1, rows, (1, 2), generator=drawn),
+    }
+
+
+def start(tx=TX):
+    torch.manual_seed(0)
+    return fx.init(Branching(), tx, seed=0)
+
+
+def quietly(function, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args)
+
+
+def is_fallback(warning):
+    return "cannot be traced as one graph" in str(warning.message)
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(dict(enumerate(fx.tree.leaves(ours))), dict(enumerate(fx.tree.leaves(theirs))))
+
+
+class TestEqualsEager:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize("loss_fn", LOSSES)
+    def test_over_batches_that_branch_differently(self, loss_fn, accumulate):
+        step = fx.train_step(loss_fn, TX, accumulate=accumulate)
+        compiled = fx.compile(step, backend="eager")
+        donating = fx.compile(step, backend="eager", donate=True)
+        plain, ours, donated = start(), start(), start()
+        for number in range(4):
+            plain, expected = step(plain, batch(number))
+            ours, output = quietly(compiled, ours, batch(number))
+            donated, _ = quietly(donating, donated, batch(number))
+            assert_same(output.metrics, expected.metrics)
+        assert_same(ours, plain)
+        assert_same(donated, plain)
+
+    def test_a_forward_pass_that_torch_cannot_compile_runs_as_it_is(self, monkeypatch):
+        def refusing(function, **_):
+            raise RuntimeError("no compiler here")
+
+        monkeypatch.setattr(torch, "compile", refusing)
+        step = fx.train_step(branching, TX)
+        compiled = fx.compile(step, backend="eager")
+        plain, ours = start(), start()
+        for number in range(3):
+            plain, _ = step(plain, batch(number))
+            ours, _ = quietly(compiled, ours, batch(number))
+        assert compiled.how == "eager, eager forward"
+        assert_same(ours, plain)
+
+    def test_gradients_that_a_compiler_gets_wrong_are_not_used(self, monkeypatch):
+        def wrong(function, fullgraph=False, **_):
+            if fullgraph:
+                raise RuntimeError("no graph here")
+            return lambda *args: function(*args) * 1.5
+
+        monkeypatch.setattr(torch, "compile", wrong)
+        compiled = fx.compile(fx.train_step(branching, TX), backend="eager")
+        quietly(compiled, start(), batch(0))
+        assert compiled.how == "eager, eager forward"
+
+    def test_a_step_without_gradients_of_fxtrain_runs_uncompiled(self):
+        def by_hand(state, batch):
+            if batch.sum() > 0:
+                return state.replace(params=state.params + 1), fx.StepOutput({})
+            return state, fx.StepOutput({})
+
+        compiled = fx.compile(by_hand, backend="eager", donate=True)
+        state = fx.init(torch.tensor(0.0))
+        for sign in (1.0, -1.0, 1.0):
+            state, _ = quietly(compiled, state, torch.tensor([sign]))
+        assert (compiled.how, float(state.params), int(state.step)) == ("uncompiled", 2.0, 3)
+
+    def test_two_models_that_train_each_other(self):
+        def losses(model, batch):
+            found = (model["a"] * model["b"] - batch).square().sum()
+            return found * 2 if found > 1 else found
+
+        tx = {"a": fx.optim.adam(0.1), "b": fx.optim.adam(0.1)}
+        by_a, by_b = fx.gradients(losses, wrt="a"), fx.gradients(losses, wrt="b")
+
+        @fx.Step
+        def step(state, batch):
+            state, _ = fx.apply_gradients(state, by_a(state, batch).grads, tx["a"], wrt="a")
+            found = by_b(state, batch, 1)
+            state, _ = fx.apply_gradients(state, found.grads, tx["b"], wrt="b")
+            return state, fx.StepOutput({"loss": found.loss})
+
+        compiled = fx.compile(step, backend="eager")
+        plain = ours = fx.init({"a": torch.ones(2), "b": torch.ones(2)}, tx)
+        for number in range(3):
+            plain, _ = step(plain, torch.full((2,), float(number)))
+            ours, _ = quietly(compiled, ours, torch.full((2,), float(number)))
+        assert compiled.how == "eager, regions"
+        assert_same(ours, plain)
+
+    def test_an_evaluation(self):
+        measure = fx.eval_step(by_item)
+        compiled = fx.compile(measure, backend="eager")
+        for number in range(3):
+            assert_same(quietly(compiled, start(), batch(number)).metrics, measure(start(), batch(number)).metrics)
+
+    def test_a_run(self):
+        step, data = fx.train_step(branching, TX), [batch(number) for number in range(4)]
+        plain = fx.fit(start(), step, data, epochs=2)
+        ours = quietly(lambda: fx.fit(start(), fx.compile(step, backend="eager"), data, epochs=2))
+        assert_same(ours.last, plain.last)
+
+    def test_several_steps_per_call(self):
+        step, data = fx.train_step(branching, TX), [batch(number) for number in range(4)]
+        plain = fx.fit(start(), step, data, epochs=1)
+        compiled = fx.compile(step, backend="eager", steps_per_call=2)
+        assert_same(quietly(lambda: fx.fit(start(), compiled, data, epochs=1)).last, plain.last)
+
+    def test_batches_of_other_sizes(self):
+        step = fx.train_step(branching, TX)
+        compiled = fx.compile(step, backend="eager", on_recompile="allow")
+        plain, ours = start(), start()
+        for rows in (8, 6, 8):
+            plain, _ = step(plain, batch(rows, rows))
+            ours, _ = quietly(compiled, ours, batch(rows, rows))
+        assert_same(ours, plain)
+
+    @pytest.mark.slow
+    def test_by_inductor(self):
+        step = fx.train_step(branching, TX)
+        compiled, donating = fx.compile(step), fx.compile(step, donate=True)
+        plain, ours, donated = start(), start(), start()
+        for number in range(4):
+            plain, _ = step(plain, batch(number))
+            ours, _ = quietly(compiled, ours, batch(number))
+            donated, _ = quietly(donating, donated, batch(number))
+        assert compiled.how == donating.how == "inductor, regions"
+        assert_same(ours, plain)
+        assert_same(donated, plain)
+
+
+class TestWarning:
+    def test_names_the_line_once_in_few_lines(self, capfd):
+        compiled = fx.compile(fx.train_step(by_item, TX), backend="eager", on_recompile="allow")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for rows in (8, 6):
+                compiled(start(), batch(0, rows))
+        (said,) = [str(warning.message) for warning in caught if is_fallback(warning)]
+        assert f"{__file__}:" in said
+        assert "if hidden.mean() > 0:" in said
+        assert "fx.explain" in said
+        assert len(said.splitlines()) <= 15
+        assert capfd.readouterr().err == ""
+
+    def test_comes_not_for_a_step_that_is_one_graph(self, recwarn):
+        compiled = fx.compile(fx.train_step(lambda model, batch: model(batch).mean(), TX), backend="eager")
+        compiled(fx.init(torch.nn.Linear(2, 1), TX), torch.ones(3, 2))
+        assert not [warning for warning in recwarn if is_fallback(warning)]
+
+
+class TestFullGraph:
+    def test_refuses_in_few_lines_and_names_the_line(self):
+        compiled = fx.compile(fx.train_step(branching, TX), fullgraph=True)
+        with pytest.raises(fx.GraphBreakError, match=r"expected a step that is one graph .*fullgraph=True") as caught:
+            compiled(start(), batch(0))
+        said = str(caught.value)
+        assert "if hidden.mean() > 0:" in said
+        assert len(said.splitlines()) <= 15
+        assert caught.value.__suppress_context__
+
+    def test_a_mistake_of_the_step_is_raised_as_it_is(self):
+        def wrong(model, batch):
+            return model(batch["z"]).mean()
+
+        with pytest.raises(KeyError, match="z"):
+            fx.compile(fx.train_step(wrong, TX), backend="eager")(start(), batch(0))
