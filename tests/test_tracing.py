@@ -12,6 +12,7 @@ import fxtrain as fx
 from fxtrain import tree
 from fxtrain.compile.concatenation import with_dense_concatenations
 from fxtrain.core import compiling
+from fxtrain.explain.counts import trace
 
 AS_LIBRARIES_ASK = [
     torch.compiler.is_compiling,
@@ -122,3 +123,47 @@ class TestConcatenations:
         for found in (graph(*given), lowered(*given)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
             assert found.stride() == expected.stride()
+
+
+def explained(loss_fn):
+    """The breaks of a step whose trace runs without values."""
+    tx = fx.optim.sgd(0.1)
+    state = fx.init(nn.Linear(4, 4), tx)
+    return fx.explain(fx.train_step(loss_fn, tx), state, torch.randn(3, 4), calls=0).breaks
+
+
+class TestLiterals:
+    def test_are_lists_of_the_same_numbers(self):
+        def loss_fn(model, batch):
+            axes = torch.arange(0, batch.ndim).tolist()
+            return model(batch).square().mean(dim=axes) * torch.tensor([2.0, 3.0])[1:].mul(1).sum() * axes[1]
+
+        assert explained(loss_fn) == ()
+        step = fx.train_step(loss_fn, fx.optim.sgd(0.1))
+        state, batch = fx.init(nn.Linear(4, 4), fx.optim.sgd(0.1)), torch.randn(3, 4)
+        graph = trace(step, state, batch)
+        found = graph(*tree.leaves(state), *tree.leaves(batch))
+        torch.testing.assert_close(found, tree.leaves(step(state, batch)), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("differentiate", ["func", "autograd"])
+    def test_are_known_in_rows_and_at_both_ways_of_differentiation(self, differentiate):
+        def loss_fn(model, batch):
+            ((one, two), (three, four)) = torch.tensor([[0.5, 2.0], [3.0, 4.0]]).tolist()
+            return model(batch).square().mean() * (one + two * three - four)
+
+        tx = fx.optim.sgd(0.1)
+        step = fx.train_step(loss_fn, tx, differentiate=differentiate)
+        state, batch = fx.init(nn.Linear(4, 4), tx), torch.randn(3, 4)
+        found = trace(step, state, batch)(*tree.leaves(state), *tree.leaves(batch))
+        torch.testing.assert_close(found, tree.leaves(step(state, batch)), rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda batch: torch.tensor([1.0, 2.0]).mul_(batch.sum()).tolist()[0],
+            lambda batch: batch.sum().tolist(),
+            lambda batch: torch.tensor([1.0, 2.0]).copy_(batch[0, :2]).tolist()[0],
+        ],
+    )
+    def test_that_depend_on_data_stay_breaks(self, read):
+        assert explained(lambda model, batch: model(batch).square().mean() * read(batch)) != ()

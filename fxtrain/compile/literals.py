@@ -1,0 +1,72 @@
+"""Tensors of literals, whose values are known while a step is traced.
+
+Code such as ``torch.arange(2, x.ndim).tolist()`` computes a list of integers by way of a tensor. The tracer's tensors
+have no values, although these depend on nothing but the arguments.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdRef
+
+_FACTORIES = (torch.arange, torch.tensor)
+_MOST_VALUES = 4096
+_READS = ("tolist", "item")
+
+
+class KnownLiterals(TorchFunctionMode):
+    """A context in which ``tolist`` and ``item`` work for tensors that ``arange`` and ``tensor`` made of numbers.
+
+    A tensor that was written in place since is not known.
+
+    Example:
+        >>> from torch._subclasses import FakeTensorMode
+        >>> with FakeTensorMode(), KnownLiterals():
+        ...     torch.arange(2, 5).tolist()
+        [2, 3, 4]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[WeakIdRef, tuple[int, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        values = self._values_of(args[0]) if name in (*_READS, "unbind") and args else None
+        if values is not None and name in _READS:
+            with _disable_current_modes():
+                return getattr(values, name)(*args[1:], **kwargs)
+        made = func(*args, **kwargs)
+        if values is not None:  # outside of torch.func, the tracer's own tolist reads each element
+            with _disable_current_modes():
+                parts = values.unbind(*args[1:], **kwargs)
+            for part, value in zip(made, parts, strict=True):
+                self._add(part, value)
+            return made
+        if func in _FACTORIES and _is_literal((args, kwargs)) and made.numel() <= _MOST_VALUES:
+            with _disable_current_modes():
+                self._add(made, func(*args, **{**kwargs, "device": "cpu"}))
+        return made
+
+    def _values_of(self, tensor: Any) -> Tensor | None:
+        version, values = self._known.get(WeakIdRef(tensor), (-1, None)) if isinstance(tensor, Tensor) else (-1, None)
+        return values if values is not None and version == tensor._version else None
+
+    def _add(self, tensor: Tensor, values: Tensor) -> None:
+        self._known[WeakIdRef(tensor)] = tensor._version, values
+        weakref.finalize(tensor, self._known.pop, WeakIdRef(tensor), None)
+
+
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_literal, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_literal, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.layout)
