@@ -1,7 +1,11 @@
 """Tracing: what code of models sees while a step is traced, and that a graph computes what the step does."""
 
+import builtins
+import io
 import threading
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain.compile.concatenation import with_dense_concatenations
+from fxtrain.compile.effects import FileInTraceError, effects_noticed
 from fxtrain.core import compiling
 from fxtrain.explain.counts import trace
 
@@ -167,3 +172,54 @@ class TestLiterals:
     )
     def test_that_depend_on_data_stay_breaks(self, read):
         assert explained(lambda model, batch: model(batch).square().mean() * read(batch)) != ()
+
+
+class TestEffects:
+    @pytest.mark.parametrize("load", [np.load, lambda path: torch.load(path.with_suffix(".pt"))])
+    def test_files_are_refused_with_the_line(self, tmp_path, load):
+        np.save(tmp_path / "scale.npy", np.ones(1))
+        torch.save(torch.ones(1), tmp_path / "scale.pt")
+        opened = (builtins.open, io.open)
+
+        def loss_fn(model, batch):
+            return model(batch).square().mean() * float(load(tmp_path / "scale.npy")[0])
+
+        (only, *_) = explained(loss_fn)
+        assert "FileInTraceError" in only.reason
+        assert "test_tracing.py:" in only.reason
+        assert (builtins.open, io.open) == opened
+
+    @pytest.mark.parametrize("write", [lambda path: path.read_text(), lambda path: path.write_text("seen")])
+    def test_files_through_pathlib_are_refused(self, tmp_path, write):
+        path = tmp_path / "notes.txt"
+        path.write_text("before")
+
+        def loss_fn(model, batch):
+            write(path)
+            return model(batch).square().mean()
+
+        with pytest.raises(FileInTraceError, match=r"test_tracing\.py:\d+"), effects_noticed():
+            loss_fn(lambda batch: batch, torch.ones(2))
+        assert path.read_text() == "before"
+
+    def test_of_other_threads_are_left_alone(self, tmp_path):
+        with effects_noticed():
+            thread = threading.Thread(target=(tmp_path / "other").write_text, args=("written",))
+            thread.start()
+            thread.join()
+        assert (tmp_path / "other").read_text() == "written"
+
+    @pytest.mark.parametrize("show", [print, str, repr])
+    def test_a_print_is_said_with_the_line(self, show):
+        def loss_fn(model, batch):
+            loss = model(batch).square().mean()
+            show(loss)
+            return loss
+
+        with pytest.warns(UserWarning, match=r"shown as text at .*test_tracing\.py:\d+"):
+            assert explained(loss_fn) == ()
+
+    def test_a_model_without_effects_says_nothing(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert explained(lambda model, batch: model(batch).square().mean()) == ()

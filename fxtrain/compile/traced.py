@@ -22,6 +22,7 @@ from fxtrain.compile.ahead import compile_ahead
 from fxtrain.compile.assembly import assembler
 from fxtrain.compile.concatenation import with_dense_concatenations
 from fxtrain.compile.draws import with_draws_together
+from fxtrain.compile.effects import effects_noticed
 from fxtrain.compile.literals import KnownLiterals
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
@@ -95,7 +96,7 @@ def compile_traced(
             old[index].copy_(value)
         return values[len(changed) :]
 
-    with compiling(), KnownLiterals():
+    with compiling(), effects_noticed(), KnownLiterals():
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
     if isinstance(step, Step):  # which keeps its masks for its backward pass; what only goes forward need not
         with_draws_together(graph.graph)
