@@ -64,6 +64,8 @@ from fxtrain.fold import on as on
 from fxtrain.fold import slotted as slotted
 from fxtrain.fold import stateful as stateful
 from fxtrain.fold import when as when
+from fxtrain.interop import load_weights as load_weights
+from fxtrain.interop import save_weights as save_weights
 from fxtrain.loop import Result as Result
 from fxtrain.loop import evaluate as evaluate
 from fxtrain.loop import fit as fit

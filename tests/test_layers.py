@@ -20,7 +20,7 @@ LAYERS = [
     {"model"},
     {"step", "callbacks", "writers", "observers", "checkpoint"},
     {"compile", "loop"},
-    {"explain", "finders", "report"},
+    {"explain", "finders", "report", "interop"},
     {"testing", "cli", "rosetta"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -38,6 +38,7 @@ HEAVY = (
     "PIL",
     "psutil",
     "mlflow",
+    "safetensors",
 )
 
 

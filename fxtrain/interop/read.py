@@ -1,0 +1,111 @@
+"""Reading: the tensors in a file or a folder of weights, by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain.checkpoint import CheckpointError
+
+_STEMS = (
+    *("model", "diffusion_pytorch_model", "open_clip_model", "adapter_model"),
+    *("pytorch_model", "open_clip_pytorch_model"),
+)
+_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+
+
+def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> Mapping[str, Any]:
+    """The tensors in a file or a folder of weights, by name, on the CPU.
+
+    Files of safetensors and of ``torch.save`` are mapped into memory, so a tensor is read when it is used.
+
+    Args:
+        path: A ``.safetensors`` file; an index of shards; a file of ``torch.save``, read with ``weights_only=True``; or
+            a folder with one of these, as ``save_pretrained`` writes it.
+        entry: The entry of a ``torch.save`` file that holds the state dict, such as ``"state_dict"`` or ``"model"``.
+
+    Raises:
+        CheckpointError: If there are no weights, or they cannot be read.
+        ValueError: If there is no such entry.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = _weights_in(file)
+    if not file.is_file():
+        raise CheckpointError(f"expected a file or a folder of weights, got {file}, which is not there.")
+    contents = _read_shards(file) if file.name.endswith(".index.json") else _read_file(file)
+    return contents if entry is None else _entry(file, contents, entry)
+
+
+def _weights_in(folder: pathlib.Path) -> pathlib.Path:
+    for suffix in _SUFFIXES:
+        for stem in _STEMS:
+            if (folder / f"{stem}{suffix}").is_file():
+                return folder / f"{stem}{suffix}"
+    there = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
+    raise CheckpointError(
+        f"expected a folder with weights, such as model.safetensors, got {folder} with {there}. Give a file."
+    )
+
+
+def _read_shards(index: pathlib.Path) -> dict[str, Any]:
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"expected an index of shards at {index}, got {error!r}.") from None
+    found: dict[str, Any] = {}
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise CheckpointError(f"expected shards in the folder of {index}, got {name!r}.")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"expected all shards of {index}, got none at {name}.")
+        found.update(_read_file(index.parent / name))
+    lost = [name for name in places if name not in found]
+    if lost:
+        raise CheckpointError(f"expected {lost[0]!r} in {places[lost[0]]}, as {index} says, got no such tensor.")
+    return found
+
+
+def _read_file(file: pathlib.Path) -> Any:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"expected tensors in {file}, got other Python objects ({str(error).splitlines()[0]}). If its source is "
+            "trusted, read it with torch.load(weights_only=False), and give the state dict to fxtrain.load_state_dict."
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{file} could not be read as weights ({error}).") from error
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(f"expected a state dict in {file}, got a {type(contents).__name__}.")
+    return contents
+
+
+def _entry(file: pathlib.Path, contents: Mapping[str, Any], entry: str) -> Mapping[str, Any]:
+    if not isinstance(contents.get(entry), Mapping):
+        raise ValueError(f"expected entry to name a state dict in {file}, got {entry!r}. {listed_entries(contents)}")
+    return contents[entry]
+
+
+def listed_entries(contents: Mapping[str, Any]) -> str:
+    """The entries that hold tensors by name, as a sentence; empty if there is none."""
+    found = [
+        f"{key!r} ({len(value)} values)"
+        for key, value in contents.items()
+        if isinstance(value, Mapping) and any(isinstance(leaf, Tensor) for leaf in value.values())
+    ]
+    return f"Entries with tensors are {', '.join(found)}: pass one as entry=." if found else ""
