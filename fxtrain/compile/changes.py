@@ -40,10 +40,26 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
         return "A new callback in the step costs one graph, and one in the loop none."
     if any(path.startswith("batch") for path in paths):
         return (
-            'For a last, smaller batch choose drop_last=True or "pad" where the data is made; for many sizes pad to '
-            "few, or compile with dynamic=True."
+            'For a last, smaller batch choose drop_last=True or "pad" where the data is made. For many sizes pad to '
+            "few with fxtrain.data.bucketed, which declares its sizes and compiles without this warning, or compile "
+            "one slower graph for all: fxtrain.compile(step, dynamic=True)."
         )
     return "A step keeps the shapes and dtypes of its state: look at what has changed it between two steps."
+
+
+def is_other_batch(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> bool:
+    """Whether only the batch differs from one of ``known``."""
+    state = _part(new, "state")
+    return any(_part(each, "state") == state for each in known)
+
+
+def batches_of(known: Sequence[Mapping[str, str]]) -> int:
+    """How many kinds of batches there are among ``known``."""
+    return len({tuple(_part(each, "batch").items()) for each in known})
+
+
+def _part(kinds: Mapping[str, str], name: str) -> dict[str, str]:
+    return {path: kind for path, kind in kinds.items() if path.startswith(name)}
 
 
 def _kind(leaf: Any) -> str:

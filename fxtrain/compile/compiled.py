@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fxtrain import tree
-from fxtrain.compile.changes import advice, changes, described
+from fxtrain.compile.changes import advice, batches_of, changes, described, is_other_batch
 from fxtrain.compile.graph import Found, Graph
 from fxtrain.compile.heap import keep_freed_memory
 from fxtrain.compile.routes import routes_to
@@ -52,6 +52,8 @@ class Compiled:
         self._compiler, self._how, self._on_recompile, self._options = compiler, how, on_recompile, options
         self._graphs: list[Graph] = []  # the one that was used last is first
         self._known: list[dict[str, str]] = []
+        self._declared = 1  # how many kinds of batches come by declaration
+        self._has_warned_of_batches = False
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
         self._twin = twin
@@ -89,6 +91,18 @@ class Compiled:
         if self._donating is None:
             self._donating = self._twin()
         return self._donating
+
+    def expect(self, kinds: int | None) -> None:
+        """Declares that batches have so many shapes from here on: each compiles a graph without a warning or an error.
+
+        ``fit`` and ``evaluate`` call this with what their data source declares.
+
+        Args:
+            kinds: How many shapes batches have. Nothing is declared by 1, or None where it is unknown.
+        """
+        self._declared = batches_of(self._known) + kinds if kinds is not None and kinds > 1 else 1
+        if self._several is not None:
+            self._several.expect(kinds)
 
     def many(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
         """``steps_per_call`` steps, in one graph.
@@ -144,11 +158,15 @@ class Compiled:
         entered = self.step.enter(state)
         _refuse_sparse(batch)
         kinds = described(entered, batch)
-        if self._graphs and self._on_recompile != "allow":
+        is_batch = is_other_batch(kinds, self._known)
+        is_declared = is_batch and batches_of([*self._known, kinds]) <= self._declared
+        if self._graphs and self._on_recompile != "allow" and not is_declared:
             why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {advice(kinds, self._known)}"
             if self._on_recompile == "error":
                 raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
-            warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=3)
+            if not (is_batch and self._has_warned_of_batches):  # one hint is enough for batches of many sizes
+                warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=3)
+            self._has_warned_of_batches |= is_batch
         if state.step.device.type == "cpu":
             keep_freed_memory()
         _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
@@ -210,7 +228,9 @@ def compile(  # noqa: A001
             ask for comes up to so many steps later. It is compiled in proportion to their number. What is left at the
             end of an epoch is taken step by step.
         on_recompile: What to do when a shape, a dtype or the structure of state or batch changes: make another graph
-            with a warning that says what changed, refuse with ``RecompileError``, or make it silently.
+            with a warning that says what changed, refuse with ``RecompileError``, or make it silently. Of batches that
+            change their sizes it warns once. Sizes that a data source declares, as ``fxtrain.data.bucketed`` does,
+            make a graph each without a warning or an error.
 
     Raises:
         TypeError: If the step is compiled already.

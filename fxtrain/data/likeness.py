@@ -15,8 +15,9 @@ ANY = 64  # as many dimensions as a tensor can have: all may change their size
 
 REMEDY = (
     "batches are of one shape, so that a step is compiled once. drop_last=True leaves a short batch out, and "
-    'fxtrain.data.batches(..., drop_last="pad") fills it up; pad other sizes to one, or let them change with '
-    "dynamic=True."
+    'fxtrain.data.batches(..., drop_last="pad") fills it up. For many sizes use '
+    "fxtrain.data.bucketed, which pads to few; or let them change, with dynamic=True in the function that makes the "
+    "source, as fxtrain.data.from_loader(loader, dynamic=True), and in fxtrain.compile(step, dynamic=True)."
 )
 
 

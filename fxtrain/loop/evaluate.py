@@ -48,9 +48,18 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
         {'mean': 0.25}
     """
     total: dict[str, Any] = {}
-    for measured in measure(state, eval_step, adapt(data)):
+    source = adapt(data)
+    declare_shapes(eval_step, source)
+    for measured in measure(state, eval_step, source):
         total = measured.total
     return {name: float(value) for name, value in metrics.compute(total).items()}
+
+
+def declare_shapes(step: Any, data: Any) -> None:
+    """Declares to a compiled step how many shapes the batches of a data source have."""
+    expect = getattr(step, "expect", None)
+    if expect is not None and data is not None:
+        expect(data.kinds)
 
 
 def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) -> Iterator[Measured]:

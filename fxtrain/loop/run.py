@@ -31,6 +31,7 @@ from fxtrain.fold import as_composed, attach
 from fxtrain.loop.current import Current
 from fxtrain.loop.emitter import Emitter, Moment, Moments
 from fxtrain.loop.epochs import begin_epochs
+from fxtrain.loop.evaluate import declare_shapes
 from fxtrain.loop.feeding import Feeding
 from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts
@@ -77,6 +78,8 @@ class Run:
         self._strides = Strides(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
+        declare_shapes(self.step, self.data)
+        declare_shapes(plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
         # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
         # disk is its own already.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fxtrain import tree
 from fxtrain.core import Epoch, StepOutput, TrainState
 from fxtrain.loop.interrupts import leaving_compilation
 
@@ -23,6 +24,7 @@ class Strides:
         self._at_once: int = getattr(step, "steps_per_call", 1)
         self._one = leaving_compilation(step)
         self._several = leaving_compilation(getattr(step, "many", step))
+        self._may_differ: bool = data.kinds != 1 or data.free > 0
         self._data, self._steps, self._keep_every = data, steps, keep_every
 
     def length(self, step: int, position: int, epoch: Epoch) -> int:
@@ -45,10 +47,14 @@ class Strides:
         if len(batches) == 1:
             state, output = self._one(state, batches[0])
             return state, (output,)
-        if len(batches) == self._at_once:
+        if len(batches) == self._at_once and (not self._may_differ or _are_alike(batches)):
             return self._several(state, batches)
         outputs: list[StepOutput] = []
-        for batch in batches:  # the last of the data
+        for batch in batches:  # the last of the data, or batches of several shapes
             state, output = self._one(state, batch)
             outputs.append(output)
         return state, outputs
+
+
+def _are_alike(batches: Sequence[Any]) -> bool:
+    return len({tuple(getattr(leaf, "shape", None) for leaf in tree.leaves(batch)) for batch in batches}) == 1
