@@ -206,7 +206,7 @@ def route_of(step: Any) -> str:
 
 def relative(value: Tensor, like: Tensor) -> float:
     """The largest difference, relative to the largest value or to an optimizer's step, whichever is larger."""
-    if value.numel() == 0:
+    if torch.equal(value, like):  # infinite bounds too
         return 0.0
     size = max(float(like.abs().max()), ADAM["lr"])
     difference = float((value.double() - like.double()).abs().max())
