@@ -187,6 +187,20 @@ class TestAuto:
             with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
                 fx.gradients(loss_fn)(fx.init(linear()), X)
 
+    def test_raises_an_error_that_comes_once(self, recwarn):
+        errors = [OSError("the disk is busy")]
+
+        def loss_fn(model, batch):
+            if errors:
+                raise errors.pop()
+            return model(batch).mean()
+
+        find = fx.gradients(loss_fn)
+        with pytest.raises(OSError, match="the disk is busy"):
+            find(fx.init(nn.Linear(2, 1)), torch.ones(3, 2))
+        find(fx.init(nn.Linear(2, 1)), torch.ones(3, 2))
+        assert not recwarn.list
+
     def test_stays_with_func_where_it_is_chosen(self):
         with pytest.raises(RuntimeError, match="setup_context"):
             fx.gradients(old, differentiate="func")(fx.init(linear()), X)

@@ -89,6 +89,8 @@ class Differentiation:
         except Exception as error:
             # What fails both ways is a mistake of the function's own, which torch.func may have hidden.
             raise (error if _is_refusal(refusal) else refusal) from None
+        if not _is_refusal(refusal):
+            self._refuse_passing(refusal, objective, trainable)
         self._way = "autograd"
         warnings.warn(
             f"{self._who} is differentiated by torch.autograd from now on, as torch.func refuses it{_where(refusal)}: "
@@ -100,6 +102,15 @@ class Differentiation:
         if is_traced():
             raise ValuesNeededError(f"The trace of {self._who} holds two forward passes. Trace it again.")
         return found
+
+    @staticmethod
+    def _refuse_passing(error: Exception, objective: Objective, trainable: Any) -> None:
+        """Raises an error that does not come again: a file that could not be read once is no refusal of torch.func."""
+        try:
+            by_func(objective, trainable)
+        except Exception:
+            return
+        raise error
 
     def _by_autograd(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
         try:
