@@ -64,7 +64,7 @@ def main(folder, method, where, kind):
         at = {
             "wait": isinstance(event, fx.StepEnd) and event.step == 2,
             "evaluation": isinstance(event, fx.EvalBegin),
-            "start": isinstance(event, fx.EpochBegin),
+            "start": isinstance(event, fx.EpochBegin) and event.step == 0,
         }
         if at.get(where):
             print("ready", flush=True)
