@@ -6,15 +6,8 @@ that a compiler would make is a Python function that computes the new state and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
-
-from fxtrain import tree
 from fxtrain.compile.compiled import Compiled
-from fxtrain.compile.traced import Artefact
-from fxtrain.core import TrainState
+from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.step import Step
 
 
@@ -39,7 +32,7 @@ def undonating(step: Compiled) -> Compiled:
 def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
     return Compiled(
         step,
-        _artefact,
+        uncompiled,
         how=lambda: "interpreter",
         on_recompile="allow",
         steps_per_call=steps_per_call,
@@ -47,25 +40,3 @@ def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
         donate=donate,
         dynamic=False,
     )
-
-
-def _artefact(step: Any, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
-    structures = tree.structure(state), tree.structure(batch)
-
-    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        new, output = step(tree.unflatten(structures[0], leaves), tree.unflatten(structures[1], inputs))
-        return tree.leaves(new), output
-
-    if not in_place:
-        return Artefact(run, None)
-
-    def run_in_place(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        new, output = run(leaves, inputs)
-        # All are computed before the first is overwritten. What the step only handed on may be a view of an old leaf.
-        values = [leaf.clone() for leaf in new]
-        output = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
-        for old, value in zip(leaves, values, strict=True):
-            old.copy_(value)
-        return (), output
-
-    return Artefact(run_in_place, range(len(tree.leaves(state))))

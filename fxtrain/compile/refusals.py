@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 import fxtrain
+from fxtrain.model.captured import is_of_users
 
 _OURS = os.path.dirname(os.path.abspath(fxtrain.__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
@@ -90,7 +91,7 @@ def is_own(filename: str) -> bool:
     """Whether a file is neither Python's, nor installed, nor of this library."""
     if filename.startswith("<"):
         return filename.startswith(("<doctest", "<ipython"))
-    return not _is_in(filename, (_OURS, *_installed()))
+    return is_of_users(os.path.abspath(filename))
 
 
 def first_line(text: str) -> str:
@@ -114,13 +115,6 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 def _code(frame: traceback.FrameSummary) -> str:
     return first_line(linecache.getline(frame.filename, frame.lineno or 0) or "?")
-
-
-@functools.cache
-def _installed() -> frozenset[str]:
-    import sysconfig
-
-    return frozenset(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 @functools.cache
