@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -181,9 +182,7 @@ def _is_stored(source: Any) -> bool:
 
 def _stored_lengths(source: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Lengths by list column, read from Arrow without making Python objects of the items."""
-    import pyarrow.compute as compute
-
-    measure: Any = compute
+    measure = importlib.import_module("pyarrow.compute")  # installed with datasets, and no dependency of ours
     tables = source.with_format("arrow")
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(source), _ROWS_AT_ONCE):
