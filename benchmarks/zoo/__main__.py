@@ -1,111 +1,121 @@
 """Trains every model of tests/zoo, each in a process with a time limit, and writes ``benchmarks/ZOO.md``.
 
     python -m benchmarks.zoo                         # all of them
-    python -m benchmarks.zoo --only llama,timm       # those whose "package: name" contains one of these
+    python -m benchmarks.zoo --only "llama;timm"     # those whose "package: name" contains one of these
     python -m benchmarks.zoo --part 2/3              # every third one
-    python -m benchmarks.zoo --eager                 # without compiling
+    python -m benchmarks.zoo --rotate                # the third that belongs to the commit, as in CI
+    python -m benchmarks.zoo --eager                 # compare with plain loops, compile nothing, write nothing
 
-Results are kept in ``benchmarks/zoo/results.json``, so a run of a few models updates the table.
+Results are kept in ``benchmarks/zoo/results.json``: a run of a few models replaces their rows of the table. Models of a
+package that cannot be imported are skipped. The exit code is 1 if a model fails in a way that its case does not name as
+a limitation, or passes although its case names one, or if fewer than 12 packages can be imported for a run of a part
+or of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import subprocess
 import sys
-import warnings
+import time
 from typing import Any
 
-HERE = pathlib.Path(__file__).parent
-RESULTS, TABLE = HERE / "results.json", HERE.parent / "ZOO.md"
-COLUMNS = ("model", "package", "eager", "compiled how", "parity", "first step seconds")
-sys.path.insert(0, str(HERE.parents[1] / "tests"))
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS, TABLE = ROOT / "benchmarks/zoo/results.json", ROOT / "benchmarks/ZOO.md"
+LEAST_PACKAGES = 12
+PARTS = 3
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def main() -> None:
     given = options()
-    if given.worker:
-        print(json.dumps(checked(given.worker, eager=given.eager)))
-        return
+    os.environ.update(ONE_THREAD)
+    # Processes inherit these.
+    sys.path.insert(0, str(ROOT / "tests"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     import zoo
 
-    keys = list(zoo.cases())
-    if given.only:
-        keys = [key for key in keys if any(part in key for part in given.only.split(","))]
-    if given.part:
-        index, count = map(int, given.part.split("/"))
-        keys = keys[index - 1 :: count]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for key in keys:
-        results[key] = {**results.get(key, {}), **in_a_process(key, given.timeout, eager=given.eager)}
-        print(key, results[key], flush=True)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        TABLE.write_text(table(results))
-    if any("error" in results[key] and results[key]["error"] for key in keys):
-        raise SystemExit(1)
+    from benchmarks.zoo import processes, worker
+    from benchmarks.zoo.table import table, verdict
+
+    cases = zoo.cases()
+    keys = chosen(list(cases), given)
+    processes.prepare()
+    too_few = False
+    if not given.only:
+        missing = unavailable({case.package for case in cases.values()}, given.timeout)
+        found = len({case.package for case in cases.values()}) - len(missing)
+        too_few = found < LEAST_PACKAGES
+        print(f"{found} packages can be imported. Missing: {missing or 'none'}", flush=True)
+
+    deadline = time.monotonic() + given.budget
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+
+    def check(key: str) -> tuple[str, dict[str, Any]]:
+        if time.monotonic() > deadline:
+            return key, {"status": "skipped", "error": f"not begun within {given.budget:.0f} s"}
+        return key, processes.result_of(worker.checked, key, given.eager, timeout=given.timeout)
+
+    with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(check, key) for key in keys]):
+            key, result = done.result()
+            result["status"] = result.get("status") or verdict(result, cases[key].limitation)
+            trace = result.pop("trace", "")
+            counts["passed" if result["status"] == "limited" else result["status"]] += 1
+            print(f"{key}: {result}", trace if result["status"] == "failed" else "", sep="\n", flush=True)
+            if not given.eager:
+                record(key, result)
+    if not given.eager:
+        TABLE.write_text(table(json.loads(RESULTS.read_text()), cases))
+    if too_few:
+        print(f"Expected at least {LEAST_PACKAGES} packages that can be imported.")
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    raise SystemExit(1 if counts["failed"] or too_few else 0)
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAMES", help="parts of package and name, separated by commas")
-    parser.add_argument("--part", metavar="K/N", help="one of N parts")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", metavar="NAMES", help="parts of package and name, separated by semicolons")
+    which.add_argument("--part", metavar="K/N", help="one of N parts")
+    which.add_argument("--rotate", action="store_true", help="the hash of the commit, modulo 3, chooses a third")
     parser.add_argument("--eager", action="store_true", help="compare with plain loops only, compile nothing")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for a model")
-    parser.add_argument("--worker", metavar="KEY", help=argparse.SUPPRESS)
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for a model")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model is begun")
+    parser.add_argument("--workers", type=int, default=2, help="how many processes, of one thread each")
     return parser.parse_args()
 
 
-def in_a_process(key: str, timeout: float, *, eager: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.zoo", "--worker", key, *(["--eager"] if eager else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {timeout:.0f} s"}
-    except (IndexError, json.JSONDecodeError):
-        return {"error": f"ended with exit code {done.returncode}"}
+def chosen(keys: list[str], given: argparse.Namespace) -> list[str]:
+    if given.only:
+        return [key for key in keys if any(part in key for part in given.only.split(";"))]
+    index, count = map(int, given.part.split("/")) if given.part else (1, 1)
+    if given.rotate:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        index, count = int(commit, 16) % PARTS + 1, PARTS
+        print(f"Part {index}/{count}, chosen by the commit {commit}.", flush=True)
+    return keys[index - 1 :: count]
 
 
-def checked(key: str, *, eager: bool) -> dict[str, Any]:
-    """What the checks found for a case."""
-    warnings.simplefilter("ignore")
-    import torch
-    import zoo
-    from zoo import checks
+def unavailable(packages: set[str], timeout: float) -> dict[str, str]:
+    """The packages that cannot be imported, each with the error."""
+    from benchmarks.zoo import processes, worker
 
-    torch.set_num_threads(1)
-    case = zoo.cases()[key]
-    found: dict[str, Any] = {"error": ""}
-    try:
-        found["parity"] = checks.parity(case)
-        if not eager:
-            outcome = checks.compiled(case)
-            found.update(route=outcome.route, difference=outcome.difference, seconds=outcome.first_seconds)
-    except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return found
+    found = {name: processes.result_of(worker.imported, name, timeout=timeout) for name in sorted(packages)}
+    return {name: result["error"] for name, result in found.items() if result["error"]}
 
 
-def table(results: dict[str, Any]) -> str:
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
-    for key, found in results.items():
-        package, _, name = key.partition(": ")
-        parity = f"{found['parity']:.1e}" if "parity" in found else "-"
-        seconds = f"{found['seconds']:.0f}" if "seconds" in found else "-"
-        error = found.get("error", "").replace("|", "/")
-        trained = "as a plain loop" if "parity" in found else f"failed: {error}"
-        route = found.get("route") or (f"failed: {error}" if error and "parity" in found else "not tried")
-        rows.append((name, package, trained, route, parity, seconds))
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    passed = sum("parity" in found for found in results.values())
-    done = sum("route" in found for found in results.values())
-    return (
-        "# The zoo\n\n"
-        f"{passed} of {len(results)} models train uncompiled as in a plain loop (float64, 1e-9). Compiled in the runs "
-        f"recorded here: {done}. Written by `python -m benchmarks.zoo`.\n\n{lines}\n"
-    )
+def record(key: str, result: dict[str, Any]) -> None:
+    """Replaces what was known of the case. The file is read again, as another run may have written it."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[key] = {**result, "date": time.strftime("%Y-%m-%d")}
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

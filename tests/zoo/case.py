@@ -13,6 +13,19 @@ import fxtrain as fx
 
 
 @dataclasses.dataclass(frozen=True)
+class Limitation:
+    """Why a case fails, for a case that is known to.
+
+    Args:
+        reason: A sentence for the table.
+        error: A part of the error's message. Any other error is unexpected, and so is none.
+    """
+
+    reason: str
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A model, the data it is trained on, and how.
 
@@ -28,6 +41,7 @@ class Case:
         step: Builds a step by hand from the optimizers; by default ``fx.train_step(loss, tx)``.
         plain: The same step for a plain loop: ``(modules, optimizers, batch) -> loss``, updates included.
         measure: A scalar in evaluation mode, to compare exported weights by; by default the loss.
+        limitation: What keeps the case from passing, if that is known.
     """
 
     name: str
@@ -39,6 +53,7 @@ class Case:
     step: Callable[[Any], fx.Step] | None = None
     plain: Callable[[Any, Any, Any], torch.Tensor] | None = None
     measure: Callable[[Any, Any], Any] | None = None
+    limitation: Limitation | None = None
 
     @property
     def key(self) -> str:

@@ -1,0 +1,97 @@
+"""The table of the zoo: what held for each model, and how many compile to one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo.case import Case, Limitation
+
+COLUMNS = ("model", "package", "eager", "differentiate", "compiled how", "parity", "first step")
+ONE_GRAPH = ("traced", "dynamo")
+
+_HEAD = """# The zoo
+
+{summary}
+
+- **eager**: three uncompiled steps against a plain PyTorch loop, in float64: the largest relative difference of losses,
+  parameters and buffers. At most 1e-9 passes.
+- **differentiate**: the way of `fx.train_step(..., differentiate="auto")`, chosen at the first step.
+- **compiled how**: the route of `fx.compile`. "traced" and "dynamo" are one graph of the whole step; "regions" are
+  several graphs of the loss function and one of the optimizer; with "eager forward" only the optimizer is compiled.
+- **parity**: compiled against uncompiled, in float32 with dropout, as above. At most 1e-4 passes. A run that was saved
+  and restored ended in the same bits, and exported weights computed the same in the original module.
+- **first step**: seconds, compilation included, on one core of a machine that was busy with other work. The compiler's
+  cache was not emptied between models.
+
+Written by `python -m benchmarks.zoo`.
+
+{rows}
+"""
+
+
+def verdict(result: dict[str, Any], limitation: Limitation | None) -> str:
+    """``"passed"``, ``"failed"`` or ``"limited"``, for a result that was not skipped. Adds the error of a limitation
+    that is none any longer."""
+    if limitation is None:
+        return "failed" if result["error"] else "passed"
+    if limitation.error in result["error"]:
+        return "limited"
+    result["error"] = result["error"] or "passes now, and its case names a limitation. Remove that."
+    return "failed"
+
+
+def table(results: dict[str, Any], cases: dict[str, Case]) -> str:
+    """The page. Cases without a result are rows too."""
+    rows = [_row(key, results.get(key), case) for key, case in cases.items()]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return _HEAD.format(
+        summary=summary({key: results[key] for key in cases if key in results}, len(cases)),
+        rows="\n".join(f"| {' | '.join(line)} |" for line in lines),
+    )
+
+
+def summary(results: dict[str, Any], total: int) -> str:
+    counts = {
+        status: sum(result["status"] == status for result in results.values())
+        for status in ("passed", "failed", "limited", "skipped")
+    }
+    tried = total - counts["skipped"] - (total - len(results))
+    whole = sum(_is_one_graph(result) for result in results.values())
+    share = f" ({whole / tried:.0%})" if tried else ""
+    dates = sorted({result["date"] for result in results.values()})
+    return (
+        f"{total} models of {len({key.partition(': ')[0] for key in results})} packages; {tried} were trained, between "
+        f"{dates[0]} and {dates[-1]}. All checks hold for {counts['passed']}; {counts['failed']} failed, "
+        f"{counts['limited']} have a known limitation, {counts['skipped']} were skipped for want of their package, "
+        f"{total - len(results)} have no result. **{whole} of {tried}{share} compile to one graph.**"
+        if results
+        else f"{total} models, none of which was trained."
+    )
+
+
+def _is_one_graph(result: dict[str, Any]) -> bool:
+    return result["status"] == "passed" and any(f", {name}" in result["route"] for name in ONE_GRAPH)
+
+
+def _row(key: str, result: dict[str, Any] | None, case: Case) -> tuple[str, ...]:
+    package, _, name = key.partition(": ")
+    if result is None or result["status"] == "skipped":
+        reason = "not run" if result is None else f"skipped: {_cell(result['error'])}"
+        return (name, package, reason, "-", "-", "-", "-")
+    failed = f"failed: {_cell(result['error'])}"
+    if result["status"] == "limited" and case.limitation is not None:
+        failed = f"known limitation: {_cell(case.limitation.reason)}"
+    is_eager_right = "parity" in result
+    return (
+        name,
+        package,
+        f"{result['parity']:.0e}" if is_eager_right else failed,
+        result.get("differentiate", "-"),
+        result.get("route") or (failed if is_eager_right else "-"),
+        f"{result['difference']:.0e}" if "difference" in result else "-",
+        f"{result['seconds']:.0f} s" if "seconds" in result else "-",
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")
