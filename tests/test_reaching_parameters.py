@@ -36,6 +36,16 @@ def read_as_number(model, batch):
     return torch.tensor(squares(model, batch).item())
 
 
+def by_inference(model, batch):
+    with torch.inference_mode():
+        output = squares(model, batch)
+    return output.clone()
+
+
+def accuracy(model, batch):
+    return (model(batch).argmax(-1) == 0).float().mean()
+
+
 def outside_parameter(model, batch):
     return OUTSIDE.bias[0]
 
@@ -47,14 +57,25 @@ def start(module=None, rate=0.1):
 
 class TestNoneReached:
     @pytest.mark.parametrize(
-        "loss_fn", [by_global, without_model, detached, without_grad, read_as_number, outside_parameter]
+        ("loss_fn", "cause"),
+        [
+            (by_global, "instead of OUTSIDE"),
+            (without_model, "Call the model that the loss function is given, outside"),
+            (detached, r"trained\. \.detach\(\) at .*parameters.py:27 cuts the loss off"),
+            (without_grad, r"trained\. linear at .*parameters.py:15 runs under torch.no_grad\(\)\. Take"),
+            (by_inference, r"trained\. linear at .*parameters.py:15 runs under torch.inference_mode\(\)\. Take"),
+            (read_as_number, r"trained\. \.item\(\) at .*parameters.py:36 cuts the loss off"),
+            (accuracy, r"trained\. argmax at .* has no gradient\. Compute"),
+            (outside_parameter, "instead of OUTSIDE"),
+        ],
     )
-    def test_is_an_error_at_each_step_until_it_is_mended(self, loss_fn):
+    @pytest.mark.filterwarnings("ignore:by_inference is differentiated")
+    def test_is_an_error_at_each_step_until_it_is_mended(self, loss_fn, cause):
         state, tx = start()
         step = fx.train_step(loss_fn, tx)
         for _ in range(2):
             with pytest.raises(
-                ValueError, match=rf"a trainable parameter, got one from {loss_fn.__name__} that reaches"
+                ValueError, match=rf"got one from {loss_fn.__name__} \(.*\) that reaches none, .*{cause}"
             ):
                 step(state, X)
 
@@ -78,7 +99,7 @@ class TestNoneReached:
     @pytest.mark.parametrize("backend", [None, "eager"])
     def test_compiled(self, backend):
         state, tx = start()
-        with pytest.raises(ValueError, match="got one from by_global that reaches none"):
+        with pytest.raises(ValueError, match=r"got one from by_global \(.*\) that reaches none"):
             fx.compile(fx.train_step(by_global, tx), backend=backend)(state, X)
 
     def test_by_torch_compile_itself(self):

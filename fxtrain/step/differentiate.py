@@ -17,6 +17,7 @@ from fxtrain.model import ValuesNeededError
 from fxtrain.model.captured import is_of_users
 from fxtrain.model.forward import is_forward_wrapped
 from fxtrain.rng.tracing import is_traced, is_transformed
+from fxtrain.step.contract import ContractError, backward_refused
 
 Differentiate = Literal["auto", "func", "autograd"]
 
@@ -34,6 +35,7 @@ _REFUSALS = (
 )
 """Parts of the messages by which torch.func refuses a function, whatever its values."""
 
+_BACKWARD = "backward() called inside a functorch transform"
 _OUTSIDE = "would mutate a captured Tensor"
 _REENTRANT = "use_reentrant=True, torch.utils.checkpoint is incompatible"
 
@@ -78,7 +80,7 @@ class Differentiation:
             return self._by_autograd(objective, trainable)
         try:
             return by_func(objective, trainable)
-        except (ValuesNeededError, torch.OutOfMemoryError, MemoryError):
+        except (ValuesNeededError, ContractError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             if _OUTSIDE in str(error):
@@ -86,7 +88,11 @@ class Differentiation:
             refusal = error
         try:
             found = self._by_autograd(objective, trainable)
+        except ContractError:
+            raise
         except Exception as error:
+            if _BACKWARD in str(refusal):
+                raise backward_refused(self._who, _where(refusal)) from error
             # What fails both ways is a mistake of the function's own, which torch.func may have hidden.
             raise (error if _is_refusal(refusal) else refusal) from None
         if not _is_refusal(refusal):

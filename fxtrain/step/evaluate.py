@@ -11,6 +11,7 @@ from fxtrain.core import StepOutput, TrainState
 from fxtrain.data import for_step
 from fxtrain.fold.subscription import name_of
 from fxtrain.precision import Policy, policy_of
+from fxtrain.step.contract import place_of, refuse_unless_loss
 from fxtrain.step.forward import forward
 from fxtrain.step.returned import described, measured
 from fxtrain.step.step import on_device
@@ -52,7 +53,7 @@ def eval_step(
             ``EvalStep``.
 
     Raises:
-        TypeError: When it runs, if ``measure`` returned anything else.
+        TypeError: If ``measure`` does not take a model and a batch. When it runs, if it returned anything else.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -61,6 +62,7 @@ def eval_step(
         >>> step(state, torch.ones(2, 2)).metrics
         {'mean': tensor(1.)}
     """
+    refuse_unless_loss(measure, "measure")
     policy = policy_of(precision)
 
     def step(state: TrainState, batch: Any) -> StepOutput:
@@ -70,7 +72,7 @@ def eval_step(
         if outputs:
             if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:
                 raise TypeError(
-                    f"expected {name_of(measure)} to return a pair (metrics, outputs) because of outputs=True, got "
+                    f"expected {place_of(measure)} to return a pair (metrics, outputs) because of outputs=True, got "
                     f"{described(result)}. Return both, or leave outputs=True away."
                 )
             result, extra = result

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, register_node
 from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
-from fxtrain.model import captured, model_of
+from fxtrain.model import model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
-from fxtrain.step.differentiate import Differentiate, Differentiation, Find, ordinary, outside_inference_mode
+from fxtrain.step.contract import refuse_unless_loss, torch_optimizers_refused
+from fxtrain.step.differentiate import (
+    Differentiate,
+    Differentiation,
+    Find,
+    Objective,
+    by_autograd,
+    ordinary,
+    outside_inference_mode,
+)
 from fxtrain.step.forward import forward
 from fxtrain.step.interception import handled
 from fxtrain.step.returned import loss_and_metrics
+from fxtrain.step.unreached import unreached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +102,8 @@ def gradients(
         A pure function. ``index`` tells apart several calls in one step: each draws its own random numbers.
 
     Raises:
-        TypeError: When it runs, if the loss function returned anything else.
+        TypeError: If ``loss_fn`` does not take a model and a batch. When it runs, if it returned anything else, or
+            calls an optimizer of torch.
         ValueError: If ``differentiate`` is none of these. When it runs, if there is nothing to train, or if
             ``differentiate="autograd"`` runs inside a transform of ``torch.func`` or under outer derivatives.
 
@@ -102,6 +115,7 @@ def gradients(
         >>> found.grads, found.used
         ({'w': tensor(24.), 'b': tensor(0.)}, {'w': True, 'b': False})
     """
+    refuse_unless_loss(loss_fn)
     policy = policy_of(precision)
     differentiation = Differentiation(differentiate, name_of(loss_fn))
 
@@ -143,12 +157,13 @@ def gradients(
         if not tree.leaves(trainable):
             raise ValueError("Nothing to train: no parameter is floating or complex and requires gradients.")
         model.refuse_hooks()
-        with outside_inference_mode():
-            grads, used, (metrics, buffers, weights) = differentiation(objective, trainable)
         reached = model.first_calls(("reached", wrt))
-        if not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None:
-            if not any(tree.leaves(used)):
-                raise _unreached(loss_fn, wrt)
+        is_first = not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None
+        with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
+            grads, used, (metrics, buffers, weights) = differentiation(objective, trainable)
+            if is_first and not any(tree.leaves(used)):
+                raise unreached(loss_fn, wrt, functools.partial(_run_again, objective, trainable))
+        if is_first:
             reached.add(loss_fn)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
@@ -168,16 +183,17 @@ def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
     return dataclasses.replace(found, loss=metrics["loss"], metrics=metrics, grads=grads)
 
 
-def _unreached(loss_fn: Callable[..., Any], wrt: str | None) -> ValueError:
-    """A zero gradient is a number; a loss that no trainable parameter takes part in is a mistake."""
-    what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
-    modules = [name for name, value in captured(loss_fn) if isinstance(value, nn.Module)]
-    instead = f" instead of {', '.join(modules)}, which it takes from outside" if modules else ""
-    return ValueError(
-        f"expected a loss that depends on {what}, got one from {name_of(loss_fn)} that reaches none, so nothing would "
-        f"be trained. Call the model that the loss function is given{instead}, outside of torch.no_grad() and without "
-        ".detach() or .item()."
-    )
+def _run_again(objective: Objective, trainable: Any, look: Callable[[Tensor], None]) -> None:
+    """Computes a loss again by torch.autograd, for ``look``."""
+
+    def watched(trainable: Any, find: Find, apart: bool) -> tuple[Tensor, Any, Any]:
+        def seen(value: Tensor) -> Any:
+            look(value)
+            return find(value)
+
+        return objective(trainable, seen, apart)
+
+    by_autograd(watched, trainable)
 
 
 def _is_unreached(loss: Tensor, trainable: Any) -> bool:

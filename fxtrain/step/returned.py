@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fxtrain.core import wide_dtype
-from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
+from fxtrain.step.contract import ContractError, place_of
 from fxtrain.step.weights import Weighted
 
 _TUPLE = (
@@ -49,14 +49,14 @@ def loss_and_metrics(function: Any, result: Any) -> Returned:
         loss, weight = loss
     loss = _taken_from_output(loss)
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
-        raise TypeError(
-            f"expected {name_of(function)} to return a 0-d floating tensor, alone or with a dict of metrics, got "
+        raise ContractError(
+            f"expected {place_of(function)} to return a 0-d floating tensor, alone or with a dict of metrics, got "
             f"{_shown(result, loss)}. {_remedy(result, loss)}"
         )
     if "loss" in metrics:
         raise ValueError(
             f"expected metrics with names other than the loss's own, got a metric named 'loss' from "
-            f"{name_of(function)}. Rename it."
+            f"{place_of(function)}. Rename it."
         )
     return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
 
@@ -87,13 +87,17 @@ def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]
         TypeError: If a value is neither a 0-d tensor nor a metric.
     """
     for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise ContractError(
+                f"expected names of metrics to be strings, got {name!r} from {place_of(function)}. Name the metric."
+            )
         if _is_metric(value):
             continue
         remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave out what is no measurement."
         if isinstance(value, int | float):
             remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
-        raise TypeError(
-            f"expected the metric {name!r} of {name_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
+        raise ContractError(
+            f"expected the metric {name!r} of {place_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
             f"{described(value)}. {remedy}"
         )
     return dict(metrics)
@@ -147,15 +151,26 @@ def _remedy(result: Any, loss: Any) -> str:
         return "The model computes no loss without labels: give them to it, or compute the loss from its outputs."
     if loss is None:
         return "End the function with return loss."
+    if isinstance(loss, Awaitable):
+        return "Write the function without async."
     if isinstance(loss, int | float | complex) or type(loss).__module__ == "numpy":
         return "Return the tensor itself, without .item(), float() or .numpy()."
     if isinstance(loss, nn.Module):
         return f"Call an instance of the module: {type(loss).__name__}()(prediction, target)."
     if isinstance(loss, tuple | list):
-        return _TUPLE
+        return _remedy_for_several(loss)
     if isinstance(loss, Mapping):
         return "Give a dict of metrics its loss under the name 'loss'; compute it from the outputs of a model."
     return "Compute the loss from it."
+
+
+def _remedy_for_several(parts: Sequence[Any]) -> str:
+    """What to return in place of a tuple or a list with a loss in it."""
+    if len(parts) == 2 and isinstance(parts[0], Mapping) and _is_metric(parts[1]):
+        return "Return the loss first: return loss, metrics."
+    if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], Mapping):
+        return "Return a tuple: return loss, metrics."
+    return _TUPLE
 
 
 def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:
@@ -166,7 +181,7 @@ def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:
         return weight.detach().to(loss.device, wide)
     if isinstance(weight, int | float):
         return torch.full((), weight, dtype=wide, device=loss.device)
-    raise TypeError(
-        f"expected the weight that {name_of(function)} gives to fxtrain.weighted to be a number or a real 0-d tensor, "
+    raise ContractError(
+        f"expected the weight that {place_of(function)} gives to fxtrain.weighted to be a number or a real 0-d tensor, "
         f"got {described(weight)}. Count the items of the batch, as (labels != -100).sum()."
     )

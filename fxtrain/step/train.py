@@ -14,6 +14,7 @@ from fxtrain.fold import as_composed, compose
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import model_of
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
+from fxtrain.step.contract import refuse_unless_loss
 from fxtrain.step.differentiate import Differentiate
 from fxtrain.step.gradients import gradients
 from fxtrain.step.microbatches import averaged, joined, microbatches
@@ -55,7 +56,7 @@ def train_step(
             decay and momentum move them, as in optax.
 
     Raises:
-        TypeError: If ``tx`` is no gradient transformation.
+        TypeError: If ``loss_fn`` does not take a model and a batch, or ``tx`` is no gradient transformation.
         ValueError: If ``accumulate`` is below 1, or ``unused`` is neither of the two, or when it runs, if
             ``accumulate`` does not divide the batch.
 
@@ -70,6 +71,7 @@ def train_step(
         >>> sorted(output.metrics), int(state.step)
         (['loss'], 1)
     """
+    refuse_unless_loss(loss_fn)
     if not isinstance(tx, optim.GradientTransformation):
         raise TypeError(
             f"tx is {described(tx)}: one gradient transformation is wanted. For several, fxtrain.optim.partition makes "
