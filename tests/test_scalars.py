@@ -1,4 +1,4 @@
-"""The compiled step computes a float64 scalar, as a schedule's, once, and not beside each element of a vector."""
+"""The compiled step computes numbers for many elements once, and the same in every loop."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import optim, schedules
-from fxtrain.compile.scalars import with_scalars_once
+from fxtrain.compile.scalars import with_exact_corrections, with_scalars_once
 
 RATES = {
     "linear": schedules.linear(0.1, 0.0, transition_steps=10),
@@ -66,6 +66,28 @@ def test_bias_corrections_are_computed_as_one_vector():
     parted = [node.all_input_nodes[0] for node in graph.nodes if "unbind" in str(node.target)]
     assert len(parted) == 2
     assert all("once" in str(source.target) for source in parted)
+
+
+def corrections(count, decay, weights):
+    return torch.expm1(count.float() * decay), torch.expm1(count.double() * decay), torch.expm1(weights)
+
+
+@pytest.mark.slow
+def test_bias_corrections_are_as_exact_as_uncompiled_ones_in_every_loop():
+    count = torch.tensor([0, 1, 2, 5, 10, 100, 1000, 10**4, 10**6, 2**40, -5])
+    weights = torch.linspace(-1, 1, 11)
+    graph = make_fx(corrections, tracing_mode="fake")(count, torch.tensor(0.5), weights)
+    with_exact_corrections(graph.graph)
+    graph.recompile()
+    replaced = [node.target.namespace for node in graph.graph.nodes if "expm1" in str(node.target)]
+    assert replaced == ["fxtrain", "fxtrain", "aten"]  # what is computed of weights is left to Inductor
+    compiled = torch._inductor.compile(graph, [count, torch.tensor(0.5), weights])
+    for decay in (0.999, 0.9, 0.5, 1e-30):
+        given = count, torch.tensor(decay).log(), weights
+        single, double, _ = corrections(*given)
+        ours = compiled(*given)
+        torch.testing.assert_close(ours[0], single, rtol=2e-7, atol=0)
+        torch.testing.assert_close(ours[1], double, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", AVERAGES)

@@ -32,11 +32,8 @@ def counting(stop_at=None):
     return fx.stateful("calls", lambda state: torch.tensor(0), update)
 
 
-_ROUNDED = pytest.mark.xfail(reason="corrections of bias are vectors, which Inductor rounds otherwise in longer graphs")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("donate", [pytest.param(False, marks=_ROUNDED), True])
+@pytest.mark.parametrize("donate", [False, True])
 def test_as_so_many_single_steps_bitwise(donate):
     callbacks = counting()
     step = problem.step(callbacks=callbacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,45 @@ def once() -> Any:
 
     register_lowering(torch.ops.fxtrain.once.default)(lowered)
     return torch.ops.fxtrain.once.default
+
+
+@functools.cache
+def expm1() -> Any:
+    """``expm1(x)`` by additions and multiplications in float64, which give the same bits in every loop.
+
+    Inductor calls the C library for single elements, and has ``exp(x) - 1`` for vectors of them. Which of the two a
+    tensor gets depends on the other operations of its loop, and the second loses half of the digits near 0.
+    """
+    from torch._inductor.lowering import make_pointwise, register_lowering
+    from torch._inductor.virtualized import ops
+
+    _library().define("expm1(Tensor x) -> Tensor")
+    _library().impl("expm1", torch.expm1, "CPU")
+    torch.library.register_fake("fxtrain::expm1", torch.empty_like)
+
+    def arithmetic(dtype: torch.dtype, x: Any) -> Any:
+        def number(value: float) -> Any:
+            return ops.constant(value, torch.float64)
+
+        x = ops.maximum(ops.to_dtype(x, torch.float64), number(_LEAST_EXPONENT))
+        x = ops.mul(x, number(0.5**_DOUBLINGS))
+        series = number(1 / math.factorial(_TERMS))
+        for power in reversed(range(1, _TERMS)):
+            series = ops.add(ops.mul(series, x), number(1 / math.factorial(power)))
+        value = ops.mul(series, x)
+        for _ in range(_DOUBLINGS):  # expm1(2 x) = expm1(x) (expm1(x) + 2)
+            value = ops.mul(value, ops.add(value, number(2.0)))
+        return ops.to_dtype(value, dtype)
+
+    def lowered(x: Any) -> Any:
+        return make_pointwise(functools.partial(arithmetic, x.get_dtype()))(x)
+
+    register_lowering(torch.ops.fxtrain.expm1.default)(lowered)
+    return torch.ops.fxtrain.expm1.default
+
+
+_LEAST_EXPONENT = -750.0  # exp of less is 0 in float64
+_DOUBLINGS, _TERMS = 16, 7  # exact to 1e-14
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxtrain.compile.operators import once
+from fxtrain.compile.operators import expm1, once
 from fxtrain.compile.writes import memory_of, written_over
 
 _MANY = 8  # elements for each number; a vector has as many
@@ -54,6 +54,43 @@ def with_scalars_once(graph: Any) -> Any:
         for user in readers:
             user.replace_input_with(node, kept)
     return graph
+
+
+def with_exact_corrections(graph: Any) -> Any:
+    """The graph, of ``make_fx``, with each ``expm1`` of a vector of counts in the same bits in every loop, on a CPU.
+
+    These are the bias corrections of an optimizer, one for each parameter. A graph of several steps fuses them with
+    other operations than a graph of one step does, and its steps must be the same to the bit. It is changed in place.
+    """
+    for node in list(graph.nodes):
+        if node.target != torch.ops.aten.expm1.default or not _is_of_counts(node):
+            continue
+        with graph.inserting_before(node):
+            exact = graph.call_function(expm1(), node.args)
+        exact.meta.update(node.meta)
+        node.replace_all_uses_with(exact)
+        graph.erase_node(node)
+    return graph
+
+
+def _is_of_counts(node: Any) -> bool:
+    """Whether a vector on a CPU is computed elementwise from integer vectors and from scalars alone."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.ndim:
+        return False
+    if value.dtype not in (torch.float32, torch.float64):
+        return False
+    todo, seen = list(node.all_input_nodes), set[Any]()
+    while todo:
+        part = todo.pop()
+        value = part.meta.get("val")
+        if part in seen or not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
+            continue
+        if part.op == "placeholder" or not _is_elementwise(part.target):
+            return False
+        seen.add(part)
+        todo += part.all_input_nodes
+    return True
 
 
 def _is_elementwise(target: Any) -> bool:

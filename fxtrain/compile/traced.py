@@ -26,7 +26,7 @@ from fxtrain.compile.effects import effects_noticed
 from fxtrain.compile.literals import KnownLiterals
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
-from fxtrain.compile.scalars import with_scalars_once
+from fxtrain.compile.scalars import with_exact_corrections, with_scalars_once
 from fxtrain.compile.writes import memory_of
 from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
@@ -100,6 +100,8 @@ def compile_traced(
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
     if isinstance(step, Step):  # which keeps its masks for its backward pass; what only goes forward need not
         with_draws_together(graph.graph)
+    if backend is None:  # whose loops are Inductor's
+        with_exact_corrections(graph.graph)
     with_scalars_once(with_faster_products(with_dense_concatenations(graph.graph)))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu
