@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import fxtrain as fx
+from fxtrain import testing
+from fxtrain.checkpoint.manifest import read_manifest
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 
@@ -234,3 +236,28 @@ class TestFullGraph:
 
         with pytest.raises(KeyError, match="z"):
             fx.compile(fx.train_step(wrong, TX), backend="eager")(start(), batch(0))
+
+
+class TestNotes:
+    def run(self, folder, step, steps, **options):
+        data = [batch(number) for number in range(4)]
+        return fx.fit(start(), step, data, steps=steps, checkpointer=fx.checkpointer(folder), **options)
+
+    def test_a_checkpoint_names_the_route_that_the_first_call_chose(self, tmp_path):
+        step = fx.train_step(branching, TX)
+        quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
+        (path,) = (file.parent for file in tmp_path.glob("*/manifest.jsonl"))
+        assert read_manifest(path)["environment"]["compiled by"] == "eager, regions"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resumed = self.run(tmp_path, fx.compile(step, backend="eager"), 4, resume=True)
+        assert not [warning for warning in caught if "compiled by" in str(warning.message)]
+        whole = quietly(self.run, tmp_path / "whole", fx.compile(step, backend="eager"), 4)
+        testing.assert_equal(resumed.last, whole.last, "resumed on the same route")
+
+    def test_a_resume_on_another_route_warns(self, tmp_path):
+        step = fx.train_step(branching, TX)
+        quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
+        with pytest.warns(UserWarning, match="compiled by: eager, regions at the save, nothing now"):
+            resumed = self.run(tmp_path, step, 4, resume=True)
+        assert_same(resumed.last, self.run(tmp_path / "whole", step, 4).last)

@@ -27,7 +27,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not as it was: one line each."""
+    """Names whose values differ, one line each. Any value of a tuple in ``now`` is equal to it."""
+    possible = {name: value if isinstance(value, tuple) else (value,) for name, value in now.items()}
     return [
-        f"{name}: {then[name]} at the save, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]
+        f"{name}: {then[name]} at the save, {values[0]} now"
+        for name, values in possible.items()
+        if name in then and then[name] not in values
     ]

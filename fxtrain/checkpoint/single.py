@@ -168,10 +168,12 @@ def read(
     where: Where = None,
     extra: Extra = "keep",
     device: torch.device | str | None = None,
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, str | tuple[str, ...]] | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> Restoration:
     """``restore``, with a report. ``notes`` are compared with those that a checkpointer's ``save`` was given.
+
+    A note that is a tuple holds all values that do not count as a difference.
 
     The manifest is read here unless the caller has done so.
     """

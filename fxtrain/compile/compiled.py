@@ -16,7 +16,7 @@ from fxtrain import tree
 from fxtrain.compile.changes import advice, batches_of, changes, described, is_other_batch
 from fxtrain.compile.graph import Found, Graph
 from fxtrain.compile.heap import keep_freed_memory
-from fxtrain.compile.routes import routes_to
+from fxtrain.compile.routes import Routes, routes_to
 from fxtrain.compile.traced import AHEAD, Artefact
 from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
 from fxtrain.data import for_step
@@ -38,9 +38,8 @@ class Compiled:
     def __init__(
         self,
         step: Step | EvalFunction,
-        compiler: Callable[..., Artefact],
         *,
-        how: Callable[[], str],
+        routes: Routes,
         on_recompile: OnRecompile,
         steps_per_call: int,
         twin: Callable[[], Compiled],
@@ -49,7 +48,8 @@ class Compiled:
         self.step = step
         self.donates = options["donate"]
         self.steps_per_call = steps_per_call
-        self._compiler, self._how, self._on_recompile, self._options = compiler, how, on_recompile, options
+        self._compiler: Callable[..., Artefact] = routes
+        self._routes, self._on_recompile, self._options = routes, on_recompile, options
         self._graphs: list[Graph] = []  # the one that was used last is first
         self._known: list[dict[str, str]] = []
         self._declared = 1  # how many kinds of batches come by declaration
@@ -61,8 +61,13 @@ class Compiled:
 
     @property
     def how(self) -> str:
-        """The compiler of the graphs, and the route to it. Bitwise claims hold within one."""
-        return self._how()
+        """The compiler of the graphs, and the route to it. The first call decides. Bitwise claims hold within one."""
+        return self._routes.name
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        """All that ``how`` can be: several routes before the first call, and one afterwards."""
+        return self._routes.names
 
     @property
     def callbacks(self) -> Composed | tuple[()]:
@@ -269,8 +274,7 @@ def compile(  # noqa: A001
     def made(donate: bool) -> Compiled:
         return Compiled(
             pure,
-            routes,
-            how=lambda: routes.name,
+            routes=routes,
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
             twin=lambda: made(donate=True),

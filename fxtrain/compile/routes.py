@@ -59,11 +59,17 @@ class Routes:
         self._routes = [route for route in routes if route.is_whole or not fullgraph]
         self._fullgraph = fullgraph
         self._chosen = 0
+        self._is_chosen = False
 
     @property
     def name(self) -> str:
         """The name of the route in use; before the first call, of the first."""
         return self._routes[self._chosen].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all routes that can still be taken: one after the first call."""
+        return (self.name,) if self._is_chosen else tuple(route.name for route in self._routes)
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
         """An artefact by the first route that leads, with one warning if it is not the first of all."""
@@ -84,8 +90,8 @@ class Routes:
                     step(state, batch)  # a mistake of the step's own is raised in its own words
                     found = refusal(error)
                 continue
+            self._chosen, self._is_chosen = index, True
             if found is not None:
-                self._chosen = index
                 warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=5)
             return artefact
         assert found is not None

@@ -61,7 +61,7 @@ class Run:
         self._publish = Publisher(plan.observers, history, state.step.device)
         self._interrupts = Interrupts(lambda: self._saving.under_way)
         self._in_step = as_composed(self.step).traced_slots
-        self._saving = Saving(plan.checkpointer, _settings(self.step))
+        self._saving = Saving(plan.checkpointer, self.step)
         self._restored = self._saving.restored(self._attached(state)) if plan.resume else None
         whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
@@ -327,8 +327,3 @@ class Run:
             return now.step + 1
         limit = math.inf if self.plan.steps is None else self.plan.steps
         return min(limit, now.step - now.step % every + every) if every else limit
-
-
-def _settings(step: Any) -> dict[str, str]:
-    """What decides the bits of a step's result, as text by name."""
-    return {"compiled by": getattr(step, "how", "nothing"), **getattr(step, "settings", {})}

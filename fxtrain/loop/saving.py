@@ -11,19 +11,20 @@ from fxtrain.checkpoint import Committed, Restoration, Role
 from fxtrain.core import LOOP, TrainState
 from fxtrain.loop.saved_slots import SavedSlots
 
+_COMPILED_BY = "compiled by"
+
 
 class Saving:
     """The loop's side of a checkpointer, or of none.
 
     Args:
         checkpointer: From ``fxtrain.checkpointer``, or None.
-        settings: What decides the bits of a step's result, as text by name. Each save keeps them, and a resume with
-            others warns.
+        step: The step of the run. What decides the bits of its result is kept by each save as the step reports it
+            then, and a resume with another warns.
     """
 
-    def __init__(self, checkpointer: Any, settings: Mapping[str, str]) -> None:
-        self._checkpointer = checkpointer
-        self._notes = dict(settings)
+    def __init__(self, checkpointer: Any, step: Any) -> None:
+        self._checkpointer, self._step = checkpointer, step
         self._resumes = False
         self._has_snapshots = False  # whether the folder may hold any
         # Weak references, because a step donates only what has no other reference.
@@ -36,7 +37,7 @@ class Saving:
         checkpointer, self._resumes = self._checkpointer, True
         if not checkpointer.has_any():
             return None
-        report: Restoration = checkpointer.read(like, notes=self._notes)
+        report: Restoration = checkpointer.read(like, notes=self._notes() | self._possible())
         report.warn(stacklevel=5)
         return report
 
@@ -74,7 +75,7 @@ class Saving:
                 stacklevel=2,
             )
             return
-        self._save = self._checkpointer.save(slots.into(state), metrics, notes=self._notes, role=role)
+        self._save = self._checkpointer.save(slots.into(state), metrics, notes=self._notes(), role=role)
         self._handed = weakref.ref(state)
         if self._has_snapshots:
             self._checkpointer.retain_snapshots(snapshots)
@@ -100,6 +101,14 @@ class Saving:
         """Whether ``state`` is not on the disk yet, where it could be."""
         return self._checkpointer is not None and state is not self._on_disk()
 
+    def _notes(self) -> dict[str, str]:
+        """What decides the bits of the step's result, as text by name. The first call chooses how it is compiled."""
+        return {_COMPILED_BY: getattr(self._step, "how", "nothing"), **getattr(self._step, "settings", {})}
+
+    def _possible(self) -> dict[str, tuple[str, ...]]:
+        possible = getattr(self._step, "possible", None)
+        return {} if possible is None else {_COMPILED_BY: possible}
+
     # Rewinds
 
     def snapshots(self) -> set[int]:
@@ -111,7 +120,7 @@ class Saving:
     def save_snapshot(self, state: TrainState) -> None:
         """Hands over a state to rewind to, which stays as it is."""
         if self._checkpointer is not None:
-            self._checkpointer.save(state, notes=self._notes, role="snapshot")
+            self._checkpointer.save(state, notes=self._notes(), role="snapshot")
             self._has_snapshots = True
 
     def read_newest_until(self, step: int, like: TrainState, *, newer_than: int) -> TrainState | None:
