@@ -185,14 +185,14 @@ class TestFit:
         with pytest.raises(fx.CheckpointError) as caught:
             fx.restore(path, like=like)
         message = str(caught.value)
-        assert "state.slots['x']['a']: wanted float32[5], and the checkpoint has float32[2]" in message
-        assert "state.slots['x']['b']: wanted float64[3], and the checkpoint has float32[3]" in message
-        assert "state.slots['x']['d']: wanted float32[1], and the checkpoint has none" in message
-        assert "state.slots['x']['c']: the checkpoint has float32[1], and nothing is wanted" in message
+        assert "state.slots['x']['a']: expected float32[5], got float32[2]" in message
+        assert "state.slots['x']['b']: expected float64[3], got float32[3]" in message
+        assert "state.slots['x']['d']: expected float32[1], got none" in message
+        assert "state.slots['x']['c']: expected none, got float32[1]" in message
 
     def test_another_model_is_refused(self, tmp_path):
         path = fx.save(tmp_path / "c", fx.init(torch.nn.Linear(2, 3)))
-        with pytest.raises(fx.CheckpointError, match=r"state\.params\['weight'\]: wanted float32\[3, 5\]"):
+        with pytest.raises(fx.CheckpointError, match=r"state\.params\['weight'\]: expected float32\[3, 5\]"):
             fx.restore(path, like=fx.init(torch.nn.Linear(5, 3)))
 
     def test_a_missing_slot_stays_and_an_extra_one_is_kept(self, tmp_path):
@@ -262,7 +262,7 @@ class TestPart:
 
     def test_what_does_not_fit_is_refused_in_a_part_too(self, tmp_path):
         path = fx.save(tmp_path / "c", fx.init(torch.nn.Linear(2, 3)))
-        with pytest.raises(fx.CheckpointError, match=r"weight'\]: wanted float32\[3, 5\], and the checkpoint has"):
+        with pytest.raises(fx.CheckpointError, match=r"weight'\]: expected float32\[3, 5\], got"):
             fx.restore(path, like=fx.init(torch.nn.Linear(5, 3)), where="state.params")
 
 

@@ -72,7 +72,7 @@ def test_what_jax_wrote(tmp_path, kind):
         path, like={"w": torch.zeros(2, 3)}, where={"tree['w']": "tree['params']['dense']['kernel']"}
     )
     assert torch.equal(part["w"], got["params"]["dense"]["kernel"])
-    with pytest.raises(fx.CheckpointError, match=r"wanted float32\[9\], and the checkpoint has float32\[2, 3\]"):
+    with pytest.raises(fx.CheckpointError, match=r"expected float32\[9\], got float32\[2, 3\]"):
         fx.checkpoint.from_orbax(path, like={"params": {"dense": {"kernel": torch.zeros(9)}}})
 
 

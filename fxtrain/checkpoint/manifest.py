@@ -126,7 +126,7 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
     root = "tree" if head["step"] is None else "state"
     seen: set[str] = set()
     for row in table:
-        expect("a row", row, lambda row=row: type(row) is dict and set(row) == set(Leaf.__annotations__))
+        expect("a row", row, lambda row=row: type(row) is dict and set(row) | {"elements"} == set(Leaf.__annotations__))
         path, entries, shape = row["path"], row["entries"], row["shape"]
         expect("entries of a path", entries, lambda it=entries: type(it) is list and all(map(_is_entry, it)))
         expect("the path of its entries", path, lambda at=path, it=entries: at == root + code_of(it))
@@ -142,6 +142,13 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
         size = math.prod(shape) * dtype.itemsize
         expect(
             f"{size} bytes of {path}", row["bytes"], lambda is_=row["bytes"], it=size: type(is_) is int and is_ == it
+        )
+        elements = row.get("elements", [])
+        expect("paths of elements", elements, lambda it=elements: type(it) is list and all(map(_is_path, it)))
+        expect(
+            "as many elements as the shape has",
+            shape,
+            lambda it=row, of=shape: "elements" not in it or of == [len(it["elements"])],
         )
         xxh3 = row["xxh3"]
         expect("a checksum", xxh3, lambda it=xxh3: type(it) is str and re.fullmatch("[0-9a-f]{16}", it) is not None)
@@ -167,6 +174,10 @@ def _is_entry(value: Any) -> bool:
             return type(index) is int and index >= 0
         case _:
             return False
+
+
+def _is_path(value: Any) -> bool:
+    return type(value) is list and all(type(key) in (str, int) for key in value)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from fxtrain.checkpoint import ownership, retention
 from fxtrain.checkpoint.errors import CheckpointError, DamagedError
 from fxtrain.checkpoint.manifest import read_entry
 from fxtrain.checkpoint.retention import Entry, Policy
-from fxtrain.checkpoint.selection import Where
+from fxtrain.checkpoint.selection import Fresh, Where
 from fxtrain.checkpoint.single import Extra, Restoration, read
 from fxtrain.disk import sync_folder
 
@@ -67,11 +67,12 @@ class Reader:
         *,
         step: int | None = None,
         where: Where = None,
+        fresh: Fresh = None,
         extra: Extra = "keep",
         device: torch.device | str | None = None,
     ) -> Tree:
         """The state of ``step``, by default of the newest checkpoint; see ``fxtrain.restore``."""
-        report = self.read(like, step=step, where=where, extra=extra, device=device)
+        report = self.read(like, step=step, where=where, fresh=fresh, extra=extra, device=device)
         report.warn(stacklevel=2)
         return report.state
 

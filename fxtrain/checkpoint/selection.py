@@ -2,122 +2,195 @@
 
 from __future__ import annotations
 
+import fnmatch
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.checkpoint.table import Leaf, name_of, root_of
+from fxtrain.checkpoint.misfits import misfits
+from fxtrain.checkpoint.parts import Names, Part, parts_of, parts_stored, slots_of_one_side
+from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.core import TrainState
 
 Where = str | Iterable[str] | Mapping[str, str] | None
+Fresh = str | Sequence[str] | None
+
+
+class Elements(NamedTuple):
+    """The sources of some elements of a vector: each with its index here, its leaf there, and its index there."""
+
+    sources: tuple[tuple[int, Leaf, int], ...]
 
 
 class Match(NamedTuple):
     """What is restored from where."""
 
-    sources: list[Leaf | None]  # for each leaf of the tree, in order; None where it stays as it is
+    sources: list[Leaf | Elements | None]  # for each leaf of the tree, in order; None where it stays as it is
     missing: list[str]  # slots of the tree alone
     extra: dict[str, list[Leaf]]  # slots of the checkpoint alone, with their leaves
+    outdated: list[str]  # slots of the checkpoint alone that hold values of fresh parameters
 
 
-def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Where) -> Match:
+def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Where, fresh: Fresh = None) -> Match:
     """Finds the source of each leaf of ``like`` in the checkpoint at ``path``, whose leaves are ``stored`` by path.
 
     Raises:
         CheckpointError: If nothing is at a path of ``where``, or a leaf has another shape or dtype, is missing or is
             left over. The message names every such path with both sides.
+        ValueError: If a pattern of ``fresh`` matches no name, or ``like`` is no state.
     """
-    leaves, structure = tree.flatten(like)
-    wanted: dict[str, Tensor] = dict(zip(tree.paths(like, root_of(structure)), leaves, strict=True))
-    chosen = _chosen(where, wanted, stored)
-    missing, extra = _slots_of_one_side(like, stored) if where is None and isinstance(like, TrainState) else ({}, {})
-    chosen = {here: there for here, there in chosen.items() if here not in missing}
-    unclaimed = {row["path"] for own in extra.values() for row in own}
-    left_over = (
-        [] if where is not None else [there for there in stored if there not in wanted and there not in unclaimed]
-    )
-    _refuse_differences(path, chosen, wanted, stored, left_over)
-    _refuse_abstract_rest(path, wanted, chosen)
-    sources = [stored[chosen[here]] if here in chosen else None for here in wanted]
-    return Match(sources, sorted(set(missing.values())), extra)
+    if fresh is not None and not isinstance(like, TrainState):
+        raise ValueError(f"expected a TrainState as `like` for fresh={fresh!r}, got a {type(like).__name__}.")
+    here, there = parts_of(like), parts_stored(stored)
+    names = Names(here, there)
+    kept = names.chosen(fresh)
+    select, selects = _selection(where, [part.path for part in here], [part.path for part in there])
+    by_path = {part.leaf: _whole(part) for part in there} | {part.path: part for part in there}
+    missing, extra = slots_of_one_side(like, there) if isinstance(like, TrainState) else (set[str](), {})
+    found: list[tuple[Part, str, Part | None]] = []
+    absent: set[str] = set()
+    for part in _whole_where_stored_whole(here, select, stored):
+        target = select(part.path)
+        if target is None or names.of(part) in kept:
+            continue
+        slot = part.keys[1] if part.keys[:1] == ("slots",) else None
+        if slot in missing and target == part.path:
+            absent.add(slot)
+            continue
+        found.append((part, target, by_path.get(target)))
+    used = {source.path for _, _, source in found if source} | {source.leaf for _, _, source in found if source}
+    one_sided = {part.path for own in extra.values() for part in own}
+    left_over = [
+        part
+        for part in there
+        if selects(part.path)
+        and names.of(part) not in kept
+        and not {part.path, part.leaf} & used
+        and part.path not in one_sided
+    ]
+    _refuse_unlike(path, names, found, left_over)
+    _refuse_abstract_rest(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
+    outdated = [name for name, own in extra.items() if any(names.of(part) in kept for part in own)]
+    unclaimed = {
+        name: [stored[leaf] for leaf in dict.fromkeys(part.leaf for part in own)]
+        for name, own in extra.items()
+        if name not in outdated
+    }
+    paths = tree.paths(like, root_of(tree.structure(like)))
+    sources = _sources(paths, here, found, stored)
+    return Match(sources, sorted(absent), unclaimed if where is None else {}, outdated if where is None else [])
 
 
-def _chosen(where: Where, wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
-    """From each path that is to be restored to its path in the checkpoint."""
+def _selection(
+    where: Where, here: Collection[str], there: Collection[str]
+) -> tuple[Callable[[str], str | None], Callable[[str], bool]]:
+    """From a path to its path in the checkpoint, None where it stays; and whether a path there is selected.
+
+    Raises:
+        CheckpointError: If a prefix or a pattern has nothing on one side.
+    """
     if where is None:
-        return {path: path for path in wanted}
+        return lambda path: path, lambda path: True
     if isinstance(where, str):
         where = [where]
     renamed = dict(where) if isinstance(where, Mapping) else {path: path for path in where}
-    for side, prefixes, paths in (
-        ("`like`", renamed, list(wanted)),
-        ("the checkpoint", renamed.values(), list(stored)),
-    ):
-        for prefix in prefixes:
-            if not any(_below(path, prefix) for path in paths):
-                shown = ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
-                raise CheckpointError(f"where={prefix!r}: nothing is there in {side}, which has {shown}.")
-    found: dict[str, str] = {}
-    for path in wanted:
-        longest = max((prefix for prefix in renamed if _below(path, prefix)), key=len, default=None)
+    for side, wheres, paths in (("`like`", renamed, here), ("the checkpoint", renamed.values(), there)):
+        for one in wheres:
+            if not any(_is_at(path, one) for path in paths):
+                listed = list(paths)
+                shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+                raise CheckpointError(f"where={one!r}: nothing is there in {side}, which has {shown}.")
+    prefixes = {one: target for one, target in renamed.items() if not _is_pattern(one)}
+    patterns = [one for one in renamed if _is_pattern(one)]
+
+    def select(path: str) -> str | None:
+        longest = max((prefix for prefix in prefixes if _is_at(path, prefix)), key=len, default=None)
         if longest is not None:
-            found[path] = renamed[longest] + path[len(longest) :]
-    return found
+            return prefixes[longest] + path[len(longest) :]
+        return path if any(_is_at(path, pattern) for pattern in patterns) else None
+
+    return select, lambda path: any(_is_at(path, target) for target in renamed.values())
 
 
-def _below(path: str, prefix: str) -> bool:
-    return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", ".", "[")
+def _is_pattern(where: str) -> bool:
+    return "*" in where or "?" in where
 
 
-def _slots_of_one_side(like: TrainState, stored: Mapping[str, Leaf]) -> tuple[dict[str, str], dict[str, list[Leaf]]]:
-    """The leaves of slots that the checkpoint does not have, from path to slot; and the slots it alone has."""
-    there: dict[str, list[Leaf]] = {}
-    for row in stored.values():
-        entries = row["entries"]
-        if len(entries) > 1 and entries[0] == ["attribute", "slots"] and isinstance(entries[1][1], str):
-            there.setdefault(entries[1][1], []).append(row)
-    missing = {
-        path: name
-        for name, memory in like.slots.items()
-        if name not in there
-        for path in tree.paths(memory, f"state.slots[{name!r}]")
-    }
-    return missing, {name: own for name, own in sorted(there.items()) if name not in like.slots}
+def _is_at(path: str, where: str) -> bool:
+    """Whether a path is, or is below, what a prefix or a pattern stands for. Brackets are those of paths."""
+    if _is_pattern(where):
+        pattern = where.replace("[", "[[]")
+        return any(fnmatch.fnmatchcase(path, pattern + end) for end in ("", ".*", "[[]*"))
+    return path.startswith(where) and path[len(where) : len(where) + 1] in ("", ".", "[")
 
 
-def _refuse_differences(
-    path: pathlib.Path,
-    chosen: Mapping[str, str],
-    wanted: Mapping[str, Tensor],
+def _whole_where_stored_whole(
+    here: Iterable[Part], select: Callable[[str], str | None], stored: Mapping[str, Leaf]
+) -> list[Part]:
+    """The parts, in which vectors that the checkpoint has without the names of their elements are whole."""
+    found: dict[str, Part] = {}
+    for part in here:
+        target = select(part.leaf) if part.element is not None else None
+        whole = target is not None and target in stored and "elements" not in stored[target]
+        found[part.leaf if whole else part.path] = _whole(part) if whole else part
+    return list(found.values())
+
+
+def _whole(part: Part) -> Part:
+    return Part(part.leaf, (), part.leaf_kind, part.leaf, part.leaf_kind)
+
+
+def _sources(
+    paths: Sequence[str],
+    here: Iterable[Part],
+    found: Iterable[tuple[Part, str, Part | None]],
     stored: Mapping[str, Leaf],
-    left_over: Iterable[str],
+) -> list[Leaf | Elements | None]:
+    counts: dict[str, int] = {}
+    for part in here:
+        counts[part.leaf] = counts.get(part.leaf, 0) + (part.element is not None)
+    chosen: dict[str, list[tuple[Part, Part]]] = {}
+    for part, _, source in found:
+        if source is not None:
+            chosen.setdefault(part.leaf, []).append((part, source))
+
+    def source_of(path: str) -> Leaf | Elements | None:
+        pairs = chosen.get(path)
+        if not pairs:
+            return None
+        first = stored[pairs[0][1].leaf]
+        whole = len(pairs) == counts[path] == len(first.get("elements", ()))
+        if pairs[0][0].element is None or (
+            whole and all((one.element, first["path"]) == (other.element, other.leaf) for one, other in pairs)
+        ):
+            return first
+        return Elements(tuple((one.element or 0, stored[other.leaf], other.element or 0) for one, other in pairs))
+
+    return [source_of(path) for path in paths]
+
+
+def _refuse_unlike(
+    path: pathlib.Path,
+    names: Names,
+    found: Sequence[tuple[Part, str, Part | None]],
+    left_over: Sequence[Part],
 ) -> None:
-    problems: list[str] = []
-    for here, there in chosen.items():
-        leaf, row = wanted[here], stored.get(there)
-        asked = f"{name_of(leaf.dtype)}{list(leaf.shape)}"
-        has = None if row is None else f"{row['dtype']}{row['shape']}"
-        if has != asked:
-            at = "" if there == here else f" at {there}"
-            problems.append(f"  {here}: wanted {asked}, and the checkpoint has {has or 'none'}{at}")
-    for there in left_over:
-        row = stored[there]
-        problems.append(f"  {there}: the checkpoint has {row['dtype']}{row['shape']}, and nothing is wanted")
-    if problems:
-        shown = "\n".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"{path} does not fit what it is to be restored like:\n{shown}\n"
-            "Make `like` with the model, the optimizer and the callbacks that the checkpoint was made with; or restore "
-            "a part, or under other names, with `where=`."
-        )
+    unlike = [pair for pair in found if pair[2] is None or pair[2].kind != pair[0].kind]
+    if unlike or left_over:
+        raise CheckpointError(misfits(path, names, [part for part, _, _ in found], unlike, left_over))
 
 
-def _refuse_abstract_rest(path: pathlib.Path, wanted: Mapping[str, Tensor], chosen: Mapping[str, str]) -> None:
-    empty = [here for here, leaf in wanted.items() if leaf.is_meta and here not in chosen]
+def _refuse_abstract_rest(path: pathlib.Path, like: Any, chosen: Collection[str]) -> None:
+    leaves: dict[str, Tensor] = dict(
+        zip(tree.paths(like, root_of(tree.structure(like))), tree.leaves(like), strict=True)
+    )
+    empty = [
+        part.path for part in parts_of(like) if leaves[part.leaf].is_meta and not {part.path, part.leaf} & {*chosen}
+    ]
     if empty:
         raise CheckpointError(
             f"{', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''} would stay as in `like`, and has no value "

@@ -21,12 +21,13 @@ from fxtrain.checkpoint.environment import differences, environment
 from fxtrain.checkpoint.errors import CheckpointError
 from fxtrain.checkpoint.folder import FILES, Leaves, write
 from fxtrain.checkpoint.manifest import dtype_of, read_manifest
-from fxtrain.checkpoint.selection import Where, match
+from fxtrain.checkpoint.selection import Elements, Fresh, Match, Where, match
 from fxtrain.checkpoint.table import Leaf, root_of
 from fxtrain.checkpoint.unclaimed import rebuild
 from fxtrain.checkpoint.unfinished import clear_abandoned
 from fxtrain.core import LOOP
 from fxtrain.disk import make_folder
+from fxtrain.model.freezing import refuse_shared_counts
 
 _LARGE = 2**20  # bytes; below, a thread costs more than it brings
 
@@ -43,6 +44,8 @@ class Restoration:
         path: The checkpoint's folder.
         missing: Slots of ``like`` that the checkpoint did not have; they are as in ``like``.
         extra: Slots of the checkpoint that ``like`` did not have; they were kept or dropped, as was asked.
+        outdated: Slots of the checkpoint that ``like`` did not have and that hold values of fresh parameters; they were
+            dropped.
         different: What is not as it was at the save, of all that bitwise equality needs: one line each.
     """
 
@@ -50,6 +53,7 @@ class Restoration:
     path: pathlib.Path
     missing: list[str]
     extra: list[str]
+    outdated: list[str]
     different: list[str]
 
     def warn(self, stacklevel: int) -> None:
@@ -57,6 +61,11 @@ class Restoration:
         said = [f"the slot {name!r} is not in the checkpoint, and is initialized" for name in self.missing]
         kept = [name for name in self.extra if name in self.state.slots]
         said += [f"the slot {name!r} is in the checkpoint alone, and is kept" for name in kept]
+        said += [
+            f"the slot {name!r} is in the checkpoint alone, holds values of fresh parameters, and is dropped (attach "
+            "its callback to `like` to restore the others)"
+            for name in self.outdated
+        ]
         said += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
         if said:
             warnings.warn(f"{self.path}: {'; '.join(said)}.", UserWarning, stacklevel=stacklevel + 1)
@@ -106,6 +115,7 @@ def restore(
     like: Tree,
     *,
     where: Where = None,
+    fresh: Fresh = None,
     extra: Extra = "keep",
     device: torch.device | str | None = None,
 ) -> Tree:
@@ -120,13 +130,20 @@ def restore(
             and dtypes matter, so it may be on the meta device, and costs no memory there.
         where: What to restore; the rest stays as in ``like``. A path as errors show it, ``"state.params"``, several of
             them, or a mapping from paths in ``like`` to paths in the checkpoint,
-            ``{"state.params": "state.slots['average']"}``. By default everything.
+            ``{"state.params": "state.slots['average']"}``. A path with ``*`` or ``?`` is a pattern:
+            ``"state.*['encoder.*']"`` is all that belongs to the encoder, its update counts in the optimizer too. By
+            default everything.
+        fresh: Shell patterns of names of parameters and buffers, ``"head.*"``, that stay as in ``like``, with all that
+            belongs to them: optimizer state, update counts, averages in slots. They may have other shapes in the
+            checkpoint, or be on one side alone.
         extra: Whether slots that ``like`` does not have are kept for a callback that comes back, or dropped.
         device: Where the leaves of a ``like`` on the meta device are to be; by default the CPU.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or a leaf has another shape or dtype, is missing or is too
             many. The message names every such path with both sides.
+        ValueError: If a pattern of ``fresh`` matches no name, or the optimizer counts updates for all parameters
+            together, so that fresh ones would share a count with older ones.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx
@@ -140,7 +157,7 @@ def restore(
         >>> int(tuned.seed), int(whole.seed)
         (0, 3)
     """
-    report = read(pathlib.Path(path), like, where=where, extra=extra, device=device)
+    report = read(pathlib.Path(path), like, where=where, fresh=fresh, extra=extra, device=device)
     report.warn(stacklevel=2)
     return report.state
 
@@ -166,6 +183,7 @@ def read(
     like: Any,
     *,
     where: Where = None,
+    fresh: Fresh = None,
     extra: Extra = "keep",
     device: torch.device | str | None = None,
     notes: Mapping[str, str | tuple[str, ...]] | None = None,
@@ -181,11 +199,13 @@ def read(
         raise ValueError(f"extra={extra!r}: 'keep' or 'drop' is wanted.")
     manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
-    matched = match(path, like, stored, where)
+    matched = match(path, like, stored, where, fresh)
     leaves, structure = tree.flatten(like)
     target = torch.device(device or "cpu")
     with contextlib.closing(Leaves(path, manifest)) as file:
         state = tree.unflatten(structure, _read_leaves(file, leaves, matched.sources, target))
+        if fresh is not None:
+            _refuse_shared_counts(state, matched, fresh)
         if extra == "keep" and matched.extra:
             home = device_of(state)
             kept = {
@@ -196,7 +216,17 @@ def read(
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
     missing, added = _of_callbacks(matched.missing), _of_callbacks(matched.extra)
-    return Restoration(state, path, missing, added, different)
+    return Restoration(state, path, missing, added, _of_callbacks(matched.outdated), different)
+
+
+def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:
+    kept = {id(leaf) for leaf, source in zip(tree.leaves(state), matched.sources, strict=True) if source is None}
+    refuse_shared_counts(
+        state.opt_state,
+        kept,
+        f"fresh={fresh!r}",
+        "restore the parameters alone, with where='state.params'",
+    )
 
 
 def _of_callbacks(slots: Iterable[str]) -> list[str]:
@@ -208,7 +238,9 @@ def device_of(state: Any) -> torch.device:
     return next((leaf.device for leaf in tree.leaves(state)), torch.device("cpu"))
 
 
-def _read_leaves(file: Leaves, like: list[Tensor], sources: list[Leaf | None], target: torch.device) -> list[Tensor]:
+def _read_leaves(
+    file: Leaves, like: list[Tensor], sources: list[Leaf | Elements | None], target: torch.device
+) -> list[Tensor]:
     """Each leaf from its source, or as it is.
 
     Large ones are read by a few threads, as one does not fill the memory's bandwidth. The memory comes from this
@@ -219,6 +251,9 @@ def _read_leaves(file: Leaves, like: list[Tensor], sources: list[Leaf | None], t
         under_way: list[concurrent.futures.Future[None]] = []
         for index, source in enumerate(sources):
             if source is None:
+                continue
+            if isinstance(source, Elements):
+                found[index] = _read_elements(file, like[index], source)
                 continue
             found[index], memory = _room(source)
             if source["bytes"] < _LARGE:
@@ -231,6 +266,17 @@ def _read_leaves(file: Leaves, like: list[Tensor], sources: list[Leaf | None], t
         read if read is leaf else read.to(target if leaf.is_meta else leaf.device)
         for read, leaf in zip(found, like, strict=True)
     ]
+
+
+def _read_elements(file: Leaves, like: Tensor, elements: Elements) -> Tensor:
+    read = {
+        row["path"]: _read_leaf(file, row, like.device if not like.is_meta else torch.device("cpu"))
+        for _, row, _ in elements.sources
+    }
+    found = torch.zeros_like(like, device="cpu") if like.is_meta else like.clone()
+    for here, row, there in elements.sources:
+        found[here] = read[row["path"]][there]
+    return found
 
 
 def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:

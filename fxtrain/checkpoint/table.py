@@ -7,14 +7,16 @@ padding, and there is no byte that no checksum covers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import optree
 import torch
 from torch import Tensor
 
+from fxtrain import tree
 from fxtrain.checkpoint.errors import CheckpointError
-from fxtrain.core import TrainState
+from fxtrain.core import NAMESPACE, TrainState, ops
+from fxtrain.optim import PerParameter
 
 
 class Leaf(TypedDict):
@@ -27,6 +29,7 @@ class Leaf(TypedDict):
     offset: int
     bytes: int
     xxh3: str  # of the bytes: 16 hexadecimal digits
+    elements: NotRequired[list[list[Any]]]  # of a vector over parameters: the path of each element's parameter
 
 
 class Place(NamedTuple):
@@ -59,14 +62,14 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
     Raises:
         CheckpointError: If two leaves have one path.
     """
-    root = root_of(structure)
+    root, elements = root_of(structure), element_paths(structure)
     seen: set[str] = set()
-    for accessor, place, checksum in zip(structure.accessors(), placed, checksums, strict=True):
+    for index, (accessor, place, checksum) in enumerate(zip(structure.accessors(), placed, checksums, strict=True)):
         path = accessor.codify(root)
         if path in seen:
             raise CheckpointError(f"Two leaves have one path, {path}: rename a key.")
         seen.add(path)
-        yield Leaf(
+        row = Leaf(
             path=path,
             entries=[entry_of(entry) for entry in accessor],
             dtype=name_of(place.dtype),
@@ -75,6 +78,23 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
             bytes=place.size,
             xxh3=checksum,
         )
+        if index in elements:
+            row["elements"] = [list(element) for element in elements[index]]
+        yield row
+
+
+def element_paths(structure: Any) -> dict[int, Sequence[Sequence[Any]]]:
+    """By the index of each leaf that has one element for each parameter, the paths of these parameters."""
+    numbered = tree.unflatten(structure, range(structure.num_leaves))
+    nodes = ops.tree_leaves(numbered, is_leaf=lambda node: isinstance(node, PerParameter), namespace=NAMESPACE)
+    found: dict[Any, Sequence[Sequence[Any]]] = {
+        node.values: node.paths for node in nodes if isinstance(node, PerParameter)
+    }
+    return {
+        index: paths
+        for index, paths in found.items()
+        if all(isinstance(key, str | int) and not isinstance(key, bool) for path in paths for key in path)
+    }
 
 
 def root_of(structure: Any) -> str:

@@ -55,7 +55,12 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     narrowed = model_of(state).training_only(tree.unflatten(structure, [name in chosen for name in names]))
     fresh = init_optimizer(tx, narrowed.split(state.params))
     opt_state = _carried(state.opt_state, fresh)
-    _refuse_shared_counts(opt_state, {id(leaf) for leaf in tree.leaves(fresh)})
+    refuse_shared_counts(
+        opt_state,
+        {id(leaf) for leaf in tree.leaves(fresh)},
+        "with_trainable",
+        "restart the optimizer state: with_trainable(state.replace(opt_state=()), ...)",
+    )
     return state.replace(model=narrowed, opt_state=opt_state)
 
 
@@ -78,16 +83,21 @@ def _is_like(old: Tensor, new: Tensor, first_dim: int = 0) -> bool:
     return old.shape[first_dim:] == new.shape[first_dim:] and old.dtype == new.dtype
 
 
-def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
+def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, path: str = "") -> None:
     """Refuses an optimizer state whose count of updates is that of older parameters too.
 
     Args:
         node: The new optimizer state, or a node of it.
         fresh: The identities of the leaves that were just initialized.
+        caller: What the error begins with.
+        remedy: What else the caller offers, as the end of a sentence.
         path: The node's.
+
+    Raises:
+        ValueError: In that case.
     """
     for key, child in children(node) or []:
-        _refuse_shared_counts(child, fresh, f"{path}{as_code((key,))}")
+        refuse_shared_counts(child, fresh, caller, remedy, f"{path}{as_code((key,))}")
     fields: dict[Any, Any] = node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, dict) else {}
     names: tuple[Any, ...] = getattr(type(node), "AGES", tuple(fields))
     ages = [age for name in names if isinstance(age := fields.get(name), Tensor) and _is_count(age)]
@@ -99,11 +109,10 @@ def _refuse_shared_counts(node: Any, fresh: set[int], path: str = "") -> None:
         for place, leaf in zip(leaf_paths(memory), tree.leaves(memory), strict=True):
             if id(leaf) in fresh:
                 raise ValueError(
-                    f"with_trainable: expected parameters trained from the optimizer's first update on, got "
+                    f"{caller}: expected parameters trained from the optimizer's first update on, got "
                     f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
                     f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
-                    "counts for each phase, count by fxtrain.optim.start_counts, or restart the optimizer state: "
-                    "with_trainable(state.replace(opt_state=()), ...)."
+                    f"counts for each phase, count by fxtrain.optim.start_counts, or {remedy}."
                 )
 
 
