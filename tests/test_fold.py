@@ -125,7 +125,7 @@ def no_event(state, event: int):
         (hiding(plain), r"inner takes \(\*args, \*\*kwargs\), which hides what it subscribes to"),
         (lambda event: event, "hides what it subscribes to: a callback takes"),
         (Subscriber, "Subscriber is a class: make an instance"),
-        (3, "a int came: 3"),
+        (3, "got 3, a value of type int"),
     ],
 )
 def test_what_hides_or_misnames_its_events_is_refused(callback, message):

@@ -193,7 +193,7 @@ class TestInit:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: [nn.Linear(1, 1), 3], r"model\[1\] is of type int: init takes modules, tensors"),
+            (lambda: [nn.Linear(1, 1), 3], r"got model\[1\], a value of type int"),
             (lambda: nn.LazyLinear(3), "model is lazy, .*: run it once on a batch first"),
             (lambda: {"a": nn.LazyBatchNorm1d(affine=False)}, r"model\['a'\] is lazy"),
             (

@@ -31,6 +31,7 @@ from fxtrain.core import (
     TrainState,
     Updated,
 )
+from fxtrain.fold.mistaken import refuse_mistaken
 from fxtrain.fold.structure import refuse_other_structure
 from fxtrain.fold.subscription import kinds, name_of, subscription, takes
 
@@ -356,10 +357,11 @@ def handler_of(callback: Any) -> Handler:
     if isinstance(callback, Handler):
         _refuse_observer(callback.function)
         return callback
+    refuse_mistaken(callback, "callbacks")
     if not callable(callback):
         raise TypeError(
-            f"A callback is a function (state, event) -> (state, control), and a {type(callback).__name__} came: "
-            f"{callback!r}."
+            f"callbacks: expected functions (state, event) -> (state, control), got {callback!r:.60}, "
+            f"a value of type {type(callback).__name__}. Write the function, or use one of fxtrain.callbacks."
         )
     if isinstance(callback, type):
         raise TypeError(f"{callback.__name__} is a class: make an instance of it, and give that.")

@@ -12,6 +12,7 @@ from fxtrain import metrics, tree
 from fxtrain.core import Epoch, StepOutput, TrainState
 from fxtrain.data import Exhausted, adapt, map_tensors
 from fxtrain.data.containers import count_examples
+from fxtrain.loop.arguments import refuse_unless_evaluates, refuse_unless_state
 from fxtrain.loop.epochs import announce
 
 
@@ -38,6 +39,7 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
         tuple or dataclass that has one; else by the first dimension of the batch's tensors.
 
     Raises:
+        TypeError: If ``state`` is no state, or ``eval_step`` no evaluation step.
         ValueError: If the data is empty or endless, or if a batch that has no mask has tensors of different first
             dimensions. Tensors of shape [] are left out.
 
@@ -47,6 +49,8 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
         >>> fx.evaluate(fx.init(torch.nn.ReLU()), step, [torch.zeros(3), torch.ones(1)])
         {'mean': 0.25}
     """
+    refuse_unless_state(state, "evaluate(state, eval_step, data)")
+    refuse_unless_evaluates(eval_step)
     total: dict[str, Any] = {}
     source = adapt(data)
     declare_shapes(eval_step, source)

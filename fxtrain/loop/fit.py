@@ -10,6 +10,7 @@ from typing import Any
 
 from fxtrain.core import Control, StepEnd, TrainState, refuse_unless_one_of, refuse_unless_whole
 from fxtrain.fold import Handler, as_composed, compose, on
+from fxtrain.loop.arguments import refuse_unless_checkpointer, refuse_unless_evaluates
 from fxtrain.loop.emitter import Moment
 from fxtrain.loop.history import History
 from fxtrain.loop.plan import Plan
@@ -102,6 +103,7 @@ def fit(
         clock: Seconds; every time that callbacks see comes from it.
 
     Raises:
+        TypeError: If an argument is not what its name says: the message says how to make it.
         ValueError: If no limit is given, evaluation is half given, a callback subscribes to what never fires, or the
             state is inside an epoch of another length than the data's.
         CheckpointError: If the folder has checkpoints of another run, or cannot be written to.
@@ -174,6 +176,7 @@ def _plan(
     eval_view: Any,
     epochs: int | None,
     steps: int | None,
+    observers: Any,
     checkpointer: Any,
     resume: bool,
     keep_every: int | None,
@@ -198,8 +201,19 @@ def _plan(
     for name, value in (("eval_when", eval_when), ("eval_view", eval_view)):
         if value is not None and eval_step is None:
             raise ValueError(f"{name} says how to evaluate, and there is no eval_step and eval_data to do it with.")
+    if eval_step is not None:
+        refuse_unless_evaluates(eval_step)
+    if eval_when is not None and not callable(eval_when):
+        raise TypeError(
+            f"expected a trigger as eval_when, got {eval_when!r:.60}. Make one: fxtrain.every(100), or "
+            "fxtrain.every(epochs=1)."
+        )
+    refuse_unless_checkpointer(checkpointer)
+    refuse_unless_one_of("resume", resume, (True, False))
     if resume and checkpointer is None:
         raise ValueError("resume=True goes on from a checkpoint, and no checkpointer is given.")
+    if not isinstance(observers, Iterable):
+        observers = (observers,)
     folded = as_composed(callbacks)
     if eval_step is not None:
         folded = compose(folded, _evaluation_by(eval_when or _at_the_last_step))
@@ -211,6 +225,7 @@ def _plan(
         evaluate_epochs=eval_step is not None and eval_when is None,
         epochs=epochs,
         steps=steps,
+        observers=observers,
         checkpointer=checkpointer,
         resume=resume,
         keep_every=keep_every,

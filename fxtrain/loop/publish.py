@@ -25,6 +25,7 @@ from fxtrain.core import (
 )
 from fxtrain.core.text import printable, printable_lines
 from fxtrain.fold import Composed, Handler
+from fxtrain.fold.mistaken import refuse_mistaken
 from fxtrain.fold.subscription import name_of, subscription, takes
 from fxtrain.loop.history import History
 from fxtrain.loop.late import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
@@ -212,6 +213,7 @@ def _close(observer: Callable[..., None]) -> None:
 
 
 def _refuse_callback(observer: Callable[..., None]) -> None:
+    refuse_mistaken(observer, "observers")
     if isinstance(observer, Composed):
         name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
     else:

@@ -28,6 +28,7 @@ from fxtrain.core import (
 )
 from fxtrain.data import adapt
 from fxtrain.fold import as_composed, attach
+from fxtrain.loop.arguments import refuse_unless_state, refuse_unless_trains
 from fxtrain.loop.current import Current
 from fxtrain.loop.emitter import Emitter, Moment, Moments
 from fxtrain.loop.epochs import begin_epochs
@@ -53,6 +54,8 @@ class Run:
     """One session of the loop: ``moments`` drives it, and ``state``, ``last`` and ``reason`` say how it ended."""
 
     def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
+        refuse_unless_state(state, "fit(state, step, data)")
+        refuse_unless_trains(step)
         self.plan = plan
         given: Any = step if hasattr(step, "fires") else Step(step)
         refuse_unserved(plan.callbacks, given)

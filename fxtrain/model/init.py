@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,10 +90,14 @@ def init_optimizer(tx: Any, params: Any) -> Any:
 
 
 def _refuse_unusable(model: Any) -> None:
+    if isinstance(model, TrainState):
+        raise TypeError(
+            "expected a module or a pytree of modules and tensors, got a TrainState. It is a state already."
+        )
     for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
         if not isinstance(leaf, nn.Module | Tensor):
             raise TypeError(
-                f"{path} is of type {type(leaf).__name__}: init takes modules, tensors, and pytrees of them."
+                f"expected modules, tensors, or a pytree of them, got {path}, {_described(leaf)}. {_module_of(leaf)}"
             )
         if isinstance(leaf, Tensor):
             continue
@@ -104,6 +108,39 @@ def _refuse_unusable(model: Any) -> None:
                 f"{path} is compiled already ({type(leaf).__name__}): give init the module itself, and compile the "
                 "step, fxtrain.compile(step)."
             )
+        for name, part in leaf.named_modules():
+            _refuse_wrapper(f"{path}.{name}" if name else path, part)
+
+
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def _refuse_wrapper(path: str, module: nn.Module) -> None:
+    """Refuses what wraps a module to train it in another way."""
+    found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _PARALLEL), None)
+    if found is not None:
+        itself = "without fully_shard" if found == "FSDPModule" else "itself, which the wrapper has as .module"
+        raise TypeError(
+            f"expected a module that is not distributed, got {path}, made by {found}. Give the module {itself}."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"expected modules of Python code, got {path}, a module compiled by torch.jit ({type(module).__name__}). "
+            "Give the original module, and compile the step, fxtrain.compile(step)."
+        )
+
+
+def _described(leaf: Any) -> str:
+    return f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a value of type {type(leaf).__name__}"
+
+
+def _module_of(leaf: Any) -> str:
+    """How to come from a value to what init takes."""
+    if isinstance(leaf, type):
+        return f"Make an instance: {leaf.__name__}(...)."
+    if isinstance(leaf, Iterator):
+        return "Give the module itself, or a list of its parameters."
+    return "Give the module that the loss function calls."
 
 
 def _refuse_overlaps(model: Any) -> None:

@@ -63,7 +63,7 @@ def refuse_unless_step(function: Any) -> None:
     if not callable(function) or isinstance(function, type | nn.Module):
         what = _described(function)
         remedy = "Make a step of a loss function: fxtrain.train_step(loss_fn, tx)."
-    elif _first_names(function)[:1] and _first_names(function)[0] in _MODELS:
+    elif takes_model(function):
         what = f"the loss function {place_of(function)}"
         remedy = "Make a step of it: fxtrain.train_step(loss_fn, tx)."
     elif not _takes_two(function):
@@ -71,6 +71,16 @@ def refuse_unless_step(function: Any) -> None:
         remedy = "Let it take these two arguments."
     if remedy:
         raise TypeError(f"expected step to be a function (state, batch) -> (state, output), got {what}. {remedy}")
+
+
+def takes_model(function: Any) -> bool:
+    """Whether the first parameter of a function is named as a model.
+
+    Example:
+        >>> takes_model(lambda model, batch: None), takes_model(lambda state, batch: None)
+        (True, False)
+    """
+    return not _MODELS.isdisjoint(_first_names(function)[:1])
 
 
 @contextlib.contextmanager
@@ -125,7 +135,7 @@ def _optimizer_refused(function: Callable[..., Any], what: str) -> ContractError
     )
 
 
-_MODELS = frozenset(("model", "net", "network", "module"))
+_MODELS = frozenset(("model", "net", "network", "module", "m"))
 _BATCHES = frozenset(("batch", "data", "inputs"))
 _PREDICTIONS = frozenset(
     ("input", "output", "outputs", "logits", "pred", "preds", "predictions", "prediction", "y_pred", "y_hat", "target")

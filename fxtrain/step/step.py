@@ -15,6 +15,7 @@ from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import refuse_writes, versions
+from fxtrain.step.contract import refuse_unless_step
 from fxtrain.step.returned import described
 
 
@@ -35,7 +36,8 @@ class Step:
             with others warns.
 
     Raises:
-        TypeError: When it runs, if the function returned anything else.
+        TypeError: If the function does not take a state and a batch. When it runs, if it is called with something else,
+            or the function returned anything else.
         ValueError: When it runs, if the function changed the structure of the state, a shape or a dtype.
         RuntimeError: When it runs and is not compiled, if the function wrote into its state in place.
 
@@ -57,6 +59,7 @@ class Step:
         fires: Iterable[type[Any]] = (),
         settings: Mapping[str, str] | None = None,
     ) -> None:
+        refuse_unless_step(function)
         self.function = function
         self.callbacks: Composed = as_composed(callbacks)
         self.fires = frozenset(fires)
@@ -91,7 +94,13 @@ class Step:
 
     def attached(self, state: TrainState) -> TrainState:
         """The state with all slots that this step reads and writes: one it lacks starts as its callback's init says."""
-        missing = self.enters.difference(state.slots)
+        try:
+            missing = self.enters.difference(state.slots)
+        except AttributeError:
+            raise TypeError(
+                f"expected a TrainState as the first argument of {self._name}, got {described(state)}. Call it as "
+                "step(state, batch), with a state from fxtrain.init(module, tx)."
+            ) from None
         if not missing:
             return state
         return attach(state, [handler for name, handler in self.callbacks.slots.items() if name in missing])

@@ -1,0 +1,185 @@
+"""The arguments of fit, evaluate, init and compile: what users pass by habit is refused with what to pass instead."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+
+BATCH = torch.ones(4, 2)
+TX = fx.optim.sgd(0.1)
+
+
+def loss_fn(m, b):
+    return m(b).square().mean()
+
+
+STATE = fx.init(nn.Linear(2, 1), TX)
+STEP = fx.train_step(loss_fn, TX)
+EVAL_STEP = fx.eval_step(loss_fn)
+RESULT = fx.fit(STATE, STEP, [BATCH], epochs=1)
+
+
+def of(library, name, **methods):
+    return type(name, (), {"__module__": f"{library}.callbacks", **methods})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (nn.Linear(2, 1), STEP, [BATCH]),
+            r"TrainState .*, got a value of type Linear\. Make one .*fxtrain.init\(module",
+        ),
+        ((dict(nn.Linear(2, 1).state_dict()), STEP, [BATCH]), r"got a value of type dict\. .*load_state_dict\(fxtrain"),
+        ((RESULT, STEP, [BATCH]), r"got a value of type Result\. Continue from .* result.last"),
+        ((fx.init, STEP, [BATCH]), r"got a value of type function\. Call it, .*init \(.*init.py:\d+\)"),
+        (
+            (STEP, STATE, [BATCH]),
+            r"the first argument of fit\(state, step, data\), got a value of type Step\. .* this order",
+        ),
+        (([BATCH], STEP, STATE), r"got a value of type list\. .* this order"),
+        (
+            (STATE, [BATCH], STEP),
+            r"second argument of fit\(state, step, data\), got a value of type list\. .* this order",
+        ),
+        ((STATE, STATE, [BATCH]), r"got a value of type TrainState\. Give the arguments in this order"),
+        ((STATE, TX, [BATCH]), r"got a value of type GradientTransformation\. Give the arguments"),
+        ((STATE, torch.optim.SGD([BATCH]), [BATCH]), r"got a value of type SGD\. Make a step: fxtrain.train_step"),
+        ((STATE, loss_fn, [BATCH]), r"got the loss function loss_fn \(.*test_arguments.py:\d+\)\. Make a step of it"),
+        ((STATE, nn.Linear(2, 1), [BATCH]), r"got the module Linear\. Make a step of a loss function"),
+        ((STATE, lambda state: state, [BATCH]), r"got <lambda>\(state\) \(.*\)\. Let it take these two"),
+        ((STATE, EVAL_STEP, [BATCH]), r"a step that trains, got <eval_step\(loss_fn\)>, which evaluates"),
+        ((STATE, fx.compile(EVAL_STEP), [BATCH]), r"a step that trains, got .*, which evaluates"),
+    ],
+)
+def test_arguments_of_fit_in_another_place_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fx.fit(*arguments, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_step": STEP}, r"expected eval_step from fxtrain.eval_step, got <step .*>, which trains"),
+        ({"eval_step": fx.compile(STEP)}, r"got .*, which trains\. Make it by fxtrain.eval_step\(loss_fn\)"),
+        ({"eval_step": loss_fn}, r"got the function loss_fn \(.*\)\. Make it by fxtrain.eval_step\(loss_fn\)"),
+        ({"eval_step": nn.Linear(2, 1)}, r"got a value of type Linear"),
+        ({"eval_step": EVAL_STEP, "eval_when": 10}, r"a trigger as eval_when, got 10\. Make one: fxtrain.every\(100\)"),
+        ({"checkpointer": "runs/1"}, r"a checkpointer, got the path 'runs/1'\. .*fxtrain.checkpointer\('runs/1'\)"),
+        ({"checkpointer": fx.checkpointer}, r"a checkpointer, got checkpointer itself\. Call it"),
+        ({"resume": "runs/1"}, "resume='runs/1'"),
+    ],
+)
+def test_options_of_fit_of_another_kind_are_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fx.fit(STATE, STEP, [BATCH], epochs=1, eval_data=[BATCH] if "eval_step" in options else None, **options)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            fx.callbacks.early_stopping,
+            r"what fxtrain.callbacks.early_stopping returns, .*\. Call it: fxtrain.callbacks",
+        ),
+        (fx.callbacks.nan_guard, r"what fxtrain.callbacks.nan_guard returns"),
+        (fx.observers.progress, r"what fxtrain.observers.progress returns, .* Call it"),
+        (of("lightning.pytorch", "EarlyStopping")(), r"got EarlyStopping of lightning\. Use .*early_stopping\(metric"),
+        (of("lightning.pytorch", "ModelCheckpoint"), r"got ModelCheckpoint of lightning\. Use checkpointer=fxtrain"),
+        (of("transformers", "TrainerCallback")(), r"got TrainerCallback of transformers\. See fxtrain.callbacks"),
+        (of("keras.src", "ReduceLROnPlateau")(), r"got ReduceLROnPlateau of keras\. Use .*reduce_on_plateau\(metric\)"),
+        (of("ignite", "Timer", __call__=lambda self, engine: None)(), r"got Timer of ignite\. Use .*time_limit"),
+        (type("Mine", (of("lightning", "Callback"),), {})(), r"got Mine of lightning"),
+        (
+            object(),
+            r"expected functions \(state, event\) -> \(state, control\), got <object .*, a value of type object",
+        ),
+    ],
+)
+def test_callbacks_of_other_libraries_and_uncalled_factories_are_refused(callback, message):
+    with pytest.raises(TypeError, match=message):
+        fx.fit(STATE, STEP, [BATCH], epochs=1, callbacks=[callback])
+
+
+def test_an_observer_that_was_not_called_is_refused():
+    for observer in (fx.observers.progress, fx.observers.memory):
+        with pytest.raises(TypeError, match=rf"observers: expected what fxtrain.observers.{observer.__name__} returns"):
+            fx.fit(STATE, STEP, [BATCH], epochs=1, observers=[observer])
+
+
+def test_a_single_observer_needs_no_list():
+    seen = []
+    fx.fit(STATE, STEP, [BATCH], epochs=1, observers=lambda state, event, control: seen.append(event))
+    assert seen
+
+
+def test_arguments_of_evaluate_step_and_compile_are_refused():
+    with pytest.raises(
+        TypeError, match=r"first argument of evaluate\(state, eval_step, data\), got a value of type Eval"
+    ):
+        fx.evaluate(EVAL_STEP, STATE, [BATCH])
+    with pytest.raises(TypeError, match="which trains"):
+        fx.evaluate(STATE, STEP, [BATCH])
+    with pytest.raises(TypeError, match=r"first argument of train_step\(loss_fn\), got a value of type Linear"):
+        STEP(nn.Linear(2, 1), BATCH)
+    with pytest.raises(TypeError, match="got the loss function loss_fn"):
+        fx.compile(loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.DataParallel(nn.Linear(2, 1)), r"got model, made by DataParallel\. Give the module itself, .* as .module"),
+        (nn.Sequential(nn.DataParallel(nn.Linear(2, 1))), "got model.0, made by DataParallel"),
+        (type("FSDPLinear", (type("FSDPModule", (), {}), nn.Linear), {})(2, 1), r"FSDPModule\. .* without fully_shard"),
+        (STATE, "got a TrainState. It is a state already"),
+        (nn.Linear, r"got model, the class Linear\. Make an instance: Linear\(...\)"),
+        (nn.Linear(2, 1).parameters(), r"got model, a value of type generator\. Give the module itself"),
+        (loss_fn, r"got model, a value of type function\. Give the module that the loss function calls"),
+    ],
+)
+def test_what_is_no_plain_module_is_refused_by_init(model, message):
+    with pytest.raises(TypeError, match=message):
+        fx.init(model, TX)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_part_that_is_compiled_by_jit_is_refused_by_init():
+    with pytest.raises(TypeError, match=r"got model.0, a module compiled by torch.jit"):
+        fx.init(nn.Sequential(torch.jit.script(nn.Linear(2, 1))), TX)
+
+
+def test_a_state_without_values_is_refused_by_fit():
+    state = fx.init(nn.Linear(2, 1, device="meta"), TX)
+    with pytest.raises(ValueError, match=r"expected a state with values, got state.step on the meta device"):
+        fx.fit(state, STEP, [BATCH], epochs=1)
+    state = fx.init(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1, device="meta")), TX)
+    with pytest.raises(ValueError, match=r"got state.params\['1.bias'\] on the meta device"):
+        fx.fit(state, STEP, [BATCH], epochs=1)
+
+
+def test_autocast_around_fit_is_refused():
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r'outside of torch.autocast, got a call inside. Give precision="bf16"'):
+            fx.fit(STATE, STEP, [BATCH], epochs=1)
+        with pytest.raises(ValueError, match=r"outside of torch.autocast"):
+            fx.evaluate(STATE, EVAL_STEP, [BATCH])
+
+
+@pytest.mark.parametrize(
+    "surrounding",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autograd.detect_anomaly(check_nan=False),
+        lambda: torch.device("meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_what_surrounds_fit_changes_no_number(surrounding):
+    with surrounding():
+        found = fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).last
+    torch.testing.assert_close(
+        found.params, fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).last.params, rtol=0.0, atol=0.0
+    )
