@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxtrain as fx
+from fxtrain.compile import routes
+from fxtrain.compile.traced import compile_traced
 from fxtrain.data import bucketed, next_tokens, pad
 
 TX = fx.optim.adam(1e-2)
@@ -95,3 +98,82 @@ def test_several_steps_in_a_call_take_batches_of_several_sizes_one_by_one():
     found = fx.fit(start(), together, data, epochs=2)
     single = fx.fit(start(), fx.train_step(loss_fn, TX), data, epochs=2)
     torch.testing.assert_close(found.last.params, single.last.params, rtol=1e-5, atol=1e-6)
+
+
+class Dropping(Reader):
+    """``Reader`` with dropout and a linear layer on three axes, which torch.func cuts by their sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, tokens):
+        return self.head(F.dropout(torch.tanh(self.inner(self.tokens(tokens))), 0.4, self.training))
+
+
+def of_length(length, rows=3):
+    return pad([[1 + number % 19 for number in range(length)], *texts(rows - 1, longest=2)])
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """Graphs of the tracer run as they are: compiling them takes most of a minute."""
+    compiled = compile_traced
+    monkeypatch.setattr(routes, "compile_traced", lambda *a, **k: compiled(*a, **k, backend="eager"))
+
+
+@pytest.mark.parametrize(("backend", "donate"), [(None, True), ("eager", False)])
+def test_dynamic_sizes_are_one_graph_equal_to_the_uncompiled_step(without_inductor, backend, donate):
+    count = CompileCounterWithBackend("eager")
+    step = fx.train_step(loss_fn, TX)
+    compiled = fx.compile(step, backend=backend and count, dynamic=True, donate=donate, on_recompile="error")
+    torch.manual_seed(0)
+    state = fx.init(Dropping(), TX)
+    expected, found = state, state.copy()
+    for length in range(5, 21):
+        batch = of_length(length, rows=2 + length % 3)
+        expected, output = step(expected, batch)
+        found, other = compiled(found, batch)
+        assert torch.equal(output.metrics["loss"], other.metrics["loss"])
+    assert compiled.graphs == 1
+    assert count.frame_count == (0 if backend is None else 1)
+    torch.testing.assert_close(found.params, expected.params, rtol=0, atol=0)
+
+
+def test_dynamic_sizes_make_one_more_graph_for_a_batch_of_one_row(without_inductor):
+    step = fx.compile(fx.train_step(loss_fn, TX), dynamic=True, on_recompile="error")
+    state = start()
+    for rows in (3, 1, 4, 1, 2):
+        state, _ = step(state, of_length(6 + rows, rows=rows))
+    assert step.graphs == 2
+
+
+def test_dynamic_sizes_take_batches_of_any_strides(without_inductor):
+    step = fx.train_step(lambda model, batch: (model["w"] * batch).mean(), TX)
+    compiled, state = fx.compile(step, dynamic=True, on_recompile="error"), fx.init({"w": torch.tensor(1.0)}, TX)
+    for batch in (torch.randn(3, 4), torch.randn(5, 2).t(), torch.randn(4, 9)[:, ::3]):
+        torch.testing.assert_close(compiled(state, batch)[1].metrics, step(state, batch)[1].metrics)
+
+
+def test_a_size_that_dynamic_cannot_free_is_named(without_inductor):
+    def read(model, batch):
+        return (model["w"] * batch["x"]).mean() * int(batch["x"].shape[1])
+
+    step = fx.compile(fx.train_step(read, TX), dynamic=True)
+    state = fx.init({"w": torch.tensor(1.0)}, TX)
+    step(state, {"x": torch.ones(2, 3)})
+    with pytest.warns(UserWarning, match=r"holds for batch\['x'\]\.shape\[1\] == 3.*fxtrain\.data\.bucketed"):
+        _, output = step(state, {"x": torch.ones(4, 5)})
+    assert output.metrics["loss"] == 5
+
+
+def test_sizes_beyond_the_limit_of_dynamo_run_uncompiled():
+    def fixed(model, batch):
+        return (model["w"] * batch).mean() * {size: size for size in range(2, 40)}[batch.shape[0]]
+
+    step = fx.compile(fx.train_step(fixed, TX), dynamic=True, backend="eager")
+    state = fx.init({"w": torch.tensor(1.0)}, TX)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.warns(UserWarning, match="run uncompiled") as caught:
+        losses = [float(step(state, torch.ones(size))[1].metrics["loss"]) for size in range(2, 7)]
+    assert losses == list(range(2, 7))
+    assert len(caught) == 1

@@ -10,6 +10,8 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import TrainState
 
+_MOST_CONDITIONS = 3  # that a message shows
+
 
 def described(state: TrainState, batch: Any) -> dict[str, str]:
     """What a graph assumes, by path."""
@@ -33,8 +35,21 @@ def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
     return shown or "the types of its containers, or the model"
 
 
-def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
-    """What can be done against it."""
+def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: Sequence[str] | None = None) -> str:
+    """What can be done against it.
+
+    Args:
+        new: What a graph is to be made for.
+        known: What there are graphs for.
+        broken: The conditions of a graph of symbolic sizes that are not met, as code.
+    """
+    if broken:
+        shown = ", ".join(broken[:_MOST_CONDITIONS])
+        return (
+            f"dynamic=True made a graph that holds for {shown}, because the step reads these sizes as numbers. Write "
+            "x.shape[0] in place of len(x). For operators that need numbers, as recurrent layers do, pad to few sizes "
+            "with fxtrain.data.bucketed, which compiles a graph for each without this warning."
+        )
     paths = {path for each in known for path in {*new, *each} if new.get(path) != each.get(path)}
     if any(path.startswith("state.slots") for path in paths):
         return "A new callback in the step costs one graph, and one in the loop none."
@@ -42,7 +57,7 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
         return (
             'For a last, smaller batch choose drop_last=True or "pad" where the data is made. For many sizes pad to '
             "few with fxtrain.data.bucketed, which declares its sizes and compiles without this warning, or compile "
-            "one slower graph for all: fxtrain.compile(step, dynamic=True)."
+            "one slower graph for all: fxtrain.compile(step, dynamic=True), which suits batches of graphs too."
         )
     return "A step keeps the shapes and dtypes of its state: look at what has changed it between two steps."
 

@@ -165,8 +165,12 @@ class Compiled:
         kinds = described(entered, batch)
         is_batch = is_other_batch(kinds, self._known)
         is_declared = is_batch and batches_of([*self._known, kinds]) <= self._declared
+        broken = next((found for graph in self._graphs if (found := graph.broken(batch)) is not None), None)
+        # Sizes 0 and 1 are never symbols: the one more graph for them is expected.
+        is_declared |= broken is not None and not broken
         if self._graphs and self._on_recompile != "allow" and not is_declared:
-            why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {advice(kinds, self._known)}"
+            remedy = advice(kinds, self._known, broken)
+            why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {remedy}"
             if self._on_recompile == "error":
                 raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
             if not (is_batch and self._has_warned_of_batches):  # one hint is enough for batches of many sizes
@@ -226,7 +230,10 @@ def compile(  # noqa: A001
         mode: As ``torch.compile`` takes it; ``"reduce-overhead"`` replays CUDA graphs. Or ``"ahead-of-time"``: the
             graph becomes a library, which is called without any Python between its kernels. To build it takes about
             twice as long, the tiny MLP's step three quarters of the time; it is kept where torch keeps compiled code.
-        dynamic: Whether sizes are symbols: one slower graph for batches of many sizes. It goes through Dynamo.
+        dynamic: Whether the sizes of batches are symbols: one graph for all, slower than one for each. Dropout masks
+            and other random numbers are those of the uncompiled step at every size. Sizes 0 and 1 stay numbers, so a
+            batch of one example makes another graph. Code that reads a size as a number, as ``len(x)`` and recurrent
+            layers of torch do, makes one for each, and the warning names the sizes: take ``x.shape[0]``, or few sizes.
         fullgraph: Whether a step that cannot be one graph is an error.
         steps_per_call: How many steps ``fit`` takes at a time, in one graph, where calling a graph takes longer than
             computing it. Callbacks of the step are folded at each; those of the loop after all of them, so what these

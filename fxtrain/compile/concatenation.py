@@ -19,11 +19,13 @@ def with_dense_concatenations(graph: Any) -> Any:
     Args:
         graph: From ``make_fx``. It is changed in place and returned.
     """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # with the tracer, which is loaded by now
+
     aten = torch.ops.aten
     for node in list(graph.nodes):
         if node.target != aten.cat.default:
             continue
-        full = [part for part in node.args[0] if part.meta["val"].numel()]
+        full = [part for part in node.args[0] if not statically_known_true(part.meta["val"].numel() == 0)]
         found: Tensor = node.meta["val"]
         if len(full) != 1 or full[0].meta["val"].dtype != found.dtype or not found.is_contiguous():
             continue

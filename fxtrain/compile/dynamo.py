@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,12 @@ from fxtrain.core import TrainState, compiling
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
+_TOO_MANY_SIZES = (
+    "expected a step in which sizes stay symbols, as dynamic=True asks, got one that reads a size as a number. Dynamo "
+    "made a graph for each size up to its limit, and other sizes run uncompiled from now on. Pad to few sizes with "
+    "fxtrain.data.bucketed."
+)
+
 
 def compile_by_dynamo(
     step: Step | EvalFunction,
@@ -26,6 +33,9 @@ def compile_by_dynamo(
     dynamic: bool,
 ) -> Artefact:
     """The step by ``torch.compile``, as one graph. Arguments as for ``compile_traced``."""
+    # Imported when used: it is a third of what importing torch takes.
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     _check(step, state, batch)
     compiled = torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
     compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
@@ -34,8 +44,18 @@ def compile_by_dynamo(
     model: Any = state.model
     writes = model is not None and model.restore()
 
+    warned = False
+
     def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        result = compiled(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
+        nonlocal warned
+        arguments = tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs)
+        try:
+            result = compiled(*arguments)
+        except FailOnRecompileLimitHit:  # before anything was computed
+            if not warned:
+                warnings.warn(_TOO_MANY_SIZES, UserWarning, stacklevel=4)
+            warned = True
+            result: Any = step(*arguments)
         if writes and model is not None:
             model.restore()
         return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)

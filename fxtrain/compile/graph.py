@@ -48,6 +48,7 @@ class Graph:
         leaves, self._structure = tree.flatten(step.enter(state))
         inputs, batch_structure = tree.flatten(batch)
         self._run, self._donate, self._in_place = artefact.run, donate, artefact.written is not None
+        self._conditions = artefact.conditions
         self._written = artefact.written or ()
         self._taker = repr(step)
         self._is_step = isinstance(step, Step)
@@ -70,8 +71,22 @@ class Graph:
             return None
         if not self._is_checked and self._kinds_of_batch(inputs) != self._batch_kinds:
             return None
+        if self._conditions is not None and not self._conditions(inputs):
+            return None
         known = len(self._seen) > 0 and all(map(operator.is_, map(operator.call, self._seen), leaves))
         return (leaves, containers, inputs, known) if known or kinds(leaves) == self._kinds else None
+
+    def broken(self, batch: Any) -> list[str] | None:
+        """The conditions on sizes that a batch breaks, as code; None if the graph is for one size of each tensor."""
+        if self._conditions is None:
+            return None
+        try:
+            inputs, _ = self._walk_batch(batch)
+        except OtherStructureError:
+            return None
+        if self._kinds_of_batch(inputs) != self._batch_kinds:
+            return None
+        return self._conditions.broken(inputs, tree.paths(batch, "batch"))
 
     def __call__(
         self, state: TrainState, leaves: list[Tensor], containers: list[Any], inputs: list[Tensor], known: bool

@@ -104,11 +104,14 @@ def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dyn
     title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
     suffix = "" if mode is None else f", {mode}"
     traced = Route(
-        f"{title}, traced{suffix}", functools.partial(compile_traced, mode=mode), "the step as one graph", True
+        f"{title}, traced{suffix}",
+        functools.partial(compile_traced, mode=mode, dynamic=dynamic),
+        "the step as one graph",
+        True,
     )
     online = None if mode == AHEAD else mode
     dynamo = Route(
-        f"{title}, dynamo{suffix}" if backend is None and not dynamic else f"{title}{suffix}",
+        f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}",
         functools.partial(_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
         "the step as one graph by torch.compile, which checks its assumptions at each call",
         True,
@@ -127,9 +130,9 @@ def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dyn
         False,
     )
     nothing = Route("uncompiled", uncompiled, "nothing: the step runs uncompiled", False)
-    if dynamic:  # the graphs around a forward pass are for one size each
-        return Routes([dynamo, nothing], fullgraph=fullgraph)
     whole = [traced, dynamo] if backend is None else [dynamo]
+    if dynamic:  # the graphs around a forward pass are for one size each
+        return Routes([*whole, nothing], fullgraph=fullgraph)
     return Routes([*whole, regions, eager, nothing], fullgraph=fullgraph)
 
 

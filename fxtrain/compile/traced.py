@@ -27,6 +27,7 @@ from fxtrain.compile.literals import KnownLiterals
 from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
 from fxtrain.compile.scalars import with_exact_corrections, with_scalars_once
+from fxtrain.compile.symbolic import Conditions, SymbolicSizes, dense
 from fxtrain.compile.writes import memory_of
 from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
@@ -50,6 +51,7 @@ class Artefact(NamedTuple):
 
     run: Run
     written: Sequence[int] | None  # the leaves of the state that it writes over; None if it returns new ones
+    conditions: Conditions | None = None  # for which batches it holds, if for more than one size
 
 
 def compile_traced(
@@ -60,6 +62,7 @@ def compile_traced(
     mode: str | None,
     in_place: bool,
     backend: str | Callable[..., Any] | None = None,
+    dynamic: bool = False,
 ) -> Artefact:
     """The step as one graph.
 
@@ -71,6 +74,7 @@ def compile_traced(
         mode: As ``compile`` takes it.
         in_place: Whether the new state's leaves are written over the old one's; then none are returned.
         backend: A backend of ``torch.compile`` in place of Inductor.
+        dynamic: Whether the sizes of the batch are symbols.
     """
     # Imported when used: they are a third of what importing torch takes.
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -96,15 +100,21 @@ def compile_traced(
             old[index].copy_(value)
         return values[len(changed) :]
 
+    symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
     with compiling(), effects_noticed(), KnownLiterals():
-        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
-    if isinstance(step, Step):  # which keeps its masks for its backward pass; what only goes forward need not
+        if symbolic is not None:
+            graph = symbolic.trace(flat)
+        else:
+            graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+    if isinstance(step, Step) and symbolic is None:  # which keeps its masks for its backward pass
         with_draws_together(graph.graph)
     if backend is None:  # whose loops are Inductor's
         with_exact_corrections(graph.graph)
-    with_scalars_once(with_faster_products(with_dense_concatenations(graph.graph)))
+    with_dense_concatenations(graph.graph)
+    if symbolic is None:  # these passes compare sizes, which would be conditions on later batches
+        with_scalars_once(with_faster_products(graph.graph))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
-    replayed = mode == REPLAYED and in_place and on_gpu
+    replayed = mode == REPLAYED and in_place and on_gpu and not dynamic
     read = _without_unread(graph)
     pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
     examples = pick((*leaves, *inputs))
@@ -127,7 +137,10 @@ def compile_traced(
                 new[index] = value
             return new, assemble(values[returned:])
 
-    return Artefact(run, changed if in_place else None)
+    written = changed if in_place else None
+    if symbolic is None:
+        return Artefact(run, written)
+    return Artefact(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
 
 
 def _without_unread(graph: Any) -> list[int]:

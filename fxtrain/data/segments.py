@@ -64,5 +64,5 @@ def next_tokens(tokens: Tensor, segments: Tensor, *, shift: bool = True, ignore:
     """
     follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
     found = tokens[:, 1:].to(torch.int64).masked_fill(~follows, ignore)
-    nothing = found.new_full((len(tokens), 1), ignore)
+    nothing = found.new_full((tokens.shape[0], 1), ignore)  # len() is a number even where sizes are symbols
     return torch.cat([found, nothing] if shift else [nothing, found], 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxtrain.rng import samplers
 from fxtrain.rng.philox import Key
+from fxtrain.rng.tracing import has_symbolic_sizes
 
 
 class Source(Protocol):
@@ -274,6 +275,21 @@ def attention(
     return samplers.dropout(source.key, weights.to(query.dtype), p=dropout_p, site=source.site()) @ value
 
 
+def linear(
+    source: Source, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    # Not random: inside torch.func, torch's own reads three sizes as integers, so a graph would hold for one size.
+    if (
+        bias is None
+        or input.ndim != 3
+        or weight.ndim != 2
+        or not (torch.compiler.is_dynamo_compiling() or has_symbolic_sizes())
+    ):
+        return func(input, weight, bias)
+    flat = torch.addmm(bias, input.reshape(input.shape[0] * input.shape[1], input.shape[2]), weight.t())
+    return flat.view(input.shape[0], input.shape[1], weight.shape[0])
+
+
 def fractional_max_pool2d(source: Source, func: Callable[..., Any], input: Tensor, *args: Any, **options: Any) -> Any:
     return _fractional_max_pool(source, func, 2, input, *args, **options)
 
@@ -353,6 +369,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
 
 SOMETIMES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": attention,
+    "linear": linear,
     "fractional_max_pool2d": fractional_max_pool2d,
     "fractional_max_pool2d_with_indices": fractional_max_pool2d,
     "fractional_max_pool3d": fractional_max_pool3d,

@@ -334,7 +334,9 @@ def _fill(
     numbers: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
 ) -> Tensor:
     """The shape filled with what ``numbers`` makes of each block of four words, ``per_block`` at a time."""
-    count = torch.Size(shape).numel()
+    count = 1
+    for size in shape:  # torch.Size(shape).numel() would fix sizes that are symbols
+        count *= size
     where = key.seed.device if device is None else torch.device(device)
     words = blocks(key, -(-count // per_block), site=site, device=where)
     return torch.stack(list(numbers(*words)), -1).flatten()[:count].reshape(shape)

@@ -20,6 +20,12 @@ def is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.PROXY, _MODES.FAKE))
 
 
+def has_symbolic_sizes() -> bool:
+    """Whether a step is traced for inputs of any sizes. Not True inside Dynamo."""
+    mode = torch._C._get_dispatch_mode(_MODES.FAKE)
+    return getattr(mode, "shape_env", None) is not None and not getattr(mode, "static_shapes", True)
+
+
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` surrounds this call. Not to be called inside Dynamo."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,7 +16,7 @@ from fxtrain import tree
 from fxtrain.model import ValuesNeededError
 from fxtrain.model.captured import is_of_users
 from fxtrain.model.forward import is_forward_wrapped
-from fxtrain.rng.tracing import is_traced, is_transformed
+from fxtrain.rng.tracing import has_symbolic_sizes, is_traced, is_transformed
 from fxtrain.step.contract import ContractError, backward_refused
 
 Differentiate = Literal["auto", "func", "autograd"]
@@ -76,7 +76,8 @@ class Differentiation:
         if self._way == "func" or nested or dynamo:
             return (by_autograd if self._way == "autograd" else by_func)(objective, trainable)
         # What torch.compile made of a forward pass cannot run inside torch.func.
-        if self._way == "autograd" or is_forward_wrapped():
+        # torch.func reads sizes as integers in places, so a trace for all sizes would hold for one.
+        if self._way == "autograd" or is_forward_wrapped() or (self._way == "auto" and has_symbolic_sizes()):
             return self._by_autograd(objective, trainable)
         try:
             return by_func(objective, trainable)
