@@ -129,6 +129,16 @@ class TestConcatenations:
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
             assert found.stride() == expected.stride()
 
+    def test_of_sizes_that_depend_on_values_are_left_as_they_are(self):
+        def function(x):
+            return torch.cat([x[x > 0], x[x < 0]])
+
+        graph = make_fx(function, tracing_mode="fake")(torch.randn(4))
+        with_dense_concatenations(graph.graph)
+        graph.recompile()
+        for x in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0, 0.0])):
+            torch.testing.assert_close(graph(x), function(x), rtol=0, atol=0)
+
 
 def explained(loss_fn):
     """The breaks of a step whose trace runs without values."""
