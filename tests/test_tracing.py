@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain.compile.concatenation import with_dense_concatenations
+from fxtrain.compile.ctc import OpaqueCTC
 from fxtrain.compile.effects import FileInTraceError, effects_noticed
 from fxtrain.core import compiling
 from fxtrain.explain.counts import trace
@@ -138,6 +140,53 @@ class TestConcatenations:
         graph.recompile()
         for x in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0, 0.0])):
             torch.testing.assert_close(graph(x), function(x), rtol=0, atol=0)
+
+
+class TestCTC:
+    """The loss as one operator, which takes lengths from the batch."""
+
+    @pytest.mark.parametrize("zero_infinity", [False, True])
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    def test_equals_that_of_torch_for_all_lengths(self, reduction, zero_infinity):
+        def loss_fn(scores, *given):
+            with OpaqueCTC():
+                scores = scores.log_softmax(-1)
+                loss = F.ctc_loss(scores, *given, reduction=reduction, zero_infinity=zero_infinity)
+            return (loss * torch.arange(1.0, 4.0)).sum() if reduction == "none" else loss
+
+        first = torch.randn(7, 3, 5), torch.randint(1, 5, (3, 4)), torch.tensor([7, 6, 5]), torch.tensor([4, 2, 0])
+        graph = make_fx(torch.func.grad_and_value(loss_fn), tracing_mode="fake")(*first)
+        impossible = torch.randn(7, 3, 5), first[1].flip(0), torch.tensor([7, 2, 5]), torch.tensor([1, 4, 3])
+        for scores, *given in (first, impossible):
+            leaf = scores.clone().requires_grad_()
+            loss = F.ctc_loss(leaf.log_softmax(-1), *given, reduction=reduction, zero_infinity=zero_infinity)
+            loss = (loss * torch.arange(1.0, 4.0)).sum() if reduction == "none" else loss
+            expected = torch.autograd.grad(loss, leaf)[0], loss.detach()
+            torch.testing.assert_close(graph(scores, *given), expected, equal_nan=True)
+
+    @pytest.mark.parametrize("lengths", [([7, 6, 5], [2, 1, 1]), (torch.tensor([7, 6, 5]), torch.tensor([2, 1, 1]))])
+    def test_takes_joined_targets_and_lengths_as_lists(self, lengths):
+        scores = torch.randn(7, 3, 5).log_softmax(-1)
+        with OpaqueCTC():
+            found = F.ctc_loss(scores, torch.tensor([1, 2, 3, 4]), *lengths)
+        torch.testing.assert_close(found, F.ctc_loss(scores, torch.tensor([1, 2, 3, 4]), *lengths))
+
+    def test_takes_one_example(self):
+        given = torch.randn(7, 5).log_softmax(-1), torch.tensor([1, 2]), torch.tensor(7), torch.tensor(2)
+        with OpaqueCTC():
+            found = F.ctc_loss(*given, reduction="none")
+        torch.testing.assert_close(found, F.ctc_loss(*given, reduction="none"))
+
+    def test_refuses_second_derivatives(self):
+        def loss(scores):
+            return F.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([5]), torch.tensor([2]))
+
+        def slope(scores):
+            with OpaqueCTC():
+                return torch.func.grad(loss)(scores).square().sum()
+
+        with pytest.raises(NotImplementedError, match="first derivatives of ctc_loss"):
+            torch.func.grad(slope)(torch.randn(5, 1, 4).log_softmax(-1))
 
 
 def explained(loss_fn):

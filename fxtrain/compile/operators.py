@@ -79,6 +79,37 @@ def linear() -> Any:
     return torch.ops.fxtrain.linear.default
 
 
+@functools.cache
+def ctc() -> Any:
+    """``ctc(scores, targets, inputs, lengths, blank, zero_infinity)``: the CTC losses of examples, with their slopes.
+
+    Of scores [time, batch, classes], targets as ``torch.nn.functional.ctc_loss`` takes them, and lengths [batch], as
+    integers: losses [batch], and their slopes by the scores [time, batch, classes].
+    """
+    aten = torch.ops.aten
+
+    def computed(
+        scores: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, blank: int, zero_infinity: bool
+    ) -> tuple[Tensor, Tensor]:
+        given = targets, inputs.tolist(), lengths.tolist()
+        losses, alphas = aten._ctc_loss(scores, *given, blank, zero_infinity)
+        ones = torch.ones_like(losses)
+        slopes = aten._ctc_loss_backward(ones, scores, *given, losses, alphas, blank, zero_infinity)
+        if zero_infinity:
+            losses = losses.masked_fill(losses == torch.inf, 0.0)
+        return losses.clone(), slopes.contiguous()
+
+    def shapes(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return scores.new_empty(scores.shape[1]), scores.new_empty(scores.shape)
+
+    arguments = "Tensor scores, Tensor targets, Tensor inputs, Tensor lengths, int blank, bool zero_infinity"
+    _library().define(f"ctc({arguments}) -> (Tensor, Tensor)")
+    for device in ("CPU", "CUDA"):
+        _library().impl("ctc", computed, device)
+    torch.library.register_fake("fxtrain::ctc", shapes)
+    return torch.ops.fxtrain.ctc.default
+
+
 @functools.cache  # which keeps it: an operator goes when its library does
 def _library() -> torch.library.Library:
     return torch.library.Library("fxtrain", "DEF")

@@ -21,6 +21,7 @@ from fxtrain import tree
 from fxtrain.compile.ahead import compile_ahead
 from fxtrain.compile.assembly import assembler
 from fxtrain.compile.concatenation import with_dense_concatenations
+from fxtrain.compile.ctc import OpaqueCTC
 from fxtrain.compile.draws import with_draws_together
 from fxtrain.compile.effects import effects_noticed
 from fxtrain.compile.literals import KnownLiterals
@@ -101,7 +102,7 @@ def compile_traced(
         return values[len(changed) :]
 
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
-    with compiling(), effects_noticed(), KnownLiterals():
+    with compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
         if symbolic is not None:
             graph = symbolic.trace(flat)
         else:
