@@ -188,7 +188,7 @@ class TestEqualsEager:
 
     @pytest.mark.slow
     def test_by_inductor(self):
-        step = fx.train_step(branching, TX)
+        step = fx.train_step(by_item, TX)
         compiled, donating = fx.compile(step), fx.compile(step, donate=True)
         plain, ours, donated = start(), start(), start()
         for number in range(4):

@@ -208,9 +208,11 @@ def compile(  # noqa: A001
     reads beside its arguments, of modules, closures or globals, stays as it was when the graph was made.
 
     Where Python needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, there is no such
-    graph. Then the first of these routes that leads is taken, with one warning that names the line: one graph by
-    Dynamo; the loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer and the
-    callbacks of the step as one; forward and backward pass uncompiled, and the rest as one graph. All compute the same.
+    graph. Then the first of these routes that leads is taken, with one warning that names the line: one graph for the
+    values that were read, which checks at each call that they are the same, and further graphs for a few other values;
+    one graph by Dynamo; the loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer
+    and the callbacks of the step as one; forward and backward pass uncompiled, and the rest as one graph. All compute
+    the same.
 
     That first call takes from ten seconds to minutes. What torch compiled stays on the disk, where
     ``TORCHINDUCTOR_CACHE_DIR`` says, so that a later process has it in a few seconds. The logger ``fxtrain.compile``

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fxtrain.compile.checked import compile_checked
 from fxtrain.compile.dynamo import compile_by_dynamo
 from fxtrain.compile.refusals import Break, refusal
 from fxtrain.compile.regions import NoGradientsError, compile_in_regions
@@ -21,6 +22,9 @@ from fxtrain.model import UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
+
+
+_VALUES_CHANGE = Break("Python reads values of tensors, and they differ from batch to batch.")
 
 
 class GraphBreakError(RuntimeError):
@@ -35,12 +39,15 @@ class Route(NamedTuple):
         compile: ``(step, state, batch, in_place=...) -> Artefact``; raises where this way does not lead.
         outcome: What is compiled, as a clause.
         is_whole: Whether it makes one graph of the whole step.
+        has_otherwise: Whether ``compile`` also takes ``otherwise=``, ``(state, batch) -> Artefact`` by later routes,
+            for calls that its graphs are not for.
     """
 
     name: str
     compile: Callable[..., Artefact]
     outcome: str
     is_whole: bool
+    has_otherwise: bool = False
 
 
 class Routes:
@@ -73,12 +80,20 @@ class Routes:
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
         """An artefact by the first route that leads, with one warning if it is not the first of all."""
-        found: Break | None = None
-        for index in range(self._chosen, len(self._routes)):
+        return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
+
+    def _compile(
+        self, step: Any, state: TrainState, batch: Any, found: Break | None, first: int, *, in_place: bool
+    ) -> Artefact:
+        for index in range(first, len(self._routes)):
             route = self._routes[index]
+            options: dict[str, Any] = {}
+            if route.has_otherwise:
+                known = found or _VALUES_CHANGE
+                options["otherwise"] = functools.partial(self._beyond, step, found=known, first=index + 1)
             try:
                 with _without_logs_of_dynamo():
-                    artefact = _compiled(route, step, state, batch, in_place=in_place)
+                    artefact = _compiled(route, step, state, batch, in_place=in_place, **options)
             except (UnseededError, torch.OutOfMemoryError, MemoryError):
                 raise
             except NoGradientsError as error:
@@ -92,10 +107,14 @@ class Routes:
                 continue
             self._chosen, self._is_chosen = index, True
             if found is not None:
-                warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=5)
+                warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=6)
             return artefact
         assert found is not None
         raise GraphBreakError(_refused(step, found)) from None
+
+    def _beyond(self, step: Any, state: TrainState, batch: Any, *, found: Break, first: int) -> Artefact:
+        """An artefact for all values, where those that a step reads keep changing. Later graphs use its route too."""
+        return self._compile(step, state, batch, found, first, in_place=False)
 
 
 def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dynamic: bool, fullgraph: bool) -> Routes:
@@ -110,6 +129,13 @@ def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dyn
         True,
     )
     online = None if mode == AHEAD else mode
+    checked = Route(
+        f"{title}, traced with checks{suffix}",
+        functools.partial(compile_checked, mode=mode),
+        "the step as one graph for the values that Python reads, which the graph checks at each call",
+        False,
+        has_otherwise=True,
+    )
     dynamo = Route(
         f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}",
         functools.partial(_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
@@ -131,8 +157,10 @@ def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dyn
     )
     nothing = Route("uncompiled", uncompiled, "nothing: the step runs uncompiled", False)
     whole = [traced, dynamo] if backend is None else [dynamo]
-    if dynamic:  # the graphs around a forward pass are for one size each
+    if dynamic:  # the other routes make graphs for one size each
         return Routes([*whole, nothing], fullgraph=fullgraph)
+    if backend is None:
+        whole.insert(1, checked)
     return Routes([*whole, regions, eager, nothing], fullgraph=fullgraph)
 
 
@@ -140,12 +168,12 @@ def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **op
     return compile_by_dynamo(step, state, batch, **options)  # which returns a new state in any case
 
 
-def _compiled(route: Route, step: Any, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
+def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:
     try:
-        return route.compile(step, state, batch, in_place=in_place)
+        return route.compile(step, state, batch, **options)
     except ValuesNeededError:
         step(state, batch)
-        return route.compile(step, state, batch, in_place=in_place)
+        return route.compile(step, state, batch, **options)
 
 
 @contextlib.contextmanager

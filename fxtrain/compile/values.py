@@ -1,0 +1,228 @@
+"""Values that Python reads while a step is traced, each with a check of it in the graph.
+
+The tracer's tensors have no values. A read is answered by running what the graph has so far on the tensors that the
+trace is for, and the graph returns whether later inputs lead to the same answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+aten = torch.ops.aten
+
+_MOST_READS = 256
+_LONGEST_LIST = 64
+
+
+class UncheckedReadError(RuntimeError):
+    """A step reads a value that a graph cannot be specialized for, as it changes with each batch."""
+
+
+@dataclasses.dataclass
+class Reads:
+    """The values that a trace read.
+
+    Args:
+        values: What was read, in order.
+        sizes: The places among them of sizes, such as the number of rows that a mask selects.
+    """
+
+    values: list[Any] = dataclasses.field(default_factory=list)
+    sizes: set[int] = dataclasses.field(default_factory=set)
+
+
+class CheckedReads(TorchDispatchMode):
+    """A context within ``make_fx`` in which values can be read, and in which sizes may depend on values.
+
+    Args:
+        given: The tensors that the graph is made for, one for each of its placeholders.
+
+    Attributes:
+        reads: What was read.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.reads = Reads()
+        self._given = given
+        self._same: list[Tensor] = []
+        self._known: dict[Any, Any] = {}  # by node of the graph
+
+    def same(self, device: torch.device) -> Tensor:
+        """Whether each read had its value, as the graph computes it: a bool tensor, in order."""
+        if not self._same:
+            return torch.ones(0, dtype=torch.bool, device=device)
+        return torch.stack([each.to(device) for each in self._same])
+
+    def __enter__(self) -> CheckedReads:
+        super().__enter__()
+        self._conversions = _Conversions()
+        self._conversions.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._conversions.__exit__(*error)
+        super().__exit__(*error)
+        self._known.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        checked = _CHECKED.get(func)
+        found = checked(self, *args, **(kwargs or {})) if checked is not None else NotImplemented
+        return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+    def read(self, tensor: Tensor, *, is_size: bool = False) -> Any:
+        """The value of a tensor with one element. What follows in the graph may rely on it."""
+        value = self._value(tensor)
+        if value is NotImplemented:
+            return value
+        number = value.item()
+        if isinstance(number, float | complex) and self._depends_on_inputs(tensor):
+            raise UncheckedReadError("expected reads of integers or truth values, got a read of a floating-point one.")
+        if len(self.reads.values) >= _MOST_READS:
+            raise UncheckedReadError(f"expected at most {_MOST_READS} reads of values, got more.")
+        if is_size:
+            self.reads.sizes.add(len(self.reads.values))
+        self.reads.values.append(number)
+        self._same.append((tensor.reshape(()) == number).detach())
+        return number
+
+    def _value(self, tensor: Tensor) -> Tensor:
+        """The tensor with its values; NotImplemented for one that is not in the graph."""
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+        mode = get_proxy_mode()
+        if mode is None:
+            return NotImplemented
+        proxy = get_proxy_slot(tensor, mode.tracer, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if proxy is None:
+            return NotImplemented
+        self._run(mode.tracer)
+        return self._known[proxy.proxy.node]
+
+    def _run(self, tracer: Any) -> None:
+        """Runs what was recorded since the last read, in order, writes in place included."""
+        from torch.fx.node import map_arg
+
+        inputs = iter(self._given)
+        # What autocast decided is in the graph.
+        with _disable_current_modes(), torch.no_grad(), torch._C._DisableAutocast():
+            for node in tracer.graph.nodes:
+                tensor = next(inputs) if node.op == "placeholder" else None
+                if node in self._known:
+                    continue
+                if node.op == "placeholder":
+                    # A step may write into its arguments before they are refused: into copies here.
+                    self._known[node] = tensor.clone() if tensor is not None else None
+                elif node.op == "get_attr":
+                    self._known[node] = _attribute(tracer.root, node.target)
+                else:
+                    args, kwargs = map_arg((node.args, node.kwargs), self._known.__getitem__)
+                    self._known[node] = node.target(*args, **kwargs)
+
+    def _depends_on_inputs(self, tensor: Tensor) -> bool:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+        mode: Any = get_proxy_mode()
+        todo, seen = [get_proxy_slot(tensor, mode.tracer).proxy.node], set[Any]()
+        while todo:
+            node = todo.pop()
+            if node.op == "placeholder":
+                return True
+            if node not in seen:
+                seen.add(node)
+                todo += node.all_input_nodes
+        return False
+
+
+class _Conversions(TorchFunctionMode):
+    """Conversions of whole tensors to Python, one element at a time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist and args[0].numel() <= _LONGEST_LIST:
+            return _listed(args[0])
+        if func is Tensor.__bool__ and args[0].numel() == 1 and args[0].dtype != torch.bool:
+            return bool(args[0] != 0)
+        if func is Tensor.__int__ and args[0].numel() == 1 and args[0].is_floating_point():
+            return int(args[0].trunc().to(torch.int64))
+        return func(*args, **(kwargs or {}))
+
+
+def _listed(tensor: Tensor) -> Any:
+    return [_listed(part) for part in tensor.unbind()] if tensor.ndim else tensor.item()
+
+
+def _attribute(root: Any, target: str) -> Any:
+    for name in target.split("."):
+        root = getattr(root, name)
+    return root
+
+
+# Each returns NotImplemented where the operator is to be recorded as it is.
+
+
+def _item(mode: CheckedReads, tensor: Tensor) -> Any:
+    return mode.read(tensor)
+
+
+def _equal(mode: CheckedReads, one: Tensor, two: Tensor) -> Any:
+    if one.shape != two.shape:
+        return False
+    return mode.read((one == two).all())
+
+
+def _allclose(mode: CheckedReads, one: Tensor, two: Tensor, *args: Any, **options: Any) -> Any:
+    return mode.read(torch.isclose(one, two, *args, **options).all())
+
+
+def _nonzero(mode: CheckedReads, tensor: Tensor) -> Any:
+    count = mode.read(torch.count_nonzero(tensor), is_size=True)
+    if count is NotImplemented:
+        return count
+    # Zeros in place of rows that are missing are valid indices: a call that the graph is not for ends without an error.
+    return aten.nonzero_static.default(tensor, size=count, fill_value=0)
+
+
+def _index(mode: CheckedReads, tensor: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    if all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in indices):
+        return NotImplemented
+    numbers: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            numbers.append(index)
+            continue
+        rows = _nonzero(mode, index)
+        if rows is NotImplemented:
+            return rows
+        numbers += rows.unbind(1)
+    return aten.index.Tensor(tensor, numbers)
+
+
+def _masked_select(mode: CheckedReads, tensor: Tensor, mask: Tensor) -> Any:
+    tensor, mask = torch.broadcast_tensors(tensor, mask)
+    rows = _nonzero(mode, mask)
+    return rows if rows is NotImplemented else aten.index.Tensor(tensor, rows.unbind(1)) if mask.ndim else tensor[None]
+
+
+def _repeat_interleave(mode: CheckedReads, repeats: Tensor, *, output_size: int | None = None) -> Any:
+    if output_size is not None:
+        return NotImplemented
+    count = mode.read(repeats.sum(), is_size=True)
+    return count if count is NotImplemented else aten.repeat_interleave.Tensor(repeats, output_size=count)
+
+
+_CHECKED: dict[Any, Callable[..., Any]] = {
+    aten._local_scalar_dense.default: _item,
+    aten.equal.default: _equal,
+    aten.allclose.default: _allclose,
+    aten.nonzero.default: _nonzero,
+    aten.index.Tensor: _index,
+    aten.masked_select.default: _masked_select,
+    aten.repeat_interleave.Tensor: _repeat_interleave,
+}

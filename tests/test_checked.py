@@ -1,0 +1,286 @@
+"""Steps as graphs for the values that they read: each call checks these, and other values lead elsewhere."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fxtrain as fx
+from fxtrain import tree
+from fxtrain.compile.checked import compile_checked
+from fxtrain.compile.uncompiled import uncompiled
+
+TX = fx.optim.adamw(1e-2)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer, self.drop = torch.nn.Linear(4, 8), torch.nn.Linear(8, 3), torch.nn.Dropout(0.5)
+        self.register_buffer("is_started", torch.tensor(False))
+
+    def forward(self, x):
+        return self.outer(self.drop(torch.tanh(self.inner(x))))
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def by_branch(model, batch):
+    loss = cross_entropy(model, batch)
+    return loss * 3 if batch["x"].sum() > 0 else loss
+
+
+def by_branch_on_a_random_number(model, batch):
+    loss = cross_entropy(model, batch)
+    return loss * 3 if torch.rand(()) > 0.5 else loss
+
+
+def by_branch_on_an_activation_in_a_loop(model, batch):
+    for _ in range(2):
+        if model(batch["x"]).mean().abs() * batch["x"].sum() > 0:
+            return cross_entropy(model, batch)
+    return cross_entropy(model, batch) * 2
+
+
+def by_buffer(model, batch):
+    scale = 1.0 if model.is_started else 5.0
+    model.is_started = torch.ones_like(model.is_started)
+    return cross_entropy(model, batch) * scale
+
+
+def by_equality(model, batch):
+    return cross_entropy(model, batch) * (2 if torch.equal(batch["y"], batch["y"].sort().values) else 1)
+
+
+def by_closeness(model, batch):
+    return cross_entropy(model, batch) * (2 if torch.allclose(-batch["x"].sum(), batch["x"].abs().sum()) else 1)
+
+
+def by_length(model, batch):
+    count = int(batch["count"].max())
+    return F.cross_entropy(model(batch["x"])[:count], batch["y"][:count])
+
+
+def by_list(model, batch):
+    return sum(F.cross_entropy(model(batch["x"])[:count], batch["y"][:count]) for count in batch["count"].tolist())
+
+
+def by_mask(model, batch):
+    rows = batch["x"][:, 0] > 0
+    return F.cross_entropy(model(batch["x"][rows]), batch["y"][rows], reduction="sum") / 8
+
+
+def by_masked_activation(model, batch):
+    found = model(batch["x"])
+    return found[found > 0].square().sum() + found.masked_select(found < 0).sum()
+
+
+def by_place(model, batch):
+    (rows,) = torch.where(batch["x"][:, 0] > 0)
+    return F.cross_entropy(model(batch["x"]).index_select(0, rows), batch["y"][rows], reduction="sum") / 8
+
+
+def by_rows_if_any(model, batch):
+    return by_place(model, batch) if len(batch["x"][batch["x"][:, 0] > 0]) else model(batch["x"]).square().mean()
+
+
+def by_repetition(model, batch):
+    return model(batch["x"][:2]).repeat_interleave(batch["count"], 0).square().sum() / 8
+
+
+LOSSES = [
+    by_branch,
+    by_branch_on_a_random_number,
+    by_branch_on_an_activation_in_a_loop,
+    by_buffer,
+    by_equality,
+    by_closeness,
+    by_length,
+    by_list,
+    by_mask,
+    by_masked_activation,
+    by_place,
+    by_rows_if_any,
+    by_repetition,
+]
+
+
+def batch(number):
+    drawn = torch.Generator().manual_seed(number)
+    x, y = torch.randn(8, 4, generator=drawn), torch.randint(0, 3, (8,), generator=drawn)
+    if number % 2:
+        x, y = -x.abs(), y.sort().values
+    return {"x": x, "y": y, "count": torch.randint(1, 8, (2,), generator=drawn)}
+
+
+def examples(number):
+    return {name: batch(number)[name] for name in ("x", "y")}
+
+
+def start():
+    torch.manual_seed(0)
+    return fx.init(Model(), TX, seed=0)
+
+
+class Checked:
+    """A step by ``compile_checked``, and by itself where that has no graph."""
+
+    def __init__(self, loss_fn, **options):
+        self.step = fx.train_step(loss_fn, TX, **options)
+        self.calls = 0
+        first = examples(0) if options else batch(0)
+        self.artefact = compile_checked(
+            self.step, start(), first, mode=None, in_place=False, backend="eager", otherwise=self.otherwise
+        )
+
+    def otherwise(self, state, batch):
+        self.calls += 1
+        return uncompiled(self.step, state, batch, in_place=False)
+
+    def __call__(self, state, batch):
+        new, output = self.artefact.run(tree.leaves(state), tree.leaves(batch))
+        return tree.unflatten(tree.structure(state), new), output
+
+    @property
+    def graphs(self):
+        return self.artefact.run._graphs
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(dict(enumerate(tree.leaves(ours))), dict(enumerate(tree.leaves(theirs))))
+
+
+class TestEqualsEager:
+    @pytest.mark.parametrize("loss_fn", LOSSES)
+    def test_over_batches_that_lead_elsewhere(self, loss_fn):
+        checked = Checked(loss_fn)
+        plain = ours = start()
+        for number in (0, 1, 2, 1, 0, 3):
+            plain, expected = checked.step(plain, batch(number))
+            ours, output = checked(ours, batch(number))
+            assert_same(output.metrics, expected.metrics)
+        assert_same(ours, plain)
+        assert len(checked.graphs) + checked.calls >= 2  # or the batches were no test
+
+    @pytest.mark.parametrize("options", [{"differentiate": "autograd"}, {"accumulate": 2}])
+    def test_with_other_ways_of_differentiation_and_microbatches(self, options):
+        checked = Checked(by_branch, **options)
+        for number in range(3):
+            assert_same(checked(start(), examples(number)), checked.step(start(), examples(number)))
+        assert len(checked.graphs) >= 2
+        assert checked.calls == 0
+
+    def test_of_an_evaluation(self):
+        measure = fx.eval_step(by_branch)
+        artefact = compile_checked(
+            measure, start(), batch(0), mode=None, in_place=False, backend="eager", otherwise=pytest.fail
+        )
+        for number in range(3):
+            _, output = artefact.run(tree.leaves(start()), tree.leaves(batch(number)))
+            assert_same(output.metrics, measure(start(), batch(number)).metrics)
+
+    def test_in_mixed_precision_as_the_values_are_computed(self):
+        def loss_fn(model, batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                found = model(batch["x"])
+            with torch.autocast("cpu", enabled=False):
+                exact = batch["x"] @ batch["x"].T
+                assert torch.equal(exact, exact.to(torch.bfloat16).float()) is False
+            return found.float().square().mean()
+
+        checked = Checked(loss_fn)
+        assert_same(checked(start(), batch(0)), checked.step(start(), batch(0)))
+        assert checked.calls == 0
+
+
+class TestGraphs:
+    def test_are_made_once_for_each_value(self):
+        checked = Checked(by_branch)
+        for number in (0, 1, 0, 1, 1):
+            checked(start(), batch(number))
+        assert [graph.reads.values for graph in checked.graphs] == [[False], [True]]
+        assert checked.calls == 0
+
+    def test_end_where_sizes_keep_changing(self):
+        checked = Checked(by_length)
+        for number in range(6):
+            assert_same(checked(start(), batch(number)), checked.step(start(), batch(number)))
+        assert len(checked.graphs) <= 8
+        by_rows = Checked(by_place)
+        for number in (0, 2, 4, 6, 8):
+            assert_same(by_rows(start(), batch(number)), by_rows.step(start(), batch(number)))
+        assert (len(by_rows.graphs), by_rows.calls) == (2, 1)
+
+    @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: float(x.max()), lambda x: x[0].tolist()[1]])
+    def test_are_not_made_for_numbers_that_change_with_each_batch(self, read):
+        with pytest.raises(RuntimeError, match="floating-point"):
+            Checked(lambda model, batch: cross_entropy(model, batch) * read(batch["x"]))
+
+    @pytest.mark.parametrize("read", [lambda x: x.numpy().sum(), lambda x: x.detach().cpu().numpy()[0, 0]])
+    def test_are_not_made_for_arrays(self, read):
+        with pytest.raises((RuntimeError, TypeError)):
+            Checked(lambda model, batch: cross_entropy(model, batch) * float(read(batch["x"])))
+
+    def test_leave_batch_and_state_alone_where_a_step_writes_before_a_read(self):
+        given = batch(0)
+        kept = tree.clone(given)
+
+        def loss_fn(model, batch):
+            doubled = batch["x"].clone().mul_(2)
+            return cross_entropy(model, batch) * (2 if doubled.sum() > 0 else 1)
+
+        checked = Checked(loss_fn)
+        checked(start(), given)
+        assert_same(given, kept)
+
+
+class TestErrors:
+    def test_of_the_step_are_raised_when_values_lead_there(self):
+        def loss_fn(model, batch):
+            if batch["y"].max() > 2:
+                raise ValueError("expected labels below 3")
+            return cross_entropy(model, batch)
+
+        checked = Checked(loss_fn)
+        wrong = batch(1) | {"y": torch.full((8,), 3)}
+        for _ in range(2):
+            with pytest.raises(ValueError, match="labels below 3"):
+                checked(start(), wrong)
+        assert_same(checked(start(), batch(2)), checked.step(start(), batch(2)))
+        assert (len(checked.graphs), checked.calls) == (1, 0)
+
+
+class TestRoute:
+    def test_is_taken_by_itself_and_left_where_values_keep_changing(self, monkeypatch):
+        # The graphs by Inductor are as those above: here it only has to be fast.
+        from fxtrain.compile import routes, traced
+
+        fast = functools.partial(traced.compile_traced, backend="eager")
+        monkeypatch.setattr(routes, "compile_traced", fast)
+        monkeypatch.setattr(routes, "compile_checked", functools.partial(compile_checked, backend="eager"))
+
+        def without_dynamo(*_, **__):
+            raise RuntimeError("no dynamo here")
+
+        monkeypatch.setattr(routes, "compile_by_dynamo", without_dynamo)
+        monkeypatch.setattr(routes, "compile_in_regions", without_dynamo)
+        step = fx.train_step(by_rows_if_any, TX)
+        for donate in (False, True):
+            compiled = fx.compile(step, donate=donate)
+            plain = ours = start()
+            said, routes_taken = [], []
+            for number in (0, 2, 4, 6):
+                plain, _ = step(plain, batch(number))
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    ours, _ = compiled(ours, batch(number))
+                said += [str(warning.message) for warning in caught]
+                routes_taken.append(compiled.how)
+            assert_same(ours, plain)
+            assert routes_taken == [*["inductor, traced with checks"] * 2, "uncompiled", "uncompiled"]
+            assert len(said) == 2
+            assert all(f"{__file__}:" in each and len(each.splitlines()) <= 15 for each in said)
