@@ -399,7 +399,7 @@ class TestNothingIsKept:
             return model(batch).sum()
 
         tx = fx.optim.sgd(0.1)
-        with pytest.raises(RuntimeError, match=r"train_step\(writes\) wrote into state\.params\['weight'\] in place"):
+        with pytest.raises(RuntimeError, match=r"got a write in place \(zero_\) to model\.weight"):
             fx.train_step(writes, tx)(fx.init(nn.Linear(1, 1), tx), torch.ones(1, 1))
 
     def test_an_error_inside_leaves_the_model_whole(self):
@@ -498,9 +498,7 @@ class TestView:
         view.mean.add_(1.0)
         assert int(view.calls) == 0
         testing.assert_equal(state, before, "the state viewed")
-        with pytest.raises(
-            RuntimeError, match=r"A call of the view wrote into state\.params\['layers\.0\..*'\] in place"
-        ):
+        with pytest.raises(RuntimeError, match=r"a call of the view .* a write in place .* to model\.layers\.0\."):
             view.layers[0].reset_parameters()
 
     def test_draws_the_same_numbers_again_and_others_from_another_key(self):

@@ -99,10 +99,12 @@ class _Regions:
         key: tuple[Any, ...] = ()
         while (cut := self.segment(key, leaves, inputs, found)) is not None:
             find, state, batch, index = cut(leaves, inputs, found)
+            # Uncompiled first: what a loss function writes is seen there, and is given to compiled ones as a copy.
+            plain = None if self.is_checked else find(state, batch, index)
             with forward_by(self._wrap):
                 gradient = find(state, batch, index)
-            if not self.is_checked:
-                _refuse_difference(gradient, find(state, batch, index))
+            if plain is not None:
+                _refuse_difference(gradient, plain)
             # Memory that the rest writes over is not read as a gradient afterwards.
             found.append(_apart(gradient, (*leaves, *inputs)))
             key = (*key, _kind(found[-1]))

@@ -1,5 +1,6 @@
 """The functional model: a module's memory as trees of tensors, and its code as a function of them."""
 
+from fxtrain.model.architecture import Called as Called
 from fxtrain.model.architecture import Model as Model
 from fxtrain.model.architecture import model_of as model_of
 from fxtrain.model.captured import captured as captured

@@ -7,9 +7,9 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,15 @@ from torch.func import functional_call
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
 from fxtrain.fold.subscription import name_of
+from fxtrain.model.captured import tensors_in
 from fxtrain.model.fingerprint import fingerprint
 from fxtrain.model.first_calls import FirstCalls, empty_refused, hooks_refused, refuse_new_parameters, refuse_state
 from fxtrain.model.following import Following, generators_in
-from fxtrain.model.forward import forward_of
+from fxtrain.model.forward import forward_of, is_forward_wrapped
+from fxtrain.model.layout import Caller, Layout
+from fxtrain.model.purity import versions
 from fxtrain.model.template import Template, evaluating, without_memory
+from fxtrain.model.writes import WriteNoticed, Writes
 from fxtrain.optim import MaskedNode
 from fxtrain.optim.nodes import as_name, leaf_paths
 from fxtrain.rng import host
@@ -32,7 +36,21 @@ from fxtrain.rng.tracing import is_traced
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
 
 
-class Model:
+class Called(NamedTuple):
+    """What a call of a model returns, and the memory that it wrote.
+
+    Args:
+        output: Of the function.
+        buffers: All of them, after the call.
+        written: The frozen parameters that calls write, after the call: a tree like ``buffers``.
+    """
+
+    output: Any
+    buffers: Any
+    written: Any
+
+
+class Model(Layout):
     """The architecture of a state: its modules, without memory. Static; two are equal where they compute the same.
 
     The modules are copied once, onto the meta device, with their ties; the user's own are left as they were.
@@ -45,11 +63,9 @@ class Model:
         leaves, structure = tree.flatten(modules)
         found = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
         names = iter(map(str, range(len(found))))
-        # The template is the tree with each module's number at its place, and "" at the place of a bare tensor. It is
-        # text, because where sizes are dynamic Dynamo takes numbers for sizes.
         self.template = tree.unflatten(structure, [next(names) if isinstance(x, nn.Module) else "" for x in leaves])
         self.has_modules = bool(found)
-        original = _Caller(found)
+        original = Caller(found)
         self.trainable = self._grouped(
             {name: _is_trainable(value) for name, value in original.named_parameters()},
             [_is_trainable(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
@@ -88,6 +104,9 @@ class Model:
         self.trainable = trainable
         hooked = map(operator.and_, masks, tree.leaves(self._hooked))
         self._hooks_at = tuple(itertools.compress(tree.paths(trainable, "state.params"), hooked))
+        self._trained = frozenset(name for name, mask in self._flat(trainable).items() if mask)
+        self._written: frozenset[str] = frozenset()  # frozen parameters that calls have written
+        self._copies_arguments = False  # whether a function has written into its arguments
         self._first: dict[Hashable, FirstCalls] = {}
         self._key = self._fingerprint, self._hooks_at, tuple(masks), structure, str(self.template)
 
@@ -102,11 +121,11 @@ class Model:
         check: bool = False,
         finish: Callable[[Any], Any] | None = None,
         inside: Inside | None = None,
-    ) -> tuple[Any, Any]:
-        """``function(model, *args)``, where ``model`` has these parameters and buffers, and the buffers after it.
+    ) -> Called:
+        """``function(model, *args)``, where ``model`` has these parameters and buffers, and what it wrote.
 
         Inside, ``model`` is the module itself, so any method and any submodule can be called. Nothing outside
-        changes: buffers are cloned first, and what the call wrote is returned.
+        changes: buffers are cloned first, and so are arguments and frozen parameters that calls write.
 
         Args:
             params: Of this architecture.
@@ -121,13 +140,14 @@ class Model:
             inside: From the modules by name, once they are filled, to a context that the function runs in.
 
         Raises:
-            RuntimeError: If the function assigns to ``parameter.data``. At a checked call also if it draws numbers that
-                the key does not decide, adds parameters, or leaves attributes that change the next call.
+            RuntimeError: If the function writes into a trained parameter. At a checked call also if it writes into a
+                captured tensor, draws numbers that the key does not decide, adds parameters, or leaves attributes that
+                change the next call.
             NotImplementedError: At a checked call, if the function adds hooks to parameters.
         """
         if torch.compiler.is_dynamo_compiling():
-            output, buffers = self._call_in_dynamo(params, buffers, function, args, train, key, inside)
-            return (output if finish is None else finish(output)), buffers
+            output, buffers, written = self._call_in_dynamo(params, buffers, function, args, train, key, inside)
+            return Called(output if finish is None else finish(output), buffers, written)
         call = functools.partial(self._call, params, buffers, function, args, train, key, inside=inside, finish=finish)
         first = self.first_calls(train)
         draws = first.draws(function) if check else None
@@ -155,7 +175,18 @@ class Model:
             self._first[kind] = FirstCalls()
         return self._first[kind]
 
-    def _call(
+    def _call(self, *args: Any, **options: Any) -> Called:
+        """A call that is repeated with clones of what it is about to write."""
+        probing = False
+        while True:
+            try:
+                return self._attempt(*args, probing=probing, **options)
+            except WriteNoticed as noticed:
+                # The next attempt finds all that is written: momentum encoders have hundreds of parameters.
+                probing |= noticed.frozen
+                self._copies_arguments |= not noticed.frozen
+
+    def _attempt(
         self,
         params: Any,
         buffers: Any,
@@ -168,45 +199,74 @@ class Model:
         inside: Inside | None,
         finish: Callable[[Any], Any] | None,
         examine: bool = False,
-    ) -> tuple[Any, Any]:
+        probing: bool,
+    ) -> Called:
         finish = finish or (lambda output: output)
-        guarded = frozenset(map(id, tree.leaves(params)))
-        functional = functools.partial(_functional, key, guarded) if key is not None else contextlib.nullcontext
-        if not self.has_modules:
-            with draw(), functional():
-                return finish(forward_of(function)(params, *args)), buffers
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
+        cloned = flat_params.keys() - self._trained if probing else self._written
         tensors: dict[str, Tensor] = {}
-        who = name_of(function) if examine else ""
+        who = name_of(function)
         watch = functools.partial(empty_refused, who, template.empty) if examine else contextlib.nullcontext
+        writes: Writes | None = None
 
         def run(finish: Callable[[Any], Any]) -> tuple[Any, Any]:
-            tensors.update(flat_params)
-            tensors.update({name: value.clone() for name, value in flat_buffers.items()})
+            nonlocal writes
+            clones = {name: flat_params[name].clone() for name in cloned}
+            buffers = {name: value.clone() for name, value in flat_buffers.items()}
+            tensors.update(flat_params | clones | buffers)
             template.fill(tensors)
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
-            with draw(), functional(), watch(), self._entered(inside, train):
-                output = forward_of(function)(model, *args)
+            given = _copies(args) if self._copies_arguments else args
+            writes = Writes(
+                who,
+                trained=lambda: self._named_trained(params, flat_params),
+                frozen=lambda: [flat_params[name] for name in flat_params.keys() - self._trained - cloned],
+                clones=clones,
+                buffers=buffers.values(),
+                arguments=() if self._copies_arguments else tree.leaves(args),
+                captured=lambda: [*template.tensors(), *(tensors_in(function) if examine else ())],
+            )
+            with draw(), _functional(key, writes), watch(), self._entered(inside, train):
+                output = forward_of(function)(model, *given)
                 finished = finish(output)
             return template.apart(output), template.apart(finished)
 
-        try:
-            with template:
-                before = template.leaves() if examine else {}
-                output, finished = run(finish)
-                # Read while they are in place: a module may write a buffer or put another in its place.
-                written = template.buffers()
-                if examine:
-                    refuse_new_parameters(who, template, tensors, flat_params)
-                    compared = self.first_calls(train).has_seen_like(function)
-                    again = functools.partial(run, lambda output: output)
-                    refuse_state(who, template, before, output, lambda: again()[0], compared=compared)
-        except rng.DataAssignmentError as error:
-            path = next((template.path(name) for name, value in tensors.items() if value is error.tensor), None)
-            raise error.naming(path) from None
-        return finished, self._grouped(written, itertools.repeat({}))
+        tensor_arguments = [leaf for leaf in tree.leaves(args) if isinstance(leaf, Tensor)]
+        before_arguments = versions(tensor_arguments)
+        with template:
+            before = template.leaves() if examine else {}
+            output, finished = run(finish)
+            assert writes is not None
+            self._written |= writes.written
+            # Read while they are in place: a module may write a buffer or put another in its place.
+            after = template.buffers()
+            frozen = flat_params.keys() - self._trained if examine else self._written
+            replaced = {name: value for name in frozen if (value := template.parameter(name)) is not tensors[name]}
+            self._written |= replaced.keys()
+            tensors |= replaced
+            written = {name: writes.apart(name, tensors[name].detach()) for name in self._written}
+            if examine:
+                refuse_new_parameters(who, template, tensors, flat_params)
+                compared = self.first_calls(train).has_seen_like(function)
+                again = functools.partial(run, lambda output: output)
+                refuse_state(who, template, before, output, lambda: again()[0], compared=compared)
+        if versions(tensor_arguments) != before_arguments:
+            raise RuntimeError(
+                f"expected {who} to write into its arguments by functions of torch, got a write that was not seen "
+                "before it happened. Write into a clone."
+            )
+        return Called(
+            finished, self._grouped(after, itertools.repeat({})), self._grouped(written, itertools.repeat({}))
+        )
+
+    def _named_trained(self, params: Any, flat: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that no call may write, by what errors call them; bare tensors are among them."""
+        for name in self._trained:
+            yield self._templates[True].path(name), flat[name]
+        places = zip(tree.paths(self.template, "model"), tree.leaves(self.template), strict=True)
+        yield from zip((path for path, number in places if not number), self._bare(params), strict=True)
 
     def _call_in_dynamo(
         self,
@@ -217,11 +277,15 @@ class Model:
         train: bool,
         key: Any,
         inside: Inside | None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         with rng.functional(key) if key is not None else contextlib.nullcontext(), self._entered(inside, train):
+            if self._copies_arguments:
+                args = _copies(args)
             if not self.has_modules:
-                return function(params, *args), buffers
-            tensors = {**self._flat(params), **{name: value.clone() for name, value in self._flat(buffers).items()}}
+                return function(params, *args), buffers, {}
+            flat = self._flat(params)
+            clones = {name: flat[name].clone() for name in self._written}
+            tensors = {**flat, **clones, **{name: value.clone() for name, value in self._flat(buffers).items()}}
             filled = {slot: tensors[name] for slot, name in self._slots.items()}
             caller = self._training if train else self._evaluating
             # Each place is named once, ties among them: left to functional_call, a module under two names would be
@@ -229,7 +293,9 @@ class Model:
             output, written = functional_call(
                 caller, filled, (self.template, params, function, args), tie_weights=False
             )
-        return output, self._grouped(written, itertools.repeat({}))
+        written_frozen = {name: value.detach() for name, value in clones.items()}
+        none = itertools.repeat({})
+        return output, self._grouped(written, none), self._grouped(written_frozen, none)
 
     def _entered(self, inside: Inside | None, train: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if inside is None else inside(self.named_modules(train=train))
@@ -287,38 +353,6 @@ class Model:
             return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
         return _merged(self.trainable, params, trainable)
 
-    def memory(self, modules: Any) -> tuple[Any, Any]:
-        """The parameters and buffers of modules of this architecture: trees of detached clones."""
-        leaves = tree.leaves(modules)
-        caller = _Caller([leaf for leaf in leaves if isinstance(leaf, nn.Module)])
-        bare = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
-        params = {name: value.detach().clone() for name, value in caller.named_parameters()}
-        buffers = {name: value.detach().clone() for name, value in caller.named_buffers()}
-        return self._grouped(params, bare), self._grouped(buffers, itertools.repeat({}))
-
-    def _flat(self, values: Any) -> dict[str, Tensor]:
-        """From a tree of dicts by name to one dict, whose names start with the module's number."""
-        flat: dict[str, Tensor] = {}
-
-        def add(number: str, named: Any) -> None:
-            if number:
-                flat.update({f"{number}.{name}": value for name, value in named.items()})
-
-        tree.map(add, self.template, values)
-        return flat
-
-    def _grouped(self, flat: Mapping[str, Any], bare: Iterable[Any]) -> Any:
-        """From one dict to a tree of dicts by name; ``bare`` fills the places that hold no module."""
-        others = iter(bare)
-
-        def group(number: str) -> Any:
-            if not number:
-                return next(others)
-            prefix = f"{number}."
-            return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
-
-        return tree.map(group, self.template)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_first": {}}  # functions have no place in a copy or a file
 
@@ -343,29 +377,19 @@ def model_of(state: TrainState) -> Model:
     return state.model
 
 
-class _Caller(nn.Module):
-    """Runs a function of modules. As it is a module itself, ``functional_call`` can swap in their memory."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        super().__init__()
-        for index, module in enumerate(modules):
-            self.add_module(str(index), module)
-
-    def forward(
-        self, template: Any, params: Any, function: Callable[..., Any], args: tuple[Any, ...]
-    ) -> tuple[Any, dict[str, Tensor]]:
-        modules = self._modules
-        model = tree.map(lambda number, leaf: modules[number] if number else leaf, template, params)
-        output = function(model, *args)
-        # Read while they are in place: a module may write a buffer or put another in its stead.
-        return output, {name: value.detach() for name, value in self.named_buffers()}
-
-
 @contextlib.contextmanager
-def _functional(key: rng.Key, guarded: frozenset[int]) -> Iterator[None]:
-    with rng.functional(key) as mode, replayed():
-        mode.guarded = guarded
+def _functional(key: rng.Key | None, writes: Writes) -> Iterator[None]:
+    if key is None:
         yield
+        return
+    with rng.functional(key) as mode, replayed():
+        # torch.compile would trace what it looks at.
+        mode.watch = None if is_forward_wrapped() else writes
+        yield
+
+
+def _copies(args: Any) -> Any:
+    return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
 
 
 def _has_hooks(parameter: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dis
 import functools
 import os
@@ -11,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _DEEPEST = 3  # functions that functions call
 
@@ -31,6 +32,37 @@ def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     for owner, name, value in _reads(function):
         if not _is_ours(owner) and not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
             yield name, value
+
+
+def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a function captured, by name, those of modules and containers among them."""
+    seen: set[int] = set()
+    todo = list(captured(function))[::-1]
+    while todo and len(seen) < _MOST_PARTS:
+        name, part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            yield name, part
+        elif isinstance(part, nn.Module):
+            yield from ((f"{name}.{key}", value) for key, value in (*part.named_parameters(), *part.named_buffers()))
+        else:
+            todo += _parts(name, part)
+
+
+def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
+    """What a container or an object of users' classes holds."""
+    if isinstance(part, dict):
+        return [(f"{name}[{key!r}]", value) for key, value in part.items()]
+    if isinstance(part, list | tuple | set | frozenset | collections.deque):
+        return [(f"{name}[{index}]", value) for index, value in enumerate(part)]
+    if isinstance(part, type | types.ModuleType | types.FunctionType) or _is_ours(part):
+        return []
+    return [(f"{name}.{key}", value) for key, value in getattr(part, "__dict__", {}).items()]
+
+
+_MOST_PARTS = 4096  # that are looked at
 
 
 def clocks(function: Callable[..., Any]) -> Iterator[tuple[dict[str, Any], str, Callable[[], Any]]]:

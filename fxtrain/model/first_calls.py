@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fxtrain import tree
 from fxtrain.model.contents import are_alike
 from fxtrain.model.template import Template
+from fxtrain.model.writes import written_by
 from fxtrain.rng.tracing import is_traced, unrecorded, unwatched
 
 _SHOWN = 3  # attributes named in an error
@@ -271,8 +272,7 @@ class _Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         if not _reads_shape_only(func):
             self.found.update(id(leaf) for leaf in tree.leaves((args, kwargs)) if id(leaf) in self._watched)
-        if args and id(args[0]) in self._watched and _writes(func.__name__):
-            self.written.add(id(args[0]))
+        self.written.update(id(target) for target in written_by(func.__name__, args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -293,19 +293,6 @@ _OF_SHAPES = frozenset(
             "ndimension",
         ),
         *("__set__", "__delete__"),
-    )
-)
-
-
-def _writes(name: str) -> bool:
-    return name in _IN_PLACE if name.endswith("__") else name.endswith("_")
-
-
-_IN_PLACE = frozenset(
-    f"__{name}__"
-    for name in (
-        *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
-        *("iand", "ior", "ixor", "ilshift", "irshift"),
     )
 )
 

@@ -115,7 +115,7 @@ def load(
             raise ValueError(_names_differ(model.tensors, values, missing, unexpected, loaded))
         report.update(loaded=loaded, missing=missing, unexpected=unexpected, mismatched=mismatched, cast=casts)
 
-    _, buffers = model_of(state).call(params, state.buffers, fill, train=False)
+    buffers = model_of(state).call(params, state.buffers, fill, train=False).buffers
     return Loaded(state.replace(params=params, buffers=buffers), **report)
 
 

@@ -51,7 +51,7 @@ def recompute_statistics(
     index = -1
     for index, batch in enumerate(batches):
         key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step, microbatch=index)
-        _, buffers = model.call(state.params, buffers, counting, batch, index == 0, train=True, key=key)
+        buffers = model.call(state.params, buffers, counting, batch, index == 0, train=True, key=key).buffers
     if index < 0:
         raise ValueError("There is no batch to compute statistics of.")
     return state.replace(buffers=buffers)

@@ -56,6 +56,12 @@ class Template:
             for path, tensor in self._contents.tensors
             if id(tensor) not in names and not tensor.is_inference()  # whose writes torch does not count
         ]
+        self._parameters = {
+            names[id(value)]: (module._parameters, key)
+            for module in root.modules()
+            for key, value in module._parameters.items()
+            if value is not None
+        }
         self._buffers = [(name, module._buffers) for name, module in root.named_modules()]
         # One name for each place in a module: torch would visit a module under two names twice.
         self.slots = {
@@ -112,6 +118,15 @@ class Template:
                     seen.add(id(value))
                     found[f"{prefix}.{key}"] = value.detach()
         return found
+
+    def parameter(self, name: str) -> Tensor | None:
+        """What a module has in the place of a parameter."""
+        named, key = self._parameters[name]
+        return named.get(key)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The plain tensors among the attributes, by path."""
+        return [(path, tensor) for path, tensor, _ in self._tensors]
 
     def leaves(self) -> dict[str, Any]:
         """The values of all Python attributes, by path."""

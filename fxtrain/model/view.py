@@ -10,7 +10,6 @@ from torch import nn
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
 from fxtrain.model.architecture import model_of
-from fxtrain.model.purity import refuse_writes, versions
 
 
 def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) -> View:
@@ -24,7 +23,7 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
         key: Where its random numbers come from; by default from the state's seed and step.
 
     Raises:
-        RuntimeError: When a call writes into a parameter in place.
+        RuntimeError: When a call writes into a trained parameter in place.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -46,7 +45,7 @@ class View:
         self._reach = reach
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._part(lambda target: target(*args, **kwargs), _has_modules)
+        return self._part(lambda target, args, kwargs: target(*args, **kwargs), _has_modules, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -56,24 +55,22 @@ class View:
     def __getitem__(self, key: Any) -> Any:
         return self._part(lambda target: target[key], _has_modules)
 
-    def _part(self, get: Callable[[Any], Any], needs_memory: Callable[[Any], bool]) -> Any:
+    def _part(self, get: Callable[..., Any], needs_memory: Callable[[Any], bool], *args: Any) -> Any:
         # Only inside the call is the memory in place, so a module or a method is reached again when it is called.
         reach = self._reach
-        found = self._run(lambda model: get(reach(model)))
-        return View(*self._of, lambda model: get(reach(model))) if needs_memory(found) else found
+        found = self._run(lambda model, *args: get(reach(model), *args), *args)
+        return View(*self._of, lambda model: get(reach(model), *args)) if needs_memory(found) else found
 
-    def _run(self, function: Callable[[Any], Any]) -> Any:
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         state, train, key = self._of
 
-        def finished(model: Any) -> Any:
-            output = function(model)
+        def finished(model: Any, *args: Any) -> Any:
+            output = function(model, *args)
             # A generator would run when the memory is gone.
             return iter(list(output)) if isinstance(output, Iterator) else output
 
-        before = versions(state.params)
-        output, _ = state.model.call(state.params, state.buffers, finished, train=train, key=key)
-        refuse_writes("A call of the view", state.params, before, "state.params")
-        return output
+        finished.__name__ = "a call of the view"
+        return state.model.call(state.params, state.buffers, finished, *args, train=train, key=key).output
 
     def __repr__(self) -> str:
         return f"View of {self._of[0].model!r} at step {int(self._of[0].step)}"

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,24 +50,14 @@ def functional(key: Key) -> Functional:
 
 
 class DataAssignmentError(RuntimeError):
-    """A function inside ``functional`` assigned to the ``data`` of a tensor.
+    """A function inside ``functional`` assigned to the ``data`` of a tensor, where that cannot be followed."""
 
-    Args:
-        tensor: The tensor.
-        path: The tensor's name, where it is known.
-    """
-
-    def __init__(self, tensor: Tensor, path: str | None = None) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         super().__init__(
-            f"expected a function that computes new values, got an assignment to .data of {path or 'a tensor'}. Keep "
-            "what a call changes in a buffer and assign to that (self.name = value), or average weights by "
-            "fxtrain.callbacks.ema."
+            "expected a function that computes new values, got an assignment to .data of a tensor of shape "
+            f"{list(tensor.shape)}. Keep what a call changes in a buffer and write to that with copy_, or average "
+            "weights by fxtrain.callbacks.ema."
         )
-        self.tensor = tensor
-
-    def naming(self, path: str | None) -> DataAssignmentError:
-        """The same error for a tensor of this name."""
-        return DataAssignmentError(self.tensor, path)
 
 
 @contextlib.contextmanager
@@ -101,6 +91,26 @@ def _generator_states() -> dict[str, Tensor]:
     return states
 
 
+class Watch(Protocol):
+    """Decides about writes in place before they happen."""
+
+    def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at a function of torch, which runs unless this raises."""
+        ...
+
+    def refuse(self, name: str, target: Tensor) -> None:
+        """Raises if ``target`` may not be written."""
+        ...
+
+    def watches(self, tensor: Tensor) -> bool:
+        """Whether some writes into the memory of the tensor are refused."""
+        ...
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a clone that the watched function may write."""
+        ...
+
+
 class Functional(TorchFunctionMode):
     """The mode of ``functional``, which makes it."""
 
@@ -110,7 +120,7 @@ class Functional(TorchFunctionMode):
         super().__init__()
         self.key = key
         self.sites = 0
-        self.guarded: frozenset[int] = frozenset()  # ids of the parameters, whose data may not be assigned
+        self.watch: Watch | None = None
 
     def site(self) -> int:
         self.sites += 1
@@ -124,8 +134,10 @@ class Functional(TorchFunctionMode):
             if args[1] is args[0]:
                 return None  # as module.to(device) does on the device it is on
             return self._assign_data(func, *args)
-        if name == "__get__" and self.guarded and func == _READ_DATA and id(args[0]) in self.guarded:
-            return args[0].detach()  # alike, but torch counts what is written into it as a write to the parameter
+        if self.watch is not None:
+            self.watch(name, args, kwargs)
+            if name == "__get__" and func == _READ_DATA and self.watch.watches(args[0]):
+                return args[0].detach()  # alike, but torch counts what is written into it as a write to the tensor
         if not _is_known(name):
             if isinstance(func, _OPERATORS) and _is_seeded(func):
                 raise _refusal(name)
@@ -144,15 +156,20 @@ class Functional(TorchFunctionMode):
         raise _refusal(name)
 
     def _assign_data(self, func: Any, tensor: Tensor, value: Tensor) -> None:
-        # Inside torch.func this ends the process where the tensor is not a wrapped one; a parameter would lose it.
-        if torch.compiler.is_dynamo_compiling() or is_transformed() or id(tensor) in self.guarded:
-            raise DataAssignmentError(tensor)
-        if not is_traced():
+        if self.watch is not None:
+            self.watch.refuse("data", tensor)
+        is_alike = tensor.shape == value.shape and tensor.dtype == value.dtype
+        dynamo = torch.compiler.is_dynamo_compiling()
+        if not dynamo and is_transformed():
+            # Inside torch.func an assignment ends the process where the tensor is not a wrapped one.
+            if not is_alike or self.watch is None or not self.watch.owns(tensor):
+                raise DataAssignmentError(tensor)
+        elif not dynamo and not is_traced():
             func(tensor, value)
-        elif tensor.shape == value.shape and tensor.dtype == value.dtype:
-            tensor.detach().copy_(value)  # a tracer does not see an assignment
-        else:
+            return
+        elif not is_alike:
             raise DataAssignmentError(tensor)
+        tensor.detach().copy_(value.detach())  # which tracers and transforms see
 
 
 def _refusal(name: str) -> NotImplementedError:

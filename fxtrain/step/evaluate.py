@@ -67,7 +67,7 @@ def eval_step(
 
     def step(state: TrainState, batch: Any) -> StepOutput:
         key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
-        result, _ = forward(policy, state, measure, batch, train=False, key=key)
+        result = forward(policy, state, measure, batch, train=False, key=key).output
         extra = None
         if outputs:
             if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, matching
-from fxtrain.model import Model, model_of
+from fxtrain.model import Called, Model, model_of
 from fxtrain.optim.nodes import as_name, leaf_paths
 from fxtrain.precision import HALF, Policy
 
@@ -30,8 +30,8 @@ def forward(
     train: bool,
     key: rng.Key,
     finish: Callable[[Any], Any] | None = None,
-) -> tuple[Any, Any]:
-    """``function(model, batch)`` in the dtypes of a policy, and the buffers after it.
+) -> Called:
+    """``function(model, batch)`` in the dtypes of a policy, and the memory that it wrote.
 
     Args:
         policy: The dtypes.
@@ -52,12 +52,13 @@ def forward(
         params, buffers = _kept(policy, params), _kept(policy, buffers)
         inside = functools.partial(_in_float32, policy, state.step.device)
     with policy.autocast(state.step.device), _naming(model, policy, train):
-        result, after = model.call(
+        called = model.call(
             params, buffers, function, batch, train=train, key=key, check=True, finish=finish, inside=inside
         )
-    if buffers is not state.buffers:
-        after = tree.map(lambda leaf, like: leaf.to(like.dtype), after, state.buffers)
-    return result, after
+    if not policy.keep:
+        return called
+    after = tree.map(lambda leaf, like: leaf.to(like.dtype), called.buffers, state.buffers)
+    return Called(called.output, after, model.like(called.written, state.params))
 
 
 def _kept(policy: Policy, tensors: Any) -> Any:

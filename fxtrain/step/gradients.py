@@ -15,8 +15,9 @@ from fxtrain import rng, tree
 from fxtrain.core import TrainState, register_node
 from fxtrain.fold.subscription import name_of
 from fxtrain.metrics import Metric
-from fxtrain.model import model_of
+from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
+from fxtrain.step.carried import note
 from fxtrain.step.contract import refuse_unless_loss, torch_optimizers_refused
 from fxtrain.step.differentiate import (
     Differentiate,
@@ -46,6 +47,8 @@ class Gradient:
             torch leaves ``grad`` at None; ``grads`` holds zeros there. A traced step has the answer of its trace, and
             one that Dynamo compiles has True everywhere. Static: it is part of the tree's structure and no leaf.
         weight: float64 []. How much it counts in a mean, from ``fxtrain.weighted``; None without it.
+        written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after it. ``carried``
+            puts them and the buffers into a state.
     """
 
     loss: Tensor
@@ -54,9 +57,25 @@ class Gradient:
     buffers: Any
     used: Any
     weight: Tensor | None = None
+    written: Any = dataclasses.field(default_factory=dict)
+
+    def carried(self, state: TrainState) -> TrainState:
+        """The state with what the forward pass wrote: buffers, and frozen parameters such as momentum encoders.
+
+        Example:
+            >>> import torch, fxtrain as fx
+            >>> state = fx.init(torch.nn.BatchNorm1d(1))
+            >>> found = fx.gradients(lambda model, batch: model(batch).sum())(state, torch.ones(2, 1))
+            >>> int(found.carried(state).buffers["num_batches_tracked"])
+            1
+        """
+        moved = state.replace(buffers=self.buffers)
+        if not tree.leaves(self.written):
+            return moved
+        return moved.replace(params=model_of(state).carry(state.params, self.written))
 
 
-_CHILDREN = ("loss", "metrics", "grads", "buffers", "weight")
+_CHILDREN = ("loss", "metrics", "grads", "buffers", "weight", "written")
 
 
 def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
@@ -68,9 +87,9 @@ def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
 
 def _unflatten(used: Any, children: Sequence[Any]) -> Gradient:
     leaves, structure = used
-    loss, metrics, grads, buffers, weight = children
+    loss, metrics, grads, buffers, weight, written = children
     used = tree.unflatten(structure, leaves)
-    return Gradient(loss, metrics, grads, buffers, used, None if isinstance(weight, tuple) else weight)
+    return Gradient(loss, metrics, grads, buffers, used, None if isinstance(weight, tuple) else weight, written)
 
 
 register_node(Gradient, _flatten, _unflatten, fields=_CHILDREN)
@@ -148,10 +167,9 @@ def gradients(
                     value = loss if scale is None else loss * scale
                     return value, find(value), (metrics, () if weight is None else (weight,))
 
-            (value, found, (metrics, weights)), buffers = forward(
-                policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish
-            )
-            return value, found, (metrics, buffers, weights)
+            called = forward(policy, state.replace(params=params), loss_fn, inputs, train=True, key=key, finish=finish)
+            value, found, (metrics, weights) = called.output
+            return value, found, (metrics, called.buffers, called.written, weights)
 
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
@@ -160,17 +178,28 @@ def gradients(
         reached = model.first_calls(("reached", wrt))
         is_first = not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None
         with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
-            grads, used, (metrics, buffers, weights) = differentiation(objective, trainable)
+            grads, used, (metrics, buffers, written, weights) = differentiation(objective, trainable)
             if is_first and not any(tree.leaves(used)):
                 raise unreached(loss_fn, wrt, functools.partial(_run_again, objective, trainable))
         if is_first:
             reached.add(loss_fn)
+        if tree.leaves(written):
+            _note_written(model, state.params, written)
         if scale is not None:
             grads = tree.map(lambda grad: grad / scale, grads)
-        found = Gradient(metrics["loss"], metrics, grads, buffers, used, *weights)
+        found = Gradient(metrics["loss"], metrics, grads, buffers, used, *weights, written=written)
         return found if found.weight is None else _zero_unless_counted(found, found.weight > 0)
 
     return find
+
+
+def _note_written(model: Model, params: Any, written: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return
+    new = tree.leaves(model.carry(params, written))
+    old = zip(tree.leaves(params), new, tree.paths(params, "state.params"), strict=True)
+    replaced = [(path, leaf) for leaf, after, path in old if after is not leaf]
+    note([path for path, _ in replaced], [leaf for _, leaf in replaced])
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:

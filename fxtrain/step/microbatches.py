@@ -98,7 +98,8 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
         for name, value in total.metrics.items()
     }
     used = tree.map(operator.or_, total.used, part.used)
-    return Gradient(metrics["loss"], metrics, tree.map(mix, total.grads, part.grads), part.buffers, used, weight)
+    grads = tree.map(mix, total.grads, part.grads)
+    return Gradient(metrics["loss"], metrics, grads, part.buffers, used, weight, part.written)
 
 
 def averaged(total: Gradient, count: int) -> Gradient:

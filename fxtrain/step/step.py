@@ -16,6 +16,7 @@ from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import refuse_writes, versions
 from fxtrain.step.contract import refuse_unless_step
+from fxtrain.step.carried import noted, refuse_lost
 from fxtrain.step.returned import described
 
 
@@ -77,8 +78,11 @@ class Step:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
         name, before = self._name, versions(state)
-        new, output = _checked(name, self.function(state, for_step(batch)))
+        with noted() as written:
+            result = self.function(state, for_step(batch))
+        new, output = _checked(name, result)
         refuse_writes(name, state, before, "state")
+        refuse_lost(name, written, new.params)
         stopped = state.due.stop
         # A step that is not taken asks for nothing.
         control = on_device(output.control, stopped.device).given(~stopped)

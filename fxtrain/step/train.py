@@ -91,7 +91,7 @@ def train_step(
         before, control, found = state, Control(), None
         for index, microbatch in enumerate(microbatches(batch, accumulate)):
             part = find(before, microbatch, index)
-            before = before.replace(buffers=part.buffers)
+            before = part.carried(before)
             state, asked = folded(
                 state,
                 Microbatch(
@@ -112,7 +112,8 @@ def train_step(
         control = _followed(control, asked)
 
         used = found.used if unused == "keep" else None
-        moved, updates = apply_gradients(state.replace(buffers=before.buffers), grads, tx, used=used)
+        carried = state.replace(params=before.params, buffers=before.buffers)
+        moved, updates = apply_gradients(carried, grads, tx, used=used)
         skip = control.any("skip_update")
         # Filled and not torch.tensor(...), which would be an input of the graph even where nobody reads it.
         skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)

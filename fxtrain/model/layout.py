@@ -1,0 +1,89 @@
+"""The layout of a model's memory: trees of tensors by name, for a pytree of modules and tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxtrain import tree
+
+
+class Layout:
+    """How parameters and buffers lie in trees.
+
+    Attributes:
+        template: The tree of modules and tensors, with each module's number at its place, and "" at the place of a bare
+            tensor. It is text, because where sizes are dynamic Dynamo takes numbers for sizes.
+    """
+
+    template: Any
+
+    def carry(self, params: Any, written: Any) -> Any:
+        """``params`` with the frozen ones that a call wrote, as ``Called.written`` has them."""
+        flat = {**self._flat(params), **self._flat(written)}
+        return self._grouped(flat, self._bare(params))
+
+    def like(self, written: Any, params: Any) -> Any:
+        """Frozen parameters that a call wrote, in the dtypes of ``params``."""
+        flat = self._flat(params)
+        moved = {name: value.to(flat[name].dtype) for name, value in self._flat(written).items()}
+        return self._grouped(moved, itertools.repeat({}))
+
+    def memory(self, modules: Any) -> tuple[Any, Any]:
+        """The parameters and buffers of modules of this architecture: trees of detached clones."""
+        leaves = tree.leaves(modules)
+        caller = Caller([leaf for leaf in leaves if isinstance(leaf, nn.Module)])
+        bare = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        params = {name: value.detach().clone() for name, value in caller.named_parameters()}
+        buffers = {name: value.detach().clone() for name, value in caller.named_buffers()}
+        return self._grouped(params, bare), self._grouped(buffers, itertools.repeat({}))
+
+    def _flat(self, values: Any) -> dict[str, Tensor]:
+        """From a tree of dicts by name to one dict, whose names start with the module's number."""
+        flat: dict[str, Tensor] = {}
+
+        def add(number: str, named: Any) -> None:
+            if number:
+                flat.update({f"{number}.{name}": value for name, value in named.items()})
+
+        tree.map(add, self.template, values)
+        return flat
+
+    def _bare(self, values: Any) -> list[Any]:
+        """The tensors in the places that hold no module."""
+        bare: list[Any] = []
+        tree.map(lambda number, leaf: number or bare.append(leaf) or "", self.template, values)
+        return bare
+
+    def _grouped(self, flat: Mapping[str, Any], bare: Iterable[Any]) -> Any:
+        """From one dict to a tree of dicts by name; ``bare`` fills the places that hold no module."""
+        others = iter(bare)
+
+        def group(number: str) -> Any:
+            if not number:
+                return next(others)
+            prefix = f"{number}."
+            return {name[len(prefix) :]: value for name, value in flat.items() if name.startswith(prefix)}
+
+        return tree.map(group, self.template)
+
+
+class Caller(nn.Module):
+    """Runs a function of modules. As it is a module itself, ``functional_call`` can swap in their memory."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+    def forward(
+        self, template: Any, params: Any, function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        modules = self._modules
+        model = tree.map(lambda number, leaf: modules[number] if number else leaf, template, params)
+        output = function(model, *args)
+        # Read while they are in place: a module may write a buffer or put another in its stead.
+        return output, {name: value.detach() for name, value in self.named_buffers()}

@@ -1,0 +1,196 @@
+"""Writes in place of a function that runs a model: to parameters, to its arguments, and to captured tensors.
+
+A frozen parameter that a forward pass writes, as the momentum encoders of MoCo, BYOL and DINO are, is state like a
+buffer. An argument that is written is a copy for the function. Which these are is found out as they are first written:
+the call is abandoned before the write happens, and repeated with clones in their places. All other writes are refused
+before they happen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+
+
+class WriteError(RuntimeError):
+    """A function would have written into a tensor that is not its own."""
+
+
+class WriteNoticed(BaseException):
+    """A call is about to write tensors of which it needs clones. No ``except Exception`` of a user may catch it.
+
+    Args:
+        frozen: Whether these are frozen parameters; else arguments of the function.
+    """
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+
+Named = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Gives tensors by name. It is called at the first write in place, as most calls write nothing."""
+
+
+class Writes:
+    """Decides about each write in place before it happens, for one call of a function.
+
+    Args:
+        who: The function, for errors.
+        trained: Parameters that the optimizer updates.
+        frozen: Parameters that it does not, and of which the call has no clones.
+        clones: Clones of frozen parameters, by name.
+        buffers: Clones of buffers.
+        arguments: Tensors that the function is given, and of which it has no clones.
+        captured: Tensors from outside.
+
+    Attributes:
+        written: The names of the clones that were written.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        *,
+        trained: Named,
+        frozen: Callable[[], Iterable[Tensor]],
+        clones: Mapping[str, Tensor],
+        buffers: Iterable[Tensor],
+        arguments: Iterable[Any],
+        captured: Named,
+    ) -> None:
+        self._who, self._trained, self._frozen, self._clones = who, trained, frozen, clones
+        self._buffers, self._arguments, self._captured = buffers, arguments, captured
+        self._table: dict[int, Callable[[str], None]] | None = None
+        self._memories = {name: memory_of(value) for name, value in clones.items()}
+        self.written: set[str] = set()
+
+    def __call__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Looks at a function of torch that is about to run.
+
+        Raises:
+            WriteError: If it would write into a trained parameter or a captured tensor.
+            WriteNoticed: If it would write into a frozen parameter or an argument.
+        """
+        for target in written_by(name, args, kwargs):
+            self.refuse(name, target)
+
+    def refuse(self, name: str, target: Tensor) -> None:
+        """Raises as a call does, if ``target`` may not be written."""
+        decide = self._watched().get(memory_of(target))
+        if decide is not None:
+            decide(name)
+
+    def watches(self, tensor: Tensor) -> bool:
+        """Whether writes into the tensor's memory matter."""
+        return memory_of(tensor) in self._watched()
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a clone that the function may write."""
+        memory = memory_of(tensor)
+        return any(memory_of(value) == memory for value in (*self._clones.values(), *self._buffers))
+
+    def apart(self, name: str, value: Tensor) -> Tensor:
+        """The value of a clone after the call, in memory of its own: ``p.data = q.data`` makes two share theirs."""
+        return value if memory_of(value) == self._memories.get(name) else value.clone()
+
+    def _watched(self) -> Mapping[int, Callable[[str], None]]:
+        if self._table is None:
+            table: dict[int, Callable[[str], None]] = {}
+            for name, value in self._captured():
+                table[memory_of(value)] = functools.partial(self._refuse_captured, name)
+            for value in self._arguments:
+                if isinstance(value, Tensor):
+                    table[memory_of(value)] = functools.partial(_notice, False)
+            for value in self._frozen():
+                table[memory_of(value)] = functools.partial(_notice, True)
+            for name, value in self._trained():
+                table[memory_of(value)] = functools.partial(self._refuse_trained, name)
+            for name, memory in self._memories.items():
+                table[memory] = lambda _, name=name: self.written.add(name)
+            self._table = table
+        return self._table
+
+    def _refuse_trained(self, name: str, write: str) -> None:
+        raise WriteError(
+            f"expected {self._who} to leave trained parameters to the optimizer, got {_described(write)} {name}. Call "
+            "requires_grad_(False) before fxtrain.init on parameters that the forward pass updates, such as those of a "
+            "momentum encoder: they are state like buffers then. Apply a constraint to trained parameters after the "
+            "step, by state.replace(params=...)."
+        )
+
+    def _refuse_captured(self, name: str, write: str) -> None:
+        raise WriteError(
+            f"expected {self._who} to write into nothing outside of the state, got {_described(write)} {name}. "
+            "Register it as a buffer of the model, return the value as a metric, or keep it in a slot of a callback. "
+            "Give fxtrain.init a module that updates itself together with the model."
+        )
+
+
+def _notice(frozen: bool, _: str) -> None:
+    raise WriteNoticed(frozen=frozen)
+
+
+def _described(write: str) -> str:
+    return "an assignment to .data of" if write == "data" else f"a write in place ({write}) to"
+
+
+def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+    """The tensors that a function of torch writes in place.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> len(written_by("mul_", (x, 2), {})), len(written_by("mul", (x, 2), {}))
+        (1, 0)
+    """
+    name = name.partition(".")[0]  # of an overload
+    if name.endswith("__"):
+        return (args[0],) if name in _DUNDERS else ()
+    if name.endswith("_"):
+        if name in _NO_WRITES:
+            return ()
+        return [leaf for leaf in tree.leaves((args[:1], kwargs.get("tensor"))) if isinstance(leaf, Tensor)]
+    if name in _STATISTICS:
+        at, training = _STATISTICS[name]
+        if kwargs.get(training, False):
+            given = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
+            return [leaf for leaf in given if isinstance(leaf, Tensor)][:at]
+        return ()
+    if name in _EMBEDDINGS:
+        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+        return (weight,) if kwargs.get("max_norm") is not None and isinstance(weight, Tensor) else ()
+    if not kwargs:
+        return ()
+    written = [kwargs["out"]] if kwargs.get("out") is not None else []
+    if kwargs.get("inplace"):
+        written.append(kwargs.get("input", args[0] if args else None))
+    return [leaf for leaf in tree.leaves(written) if isinstance(leaf, Tensor)] if written else ()
+
+
+_DUNDERS = frozenset(
+    f"__{name}__"
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+)
+_NO_WRITES = frozenset(("requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"))
+_STATISTICS = {"batch_norm": (2, "training"), "instance_norm": (2, "use_input_stats")}
+_EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The same for all views of one memory, also inside the transforms of torch.func."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # no storage, as sparse tensors have none
+        return id(tensor)
