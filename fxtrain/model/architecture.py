@@ -27,7 +27,6 @@ from fxtrain.model.layout import Caller, Layout
 from fxtrain.model.purity import versions
 from fxtrain.model.template import Template, evaluating, without_memory
 from fxtrain.model.writes import WriteNoticed, Writes
-from fxtrain.optim import MaskedNode
 from fxtrain.optim.nodes import as_name, leaf_paths
 from fxtrain.rng import host
 from fxtrain.rng.replay import replayed
@@ -106,6 +105,7 @@ class Model(Layout):
         self._hooks_at = tuple(itertools.compress(tree.paths(trainable, "state.params"), hooked))
         self._trained = frozenset(name for name, mask in self._flat(trainable).items() if mask)
         self._written: frozenset[str] = frozenset()  # frozen parameters that calls have written
+        self._caches: frozenset[str] = frozenset()  # buffers of other shapes or places, which each call makes again
         self._copies_arguments = False  # whether a function has written into its arguments
         self._first: dict[Hashable, FirstCalls] = {}
         self._key = self._fingerprint, self._hooks_at, tuple(masks), structure, str(self.template)
@@ -210,12 +210,13 @@ class Model(Layout):
         watch = functools.partial(empty_refused, who, template.empty) if examine else contextlib.nullcontext
         writes: Writes | None = None
 
-        def run(finish: Callable[[Any], Any]) -> tuple[Any, Any]:
+        def run(finish: Callable[[Any], Any], odd: Mapping[str, Any]) -> tuple[Any, Any]:
             nonlocal writes
             clones = {name: flat_params[name].clone() for name in cloned}
             buffers = {name: value.clone() for name, value in flat_buffers.items()}
             tensors.update(flat_params | clones | buffers)
             template.fill(tensors)
+            template.place(odd)
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
             given = _copies(args) if self._copies_arguments else args
@@ -237,21 +238,33 @@ class Model(Layout):
         before_arguments = versions(tensor_arguments)
         with template:
             before = template.leaves() if examine else {}
-            output, finished = run(finish)
+            output, finished = run(finish, {})
             assert writes is not None
             self._written |= writes.written
-            # Read while they are in place: a module may write a buffer or put another in its place.
-            after = template.buffers()
             frozen = flat_params.keys() - self._trained if examine else self._written
             replaced = {name: value for name in frozen if (value := template.parameter(name)) is not tensors[name]}
             self._written |= replaced.keys()
             tensors |= replaced
+            # Read while they are in place: a module may write a buffer or put another in its place.
+            after = template.buffers()
             written = {name: writes.apart(name, tensors[name].detach()) for name in self._written}
+            odd = template.odd_buffers(flat_buffers)
+            if odd:
+                after = {name: value if name in odd else after[name] for name, value in flat_buffers.items()}
             if examine:
                 refuse_new_parameters(who, template, tensors, flat_params)
+            if examine or not odd.keys() <= self._caches:
                 compared = self.first_calls(train).has_seen_like(function)
-                again = functools.partial(run, lambda output: output)
-                refuse_state(who, template, before, output, lambda: again()[0], compared=compared)
+                again = functools.partial(run, lambda output: output, odd)
+                shapes = {template.path(name): value for name, value in flat_buffers.items() if name in odd}
+                refuse_state(
+                    *(who, template, before if examine else template.leaves()),
+                    *(output, lambda: again()[0]),
+                    compared=compared and examine,
+                    buffers=flat_buffers,
+                    odd=shapes,
+                )
+                self._caches |= odd.keys()
         if versions(tensor_arguments) != before_arguments:
             raise RuntimeError(
                 f"expected {who} to write into its arguments by functions of torch, got a write that was not seen "
@@ -285,7 +298,8 @@ class Model(Layout):
                 return function(params, *args), buffers, {}
             flat = self._flat(params)
             clones = {name: flat[name].clone() for name in self._written}
-            tensors = {**flat, **clones, **{name: value.clone() for name, value in self._flat(buffers).items()}}
+            old = self._flat(buffers)
+            tensors = {**flat, **clones, **{name: value.clone() for name, value in old.items()}}
             filled = {slot: tensors[name] for slot, name in self._slots.items()}
             caller = self._training if train else self._evaluating
             # Each place is named once, ties among them: left to functional_call, a module under two names would be
@@ -293,9 +307,10 @@ class Model(Layout):
             output, written = functional_call(
                 caller, filled, (self.template, params, function, args), tie_weights=False
             )
+        after = {name: _kept_shape(written.get(name), value) for name, value in old.items()}
         written_frozen = {name: value.detach() for name, value in clones.items()}
         none = itertools.repeat({})
-        return output, self._grouped(written, none), self._grouped(written_frozen, none)
+        return output, self._grouped(after, none), self._grouped(written_frozen, none)
 
     def _entered(self, inside: Inside | None, train: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if inside is None else inside(self.named_modules(train=train))
@@ -327,31 +342,6 @@ class Model(Layout):
         """
         if self._hooks_at:
             raise hooks_refused(self._hooks_at)
-
-    def split(self, params: Any, wrt: str | None = None) -> Any:
-        """The trainable parameters, with an empty node in the place of each other: what is differentiated.
-
-        Args:
-            params: Of this architecture.
-            wrt: The entry to take, of a dict of modules; by default all.
-
-        Raises:
-            ValueError: If there is no such entry.
-        """
-        mask = self.trainable
-        if wrt is not None:
-            entries = self.template if isinstance(self.template, Mapping) else {}
-            if wrt not in entries:
-                there = f"has {', '.join(map(repr, entries))}" if entries else "is no dict"
-                raise ValueError(f"wrt={wrt!r} names an entry of a dict of modules, and the model {there}.")
-            mask, params = mask[wrt], params[wrt]
-        return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), mask, params)
-
-    def merge(self, params: Any, trainable: Any, wrt: str | None = None) -> Any:
-        """``params`` with the trainable ones replaced: the inverse of ``split``."""
-        if wrt is not None:
-            return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
-        return _merged(self.trainable, params, trainable)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_first": {}}  # functions have no place in a copy or a file
@@ -388,6 +378,11 @@ def _functional(key: rng.Key | None, writes: Writes) -> Iterator[None]:
         yield
 
 
+def _kept_shape(after: Tensor | None, before: Tensor) -> Tensor:
+    """The buffer after a call; before it, where the call made a cache of another shape of it."""
+    return before if after is None or after.shape != before.shape or after.dtype != before.dtype else after
+
+
 def _copies(args: Any) -> Any:
     return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
 
@@ -400,10 +395,3 @@ def _has_hooks(parameter: Tensor) -> bool:
 def _is_trainable(value: Tensor) -> bool:
     frozen = isinstance(value, nn.Parameter) and not value.requires_grad
     return (value.is_floating_point() or value.is_complex()) and not frozen
-
-
-def _merged(mask: Any, params: Any, trainable: Any) -> Any:
-    leaves, structure = tree.flatten(params)
-    moved = iter(tree.leaves(trainable))
-    chosen = [next(moved) if keep else leaf for keep, leaf in zip(tree.leaves(mask), leaves, strict=True)]
-    return tree.unflatten(structure, chosen)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain.model.contents import are_alike
-from fxtrain.model.template import Template
+from fxtrain.model.template import DELETED, Template
 from fxtrain.model.writes import written_by
 from fxtrain.rng.tracing import is_traced, unrecorded, unwatched
 
@@ -93,9 +93,17 @@ def _code(function: Any) -> Any:
 
 
 def refuse_state(
-    who: str, template: Template, before: dict[str, Any], output: Any, again: Callable[[], Any], *, compared: bool
+    who: str,
+    template: Template,
+    before: dict[str, Any],
+    output: Any,
+    again: Callable[[], Any],
+    *,
+    compared: bool,
+    buffers: Mapping[str, Tensor],
+    odd: Mapping[str, Tensor],
 ) -> None:
-    """Raises if the Python attributes of modules matter to a second call.
+    """Raises if the Python attributes of modules, or buffers that no state holds, matter to a second call.
 
     Args:
         who: The function that runs the modules, for errors.
@@ -104,28 +112,37 @@ def refuse_state(
         output: Of that call.
         again: Makes the second call, and returns its output.
         compared: Whether an earlier call has compared the outputs, so that a trace need not.
+        buffers: Those that the modules were filled with.
+        odd: Those among them that the first call reshaped, cast or removed, by path.
 
     Raises:
         RuntimeError: Naming the attributes, their values and what to do.
         ValuesNeededError: While tracing, if attributes changed in a way that only the outputs can tell.
     """
-    first = template.leaves()
+
+    def leaves() -> dict[str, Any]:
+        now = {template.path(name): value for name, value in template.odd_buffers(buffers).items()}
+        return {**template.leaves(), **{path: value for path, value in now.items() if value is not DELETED}}
+
+    refusal = functools.partial(_refusal, who, frozenset(map(template.path, template.odd_buffers(buffers))))
+    before, first = {**before, **odd}, leaves()
     changed = _changed(before, first)
+    changed += [path for path in odd if path not in changed]
     if not changed:
         return
     watched = {id(value) for value in first.values() if isinstance(value, Tensor)}
     try:
         with unrecorded(), _Reads(watched) as reads:
             repeated = again()
-        second = template.leaves()
+        second = leaves()
     except (torch.OutOfMemoryError, MemoryError):
         return
     except Exception as error:
-        raise _refusal(who, changed, before, first, {}, f"a second call then raises {error!r}") from error
+        raise refusal(changed, before, first, {}, f"a second call then raises {error!r}") from error
     moved = _changed(first, second, reads.found)
     moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
     if moved:
-        raise _refusal(who, moved, before, first, second, "")
+        raise refusal(moved, before, first, second, "")
     if is_traced() and compared:
         return
     if is_traced():
@@ -134,7 +151,7 @@ def refuse_state(
             f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before it is traced."
         )
     if not _are_close(output, repeated):
-        raise _refusal(who, changed, before, first, second, "a second call then returns something else")
+        raise refusal(changed, before, first, second, "a second call then returns something else")
 
 
 def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tensor], names: Collection[str]) -> None:
@@ -194,7 +211,13 @@ class _Missing:
 
 
 def _refusal(
-    who: str, paths: list[str], before: dict[str, Any], first: dict[str, Any], second: dict[str, Any], also: str
+    who: str,
+    buffers: frozenset[str],
+    paths: list[str],
+    before: dict[str, Any],
+    first: dict[str, Any],
+    second: dict[str, Any],
+    also: str,
 ) -> RuntimeError:
     def told(path: str) -> str:
         values = [_shown(values[path]) if path in values else "missing" for values in (before, first)]
@@ -202,10 +225,17 @@ def _refusal(
         return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
 
     named = "; ".join(map(told, paths[:_SHOWN])) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+    named += f": {also}" if also else ""
+    if not buffers.isdisjoint(paths):
+        return RuntimeError(
+            f"expected a module whose buffers keep their names, shapes and dtypes, got {named}. {who} is part of a "
+            "pure step, whose state has one structure. Register the buffer in __init__ with its final shape and "
+            "dtype, or run the module once on a batch before fxtrain.init, as observers of quantization need."
+        )
     return RuntimeError(
-        f"expected a module whose Python attributes do not depend on earlier calls, got {named}"
-        f"{f': {also}' if also else ''}. {who} is part of a pure step, which puts attributes back after each call. "
-        "Keep what must last in a buffer, self.register_buffer(name, tensor), and assign to it in forward."
+        f"expected a module whose Python attributes do not depend on earlier calls, got {named}. {who} is part of a "
+        "pure step, which puts attributes back after each call. Keep what must last in a buffer, "
+        "self.register_buffer(name, tensor), and assign to it in forward."
     )
 
 

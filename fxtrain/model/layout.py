@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxtrain import tree
+from fxtrain.optim import MaskedNode
 
 
 class Layout:
@@ -17,9 +18,36 @@ class Layout:
     Attributes:
         template: The tree of modules and tensors, with each module's number at its place, and "" at the place of a bare
             tensor. It is text, because where sizes are dynamic Dynamo takes numbers for sizes.
+        trainable: A pytree of bools like the parameters: which are trained.
     """
 
     template: Any
+    trainable: Any
+
+    def split(self, params: Any, wrt: str | None = None) -> Any:
+        """The trainable parameters, with an empty node in the place of each other: what is differentiated.
+
+        Args:
+            params: Of this architecture.
+            wrt: The entry to take, of a dict of modules; by default all.
+
+        Raises:
+            ValueError: If there is no such entry.
+        """
+        mask = self.trainable
+        if wrt is not None:
+            entries = self.template if isinstance(self.template, Mapping) else {}
+            if wrt not in entries:
+                there = f"has {', '.join(map(repr, entries))}" if entries else "is no dict"
+                raise ValueError(f"wrt={wrt!r} names an entry of a dict of modules, and the model {there}.")
+            mask, params = mask[wrt], params[wrt]
+        return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), mask, params)
+
+    def merge(self, params: Any, trainable: Any, wrt: str | None = None) -> Any:
+        """``params`` with the trainable ones replaced: the inverse of ``split``."""
+        if wrt is not None:
+            return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
+        return _merged(self.trainable, params, trainable)
 
     def carry(self, params: Any, written: Any) -> Any:
         """``params`` with the frozen ones that a call wrote, as ``Called.written`` has them."""
@@ -87,3 +115,10 @@ class Caller(nn.Module):
         output = function(model, *args)
         # Read while they are in place: a module may write a buffer or put another in its stead.
         return output, {name: value.detach() for name, value in self.named_buffers()}
+
+
+def _merged(mask: Any, params: Any, trainable: Any) -> Any:
+    leaves, structure = tree.flatten(params)
+    moved = iter(tree.leaves(trainable))
+    chosen = [next(moved) if keep else leaf for keep, leaf in zip(tree.leaves(mask), leaves, strict=True)]
+    return tree.unflatten(structure, chosen)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fxtrain.model.contents import Contents, leaves
 from fxtrain.rng.host import GLOBAL
 
+DELETED = object()  # stands for a buffer that a call deleted
+
 
 class Template:
     """Modules on the meta device, which can be filled and used inside ``with template:``, and are restored at its end.
@@ -118,6 +120,37 @@ class Template:
                     seen.add(id(value))
                     found[f"{prefix}.{key}"] = value.detach()
         return found
+
+    def odd_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The buffers that a call added, reshaped, cast, set to None or deleted (``DELETED``).
+
+        Args:
+            tensors: The buffers that the modules were filled with.
+        """
+        found: dict[str, Any] = {}
+        missing = set(tensors)
+        for prefix, module in self.root.named_modules():
+            for key, value in module._buffers.items():
+                slot = f"{prefix}.{key}"
+                name = self.slots.get(slot)
+                missing.discard(name or "")
+                if name is None:
+                    found |= {} if value is None else {slot: value}
+                elif name in tensors:  # else it is a parameter
+                    old = tensors[name]
+                    if value is None or value.shape != old.shape or value.dtype != old.dtype:
+                        found[name] = value
+        return found | dict.fromkeys(missing, DELETED)
+
+    def place(self, buffers: Mapping[str, Any]) -> None:
+        """Puts what ``odd_buffers`` found in its places."""
+        for prefix, named in self._buffers if buffers else ():
+            for key in list(named):
+                name = self.slots.get(f"{prefix}.{key}", "")
+                if buffers.get(name) is DELETED:
+                    del named[key]
+                elif name in buffers:
+                    named[key] = buffers[name]
 
     def parameter(self, name: str) -> Tensor | None:
         """What a module has in the place of a parameter."""

@@ -15,8 +15,8 @@ from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import refuse_writes, versions
-from fxtrain.step.contract import refuse_unless_step
 from fxtrain.step.carried import noted, refuse_lost
+from fxtrain.step.contract import refuse_unless_step
 from fxtrain.step.returned import described
 
 
