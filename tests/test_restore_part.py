@@ -205,3 +205,13 @@ def test_abstract_state_needs_every_element(tmp_path):
         abstract = start(5)
     with pytest.raises(fx.CheckpointError, match=r"params\['head.bias'\].* on the meta device"):
         fx.restore(path, like=abstract, fresh="head.*")
+
+
+def test_parameter_named_as_a_field_of_the_optimizer_state(tmp_path):
+    tx = fx.optim.adam(0.1)
+    saved = fx.init({"mu": torch.ones(2), "x": torch.ones(2)}, tx)
+    saved = saved.replace(opt_state=tree.map(lambda leaf: leaf + 1, saved.opt_state))
+    back = quiet(checkpoint(tmp_path, saved), fx.init({"mu": torch.ones(3), "x": torch.ones(2)}, tx), fresh="mu")
+    state = back.opt_state[0]
+    assert (state.mu["x"].tolist(), state.nu["mu"].tolist()) == ([1, 1], [0, 0, 0])
+    assert (int(state.count["x"]), int(state.count["mu"])) == (1, 0)

@@ -1,12 +1,15 @@
 """Weights in files: read from what other programs write, and written as what they read."""
 
+import pathlib
+import re
+
 import pytest
 import torch
 from test_loading import MODULES, Net, TiedNet
 from torch import nn
 
 import fxtrain as fx
-from fxtrain import testing
+from fxtrain import testing, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 
@@ -39,6 +42,113 @@ def test_module_writes_its_own_folder(tmp_path):
     state = fx.init(Pretrained())
     path = fx.save_weights(tmp_path / "w", state)
     testing.assert_equal(fx.load_weights(fx.init(Net()), path).params, state.params, "the parameters")
+
+
+class Converting(Net):
+    """Like a model of transformers: its folder has other names, and its class converts them."""
+
+    base_model_prefix, config = "body", {}
+
+    def save_pretrained(self, folder):
+        torch.save({f"old.{name}": value for name, value in self.state_dict().items()}, f"{folder}/pytorch_model.bin")
+        (pathlib.Path(folder) / "config.json").write_text("{}")
+
+    @classmethod
+    def from_pretrained(cls, folder, *, config, dtype, **options):
+        torch.rand(1)
+        assert dtype == torch.float32
+        assert {*options} == {"output_loading_info", "ignore_mismatched_sizes", "local_files_only"}
+        module, given = cls(), torch.load(f"{folder}/pytorch_model.bin", weights_only=True)
+        given = {name.removeprefix("old."): value for name, value in given.items()}
+        mismatched = [("head.weight", tuple(given.pop("head.weight").shape), (3, 4))] if "extra" in given else []
+        found = module.load_state_dict(given, strict=False)
+        return module, {
+            "missing_keys": {name for name in found.missing_keys if not mismatched},
+            "unexpected_keys": set(found.unexpected_keys),
+            "mismatched_keys": mismatched,
+        }
+
+
+def test_folder_is_loaded_as_from_pretrained_converts_it(tmp_path):
+    torch.manual_seed(0)
+    state = fx.init(Converting())
+    path = fx.save_weights(tmp_path / "w", state)
+    before = torch.get_rng_state()
+    testing.assert_equal(fx.load_weights(fx.init(Converting()), path).params, state.params, "the parameters")
+    torch.set_rng_state(before)
+    fx.load_weights(state, path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_from_pretrained_does_not_load_is_named(tmp_path):
+    torch.manual_seed(0)
+    state = fx.init(Converting())
+    given = {**Net(5).state_dict(), "extra": torch.ones(1)}
+    given = {name: value for name, value in given.items() if name != "head.bias"}
+    torch.save(given, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"head.weight: expected \[3, 4\], got \[5, 4\]"):
+        fx.load_weights(state, tmp_path)
+    found = fx.load_weights(state, tmp_path, ignore_mismatched_sizes=True, strict=False, report=True)
+    assert (found.unexpected, [*found.mismatched]) == (["extra"], ["head.weight"])
+    assert torch.equal(found.state.params["head.weight"], state.params["head.weight"])
+
+
+def test_converted_weights_are_those_of_the_returned_module(tmp_path):
+    torch.manual_seed(0)
+    state = fx.init(TiedNet())
+    before = state.copy()
+
+    def untied(model):
+        assert type(model.head.weight) is nn.Parameter
+        assert model.head.weight is model.embed.weight
+        model.embed.weight.data.add_(1)
+        return nn.Sequential(model.embed)
+
+    path = fx.save_weights(tmp_path / "w", state, convert=untied)
+    testing.assert_equal(state, before, "the state")
+    loaded = fx.load_weights(fx.init(nn.Sequential(nn.Embedding(5, 3))), path)
+    assert torch.equal(loaded.params["0.weight"], state.params["embed.weight"] + 1)
+
+
+def test_adapter_folder_needs_an_adapted_module(tmp_path):
+    torch.save({"layer.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"The folder holds an adapter: give fxtrain.init a module that peft"):
+        fx.load_weights(fx.init(Net()), tmp_path)
+
+
+def test_averaged_weights_are_saved_as_those_of_a_view(tmp_path):
+    torch.manual_seed(0)
+    state = fx.attach(fx.init(Net()), fx.callbacks.ema(0.5))
+    slot = state.slots["ema"]
+    average = (tree.map(lambda leaf: leaf + 1, slot.average[0]), slot.average[1])
+    view = fx.callbacks.averaged(state.with_slot("ema", slot._replace(average=average)))
+    expected = fx.state_dict(fx.load_state_dict(state, {**Net().state_dict(), **average[0]}))
+    for name in state.params:
+        assert torch.equal(fx.state_dict(view)[name], state.params[name] + 1)
+        assert torch.equal(expected[name], state.params[name] + 1)
+    loaded = fx.load_weights(fx.init(Net()), fx.save_weights(tmp_path / "w", view))
+    testing.assert_equal(loaded.params, average[0], "the averaged weights")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "entry"),
+    [("module.", None), ("_orig_mod.", None), ("_orig_mod.module.", None), ("model.", "state_dict")],
+    ids=["DataParallel", "torch.compile", "both", "Lightning"],
+)
+def test_prefixes_of_wrappers_are_renamed_in_a_line(tmp_path, prefix, entry):
+    torch.manual_seed(0)
+    module = Net()
+    wrapped = {prefix + name: value for name, value in module.state_dict().items()}
+    torch.save(wrapped if entry is None else {entry: wrapped, "epoch": 1, "callbacks": {}}, tmp_path / "last.ckpt")
+    state = fx.init(Net())
+    with pytest.raises(ValueError, match=re.escape(f"Pass rename={{{prefix!r}: ''}}, with which all names fit.")):
+        fx.load_weights(state, tmp_path / "last.ckpt", entry=entry)
+    loaded = fx.load_weights(state, tmp_path / "last.ckpt", entry=entry, rename={prefix: ""})
+    testing.assert_equal(fx.state_dict(loaded), dict(module.state_dict()), "the weights")
+    back = {prefix + name: value for name, value in fx.state_dict(loaded).items()}
+    testing.assert_equal(back, wrapped, "the weights under the wrapper's names")
 
 
 def test_shards_are_read_by_their_index(tmp_path):

@@ -102,7 +102,7 @@ class Names:
         inner = keys[1:] if keys[0] == "opt_state" else keys[2:]
         runs = [inner[i:j] for i in range(len(inner)) for j in range(i + 1, len(inner) + 1)]
         known = [run for run in runs if run in self._names]
-        return self._names[max(known, key=len)] if known else None
+        return self._names[max(reversed(known), key=len)] if known else None
 
 
 def _named(parts: Iterable[Part]) -> dict[Keys, str]:

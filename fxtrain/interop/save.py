@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fxtrain import tree
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint.unfinished import clear_abandoned, unfinished_folder
 from fxtrain.core import TrainState
@@ -19,15 +22,20 @@ from fxtrain.model.named import Named
 _FILE = "model.safetensors"
 
 
-def save_weights(path: str | os.PathLike[str], state: TrainState) -> pathlib.Path:
+def save_weights(
+    path: str | os.PathLike[str], state: TrainState, *, convert: Callable[[Any], Any] | None = None
+) -> pathlib.Path:
     """Writes the weights of ``state`` to a folder with ``model.safetensors``, which appears as a whole or not at all.
 
     A module with ``save_pretrained`` writes its part itself, with its configuration: ``from_pretrained`` of its class
-    loads the folder. Tied tensors are saved once; buffers that are not persistent, and optimizer state, are left out.
+    loads the folder, and peft writes the adapter alone. Tied tensors are saved once; buffers that are not persistent,
+    and optimizer state, are left out.
 
     Args:
         path: The folder to make.
         state: From ``init``. For a tree of modules, names begin with the path of the module.
+        convert: From a copy of the module, with the weights of the state, to the module that is written: ``lambda
+            model: model.merge_and_unload()`` for merged weights of peft, ``lambda model: model.encoder`` for a part.
 
     Returns:
         The folder.
@@ -55,7 +63,11 @@ def save_weights(path: str | os.PathLike[str], state: TrainState) -> pathlib.Pat
         make_folder(folder.parent)
         clear_abandoned(folder.parent, [_FILE])
         with unfinished_folder(folder) as unfinished:
-            model.call(state.params, state.buffers, lambda modules: _write(modules, unfinished), train=False)
+            if convert is None:
+                model.call(state.params, state.buffers, lambda modules: _write(modules, unfinished), train=False)
+            else:
+                copied, _ = model.call(state.params, state.buffers, copy.deepcopy, train=False)
+                _write(convert(tree.map(_with_parameters, copied)), unfinished)
             refuse_writes("save_pretrained", state.params, before, "state.params")
             for file in unfinished.rglob("*"):
                 if file.is_dir():
@@ -68,6 +80,19 @@ def save_weights(path: str | os.PathLike[str], state: TrainState) -> pathlib.Pat
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written ({error}). Make room, or give another folder.") from error
     return folder
+
+
+def _with_parameters(part: Any) -> Any:
+    """The copy of a module as its own class made it, with ``Parameter`` in the places of plain tensors."""
+    if not isinstance(part, nn.Module):
+        return part
+    made: dict[int, nn.Parameter] = {}
+    for module in part.modules():
+        for key, value in module._parameters.items():
+            if value is not None and not isinstance(value, nn.Parameter):
+                trains = value.is_floating_point() or value.is_complex()
+                module._parameters[key] = made.setdefault(id(value), nn.Parameter(value, requires_grad=trains))
+    return part
 
 
 def _write(modules: Any, folder: pathlib.Path) -> None:

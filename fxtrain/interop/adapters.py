@@ -1,0 +1,59 @@
+"""Adapters: the weights of a peft folder, by the names that the adapted module has for them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+CONFIG = "adapter_config.json"
+_DECIDING = (  # what else than weights decides the outputs of an adapter
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether peft has made a module, which then writes and reads its adapter alone."""
+    return hasattr(module, "peft_config") and hasattr(module, "active_adapter")
+
+
+def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The contents of an adapter's folder by the names of the adapted module, and all names of its active adapter.
+
+    Raises:
+        ValueError: If the folder's configuration gives other outputs than the module's, or this kind of adapter learns
+            prompts in place of weights.
+    """
+    peft = importlib.import_module("peft")  # by name, as type checks run without it
+    adapter = module.active_adapter
+    configuration = module.peft_config[adapter]
+    _refuse_other_configuration(folder / CONFIG, configuration)
+    if configuration.is_prompt_learning:  # whose file holds prompts that peft computes from the parameters
+        raise ValueError(
+            f"expected an adapter of weights, got a {type(configuration).__name__}. Load {folder} with "
+            "peft.PeftModel.from_pretrained before fxtrain.init."
+        )
+    # peft returns the module's tensors under other names, so the identity of a tensor maps one name to the other.
+    own = module.state_dict(keep_vars=True)
+    places = {id(value): name for name, value in own.items()}
+    given = peft.get_peft_model_state_dict(module, own, adapter_name=adapter, save_embedding_layers=False)
+    names = {theirs: places[id(value)] for theirs, value in given.items() if id(value) in places}
+    return {names.get(name, name): value for name, value in contents.items()}, list(names.values())
+
+
+def _refuse_other_configuration(file: pathlib.Path, here: Any) -> None:
+    if not file.is_file():
+        return
+    there = json.loads(file.read_text())
+    for key in _DECIDING:
+        mine = getattr(here, key, None)
+        mine = getattr(mine, "value", mine)
+        if key in there and hasattr(here, key) and there[key] != mine:
+            raise ValueError(
+                f"expected {key}={mine!r} in {file}, as the module has it, got {there[key]!r}. Make the module with "
+                "that configuration: peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
+            )

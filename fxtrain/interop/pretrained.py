@@ -1,0 +1,52 @@
+"""Pretrained folders: weights as ``from_pretrained`` of the module's class converts them while it loads."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONFIG = "config.json"
+
+
+def is_pretrained(module: nn.Module, folder: pathlib.Path) -> bool:
+    """Whether the module's class, of transformers or diffusers, loads the folder itself and reports what is missing."""
+    of_transformers = hasattr(module, "base_model_prefix") and hasattr(module, "config")
+    of_diffusers = hasattr(module, "load_config") and hasattr(module, "config_name")
+    return (of_transformers or of_diffusers) and hasattr(module, "from_pretrained") and (folder / _CONFIG).is_file()
+
+
+def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that ``from_pretrained`` loads, by the names of the module.
+
+    It renames, merges and splits tensors of older or other layouts, as those of mixtures of experts. Names that it
+    does not use are given as they are in the files. A name of another shape has a tensor of that shape without values.
+
+    Args:
+        module: Of a class with ``from_pretrained``.
+        folder: What it wrote.
+        contents: The tensors of the folder, by name.
+    """
+    floating = {value.dtype for value in contents.values() if isinstance(value, Tensor) and value.is_floating_point()}
+    widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
+    options: dict[str, Any] = {"torch_dtype": widest}
+    if hasattr(module, "base_model_prefix"):
+        options = {"dtype": widest, "config": copy.deepcopy(module.config)}
+    with torch.random.fork_rng(devices=[]):
+        made, info = type(module).from_pretrained(
+            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+        )
+    shapes = {name: torch.Size(there) for name, there, _ in info["mismatched_keys"]}
+    absent = {*info["missing_keys"], *shapes}
+    values: dict[str, Any] = {name: value for name, value in made.state_dict().items() if name not in absent}
+    for name, value in values.items():
+        raw = contents.get(name)
+        if isinstance(raw, Tensor) and isinstance(value, Tensor) and raw.dtype != value.dtype:
+            values[name] = value.to(raw.dtype)  # as it was before it was widened
+    values.update({name: torch.empty(shape, dtype=widest, device="meta") for name, shape in shapes.items()})
+    values.update({name: contents[name] for name in info["unexpected_keys"] if name in contents})
+    return values
