@@ -299,6 +299,23 @@ def test_extra_state_that_a_state_does_not_hold_is_refused():
     )
 
 
+def test_part_is_a_submodule_or_an_entry():
+    torch.manual_seed(0)
+    module, body = Net(), Net().body
+    found = fx.load_state_dict(fx.init(module), body.state_dict(), part="body", report=True)
+    assert torch.equal(found.state.params["body.0.weight"], body[0].weight)
+    assert torch.equal(found.state.params["head.weight"], module.head.weight)
+    assert found.loaded == [f"body.{name}" for name in body.state_dict()]
+    state = fx.init({"g": [Net(), torch.ones(2)], "d.e": nn.Linear(2, 3)})
+    loaded = fx.load_state_dict(state, body.state_dict(), part="g.0.body")
+    assert torch.equal(loaded.params["g"][0]["body.0.weight"], body[0].weight)
+    loaded = fx.load_state_dict(state, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, part="d.e")
+    assert not loaded.params["d.e"]["weight"].any()
+    refused(r"path of a submodule, got part='g\.7'. There are 0, 1\.", state, {}, part="g.7")
+    message = refused("no name fits", fx.init(module), prefixed("module.", body.state_dict()), part="body")
+    assert "Pass rename={'module.': ''}, with which all names fit." in message
+
+
 def test_nested_state_dict_is_found_by_its_name():
     given = {"epoch": 3, "state_dict": nn.Linear(2, 1).state_dict()}
     message = refused("no name fits", fx.init(nn.Linear(2, 1)), given)

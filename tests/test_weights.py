@@ -80,6 +80,16 @@ def test_folder_is_loaded_as_from_pretrained_converts_it(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_part_of_a_model_is_loaded_as_from_pretrained_converts_it(tmp_path):
+    torch.manual_seed(0)
+    saved = fx.init(Converting())
+    path = fx.save_weights(tmp_path / "w", saved)
+    state = fx.load_weights(fx.init({"g": nn.Sequential(Converting()), "d": nn.Linear(1, 1)}), path, part="g.0")
+    testing.assert_equal(
+        {f"0.{name}": value for name, value in saved.params.items()}, state.params["g"], "the parameters"
+    )
+
+
 def test_what_from_pretrained_does_not_load_is_named(tmp_path):
     torch.manual_seed(0)
     state = fx.init(Converting())

@@ -78,6 +78,17 @@ def test_body_of_another_model_loads_with_a_fresh_head(transformers, tmp_path):
     assert all(torch.equal(found.state.params[f"bert.{name}"], body[name]) for name in ("pooler.dense.weight",))
 
 
+def test_part_loads_as_from_pretrained_does(transformers, tmp_path):
+    torch.manual_seed(0)
+    backbone = transformers.ViTModel(transformers.ViTConfig(**VISION))
+    backbone.save_pretrained(tmp_path / "w")
+    module = torch.nn.ModuleDict({"backbone": backbone, "head": torch.nn.Linear(8, 2)})
+    found = fx.load_weights(different(fx.init(module)), tmp_path / "w", part="backbone", report=True)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(found.state.params[f"backbone.{name}"], value), name
+    assert torch.equal(found.state.params["head.bias"], module["head"].bias + 1)
+
+
 def test_head_for_other_classes_is_named(transformers, tmp_path):
     torch.manual_seed(0)
     transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).save_pretrained(

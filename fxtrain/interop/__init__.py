@@ -4,6 +4,7 @@ Load::
 
     fx.load_weights(state, folder)  # of transformers, diffusers, timm, open_clip; an adapter of peft
     fx.load_weights(state, folder, strict=False, ignore_mismatched_sizes=True)  # a body, without its head
+    fx.load_weights(state, folder, part="encoder")  # into a submodule
     fx.load_weights(state, folder, cast=True, report=True).cast  # float32 into a bfloat16 model: the names cast
     fx.load_weights(state, file, rename={"module.": ""})  # saved from DataParallel
     fx.load_weights(state, file, rename={"_orig_mod.": ""})  # saved from torch.compile

@@ -24,6 +24,7 @@ def load_weights(
     path: str | os.PathLike[str],
     *,
     entry: str | None = None,
+    part: str = "",
     strict: bool = True,
     where: str | Sequence[str] | None = None,
     rename: Rename = None,
@@ -39,6 +40,7 @@ def load_weights(
     path: str | os.PathLike[str],
     *,
     entry: str | None = None,
+    part: str = "",
     strict: bool = True,
     where: str | Sequence[str] | None = None,
     rename: Rename = None,
@@ -53,6 +55,7 @@ def load_weights(
     path: str | os.PathLike[str],
     *,
     entry: str | None = None,
+    part: str = "",
     strict: bool = True,
     where: str | Sequence[str] | None = None,
     rename: Rename = None,
@@ -70,6 +73,7 @@ def load_weights(
         path: A ``.safetensors`` file, a file of ``torch.save``, or a folder with weights, as ``save_pretrained`` and
             ``save_weights`` write it.
         entry: As for ``fxtrain.interop.read_weights``: ``"state_dict"`` for checkpoints of Lightning and timm.
+        part: The path of the submodule that the weights are of, ``"encoder"``. Its library loads it as a whole model.
         strict: As for ``load_state_dict``, and so are the other arguments.
         where: Shell patterns of names.
         rename: From old prefixes to new ones.
@@ -90,13 +94,14 @@ def load_weights(
     contents: Any = read_weights(path, entry=entry)
     folder = pathlib.Path(path)
     # The template has the module's class, configuration and names, and no values.
-    module = model_of(state).named_modules(train=False).get("")
+    module = model_of(state).named_modules(train=False).get(part)
     if module is not None and folder.is_dir() and entry is None and rename is None:
         contents, where = _as_its_library_loads(module, folder, contents, where)
     try:
         found = load_state_dict(
             state,
             contents,
+            part=part,
             strict=strict,
             where=where,
             rename=rename,

@@ -69,6 +69,7 @@ def load(
     state: TrainState,
     given: Any,
     *,
+    part: str,
     strict: bool,
     where: str | Sequence[str] | None,
     rename: Rename,
@@ -84,7 +85,7 @@ def load(
     report: dict[str, Any] = {}
 
     def fill(modules: Any) -> None:
-        model = Named(modules)
+        model = Named(modules, part)
         values = model.flat(given)
         old_names = {new: old for old, new in renamed(values, rename).items()}
         values = {new: values[old] for new, old in old_names.items()}
@@ -113,7 +114,13 @@ def load(
         unexpected = [old_names.get(name, name) for name in unused]
         if (missing or unexpected) and (strict or not (loaded or mismatched)):
             raise ValueError(_names_differ(model.tensors, values, missing, unexpected, loaded))
-        report.update(loaded=loaded, missing=missing, unexpected=unexpected, mismatched=mismatched, cast=casts)
+        report.update(
+            loaded=model.whole(loaded),
+            missing=model.whole(missing),
+            unexpected=unexpected,
+            mismatched=dict(zip(model.whole(mismatched), mismatched.values(), strict=True)),
+            cast=dict(zip(model.whole(casts), casts.values(), strict=True)),
+        )
 
     buffers = model_of(state).call(params, state.buffers, fill, train=False).buffers
     return Loaded(state.replace(params=params, buffers=buffers), **report)

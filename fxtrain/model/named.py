@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,16 +23,19 @@ class Named:
 
     Args:
         modules: A module, or a pytree of modules and tensors.
+        part: The path of a submodule or of an entry, joined by dots. Names are those of the part.
 
     Raises:
-        ValueError: If two tensors have one name.
+        ValueError: If two tensors have one name, or nothing is at the path of the part.
 
     Attributes:
         tensors: The values of ``module.state_dict()``, by name: the tensors themselves.
         ties: Groups of names that have the same tensor.
     """
 
-    def __init__(self, modules: Any) -> None:
+    def __init__(self, modules: Any, part: str = "") -> None:
+        self._part = part
+        modules = at(modules, part)
         paths = [tuple(accessor.path) for accessor in ops.tree_accessors(modules, namespace=NAMESPACE)]
         self._parts = dict(zip(paths, tree.leaves(modules), strict=True))
         self._versions: dict[tuple[Any, ...], Any] = {}
@@ -46,6 +49,10 @@ class Named:
                 if isinstance(value, Tensor):
                     groups.setdefault(id(value), []).append(name)
         self.ties = [group for group in groups.values() if len(group) > 1]
+
+    def whole(self, names: Iterable[str]) -> list[str]:
+        """The names of the part, as the whole tree has them."""
+        return [f"{self._part}.{name}".strip(".") for name in names]
 
     def flat(self, given: Any) -> dict[str, Any]:
         """The values by name of a state dict, or of a tree of them like the modules.
@@ -111,6 +118,33 @@ class Named:
                 yield from self._walk((*path, key), value)
         else:
             yield path, node
+
+
+def at(modules: Any, part: str) -> Any:
+    """The submodule, or the entry of a tree of modules, at a path joined by dots.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found, rest = modules, part
+    while rest:
+        children = _children(found)
+        fitting = [key for key in children if rest == key or rest.startswith(f"{key}.")]
+        if not fitting:
+            raise ValueError(
+                f"expected the path of a submodule, got part={part!r}. There are {shown(list(children), 8)}."
+            )
+        key = max(fitting, key=len)  # keys of dicts may have dots
+        found, rest = children[key], rest[len(key) + 1 :]
+    return found
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, nn.Module):
+        return dict(node.named_children())
+    if isinstance(node, Mapping):
+        return {str(key): child for key, child in node.items()}
+    return {str(index): child for index, child in enumerate(node)} if _is_sequence(node) else {}
 
 
 def _values(path: tuple[Any, ...], part: Any) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def load_state_dict(
     state: TrainState,
     state_dict: Any,
     *,
+    part: str = "",
     strict: bool = True,
     where: str | Sequence[str] | None = None,
     rename: Rename = None,
@@ -63,6 +64,7 @@ def load_state_dict(
     state: TrainState,
     state_dict: Any,
     *,
+    part: str = "",
     strict: bool = True,
     where: str | Sequence[str] | None = None,
     rename: Rename = None,
@@ -76,6 +78,7 @@ def load_state_dict(
     state: TrainState,
     state_dict: Any,
     *,
+    part: str = "",
     strict: bool = True,
     where: str | Sequence[str] | None = None,
     rename: Rename = None,
@@ -92,6 +95,7 @@ def load_state_dict(
         state_dict: From ``module.state_dict()`` or ``torch.load``: a mapping from name to tensor. For a tree of
             modules a tree of them, or one mapping whose names begin with the path of the module,
             ``"generator.layers.0.weight"``. ``fxtrain.load_weights`` reads files.
+        part: The path of the submodule that the state dict is of, ``"encoder"``. Other names are then relative to it.
         strict: Whether every name must be on both sides.
         where: Shell patterns of names of the model, ``"encoder.*"``. Only these are loaded and compared.
         rename: From prefixes of names in the state dict to those in the model: ``{"module.": ""}`` for a module that
@@ -121,6 +125,7 @@ def load_state_dict(
     loaded = load(
         state,
         state_dict,
+        part=part,
         strict=strict,
         where=where,
         rename=rename,
