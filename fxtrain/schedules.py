@@ -1,7 +1,7 @@
 """Schedules: functions from the step to a value, as tensor operations, so that an advancing step costs no new graph.
 
-A schedule takes the step as an int64 tensor of shape [], or as a Python int, and returns a float32 tensor of shape [],
-computed in float64.
+A schedule takes the step as an int64 tensor of shape [], or as a Python int, and returns a float64 tensor of shape [],
+float32 on devices without float64. A product with a float32 tensor of any other shape is float32.
 Any function of that shape is one. Values may be 0-d tensors too, which makes a schedule ``vmap``-able over them.
 """
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import refuse_unless_whole, wide_dtype
+from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Any], Tensor]
-"""From the step (int64 [], or an int) to a value (float32 [])."""
+"""From the step (int64 [], or an int) to a value (float64 [])."""
 
 Value = float | Tensor
 """A number, or a tensor of shape []."""
@@ -30,7 +31,7 @@ def constant(value: Value) -> Schedule:
 
     Example:
         >>> constant(0.1)(7)
-        tensor(0.1000)
+        tensor(0.1000, dtype=torch.float64)
     """
     return _schedule(lambda step: value)
 
@@ -51,7 +52,7 @@ def polynomial(
 
     Example:
         >>> polynomial(1.0, 0.0, power=2.0, transition_steps=10)(5)
-        tensor(0.2500)
+        tensor(0.2500, dtype=torch.float64)
     """
     refuse_unless_whole("transition_steps", transition_steps, "steps")
     refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
@@ -68,7 +69,7 @@ def linear(init_value: Value, end_value: Value, *, transition_steps: int, transi
 
     Example:
         >>> linear(0.0, 1.0, transition_steps=10)(torch.tensor(3))
-        tensor(0.3000)
+        tensor(0.3000, dtype=torch.float64)
     """
     return polynomial(init_value, end_value, transition_steps=transition_steps, transition_begin=transition_begin)
 
@@ -123,7 +124,7 @@ def exponential(
 
     Example:
         >>> exponential(1.0, 10, decay_rate=0.5)(20)
-        tensor(0.2500)
+        tensor(0.2500, dtype=torch.float64)
     """
     refuse_unless_whole("transition_steps", transition_steps, "steps")
     refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
@@ -156,7 +157,7 @@ def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
 
     Example:
         >>> inverse_sqrt(1.0, 100)(300)
-        tensor(0.5000)
+        tensor(0.5000, dtype=torch.float64)
 
     References:
         Vaswani et al., Attention Is All You Need, 2017.
@@ -167,7 +168,7 @@ def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
 
 def piecewise(
     init_value: Value,
-    boundaries_and_scales: Mapping[int, Value],
+    boundaries_and_scales: Mapping[int | float, Value],
     *,
     interpolation: Interpolation = "constant",
 ) -> Schedule:
@@ -176,7 +177,7 @@ def piecewise(
     Args:
         init_value: At step 0.
         boundaries_and_scales: From steps to factors. The value at a boundary is that of the boundary before it
-            times the factor.
+            times the factor. A boundary may lie between two steps.
         interpolation: ``"constant"`` jumps at the boundary; ``"linear"`` and ``"cosine"`` move there from the
             boundary before it.
 
@@ -185,28 +186,30 @@ def piecewise(
         >>> [round(float(schedule(step)), 3) for step in (9, 10, 20)]
         [1.0, 0.1, 0.05]
         >>> piecewise(1.0, {10: 0.0}, interpolation="linear")(5)
-        tensor(0.5000)
+        tensor(0.5000, dtype=torch.float64)
     """
     if interpolation not in ("constant", "linear", "cosine"):
         raise ValueError(f"interpolation={interpolation!r}: choose 'constant', 'linear' or 'cosine'.")
     boundaries = [0, *sorted(boundaries_and_scales)]
     values = [init_value]
     for boundary in boundaries[1:]:
-        refuse_unless_whole("a boundary", boundary, "steps", least=0)
+        if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 <= boundary < math.inf:
+            raise ValueError(f"expected boundaries to be numbers of steps, 0 or more, got {boundary!r}.")
         values.append(values[-1] * boundaries_and_scales[boundary])
 
     def between(index: int, step: Tensor) -> Any:
         start, end = values[index], values[index + 1]
         if interpolation == "constant":
             return start
-        width = max(boundaries[index + 1] - boundaries[index], 1)
-        part = _wide(step - boundaries[index]) / width
+        width = (boundaries[index + 1] - boundaries[index]) or 1
+        part = _past(step, boundaries[index]) / width
         return start + (end - start) * (part if interpolation == "linear" else 0.5 * (1 - torch.cos(math.pi * part)))
 
     def value(step: Tensor) -> Any:
         found = _float(values[-1], step)
         for index in reversed(range(len(values) - 1)):
-            found = torch.where(step < boundaries[index + 1], _float(between(index, step), step), found)
+            before = _past(step, boundaries[index + 1]) < 0
+            found = torch.where(before, _float(between(index, step), step), found)
         return found
 
     return _schedule(value)
@@ -273,6 +276,7 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedu
         >>> [float(schedule(step)) for step in (0, 5, 10, 100)]
         [0.0, 0.5, 1.0, 0.0]
     """
+    _refuse_unless_schedule("schedule", schedule)
     refuse_unless_whole("steps", steps, "steps", least=0)
     if steps == 0:
         return schedule
@@ -337,6 +341,8 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         raise ValueError(
             f"{len(schedules)} schedules and {len(boundaries)} boundaries came: a boundary is wanted between each two."
         )
+    for index, schedule in enumerate(schedules):
+        _refuse_unless_schedule(f"schedules[{index}]", schedule)
     for boundary in boundaries:
         refuse_unless_whole("a boundary", boundary, "steps", least=0)
     if list(boundaries) != sorted(set(boundaries)):
@@ -349,6 +355,61 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         return found
 
     return _schedule(value)
+
+
+def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = False) -> Schedule:
+    """The first ``period`` steps of a schedule, again and again.
+
+    Args:
+        schedule: What is repeated. With ``growth`` it is given steps between whole numbers, as float64.
+        period: Steps of the first cycle, above 0.
+        growth: The length of each cycle over the length of the cycle before it. The schedule is stretched to it.
+        mirror: Whether every other cycle runs backwards, so that the value never jumps.
+
+    Raises:
+        ValueError: If a number is out of its range, or if ``growth`` and ``mirror`` are combined.
+
+    Example:
+        >>> [float(cycle(linear(0.0, 1.0, transition_steps=2), 2)(step)) for step in range(5)]
+        [0.0, 0.5, 0.0, 0.5, 0.0]
+        >>> [float(cycle(linear(0.0, 1.0, transition_steps=2), 2, mirror=True)(step)) for step in range(5)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+
+    References:
+        Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017.
+    """
+    _refuse_unless_schedule("schedule", schedule)
+    refuse_unless_whole("period", period, "steps")
+    refuse_unless_whole("growth", growth, "lengths")
+    if mirror and growth != 1:
+        raise ValueError(f"expected growth=1 with mirror=True, got {growth}. Leave one of them out.")
+
+    def grown(step: Tensor) -> Any:
+        # Cycle k begins at period (growth^k - 1) / (growth - 1). The logarithm may miss by one at a boundary.
+        wide = _wide(step)
+        cycles = torch.log1p(wide * (growth - 1) / period).div(math.log(growth)).round()
+        start = period * (growth**cycles - 1) / (growth - 1)
+        cycles = torch.where(wide < start, cycles - 1, cycles)
+        start = period * (growth**cycles - 1) / (growth - 1)
+        return schedule((wide - start) / growth**cycles)
+
+    def value(step: Tensor) -> Any:
+        if growth > 1:
+            return grown(step)
+        if mirror:
+            return schedule(period - (step % (2 * period) - period).abs())
+        return schedule(step % period)
+
+    return _schedule(value)
+
+
+def _refuse_unless_schedule(argument: str, schedule: Any) -> None:
+    refuse_foreign(argument, "a schedule", schedule, as_schedule=True)
+    if not callable(schedule):
+        raise TypeError(
+            f"expected {argument} to be a function of the step, got {schedule!r}. For a number, use "
+            "fx.schedules.constant."
+        )
 
 
 def _schedule(value: Callable[[Tensor], Any]) -> Schedule:
@@ -364,5 +425,10 @@ def _wide(step: Tensor) -> Tensor:
     return step.to(wide_dtype(step.device))
 
 
+def _past(step: Tensor, boundary: float) -> Tensor:
+    # An integer tensor minus a float would be float32.
+    return _wide(step - boundary) if isinstance(boundary, int) else _wide(step) - boundary
+
+
 def _float(value: Any, step: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=step.device)
+    return torch.as_tensor(value, dtype=wide_dtype(step.device), device=step.device)
