@@ -168,7 +168,7 @@ def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
 
 def piecewise(
     init_value: Value,
-    boundaries_and_scales: Mapping[int | float, Value],
+    boundaries_and_scales: Mapping[float, Value],
     *,
     interpolation: Interpolation = "constant",
 ) -> Schedule:
@@ -254,7 +254,7 @@ def one_cycle(
         )
     if div_factor <= 0 or final_div_factor <= 0:
         raise ValueError(f"div_factor={div_factor!r}, final_div_factor={final_div_factor!r}: both are above 0.")
-    scales: dict[int, Value] = {int(pct_start * transition_steps): div_factor}
+    scales: dict[float, Value] = {int(pct_start * transition_steps): div_factor}
     if interpolation == "linear":
         scales[int(pct_final * transition_steps)] = 1 / div_factor
         scales[transition_steps] = 1 / final_div_factor

@@ -13,7 +13,7 @@ import fxtrain
 ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
-    {"core"},
+    {"core", "equivalents"},
     {"tree", "values", "schedules", "foreign", "disk"},
     {"fold", "metrics", "rng", "optim"},
     {"precision", "data"},

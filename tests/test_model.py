@@ -220,9 +220,9 @@ class TestInit:
     @pytest.mark.parametrize(
         ("tx", "error", "message"),
         [
-            (torch.optim.SGD, TypeError, "of type type: a gradient transformation is wanted, .*from_torch"),
+            (torch.optim.SGD, TypeError, "got the class torch.optim.SGD. Use fx.optim.sgd"),
             ({"a": fx.optim.sgd(0.1)}, ValueError, r"tx has .* \['a'\], and the model has \['a', 'b'\]"),
-            ({"a": fx.optim.sgd(0.1), "b": 0.1}, TypeError, "of type float"),
+            ({"a": fx.optim.sgd(0.1), "b": 0.1}, TypeError, "got float"),
         ],
     )
     def test_what_is_no_transformation_is_refused(self, tx, error, message):

@@ -366,12 +366,14 @@ REFUSALS = [
     (
         lambda: optim.chain(optim.sgd(0.1), 0.1),
         TypeError,
-        "Argument 1 of chain is a float: gradient transformations are wanted, such as sgd(0.1).",
+        "expected argument 1 of chain to be a gradient transformation, got float. Make one by a function of "
+        "fx.optim, such as fx.optim.sgd(0.1).",
     ),
     (
         lambda: optim.partition({"a": None}, {}),
         TypeError,
-        "transforms['a'] is a NoneType: a gradient transformation is wanted.",
+        "expected transforms['a'] to be a gradient transformation, got NoneType. Make one by a function of fx.optim, "
+        "such as fx.optim.sgd(0.1).",
     ),
     (
         lambda: optim.chain(optim.sgd(0.1), optim.scale(1.0)).update(ONES, (), PARAMS),

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxtrain import optim
 from fxtrain.callbacks.watched import Better, Metric, direction, measured, needing
 from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, refuse_unless_whole, wide_dtype
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Handler, slotted
 
 
@@ -132,6 +133,8 @@ def schedule_hyperparam(hyperparam: str, schedule: Callable[[Any], Any]) -> Hand
         >>> fx.optim.get_hyperparams(state.opt_state)["weight_decay"]
         tensor(0.5000)
     """
+
+    refuse_foreign("schedule", "a function of the step", schedule, as_schedule=True)
 
     def update(state: TrainState, event: EpochBegin | StepEnd) -> tuple[TrainState, Control]:
         value = torch.as_tensor(schedule(state.step))

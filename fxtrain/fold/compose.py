@@ -31,6 +31,7 @@ from fxtrain.core import (
     TrainState,
     Updated,
 )
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold.mistaken import refuse_mistaken
 from fxtrain.fold.structure import refuse_other_structure
 from fxtrain.fold.subscription import kinds, name_of, subscription, takes
@@ -358,6 +359,7 @@ def handler_of(callback: Any) -> Handler:
         _refuse_observer(callback.function)
         return callback
     refuse_mistaken(callback, "callbacks")
+    refuse_foreign("each callback", "a function (state, event) -> (state, control)", callback)
     if not callable(callback):
         raise TypeError(
             f"callbacks: expected functions (state, event) -> (state, control), got {callback!r:.60}, "

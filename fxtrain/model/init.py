@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import Due, TrainState
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.model.architecture import Model
 from fxtrain.optim import GradientTransformation
 
@@ -63,7 +64,7 @@ def init(
         step=torch.tensor(0, device=where),
         params=params,
         buffers=buffers,
-        opt_state=init_optimizer(tx, architecture.split(params)),
+        opt_state=init_optimizer(tx, architecture.split(params), model),
         seed=torch.tensor(seed, device=where),
         position=torch.tensor(0, device=where),
         slots={},
@@ -72,21 +73,29 @@ def init(
     )
 
 
-def init_optimizer(tx: Any, params: Any) -> Any:
-    """The memory of ``tx``, as ``init`` takes it, for these trainable parameters."""
+def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
+    """The state of ``tx``, as ``init`` takes it, for these trainable parameters.
+
+    Args:
+        tx: A gradient transformation, a dict of them, or None.
+        params: The trainable parameters.
+        model: What the parameters belong to, for their names in errors.
+    """
     if tx is None:
         return {}
     if isinstance(tx, GradientTransformation):
         return tx.init(params)
     if not isinstance(tx, Mapping):
+        refuse_foreign("tx", "a gradient transformation", tx, model)
         raise TypeError(
-            f"tx is of type {type(tx).__name__}: a gradient transformation is wanted, such as "
-            "fxtrain.optim.adamw(1e-3), or a dict of them. fxtrain.optim.from_torch makes one of an optimizer's class."
+            f"expected tx to be a gradient transformation or a dict of them, got {type(tx).__name__}. Make one by a "
+            "function of fx.optim, such as fx.optim.adamw(1e-3)."
         )
     if not isinstance(params, Mapping) or set(tx) != set(params):
         came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"tx has transformations for {sorted(tx)}, and the model has {came}: give one for each.")
-    return {name: init_optimizer(transformation, params[name]) for name, transformation in tx.items()}
+    models: Any = model if isinstance(model, Mapping) else {}
+    return {name: init_optimizer(each, params[name], models.get(name)) for name, each in tx.items()}
 
 
 def _refuse_unusable(model: Any) -> None:

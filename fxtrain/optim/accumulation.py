@@ -14,7 +14,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.optim import checks
 from fxtrain.optim.leaves import map_with_memory, start_count, zeros
-from fxtrain.optim.transform import GradientTransformation
+from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
 
 class EveryKState(NamedTuple):
@@ -51,6 +51,7 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
         -2.0
         0.0
     """
+    refuse_unless_transformation("tx", tx)
     if not callable(k):
         checks.whole(k=k)
 

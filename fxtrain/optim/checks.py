@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fxtrain.equivalents import refuse_foreign
+
 
 def non_negative(**values: Any) -> None:
     """Refuses numbers below zero."""
@@ -42,6 +44,7 @@ def _numbers(values: dict[str, Any]) -> list[tuple[str, float]]:
             if value.ndim != 0:
                 raise ValueError(f"{name} is a tensor of shape {list(value.shape)}: a 0-d tensor is wanted.")
         elif isinstance(value, bool) or not isinstance(value, int | float):
+            refuse_foreign(name, "a number or a schedule", value, as_schedule=True)
             raise TypeError(f"{name}={value!r}: a number or a 0-d tensor is wanted.")
         else:
             numbers.append((name, value))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.optim.transform import GradientTransformation
+from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
 
 def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformation:
@@ -26,6 +26,8 @@ def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformati
         >>> tx.update(grads, tx.init(grads))[0]
         {'w': tensor([1.+0.5000j])}
     """
+
+    refuse_unless_transformation("tx", tx)
 
     def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
         inner_params = None if params is None else tree.map(_split, params)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.optim import checks
 from fxtrain.optim.leaves import start_count
-from fxtrain.optim.transform import GradientTransformation
+from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -42,6 +42,7 @@ def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> Grad
         >>> float(update), int(state.notfinite_count)
         (0.0, 1)
     """
+    refuse_unless_transformation("tx", tx)
     checks.whole(max_consecutive=max_consecutive)
 
     def init(params: Any) -> ApplyIfFiniteState:

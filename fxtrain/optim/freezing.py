@@ -15,7 +15,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.optim.leaves import start_count
 from fxtrain.optim.masking import partition
-from fxtrain.optim.transform import GradientTransformation, set_to_zero
+from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation, set_to_zero
 
 Phase = int | tuple[int, int] | None
 """The step at which training begins; or that, and the step at which it ends; or None: never."""
@@ -45,6 +45,8 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
         >>> float(first), float(second)
         (0.0, -1.0)
     """
+
+    refuse_unless_transformation("tx", tx)
 
     def init(params: Any) -> ActiveWhenState:
         return ActiveWhenState(start_count(params), tx.init(params))
@@ -87,6 +89,7 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
         >>> first, second
         ({'body.w': tensor(0.), 'head.w': tensor(-1.)}, {'body.w': tensor(-1.), 'head.w': tensor(-1.)})
     """
+    refuse_unless_transformation("tx", tx)
     transforms = {pattern: _during(tx, pattern, phase) for pattern, phase in phases.items()}
 
     def matched(path: str) -> str:

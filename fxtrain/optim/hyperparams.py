@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim.leaves import device_of, start_count, widest
 from fxtrain.optim.nodes import Path, as_code, children, rebuilt
 from fxtrain.optim.transform import GradientTransformation
@@ -63,12 +64,15 @@ def inject_hyperparams(
         >>> state.hyperparams["learning_rate"]
         tensor(3.0000e-05)
     """
+    refuse_foreign("factory", "a function that makes a gradient transformation", factory)
     signature = inspect.signature(factory)
     left = frozenset(static)
 
     def build(*args: Any, **kwargs: Any) -> GradientTransformation:
-        factory(*args, **kwargs)  # Its checks of the numbers: once they are tensors, nothing can be said of them.
         given = _flat(signature, args, kwargs)
+        for name, value in given.items():
+            if not isinstance(value, type):
+                refuse_foreign(name, "a number or a schedule", value, as_schedule=True)
         schedules = {
             name: value
             for name, value in given.items()
@@ -81,6 +85,9 @@ def inject_hyperparams(
                 f"inject_hyperparams({getattr(factory, '__name__', factory)}) was given no float, tensor or schedule: "
                 "name at least one hyper-parameter, as in learning_rate=3e-4."
             )
+
+        # Its checks of the numbers: once they are tensors, nothing can be said of them.
+        factory(**{**given, **{name: of(torch.tensor(0)) for name, of in schedules.items()}})
 
         def init(params: Any) -> InjectHyperparamsState:
             dtype, device = widest(params), device_of(params)

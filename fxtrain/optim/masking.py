@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.optim.nodes import MaskedNode, as_code, as_name, leaf_paths
-from fxtrain.optim.transform import GradientTransformation
+from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
 Mask = Any | Callable[[str, Tensor], bool]
 """A pytree of bools, or a function of a leaf's path and the leaf.
@@ -55,6 +55,8 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         {'body.weight': tensor(1.), 'head.weight': tensor(10.)}
     """
 
+    refuse_unless_transformation("tx", tx)
+
     def init(params: Any) -> MaskedState:
         return MaskedState(tx.init(_where(_selected(mask, params), params)))
 
@@ -89,8 +91,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
         {'body.weight': tensor(0.), 'head.weight': tensor(-0.1000)}
     """
     for label, tx in transforms.items():
-        if not isinstance(tx, GradientTransformation):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"transforms[{label!r}] is a {type(tx).__name__}: a gradient transformation is wanted.")
+        refuse_unless_transformation(f"transforms[{label!r}]", tx)
 
     def groups(values: Any) -> dict[str, list[bool]]:
         found = _of_leaves("labels", labels, values)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim import checks
 from fxtrain.optim.leaves import Scalar, at_least, map_updates, map_with_params, norm, root_mean_square, start_count
 from fxtrain.optim.transform import GradientTransformation, stateless
@@ -47,6 +48,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
         0.5
         0.0
     """
+    refuse_foreign("schedule", "a function of the step", schedule, as_schedule=True)
     if not callable(schedule):
         raise TypeError(f"scale_by_schedule({schedule!r}): a function of the step is wanted; scale takes a number.")
 
@@ -72,6 +74,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
     """
     sign = -1 if flip_sign else 1
     if callable(learning_rate):
+        refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
         schedule = learning_rate
         return scale_by_schedule(lambda count: sign * schedule(count))
     checks.non_negative(learning_rate=learning_rate)

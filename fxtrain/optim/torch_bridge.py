@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim.adadelta import scale_by_adadelta
 from fxtrain.optim.adafactor import scale_by_factored_rms
 from fxtrain.optim.adagrad import scale_by_rss
@@ -56,6 +57,10 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -
         >>> tx.update(params, tx.init(params), params)[0]
         {'w': tensor(-0.1000)}
     """
+    given: Any = optimizer
+    if isinstance(given, torch.optim.Optimizer):
+        refuse_foreign("optimizer", "a class of torch.optim", given)
+    refuse_foreign("lr", "a number or a schedule", hyperparameters.get("lr"), as_schedule=True)
     if optimizer not in _RULES:
         name = getattr(optimizer, "__name__", repr(optimizer))
         why = _REFUSED.get(name, "its steps are not known here")

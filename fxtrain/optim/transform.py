@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fxtrain import tree
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim.leaves import combine
 
 
@@ -29,6 +30,17 @@ class GradientTransformation(NamedTuple):
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
+
+
+def refuse_unless_transformation(argument: str, value: Any) -> None:
+    """Refuses what is no gradient transformation; for optimizers of torch and optax the message has the equivalent."""
+    if isinstance(value, GradientTransformation):
+        return
+    refuse_foreign(argument, "a gradient transformation", value)
+    raise TypeError(
+        f"expected {argument} to be a gradient transformation, got {type(value).__name__}. "
+        "Make one by a function of fx.optim, such as fx.optim.sgd(0.1)."
+    )
 
 
 class EmptyState(NamedTuple):
@@ -84,11 +96,7 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
         tensor([-0.0600, -0.0800])
     """
     for index, transform in enumerate(transforms):
-        if not isinstance(transform, GradientTransformation):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"Argument {index} of chain is a {type(transform).__name__}: gradient transformations are wanted, "
-                "such as sgd(0.1)."
-            )
+        refuse_unless_transformation(f"argument {index} of chain", transform)
 
     def init(params: Any) -> tuple[Any, ...]:
         return tuple(transform.init(params) for transform in transforms)

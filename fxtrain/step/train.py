@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxtrain import optim, tree
 from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated, refuse_unless_whole
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import as_composed, compose
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import model_of
@@ -73,6 +74,7 @@ def train_step(
     """
     refuse_unless_loss(loss_fn)
     if not isinstance(tx, optim.GradientTransformation):
+        refuse_foreign("tx", "a gradient transformation", tx)
         raise TypeError(
             f"tx is {described(tx)}: one gradient transformation is wanted. For several, fxtrain.optim.partition makes "
             "one of them, or write the step by hand, from fxtrain.gradients and fxtrain.step.apply_gradients."

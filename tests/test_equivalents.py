@@ -1,0 +1,465 @@
+"""The expressions in errors for optimizers and schedulers of other libraries evaluate to the same numbers."""
+
+import functools
+import importlib
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from zoo.operators import import_without_operators
+
+import fxtrain as fx
+from fxtrain import optim
+from fxtrain.equivalents import refuse_foreign
+
+STEPS = 300
+TRANSFORMATION = "a gradient transformation"
+
+
+def message(call):
+    with pytest.raises(TypeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def expression(text):
+    return re.search(r"Use (.*?)\.?(\n|$)", text).group(1)
+
+
+def evaluated(text):
+    return eval(expression(text), {"fx": fx, "torch": torch})
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 2)
+
+
+def net(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    module = Net()
+    for value in module.parameters():
+        value.data = torch.randn(value.shape, generator=generator, dtype=dtype)
+    return module
+
+
+def grads_of(params, step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    return {
+        name: torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        for name, value in params.items()
+    }
+
+
+def assert_same_steps(tx, module, optimizer, scheduler=None, *, steps=20, tolerance=1e-12):
+    params = {name: value.detach().clone() for name, value in module.named_parameters()}
+    state = tx.init(params)
+    named = dict(module.named_parameters())
+    for step in range(steps):
+        grads = grads_of(params, step)
+        updates, state = tx.update(grads, state, params)
+        params = optim.apply_updates(params, updates)
+        for name, value in named.items():
+            value.grad = grads[name].clone()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    for name, value in named.items():
+        torch.testing.assert_close(
+            params[name], value.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m
+        )
+
+
+OPTIMIZERS = {
+    "SGD": [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "maximize": True},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+        {"lr": torch.tensor(0.1), "foreach": False},
+    ],
+    "Adam": [{"lr": 0.01, "weight_decay": 0.1}, {"amsgrad": True, "lr": 0.1}, {"decoupled_weight_decay": True}],
+    "AdamW": [
+        {"lr": 3e-4, "weight_decay": 0.1, "betas": (0.9, 0.95)},
+        {"lr": 0.01, "maximize": True, "amsgrad": True, "eps": 1e-3},
+    ],
+    "Adamax": [{"weight_decay": 0.1, "eps": 1e-2}],
+    "NAdam": [{"lr": 0.01, "momentum_decay": 0.1, "weight_decay": 0.1}, {"decoupled_weight_decay": True}],
+    "RAdam": [{"lr": 0.01, "eps": 1e-2, "weight_decay": 0.1}, {"decoupled_weight_decay": True}],
+    "RMSprop": [{"centered": True, "weight_decay": 0.1}, {"momentum": 0.9, "alpha": 0.5}],
+    "Adagrad": [{"weight_decay": 0.1, "initial_accumulator_value": 0.5}, {"lr_decay": 0.1}],
+    "Adadelta": [{}, {"lr": 0.5, "rho": 0.5, "eps": 1e-3, "weight_decay": 0.1}],
+    "ASGD": [{"lr": 0.1, "lambd": 0.1, "t0": 5.0, "weight_decay": 0.1}],
+    "Rprop": [{"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2)}, {}],
+    "Adafactor": [{"lr": 0.5, "beta2_decay": -0.5, "eps": (1e-4, 1e-2), "d": 2.0, "weight_decay": 0.1}],
+}
+TABLE = [(name, options) for name, cases in OPTIMIZERS.items() for options in cases]
+
+
+@pytest.mark.parametrize(("name", "options"), TABLE, ids=[f"{name} {options}" for name, options in TABLE])
+def test_optimizer_in_error_takes_the_same_steps(name, options, double):
+    module = net()
+    optimizer = getattr(torch.optim, name)(module.parameters(), **options)
+    assert_same_steps(evaluated(message(lambda: fx.init(module, optimizer))), module, optimizer)
+
+
+def test_muon_in_error_takes_the_same_steps(double):
+    module = nn.Linear(3, 4, bias=False, dtype=torch.float64)
+    optimizer = torch.optim.Muon(module.parameters(), lr=0.1, nesterov=False)
+    assert_same_steps(evaluated(message(lambda: fx.init(module, optimizer))), module, optimizer)
+
+
+def test_every_optimizer_of_torch_has_an_equivalent_or_a_reason():
+    kinds = {
+        kind
+        for kind in vars(torch.optim).values()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    for kind in kinds:
+        text = message(lambda kind=kind: fx.train_step(lambda model, batch: model(batch), kind))
+        assert "Use fx.optim." in text or kind.__name__ in ("LBFGS", "SparseAdam"), text
+        if kind.__name__ not in ("LBFGS", "SparseAdam"):
+            assert isinstance(evaluated(text), optim.GradientTransformation)
+
+
+def test_betas_and_decay_are_printed_as_numbers():
+    module = net(torch.float32)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    for call in (
+        lambda: fx.init(module, optimizer),
+        lambda: fx.train_step(lambda model, batch: model(batch), optimizer),
+    ):
+        assert message(call) == (
+            "expected tx to be a gradient transformation, got torch.optim.AdamW. "
+            "Use fx.optim.adamw(0.0003, b1=0.9, b2=0.95, weight_decay=0.1)."
+        )
+
+
+def no_decay(module):
+    decayed = [value for value in module.parameters() if value.ndim > 1]
+    others = [value for value in module.parameters() if value.ndim <= 1]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+GROUPS = {
+    "decay by dimensions": no_decay,
+    "one module apart": lambda module: [
+        {"params": module.head.parameters(), "lr": 0.5},
+        {"params": [*module.embedding.parameters(), *module.norm.parameters()]},
+    ],
+    "one name apart": lambda module: [
+        {"params": [module.norm.bias, module.head.bias], "lr": 0.5},
+        {"params": [module.norm.weight, module.head.weight, module.embedding.weight]},
+    ],
+    "scattered": lambda module: [
+        {"params": [module.norm.bias, module.head.weight], "lr": 0.5},
+        {"params": [module.norm.weight], "eps": 0.1},
+        {"params": [module.head.bias, module.embedding.weight]},
+    ],
+    "some left out": lambda module: [{"params": module.head.parameters()}],
+    "equal groups": lambda module: [{"params": module.head.parameters()}, {"params": module.norm.parameters()}],
+}
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamW amsgrad", "Adam"])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_parameter_groups_become_masks_and_partitions(groups, kind, double):
+    module = net()
+    name, _, amsgrad = kind.partition(" ")
+    optimizer = getattr(torch.optim, name)(GROUPS[groups](module), lr=0.01, amsgrad=bool(amsgrad))
+    assert_same_steps(evaluated(message(lambda: fx.init(module, optimizer))), module, optimizer)
+
+
+def test_groups_that_differ_only_in_decay_become_a_mask():
+    module = net()
+    text = message(lambda: fx.init(module, torch.optim.AdamW(no_decay(module), lr=0.01)))
+    assert expression(text) == "fx.optim.adamw(0.01, weight_decay=0.1, mask=lambda path, leaf: leaf.ndim > 1)"
+
+
+def test_groups_without_names_say_where_names_are_known():
+    module = net()
+    optimizer = torch.optim.SGD(GROUPS["one module apart"](module), lr=0.1)
+    text = message(lambda: fx.optim.chain(optimizer))
+    assert "Pass it to fx.init(module, optimizer)" in text
+    named = torch.optim.SGD(
+        [
+            {"params": list(module.head.named_parameters("head")), "lr": 0.5},
+            {"params": [*module.embedding.named_parameters("embedding"), *module.norm.named_parameters("norm")]},
+        ],
+        lr=0.1,
+    )
+    assert "path.startswith('head.')" in message(lambda: fx.optim.chain(named))
+
+
+def test_optimizers_in_a_dict_of_modules_are_named_by_their_module():
+    modules = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
+    params = [value for module in modules.values() for value in module.parameters()]
+    optimizer = torch.optim.SGD([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], lr=0.1)
+    assert "path in {'a.weight'}" in message(lambda: fx.init(modules, optimizer))
+
+
+def transformers(name, **arguments):
+    def make(optimizer):
+        pytest.importorskip("transformers")
+        import_without_operators()
+        return getattr(importlib.import_module("transformers.optimization"), name)(optimizer, **arguments)
+
+    return make
+
+
+def sequential(optimizer):
+    parts = [
+        lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20),
+        lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=1),
+        lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=0.01),
+    ]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[20, 50])
+
+
+def chained(optimizer):
+    parts = [
+        lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20),
+        lr_scheduler.ExponentialLR(optimizer, 0.99),
+        lr_scheduler.StepLR(optimizer, 30, 0.5),
+    ]
+    return lr_scheduler.ChainedScheduler(parts, optimizer)
+
+
+S = functools.partial
+SCHEDULERS = {
+    "StepLR": S(lr_scheduler.StepLR, step_size=7, gamma=0.9),
+    "MultiStepLR": S(lr_scheduler.MultiStepLR, milestones=[3, 50, 50, 100], gamma=0.5),
+    "ConstantLR": S(lr_scheduler.ConstantLR, factor=0.25, total_iters=11),
+    "ConstantLR without steps": S(lr_scheduler.ConstantLR, factor=0.25, total_iters=0),
+    "LinearLR": S(lr_scheduler.LinearLR, start_factor=0.1, end_factor=0.7, total_iters=33),
+    "ExponentialLR": S(lr_scheduler.ExponentialLR, gamma=0.98),
+    "PolynomialLR": S(lr_scheduler.PolynomialLR, total_iters=120, power=2),
+    "CosineAnnealingLR": S(lr_scheduler.CosineAnnealingLR, T_max=90, eta_min=0.001),
+    "CosineAnnealingLR to zero": S(lr_scheduler.CosineAnnealingLR, T_max=400),
+    "CosineAnnealingWarmRestarts": S(lr_scheduler.CosineAnnealingWarmRestarts, T_0=13, eta_min=0.001),
+    "CosineAnnealingWarmRestarts longer": S(lr_scheduler.CosineAnnealingWarmRestarts, T_0=7, T_mult=2),
+    "CosineAnnealingWarmRestarts thrice": S(lr_scheduler.CosineAnnealingWarmRestarts, T_0=1, T_mult=3),
+    "OneCycleLR": S(lr_scheduler.OneCycleLR, max_lr=0.5, total_steps=STEPS, cycle_momentum=False),
+    "OneCycleLR between steps": S(
+        lr_scheduler.OneCycleLR, max_lr=0.5, total_steps=STEPS + 3, pct_start=0.257, cycle_momentum=False
+    ),
+    "OneCycleLR three phases": S(
+        lr_scheduler.OneCycleLR,
+        max_lr=0.5,
+        total_steps=STEPS + 7,
+        three_phase=True,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    ),
+    "OneCycleLR momentum": S(lr_scheduler.OneCycleLR, max_lr=0.5, total_steps=STEPS),
+    "CyclicLR": S(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=20),
+    "CyclicLR uneven": S(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=20, step_size_down=9),
+    "CyclicLR halved": S(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=20, mode="triangular2"),
+    "CyclicLR exponential": S(
+        lr_scheduler.CyclicLR,
+        base_lr=0.01,
+        max_lr=0.2,
+        step_size_up=20,
+        step_size_down=30,
+        mode="exp_range",
+        gamma=0.99,
+    ),
+    "SequentialLR": sequential,
+    "ChainedScheduler": chained,
+    "constant": transformers("get_constant_schedule"),
+    "constant warmup": transformers("get_constant_schedule_with_warmup", num_warmup_steps=10),
+    "linear": transformers("get_linear_schedule_with_warmup", num_warmup_steps=10, num_training_steps=200),
+    "linear without warmup": transformers(
+        "get_linear_schedule_with_warmup", num_warmup_steps=0, num_training_steps=200
+    ),
+    "cosine": transformers("get_cosine_schedule_with_warmup", num_warmup_steps=10, num_training_steps=200),
+    "cosine cycles": transformers(
+        "get_cosine_schedule_with_warmup", num_warmup_steps=10, num_training_steps=200, num_cycles=2.5
+    ),
+    "hard restarts": transformers(
+        "get_cosine_with_hard_restarts_schedule_with_warmup", num_warmup_steps=10, num_training_steps=200, num_cycles=5
+    ),
+    "polynomial": transformers(
+        "get_polynomial_decay_schedule_with_warmup", num_warmup_steps=10, num_training_steps=200, lr_end=1e-3, power=2.0
+    ),
+    "inverse_sqrt": transformers("get_inverse_sqrt_schedule", num_warmup_steps=10),
+    "min lr": transformers(
+        "get_cosine_with_min_lr_schedule_with_warmup", num_warmup_steps=10, num_training_steps=200, min_lr=0.01
+    ),
+    "min lr rate": transformers(
+        "get_cosine_with_min_lr_schedule_with_warmup_lr_rate",
+        num_warmup_steps=10,
+        num_training_steps=200,
+        min_lr_rate=0.1,
+    ),
+    "min lr rate warmup": transformers(
+        "get_cosine_with_min_lr_schedule_with_warmup_lr_rate",
+        num_warmup_steps=10,
+        num_training_steps=200,
+        min_lr_rate=0.1,
+        warmup_lr_rate=0.2,
+    ),
+    "wsd": transformers(
+        "get_wsd_schedule", num_warmup_steps=10, num_decay_steps=50, num_training_steps=200, min_lr_ratio=0.1
+    ),
+    "wsd cosine warmup": transformers(
+        "get_wsd_schedule",
+        num_warmup_steps=10,
+        num_decay_steps=50,
+        num_training_steps=200,
+        warmup_type="cosine",
+        decay_type="linear",
+    ),
+    "wsd roots": transformers(
+        "get_wsd_schedule",
+        num_warmup_steps=10,
+        num_decay_steps=50,
+        num_training_steps=200,
+        warmup_type="1-sqrt",
+        decay_type="1-sqrt",
+        min_lr_ratio=0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedule_in_error_has_the_same_values(name):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
+    scheduler = SCHEDULERS[name](optimizer)
+    text = message(lambda: optim.adamw(scheduler))
+    schedule = evaluated(text)
+    cycled = re.search(r"Its momentum follows (.*)\.\n", text)
+    momentum = eval(cycled.group(1), {"fx": fx}) if cycled else None
+    rates, momenta = [], []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        scheduler.step()
+    steps = torch.arange(STEPS)
+    expected = torch.tensor(rates, dtype=torch.float64)
+    torch.testing.assert_close(schedule(steps).expand(STEPS), expected, rtol=1e-12, atol=1e-14)
+    if momentum is not None:
+        expected = torch.tensor(momenta, dtype=torch.float64)
+        torch.testing.assert_close(momentum(steps), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {}), (torch.optim.Adam, {})]
+)
+def test_scheduler_with_cycled_momentum_takes_the_same_steps(kind, options, double):
+    module = net()
+    optimizer = kind(module.parameters(), lr=0.1, **options)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=21)
+    assert_same_steps(evaluated(message(lambda: fx.init(module, scheduler))), module, optimizer, scheduler)
+
+
+def test_scheduler_of_groups_takes_the_same_steps(double):
+    module = net()
+    optimizer = torch.optim.AdamW(GROUPS["scattered"](module), lr=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert "There is no equivalent expression: LambdaLR" in message(lambda: fx.init(module, scheduler))
+    scheduler = lr_scheduler.StepLR(optimizer, 5, 0.5)
+    tx = evaluated(message(lambda: fx.init(module, scheduler)))
+    assert_same_steps(tx, module, optimizer, scheduler)
+
+
+def test_plateau_becomes_a_callback_and_an_injected_rate():
+    module = net(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.3, patience=2, threshold_mode="abs")
+    text = message(lambda: fx.compose(scheduler))
+    assert text == (
+        "expected each callback to be a function (state, event) -> (state, control), got "
+        "torch.optim.lr_scheduler.ReduceLROnPlateau. Use fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.5, "
+        "momentum=0.9).\nAdd the callback fx.callbacks.reduce_on_plateau('loss', factor=0.3, patience=2, mode='max', "
+        "relative=False) to fx.fit, with the name of the metric at EvalEnd."
+    )
+    evaluated(text)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tx, rate: optim.chain(optim.clip_by_global_norm(1.0), tx),
+        lambda tx, rate: optim.partition({"a": tx}, {"a": "a"}),
+        lambda tx, rate: optim.masked(tx, lambda path, leaf: True),
+        lambda tx, rate: optim.every_k(tx, 2),
+        lambda tx, rate: optim.lookahead(tx, period=2),
+        lambda tx, rate: optim.apply_if_finite(tx, max_consecutive=2),
+        lambda tx, rate: optim.active_when(tx, lambda count: count > 1),
+        lambda tx, rate: optim.unfreeze(tx, {"*": 1}),
+        lambda tx, rate: optim.from_torch(tx),
+        lambda tx, rate: optim.sgd(rate),
+        lambda tx, rate: optim.from_torch(torch.optim.SGD, lr=rate),
+        lambda tx, rate: optim.inject_hyperparams(optim.adamw)(learning_rate=rate),
+        lambda tx, rate: optim.inject_hyperparams(torch.optim.AdamW),
+        lambda tx, rate: optim.add_decayed_weights(rate),
+        lambda tx, rate: fx.schedules.warmup(rate, 10),
+        lambda tx, rate: fx.schedules.join([fx.schedules.constant(0.1), rate], [10]),
+        lambda tx, rate: fx.callbacks.schedule_hyperparam("weight_decay", rate),
+        lambda tx, rate: fx.attach(fx.init(nn.Linear(1, 1)), [rate]),
+        lambda tx, rate: fx.fit(fx.init(nn.Linear(1, 1)), None, [], callbacks=[tx], steps=1),
+    ],
+)
+def test_every_entrance_names_the_equivalent(call):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    text = message(lambda: call(optimizer, lr_scheduler.StepLR(optimizer, 10)))
+    assert text.startswith("expected ")
+    evaluated(text)
+
+
+class Custom(torch.optim.SGD):
+    pass
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (torch.optim.LBFGS, "evaluates the loss several times"),
+        (torch.optim.SparseAdam, "gradients are dense"),
+        (Custom, "It derives from torch.optim.SGD"),
+        (Lion, "The closest is fx.optim.lion(lr, weight_decay=...)"),
+    ],
+)
+def test_optimizers_without_an_equivalent_say_what_to_do(kind, words):
+    text = message(lambda: fx.init(nn.Linear(1, 1), kind([nn.Parameter(torch.zeros(1))])))
+    assert "There is no equivalent expression" in text
+    assert words in text
+
+
+def test_transformations_of_optax_are_read():
+    import jax.numpy as jnp
+    import optax
+
+    params = {"w": torch.tensor([1.0, -2.0])}
+    for theirs in (
+        optax.adamw(3e-4, b2=0.95),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+        optax.rmsprop(0.1),
+    ):
+        tx = evaluated(message(lambda theirs=theirs: fx.init(nn.Linear(1, 1), theirs)))
+        updates, _ = tx.update(params, tx.init(params), params)
+        arrays = {"w": jnp.asarray(params["w"].numpy())}
+        expected, _ = theirs.update(arrays, theirs.init(arrays), arrays)
+        torch.testing.assert_close(updates["w"], torch.tensor(list(map(float, expected["w"]))))
+    text = message(lambda: optim.chain(optax.adam(optax.linear_schedule(0.1, 0.0, 10))))
+    assert "Build it from fx.optim" in text
+    assert "Use fx.schedules.cosine with the same numbers" in message(
+        lambda: optim.sgd(optax.cosine_decay_schedule(0.1, 10))
+    )
+
+
+def test_anything_else_passes():
+    for value in (None, 1, 0.1, torch.tensor(1.0), "adamw", optim.sgd(0.1), fx.schedules.constant(1.0), nn.Linear):
+        refuse_foreign("tx", TRANSFORMATION, value)
