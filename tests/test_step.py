@@ -323,6 +323,15 @@ class TestTrainStep:
         del batch["name"]
         assert seen == [{**batch, "x": torch.Size([2, 2]), "mask": torch.Size([1, 3])}] * 2
 
+    def test_texts_are_cut_with_the_tensors_beside_them(self):
+        texts, places = ["a", "b", "c", "d"], ({"at": 1}, None, {"at": 3}, {"at": 4})
+        batch = {"x": torch.arange(4), "text": texts, "more": {"places": places}, "classes": ["dog", "cat"], "n": "all"}
+        first, second = fx.step.microbatches(batch, 2)
+        assert (first["text"], second["text"]) == (["a", "b"], ["c", "d"])
+        assert (first["more"]["places"], second["more"]["places"]) == (places[:2], places[2:])
+        assert first["classes"] == second["classes"] == ["dog", "cat"]
+        assert first["n"] == second["n"] == "all"
+
     @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
     def test_accumulate_is_a_whole_number(self, accumulate):
         with pytest.raises(ValueError, match="a whole number of microbatches, 1 or more"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import NAMESPACE, ops
 from fxtrain.data.containers import holds_graph
 from fxtrain.metrics import Metric
 from fxtrain.step.gradients import Gradient
@@ -20,11 +21,13 @@ from fxtrain.step.returned import described
 def microbatches(batch: Any, count: int) -> list[Any]:
     """The batch cut into ``count`` parts of equal size along the first dimension of its tensors.
 
+    Lists and tuples of values that are not tensors, such as texts, are cut too if they have an entry for each example.
+
     Leaves without examples are shared by all parts: tensors of shape [], tensors whose first dimension is 1 (which
-    broadcast, as position ids do), and leaves that are not tensors.
+    broadcast, as position ids do), and all other leaves.
 
     Args:
-        batch: A pytree of tensors [examples, ...], and of leaves to share.
+        batch: A pytree of tensors [examples, ...], of columns with an entry for each example, and of leaves to share.
         count: How many parts.
 
     Raises:
@@ -41,12 +44,23 @@ def microbatches(batch: Any, count: int) -> list[Any]:
             f"accumulate={count}: expected a batch of tensors [examples, ...], got a graph, which cannot be cut. Take "
             "accumulate=1 and a smaller batch size in its loader."
         )
-    size = _common_size(batch, count) // count
+    examples = _common_size(batch, count)
+    size = examples // count
 
     def part(leaf: Any, index: int) -> Any:
-        return leaf[index * size : (index + 1) * size] if _has_examples(leaf) else leaf
+        is_cut = _has_examples(leaf) or _is_column(leaf, examples)
+        return leaf[index * size : (index + 1) * size] if is_cut else leaf
 
-    return [tree.map(lambda leaf, index=index: part(leaf, index), batch) for index in range(count)]
+    if torch.compiler.is_dynamo_compiling():
+        return [tree.map(lambda leaf, index=index: part(leaf, index), batch) for index in range(count)]
+
+    def is_leaf(part: Any) -> bool:
+        return _is_column(part, examples)
+
+    return [
+        ops.tree_map(lambda leaf, index=index: part(leaf, index), batch, is_leaf=is_leaf, namespace=NAMESPACE)
+        for index in range(count)
+    ]
 
 
 def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
@@ -122,6 +136,15 @@ def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
 
 def _has_examples(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] != 1
+
+
+def _is_column(part: Any, examples: int) -> bool:
+    """Whether this is a list or a tuple of an entry for each example, without tensors."""
+    return (
+        type(part) in (list, tuple)
+        and len(part) == examples
+        and not any(isinstance(leaf, Tensor) for leaf in ops.tree_leaves(part, namespace=NAMESPACE))
+    )
 
 
 def _common_size(batch: Any, count: int) -> int:
