@@ -177,3 +177,22 @@ def test_sizes_beyond_the_limit_of_dynamo_run_uncompiled():
         losses = [float(step(state, torch.ones(size))[1].metrics["loss"]) for size in range(2, 7)]
     assert losses == list(range(2, 7))
     assert len(caught) == 1
+
+
+def test_a_run_publishes_its_graphs_and_its_share_of_padding():
+    data = bucketed(texts(), 3, sizes=3, multiple=4, drop_last=False, seed=1)
+    step, begun = fx.compile(fx.train_step(lambda m, b: (m["w"] * b["x"]).mean(), TX), backend="eager"), []
+
+    def see(state, event: fx.FitBegin, control):
+        begun.append(event)
+
+    state = fx.init({"w": torch.tensor(1.0)}, TX)
+    result = fx.fit(state, step, fx.data.prefetch(data).map(lambda batch: batch), epochs=2, observers=[see])
+    assert begun[0].sizes == len(data.sizes)
+    assert result.history["compile/graphs"].values.tolist() == [len(data.sizes)]
+    assert result.history["compile/seconds"].values[0] > 0
+    real = [int(sum(data[i]["mask"].sum() for i in range(n, n + data.epoch_length))) for n in (0, data.epoch_length)]
+    slots = [sum(data[i]["mask"].numel() for i in range(n, n + data.epoch_length)) for n in (0, data.epoch_length)]
+    share = [1 - r / s for r, s in zip(real, slots, strict=True)]
+    assert result.history["data/padding"].values.tolist() == pytest.approx(share, rel=1e-12)
+    assert result.history["data/padding"].steps.tolist() == [data.epoch_length, 2 * data.epoch_length]

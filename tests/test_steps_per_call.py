@@ -80,7 +80,8 @@ def test_a_run_has_the_events_of_single_steps(k, limit):
     assert ordered(seen) == ordered(plain_seen)
     assert sorted(seen) == sorted(plain_seen)
     assert same(together.last, plain.last)
-    for name, curve in plain.history.items():
+    for name in {*plain.history} - {"compile/graphs", "compile/seconds"}:
+        curve = plain.history[name]
         assert together.history[name].values.tolist() == curve.values.tolist()
 
 

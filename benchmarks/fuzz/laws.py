@@ -309,6 +309,7 @@ def _points(history: Any) -> dict[tuple[str, int], float]:
     return {
         (name, int(step)): float(value)
         for name, series in history.items()
+        if not name.startswith("compile/")  # which depends on the sessions
         for step, value in zip(series.steps, series.values, strict=True)
     }
 

@@ -52,6 +52,7 @@ class Compiled:
         self._routes, self._on_recompile, self._options = routes, on_recompile, options
         self._graphs: list[Graph] = []  # the one that was used last is first
         self._known: list[dict[str, str]] = []
+        self._seconds = 0.0
         self._declared = 1  # how many kinds of batches come by declaration
         self._has_warned_of_batches = False
         self._donating: Compiled | None = None
@@ -87,7 +88,12 @@ class Compiled:
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return len(self._graphs)
+        return len(self._graphs) + (self._several.graphs if self._several is not None else 0)
+
+    @property
+    def seconds(self) -> float:
+        """How long making the graphs took."""
+        return self._seconds + (self._several.seconds if self._several is not None else 0.0)
 
     def donating(self) -> Compiled:
         """The same, writing the new state over the old one: what ``fit`` uses, as it owns its state."""
@@ -106,6 +112,8 @@ class Compiled:
             kinds: How many shapes batches have. Nothing is declared by 1, or None where it is unknown.
         """
         self._declared = batches_of(self._known) + kinds if kinds is not None and kinds > 1 else 1
+        if self._declared > 1:
+            _log.info("%r takes batches of %d shapes and compiles a graph for each.", self.step, kinds)
         if self._several is not None:
             self._several.expect(kinds)
 
@@ -132,7 +140,7 @@ class Compiled:
             assert isinstance(self.step, Step)
             self._several = copy.copy(self)
             self._several.step = Several(self.step, self.steps_per_call)
-            self._several._graphs, self._several._known = [], []
+            self._several._graphs, self._several._known, self._several._seconds = [], [], 0.0
         return self._several(state, tuple(batches))
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
@@ -181,7 +189,9 @@ class Compiled:
         _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
         began = time.perf_counter()
         artefact = self._compiler(self.step, entered, batch, in_place=self.donates)
-        _log.info("Compiled %r in %.1f s.", self.step, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        _log.info("Compiled %r in %.1f s.", self.step, seconds)
         graph = Graph(self.step, state, batch, artefact, **self._options)
         self._graphs.insert(0, graph)
         self._known.append(kinds)

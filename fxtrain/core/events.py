@@ -211,10 +211,12 @@ class FitBegin(LoopEvent):
     Args:
         fires: The traced events that the step fires.
         resumed: Whether the state has taken steps before.
+        sizes: How many shapes the batches have; None where that is unknown.
     """
 
     fires: frozenset[type[Any]] = frozenset()
     resumed: bool = False
+    sizes: int | None = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

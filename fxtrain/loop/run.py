@@ -9,6 +9,7 @@ outcome, and it is yielded. A request is handled only after the fold, so a save 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,13 +28,14 @@ from fxtrain.core import (
     TrainState,
 )
 from fxtrain.data import adapt
-from fxtrain.fold import as_composed, attach
+from fxtrain.fold import as_composed, attach, compose
 from fxtrain.loop.arguments import refuse_unless_state, refuse_unless_trains
 from fxtrain.loop.current import Current
 from fxtrain.loop.emitter import Emitter, Moment, Moments
 from fxtrain.loop.epochs import begin_epochs
 from fxtrain.loop.evaluate import declare_shapes
 from fxtrain.loop.feeding import Feeding
+from fxtrain.loop.figures import figures
 from fxtrain.loop.history import History
 from fxtrain.loop.interrupts import Abandoned, Interrupts
 from fxtrain.loop.plan import Plan
@@ -73,6 +75,8 @@ class Run:
         restored_state = state
         seed = int(state.seed)
         self.data: Any = adapt(data, seed=seed)
+        known = figures(self.step, self.data)
+        plan = self.plan = dataclasses.replace(plan, callbacks=compose(plan.callbacks, *known)) if known else plan
         # A slot that the state lacks begins here, where the session goes on from, epochs counted.
         state = self._attached(begin_epochs(state, self.data))
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
@@ -196,7 +200,9 @@ class Run:
 
     def _begin(self) -> Moments:
         now, pending = self._now, self._now.due["save"]
-        yield from self._emitter.emit(FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0)
+        yield from self._emitter.emit(
+            FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.kinds
+        )
         if now.due["save"] and not pending:  # how often this event fires depends on interruptions, so no rewind target
             now.set(save=False)
             self._requests.save("session")

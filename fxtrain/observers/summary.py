@@ -243,6 +243,7 @@ def _data(event: FitBegin) -> Facts:
     within = within % event.epoch_length if event.epoch_length else within
     return _known(
         epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
+        sizes=f"{event.sizes}, a graph for each if the step is compiled" if (event.sizes or 1) > 1 else "",
         position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
     )
 
