@@ -108,7 +108,7 @@ def test_windows_do_not_overlap_and_begin_elsewhere_each_epoch():
             ValueError,
             r"arrays\['x'\] has 3 rows and arrays\['y'\]\[0\] has 4: arrays of one length are wanted",
         ),
-        (lambda: batches({"x": [1, 2]}, 2), TypeError, r"arrays\['x'\]\[0\] is a int: a tensor or a numpy array"),
+        (lambda: batches({"x": [1, 2]}, 2), TypeError, r"arrays\['x'\]\[0\], a int. Convert it: numpy"),
         (lambda: batches({"x": torch.tensor(1)}, 2), ValueError, r"arrays\['x'\] has shape \[\]"),
         (lambda: batches({}, 2), ValueError, "There is no array"),
         (lambda: batches(np.array(["a", "b"]), 2)[0], TypeError, "expected a batch with a tensor in it, got array"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.data.arrays import sequence
@@ -55,7 +56,7 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
         seed: Any whole number, for orders that a loader draws.
 
     Raises:
-        TypeError: If it gives samples, and no batches.
+        TypeError: If it gives samples and no batches, or is no data.
 
     Example:
         >>> import torch
@@ -76,6 +77,7 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
         return from_stateful_loader(source, seed=seed)
     if isinstance(source, DataLoader):
         return from_loader(source, seed=seed)
+    _refuse_other_kind(source)
     samples = isinstance(source, Dataset) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
     if isinstance(source, Tensor | np.ndarray | Mapping) or (samples and not isinstance(source, IterableDataset)):
         raise TypeError(
@@ -83,3 +85,18 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
             "fxtrain.data.batches(source, batch_size), or with a DataLoader."
         )
     return from_iterable(source, seed=seed)
+
+
+def _refuse_other_kind(source: Any) -> None:
+    """Refuses what neither holds samples nor gives batches."""
+    kind, remedy = type(source).__name__, ""
+    if isinstance(source, type):
+        kind, remedy = f"the class {source.__name__}", "Make an instance."
+    elif isinstance(source, nn.Module):
+        remedy = "Give the arguments in this order: fit(state, step, data)."
+    elif isinstance(source, str | bytes | os.PathLike):
+        remedy = "Read what it names, for example with datasets.load_dataset."
+    elif isinstance(source, Mapping) and any(isinstance(value, DataLoader | Source) for value in source.values()):
+        remedy = f"Choose one, as data[{next(iter(source))!r}]."
+    if remedy:
+        raise TypeError(f"expected batches, got {kind if isinstance(source, type) else f'a {kind}'}. {remedy}")

@@ -85,11 +85,12 @@ def batches(
 
     Args:
         source: A tensor, an array, or a pytree (not a list) of these, all of the same length in the first dimension;
-            arrays may be memory-mapped. Or a map-style dataset: anything with ``len`` and ``[]``, as a list of
-            samples. The dataset's random numbers, from the global generators of torch, Python and numpy, are a
-            function of (seed, position). A ``datasets.Dataset`` without a format is read as tensors. Or a stream: an
-            ``IterableDataset`` of torch or ``datasets``, or a WebDataset, whose samples are batched in their order. A
-            run resumes from the stream's ``state_dict`` if it has one; otherwise an epoch is read again from its start.
+            arrays may be memory-mapped, or read lazily as those of h5py and zarr. Or a map-style dataset: anything with
+            ``len`` and ``[]``, as a list of samples. The dataset's random numbers, from the global generators of torch,
+            Python and numpy, are a function of (seed, position). A ``datasets.Dataset`` without a format is read as
+            tensors. Or a stream: an ``IterableDataset`` of torch or ``datasets``, or a WebDataset, whose samples are
+            batched in their order. A run resumes from the stream's ``state_dict`` if it has one; otherwise an epoch is
+            read again from its start.
         batch_size: Items in a batch.
         seed: Any whole number. Each epoch has an order of its own.
         shuffle: Whether each epoch has an order of its own. By default this is so for all but streams, which shuffle
@@ -103,7 +104,7 @@ def batches(
 
     Raises:
         ValueError: If there is no full batch, or lengths differ.
-        TypeError: If a leaf is not an array.
+        TypeError: If a leaf is not an array, or the source is a table of pandas, polars or pyarrow.
 
     Example:
         >>> data = batches({"x": torch.arange(10), "y": np.arange(10) ** 2}, 4, seed=0)
@@ -113,6 +114,7 @@ def batches(
         2
     """
     source = as_torch(source)
+    _refuse_table(source)
     if isinstance(source, IterableDataset) or is_stream(source):
         options: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last, "collate": collate, "dynamic": dynamic}
         return _grouped(source, batch_size, seed=seed, **options)
@@ -280,8 +282,11 @@ def _common_length(source: Any) -> int:
     if not leaves:
         raise ValueError(f"There is no array in {source!r}.")
     for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, Tensor | np.ndarray):
-            raise TypeError(f"{path} is a {type(leaf).__name__}: a tensor or a numpy array is wanted.")
+        if not isinstance(leaf, Tensor | np.ndarray) and not _is_read_lazily(leaf):
+            raise TypeError(
+                f"expected tensors, arrays of numpy, or arrays on disk, got {path}, a {type(leaf).__name__}. Convert "
+                "it: numpy.asarray(...)."
+            )
         if len(leaf.shape) == 0:
             raise ValueError(f"{path} has shape []: its first dimension numbers the items, and it has none.")
         if len(leaf) != len(leaves[0]):
@@ -292,7 +297,27 @@ def _common_length(source: Any) -> int:
     return len(leaves[0])
 
 
-def _rows(leaf: Tensor | np.ndarray, index: np.ndarray) -> Any:
+def _refuse_table(source: Any) -> None:
+    """Refuses tables of pandas, polars and pyarrow, whose ``[]`` is not by rows."""
+    kind = type(source)
+    if kind.__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
+        raise TypeError(
+            f"expected arrays or a dataset, got a {kind.__name__} of {kind.__module__.partition('.')[0]}. Give its "
+            "columns as arrays: {name: table[name].to_numpy() for name in names}."
+        )
+
+
+def _is_read_lazily(leaf: Any) -> bool:
+    """Whether this is an array that reads from disk what is indexed, as those of h5py and zarr."""
+    is_array = all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
+    return is_array and isinstance(leaf.dtype, np.dtype) and not hasattr(leaf, "iloc")
+
+
+def _rows(leaf: Any, index: np.ndarray) -> Any:
+    if not isinstance(leaf, Tensor | np.ndarray):
+        # Such files are read in rising order, each row once.
+        rows, places = np.unique(index, return_inverse=True)
+        return as_tensors(np.asarray(getattr(leaf, "oindex", leaf)[rows])[places])
     if isinstance(leaf, np.ndarray):
         return as_tensors(np.asarray(leaf[index]))  # reads only these rows of a memory-mapped file
     at = torch.from_numpy(index).to(leaf.device)

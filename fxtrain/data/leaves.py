@@ -23,7 +23,8 @@ def as_tensors(batch: Any) -> Any:
     """The batch with numpy arrays, numbers and lists of numbers as tensors.
 
     A Python number becomes a tensor of shape [] (int64, bool, or torch's default floating dtype), and a list of numbers
-    one of shape [n]. Text, bytes, paths, dates, None and other values without numbers stay as they are.
+    one of shape [n]. A structured array becomes a dict of its fields. Text, bytes, paths, dates, None and other values
+    without numbers stay as they are.
 
     Raises:
         TypeError: If a leaf holds numbers in a form that is not an array of torch or numpy. The message names its path.
@@ -88,11 +89,16 @@ def _refuse(path: str, leaf: Any, conversion: str) -> NoReturn:
 
 
 def _from_numpy(path: str, leaf: Any) -> Any:
+    if leaf.dtype.names is not None:
+        return {name: _from_numpy(f"{path}[{name!r}]", leaf[name]) for name in leaf.dtype.names}
     if leaf.dtype.kind not in _KINDS_OF_NUMBERS:
         return leaf
     try:
-        # A tensor cannot be read-only, so a read-only array is copied.
-        return torch.as_tensor(leaf if isinstance(leaf, np.ndarray) and leaf.flags.writeable else np.array(leaf))
+        if not leaf.dtype.isnative:
+            leaf = leaf.astype(leaf.dtype.newbyteorder("="))
+        # A tensor cannot be read-only or run backwards, so such an array is copied.
+        as_it_is = isinstance(leaf, np.ndarray) and leaf.flags.writeable and min(leaf.strides, default=0) >= 0
+        return torch.as_tensor(leaf if as_it_is else np.array(leaf, order="C"))
     except (TypeError, ValueError):
         raise TypeError(
             f"expected arrays of dtypes that torch has, got {path}, an array of {leaf.dtype}. Convert it with data.map."

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from fxtrain.core import NAMESPACE, ops
 from fxtrain.data.containers import is_graph, open_containers
+from fxtrain.data.leaves import as_tensors
 
 
 def samples(dataset: Any, keys: Any) -> list[Any]:
@@ -38,27 +39,44 @@ def collate(samples: list[Any]) -> Any:
     if is_graph(samples[0]):
         return importlib.import_module("torch_geometric.data").Batch.from_data_list(samples)
     try:
-        return default_collate(samples)
-    except RuntimeError as error:
-        if "equal size" not in str(error):
-            raise
-        raise ValueError(
-            f"expected samples of one shape, which a batch stacks, got different ones ({error}). Pad them with "
-            "fxtrain.data.padded, or give a collate function."
-        ) from error
+        return _stacked(samples)
     except TypeError:
         open_containers(samples)
 
     def join(*leaves: Any) -> Any:
         is_numeric = all(isinstance(leaf, Tensor | np.ndarray | np.generic | bool | int | float) for leaf in leaves)
-        return default_collate(list(leaves)) if is_numeric else list(leaves)
+        return (
+            _stacked([as_tensors(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
+            if is_numeric
+            else list(leaves)
+        )
 
     try:
         return ops.tree_map(join, *samples, none_is_leaf=True, namespace=NAMESPACE)
+    except _ShapesError:
+        raise
     except ValueError as error:
         raise ValueError(
             f"expected samples of one structure, got different ones ({error}). Give a collate function."
         ) from error
+
+
+class _ShapesError(ValueError):
+    """Samples of different shapes."""
+
+
+def _stacked(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        if "equal size" not in str(error):
+            raise
+        raise _ShapesError(
+            f"expected samples of one shape, which a batch stacks, got different ones ({error}). Pad them with "
+            "fxtrain.data.padded, or give a collate function."
+        ) from error
+    except ValueError as error:  # of arrays that torch does not take as they are: backwards, or of other byte order
+        raise TypeError(str(error)) from error
 
 
 def as_torch(dataset: Any) -> Any:
