@@ -215,3 +215,36 @@ def test_parameter_named_as_a_field_of_the_optimizer_state(tmp_path):
     state = back.opt_state[0]
     assert (state.mu["x"].tolist(), state.nu["mu"].tolist()) == ([1, 1], [0, 0, 0])
     assert (int(state.count["x"]), int(state.count["mu"])) == (1, 0)
+
+
+def test_other_dtypes_alone_are_refused_with_the_way_out(tmp_path):
+    path = checkpoint(tmp_path, fx.init(Net().bfloat16()))
+    with pytest.raises(fx.CheckpointError, match=r"Only dtypes differ\. Make `like` with .*dtype=torch.bfloat16\)"):
+        fx.restore(path, like=fx.init(Net()))
+    back = quiet(path, fx.init(Net(), dtype=torch.bfloat16), where="state.params")
+    loaded = fx.load_state_dict(fx.init(Net()), fx.state_dict(back), cast=True)
+    assert loaded.params["head.bias"].dtype == torch.float32
+
+
+def test_statistics_of_all_parameters_are_initialized_by_choice(tmp_path):
+    monitor = fx.callbacks.weight_stats()
+    path = checkpoint(tmp_path, fx.attach(start(), monitor))
+    with_more = torch.nn.ModuleDict({**dict(Net().named_children()), "more": torch.nn.Linear(1, 1)})
+    bare = fx.init(with_more, TX)
+    with pytest.raises(fx.CheckpointError, match=r"To initialize 'weights', restore like a state without such slots"):
+        fx.restore(path, like=fx.attach(bare, monitor), fresh="more.*")
+    fx.attach(quiet(path, bare, fresh="more.*", extra="drop"), monitor)
+
+
+def test_counts_without_names_do_not_pass_as_fresh(tmp_path):
+    state = fx.init({"a": torch.ones(2), "b": torch.ones(2)}, fx.optim.scale_by_adam())
+    adam_state = state.opt_state
+    nameless = adam_state._replace(count=WithoutNames(torch.tensor([2, 3])))
+    path = checkpoint(tmp_path, state.replace(opt_state=nameless))
+    testing.assert_equal(quiet(path, state).opt_state.count.values, torch.tensor([2, 3]), "the counts")
+    with pytest.raises(fx.CheckpointError, match=r"expected the parameter of each element of .*count.values"):
+        fx.restore(path, like=state, fresh="a")
+
+
+class WithoutNames(NamedTuple):
+    values: Tensor

@@ -90,6 +90,13 @@ def test_part_of_a_model_is_loaded_as_from_pretrained_converts_it(tmp_path):
     )
 
 
+def test_folder_that_from_pretrained_refuses_is_named(tmp_path):
+    torch.save({"old.weight": torch.ones(1, dtype=torch.float64)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(fx.CheckpointError, match=r"could not be loaded by Converting.from_pretrained"):
+        fx.load_weights(fx.init(Converting()), tmp_path)
+
+
 def test_what_from_pretrained_does_not_load_is_named(tmp_path):
     torch.manual_seed(0)
     state = fx.init(Converting())
@@ -115,6 +122,8 @@ def test_converted_weights_are_those_of_the_returned_module(tmp_path):
         model.embed.weight.data.add_(1)
         return nn.Sequential(model.embed)
 
+    with pytest.raises(TypeError, match=r"expected convert to return a module, got a NoneType"):
+        fx.save_weights(tmp_path / "v", state, convert=lambda model: None)
     path = fx.save_weights(tmp_path / "w", state, convert=untied)
     testing.assert_equal(state, before, "the state")
     loaded = fx.load_weights(fx.init(nn.Sequential(nn.Embedding(5, 3))), path)

@@ -38,8 +38,10 @@ def misfits(
     shown = "\n".join(problems[:_SHOWN_PATHS])
     remedies = [
         *_lora(names),
+        *_dtypes(unlike, left_over),
         *_trained(names, unlike, left_over),
         *_fresh(names, selected, unlike, left_over),
+        *_slots(names, unlike, left_over),
     ] or ["Make `like` with the model, the optimizer and the callbacks that the checkpoint was made with."]
     return (
         f"expected the paths, shapes and dtypes of `like`, got others in {path}:\n{shown}{more}\n{' '.join(remedies)} "
@@ -59,6 +61,30 @@ def _lora(names: Names) -> list[str]:
         else "Make `like` without adapters, and load its weights into the adapted model with fxtrain.load_state_dict."
     )
     return [f"Only {adapted} has LoRA parameters. {way}"]
+
+
+def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence[Part]) -> list[str]:
+    """If nothing but dtypes differs."""
+    kinds = [(part.kind.split("["), source.kind.split("[")) for part, _, source in unlike if source is not None]
+    if left_over or len(kinds) < len(unlike) or any(here[1:] != there[1:] for here, there in kinds):
+        return []
+    dtype = kinds[0][1][0]
+    return [
+        f"Only dtypes differ. Make `like` with fxtrain.init(..., dtype=torch.{dtype}), restore, and give "
+        "fxtrain.state_dict of the result to fxtrain.load_state_dict(..., cast=True)."
+    ]
+
+
+def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
+    """If slots differ in values that belong to no parameter by name, as one vector of statistics of all of them."""
+    parts = (*(part for part, _, _ in unlike), *left_over)
+    slots = {part.keys[1] for part in parts if part.keys[:1] == ("slots",) and names.of(part) is None}
+    if not slots or any(part.keys[:1] != ("slots",) and names.of(part) is None for part in parts):
+        return []
+    return [
+        f"To initialize {_listed(sorted(map(repr, slots)))}, restore like a state without such slots, with "
+        "extra='drop', and attach the callbacks to the result."
+    ]
 
 
 def _trained(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
@@ -92,7 +118,7 @@ def _fresh(
     unfit = {name for name in owners if name is not None}
     fit = {name for part in selected if (name := names.of(part))} - unfit
     weights = {*names.here.values()} & {*names.there.values()} & fit
-    if None in owners or not weights or not unfit:
+    if not weights or not unfit:
         return []
     code = "[" + ", ".join(map(repr, sorted(unfit)[:_SHOWN_NAMES])) + (", ...]" if len(unfit) > _SHOWN_NAMES else "]")
     return [f"fresh={code}, or patterns of such names, keeps these as in `like`, with their optimizer state."]

@@ -48,6 +48,10 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
     here, there = parts_of(like), parts_stored(stored)
     names = Names(here, there)
     kept = names.chosen(fresh)
+
+    def is_fresh(part: Part) -> bool:
+        return bool(kept) and names.of(part) in kept
+
     select, selects = _selection(where, [part.path for part in here], [part.path for part in there])
     by_path = {part.leaf: _whole(part) for part in there} | {part.path: part for part in there}
     missing, extra = slots_of_one_side(like, there) if isinstance(like, TrainState) else (set[str](), {})
@@ -55,7 +59,7 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
     absent: set[str] = set()
     for part in _whole_where_stored_whole(here, select, stored):
         target = select(part.path)
-        if target is None or names.of(part) in kept:
+        if target is None or is_fresh(part):
             continue
         slot = part.keys[1] if part.keys[:1] == ("slots",) else None
         if slot in missing and target == part.path:
@@ -68,13 +72,14 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
         part
         for part in there
         if selects(part.path)
-        and names.of(part) not in kept
+        and not is_fresh(part)
         and not {part.path, part.leaf} & used
         and part.path not in one_sided
     ]
     _refuse_unlike(path, names, found, left_over)
+    _refuse_nameless(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
     _refuse_abstract_rest(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
-    outdated = [name for name, own in extra.items() if any(names.of(part) in kept for part in own)]
+    outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
     unclaimed = {
         name: [stored[leaf] for leaf in dict.fromkeys(part.leaf for part in own)]
         for name, own in extra.items()
@@ -182,6 +187,17 @@ def _refuse_unlike(
     unlike = [pair for pair in found if pair[2] is None or pair[2].kind != pair[0].kind]
     if unlike or left_over:
         raise CheckpointError(misfits(path, names, [part for part, _, _ in found], unlike, left_over))
+
+
+def _refuse_nameless(
+    path: pathlib.Path, partly_fresh: Collection[str], found: Iterable[tuple[Part, str, Part | None]]
+) -> None:
+    for part, target, _ in found:
+        if part.path in partly_fresh:
+            raise CheckpointError(
+                f"expected the parameter of each element of {target} in {path}, got none, because an older version "
+                "wrote it. Restore the parameters alone, with where='state.params'."
+            )
 
 
 def _refuse_abstract_rest(path: pathlib.Path, like: Any, chosen: Collection[str]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxtrain.checkpoint import CheckpointError
+
 _CONFIG = "config.json"
 
 
@@ -30,16 +32,23 @@ def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) ->
         module: Of a class with ``from_pretrained``.
         folder: What it wrote.
         contents: The tensors of the folder, by name.
+
+    Raises:
+        CheckpointError: If the class refuses the folder.
     """
     floating = {value.dtype for value in contents.values() if isinstance(value, Tensor) and value.is_floating_point()}
     widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
     options: dict[str, Any] = {"torch_dtype": widest}
     if hasattr(module, "base_model_prefix"):
         options = {"dtype": widest, "config": copy.deepcopy(module.config)}
-    with torch.random.fork_rng(devices=[]):
-        made, info = type(module).from_pretrained(
-            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
-        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            made, info = type(module).from_pretrained(
+                str(folder), output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+            )
+    except Exception as error:
+        name = type(module).__name__
+        raise CheckpointError(f"{folder} could not be loaded by {name}.from_pretrained ({error}).") from error
     shapes = {name: torch.Size(there) for name, there, _ in info["mismatched_keys"]}
     absent = {*info["missing_keys"], *shapes}
     values: dict[str, Any] = {name: value for name, value in made.state_dict().items() if name not in absent}

@@ -66,8 +66,8 @@ def save_weights(
             if convert is None:
                 model.call(state.params, state.buffers, lambda modules: _write(modules, unfinished), train=False)
             else:
-                copied, _ = model.call(state.params, state.buffers, copy.deepcopy, train=False)
-                _write(convert(tree.map(_with_parameters, copied)), unfinished)
+                copied = model.call(state.params, state.buffers, copy.deepcopy, train=False).output
+                _write(_converted(convert, tree.map(_with_parameters, copied)), unfinished)
             refuse_writes("save_pretrained", state.params, before, "state.params")
             for file in unfinished.rglob("*"):
                 if file.is_dir():
@@ -80,6 +80,14 @@ def save_weights(
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written ({error}). Make room, or give another folder.") from error
     return folder
+
+
+def _converted(convert: Callable[[Any], Any], copied: Any) -> Any:
+    found = convert(copied)
+    leaves = tree.leaves(found)
+    if not leaves or not all(isinstance(leaf, nn.Module | Tensor) for leaf in leaves):
+        raise TypeError(f"expected convert to return a module, got a {type(found).__name__}. Return what is written.")
+    return found
 
 
 def _with_parameters(part: Any) -> Any:
