@@ -64,7 +64,9 @@ from fxtrain.fold import on as on
 from fxtrain.fold import slotted as slotted
 from fxtrain.fold import stateful as stateful
 from fxtrain.fold import when as when
+from fxtrain.interop import load_optimizer_state as load_optimizer_state
 from fxtrain.interop import load_weights as load_weights
+from fxtrain.interop import optimizer_state_dict as optimizer_state_dict
 from fxtrain.interop import save_weights as save_weights
 from fxtrain.loop import Result as Result
 from fxtrain.loop import evaluate as evaluate

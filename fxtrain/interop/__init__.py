@@ -1,4 +1,4 @@
-"""Weights in the files of other programs: safetensors, ``torch.save``, and folders of Hugging Face libraries.
+"""Weights and optimizer states of other programs: safetensors, ``torch.save``, and folders of Hugging Face libraries.
 
 Load::
 
@@ -17,6 +17,12 @@ Save::
     fx.save_weights(folder, state, convert=lambda model: model.merge_and_unload())  # merged weights of LoRA
     fx.save_weights(folder, state, convert=lambda model: model.encoder)  # a submodule
 
+Optimizer states::
+
+    fx.load_optimizer_state(state, optimizer)  # of a plain loop; or its state_dict(), or a file with it
+    fx.load_optimizer_state(state, folder)  # a checkpoint folder of Trainer, or a checkpoint of Lightning
+    optimizer.load_state_dict(fx.optimizer_state_dict(state, optimizer))  # back to torch
+
 Checkpoints of fxtrain::
 
     fx.restore(path, like=state, fresh="head.*")  # all but a new head, optimizer state and counts included
@@ -24,5 +30,7 @@ Checkpoints of fxtrain::
 """
 
 from fxtrain.interop.load import load_weights as load_weights
+from fxtrain.interop.optimizer_states import load_optimizer_state as load_optimizer_state
+from fxtrain.interop.optimizer_states import optimizer_state_dict as optimizer_state_dict
 from fxtrain.interop.read import read_weights as read_weights
 from fxtrain.interop.save import save_weights as save_weights

@@ -11,6 +11,7 @@ from fxtrain.optim.adafactor import scale_by_factored_rms as scale_by_factored_r
 from fxtrain.optim.adagrad import ScaleByRssState as ScaleByRssState
 from fxtrain.optim.adagrad import adagrad as adagrad
 from fxtrain.optim.adagrad import scale_by_rss as scale_by_rss
+from fxtrain.optim.adam import ScaleByAdamaxState as ScaleByAdamaxState
 from fxtrain.optim.adam import ScaleByAdamState as ScaleByAdamState
 from fxtrain.optim.adam import ScaleByAmsgradState as ScaleByAmsgradState
 from fxtrain.optim.adam import adam as adam

@@ -43,6 +43,14 @@ class ScaleByAdamState(NamedTuple):
     nu: Any  # like the parameters, real, float32 at least: second moment
 
 
+class ScaleByAdamaxState(NamedTuple):
+    """The state of Adamax."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    mu: Any  # like the parameters: first moment
+    nu: Any  # like the parameters, real, float32 at least: decaying maximum
+
+
 class ScaleByAmsgradState(NamedTuple):
     """The memory of AMSGrad."""
 
@@ -140,7 +148,7 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps)
 
-    def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
+    def update(updates: Any, opt_state: ScaleByAdamaxState, params: Any = None) -> tuple[Any, ScaleByAdamaxState]:
         count = opt_state.count + 1
         first = bias_correction(b1, count.values, widest(updates))
 
@@ -150,10 +158,10 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
             return mu / first / nu, mu, nu
 
         updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
-        return updates, ScaleByAdamState(count, mu, nu)
+        return updates, ScaleByAdamaxState(count, mu, nu)
 
-    def init(params: Any) -> ScaleByAdamState:
-        return _start(params, None)
+    def init(params: Any) -> ScaleByAdamaxState:
+        return ScaleByAdamaxState(*_start(params, None))
 
     return GradientTransformation(init, update)
 
