@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fxtrain as fx
 from fxtrain.compile import routes
 from fxtrain.compile.traced import compile_traced
-from fxtrain.data import bucketed, next_tokens, pad
+from fxtrain.data import bucketed, next_tokens, packed, pad, padded
 
 TX = fx.optim.adam(1e-2)
 
@@ -196,3 +196,33 @@ def test_a_run_publishes_its_graphs_and_its_share_of_padding():
     share = [1 - r / s for r, s in zip(real, slots, strict=True)]
     assert result.history["data/padding"].values.tolist() == pytest.approx(share, rel=1e-12)
     assert result.history["data/padding"].steps.tolist() == [data.epoch_length, 2 * data.epoch_length]
+
+
+MAKERS = {
+    "padded": lambda: padded(texts(), 4, multiple=2, drop_last="pad", seed=3),
+    "bucketed": lambda: bucketed(texts(), tokens=24, sizes=3, multiple=4, drop_last=False, seed=3),
+    "packed": lambda: packed(texts(), 14, 2, drop_last="pad", seed=3),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_prefetched_run_resumes_bitwise_in_the_middle_of_a_later_epoch(name, tmp_path):
+    def loss(model, batch):
+        targets = next_tokens(batch["x"], batch.get("segments", batch["mask"]))
+        value = F.cross_entropy(F.dropout(model(batch["x"]), 0.2).flatten(0, 1), targets.flatten())
+        return fx.weighted(value, (targets != -100).sum())
+
+    def run(steps, **options):
+        return fx.fit(start(), fx.train_step(loss, TX), fx.data.prefetch(MAKERS[name]()), steps=steps, **options)
+
+    length = MAKERS[name]().epoch_length
+    cuts, total = (length // 2, length, length + 2), 2 * length + 1
+    whole = run(total)
+    for cut in cuts:
+        options = {"checkpointer": fx.checkpointer(tmp_path / str(cut))}
+        run(cut, **options)
+        rest = run(total, resume=True, **options)
+        assert all(torch.equal(value, rest.last.params[key]) for key, value in whole.last.params.items())
+        shares = whole.history["data/padding"]
+        later = shares.steps > cut
+        assert rest.history["data/padding"].values.tolist()[-1:] == shares.values[later].tolist()[-1:]
