@@ -1,6 +1,7 @@
 """Tracing: what code of models sees while a step is traced, and that a graph computes what the step does."""
 
 import builtins
+import importlib
 import io
 import threading
 import warnings
@@ -99,6 +100,29 @@ class TestIsCompiling:
         torch.testing.assert_close(tree.leaves(found), tree.leaves(expected))
         assert fx.explain(step, state, batch, calls=0).breaks == ()
         assert torch.compiler.is_compiling() is False
+
+
+class TestImports:
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_inside_of_a_step_make_tensors_with_values(self, tmp_path, monkeypatch, by_name):
+        name = f"constants_of_a_step_{int(by_name)}"
+        (tmp_path / f"{name}.py").write_text("import torch\nSCALES = torch.tensor([1.0, 2.0]).cumsum(0)\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def loss_fn(model, batch):
+            if by_name:
+                scales = importlib.import_module(name).SCALES
+            else:
+                from constants_of_a_step_0 import SCALES
+
+                scales = SCALES
+            return (model(batch).square().mean() * scales).sum()
+
+        tx = fx.optim.sgd(0.1)
+        step, state, batch = fx.train_step(loss_fn, tx), fx.init(nn.Linear(4, 4), tx), torch.randn(3, 4)
+        trace(step, state, batch)
+        assert importlib.import_module(name).SCALES.tolist() == [1.0, 3.0]
+        assert torch.isfinite(step(state, batch)[1].metrics["loss"])
 
 
 def grown(dim):

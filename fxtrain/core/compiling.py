@@ -11,8 +11,9 @@ numbers, and libraries turn sizes into tensors for the latter two.
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -53,14 +54,38 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_LOADER: Any = importlib.machinery.SourceFileLoader
+_EXECUTE: Callable[..., None] = _LOADER.exec_module
 _lock = threading.Lock()
 _tracing = 0  # blocks that are open, in all threads
 _answer: _Answer | None = None
 
 
+def _outside_of_traces(execute: Callable[..., None]) -> Callable[..., None]:
+    """The execution of a module, for which a trace of this thread is suspended."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
+
+    def execute_outside(loader: Any, module: Any) -> None:
+        if not _here.depth:
+            return execute(loader, module)
+        depth, _here.depth = _here.depth, 0
+        try:
+            functions = torch._C.DisableTorchFunction()  # pyright: ignore[reportPrivateUsage]
+            with _disable_current_modes(), functions, temporarily_clear_interpreter_stack():
+                return execute(loader, module)
+        finally:
+            _here.depth = depth
+
+    return execute_outside
+
+
 @contextlib.contextmanager
 def compiling() -> Generator[None]:
     """``torch.compiler.is_compiling()`` is True inside, in this thread alone.
+
+    Modules that are imported inside run as they would outside: a tensor that a module makes when it is imported stays
+    in the process, and must not be one of the tracer's.
 
     Example:
         >>> with compiling():
@@ -75,6 +100,7 @@ def compiling() -> Generator[None]:
         if not _tracing:
             _answer = _Answer(bool(flags[_FLAG]))
             flags[_FLAG] = _answer
+            _LOADER.exec_module = _outside_of_traces(_EXECUTE)
         _tracing += 1
     _here.depth += 1
     try:
@@ -85,5 +111,7 @@ def compiling() -> Generator[None]:
             _tracing -= 1
             # A session of Dynamo in another thread may have covered the flag. It puts this answer back, which is False
             # in every thread by then.
-            if not _tracing and _answer is not None and flags[_FLAG] is _answer:
-                flags[_FLAG] = _answer.otherwise
+            if not _tracing:
+                _LOADER.exec_module = _EXECUTE
+                if _answer is not None and flags[_FLAG] is _answer:
+                    flags[_FLAG] = _answer.otherwise
