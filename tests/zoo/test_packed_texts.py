@@ -37,8 +37,9 @@ def loss_fn(model, batch):
     return fx.weighted(exact, (labels != -100).sum()), {"own": output.loss}
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_packed_rows_train_as_texts_one_by_one(make):
+# Llama's norms are computed in float32 in a model of any dtype.
+@pytest.mark.parametrize(("make", "atol"), [(llama, 1e-7), (gpt2, 1e-12)])
+def test_packed_rows_train_as_texts_one_by_one(make, atol):
     import_without_operators()
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -50,6 +51,6 @@ def test_packed_rows_train_as_texts_one_by_one(make):
     alone = fx.step.mean_gradient(find(state, pad([text])) for text in texts)
     assert rows.epoch_length > 1
     assert int(together.weight) == int(alone.weight) == sum(len(text) - 1 for text in texts)
-    torch.testing.assert_close(together.loss, alone.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together.loss, alone.loss, rtol=0, atol=atol)
     torch.testing.assert_close(together.metrics["own"], alone.metrics["own"], rtol=1e-6, atol=0)
-    torch.testing.assert_close(together.grads, alone.grads, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(together.grads, alone.grads, rtol=0, atol=atol)
