@@ -261,3 +261,40 @@ class TestNotes:
         with pytest.warns(UserWarning, match="compiled by: eager, regions at the save, nothing now"):
             resumed = self.run(tmp_path, step, 4, resume=True)
         assert_same(resumed.last, self.run(tmp_path / "whole", step, 4).last)
+
+
+class TestErrorsOfUsers:
+    @pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"fullgraph": True}], ids=str)
+    @pytest.mark.parametrize("build", [lambda loss_fn: fx.train_step(loss_fn, TX), fx.eval_step])
+    def test_that_come_once_are_raised(self, build, options):
+        calls = []
+
+        def flaky(model, batch):
+            calls.append(1)
+            if len(calls) == 1:
+                raise OSError("the disk is away")
+            return F.cross_entropy(model(batch["x"]), batch["y"])
+
+        plain = fx.init(torch.nn.Linear(4, 3), TX)
+        compiled = fx.compile(build(flaky), backend="eager", **options)
+        with pytest.raises(OSError, match="the disk is away"):
+            compiled(plain, batch(0))
+
+    @pytest.mark.parametrize("donate", [False, True])
+    def test_in_later_batches_name_the_line(self, donate):
+        def loss_fn(model, batch):
+            return F.cross_entropy(model(batch["x"]), batch["y"])
+
+        step = fx.compile(fx.train_step(loss_fn, TX), backend="eager", donate=donate)
+        state, _ = step(fx.init(torch.nn.Linear(4, 3), TX), batch(0))
+        with pytest.raises(IndexError, match="Target 50 is out of bounds") as caught:
+            step(state, {**batch(0), "y": torch.full((8,), 50)})
+        assert "return F.cross_entropy(model" in "".join(str(line.statement) for line in caught.traceback)
+
+    def test_print_nothing_of_torch(self, capfd):
+        def wrong(model, batch):
+            return (model(batch["x"]) @ torch.ones(5, 5)).mean()
+
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            fx.compile(fx.train_step(wrong, TX), backend="eager")(fx.init(torch.nn.Linear(4, 3), TX), batch(0))
+        assert capfd.readouterr().err == ""

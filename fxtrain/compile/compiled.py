@@ -19,6 +19,7 @@ from fxtrain.compile.heap import keep_freed_memory
 from fxtrain.compile.routes import Routes, routes_to
 from fxtrain.compile.traced import AHEAD, Artefact
 from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
+from fxtrain.core.frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
 from fxtrain.step import EvalFunction, Several, Step
@@ -155,7 +156,13 @@ class Compiled:
             self._make(state, batch)
             found = self._found(state, batch)
             assert found is not None
-        return self._graphs[0](state, *found)
+        graph = self._graphs[0]
+        try:
+            return graph(state, *found)
+        except Exception as error:
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not reaches_users(error):
+                graph.raise_uncompiled(found, batch)
+            raise
 
     def _found(self, state: TrainState, batch: Any) -> Found | None:
         """What to call the first graph with, which is then the one for this state and batch."""

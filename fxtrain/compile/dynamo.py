@@ -13,6 +13,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compile.traced import Artefact
 from fxtrain.core import TrainState, compiling
+from fxtrain.core.frames import is_raised_by_users
 from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
@@ -67,15 +68,29 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any) -> None:
     """The checks of a first call, which Dynamo's trace skips: without values if possible, else uncompiled."""
     from torch._subclasses import FakeTensorMode
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
+    def run_without_values() -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes = tree.map(mode.from_tensor, (state, batch))
         with mode, compiling():
             step(*fakes)
+
+    try:
+        run_without_values()
     except UnseededError:
         raise
-    except Exception:
+    except Exception as error:
         step(state, batch)
+        if is_raised_by_users(error) and not fails(run_without_values):
+            raise
+
+
+def fails(function: Callable[[], Any]) -> bool:
+    """Whether a call raises. An error of the user's code that comes only once is no refusal of a compiler."""
+    try:
+        function()
+    except Exception:
+        return True
+    return False
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.overrides import TorchFunctionMode
 
-from fxtrain.model.captured import is_of_users
+from fxtrain.core.frames import is_of_users
 
 _SHOWN = frozenset(("__repr__", "__str__", "__format__"))
 # They read sources of code, for tracebacks and imports.
@@ -92,7 +92,7 @@ def _users_line() -> str | None:
         module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
         if module.partition(".")[0] in _READERS_OF_CODE:
             return None
-        if is_of_users(file) and not file.startswith("<frozen"):
+        if is_of_users(file):
             return f"{file}:{frame.f_lineno}"
         if not _is_passed(module, file):
             return None

@@ -50,7 +50,7 @@ class Graph:
         self._run, self._donate, self._in_place = artefact.run, donate, artefact.written is not None
         self._conditions = artefact.conditions
         self._written = artefact.written or ()
-        self._taker = repr(step)
+        self._step, self._taker = step, repr(step)
         self._is_step = isinstance(step, Step)
         self._kinds_of_batch = loose_kinds if dynamic else kinds
         self._kinds, self._batch_kinds = kinds(leaves), self._kinds_of_batch(inputs)
@@ -112,6 +112,17 @@ class Graph:
         bury(state, self._taker)
         _, output = self._run(leaves, inputs)
         return after, output
+
+    def raise_uncompiled(self, found: Found, batch: Any) -> None:
+        """Raises what the uncompiled step raises for inputs that failed, such as an index out of range.
+
+        Its traceback leads to the user's line, where a kernel's error names a generated file. A donated state may have
+        been overwritten in part, so the result is dropped and only an error counts.
+        """
+        try:
+            self._step(tree.unflatten(self._structure, found[0]), batch)
+        except Exception as error:
+            raise error from None
 
     def _state(self, old: TrainState, leaves: Sequence[Tensor]) -> TrainState:
         new: TrainState = tree.unflatten(self._structure, leaves)

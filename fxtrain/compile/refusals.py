@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import linecache
-import os
 import traceback
 from collections.abc import Iterable
 
-import torch
+from fxtrain.core.frames import places
 
-import fxtrain
-from fxtrain.model.captured import is_of_users
-
-_OURS = os.path.dirname(os.path.abspath(fxtrain.__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _LONGEST = 300  # characters of a line or a reason that are shown
 
 VALUE = (
@@ -75,23 +68,12 @@ def refusal(error: BaseException) -> Break:
 
 def break_at(frames: Iterable[traceback.FrameSummary], reason: str) -> Break:
     """The break at the innermost of these frames that is not torch's, Python's or fxtrain's."""
-    frames = list(frames)
-    own = [frame for frame in frames if is_own(frame.filename)]
-    libraries = [frame for frame in frames if _is_library(frame.filename)]
-    if not own and not libraries:
+    own, library = places(frames)
+    frame = own or library
+    if frame is None:
         return Break(reason)
-    frame = (own or libraries)[-1]
-    within = ""
-    if own and libraries and frames.index(libraries[-1]) > frames.index(frame):
-        within = f"{_place(libraries[-1])}: {_code(libraries[-1])}"
+    within = f"{_place(library)}: {_code(library)}" if own and library else ""
     return Break(reason, f"{_place(frame)} in {frame.name}", _code(frame), within)
-
-
-def is_own(filename: str) -> bool:
-    """Whether a file is neither Python's, nor installed, nor of this library."""
-    if filename.startswith("<"):
-        return filename.startswith(("<doctest", "<ipython"))
-    return is_of_users(os.path.abspath(filename))
 
 
 def first_line(text: str) -> str:
@@ -100,25 +82,9 @@ def first_line(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
-def _is_library(filename: str) -> bool:
-    return not is_own(filename) and _is_in(filename, _packages()) and not _is_in(filename, (_TORCH, _OURS))
-
-
-def _is_in(filename: str, folders: Iterable[str]) -> bool:
-    path = os.path.abspath(filename)
-    return any(path.startswith(f"{folder}{os.sep}") for folder in folders)
-
-
 def _place(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
 def _code(frame: traceback.FrameSummary) -> str:
     return first_line(linecache.getline(frame.filename, frame.lineno or 0) or "?")
-
-
-@functools.cache
-def _packages() -> frozenset[str]:
-    import sysconfig
-
-    return frozenset(sysconfig.get_path(name) for name in ("purelib", "platlib"))

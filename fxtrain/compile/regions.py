@@ -22,6 +22,7 @@ from fxtrain.compile.traced import Artefact, Run, compile_traced
 from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling
 from fxtrain.model import forward_by
+from fxtrain.model.comparison import are_close
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step.interception import Find, intercepted
 
@@ -133,18 +134,11 @@ class _Regions:
 
 
 def _refuse_difference(compiled: Any, plain: Any) -> None:
-    """Raises if gradients differ by more than the rounding of their dtypes."""
-    ours, theirs = tree.leaves(compiled), tree.leaves(plain)
+    """Raises if what a compiled loss function gives differs from the uncompiled one by more than rounding."""
     if tree.structure(compiled) != tree.structure(plain):
-        raise RuntimeError("expected the gradients of the uncompiled loss function, got other ones used.")
-    for one, two in zip(ours, theirs, strict=True):
-        if one.is_floating_point() or one.is_complex():
-            tolerance = torch.finfo(one.dtype).eps ** 0.5
-            scale = float(two.detach().abs().max()) if two.numel() else 0.0
-            if not torch.allclose(one, two, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
-                raise RuntimeError("expected the gradients of the uncompiled loss function, got others.")
-        elif not torch.equal(one, two):
-            raise RuntimeError("expected the values of the uncompiled loss function, got others.")
+        raise RuntimeError("expected the gradients of the uncompiled loss function, got some for other parameters.")
+    if not are_close(compiled, plain):
+        raise RuntimeError("expected the values and gradients of the uncompiled loss function, got different ones.")
 
 
 class _Reached(BaseException):

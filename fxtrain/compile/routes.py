@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from fxtrain.compile.checked import compile_checked
-from fxtrain.compile.dynamo import compile_by_dynamo
+from fxtrain.compile.dynamo import compile_by_dynamo, fails
+from fxtrain.compile.quiet import quietly
 from fxtrain.compile.refusals import Break, refusal
 from fxtrain.compile.regions import NoGradientsError, compile_in_regions
 from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
 from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.core import TrainState
+from fxtrain.core.frames import is_raised_by_users
 from fxtrain.model import UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
 
@@ -92,7 +93,7 @@ class Routes:
                 known = found or _VALUES_CHANGE
                 options["otherwise"] = functools.partial(self._beyond, step, found=known, first=index + 1)
             try:
-                with _without_logs_of_dynamo():
+                with quietly():
                     artefact = _compiled(route, step, state, batch, in_place=in_place, **options)
             except (UnseededError, torch.OutOfMemoryError, MemoryError):
                 raise
@@ -103,6 +104,11 @@ class Routes:
                 _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
                 if found is None:
                     step(state, batch)  # a mistake of the step's own is raised in its own words
+                    if is_raised_by_users(error):
+                        with quietly():
+                            again = functools.partial(_compiled, route, step, state, batch, in_place=False, **options)
+                            if not fails(again):
+                                raise
                     found = refusal(error)
                 continue
             self._chosen, self._is_chosen = index, True
@@ -174,21 +180,6 @@ def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options:
     except ValuesNeededError:
         step(state, batch)
         return route.compile(step, state, batch, **options)
-
-
-@contextlib.contextmanager
-def _without_logs_of_dynamo() -> Generator[None]:
-    """Keeps the pages that Dynamo writes about each break to itself, unless ``TORCH_LOGS`` asks for them."""
-    logger = logging.getLogger("torch._dynamo")
-    level = logger.level
-    if level in (logging.NOTSET, logging.WARNING):
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Dynamo detected")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _fallback(step: Any, found: Break, route: Route) -> str:

@@ -6,13 +6,14 @@ import collections
 import dis
 import functools
 import os
-import sysconfig
 import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from fxtrain.core.frames import is_of_users
 
 _DEEPEST = 3  # functions that functions call
 
@@ -77,11 +78,6 @@ def clocks(function: Callable[..., Any]) -> Iterator[tuple[dict[str, Any], str, 
         is_clock = any(value is clock for clock in CLOCKS)
         if is_clock and isinstance(owner, types.FunctionType) and owner.__globals__.get(name) is value:
             yield owner.__globals__, name, value
-
-
-def is_of_users(filename: str) -> bool:
-    """Whether a file is neither Python's, nor installed, nor this library's."""
-    return not filename.startswith(_installed())
 
 
 CLOCKS = (time.time, time.time_ns, time.perf_counter, time.perf_counter_ns, time.monotonic, time.monotonic_ns)
@@ -149,11 +145,6 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _global_names(constant)
-
-
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    return tuple({_ours()} | {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 @functools.cache

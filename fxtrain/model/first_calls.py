@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
+from fxtrain.model.comparison import are_close
 from fxtrain.model.contents import are_alike
 from fxtrain.model.template import DELETED, Template
 from fxtrain.model.writes import written_by
-from fxtrain.rng.tracing import is_traced, unrecorded, unwatched
+from fxtrain.rng.tracing import is_traced, unrecorded
 
 _SHOWN = 3  # attributes named in an error
 
@@ -150,7 +151,7 @@ def refuse_state(
             f"expected tensors with values for the first call of {who}, whose modules write the attributes "
             f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before it is traced."
         )
-    if not _are_close(output, repeated):
+    if not are_close(output, repeated, unit=1.0, integers=False):
         raise refusal(changed, before, first, second, "a second call then returns something else")
 
 
@@ -245,28 +246,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, type):
         return f"a {value.__name__}"
     return reprlib.repr(value)
-
-
-def _are_close(output: Any, other: Any) -> bool:
-    """Whether two outputs are the same, up to the order of sums; True where vmap hides the values."""
-    ours, theirs = tree.leaves(output), tree.leaves(other)
-    if len(ours) != len(theirs):
-        return False
-    for one, two in zip(ours, theirs, strict=True):
-        if not isinstance(one, Tensor) or not isinstance(two, Tensor):
-            continue
-        if one.shape != two.shape or one.dtype != two.dtype:
-            return False
-        if not one.is_floating_point():
-            continue
-        tolerance = torch.finfo(one.dtype).eps ** 0.5
-        try:
-            with unwatched():
-                if not torch.allclose(one.detach(), two.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
-                    return False
-        except RuntimeError:  # batched by vmap
-            return True
-    return True
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from fxtrain.core.frames import is_of_users
 from fxtrain.fold.subscription import name_of
-from fxtrain.model.captured import CLOCKS, captured, clocks, is_of_users
+from fxtrain.model.captured import CLOCKS, captured, clocks
 from fxtrain.rng import Key, host
 from fxtrain.rng.tracing import host_seed, is_traced
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core.frames import places
 from fxtrain.model import ValuesNeededError
-from fxtrain.model.captured import is_of_users
 from fxtrain.model.forward import is_forward_wrapped
 from fxtrain.rng.tracing import has_symbolic_sizes, is_traced, is_transformed
 from fxtrain.step.contract import ContractError, backward_refused
@@ -275,11 +274,7 @@ def _reason(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The line at which the error was raised: the innermost one of users, and the innermost one outside of torch."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    skipped = (os.path.dirname(torch.__file__) + os.sep, ours)
-    outside = [frame for frame in frames if not frame.filename.startswith(skipped)]
-    users = [frame for frame in frames if is_of_users(frame.filename)]
-    lines = dict.fromkeys(f"{frame.filename}:{frame.lineno}" for frame in (*users[-1:], *outside[-1:]))
+    """The innermost line of the user's own and that of a library which it leads to."""
+    found = [frame for frame in places(traceback.extract_tb(error.__traceback__)) if frame is not None]
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in found]
     return f" at {', by way of '.join(lines)}" if lines else ""
