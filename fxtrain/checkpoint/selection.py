@@ -33,6 +33,7 @@ class Match(NamedTuple):
     missing: list[str]  # slots of the tree alone
     extra: dict[str, list[Leaf]]  # slots of the checkpoint alone, with their leaves
     outdated: list[str]  # slots of the checkpoint alone that hold values of fresh parameters
+    shared: list[str]  # slots of both that do, and that hold values of no parameter, such as a count, too
 
 
 def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Where, fresh: Fresh = None) -> Match:
@@ -80,6 +81,12 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
     _refuse_nameless(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
     _refuse_abstract_rest(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
     outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
+    partly_fresh = {part.keys[1] for part in here if part.keys[:1] == ("slots",) and is_fresh(part)}
+    shared = {
+        part.keys[1]
+        for part, _, _ in found
+        if part.keys[:1] == ("slots",) and part.keys[1] in partly_fresh and names.of(part) is None
+    }
     unclaimed = {
         name: [stored[leaf] for leaf in dict.fromkeys(part.leaf for part in own)]
         for name, own in extra.items()
@@ -87,7 +94,9 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
     }
     paths = tree.paths(like, root_of(tree.structure(like)))
     sources = _sources(paths, here, found, stored)
-    return Match(sources, sorted(absent), unclaimed if where is None else {}, outdated if where is None else [])
+    if where is not None:
+        unclaimed, outdated = {}, []
+    return Match(sources, sorted(absent), unclaimed, outdated, sorted(shared))
 
 
 def _selection(

@@ -46,6 +46,7 @@ class Restoration:
         extra: Slots of the checkpoint that ``like`` did not have; they were kept or dropped, as was asked.
         outdated: Slots of the checkpoint that ``like`` did not have and that hold values of fresh parameters; they were
             dropped.
+        shared: Slots that hold values of fresh and of other parameters, with counts for all of them.
         different: What is not as it was at the save, of all that bitwise equality needs: one line each.
     """
 
@@ -54,6 +55,7 @@ class Restoration:
     missing: list[str]
     extra: list[str]
     outdated: list[str]
+    shared: list[str]
     different: list[str]
 
     def warn(self, stacklevel: int) -> None:
@@ -65,6 +67,11 @@ class Restoration:
             f"the slot {name!r} is in the checkpoint alone, holds values of fresh parameters, and is dropped (attach "
             "its callback to `like` to restore the others)"
             for name in self.outdated
+        ]
+        said += [
+            f"the slot {name!r} is restored with its counts, which fresh parameters share (leave it out of `like`, "
+            "with extra='drop', to start it over)"
+            for name in self.shared
         ]
         said += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
         if said:
@@ -131,8 +138,8 @@ def restore(
         where: What to restore; the rest stays as in ``like``. A path as errors show it, ``"state.params"``, several of
             them, or a mapping from paths in ``like`` to paths in the checkpoint,
             ``{"state.params": "state.slots['average']"}``. A path with ``*`` or ``?`` is a pattern:
-            ``"state.*['encoder.*']"`` is all that belongs to the encoder, its update counts in the optimizer too. By
-            default everything.
+            ``"state.*['encoder.*']"`` is all that belongs to the encoder, its update counts in the optimizer too. Both
+            sides must have the same there. By default everything.
         fresh: Shell patterns of names of parameters and buffers, ``"head.*"``, that stay as in ``like``, with all that
             belongs to them: optimizer state, update counts, averages in slots. They may have other shapes in the
             checkpoint, or be on one side alone.
@@ -216,7 +223,8 @@ def read(
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
     missing, added = _of_callbacks(matched.missing), _of_callbacks(matched.extra)
-    return Restoration(state, path, missing, added, _of_callbacks(matched.outdated), different)
+    outdated, shared = _of_callbacks(matched.outdated), _of_callbacks(matched.shared)
+    return Restoration(state, path, missing, added, outdated, shared, different)
 
 
 def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:
