@@ -1,6 +1,5 @@
 """Optimizer states of torch, taken over and given back: further steps are torch's."""
 
-import importlib
 import json
 
 import pytest
@@ -338,9 +337,8 @@ def test_groups_that_could_be_exchanged_need_names():
 
 
 def test_adapters_of_peft_continue():
-    pytest.importorskip("peft")
     import_without_operators()
-    peft = importlib.import_module("peft")
+    peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     module = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "2"], r=2)).double()
     optimizer = torch.optim.AdamW([value for value in module.parameters() if value.requires_grad], lr=0.01)
