@@ -99,6 +99,26 @@ def test_an_accumulation_keeps_the_gradients_of_earlier_steps():
     assert {name: float(update) for name, update in updates.items()} == {"always": -1.0, "once": -2.0}
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop", "Adafactor"])
+def test_an_accumulation_leaves_what_none_of_its_steps_used_as_torch_does(kind, double):
+    torch.manual_seed(0)
+    options = {"momentum": 0.9, "weight_decay": 0.1} if kind == "SGD" else {"weight_decay": 0.1}
+    module, make = Routed(), getattr(torch.optim, kind)
+    tx = optim.chain(optim.every_k(optim.from_torch(make, lr=0.1, **options), 2))
+    state, step = fx.init(module, tx), fx.train_step(routed_loss, tx)
+    optimizer = make(module.parameters(), lr=0.1, **options)
+    for index, rows in enumerate([3, 2, 2, 2, 2, 3, 3, 3]):
+        batch = {"x": torch.randn(rows, 2)}
+        (routed_loss(module, batch) / 2).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        state, _ = step(state, batch)
+        for name, value in module.named_parameters():
+            if index % 2:
+                assert_close(state.params[name], value.detach(), rtol=1e-12, atol=1e-12)
+
+
 class Routed(torch.nn.Module):
     """A layer that only some batches use."""
 

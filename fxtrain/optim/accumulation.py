@@ -14,6 +14,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.optim import checks
 from fxtrain.optim.leaves import map_with_memory, start_count, zeros
+from fxtrain.optim.per_parameter import PerParameter, start_counts, where_each
 from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
 
@@ -22,6 +23,7 @@ class EveryKState(NamedTuple):
 
     count: Tensor  # int64 []: updates made
     seen: Tensor  # int64 []: gradients since the last one
+    unused: PerParameter  # int64 [parameters]: those of them in which the parameter was not used
     mean: Any  # like the parameters: the mean of these
     inner_state: Any  # of the wrapped transformation
     AGES = ()  # a mean begins at zero, and a parameter that joins in the middle has had gradients of zero
@@ -29,6 +31,9 @@ class EveryKState(NamedTuple):
 
 def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> GradientTransformation:
     """``tx`` with the mean gradient of every ``k`` steps; zeros in between, and its memory kept as it was.
+
+    A parameter that none of these steps used keeps its value and its optimizer state, as in ``torch.optim``, where
+    its ``grad`` stays None. Steps that did not use it count as gradients of zero if another one did.
 
     Each batch takes the memory of one batch, where ``train_step(accumulate=k)`` cuts one large batch into parts; and
     ``k`` may grow during a run without a new graph. Schedules inside ``tx`` count updates, and not steps.
@@ -56,7 +61,9 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
         checks.whole(k=k)
 
     def init(params: Any) -> EveryKState:
-        return EveryKState(start_count(params), start_count(params), zeros(params), tx.init(params))
+        return EveryKState(
+            start_count(params), start_count(params), start_counts(params), zeros(params), tx.init(params)
+        )
 
     def update(updates: Any, opt_state: EveryKState, params: Any = None) -> tuple[Any, EveryKState]:
         wanted = k(opt_state.count) if callable(k) else k
@@ -69,11 +76,14 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
         full, mean = map_with_memory(rule, updates, opt_state.mean)
         complete = seen >= wanted
         inner_updates, inner_state = tx.update(full, opt_state.inner_state, params)
-        return tree.where(complete, inner_updates, tree.zeros_like(inner_updates)), EveryKState(
+        unused = opt_state.unused
+        busy = unused.replace(complete & (unused.values < seen))
+        return where_each(busy, complete, inner_updates, tree.zeros_like(inner_updates)), EveryKState(
             opt_state.count + complete,
             torch.where(complete, 0, seen),
+            unused.replace(torch.where(complete, 0, unused.values)),
             tree.where(complete, tree.zeros_like(mean), mean),
-            tree.where(complete, inner_state, opt_state.inner_state),
+            where_each(busy, complete, inner_state, opt_state.inner_state),
         )
 
     return GradientTransformation(init, update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import register_node
-from fxtrain.optim.nodes import Path, as_name, leaf_paths
+from fxtrain.optim.nodes import Path, as_name, children, leaf_paths, rebuilt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +83,51 @@ def per_parameter(params: Any, value: float | Tensor = 0, *, dtype: torch.dtype 
 def start_counts(params: Any) -> PerParameter:
     """The number of updates of each parameter, before the first: int64 [parameters]."""
     return per_parameter(params)
+
+
+def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any) -> Any:
+    """``values`` for the chosen parameters, and ``others`` for the rest.
+
+    Args:
+        chosen: Bools [parameters].
+        otherwise: Bool []: the choice for leaves that belong to no parameter.
+        values: A pytree like the parameters, or an optimizer state with such trees in it.
+        others: A pytree like ``values``.
+
+    Example:
+        >>> params = {"bias": torch.zeros(2), "weight": torch.zeros(2)}
+        >>> chosen = per_parameter(params, dtype=torch.bool).replace(torch.tensor([True, False]))
+        >>> where_each(chosen, torch.tensor(True), params, {"bias": torch.ones(2), "weight": torch.ones(2)})
+        {'bias': tensor([0., 0.]), 'weight': tensor([1., 1.])}
+    """
+    flags = dict(zip(chosen.paths, chosen.values.unbind(), strict=True))
+
+    def merged(value: Any, other: Any) -> Any:
+        if isinstance(value, PerParameter):
+            known = all(path in flags for path in value.paths)
+            which = chosen.of(value.paths).values if known else otherwise
+            return value.replace(torch.where(which, value.values, other.values))
+        if _is_like(flags, value):
+            leaves, structure = tree.flatten(value)
+            rows = zip(leaf_paths(value), leaves, tree.leaves(other), strict=True)
+            return tree.unflatten(structure, [torch.where(flags[path], one, two) for path, one, two in rows])
+        inner = children(value)
+        if inner is None:
+            return torch.where(otherwise, value, other)
+        pairs = zip(inner, children(other) or [], strict=True)
+        return rebuilt(value, [merged(one, two) for (_, one), (_, two) in pairs])
+
+    return merged(values, others)
+
+
+def _is_like(flags: Mapping[Path, Tensor], node: Any) -> bool:
+    """Whether a node of an optimizer state is a tree of parameters or of some of them."""
+    if isinstance(node, Tensor):
+        return () in flags and (node.is_floating_point() or node.is_complex())
+    if hasattr(node, "_fields"):
+        return False
+    paths = leaf_paths(node)
+    return bool(paths) and all(path in flags for path in paths)
 
 
 def _stacked(numbers: dict[Path, Tensor], paths: tuple[Path, ...], like: PerParameter) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from fxtrain import tree
@@ -22,8 +23,8 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
 
     The transformation runs on trees without the unused parameters: dictionaries lose these keys, and other nodes have
     a ``MaskedNode`` in their place. So it may be any transformation whose state keeps the structure of the parameters.
-    Within ``every_k`` an unused parameter counts as one with a gradient of zero, because earlier gradients of the same
-    accumulation may wait for the update.
+    Within ``every_k`` it is the whole accumulation that uses a parameter or does not: a parameter that some of its
+    steps used has gradients of zero in the others.
 
     Args:
         tx: Any transformation.
@@ -52,8 +53,10 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
         return tx.update(grads, opt_state, params)
     flags = _flags(used, grads)
     left_out = frozenset(path for path, use in zip(leaf_paths(grads), flags, strict=True) if not use)
-    if not left_out or _accumulates(opt_state):
+    if not left_out:
         return tx.update(grads, opt_state, params)
+    if accumulates(opt_state):
+        return tx.update(grads, _noted(opt_state, left_out), params)
     part = _without(params, left_out)
     inside = _narrowed(opt_state, _layout(tx, part), left_out, "opt_state")
     moved, after = tx.update(_without(grads, left_out), inside, part)
@@ -66,8 +69,21 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
     return tree.unflatten(structure, updates), _merged(opt_state, after)
 
 
-def _accumulates(node: Any) -> bool:
-    return isinstance(node, EveryKState) or any(_accumulates(child) for _, child in children(node) or ())
+def accumulates(opt_state: Any) -> bool:
+    """Whether gradients of earlier steps wait for an update, which may move parameters that this step left out."""
+    if isinstance(opt_state, EveryKState):
+        return True
+    return any(accumulates(child) for _, child in children(opt_state) or ())
+
+
+def _noted(node: Any, left_out: frozenset[Path]) -> Any:
+    """The state whose accumulations know that a step does not use these parameters."""
+    if isinstance(node, EveryKState):
+        counts = zip(node.unused.paths, node.unused.values.unbind(), strict=True)
+        more = torch.stack([count + int(path in left_out) for path, count in counts])
+        return node._replace(unused=node.unused.replace(more))
+    inner = children(node)
+    return node if inner is None else rebuilt(node, [_noted(child, left_out) for _, child in inner])
 
 
 def _flags(used: Any, grads: Any) -> list[bool]:

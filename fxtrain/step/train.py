@@ -14,6 +14,7 @@ from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import as_composed, compose
 from fxtrain.fold.subscription import name_of
 from fxtrain.model import model_of
+from fxtrain.optim.unused import accumulates
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step.contract import refuse_unless_loss
 from fxtrain.step.differentiate import Differentiate
@@ -169,7 +170,7 @@ def apply_gradients(
     memory = state.opt_state if wrt is None else state.opt_state[wrt]
     updates, memory = optim.update_used(tx, grads, memory, trainable, used)
     moved = optim.apply_updates(trainable, updates)
-    if not all(tree.leaves(used)):
+    if not all(tree.leaves(used)) and not accumulates(memory):
         moved = tree.map(lambda use, old, new: new if use else old, used, trainable, moved)
     params = model.merge(state.params, moved, wrt)
     opt_state = memory if wrt is None else {**state.opt_state, wrt: memory}
