@@ -1,5 +1,6 @@
 """Datasets of other libraries: what their users write first works, and a run resumes to the bit."""
 
+import datetime
 import io
 
 import numpy as np
@@ -57,7 +58,7 @@ def dataset():
     return pytest.importorskip("datasets").Dataset.from_dict(table())
 
 
-@pytest.mark.parametrize("format", [None, "torch", "numpy"])
+@pytest.mark.parametrize("format", [None, "torch", "numpy", "pandas", "arrow"])
 def test_a_dataset_of_any_format_trains_by_itself(dataset, format):  # noqa: A002
     data = batches(dataset.with_format(format), 4, seed=0)
     assert data[0]["x"].shape == (4, 2)
@@ -67,6 +68,26 @@ def test_a_dataset_of_any_format_trains_by_itself(dataset, format):  # noqa: A00
     assert data[0]["meta"]["name"] == [None if i % 3 else str(i) for i in data[0]["y"].tolist()]
     whole = train(data, epochs=3).last.params["weight"]
     assert train(data, epochs=3).last.params["weight"].equal(whole)
+
+
+@pytest.mark.parametrize("format", [None, "torch", "numpy", "pandas", "arrow"])
+def test_columns_of_every_kind_train_in_any_format(format):  # noqa: A002
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "nested": [[[1, 2], [3]]] * 4,
+        "missing": [None] * 4,
+        "day": [datetime.datetime(2026, 1, 1 + i) for i in range(4)],
+        "raw": [b"ab"] * 4,
+        "flag": [True] * 4,
+    }
+    if format == "torch":  # of datasets itself, which converts no dates
+        del columns["day"]
+    dataset = datasets.Dataset.from_dict({"x": [[float(i), 1.0] for i in range(4)], "y": list(range(4)), **columns})
+    data = batches(dataset.with_format(format), 2, shuffle=False)
+    assert {"x", "y", *columns} == set(data[1])
+    assert data[1]["flag"].equal(torch.tensor([True, True]))
+    whole = train([(torch.tensor([[i, 1.0], [i + 1, 1.0]]), torch.tensor([i, i + 1])) for i in (0, 2)])
+    assert train(data).last.params["weight"].equal(whole.last.params["weight"])
 
 
 def test_a_transform_of_the_dataset_is_kept(dataset):

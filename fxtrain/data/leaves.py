@@ -16,7 +16,7 @@ from fxtrain.core import NAMESPACE, ops
 from fxtrain.data.containers import open_containers
 
 _NUMBERS = (bool, int, float, complex)
-_KINDS_OF_NUMBERS = "biufc"
+KINDS_OF_NUMBERS = "biufc"
 
 
 def as_tensors(batch: Any) -> Any:
@@ -91,7 +91,7 @@ def _refuse(path: str, leaf: Any, conversion: str) -> NoReturn:
 def _from_numpy(path: str, leaf: Any) -> Any:
     if leaf.dtype.names is not None:
         return {name: _from_numpy(f"{path}[{name!r}]", leaf[name]) for name in leaf.dtype.names}
-    if leaf.dtype.kind not in _KINDS_OF_NUMBERS:
+    if leaf.dtype.kind not in KINDS_OF_NUMBERS:
         return leaf
     try:
         if not leaf.dtype.isnative:
@@ -111,7 +111,7 @@ def _is_list_of_numbers(node: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, np.generic):
-        return value.dtype.kind in _KINDS_OF_NUMBERS
+        return value.dtype.kind in KINDS_OF_NUMBERS
     return isinstance(value, _NUMBERS) and not isinstance(value, enum.Enum)
 
 

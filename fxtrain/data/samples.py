@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from fxtrain.core import NAMESPACE, ops
 from fxtrain.data.containers import is_graph, open_containers
-from fxtrain.data.leaves import as_tensors
+from fxtrain.data.leaves import KINDS_OF_NUMBERS, as_tensors
 
 
 def samples(dataset: Any, keys: Any) -> list[Any]:
@@ -44,12 +44,9 @@ def collate(samples: list[Any]) -> Any:
         open_containers(samples)
 
     def join(*leaves: Any) -> Any:
-        is_numeric = all(isinstance(leaf, Tensor | np.ndarray | np.generic | bool | int | float) for leaf in leaves)
-        return (
-            _stacked([as_tensors(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
-            if is_numeric
-            else list(leaves)
-        )
+        if not all(map(_is_numeric, leaves)):
+            return list(leaves)
+        return _stacked([as_tensors(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
 
     try:
         return ops.tree_map(join, *samples, none_is_leaf=True, namespace=NAMESPACE)
@@ -59,6 +56,12 @@ def collate(samples: list[Any]) -> Any:
         raise ValueError(
             f"expected samples of one structure, got different ones ({error}). Give a collate function."
         ) from error
+
+
+def _is_numeric(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind in KINDS_OF_NUMBERS
+    return isinstance(leaf, Tensor | bool | int | float)
 
 
 class _ShapesError(ValueError):
@@ -80,7 +83,7 @@ def _stacked(samples: list[Any]) -> Any:
 
 
 def as_torch(dataset: Any) -> Any:
-    """A dataset of Hugging Face's ``datasets`` with tensors in its samples, unless it has a format of its own.
+    """A dataset of Hugging Face's ``datasets`` with tensors in its samples, unless its format is read as it is.
 
     Other datasets are returned as they are.
 
@@ -94,10 +97,28 @@ def as_torch(dataset: Any) -> Any:
             f"expected one split of a dataset, got a {kind} with the splits {splits}. Choose one, as "
             f"dataset[{next(iter(dataset), 'train')!r}]."
         )
-    is_formatted = (kind == "Dataset" and dataset.format["type"] is not None) or (
-        kind == "IterableDataset" and getattr(dataset, "_formatting", None) is not None
-    )
-    return dataset.with_format("torch") if kind is not None and not is_formatted else dataset
+    if kind == "Dataset" and dataset.format["type"] in _UNREADABLE:
+        names = dataset.format["columns"]
+        with_times = [name for name in names if any(part in repr(dataset.features[name]) for part in _TIMES)]
+        if not with_times:
+            return dataset.with_format("torch", columns=names)
+        others = [name for name in names if name not in with_times]
+        return dataset.select_columns(names).with_format("torch", columns=others, output_all_columns=True)
+    if kind == "IterableDataset" and _stream_format(dataset) in _UNREADABLE:
+        return dataset.with_format("torch")
+    return dataset
+
+
+_UNREADABLE = (None, "arrow", "polars", "jax", "tensorflow")
+"""Formats of ``datasets`` whose samples are not made of tensors, arrays, numbers and text."""
+
+_TIMES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration[")
+"""Parts of the types that the format for torch cannot convert."""
+
+
+def _stream_format(dataset: Any) -> str | None:
+    formatting = getattr(dataset, "_formatting", None)
+    return getattr(formatting, "format_type", "of its own") if formatting is not None else None
 
 
 def has_state(dataset: Any) -> bool:
