@@ -7,6 +7,7 @@ that a compiler would make is a Python function that computes the new state and 
 from __future__ import annotations
 
 from fxtrain.compile.compiled import Compiled
+from fxtrain.compile.routes import Route, Routes
 from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.step import Step
 
@@ -32,8 +33,7 @@ def undonating(step: Compiled) -> Compiled:
 def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
     return Compiled(
         step,
-        uncompiled,
-        how=lambda: "interpreter",
+        routes=Routes([Route("interpreter", uncompiled, "nothing", True)], fullgraph=False),
         on_recompile="allow",
         steps_per_call=steps_per_call,
         twin=lambda: _made(step, steps_per_call, donate=True),
