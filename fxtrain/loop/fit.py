@@ -74,6 +74,10 @@ def fit(
     with that code. Two cases differ: after SIGINT the next ``fit`` trains, as in a notebook; and a SIGTERM handler
     that the program has installed is called in place of SystemExit, when the interrupted run is saved.
 
+    Beside what the step and callbacks measure, a run publishes ``compile/graphs`` and ``compile/seconds`` at its end if
+    the step is compiled, and ``data/padding`` at the end of each epoch if the data source counts its padding: the share
+    of positions in the batches of that epoch that hold no part of an example.
+
     Args:
         state: From ``init``, or the ``last`` of another result.
         step: From ``train_step``, compiled or not; or any pure function ``(state, batch) -> (state, output)``.
