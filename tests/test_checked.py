@@ -1,8 +1,10 @@
 """Steps as graphs for the values that they read: each call checks these, and other values lead elsewhere."""
 
 import functools
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ import fxtrain as fx
 from fxtrain import tree
 from fxtrain.compile.checked import compile_checked
 from fxtrain.compile.uncompiled import uncompiled
+from fxtrain.compile.values import UncheckedReadError
 
 TX = fx.optim.adamw(1e-2)
 
@@ -219,6 +222,11 @@ class TestGraphs:
     def test_are_not_made_for_numbers_that_change_with_each_batch(self, read):
         with pytest.raises(RuntimeError, match="floating-point"):
             Checked(lambda model, batch: cross_entropy(model, batch) * read(batch["x"]))
+
+    @pytest.mark.parametrize("draw", [random.random, np.random.rand])
+    def test_are_not_made_for_random_numbers_of_the_host(self, draw):
+        with pytest.raises(UncheckedReadError, match="random"):
+            Checked(lambda model, batch: by_branch(model, batch) * float(draw()))
 
     @pytest.mark.parametrize("read", [lambda x: x.numpy().sum(), lambda x: x.detach().cpu().numpy()[0, 0]])
     def test_are_not_made_for_arrays(self, read):

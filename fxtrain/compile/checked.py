@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compile.traced import Artefact, Run, compile_traced
-from fxtrain.compile.values import CheckedReads, Reads
+from fxtrain.compile.values import CheckedReads, Reads, UncheckedReadError
 from fxtrain.core import TrainState
+from fxtrain.model import UnseededError
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
@@ -45,12 +46,16 @@ def compile_checked(
         otherwise: Compiles the step by a route that is for all values; called at most once.
 
     Raises:
-        UncheckedReadError: If the step reads a floating-point value of its inputs.
+        UncheckedReadError: If the step reads a floating-point value of its inputs, or draws random numbers of the host,
+            which a graph would repeat and later routes draw at each call.
         Exception: If it cannot be traced.
     """
     del in_place  # a state is written over only when the values are known to be the same
     checked = _Checked(step, tree.structure(state), tree.structure(batch), mode, backend, otherwise)
-    checked.add(tree.leaves(state), tree.leaves(batch))
+    try:
+        checked.add(tree.leaves(state), tree.leaves(batch))
+    except UnseededError as error:
+        raise UncheckedReadError(str(error)) from error
     return Artefact(checked, None)
 
 
