@@ -319,6 +319,24 @@ def test_states_that_do_not_fit_are_refused_by_name(tx, change, words):
     assert words in str(caught.value)
 
 
+def test_loss_scale_of_a_checkpoint_is_taken_over(tmp_path):
+    module = net(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    scaler = {
+        "scale": 1024.0,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2000,
+        "_growth_tracker": 7,
+    }
+    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler}, tmp_path / "last.pt")
+    tx = optim.sgd(0.1)
+    state = fx.load_optimizer_state(fx.init(module, tx), tmp_path / "last.pt")
+    expected = fx.attach(fx.init(module, tx), fx.train_step(loss_fn, tx, precision="fp16"))
+    assert fx.tree.structure(state.slots) == fx.tree.structure(expected.slots)
+    assert [float(leaf) for leaf in fx.tree.leaves(state.slots)] == [1024.0, 7.0]
+
+
 def test_groups_that_could_be_exchanged_need_names():
     module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     optimizer = torch.optim.SGD(

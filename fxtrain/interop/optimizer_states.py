@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fxtrain import tree
+from fxtrain import precision, tree
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.core import TrainState
 from fxtrain.model import model_of
@@ -28,7 +28,8 @@ def load_optimizer_state(
     names: Sequence[str] | None = None,
     step: int | None = None,
 ) -> TrainState:
-    """``state`` with the optimizer state of a torch optimizer. Weights and everything else stay as they are.
+    """``state`` with the optimizer state of a torch optimizer. Weights and everything else stay as they are,
+    but for the loss scale, if the file has the state of a ``torch.amp.GradScaler`` beside the optimizer.
 
     Moments, counts of each parameter, and hyper-parameters kept by ``inject_hyperparams`` are taken over, so further
     steps are those that the torch optimizer would take. The optimizer of the state must be its equivalent:
@@ -87,9 +88,14 @@ def load_optimizer_state(
     if step is None:
         counts = [int(value["step"]) for value in entries.values() if "step" in value]
         step = max(counts, default=None if entries else 0)
-    return state.replace(
-        opt_state=_each(state, lambda part, prefix: take_over(part, Taken(entries, options, step), prefix))
-    )
+    taken = Taken(entries, options, step)
+    state = state.replace(opt_state=_each(state, lambda part, prefix: take_over(part, taken, prefix)))
+    if not _is_scaler(found.scaler):
+        return state
+    scaler = cast(Mapping[str, Any], found.scaler)
+    scale = torch.tensor(float(scaler["scale"]), device=state.step.device)
+    good_steps = torch.tensor(int(scaler["_growth_tracker"]), device=state.step.device)
+    return state.with_slot(precision.SLOT, precision.LossScaleState(scale, good_steps))
 
 
 def optimizer_state_dict(
@@ -147,6 +153,7 @@ def _completed(
 class _Source(NamedTuple):
     optimizer: Mapping[str, Any]
     step: int | None = None
+    scaler: Mapping[str, Any] | None = None  # of torch.amp.GradScaler
 
 
 def _source(source: Any, entry: str | None) -> _Source:
@@ -163,6 +170,8 @@ def _file(path: pathlib.Path, entry: str | None) -> _Source:
     if not (path / "optimizer.pt").is_file():
         raise CheckpointError(f"expected optimizer.pt in {path}, as Trainer writes it, got none. Give a file.")
     found = _within(_read(path / "optimizer.pt"), entry, str(path / "optimizer.pt"))
+    if (path / "scaler.pt").is_file():
+        found = found._replace(scaler=_read(path / "scaler.pt"))
     if (path / "scheduler.pt").is_file():
         return found._replace(step=_last_epoch(_read(path / "scheduler.pt")))
     if (path / "trainer_state.json").is_file():
@@ -200,7 +209,8 @@ def _within(contents: Any, entry: str | None, where: str) -> _Source:
         )
     steps = {step for value in flat.values() if (step := _last_epoch(value)) is not None}
     step = steps.pop() if len(steps) == 1 else values.get("global_step")
-    return _Source(next(iter(found.values())), step if isinstance(step, int) else None)
+    scaler = next((value for value in flat.values() if _is_scaler(value)), None)
+    return _Source(next(iter(found.values())), step if isinstance(step, int) else None, scaler)
 
 
 def _is_single(value: Any) -> bool:
@@ -209,6 +219,10 @@ def _is_single(value: Any) -> bool:
 
 def _is_optimizer(value: Any) -> bool:
     return isinstance(value, Mapping) and {"state", "param_groups"} <= set(cast(Mapping[Any, Any], value))
+
+
+def _is_scaler(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"scale", "_growth_tracker"} <= set(cast(Mapping[Any, Any], value))
 
 
 def _last_epoch(value: Any) -> int | None:
