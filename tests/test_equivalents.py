@@ -414,6 +414,31 @@ def test_every_entrance_names_the_equivalent(call):
     evaluated(text)
 
 
+class Accelerated(torch.optim.Optimizer):
+    __module__ = "accelerate.optimizer"
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda optimizer, scheduler: ([optimizer], [scheduler]),
+        lambda optimizer, scheduler: {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}},
+        lambda optimizer, scheduler: [Accelerated(optimizer), scheduler],
+    ],
+)
+def test_what_lightning_and_accelerate_return_is_unpacked(pack):
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    text = message(lambda: fx.init(module, pack(optimizer, lr_scheduler.StepLR(optimizer, 10))))
+    assert expression(text) == "fx.optim.sgd(fx.schedules.exponential(0.5, 10, decay_rate=0.1, staircase=True))"
+    assert expression(message(lambda: fx.init(module, Accelerated(torch.optim.SGD(module.parameters(), lr=0.5))))) == (
+        "fx.optim.sgd(0.5)"
+    )
+
+
 class Custom(torch.optim.SGD):
     pass
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ def described(value: Any, model: Any, *, as_schedule: bool) -> tuple[str, str] |
 
 def _described(value: Any, model: Any) -> tuple[str, str] | None:
     match value:
+        case _ if _within(value) is not None:
+            return _described(_within(value), model)
         case lr_scheduler.ReduceLROnPlateau():
             return _name(type(value)), _attempt(_plateau, value, model)
         case lr_scheduler.LRScheduler():
@@ -36,8 +37,6 @@ def _described(value: Any, model: Any) -> tuple[str, str] | None:
             return f"the class {_name(value)}", advice
         case _ if is_from_optax(value):
             return _from_optax(value)
-        case _ if _wrapped(value) is not None:
-            return _described(_wrapped(value), model)
         case _:
             return None
 
@@ -47,7 +46,9 @@ def _attempt(translate: Any, value: Any, model: Any) -> str:
         return translate(value, model)
     except NoEquivalentError as error:
         reason = str(error).rstrip(".")
-        return f"There is no equivalent expression: {reason}."
+    except AttributeError as error:  # private names of schedulers may change
+        reason = f"this version of torch keeps its numbers elsewhere ({error}). Build it from fx.optim and fx.schedules"
+    return f"There is no equivalent expression: {reason}."
 
 
 def _optimizer(value: torch.optim.Optimizer, model: Any) -> str:
@@ -143,12 +144,21 @@ _SCHEDULES = {
 }
 
 
-def _wrapped(value: Any) -> Any:
-    """The optimizer inside of accelerate's and similar wrappers."""
-    module = type(value).__module__.partition(".")[0]
-    if module in ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric") and module in sys.modules:
+def _within(value: Any) -> Any:
+    """The scheduler, or else the optimizer, in a list or a dict of them or in a wrapper of accelerate or Lightning."""
+    if type(value).__module__.partition(".")[0] in _WRAPPERS:
         return getattr(value, "optimizer", None) or getattr(value, "scheduler", None)
-    return None
+    if type(value) not in (list, tuple, dict):
+        return None
+    parts: list[Any] = list(value.values() if isinstance(value, dict) else value)
+    parts = [inner if (inner := _within(part)) is not None else part for part in parts]
+    ranked = [
+        part for kind in (lr_scheduler.LRScheduler, torch.optim.Optimizer) for part in parts if isinstance(part, kind)
+    ]
+    return ranked[0] if ranked else None
+
+
+_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def _name(kind: type) -> str:

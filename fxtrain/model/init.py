@@ -92,6 +92,7 @@ def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
             "function of fx.optim, such as fx.optim.adamw(1e-3)."
         )
     if not isinstance(params, Mapping) or set(tx) != set(params):
+        refuse_foreign("tx", "a gradient transformation", dict(tx), model)
         came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"tx has transformations for {sorted(tx)}, and the model has {came}: give one for each.")
     models: Any = model if isinstance(model, Mapping) else {}
