@@ -250,3 +250,13 @@ def test_counts_without_names_do_not_pass_as_fresh(tmp_path):
 
 class WithoutNames(NamedTuple):
     values: Tensor
+
+
+def test_element_becomes_a_scalar_and_back(tmp_path):
+    state = fx.init({"a": torch.ones(2), "b": torch.ones(2)}, fx.optim.scale_by_adam())
+    counts = state.opt_state.count.replace(torch.tensor([2, 3]))
+    path = checkpoint(tmp_path, state.replace(opt_state=state.opt_state._replace(count=counts)))
+    element = "state.opt_state.count.values['b']"
+    assert quiet(path, torch.tensor(0), where={"tree": element}).tolist() == 3
+    scalar = fx.save(tmp_path / "d", torch.tensor(7))
+    assert quiet(scalar, state, where={element: "tree"}).opt_state.count.values.tolist() == [0, 7]

@@ -173,6 +173,16 @@ def test_kinds_of_adapters_come_back(peft, transformers, tmp_path, options):
     assert torch.equal(fx.view(state)(tokens).logits, module(tokens).logits)
 
 
+def test_adapter_that_transformers_has_added_comes_back(peft, transformers, tmp_path):
+    torch.manual_seed(0)
+    module = MODELS["tied"](transformers)
+    module.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    state = fx.init(module)
+    found = fx.load_weights(different(state), fx.save_weights(tmp_path / "w", state), report=True)
+    assert len(found.loaded) == 2
+    assert all(torch.equal(found.state.params[name], state.params[name]) for name in found.loaded)
+
+
 def test_adapter_of_prompts_is_refused(peft, transformers, tmp_path):
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     module = peft.get_peft_model(MODELS["tied"](transformers), config)

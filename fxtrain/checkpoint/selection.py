@@ -21,9 +21,9 @@ Fresh = str | Sequence[str] | None
 
 
 class Elements(NamedTuple):
-    """The sources of some elements of a vector: each with its index here, its leaf there, and its index there."""
+    """The sources of some elements of a leaf: each with its index here, its leaf there, and its index there."""
 
-    sources: tuple[tuple[int, Leaf, int], ...]
+    sources: tuple[tuple[tuple[int, ...], Leaf, tuple[int, ...]], ...]
 
 
 class Match(NamedTuple):
@@ -178,13 +178,17 @@ def _sources(
             return None
         first = stored[pairs[0][1].leaf]
         whole = len(pairs) == counts[path] == len(first.get("elements", ()))
-        if pairs[0][0].element is None or (
+        if (pairs[0][0].element, pairs[0][1].element) == (None, None) or (
             whole and all((one.element, first["path"]) == (other.element, other.leaf) for one, other in pairs)
         ):
             return first
-        return Elements(tuple((one.element or 0, stored[other.leaf], other.element or 0) for one, other in pairs))
+        return Elements(tuple((_index(one), stored[other.leaf], _index(other)) for one, other in pairs))
 
     return [source_of(path) for path in paths]
+
+
+def _index(part: Part) -> tuple[int, ...]:
+    return () if part.element is None else (part.element,)
 
 
 def _refuse_unlike(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."  # what models of transformers with adapters of their own add to names in files
 _DECIDING = (  # what else than weights decides the outputs of an adapter
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
 )
@@ -18,7 +19,7 @@ _DECIDING = (  # what else than weights decides the outputs of an adapter
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether peft has made a module, which then writes and reads its adapter alone."""
-    return hasattr(module, "peft_config") and hasattr(module, "active_adapter")
+    return bool(getattr(module, "peft_config", None)) and hasattr(module, "active_adapters")
 
 
 def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -29,7 +30,7 @@ def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) 
             prompts in place of weights.
     """
     peft = importlib.import_module("peft")  # by name, as type checks run without it
-    adapter = module.active_adapter
+    adapter = _active(module)
     configuration = module.peft_config[adapter]
     _refuse_other_configuration(folder / CONFIG, configuration)
     if configuration.is_prompt_learning:  # whose file holds prompts that peft computes from the parameters
@@ -42,7 +43,16 @@ def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) 
     places = {id(value): name for name, value in own.items()}
     given = peft.get_peft_model_state_dict(module, own, adapter_name=adapter, save_embedding_layers=False)
     names = {theirs: places[id(value)] for theirs, value in given.items() if id(value) in places}
+    if not isinstance(module, peft.PeftModel):
+        names = {_PREFIX + theirs: ours for theirs, ours in names.items()}
     return {names.get(name, name): value for name, value in contents.items()}, list(names.values())
+
+
+def _active(module: Any) -> str:
+    """The name of the active adapter, which models of transformers give by a method."""
+    active: Any = module.active_adapters
+    names: Any = active() if callable(active) else active
+    return names[0]
 
 
 def _refuse_other_configuration(file: pathlib.Path, here: Any) -> None:

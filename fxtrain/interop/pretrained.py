@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -36,8 +37,9 @@ def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) ->
     Raises:
         CheckpointError: If the class refuses the folder.
     """
-    floating = {value.dtype for value in contents.values() if isinstance(value, Tensor) and value.is_floating_point()}
-    widest = max(floating, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
+    dtypes = {value.dtype for value in contents.values() if isinstance(value, Tensor) and value.is_floating_point()}
+    plain = [dtype for dtype in dtypes if dtype.itemsize > 1]  # torch does not promote floats of one byte
+    widest = functools.reduce(torch.promote_types, plain) if plain else torch.float32
     options: dict[str, Any] = {"torch_dtype": widest}
     if hasattr(module, "base_model_prefix"):
         options = {"dtype": widest, "config": copy.deepcopy(module.config)}
