@@ -5,6 +5,7 @@
     python -m benchmarks.zoo --part 2/3              # every third one
     python -m benchmarks.zoo --rotate                # the third that belongs to the commit, as in CI
     python -m benchmarks.zoo --eager                 # compare with plain loops, compile nothing, write nothing
+    python -m benchmarks.zoo --interpret             # all checks, with graphs run without Inductor
 
 Results are kept in ``benchmarks/zoo/results.json``: a run of a few models replaces their rows of the table. Models of a
 package that cannot be imported are skipped. The exit code is 1 if a model fails in a way that its case does not name as
@@ -58,7 +59,7 @@ def main() -> None:
     def check(key: str) -> tuple[str, dict[str, Any]]:
         if time.monotonic() > deadline:
             return key, {"status": "skipped", "error": f"not begun within {given.budget:.0f} s"}
-        return key, processes.result_of(worker.checked, key, given.eager, timeout=given.timeout)
+        return key, processes.result_of(worker.checked, key, given.compiler, timeout=given.timeout)
 
     with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
         for done in concurrent.futures.as_completed([pool.submit(check, key) for key in keys]):
@@ -67,9 +68,9 @@ def main() -> None:
             trace = result.pop("trace", "")
             counts["passed" if result["status"] == "limited" else result["status"]] += 1
             print(f"{key}: {result}", trace if result["status"] == "failed" else "", sep="\n", flush=True)
-            if not given.eager:
+            if given.compiler is not None:
                 record(key, result)
-    if not given.eager:
+    if given.compiler is not None:
         TABLE.write_text(table(json.loads(RESULTS.read_text()), cases))
     if too_few:
         print(f"Expected at least {LEAST_PACKAGES} packages that can be imported.")
@@ -83,7 +84,10 @@ def options() -> argparse.Namespace:
     which.add_argument("--only", metavar="NAMES", help="parts of package and name, separated by semicolons")
     which.add_argument("--part", metavar="K/N", help="one of N parts")
     which.add_argument("--rotate", action="store_true", help="the hash of the commit, modulo 3, chooses a third")
-    parser.add_argument("--eager", action="store_true", help="compare with plain loops only, compile nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--eager", dest="compiler", action="store_const", const=None, help="compare with plain loops only")
+    how.add_argument("--interpret", dest="compiler", action="store_const", const="none", help="run graphs as they are")
+    parser.set_defaults(compiler="inductor")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a model")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model is begun")
     parser.add_argument("--workers", type=int, default=2, help="how many processes, of one thread each")

@@ -18,6 +18,7 @@ _HEAD = """# The zoo
 - **differentiate**: the way of `fx.train_step(..., differentiate="auto")`, chosen at the first step.
 - **compiled how**: the route of `fx.compile`. "traced" and "dynamo" are one graph of the whole step; "regions" are
   several graphs of the loss function and one of the optimizer; with "eager forward" only the optimizer is compiled.
+  "not compiled": the graphs were made and checked but run without Inductor (`python -m benchmarks.zoo --interpret`).
 - **parity**: compiled against uncompiled, in float32 with dropout, as above. At most 1e-4 passes. A run that was saved
   and restored ended in the same bits, and exported weights computed the same in the original module.
 - **first step**: seconds, compilation included, on one core of a machine that was busy with other work. The compiler's
@@ -58,12 +59,14 @@ def summary(results: dict[str, Any], total: int) -> str:
     tried = total - counts["skipped"] - (total - len(results))
     whole = sum(_is_one_graph(result) for result in results.values())
     share = f" ({whole / tried:.0%})" if tried else ""
+    interpreted = sum(bool(result.get("interpreted")) for result in results.values())
     dates = sorted({result["date"] for result in results.values()})
     return (
         f"{total} models of {len({key.partition(': ')[0] for key in results})} packages; {tried} were trained, between "
         f"{dates[0]} and {dates[-1]}. All checks hold for {counts['passed']}; {counts['failed']} failed, "
         f"{counts['limited']} have a known limitation, {counts['skipped']} were skipped for want of their package, "
-        f"{total - len(results)} have no result. **{whole} of {tried}{share} compile to one graph.**"
+        f"{total - len(results)} have no result. **{whole} of {tried}{share} are one graph**; the graphs of "
+        f"{interpreted} were run without Inductor."
         if results
         else f"{total} models, none of which was trained."
     )
@@ -87,10 +90,15 @@ def _row(key: str, result: dict[str, Any] | None, case: Case) -> tuple[str, ...]
         package,
         f"{result['parity']:.0e}" if is_eager_right else failed,
         result.get("differentiate", "-"),
-        result.get("route") or (failed if is_eager_right else "-"),
+        _route(result) or (failed if is_eager_right else "-"),
         f"{result['difference']:.0e}" if "difference" in result else "-",
         f"{result['seconds']:.0f} s" if "seconds" in result else "-",
     )
+
+
+def _route(result: dict[str, Any]) -> str:
+    route = result.get("route", "")
+    return f"{route}, not compiled" if result.get("interpreted") else route
 
 
 def _cell(text: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import traceback
 import warnings
+from collections.abc import Generator
 from typing import Any
+from unittest import mock
 
 import torch
 import zoo
@@ -26,13 +29,18 @@ def imported(package: str) -> dict[str, Any]:
     return {"error": ""}
 
 
-def checked(key: str, eager_only: bool) -> dict[str, Any]:
+def checked(key: str, compiler: str | None) -> dict[str, Any]:
     """What the checks found for a case.
+
+    Args:
+        key: Its key.
+        compiler: "inductor"; "none", which runs the same graphs as they are; or None, for uncompiled steps alone.
 
     Returns:
         ``status``: "skipped", if that is so; ``error``: a line, empty if all holds; ``trace``: its traceback;
         ``parity``: the difference from a plain loop; ``differentiate``: "func" or "autograd"; ``route``,
-        ``difference`` from uncompiled, and ``seconds`` of the first step, if it compiled.
+        ``difference`` from uncompiled, and ``seconds`` of the first step, if it compiled; with "none", ``interpreted``
+        in place of ``seconds``.
     """
     torch.set_num_threads(1)
     case = zoo.cases()[key]
@@ -46,12 +54,28 @@ def checked(key: str, eager_only: bool) -> dict[str, Any]:
             found["parity"] = checks.parity(case)
             chosen = any(_BY_AUTOGRAD in str(warning.message) for warning in caught)
             found["differentiate"] = "autograd" if chosen else "func"
-            if not eager_only:
-                outcome = checks.compiled(case)
-                found.update(route=outcome.route, difference=outcome.difference, seconds=outcome.first_seconds)
+            if compiler is not None:
+                with _without_inductor() if compiler == "none" else contextlib.nullcontext():
+                    outcome = checks.compiled(case)
+                timing = {"interpreted": True} if compiler == "none" else {"seconds": outcome.first_seconds}
+                found.update(route=outcome.route, difference=outcome.difference, **timing)
         except Exception as error:
             found.update(error=_line(error), trace="".join(traceback.format_exception(error)[-12:]))
     return found
+
+
+@contextlib.contextmanager
+def _without_inductor() -> Generator[None]:
+    """Runs graphs as they were traced, or as Dynamo and AOTAutograd made them, in place of compiling them."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    with (
+        mock.patch("torch._inductor.compile", lambda graph, fakes, options=None: graph),
+        mock.patch(
+            "torch._inductor.compile_fx.compile_fx", lambda graph, examples, *_, **__: aot_eager(graph, examples)
+        ),
+    ):
+        yield
 
 
 def _line(error: Exception) -> str:

@@ -58,13 +58,13 @@ def test_only_the_named_error_is_a_known_limitation(error, limitation, status):
 def test_share_counts_graphs_of_the_whole_step_among_all_that_were_tried():
     results = {
         "timm: a": PASSED,
-        "timm: b": {**PASSED, "route": "inductor, dynamo"},
+        "timm: b": {**PASSED, "route": "inductor, dynamo", "interpreted": True},
         "timm: c": {**PASSED, "route": "inductor, regions"},
         "timm: d": FAILED,
         "none: e": {"status": "skipped", "error": "ModuleNotFoundError: none", "date": "2026-01-01"},
     }
     text = summary(results, 6)
-    assert "**2 of 4 (50%) compile to one graph.**" in text
+    assert "**2 of 4 (50%) are one graph**; the graphs of 1 " in text
     assert "1 were skipped" in text
     assert "1 have no result" in text
 
@@ -72,14 +72,20 @@ def test_share_counts_graphs_of_the_whole_step_among_all_that_were_tried():
 def test_case_of_a_missing_package_is_skipped(monkeypatch):
     case = dataclasses.replace(zoo.cases()["torch: triplet embedding"], package="not_a_package")
     monkeypatch.setattr(zoo, "cases", lambda: {case.key: case})
-    result = worker.checked(case.key, True)
+    result = worker.checked(case.key, None)
     assert result["status"] == "skipped"
     assert "not_a_package" in result["error"]
 
 
 def test_choice_of_autograd_is_recorded():
-    found = worker.checked("torch: autograd.Function, old signature", True)
+    found = worker.checked("torch: autograd.Function, old signature", None)
     assert (found["error"], found["differentiate"]) == ("", "autograd")
+
+
+def test_graphs_can_be_checked_without_a_compiler():
+    found = worker.checked("torch: triplet embedding", "none")
+    assert (found["error"], found["route"], found["interpreted"]) == ("", "inductor, traced", True)
+    assert "seconds" not in found
 
 
 def test_rotation_chooses_a_third_by_the_commit(monkeypatch, capsys):
