@@ -19,10 +19,19 @@ class Limitation:
     Args:
         reason: A sentence for the table.
         error: A part of the error's message. Any other error is unexpected, and so is none.
+        is_certain: False if the case may also pass, as where the bits of a sum depend on the memory of its terms.
     """
 
     reason: str
     error: str
+    is_certain: bool = True
+
+
+OTHER_BITS = Limitation(
+    "Compiled as uncompiled within 1e-4, but a run restored after the first step may end with other bits.",
+    "a restored run ends with other bits",
+    is_certain=False,
+)
 
 
 @dataclasses.dataclass(frozen=True)

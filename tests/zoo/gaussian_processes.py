@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zoo.case import Case
+from zoo.case import OTHER_BITS, Case
 
 COUNT = 12
 
@@ -75,5 +75,13 @@ def variational_loss(model: Any, batch: Any) -> torch.Tensor:
 
 CASES = [
     Case("exact gaussian process", "gpytorch", build_exact, data, exact_loss, False),
-    Case("variational gaussian process", "gpytorch", build_variational, data, variational_loss, False),
+    Case(
+        "variational gaussian process",
+        "gpytorch",
+        build_variational,
+        data,
+        variational_loss,
+        dropout=False,
+        limitation=OTHER_BITS,
+    ),
 ]

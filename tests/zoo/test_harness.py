@@ -47,6 +47,7 @@ def test_failed_rerun_leaves_nothing_of_an_earlier_run(tmp_path, monkeypatch):
         ("DynamicShapeError: 3", KNOWN, "limited"),
         ("ValueError: no", KNOWN, "failed"),
         ("", KNOWN, "failed"),
+        ("", dataclasses.replace(KNOWN, is_certain=False), "passed"),
     ],
 )
 def test_only_the_named_error_is_a_known_limitation(error, limitation, status):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zoo.case import Case, lengths_mask, tokens
+from zoo.case import OTHER_BITS, Case, Limitation, lengths_mask, tokens
 
 VOCABULARY, LENGTH = 48, 10
 LLAMA = {
@@ -75,6 +75,7 @@ def case(
     *,
     dropouts: tuple[str, ...] = (),
     batch: Any = padded,
+    limitation: Limitation | None = None,
 ) -> Case:
     """A model from its configuration.
 
@@ -85,6 +86,7 @@ def case(
         sizes: Arguments of the configuration.
         dropouts: Arguments that are probabilities of dropout.
         batch: Returns a batch.
+        limitation: As for ``Case``.
     """
 
     def build(dropout: float) -> Any:
@@ -93,7 +95,7 @@ def case(
         given = {**sizes, **dict.fromkeys(dropouts, dropout)}
         return getattr(transformers, model)(getattr(transformers, config)(**given))
 
-    return Case(name, "transformers", build, batch, loss, dropout=bool(dropouts))
+    return Case(name, "transformers", build, batch, loss, dropout=bool(dropouts), limitation=limitation)
 
 
 ATTENTION = ("attention_dropout",)
@@ -123,6 +125,7 @@ CASES = [
             "MixtralForCausalLM",
             {**LLAMA, "num_local_experts": 3, "output_router_logits": True, "experts_implementation": implementation},
             dropouts=ATTENTION,
+            limitation=OTHER_BITS if how == "in a loop" else None,
         )
         for how, implementation in (("in a loop", "eager"), ("in a batch", "batched_mm"))
     ),
