@@ -434,9 +434,11 @@ def test_what_lightning_and_accelerate_return_is_unpacked(pack):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     text = message(lambda: fx.init(module, pack(optimizer, lr_scheduler.StepLR(optimizer, 10))))
     assert expression(text) == "fx.optim.sgd(fx.schedules.exponential(0.5, 10, decay_rate=0.1, staircase=True))"
-    assert expression(message(lambda: fx.init(module, Accelerated(torch.optim.SGD(module.parameters(), lr=0.5))))) == (
-        "fx.optim.sgd(0.5)"
-    )
+    wrapped = Accelerated(torch.optim.SGD(module.parameters(), lr=0.5))
+    assert expression(message(lambda: fx.init(module, wrapped))) == "fx.optim.sgd(0.5)"
+    scheduler = lr_scheduler.ConstantLR(wrapped.optimizer, 1.0, total_iters=0)
+    scheduler.optimizer = wrapped
+    assert expression(message(lambda: fx.init(module, scheduler))) == "fx.optim.sgd(fx.schedules.constant(0.5))"
 
 
 class Custom(torch.optim.SGD):

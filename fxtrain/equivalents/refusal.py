@@ -67,7 +67,7 @@ def _is_plateau(value: Any) -> bool:
 
 
 def _scheduled(value: Any, model: Any) -> str:
-    return f"Use {optimizer(value.optimizer, model, lambda index: schedules(value, index))}.\n{_STEPS}"
+    return f"Use {optimizer(_bare(value.optimizer), model, lambda index: schedules(value, index))}.\n{_STEPS}"
 
 
 def _schedule(value: Any, model: Any) -> str:
@@ -90,7 +90,7 @@ _STEPS = (
 def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: Any) -> str:
     if len(set(map(float, value.min_lrs))) > 1:
         raise NoEquivalentError("its min_lr differs between parameter groups. Use one minimum for all.")
-    whole = optimizer(value.optimizer, model, inject=True)
+    whole = optimizer(_bare(value.optimizer), model, inject=True)
     options = {
         "hyperparam": "lr" if "learning_rate=" not in whole else "learning_rate",
         "factor": value.factor,
@@ -156,6 +156,11 @@ def _within(value: Any) -> Any:
         part for kind in (lr_scheduler.LRScheduler, torch.optim.Optimizer) for part in parts if isinstance(part, kind)
     ]
     return ranked[0] if ranked else None
+
+
+def _bare(optimizer: Any) -> Any:
+    inner = _within(optimizer)
+    return optimizer if inner is None else inner
 
 
 _WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")
