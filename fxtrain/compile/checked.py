@@ -27,7 +27,7 @@ Otherwise = Callable[[TrainState, Any], Artefact]
 """From a state and a batch to an artefact that returns a new state."""
 
 _MOST_GRAPHS = 8
-_MOST_GRAPHS_BY_SIZE = 2  # sizes that have differed twice differ all the time
+_MOST_GRAPHS_BY_NUMBER = 2  # numbers that have differed twice differ all the time
 
 
 def compile_checked(
@@ -76,7 +76,7 @@ class _Checked:
         self._otherwise: Otherwise = otherwise
         self._other: Artefact | None = None
         self._graphs: list[_Graph] = []
-        self._sizes = 0  # graphs that were made because a size differed
+        self._numbers = 0  # graphs that were made because a number differed
 
     def add(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Graph:
         """Makes the graph for the values that these tensors lead to."""
@@ -121,8 +121,8 @@ class _Checked:
     def _differing(
         self, tried: list[tuple[_Graph, int]], leaves: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Any]:
-        self._sizes += any(place in graph.reads.sizes for graph, place in tried) or not tried
-        if len(self._graphs) < _MOST_GRAPHS and self._sizes < _MOST_GRAPHS_BY_SIZE:
+        self._numbers += any(place in graph.reads.numbers for graph, place in tried) or not tried
+        if len(self._graphs) < _MOST_GRAPHS and self._numbers < _MOST_GRAPHS_BY_NUMBER:
             _log.info(
                 "%r reads other values: compiling a graph for them, number %d.", self._step, len(self._graphs) + 1
             )

@@ -31,11 +31,12 @@ class Reads:
 
     Args:
         values: What was read, in order.
-        sizes: The places among them of sizes, such as the number of rows that a mask selects.
+        numbers: The places among them of numbers, such as counters and the number of rows that a mask selects; the
+            others are truth values.
     """
 
     values: list[Any] = dataclasses.field(default_factory=list)
-    sizes: set[int] = dataclasses.field(default_factory=set)
+    numbers: set[int] = dataclasses.field(default_factory=set)
 
 
 class CheckedReads(TorchDispatchMode):
@@ -77,7 +78,7 @@ class CheckedReads(TorchDispatchMode):
         found = checked(self, *args, **(kwargs or {})) if checked is not None else NotImplemented
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
 
-    def read(self, tensor: Tensor, *, is_size: bool = False) -> Any:
+    def read(self, tensor: Tensor) -> Any:
         """The value of a tensor with one element. What follows in the graph may rely on it."""
         value = self._value(tensor)
         if value is NotImplemented:
@@ -87,8 +88,8 @@ class CheckedReads(TorchDispatchMode):
             raise UncheckedReadError("expected reads of integers or truth values, got a read of a floating-point one.")
         if len(self.reads.values) >= _MOST_READS:
             raise UncheckedReadError(f"expected at most {_MOST_READS} reads of values, got more.")
-        if is_size:
-            self.reads.sizes.add(len(self.reads.values))
+        if not isinstance(number, bool):
+            self.reads.numbers.add(len(self.reads.values))
         self.reads.values.append(number)
         self._same.append((tensor.reshape(()) == number).detach())
         return number
@@ -182,7 +183,7 @@ def _allclose(mode: CheckedReads, one: Tensor, two: Tensor, *args: Any, **option
 
 
 def _nonzero(mode: CheckedReads, tensor: Tensor) -> Any:
-    count = mode.read(torch.count_nonzero(tensor), is_size=True)
+    count = mode.read(torch.count_nonzero(tensor))
     if count is NotImplemented:
         return count
     # Zeros in place of rows that are missing are valid indices: a call that the graph is not for ends without an error.
@@ -213,7 +214,7 @@ def _masked_select(mode: CheckedReads, tensor: Tensor, mask: Tensor) -> Any:
 def _repeat_interleave(mode: CheckedReads, repeats: Tensor, *, output_size: int | None = None) -> Any:
     if output_size is not None:
         return NotImplemented
-    count = mode.read(repeats.sum(), is_size=True)
+    count = mode.read(repeats.sum())
     return count if count is NotImplemented else aten.repeat_interleave.Tensor(repeats, output_size=count)
 
 
