@@ -21,7 +21,7 @@ def figures(step: Any, data: Any) -> list[Handler]:
         data: A data source.
     """
     found = list[Handler]()
-    if hasattr(step, "graphs"):
+    if hasattr(step, "graphs") and hasattr(step, "seconds"):
 
         def compilation(state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
             return state, Control(log={"compile/graphs": step.graphs, "compile/seconds": step.seconds})
