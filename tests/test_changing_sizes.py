@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxtrain as fx
 from fxtrain.compile import routes
+from fxtrain.compile.regions import compile_in_regions
 from fxtrain.compile.traced import compile_traced
 from fxtrain.data import bucketed, next_tokens, packed, pad, padded
 
@@ -226,3 +227,21 @@ def test_a_prefetched_run_resumes_bitwise_in_the_middle_of_a_later_epoch(name, t
         shares = whole.history["data/padding"]
         later = shares.steps > cut
         assert rest.history["data/padding"].values.tolist()[-1:] == shares.values[later].tolist()[-1:]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_tensor_at_two_places_of_the_first_batch_is_two_inputs(without_inductor, dynamic):
+    step = fx.train_step(lambda model, batch: (model["w"] * batch["x"] - batch["y"]).sum(), TX)
+    compiled, state = fx.compile(step, dynamic=dynamic, on_recompile="error"), fx.init({"w": torch.tensor(1.0)}, TX)
+    same = torch.ones(2, 3)
+    for batch in ({"x": same, "y": same}, {"x": torch.ones(2, 3), "y": torch.zeros(2, 3)}):
+        assert compiled(state, batch)[1].metrics["loss"] == step(state, batch)[1].metrics["loss"]
+
+
+def test_a_tensor_at_two_places_of_the_first_batch_is_two_inputs_around_a_forward_pass():
+    step = fx.train_step(lambda model, batch: (model["w"] * batch["x"]).sum() - batch["y"].sum(), TX)
+    state, same = fx.init({"w": torch.tensor(1.0)}, TX), torch.ones(2, 3)
+    first, other = {"x": same, "y": same}, {"x": torch.ones(2, 3), "y": torch.zeros(2, 3)}
+    made = compile_in_regions(step, state, first, backend="eager", mode=None, forward=None, in_place=False)
+    _, output = made.run(fx.tree.leaves(state), fx.tree.leaves(other))
+    assert output.metrics["loss"] == step(state, other)[1].metrics["loss"]

@@ -194,7 +194,10 @@ class _Cut:
 
         state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = tree.map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, (state, batch))
+        # Detached, because a tensor at two places of the batch would be one input.
+        fakes = tree.map(
+            lambda leaf: mode.from_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf, (state, batch)
+        )
         with mode, compiling():
             if self._fresh(*fakes) is None:
                 return False

@@ -82,6 +82,7 @@ def compile_traced(
 
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
+    inputs = _distinct(inputs)
     count = len(leaves)
     changed: list[int] = []
     output_structure: Any = None
@@ -236,6 +237,16 @@ def _is_better_channels_first(graph: Any, examples: Sequence[Tensor]) -> bool:
     """
     backward = torch.ops.aten.convolution_backward.default
     return not any(leaf.is_cuda for leaf in examples) and any(node.target == backward for node in graph.graph.nodes)
+
+
+def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs, each an object of its own: the tracer would take a tensor at two places for one input."""
+    seen = set[int]()
+    out: list[Tensor] = []
+    for leaf in inputs:
+        out.append(leaf.detach() if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return out
 
 
 def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
