@@ -1,9 +1,13 @@
 """Numbers from Python's and numpy's generators in a model or a loss: a function of the seed, or refused by name."""
 
+import datetime
 import functools
 import logging
+import os
 import random
+import secrets
 import time
+import uuid
 from time import monotonic
 
 import numpy as np
@@ -13,6 +17,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import testing
+from fxtrain.model.clocks import reads_noticed
 from fxtrain.rng import host
 
 X = torch.ones(4, 2)
@@ -230,6 +235,25 @@ class TestClocks:
             with pytest.raises(RuntimeError, match=rf"expected timed .* got a read of time\.\w+\(\) at {__file__}:"):
                 fx.compile(step, backend=backend)(fx.init(nn.Linear(2, 1), tx), X)
         assert (time.time, time.perf_counter, monotonic) == clocks
+
+    READS = (
+        *("process_time()", "thread_time()", "localtime()", "ctime()", "strftime('%S')", "datetime.now()"),
+        *("datetime.datetime.utcnow()", "os.urandom(1)", "secrets.randbelow(9)", "uuid.uuid4()"),
+        *("random.SystemRandom().random()", "np.random.default_rng().random()"),
+    )
+
+    @pytest.mark.parametrize("text", READS)
+    def test_and_what_the_system_draws_are_noticed(self, text):
+        names = {**vars(time), "secrets": secrets, "uuid": uuid, "os": os, "np": np, "random": random}
+        names["datetime"] = datetime if text.startswith("datetime.datetime") else datetime.datetime
+        real = datetime.datetime, os.urandom, time.localtime
+        read = eval(f"lambda: {text}", names)
+        with reads_noticed(read) as found:
+            read()
+            assert isinstance(datetime.datetime(2020, 1, 1), datetime.datetime)
+            assert time.strftime("%Y", time.gmtime(0)) == "1970"
+        assert found  # more than once where a draw is repeated
+        assert (datetime.datetime, os.urandom, time.localtime) == real
 
     def test_may_be_read_uncompiled_and_by_libraries(self):
         def logs(model, batch):

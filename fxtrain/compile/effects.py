@@ -55,13 +55,13 @@ def effects_noticed() -> Generator[None]:
 
         return opened
 
-    before = builtins.open, io.open
-    builtins.open, io.open = refusing(before[0]), refusing(before[1])
+    before = builtins.open, io.open, os.open
+    builtins.open, io.open, os.open = map(refusing, before)
     try:
         with _Shown():
             yield
     finally:
-        builtins.open, io.open = before
+        builtins.open, io.open, os.open = before
 
 
 class _Shown(TorchFunctionMode):

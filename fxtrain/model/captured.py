@@ -6,9 +6,8 @@ import collections
 import dis
 import functools
 import os
-import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,21 +65,22 @@ def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
 _MOST_PARTS = 4096  # that are looked at
 
 
-def clocks(function: Callable[..., Any]) -> Iterator[tuple[dict[str, Any], str, Callable[[], Any]]]:
-    """The functions of the module ``time`` that a function reads by a name of their own: namespace, name, clock.
+def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The clocks that a function reads by a name of its own: namespace, name, clock.
+
+    Args:
+        function: A function of the user's.
+        watched: What counts as a clock.
 
     Example:
         >>> from time import perf_counter
-        >>> [clock is perf_counter for _, _, clock in clocks(lambda: perf_counter())]
+        >>> [clock is perf_counter for _, _, clock in clocks(lambda: perf_counter(), [perf_counter])]
         [True]
     """
     for owner, name, value in _reads(function):
-        is_clock = any(value is clock for clock in CLOCKS)
+        is_clock = any(value is clock for clock in watched)
         if is_clock and isinstance(owner, types.FunctionType) and owner.__globals__.get(name) is value:
             yield owner.__globals__, name, value
-
-
-CLOCKS = (time.time, time.time_ns, time.perf_counter, time.perf_counter_ns, time.monotonic, time.monotonic_ns)
 
 
 def _reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:

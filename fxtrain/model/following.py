@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.core.frames import is_of_users
 from fxtrain.fold.subscription import name_of
-from fxtrain.model.captured import CLOCKS, captured, clocks
+from fxtrain.model.captured import captured
+from fxtrain.model.clocks import reads_noticed
 from fxtrain.rng import Key, host
 from fxtrain.rng.tracing import host_seed, is_traced
 
@@ -70,34 +67,14 @@ class Following:
 
 @contextlib.contextmanager
 def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
-    """Raises at the end if this thread read a clock of the module ``time`` from a file of the user's."""
-    read: list[str] = []
-    thread = threading.get_ident()
-
-    def watching(clock: Callable[[], Any]) -> Callable[[], Any]:
-        def watched() -> Any:
-            caller = sys._getframe(1)
-            if threading.get_ident() == thread and is_of_users(caller.f_code.co_filename):
-                read.append(f"time.{clock.__name__}() at {caller.f_code.co_filename}:{caller.f_lineno}")
-            return clock()
-
-        return watched
-
-    named: list[tuple[Any, str, Any]] = [(vars(time), clock.__name__, clock) for clock in CLOCKS]
-    places = [*named, *clocks(function)]
-    before = [names[name] for names, name, _ in places]
-    try:
-        for names, name, clock in places:
-            names[name] = watching(clock)
+    """Raises at the end if the user's code read a clock or the operating system's entropy."""
+    with reads_noticed(function) as read:
         yield
-    finally:
-        for (names, name, _), value in zip(places, before, strict=True):
-            names[name] = value
     if read:
         raise UnseededError(
             f"expected {name_of(function)} to read nothing but its arguments while it is traced, got a read of "
             f"{read[0]}, which a compiled step would repeat at each call. Measure time outside of the step, and pass a "
-            "time that the step needs in the batch."
+            "time or a random number that the step needs in the batch."
         )
 
 

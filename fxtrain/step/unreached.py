@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
-from fxtrain.model.captured import captured, is_of_users
+from fxtrain.core.frames import is_of_users
+from fxtrain.model.captured import captured
 from fxtrain.step.contract import place_of
 
 
