@@ -2,6 +2,10 @@
 
 The graph computes at each call whether these values are the same. Where they differ its result is dropped, and another
 graph is made for the other values, or the call takes the next route.
+
+The new state is returned beside the old one, also by a step that donates, because the old one is needed where values
+differ. Each call waits for its checks. A graph runs to its end before they are read: on a GPU, an index that is out of
+range only for other values ends the process.
 """
 
 from __future__ import annotations
