@@ -63,9 +63,10 @@ def summary(results: dict[str, Any], total: int) -> str:
     share = f" ({whole / tried:.0%})" if tried else ""
     interpreted = sum(bool(result.get("interpreted")) for result in results.values())
     dates = sorted({result["date"] for result in results.values()})
+    when = f"between {dates[0]} and {dates[-1]}" if len(dates) > 1 else f"on {dates[0]}" if dates else ""
     return (
-        f"{total} models of {len({key.partition(': ')[0] for key in results})} packages; {tried} were trained, between "
-        f"{dates[0]} and {dates[-1]}. All checks hold for {counts['passed']}; {counts['failed']} failed, "
+        f"{total} models of {len({key.partition(': ')[0] for key in results})} packages; {tried} were trained {when}. "
+        f"All checks hold for {counts['passed']}; {counts['failed']} failed, "
         f"{counts['limited']} have a known limitation, {counts['skipped']} were skipped for want of their package, "
         f"{total - len(results)} have no result. **{whole} of {tried}{share} are one graph**; the graphs of "
         f"{interpreted} were run without Inductor."
