@@ -283,6 +283,7 @@ def test_bfloat16_moments_are_widened_as_the_state_keeps_them():
     ("tx", "change", "words"),
     [
         (optim.sgd(0.1, momentum=0.9), None, "expected momentum_buffer in the optimizer state of 'embedding.weight'"),
+        (optim.sgd(0.1), None, "'embedding.weight' to have nothing, got exp_avg, exp_avg_sq as well"),
         (optim.lion(0.1), None, "to have exp_avg, got exp_avg_sq as well"),
         (optim.adam(0.1, amsgrad=True), None, "expected max_exp_avg_sq"),
         (optim.adamax(0.1), None, "expected exp_inf"),

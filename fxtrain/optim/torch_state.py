@@ -150,8 +150,10 @@ class _Reader:
 
     def refuse_unread(self) -> None:
         """Refuses moments that were not taken over."""
-        for name, read in self._read.items():
-            entry = self._taken.entries.get(name, {})
+        for name, entry in self._taken.entries.items():
+            if not name.startswith(self._prefix):
+                continue
+            read = self._read.get(name, set())
             extra = sorted(key for key, value in entry.items() if value is not None and key not in read | _DERIVED)
             if extra:
                 raise ValueError(
