@@ -14,7 +14,7 @@ from fxtrain import tree
 from fxtrain.compile.traced import Artefact
 from fxtrain.core import TrainState, compiling
 from fxtrain.core.frames import is_raised_by_users
-from fxtrain.model import UnseededError
+from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
 
 _TOO_MANY_SIZES = (
@@ -64,7 +64,7 @@ def compile_by_dynamo(
     return Artefact(run, None)
 
 
-def _check(step: Step | EvalFunction, state: TrainState, batch: Any) -> None:
+def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: bool = False) -> None:
     """The checks of a first call, which Dynamo's trace skips: without values if possible, else uncompiled."""
     from torch._subclasses import FakeTensorMode
 
@@ -76,8 +76,12 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any) -> None:
 
     try:
         run_without_values()
-    except UnseededError:
+    except (CapturedStateError, UnseededError):
         raise
+    except ValuesNeededError:
+        step(state, batch)
+        if not again:
+            _check(step, state, batch, again=True)
     except Exception as error:
         step(state, batch)
         if is_raised_by_users(error) and not fails(run_without_values):

@@ -19,7 +19,7 @@ from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
 from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.core import TrainState
 from fxtrain.core.frames import is_raised_by_users
-from fxtrain.model import UnseededError, ValuesNeededError
+from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Routes:
             try:
                 with quietly():
                     artefact = _compiled(route, step, state, batch, in_place=in_place, **options)
-            except (UnseededError, torch.OutOfMemoryError, MemoryError):
+            except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
                 raise
             except NoGradientsError as error:
                 _log.debug("%s: %s", route.name, error)

@@ -9,7 +9,7 @@ import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,26 @@ from fxtrain.core import TrainState
 from fxtrain.fold.subscription import name_of
 from fxtrain.model.captured import tensors_in
 from fxtrain.model.fingerprint import fingerprint
-from fxtrain.model.first_calls import FirstCalls, empty_refused, hooks_refused, refuse_new_parameters, refuse_state
+from fxtrain.model.first_calls import (
+    FirstCalls,
+    empty_refused,
+    hooks_refused,
+    refuse_new_parameters,
+    refuse_state,
+)
 from fxtrain.model.following import Following, generators_in
 from fxtrain.model.forward import forward_of, is_forward_wrapped
-from fxtrain.model.layout import Caller, Layout
+from fxtrain.model.layout import Called, Caller, Layout
+from fxtrain.model.outside import traced_apart
 from fxtrain.model.purity import versions
 from fxtrain.model.template import Template, evaluating, without_memory
-from fxtrain.model.writes import WriteNoticed, Writes
+from fxtrain.model.writes import WriteNoticed, Writes, copies
 from fxtrain.optim.nodes import as_name, leaf_paths
 from fxtrain.rng import host
 from fxtrain.rng.replay import replayed
 from fxtrain.rng.tracing import is_traced
 
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
-
-
-class Called(NamedTuple):
-    """What a call of a model returns, and the memory that it wrote.
-
-    Args:
-        output: Of the function.
-        buffers: All of them, after the call.
-        written: The frozen parameters that calls write, after the call: a tree like ``buffers``.
-    """
-
-    output: Any
-    buffers: Any
-    written: Any
 
 
 class Model(Layout):
@@ -175,7 +168,24 @@ class Model(Layout):
             self._first[kind] = FirstCalls()
         return self._first[kind]
 
-    def _call(self, *args: Any, **options: Any) -> Called:
+    def _call(
+        self,
+        params: Any,
+        buffers: Any,
+        function: Callable[..., Any],
+        args: Any,
+        train: bool,
+        *rest: Any,
+        **options: Any,
+    ) -> Called:
+        """A call that, if it is traced, changes nothing outside."""
+        call = functools.partial(self._repeated, params, buffers, function, args, train, *rest, **options)
+        if not is_traced():
+            return call()
+        modules = self._templates[train].root.modules()
+        return traced_apart(call, function, modules, self.first_calls(("outside", train)))
+
+    def _repeated(self, *args: Any, **options: Any) -> Called:
         """A call that is repeated with clones of what it is about to write."""
         probing = False
         while True:
@@ -219,7 +229,7 @@ class Model(Layout):
             template.place(odd)
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
-            given = _copies(args) if self._copies_arguments else args
+            given = copies(args) if self._copies_arguments else args
             writes = Writes(
                 who,
                 trained=lambda: self._named_trained(params, flat_params),
@@ -293,7 +303,7 @@ class Model(Layout):
     ) -> tuple[Any, Any, Any]:
         with rng.functional(key) if key is not None else contextlib.nullcontext(), self._entered(inside, train):
             if self._copies_arguments:
-                args = _copies(args)
+                args = copies(args)
             if not self.has_modules:
                 return function(params, *args), buffers, {}
             flat = self._flat(params)
@@ -381,10 +391,6 @@ def _functional(key: rng.Key | None, writes: Writes) -> Iterator[None]:
 def _kept_shape(after: Tensor | None, before: Tensor) -> Tensor:
     """The buffer after a call; before it, where the call made a cache of another shape of it."""
     return before if after is None or after.shape != before.shape or after.dtype != before.dtype else after
-
-
-def _copies(args: Any) -> Any:
-    return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
 
 
 def _has_hooks(parameter: Tensor) -> bool:

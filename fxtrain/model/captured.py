@@ -29,7 +29,7 @@ def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         >>> list(captured(loss_fn))
         [('scale', 2.0)]
     """
-    for owner, name, value in _reads(function):
+    for owner, name, value in reads(function):
         if not _is_ours(owner) and not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
             yield name, value
 
@@ -77,14 +77,20 @@ def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tup
         >>> [clock is perf_counter for _, _, clock in clocks(lambda: perf_counter(), [perf_counter])]
         [True]
     """
-    for owner, name, value in _reads(function):
+    for owner, name, value in reads(function):
         is_clock = any(value is clock for clock in watched)
         if is_clock and isinstance(owner, types.FunctionType) and owner.__globals__.get(name) is value:
             yield owner.__globals__, name, value
 
 
-def _reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
-    """What a function and those that it calls read: the reader, the name and the value."""
+def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
+    """What a function and those that it calls read: the reader, the name and the value.
+
+    Example:
+        >>> scale = 2.0
+        >>> [(name, value) for _, name, value in reads(lambda model, batch: model(batch) * scale)]
+        [('scale', 2.0)]
+    """
     seen: set[int] = set()
     todo: list[tuple[Any, int]] = [(function, 0)]
     while todo:

@@ -85,7 +85,7 @@ class Contents:
             if now:
                 _base(now).clear(now)
         for now, before in self._others:
-            _refill(now, before)
+            refill(now, before)
         for _, generator, state in self.generators:
             host.set_state(generator, state)
         for part, before in self._slots:
@@ -251,7 +251,8 @@ def _in_order(values: Any) -> Any:
     return values
 
 
-def _refill(now: Any, before: Any) -> None:
+def refill(now: Any, before: Any) -> None:
+    """Puts back what a container held."""
     base = _base(now)
     if isinstance(before, dict):
         if len(now) == len(before) and all(key in now and base.__getitem__(now, key) is before[key] for key in before):

@@ -133,7 +133,7 @@ def refuse_state(
         return
     watched = {id(value) for value in first.values() if isinstance(value, Tensor)}
     try:
-        with unrecorded(), _Reads(watched) as reads:
+        with unrecorded(), Reads(watched) as reads:
             repeated = again()
         second = leaves()
     except (torch.OutOfMemoryError, MemoryError):
@@ -259,7 +259,7 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
     Raises:
         RuntimeError: Naming the tensor.
     """
-    with _Reads(empty) as reads:
+    with Reads(empty) as reads:
         yield
     if reads.found:
         raise RuntimeError(
@@ -268,7 +268,7 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
         )
 
 
-class _Reads(TorchFunctionMode):
+class Reads(TorchFunctionMode):
     """Notes which of some tensors an operation reads, and into which it writes."""
 
     def __init__(self, watched: Collection[int]) -> None:

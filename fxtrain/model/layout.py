@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.optim import MaskedNode
+
+
+class Called(NamedTuple):
+    """What a call of a model returns, and the memory that it wrote.
+
+    Args:
+        output: Of the function.
+        buffers: All of them, after the call.
+        written: The frozen parameters that calls write, after the call: a tree like ``buffers``.
+    """
+
+    output: Any
+    buffers: Any
+    written: Any
 
 
 class Layout:

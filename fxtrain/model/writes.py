@@ -141,6 +141,11 @@ def _described(write: str) -> str:
     return "an assignment to .data of" if write == "data" else f"a write in place ({write}) to"
 
 
+def copies(values: Any) -> Any:
+    """A pytree with clones of its tensors."""
+    return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, values)
+
+
 def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
     """The tensors that a function of torch writes in place.
 

@@ -1,0 +1,164 @@
+"""Python values from outside: a compiled step that would change them is refused, and caches are filled first."""
+
+import functools
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+import fxtrain as fx
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+CALLS = 0
+
+
+class Holder:
+    def __init__(self):
+        self.count = 0
+
+
+class OfTheClass(nn.Module):
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 1)
+
+    def forward(self, x):
+        type(self).calls += 1
+        return self.inner(x) * type(self).calls
+
+
+class OfAGlobal(OfTheClass):
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        return self.inner(x) * CALLS
+
+
+def squares(model, batch):
+    return model(batch).square().mean()
+
+
+def losses_from_outside():
+    calls, hidden, counts, outputs, holder = 0, None, {"n": 0}, [], Holder()
+
+    def counts_calls(model, batch):
+        nonlocal calls
+        calls += 1
+        return squares(model, batch) * calls
+
+    def keeps_a_hidden_state(model, batch):
+        nonlocal hidden
+        y = model(batch)
+        y = y if hidden is None else y + hidden
+        hidden = y.detach()
+        return y.square().mean()
+
+    def counts_in_a_dict(model, batch):
+        counts["n"] += 1
+        return squares(model, batch) * counts["n"]
+
+    def collects_outputs(model, batch):
+        outputs.append(model(batch).detach())
+        return squares(model, batch) * len(outputs)
+
+    def counts_in_an_object(model, batch):
+        holder.count += 1
+        return squares(model, batch) * holder.count
+
+    return {
+        "calls": counts_calls,
+        "hidden": keeps_a_hidden_state,
+        "counts": counts_in_a_dict,
+        "outputs": collects_outputs,
+        r"holder\.count": counts_in_an_object,
+    }
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Runs graphs without Inductor."""
+    traced = importlib.import_module("fxtrain.compile.traced")
+    monkeypatch.setattr(traced, "_compiled", lambda graph, *_: lambda tensors: graph(*tensors))
+
+
+def train(module, loss_fn=squares, *, compiled=True, steps=3):
+    tx = fx.optim.sgd(0.1)
+    step, state, losses = fx.train_step(loss_fn, tx), fx.init(module, tx), []
+    step = fx.compile(step) if compiled else step
+    for _ in range(steps):
+        state, output = step(state, X)
+        losses.append(float(output.metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("name", losses_from_outside())
+def test_state_of_a_loss_is_refused_when_compiled(name):
+    with pytest.raises(RuntimeError, match=rf"got changes of {name}, which a compiled step would not repeat"):
+        train(nn.Linear(2, 1), losses_from_outside()[name])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(OfTheClass, r"OfTheClass\.calls"), (OfAGlobal, "CALLS")])
+def test_state_of_a_module_is_refused_when_compiled(kind, name):
+    with pytest.raises(RuntimeError, match=rf"got changes of {name}, which a compiled step would not repeat"):
+        train(kind())
+
+
+@pytest.mark.parametrize("name", losses_from_outside())
+def test_an_uncompiled_step_runs_as_a_plain_loop(name):
+    loss_fn = losses_from_outside()[name]
+    torch.manual_seed(0)
+    module = nn.Linear(2, 1)
+    found = train(module, losses_from_outside()[name], compiled=False)
+    optimizer, wanted = torch.optim.SGD(module.parameters(), 0.1), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_fn(module, X)
+        loss.backward()
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    assert found == pytest.approx(wanted)
+
+
+def test_the_last_activation_of_a_forward_hook_is_no_state():
+    module, seen = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), {}
+    module[0].register_forward_hook(lambda part, inputs, output: seen.__setitem__("last", output))
+
+    def penalized(model, batch):
+        return squares(model, batch) + seen["last"].square().mean()
+
+    assert train(module, penalized) == pytest.approx(train(module, penalized, compiled=False))
+
+
+def test_a_cache_holds_values_and_no_traces():
+    tables = {}
+
+    class Cached(OfTheClass):
+        @functools.lru_cache  # noqa: B019
+        def table(self, size):
+            return torch.linspace(0, 1, size)[:, None]
+
+        def forward(self, x):
+            if len(x) not in tables:
+                tables[len(x)] = torch.linspace(1, 2, len(x))[:, None]
+            return self.inner(x) * self.table(len(x)) * tables[len(x)]
+
+    module = Cached()
+    found = train(module)
+    assert type(tables[3]) is torch.Tensor
+    assert found == pytest.approx(train(module, compiled=False))
+
+
+def test_a_log_warns_that_it_is_not_repeated():
+    log = []
+
+    def logs(model, batch):
+        log.append("called")
+        return squares(model, batch)
+
+    module = nn.Linear(2, 1)
+    with pytest.warns(RuntimeWarning, match="logs adds to log while it is traced"):
+        train(module, logs)
+    assert log == ["called"]
