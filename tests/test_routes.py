@@ -1,5 +1,6 @@
 """The routes by which steps are compiled that cannot be traced as one graph."""
 
+import logging
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.checkpoint.manifest import read_manifest
+from fxtrain.compile.regions import InManyGraphs
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 
@@ -218,6 +220,19 @@ class TestWarning:
         compiled = fx.compile(fx.train_step(lambda model, batch: model(batch).mean(), TX), backend="eager")
         compiled(fx.init(torch.nn.Linear(2, 1), TX), torch.ones(3, 2))
         assert not [warning for warning in recwarn if is_fallback(warning)]
+
+    def test_says_nothing_of_torch_in_later_steps(self):
+        records = []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("torch").addHandler(handler)
+        double = InManyGraphs("eager", None)(lambda x: x * 2)
+        try:
+            for rows in range(2, 12):  # more than Dynamo compiles one function for
+                double(torch.ones(rows))
+        finally:
+            logging.getLogger("torch").removeHandler(handler)
+        assert records == []
 
 
 class TestFullGraph:

@@ -11,10 +11,18 @@ from collections.abc import Generator
 
 @contextlib.contextmanager
 def quietly() -> Generator[None]:
+    """A context without torch's logs in this thread, and without Dynamo's warnings."""
+    with without_logs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo detected")
+        yield
+
+
+@contextlib.contextmanager
+def without_logs() -> Generator[None]:
     """A context that drops what torch logs in this thread, except by loggers that ``TORCH_LOGS`` has set.
 
     Example:
-        >>> with quietly():
+        >>> with without_logs():
         ...     logging.getLogger("torch._dynamo").warning("a page about a graph break")
     """
     own = _OfThread(threading.get_ident())
@@ -22,9 +30,7 @@ def quietly() -> Generator[None]:
     for handler in handlers:
         handler.addFilter(own)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Dynamo detected")
-            yield
+        yield
     finally:
         for handler in handlers:
             handler.removeFilter(own)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.compile.quiet import without_logs
 from fxtrain.compile.traced import Artefact, Run, compile_traced
 from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling
@@ -60,7 +61,7 @@ def compile_in_regions(
         NoGradientsError: If the step calls no function from ``gradients``.
         Exception: If what is not gradients cannot be traced.
     """
-    wrap = _Broken(backend, mode) if forward == "compiled" else None
+    wrap = InManyGraphs(backend, mode) if forward == "compiled" else None
     if isinstance(step, EvalFunction):
         artefact = uncompiled(step, state, batch, in_place=False, wrap=wrap)
         if wrap is not None:
@@ -227,7 +228,7 @@ class _Cut:
         return [value for value, source in zip(values, self._sources, strict=True) if source is None]
 
 
-class _Broken:
+class InManyGraphs:
     """Compiles functions by ``torch.compile``, in as many graphs as each needs."""
 
     def __init__(self, backend: Any, mode: str | None) -> None:
@@ -238,10 +239,19 @@ class _Broken:
         try:
             made = self._made.get(function)
             if made is None:
-                made = self._made[function] = torch.compile(function, **self._options)
+                made = self._made[function] = self._compiled(function)
         except TypeError:  # no weak reference to it
-            made = torch.compile(function, **self._options)
+            made = self._compiled(function)
         return made
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(function, **self._options)
+
+        def call(*args: Any) -> Any:
+            with without_logs():  # Dynamo compiles again in later steps, and reports its limits then
+                return compiled(*args)
+
+        return call
 
 
 def _kind(gradient: Any) -> tuple[Any, ...]:
