@@ -45,6 +45,7 @@ def refuse_mistaken(callback: Any, argument: str) -> None:
         isinstance(callback, types.FunctionType)
         and module.startswith(("fxtrain.callbacks.", "fxtrain.observers."))
         and "." not in callback.__qualname__
+        and not callback.__name__.startswith("_")
     ):
         room = ".".join(module.split(".")[:2])
         raise TypeError(
