@@ -240,20 +240,44 @@ class TestClocks:
         *("process_time()", "thread_time()", "localtime()", "ctime()", "strftime('%S')", "datetime.now()"),
         *("datetime.datetime.utcnow()", "os.urandom(1)", "secrets.randbelow(9)", "uuid.uuid4()"),
         *("random.SystemRandom().random()", "np.random.default_rng().random()"),
+        *("random.Random().random()", "random.Random(None).random()", "Random().random()"),
+        "np.random.RandomState().rand()",
     )
 
     @pytest.mark.parametrize("text", READS)
     def test_and_what_the_system_draws_are_noticed(self, text):
-        names = {**vars(time), "secrets": secrets, "uuid": uuid, "os": os, "np": np, "random": random}
+        names = {
+            **vars(time),
+            "Random": random.Random,
+            "secrets": secrets,
+            "uuid": uuid,
+            "os": os,
+            "np": np,
+            "random": random,
+        }
         names["datetime"] = datetime if text.startswith("datetime.datetime") else datetime.datetime
-        real = datetime.datetime, os.urandom, time.localtime
+        real = datetime.datetime, os.urandom, time.localtime, random.Random
         read = eval(f"lambda: {text}", names)
         with reads_noticed(read) as found:
             read()
             assert isinstance(datetime.datetime(2020, 1, 1), datetime.datetime)
             assert time.strftime("%Y", time.gmtime(0)) == "1970"
         assert found  # more than once where a draw is repeated
-        assert (datetime.datetime, os.urandom, time.localtime) == real
+        assert (datetime.datetime, os.urandom, time.localtime, random.Random) == real
+
+    def test_a_generator_with_a_seed_is_no_read(self):
+        with reads_noticed(random.Random) as found:
+            first, second = random.Random(1), random.Random(x=1)
+
+            class Own(random.Random):
+                pass
+
+            assert isinstance(Own(1), Own)
+            assert isinstance(first, random.Random)
+            assert not isinstance(first, Own)
+            assert not isinstance(1, random.Random)
+        assert first.random() == second.random() == Own(1).random()
+        assert not found
 
     def test_may_be_read_uncompiled_and_by_libraries(self):
         def logs(model, batch):

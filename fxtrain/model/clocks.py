@@ -28,7 +28,8 @@ def reads_noticed(function: Callable[..., Any]) -> Iterator[list[str]]:
         function: The function that runs inside. Clocks that it has under names of its own are watched too.
 
     Yields:
-        A list that grows by ``call at file:line`` for each read. ``random.Random()`` without a seed is not noticed.
+        A list that grows by ``call at file:line`` for each read. ``random.Random()`` without a seed is one, as it reads
+        the system's entropy.
     """
     read: list[str] = []
     thread = threading.get_ident()
@@ -50,12 +51,14 @@ def reads_noticed(function: Callable[..., Any]) -> Iterator[list[str]]:
         return before_urandom(size)
 
     before_urandom = os.urandom
-    watched_datetime = _watched_datetime(lambda name: note(f"datetime.{name}()", _caller()))
     named = {clock: watched_clock(clock) for clock in CLOCKS}
+    named[datetime.datetime] = _watched_datetime(lambda name: note(f"datetime.{name}()", _caller()))
+    named[random.Random] = _watched_random(lambda: note("random.Random() without a seed", _caller()))
     changes: list[tuple[Any, str, Any]] = [
-        *((vars(time), clock.__name__, watched) for clock, watched in named.items()),
-        *((names, name, named.get(clock, watched_datetime)) for names, name, clock in clocks(function, WATCHED)),
-        (vars(datetime), "datetime", watched_datetime),
+        *((vars(time), clock.__name__, named[clock]) for clock in CLOCKS),
+        *((names, name, named[clock]) for names, name, clock in clocks(function, WATCHED)),
+        (vars(datetime), "datetime", named[datetime.datetime]),
+        (vars(random), "Random", named[random.Random]),
         (vars(os), "urandom", urandom),
         *((names, "_urandom", urandom) for names in (vars(random),) if "_urandom" in names),
     ]
@@ -78,7 +81,7 @@ CLOCKS = tuple(
     )
     if hasattr(time, name)
 )
-WATCHED = (*CLOCKS, datetime.datetime)
+WATCHED = (*CLOCKS, datetime.datetime, random.Random)
 
 
 def _watched_datetime(note: Callable[[str], None]) -> Any:
@@ -100,6 +103,25 @@ def _watched_datetime(note: Callable[[str], None]) -> Any:
         return staticmethod(read)
 
     return Meta("datetime", (real,), {name: reading(name) for name in _NOW})
+
+
+def _watched_random(note: Callable[[], None]) -> Any:
+    """A stand-in for the class ``random.Random`` that notes objects without a seed. Its instances are real ones."""
+    real = random.Random
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, real) if cls is stand_in else super().__instancecheck__(instance)
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            if cls is not stand_in:
+                return super().__call__(*args, **kwargs)
+            if not any(value is not None for value in (*args, *kwargs.values())):
+                note()
+            return real(*args, **kwargs)
+
+    stand_in = Meta("Random", (real,), {})
+    return stand_in
 
 
 def _caller() -> str | None:
