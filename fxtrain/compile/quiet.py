@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import warnings
@@ -13,7 +14,7 @@ from collections.abc import Generator
 def quietly() -> Generator[None]:
     """A context without torch's logs in this thread, and without Dynamo's warnings."""
     with without_logs(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Dynamo detected")
+        warnings.filterwarnings("ignore", message="Dynamo (detected|does not know how)")
         yield
 
 
@@ -26,7 +27,8 @@ def without_logs() -> Generator[None]:
         ...     logging.getLogger("torch._dynamo").warning("a page about a graph break")
     """
     own = _OfThread(threading.get_ident())
-    handlers = [*logging.getLogger("torch").handlers, *logging.getLogger().handlers]
+    loggers = _loggers(len(logging.Logger.manager.loggerDict))
+    handlers = list(dict.fromkeys(handler for logger in loggers for handler in logger.handlers))
     for handler in handlers:
         handler.addFilter(own)
     try:
@@ -34,6 +36,19 @@ def without_logs() -> Generator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(own)
+
+
+@functools.lru_cache(maxsize=1)
+def _loggers(count: int) -> list[logging.Logger]:
+    """The root logger, and torch's with handlers: some of these do not propagate.
+
+    Args:
+        count: How many loggers exist. A new one is the only reason to look again.
+    """
+    del count
+    named = [logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict) if name.startswith("torch.")]
+    own = [logger for logger in named if logger.handlers]
+    return [logging.getLogger(), logging.getLogger("torch"), logging.getLogger("torch._dynamo"), *own]
 
 
 class _OfThread(logging.Filter):
