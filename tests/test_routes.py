@@ -1,8 +1,12 @@
 """The routes by which steps are compiled that cannot be traced as one graph."""
 
+import functools
 import logging
+import random
+import time
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,9 @@ import torch.nn.functional as F
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.checkpoint.manifest import read_manifest
+from fxtrain.compile.checked import compile_checked
 from fxtrain.compile.regions import InManyGraphs
+from fxtrain.compile.values import UncheckedReadError
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 
@@ -225,14 +231,85 @@ class TestWarning:
         records = []
         handler = logging.Handler()
         handler.emit = records.append
-        logging.getLogger("torch").addHandler(handler)
+        logger = logging.getLogger("torch._dynamo")  # its reports do not reach the logger of torch
+        logger.addHandler(handler)
         double = InManyGraphs("eager", None)(lambda x: x * 2)
         try:
             for rows in range(2, 12):  # more than Dynamo compiles one function for
                 double(torch.ones(rows))
         finally:
-            logging.getLogger("torch").removeHandler(handler)
+            logger.removeHandler(handler)
         assert records == []
+
+
+READS = {
+    "numpy": lambda _: np.random.rand(),
+    "numpy's array": lambda _: float(np.random.rand(3)[0]),
+    "Python": lambda _: random.random(),
+    "without a seed": lambda _: random.Random().random(),
+    "clock": lambda _: float(time.perf_counter_ns() % 1_000_000),
+    "file": lambda path: float(path.read_text()),
+}
+
+
+class TestValuesFromOutside:
+    """What changes from call to call is read at each call, or refused: no graph may keep it."""
+
+    @pytest.fixture(params=READS)
+    def loss_fn(self, request, tmp_path):
+        self.path = tmp_path / "value"
+        self.path.write_text("0")
+        read = functools.partial(READS[request.param], self.path)
+        return lambda branches, model, batch: model(batch, branches).sum() * 0 + read()
+
+    def losses(self, step):
+        tx, found = fx.optim.sgd(0.1), []
+        compiled, state = fx.compile(fx.train_step(step, tx), backend="eager"), fx.init(Outside(), tx)
+        for number in range(3):
+            self.path.write_text(str(number))
+            state, output = quietly(compiled, state, torch.ones(3, 2))
+            found.append(float(output.metrics["loss"]))
+        return compiled.how, found
+
+    @pytest.mark.parametrize("backend", [None, "eager"])
+    def test_are_refused_in_one_graph(self, backend, loss_fn):
+        tx = fx.optim.sgd(0.1)
+        compiled = fx.compile(fx.train_step(functools.partial(loss_fn, False), tx), backend=backend, fullgraph=True)
+        with pytest.raises((fx.GraphBreakError, RuntimeError), match="expected "):
+            compiled(fx.init(Outside(), tx), torch.ones(3, 2))
+        assert compiled.graphs == 0
+
+    def test_are_refused_in_a_graph_with_checks(self, loss_fn):
+        tx = fx.optim.sgd(0.1)
+        step, state = fx.train_step(functools.partial(loss_fn, True), tx), fx.init(Outside(), tx)
+        with pytest.raises((UncheckedReadError, RuntimeError), match="expected "):
+            compile_checked(step, state, torch.ones(3, 2), mode=None, in_place=False, otherwise=None, backend="eager")
+
+    def test_are_fresh_where_the_step_is_cut(self, loss_fn):
+        how, found = self.losses(functools.partial(loss_fn, True))
+        assert how in ("eager, regions", "eager, eager forward")
+        assert len(set(found)) == 3
+
+    def test_are_fresh_where_the_forward_pass_is_uncompiled(self, loss_fn, monkeypatch):
+        def refusing(function, **_):
+            raise RuntimeError("no compiler here")
+
+        monkeypatch.setattr(torch, "compile", refusing)
+        how, found = self.losses(functools.partial(loss_fn, True))
+        assert how == "eager, eager forward"
+        assert len(set(found)) == 3
+
+
+class Outside(torch.nn.Module):
+    """A layer, with a branch on a value if asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x, branches):
+        hidden = self.layer(x)
+        return hidden * 2 if branches and hidden.sum() > 1e9 else hidden
 
 
 class TestFullGraph:

@@ -222,7 +222,8 @@ def compile(  # noqa: A001
 
     A graph is made at the first call. Values never make a new one: counters and rates are tensors. Slots that only
     the loop uses stay outside, so a callback of the loop can be added or removed without a new graph. What the step
-    reads beside its arguments, of modules, closures or globals, stays as it was when the graph was made.
+    reads beside its arguments, of modules, closures, globals or environment variables, stays as it was when the graph
+    was made. Random numbers of Python and numpy, clocks and files are read at each call, or refused.
 
     Where Python needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, there is no such
     graph. Then the first of these routes that leads is taken, with one warning that names the line: one graph for the
