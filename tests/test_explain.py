@@ -143,38 +143,78 @@ def two(model, batch):
     return y[y > -1e9].mean() * scale
 
 
-class TestBreaks:
+def by_numpy(model, batch):
+    y = model(batch["x"])
+    return y.square().mean() * float(y.detach().numpy().sum())
+
+
+class TestRoute:
     @pytest.mark.parametrize(
-        ("loss_fn", "part", "reason"),
+        ("loss_fn", "part", "reason", "route"),
         [
-            (branches, "if y.sum()", "Python reads the value of a tensor"),
-            (reads, ".item()", "Python reads the value of a tensor"),
-            (masks, "y[y >", "the shape of the result depends on values"),
-            (checks, "assert", "Python reads the value of a tensor"),
+            (branches, "if y.sum()", "Python reads the value of a tensor", "inductor, traced with checks"),
+            (checks, "assert", "Python reads the value of a tensor", "inductor, traced with checks"),
+            (reads, ".item()", "Python reads the value of a tensor", "inductor, traced"),
+            (masks, "y[y >", "the shape of the result depends on values", "inductor, traced"),
         ],
     )
-    def test_a_break_is_at_the_users_own_line(self, loss_fn, part, reason):
-        found = explain(fx.train_step(loss_fn, TX), start(), BATCH, calls=2)
-        (only,) = found.breaks
+    def test_of_one_graph_lists_reads_of_values_at_the_users_own_lines(self, loss_fn, part, reason, route):
+        step = fx.compile(fx.train_step(loss_fn, TX))
+        found = explain(step, start(), BATCH, calls=0)
+        (only,) = found.reads
         assert only.where == f"{__file__}:{line(loss_fn, part)} in {loss_fn.__name__}"
         assert part in only.code
         assert reason in only.reason
+        assert (found.how, found.graphs, found.breaks) == (route, 1, ())
+        assert f"\n  route       {route}: the step as one graph" in repr(found)
+        assert ("which each call checks" in repr(found)) == ("checks" in route)
+        assert str(only) in repr(found)
+        assert len(step.possible) > 1  # the step itself has not chosen
+
+    def test_of_several_graphs_is_named_before_the_first_call_and_after_it(self, capfd):
+        step = fx.compile(fx.train_step(branches, TX), backend="eager")
+        before = explain(step, start(), BATCH, calls=0)
+        with pytest.warns(UserWarning, match="cannot be traced as one graph"):  # explaining has not spent it
+            step(start(), BATCH)
+        after = explain(step, start(), BATCH, calls=0)
+        assert step.how == before.how == after.how == "eager, regions"
+        assert before.cause == after.cause == f"{__file__}:{line(branches, 'if y.sum()')} in branches | if y.sum() > 0:"
+        assert f"because of {before.cause}" in repr(before)
+        assert capfd.readouterr().err == ""
+
+    def test_where_none_leads(self):
+        step = fx.train_step(by_numpy, TX, differentiate="autograd")
+        found = explain(fx.compile(step, fullgraph=True), start(), BATCH, calls=0)
+        assert found.how == "none"
+        assert "fullgraph=True" in found.cause
+
+    def test_that_the_first_call_finds_is_told_without_a_warning(self, recwarn):
+        found = explain(fx.compile(fx.train_step(square, TX), backend="eager"), start(), BATCH, calls=1)
+        assert (found.how, found.outcome.split(",")[0]) == ("eager", "the step as one graph by torch.compile")
+        assert not [warning for warning in recwarn if "cannot be traced" in str(warning.message)]
+
+
+class TestBreaks:
+    def test_a_step_of_several_graphs_is_measured_uncompiled(self):
+        found = explain(fx.train_step(by_numpy, TX, differentiate="autograd"), start(), BATCH, calls=2)
+        (only,) = found.breaks
+        assert only.where == f"{__file__}:{line(by_numpy, 'numpy()')} in by_numpy"
         assert found.graphs == 0
         assert set(found.seconds) == {"uncompiled"}
-        assert (found.flops, found.operations) == (None, None)
+        assert (found.flops, found.operations, found.reads) == (None, None, ())
         assert str(only) in repr(found)
 
     def test_every_break_is_found_at_once(self):
-        breaks = explain(fx.train_step(two, TX), start(), BATCH, calls=0).breaks
-        scale, mask = (each.code for each in breaks)
+        found = explain(fx.train_step(two, TX), start(), BATCH, calls=0)
+        scale, mask = (each.code for each in found.breaks or found.reads)
         assert scale.startswith("scale = float(")
         assert mask.startswith("return y[y > ")
 
-    def test_a_break_in_a_callback(self):
+    def test_a_read_in_a_callback(self):
         def look(state, event: fx.Gradients):
             return state, fx.Control(skip_update=bool(event.loss > 0), reason="positive")
 
-        (only,) = explain(fx.train_step(square, TX, callbacks=look), start(), BATCH, calls=0).breaks
+        (only,) = explain(fx.train_step(square, TX, callbacks=look), start(), BATCH, calls=0).reads
         assert only.where.endswith("in look")
 
     def test_dynamo_counts_where_the_backend_is_its_own(self):
@@ -183,7 +223,7 @@ class TestBreaks:
         found = explain(fx.compile(fx.train_step(branches, TX), backend="eager"), start(), BATCH, calls=0)
         (only,) = found.breaks
         assert only.where == f"{__file__}:{line(branches, 'if y.sum()')} in branches"
-        assert "branching" in only.reason
+        assert "Python reads the value of a tensor here" in only.reason
 
     def test_a_mistake_is_raised_in_its_own_words(self):
         def wrong(model, batch):
@@ -233,7 +273,7 @@ class TestShown:
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
         text = repr(found)
         assert text.startswith("Explanation of <step train_step(square), fires Microbatch, Gradients, Updated>\n")
-        assert "\n  graphs      1, without a break (inductor, traced)\n" in text
+        assert "\n  route       inductor, traced: the step as one graph\n  graphs      1, without a break\n" in text
         assert "\n  FLOPs       384: addmm 192, mm 192\n" in text
         assert "\n              batch['x']: float32[8, 4] on cpu" in text
         assert found._repr_html_().startswith("<table><caption>Explanation of &lt;step train_step(square)")

@@ -98,7 +98,8 @@ class TestIsCompiling:
         compiled = fx.compile(step, backend="aot_eager")
         found, expected = compiled(state, batch), step(state, batch)
         torch.testing.assert_close(tree.leaves(found), tree.leaves(expected))
-        assert fx.explain(step, state, batch, calls=0).breaks == ()
+        found = fx.explain(step, state, batch, calls=0)
+        assert found.breaks + found.reads == ()
         assert torch.compiler.is_compiling() is False
 
 
@@ -214,10 +215,11 @@ class TestCTC:
 
 
 def explained(loss_fn):
-    """The breaks of a step whose trace runs without values."""
+    """The breaks and the reads of values of a step whose trace runs without values."""
     tx = fx.optim.sgd(0.1)
     state = fx.init(nn.Linear(4, 4), tx)
-    return fx.explain(fx.train_step(loss_fn, tx), state, torch.randn(3, 4), calls=0).breaks
+    found = fx.explain(fx.train_step(loss_fn, tx), state, torch.randn(3, 4), calls=0)
+    return found.breaks + found.reads
 
 
 class TestLiterals:
@@ -253,7 +255,7 @@ class TestLiterals:
             lambda batch: torch.tensor([1.0, 2.0]).copy_(batch[0, :2]).tolist()[0],
         ],
     )
-    def test_that_depend_on_data_stay_breaks(self, read):
+    def test_that_depend_on_data_stay_reads_of_values(self, read):
         assert explained(lambda model, batch: model(batch).square().mean() * read(batch)) != ()
 
 

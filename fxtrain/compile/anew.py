@@ -25,7 +25,7 @@ def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Co
         (1, 0)
     """
     made = copy.copy(compiled)
-    compiler = compiled._compiler
+    compiler = made._routes = copy.copy(compiled._routes)  # which may choose a route
 
     def compile_and_wrap(*args: Any, **options: Any) -> Artefact:
         artefact = compiler(*args, **options)

@@ -51,23 +51,39 @@ class Route(NamedTuple):
     has_otherwise: bool = False
 
 
+class Choice(NamedTuple):
+    """The route of a step.
+
+    Args:
+        route: The route; None if none leads.
+        found: What keeps the step from the routes before it; None for the first.
+    """
+
+    route: Route | None
+    found: Break | None
+
+
 class Routes:
     """The routes for one step. The first that leads is kept for all later graphs, so that these agree to the bit.
 
     Args:
         routes: In the order in which they are tried.
         fullgraph: Whether only routes that make one graph of the step are tried.
+        rehearsal: Makes the same routes with graphs that are not compiled; None for such routes.
 
     Raises:
         GraphBreakError: When it is called, if ``fullgraph`` is set and no route makes one graph.
         Exception: When it is called, what the step raises uncompiled.
     """
 
-    def __init__(self, routes: Sequence[Route], *, fullgraph: bool) -> None:
+    def __init__(
+        self, routes: Sequence[Route], *, fullgraph: bool, rehearsal: Callable[[], Routes] | None = None
+    ) -> None:
         self._routes = [route for route in routes if route.is_whole or not fullgraph]
-        self._fullgraph = fullgraph
+        self._rehearsal = rehearsal
         self._chosen = 0
         self._is_chosen = False
+        self._found: Break | None = None
 
     @property
     def name(self) -> str:
@@ -78,6 +94,24 @@ class Routes:
     def names(self) -> tuple[str, ...]:
         """The names of all routes that can still be taken: one after the first call."""
         return (self.name,) if self._is_chosen else tuple(route.name for route in self._routes)
+
+    @property
+    def choice(self) -> Choice:
+        """The route in use; before the first call, the first."""
+        return Choice(self._routes[self._chosen], self._found)
+
+    def choose(self, step: Step | EvalFunction, state: TrainState, batch: Any) -> Choice:
+        """The route in use; before the first call, the one that it will take unless compilation itself fails.
+
+        Nothing is compiled or warned of, and these routes stay as they are. Raises what the first call raises.
+        """
+        if self._is_chosen or self._rehearsal is None:
+            return self.choice
+        rehearsed = self._rehearsal()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rehearsed(step, state, batch, in_place=False)
+        return rehearsed.choice
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
         """An artefact by the first route that leads, with one warning if it is not the first of all."""
@@ -111,7 +145,7 @@ class Routes:
                                 raise
                     found = refusal(error)
                 continue
-            self._chosen, self._is_chosen = index, True
+            self._chosen, self._is_chosen, self._found = index, True, found or self._found
             if found is not None:
                 warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=6)
             return artefact
@@ -123,27 +157,42 @@ class Routes:
         return self._compile(step, state, batch, found, first, in_place=False)
 
 
-def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dynamic: bool, fullgraph: bool) -> Routes:
-    """The routes for the options of ``compile``, which describes them."""
+def routes_to(
+    backend: str | Callable[..., Any] | None,
+    mode: str | None,
+    *,
+    dynamic: bool,
+    fullgraph: bool,
+    is_rehearsal: bool = False,
+) -> Routes:
+    """The routes for the options of ``compile``, which describes them.
+
+    Args:
+        is_rehearsal: Whether graphs are run operation by operation in place of being compiled.
+    """
+    given, given_mode = backend, mode
     chosen = backend or "inductor"
     title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
     suffix = "" if mode is None else f", {mode}"
+    name = f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}"
+    if is_rehearsal:
+        backend, chosen, mode = "eager", "eager", None
     traced = Route(
         f"{title}, traced{suffix}",
-        functools.partial(compile_traced, mode=mode, dynamic=dynamic),
+        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic),
         "the step as one graph",
         True,
     )
     online = None if mode == AHEAD else mode
     checked = Route(
         f"{title}, traced with checks{suffix}",
-        functools.partial(compile_checked, mode=mode),
+        functools.partial(compile_checked, mode=mode, backend=backend),
         "the step as one graph for the values that Python reads, which the graph checks at each call",
         False,
         has_otherwise=True,
     )
     dynamo = Route(
-        f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}",
+        name,
         functools.partial(_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
         "the step as one graph by torch.compile, which checks its assumptions at each call",
         True,
@@ -162,12 +211,13 @@ def routes_to(backend: str | Callable[..., Any] | None, mode: str | None, *, dyn
         False,
     )
     nothing = Route("uncompiled", uncompiled, "nothing: the step runs uncompiled", False)
-    whole = [traced, dynamo] if backend is None else [dynamo]
-    if dynamic:  # the other routes make graphs for one size each
-        return Routes([*whole, nothing], fullgraph=fullgraph)
-    if backend is None:
+    whole = [traced, dynamo] if given is None else [dynamo]
+    if given is None and not dynamic:
         whole.insert(1, checked)
-    return Routes([*whole, regions, eager, nothing], fullgraph=fullgraph)
+    # Where sizes are symbols the other routes would make a graph for each.
+    others = [nothing] if dynamic else [regions, eager, nothing]
+    rehearsal = functools.partial(routes_to, given, given_mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
+    return Routes([*whole, *others], fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
 
 
 def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Artefact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from fxtrain import tree
 from fxtrain.compile import Compiled, compile  # noqa: A004
 from fxtrain.compile.anew import anew
 from fxtrain.compile.changes import described
+from fxtrain.compile.quiet import quietly
+from fxtrain.compile.routes import Choice
 from fxtrain.compile.traced import Run
 from fxtrain.core import TrainState, refuse_unless_whole
 from fxtrain.data import for_step
@@ -43,8 +46,8 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         calls: How many calls are measured. 0 compiles nothing and measures no time.
 
     Returns:
-        A page of facts, to be shown or read field by field. A step that cannot be one graph is no error here: the
-        breaks say where, and what to do.
+        A page of facts, to be shown or read field by field. ``how`` names the route that ``compile`` takes. A step that
+        cannot be one graph is no error here: the breaks say where, and what to do.
 
     Raises:
         ValueError: If ``calls`` is negative.
@@ -59,13 +62,14 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         ...     return loss
         >>> tx = fx.optim.sgd(0.1)
         >>> state = fx.init(torch.nn.Linear(2, 1), tx)
-        >>> (found,) = fx.explain(fx.train_step(loss_fn, tx), state, torch.ones(4, 2), calls=0).breaks
-        >>> found.code
-        'if loss > 1:'
+        >>> found = fx.explain(fx.train_step(loss_fn, tx), state, torch.ones(4, 2), calls=0)
+        >>> found.how, found.reads[0].code
+        ('inductor, traced with checks', 'if loss > 1:')
         >>> better = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         >>> fx.explain(better, state, torch.ones(4, 2), calls=0)
         Explanation of <step train_step(<lambda>), fires Microbatch, Gradients, Updated>
-          graphs      1, without a break (inductor, traced)
+          route       inductor, traced: the step as one graph
+          graphs      1, without a break
           operations  ...
           FLOPs       32.0: addmm 16.0, mm 16.0
           state       50 B: params 12 B, rest 38 B
@@ -88,20 +92,31 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     except Exception as error:
         # Run, a mistake of the step's own is raised in its own words.
         breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0
-    if "traced" not in like.how:
-        graphs, breaks = found_by_dynamo(pure, entered, batch)
+    with quietly():
+        if "traced" not in like.how:
+            graphs, breaks = found_by_dynamo(pure, entered, batch)
+        choice = _choice(like, pure, entered, batch) if breaks else like._routes.choice
+    if breaks and choice.found is not None and not any(each.where for each in breaks):
+        breaks = [choice.found, *found_by_running(pure, state, batch)]
 
     seconds: dict[str, float] = {}
     first, kernels = None, None
-    if calls and breaks:
-        seconds = {"uncompiled": _uncompiled(pure, state, batch, calls)}
+    if calls and _is_one_graph(choice):
+        seconds, first, kernels, choice = _compiled(like, state, batch, calls)
     elif calls:
-        seconds, first, kernels = _compiled(like, state, batch, calls)
+        seconds = {"uncompiled": _uncompiled(pure, state, batch, calls)}
+    reads = []
+    if _is_one_graph(choice):
+        graphs, breaks, reads = 1, [], breaks
+    found = choice.found
     return Explanation(
         step=repr(pure),
-        how=like.how,
+        how=choice.route.name if choice.route is not None else "none",
+        outcome=choice.route.outcome if choice.route is not None else "the first call raises an error",
+        cause=" | ".join(part for part in (found.where, found.code) if part) or found.reason if found else "",
         graphs=graphs,
         breaks=joined(breaks),
+        reads=joined(reads),
         operations=counts.operations if counts else None,
         kernels=kernels,
         flops=counts.flops if counts else None,
@@ -117,8 +132,21 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     )
 
 
-def _compiled(like: Compiled, state: TrainState, batch: Any, calls: int) -> tuple[dict[str, float], float, int | None]:
-    """Seconds by part, those of the first call, and how many kernels there are."""
+def _choice(like: Compiled, pure: Any, state: TrainState, batch: Any) -> Choice:
+    try:
+        return like._routes.choose(pure, state, batch)
+    except Exception as error:
+        return Choice(None, refusal(error))
+
+
+def _is_one_graph(choice: Choice) -> bool:
+    return choice.route is not None and (choice.route.is_whole or choice.route.has_otherwise)
+
+
+def _compiled(
+    like: Compiled, state: TrainState, batch: Any, calls: int
+) -> tuple[dict[str, float], float, int | None, Choice]:
+    """Seconds by part, those of the first call, how many kernels there are, and the route."""
     from torch._inductor import metrics
 
     device = state.step.device
@@ -135,14 +163,16 @@ def _compiled(like: Compiled, state: TrainState, batch: Any, calls: int) -> tupl
 
     compiled = anew(like, timed)  # so that the graphs of the one that was given stay what they are
     kernels = metrics.generated_kernel_count
-    first, state = _call(compiled, state, batch)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")  # the page says it
+        first, state = _call(compiled, state, batch)
     written = metrics.generated_kernel_count - kernels if "inductor" in like.how else None
     whole_seconds: list[float] = []
     for _ in range(_WARM + calls):
         spent, state = _call(compiled, state, batch)
         whole_seconds.append(spent)
     whole, graph = float(np.median(whole_seconds[_WARM:])), float(np.median(graph_seconds[1 + _WARM :]))
-    return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written
+    return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written, compiled._routes.choice
 
 
 def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: int) -> float:

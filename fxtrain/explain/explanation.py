@@ -18,10 +18,15 @@ class Explanation:
 
     Args:
         step: Which step.
-        how: What makes its graph.
+        how: The route by which ``compile`` makes its graphs, also before the first call. Only that call finds out
+            whether the compiler takes these graphs.
+        outcome: What that route compiles.
+        cause: The place that keeps the step from being one graph for all values; empty if it is one.
         graphs: How many graphs there are: one, or 0 where the step cannot be one. For a backend that goes through
             Dynamo, as many as Dynamo would cut it into.
         breaks: Why it is not one.
+        reads: Where a step that is one graph reads values in Python, or has shapes that depend on values. By the route
+            with checks, the graph is for the values of this batch, and each call checks them.
         operations: Calls of torch's operations in the graph, before any are fused.
         kernels: Pieces of code that Inductor wrote for them; calls of libraries, such as matrix products, are not
             among them.
@@ -44,8 +49,11 @@ class Explanation:
 
     step: str
     how: str
+    outcome: str
+    cause: str
     graphs: int
     breaks: tuple[Break, ...]
+    reads: tuple[Break, ...]
     operations: int | None
     kernels: int | None
     flops: Mapping[str, int] | None
@@ -73,7 +81,8 @@ class Explanation:
 
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
     rows = [
-        ("graphs", [_graphs(found), *_some(list(map(str, found.breaks)))]),
+        ("route", [f"{found.how}: {found.outcome}", found.cause and f"because of {found.cause}"]),
+        ("graphs", [_graphs(found), *_some(list(map(str, found.breaks or found.reads)))]),
         ("operations", [_operations(found)]),
         ("FLOPs", [_flops(found)]),
         ("state", [_parts(found.state_bytes)]),
@@ -88,11 +97,14 @@ def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
 
 
 def _graphs(found: Explanation) -> str:
-    count = len(found.breaks)
-    if not count:
-        return f"{found.graphs}, without a break ({found.how})"
-    breaks = f"{count} break{'s' if count != 1 else ''}"
-    return f"{found.graphs or 'none'} ({found.how}), and one is wanted; {breaks}:"
+    lines = _count(len(found.reads), "line")
+    if found.reads and "with checks" in found.how:
+        return f"{found.graphs} for the values that Python reads at {lines}, which each call checks:"
+    if found.reads:
+        return f"{found.graphs}, which depends on values at {lines}:"
+    if not found.breaks:
+        return f"{found.graphs}, without a break"
+    return f"{found.graphs or 'none'} of the whole step, {_count(len(found.breaks), 'break')}:"
 
 
 def _operations(found: Explanation) -> str:
