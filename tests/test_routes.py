@@ -354,6 +354,21 @@ class TestNotes:
             resumed = self.run(tmp_path, step, 4, resume=True)
         assert_same(resumed.last, self.run(tmp_path / "whole", step, 4).last)
 
+    def test_a_resume_whose_first_call_chooses_another_route_warns_once(self, tmp_path, monkeypatch):
+        def refusing(function, **_):
+            raise RuntimeError("no compiler here")
+
+        step = fx.train_step(branching, TX)
+        quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
+        monkeypatch.setattr(torch, "compile", refusing)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resumed = self.run(tmp_path, fx.compile(step, backend="eager"), 6, resume=True)
+        said = [str(warning.message) for warning in caught if "compiled by" in str(warning.message)]
+        assert len(said) == 1
+        assert "(compiled by: eager, regions at the save, eager, eager forward now)" in said[0]
+        assert_same(resumed.last, self.run(tmp_path / "whole", step, 6).last)
+
 
 class TestErrorsOfUsers:
     @pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"fullgraph": True}], ids=str)

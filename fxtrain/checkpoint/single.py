@@ -48,6 +48,7 @@ class Restoration:
             dropped.
         shared: Slots that hold values of fresh and of other parameters, with counts for all of them.
         different: What is not as it was at the save, of all that bitwise equality needs: one line each.
+        environment: All that bitwise equality needs, by name, as it was at the save.
     """
 
     state: Any
@@ -57,6 +58,7 @@ class Restoration:
     outdated: list[str]
     shared: list[str]
     different: list[str]
+    environment: Mapping[str, Any]
 
     def warn(self, stacklevel: int) -> None:
         """Warns about everything that is not as it was at the save."""
@@ -224,7 +226,7 @@ def read(
     different = differences(manifest["environment"], now)
     missing, added = _of_callbacks(matched.missing), _of_callbacks(matched.extra)
     outdated, shared = _of_callbacks(matched.outdated), _of_callbacks(matched.shared)
-    return Restoration(state, path, missing, added, outdated, shared, different)
+    return Restoration(state, path, missing, added, outdated, shared, different, manifest["environment"])
 
 
 def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:

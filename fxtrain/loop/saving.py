@@ -26,6 +26,7 @@ class Saving:
     def __init__(self, checkpointer: Any, step: Any) -> None:
         self._checkpointer, self._step = checkpointer, step
         self._resumes = False
+        self._compiled_by: str | None = None  # of the state that was restored, until the step has compiled
         self._has_snapshots = False  # whether the folder may hold any
         # Weak references, because a step donates only what has no other reference.
         self._handed: Callable[[], TrainState | None] = _nothing
@@ -39,6 +40,9 @@ class Saving:
             return None
         report: Restoration = checkpointer.read(like, notes=self._notes() | self._possible())
         report.warn(stacklevel=5)
+        before = report.environment.get(_COMPILED_BY)
+        if before in self._possible().get(_COMPILED_BY, ()):  # any other has been reported
+            self._compiled_by = before
         return report
 
     def begin(self, state: TrainState) -> None:
@@ -75,6 +79,7 @@ class Saving:
                 stacklevel=2,
             )
             return
+        self._warn_of_another_route()
         self._save = self._checkpointer.save(slots.into(state), metrics, notes=self._notes(), role=role)
         self._handed = weakref.ref(state)
         if self._has_snapshots:
@@ -108,6 +113,19 @@ class Saving:
     def _possible(self) -> dict[str, tuple[str, ...]]:
         possible = getattr(self._step, "possible", None)
         return {} if possible is None else {_COMPILED_BY: possible}
+
+    def _warn_of_another_route(self) -> None:
+        """Warns once if the first call after a resume chose another route than that of the restored state."""
+        (now, *others), before = self._possible().get(_COMPILED_BY, ("nothing",)), self._compiled_by
+        if before is None or others:
+            return
+        self._compiled_by = None
+        if now != before:
+            warnings.warn(
+                f"The resumed run may differ in the last bits ({_COMPILED_BY}: {before} at the save, {now} now).",
+                UserWarning,
+                stacklevel=3,
+            )
 
     # Rewinds
 
