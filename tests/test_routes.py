@@ -167,6 +167,20 @@ class TestEqualsEager:
         assert compiled.how == "eager, regions"
         assert_same(ours, plain)
 
+    def test_with_averages_weights_and_a_loss_scale(self):
+        def weighted(model, batch):
+            return fx.weighted(branching(model, batch), batch["y"].float().sum() + 1)
+
+        step = fx.train_step(weighted, TX, accumulate=2, callbacks=fx.callbacks.ema(0.9), precision="fp16")
+        compiled = fx.compile(step, backend="eager", donate=True, on_recompile="allow")
+        plain, ours = start(), start()
+        for number, rows in enumerate((8, 6, 8)):
+            plain, expected = step(plain, batch(number, rows))
+            ours, output = quietly(compiled, ours, batch(number, rows))
+            assert_same(output.metrics, expected.metrics)
+        assert compiled.how == "eager, regions"
+        assert_same(ours, plain)
+
     def test_an_evaluation(self):
         measure = fx.eval_step(by_item)
         compiled = fx.compile(measure, backend="eager")
