@@ -99,11 +99,9 @@ def chosen(keys: list[str], given: argparse.Namespace) -> list[str]:
         return [key for key in keys if any(part in key for part in given.only.split(";"))]
     index, count = map(int, given.part.split("/")) if given.part else (1, 1)
     if given.rotate:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        index, count = int(commit, 16) % PARTS + 1, PARTS
-        print(f"Part {index}/{count}, chosen by the commit {commit}.", flush=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        index, count = int(commit or "0", 16) % PARTS + 1, PARTS
+        print(f"Part {index}/{count}, chosen by the commit {commit or '(no repository)'}.", flush=True)
     return keys[index - 1 :: count]
 
 
