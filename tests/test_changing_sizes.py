@@ -120,7 +120,7 @@ def of_length(length, rows=3):
 def without_inductor(monkeypatch):
     """Graphs of the tracer run as they are: compiling them takes most of a minute."""
     compiled = compile_traced
-    monkeypatch.setattr(routes, "compile_traced", lambda *a, **k: compiled(*a, **k, backend="eager"))
+    monkeypatch.setattr(routes, "compile_traced", lambda *a, **k: compiled(*a, **{**k, "backend": "eager"}))
 
 
 @pytest.mark.parametrize(("backend", "donate"), [(None, True), ("eager", False)])

@@ -1,6 +1,5 @@
 """Steps as graphs for the values that they read: each call checks these, and other values lead elsewhere."""
 
-import functools
 import random
 import warnings
 
@@ -264,9 +263,11 @@ class TestRoute:
         # The graphs by Inductor are as those above: here it only has to be fast.
         from fxtrain.compile import routes, traced
 
-        fast = functools.partial(traced.compile_traced, backend="eager")
-        monkeypatch.setattr(routes, "compile_traced", fast)
-        monkeypatch.setattr(routes, "compile_checked", functools.partial(compile_checked, backend="eager"))
+        def fast(compiler):
+            return lambda *args, **options: compiler(*args, **{**options, "backend": "eager"})
+
+        monkeypatch.setattr(routes, "compile_traced", fast(traced.compile_traced))
+        monkeypatch.setattr(routes, "compile_checked", fast(compile_checked))
 
         def without_dynamo(*_, **__):
             raise RuntimeError("no dynamo here")
