@@ -11,7 +11,7 @@ from fxtrain.compile.traced import Artefact, Run
 
 
 def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:
-    """The same step, to be compiled in the same way, that has no graph yet and makes others silently.
+    """The same step, compiled in the same way, without a graph yet. It makes graphs silently and in the foreground.
 
     Args:
         compiled: From ``compile``. It is left as it is.
@@ -33,5 +33,5 @@ def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Co
 
     made._compiler = compile_and_wrap
     made._graphs, made._known, made._donating, made._several = [], [], None, None
-    made._on_recompile = "allow"
+    made._on_recompile, made._pending = "allow", None
     return made

@@ -16,6 +16,7 @@ from fxtrain import tree
 from fxtrain.compile.changes import advice, batches_of, changes, described, is_other_batch
 from fxtrain.compile.graph import Found, Graph
 from fxtrain.compile.heap import keep_freed_memory
+from fxtrain.compile.pending import Pending
 from fxtrain.compile.routes import Routes, routes_to
 from fxtrain.compile.traced import AHEAD, Artefact
 from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
@@ -43,6 +44,7 @@ class Compiled:
         routes: Routes,
         on_recompile: OnRecompile,
         steps_per_call: int,
+        background: bool,
         twin: Callable[[], Compiled],
         **options: bool,
     ) -> None:
@@ -54,6 +56,7 @@ class Compiled:
         self._graphs: list[Graph] = []  # the one that was used last is first
         self._known: list[dict[str, str]] = []
         self._seconds = 0.0
+        self._pending = Pending(step, routes, options) if background else None
         self._declared = 1  # how many kinds of batches come by declaration
         self._has_warned_of_batches = False
         self._donating: Compiled | None = None
@@ -64,12 +67,15 @@ class Compiled:
     @property
     def how(self) -> str:
         """The compiler of the graphs, and the route to it. The first call decides. Bitwise claims hold within one."""
-        return self._routes.name
+        return self.possible[0]
 
     @property
     def possible(self) -> tuple[str, ...]:
         """All that ``how`` can be: several routes before the first call, and one afterwards."""
-        return self._routes.names
+        names = self._routes.names
+        if not self.background or not self._routes.has_trace:
+            return names
+        return (f"{names[0]}, in the background", *names[1:])
 
     @property
     def callbacks(self) -> Composed | tuple[()]:
@@ -84,17 +90,37 @@ class Compiled:
     @property
     def settings(self) -> dict[str, str]:
         """What decides the bits of the result, as text by name."""
-        return getattr(self.step, "settings", {})
+        settings: dict[str, str] = getattr(self.step, "settings", {})
+        return {**settings, "uncompiled steps": str(self.uncompiled_steps)} if self.background else settings
+
+    @property
+    def background(self) -> bool:
+        """Whether graphs are compiled while steps run uncompiled."""
+        return self._pending is not None
 
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return len(self._graphs) + (self._several.graphs if self._several is not None else 0)
+        own = len(self._graphs) - len(self._pending or ())
+        return own + (self._several.graphs if self._several is not None else 0)
+
+    @property
+    def pending(self) -> int:
+        """How many graphs are not compiled yet. Steps that need them run uncompiled."""
+        return len(self._pending or ()) + (self._several.pending if self._several is not None else 0)
+
+    @property
+    def uncompiled_steps(self) -> int:
+        """How many steps ran uncompiled because their graph was pending."""
+        calls = self._pending.calls if self._pending is not None else 0
+        several = self._several
+        return calls + (several.uncompiled_steps * several.steps_per_call if several is not None else 0)
 
     @property
     def seconds(self) -> float:
-        """How long making the graphs took."""
-        return self._seconds + (self._several.seconds if self._several is not None else 0.0)
+        """How long making the graphs took, in the background too."""
+        own = self._seconds + (self._pending.seconds if self._pending is not None else 0.0)
+        return own + (self._several.seconds if self._several is not None else 0.0)
 
     def donating(self) -> Compiled:
         """The same, writing the new state over the old one: what ``fit`` uses, as it owns its state."""
@@ -142,9 +168,14 @@ class Compiled:
             self._several = copy.copy(self)
             self._several.step = Several(self.step, self.steps_per_call)
             self._several._graphs, self._several._known, self._several._seconds = [], [], 0.0
+            if self.background:
+                self._several._pending = Pending(self._several.step, self._routes, self._options)
         return self._several(state, tuple(batches))
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
+        if self._pending:
+            for graph in self._pending.advance(state):
+                self._graphs.remove(graph)
         found = self._found(state, batch)
         if found is None:
             batch = for_step(batch)  # most batches are tensors alone, which the walk finds out faster
@@ -157,6 +188,8 @@ class Compiled:
             found = self._found(state, batch)
             assert found is not None
         graph = self._graphs[0]
+        if self._pending:
+            self._pending.count(graph)
         try:
             return graph(state, *found)
         except Exception as error:
@@ -178,6 +211,27 @@ class Compiled:
         entered = self.step.enter(state)
         _refuse_sparse(batch)
         kinds = described(entered, batch)
+        is_again = self._pending is not None and self._pending.is_refused(kinds)
+        if not is_again:
+            self._refuse_or_warn(kinds, batch)
+        if state.step.device.type == "cpu":
+            keep_freed_memory()
+        if self._pending is not None and not is_again and self._routes.has_trace:
+            self._graphs.insert(0, self._pending.add(state, entered, batch, kinds))
+            self._known.append(kinds)
+            return
+        _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
+        began = time.perf_counter()
+        artefact = self._compiler(self.step, entered, batch, in_place=self.donates)
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        _log.info("Compiled %r in %.1f s.", self.step, seconds)
+        self._graphs.insert(0, Graph(self.step, state, batch, artefact, **self._options))
+        if not is_again:
+            self._known.append(kinds)
+
+    def _refuse_or_warn(self, kinds: dict[str, str], batch: Any) -> None:
+        """Does what ``on_recompile`` says where a graph beside others is to be made that no source has declared."""
         is_batch = is_other_batch(kinds, self._known)
         is_declared = is_batch and batches_of([*self._known, kinds]) <= self._declared
         broken = next((found for graph in self._graphs if (found := graph.broken(batch)) is not None), None)
@@ -189,19 +243,8 @@ class Compiled:
             if self._on_recompile == "error":
                 raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
             if not (is_batch and self._has_warned_of_batches):  # one hint is enough for batches of many sizes
-                warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=3)
+                warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=4)
             self._has_warned_of_batches |= is_batch
-        if state.step.device.type == "cpu":
-            keep_freed_memory()
-        _log.info("Compiling %r, graph %d.", self.step, len(self._graphs) + 1)
-        began = time.perf_counter()
-        artefact = self._compiler(self.step, entered, batch, in_place=self.donates)
-        seconds = time.perf_counter() - began
-        self._seconds += seconds
-        _log.info("Compiled %r in %.1f s.", self.step, seconds)
-        graph = Graph(self.step, state, batch, artefact, **self._options)
-        self._graphs.insert(0, graph)
-        self._known.append(kinds)
 
     def __repr__(self) -> str:
         return f"<compiled {self.step!r}>"
@@ -217,6 +260,7 @@ def compile(  # noqa: A001
     fullgraph: bool = False,
     steps_per_call: int = 1,
     on_recompile: OnRecompile = "warn",
+    background: bool = False,
 ) -> Compiled:
     """``step`` as one graph: forward, backward, optimizer and traced callbacks.
 
@@ -263,10 +307,19 @@ def compile(  # noqa: A001
             with a warning that says what changed, refuse with ``RecompileError``, or make it silently. Of batches that
             change their sizes it warns once. Sizes that a data source declares, as ``fxtrain.data.bucketed`` does,
             make a graph each without a warning or an error.
+        background: Whether to compile in a worker thread while steps run uncompiled. The second call traces the step,
+            which takes seconds, and hands the graph to the worker. Calls switch to the graph once it is ready. The
+            worker compiles one graph at a time, in the order in which sizes first came. Uncompiled steps are slower
+            while it works. Results are equal within the tolerance of compiled steps, but not bitwise reproducible,
+            because the step of the switch depends on timing; a resume warns of that. A step that cannot be traced,
+            or that Inductor refuses, is compiled in the foreground by the routes above. ``pending`` and
+            ``uncompiled_steps`` of the compiled step count graphs and steps. The end of the process discards pending
+            graphs. Needs a single process, and excludes ``backend``, ``mode`` and ``dynamic``.
 
     Raises:
         TypeError: If the step is compiled already.
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range. At the first call, if ``background`` is set and
+            ``torch.distributed`` runs several processes.
         GraphBreakError: At the first call, if ``fullgraph`` is set and the step cannot be one graph.
         Exception: At the first call of a step that is wrong, what it raises uncompiled.
 
@@ -296,6 +349,12 @@ def compile(  # noqa: A001
         raise ValueError(
             f"mode={AHEAD!r} goes another way than a backend or dynamic=True, which go through Dynamo: choose one."
         )
+    if background and (backend is not None or mode is not None or dynamic):
+        raise ValueError(
+            "expected background=True without backend, mode and dynamic, got "
+            f"{backend=}, {mode=}, {dynamic=}. Only graphs of Inductor for one size each are compiled in the "
+            "background: leave these options out, or compile in the foreground."
+        )
     routes = routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph)
 
     def made(donate: bool) -> Compiled:
@@ -304,6 +363,7 @@ def compile(  # noqa: A001
             routes=routes,
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
+            background=background,
             twin=lambda: made(donate=True),
             donate=donate,
             dynamic=dynamic,

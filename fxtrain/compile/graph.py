@@ -47,9 +47,7 @@ class Graph:
     ) -> None:
         leaves, self._structure = tree.flatten(step.enter(state))
         inputs, batch_structure = tree.flatten(batch)
-        self._run, self._donate, self._in_place = artefact.run, donate, artefact.written is not None
-        self._conditions = artefact.conditions
-        self._written = artefact.written or ()
+        self._donate, self._conditions = donate, artefact.conditions
         self._step, self._taker = step, repr(step)
         self._is_step = isinstance(step, Step)
         self._kinds_of_batch = loose_kinds if dynamic else kinds
@@ -61,6 +59,7 @@ class Graph:
         self._walk_batch = walk_batch or _general(batch_structure, lambda batch: batch)
         self._is_checked = walk_batch is not None and not dynamic
         self._seen: list[weakref.ref[Tensor]] = []  # the leaves it has written; they stay the same
+        self.run_by(artefact)
 
     def find(self, state: TrainState, batch: Any) -> Found | None:
         """What to call it with; None if state or batch is of another kind."""
@@ -112,6 +111,12 @@ class Graph:
         bury(state, self._taker)
         _, output = self._run(leaves, inputs)
         return after, output
+
+    def run_by(self, artefact: Artefact) -> None:
+        """Exchanges the artefact for another of the same step, state and batch."""
+        self._run, self._in_place = artefact.run, artefact.written is not None
+        self._written = artefact.written or ()
+        self._seen = []
 
     def raise_uncompiled(self, found: Found, batch: Any) -> None:
         """Raises what the uncompiled step raises for inputs that failed, such as an index out of range.

@@ -15,7 +15,7 @@ from fxtrain.compile.dynamo import compile_by_dynamo, fails
 from fxtrain.compile.quiet import quietly
 from fxtrain.compile.refusals import Break, refusal
 from fxtrain.compile.regions import NoGradientsError, compile_in_regions
-from fxtrain.compile.traced import AHEAD, Artefact, compile_traced
+from fxtrain.compile.traced import AHEAD, Artefact, compile_traced, trace_step
 from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.core import TrainState
 from fxtrain.core.frames import is_raised_by_users
@@ -42,6 +42,7 @@ class Route(NamedTuple):
         is_whole: Whether it makes one graph of the whole step.
         has_otherwise: Whether ``compile`` also takes ``otherwise=``, ``(state, batch) -> Artefact`` by later routes,
             for calls that its graphs are not for.
+        trace: As ``compile``, up to what another thread can do: it returns a function that returns the artefact.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Route(NamedTuple):
     outcome: str
     is_whole: bool
     has_otherwise: bool = False
+    trace: Callable[..., Callable[[], Artefact]] | None = None
 
 
 class Choice(NamedTuple):
@@ -117,6 +119,25 @@ class Routes:
         """An artefact by the first route that leads, with one warning if it is not the first of all."""
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
 
+    @property
+    def has_trace(self) -> bool:
+        """Whether graphs by the route in use can be compiled by another thread."""
+        return self._routes[self._chosen].trace is not None
+
+    def trace(
+        self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool
+    ) -> Callable[[], Artefact]:
+        """The step traced by the route in use, as a function that compiles it in any thread.
+
+        Raises:
+            Exception: If it cannot be traced. Later routes are tried by a call of this object.
+        """
+        trace = self._routes[self._chosen].trace
+        assert trace is not None
+        compile_graph = trace(step, state, batch, in_place=in_place)
+        self._is_chosen = True
+        return compile_graph
+
     def _compile(
         self, step: Any, state: TrainState, batch: Any, found: Break | None, first: int, *, in_place: bool
     ) -> Artefact:
@@ -182,6 +203,7 @@ def routes_to(
         functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic),
         "the step as one graph",
         True,
+        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic),
     )
     online = None if mode == AHEAD else mode
     checked = Route(

@@ -29,6 +29,7 @@ from fxtrain.compile.matmul import with_faster_products
 from fxtrain.compile.replay import Replay
 from fxtrain.compile.scalars import with_exact_corrections, with_scalars_once
 from fxtrain.compile.symbolic import Conditions, SymbolicSizes, dense
+from fxtrain.compile.worker import turn
 from fxtrain.compile.writes import memory_of
 from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
@@ -65,7 +66,7 @@ def compile_traced(
     backend: str | Callable[..., Any] | None = None,
     dynamic: bool = False,
 ) -> Artefact:
-    """The step as one graph.
+    """The step as one graph. No other thread compiles at the same time.
 
     Args:
         step: A ``Step``, whose result is a new state and an output, or any other pure function, whose result is an
@@ -77,6 +78,21 @@ def compile_traced(
         backend: A backend of ``torch.compile`` in place of Inductor.
         dynamic: Whether the sizes of the batch are symbols.
     """
+    with turn():
+        return trace_step(step, state, batch, mode=mode, in_place=in_place, backend=backend, dynamic=dynamic)()
+
+
+def trace_step(
+    step: Callable[[TrainState, Any], Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mode: str | None,
+    in_place: bool,
+    backend: str | Callable[..., Any] | None = None,
+    dynamic: bool = False,
+) -> Callable[[], Artefact]:
+    """The first half of ``compile_traced``, which reads the modules of users; it returns the other, which does not."""
     # Imported when used: they are a third of what importing torch takes.
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -120,29 +136,42 @@ def compile_traced(
     read = _without_unread(graph)
     pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
     examples = pick((*leaves, *inputs))
-    call = _compiled_by(backend, graph) if backend else _compiled(graph, examples, None if replayed else mode)
-    if replayed:
-        call = Replay(call, sum(index < count for index in read))
-    assemble = assembler(output_structure)
+    options = _options(graph, examples, None if replayed else mode) if backend is None else {}
+    if mode != AHEAD:
+        examples = ()  # references to a state would keep later steps from donating it
+    assemble, is_step = assembler(output_structure), isinstance(step, Step)
+    has_autocast = torch._C._is_any_autocast_enabled()
 
-    if in_place or not isinstance(step, Step):
+    def compile_traced_graph() -> Artefact:
+        if backend is not None:
+            call = _compiled_by(backend, graph)
+        elif mode == AHEAD:
+            call = compile_ahead(graph, examples, options)
+        else:
+            call = _compiled(graph, options, has_autocast)
+        if replayed:
+            call = Replay(call, sum(index < count for index in read))
 
-        def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-            return (), assemble(call(pick((*leaves, *inputs))))
-    else:
-        returned = len(changed)
+        if in_place or not is_step:
 
-        def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-            values = call(pick((*leaves, *inputs)))
-            new = list(leaves)
-            for index, value in zip(changed, values, strict=False):
-                new[index] = value
-            return new, assemble(values[returned:])
+            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+                return (), assemble(call(pick((*leaves, *inputs))))
+        else:
+            returned = len(changed)
 
-    written = changed if in_place else None
-    if symbolic is None:
-        return Artefact(run, written)
-    return Artefact(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
+            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+                values = call(pick((*leaves, *inputs)))
+                new = list(leaves)
+                for index, value in zip(changed, values, strict=False):
+                    new[index] = value
+                return new, assemble(values[returned:])
+
+        written = changed if in_place else None
+        if symbolic is None:
+            return Artefact(run, written)
+        return Artefact(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
+
+    return compile_traced_graph
 
 
 def _without_unread(graph: Any) -> list[int]:
@@ -156,24 +185,29 @@ def _without_unread(graph: Any) -> list[int]:
     return read
 
 
-def _compiled(graph: Any, examples: Sequence[Tensor], mode: str | None) -> Callable[..., Sequence[Tensor]]:
-    """A function of a tuple of tensors."""
+def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
+    """What Inductor is told of a graph."""
     import torch._inductor as inductor
     from torch._inductor import config
 
-    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     options: dict[str, Any] = {} if mode in (None, AHEAD) else dict(inductor.list_mode_options(mode))
     if _is_torch_alone(graph):
         options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
     if _is_better_channels_first(graph, examples):
         options["layout_optimization"] = False
-    if mode == AHEAD:
-        return compile_ahead(graph, examples, options)
+    return options
+
+
+def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
+    """A function of a tuple of tensors."""
+    import torch._inductor as inductor
+
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     outputs = len(graph.graph.output_node().args[0])
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
     artefact: Any = inductor.compile(graph, fakes, options=options)
     # Constants are handed over by the wrappers, and autocast is switched off by them.
-    bare = None if constants is not None or torch._C._is_any_autocast_enabled() else _bare(artefact, outputs)
+    bare = None if constants is not None or has_autocast else _bare(artefact, outputs)
     return bare or (lambda tensors: artefact(*tensors))
 
 

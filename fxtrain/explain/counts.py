@@ -13,6 +13,7 @@ from fxtrain import tree
 from fxtrain.compile.ctc import OpaqueCTC
 from fxtrain.compile.effects import effects_noticed
 from fxtrain.compile.literals import KnownLiterals
+from fxtrain.compile.worker import turn
 from fxtrain.core import compiling
 
 
@@ -47,7 +48,7 @@ def trace(step: Any, state: Any, batch: Any) -> Any:
     # Without symbols for unknown values: whoever needs one is told at that line, and not by the compiler, later.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(leaf) for leaf in (*leaves, *inputs)]
-    with mode, compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
+    with turn(), mode, compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
         return make_fx(flat, tracing_mode="real")(*fakes)
 
 

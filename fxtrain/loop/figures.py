@@ -13,6 +13,8 @@ def figures(step: Any, data: Any) -> list[Handler]:
 
     - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the graphs of a compiled step, and how long this process
       spent on making them. More graphs than kinds of batches are recompilations.
+    - ``compile/pending`` and ``compile/uncompiled_steps`` there too, with ``background=True``: the graphs that are not
+      compiled yet, and how many steps ran uncompiled meanwhile.
     - ``data/padding`` at each ``EpochEnd``: the share of padding in the batches of that epoch, between 0 and 1, where
       the data source counts it, as those of ``fxtrain.data.padded``, ``bucketed`` and ``packed`` do.
 
@@ -21,10 +23,13 @@ def figures(step: Any, data: Any) -> list[Handler]:
         data: A data source.
     """
     found = list[Handler]()
-    if hasattr(step, "graphs") and hasattr(step, "seconds"):
+    if hasattr(step, "graphs") and hasattr(step, "seconds") and hasattr(step, "background"):
 
         def compilation(state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
-            return state, Control(log={"compile/graphs": step.graphs, "compile/seconds": step.seconds})
+            log = {"compile/graphs": step.graphs, "compile/seconds": step.seconds}
+            if step.background:
+                log |= {"compile/pending": step.pending, "compile/uncompiled_steps": step.uncompiled_steps}
+            return state, Control(log=log)
 
         found.append(on(FitEnd, compilation))
     source = _counting_padding(data)

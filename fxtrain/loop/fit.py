@@ -75,8 +75,9 @@ def fit(
     that the program has installed is called in place of SystemExit, when the interrupted run is saved.
 
     Beside what the step and callbacks measure, a run publishes ``compile/graphs`` and ``compile/seconds`` at its end if
-    the step is compiled, and ``data/padding`` at the end of each epoch if the data source counts its padding: the share
-    of positions in the batches of that epoch that hold no part of an example.
+    the step is compiled, with ``compile/pending`` and ``compile/uncompiled_steps`` if that happens in the background.
+    It publishes ``data/padding`` at the end of each epoch if the data source counts its padding: the share of positions
+    in the batches of that epoch that hold no part of an example.
 
     Args:
         state: From ``init``, or the ``last`` of another result.

@@ -18,7 +18,11 @@ _log = logging.getLogger(__name__)
 
 # What is on the stack while a step has changed nothing yet: functions of ours that make a graph, or wait for a thread
 # that makes a batch; a module of torch's that makes a graph.
-_OURS = (("fxtrain.compile.traced", "compile_traced"), ("fxtrain.rng.host", "wait_for_turn"))
+_OURS = (
+    ("fxtrain.compile.traced", "compile_traced"),
+    ("fxtrain.compile.traced", "trace_step"),
+    ("fxtrain.rng.host", "wait_for_turn"),
+)
 _DYNAMO = "torch._dynamo.convert_frame"
 # Modules of which an exception would leave a half.
 _IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")
