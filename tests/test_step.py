@@ -51,7 +51,6 @@ class TestStep:
 
     def test_wraps_any_callable_and_keeps_its_name(self):
         def twice(factor, state, batch):
-            """Multiplies."""
             return state.replace(params=tree.map(lambda p: p * factor, state.params)), fx.StepOutput({})
 
         class Callable:
@@ -62,7 +61,12 @@ class TestStep:
         assert float(fx.Step(functools.partial(twice, 2.0))(state, None)[0].params) == 2.0
         assert repr(fx.Step(functools.partial(twice, 2.0))) == "<step twice, fires nothing>"
         assert float(fx.Step(Callable())(state, None)[0].params) == 2.0
-        assert fx.Step(twice).__doc__ == "Multiplies."
+
+        def doubled(state, batch):
+            """Doubles."""
+            return twice(2.0, state, batch)
+
+        assert fx.Step(doubled).__doc__ == "Doubles."
         assert repr(fx.train_step(squares, fx.optim.sgd(0.1))) == (
             "<step train_step(squares), fires Microbatch, Gradients, Updated>"
         )
@@ -339,7 +343,7 @@ class TestTrainStep:
 
     @pytest.mark.parametrize("tx", [None, {"a": fx.optim.sgd(0.1)}, torch.optim.SGD])
     def test_takes_one_transformation(self, tx):
-        with pytest.raises(TypeError, match="one gradient transformation is wanted"):
+        with pytest.raises(TypeError, match="gradient transformation"):
             fx.train_step(squares, tx)
 
 
