@@ -36,6 +36,7 @@ def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
         routes=Routes([Route("interpreter", uncompiled, "nothing", True)], fullgraph=False),
         on_recompile="allow",
         steps_per_call=steps_per_call,
+        background=False,
         twin=lambda: _made(step, steps_per_call, donate=True),
         donate=donate,
         dynamic=False,

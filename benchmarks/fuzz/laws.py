@@ -266,7 +266,10 @@ def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in lines if line.get("metrics")]
+    for line in lines:
+        line.pop("time", None)
+        line["metrics"] = _of_run(line.get("metrics", {}))
+    return [line for line in lines if line["metrics"]]
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -275,7 +278,13 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     # A resumed run may add columns in another order, or for a row that a rewind has taken back.
-    return [{name: value for name, value in sorted(row.items()) if name != "time" and value} for row in rows]
+    points = [{name: value for name, value in sorted(_of_run(row).items()) if name != "time" and value} for row in rows]
+    return [point for point in points if point.keys() - {"step", "epoch"}]
+
+
+def _of_run(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without what each session measures of its own compiling, which depends on interruptions."""
+    return {name: value for name, value in metrics.items() if not name.startswith("compile/")}
 
 
 def _doubled(rows: list[dict[str, Any]]) -> list[str]:
@@ -308,8 +317,7 @@ def _unordered(history: Any) -> list[str]:
 def _points(history: Any) -> dict[tuple[str, int], float]:
     return {
         (name, int(step)): float(value)
-        for name, series in history.items()
-        if not name.startswith("compile/")  # which depends on the sessions
+        for name, series in _of_run(history).items()
         for step, value in zip(series.steps, series.values, strict=True)
     }
 
