@@ -412,6 +412,19 @@ class TestErrorsOfUsers:
             step(state, {**batch(0), "y": torch.full((8,), 50)})
         assert "return F.cross_entropy(model" in "".join(str(line.statement) for line in caught.traceback)
 
+    def test_leave_saved_tensor_hooks_enabled(self):
+        def loss_fn(model, batch):
+            return F.cross_entropy(model(batch["x"]), batch["y"])
+
+        step = fx.compile(fx.train_step(loss_fn, TX), backend="eager")
+        state, _ = step(fx.init(torch.nn.Linear(4, 3), TX), batch(0))
+        with pytest.raises(IndexError):
+            step(state, {**batch(0), "y": torch.full((8,), 50)})
+        x = torch.ones(2, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved * 2, lambda saved: saved):
+            y = x * x
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [4.0, 4.0]
+
     def test_print_nothing_of_torch(self, capfd):
         def wrong(model, batch):
             return (model(batch["x"]) @ torch.ones(5, 5)).mean()

@@ -38,7 +38,9 @@ def compile_by_dynamo(
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     _check(step, state, batch)
-    compiled = torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+    compiled = _with_hooks_restored(
+        torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+    )
     compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
     # Dynamo's code repeats at each call what the modules wrote on themselves while it was made.
@@ -95,6 +97,22 @@ def fails(function: Callable[[], Any]) -> bool:
     except Exception:
         return True
     return False
+
+
+def _with_hooks_restored(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Restores saved-tensor hooks after an error. torch.func's are disabled and enabled by nodes of Dynamo's graph."""
+    hooks: Any = torch._C._autograd
+
+    def run(*arguments: Any) -> Any:
+        disabled = hooks._saved_tensors_hooks_get_disabled_error_message()
+        try:
+            return function(*arguments)
+        except BaseException:
+            if disabled is None:
+                hooks._saved_tensors_hooks_enable()
+            raise
+
+    return run
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
