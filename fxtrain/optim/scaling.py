@@ -54,7 +54,13 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
 
     def update(updates: Any, opt_state: ScaleByScheduleState, params: Any = None) -> tuple[Any, ScaleByScheduleState]:
         factor = schedule(opt_state.count)
-        return map_updates(lambda update: factor * update, updates), ScaleByScheduleState(opt_state.count + 1)
+
+        def scaled(update: Tensor) -> Tensor:
+            # Elements are multiplied in this dtype in any case. A compiled step then converts the factor once.
+            dtype = torch.promote_types(update.dtype.to_real(), torch.float32)
+            return (factor.to(dtype) if isinstance(factor, Tensor) else factor) * update
+
+        return map_updates(scaled, updates), ScaleByScheduleState(opt_state.count + 1)
 
     def init(params: Any) -> ScaleByScheduleState:
         return ScaleByScheduleState(start_count(params))
