@@ -55,7 +55,7 @@ def moco(model: Any, batch: Any) -> torch.Tensor:
 class BarlowTwins(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.encoder = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False))
         self.norm = nn.BatchNorm1d(4, affine=False)
 
 
