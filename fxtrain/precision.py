@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fxtrain import tree
 from fxtrain.core import Control, Gradients, TrainState
 from fxtrain.fold import Handler, stateful
+from fxtrain.rng.frames import inlined_only
 
 SLOT = "loss_scale"
 HALF = (torch.bfloat16, torch.float16)
@@ -152,6 +153,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]
         yield
 
 
+@inlined_only
 class _Float32(TorchFunctionMode):
     """Norms and softmax in float32, on every device.
 

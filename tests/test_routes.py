@@ -3,6 +3,7 @@
 import functools
 import logging
 import random
+import sys
 import time
 import warnings
 
@@ -120,6 +121,12 @@ class TestEqualsEager:
             ours, _ = quietly(compiled, ours, batch(number))
         assert compiled.how == "eager, eager forward"
         assert_same(ours, plain)
+
+    def test_a_torch_that_compiles_single_functions_of_modes_runs_the_forward_pass_uncompiled(self, monkeypatch):
+        monkeypatch.setattr(sys.modules[InManyGraphs.__module__], "is_safe_below_compile", lambda: False)
+        compiled = fx.compile(fx.train_step(branching, TX), backend="eager")
+        quietly(compiled, start(), batch(0))
+        assert compiled.how == "eager, eager forward"
 
     def test_gradients_that_a_compiler_gets_wrong_are_not_used(self, monkeypatch):
         def wrong(function, fullgraph=False, **_):

@@ -24,6 +24,7 @@ from fxtrain.compile.uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling
 from fxtrain.model import forward_by
 from fxtrain.model.comparison import are_close
+from fxtrain.rng.frames import is_safe_below_compile
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step.interception import Find, intercepted
 
@@ -229,9 +230,17 @@ class _Cut:
 
 
 class InManyGraphs:
-    """Compiles functions by ``torch.compile``, in as many graphs as each needs."""
+    """Compiles functions by ``torch.compile``, in as many graphs as each needs.
+
+    Raises:
+        RuntimeError: If the code between graphs would get wrong values.
+    """
 
     def __init__(self, backend: Any, mode: str | None) -> None:
+        if not is_safe_below_compile():
+            raise RuntimeError(
+                f"expected a torch whose compiler can leave single functions uncompiled, got {torch.__version__}."
+            )
         self._options: dict[str, Any] = {"backend": backend or "inductor", "mode": mode, "dynamic": False}
         self._made: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 

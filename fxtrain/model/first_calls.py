@@ -25,6 +25,7 @@ from fxtrain.model.comparison import are_close
 from fxtrain.model.contents import are_alike
 from fxtrain.model.template import DELETED, Template
 from fxtrain.model.writes import written_by
+from fxtrain.rng.frames import inlined_only
 from fxtrain.rng.tracing import is_traced, unrecorded
 
 _SHOWN = 3  # attributes named in an error
@@ -268,6 +269,7 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
         )
 
 
+@inlined_only
 class Reads(TorchFunctionMode):
     """Notes which of some tensors an operation reads, and into which it writes."""
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxtrain.rng.frames import inlined_only
 from fxtrain.rng.philox import Key
 from fxtrain.rng.replacements import REPLACED, SOMETIMES
 from fxtrain.rng.tracing import is_traced, is_transformed
@@ -111,6 +112,7 @@ class Watch(Protocol):
         ...
 
 
+@inlined_only
 class Functional(TorchFunctionMode):
     """The mode of ``functional``, which makes it."""
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from fxtrain import tree
 from fxtrain.core.frames import is_of_users
 from fxtrain.model.captured import captured
+from fxtrain.rng.frames import inlined_only
 from fxtrain.step.contract import place_of
 
 
@@ -52,6 +53,7 @@ def _cause(run: Callable[[Callable[[Tensor], None]], Any]) -> str:
     return found[0] if found else ""
 
 
+@inlined_only
 class _Cuts(TorchFunctionMode):
     """Follows tensors that depend on a parameter and have no gradient, from the operation that cut them off."""
 
