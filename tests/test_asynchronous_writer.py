@@ -8,8 +8,8 @@ import sys
 import textwrap
 import threading
 import time
-import warnings
 import types
+import warnings
 
 import numpy as np
 import problem

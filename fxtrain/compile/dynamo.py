@@ -101,7 +101,7 @@ def fails(function: Callable[[], Any]) -> bool:
 
 def _with_hooks_restored(function: Callable[..., Any]) -> Callable[..., Any]:
     """Restores saved-tensor hooks after an error. torch.func's are disabled and enabled by nodes of Dynamo's graph."""
-    hooks: Any = torch._C._autograd
+    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
     def run(*arguments: Any) -> Any:
         disabled = hooks._saved_tensors_hooks_get_disabled_error_message()

@@ -53,7 +53,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
         raise TypeError(f"scale_by_schedule({schedule!r}): a function of the step is wanted; scale takes a number.")
 
     def update(updates: Any, opt_state: ScaleByScheduleState, params: Any = None) -> tuple[Any, ScaleByScheduleState]:
-        factor = schedule(opt_state.count)
+        factor: Any = schedule(opt_state.count)
 
         def scaled(update: Tensor) -> Tensor:
             # Elements are multiplied in this dtype in any case. A compiled step then converts the factor once.
