@@ -57,7 +57,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
 
         def scaled(update: Tensor) -> Tensor:
             # Elements are multiplied in this dtype in any case. A compiled step then converts the factor once.
-            dtype = torch.promote_types(update.dtype.to_real(), torch.float32)
+            dtype = torch.promote_types(update.real.dtype, torch.float32)
             return (factor.to(dtype) if isinstance(factor, Tensor) else factor) * update
 
         return map_updates(scaled, updates), ScaleByScheduleState(opt_state.count + 1)
