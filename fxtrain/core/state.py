@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -121,6 +120,8 @@ class TrainState:
         return "\n".join([f"TrainState, {total}", *lines])
 
     def _repr_html_(self) -> str:
+        import html
+
         rows, total = _table(self)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         head = "".join(f"<th>{name}</th>" for name in ("path", "shape", "dtype", "size"))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxtrain.model.contents import Contents, leaves
-from fxtrain.rng.host import GLOBAL
+from fxtrain.rng.host import global_generators
 
 DELETED = object()  # stands for a buffer that a call deleted
 
@@ -235,7 +235,9 @@ def evaluating(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
 
 
 def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset[int]]:
-    memo |= {id(generator): generator for generator in GLOBAL}  # a copy would no longer be the one that is seeded
+    memo |= {
+        id(generator): generator for generator in global_generators()
+    }  # a copy would no longer be the one that is seeded
     made = copy.deepcopy(root, memo)
     # A logger or a member of an enum is its own copy.
     return made, frozenset(id(value) for key, value in memo.items() if key not in (id(value), id(memo)))

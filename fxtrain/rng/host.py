@@ -13,10 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_RANDOM: Any = np.random  # numpy's annotations omit the functions for exchanging its generator
 _LOCKS: dict[int, threading.RLock] = {}  # by process: a forked worker must not inherit a lock that is held
-GLOBAL = (getattr(random.random, "__self__", None), getattr(np.random.rand, "__self__", None))
-"""The generator objects behind the functions of both modules."""
 _MT19937 = 625 * 4  # bytes of numpy's Mersenne twister: its words and the position among them
 _GENERATORS: list[Any] = []  # one of numpy's for each depth of ``seeded`` in itself
 
@@ -85,7 +82,7 @@ def mark() -> Mark | None:
     if not lock.acquire(blocking=False):
         return None
     try:
-        bits = _RANDOM.get_bit_generator()
+        bits = _numpy().get_bit_generator()
         known = type(bits) is np.random.MT19937
         words = ctypes.string_at(bits.ctypes.state_address, _MT19937) if known else None
         return Mark(random.getstate(), bits, words, _spare_normal())
@@ -108,13 +105,13 @@ def rewind_if_moved(before: Mark) -> bool:
     random.setstate(before.python)
     if before.words is not None:
         ctypes.memmove(before.bits.ctypes.state_address, before.words, _MT19937)
-    _RANDOM.set_state({**_RANDOM.get_state(legacy=False), **before.spare})
+    _numpy().set_state({**_numpy().get_state(legacy=False), **before.spare})
     return True
 
 
 def positions() -> dict[str, Any]:
     """The states of both generators by name, to be compared with ``moved``. Costs about 0.05 ms."""
-    return {"Python's random module": random.getstate(), "numpy.random": _comparable(_RANDOM.get_state(legacy=False))}
+    return {"Python's random module": random.getstate(), "numpy.random": _comparable(_numpy().get_state(legacy=False))}
 
 
 def moved(before: dict[str, Any]) -> list[str]:
@@ -130,12 +127,17 @@ def moved(before: dict[str, Any]) -> list[str]:
     return [name for name, state in positions().items() if state != before[name]]
 
 
+def global_generators() -> tuple[Any, Any]:
+    """The generator objects behind the functions of both modules."""
+    return getattr(random.random, "__self__", None), getattr(np.random.rand, "__self__", None)
+
+
 def state_of(generator: Any) -> Any:
     """The state of a generator object of Python or numpy, comparable by ``==``; None for any other object.
 
     The global generators count as other objects.
     """
-    if any(generator is each for each in GLOBAL):
+    if any(generator is each for each in global_generators()):
         return None
     if isinstance(generator, random.Random):
         return generator.getstate()
@@ -180,47 +182,52 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
     # The generator is exchanged for another, because reading its state and writing it back takes 0.1 ms: each of its
     # 624 words becomes a Python number. Normal numbers are drawn in pairs; the second is kept beside the generator, and
     # an exchange forgets it.
-    theirs, spare = _RANDOM.get_bit_generator(), _spare_normal()
+    theirs, spare = _numpy().get_bit_generator(), _spare_normal()
     if len(_GENERATORS) < _here.depth:
         _GENERATORS.append(np.random.MT19937())
-    _RANDOM.set_bit_generator(_GENERATORS[_here.depth - 1])
-    _RANDOM.seed(seed)
+    _numpy().set_bit_generator(_GENERATORS[_here.depth - 1])
+    _numpy().seed(seed)
     try:
         yield
     finally:
-        _RANDOM.set_bit_generator(theirs)
+        _numpy().set_bit_generator(theirs)
         if spare["has_gauss"]:
-            _RANDOM.set_state({**_RANDOM.get_state(legacy=False), **spare})
+            _numpy().set_state({**_numpy().get_state(legacy=False), **spare})
 
 
 def _spare_normal() -> dict[str, Any]:
     """The part of numpy's state that is beside its generator."""
-    numpys, theirs, stand_in = _RANDOM.mtrand._rand, _RANDOM.get_bit_generator(), _stand_in()
+    numpys, theirs, stand_in = _numpy().mtrand._rand, _numpy().get_bit_generator(), _stand_in()
     stand_in.stands_for, stand_in.thread = theirs, threading.get_ident()
     with contextlib.suppress(AttributeError):  # a private name, without which this reads all words
         numpys._bit_generator = stand_in
     try:
-        state = _RANDOM.get_state(legacy=False)
+        state = _numpy().get_state(legacy=False)
     finally:
         with contextlib.suppress(AttributeError):
             numpys._bit_generator = theirs
     return {name: state[name] for name in ("has_gauss", "gauss")}
 
 
-class _StandIn(np.random.MT19937):
-    """In the place of numpy's generator for a moment: the thread that put it there reads no words from it."""
-
-    stands_for: Any
-    thread: int
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return {"bit_generator": "MT19937"} if threading.get_ident() == self.thread else self.stands_for.state
-
-
 @functools.cache
-def _stand_in() -> _StandIn:
-    return _StandIn(0)
+def _stand_in() -> Any:
+    class StandIn(np.random.MT19937):
+        """Replaces numpy's generator for a moment. The thread that put it there reads no words from it."""
+
+        stands_for: Any
+        thread: int
+
+        @property
+        def state(self) -> dict[str, Any]:
+            return {"bit_generator": "MT19937"} if threading.get_ident() == self.thread else self.stands_for.state
+
+    return StandIn(0)
+
+
+def _numpy() -> Any:
+    # Without types, because numpy's annotations omit the functions that exchange its generator. numpy imports this
+    # module at its first use, which costs a tenth of the import of this library.
+    return np.random
 
 
 class _Here(threading.local):
