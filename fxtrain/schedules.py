@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fxtrain.core import refuse_unless_whole, wide_dtype
+from fxtrain.core import check_int, check_positive_int, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Any], Tensor]
@@ -54,8 +54,8 @@ def polynomial(
         >>> polynomial(1.0, 0.0, power=2.0, transition_steps=10)(5)
         tensor(0.2500, dtype=torch.float64)
     """
-    refuse_unless_whole("transition_steps", transition_steps, "steps")
-    refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
+    check_positive_int("transition_steps", transition_steps)
+    check_int("transition_begin", transition_begin, minimum=0)
 
     def value(step: Tensor) -> Any:
         left = 1.0 - _wide((step - transition_begin).clamp(0, transition_steps)) / transition_steps
@@ -92,7 +92,7 @@ def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent:
     References:
         Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017.
     """
-    refuse_unless_whole("decay_steps", decay_steps, "steps")
+    check_positive_int("decay_steps", decay_steps)
 
     def value(step: Tensor) -> Any:
         angle = _wide(step.clamp(0, decay_steps)) * (math.pi / decay_steps)
@@ -126,8 +126,8 @@ def exponential(
         >>> exponential(1.0, 10, decay_rate=0.5)(20)
         tensor(0.2500, dtype=torch.float64)
     """
-    refuse_unless_whole("transition_steps", transition_steps, "steps")
-    refuse_unless_whole("transition_begin", transition_begin, "steps", least=0)
+    check_positive_int("transition_steps", transition_steps)
+    check_int("transition_begin", transition_begin, minimum=0)
     if not isinstance(decay_rate, Tensor) and not decay_rate > 0:
         raise ValueError(f"decay_rate={decay_rate!r}: a factor above 0 is wanted.")
     if end_value is not None and isinstance(decay_rate, Tensor):
@@ -162,7 +162,7 @@ def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
     References:
         Vaswani et al., Attention Is All You Need, 2017.
     """
-    refuse_unless_whole("timescale", timescale, "steps")
+    check_positive_int("timescale", timescale)
     return _schedule(lambda step: init_value * torch.rsqrt(1.0 + _wide(step.clamp(min=0)) / timescale))
 
 
@@ -247,7 +247,7 @@ def one_cycle(
     References:
         Smith and Topin, Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates, 2017.
     """
-    refuse_unless_whole("transition_steps", transition_steps, "steps")
+    check_positive_int("transition_steps", transition_steps)
     if not 0 < pct_start < pct_final < 1:
         raise ValueError(
             f"pct_start={pct_start!r} and pct_final={pct_final!r}: 0 < pct_start < pct_final < 1 is wanted."
@@ -277,7 +277,7 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedu
         [0.0, 0.5, 1.0, 0.0]
     """
     _refuse_unless_schedule("schedule", schedule)
-    refuse_unless_whole("steps", steps, "steps", least=0)
+    check_int("steps", steps, minimum=0)
     if steps == 0:
         return schedule
 
@@ -313,8 +313,8 @@ def warmup_cosine_decay(
         >>> [round(float(schedule(step)), 3) for step in (5, 10, 55, 100)]
         [0.5, 1.0, 0.55, 0.1]
     """
-    refuse_unless_whole("warmup_steps", warmup_steps, "steps", least=0)
-    refuse_unless_whole("decay_steps", decay_steps, "steps", least=0)
+    check_int("warmup_steps", warmup_steps, minimum=0)
+    check_int("decay_steps", decay_steps, minimum=0)
     if decay_steps <= warmup_steps:
         raise ValueError(
             f"decay_steps={decay_steps} with warmup_steps={warmup_steps}: decay_steps counts the warmup too, so it is "
@@ -344,7 +344,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     for index, schedule in enumerate(schedules):
         _refuse_unless_schedule(f"schedules[{index}]", schedule)
     for boundary in boundaries:
-        refuse_unless_whole("a boundary", boundary, "steps", least=0)
+        check_int("a boundary", boundary, minimum=0)
     if list(boundaries) != sorted(set(boundaries)):
         raise ValueError(f"boundaries={list(boundaries)}: rising steps are wanted.")
 
@@ -379,8 +379,8 @@ def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = Fa
         Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017.
     """
     _refuse_unless_schedule("schedule", schedule)
-    refuse_unless_whole("period", period, "steps")
-    refuse_unless_whole("growth", growth, "lengths")
+    check_positive_int("period", period)
+    check_positive_int("growth", growth)
     if mirror and growth != 1:
         raise ValueError(f"expected growth=1 with mirror=True, got {growth}. Leave one of them out.")
 

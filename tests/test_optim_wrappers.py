@@ -351,7 +351,7 @@ REFUSALS = [
     (
         lambda: optim.apply_if_finite(optim.sgd(0.1), max_consecutive=0),
         ValueError,
-        "max_consecutive=0: a whole number, 1 or more, is wanted.",
+        "expected max_consecutive to be a positive int, got 0.",
     ),
     (
         lambda: optim.muon(0.1, ns_coeffs=(1.0, 2.0)),

@@ -128,15 +128,15 @@ def test_steps_beyond_float32_s_whole_numbers_are_told_apart():
     [
         (
             lambda: schedules.cosine(1.0, 0),
-            "decay_steps=0: a whole number of steps, 1 or more, is wanted.",
+            "expected decay_steps to be a positive int, got 0.",
         ),
         (
             lambda: schedules.linear(0.0, 1.0, transition_steps=1.5),
-            "transition_steps=1.5: a whole number of steps, 1 or more, is wanted.",
+            "expected transition_steps to be a positive int, got 1.5.",
         ),
         (
             lambda: schedules.one_cycle(0.1, 100),
-            "transition_steps=0.1: a whole number of steps, 1 or more, is wanted.",
+            "expected transition_steps to be a positive int, got 0.1.",
         ),
         (
             lambda: schedules.one_cycle(10, 0.1, pct_start=0.9),
@@ -177,7 +177,7 @@ def test_steps_beyond_float32_s_whole_numbers_are_told_apart():
     ],
 )
 def test_what_makes_no_schedule_is_refused(make, message):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises((TypeError, ValueError)) as caught:
         make()
     assert str(caught.value) == message
 

@@ -166,8 +166,16 @@ def test_states_are_kept_where_they_are_wanted(keep_every, way):
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda step: fx.compile(step, steps_per_call=0), ValueError, "steps_per_call=0: a whole number"),
-        (lambda step: fx.compile(step, steps_per_call=True), ValueError, "steps_per_call=True: a whole number"),
+        (
+            lambda step: fx.compile(step, steps_per_call=0),
+            ValueError,
+            "expected steps_per_call to be a positive int, got 0",
+        ),
+        (
+            lambda step: fx.compile(step, steps_per_call=True),
+            TypeError,
+            "expected steps_per_call to be a positive int, got True",
+        ),
         (lambda step: fx.compile(problem.eval_step, steps_per_call=2), ValueError, "an evaluation step is called"),
         (
             lambda step: fx.compile(step, steps_per_call=2).many(problem.start(), DATA[:3]),

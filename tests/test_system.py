@@ -86,5 +86,5 @@ def test_a_gpu_is_told_in_percent_watts_and_degrees(tmp_path, monkeypatch):
 def test_system_needs_a_writer_and_a_period(tmp_path):
     with pytest.raises(ValueError, match=r"system\(\) has nothing to write to"):
         observers.system()
-    with pytest.raises(ValueError, match="every=0: a whole number of steps"):
+    with pytest.raises(ValueError, match="expected every to be a positive int, got 0"):
         observers.system(writers.jsonl(tmp_path / "x"), every=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, TrainState, Updated, refuse_unless_whole, wide_dtype
+from fxtrain.core import Control, TrainState, Updated, check_int, check_positive_int, wide_dtype
 from fxtrain.fold import Handler, stateful
 from fxtrain.optim.leaves import Scalar, wide
 
@@ -68,8 +68,8 @@ def ema(
     """
     if not 0 < decay < 1:
         raise ValueError(f"decay={decay!r}: between 0 and 1 is wanted.")
-    refuse_unless_whole("every", every, "steps")
-    refuse_unless_whole("start", start, "steps", least=0)
+    check_positive_int("every", every)
+    check_int("start", start, minimum=0)
 
     def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
         # The share of the new value, 1 - d, as rounding d to float32 first would change it by up to 3e-8 / (1 - d).
@@ -115,8 +115,8 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
     References:
         Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
     """
-    refuse_unless_whole("every", every, "steps")
-    refuse_unless_whole("start", start, "steps", least=0)
+    check_positive_int("every", every)
+    check_int("start", start, minimum=0)
 
     def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
         return 1 / (memory.count.to(memory.weight.dtype) + 1), memory.weight

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks.predictions import Logits, class_scores
-from fxtrain.core import Control, EvalBegin, EvalEnd, EvalStep, TrainState, refuse_unless_whole
+from fxtrain.core import Control, EvalBegin, EvalEnd, EvalStep, TrainState, check_int
 from fxtrain.fold import Handler, stateful
 from fxtrain.values import ConfusionMatrix, Figure
 
@@ -117,7 +117,7 @@ def curves(
         1.0
     """
     _check_classes(classes, labels)
-    refuse_unless_whole("bins", bins, "buckets", least=2)
+    check_int("bins", bins, minimum=2)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -173,7 +173,7 @@ def _drawn(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_classes(classes: int, labels: Sequence[str]) -> None:
-    refuse_unless_whole("classes", classes, "classes", least=2)
+    check_int("classes", classes, minimum=2)
     if labels and len(labels) != classes:
         raise ValueError(f"{len(labels)} labels came for {classes} classes.")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain.callbacks.monitor import Publish, monitor
 from fxtrain.callbacks.statistics import NORMS, Moved, layers
-from fxtrain.core import TrainState, matching, refuse_unless_one_of
+from fxtrain.core import TrainState, check_choice, matching
 from fxtrain.fold import Handler
 
 
@@ -56,7 +56,7 @@ def grad_norms(
         >>> state.slots["grad_norm"].values
         GradNorms(total=tensor(5.), layers=tensor([3., 4.]))
     """
-    refuse_unless_one_of("norm", norm, NORMS)
+    check_choice("norm", norm, NORMS)
 
     def measure(state: TrainState, moved: Moved, before: Any) -> GradNorms:
         groups = list(layers(state).values())

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.callbacks.monitor import Publish, monitor
 from fxtrain.callbacks.statistics import KINDS, Moved, leaf_names
-from fxtrain.core import TrainState, matching, refuse_unless_one_of, refuse_unless_whole
+from fxtrain.core import TrainState, check_choice, check_positive_int, matching
 from fxtrain.fold import Handler
 from fxtrain.values import Histogram
 
@@ -67,9 +67,9 @@ def histograms(
         >>> step(state, torch.zeros(1))[0].slots["histograms/weights"].values.counts
         tensor([[1, 0, 1, 2, 0]])
     """
-    refuse_unless_one_of("of", of, KINDS)
-    refuse_unless_whole("sample", sample, "elements")
-    refuse_unless_whole("per_decade", per_decade, "buckets")
+    check_choice("of", of, KINDS)
+    check_positive_int("sample", sample)
+    check_positive_int("per_decade", per_decade)
     if not 0 < smallest < largest < math.inf:
         raise ValueError(f"smallest={smallest!r}, largest={largest!r}: 0 < smallest < largest is wanted.")
     decades = math.log10(largest / smallest)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks.statistics import Moved, trainable
-from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated, refuse_unless_whole
+from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated, check_positive_int
 from fxtrain.fold import Handler, every, on, slotted
 
 Publish = Callable[[Any], Any] | None
@@ -60,7 +60,7 @@ def monitor(
         >>> fx.compose(largest)(state, fx.StepEnd(step=1, metrics={}))[1].log["largest/update"].value
         tensor(1.)
     """
-    refuse_unless_whole("every", period, "steps")
+    check_positive_int("every", period)
     due = every(period) if publish is None else publish
 
     def init(state: TrainState) -> MonitorState:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks.statistics import trainable
-from fxtrain.core import Control, Gradients, StepEnd, TrainState, refuse_unless_whole
+from fxtrain.core import Control, Gradients, StepEnd, TrainState, check_positive_int
 from fxtrain.fold import Handler, on, slotted
 from fxtrain.optim.nodes import as_code, leaf_paths
 from fxtrain.precision import finite_leaves
@@ -47,7 +47,7 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         >>> fx.callbacks.first_not_finite(after)
         "grads['weight'] at step 1"
     """
-    refuse_unless_whole("patience", patience, "steps")
+    check_positive_int("patience", patience)
 
     def init(state: TrainState) -> NanGuardState:
         zero, none = torch.zeros_like(state.step), torch.full_like(state.step, -1)

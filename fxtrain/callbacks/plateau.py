@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.callbacks.watched import Better, Metric, direction, measured, needing
-from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, refuse_unless_whole, wide_dtype
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Handler, slotted
 
@@ -76,7 +76,7 @@ def reduce_on_plateau(
     if not 0 < factor < 1:
         raise ValueError(f"factor={factor!r}: between 0 and 1 is wanted.")
     for argument, value in (("patience", patience), ("cooldown", cooldown)):
-        refuse_unless_whole(argument, value, "evaluations", least=0)
+        check_int(argument, value, minimum=0)
     if callable(mode):
         min_delta, relative = 0.0, False
     better, worst, _ = direction(mode, min_delta=min_delta, relative=relative)

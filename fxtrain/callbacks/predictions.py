@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, Control, EvalStep, TrainState, ops, refuse_unless_whole
+from fxtrain.core import NAMESPACE, Control, EvalStep, TrainState, check_int, check_positive_int, ops
 from fxtrain.fold import Handler, on
 from fxtrain.values import Table
 
@@ -59,8 +59,8 @@ def predictions(
         | 1 | dog | cat | 0.9999 |
         | 2 | dog | dog | 0.9999 |
     """
-    refuse_unless_whole("limit", limit, "examples")
-    refuse_unless_whole("batch", batch, "batches", least=0)
+    check_positive_int("limit", limit)
+    check_int("batch", batch, minimum=0)
 
     def callback(state: TrainState, event: EvalStep) -> tuple[TrainState, Control]:
         if event.index != batch:

@@ -16,8 +16,9 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
     TrainState,
-    refuse_unless_one_of,
-    refuse_unless_whole,
+    check_choice,
+    check_int,
+    check_positive_int,
     wide_dtype,
 )
 from fxtrain.fold import Handler, on, slotted
@@ -84,16 +85,16 @@ def spike_guard(
     References:
         Chowdhery et al., "PaLM: Scaling language modeling with pathways", 2022, section 5.1, for the way back.
     """
-    refuse_unless_one_of("watch", watch, ("loss", "grad_norm"))
+    check_choice("watch", watch, ("loss", "grad_norm"))
     if not 0 < deviations < math.inf:
         raise ValueError(f"deviations={deviations!r}: more than 0 is wanted.")
-    refuse_unless_whole("window", window, "values", least=2)
-    refuse_unless_whole("warmup", warmup, "values", least=2)
+    check_int("window", window, minimum=2)
+    check_int("warmup", warmup, minimum=2)
     if warmup > window:
         raise ValueError(f"warmup={warmup!r} is more than the {window} values of the window, and so is never over.")
-    refuse_unless_whole("rewind", rewind, "steps", least=0)
-    refuse_unless_whole("patience", patience, "steps")
-    refuse_unless_whole("record", record, "batches")
+    check_int("rewind", rewind, minimum=0)
+    check_positive_int("patience", patience)
+    check_positive_int("record", record)
     what = "loss" if watch == "loss" else "gradient norm"
 
     def init(state: TrainState) -> SpikeGuardState:

@@ -18,9 +18,10 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     Updated,
+    check_choice,
+    check_int,
+    check_positive_int,
     epochs_taken,
-    refuse_unless_one_of,
-    refuse_unless_whole,
     wide_dtype,
 )
 from fxtrain.fold import Handler, on, slotted, stateful
@@ -116,11 +117,11 @@ def early_stopping(
         >>> control.reasons("stop")
         ['loss has not improved for 2 evaluations']
     """
-    refuse_unless_whole("patience", patience, unit)
-    refuse_unless_whole("start_from", start_from, unit, least=0)
-    refuse_unless_one_of("unit", unit, _UNITS)
+    check_positive_int("patience", patience)
+    check_int("start_from", start_from, minimum=0)
+    check_choice("unit", unit, _UNITS)
     if overfit_patience is not None:
-        refuse_unless_whole("overfit_patience", overfit_patience, "evaluations")
+        check_positive_int("overfit_patience", overfit_patience)
     if not overfit_min_delta >= 0:
         raise ValueError(f"overfit_min_delta={overfit_min_delta!r}: 0 or more is wanted.")
     better, worst, sign = direction(mode, min_delta=min_delta, relative=relative)

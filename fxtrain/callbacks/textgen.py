@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import rng
-from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, refuse_unless_whole
+from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, check_positive_int
 from fxtrain.fold import Handler, on
 from fxtrain.model import view
 from fxtrain.values import Text
@@ -77,10 +77,10 @@ def textgen(
     """
     if isinstance(prompts, str) or not prompts:
         raise TypeError(f"prompts={prompts!r}: a sequence of one string or more is wanted.")
-    refuse_unless_whole("length", length, "tokens")
-    refuse_unless_whole("max_tokens", max_tokens, "tokens")
+    check_positive_int("length", length)
+    check_positive_int("max_tokens", max_tokens)
     if top_k is not None:
-        refuse_unless_whole("top_k", top_k, "tokens")
+        check_positive_int("top_k", top_k)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: 0 or more is wanted.")
     if top_p is not None and not 0 < top_p <= 1:

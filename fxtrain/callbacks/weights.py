@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.callbacks.monitor import Publish, monitor
 from fxtrain.callbacks.statistics import Moved, leaf_names
-from fxtrain.core import TrainState, matching, refuse_unless_whole
+from fxtrain.core import TrainState, check_int, check_positive_int, matching
 from fxtrain.fold import Handler
 from fxtrain.values import Text
 
@@ -123,8 +123,8 @@ def update_ratios(
     """
     if not frozen_below >= 0:
         raise ValueError(f"frozen_below={frozen_below!r}: 0 or more is wanted.")
-    refuse_unless_whole("patience", patience, "steps")
-    refuse_unless_whole("worst", worst, "parameters", least=0)
+    check_positive_int("patience", patience)
+    check_int("worst", worst, minimum=0)
 
     def measure(state: TrainState, moved: Moved, before: UpdateRatios | None) -> UpdateRatios:
         sizes = moved.sums("weights", "squares").sqrt().clamp(min=torch.finfo(torch.float32).tiny)

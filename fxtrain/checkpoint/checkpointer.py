@@ -23,7 +23,7 @@ from fxtrain.checkpoint.retention import Entry, Policy, Role
 from fxtrain.checkpoint.single import device_of, facts
 from fxtrain.checkpoint.writer import Writer
 from fxtrain.core import TrainState
-from fxtrain.core.checks import refuse_unless_one_of
+from fxtrain.core.checks import check_choice
 
 
 class Committed(NamedTuple):
@@ -140,7 +140,7 @@ class Checkpointer(Reader):
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"expected a TrainState, got {type(state).__name__}. fxtrain.save takes any tree.")
-        refuse_unless_one_of("role", role, retention.ROLES)
+        check_choice("role", role, retention.ROLES)
         if role == "snapshot" or self._in_snapshot is None or self._in_snapshot.ended:
             self._report()
         else:

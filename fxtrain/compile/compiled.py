@@ -19,7 +19,7 @@ from fxtrain.compile.heap import keep_freed_memory
 from fxtrain.compile.pending import Pending
 from fxtrain.compile.routes import Routes, routes_to
 from fxtrain.compile.traced import AHEAD, Artefact
-from fxtrain.core import StepOutput, TrainState, refuse_unless_whole
+from fxtrain.core import StepOutput, TrainState, check_positive_int
 from fxtrain.core.frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
@@ -341,7 +341,7 @@ def compile(  # noqa: A001
         raise TypeError(f"{step!r} is compiled already.")
     if on_recompile not in ("warn", "error", "allow"):
         raise ValueError(f"on_recompile={on_recompile!r}: 'warn', 'error' or 'allow' is wanted.")
-    refuse_unless_whole("steps_per_call", steps_per_call, "steps")
+    check_positive_int("steps_per_call", steps_per_call)
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
     if steps_per_call > 1 and isinstance(pure, EvalFunction):
         raise ValueError("steps_per_call is for steps that train: an evaluation step is called batch by batch.")

@@ -1,7 +1,10 @@
 """The vocabulary: what a training state is, what happens to it, and what may be asked."""
 
-from fxtrain.core.checks import refuse_unless_one_of as refuse_unless_one_of
-from fxtrain.core.checks import refuse_unless_whole as refuse_unless_whole
+from fxtrain.core.checks import check_choice as check_choice
+from fxtrain.core.checks import check_int as check_int
+from fxtrain.core.checks import check_positive_int as check_positive_int
+from fxtrain.core.checks import describe as describe
+from fxtrain.core.checks import did_you_mean as did_you_mean
 from fxtrain.core.compiling import compiling as compiling
 from fxtrain.core.control import KINDS as KINDS
 from fxtrain.core.control import Control as Control

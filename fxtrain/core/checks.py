@@ -1,49 +1,131 @@
-"""Checks of arguments that are asked for everywhere."""
+"""Argument checks shared by all rooms, and the words in which an error describes a value."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import functools
+import reprlib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 
-def refuse_unless_whole(name: str, value: Any, of: str, *, least: int = 1) -> None:
-    """Refuses what is no whole number, or less than ``least``.
+_MAX_REPR = 60
+_MAX_KEYS = 8
+_MAX_PARTS = 4
 
-    Args:
-        name: The argument's.
-        value: What came.
-        of: What it is a number of, in words.
-        least: The smallest one that is wanted.
-
-    Raises:
-        ValueError: In that case.
-
-    Example:
-        >>> refuse_unless_whole("every", 0, "steps")
-        Traceback (most recent call last):
-        ...
-        ValueError: every=0: a whole number of steps, 1 or more, is wanted.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number of {of}, {least} or more, is wanted.")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _MAX_REPR
 
 
-def refuse_unless_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuses what is none of the choices.
-
-    Args:
-        name: The argument's.
-        value: What came.
-        choices: What is wanted.
-
-    Raises:
-        ValueError: In that case.
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises unless ``value`` is an int of at least 1. See ``check_int``.
 
     Example:
-        >>> refuse_unless_one_of("unit", "years", ("steps", "epochs"))
+        >>> check_positive_int("every", 0)
         Traceback (most recent call last):
         ...
-        ValueError: unit='years': one of 'steps', 'epochs' is wanted.
+        ValueError: expected every to be a positive int, got 0.
     """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))} is wanted.")
+    check_int(name, value, minimum=1)
+
+
+def check_int(name: str, value: Any, *, minimum: int) -> None:
+    """Raises unless ``value`` is an int of at least ``minimum``. Booleans are not ints here.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        minimum: The smallest value allowed.
+
+    Raises:
+        TypeError: ``value`` is not an int.
+        ValueError: ``value`` is smaller than ``minimum``.
+
+    Example:
+        >>> check_int("warmup_steps", 2.5, minimum=0)
+        Traceback (most recent call last):
+        ...
+        TypeError: expected warmup_steps to be an int of at least 0, got 2.5.
+    """
+    kind = "a positive int" if minimum == 1 else f"an int of at least {minimum}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be {kind}, got {describe(value)}.")
+    if value < minimum:
+        raise ValueError(f"expected {name} to be {kind}, got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises unless ``value`` is one of ``choices``.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+        choices: The values allowed.
+
+    Raises:
+        ValueError: ``value`` is not among them. The message suggests the choice with the nearest spelling.
+
+    Example:
+        >>> check_choice("unit", "step", ("steps", "epochs"))
+        Traceback (most recent call last):
+        ...
+        ValueError: expected unit to be one of 'steps', 'epochs', got 'step'. Did you mean 'steps'?
+    """
+    # Equality alone accepts 1 for True.
+    if any(value == choice and type(value) is type(choice) for choice in choices):
+        return
+    listed = ", ".join(map(repr, choices))
+    raise ValueError(f"expected {name} to be one of {listed}, got {describe(value)}.{did_you_mean(value, choices)}")
+
+
+def did_you_mean(name: Any, names: Iterable[Any]) -> str:
+    """Returns `` Did you mean 'x'?`` for the nearest spelling among ``names``, or an empty string.
+
+    Example:
+        >>> did_you_mean("los", ["loss", "accuracy"]), did_you_mean("los", ["accuracy"])
+        (" Did you mean 'loss'?", '')
+    """
+    spellings = [other for other in names if isinstance(other, str)]
+    nearest = difflib.get_close_matches(name, spellings, n=1) if isinstance(name, str) else []
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def describe(value: Any) -> str:
+    """Returns a short description of ``value`` for an error message.
+
+    Tensors are described by dtype and shape, numbers and strings by their shortened repr, modules, functions and
+    classes by name, everything else by type.
+
+    Example:
+        >>> import torch
+        >>> describe(torch.zeros(2, 3)), describe(None), describe(0.5)
+        ('a float32 tensor of shape [2, 3]', 'None', '0.5')
+        >>> describe((torch.zeros(()), "x")), describe(describe), describe({"loss": 1.0})
+        ("a tuple of (a float32 tensor of shape [], 'x')", 'the function describe', "a dict with keys 'loss'")
+    """
+    kind: str = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return _REPR.repr(value)
+    if isinstance(value, functools.partial):
+        return f"a partial of {describe(typing.cast(Any, value.func))}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Mapping):
+        keys: list[Any] = list(typing.cast("Mapping[Any, Any]", value))
+        shown = ", ".join(map(_REPR.repr, keys[:_MAX_KEYS])) + ", ..." * (len(keys) > _MAX_KEYS)
+        return f"{_with_article(kind)} with keys {shown}" if keys else f"an empty {kind}"
+    if type(value) is tuple and len(parts := typing.cast("tuple[Any, ...]", value)) <= _MAX_PARTS:
+        return f"a tuple of ({', '.join(map(describe, parts))})"
+    if isinstance(value, list | tuple):
+        return f"{_with_article(kind)} of length {len(typing.cast('Sequence[Any]', value))}"
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    return _with_article(kind)
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'AEIOUaeio' else 'a'} {kind}"

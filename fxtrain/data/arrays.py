@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fxtrain import tree
-from fxtrain.core import refuse_unless_whole
+from fxtrain.core import check_positive_int
 from fxtrain.data.generators import seeded
 from fxtrain.data.leaves import as_tensors
 from fxtrain.data.likeness import ANY
@@ -48,7 +48,7 @@ class Indexed(Source):
         dynamic: bool = False,
     ) -> None:
         super().__init__(free=ANY if dynamic else 0)
-        refuse_unless_whole("batch_size", batch_size, "samples")
+        check_positive_int("batch_size", batch_size)
         if not (isinstance(drop_last, bool) or drop_last == "pad"):
             raise ValueError(f'drop_last={drop_last!r}: True, False or "pad" is wanted.')
         if size == 0 or (drop_last is True and batch_size > size):
@@ -180,7 +180,7 @@ def windows(
         >>> windows(torch.arange(100), 3, 2, shuffle=False)[1]
         {'x': tensor([[ 6,  7,  8], [ 9, 10, 11]]), 'y': tensor([[ 7,  8,  9], [10, 11, 12]])}
     """
-    refuse_unless_whole("length", length, "tokens")
+    check_positive_int("length", length)
     head = as_tensors(tokens[:0]) if len(tokens.shape) == 1 else None
     if head is None or head.dtype == torch.bool or head.is_floating_point() or head.is_complex():
         raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}: integers of shape [n] are wanted.")
@@ -258,7 +258,7 @@ def _grouped(
     dynamic: bool,
 ) -> Source:
     """Batches of an iterable dataset's samples."""
-    refuse_unless_whole("batch_size", batch_size, "samples")
+    check_positive_int("batch_size", batch_size)
     if shuffle:
         raise ValueError(
             "expected shuffle=False for a dataset that is a stream, got shuffle=True. Shuffle the stream itself, as "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fxtrain.core import refuse_unless_one_of, refuse_unless_whole
+from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data.arrays import DropLast
 from fxtrain.data.order import Order, mix
 from fxtrain.data.padded import Choice, Ragged
@@ -97,7 +97,7 @@ def bucketed(
     )
     if (batch_size is None) == (tokens is None):
         raise ValueError("expected batch_size or tokens, got " + ("neither." if tokens is None else "both."))
-    refuse_unless_whole("batch_multiple", batch_multiple, "examples")
+    check_positive_int("batch_multiple", batch_multiple)
     cut = layout.cut(examples.by_column)
     longest = np.maximum.reduce(list(cut.values()))
     if bounds is None:
@@ -127,7 +127,7 @@ class Bucketed(Ragged):
         shuffle: bool,
         drop_last: DropLast,
     ) -> None:
-        refuse_unless_one_of("drop_last", drop_last, (True, False, "pad"))
+        check_choice("drop_last", drop_last, (True, False, "pad"))
         bucket = np.searchsorted(bounds, np.maximum.reduce(list(lengths.values())))
         self._rows = rows
         self._members = [np.flatnonzero(bucket == number) for number in range(len(bounds))]
@@ -204,8 +204,8 @@ def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
         >>> least_padding(np.array([1, 2, 2, 9, 10, 10]), 2, 1)
         [2, 10]
     """
-    refuse_unless_whole("sizes", count, "lengths")
-    refuse_unless_whole("multiple", multiple, "positions")
+    check_positive_int("sizes", count)
+    check_positive_int("multiple", multiple)
     step = multiple * -(-int(lengths.max()) // (multiple * _CANDIDATES))
     candidates, inverse = np.unique(-(-lengths // step) * step, return_inverse=True)
     members = np.concatenate([[0], np.cumsum(np.bincount(inverse))])
@@ -234,16 +234,16 @@ def _checked(sizes: Sequence[int]) -> list[int]:
     if not found or found != sorted(set(found)):
         raise ValueError(f"expected sizes as ascending lengths without repeats, got {found}.")
     for size in found:
-        refuse_unless_whole("sizes", size, "positions")
+        check_positive_int("sizes", size)
     return found
 
 
 def _rows(length: int, batch_size: int | None, tokens: int | None, batch_multiple: int) -> int:
     if batch_size is not None:
-        refuse_unless_whole("batch_size", batch_size, "examples")
+        check_positive_int("batch_size", batch_size)
         return batch_size
     assert tokens is not None
-    refuse_unless_whole("tokens", tokens, "positions")
+    check_positive_int("tokens", tokens)
     rows = tokens // length // batch_multiple * batch_multiple
     if not rows:
         raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import refuse_unless_one_of, refuse_unless_whole
+from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data.arrays import DropLast
 from fxtrain.data.bins import Bins
 from fxtrain.data.generators import seeded
@@ -82,10 +82,10 @@ def packed(
         >>> data.padding()
         Padding(padded=2, positions=12)
     """
-    refuse_unless_whole("length", length, "positions")
-    refuse_unless_whole("batch_size", batch_size, "rows")
-    refuse_unless_one_of("truncate", truncate, (None, "right", "left", "split"))
-    refuse_unless_one_of("drop_last", drop_last, (True, False, "pad"))
+    check_positive_int("length", length)
+    check_positive_int("batch_size", batch_size)
+    check_choice("truncate", truncate, (None, "right", "left", "split"))
+    check_choice("drop_last", drop_last, (True, False, "pad"))
     examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
     side = None if truncate == "split" else truncate
     limit = None if truncate == "split" else length

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fxtrain.core import refuse_unless_one_of, refuse_unless_whole
+from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data.arrays import DropLast
 from fxtrain.data.generators import seeded
 from fxtrain.data.likeness import ANY
@@ -116,9 +116,9 @@ class PaddedBatches(Ragged):
         shuffle: bool,
         drop_last: DropLast,
     ) -> None:
-        refuse_unless_whole("batch_size", batch_size, "examples")
-        refuse_unless_whole("multiple", multiple, "positions")
-        refuse_unless_one_of("drop_last", drop_last, (True, False, "pad"))
+        check_positive_int("batch_size", batch_size)
+        check_positive_int("multiple", multiple)
+        check_choice("drop_last", drop_last, (True, False, "pad"))
         count = examples.count
         full, rest = divmod(count, batch_size)
         if drop_last is True and not full:

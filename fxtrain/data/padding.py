@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import refuse_unless_one_of, refuse_unless_whole
+from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data.ragged import length_of, named
 
 Side = Literal["right", "left"]
@@ -90,10 +90,10 @@ class Layout:
         value: float | Mapping[str, float] = 0,
         mask: str | Mapping[str, str] = "mask",
     ) -> None:
-        refuse_unless_one_of("side", side, ("right", "left"))
-        refuse_unless_one_of("truncate", truncate, (None, "right", "left"))
+        check_choice("side", side, ("right", "left"))
+        check_choice("truncate", truncate, (None, "right", "left"))
         if max_length is not None:
-            refuse_unless_whole("max_length", max_length, "positions")
+            check_positive_int("max_length", max_length)
         self.variable = tuple(variable)
         if not self.variable:
             raise TypeError("expected a column of arrays or lists to pad, got none. Name the columns: variable=(...).")
@@ -142,7 +142,7 @@ class Layout:
 
     def sizes(self, lengths: Mapping[str, np.ndarray], multiple: int) -> dict[str, int]:
         """The length of a batch by column: the longest one, rounded up."""
-        refuse_unless_whole("multiple", multiple, "positions")
+        check_positive_int("multiple", multiple)
         return {name: int(-(-each.max() // multiple) * multiple) for name, each in lengths.items()}
 
     def batch(self, examples: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], rows: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import refuse_unless_whole
+from fxtrain.core import check_positive_int
 from fxtrain.data.adapt import adapt
 from fxtrain.data.leaves import map_tensors
 from fxtrain.data.source import Source
@@ -45,7 +45,7 @@ def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | 
         (tensor([0, 1]), tensor([2, 3]), tensor([0, 1]))
         >>> data.close()
     """
-    refuse_unless_whole("size", size, "batches to keep ready")
+    check_positive_int("size", size)
     source = adapt(data, seed=seed)
     return (StatefulPrefetched if hasattr(source, "snapshot") else Prefetched)(source, size, device)
 

@@ -18,7 +18,7 @@ from fxtrain.compile.changes import described
 from fxtrain.compile.quiet import quietly
 from fxtrain.compile.routes import Choice
 from fxtrain.compile.traced import Run
-from fxtrain.core import TrainState, refuse_unless_whole
+from fxtrain.core import TrainState, check_int
 from fxtrain.data import for_step
 from fxtrain.explain.breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.explain.counts import counted, trace
@@ -75,7 +75,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
           state       50 B: params 12 B, rest 38 B
           ...
     """
-    refuse_unless_whole("calls", calls, "calls", least=0)
+    check_int("calls", calls, minimum=0)
     like = step if isinstance(step, Compiled) else compile(step)
     pure = like.step
     state, batch = attach(state, pure).copy(), tree.clone(to_device(for_step(batch), state.step.device))

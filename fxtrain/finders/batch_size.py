@@ -10,7 +10,7 @@ import torch
 
 from fxtrain.compile import Compiled
 from fxtrain.compile.anew import anew
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, check_positive_int
 from fxtrain.fold import attach
 from fxtrain.loop.evaluate import to_device
 from fxtrain.step import Step
@@ -70,8 +70,7 @@ def find_batch_size(
         48
     """
     for name, value in (("start", 1 if start is None else start), ("limit", limit), ("multiple", multiple)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number, 1 or more, is wanted.")
+        check_positive_int(name, value)
     if start is None:
         start = max(min(_START, limit) // multiple, 1) * multiple
     if start % multiple or start > limit:

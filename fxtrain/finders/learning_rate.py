@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, check_int
 from fxtrain.data import Exhausted, adapt
 from fxtrain.fold import attach
 from fxtrain.loop.evaluate import to_device
@@ -92,8 +92,7 @@ def lr_finder(
     """
     if not 0 < low < high < math.inf:
         raise ValueError(f"low={low!r} and high={high!r}: two rates, 0 < low < high, are wanted.")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 5:
-        raise ValueError(f"steps={steps!r}: a whole number, 5 or more, is wanted.")
+    check_int("steps", steps, minimum=5)
     if not factor > 1:
         raise ValueError(f"factor={factor!r}: more than 1 is wanted.")
     step = step if hasattr(step, "fires") else Step(step)

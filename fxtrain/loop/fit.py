@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.core import Control, StepEnd, TrainState, refuse_unless_one_of, refuse_unless_whole
+from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int
 from fxtrain.fold import Handler, as_composed, compose, on
 from fxtrain.loop.arguments import refuse_unless_checkpointer, refuse_unless_evaluates
 from fxtrain.loop.emitter import Moment
@@ -193,13 +193,13 @@ def _plan(
     if epochs is None and steps is None:
         raise ValueError("How long? Give epochs=, steps= or both.")
     for name, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise ValueError(f"{name}={value!r}: a whole number, 0 or more, is wanted.")
+        if value is not None:
+            check_int(name, value, minimum=0)
     if keep_every is not None:
-        refuse_unless_whole("keep_every", keep_every, "steps")
-    refuse_unless_whole("keep", keep, "states")
-    refuse_unless_whole("rewind_limit", rewind_limit, "rewinds", least=0)
-    refuse_unless_one_of("lag", lag, (None, 0, 1))
+        check_positive_int("keep_every", keep_every)
+    check_positive_int("keep", keep)
+    check_int("rewind_limit", rewind_limit, minimum=0)
+    check_choice("lag", lag, (None, 0, 1))
     if (eval_step is None) != (eval_data is None):
         missing = "eval_data" if eval_data is None else "eval_step"
         raise ValueError(f"Evaluation needs eval_step and eval_data, and {missing} is missing.")
@@ -214,7 +214,7 @@ def _plan(
             "fxtrain.every(epochs=1)."
         )
     refuse_unless_checkpointer(checkpointer)
-    refuse_unless_one_of("resume", resume, (True, False))
+    check_choice("resume", resume, (True, False))
     if resume and checkpointer is None:
         raise ValueError("resume=True goes on from a checkpoint, and no checkpointer is given.")
     if not isinstance(observers, Iterable):

@@ -14,7 +14,7 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
     TrainState,
-    refuse_unless_whole,
+    check_positive_int,
 )
 from fxtrain.values import outlet_of, settle, try_all
 
@@ -40,7 +40,7 @@ class Gauge:
             raise ValueError(
                 f"{what}() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say."
             )
-        refuse_unless_whole("every", every, "steps")
+        check_positive_int("every", every)
         self._writers = writers
         self._outlets = [outlet_of(writer) for writer in writers]
         self._every = every

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, refuse_unless_whole
+from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int
 from fxtrain.disk import make_folder
 
 _ROWS = 40  # of the table
@@ -54,7 +54,7 @@ def profile(
         ['steps-3-to-4.trace.json', 'steps-3-to-4.operations.txt']
     """
     for name, value, least in (("wait", wait, 0), ("warmup", warmup, 1), ("active", active, 1)):
-        refuse_unless_whole(name, value, "steps", least=least)
+        check_int(name, value, minimum=least)
     return Profile(Path(folder), wait, warmup, active, memory)
 
 

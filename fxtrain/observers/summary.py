@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, ops, refuse_unless_whole
+from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, check_positive_int, ops
 from fxtrain.core.text import printable
 from fxtrain.disk import make_folder, replace_file
 from fxtrain.observers.figures import size
@@ -87,7 +87,7 @@ def summary(
     """
     if rows < 1:
         raise ValueError(f"rows={rows!r}: at least 1 row is wanted.")
-    refuse_unless_whole("depth", depth, "levels")
+    check_positive_int("depth", depth)
 
     def summary(state: TrainState, event: FitBegin, control: Control) -> None:
         if rank() == 0:

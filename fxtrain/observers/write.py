@@ -22,8 +22,8 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
     TrainState,
-    refuse_unless_one_of,
-    refuse_unless_whole,
+    check_choice,
+    check_positive_int,
 )
 from fxtrain.values import KINDS, HParams, hold_back, kind_of, outlet_of, published, share, try_all
 
@@ -80,9 +80,9 @@ def write(
         raise ValueError("write() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say.")
     periods = dict(every) if isinstance(every, Mapping) else {_METRICS: every}
     for kind, period in periods.items():
-        refuse_unless_one_of("a kind in every", kind, (_METRICS, *KINDS.values()))
-        refuse_unless_whole("every" if kind == _METRICS else f"every[{kind!r}]", period, "steps")
-    refuse_unless_one_of("reduce", reduce, tuple(_REDUCED))
+        check_choice("a kind in every", kind, (_METRICS, *KINDS.values()))
+        check_positive_int("every" if kind == _METRICS else f"every[{kind!r}]", period)
+    check_choice("reduce", reduce, tuple(_REDUCED))
     if not flush_seconds >= 0:
         raise ValueError(f"flush_seconds={flush_seconds!r}: 0 or more is wanted.")
     return Write(writers, periods, reduce, None if hparams is None else HParams(hparams), flush_seconds)

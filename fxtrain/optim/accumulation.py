@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.optim import checks
+from fxtrain.core import check_positive_int
 from fxtrain.optim.leaves import map_with_memory, start_count, zeros
 from fxtrain.optim.per_parameter import PerParameter, start_counts, where_each
 from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
@@ -58,7 +58,7 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
     """
     refuse_unless_transformation("tx", tx)
     if not callable(k):
-        checks.whole(k=k)
+        check_positive_int("k", k)
 
     def init(params: Any) -> EveryKState:
         return EveryKState(

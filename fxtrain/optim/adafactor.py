@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import check_positive_int
 from fxtrain.optim import checks
 from fxtrain.optim.clipping import clip_by_block_rms
 from fxtrain.optim.decay import add_decayed_weights
@@ -67,7 +68,7 @@ def scale_by_factored_rms(
         clamp: Whether ``eps`` bounds the mean of R, and the root, from below, as in torch, and is not added.
     """
     checks.decay_rate(decay_rate=decay_rate)
-    checks.whole(min_dim_size_to_factor=min_dim_size_to_factor)
+    check_positive_int("min_dim_size_to_factor", min_dim_size_to_factor)
     if eps is not None:
         checks.non_negative(eps=eps)
 

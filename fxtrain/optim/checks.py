@@ -30,13 +30,6 @@ def decay_rate(**values: Any) -> None:
             raise ValueError(f"{name}={value!r}: a decay rate lies in [0, 1).")
 
 
-def whole(**values: Any) -> None:
-    """Refuses what is not a whole number above zero."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: a whole number, 1 or more, is wanted.")
-
-
 def _numbers(values: dict[str, Any]) -> list[tuple[str, float]]:
     numbers: list[tuple[str, float]] = []
     for name, value in values.items():

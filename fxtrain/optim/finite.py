@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.optim import checks
+from fxtrain.core import check_positive_int
 from fxtrain.optim.leaves import start_count
 from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
@@ -43,7 +43,7 @@ def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> Grad
         (0.0, 1)
     """
     refuse_unless_transformation("tx", tx)
-    checks.whole(max_consecutive=max_consecutive)
+    check_positive_int("max_consecutive", max_consecutive)
 
     def init(params: Any) -> ApplyIfFiniteState:
         return ApplyIfFiniteState(start_count(params), start_count(params), tx.init(params))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.optim import checks
+from fxtrain.core import check_positive_int
 from fxtrain.optim.leaves import Scalar, clones, map_with_memory, start_count
 from fxtrain.optim.transform import GradientTransformation, refuse_unless_transformation
 
@@ -54,7 +54,7 @@ def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar 
         Zhang et al., "Lookahead optimizer: k steps forward, 1 step back", 2019.
     """
     refuse_unless_transformation("tx", tx)
-    checks.whole(period=period)
+    check_positive_int("period", period)
     if not isinstance(slow_rate, Tensor) and not 0 < slow_rate <= 1:
         raise ValueError(f"slow_rate={slow_rate!r}: above 0, and up to 1, is wanted.")
 

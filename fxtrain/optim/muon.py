@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import check_positive_int
 from fxtrain.optim import checks
 from fxtrain.optim.adam import adamw
 from fxtrain.optim.decay import add_decayed_weights
@@ -266,7 +267,7 @@ def _labels(mask: Mask) -> Labels:
 
 
 def _each_step(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
-    checks.whole(steps=steps)
+    check_positive_int("steps", steps)
     one_for_all = all(isinstance(number, int | float) for number in coefficients)
     each: Any = [coefficients] * steps if one_for_all else list(coefficients)
     if not each or any(len(triple) != 3 for triple in each):

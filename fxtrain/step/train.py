@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim, tree
-from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated, refuse_unless_whole
+from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated, check_positive_int
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import as_composed, compose
 from fxtrain.fold.subscription import name_of
@@ -82,7 +82,7 @@ def train_step(
         )
     if unused not in ("keep", "zero"):
         raise ValueError(f"expected unused='keep' or 'zero', got {unused!r}.")
-    refuse_unless_whole("accumulate", accumulate, "microbatches")
+    check_positive_int("accumulate", accumulate)
     policy = policy_of(precision)
     folded = as_composed(callbacks)
     if policy.loss_scale is not None:

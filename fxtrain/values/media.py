@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxtrain.core import check_positive_int
 from fxtrain.values.nodes import as_tensor, on_host, register_value
 
 Layout = Literal["HWC", "CHW"]
@@ -115,8 +116,8 @@ class Audio:
         rate: Samples a second.
 
     Raises:
-        TypeError: If the samples are not floating.
-        ValueError: If their shape is none of these, or ``rate`` is not a whole number above 0.
+        TypeError: If the samples are not floating, or ``rate`` is not an int.
+        ValueError: If their shape is none of these, or ``rate`` is not positive.
 
     Example:
         >>> Audio(torch.sin(torch.arange(8000) * 0.3), rate=8000)
@@ -131,8 +132,7 @@ class Audio:
         shape = list(self.samples.shape)
         if not self.samples.is_floating_point():
             raise TypeError(f"Audio takes floating samples from -1 to 1, and {self.samples.dtype} came: scale them.")
-        if isinstance(self.rate, bool) or not isinstance(self.rate, int) or self.rate < 1:
-            raise ValueError(f"rate={self.rate!r}: a whole number of samples a second, 1 or more, is wanted.")
+        check_positive_int("rate", self.rate)
         if len(shape) not in (1, 2, 3) or 0 in shape or (len(shape) > 1 and shape[-1] not in (1, 2)):
             raise ValueError(f"Audio takes samples [T], [T, C] or [N, T, C] with 1 or 2 channels, and {shape} came.")
 

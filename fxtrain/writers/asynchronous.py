@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fxtrain.core import check_positive_int
 from fxtrain.values import KINDS, Outlet, hand_over, on_host_copy, take_back, try_all
 from fxtrain.writers.interface import Backend
 
@@ -39,8 +40,7 @@ def asynchronous(writer: Any, *, size: int = 100) -> AsynchronousWriter:
         {"step": 1, "metrics": {"loss": 1.0}}
         {"step": 2, "metrics": {"loss": 0.5}}
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"size={size!r}: a whole number of calls, 1 or more, is wanted.")
+    check_positive_int("size", size)
     return AsynchronousWriter(writer, size)
 
 
