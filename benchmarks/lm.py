@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxtrain as fx
-from fxtrain.cli.corpus import read_corpus
-from fxtrain.cli.transformer import Config, Transformer
+from fxtrain.cli._corpus import read_corpus
+from fxtrain.cli._transformer import Config, Transformer
 
 
 def model(length: int = 128, *, layers: int = 4, width: int = 128) -> Transformer:

@@ -39,7 +39,7 @@ FIRST_STEP = (
 )
 
 MEMORY = (
-    "Compiled steps of fxtrain keep what they free for the next step (`fxtrain/compile/heap.py`); the others are as "
+    "Compiled steps of fxtrain keep what they free for the next step (`fxtrain/compiler/_heap.py`); the others are as "
     "their users run them, and glibc maps theirs anew. With the same for everybody (`MALLOC_TRIM_THRESHOLD_=2000000000 "
     "MALLOC_MMAP_THRESHOLD_=33554432`; 3 rounds, commit bc8070e, on another machine) fxtrain took 0.60 of the best by "
     "hand on `small_gpt` and 0.74 on `wide_mlp`, where it took 0.58 and 0.44 without."

@@ -21,9 +21,9 @@ from fxtrain.checkpoint import CheckpointError as CheckpointError
 from fxtrain.checkpoint import checkpointer as checkpointer
 from fxtrain.checkpoint import restore as restore
 from fxtrain.checkpoint import save as save
-from fxtrain.compile import GraphBreakError as GraphBreakError
-from fxtrain.compile import RecompileError as RecompileError
-from fxtrain.compile import compile as compile  # noqa: A004
+from fxtrain.compiler import GraphBreakError as GraphBreakError
+from fxtrain.compiler import RecompileError as RecompileError
+from fxtrain.compiler import compile as compile  # noqa: A004
 from fxtrain.core import Callback as Callback
 from fxtrain.core import Control as Control
 from fxtrain.core import DonatedError as DonatedError
@@ -50,8 +50,8 @@ from fxtrain.core import StepFn as StepFn
 from fxtrain.core import StepOutput as StepOutput
 from fxtrain.core import TrainState as TrainState
 from fxtrain.core import Updated as Updated
-from fxtrain.explain import Explanation as Explanation
-from fxtrain.explain import explain as explain
+from fxtrain.diagnostics import Explanation as Explanation
+from fxtrain.diagnostics import explain as explain
 from fxtrain.finders import find_batch_size as find_batch_size
 from fxtrain.finders import lr_finder as lr_finder
 from fxtrain.fold import after as after

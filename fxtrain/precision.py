@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fxtrain import tree
 from fxtrain.core import Control, Gradients, TrainState
 from fxtrain.fold import Handler, stateful
-from fxtrain.rng.frames import inlined_only
+from fxtrain.rng._frames import inlined_only
 
 SLOT = "loss_scale"
 HALF = (torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from fxtrain.loop import interrupts
+from fxtrain.loop import _interrupts as interrupts
 
 torch.set_num_threads(1)
 

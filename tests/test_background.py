@@ -16,7 +16,8 @@ from torch import nn
 from torch._inductor import config as inductor
 
 import fxtrain as fx
-from fxtrain.compile import traced, worker
+from fxtrain.compiler import _trace as traced
+from fxtrain.compiler import _worker as worker
 from fxtrain.data import bucketed
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
@@ -346,7 +347,7 @@ class TestResume:
 PENDING_STEP = """
 import os, signal, threading, time, torch
 import fxtrain as fx
-from fxtrain.compile import traced
+from fxtrain.compiler import _trace as traced
 
 begun = threading.Event()
 
@@ -376,7 +377,7 @@ raise SystemExit(code)
 """
 PENDING_JOB = """
 import signal, threading, time, torch
-from fxtrain.compile.worker import Job
+from fxtrain.compiler._worker import Job
 
 begun = threading.Event()
 job = Job(lambda: begun.set() or time.sleep(60), torch.device("cpu"))

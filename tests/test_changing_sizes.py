@@ -10,9 +10,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxtrain as fx
-from fxtrain.compile import routes
-from fxtrain.compile.regions import compile_in_regions
-from fxtrain.compile.traced import compile_traced
+from fxtrain.compiler import _routes as routes
+from fxtrain.compiler._regions import compile_in_regions
+from fxtrain.compiler._trace import compile_traced
 from fxtrain.data import bucketed, next_tokens, packed, pad, padded
 
 TX = fx.optim.adam(1e-2)

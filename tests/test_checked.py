@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compile.checked import compile_checked
-from fxtrain.compile.uncompiled import uncompiled
-from fxtrain.compile.values import UncheckedReadError
+from fxtrain.compiler._checked import compile_checked
+from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.compiler._values import UncheckedReadError
 
 TX = fx.optim.adamw(1e-2)
 
@@ -261,7 +261,8 @@ class TestErrors:
 class TestRoute:
     def test_is_taken_by_itself_and_left_where_values_keep_changing(self, monkeypatch):
         # The graphs by Inductor are as those above: here it only has to be fast.
-        from fxtrain.compile import routes, traced
+        from fxtrain.compiler import _routes as routes
+        from fxtrain.compiler import _trace as traced
 
         def fast(compiler):
             return lambda *args, **options: compiler(*args, **{**options, "backend": "eager"})

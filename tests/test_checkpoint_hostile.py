@@ -18,7 +18,7 @@ import xxhash
 import fxtrain as fx
 from fxtrain import testing
 from fxtrain.checkpoint import DamagedError
-from fxtrain.checkpoint import files as opening
+from fxtrain.checkpoint import _files as opening
 
 
 def at(step, **changes):

@@ -11,12 +11,12 @@ import torch
 
 import fxtrain as fx
 from fxtrain import disk
-from fxtrain.checkpoint import folder as folders
-from fxtrain.checkpoint import unclaimed
+from fxtrain.checkpoint import _folder as folders
+from fxtrain.checkpoint import _orphaned_slots as unclaimed
 
 WRITER = """
 import os, signal, sys, time, torch, fxtrain as fx
-from fxtrain.checkpoint import folder
+from fxtrain.checkpoint import _folder as folder
 def stop(*arguments):
     print("writing", flush=True)
     time.sleep(600)

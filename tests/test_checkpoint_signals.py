@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain.checkpoint import contents
+from fxtrain.checkpoint import _contents as contents
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a finalizer
 

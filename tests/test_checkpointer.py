@@ -11,8 +11,8 @@ import torch
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.checkpoint import folder as folders
-from fxtrain.checkpoint import manifest as manifests
+from fxtrain.checkpoint import _folder as folders
+from fxtrain.checkpoint import _manifest as manifests
 
 
 def at(step, **changes):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fxtrain import cli
-from fxtrain.cli.streams import lasting_streams
+from fxtrain.cli._streams import lasting_streams
 
 FXTRAIN = [sys.executable, "-m", "fxtrain.cli"]
 

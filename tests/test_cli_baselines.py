@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxtrain.cli.baselines import _kneser_ney, trigram_bits, unigram_bits, xz_bits
+from fxtrain.cli._baselines import _kneser_ney, trigram_bits, unigram_bits, xz_bits
 
 
 def as_bytes(text: bytes) -> torch.Tensor:

@@ -8,7 +8,7 @@ import struct
 import pytest
 import torch
 
-from fxtrain.cli.corpus import LARGEST, SHARE, CorpusError, check_fits, read_corpus
+from fxtrain.cli._corpus import LARGEST, SHARE, CorpusError, check_fits, read_corpus
 
 
 def text_of(tensor: torch.Tensor) -> bytes:
@@ -238,7 +238,7 @@ def test_what_is_said_where_there_is_no_standard_library(tmp_path, monkeypatch):
 
 def test_what_is_said_where_there_is_too_much(tmp_path, monkeypatch):
     assert LARGEST == 2**30
-    monkeypatch.setattr("fxtrain.cli.corpus.LARGEST", 150_000)
+    monkeypatch.setattr("fxtrain.cli._corpus.LARGEST", 150_000)
     for name in "ab":
         (tmp_path / name).write_text("text\n" * 20_000)
     with pytest.raises(CorpusError, match=r"^The text has more than 0\.1 MB: name a part of it\.$"):

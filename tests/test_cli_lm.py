@@ -13,9 +13,10 @@ import sys
 
 import pytest
 
-from fxtrain.checkpoint.manifest import read_manifest
-from fxtrain.cli import lm, main
-from fxtrain.cli.run_folder import make_folder
+from fxtrain.checkpoint._manifest import read_manifest
+from fxtrain.cli import _lm as lm
+from fxtrain.cli import main
+from fxtrain.cli._run_folder import make_folder
 
 SHAPE = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4"]
 SMALL = [*SHAPE, "--eval-interval", "10", "--snapshot-interval", "10"]
@@ -157,7 +158,7 @@ class AtOneTime(datetime.datetime):
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("fxtrain.cli.run_folder.datetime.datetime", AtOneTime)
+    monkeypatch.setattr("fxtrain.cli._run_folder.datetime.datetime", AtOneTime)
     found = [make_folder(tmp_path / "runs", {"number": number}) for number in range(3)]
     names = ["lm-20240517-123045", "lm-20240517-123045-2", "lm-20240517-123045-3"]
     assert [folder.name for folder in found] == names
@@ -165,7 +166,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
 
 
 def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("fxtrain.cli.run_folder.datetime.datetime", AtOneTime)
+    monkeypatch.setattr("fxtrain.cli._run_folder.datetime.datetime", AtOneTime)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda number: make_folder(tmp_path, {"number": number}), range(64)))
     assert [json.loads((folder / "config.json").read_text())["number"] for folder in found] == list(range(64))

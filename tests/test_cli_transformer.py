@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from fxtrain.cli.transformer import Config, Transformer
+from fxtrain.cli._transformer import Config, Transformer
 
 SMALL = Config(layers=2, width=32, heads=2, length=16)
 

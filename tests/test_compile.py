@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compile import matmul
-from fxtrain.compile.replay import Replay
-from fxtrain.compile.scalars import with_scalars_once
+from fxtrain.compiler import _matmuls as matmul
+from fxtrain.compiler._cudagraphs import Replay
+from fxtrain.compiler._scalars import with_scalars_once
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 

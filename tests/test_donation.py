@@ -13,9 +13,9 @@ import torch
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compile.compiled import RecompileError
-from fxtrain.compile.ownership import is_sole, shared
-from fxtrain.compile.walk import OtherStructureError, walk_like
+from fxtrain.compiler._compiled import RecompileError
+from fxtrain.compiler._flatten import OtherStructureError, walk_like
+from fxtrain.compiler._ownership import is_sole, shared
 from fxtrain.core import DonatedError
 
 pytestmark = pytest.mark.slow  # Inductor compiles

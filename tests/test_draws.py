@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fxtrain as fx
 from fxtrain import rng
 
-draws = importlib.import_module("fxtrain.compile.draws")
+draws = importlib.import_module("fxtrain.compiler._dropout")
 
 SEED, STEP = torch.tensor(5), torch.tensor(3)
 X, Y = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.ones(4, 4)

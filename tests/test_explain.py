@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compile.anew import anew
-from fxtrain.explain import Break, explain
+from fxtrain.compiler._anew import anew
+from fxtrain.diagnostics import Break, explain
 
 TX = fx.optim.sgd(0.1)
 

@@ -14,7 +14,9 @@ from test_writers import curve
 import fxtrain as fx
 from fxtrain import observers, values, writers
 from fxtrain.core import Control, FitBegin, FitEnd, Rewound, StepEnd
-from fxtrain.values import HParams, Image, Text, backlog, outlet
+from fxtrain.values import HParams, Image, Text
+from fxtrain.values import _backlog as backlog
+from fxtrain.values import _outlet as outlet
 
 NOTHING = Control()
 LONG = "x" * 50

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fxtrain import rng
-from fxtrain.model.first_calls import Reads
+from fxtrain.model._first_calls import Reads
 from fxtrain.precision import _Float32
-from fxtrain.rng.frames import is_safe_below_compile
-from fxtrain.step.unreached import _Cuts
+from fxtrain.rng._frames import is_safe_below_compile
+from fxtrain.step._unreached import _Cuts
 
 
 @torch._dynamo.disable(recursive=False)

@@ -12,7 +12,7 @@ import problem
 import pytest
 
 import fxtrain as fx
-from fxtrain.loop.history import History
+from fxtrain.loop._history import History
 
 mpl.use("agg")
 

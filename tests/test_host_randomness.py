@@ -17,8 +17,8 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.model.clocks import reads_noticed
-from fxtrain.rng import host
+from fxtrain.model._clocks import reads_noticed
+from fxtrain.rng import _host as host
 
 X = torch.ones(4, 2)
 DRAWS = {"numpy": np.random.rand, "Python": random.random, "numpy's normal": np.random.normal}

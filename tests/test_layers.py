@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -14,13 +15,13 @@ ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
     {"core", "equivalents"},
-    {"tree", "values", "schedules", "foreign", "disk"},
+    {"tree", "values", "schedules", "disk"},
     {"fold", "metrics", "rng", "optim"},
     {"precision", "data"},
     {"model"},
     {"step", "callbacks", "writers", "observers", "checkpoint"},
-    {"compile", "loop"},
-    {"explain", "finders", "report", "interop"},
+    {"compiler", "loop"},
+    {"diagnostics", "finders", "report", "interop"},
     {"testing", "cli", "rosetta"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -109,3 +110,10 @@ def test_importing_costs_at_most_a_tenth_over_torch():
         if len(ours) >= 3 and min(ours) <= 0.10 * min(alone):
             return
     pytest.fail(f"{min(ours) / min(alone):.3f} of the import of torch")
+
+
+def test_modules_of_packages_are_private():
+    # A public one would be hidden by a function of its name: the package is the door to both.
+    assert not list(ROOT.glob("*/[!_]*.py"))
+    for name in {room(path) for path in FILES}:
+        assert isinstance(getattr(fxtrain, name, fxtrain), types.ModuleType), f"fxtrain.{name} is no module"

@@ -11,8 +11,8 @@ from torch import nn
 import fxtrain as fx
 from fxtrain import callbacks as cb
 from fxtrain import testing
-from fxtrain.callbacks.textgen import draw
-from fxtrain.report.markdown import as_html
+from fxtrain.callbacks._textgen import draw
+from fxtrain.report._markdown import as_html
 from fxtrain.values import ConfusionMatrix, Image
 
 

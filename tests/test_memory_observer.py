@@ -10,7 +10,7 @@ import torch
 import fxtrain as fx
 from fxtrain import observers, writers
 
-memory_module = importlib.import_module("fxtrain.observers.memory")  # the package has the function by this name
+memory_module = importlib.import_module("fxtrain.observers._memory")  # the package has the function by this name
 NOTHING = fx.Control()
 
 

@@ -86,7 +86,7 @@ class TestGradNorms:
         torch.testing.assert_close(state.slots["grad_norm"].values.layers, torch.stack(wanted))
 
     def test_what_two_monitors_want_is_computed_once(self, monkeypatch):
-        from fxtrain.callbacks import statistics
+        from fxtrain.callbacks import _update_stats as statistics
 
         calls = []
         once = statistics._reduced

@@ -19,7 +19,7 @@ from fxtrain.core import EvalEnd, StepEnd
 from fxtrain.disk import replace_file
 from fxtrain.values import Audio, ConfusionMatrix, Histogram, HParams, Image, PointCloud, Table, Text, Video
 from fxtrain.writers import console, csv, media
-from fxtrain.writers.encoding import gif, png, wav
+from fxtrain.writers._encoding import gif, png, wav
 
 # CSV
 
@@ -174,7 +174,7 @@ def test_csv_purge_removes_what_cannot_be_read(tmp_path):
 
 def test_csv_writes_everything_anew_once_a_put_and_only_then(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("fxtrain.writers.csv_rows.replace_file", lambda *a: (calls.append(1), replace_file(*a)))
+    monkeypatch.setattr("fxtrain.writers._csv_rows.replace_file", lambda *a: (calls.append(1), replace_file(*a)))
     writer = filled(tmp_path / "a.csv")
     assert len(calls) == 1
     writer.write_scalars(6, {f"m{index}": 1.0 for index in range(100)})

@@ -30,7 +30,7 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
 )
-from fxtrain.fold.subscription import name_of, subscription
+from fxtrain.fold._subscription import name_of, subscription
 from fxtrain.values import HParams, Text
 
 NOTHING = Control()

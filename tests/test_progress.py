@@ -28,7 +28,7 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
 )
-from fxtrain.observers.pace import Pace
+from fxtrain.observers._pace import Pace
 
 NOTHING = Control()
 
@@ -313,7 +313,7 @@ def test_of_several_processes_that_of_rank_0_shows(monkeypatch):
 def test_the_rank_is_that_of_the_process_group(monkeypatch):
     from torch import distributed
 
-    from fxtrain.observers.rank_zero import rank
+    from fxtrain.observers._rank_zero import rank
 
     monkeypatch.setenv("RANK", "")  # as some launchers leave it
     assert rank() == 0

@@ -463,7 +463,7 @@ def test_an_archive_of_which_a_power_cut_left_the_name_is_written_again(tmp_path
 
 
 def test_the_report_reads_what_was_recorded(story):
-    from fxtrain.report.read import read_run
+    from fxtrain.report._read import read_run
 
     def back(state, event: fx.StepEnd | fx.Rewound):
         if isinstance(event, fx.Rewound):

@@ -18,9 +18,11 @@ import torch
 
 from fxtrain import observers, writers
 from fxtrain.core import Control, StepEnd
-from fxtrain.values import Image, backlog
-from fxtrain.writers import mlflow_runs, outbox
-from fxtrain.writers.encoding import png
+from fxtrain.values import Image
+from fxtrain.values import _backlog as backlog
+from fxtrain.writers import _mlflow_runs as mlflow_runs
+from fxtrain.writers import _outbox as outbox
+from fxtrain.writers._encoding import png
 
 OUTAGES = ["refuses", "fails", "is silent"]
 

@@ -11,7 +11,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils.checkpoint import checkpoint
 
 from fxtrain import rng
-from fxtrain.rng import mode, replacements
+from fxtrain.rng import _mode as mode
+from fxtrain.rng import _replacements as replacements
 
 MANY = 1 << 17
 

@@ -13,9 +13,9 @@ import torch
 from fxtrain import EvalEnd, FitBegin, FitEnd, Interrupted, Rewound, Saved, StepEnd, cli, observers, writers
 from fxtrain.core import Control
 from fxtrain.report import RunFolderError, page, read_run
-from fxtrain.report.kept import Items, Kept, Points, evenly, thinned
-from fxtrain.report.panels import heat
-from fxtrain.report.run import Heights, Sampled
+from fxtrain.report._kept import Items, Kept, Points, evenly, thinned
+from fxtrain.report._panels import heat
+from fxtrain.report._run import Heights, Sampled
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, Table, Text, Video
 
 
@@ -328,7 +328,7 @@ def test_what_is_in_the_lines_and_in_media_is_shown_once(tmp_path):
 
 
 def test_media_are_spread_over_the_run_within_a_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr("fxtrain.report.samples._MAX_BYTES", 1500)
+    monkeypatch.setattr("fxtrain.report._samples._MAX_BYTES", 1500)
     run = media_of(
         tmp_path,
         {"a": Image(torch.rand(16, 16, 1)), "b": Image(torch.rand(8, 8, 1))},

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fxtrain.report.markdown import as_html
+from fxtrain.report._markdown import as_html
 from fxtrain.values import Table
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.func import vmap
 
 from fxtrain import rng
-from fxtrain.rng import arithmetic, samplers
+from fxtrain.rng import _arithmetic as arithmetic
+from fxtrain.rng import _samplers as samplers
 
 MANY = 1 << 17
 ONES = 0xFFFFFFFF

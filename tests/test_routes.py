@@ -14,10 +14,10 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.checkpoint.manifest import read_manifest
-from fxtrain.compile.checked import compile_checked
-from fxtrain.compile.regions import InManyGraphs
-from fxtrain.compile.values import UncheckedReadError
+from fxtrain.checkpoint._manifest import read_manifest
+from fxtrain.compiler._checked import compile_checked
+from fxtrain.compiler._regions import InManyGraphs
+from fxtrain.compiler._values import UncheckedReadError
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 

@@ -124,7 +124,7 @@ class TestOverwrite:
         def no_room(*args):
             raise fx.CheckpointError("There is no room.")
 
-        monkeypatch.setattr("fxtrain.checkpoint.folder.write", no_room)
+        monkeypatch.setattr("fxtrain.checkpoint._folder.write", no_room)
         with pytest.warns(RuntimeWarning, match="no room"):
             fit(checkpointer=fx.checkpointer(tmp_path, overwrite=True, on_error="warn"))
         assert names(tmp_path) == earlier

@@ -6,7 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import optim, schedules
-from fxtrain.compile.scalars import with_exact_corrections, with_scalars_once
+from fxtrain.compiler._scalars import with_exact_corrections, with_scalars_once
 
 RATES = {
     "linear": schedules.linear(0.1, 0.0, transition_steps=10),

@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.compile.concatenation import with_dense_concatenations
-from fxtrain.compile.ctc import OpaqueCTC
-from fxtrain.compile.effects import FileInTraceError, effects_noticed
+from fxtrain.compiler._concatenation import with_dense_concatenations
+from fxtrain.compiler._ctc import OpaqueCTC
+from fxtrain.compiler._effects import FileInTraceError, effects_noticed
 from fxtrain.core import compiling
-from fxtrain.explain.counts import trace
+from fxtrain.diagnostics._counts import trace
 
 AS_LIBRARIES_ASK = [
     torch.compiler.is_compiling,

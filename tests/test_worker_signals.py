@@ -147,7 +147,7 @@ def test_the_loaders_own_settings_are_left_as_they_were():
 
 SAVING = """
 import sys, time, torch, fxtrain as fx
-from fxtrain.checkpoint import folder
+from fxtrain.checkpoint import _folder as folder
 
 write = folder.write
 

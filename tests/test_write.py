@@ -9,10 +9,10 @@ import torch
 import fxtrain as fx
 from fxtrain import observers
 from fxtrain.core import Logged
-from fxtrain.loop import late as late_numbers
-from fxtrain.loop.history import History
-from fxtrain.loop.late import Together, on_their_way
-from fxtrain.loop.publish import Publisher
+from fxtrain.loop import _transfer as late_numbers
+from fxtrain.loop._history import History
+from fxtrain.loop._publish import Publisher
+from fxtrain.loop._transfer import Together, on_their_way
 from fxtrain.values import Image, Text
 
 

@@ -21,9 +21,9 @@ from tensorboardX.record_writer import masked_crc32c
 from fxtrain.core import EvalEnd, EvalStep, FitBegin, StepEnd
 from fxtrain.values import Histogram, HParams, Text
 from fxtrain.writers import Writer, jsonl, multi, tensorboard
-from fxtrain.writers.jsonl import JsonLinesWriter
-from fxtrain.writers.multi import MultiWriter
-from fxtrain.writers.tensorboard import TensorBoardWriter
+from fxtrain.writers._jsonl import JsonLinesWriter
+from fxtrain.writers._multi import MultiWriter
+from fxtrain.writers._tensorboard import TensorBoardWriter
 
 
 def records(path):

@@ -6,9 +6,9 @@ that a compiler would make is a Python function that computes the new state and 
 
 from __future__ import annotations
 
-from fxtrain.compile.compiled import Compiled
-from fxtrain.compile.routes import Route, Routes
-from fxtrain.compile.uncompiled import uncompiled
+from fxtrain.compiler._compiled import Compiled
+from fxtrain.compiler._routes import Route, Routes
+from fxtrain.compiler._uncompiled import uncompiled
 from fxtrain.step import Step
 
 

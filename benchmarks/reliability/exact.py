@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from benchmarks.reliability.exact_run import STEPS
 from benchmarks.reliability.table import Cell
-from fxtrain.checkpoint.manifest import read_manifest
+from fxtrain.checkpoint._manifest import read_manifest
 
 Run = tuple[list[str], dict[str, str]]  # a line for each event; the checksums of the last checkpoint by path
 

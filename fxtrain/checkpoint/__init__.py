@@ -6,15 +6,15 @@ checkpoint, ``checkpointer`` those of a run. ``from_orbax`` and ``to_orbax`` exc
 ``fxtrain.state_dict`` and ``fxtrain.load_state_dict`` weights with those of torch.
 """
 
-from fxtrain.checkpoint.checkpointer import Checkpointer as Checkpointer
-from fxtrain.checkpoint.checkpointer import Committed as Committed
-from fxtrain.checkpoint.checkpointer import Save as Save
-from fxtrain.checkpoint.checkpointer import checkpointer as checkpointer
-from fxtrain.checkpoint.errors import CheckpointError as CheckpointError
-from fxtrain.checkpoint.errors import DamagedError as DamagedError
-from fxtrain.checkpoint.orbax import from_orbax as from_orbax
-from fxtrain.checkpoint.orbax import to_orbax as to_orbax
-from fxtrain.checkpoint.retention import Role as Role
-from fxtrain.checkpoint.single import Restoration as Restoration
-from fxtrain.checkpoint.single import restore as restore
-from fxtrain.checkpoint.single import save as save
+from fxtrain.checkpoint._checkpointer import Checkpointer as Checkpointer
+from fxtrain.checkpoint._checkpointer import Committed as Committed
+from fxtrain.checkpoint._checkpointer import Save as Save
+from fxtrain.checkpoint._checkpointer import checkpointer as checkpointer
+from fxtrain.checkpoint._errors import CheckpointError as CheckpointError
+from fxtrain.checkpoint._errors import DamagedError as DamagedError
+from fxtrain.checkpoint._orbax import from_orbax as from_orbax
+from fxtrain.checkpoint._orbax import to_orbax as to_orbax
+from fxtrain.checkpoint._retention import Role as Role
+from fxtrain.checkpoint._single import Restoration as Restoration
+from fxtrain.checkpoint._single import restore as restore
+from fxtrain.checkpoint._single import save as save

@@ -25,7 +25,7 @@ def refuse_foreign(argument: str, expected: str, value: Any, model: Any = None, 
     if value is None or isinstance(value, int | float | Tensor):
         return
     # Imported when it is needed, because an import of fxtrain must stay cheap.
-    from fxtrain.equivalents.refusal import described
+    from fxtrain.equivalents._refusal import described
 
     found = described(value, model, as_schedule=as_schedule)
     if found is not None:

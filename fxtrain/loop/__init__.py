@@ -27,9 +27,9 @@ A step compiled with ``steps_per_call=k`` is taken k times at once: k times ``St
 then all that is inside the step, then k times ``StepEnd``, over the state after all of them.
 """
 
-from fxtrain.loop.evaluate import evaluate as evaluate
-from fxtrain.loop.fit import Result as Result
-from fxtrain.loop.fit import fit as fit
-from fxtrain.loop.fit import steps as steps
-from fxtrain.loop.history import History as History
-from fxtrain.loop.history import Series as Series
+from fxtrain.loop._evaluate import evaluate as evaluate
+from fxtrain.loop._fit import Result as Result
+from fxtrain.loop._fit import fit as fit
+from fxtrain.loop._fit import steps as steps
+from fxtrain.loop._history import History as History
+from fxtrain.loop._history import Series as Series

@@ -1,0 +1,204 @@
+"""Classes: which are taken for which, and how well scores tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain.callbacks._predictions import Logits, class_scores
+from fxtrain.core import Control, EvalBegin, EvalEnd, EvalStep, TrainState, check_int
+from fxtrain.fold import Handler, stateful
+from fxtrain.values import ConfusionMatrix, Figure
+
+Seen = EvalBegin | EvalStep | EvalEnd
+
+
+def confusion_matrix(
+    classes: int,
+    *,
+    truth: str = "y",
+    logits: Logits | None = None,
+    labels: Sequence[str] = (),
+    name: str = "confusion_matrix",
+) -> Handler:
+    """Counts over each evaluation how often each class is taken for each.
+
+        counts[i, j] = how many examples of class i have argmax(logits) = j
+
+    The evaluation step has to return the logits as its outputs, ``fx.eval_step(measure, outputs=True)``. Rows that a
+    batch's ``"mask"`` leaves out are not counted.
+
+    Args:
+        classes: How many there are.
+        truth: The batch's entry with the classes, int64 [N].
+        logits: From the evaluation step's outputs to logits [N, C]; by default the outputs are these, or a dict that
+            has them as ``"logits"``.
+        labels: Names of the classes; their numbers by default.
+        name: The slot, and what the matrix is logged as.
+
+    Raises:
+        ValueError: If there are fewer than 2 classes, or not one label for each.
+        TypeError: When it runs, if there are no logits.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(confusion_matrix(2))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> batch = {"y": torch.tensor([0, 1])}
+        >>> event = fx.EvalStep(step=1, index=0, batch=batch, metrics={}, outputs=torch.tensor([[0.0, 9], [0, 9]]))
+        >>> state, _ = callback(state, event)
+        >>> _, control = callback(state, fx.EvalEnd(step=1, metrics={}))
+        >>> control.log["confusion_matrix"].value.counts.tolist()
+        [[0, 1], [0, 1]]
+    """
+    _check_classes(classes, labels)
+
+    def update(state: TrainState, event: Seen, memory: Tensor) -> tuple[Tensor, Control]:
+        if isinstance(event, EvalBegin):
+            return torch.zeros_like(memory), Control()
+        if isinstance(event, EvalEnd):
+            return memory, Control(log={name: ConfusionMatrix(memory, tuple(labels))})
+        predicted = class_scores(name, event.outputs, logits).argmax(-1)
+        true, taken = _one_hot(_truth(name, event.batch, truth, classes), classes), _one_hot(predicted, classes)
+        # Products of zeros and ones in float64 are exact up to 2**53 examples, and add up alike on every device.
+        counts = (true.double() * _counted(event.batch)[:, None]).T @ taken.double()
+        return memory + counts.to(torch.int64), Control()
+
+    return stateful(name, lambda state: _zeros(state, classes, classes), update)
+
+
+def curves(
+    classes: int,
+    *,
+    truth: str = "y",
+    logits: Logits | None = None,
+    labels: Sequence[str] = (),
+    bins: int = 1000,
+    name: str = "curves",
+) -> Handler:
+    """Draws over each evaluation the ROC and the precision-recall curve of each class against the others.
+
+        tpr(t) = positives with score >= t / positives,  fpr(t) = negatives with score >= t / negatives
+        precision(t) = positives with score >= t / all with score >= t
+        auc = area below tpr over fpr,  average precision = sum of precision times the growth of tpr
+
+    Scores are counted in buckets between 0 and 1, so that memory does not grow with the data; the areas are right to
+    about 1 / ``bins``. ``<name>/auc`` and ``<name>/average_precision`` are means over the classes that occur.
+
+    Args:
+        classes: How many there are.
+        truth: As for ``confusion_matrix``.
+        logits: As for ``confusion_matrix``.
+        labels: As for ``confusion_matrix``.
+        bins: How many buckets.
+        name: The slot, and what goes before the names of what is logged: ``<name>/roc`` and
+            ``<name>/precision_recall``, two figures, and the two numbers.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        ImportError: If matplotlib is not there.
+        TypeError: When it runs, if there are no logits.
+
+    References:
+        Fawcett, "An introduction to ROC analysis", 2006.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> callback = fx.compose(curves(2))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> batch = {"y": torch.tensor([0, 1])}
+        >>> event = fx.EvalStep(step=1, index=0, batch=batch, metrics={}, outputs=torch.tensor([[9.0, 0], [0, 9]]))
+        >>> state, _ = callback(state, event)
+        >>> _, control = callback(state, fx.EvalEnd(step=1, metrics={}))
+        >>> control.log["curves/auc"].value
+        1.0
+    """
+    _check_classes(classes, labels)
+    check_int("bins", bins, minimum=2)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("curves draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
+
+    def update(state: TrainState, event: Seen, memory: Tensor) -> tuple[Tensor, Control]:
+        if isinstance(event, EvalBegin):
+            return torch.zeros_like(memory), Control()
+        if isinstance(event, EvalEnd):
+            return memory, Control(log=_drawn(name, memory.cpu(), labels or [str(i) for i in range(classes)]))
+        scores = class_scores(name, event.outputs, logits)
+        bucket = (scores * bins).long().clamp(max=bins - 1)
+        true = _one_hot(_truth(name, event.batch, truth, classes), classes)
+        counted = _counted(event.batch).to(torch.int64)[:, None].expand_as(bucket)
+        place = (true.long() * classes + torch.arange(classes, device=bucket.device)) * bins + bucket
+        counts = torch.zeros(memory.numel(), dtype=torch.int64, device=memory.device)
+        return memory + counts.index_add(0, place.reshape(-1), counted.reshape(-1)).view_as(memory), Control()
+
+    return stateful(name, lambda state: _zeros(state, 2, classes, bins), update)
+
+
+def _drawn(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
+    """The figures and numbers of counts, int64 [negative or positive, classes, bins]."""
+    from matplotlib.figure import Figure as Canvas
+
+    # From the highest threshold down.
+    negatives, positives = counts.flip(-1).cumsum(-1).double()
+    occurs = (positives[:, -1] > 0) & (negatives[:, -1] > 0)
+    tpr = positives / positives[:, -1:].clamp(min=1)
+    fpr = negatives / negatives[:, -1:].clamp(min=1)
+    precision = positives / (positives + negatives).clamp(min=1)
+    start = torch.zeros(len(tpr), 1, dtype=torch.float64)
+    tpr_from, fpr_from = torch.cat([start, tpr], 1), torch.cat([start, fpr], 1)
+    auc = torch.trapezoid(tpr_from, fpr_from, dim=1)
+    average = (precision * tpr_from.diff(dim=1)).sum(1)
+    log: dict[str, Any] = {}
+    if occurs.any():
+        log = {f"{name}/auc": float(auc[occurs].mean()), f"{name}/average_precision": float(average[occurs].mean())}
+    drawings = {
+        "roc": ("false positive rate", fpr_from, "true positive rate", tpr_from, auc),
+        "precision_recall": ("recall", tpr, "precision", precision, average),
+    }
+    for kind, (x_name, x, y_name, y, area) in drawings.items():
+        canvas = Canvas(figsize=(5, 5), layout="constrained")
+        axes = canvas.subplots()
+        for index in occurs.nonzero()[:, 0].tolist():
+            axes.plot(x[index], y[index], label=f"{labels[index]}  {area[index]:.3f}")
+        axes.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
+        if occurs.any():
+            axes.legend(fontsize="small", title="class and area")
+        log[f"{name}/{kind}"] = Figure(canvas)
+    return log
+
+
+def _check_classes(classes: int, labels: Sequence[str]) -> None:
+    check_int("classes", classes, minimum=2)
+    if labels and len(labels) != classes:
+        raise ValueError(f"{len(labels)} labels came for {classes} classes.")
+
+
+def _zeros(state: TrainState, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=state.step.device)
+
+
+def _one_hot(classes: Tensor, count: int) -> Tensor:
+    """bool [N, C]."""
+    return classes[:, None] == torch.arange(count, device=classes.device)
+
+
+def _truth(name: str, batch: Any, truth: str, classes: int) -> Tensor:
+    found = batch.get(truth) if isinstance(batch, Mapping) else None
+    if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point():
+        came = f"a {found.dtype} tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise TypeError(f"{name} wants classes, int64 [N], as batch[{truth!r}], and {came:.80} came: say truth=.")
+    return found
+
+
+def _counted(batch: Any) -> Tensor:
+    """Which rows count, float64 [N]: all, or those of the mask."""
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:
+        return mask.double()
+    first = next(leaf for leaf in batch.values() if isinstance(leaf, Tensor))
+    return torch.ones(len(first), dtype=torch.float64, device=first.device)

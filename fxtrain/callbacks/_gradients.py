@@ -1,0 +1,157 @@
+"""Gradients: how large they are, layer by layer, and how they flow from the last layer to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.callbacks._monitor import Publish, monitor
+from fxtrain.callbacks._update_stats import NORMS, Moved, layers
+from fxtrain.core import TrainState, check_choice, matching
+from fxtrain.fold import Handler
+
+
+class GradNorms(NamedTuple):
+    """What ``grad_norms`` measures."""
+
+    total: Tensor  # float32 []: of all gradients as one vector
+    layers: Tensor  # float32 [layers]
+
+
+def grad_norms(
+    *,
+    norm: str = "l2",
+    layer: str | Sequence[str] | None = None,
+    every: int = 1,
+    publish: Publish = None,
+    name: str = "grad_norm",
+) -> Handler:
+    """Measures the norms of the averaged gradients, before clipping: of all, and of each layer.
+
+        l2: sqrt(sum g^2)        l1: sum |g|        linf: max |g|        mean: mean |g|
+
+    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``. The norms of all
+    layers are in ``state.slots[name].values.layers`` after each step, in the order of the modules.
+
+    Args:
+        norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
+        layer: Patterns of the layers to publish one by one: ``"blocks.0.*"``, say.
+        every: Measure at the multiples of so many steps.
+        publish: A trigger, asked at ``StepEnd``; by default every measured step.
+        name: The slot, and the prefix of what is logged: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
+            layers, and ``/<layer>``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no layer.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> norms, tx = grad_norms(), fx.optim.sgd(0.1)
+        >>> step = fx.train_step(lambda model, batch: 3 * model["a"] + 4 * model["b"], tx, callbacks=norms)
+        >>> state = fx.attach(fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx), norms)
+        >>> state, _ = step(state, torch.zeros(1))
+        >>> state.slots["grad_norm"].values
+        GradNorms(total=tensor(5.), layers=tensor([3., 4.]))
+    """
+    check_choice("norm", norm, NORMS)
+
+    def measure(state: TrainState, moved: Moved, before: Any) -> GradNorms:
+        groups = list(layers(state).values())
+        everything = [[index for group in groups for index in group]]
+        return GradNorms(moved.norms("grads", norm, everything)[0], moved.norms("grads", norm, groups))
+
+    def show(state: TrainState, values: GradNorms) -> dict[str, Any]:
+        names = list(layers(state))
+        several = {"max": values.layers.max(), "min": values.layers.min(), "mean": values.layers.mean()}
+        return {
+            "total": values.total,
+            **several,
+            **{names[i]: values.layers[i] for i in matching(names, layer, "layer")},
+        }
+
+    return monitor(name, measure, show, period=every, publish=publish)
+
+
+class GradFlow(NamedTuple):
+    """What ``grad_flow`` measures."""
+
+    norms: Tensor  # float32 [layers]: l2, in the order of the modules
+    gains: Tensor  # float32 [layers - 1]: each norm over that of the next layer
+
+
+def grad_flow(
+    *,
+    healthy: tuple[float, float] = (0.5, 2.0),
+    vanishing: float = 1e-7,
+    exploding: float = 1e3,
+    layer: str | Sequence[str] | None = None,
+    every: int = 1,
+    publish: Publish = None,
+    name: str = "grad_flow",
+) -> Handler:
+    """Measures how gradients change on their way back from layer to layer.
+
+        gain_i = ||g_i|| / ||g_(i+1)||
+
+    Layers are counted in the order in which the module defines them. A layer whose gain is within ``healthy`` is
+    healthy, below it damping, above it amplifying; whatever its gain, a layer is vanishing where its norm is below
+    ``vanishing``, exploding where it is above ``exploding`` or not finite.
+
+    It runs inside the compiled step, as ``grad_norms``, and shares what that computes.
+
+    Args:
+        healthy: The least and the largest healthy gain.
+        vanishing: A norm.
+        exploding: A norm.
+        layer: Patterns of the layers whose gain is published: ``"blocks.*"``, say.
+        every: Measure at the multiples of so many steps.
+        publish: A trigger, asked at ``StepEnd``; by default every measured step. That of the saves, so that each saved
+            state and what is published of it are of one step.
+        name: The slot, and the prefix of what is logged: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the counts
+            ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, and ``/gain/<layer>``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no layer.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> flow, tx = grad_flow(), fx.optim.sgd(0.1)
+        >>> def loss_fn(model, batch):
+        ...     return 8 * model["first"] + model["second"] + model["third"]
+        >>> step = fx.train_step(loss_fn, tx, callbacks=flow)
+        >>> start = {name: torch.tensor(1.0) for name in ("first", "second", "third")}
+        >>> state, _ = step(fx.attach(fx.init(start, tx), flow), torch.zeros(1))
+        >>> log = fx.compose(flow)(state, fx.StepEnd(step=1, metrics={}))[1].log
+        >>> int(log["grad_flow/amplifying"].value), int(log["grad_flow/healthy"].value)
+        (1, 1)
+    """
+    least, most = healthy
+    if not 0 < least <= most:
+        raise ValueError(f"healthy={healthy!r}: the least and the largest gain are wanted, each above 0.")
+    if not 0 <= vanishing < exploding:
+        raise ValueError(f"vanishing={vanishing!r}, exploding={exploding!r}: 0 <= vanishing < exploding is wanted.")
+
+    def measure(state: TrainState, moved: Moved, before: Any) -> GradFlow:
+        norms = moved.norms("grads", "l2", list(layers(state).values()))
+        return GradFlow(norms, norms[:-1] / norms[1:])
+
+    def show(state: TrainState, values: GradFlow) -> dict[str, Any]:
+        names, (norms, gains) = list(layers(state))[:-1], values
+        known = gains.isfinite()  # behind a layer without a gradient there is none
+        count = known.sum().clamp(min=1)
+        return {
+            "gain_mean": torch.where(known, gains, 0.0).sum() / count,
+            "gain_min": torch.where(known, gains, torch.inf).amin() if names else torch.zeros(()),
+            "gain_max": torch.where(known, gains, -torch.inf).amax() if names else torch.zeros(()),
+            "healthy": ((gains >= least) & (gains <= most)).sum(),
+            "damping": (gains < least).sum(),
+            "amplifying": (gains > most).sum(),
+            "vanishing": (norms < vanishing).sum(),
+            "exploding": (~(norms <= exploding)).sum(),
+            **{f"gain/{names[i]}": gains[i] for i in matching(names, layer, "layer")},
+        }
+
+    return monitor(name, measure, show, period=every, publish=publish)

@@ -1,0 +1,116 @@
+"""Histograms of gradients, weights and updates, counted inside the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.callbacks._monitor import Publish, monitor
+from fxtrain.callbacks._update_stats import KINDS, Moved, leaf_names
+from fxtrain.core import TrainState, check_choice, check_positive_int, matching
+from fxtrain.fold import Handler
+from fxtrain.values import Histogram
+
+
+class Histograms(NamedTuple):
+    """What ``histograms`` counts."""
+
+    counts: Tensor  # int64 [parameters, bins]
+    seen: Tensor  # int64 [parameters]: elements that were looked at
+
+
+def histograms(
+    of: str = "grads",
+    *,
+    parameter: str | Sequence[str] = "*",
+    sample: int = 4096,
+    smallest: float = 1e-8,
+    largest: float = 10.0,
+    per_decade: int = 2,
+    every: int = 100,
+    publish: Publish = None,
+    name: str = "",
+) -> Handler:
+    """Counts the elements of gradients, weights or updates into buckets that never change.
+
+    The buckets grow by a constant factor on both sides of zero, so that distributions of any scale can be compared from
+    step to step: from ``smallest`` to ``largest``, one bucket between the two smallest, and one beyond each end. What
+    is counted are ``sample`` elements of each parameter, spread evenly over it, or all if it has fewer.
+
+    It runs inside the compiled step, behind a branch that costs nothing to speak of where it is not taken: give it to
+    ``train_step(..., callbacks=)`` as well as to ``fit``.
+
+    Args:
+        of: ``"grads"``, ``"weights"`` or ``"updates"``.
+        parameter: Patterns of the parameters to look at.
+        sample: Elements of each, 1 or more.
+        smallest: The edge next to zero, above 0.
+        largest: The outermost edge.
+        per_decade: Buckets from one power of ten to the next.
+        every: Count at the multiples of so many steps.
+        publish: A trigger, asked at ``StepEnd``; by default every counted step.
+        name: The slot, and the prefix of what is logged: ``<name>/<parameter>``. By default ``histograms/<of>``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no parameter.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> counted, tx = histograms("weights", every=1, smallest=0.1, largest=1.0, per_decade=1), fx.optim.sgd(0.0)
+        >>> step = fx.train_step(lambda model, batch: model["w"].sum(), tx, callbacks=counted)
+        >>> state = fx.attach(fx.init({"w": torch.tensor([-5.0, 0.0, 0.5, 0.7])}, tx), counted)
+        >>> step(state, torch.zeros(1))[0].slots["histograms/weights"].values.counts
+        tensor([[1, 0, 1, 2, 0]])
+    """
+    check_choice("of", of, KINDS)
+    check_positive_int("sample", sample)
+    check_positive_int("per_decade", per_decade)
+    if not 0 < smallest < largest < math.inf:
+        raise ValueError(f"smallest={smallest!r}, largest={largest!r}: 0 < smallest < largest is wanted.")
+    decades = math.log10(largest / smallest)
+    steps = max(1, round(decades * per_decade))
+
+    def edges(device: torch.device) -> Tensor:
+        # Computed, and not a tensor of a list, which a branch of a graph cannot hold.
+        exponents = torch.arange(steps + 1, device=device, dtype=torch.float32) * (decades / steps)
+        positive = smallest * torch.pow(10.0, exponents)
+        return torch.cat([-positive.flip(0), positive])
+
+    def measure(state: TrainState, moved: Moved, before: Any) -> Histograms:
+        leaves = tree.leaves(getattr(moved, of))
+        samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter, "parameter")]
+        bounds = edges(samples[0].device)
+        counts = torch.stack([_counted(values, bounds) for values in samples])
+        seen = torch.stack([counts.new_full((), values.shape[0]) for values in samples])
+        return Histograms(counts, seen)
+
+    def show(state: TrainState, values: Histograms) -> dict[str, Any]:
+        names = leaf_names(state)
+        ends = torch.tensor([10 * largest])
+        bounds = torch.cat([-ends, edges(ends.device), ends])
+        return {
+            names[i]: Histogram(counts=values.counts[row], edges=bounds)
+            for row, i in enumerate(matching(names, parameter, "parameter"))
+        }
+
+    return monitor(name or f"histograms/{of}", measure, show, period=every, publish=publish)
+
+
+def _sample(leaf: Tensor, count: int) -> Tensor:
+    flat = (leaf.abs() if leaf.is_complex() else leaf).flatten()
+    stride = max(1, flat.shape[0] // count)
+    return flat[: stride * count : stride].to(torch.float32).contiguous()
+
+
+def _counted(values: Tensor, bounds: Tensor) -> Tensor:
+    """int64 [edges + 1]: how many values lie above one edge, and at most at the next. NaN is beyond the last."""
+    # To compare all values with each edge takes a quarter of what a search for each value does: it is done in vectors.
+    above = (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32).to(torch.int64)
+    ends = above.new_full((1,), values.shape[0])
+    beyond = torch.cat([ends, above, torch.zeros_like(ends)])
+    return beyond[:-1] - beyond[1:]

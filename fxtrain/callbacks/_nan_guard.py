@@ -1,0 +1,95 @@
+"""A guard against what is not finite: it keeps a bad step from doing harm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.callbacks._update_stats import trainable
+from fxtrain.core import Control, Gradients, StepEnd, TrainState, check_positive_int
+from fxtrain.fold import Handler, on, slotted
+from fxtrain.optim._nodes import as_code, leaf_paths
+from fxtrain.precision import finite_leaves
+
+
+class NanGuardState(NamedTuple):
+    """The memory of ``nan_guard``."""
+
+    in_a_row: Tensor  # int64 []: skipped steps since the last good one
+    skipped: Tensor  # int64 []: skipped steps in all
+    step: Tensor  # int64 []: the last skipped step; -1 before the first
+    first: Tensor  # int64 []: the place of its first gradient that was not finite; -1 if that was the loss alone
+
+
+def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
+    """Skips the update of a step whose loss or gradients are not finite, and stops after ``patience`` in a row.
+
+    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``. Where it stops
+    the run, it says which gradient was the first that was not finite.
+
+    Args:
+        patience: Non-finite steps in a row that stop the run, 1 or more.
+        name: The slot, and the prefix of what is logged: ``<name>/skipped``.
+
+    Raises:
+        ValueError: If ``patience`` is below 1.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> guard, tx = nan_guard(patience=2), fx.optim.sgd(1.0)
+        >>> step = fx.train_step(lambda model, batch: model(batch).sum(), tx, callbacks=guard)
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1, bias=False), tx), guard)
+        >>> after, output = step(state, torch.tensor([[float("nan")]]))
+        >>> bool((after.params["weight"] == state.params["weight"]).all()), int(after.slots["nan_guard"].skipped)
+        (True, 1)
+        >>> fx.callbacks.first_not_finite(after)
+        "grads['weight'] at step 1"
+    """
+    check_positive_int("patience", patience)
+
+    def init(state: TrainState) -> NanGuardState:
+        zero, none = torch.zeros_like(state.step), torch.full_like(state.step, -1)
+        return NanGuardState(zero, zero, none, none)
+
+    def update(state: TrainState, event: Gradients | StepEnd) -> tuple[TrainState, Control]:
+        memory: NanGuardState = state.slots[name]
+        if isinstance(event, StepEnd):
+            return state, named(state, memory)
+        good = finite_leaves(event.grads)
+        finite = event.loss.isfinite() & good.all()
+        place = torch.where(good.all(), -1, (~good).to(torch.uint8).argmax() if good.numel() else -1)
+        memory = NanGuardState(
+            in_a_row=torch.where(finite, 0, memory.in_a_row + 1),
+            skipped=torch.where(finite, memory.skipped, memory.skipped + 1),
+            step=torch.where(finite, memory.step, event.step),
+            first=torch.where(finite, memory.first, place),
+        )
+        reason = "loss or gradients are not finite"
+        skip = Control(skip_update=~finite, reason=reason, log={f"{name}/skipped": memory.skipped})
+        late = f"loss or gradients were not finite {patience} times in a row"
+        return state.with_slot(name, memory), skip | Control(stop=memory.in_a_row >= patience, reason=late)
+
+    def named(state: TrainState, memory: NanGuardState) -> Control:
+        # Read from a CPU only, where it costs nothing: an accelerator would be waited for at each step.
+        if memory.in_a_row.device.type != "cpu" or int(memory.in_a_row) < patience:
+            return Control()
+        return Control(stop=True, reason=f"the first was {first_not_finite(state, name)}")
+
+    return slotted(name, init, on(Gradients | StepEnd, update))
+
+
+def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
+    """What ``nan_guard`` found last, as ``"grads['weight'] at step 7"``; empty if it has found nothing.
+
+    Args:
+        state: Any state with its slot. It is read from the device.
+        name: The slot.
+    """
+    memory: NanGuardState = state.slots[name]
+    step, place = int(memory.step), int(memory.first)
+    if step < 0:
+        return ""
+    what = "the loss" if place < 0 else f"grads{as_code(leaf_paths(trainable(state))[place])}"
+    return f"{what} at step {step}"

@@ -1,0 +1,149 @@
+"""Plateau and schedules: change an injected hyper-parameter between steps, without a new graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import optim
+from fxtrain.callbacks._metric import Better, Metric, direction, measured, needing
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, wide_dtype
+from fxtrain.equivalents import refuse_foreign
+from fxtrain.fold import Handler, slotted
+
+
+class ReduceOnPlateauState(NamedTuple):
+    """The memory of ``reduce_on_plateau``."""
+
+    best: Tensor  # float64 []: the best value so far
+    bad: Tensor  # int64 []: evaluations since then
+    cooldown: Tensor  # int64 []: evaluations that are still not counted
+    reductions: Tensor  # int64 []: how many there were
+
+
+def reduce_on_plateau(
+    metric: Metric,
+    *,
+    hyperparam: str = "learning_rate",
+    factor: float = 0.1,
+    patience: int = 10,
+    cooldown: int = 0,
+    minimum: float = 0.0,
+    mode: str | Better = "min",
+    min_delta: float = 1e-4,
+    relative: bool = True,
+    name: str = "reduce_on_plateau",
+) -> Handler:
+    """Multiplies a hyper-parameter by ``factor`` where a metric has not improved for over ``patience`` evaluations.
+
+        bad   = 0 if improved or cooling down else bad + 1
+        value = max(factor * value, minimum) if bad > patience
+
+    After a reduction ``bad`` begins at 0 again, and ``cooldown`` evaluations are not counted. The defaults and their
+    meaning are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
+
+    Args:
+        metric: Its name at ``EvalEnd``, or a function of all metrics there.
+        hyperparam: Which; the optimizer keeps it in its memory by ``fxtrain.optim.inject_hyperparams``. A name that is
+            kept in several places is changed in all.
+        factor: Between 0 and 1.
+        patience: Evaluations without improvement that are put up with, 0 or more.
+        cooldown: Evaluations after a reduction, 0 or more.
+        minimum: What it is not reduced below.
+        mode: As for ``early_stopping``, and so are ``min_delta`` and ``relative``.
+        min_delta: What counts as an improvement.
+        relative: Whether that is a part of the best value.
+        name: The slot, and the prefix of what is logged: ``<name>/<hyperparam>``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if the hyper-parameter is not in the memory.
+        KeyError: When it runs, if the evaluation has no such metric.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
+        >>> callback = fx.compose(reduce_on_plateau("loss", patience=1, factor=0.5))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1), tx), callback)
+        >>> for step, loss in enumerate([3.0, 2.0, 2.0, 2.0], start=1):
+        ...     event = fx.EvalEnd(step=step, metrics={"loss": torch.tensor(loss)})
+        ...     state, control = callback(state, event)
+        >>> fx.optim.get_hyperparams(state.opt_state)
+        {'learning_rate': tensor(0.5000)}
+    """
+    if not 0 < factor < 1:
+        raise ValueError(f"factor={factor!r}: between 0 and 1 is wanted.")
+    for argument, value in (("patience", patience), ("cooldown", cooldown)):
+        check_int(argument, value, minimum=0)
+    if callable(mode):
+        min_delta, relative = 0.0, False
+    better, worst, _ = direction(mode, min_delta=min_delta, relative=relative)
+
+    def init(state: TrainState) -> ReduceOnPlateauState:
+        zero = torch.zeros_like(state.step)
+        best = torch.tensor(worst, dtype=wide_dtype(zero.device), device=zero.device)
+        return ReduceOnPlateauState(best, zero, zero.clone(), zero.clone())
+
+    def update(state: TrainState, event: EvalEnd) -> tuple[TrainState, Control]:
+        memory: ReduceOnPlateauState = state.slots[name]
+        value = measured(event, metric, name, memory.best.device)
+        improved = better(value, memory.best)
+        cooling = memory.cooldown > 0
+        bad = torch.where(improved | cooling, 0, memory.bad + 1)
+        reduce = bad > patience
+        opt_state = optim.set_hyperparams(
+            state.opt_state,
+            **{hyperparam: lambda old: torch.where(reduce, torch.clamp(old * factor, min=minimum).minimum(old), old)},
+        )
+        memory = ReduceOnPlateauState(
+            best=torch.where(improved, value.to(memory.best.dtype), memory.best),
+            bad=torch.where(reduce, 0, bad),
+            cooldown=torch.where(reduce, cooldown, torch.clamp(memory.cooldown - 1, min=0)),
+            reductions=memory.reductions + reduce,
+        )
+        state = state.replace(opt_state=opt_state).with_slot(name, memory)
+        return state, Control(log=_shown(opt_state, hyperparam, name))
+
+    return needing(slotted(name, init, update), metric)
+
+
+def schedule_hyperparam(hyperparam: str, schedule: Callable[[Any], Any]) -> Handler:
+    """Lets any injected hyper-parameter follow a schedule: weight decay, momentum, a loss's own temperature.
+
+        value(step) = schedule(steps taken before it)
+
+    It is set where an epoch begins and after each step, for the next one, and costs a few small operations there. A
+    schedule that is given to ``inject_hyperparams`` itself is computed inside the step, and costs nothing.
+
+    Args:
+        hyperparam: Which; see ``reduce_on_plateau``.
+        schedule: From the number of steps taken, int64 [], to the value; from ``fxtrain.schedules``, say.
+
+    Raises:
+        ValueError: When it runs, if the hyper-parameter is not in the optimizer's memory.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=0.1, weight_decay=0.0)
+        >>> callback = schedule_hyperparam("weight_decay", fx.schedules.linear(0.0, 1.0, transition_steps=10))
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx).replace(step=torch.tensor(5))
+        >>> state, _ = callback(state, fx.StepEnd(step=5, metrics={}))
+        >>> fx.optim.get_hyperparams(state.opt_state)["weight_decay"]
+        tensor(0.5000)
+    """
+
+    refuse_foreign("schedule", "a function of the step", schedule, as_schedule=True)
+
+    def update(state: TrainState, event: EpochBegin | StepEnd) -> tuple[TrainState, Control]:
+        value = torch.as_tensor(schedule(state.step))
+        opt_state = optim.set_hyperparams(state.opt_state, **{hyperparam: lambda old: value.to(old)})
+        return state.replace(opt_state=opt_state), Control()
+
+    return Handler(f"schedule_hyperparam {hyperparam}", update, frozenset({EpochBegin, StepEnd}))
+
+
+def _shown(opt_state: Any, hyperparam: str, name: str) -> dict[str, Tensor]:
+    found = optim.get_hyperparams(opt_state)
+    return {f"{name}/{path}": value for path, value in found.items() if path.rpartition(".")[2] == hyperparam}

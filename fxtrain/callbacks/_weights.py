@@ -1,0 +1,149 @@
+"""Weights: how large they are, and how far a step moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.callbacks._monitor import Publish, monitor
+from fxtrain.callbacks._update_stats import Moved, leaf_names
+from fxtrain.core import TrainState, check_int, check_positive_int, matching
+from fxtrain.fold import Handler
+from fxtrain.values import Text
+
+
+class WeightStats(NamedTuple):
+    """What ``weight_stats`` measures of each parameter: float32 [parameters]."""
+
+    norm: Tensor  # l2
+    mean: Tensor  # of a complex parameter the real part's
+    std: Tensor  # from the mean, over all elements
+    max: Tensor  # the largest absolute value
+
+
+def weight_stats(
+    *, parameter: str | Sequence[str] | None = None, every: int = 1, publish: Publish = None, name: str = "weights"
+) -> Handler:
+    """Measures norm, mean, standard deviation and largest absolute value of each trainable parameter.
+
+    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``.
+
+    Args:
+        parameter: Patterns of the parameters to publish one by one: ``"*.weight"``, say.
+        every: Measure at the multiples of so many steps.
+        publish: A trigger, asked at ``StepEnd``; by default every measured step.
+        name: The slot, and the prefix of what is logged: ``<name>/norm`` of all as one vector, ``/max`` of all, and for
+            the chosen ones ``/<parameter>/norm``, ``/mean``, ``/std`` and ``/max``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no parameter.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> stats, tx = weight_stats(), fx.optim.sgd(0.0)
+        >>> step = fx.train_step(lambda model, batch: model["w"].sum(), tx, callbacks=stats)
+        >>> state = fx.attach(fx.init({"w": torch.tensor([3.0, -4.0])}, tx), stats)
+        >>> step(state, torch.zeros(1))[0].slots["weights"].values
+        WeightStats(norm=tensor([5.]), mean=tensor([-0.5000]), std=tensor([3.5000]), max=tensor([4.]))
+    """
+
+    def measure(state: TrainState, moved: Moved, before: Any) -> WeightStats:
+        leaves = tree.leaves(moved.weights)
+        squares, counts = moved.sums("weights", "squares"), moved.counts("weights", [[i] for i in range(len(leaves))])
+        total = torch.stack([(leaf.real if leaf.is_complex() else leaf).sum(dtype=torch.float32) for leaf in leaves])
+        mean = total / counts
+        variance = (squares / counts - mean * mean).clamp(min=0)
+        return WeightStats(squares.sqrt(), mean, variance.sqrt(), moved.sums("weights", "max"))
+
+    def show(state: TrainState, values: WeightStats) -> dict[str, Any]:
+        names = leaf_names(state)
+        chosen = {
+            f"{names[i]}/{statistic}": column[i]
+            for i in matching(names, parameter, "parameter")
+            for statistic, column in values._asdict().items()
+        }
+        return {"norm": values.norm.square().sum().sqrt(), "max": values.max.amax(), **chosen}
+
+    return monitor(name, measure, show, period=every, publish=publish)
+
+
+class UpdateRatios(NamedTuple):
+    """What ``update_ratios`` measures of each parameter."""
+
+    ratios: Tensor  # float32 [parameters]: ||update|| / ||parameter||
+    still: Tensor  # int64 [parameters]: measured steps in a row that did not move it
+
+
+def update_ratios(
+    *,
+    parameter: str | Sequence[str] | None = None,
+    frozen_below: float = 0.0,
+    patience: int = 10,
+    worst: int = 0,
+    every: int = 1,
+    publish: Publish = None,
+    name: str = "update_ratio",
+) -> Handler:
+    """Measures by how much each parameter moves, as a part of its size, and finds those that do not move.
+
+        ratio = ||update|| / ||parameter||
+
+    Around a thousandth is common in healthy training; a parameter whose ratio stays at ``frozen_below`` or less for
+    ``patience`` measured steps counts as frozen. A skipped step moves nothing, and is not counted.
+
+    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``.
+
+    Args:
+        parameter: Patterns of the parameters to publish one by one.
+        frozen_below: What counts as no movement, 0 or more.
+        patience: Steps without movement, 1 or more.
+        worst: How many of the largest ratios to name, as text. To name them they are read from the device, so publish
+            that rarely on an accelerator.
+        every: Measure at the multiples of so many steps.
+        publish: A trigger, asked at ``StepEnd``; by default every measured step.
+        name: The slot, and the prefix of what is logged: ``<name>/mean``, ``/max``, ``/min``, ``/frozen``,
+            ``/<parameter>``, and the text ``/worst``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no parameter.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> ratios, tx = update_ratios(patience=1), fx.optim.sgd(0.5)
+        >>> step = fx.train_step(lambda model, batch: model["a"] + 0 * model["b"], tx, callbacks=ratios)
+        >>> state = fx.attach(fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, tx), ratios)
+        >>> state, _ = step(state, torch.zeros(1))
+        >>> log = fx.compose(ratios)(state, fx.StepEnd(step=1, metrics={}))[1].log
+        >>> float(log["update_ratio/max"].value), int(log["update_ratio/frozen"].value)
+        (1.0, 1)
+    """
+    if not frozen_below >= 0:
+        raise ValueError(f"frozen_below={frozen_below!r}: 0 or more is wanted.")
+    check_positive_int("patience", patience)
+    check_int("worst", worst, minimum=0)
+
+    def measure(state: TrainState, moved: Moved, before: UpdateRatios | None) -> UpdateRatios:
+        sizes = moved.sums("weights", "squares").sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        ratios = moved.sums("updates", "squares").sqrt() / sizes
+        still = torch.zeros_like(ratios, dtype=torch.int64) if before is None else before.still
+        return UpdateRatios(
+            torch.where(moved.skipped, 0.0, ratios),
+            torch.where(moved.skipped, still, torch.where(ratios > frozen_below, 0, still + 1)),
+        )
+
+    def show(state: TrainState, values: UpdateRatios) -> dict[str, Any]:
+        names, (ratios, still) = leaf_names(state), values
+        shown: dict[str, Any] = {"mean": ratios.mean(), "max": ratios.max(), "min": ratios.min()}
+        shown["frozen"] = (still >= patience).sum()
+        shown |= {names[i]: ratios[i] for i in matching(names, parameter, "parameter")}
+        if worst:
+            largest = ratios.topk(min(worst, len(names)))
+            pairs = zip(largest.indices.tolist(), largest.values.tolist(), strict=True)
+            shown["worst"] = Text("\n".join(f"- `{names[index]}`: {ratio:.3g}" for index, ratio in pairs))
+        return shown
+
+    return monitor(name, measure, show, period=every, publish=publish)

@@ -1,0 +1,113 @@
+"""One checkpoint on disk: a folder with the leaves' bytes and a manifest. It is there whole, or not at all.
+
+Everything is written into a folder beside it, brought to the disk, and then renamed: the one step that commits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import xxhash
+
+from fxtrain.checkpoint._contents import Direct, Snapshot
+from fxtrain.checkpoint._errors import CheckpointError, DamagedError
+from fxtrain.checkpoint._files import open_regular, unreadable
+from fxtrain.checkpoint._manifest import FORMAT, MANIFEST, write_manifest
+from fxtrain.checkpoint._table import Leaf, rows
+from fxtrain.checkpoint._unfinished import unfinished_folder
+from fxtrain.disk import sync_folder
+
+LEAVES = "leaves.bin"
+FILES = (LEAVES, MANIFEST)
+_PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
+
+
+def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, Any]) -> None:
+    """Commits ``contents`` as the folder ``path``.
+
+    Raises:
+        CheckpointError: If it is there already, or cannot be written.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path} is there already, and a checkpoint is never overwritten: choose another name.")
+    try:
+        with unfinished_folder(path) as unfinished:
+            with _synced(unfinished / LEAVES) as file:
+                checksums = _write_leaves(file, contents)
+            head = {"format": FORMAT, "bytes": sum(place.size for place in contents.places), **facts}
+            with _synced(unfinished / MANIFEST) as file:
+                write_manifest(file, head, rows(contents.structure, contents.places, checksums))
+            sync_folder(unfinished)
+            unfinished.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written ({error}). Nothing that was saved before is touched: make "
+            "room, or give another folder."
+        ) from error
+
+
+class Leaves:
+    """The file of the leaves' bytes, open to be read.
+
+    Raises:
+        CheckpointError: If it cannot be opened.
+        DamagedError: If it is no regular file, or not as long as it was.
+    """
+
+    def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+        self._path = path / LEAVES
+        self._descriptor = open_regular(self._path)
+        size = os.fstat(self._descriptor).st_size
+        if size != manifest["bytes"]:
+            self.close()
+            raise DamagedError(f"{self._path} is damaged: it has {size} bytes, and {manifest['bytes']} were written.")
+
+    def read_into(self, memory: memoryview, row: Leaf) -> None:
+        """Fills ``memory`` with one leaf. Several threads may do so at a time.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+            DamagedError: If its bytes are not those that were written.
+        """
+        checksum, done = xxhash.xxh3_64(), 0
+        try:
+            while done < row["bytes"]:
+                count = os.preadv(self._descriptor, [memory[done : done + _PIECE]], row["offset"] + done)
+                if count == 0:
+                    break
+                checksum.update(memory[done : done + count])
+                done += count
+        except OSError as error:
+            raise unreadable(self._path, error) from None
+        if checksum.hexdigest() != row["xxh3"] or done != row["bytes"]:
+            raise DamagedError(f"{self._path} is damaged: the bytes of {row['path']} are not those that were written.")
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A new file, which has reached the disk when the block is left."""
+    with open(path, "xb", buffering=_PIECE) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_leaves(file: IO[bytes], contents: Direct | Snapshot) -> list[str]:
+    checksums = [""] * len(contents.places)
+    for index, content in contents.parts():
+        checksum = xxhash.xxh3_64()
+        for start in range(0, len(content), _PIECE):
+            piece = content[start : start + _PIECE]
+            checksum.update(piece)
+            file.write(piece)
+        checksums[index] = checksum.hexdigest()
+    return checksums

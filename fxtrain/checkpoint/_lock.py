@@ -1,0 +1,134 @@
+"""The lock of a folder: one run writes into it at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import pathlib
+import socket
+import stat
+import warnings
+import weakref
+from typing import NoReturn
+
+from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.disk import make_folder
+
+_NAME = ".lock"
+_NOTE = b"process "
+
+
+class FolderLock:
+    """Held from ``take`` to ``release``, or until the process ends, however it ends."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._file: io.FileIO | None = None
+
+    def take(self) -> None:
+        """Takes the lock, unless it is held; makes the folder.
+
+        Raises:
+            CheckpointError: If another writer holds it, the folder cannot be written to, it is no longer the folder
+                in which the lock was taken, or something else has the name of the lock's file.
+        """
+        if self._file is not None and not self._file.closed:
+            self._check_same(self._file)
+            return
+        # The file object owns the descriptor, so an exception at any line closes it, and with it the lock.
+        file: io.FileIO | None = None
+        try:
+            make_folder(self._folder)
+            file = io.FileIO(str(self._folder / _NAME), "r+", opener=_open)
+            self._claim(file)
+            self._file = file
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                self._refuse("a symbolic link")
+            raise CheckpointError(
+                f"{self._folder} cannot be written to ({error}): make it writable, or give another folder."
+            ) from error
+        finally:
+            if file is not None and self._file is not file:
+                file.close()
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Lets others write."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _claim(self, file: io.FileIO) -> None:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            self._refuse("something that is not a regular file")
+        content = os.pread(file.fileno(), 200, 0).strip(b"\0\n")  # zeros are what a power cut leaves
+        if not (content.startswith(_NOTE) or _NOTE.startswith(content)):
+            self._refuse("a file with other content")
+        try:
+            _lock(file.fileno())
+        except BlockingIOError:
+            holder = content.decode(errors="replace").strip() or "another process"
+            raise CheckpointError(
+                f"{self._folder} is being written to by {holder}, and two writers would delete each other's "
+                "checkpoints: give each run a folder of its own, or end the other one (`close()` a checkpointer that "
+                "is not needed any more)."
+            ) from None
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its note
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), b"%s%d on %s\n" % (_NOTE, os.getpid(), socket.gethostname().encode()), 0)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CheckpointError(f"expected the lock of a folder at {self._folder / _NAME}, got {what}. Move it away.")
+
+    def _check_same(self, file: io.FileIO) -> None:
+        try:
+            there = os.path.samestat(os.fstat(file.fileno()), os.lstat(self._folder / _NAME))
+        except OSError:
+            there = False
+        if not there:
+            raise CheckpointError(
+                f"{self._folder} is not the folder any more that this run has been saving to: it was moved or deleted, "
+                "or what it was mounted on has vanished. Bring it back, and resume."
+            )
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def _open(path: str, flags: int) -> int:
+    # A link could lead to a stranger's file, and a FIFO would block.
+    flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+_HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not Unix: nothing keeps two writers apart
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        warnings.warn(
+            f"This file system has no locks ({error}): see to it yourself that one run writes into a folder.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _forget() -> None:
+    # A worker that outlives its killed parent must not keep the folder locked.
+    for lock in list(_HELD):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,194 @@
+"""Manifest: what a checkpoint says of itself, written as lines of JSON and checked in full when it is read.
+
+The checksum finds what a disk has changed. It does not find a manifest that was made up, or that another program has
+written, so everything in it is compared with what ``write_manifest`` writes before any of it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import pathlib
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any
+
+import torch
+import xxhash
+
+from fxtrain.checkpoint._errors import CheckpointError, DamagedError
+from fxtrain.checkpoint._files import read_at_most
+from fxtrain.checkpoint._retention import ROLES, Entry
+from fxtrain.checkpoint._table import Leaf, code_of, name_of, offsets
+
+MANIFEST = "manifest.jsonl"
+FORMAT = 2
+_MAX_BYTES = 2**28  # of a manifest: about a million leaves
+_MAX_SIZE = 2**63  # of a leaf or a file
+_MAX_DIMENSIONS = 64  # of a tensor that torch can copy
+
+
+def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Leaf]) -> None:
+    """Writes lines of JSON: the facts, one for each leaf, and a checksum of all lines before it.
+
+    Raises:
+        CheckpointError: If there are too many leaves to read them again.
+    """
+    checksum, size = xxhash.xxh3_64(), 0
+    for line in itertools.chain([head], table):
+        text = json.dumps(line).encode() + b"\n"
+        checksum.update(text)
+        size += file.write(text)
+    file.write(_checksum_line(checksum))
+    if size > _MAX_BYTES // 2:  # half, so that no later change of a number's length matters
+        raise CheckpointError(f"expected a manifest of at most {_MAX_BYTES // 2} bytes, got {size}. Save fewer leaves.")
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """The facts of the checkpoint at ``path``, with its leaves as ``"leaves"``.
+
+    Raises:
+        CheckpointError: If it cannot be read, or has another format.
+        DamagedError: If it is not what ``write_manifest`` has written.
+    """
+    file = path / MANIFEST
+    content = read_at_most(file, _MAX_BYTES)
+    text = content[: content.rstrip(b"\n").rfind(b"\n") + 1]
+    if content != text + _checksum_line(xxhash.xxh3_64(text)):
+        raise DamagedError(f"{file} is damaged: its checksum is not that of its content.")
+    try:
+        head, *table = [json.loads(line.decode("ascii")) for line in text.split(b"\n")[:-1]]
+    except (ValueError, RecursionError) as error:  # the errors of decoding are ValueErrors too
+        raise DamagedError(f"{file} is damaged: expected lines of JSON, got {error}.") from None
+    expect = functools.partial(_expect, file)
+    expect("a head", head, lambda: type(head) is dict and "format" in head)
+    expect("a format number", head["format"], lambda: type(head["format"]) is int)
+    if head["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has the format {head['format']}, and this version of fxtrain reads {FORMAT}: read it with the "
+            "version that wrote it."
+        )
+    _check_head(expect, head)
+    _check_table(expect, head, table)
+    return {**head, "leaves": table}
+
+
+def read_entry(entry: Entry) -> dict[str, Any]:
+    """``read_manifest`` of a run's checkpoint, compared with the name of its folder.
+
+    Raises:
+        CheckpointError: As ``read_manifest``.
+        DamagedError: As ``read_manifest``, or if the folder has the name of another checkpoint.
+    """
+    manifest = read_manifest(entry.path)
+    for key in ("sequence", "step", "run", "role"):
+        if manifest[key] != getattr(entry, key):
+            raise DamagedError(
+                f"{entry.path} is damaged: expected a manifest with the {key} of the folder's name, "
+                f"got {reprlib.repr(manifest[key])}."
+            )
+    return manifest
+
+
+Expect = Callable[[str, Any, Callable[[], bool]], None]
+
+
+def _expect(file: pathlib.Path, what: str, value: Any, holds: Callable[[], bool]) -> None:
+    if not holds():
+        raise DamagedError(f"{file} is damaged: expected {what}, got {reprlib.repr(value)}.")
+
+
+def _check_head(expect: Expect, head: dict[str, Any]) -> None:
+    keys = {"format", "bytes", "step", "time", "metrics", "environment", "run", "role", "sequence"}
+    expect(f"a head with the keys {sorted(keys)}", sorted(head), lambda: set(head) == keys)
+    expect("a number of bytes", head["bytes"], lambda: _is_size(head["bytes"]))
+    expect("a step", head["step"], lambda: head["step"] is None or _is_size(head["step"]))
+    expect("a time", head["time"], lambda: type(head["time"]) is float and math.isfinite(head["time"]))
+    metrics, environment = head["metrics"], head["environment"]
+    expect("metrics", metrics, lambda: type(metrics) is dict and all(type(v) is float for v in metrics.values()))
+    expect(
+        "an environment",
+        environment,
+        lambda: type(environment) is dict and all(type(v) in (str, int, bool) for v in environment.values()),
+    )
+    run, role, sequence = head["run"], head["role"], head["sequence"]
+    if (run, role, sequence) != (None, None, None):  # of a single save
+        expect("a run", run, lambda: type(run) is str and re.fullmatch("[0-9a-f]{12}", run) is not None)
+        expect("a role", role, lambda: type(role) is str and role in ROLES)
+        expect("a sequence number", sequence, lambda: _is_size(sequence))
+        expect("the step of a state", head["step"], lambda: head["step"] is not None)
+
+
+def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None:
+    root = "tree" if head["step"] is None else "state"
+    seen: set[str] = set()
+    for row in table:
+        expect("a row", row, lambda row=row: type(row) is dict and set(row) | {"elements"} == set(Leaf.__annotations__))
+        path, entries, shape = row["path"], row["entries"], row["shape"]
+        expect("entries of a path", entries, lambda it=entries: type(it) is list and all(map(_is_entry, it)))
+        expect("the path of its entries", path, lambda at=path, it=entries: at == root + code_of(it))
+        expect("a path of its own", path, lambda at=path: at not in seen)
+        seen.add(path)
+        expect("a dtype", row["dtype"], lambda it=row["dtype"]: type(it) is str and dtype_of(it) is not None)
+        expect("a shape", shape, lambda it=shape: type(it) is list and len(it) <= _MAX_DIMENSIONS)
+        expect("a shape", shape, lambda it=shape: all(map(_is_size, it)))
+        dtype = dtype_of(row["dtype"])
+        assert dtype is not None
+        whole = math.prod(max(length, 1) for length in shape) * dtype.itemsize  # torch computes strides from it
+        expect("a shape that a tensor can have", shape, lambda it=whole: it < _MAX_SIZE)
+        size = math.prod(shape) * dtype.itemsize
+        expect(
+            f"{size} bytes of {path}", row["bytes"], lambda is_=row["bytes"], it=size: type(is_) is int and is_ == it
+        )
+        elements = row.get("elements", [])
+        expect("paths of elements", elements, lambda it=elements: type(it) is list and all(map(_is_path, it)))
+        expect(
+            "as many elements as the shape has",
+            shape,
+            lambda it=row, of=shape: "elements" not in it or of == [len(it["elements"])],
+        )
+        xxh3 = row["xxh3"]
+        expect("a checksum", xxh3, lambda it=xxh3: type(it) is str and re.fullmatch("[0-9a-f]{16}", it) is not None)
+    places = offsets([(dtype_of(row["dtype"]).itemsize, row["bytes"]) for row in table])  # pyright: ignore[reportOptionalMemberAccess]
+    for row, place in zip(table, places, strict=True):
+        at = row["offset"]
+        expect(f"{row['path']} at the offset {place}", at, lambda at=at, it=place: type(at) is int and at == it)
+    total = sum(row["bytes"] for row in table)
+    expect(f"{total} bytes in all", head["bytes"], lambda: head["bytes"] == total)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MAX_SIZE
+
+
+def _is_entry(value: Any) -> bool:
+    match value:
+        case ["attribute", str()]:
+            return True
+        case ["key", str() | int()]:  # bool too
+            return True
+        case ["index", int(index)]:
+            return type(index) is int and index >= 0
+        case _:
+            return False
+
+
+def _is_path(value: Any) -> bool:
+    return type(value) is list and all(type(key) in (str, int) for key in value)
+
+
+@functools.cache
+def dtype_of(text: str) -> torch.dtype | None:
+    """The dtype that ``name_of`` calls so, if dense tensors can have it."""
+    dtype = vars(torch).get(text)
+    # Quantized tensors, whose dtypes begin with q, have a scale besides their bytes.
+    is_dense = isinstance(dtype, torch.dtype) and name_of(dtype) == text and not text.startswith("q")
+    return dtype if is_dense else None
+
+
+def _checksum_line(checksum: xxhash.xxh3_64) -> bytes:
+    # Compared as text, so that no byte of the file can change unseen.
+    return b'{"xxh3": "%s"}\n' % checksum.hexdigest().encode()

@@ -1,0 +1,128 @@
+"""Misfits: what an error says where a checkpoint does not fit the tree that it is to be restored like."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from fxtrain.checkpoint._parts import Names, Part
+
+_SHOWN_PATHS = 20
+_SHOWN_NAMES = 6
+_LORA = "lora_"  # what peft has in the names of the parameters that it adds
+
+
+def misfits(
+    path: pathlib.Path,
+    names: Names,
+    selected: Iterable[Part],
+    unlike: Sequence[tuple[Part, str, Part | None]],
+    left_over: Sequence[Part],
+) -> str:
+    """The error for parts without an equal in the checkpoint, with the ways out that fit what differs.
+
+    Args:
+        path: Of the checkpoint.
+        names: Of parameters and buffers on both sides.
+        selected: The parts that were to be restored.
+        unlike: Those of another shape or dtype, or without a source: the part, its path in the checkpoint, and the
+            source.
+        left_over: Parts of the checkpoint alone.
+    """
+    problems: list[str] = []
+    for part, target, source in unlike:
+        at = "" if target == part.path else f" at {target}"
+        problems.append(f"  {part.path}: expected {part.kind}, got {source.kind if source else 'none'}{at}")
+    problems += [f"  {part.path}: expected none, got {part.kind}" for part in left_over]
+    more = f"\n  ... and {len(problems) - _SHOWN_PATHS} more" if len(problems) > _SHOWN_PATHS else ""
+    shown = "\n".join(problems[:_SHOWN_PATHS])
+    remedies = [
+        *_lora(names),
+        *_dtypes(unlike, left_over),
+        *_trained(names, unlike, left_over),
+        *_fresh(names, selected, unlike, left_over),
+        *_slots(names, unlike, left_over),
+    ] or ["Make `like` with the model, the optimizer and the callbacks that the checkpoint was made with."]
+    return (
+        f"expected the paths, shapes and dtypes of `like`, got others in {path}:\n{shown}{more}\n{' '.join(remedies)} "
+        "where= restores a part, or takes values from other paths."
+    )
+
+
+def _lora(names: Names) -> list[str]:
+    here, there = (any(_LORA in name for name in side.values()) for side in (names.here, names.there))
+    if here == there:
+        return []
+    adapted = "the checkpoint" if there else "`like`"
+    way = (
+        "Restore it like a state of the adapted model; fxtrain.save_weights(..., convert=lambda model: "
+        "model.merge_and_unload()) then writes the merged weights for fxtrain.load_weights."
+        if there
+        else "Make `like` without adapters, and load its weights into the adapted model with fxtrain.load_state_dict."
+    )
+    return [f"Only {adapted} has LoRA parameters. {way}"]
+
+
+def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence[Part]) -> list[str]:
+    """If nothing but dtypes differs."""
+    kinds = [(part.kind.split("["), source.kind.split("[")) for part, _, source in unlike if source is not None]
+    if left_over or len(kinds) < len(unlike) or any(here[1:] != there[1:] for here, there in kinds):
+        return []
+    dtype = kinds[0][1][0]
+    return [
+        f"Only dtypes differ. Make `like` with fxtrain.init(..., dtype=torch.{dtype}), restore, and give "
+        "fxtrain.state_dict of the result to fxtrain.load_state_dict(..., cast=True)."
+    ]
+
+
+def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
+    """If slots differ in values that belong to no parameter by name, as one vector of statistics of all of them."""
+    parts = (*(part for part, _, _ in unlike), *left_over)
+    slots = {part.keys[1] for part in parts if part.keys[:1] == ("slots",) and names.of(part) is None}
+    if not slots or any(part.keys[:1] != ("slots",) and names.of(part) is None for part in parts):
+        return []
+    return [
+        f"To initialize {_listed(sorted(map(repr, slots)))}, restore like a state without such slots, with "
+        "extra='drop', and attach the callbacks to the result."
+    ]
+
+
+def _trained(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
+    """If the same parameters were trained in part, by what ``like`` fits."""
+    missing = [part for part, _, source in unlike if source is None]
+    one_sided = [*missing, *left_over]
+    both = {*names.here.values()} & {*names.there.values()}
+    if not one_sided or any(part.keys[:1] != ("opt_state",) or names.of(part) not in both for part in one_sided):
+        return []
+    here = {name for part in missing if (name := names.of(part))}
+    there = {name for part in left_over if (name := names.of(part))}
+    held = [
+        f"{side} alone has optimizer state for {_listed(sorted(own))}"
+        for side, own in (("`like`", here), ("the checkpoint", there))
+        if own
+    ]
+    return [
+        f"Other parameters were trained: {', and '.join(held)}. Make `like` as the checkpoint was made, with "
+        "fxtrain.with_trainable(like, tx, ...), restore, and then change what is trained."
+    ]
+
+
+def _fresh(
+    names: Names,
+    selected: Iterable[Part],
+    unlike: Iterable[tuple[Part, str, Part | None]],
+    left_over: Iterable[Part],
+) -> list[str]:
+    """If some parameters fit with all that belongs to them, which do not."""
+    owners = [names.of(part) for part in (*(part for part, _, _ in unlike), *left_over)]
+    unfit = {name for name in owners if name is not None}
+    fit = {name for part in selected if (name := names.of(part))} - unfit
+    weights = {*names.here.values()} & {*names.there.values()} & fit
+    if not weights or not unfit:
+        return []
+    code = "[" + ", ".join(map(repr, sorted(unfit)[:_SHOWN_NAMES])) + (", ...]" if len(unfit) > _SHOWN_NAMES else "]")
+    return [f"fresh={code}, or patterns of such names, keeps these as in `like`, with their optimizer state."]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {len(names) - _SHOWN_NAMES} more" if names[_SHOWN_NAMES:] else "")

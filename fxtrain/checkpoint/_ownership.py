@@ -1,0 +1,133 @@
+"""Ownership: which run a folder's checkpoints belong to, and whether a session may add to them."""
+
+from __future__ import annotations
+
+import pathlib
+import secrets
+from collections.abc import Sequence
+from typing import NoReturn
+
+import xxhash
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.checkpoint import _retention as retention
+from fxtrain.checkpoint._contents import host_bytes
+from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._manifest import read_entry
+from fxtrain.checkpoint._retention import Entry
+from fxtrain.core import TrainState
+
+_MOST_STEPS_SHOWN = 12
+
+
+class Ownership:
+    """What one checkpointer object knows of the runs in its folder, from what it has written and read.
+
+    Args:
+        folder: The folder.
+        overwrite: Whether a new run may begin beside the checkpoints of an earlier one.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, overwrite: bool) -> None:
+        self._folder, self._overwrite = folder, overwrite
+        self._last: Entry | None = None  # the last checkpoint that was written or read
+        self._newest: Entry | None = None  # the newest of its run at that moment
+
+    def wrote(self, entry: Entry) -> None:
+        """Notes a commit."""
+        self._last = self._newest = entry
+
+    def has_read(self, entry: Entry, found: Sequence[Entry]) -> None:
+        """Notes a restore, and what was in the folder."""
+        self._last, self._newest = entry, _newest_listed(found)
+
+    def run_of_session(self, state: TrainState, found: Sequence[Entry], *, resume: bool) -> str:
+        """The run that a session which begins with ``state`` writes for.
+
+        Raises:
+            CheckpointError: If the folder is that of another run.
+        """
+        if resume and not retention.listed(found):  # a run that was interrupted before its first checkpoint
+            return newest_run(found) or _new_run()
+        last = self._last_if_current(found)
+        if last is not None and (resume or _is_saved_as(state, last)):
+            return last.run
+        if resume:  # another process has saved since the state was read: that is not to be overwritten
+            self._refuse(found)
+        return self._new_run_beside(found)
+
+    def run_of_save(self, found: Sequence[Entry]) -> str:
+        """The run that a save outside of a session writes for.
+
+        Raises:
+            CheckpointError: If the folder is that of a run that this object has not read from.
+        """
+        last = self._last_if_current(found)
+        return last.run if last is not None else self._new_run_beside(found)
+
+    def _last_if_current(self, found: Sequence[Entry]) -> Entry | None:
+        """The last checkpoint written or read, unless another writer has added to the folder since."""
+        return self._last if self._newest is not None and self._newest == _newest_listed(found) else None
+
+    def _new_run_beside(self, found: Sequence[Entry]) -> str:
+        if found and not self._overwrite:
+            self._refuse(found)
+        return _new_run()
+
+    def _refuse(self, found: Sequence[Entry]) -> NoReturn:
+        aside = [entry for entry in found if entry.path.name.startswith(retention.UNREADABLE)]
+        committed = [entry for entry in found if entry not in aside]
+        described = [f"checkpoints of steps {shown({entry.step for entry in committed})}"] if committed else []
+        described += [f"{len(aside)} that were set aside as unreadable"] if aside else []
+        raise CheckpointError(
+            f"expected a folder without checkpoints of another run, got {self._folder} with {' and '.join(described)}. "
+            "To resume that run, call fit(..., resume=True), or restore its newest checkpoint with this checkpointer "
+            "and continue from the restored state. To keep it, give another folder. To replace it, create the "
+            "checkpointer with overwrite=True."
+        )
+
+
+def contents(folder: pathlib.Path) -> list[Entry]:
+    """All checkpoints of all runs, committed or set aside, oldest first."""
+    return sorted([*retention.entries(folder), *retention.unreadable(folder)])
+
+
+def newest_run(found: Sequence[Entry]) -> str | None:
+    """The run that wrote the newest checkpoint."""
+    return found[-1].run if found else None
+
+
+def shown(steps: set[int]) -> str:
+    """Steps in a message: the first and the last ones if there are many."""
+    texts = [str(step) for step in sorted(steps)]
+    if len(texts) > _MOST_STEPS_SHOWN:
+        texts = [*texts[:3], "...", *texts[-6:]]
+    return ", ".join(texts) or "none"
+
+
+def _new_run() -> str:
+    # From the operating system, because a run must neither read nor advance torch's and Python's generators.
+    return secrets.token_hex(6)
+
+
+def _newest_listed(found: Sequence[Entry]) -> Entry | None:
+    run = newest_run(found)
+    own = [entry for entry in retention.listed(found) if entry.run == run]
+    return next((entry for entry in reversed(own) if not entry.path.name.startswith(retention.UNREADABLE)), None)
+
+
+def _is_saved_as(state: TrainState, entry: Entry) -> bool:
+    """Whether ``state`` has the step, and to the bit the seed and the parameters, of a checkpoint.
+
+    A state of step 0 never counts as saved, because every new run begins with one.
+    """
+    if entry.step == 0 or int(state.step) != entry.step:
+        return False
+    try:
+        saved = {row["path"]: row["xxh3"] for row in read_entry(entry)["leaves"]}
+    except CheckpointError:
+        return False
+    given: dict[str, Tensor] = {"state.seed": state.seed}
+    given.update(zip(tree.paths(state.params, "state.params"), tree.leaves(state.params), strict=True))
+    return all(saved.get(path) == xxhash.xxh3_64(host_bytes(leaf)).hexdigest() for path, leaf in given.items())

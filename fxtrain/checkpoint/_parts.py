@@ -1,0 +1,124 @@
+"""Parts: what is restored by itself, which is a leaf, or one parameter's element of a vector over all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fxtrain import tree
+from fxtrain.checkpoint._table import Leaf, element_paths, entry_of, name_of, root_of
+from fxtrain.core import TrainState, matching
+from fxtrain.optim._nodes import as_code, as_name
+
+Keys = tuple[Any, ...]
+
+
+class Part(NamedTuple):
+    """A leaf, or an element of one.
+
+    Args:
+        path: Code that reaches it from the root. An element's ends with the path of its parameter in brackets.
+        keys: The keys of the path.
+        kind: Its dtype and shape, as errors show them.
+        leaf: The path of the leaf.
+        leaf_kind: The leaf's dtype and shape.
+        element: Its index in the leaf; None for a whole leaf.
+    """
+
+    path: str
+    keys: Keys
+    kind: str
+    leaf: str
+    leaf_kind: str
+    element: int | None = None
+
+
+def parts_of(like: Any) -> list[Part]:
+    """The parts of a tree, in the order of its leaves."""
+    leaves, structure = tree.flatten(like)
+    elements = element_paths(structure)
+    found: list[Part] = []
+    for index, (accessor, leaf) in enumerate(zip(structure.accessors(), leaves, strict=True)):
+        path, keys = accessor.codify(root_of(structure)), tuple(entry_of(entry)[1] for entry in accessor)
+        found += _split(path, keys, name_of(leaf.dtype), list(leaf.shape), elements.get(index))
+    return found
+
+
+def parts_stored(stored: Mapping[str, Leaf]) -> list[Part]:
+    """The parts of a checkpoint."""
+    found: list[Part] = []
+    for row in stored.values():
+        keys = tuple(key for _, key in row["entries"])
+        found += _split(row["path"], keys, row["dtype"], row["shape"], row.get("elements"))
+    return found
+
+
+def _split(
+    path: str, keys: Keys, dtype: str, shape: Sequence[int], elements: Sequence[Sequence[Any]] | None
+) -> list[Part]:
+    kind = f"{dtype}{list(shape)}"
+    if elements is None:
+        return [Part(path, keys, kind, path, kind)]
+    return [
+        Part(path + as_code(tuple(element)), (*keys, *element), f"{dtype}[]", path, kind, index)
+        for index, element in enumerate(elements)
+    ]
+
+
+class Names:
+    """The parameters and buffers of a state and of a checkpoint, and which parts belong to each.
+
+    Optimizer state, and averages in slots, belong to the parameter whose path is in theirs.
+
+    Args:
+        here: The parts of the state.
+        there: Those of the checkpoint.
+    """
+
+    def __init__(self, here: Iterable[Part], there: Iterable[Part]) -> None:
+        self.here = _named(here)
+        self.there = _named(there)
+        self._names = {**self.here, **self.there}
+
+    def chosen(self, patterns: str | Sequence[str] | None) -> set[str]:
+        """The names that match.
+
+        Raises:
+            ValueError: If a pattern matches none.
+        """
+        names = list(dict.fromkeys(self._names.values()))
+        return {names[i] for i in matching(names, patterns, "parameter or buffer")}
+
+    def of(self, part: Part) -> str | None:
+        """The name of the parameter or buffer that a part belongs to; None if it belongs to none."""
+        return self.of_keys(part.keys)
+
+    def of_keys(self, keys: Keys) -> str | None:
+        """As ``of``, by the keys of a path."""
+        if keys[:1] in (("params",), ("buffers",)):
+            return self._names.get(keys[1:])
+        if keys[:1] not in (("opt_state",), ("slots",)):
+            return None
+        inner = keys[1:] if keys[0] == "opt_state" else keys[2:]
+        runs = [inner[i:j] for i in range(len(inner)) for j in range(i + 1, len(inner) + 1)]
+        known = [run for run in runs if run in self._names]
+        return self._names[max(reversed(known), key=len)] if known else None
+
+
+def _named(parts: Iterable[Part]) -> dict[Keys, str]:
+    return {
+        part.keys[1:]: as_name(part.keys[1:])
+        for part in parts
+        if part.keys[:1] in (("params",), ("buffers",)) and len(part.keys) > 1
+    }
+
+
+def slots_of_one_side(like: TrainState, there: Iterable[Part]) -> tuple[set[str], dict[str, list[Part]]]:
+    """The slots that the checkpoint does not have; and those it alone has, with their parts."""
+    own: dict[str, list[Part]] = {}
+    for part in there:
+        if len(part.keys) > 1 and part.keys[0] == "slots" and isinstance(part.keys[1], str):
+            own.setdefault(part.keys[1], []).append(part)
+    return like.slots.keys() - own.keys(), {
+        name: parts for name, parts in sorted(own.items()) if name not in like.slots
+    }

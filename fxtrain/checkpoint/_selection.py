@@ -1,0 +1,227 @@
+"""Selection: which leaf of a checkpoint goes to which leaf of a tree."""
+
+from __future__ import annotations
+
+import fnmatch
+import pathlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._misfits import misfits
+from fxtrain.checkpoint._parts import Names, Part, parts_of, parts_stored, slots_of_one_side
+from fxtrain.checkpoint._table import Leaf, root_of
+from fxtrain.core import TrainState
+
+Where = str | Iterable[str] | Mapping[str, str] | None
+Fresh = str | Sequence[str] | None
+
+
+class Elements(NamedTuple):
+    """The sources of some elements of a leaf: each with its index here, its leaf there, and its index there."""
+
+    sources: tuple[tuple[tuple[int, ...], Leaf, tuple[int, ...]], ...]
+
+
+class Match(NamedTuple):
+    """What is restored from where."""
+
+    sources: list[Leaf | Elements | None]  # for each leaf of the tree, in order; None where it stays as it is
+    missing: list[str]  # slots of the tree alone
+    extra: dict[str, list[Leaf]]  # slots of the checkpoint alone, with their leaves
+    outdated: list[str]  # slots of the checkpoint alone that hold values of fresh parameters
+    shared: list[str]  # slots of both that do, and that hold values of no parameter, such as a count, too
+
+
+def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Where, fresh: Fresh = None) -> Match:
+    """Finds the source of each leaf of ``like`` in the checkpoint at ``path``, whose leaves are ``stored`` by path.
+
+    Raises:
+        CheckpointError: If nothing is at a path of ``where``, or a leaf has another shape or dtype, is missing or is
+            left over. The message names every such path with both sides.
+        ValueError: If a pattern of ``fresh`` matches no name, or ``like`` is no state.
+    """
+    if fresh is not None and not isinstance(like, TrainState):
+        raise ValueError(f"expected a TrainState as `like` for fresh={fresh!r}, got a {type(like).__name__}.")
+    here, there = parts_of(like), parts_stored(stored)
+    names = Names(here, there)
+    kept = names.chosen(fresh)
+
+    def is_fresh(part: Part) -> bool:
+        return bool(kept) and names.of(part) in kept
+
+    select, selects = _selection(where, [part.path for part in here], [part.path for part in there])
+    by_path = {part.leaf: _whole(part) for part in there} | {part.path: part for part in there}
+    missing, extra = slots_of_one_side(like, there) if isinstance(like, TrainState) else (set[str](), {})
+    found: list[tuple[Part, str, Part | None]] = []
+    absent: set[str] = set()
+    for part in _whole_where_stored_whole(here, select, stored):
+        target = select(part.path)
+        if target is None or is_fresh(part):
+            continue
+        slot = part.keys[1] if part.keys[:1] == ("slots",) else None
+        if slot in missing and target == part.path:
+            absent.add(slot)
+            continue
+        found.append((part, target, by_path.get(target)))
+    used = {source.path for _, _, source in found if source} | {source.leaf for _, _, source in found if source}
+    one_sided = {part.path for own in extra.values() for part in own}
+    left_over = [
+        part
+        for part in there
+        if selects(part.path)
+        and not is_fresh(part)
+        and not {part.path, part.leaf} & used
+        and part.path not in one_sided
+    ]
+    _refuse_unlike(path, names, found, left_over)
+    _refuse_nameless(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
+    _refuse_abstract_rest(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
+    outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
+    partly_fresh = {part.keys[1] for part in here if part.keys[:1] == ("slots",) and is_fresh(part)}
+    shared = {
+        part.keys[1]
+        for part, _, _ in found
+        if part.keys[:1] == ("slots",) and part.keys[1] in partly_fresh and names.of(part) is None
+    }
+    unclaimed = {
+        name: [stored[leaf] for leaf in dict.fromkeys(part.leaf for part in own)]
+        for name, own in extra.items()
+        if name not in outdated
+    }
+    paths = tree.paths(like, root_of(tree.structure(like)))
+    sources = _sources(paths, here, found, stored)
+    if where is not None:
+        unclaimed, outdated = {}, []
+    return Match(sources, sorted(absent), unclaimed, outdated, sorted(shared))
+
+
+def _selection(
+    where: Where, here: Collection[str], there: Collection[str]
+) -> tuple[Callable[[str], str | None], Callable[[str], bool]]:
+    """From a path to its path in the checkpoint, None where it stays; and whether a path there is selected.
+
+    Raises:
+        CheckpointError: If a prefix or a pattern has nothing on one side.
+    """
+    if where is None:
+        return lambda path: path, lambda path: True
+    if isinstance(where, str):
+        where = [where]
+    renamed = dict(where) if isinstance(where, Mapping) else {path: path for path in where}
+    for side, wheres, paths in (("`like`", renamed, here), ("the checkpoint", renamed.values(), there)):
+        for one in wheres:
+            if not any(_is_at(path, one) for path in paths):
+                listed = list(paths)
+                shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+                raise CheckpointError(f"where={one!r}: nothing is there in {side}, which has {shown}.")
+    prefixes = {one: target for one, target in renamed.items() if not _is_pattern(one)}
+    patterns = [one for one in renamed if _is_pattern(one)]
+
+    def select(path: str) -> str | None:
+        longest = max((prefix for prefix in prefixes if _is_at(path, prefix)), key=len, default=None)
+        if longest is not None:
+            return prefixes[longest] + path[len(longest) :]
+        return path if any(_is_at(path, pattern) for pattern in patterns) else None
+
+    return select, lambda path: any(_is_at(path, target) for target in renamed.values())
+
+
+def _is_pattern(where: str) -> bool:
+    return "*" in where or "?" in where
+
+
+def _is_at(path: str, where: str) -> bool:
+    """Whether a path is, or is below, what a prefix or a pattern stands for. Brackets are those of paths."""
+    if _is_pattern(where):
+        pattern = where.replace("[", "[[]")
+        return any(fnmatch.fnmatchcase(path, pattern + end) for end in ("", ".*", "[[]*"))
+    return path.startswith(where) and path[len(where) : len(where) + 1] in ("", ".", "[")
+
+
+def _whole_where_stored_whole(
+    here: Iterable[Part], select: Callable[[str], str | None], stored: Mapping[str, Leaf]
+) -> list[Part]:
+    """The parts, in which vectors that the checkpoint has without the names of their elements are whole."""
+    found: dict[str, Part] = {}
+    for part in here:
+        target = select(part.leaf) if part.element is not None else None
+        whole = target is not None and target in stored and "elements" not in stored[target]
+        found[part.leaf if whole else part.path] = _whole(part) if whole else part
+    return list(found.values())
+
+
+def _whole(part: Part) -> Part:
+    return Part(part.leaf, (), part.leaf_kind, part.leaf, part.leaf_kind)
+
+
+def _sources(
+    paths: Sequence[str],
+    here: Iterable[Part],
+    found: Iterable[tuple[Part, str, Part | None]],
+    stored: Mapping[str, Leaf],
+) -> list[Leaf | Elements | None]:
+    counts: dict[str, int] = {}
+    for part in here:
+        counts[part.leaf] = counts.get(part.leaf, 0) + (part.element is not None)
+    chosen: dict[str, list[tuple[Part, Part]]] = {}
+    for part, _, source in found:
+        if source is not None:
+            chosen.setdefault(part.leaf, []).append((part, source))
+
+    def source_of(path: str) -> Leaf | Elements | None:
+        pairs = chosen.get(path)
+        if not pairs:
+            return None
+        first = stored[pairs[0][1].leaf]
+        whole = len(pairs) == counts[path] == len(first.get("elements", ()))
+        if (pairs[0][0].element, pairs[0][1].element) == (None, None) or (
+            whole and all((one.element, first["path"]) == (other.element, other.leaf) for one, other in pairs)
+        ):
+            return first
+        return Elements(tuple((_index(one), stored[other.leaf], _index(other)) for one, other in pairs))
+
+    return [source_of(path) for path in paths]
+
+
+def _index(part: Part) -> tuple[int, ...]:
+    return () if part.element is None else (part.element,)
+
+
+def _refuse_unlike(
+    path: pathlib.Path,
+    names: Names,
+    found: Sequence[tuple[Part, str, Part | None]],
+    left_over: Sequence[Part],
+) -> None:
+    unlike = [pair for pair in found if pair[2] is None or pair[2].kind != pair[0].kind]
+    if unlike or left_over:
+        raise CheckpointError(misfits(path, names, [part for part, _, _ in found], unlike, left_over))
+
+
+def _refuse_nameless(
+    path: pathlib.Path, partly_fresh: Collection[str], found: Iterable[tuple[Part, str, Part | None]]
+) -> None:
+    for part, target, _ in found:
+        if part.path in partly_fresh:
+            raise CheckpointError(
+                f"expected the parameter of each element of {target} in {path}, got none, because an older version "
+                "wrote it. Restore the parameters alone, with where='state.params'."
+            )
+
+
+def _refuse_abstract_rest(path: pathlib.Path, like: Any, chosen: Collection[str]) -> None:
+    leaves: dict[str, Tensor] = dict(
+        zip(tree.paths(like, root_of(tree.structure(like))), tree.leaves(like), strict=True)
+    )
+    empty = [
+        part.path for part in parts_of(like) if leaves[part.leaf].is_meta and not {part.path, part.leaf} & {*chosen}
+    ]
+    if empty:
+        raise CheckpointError(
+            f"{', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''} would stay as in `like`, and has no value "
+            f"there, because it is on the meta device; {path} has none for it either. Give a `like` with values."
+        )

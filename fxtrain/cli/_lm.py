@@ -1,0 +1,368 @@
+"""``fxtrain lm``: train a small byte-level transformer on real text, from nothing, and say how good it became."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fxtrain as fx
+from fxtrain.callbacks._textgen import generate
+from fxtrain.cli import _baselines as baselines
+from fxtrain.cli._arguments import parse
+from fxtrain.cli._corpus import CorpusError, check_fits, read_corpus
+from fxtrain.cli._messages import EXIT_FAILURE, EXIT_USAGE, fail
+from fxtrain.cli._run_folder import (
+    CommandError,
+    FolderError,
+    make_folder,
+    read_config,
+    saved_options,
+    write_json,
+)
+from fxtrain.cli._transformer import Config, Transformer
+
+STEPS = 1000  # where neither steps nor epochs are asked for
+MUON_RATE = 20 / 3  # its learning rate over AdamW's
+PROMPT = "def "
+TEMPERATURE = 0.8
+_LARGEST = 2**31  # of a whole number; the product of two still fits into 64 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains a small byte-level transformer on real text, from nothing."""
+
+    text: str | None = None
+    """A file, a folder or a glob. By default the source text of the Python standard library."""
+    steps: int | None = None
+    """Steps in all; 1000 where neither this nor --epochs is given. With both, the shorter counts."""
+    epochs: int | None = None
+    """Epochs in all."""
+    batch_size: int = 16
+    """Sequences in a batch."""
+    length: int = 128
+    """Bytes in a sequence."""
+    layers: int = 4
+    """Blocks of the transformer."""
+    width: int = 128
+    """Channels of its residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.0
+    """The probability that a channel is dropped in training."""
+    lr: float = 3e-3
+    """The peak learning rate of AdamW (Muon's is 20/3 of it), after a tenth of the steps; a cosine brings it down."""
+    seed: int = 0
+    """Weights, data order and dropout are functions of it."""
+    eval_interval: int = 200
+    """Steps between evaluations on a part of the validation text."""
+    snapshot_interval: int = 200
+    """Steps between checkpoints."""
+    early_stopping: bool = False
+    """Stop when the validation loss stops improving."""
+    patience: int = 5
+    """Evaluations without improvement that stop the run."""
+    min_delta: float = 0.0
+    """By how much, in nats per byte, a validation loss must be lower to count as an improvement."""
+    restore_best: bool = True
+    """With --early-stopping, end with the best weights and not with the last ones."""
+    gradient_monitor: bool = False
+    """Measure norms of gradients and how they change from layer to layer, at each snapshot."""
+    gradient_monitor_interval: int | None = None
+    """With --gradient-monitor, publish them every so many steps as well."""
+    compile: bool = True
+    """Compile each step into one graph; it takes a minute or less, and makes steps faster."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, or auto, which is cuda where there is one."""
+    runs: pathlib.Path = pathlib.Path("runs")
+    """The folder in which the run's own folder is made."""
+    resume: pathlib.Path | None = None
+    """The folder of a run to go on with, with the options that it was started with."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    before = torch.are_deterministic_algorithms_enabled()
+    # The embedding's gradient is summed by several threads, in an order of their own unless this is asked for: a
+    # resumed run would differ in its last bits.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return _Job(_options(arguments)).run()
+    except (CommandError, CorpusError) as error:
+        return fail("lm", error, EXIT_USAGE)
+    except (FolderError, fx.CheckpointError, OSError) as error:
+        return fail("lm", error, EXIT_FAILURE)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _options(arguments: Sequence[str]) -> Options:
+    """The options of the run: those given, or those that the run to resume was started with."""
+    given = parse(Options, "lm", arguments)
+    if given.resume is None:
+        return given
+    options = saved_options(Options, read_config(given.resume).options, resume=given.resume)
+    again = parse(Options, "lm", arguments, default=options)
+    changed = [name for name, value in dataclasses.asdict(again).items() if value != getattr(options, name)]
+    if changed:
+        raise CommandError(
+            f"A resumed run keeps the options that it was started with, and --{changed[0].replace('_', '-')} was "
+            f"{getattr(options, changed[0])!r} then: leave it out, or start a new run."
+        )
+    return options
+
+
+class _Job:
+    """One session of a run, from its options to its report."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        _validate(options)
+        self.device = _device(options.device)
+        self.corpus = read_corpus(options.text)
+        check_fits(self.corpus, batch_size=options.batch_size, length=options.length)
+        self.data = fx.data.windows(self.corpus.train, options.length, options.batch_size, seed=options.seed)
+        self.steps = _steps(options, self.data.epoch_length)
+        self.folder = self._start_folder()
+        self.checkpoints = fx.checkpointer(self.folder / "checkpoints", keep=2, best="loss")
+        if options.resume is not None and not self.checkpoints.steps():
+            print(f"No checkpoint is in {self.folder} yet: the run begins at its first step.", file=sys.stderr)
+
+    def run(self) -> int:
+        options = self.options
+        self._head()
+        tx = self._transform()
+        state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
+        monitors = self._monitors()
+        step, eval_step = fx.train_step(_loss, tx, callbacks=monitors), fx.eval_step(_loss)
+        if options.compile:
+            step, eval_step = fx.compile(step), fx.compile(eval_step)
+        writing = fx.callbacks.textgen([PROMPT, "import "], Bytes(), length=options.length, temperature=TEMPERATURE)
+        tokens = options.batch_size * options.length
+        speed = fx.callbacks.throughput(tokens=tokens)
+        callbacks = [monitors, speed, writing, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
+        if options.early_stopping:
+            callbacks.append(
+                fx.callbacks.early_stopping(
+                    "loss",
+                    patience=options.patience,
+                    min_delta=options.min_delta,
+                    restore_best=options.restore_best,
+                )
+            )
+        bits = {"bits/byte": lambda metrics: metrics["loss"] / math.log(2)}
+        result = fx.fit(
+            state,
+            step,
+            fx.data.prefetch(self.data),
+            callbacks=callbacks,
+            eval_step=eval_step,
+            eval_data=self._part_of_validation(),
+            eval_when=lambda event: event.step % options.eval_interval == 0 or event.step == self.steps,
+            steps=self.steps,
+            checkpointer=self.checkpoints,
+            resume=options.resume is not None,
+            observers=[
+                fx.observers.progress(rate=("tokens", tokens), extra=bits),
+                fx.observers.write(
+                    fx.writers.jsonl(self.folder / "metrics.jsonl"),
+                    fx.writers.tensorboard(self.folder),
+                    every=10,
+                    hparams={name: value for name, value in _plain(options).items() if value is not None},
+                ),
+                fx.observers.record_run(self.folder, _plain(options)),
+                fx.observers.summary(file=self.folder / "summary.txt"),
+            ],
+        )
+        if result.exit_code:
+            self._tail()
+            return result.exit_code
+        self._report(result.state, eval_step)
+        return 0
+
+    # The parts
+
+    def _model(self) -> Transformer:
+        options = self.options
+        shape = Config(options.layers, options.width, options.heads, options.length, options.dropout)
+        return Transformer(shape, torch.Generator().manual_seed(options.seed))
+
+    def _transform(self) -> fx.optim.GradientTransformation:
+        """Muon for the matrices of the blocks, AdamW for embedding and norms, both warmed up and cooled down."""
+
+        def rate(peak: float) -> Any:
+            warmup = max(1, self.steps // 10)
+            decay = max(self.steps, warmup + 1)  # a run of one step is all warmup
+            return fx.schedules.warmup_cosine_decay(
+                init_value=0.0, peak_value=peak, warmup_steps=warmup, decay_steps=decay, end_value=peak / 20
+            )
+
+        return fx.optim.muon(
+            rate(MUON_RATE * self.options.lr),
+            weight_decay=0.1,
+            muon_mask=lambda path, leaf: leaf.ndim == 2 and "blocks" in path,
+            adam_learning_rate=rate(self.options.lr),
+            adam_b2=0.95,
+        )
+
+    def _monitors(self) -> Any:
+        """What watches inside the step, published where snapshots are made: each holds what was published of it."""
+        options = self.options
+        if not options.gradient_monitor:
+            return fx.compose()
+        due = fx.every(options.snapshot_interval)
+        if options.gradient_monitor_interval is not None:
+            due = due | fx.every(options.gradient_monitor_interval)
+        return fx.compose(fx.callbacks.grad_norms(layer="*", publish=due), fx.callbacks.grad_flow(publish=due))
+
+    def _validation(self) -> Any:
+        """Windows over the validation text in their order."""
+        size = min(64, (len(self.corpus.validation) - 1) // self.options.length)
+        return fx.data.windows(self.corpus.validation, self.options.length, size, shuffle=False)
+
+    def _part_of_validation(self, batches: int = 16) -> Any:
+        """So many batches of it, spread over the whole: what evaluations in between can afford."""
+        whole = self._validation()
+        if batches >= whole.epoch_length:
+            return whole
+        return fx.data.sequence([whole[index * whole.epoch_length // batches] for index in range(batches)])
+
+    # What a person sees
+
+    def _head(self) -> None:
+        options = self.options
+        count = sum(leaf.numel() for leaf in self._model().parameters())
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        how = "each step compiled to one graph" if options.compile else "not compiled"
+        print(f"corpus      {self.corpus.description}")
+        layers = f"{options.layers} layer{'s' if options.layers > 1 else ''}"
+        print(f"model       {layers} of width {options.width}: {count:,} parameters")
+        print(f"device      {self.device}{threads}, {how}")
+        print(f"run         {self.folder}\n", flush=True)
+
+    def _report(self, state: fx.TrainState, eval_step: Any) -> None:
+        whole = self._validation()
+        # The bytes of all full batches: all models are measured on the same.
+        text = self.corpus.validation[: whole.epoch_length * whole[0]["x"].numel() + 1]
+        print("\nmeasuring   the validation text, and simpler models on it", flush=True)
+        ours = fx.evaluate(state, eval_step, whole)["loss"] / math.log(2)
+        marks = {
+            "this model": ours,
+            "xz -9": baselines.xz_bits(text),
+            "trigrams": baselines.trigram_bits(self.corpus.train, text),
+            "unigrams": baselines.unigram_bits(self.corpus.train, text),
+        }
+        write_json(self.folder / "result.json", {"bits_per_byte": marks, "step": int(state.step)})
+        print(f"validation  bits per byte of {len(text) / 1e6:.2f} MB held out:")
+        for name, value in marks.items():
+            print(f"            {value:6.3f}  {name}")
+        print("\nsample")
+        for line in self._sample(state).splitlines():
+            print(f"  | {line}")
+        self._tail()
+
+    def _sample(self, state: fx.TrainState) -> str:
+        key = fx.rng.key(state.seed, stream=fx.rng.Stream.SAMPLE, step=state.step)
+        numbers = fx.rng.uniform(key, (240,)).tolist()
+        prompt, length = Bytes().encode(PROMPT), self.options.length
+        drawn = generate(fx.view(state), prompt, numbers, length=length, device=self.device, temperature=TEMPERATURE)
+        return PROMPT + Bytes().decode(drawn)
+
+    def _tail(self) -> None:
+        print(f"\nrun         {self.folder}")
+        print(f"resume      fxtrain lm --resume {self.folder}")
+        print(f"report      fxtrain report {self.folder}")
+
+    def _start_folder(self) -> pathlib.Path:
+        """Makes a new folder, or checks that of the run to resume."""
+        folder = self.options.resume
+        if folder is None:
+            facts = {
+                "options": _plain(self.options),
+                "corpus": {"digest": self.corpus.digest, "description": self.corpus.description},
+                "environment": {
+                    "fxtrain": version("fxtrain"),
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            }
+            return make_folder(self.options.runs, facts)
+        if read_config(folder).digest != self.corpus.digest:
+            raise CommandError(
+                f"The text is not the one that {folder} was started with ({self.corpus.description}): a resumed "
+                "run would be another one. Bring the text back, or start a new run."
+            )
+        return folder
+
+
+class Bytes:
+    """What turns text into bytes and back."""
+
+    def encode(self, text: str, /) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Nats per byte."""
+    return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+
+def _validate(options: Options) -> None:
+    whole = ("steps", "epochs", "batch_size", "length", "eval_interval", "snapshot_interval", "patience")
+    for name in (*whole, "gradient_monitor_interval"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')} is {value}, and at least 1 is wanted.")
+        if value is not None and value > _LARGEST:
+            raise CommandError(f"expected at most {_LARGEST} for --{name.replace('_', '-')}, got {value}. Give less.")
+    if not options.lr > 0:
+        raise CommandError(f"--lr is {options.lr}, and more than 0 is wanted.")
+    if not math.isfinite(options.lr):
+        raise CommandError("expected a finite number for --lr, got inf. Give one like 3e-3.")
+    if not 0 <= options.min_delta < math.inf:
+        raise CommandError(f"expected a finite number, 0 or more, for --min-delta, got {options.min_delta}. Give one.")
+    if not -(2**63) <= options.seed < 2**63:
+        raise CommandError(f"expected a seed of 64 bits for --seed, got {options.seed}. Give a smaller one.")
+    try:
+        Config(options.layers, options.width, options.heads, options.length, options.dropout)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # meta tensors have no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise CommandError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _steps(options: Options, epoch_length: int | None) -> int:
+    by_epochs = None if options.epochs is None else options.epochs * (epoch_length or 1)
+    return min((count for count in (options.steps, by_epochs) if count is not None), default=STEPS)
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """The options as JSON has them."""
+    named = dataclasses.asdict(options)
+    return {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in named.items()
+        if name != "resume"
+    }

@@ -1,0 +1,158 @@
+"""Draws: the masks of one shape are drawn together.
+
+A dropout draws by some 130 operations on integers, and only the number of its site tells it from the next one's.
+Inductor writes a loop for each, and a C++ compiler compiles it: two seconds a dropout at the first step. Here those of
+one shape become one draw with an axis more, of which each takes its part: the same bits. Masks are bytes, and a step
+keeps them for its backward pass in any case.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.compiler._writes import written_over
+
+_SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"))
+
+
+class _Draw(NamedTuple):
+    """Operations that make a mask of a site."""
+
+    nodes: Sequence[Any]  # in order, the first takes the site
+    outputs: Sequence[Any]  # those of them that others read
+    reader: Any  # the first of the others
+
+
+def with_draws_together(graph: Any) -> Any:
+    """The graph, of ``make_fx``, with masks of one shape drawn together. It is changed in place.
+
+    Where memory is written over before the end, in a module that works in place, it stays as it is.
+    """
+    if written_over(graph):
+        return graph
+    numbers = _merge_numbers(graph)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    alike = collections.defaultdict[str, dict[int, _Draw]](dict)
+    for node in filter(_takes_site, numbers):
+        draw = _draw_from(node, numbers, order)
+        if draw is not None:
+            alike[_all_but_site(draw)][node.args[1]] = draw
+    for draws in alike.values():
+        for sites in _progressions(draws):
+            if len(sites) > 1:
+                _draw_together(graph, [draws[site] for site in sites], sites, order)
+    return graph
+
+
+def _merge_numbers(graph: Any) -> dict[Any, None]:
+    """All that is made of integers that are no data. Each draw counts and takes the key apart anew: now one does."""
+    numbers, known, of_sites = dict[Any, None](), dict[Any, Any](), set[Any]()
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            continue
+        if node.op == "placeholder":
+            if not value.ndim:
+                numbers[node] = None
+            continue
+        if not _is_plain(node) or any(other not in numbers for other in node.all_input_nodes):
+            continue
+        first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        is_of_site = _takes_site(node) or not of_sites.isdisjoint(node.all_input_nodes)
+        # What is returned shares its memory with nothing, and a draw its operations.
+        if first is node or is_of_site or graph.output_node() in node.users:
+            numbers[node] = None
+            of_sites.update([node] if is_of_site else [])
+        else:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+    return numbers
+
+
+def _is_plain(node: Any) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return torch.Tag.pointwise in target.tags or target._opname in _SHAPING
+
+
+def _takes_site(node: Any) -> bool:
+    return node.target == torch.ops.aten.bitwise_xor.Scalar
+
+
+def _draw_from(taking: Any, numbers: Mapping[Any, None], order: Mapping[Any, int]) -> _Draw | None:
+    """All that is made of it, up to where it meets data; None if that is no mask."""
+    nodes, seen, todo = dict[Any, None](), {taking}, [(order[taking], taking)]
+    while todo:
+        _, node = heapq.heappop(todo)
+        if node not in numbers:
+            outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
+            is_mask = all(node.meta["val"].itemsize == 1 for node in outputs)
+            return _Draw(list(nodes), outputs, node) if is_mask and sum(map(_takes_site, nodes)) == 1 else None
+        nodes[node] = None
+        for user in node.users:
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(todo, (order[user], user))
+    return None
+
+
+def _all_but_site(draw: _Draw) -> str:
+    names = {node: f"#{index}" for index, node in enumerate(draw.nodes)}
+
+    def told(node: Any) -> str:
+        arguments = node.args[:1] if _takes_site(node) else node.args
+        return repr((node.target, torch.fx.map_arg((arguments, node.kwargs), lambda other: names.get(other, other))))
+
+    return repr((list(map(told, draw.nodes)), [names[node] for node in draw.outputs]))
+
+
+def _progressions(sites: Iterable[int]) -> list[range]:
+    """The sites as arithmetic progressions, the longest that begin at the least: ranges, which take no memory."""
+    left, found = set(sites), list[range]()
+    while left:
+        first = min(left)
+        strides = [site - first for site in left if site != first] or [1]
+        counts = {stride: next(n for n in range(len(left) + 1) if first + n * stride not in left) for stride in strides}
+        stride = max(sorted(strides), key=counts.__getitem__)
+        found.append(range(first, first + counts[stride] * stride, stride))
+        left -= set(found[-1])
+    return found
+
+
+def _draw_together(graph: Any, draws: Sequence[_Draw], sites: range, order: Mapping[Any, int]) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, reader = draws[0], min((draw.reader for draw in draws), key=order.__getitem__)
+    scalars = list(dict.fromkeys(n for node in model.nodes for n in node.all_input_nodes if n not in model.nodes))
+    examples = [node.meta["val"] for node in scalars]
+
+    def one(site: Tensor, *values: Tensor) -> list[Tensor]:
+        made = dict(zip(scalars, values, strict=True))
+        for node in model.nodes:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), made.__getitem__)
+            made[node] = torch.bitwise_xor(args[0], site) if _takes_site(node) else node.target(*args, **kwargs)
+        return [made[node] for node in model.outputs]
+
+    def all_of_them(*values: Tensor) -> list[Tensor]:
+        numbers = torch.arange(sites.start, sites.stop, sites.step, device=examples[0].device)
+        return torch.vmap(one, (0, *[None] * len(values)))(numbers, *values)
+
+    with examples[0].fake_mode:
+        body: Any = make_fx(all_of_them)(*examples).graph
+    body.eliminate_dead_code()
+    with graph.inserting_before(reader):
+        masks = graph.graph_copy(body, dict(zip(body.find_nodes(op="placeholder"), scalars, strict=True)))
+        for index, draw in enumerate(draws):
+            for output, together in zip(draw.outputs, masks, strict=True):
+                mask = graph.call_function(torch.ops.aten.select.int, (together, 0, index))
+                mask.meta["val"] = together.meta["val"][index]
+                output.replace_all_uses_with(mask)
+            for node in reversed(draw.nodes):
+                graph.erase_node(node)

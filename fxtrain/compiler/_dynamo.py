@@ -1,0 +1,124 @@
+"""Dynamo: torch's public compiler, for backends other than our own way to Inductor, and for sizes that change."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compiler._trace import Artefact
+from fxtrain.core import TrainState, compiling
+from fxtrain.core._frames import is_raised_by_users
+from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
+from fxtrain.step import EvalFunction, Step
+
+_TOO_MANY_SIZES = (
+    "expected a step in which sizes stay symbols, as dynamic=True asks, got one that reads a size as a number. Dynamo "
+    "made a graph for each size up to its limit, and other sizes run uncompiled from now on. Pad to few sizes with "
+    "fxtrain.data.bucketed."
+)
+
+
+def compile_by_dynamo(
+    step: Step | EvalFunction,
+    state: TrainState,
+    batch: Any,
+    *,
+    backend: str | Callable[..., Any],
+    mode: str | None,
+    dynamic: bool,
+) -> Artefact:
+    """The step by ``torch.compile``, as one graph. Arguments as for ``compile_traced``."""
+    # Imported when used: it is a third of what importing torch takes.
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    _check(step, state, batch)
+    compiled = _with_hooks_restored(
+        torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+    )
+    compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
+    state_structure, batch_structure = tree.structure(state), tree.structure(batch)
+    # Dynamo's code repeats at each call what the modules wrote on themselves while it was made.
+    model: Any = state.model
+    writes = model is not None and model.restore()
+
+    warned = False
+
+    def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        nonlocal warned
+        arguments = tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs)
+        try:
+            result = compiled(*arguments)
+        except FailOnRecompileLimitHit:  # before anything was computed
+            if not warned:
+                warnings.warn(_TOO_MANY_SIZES, UserWarning, stacklevel=4)
+            warned = True
+            result: Any = step(*arguments)
+        if writes and model is not None:
+            model.restore()
+        return (tree.leaves(result[0]), result[1]) if isinstance(step, Step) else ((), result)
+
+    return Artefact(run, None)
+
+
+def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: bool = False) -> None:
+    """The checks of a first call, which Dynamo's trace skips: without values if possible, else uncompiled."""
+    from torch._subclasses import FakeTensorMode
+
+    def run_without_values() -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = tree.map(mode.from_tensor, (state, batch))
+        with mode, compiling():
+            step(*fakes)
+
+    try:
+        run_without_values()
+    except (CapturedStateError, UnseededError):
+        raise
+    except ValuesNeededError:
+        step(state, batch)
+        if not again:
+            _check(step, state, batch, again=True)
+    except Exception as error:
+        step(state, batch)
+        if is_raised_by_users(error) and not fails(run_without_values):
+            raise
+
+
+def fails(function: Callable[[], Any]) -> bool:
+    """Whether a call raises. An error of the user's code that comes only once is no refusal of a compiler."""
+    try:
+        function()
+    except Exception:
+        return True
+    return False
+
+
+def _with_hooks_restored(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Restores saved-tensor hooks after an error. torch.func's are disabled and enabled by nodes of Dynamo's graph."""
+    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
+    def run(*arguments: Any) -> Any:
+        disabled = hooks._saved_tensors_hooks_get_disabled_error_message()
+        try:
+            return function(*arguments)
+        except BaseException:
+            if disabled is None:
+                hooks._saved_tensors_hooks_enable()
+            raise
+
+    return run
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Dynamo keeps its graphs, and counts them against its limit of 8, by code object; a callable object it calls
+    # through one that all share. So the ninth step of a notebook would be refused.
+    def run(state: TrainState, batch: Any) -> Any:
+        return function(state, batch)
+
+    return types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)

@@ -1,0 +1,161 @@
+"""Pending: graphs of a compiled step that run uncompiled until a worker has compiled them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compiler._graph import Graph
+from fxtrain.compiler._quiet import quietly
+from fxtrain.compiler._routes import Routes
+from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.compiler._worker import Job, is_idle, turn
+from fxtrain.core import TrainState
+from fxtrain.step import EvalFunction, Step
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+    """A graph that runs uncompiled."""
+
+    graph: Graph
+    kinds: dict[str, str]
+    batch: Any  # without values; see ``_blank``
+    job: Job | None = None
+    seconds: float = 0.0  # of its trace
+
+
+class Pending:
+    """The graphs of one step that are not compiled yet, in the order of their first batches.
+
+    Args:
+        step: What is compiled.
+        routes: The way to compile it.
+        options: Of ``Graph``.
+    """
+
+    def __init__(self, step: Step | EvalFunction, routes: Routes, options: dict[str, bool]) -> None:
+        self._step, self._routes, self._options = step, routes, options
+        self._entries: list[_Entry] = []
+        self._refused: list[dict[str, str]] = []
+        self.seconds = 0.0
+        """How long tracing and compiling took."""
+        self.calls = 0
+        """How many calls ran uncompiled."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def is_refused(self, kinds: dict[str, str]) -> bool:
+        """Whether a graph for states and batches of these kinds was not compiled in the background."""
+        return kinds in self._refused
+
+    def add(self, state: TrainState, entered: TrainState, batch: Any, kinds: dict[str, str]) -> Graph:
+        """A graph that runs uncompiled for now.
+
+        Args:
+            state: A state like those it is for.
+            entered: What of it enters the graph.
+            batch: A batch like those it is for.
+            kinds: As ``described`` returns them.
+
+        Raises:
+            ValueError: If other processes take the same steps: graphs and uncompiled steps differ in the order of their
+                collectives, and each process would exchange them at another step.
+        """
+        processes = _processes()
+        if processes > 1:
+            raise ValueError(
+                f"expected one process for a step compiled with background=True, got {processes}, which would wait for "
+                "each other forever if one of them has its graph earlier. Leave background=True out."
+            )
+        artefact = uncompiled(self._step, entered, batch, in_place=self._options["donate"])
+        graph = Graph(self._step, state, batch, artefact, **self._options)
+        self._entries.append(_Entry(graph, kinds, tree.map(_blank, batch)))
+        return graph
+
+    def count(self, graph: Graph) -> None:
+        """Counts a call, if the graph runs uncompiled."""
+        self.calls += any(entry.graph is graph for entry in self._entries)
+
+    def advance(self, state: TrainState) -> list[Graph]:
+        """Exchanges what was compiled, and begins to compile the next graph.
+
+        Args:
+            state: Of the next call. Its values are not read.
+
+        Returns:
+            The graphs that cannot be compiled in the background. They are not pending any more.
+        """
+        refused: list[Graph] = []
+        for entry in list(self._entries):
+            if entry.job is None:
+                is_begun = self._begin(entry, state) if is_idle() else None
+            else:
+                is_begun = self._collect(entry, entry.job) if entry.job.is_over else None
+            if is_begun is False:
+                self._entries.remove(entry)
+                self._refused.append(entry.kinds)
+                refused.append(entry.graph)
+        return refused
+
+    def _begin(self, entry: _Entry, state: TrainState) -> bool | None:
+        """Traces a graph and hands it to a worker. False if it cannot be traced, None if it is not its turn."""
+        batch = tree.map(lambda make: make(), entry.batch)
+        if entry.graph.find(state, batch) is None or not turn().acquire(blocking=False):
+            return None
+        began = time.perf_counter()
+        try:
+            if not self._routes.has_trace:  # the step before it was refused
+                return False
+            with quietly():
+                finish = self._routes.trace(
+                    self._step, self._step.enter(state), batch, in_place=self._options["donate"]
+                )
+        except Exception as error:
+            _log.debug("%r cannot be traced in the background.", self._step, exc_info=error)
+            return False
+        finally:
+            turn().release()
+        entry.seconds = time.perf_counter() - began
+        entry.job = Job(finish, state.step.device)
+        _log.info("Compiling %r in the background.", self._step)
+        return True
+
+    def _collect(self, entry: _Entry, job: Job) -> bool | None:
+        """Takes what a job has made. False if it failed, None if it is to be repeated."""
+        entry.job = None
+        job.close()
+        if job.error is None and job.result is None:
+            return None
+        self.seconds += entry.seconds + job.seconds
+        if job.error is not None:
+            _log.info("%r failed to compile in the background, and is compiled in the foreground.", self._step)
+            _log.debug("The error was:", exc_info=job.error)
+            return False
+        _log.info("Compiled %r in the background in %.1f s.", self._step, entry.seconds + job.seconds)
+        entry.graph.run_by(job.result)
+        self._entries.remove(entry)
+        return True
+
+
+def _processes() -> int:
+    distributed: Any = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _blank(leaf: Any) -> Callable[[], Any]:
+    """A function that makes a tensor like this one, of which no trace reads the values."""
+    if type(leaf) is not Tensor:
+        return lambda: leaf
+    shape, stride, dtype, device = leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device=device)

@@ -1,0 +1,282 @@
+"""Regions: a step whose forward and backward passes stay outside of its graphs.
+
+A step is cut where it calls a function from ``fxtrain.gradients``. The parts before, between and after these calls are
+pure and traced: for ``train_step`` the optimizer, the callbacks of the step and the bookkeeping are one graph. The
+gradients themselves are computed between the graphs by PyTorch, with the loss function uncompiled or compiled by
+``torch.compile`` in as many graphs as it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compiler._quiet import without_logs
+from fxtrain.compiler._trace import Artefact, Run, compile_traced
+from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.core import TrainState, compiling
+from fxtrain.model import forward_by
+from fxtrain.model._comparison import are_close
+from fxtrain.rng._frames import is_safe_below_compile
+from fxtrain.step import EvalFunction, Step
+from fxtrain.step._interception import Find, intercepted
+
+_log = logging.getLogger(__name__)
+
+_MOST_GRAPHS = 8  # by what the gradients may differ in, before further ones are not compiled
+
+
+class NoGradientsError(RuntimeError):
+    """A step computes no gradients by ``fxtrain.gradients``, so there is no place to cut it."""
+
+
+def compile_in_regions(
+    step: Step | EvalFunction,
+    state: TrainState,
+    batch: Any,
+    *,
+    backend: str | Callable[..., Any] | None,
+    mode: str | None,
+    in_place: bool,
+    forward: str | None,
+) -> Artefact:
+    """The step with its forward and backward passes between graphs.
+
+    Args:
+        step: The step. An evaluation step has no graph but those of ``forward``.
+        state: What enters of a state.
+        batch: A batch.
+        backend: For the graphs; by default Inductor.
+        mode: As ``compile`` takes it.
+        in_place: Whether the new state's leaves are written over the old one's.
+        forward: ``"compiled"`` if ``torch.compile`` takes the loss function, in as many graphs as it needs.
+
+    Raises:
+        NoGradientsError: If the step calls no function from ``gradients``.
+        Exception: If what is not gradients cannot be traced.
+    """
+    wrap = InManyGraphs(backend, mode) if forward == "compiled" else None
+    if isinstance(step, EvalFunction):
+        artefact = uncompiled(step, state, batch, in_place=False, wrap=wrap)
+        if wrap is not None:
+            _, output = artefact.run(tree.leaves(state), tree.leaves(batch))
+            _refuse_difference(output, step(state, batch))
+        return artefact
+    compiler = functools.partial(compile_traced, mode=mode, backend=backend)
+    regions = _Regions(step, state, batch, compiler, wrap, in_place=in_place)
+    if regions.segment((), tree.leaves(state), tree.leaves(batch), []) is None:
+        raise NoGradientsError(f"expected a step that calls a function from fxtrain.gradients, got {step!r}.")
+    regions(*(tree.leaves(tree.clone(part)) for part in (state, batch)))  # what does not compile is found out here
+    regions.is_checked = True
+    return Artefact(regions, range(len(tree.leaves(state))) if in_place else None)
+
+
+class _Regions:
+    """The graphs of a step, by what the gradients before each are."""
+
+    def __init__(
+        self,
+        step: Step,
+        state: TrainState,
+        batch: Any,
+        compiler: Callable[..., Artefact],
+        wrap: Any,
+        *,
+        in_place: bool,
+    ) -> None:
+        self._step, self._compiler, self._wrap, self._in_place = step, compiler, wrap, in_place
+        self._state, self._batch = tree.structure(state), tree.structure(batch)
+        self.is_checked = wrap is None  # whether the compiled forward passes gave the gradients of uncompiled ones
+        self._segments: dict[Any, _Cut | None] = {}
+        self._rests: dict[Any, Run] = {}
+
+    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        found: list[Any] = []
+        key: tuple[Any, ...] = ()
+        while (cut := self.segment(key, leaves, inputs, found)) is not None:
+            find, state, batch, index = cut(leaves, inputs, found)
+            # Uncompiled first: what a loss function writes is seen there, and is given to compiled ones as a copy.
+            plain = None if self.is_checked else find(state, batch, index)
+            with forward_by(self._wrap):
+                gradient = find(state, batch, index)
+            if plain is not None:
+                _refuse_difference(gradient, plain)
+            # Memory that the rest writes over is not read as a gradient afterwards.
+            found.append(_apart(gradient, (*leaves, *inputs)))
+            key = (*key, _kind(found[-1]))
+        rest = self._rests.get(key)
+        if rest is None:
+            rest = self._rests[key] = self._rest(leaves, inputs, found)
+        return rest(leaves, [*inputs, *tree.leaves(found)])
+
+    def segment(
+        self, key: Any, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Any]
+    ) -> _Cut | None:
+        """The next call for gradients after these; None if there is none."""
+        if key not in self._segments:
+            cut = _Cut(self._step, len(leaves), len(inputs), self._state, self._batch)
+            self._segments[key] = cut if cut.compile(self._compiler, leaves, inputs, found) else None
+        return self._segments[key]
+
+    def _rest(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Any]) -> Run:
+        rest = _Rest(self._step)
+        state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
+        if len(self._rests) >= _MOST_GRAPHS:
+            # As in a mixture whose experts get no token in some steps: each set of unused parameters is another graph.
+            _log.info("%r has gradients of more than %d kinds: the rest runs uncompiled.", self._step, _MOST_GRAPHS)
+            return uncompiled(rest, state, (batch, found), in_place=self._in_place).run
+        return self._compiler(rest, state, (batch, found), in_place=self._in_place).run
+
+
+def _refuse_difference(compiled: Any, plain: Any) -> None:
+    """Raises if what a compiled loss function gives differs from the uncompiled one by more than rounding."""
+    if tree.structure(compiled) != tree.structure(plain):
+        raise RuntimeError("expected the gradients of the uncompiled loss function, got some for other parameters.")
+    if not are_close(compiled, plain):
+        raise RuntimeError("expected the values and gradients of the uncompiled loss function, got different ones.")
+
+
+class _Reached(BaseException):
+    """The call for gradients at which a step is cut. No ``except Exception`` of a step may catch it."""
+
+    def __init__(self, find: Find, state: Any, batch: Any, index: int) -> None:
+        super().__init__()
+        self.call = find, state, batch, index
+
+
+class _Rest(Step):
+    """A step that is given the gradients it asks for, beside its batch.
+
+    Raises:
+        _Reached: When it runs, at the first call for gradients that it is not given.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        batch, found = batch
+        given = iter(found)
+
+        def handler(find: Find, state: Any, batch: Any, index: int) -> Any:
+            for gradient in given:
+                return gradient
+            raise _Reached(find, state, batch, index)
+
+        with intercepted(handler):
+            return self.step(state, batch)
+
+    def __repr__(self) -> str:
+        return repr(self.step)
+
+
+class _Cut:
+    """From the inputs of a step, and its gradients so far, to the next call for gradients."""
+
+    def __init__(self, step: Step, leaves: int, inputs: int, state: Any, batch: Any) -> None:
+        self._rest, self._state, self._batch = _Rest(step), state, batch
+        self._find: Any = None
+        self._index = 0
+        self._structure: Any = None
+        self._sources: list[int | None] = []
+        self._run: Run | None = None
+
+    def compile(
+        self, compiler: Callable[..., Artefact], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any
+    ) -> bool:
+        """Makes the graph, if one is needed; False if the step calls for no further gradients."""
+        from torch._subclasses import FakeTensorMode
+
+        state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # Detached, because a tensor at two places of the batch would be one input.
+        fakes = tree.map(
+            lambda leaf: mode.from_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf, (state, batch)
+        )
+        with mode, compiling():
+            if self._fresh(*fakes) is None:
+                return False
+        if None in self._sources:
+            self._run = compiler(self._fresh, state, batch, in_place=False).run
+        return True
+
+    def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any) -> tuple[Find, Any, Any, int]:
+        given = [*leaves, *inputs, *tree.leaves(found)]
+        made = iter(self._run(leaves, given[len(leaves) :])[1]) if self._run is not None else iter(())
+        values = [next(made) if source is None else given[source] for source in self._sources]
+        return self._find, *tree.unflatten(self._structure, values), self._index
+
+    def _fresh(self, state: TrainState, batch: Any) -> list[Tensor] | None:
+        """The tensors of the call that are not given as they are; None if there is no call."""
+        try:
+            self._rest(state, batch)
+        except _Reached as reached:
+            self._find, *arguments, self._index = reached.call
+        else:
+            return None
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise NoGradientsError("expected gradients outside of torch.func.vmap, got a call inside it.")
+        values, self._structure = tree.flatten(tuple(arguments))
+        places = {id(leaf): place for place, leaf in reversed(list(enumerate(tree.leaves((state, batch)))))}
+        self._sources = [places.get(id(value)) for value in values]
+        return [value for value, source in zip(values, self._sources, strict=True) if source is None]
+
+
+class InManyGraphs:
+    """Compiles functions by ``torch.compile``, in as many graphs as each needs.
+
+    Raises:
+        RuntimeError: If the code between graphs would get wrong values.
+    """
+
+    def __init__(self, backend: Any, mode: str | None) -> None:
+        if not is_safe_below_compile():
+            raise RuntimeError(
+                f"expected a torch whose compiler can leave single functions uncompiled, got {torch.__version__}."
+            )
+        self._options: dict[str, Any] = {"backend": backend or "inductor", "mode": mode, "dynamic": False}
+        self._made: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            made = self._made.get(function)
+            if made is None:
+                made = self._made[function] = self._compiled(function)
+        except TypeError:  # no weak reference to it
+            made = self._compiled(function)
+        return made
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(function, **self._options)
+
+        def call(*args: Any) -> Any:
+            with without_logs():  # Dynamo compiles again in later steps, and reports its limits then
+                return compiled(*args)
+
+        return call
+
+
+def _kind(gradient: Any) -> tuple[Any, ...]:
+    leaves, structure = tree.flatten(gradient)
+    return structure, tuple((leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves)
+
+
+def _apart(gradient: Any, given: Sequence[Any]) -> Any:
+    """The gradient, with copies of what shares its memory with one of these tensors or with another of its leaves."""
+    taken = {leaf.untyped_storage()._cdata for leaf in given if isinstance(leaf, Tensor)}
+
+    def own(leaf: Tensor) -> Tensor:
+        memory = leaf.untyped_storage()._cdata
+        if memory in taken:
+            return leaf.clone()
+        taken.add(memory)
+        return leaf
+
+    return tree.map(own, gradient)

@@ -1,0 +1,276 @@
+"""Routes: the ways to compile a step, tried in order, from one graph to graphs around an uncompiled forward pass."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fxtrain.compiler._checked import compile_checked
+from fxtrain.compiler._dynamo import compile_by_dynamo, fails
+from fxtrain.compiler._quiet import quietly
+from fxtrain.compiler._refusals import Break, refusal
+from fxtrain.compiler._regions import NoGradientsError, compile_in_regions
+from fxtrain.compiler._trace import AHEAD, Artefact, compile_traced, trace_step
+from fxtrain.compiler._uncompiled import uncompiled
+from fxtrain.core import TrainState
+from fxtrain.core._frames import is_raised_by_users
+from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
+from fxtrain.step import EvalFunction, Step
+
+_log = logging.getLogger(__name__)
+
+
+_VALUES_CHANGE = Break("Python reads values of tensors, and they differ from batch to batch.")
+
+
+class GraphBreakError(RuntimeError):
+    """A step that was compiled with ``fullgraph=True`` cannot be one graph."""
+
+
+class Route(NamedTuple):
+    """One way to compile a step.
+
+    Args:
+        name: What the graph is made by, for records and explanations.
+        compile: ``(step, state, batch, in_place=...) -> Artefact``; raises where this way does not lead.
+        outcome: What is compiled, as a clause.
+        is_whole: Whether it makes one graph of the whole step.
+        has_otherwise: Whether ``compile`` also takes ``otherwise=``, ``(state, batch) -> Artefact`` by later routes,
+            for calls that its graphs are not for.
+        trace: As ``compile``, up to what another thread can do: it returns a function that returns the artefact.
+    """
+
+    name: str
+    compile: Callable[..., Artefact]
+    outcome: str
+    is_whole: bool
+    has_otherwise: bool = False
+    trace: Callable[..., Callable[[], Artefact]] | None = None
+
+
+class Choice(NamedTuple):
+    """The route of a step.
+
+    Args:
+        route: The route; None if none leads.
+        found: What keeps the step from the routes before it; None for the first.
+    """
+
+    route: Route | None
+    found: Break | None
+
+
+class Routes:
+    """The routes for one step. The first that leads is kept for all later graphs, so that these agree to the bit.
+
+    Args:
+        routes: In the order in which they are tried.
+        fullgraph: Whether only routes that make one graph of the step are tried.
+        rehearsal: Makes the same routes with graphs that are not compiled; None for such routes.
+
+    Raises:
+        GraphBreakError: When it is called, if ``fullgraph`` is set and no route makes one graph.
+        Exception: When it is called, what the step raises uncompiled.
+    """
+
+    def __init__(
+        self, routes: Sequence[Route], *, fullgraph: bool, rehearsal: Callable[[], Routes] | None = None
+    ) -> None:
+        self._routes = [route for route in routes if route.is_whole or not fullgraph]
+        self._rehearsal = rehearsal
+        self._chosen = 0
+        self._is_chosen = False
+        self._found: Break | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the route in use; before the first call, of the first."""
+        return self._routes[self._chosen].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all routes that can still be taken: one after the first call."""
+        return (self.name,) if self._is_chosen else tuple(route.name for route in self._routes)
+
+    @property
+    def choice(self) -> Choice:
+        """The route in use; before the first call, the first."""
+        return Choice(self._routes[self._chosen], self._found)
+
+    def choose(self, step: Step | EvalFunction, state: TrainState, batch: Any) -> Choice:
+        """The route in use; before the first call, the one that it will take unless compilation itself fails.
+
+        Nothing is compiled or warned of, and these routes stay as they are. Raises what the first call raises.
+        """
+        if self._is_chosen or self._rehearsal is None:
+            return self.choice
+        rehearsed = self._rehearsal()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rehearsed(step, state, batch, in_place=False)
+        return rehearsed.choice
+
+    def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
+        """An artefact by the first route that leads, with one warning if it is not the first of all."""
+        return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
+
+    @property
+    def has_trace(self) -> bool:
+        """Whether graphs by the route in use can be compiled by another thread."""
+        return self._routes[self._chosen].trace is not None
+
+    def trace(
+        self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool
+    ) -> Callable[[], Artefact]:
+        """The step traced by the route in use, as a function that compiles it in any thread.
+
+        Raises:
+            Exception: If it cannot be traced. Later routes are tried by a call of this object.
+        """
+        trace = self._routes[self._chosen].trace
+        assert trace is not None
+        compile_graph = trace(step, state, batch, in_place=in_place)
+        self._is_chosen = True
+        return compile_graph
+
+    def _compile(
+        self, step: Any, state: TrainState, batch: Any, found: Break | None, first: int, *, in_place: bool
+    ) -> Artefact:
+        for index in range(first, len(self._routes)):
+            route = self._routes[index]
+            options: dict[str, Any] = {}
+            if route.has_otherwise:
+                known = found or _VALUES_CHANGE
+                options["otherwise"] = functools.partial(self._beyond, step, found=known, first=index + 1)
+            try:
+                with quietly():
+                    artefact = _compiled(route, step, state, batch, in_place=in_place, **options)
+            except (CapturedStateError, UnseededError, torch.OutOfMemoryError, MemoryError):
+                raise
+            except NoGradientsError as error:
+                _log.debug("%s: %s", route.name, error)
+                continue
+            except Exception as error:
+                _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
+                if found is None:
+                    step(state, batch)  # a mistake of the step's own is raised in its own words
+                    if is_raised_by_users(error):
+                        with quietly():
+                            again = functools.partial(_compiled, route, step, state, batch, in_place=False, **options)
+                            if not fails(again):
+                                raise
+                    found = refusal(error)
+                continue
+            self._chosen, self._is_chosen, self._found = index, True, found or self._found
+            if found is not None:
+                warnings.warn(_fallback(step, found, route), UserWarning, stacklevel=6)
+            return artefact
+        assert found is not None
+        raise GraphBreakError(_refused(step, found)) from None
+
+    def _beyond(self, step: Any, state: TrainState, batch: Any, *, found: Break, first: int) -> Artefact:
+        """An artefact for all values, where those that a step reads keep changing. Later graphs use its route too."""
+        return self._compile(step, state, batch, found, first, in_place=False)
+
+
+def routes_to(
+    backend: str | Callable[..., Any] | None,
+    mode: str | None,
+    *,
+    dynamic: bool,
+    fullgraph: bool,
+    is_rehearsal: bool = False,
+) -> Routes:
+    """The routes for the options of ``compile``, which describes them.
+
+    Args:
+        is_rehearsal: Whether graphs are run operation by operation in place of being compiled.
+    """
+    given, given_mode = backend, mode
+    chosen = backend or "inductor"
+    title = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+    suffix = "" if mode is None else f", {mode}"
+    name = f"{title}, dynamo{suffix}" if backend is None else f"{title}{suffix}"
+    if is_rehearsal:
+        backend, chosen, mode = "eager", "eager", None
+    traced = Route(
+        f"{title}, traced{suffix}",
+        functools.partial(compile_traced, mode=mode, backend=backend, dynamic=dynamic),
+        "the step as one graph",
+        True,
+        trace=functools.partial(trace_step, mode=mode, backend=backend, dynamic=dynamic),
+    )
+    online = None if mode == AHEAD else mode
+    checked = Route(
+        f"{title}, traced with checks{suffix}",
+        functools.partial(compile_checked, mode=mode, backend=backend),
+        "the step as one graph for the values that Python reads, which the graph checks at each call",
+        False,
+        has_otherwise=True,
+    )
+    dynamo = Route(
+        name,
+        functools.partial(_by_dynamo, backend=chosen, mode=online, dynamic=dynamic),
+        "the step as one graph by torch.compile, which checks its assumptions at each call",
+        True,
+    )
+    around = functools.partial(compile_in_regions, backend=backend, mode=online)
+    regions = Route(
+        f"{title}, regions{suffix}",
+        functools.partial(around, forward="compiled"),
+        "the loss function in several graphs by torch.compile; the optimizer and the callbacks of the step as one",
+        False,
+    )
+    eager = Route(
+        f"{title}, eager forward{suffix}",
+        functools.partial(around, forward=None),
+        "the optimizer and the callbacks of the step as one graph; forward and backward passes run uncompiled",
+        False,
+    )
+    nothing = Route("uncompiled", uncompiled, "nothing: the step runs uncompiled", False)
+    whole = [traced, dynamo] if given is None else [dynamo]
+    if given is None and not dynamic:
+        whole.insert(1, checked)
+    # Where sizes are symbols the other routes would make a graph for each.
+    others = [nothing] if dynamic else [regions, eager, nothing]
+    rehearsal = functools.partial(routes_to, given, given_mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
+    return Routes([*whole, *others], fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
+
+
+def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Artefact:
+    return compile_by_dynamo(step, state, batch, **options)  # which returns a new state in any case
+
+
+def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:
+    try:
+        return route.compile(step, state, batch, **options)
+    except ValuesNeededError:
+        step(state, batch)
+        return route.compile(step, state, batch, **options)
+
+
+def _fallback(step: Any, found: Break, route: Route) -> str:
+    return (
+        f"{step!r} cannot be traced as one graph:\n{_lines(found)}"
+        f"Compiled instead: {route.outcome}. The numbers are the same. fx.explain(step, state, batch) lists all such "
+        "places; fx.compile(step, fullgraph=True) makes this an error."
+    )
+
+
+def _refused(step: Any, found: Break) -> str:
+    return (
+        f"expected a step that is one graph because of fullgraph=True, got {step!r}, which is not one:\n{_lines(found)}"
+        "fx.explain(step, state, batch) lists all such places. Change them, or leave fullgraph=True out to compile "
+        "what can be compiled."
+    )
+
+
+def _lines(found: Break) -> str:
+    """The place, its source and the reason, a line each."""
+    lines = (found.where and f"{found.where}: {found.code}", found.within, found.reason)
+    return "".join(f"  {line}\n" for line in lines if line)

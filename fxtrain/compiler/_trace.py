@@ -1,0 +1,293 @@
+"""Traced: a step as one graph, made by torch's tracer and Inductor and called directly.
+
+Dynamo reads bytecode, and guards at each call what it assumed of Python. A step is pure, so its inputs are all there is
+to assume: their structure, shapes, strides, dtypes and devices, which the caller checks. That takes half of the time of
+a small step away, and a third of the time of compiling. The one module, with ``ahead``, that uses these torch
+interfaces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compiler._aot import compile_ahead
+from fxtrain.compiler._codegen import assembler
+from fxtrain.compiler._concatenation import with_dense_concatenations
+from fxtrain.compiler._ctc import OpaqueCTC
+from fxtrain.compiler._cudagraphs import Replay
+from fxtrain.compiler._dropout import with_draws_together
+from fxtrain.compiler._effects import effects_noticed
+from fxtrain.compiler._literals import KnownLiterals
+from fxtrain.compiler._matmuls import with_faster_products
+from fxtrain.compiler._scalars import with_exact_corrections, with_scalars_once
+from fxtrain.compiler._symbolic import Conditions, SymbolicSizes, dense
+from fxtrain.compiler._worker import turn
+from fxtrain.compiler._writes import memory_of
+from fxtrain.core import TrainState, compiling
+from fxtrain.step import Step
+
+Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any]]
+"""From the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
+
+AHEAD = "ahead-of-time"
+REPLAYED = "reduce-overhead"
+
+# What is asserted at each call of an artefact about the sizes of its inputs is what the caller has just checked, and
+# takes a fifth of the time of a small step.
+_UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
+
+
+_EMPTY = types.CellType()
+
+
+class Artefact(NamedTuple):
+    """What a compiler made of a step."""
+
+    run: Run
+    written: Sequence[int] | None  # the leaves of the state that it writes over; None if it returns new ones
+    conditions: Conditions | None = None  # for which batches it holds, if for more than one size
+
+
+def compile_traced(
+    step: Callable[[TrainState, Any], Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mode: str | None,
+    in_place: bool,
+    backend: str | Callable[..., Any] | None = None,
+    dynamic: bool = False,
+) -> Artefact:
+    """The step as one graph. No other thread compiles at the same time.
+
+    Args:
+        step: A ``Step``, whose result is a new state and an output, or any other pure function, whose result is an
+            output alone.
+        state: What enters of a state. Only structure, shapes, strides, dtypes and devices matter.
+        batch: Likewise.
+        mode: As ``compile`` takes it.
+        in_place: Whether the new state's leaves are written over the old one's; then none are returned.
+        backend: A backend of ``torch.compile`` in place of Inductor.
+        dynamic: Whether the sizes of the batch are symbols.
+    """
+    with turn():
+        return trace_step(step, state, batch, mode=mode, in_place=in_place, backend=backend, dynamic=dynamic)()
+
+
+def trace_step(
+    step: Callable[[TrainState, Any], Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mode: str | None,
+    in_place: bool,
+    backend: str | Callable[..., Any] | None = None,
+    dynamic: bool = False,
+) -> Callable[[], Artefact]:
+    """The first half of ``compile_traced``, which reads the modules of users; it returns the other, which does not."""
+    # Imported when used: they are a third of what importing torch takes.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    leaves, state_structure = tree.flatten(state)
+    inputs, batch_structure = tree.flatten(batch)
+    inputs = _distinct(inputs)
+    count = len(leaves)
+    changed: list[int] = []
+    output_structure: Any = None
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        nonlocal changed, output_structure
+        old = tensors[:count]
+        result: Any = step(tree.unflatten(state_structure, old), tree.unflatten(batch_structure, tensors[count:]))
+        moved, output = result if isinstance(step, Step) else ((), result)
+        new: list[Tensor] = tree.leaves(moved)
+        outputs, output_structure = tree.flatten(output)
+        changed = [index for index, leaf in enumerate(new) if leaf is not old[index]]
+        values = _apart([*(new[index] for index in changed), *outputs], tensors)
+        if not in_place:
+            return values
+        for index, value in zip(changed, values, strict=False):
+            old[index].copy_(value)
+        return values[len(changed) :]
+
+    symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
+    with compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
+        if symbolic is not None:
+            graph = symbolic.trace(flat)
+        else:
+            graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+    if isinstance(step, Step) and symbolic is None:  # which keeps its masks for its backward pass
+        with_draws_together(graph.graph)
+    if backend is None:  # whose loops are Inductor's
+        with_exact_corrections(graph.graph)
+    with_dense_concatenations(graph.graph)
+    if symbolic is None:  # these passes compare sizes, which would be conditions on later batches
+        with_scalars_once(with_faster_products(graph.graph))
+    on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
+    replayed = mode == REPLAYED and in_place and on_gpu and not dynamic
+    read = _without_unread(graph)
+    pick: Any = operator.itemgetter(*read) if len(read) > 1 else lambda tensors: tuple(tensors[i] for i in read)
+    examples = pick((*leaves, *inputs))
+    options = _options(graph, examples, None if replayed else mode) if backend is None else {}
+    if mode != AHEAD:
+        examples = ()  # references to a state would keep later steps from donating it
+    assemble, is_step = assembler(output_structure), isinstance(step, Step)
+    has_autocast = torch._C._is_any_autocast_enabled()
+
+    def compile_traced_graph() -> Artefact:
+        if backend is not None:
+            call = _compiled_by(backend, graph)
+        elif mode == AHEAD:
+            call = compile_ahead(graph, examples, options)
+        else:
+            call = _compiled(graph, options, has_autocast)
+        if replayed:
+            call = Replay(call, sum(index < count for index in read))
+
+        if in_place or not is_step:
+
+            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+                return (), assemble(call(pick((*leaves, *inputs))))
+        else:
+            returned = len(changed)
+
+            def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+                values = call(pick((*leaves, *inputs)))
+                new = list(leaves)
+                for index, value in zip(changed, values, strict=False):
+                    new[index] = value
+                return new, assemble(values[returned:])
+
+        written = changed if in_place else None
+        if symbolic is None:
+            return Artefact(run, written)
+        return Artefact(lambda leaves, inputs: run(leaves, dense(inputs)), written, symbolic.conditions())
+
+    return compile_traced_graph
+
+
+def _without_unread(graph: Any) -> list[int]:
+    """Which inputs the graph reads; it has no others afterwards, as each takes its time to be handed over."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    read = [index for index, node in enumerate(inputs) if node.users]
+    for node in inputs:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()  # once for all that was changed
+    return read
+
+
+def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
+    """What Inductor is told of a graph."""
+    import torch._inductor as inductor
+    from torch._inductor import config
+
+    options: dict[str, Any] = {} if mode in (None, AHEAD) else dict(inductor.list_mode_options(mode))
+    if _is_torch_alone(graph):
+        options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
+    if _is_better_channels_first(graph, examples):
+        options["layout_optimization"] = False
+    return options
+
+
+def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
+    """A function of a tuple of tensors."""
+    import torch._inductor as inductor
+
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    outputs = len(graph.graph.output_node().args[0])
+    constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
+    artefact: Any = inductor.compile(graph, fakes, options=options)
+    # Constants are handed over by the wrappers, and autocast is switched off by them.
+    bare = None if constants is not None or has_autocast else _bare(artefact, outputs)
+    return bare or (lambda tensors: artefact(*tensors))
+
+
+def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[..., Sequence[Tensor]]:
+    """A function of a tuple of tensors."""
+    chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    made = chosen(graph, fakes)
+    return lambda tensors: made(*tensors)
+
+
+def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
+    """What Inductor wrote, without what AOTAutograd wraps around it; None if it cannot be found.
+
+    The wrappers put views, mutations and subclasses right, at each call, and take an eighth of the time of a small
+    step. A step's graph has none of them: ``_apart`` saw to the views, and Inductor writes over leaves by itself.
+    """
+    from torch._inductor.output_code import CompiledFxGraph
+
+    found, seen, todo = [], set[int](), [artefact]
+    while todo:
+        part = todo.pop()
+        if id(part) in seen or isinstance(part, type):
+            continue
+        seen.add(id(part))
+        if isinstance(part, CompiledFxGraph):
+            found.append(part)
+            continue
+        closure = [cell.cell_contents for cell in getattr(part, "__closure__", None) or () if cell != _EMPTY]
+        todo += filter(callable, [*closure, *getattr(part, "__dict__", {}).values()])
+    if len(found) != 1 or len(found[0].output_strides or ()) != outputs:
+        return None
+    call = found[0].current_callable
+
+    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not torch.is_grad_enabled():
+            return call(list(tensors))
+        torch._C._set_grad_enabled(False)
+        try:
+            return call(list(tensors))
+        finally:
+            torch._C._set_grad_enabled(True)
+
+    return run
+
+
+def _is_torch_alone(graph: Any) -> bool:
+    """Whether all operations are torch's own: what somebody else registered may return other sizes than it said."""
+    return all(
+        node.target.namespace in ("aten", "prims", "fxtrain")
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
+
+
+def _is_better_channels_first(graph: Any, examples: Sequence[Tensor]) -> bool:
+    """Whether convolutions are to keep their layout, where Inductor would have all around them channels-last.
+
+    On a CPU its kernels for sums over such layouts, those of batch norms say, take several times as long: six small
+    networks trained in 0.85 to 0.94 of the time without (AMD EPYC, torch 2.13). Forward alone it is 1.0 to 1.3.
+    """
+    backward = torch.ops.aten.convolution_backward.default
+    return not any(leaf.is_cuda for leaf in examples) and any(node.target == backward for node in graph.graph.nodes)
+
+
+def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs, each an object of its own: the tracer would take a tensor at two places for one input."""
+    seen = set[int]()
+    out: list[Tensor] = []
+    for leaf in inputs:
+        out.append(leaf.detach() if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return out
+
+
+def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The values, each in memory of its own: what is a view of an input would change with it."""
+    taken = set(map(memory_of, inputs))
+    out: list[Tensor] = []
+    for value in values:
+        out.append(value.clone() if memory_of(value) in taken else value)
+        taken.add(memory_of(value))
+    return out

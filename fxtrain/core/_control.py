@@ -1,0 +1,295 @@
+"""Control: what a callback asks for. A monoid, so that nothing asked can be taken back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain.core._pytrees import register_node
+
+Flag = bool | Tensor
+"""A Python bool, or a bool tensor of shape [] (inside the compiled step, or on a device)."""
+
+KINDS = ("stop", "unsaved", "end_epoch", "evaluate", "save", "skip_batch", "skip_update", "rewind")
+"""The kinds of request. All are flags but ``rewind``, which is a number of steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Logged:
+    """A value to be published, and under which flag.
+
+    Args:
+        value: A number, a tensor of shape [], or one of ``fxtrain.values``.
+        when: Whether to publish it. A tensor where only the device knows.
+        owner: The callback that logged it; the fold fills it in.
+    """
+
+    value: Any
+    when: Flag = True
+    owner: str = ""
+
+
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
+class Control:
+    """What a callback asks of the loop. ``Control()`` asks for nothing; ``a | b`` asks for both.
+
+    Each request maps reasons to flags. ``|`` unites the mappings and ORs the flags, so a later callback
+    can add a request and never clear one:
+
+        (a | b).stop[reason] = a.stop[reason] or b.stop[reason]
+
+    Args:
+        stop: End the run after this event's fold. A flag, or a mapping from reasons to flags.
+        end_epoch: Go on with the next epoch.
+        evaluate: Evaluate now.
+        save: Save a checkpoint of the state that stands after the fold.
+        skip_batch: Take no step with this batch (at ``StepBegin``).
+        skip_update: Keep parameters, optimizer and buffers (inside the step).
+        rewind: Return to a state at least this many steps old; the largest wins.
+        log: Values by name; ``Logged(value, when=flag)`` publishes one under a flag.
+        reason: Why, for flags that are not mappings. It counts only where its flag is true.
+        final_save: Whether a stop saves a last checkpoint. One request without it is enough to save none.
+
+    Raises:
+        ValueError: On ``|``, if both sides log one name.
+
+    Example:
+        >>> stop = Control(stop=True, reason="loss below 0.1")
+        >>> (stop | Control()).reasons("stop")
+        ['loss below 0.1']
+        >>> Control(stop=False, reason="never") == Control()
+        True
+    """
+
+    requests: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
+    log: Mapping[str, Logged]
+
+    def __new__(
+        cls,
+        *,
+        stop: Flag | Mapping[str, Flag] = False,
+        end_epoch: Flag | Mapping[str, Flag] = False,
+        evaluate: Flag | Mapping[str, Flag] = False,
+        save: Flag | Mapping[str, Flag] = False,
+        skip_batch: Flag | Mapping[str, Flag] = False,
+        skip_update: Flag | Mapping[str, Flag] = False,
+        rewind: int | Tensor | Mapping[str, int | Tensor] = 0,
+        log: Mapping[str, Any] | None = None,
+        reason: str = "",
+        final_save: bool = True,
+    ) -> Control:
+        # Most callbacks ask for nothing at most events, and this is all that they cost then.
+        unasked = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
+        if unasked and type(rewind) is int and rewind == 0 and not log:
+            return _NOTHING
+        asked: dict[str, dict[str, Any]] = {}
+        flags = {"stop": stop, "end_epoch": end_epoch, "evaluate": evaluate, "save": save}
+        for kind, request in {**flags, "skip_batch": skip_batch, "skip_update": skip_update}.items():
+            if request is not False:
+                _ask(asked, kind, request, reason)
+        if type(rewind) is not int or rewind:
+            _ask(asked, "rewind", rewind, reason)
+        if not final_save and "stop" in asked:
+            asked["unsaved"] = asked["stop"]
+        logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
+        return _filled(asked, logged)
+
+    @property
+    def stop(self) -> Mapping[str, Flag]:
+        return self.requests.get("stop", {})
+
+    @property
+    def unsaved(self) -> Mapping[str, Flag]:
+        return self.requests.get("unsaved", {})
+
+    @property
+    def end_epoch(self) -> Mapping[str, Flag]:
+        return self.requests.get("end_epoch", {})
+
+    @property
+    def evaluate(self) -> Mapping[str, Flag]:
+        return self.requests.get("evaluate", {})
+
+    @property
+    def save(self) -> Mapping[str, Flag]:
+        return self.requests.get("save", {})
+
+    @property
+    def skip_batch(self) -> Mapping[str, Flag]:
+        return self.requests.get("skip_batch", {})
+
+    @property
+    def skip_update(self) -> Mapping[str, Flag]:
+        return self.requests.get("skip_update", {})
+
+    @property
+    def rewind(self) -> Mapping[str, int | Tensor]:
+        return self.requests.get("rewind", {})
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that are asked for, under whatever flags."""
+        return tuple(self.requests)
+
+    def __bool__(self) -> bool:
+        """Whether anything is asked for or logged, under whatever flags."""
+        return len(self.requests) > 0 or len(self.log) > 0
+
+    def __or__(self, other: Control) -> Control:
+        if not isinstance(other, Control):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return NotImplemented
+        if not other:
+            return self
+        if not self:
+            return other
+        for name, entry in other.log.items():
+            if name in self.log:
+                raise ValueError(
+                    f"{name!r} was logged twice at one event, by {_by(self.log[name])} and by {_by(entry)}: "
+                    "log it under another name in one of them."
+                )
+        asked = dict(self.requests)
+        for kind, reasons in other.requests.items():
+            asked[kind] = _unite(kind, asked[kind], reasons) if kind in asked else reasons
+        return _filled(asked, {**self.log, **other.log})
+
+    def owned(self, owner: str) -> Control:
+        """The same requests; a value without an owner, or a request without a reason, gets this name."""
+        if not self:
+            return self
+        asked = {
+            kind: {reason or f"asked by {owner}": flag for reason, flag in reasons.items()}
+            for kind, reasons in self.requests.items()
+        }
+        log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
+        return _filled(asked, log)
+
+    def given(self, condition: Tensor) -> Control:
+        """The same requests, each under the further condition (bool [])."""
+        asked = {
+            kind: {
+                reason: condition * flag if kind == "rewind" else condition & flag for reason, flag in reasons.items()
+            }
+            for kind, reasons in self.requests.items()
+        }
+        log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
+        return _filled(asked, log)
+
+    def with_log(self, log: Mapping[str, Logged]) -> Control:
+        """The same requests with another log."""
+        return _filled(self.requests, log)
+
+    def any(self, kind: str) -> Flag:
+        """Whether any reason of this kind holds: a bool, or a bool tensor where a flag is one."""
+        result: Flag = False
+        for flag in self.requests.get(kind, {}).values():
+            result = result | flag
+        return result
+
+    def reasons(self, kind: str) -> list[str]:
+        """The reasons that hold. Reads the flags: on an accelerator this waits for the device."""
+        return [reason for reason, flag in self.requests.get(kind, {}).items() if bool(flag)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default a copy is filled after it is made, and what is made without arguments is everybody's.
+        return _filled, (self.requests, self.log)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Control) and self.requests == other.requests and self.log == other.log
+
+    def __hash__(self) -> int:
+        raise TypeError("A Control holds mappings and tensors, and cannot be hashed.")
+
+    def __repr__(self) -> str:
+        shown = [f"{kind}={reasons}" for kind, reasons in self.requests.items()]
+        if self.log:
+            shown.append(f"log={ {name: entry.value for name, entry in self.log.items()} }")
+        return f"Control({', '.join(shown)})"
+
+
+def _filled(asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
+    control = object.__new__(Control)
+    object.__setattr__(control, "requests", asked)
+    object.__setattr__(control, "log", log)
+    return control
+
+
+_NOTHING = _filled({}, {})
+
+
+def _ask(asked: dict[str, dict[str, Any]], kind: str, request: Any, reason: str) -> None:
+    items = cast(dict[str, Any], request) if isinstance(request, Mapping) else {reason: request}
+    for flag in items.values():
+        _check_flag(kind, flag)
+    # A plain "no" is the unit and leaves no trace; only the device knows what a tensor says.
+    flags = {name: flag for name, flag in items.items() if isinstance(flag, Tensor) or flag}
+    if flags:
+        asked[kind] = flags
+
+
+def _check_flag(kind: str, flag: Any) -> None:
+    if kind == "rewind":
+        if isinstance(flag, bool) or not isinstance(flag, int | Tensor) or (isinstance(flag, int) and flag < 0):
+            raise TypeError(f"rewind takes a number of steps, 0 or more, and got {flag!r}.")
+    elif not isinstance(flag, bool) and not (isinstance(flag, Tensor) and flag.dtype == torch.bool and flag.ndim == 0):
+        came = f"a {flag.dtype} tensor of shape {list(flag.shape)}" if isinstance(flag, Tensor) else repr(flag)
+        raise TypeError(
+            f"{kind} takes a bool, a bool tensor of shape [], or a mapping from reasons to these, and got {came}: "
+            "compare first (loss < 0.1), and reduce with .any() or .all()."
+        )
+
+
+def _unite(kind: str, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    join: Any = _largest if kind == "rewind" else _either
+    united = dict(first)
+    for reason, flag in second.items():
+        united[reason] = join(united[reason], flag) if reason in united else flag
+    return united
+
+
+def _either(a: Flag, b: Flag) -> Flag:
+    return a | b
+
+
+def _largest(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return max(a, b)
+
+
+def _by(entry: Logged) -> str:
+    return entry.owner or "a callback without a name"
+
+
+# A Control crosses the border of the compiled step and of vmap: flags and values are its leaves, reasons and
+# names its structure.
+
+
+def _flatten(control: Control) -> tuple[list[Any], Any]:
+    asked = control.requests
+    entries = list(control.log.values())
+    children = [
+        [list(reasons.values()) for reasons in asked.values()],
+        [entry.value for entry in entries],
+        [entry.when for entry in entries],
+    ]
+    kinds = tuple((kind, tuple(reasons)) for kind, reasons in asked.items())
+    return children, (kinds, tuple((name, entry.owner) for name, entry in control.log.items()))
+
+
+def _unflatten(context: Any, children: Any) -> Control:
+    kinds, names = context
+    flags, values, whens = children
+    asked = {
+        kind: dict(zip(reasons, flags_of_kind, strict=True))
+        for (kind, reasons), flags_of_kind in zip(kinds, flags, strict=True)
+    }
+    log = {name: Logged(value, when, owner) for (name, owner), value, when in zip(names, values, whens, strict=True)}
+    return _filled(asked, log)
+
+
+register_node(Control, _flatten, _unflatten)

@@ -1,0 +1,203 @@
+"""TrainState: everything that training remembers, as one immutable pytree of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from fxtrain.core._pytrees import NAMESPACE, ops, register_node
+
+_SHOWN = 40  # rows of a state's table before the rest is summed up in one line
+
+
+class Due(NamedTuple):
+    """What was asked and is not yet done. Every leaf is a 0-d tensor on the state's device.
+
+    The loop sets an entry when a callback asks for it, and clears it when it has honoured it, so a
+    run that is interrupted between the two continues with the work still to be done.
+    """
+
+    begin_epoch: Tensor  # bool []: the next step is the first of an epoch
+    rewind: Tensor  # int64 []: go back to a state at least this many steps old; 0 is no request
+    evaluate: Tensor  # bool []
+    end_epoch: Tensor  # bool []
+    save: Tensor  # bool []
+    stop: Tensor  # bool []: a stopped state is a fixed point of the step
+    unsaved: Tensor  # bool []: the stop is to make no final save
+
+    @classmethod
+    def start(cls, device: torch.device | str | None = None) -> Due:
+        """What is due before the first step: the beginning of an epoch."""
+
+        def flag(value: bool) -> Tensor:
+            return torch.tensor(value, device=device)
+
+        return cls(
+            begin_epoch=flag(True),
+            rewind=torch.tensor(0, device=device),
+            evaluate=flag(False),
+            end_epoch=flag(False),
+            save=flag(False),
+            stop=flag(False),
+            unsaved=flag(False),
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class TrainState:
+    """The whole of a training run at one moment: a frozen dataclass, a pytree, all leaves tensors.
+
+    It is registered with optree in the namespace ``"fxtrain"`` and with torch's own pytree, so
+    ``torch.func`` transforms and ``torch.compile`` take it as it is. ``fxtrain.init`` makes one.
+
+    Args:
+        step: int64 []. Steps taken.
+        params: Pytree of tensors; for a module, a dict from parameter name to tensor.
+        buffers: Pytree of tensors, with the structure that ``params`` has above its names.
+        opt_state: Pytree of tensors: the memory of the gradient transformation.
+        seed: int64 []. Every random number is a function of it.
+        position: int64 []. Batches consumed of the data stream.
+        slots: Dict from slot name to a pytree of tensors: the memory of the callbacks.
+        due: What was asked and not yet done.
+        model: The architecture. Static: it is part of the tree's structure and no leaf.
+
+    Raises:
+        TypeError: If a leaf is not a tensor. The message names its path.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(2, 1), fx.optim.sgd(0.1), seed=0)
+        >>> state.params["weight"].shape
+        torch.Size([1, 2])
+        >>> state.replace(params={"weight": 1.0})
+        Traceback (most recent call last):
+        ...
+        TypeError: state.params['weight'] is a float (1.0), and every leaf of a state is a tensor: write ...
+    """
+
+    step: Tensor
+    params: Any
+    buffers: Any
+    opt_state: Any
+    seed: Tensor
+    position: Tensor
+    slots: dict[str, Any]
+    due: Due
+    model: Any = None
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            _refuse_non_tensors(name, getattr(self, name))
+
+    def replace(self, **changes: Any) -> Self:
+        """A new state with some fields changed. Only what changed is checked."""
+        for name, value in changes.items():
+            if name not in FIELDS and name != "model":
+                raise TypeError(f"A state has no field {name!r}; its fields are {', '.join(FIELDS)} and model.")
+            if name != "model":
+                _refuse_non_tensors(name, value)
+        return build(type(self), {**_fields(self), **changes})
+
+    def with_slot(self, name: str, memory: Any) -> Self:
+        """A new state whose slot ``name`` holds ``memory``, a pytree of tensors."""
+        _refuse_non_tensors(f"slots[{name!r}]", memory)
+        return build(type(self), {**_fields(self), "slots": {**self.slots, name: memory}})
+
+    def copy(self) -> Self:
+        """The same state in memory of its own. Costs one copy of every leaf."""
+        return ops.tree_map(torch.clone, self, namespace=NAMESPACE)
+
+    def __repr__(self) -> str:
+        rows, total = _table(self)
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            f"  {path:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {size:>{widths[3]}}".rstrip()
+            for path, shape, dtype, size in rows
+        ]
+        return "\n".join([f"TrainState, {total}", *lines])
+
+    def _repr_html_(self) -> str:
+        import html
+
+        rows, total = _table(self)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        head = "".join(f"<th>{name}</th>" for name in ("path", "shape", "dtype", "size"))
+        return f"<table><caption>TrainState, {html.escape(total)}</caption><tr>{head}</tr>{body}</table>"
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.name != "model")
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    if torch.compiler.is_dynamo_compiling():  # which has no such attribute in torch 2.11
+        return {name: getattr(state, name) for name in (*FIELDS, "model")}
+    return state.__dict__
+
+
+def build(cls: type[Any], fields: dict[str, Any]) -> Any:
+    # Past __init__ and its check of every leaf: transforms put shapes, specs and sentinels in the place
+    # of tensors, and `replace` has checked what changed.
+    state = object.__new__(cls)
+    if torch.compiler.is_dynamo_compiling():
+        for name, value in fields.items():
+            object.__setattr__(state, name, value)
+    else:  # three times as fast, and unknown to Dynamo
+        state.__dict__.update(fields)
+    return state
+
+
+def _unflatten(model: Any, children: Any) -> TrainState:
+    return build(TrainState, {**dict(zip(FIELDS, children, strict=True)), "model": model})
+
+
+def _flatten(state: TrainState) -> tuple[list[Any], Any]:
+    return [getattr(state, name) for name in FIELDS], state.model
+
+
+register_node(TrainState, _flatten, _unflatten, fields=FIELDS)
+
+
+def _refuse_non_tensors(field: str, value: Any) -> None:
+    if isinstance(value, Tensor) or torch.compiler.is_dynamo_compiling():  # traced, a step is checked as it returns
+        return
+    leaves: list[Any] = ops.tree_leaves(value, namespace=NAMESPACE)
+    if all(isinstance(leaf, Tensor) for leaf in leaves):
+        return
+    accessors = ops.tree_accessors(value, namespace=NAMESPACE)
+    accessor, leaf = next((a, x) for a, x in zip(accessors, leaves, strict=True) if not isinstance(x, Tensor))
+    numeric = isinstance(leaf, bool | int | float | complex)
+    shown = f" ({leaf!r})" if numeric else ""
+    remedy = f"write torch.tensor({leaf!r})." if numeric else "keep it outside the state, or make it a tensor."
+    raise TypeError(
+        f"{accessor.codify(f'state.{field}')} is a {type(leaf).__name__}{shown}, "
+        f"and every leaf of a state is a tensor: {remedy}"
+    )
+
+
+def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
+    leaves: list[Any]
+    accessors, leaves, _ = ops.tree_flatten_with_accessor(state, namespace=NAMESPACE)
+    rows = [
+        (accessor.codify("state"), str(list(leaf.shape)), str(leaf.dtype).removeprefix("torch."), _size(leaf.nbytes))
+        if isinstance(leaf, Tensor)
+        else (accessor.codify("state"), type(leaf).__name__, "", "")
+        for accessor, leaf in zip(accessors, leaves, strict=True)
+    ]
+    sizes = [leaf.nbytes if isinstance(leaf, Tensor) else 0 for leaf in leaves]
+    total = f"{len(leaves)} leaves, {_size(sum(sizes))}"
+    if len(rows) > _SHOWN:
+        rest = _size(sum(sizes[_SHOWN:]))
+        rows = [*rows[:_SHOWN], (f"... and {len(leaves) - _SHOWN} more", "", "", rest)]
+    return rows, total
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,345 @@
+"""Batches of data that can be addressed: arrays, map-style datasets, token streams, lists."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from fxtrain import tree
+from fxtrain.core import check_positive_int
+from fxtrain.data._generators import seeded
+from fxtrain.data._leaves import as_tensors
+from fxtrain.data._likeness import ANY
+from fxtrain.data._order import Order, mix
+from fxtrain.data._samples import Grouped, StatefulGrouped, as_torch, collate, has_state, is_stream, samples
+from fxtrain.data._source import Source
+from fxtrain.data._streams import from_iterable, from_stateful_loader
+
+DropLast = bool | Literal["pad"]
+
+
+class Indexed(Source):
+    """Batches of numbered items. Use ``batches`` or ``windows``.
+
+    Args:
+        take: From items (int64 [n]) and a position to their batch.
+        size: How many items an epoch has.
+        what: What has too few items, in errors.
+    """
+
+    epoch_length: int
+
+    def __init__(
+        self,
+        take: Callable[[np.ndarray, int], Any],
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: DropLast,
+        what: str,
+        dynamic: bool = False,
+    ) -> None:
+        super().__init__(free=ANY if dynamic else 0)
+        check_positive_int("batch_size", batch_size)
+        if not (isinstance(drop_last, bool) or drop_last == "pad"):
+            raise ValueError(f'drop_last={drop_last!r}: True, False or "pad" is wanted.')
+        if size == 0 or (drop_last is True and batch_size > size):
+            raise ValueError(
+                f"batch_size={batch_size}, and {what}: there is no full batch. Take a smaller batch_size, or keep the "
+                'short batch with drop_last=False or "pad".'
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.epoch_length = size // batch_size if drop_last is True else -(-size // batch_size)
+        self._take = take
+        self._order = Order(size, seed=seed, shuffle=shuffle)
+
+    def fetch(self, position: int) -> Any:
+        epoch, index = divmod(position, self.epoch_length)
+        start = index * self.batch_size
+        stop = min(start + self.batch_size, self.size)
+        batch = self._take(self._order.items(epoch, start, stop), position)
+        return _padded(as_tensors(batch), stop - start, self.batch_size) if self.drop_last == "pad" else batch
+
+
+def batches(
+    source: Any,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool | None = None,
+    drop_last: DropLast = True,
+    collate: Callable[[list[Any]], Any] = collate,
+    dynamic: bool = False,
+) -> Source:
+    """Batches of arrays or of a dataset, in an order that is a function of the seed and the epoch.
+
+    Args:
+        source: A tensor, an array, or a pytree (not a list) of these, all of the same length in the first dimension;
+            arrays may be memory-mapped, or read lazily as those of h5py and zarr. Or a map-style dataset: anything with
+            ``len`` and ``[]``, as a list of samples. The dataset's random numbers, from the global generators of torch,
+            Python and numpy, are a function of (seed, position). A ``datasets.Dataset`` without a format is read as
+            tensors. Or a stream: an ``IterableDataset`` of torch or ``datasets``, or a WebDataset, whose samples are
+            batched in their order. A run resumes from the stream's ``state_dict`` if it has one; otherwise an epoch is
+            read again from its start.
+        batch_size: Items in a batch.
+        seed: Any whole number. Each epoch has an order of its own.
+        shuffle: Whether each epoch has an order of its own. By default this is so for all but streams, which shuffle
+            themselves.
+        drop_last: What becomes of the items that are left over at the end of an epoch: True drops them, False makes a
+            shorter batch of them, ``"pad"`` fills it with zeros and adds ``"mask"``, bool [batch_size], to each batch,
+            which must be a dict.
+        collate: From a list of a dataset's samples to a batch. By default numbers and tensors are stacked, and text and
+            other values become lists.
+        dynamic: Whether sizes may change from batch to batch, as ``collate`` makes them.
+
+    Raises:
+        ValueError: If there is no full batch, or lengths differ.
+        TypeError: If a leaf is not an array, or the source is a table of pandas, polars or pyarrow.
+
+    Example:
+        >>> data = batches({"x": torch.arange(10), "y": np.arange(10) ** 2}, 4, seed=0)
+        >>> data[0]
+        {'x': tensor([1, 8, 9, 3]), 'y': tensor([ 1, 64, 81,  9])}
+        >>> data.epoch_length
+        2
+    """
+    source = as_torch(source)
+    _refuse_table(source)
+    if isinstance(source, IterableDataset) or is_stream(source):
+        options: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last, "collate": collate, "dynamic": dynamic}
+        return _grouped(source, batch_size, seed=seed, **options)
+    if _is_dataset(source):
+
+        def take(items: np.ndarray, position: int) -> Any:
+            with seeded(seed, position):
+                return collate(samples(source, items.tolist()))
+
+        size, what = len(source), f"the dataset has {len(source)} samples"
+    else:
+        size, what = _common_length(source), f"the arrays have {_common_length(source)} rows"
+        if drop_last == "pad" and (not isinstance(source, Mapping) or "mask" in source):
+            raise ValueError(
+                'drop_last="pad" adds the entry "mask" to each batch: give a dict of arrays, without an entry of that '
+                "name."
+            )
+
+        def take(items: np.ndarray, position: int) -> Any:
+            return tree.map(lambda leaf: _rows(leaf, items), source)
+
+    return Indexed(
+        take,
+        size,
+        batch_size,
+        seed=seed,
+        shuffle=shuffle is not False,
+        drop_last=drop_last,
+        what=what,
+        dynamic=dynamic,
+    )
+
+
+def windows(
+    tokens: Tensor | np.ndarray,
+    length: int,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    drop_last: DropLast = True,
+) -> Source:
+    """Batches of windows on a stream of tokens, for language models: each token is to predict the next.
+
+    An epoch cuts the stream into windows that do not overlap. Shuffled, each epoch begins its cuts elsewhere: at an
+    offset below ``length``, a function of (seed, epoch).
+
+    Args:
+        tokens: Any integer dtype, [n]; it may be memory-mapped.
+        length: Tokens in a window.
+        batch_size: Windows in a batch.
+        seed: Any whole number.
+        shuffle: Without it, windows come in their order and begin at the first token.
+        drop_last: As for ``batches``.
+
+    Returns:
+        Batches ``{"x": int64 [batch_size, length], "y": int64 [batch_size, length]}``, ``y`` one token on.
+
+    Raises:
+        ValueError: If there are too few tokens for a batch.
+
+    Example:
+        >>> windows(torch.arange(100), 3, 2, shuffle=False)[1]
+        {'x': tensor([[ 6,  7,  8], [ 9, 10, 11]]), 'y': tensor([[ 7,  8,  9], [10, 11, 12]])}
+    """
+    check_positive_int("length", length)
+    head = as_tensors(tokens[:0]) if len(tokens.shape) == 1 else None
+    if head is None or head.dtype == torch.bool or head.is_floating_point() or head.is_complex():
+        raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}: integers of shape [n] are wanted.")
+    total = len(tokens)
+    # One window less when shuffled, which leaves room for any offset.
+    size = max((total - length) // length if shuffle else (total - 1) // length, 0)
+    steps = np.arange(length)
+
+    def take(items: np.ndarray, position: int) -> Any:
+        offset = mix(seed, position // data.epoch_length, 1) % length if shuffle else 0
+        at = ((items * length + offset)[:, None] + steps).ravel()
+        x, y = (_rows(tokens, index).to(torch.int64).reshape(-1, length) for index in (at, at + 1))
+        return {"x": x, "y": y}
+
+    data = Indexed(
+        take,
+        size,
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        what=f"{total} tokens make {size} windows of {length}",
+    )
+    return data
+
+
+class Listed(Source):
+    """Batches in a list. Use ``sequence``."""
+
+    epoch_length: int
+
+    def __init__(self, items: Sequence[Any], *, dynamic: bool = False) -> None:
+        super().__init__(free=ANY if dynamic else 0)
+        if not items:
+            raise ValueError("The list of batches is empty.")
+        self.items = items
+        self.epoch_length = len(items)
+        # All now, to refuse what does not fit before the run and not in its middle.
+        self._batches = [super(Listed, self).__getitem__(position) for position in range(len(items))]
+
+    def fetch(self, position: int) -> Any:
+        return self.items[position % self.epoch_length]
+
+    def __getitem__(self, position: int) -> Any:
+        position = operator.index(position)
+        return self._batches[position % self.epoch_length] if position >= 0 else super().__getitem__(position)
+
+
+def sequence(items: Sequence[Any], *, dynamic: bool = False) -> Source:
+    """Ready batches, in their order at each epoch.
+
+    Args:
+        items: Batches that are alike. The last may have fewer rows.
+        dynamic: Whether sizes may change from batch to batch.
+
+    Raises:
+        ValueError: If there are none, or they differ.
+
+    Example:
+        >>> data = sequence([torch.zeros(2), torch.ones(2)])
+        >>> data.epoch_length, data[3]
+        (2, tensor([1., 1.]))
+    """
+    return Listed(list(items), dynamic=dynamic)
+
+
+def _grouped(
+    stream: Any,
+    batch_size: int,
+    *,
+    seed: int,
+    shuffle: bool | None,
+    drop_last: DropLast,
+    collate: Callable[[list[Any]], Any],
+    dynamic: bool,
+) -> Source:
+    """Batches of an iterable dataset's samples."""
+    check_positive_int("batch_size", batch_size)
+    if shuffle:
+        raise ValueError(
+            "expected shuffle=False for a dataset that is a stream, got shuffle=True. Shuffle the stream itself, as "
+            "dataset.shuffle(...) of datasets or webdataset does."
+        )
+    if not isinstance(drop_last, bool):
+        raise ValueError(f"expected drop_last=True or False for a dataset that is a stream, got {drop_last!r}.")
+    if has_state(stream):
+        loader = StatefulGrouped(stream, batch_size, collate, drop_last)
+        return from_stateful_loader(loader, seed=seed, dynamic=dynamic)
+    return from_iterable(Grouped(stream, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
+
+
+def _is_dataset(source: Any) -> bool:
+    sized = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    return sized and not isinstance(source, Tensor | np.ndarray | Mapping | tuple)
+
+
+def _common_length(source: Any) -> int:
+    paths, leaves = tree.paths(source, "arrays"), tree.leaves(source)
+    if not leaves:
+        raise ValueError(f"There is no array in {source!r}.")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor | np.ndarray) and not _is_read_lazily(leaf):
+            raise TypeError(
+                f"expected tensors, arrays of numpy, or arrays on disk, got {path}, a {type(leaf).__name__}. Convert "
+                "it: numpy.asarray(...)."
+            )
+        if len(leaf.shape) == 0:
+            raise ValueError(f"{path} has shape []: its first dimension numbers the items, and it has none.")
+        if len(leaf) != len(leaves[0]):
+            raise ValueError(
+                f"{paths[0]} has {len(leaves[0])} rows and {path} has {len(leaf)}: arrays of one length are wanted."
+            )
+    as_tensors(tree.map(lambda leaf: leaf[:1], source))  # refuses dtypes that torch does not have
+    return len(leaves[0])
+
+
+def _refuse_table(source: Any) -> None:
+    """Refuses tables of pandas, polars and pyarrow, whose ``[]`` is not by rows."""
+    kind = type(source)
+    if kind.__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
+        raise TypeError(
+            f"expected arrays or a dataset, got a {kind.__name__} of {kind.__module__.partition('.')[0]}. Give its "
+            "columns as arrays: {name: table[name].to_numpy() for name in names}."
+        )
+
+
+def _is_read_lazily(leaf: Any) -> bool:
+    """Whether this is an array that reads from disk what is indexed, as those of h5py and zarr."""
+    is_array = all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
+    return is_array and isinstance(leaf.dtype, np.dtype) and not hasattr(leaf, "iloc")
+
+
+def _rows(leaf: Any, index: np.ndarray) -> Any:
+    if not isinstance(leaf, Tensor | np.ndarray):
+        # Such files are read in rising order, each row once.
+        rows, places = np.unique(index, return_inverse=True)
+        return as_tensors(np.asarray(getattr(leaf, "oindex", leaf)[rows])[places])
+    if isinstance(leaf, np.ndarray):
+        return as_tensors(np.asarray(leaf[index]))  # reads only these rows of a memory-mapped file
+    at = torch.from_numpy(index).to(leaf.device)
+    # index_select takes half the time, and does not know unsigned words, as which tokens are often stored.
+    return leaf[at] if leaf.dtype in (torch.uint16, torch.uint32, torch.uint64) else leaf.index_select(0, at)
+
+
+def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
+    if not isinstance(batch, dict) or "mask" in batch:
+        raise ValueError(
+            'drop_last="pad" adds the entry "mask" to each batch: make it a dict without an entry of that name.'
+        )
+
+    def pad(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.ndim == 0 or len(leaf) != rows:
+            raise ValueError(
+                f"{path} has shape {list(leaf.shape)}, and the batch has {rows} rows: nothing to pad it by."
+            )
+        return torch.cat([leaf, leaf.new_zeros(batch_size - rows, *leaf.shape[1:])]) if rows < batch_size else leaf
+
+    full = tree.map_with_path(pad, batch, root="batch")
+    device = next((leaf.device for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)), None)
+    return {**full, "mask": torch.arange(batch_size, device=device) < rows}

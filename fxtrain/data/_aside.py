@@ -1,0 +1,98 @@
+"""What a step sees of a batch: its tensors. Text and other values stay beside them, with the batch.
+
+Callbacks and observers read the whole batch in ``event.batch``. A step must give the same result uncompiled and
+compiled, and must not recompile because a text changed, so in both it finds a placeholder instead of each value that is
+not a tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import NAMESPACE, ops, register_node
+from fxtrain.data._leaves import as_tensors
+
+
+class Aside:
+    """The place of a value that is not a tensor, in the batch that a step is given. Reading it is an error.
+
+    Args:
+        path: Of the value, as code.
+    """
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(
+            f"expected a step that reads tensors, got one that reads {self._path}, which does not enter the step "
+            "because it is not a tensor. Convert it before the step, with data.map or the collate function. Callbacks "
+            "read it in event.batch."
+        )
+
+    __getattr__ = __len__ = __iter__ = __contains__ = __call__ = _refuse
+    __bool__ = __int__ = __float__ = __index__ = __str__ = __format__ = __fspath__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __mod__ = _refuse
+
+    def __getitem__(self, key: Any) -> Aside:
+        return Aside(f"{self._path}[{key!r}]")
+
+    def __repr__(self) -> str:
+        return f"<{self._path} is kept beside the tensors>"
+
+
+def for_step(batch: Any) -> Any:
+    """The batch as a step is given it, in containers of its own.
+
+    Numbers and arrays are tensors, and each part that holds values but no tensor is an ``Aside``.
+
+    Example:
+        >>> for_step({"x": torch.ones(2), "scale": 0.5, "text": ["a", "b"]})
+        {'x': tensor([1., 1.]), 'scale': tensor(0.5000), 'text': <batch['text'] is kept beside the tensors>}
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return batch
+    batch = as_tensors(batch)
+    if all(isinstance(leaf, Tensor) for leaf in ops.tree_leaves(batch, none_is_leaf=True, namespace=NAMESPACE)):
+        return tree.map(lambda leaf: leaf, batch)
+
+    def enter(accessor: Any, part: Any) -> Any:
+        return part if isinstance(part, Tensor) else Aside(accessor.codify("batch"))
+
+    return ops.tree_map_with_accessor(enter, batch, is_leaf=_is_beside, namespace=NAMESPACE)
+
+
+def _is_beside(part: Any) -> bool:
+    """Whether a part of a batch holds values, and no tensor."""
+    if isinstance(part, Tensor):
+        return False
+    # A column of text may happen to have None in all rows of a batch.
+    is_column = type(part) in (list, tuple)
+    leaves = ops.tree_leaves(part, none_is_leaf=is_column, namespace=NAMESPACE)
+    return bool(leaves) and not any(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+class _Place:
+    """The path of a placeholder in the structure of a batch, where all are equal: elements of a list are alike."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Place)
+
+    def __hash__(self) -> int:
+        return hash(_Place)
+
+    def __repr__(self) -> str:
+        return self.path
+
+
+register_node(Aside, lambda aside: ((), _Place(aside._path)), lambda place, _: Aside(place.path))

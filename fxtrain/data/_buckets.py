@@ -1,0 +1,253 @@
+"""Buckets: batches of examples of similar length, of a few sizes that are known ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fxtrain.core import check_choice, check_positive_int
+from fxtrain.data._arrays import DropLast
+from fxtrain.data._order import Order, mix
+from fxtrain.data._padded import Choice, Ragged
+from fxtrain.data._padding import Layout, Side
+from fxtrain.data._ragged import Examples, Lengths
+
+_CANDIDATES = 512  # lengths that bounds are chosen from: that many squared comparisons for each bucket
+
+
+def bucketed(
+    source: Any,
+    batch_size: int | None = None,
+    *,
+    tokens: int | None = None,
+    sizes: int | Sequence[int] = 8,
+    multiple: int = 8,
+    batch_multiple: int = 1,
+    truncate: Side | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    drop_last: DropLast = True,
+    side: Side = "right",
+    value: float | Mapping[str, float] = 0,
+    mask: str | Mapping[str, str] = "mask",
+    columns: Sequence[str] | None = None,
+    variable: Sequence[str] | None = None,
+    lengths: Lengths | None = None,
+) -> Bucketed:
+    """Batches of examples of similar length, padded to one of a few lengths.
+
+    Which sizes there are, how many batches an epoch has and how much is padding is known before the first batch. Each
+    size compiles one graph, without a warning. A batch is a function of (seed, position).
+
+    Examples that fill no batch of their bucket go to the next longer one. So an epoch has at most one batch that is not
+    full, of the longest bucket, and loses fewer than one batch of examples if that is dropped. Shuffled, each epoch
+    puts other examples together, and mixes batches of all lengths.
+
+    Args:
+        source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
+            columns, each a list of arrays, or one array with a row for each example; or a map-style dataset, as a
+            ``datasets.Dataset`` with list columns.
+        batch_size: Examples in a batch of any length. Or give ``tokens``.
+        tokens: Positions in a batch, padding included: batches of shorter examples get more rows.
+        sizes: The lengths that batches may have; or how many at most, and those with the least padding are chosen.
+        multiple: Chosen lengths are multiples of this.
+        batch_multiple: With ``tokens``, rows are a multiple of this, as ``accumulate`` of ``train_step`` needs.
+        truncate: On which side examples longer than the last of ``sizes`` are cut. By default they are an error.
+        seed: Any whole number. Each epoch has its own order.
+        shuffle: Without it, batches come in the order of their lengths.
+        drop_last: What becomes of the batch that is not full: True drops it, False makes it shorter, ``"pad"`` fills it
+            with rows of padding, where the mask is False.
+        side: On which side padding goes.
+        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+        mask: Name of the mask, or names by column. Columns whose lengths differ within an example need a mask each;
+            the longest decides the bucket, and the others are as long as they have to be there.
+        columns: The columns to take, or names for the parts of tuples.
+        variable: The columns to pad. By default those whose length differs between examples.
+        lengths: The length of each example, int [n], or the name of a column that holds it. Without it, a dataset that
+            is no ``datasets.Dataset`` is read through once.
+
+    Returns:
+        Batches of the columns, [rows, length, ...], and of the mask, bool [rows, length]. ``sizes`` has the rows and
+        length of each kind of batch; ``padding(epoch)`` counts what is padding.
+
+    Raises:
+        TypeError: If the source or a column is of none of these kinds.
+        ValueError: If an example is empty or too long, there is no full batch, or arguments do not go together.
+
+    Example:
+        >>> texts = [[1] * length for length in (3, 9, 4, 2, 8, 3, 12, 1)]
+        >>> data = bucketed(texts, tokens=16, sizes=(4, 16), drop_last=False)
+        >>> data.sizes, data.epoch_length
+        (((4, 4), (1, 16)), 5)
+        >>> data = bucketed(texts, 2, sizes=3, multiple=2)
+        >>> data.sizes, round(data.padding().fraction, 2)
+        (((2, 2), (2, 4), (2, 12)), 0.3)
+    """
+    examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
+    bounds = None if isinstance(sizes, int) else _checked(sizes)
+    layout = Layout(
+        examples.by_column,
+        max_length=None if bounds is None else bounds[-1],
+        truncate=truncate,
+        side=side,
+        value=value,
+        mask=mask,
+    )
+    if (batch_size is None) == (tokens is None):
+        raise ValueError("expected batch_size or tokens, got " + ("neither." if tokens is None else "both."))
+    check_positive_int("batch_multiple", batch_multiple)
+    cut = layout.cut(examples.by_column)
+    longest = np.maximum.reduce(list(cut.values()))
+    if bounds is None:
+        assert isinstance(sizes, int)
+        bounds = least_padding(longest, sizes, multiple)
+    rows = [_rows(bound, batch_size, tokens, batch_multiple) for bound in bounds]
+    return Bucketed(examples, layout, cut, bounds, rows, seed=seed, shuffle=shuffle, drop_last=drop_last)
+
+
+class Bucketed(Ragged):
+    """Batches of examples of similar length. Use ``bucketed``.
+
+    Args:
+        bounds: The length of each bucket, ascending.
+        rows: The rows of a batch of each bucket.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        layout: Layout,
+        lengths: Mapping[str, np.ndarray],
+        bounds: Sequence[int],
+        rows: Sequence[int],
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: DropLast,
+    ) -> None:
+        check_choice("drop_last", drop_last, (True, False, "pad"))
+        bucket = np.searchsorted(bounds, np.maximum.reduce(list(lengths.values())))
+        self._rows = rows
+        self._members = [np.flatnonzero(bucket == number) for number in range(len(bounds))]
+        self._orders = [
+            Order(len(found), seed=mix(seed, number, 2), shuffle=shuffle) for number, found in enumerate(self._members)
+        ]
+        self._carried = [0]  # how many examples come from the bucket before
+        full: list[int] = []
+        for found, size in zip(self._members, rows, strict=True):
+            batches, rest = divmod(self._carried[-1] + len(found), size)
+            full.append(batches)
+            self._carried.append(rest)
+        # Examples longer than a bucket never go there, so a column is as long as its longest member up to there.
+        self._sizes: list[dict[str, int]] = []
+        for number in range(len(bounds)):
+            members = np.concatenate(self._members[: number + 1])
+            most = {name: int(each[members].max(initial=1)) for name, each in lengths.items()}
+            top = max(most.values())
+            fitting = {name: int(np.searchsorted(bounds, each)) for name, each in most.items()}
+            self._sizes.append({name: bounds[number if each == top else fitting[name]] for name, each in most.items()})
+        rest = self._carried[-1]
+        kinds = [(size, bound) for size, bound, batches in zip(rows, bounds, full, strict=True) if batches]
+        if rest and drop_last is not True:
+            last = (rest if drop_last is False else rows[-1], bounds[-1])
+            kinds += [last] if last not in kinds else []
+        if not kinds:
+            raise ValueError(
+                f"expected at least {rows[-1]} examples, a batch of length {bounds[-1]}, got {examples.count}. Lower "
+                'batch_size or tokens, or keep a short batch with drop_last=False or "pad".'
+            )
+        self.drop_last = drop_last
+        self._ends = np.cumsum(full)
+        epoch_length = int(self._ends[-1]) + (rest > 0 and drop_last is not True)
+        self._order = Order(epoch_length, seed=mix(seed, 1), shuffle=shuffle)
+        self._left: tuple[int, list[np.ndarray]] | None = None  # what buckets hand on in one epoch: a cache
+        super().__init__(examples, layout, lengths, sizes=kinds, epoch_length=epoch_length, seed=seed)
+
+    def choose(self, epoch: int, index: int) -> Choice:
+        number = int(self._order.items(epoch, index, index + 1)[0])
+        bucket = min(int(np.searchsorted(self._ends, number, side="right")), len(self._rows) - 1)
+        rows = self._rows[bucket]
+        start = (number - (int(self._ends[bucket - 1]) if bucket else 0)) * rows
+        stop = min(start + rows, self._carried[bucket] + len(self._members[bucket]))
+        items = self._items(epoch, bucket, start, stop, self._handed_on(epoch)[bucket])
+        return Choice(items, len(items) if self.drop_last is False else rows, self._sizes[bucket])
+
+    def _handed_on(self, epoch: int) -> list[np.ndarray]:
+        """For each bucket the examples that come to it from shorter ones."""
+        if self._left is None or self._left[0] != epoch:
+            found = [np.empty(0, np.int64)]
+            for bucket, members in enumerate(self._members[:-1]):
+                stop = self._carried[bucket] + len(members)
+                found.append(self._items(epoch, bucket, stop - self._carried[bucket + 1], stop, found[-1]))
+            self._left = (epoch, found)
+        return self._left[1]
+
+    def _items(self, epoch: int, bucket: int, start: int, stop: int, first: np.ndarray) -> np.ndarray:
+        """A stretch of a bucket's examples: those that come from shorter ones, and then its own."""
+        begin, end = max(start - len(first), 0), max(stop - len(first), 0)
+        if begin == end:
+            return first[start:stop]
+        return np.concatenate([first[start:stop], self._members[bucket][self._orders[bucket].items(epoch, begin, end)]])
+
+
+def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
+    """At most ``count`` bounds, ascending, with the least padding if each length is padded to the next bound.
+
+    Args:
+        lengths: Int [n].
+        count: Bounds at most.
+        multiple: All bounds are multiples of it.
+
+    Example:
+        >>> least_padding(np.array([1, 2, 2, 9, 10, 10]), 2, 1)
+        [2, 10]
+    """
+    check_positive_int("sizes", count)
+    check_positive_int("multiple", multiple)
+    step = multiple * -(-int(lengths.max()) // (multiple * _CANDIDATES))
+    candidates, inverse = np.unique(-(-lengths // step) * step, return_inverse=True)
+    members = np.concatenate([[0], np.cumsum(np.bincount(inverse))])
+    # cost[j]: positions of all examples up to candidate j, with the bounds chosen so far, of which j is the last.
+    cost = members[1:] * candidates
+    choices: list[np.ndarray] = []
+    for _ in range(min(count, len(candidates)) - 1):
+        # Bound i before bound j: what lies between them is padded to j.
+        both = cost[:, None] + (members[None, 1:] - members[1:, None]) * candidates[None, :]
+        both = np.where(np.tri(len(candidates), k=-1, dtype=bool).T, both, np.iinfo(np.int64).max)
+        best = both.argmin(0)
+        found = both[best, np.arange(len(candidates))]
+        choices.append(np.where(found < cost, best, -1))
+        cost = np.minimum(found, cost)
+    bounds, at = [int(candidates[-1])], len(candidates) - 1
+    for choice in reversed(choices):
+        if choice[at] < 0:
+            continue
+        at = int(choice[at])
+        bounds.append(int(candidates[at]))
+    return bounds[::-1]
+
+
+def _checked(sizes: Sequence[int]) -> list[int]:
+    found = list(sizes)
+    if not found or found != sorted(set(found)):
+        raise ValueError(f"expected sizes as ascending lengths without repeats, got {found}.")
+    for size in found:
+        check_positive_int("sizes", size)
+    return found
+
+
+def _rows(length: int, batch_size: int | None, tokens: int | None, batch_multiple: int) -> int:
+    if batch_size is not None:
+        check_positive_int("batch_size", batch_size)
+        return batch_size
+    assert tokens is not None
+    check_positive_int("tokens", tokens)
+    rows = tokens // length // batch_multiple * batch_multiple
+    if not rows:
+        raise ValueError(
+            f"expected tokens={batch_multiple * length} or more, for batch_multiple={batch_multiple} examples of "
+            f"length {length}, got {tokens}. Raise tokens, or cut long examples with sizes=(...) and truncate=."
+        )
+    return rows

@@ -1,0 +1,120 @@
+"""The leaves of a batch: numbers and arrays become tensors, text and the like stays as it is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fxtrain import tree
+from fxtrain.core import NAMESPACE, ops
+from fxtrain.data._containers import open_containers
+
+_NUMBERS = (bool, int, float, complex)
+KINDS_OF_NUMBERS = "biufc"
+
+
+def as_tensors(batch: Any) -> Any:
+    """The batch with numpy arrays, numbers and lists of numbers as tensors.
+
+    A Python number becomes a tensor of shape [] (int64, bool, or torch's default floating dtype), and a list of numbers
+    one of shape [n]. A structured array becomes a dict of its fields. Text, bytes, paths, dates, None and other values
+    without numbers stay as they are.
+
+    Raises:
+        TypeError: If a leaf holds numbers in a form that is not an array of torch or numpy. The message names its path.
+    """
+    open_containers(batch)
+    if all(isinstance(leaf, Tensor) and not leaf.is_nested for leaf in tree.leaves(batch)):
+        return batch
+
+    def convert(accessor: Any, leaf: Any) -> Any:
+        return _as_tensor(accessor.codify("batch"), leaf)
+
+    return ops.tree_map_with_accessor(convert, batch, is_leaf=_is_list_of_numbers, namespace=NAMESPACE)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with ``function`` of each tensor, and everything else as it is.
+
+    A packed sequence keeps its ``batch_sizes``, which torch wants on the host.
+    """
+
+    def apply(part: Any) -> Any:
+        if isinstance(part, PackedSequence):
+            return part._replace(
+                data=function(part.data),
+                sorted_indices=None if part.sorted_indices is None else function(part.sorted_indices),
+                unsorted_indices=None if part.unsorted_indices is None else function(part.unsorted_indices),
+            )
+        return function(part) if isinstance(part, Tensor) else part
+
+    return ops.tree_map(apply, batch, is_leaf=lambda part: isinstance(part, PackedSequence), namespace=NAMESPACE)
+
+
+def _as_tensor(path: str, leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return _refuse(path, leaf, "leaf.to_padded_tensor(0)") if leaf.is_nested else leaf
+    if isinstance(leaf, np.ndarray | np.generic):
+        return _from_numpy(path, leaf)
+    if isinstance(leaf, enum.Enum | str | bytes):
+        return leaf
+    if isinstance(leaf, _NUMBERS) or _is_list_of_numbers(leaf):
+        try:
+            return torch.tensor(leaf)
+        except (OverflowError, RuntimeError, ValueError):
+            raise TypeError(f"expected numbers that fit into 64 bits, got {leaf!r:.60} in {path}.") from None
+    if any(hasattr(leaf, name) for name in ("__array__", "__array_interface__", "__dlpack__")):
+        return _refuse(path, leaf, "torch.as_tensor(numpy.asarray(leaf))")
+    if _holds_tensors(leaf):
+        raise TypeError(
+            f"expected a container that is a pytree, got {path}, a {type(leaf).__name__} with tensors in it. Make the "
+            "class a dataclass, register it with optree.register_pytree_node(cls, flatten, unflatten, "
+            'namespace="fxtrain"), or make a dict of it with data.map.'
+        )
+    return leaf
+
+
+def _refuse(path: str, leaf: Any, conversion: str) -> NoReturn:
+    kind = "nested tensor" if isinstance(leaf, Tensor) else f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+    raise TypeError(
+        f"expected tensors, numpy arrays and numbers in a batch, got {path}, a {kind}. Convert it in the dataset or "
+        f"with data.map, for example by {conversion}."
+    )
+
+
+def _from_numpy(path: str, leaf: Any) -> Any:
+    if leaf.dtype.names is not None:
+        return {name: _from_numpy(f"{path}[{name!r}]", leaf[name]) for name in leaf.dtype.names}
+    if leaf.dtype.kind not in KINDS_OF_NUMBERS:
+        return leaf
+    try:
+        if not leaf.dtype.isnative:
+            leaf = leaf.astype(leaf.dtype.newbyteorder("="))
+        # A tensor cannot be read-only or run backwards, so such an array is copied.
+        as_it_is = isinstance(leaf, np.ndarray) and leaf.flags.writeable and min(leaf.strides, default=0) >= 0
+        return torch.as_tensor(leaf if as_it_is else np.array(leaf, order="C"))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"expected arrays of dtypes that torch has, got {path}, an array of {leaf.dtype}. Convert it with data.map."
+        ) from None
+
+
+def _is_list_of_numbers(node: Any) -> bool:
+    return type(node) is list and len(node) > 0 and all(map(_is_number, node))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, np.generic):
+        return value.dtype.kind in KINDS_OF_NUMBERS
+    return isinstance(value, _NUMBERS) and not isinstance(value, enum.Enum)
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    values = leaf if isinstance(leaf, set | frozenset) else getattr(leaf, "__dict__", {}).values()
+    return any(isinstance(part, Tensor | np.ndarray) for value in values for part in tree.leaves(value))

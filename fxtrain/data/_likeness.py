@@ -1,0 +1,142 @@
+"""Whether a batch is like those before it, in structure, dtypes and shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import NAMESPACE, ops
+from fxtrain.data._aside import for_step
+from fxtrain.data._containers import is_graph
+
+ANY = 64  # as many dimensions as a tensor can have: all may change their size
+
+REMEDY = (
+    "batches are of one shape, so that a step is compiled once. drop_last=True leaves a short batch out, and "
+    'fxtrain.data.batches(..., drop_last="pad") fills it up. For many sizes use '
+    "fxtrain.data.bucketed, which pads to few; or let them change, with dynamic=True in the function that makes the "
+    "source, as fxtrain.data.from_loader(loader, dynamic=True), and in fxtrain.compile(step, dynamic=True)."
+)
+
+
+def check(batch: Any, like: Any, *, free: int = 0) -> bool:
+    """Refuses a batch that is not like another in structure, dtype or shape.
+
+    Two kinds of parts may change their sizes at any batch: graphs, and lists inside of a batch whose elements are of
+    one kind, such as images of different sizes. Of a list, the number of elements is its first dimension.
+
+    Args:
+        batch: Pytree of tensors.
+        like: Pytree of tensors. Only their dtypes and shapes count.
+        free: How many first dimensions may differ in size.
+
+    Returns:
+        Whether the sizes are the same throughout, other than those that may change at any batch.
+
+    Raises:
+        ValueError: With the path of the first leaf that differs, and both sides.
+
+    Example:
+        >>> import torch
+        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, free=1)
+        False
+        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
+        Traceback (most recent call last):
+        ...
+        ValueError: batch['x'] is a float32 tensor of shape [3, 2], and before it was a float32 tensor of shape ...
+    """
+    return _is_alike(for_step(batch), for_step(like), free, "batch")
+
+
+def _is_alike(part: Any, like: Any, free: int, path: str) -> bool:
+    if is_graph(part) and type(part) is type(like):
+        attributes, before = (dict(zip(tree.paths(data), tree.leaves(data), strict=True)) for data in (part, like))
+        _is_alike(attributes, before, ANY, path)
+        return True
+    leaves, structure = _opened(part)
+    like_leaves, like_structure = _opened(like)
+    if structure != like_structure:
+        raise _other_structure(part, like, path)
+    same = True
+    for index, (leaf, was) in enumerate(zip(leaves, like_leaves, strict=True)):
+        if isinstance(leaf, Tensor) and isinstance(was, Tensor):
+            _refuse_other_kind(leaf, was, free, lambda index=index: f"{path}{_path(part, index)}")
+            same = same and leaf.shape == was.shape
+            continue
+        here = f"{path}{_path(part, index)}"
+        if _is_many(leaf) and _is_many(was):
+            if not free and len(leaf) != len(was):
+                raise ValueError(f"{here} has {len(leaf)} elements, and before it had {len(was)}: {REMEDY}")
+            _is_alike(leaf[0], was[0], ANY, f"{here}[0]")
+            same = same and len(leaf) == len(was)
+        elif type(leaf) is type(was):
+            same = _is_alike(leaf, was, free, here) and same
+        else:
+            raise _other_structure(leaf, was, here)
+    return same
+
+
+def _opened(part: Any) -> tuple[list[Any], Any]:
+    """The leaves and the structure of a part, with the graphs and the lists inside of it as leaves."""
+    return ops.tree_flatten(
+        part, is_leaf=lambda node: node is not part and _is_graph_or_list(node), namespace=NAMESPACE
+    )
+
+
+def _path(part: Any, index: int) -> str:
+    accessors = ops.tree_accessors(
+        part, is_leaf=lambda node: node is not part and _is_graph_or_list(node), namespace=NAMESPACE
+    )
+    return accessors[index].codify("")
+
+
+def _is_graph_or_list(node: Any) -> bool:
+    return (type(node) in (list, tuple) and bool(node)) or is_graph(node)
+
+
+def _is_many(node: Any) -> bool:
+    """Whether this is a list of things of one kind, and so of as many as there happen to be."""
+    if type(node) not in (list, tuple) or not node:
+        return False
+    first = _signature(node[0])
+    return all(_signature(element) == first for element in node[1:])
+
+
+def _signature(part: Any) -> Any:
+    """What two elements of a list have in common, whatever their sizes."""
+    if is_graph(part):
+        return type(part)
+    leaves, structure = _opened(part)
+    return structure, [
+        (leaf.dtype, leaf.ndim)
+        if isinstance(leaf, Tensor)
+        else ("many", _signature(leaf[0]))
+        if _is_many(leaf)
+        else _signature(leaf)
+        for leaf in leaves
+    ]
+
+
+def _refuse_other_kind(leaf: Tensor, was: Tensor, free: int, path: Any) -> None:
+    if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[free:] != was.shape[free:]:
+        remedy = "convert it with data.map." if leaf.dtype != was.dtype else REMEDY
+        raise ValueError(f"{path()} is {described(leaf)}, and before it was {described(was)}: {remedy}")
+
+
+def _other_structure(batch: Any, like: Any, path: str) -> ValueError:
+    came, was = tree.paths(batch, path), tree.paths(like, path)
+    gone, added = [p for p in was if p not in came], [p for p in came if p not in was]
+    return ValueError(
+        "The batch has another structure than the batches before: "
+        + " and ".join(
+            [f"{', '.join(gone)} missing"] * bool(gone) + [f"{', '.join(added)} added"] * bool(added)
+            or [f"{tree.structure(batch)} where {tree.structure(like)} was"]
+        )
+        + ". Give all batches the same structure, with data.map if need be."
+    )
+
+
+def described(leaf: Tensor) -> str:
+    return f"a {str(leaf.dtype).removeprefix('torch.')} tensor of shape {list(leaf.shape)}"

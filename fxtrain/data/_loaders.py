@@ -1,0 +1,210 @@
+"""A DataLoader by position: it starts anywhere in an epoch without reading what comes before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fxtrain.data._generators import borrowed, seeded, start_epoch
+from fxtrain.data._likeness import ANY
+from fxtrain.data._samples import samples
+from fxtrain.data._source import Source
+from fxtrain.data._streams import Streamed, free_dimensions
+from fxtrain.data._workers import Seeds, end_persistent, ended, started
+
+
+def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False) -> Source:
+    """The batches of a ``DataLoader``, whatever its samplers, workers and collation.
+
+    Over a map-style dataset the order of an epoch is drawn, from the loader's own sampler, when the epoch is first
+    asked for, and reading starts at the position that is asked for. Every random number, of the sampler, the dataset
+    and the collation, is a function of (seed, epoch) or (seed, position), with any number of workers; where the
+    loader has generators of its own, this takes the place of their seeds. No generator is moved.
+
+    In ``fit``, samplers that are not torch's own may make another number of batches in each epoch.
+
+    An ``IterableDataset``, a sampler without a length or a loader with an ``__iter__`` of its own can only be read
+    from the start: the batches before a position are read again to reach it, and a warning is logged.
+
+    Args:
+        loader: Processes, pinned memory and prefetching follow its settings.
+        seed: Any whole number.
+        dynamic: Whether sizes may change from batch to batch.
+
+    Example:
+        >>> loader = DataLoader(list(range(6)), batch_size=2, shuffle=True)
+        >>> data = from_loader(loader)
+        >>> data.epoch_length, data[4].equal(from_loader(loader)[4])
+        (3, True)
+    """
+    if _can_jump(loader):
+        return Loaded(loader, seed=seed, dynamic=dynamic)
+    read: list[int] = []
+    return Streamed(
+        lambda epoch: _epoch(loader, epoch, seed, read),
+        name=f"the {type(loader).__name__}",
+        seed=seed,
+        free=free_dimensions(loader, dynamic),
+    )
+
+
+class Loaded(Source):
+    """A ``DataLoader`` over a map-style dataset. Use ``from_loader``."""
+
+    epoch_length: int
+
+    def __init__(self, loader: DataLoader[Any], *, seed: int, dynamic: bool) -> None:
+        super().__init__(free=ANY if dynamic else 0)
+        self.loader = loader
+        self.seed = seed
+        self.epoch_length = len(loader)
+        if self.epoch_length == 0:
+            raise ValueError(
+                f"The DataLoader has no batch: with batch_size={loader.batch_size} and drop_last={loader.drop_last}, "
+                "its dataset is too small. Take a smaller batch_size, or drop_last=False."
+            )
+        self._epoch: int | None = None
+        self._order: list[Any] = []  # the keys of the batches of that epoch: some 50 bytes a sample
+        self._tasks: list[tuple[int, Any]] = []  # the positions that are being read, with their keys
+        self._pool = self._workers()
+        self._iterator: Iterator[Any] | None = None
+        self._next: int | None = None
+        if _has_own_samplers(loader):
+            self.begin_epoch = self._begin_epoch
+
+    def _begin_epoch(self, epoch: int, length: int) -> None:
+        """Draws the order of an epoch: its sampler may make another number of batches of it."""
+        if epoch != self._epoch:
+            order = self._order_of(epoch)
+            if not order:
+                raise ValueError(f"expected batches in epoch {epoch}, got none from the DataLoader's sampler.")
+            self._order, self._epoch, self._next, self.epoch_length = order, epoch, None, len(order)
+
+    def fetch(self, position: int) -> Any:
+        epoch, index = divmod(position, self.epoch_length)
+        if self._iterator is None or position != self._next or index == 0:
+            if epoch != self._epoch:
+                self._order, self._epoch = self._drawn(epoch), epoch
+            self._tasks[:] = [(position + ahead, keys) for ahead, keys in enumerate(self._order[index:])]
+            if not self.loader.persistent_workers:
+                ended(self._iterator)
+            self._iterator = None
+            self._iterator = started(self._pool)
+        self._next = None  # should the dataset fail, the next try starts anew
+        batch = next(self._iterator)
+        self._next = position + 1
+        return batch
+
+    def close(self) -> None:
+        ended(self._iterator)
+        ended(getattr(self._pool, "_iterator", None))  # of persistent workers, if starting to read again failed
+        self._iterator = self._next = None
+        self._pool = self._workers()
+
+    def _order_of(self, epoch: int) -> list[Any]:
+        with seeded(self.seed, epoch, 1), borrowed(self.loader):
+            start_epoch(self.loader, epoch, self.seed)
+            return list(self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler)
+
+    def _drawn(self, epoch: int) -> list[Any]:
+        order = self._order_of(epoch)
+        if len(order) != self.epoch_length:
+            raise ValueError(
+                f"The DataLoader's sampler gave {len(order)} batches for epoch {epoch}, and its length is "
+                f"{self.epoch_length}: positions need epochs of one length."
+            )
+        return order
+
+    def _workers(self) -> DataLoader[Any]:
+        # A DataLoader is a pool of workers that keeps the order of its tasks: the same settings, other tasks.
+        loader = self.loader
+        return DataLoader(
+            Keyed(loader, self.seed),
+            batch_size=None,
+            sampler=self._tasks,
+            collate_fn=_same,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator(),
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+        )
+
+
+class Keyed(Dataset[Any]):
+    """The dataset of a loader with keys (position, keys): it gives batches, and its random numbers follow the position.
+
+    To whom it may concern, a ``worker_init_fn``, it looks like the dataset that it holds.
+    """
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self.__dict__["_parts"] = (loader.dataset, loader.collate_fn, loader.batch_sampler is not None, seed)
+
+    def __getitem__(self, key: Any) -> Any:
+        dataset, collate, batched, seed = self.__dict__["_parts"]
+        position, keys = key
+        with seeded(seed, position):
+            return collate(samples(dataset, keys) if batched else dataset[keys])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # pickle asks for its hooks
+            raise AttributeError(name)
+        return getattr(self.__dict__["_parts"][0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_parts"][0], name, value)
+
+
+def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]:
+    """One epoch, with generators of the loader that only this source advances.
+
+    Args:
+        loader: To iterate.
+        epoch: Its number.
+        seed: Any whole number.
+        read: The epoch that the loader has just read to its end, if any; to be updated.
+    """
+    iterator, states = None, []
+    follows = read == [epoch - 1]
+    read.clear()
+    if not follows:
+        end_persistent(loader)  # they count epochs
+    try:
+        while True:
+            with borrowed(loader) as generators:
+                if iterator is None:
+                    start_epoch(loader, epoch, seed)
+                    iterator = started(loader, Seeds(seed, epoch))
+                for generator, state in zip(generators, states, strict=False):
+                    generator.set_state(state)
+                batch = next(iterator, _same)
+                states = [generator.get_state() for generator in generators]
+            if batch is _same:
+                read[:] = [epoch]
+                return
+            yield batch
+    finally:
+        if not getattr(loader, "persistent_workers", False):
+            ended(iterator)
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _has_own_samplers(loader: DataLoader[Any]) -> bool:
+    """Whether the number of batches may differ between epochs, as torch's own samplers never do."""
+    samplers = loader.batch_sampler, loader.sampler
+    return any(not type(part).__module__.startswith("torch.utils.data") for part in samplers if part is not None)
+
+
+def _can_jump(loader: DataLoader[Any]) -> bool:
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    sized = all(hasattr(part, "__len__") for part in (sampler, getattr(sampler, "sampler", sampler)))
+    return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset) and sized

@@ -1,0 +1,217 @@
+"""Packing: several short documents in each row of a fixed length."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxtrain.core import check_choice, check_positive_int
+from fxtrain.data._arrays import DropLast
+from fxtrain.data._bins import Bins
+from fxtrain.data._generators import seeded
+from fxtrain.data._order import Order, mix
+from fxtrain.data._padded import Padding
+from fxtrain.data._padding import Layout, refuse_unless_alike
+from fxtrain.data._ragged import Examples, Lengths
+from fxtrain.data._source import Source
+
+Truncate = Literal["right", "left", "split"]
+
+
+def packed(
+    source: Any,
+    length: int,
+    batch_size: int,
+    *,
+    truncate: Truncate | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    drop_last: DropLast = True,
+    value: float | Mapping[str, float] = 0,
+    mask: str = "mask",
+    columns: Sequence[str] | None = None,
+    variable: Sequence[str] | None = None,
+    lengths: Lengths | None = None,
+) -> Packed:
+    """Batches of rows that hold several documents each, whole and one after another, with little padding.
+
+    Which lengths share a row is decided once, by best-fit decreasing, so an epoch always has the same number of
+    batches. Shuffled, each epoch puts other documents of these lengths together, and rows into another order. A batch
+    is a function of (seed, position), and all batches have one size.
+
+    Each document is seen as if it were alone if the model gets ``positions`` and
+    ``fxtrain.data.attention_mask(batch["segments"])``, and the loss ``fxtrain.data.next_tokens``.
+
+    Args:
+        source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
+            columns, each a list of arrays; or a map-style dataset, as a ``datasets.Dataset`` with list columns.
+        length: Length of a row.
+        batch_size: Rows in a batch.
+        truncate: What to do with documents longer than a row: cut them on the ``"right"`` or the ``"left"``, or
+            ``"split"`` them into documents of at most ``length``. By default they are an error.
+        seed: Any whole number.
+        shuffle: Without it, rows come in the order in which they were filled: long documents first.
+        drop_last: What becomes of the rows left over at the end of an epoch: True drops them, False makes a shorter
+            batch, ``"pad"`` fills it with rows of padding.
+        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+        mask: Name of the mask.
+        columns: The columns to take, or names for the parts of tuples.
+        variable: The columns to pack, and no others: values for a whole document have no place in a row.
+        lengths: The length of each document, int [n], or the name of a column that holds it. Without it, a dataset that
+            is no ``datasets.Dataset`` is read through once.
+
+    Returns:
+        Batches of the columns, [batch_size, length, ...], with ``"segments"``, the number of each position's document
+        in its row, from 1 on and 0 for padding; ``"positions"``, which start at 0 in each document; both int64
+        [batch_size, length]; and ``"mask"``, bool [batch_size, length], False for padding. ``padding(epoch)`` counts
+        what is padding.
+
+    Raises:
+        TypeError: If the source or a column is of none of these kinds.
+        ValueError: If a document is empty or too long, there is no full batch, or columns do not go together.
+
+    Example:
+        >>> data = packed([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]], 6, 1, shuffle=False)
+        >>> data.epoch_length, data[0]["x"], data[0]["segments"], data[0]["positions"]
+        (2, tensor([[6, 7, 8, 9, 4, 5]]), tensor([[1, 1, 1, 1, 2, 2]]), tensor([[0, 1, 2, 3, 0, 1]]))
+        >>> data.padding()
+        Padding(padded=2, positions=12)
+    """
+    check_positive_int("length", length)
+    check_positive_int("batch_size", batch_size)
+    check_choice("truncate", truncate, (None, "right", "left", "split"))
+    check_choice("drop_last", drop_last, (True, False, "pad"))
+    examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
+    side = None if truncate == "split" else truncate
+    limit = None if truncate == "split" else length
+    layout = Layout(examples.by_column, max_length=limit, truncate=side, value=value, mask=mask)
+    return Packed(examples, layout, length, batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last)
+
+
+class Packed(Source):
+    """Rows of several documents. Use ``packed``."""
+
+    epoch_length: int
+
+    def __init__(
+        self,
+        examples: Examples,
+        layout: Layout,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: DropLast,
+    ) -> None:
+        self.examples, self.length, self.batch_size, self.seed = examples, length, batch_size, seed
+        others = [name for name in examples.first if name not in examples.by_column]
+        if others:
+            raise ValueError(
+                f"expected columns with a value for each position, got {others} with one for a document. Leave them "
+                f"out: columns={tuple(examples.by_column)!r}."
+            )
+        self._layout = layout
+        cut = self._layout.cut(examples.by_column)
+        self._whole = whole = next(iter(cut.values()))
+        pieces = -(-whole // length)
+        # A piece of a document: its number, and where it begins.
+        self._item = np.repeat(np.arange(len(whole)), pieces)
+        self._start = (np.arange(len(self._item)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * length
+        self._lengths = np.minimum(whole[self._item] - self._start, length)
+        found, inverse, counts = np.unique(self._lengths, return_inverse=True, return_counts=True)
+        self._bins = Bins(dict(zip(found.tolist(), counts.tolist(), strict=True)), length)
+        by_length = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+        self._pieces = dict(zip(found.tolist(), by_length, strict=True))
+        self._orders = {
+            each: Order(len(pieces), seed=mix(seed, each, 2), shuffle=shuffle) for each, pieces in self._pieces.items()
+        }
+        rows = self._bins.count
+        full, rest = divmod(rows, batch_size)
+        self.drop_last = drop_last
+        self.epoch_length = full + (rest > 0 and drop_last is not True)
+        if not self.epoch_length:
+            raise ValueError(
+                f"expected documents for at least batch_size={batch_size} rows of length {length}, got {rows}. Lower "
+                'batch_size, or keep a short batch with drop_last=False or "pad".'
+            )
+        kinds = [(batch_size, length)] if full or drop_last == "pad" else []
+        self.sizes = (*kinds, *([(rest, length)] if rest and drop_last is False else []))
+        """Rows and length of each kind of batch."""
+        super().__init__(kinds=len(self.sizes))
+        self._order = Order(rows, seed=mix(seed, 1), shuffle=shuffle)
+        example = self._layout.batch([examples.first], {name: int(each[0]) for name, each in cut.items()}, 1)
+        taken = {"segments", "positions"} & {*example}
+        if taken:
+            raise ValueError(
+                f"expected no columns {sorted(taken)}, which packing adds, got them. Choose columns=(...)."
+            )
+
+    def fetch(self, position: int) -> Any:
+        epoch, index = divmod(position, self.epoch_length)
+        rows = self._rows_of(epoch, index)
+        contents = self._contents(rows, epoch)
+        read = self._read(np.unique(self._item[np.concatenate(contents)]), position)
+        height = len(rows) if self.drop_last is False else self.batch_size
+        sizes = dict.fromkeys(self._layout.variable, self.length)
+        batch = self._layout.batch([self._row(read, pieces) for pieces in contents], sizes, height)
+        segments = torch.zeros(height, self.length, dtype=torch.int64)
+        positions = torch.zeros(height, self.length, dtype=torch.int64)
+        for row, pieces in enumerate(contents):
+            lengths = torch.from_numpy(self._lengths[pieces])
+            ends, total = lengths.cumsum(0), int(lengths.sum())
+            segments[row, :total] = torch.repeat_interleave(torch.arange(1, len(lengths) + 1), lengths)
+            positions[row, :total] = torch.arange(total) - torch.repeat_interleave(ends - lengths, lengths)
+        return {**batch, "segments": segments, "positions": positions}
+
+    def padding(self, epoch: int = 0) -> Padding:
+        """How much of an epoch is padding, counted without reading documents."""
+        count = self._bins.count if self.drop_last is not True else self.epoch_length * self.batch_size
+        real = int(self._lengths.sum())
+        for row in self._order.items(epoch, count, self._bins.count).tolist() if count < self._bins.count else ():
+            real -= sum(length for length, _ in self._bins.slots(row))
+        height = count if self.drop_last is False else self.epoch_length * self.batch_size
+        return Padding(height * self.length - real, height * self.length)
+
+    def _rows_of(self, epoch: int, index: int) -> np.ndarray:
+        start = index * self.batch_size
+        return self._order.items(epoch, start, min(start + self.batch_size, self._bins.count))
+
+    def _contents(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
+        """The pieces of documents in each row."""
+        slots = [self._bins.slots(row) for row in rows.tolist()]
+        numbers: dict[int, list[int]] = {}
+        for length, number in itertools.chain.from_iterable(slots):
+            numbers.setdefault(length, []).append(number)
+        found = {
+            length: iter(self._pieces[length][self._orders[length].at(epoch, np.array(each))])
+            for length, each in numbers.items()
+        }
+        return [np.array([next(found[length]) for length, _ in row]) for row in slots]
+
+    def _row(self, read: Mapping[int, Mapping[str, Tensor]], pieces: np.ndarray) -> dict[str, Tensor]:
+        """The columns of a row."""
+        at = [(int(self._item[piece]), int(self._start[piece]), int(self._lengths[piece])) for piece in pieces]
+        return {
+            name: torch.cat([read[item][name][start : start + length] for item, start, length in at])
+            for name in self._layout.variable
+        }
+
+    def _read(self, items: np.ndarray, position: int) -> dict[int, dict[str, Tensor]]:
+        """Documents by their numbers."""
+        with seeded(self.seed, position):
+            found = [self._layout.columns(example) for example in self.examples.read(items)]
+        for name in self._layout.variable:
+            refuse_unless_alike([columns[name] for columns in found], name, is_variable=True)
+            for item, columns in zip(items.tolist(), found, strict=True):
+                if len(columns[name]) != self._whole[item]:
+                    raise ValueError(
+                        f"expected {self._whole[item]} positions in column {name!r} of document {item}, as measured "
+                        f"before, got {len(columns[name])}. Let a document have one length whenever it is read."
+                    )
+        return dict(zip(items.tolist(), found, strict=True))

@@ -1,0 +1,220 @@
+"""Batches of examples of different lengths, in random order, each padded to its longest example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fxtrain.core import check_choice, check_positive_int
+from fxtrain.data._arrays import DropLast
+from fxtrain.data._generators import seeded
+from fxtrain.data._likeness import ANY
+from fxtrain.data._order import Order
+from fxtrain.data._padding import Layout, Side
+from fxtrain.data._ragged import Examples, Lengths
+from fxtrain.data._source import Source
+
+_FEW = 16  # sizes for which compiling each pays off
+
+
+class Padding(NamedTuple):
+    """How much of an epoch's batches is padding.
+
+    Args:
+        padded: Positions that hold no part of an example.
+        positions: All positions.
+    """
+
+    padded: int
+    positions: int
+
+    @property
+    def fraction(self) -> float:
+        """The share of padding, between 0 and 1."""
+        return self.padded / self.positions
+
+
+class Choice(NamedTuple):
+    """What a batch is made of.
+
+    Args:
+        items: Numbers of examples, int64 [n].
+        rows: Rows of the batch, n or more.
+        sizes: The length of the batch by column.
+    """
+
+    items: np.ndarray
+    rows: int
+    sizes: Mapping[str, int]
+
+
+class Ragged(Source):
+    """Batches of examples of different lengths: a subclass chooses which examples go into which batch.
+
+    Args:
+        examples: From ``fxtrain.data.ragged``.
+        layout: How they become a batch.
+        lengths: The length of each example after truncation, by column.
+        sizes: Rows and length of each kind of batch.
+        epoch_length: Batches in an epoch.
+        seed: For the random numbers that a dataset draws.
+    """
+
+    epoch_length: int
+
+    def __init__(
+        self,
+        examples: Examples,
+        layout: Layout,
+        lengths: Mapping[str, np.ndarray],
+        *,
+        sizes: Sequence[tuple[int, int]],
+        epoch_length: int,
+        seed: int,
+    ) -> None:
+        few = len(sizes) <= _FEW
+        super().__init__(free=0 if few else ANY, kinds=len(sizes) if few else None)
+        self.examples, self.layout, self.lengths = examples, layout, lengths
+        self.sizes = tuple(sizes)
+        """Rows and length of each kind of batch."""
+        self.epoch_length, self.seed = epoch_length, seed
+        # What cannot become a batch is refused here, before a run begins.
+        layout.batch([examples.first], {name: int(each[0]) for name, each in lengths.items()}, 1)
+
+    def choose(self, epoch: int, index: int) -> Choice:
+        """What the batch at an index of an epoch is made of."""
+        raise NotImplementedError
+
+    def fetch(self, position: int) -> Any:
+        chosen = self.choose(*divmod(position, self.epoch_length))
+        with seeded(self.seed, position):
+            return self.layout.batch(self.examples.read(chosen.items), chosen.sizes, chosen.rows)
+
+    def padding(self, epoch: int = 0) -> Padding:
+        """How much of an epoch is padding, counted without reading examples."""
+        real = positions = 0
+        for index in range(self.epoch_length):
+            items, rows, sizes = self.choose(epoch, index)
+            real += sum(int(self.lengths[name][items].sum()) for name in sizes)
+            positions += rows * sum(sizes.values())
+        return Padding(positions - real, positions)
+
+
+class PaddedBatches(Ragged):
+    """Batches as long as their longest example. Use ``padded``."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        layout: Layout,
+        batch_size: int,
+        *,
+        multiple: int,
+        seed: int,
+        shuffle: bool,
+        drop_last: DropLast,
+    ) -> None:
+        check_positive_int("batch_size", batch_size)
+        check_positive_int("multiple", multiple)
+        check_choice("drop_last", drop_last, (True, False, "pad"))
+        count = examples.count
+        full, rest = divmod(count, batch_size)
+        if drop_last is True and not full:
+            raise ValueError(
+                f"expected at least batch_size={batch_size} examples, got {count}. Lower batch_size, or keep a short "
+                'batch with drop_last=False or "pad".'
+            )
+        lengths = layout.cut(examples.by_column)
+        self.batch_size, self.multiple, self.drop_last = batch_size, multiple, drop_last
+        self._order = Order(count, seed=seed, shuffle=shuffle)
+        # The longest of b examples is at least as long as the b-th shortest of all.
+        ascending = np.sort(np.maximum.reduce(list(lengths.values())))
+        kinds = {batch_size: batch_size} if full else {}
+        if rest and drop_last is not True:
+            rows = batch_size if drop_last == "pad" else rest
+            kinds[rows] = rest
+        sizes = [
+            (rows, int(length))
+            for rows, real in sorted(kinds.items(), reverse=True)
+            for length in np.unique(-(-ascending[real - 1 :] // multiple) * multiple)
+        ]
+        epoch_length = full + (rest > 0 and drop_last is not True)
+        super().__init__(examples, layout, lengths, sizes=sizes, epoch_length=epoch_length, seed=seed)
+
+    def choose(self, epoch: int, index: int) -> Choice:
+        start = index * self.batch_size
+        items = self._order.items(epoch, start, min(start + self.batch_size, self.examples.count))
+        sizes = self.layout.sizes({name: each[items] for name, each in self.lengths.items()}, self.multiple)
+        # One length for all columns, because each combination of lengths would compile a graph.
+        sizes = dict.fromkeys(sizes, max(sizes.values()))
+        return Choice(items, len(items) if self.drop_last is False else self.batch_size, sizes)
+
+
+def padded(
+    source: Any,
+    batch_size: int,
+    *,
+    multiple: int = 64,
+    max_length: int | None = None,
+    truncate: Side | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    drop_last: DropLast = True,
+    side: Side = "right",
+    value: float | Mapping[str, float] = 0,
+    mask: str | Mapping[str, str] = "mask",
+    columns: Sequence[str] | None = None,
+    variable: Sequence[str] | None = None,
+    lengths: Lengths | None = None,
+) -> PaddedBatches:
+    """Batches of examples of different lengths, each padded to its longest example, rounded up to a multiple.
+
+    Batches are drawn as ``batches`` draws them. ``bucketed`` puts examples of similar length together, with less
+    padding. Here each batch is a fair sample of the data.
+
+    Args:
+        source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
+            columns, each a list of arrays, or one array with a row for each example; or a map-style dataset, as a
+            ``datasets.Dataset`` with list columns.
+        batch_size: Examples in a batch.
+        multiple: The length of a batch is rounded up to a multiple of this. A large one makes few sizes. Each size
+            compiles one graph. Up to 16 sizes are declared to ``fit``, which compiles them without a warning.
+        max_length: As for ``pad``; so are ``truncate``, ``side``, ``value``, ``mask`` and ``columns``.
+        truncate: On which side longer examples are cut. By default they are an error.
+        seed: Any whole number. Each epoch has its own order.
+        shuffle: Whether the order is random.
+        drop_last: What becomes of the examples left over at the end of an epoch: True drops them, False makes a
+            shorter batch, ``"pad"`` fills it with rows of padding, where the mask is False.
+        side: On which side padding goes.
+        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+        mask: Name of the mask, or names by column.
+        columns: The columns to take, or names for the parts of tuples.
+        variable: The columns to pad. By default those whose length differs between examples.
+        lengths: The length of each example, int [n], or the name of a column that holds it. Without it, a dataset that
+            is no ``datasets.Dataset`` is read through once.
+
+    Returns:
+        Batches of the columns, [batch_size, length, ...], and of the mask, bool [batch_size, length]. ``sizes`` has
+        the rows and lengths that batches can have; ``padding(epoch)`` counts what is padding.
+
+    Raises:
+        TypeError: If the source or a column is of none of these kinds.
+        ValueError: If an example is empty or too long, there is no full batch, or examples do not go together.
+
+    Example:
+        >>> data = padded([[1, 2, 3], [4], [5, 6], [7]], 2, multiple=2, shuffle=False)
+        >>> data[0], data[1]["x"], data.sizes
+        ({'x': tensor([[1, 2, 3, 0],
+                [4, 0, 0, 0]]), 'mask': tensor([[ True,  True,  True, False],
+                [ True, False, False, False]])}, tensor([[5, 6],
+                [7, 0]]), ((2, 2), (2, 4)))
+        >>> data.padding()
+        Padding(padded=5, positions=12)
+    """
+    examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
+    layout = Layout(examples.by_column, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
+    return PaddedBatches(
+        examples, layout, batch_size, multiple=multiple, seed=seed, shuffle=shuffle, drop_last=drop_last
+    )

@@ -1,0 +1,290 @@
+"""Prefetch: a thread that reads ahead."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import operator
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import check_positive_int
+from fxtrain.data._adapt import adapt
+from fxtrain.data._leaves import map_tensors
+from fxtrain.data._source import Source
+from fxtrain.rng._host import is_seeded
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 2.0  # seconds that the end of a session waits for the batch under way
+
+
+def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
+    """The same batches, made by a thread while the ones before are used.
+
+    An error comes up at the position that it belongs to, with the traceback of the thread. A jump drops what was
+    read ahead. While the thread runs, ``data`` is not to be used elsewhere.
+
+    Args:
+        data: Batches, or what ``adapt`` takes.
+        size: How many batches are kept ready. The thread holds one more.
+        seed: For ``adapt``: orders that a loader draws. ``fit`` gives the state's to a loader that it is given bare.
+        device: Where the batches are to lie. To a CUDA device they are copied through pinned memory, beside the
+            computation.
+
+    Example:
+        >>> from fxtrain.data import batches
+        >>> data = prefetch(batches(torch.arange(8), 2, shuffle=False))
+        >>> data[0], data[1], data[0]
+        (tensor([0, 1]), tensor([2, 3]), tensor([0, 1]))
+        >>> data.close()
+    """
+    check_positive_int("size", size)
+    source = adapt(data, seed=seed)
+    return (StatefulPrefetched if hasattr(source, "snapshot") else Prefetched)(source, size, device)
+
+
+class Item(NamedTuple):
+    """What the thread hands over for one position."""
+
+    batch: Any
+    error: BaseException | None
+    epoch_length: int | None  # as known after this batch and not later, so that threads' timing decides nothing
+    snapshot: Tensor | None  # for the position after this one
+    copied: Any  # the CUDA event of the copy, or None
+    follows: int  # the position of the batch after it
+
+
+class Prefetched(Source):
+    """Batches that are read ahead. Use ``prefetch``."""
+
+    def __init__(self, source: Source, size: int, device: torch.device | str | None) -> None:
+        super().__init__(free=source.free, kinds=source.kinds)
+        self.source: Any = source
+        self.can_jump = source.can_jump
+        self.size = size
+        self.device = None if device is None else torch.device(device)
+        self.epoch_length = source.epoch_length
+        self._reader: Reader | None = None
+        self._kept: tuple[int, Tensor] | None = None  # a snapshot, and its position
+        self._closed: Reader | None = None  # whose thread still read a batch when it was closed
+        self._expected: int | None = None
+        self._epoch = -1  # that was announced last
+        if hasattr(source, "begin_epoch"):
+            self.begin_epoch = self._begin_epoch
+
+    def _begin_epoch(self, epoch: int, length: int) -> None:
+        follows, self._epoch = epoch == self._epoch + 1, epoch
+        # What was read ahead is still right if the epoch is expected to be as long as the one before.
+        if follows and self.source.may_end_anywhere and self.epoch_length and length == self.epoch_length:
+            return
+        self._pause()
+        self.source.begin_epoch(epoch, length)
+        self.epoch_length = self.source.epoch_length
+
+    def __getitem__(self, position: int) -> Any:
+        position = operator.index(position)
+        if is_seeded():
+            raise RuntimeError(
+                "A source of batches reads prefetched ones while it makes a batch, and the two threads would wait for "
+                "each other: put prefetch around the outer source."
+            )
+        if self._reader is None:
+            self._wait_for_closed()
+            self._reader = Reader(_reading(self.source, self.device), self.size)
+            self._unused = weakref.finalize(self, self._reader.stop, _PATIENCE)  # or when the interpreter exits
+            self._expected = None
+        if position != self._expected:
+            self._reader.jump(position)
+        self._expected = None
+        item = self._reader.take()
+        self.epoch_length = item.epoch_length
+        self._took(position, item)
+        if item.error is not None:
+            raise item.error
+        self._expected = item.follows
+        if item.copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(item.copied)
+            for leaf in tree.leaves(item.batch):
+                if isinstance(leaf, Tensor) and leaf.is_cuda:
+                    leaf.record_stream(stream)
+        return item.batch
+
+    def fetch(self, position: int) -> Any:
+        return self[position]
+
+    def expect_epoch_length(self, length: int) -> None:
+        """Sets the number of batches in an epoch, which an earlier session found out."""
+        expect = getattr(self.source, "expect_epoch_length", None)
+        if expect is not None and self._reader is None:
+            expect(length)
+            self.epoch_length = self.source.epoch_length
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._unused.detach()
+            reader, self._reader = self._reader, None
+            if not reader.stop(_PATIENCE):
+                # Waiting longer would keep an interrupted process alive until its scheduler kills it.
+                self._closed = reader
+                reader.afterwards(self.source.close)
+                _log.info("Prefetch is closed when the batch under way is read, which takes longer than usual.")
+                return
+        self._wait_for_closed()
+        self.source.close()
+
+    def _wait_for_closed(self) -> None:
+        """Two threads must not read the source at the same time."""
+        if self._closed is not None:
+            self._closed.stop()
+            self._closed = None
+
+    def _took(self, position: int, item: Item) -> None:
+        pass
+
+    def _pause(self) -> None:
+        self._expected = self._kept = None
+        self._wait_for_closed()
+        if self._reader is not None:
+            self._reader.jump(None)
+
+
+class StatefulPrefetched(Prefetched):
+    """As ``Prefetched``, of batches that have snapshots: there is one with each batch, made before the next is read."""
+
+    def snapshot(self, position: int) -> Tensor:
+        """What ``restore`` needs to continue at ``position``: the source's, as it was before it read on."""
+        if self._kept is None or self._kept[0] != position:
+            self._pause()
+            self._kept = (position, self.source.snapshot(position))
+        return self._kept[1]
+
+    def restore(self, position: int, snapshot: Tensor) -> None:
+        """Continues at ``position``, from a snapshot of the source with or without prefetch."""
+        self._pause()
+        self.source.restore(position, snapshot)
+        self.epoch_length = self.source.epoch_length
+
+    def _took(self, position: int, item: Item) -> None:
+        self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
+
+
+class Reader:
+    """The thread, and what it shares with its user: all of it under one condition."""
+
+    def __init__(self, read: Callable[[int], Item], size: int) -> None:
+        self._read = read
+        self._size = size
+        self._changed = threading.Condition()
+        self._ready: collections.deque[Item] = collections.deque()
+        self._next: int | None = None  # the position to read next; None is rest
+        self._jumps = 0
+        self._busy = False
+        self._stopped = False
+        self._afterwards: Callable[[], None] | None = None
+        self._has_ended = False
+        # A daemon, so that a dataset that hangs cannot keep the interpreter from exiting.
+        self._thread = threading.Thread(target=self._run, name="fxtrain prefetch", daemon=True)
+        self._thread.start()
+
+    def jump(self, position: int | None) -> None:
+        """Drops what is ready and reads from ``position`` on; None waits until the thread is at rest."""
+        with self._changed:
+            self._jumps += 1
+            self._ready.clear()
+            self._next = position
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: position is not None or not self._busy)
+
+    def take(self) -> Item:
+        """The next item. Waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready)
+            self._changed.notify_all()
+            return self._ready.popleft()
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Ends the thread, and waits (at most ``timeout`` seconds) while it makes its last batch.
+
+        Returns:
+            Whether it has ended.
+        """
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:  # the garbage collector calls from anywhere
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Calls ``action`` once the thread reads no more."""
+        with self._changed:
+            if not self._has_ended:
+                self._afterwards = action
+                return
+        action()
+
+    def _run(self) -> None:
+        self._read_ahead()
+        with self._changed:
+            self._has_ended, action = True, self._afterwards
+        if action is not None:
+            action()
+
+    def _read_ahead(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._stopped or (self._next is not None and len(self._ready) < self._size)
+                )
+                if self._stopped or self._next is None:
+                    return
+                position, jumps, self._busy = self._next, self._jumps, True
+            item = self._read(position)
+            with self._changed:
+                self._busy = False
+                if jumps == self._jumps:
+                    self._ready.append(item)
+                    self._next = None if item.error is not None else item.follows
+                self._changed.notify_all()
+            del item  # a batch, or a traceback with its frames, is not kept alive while waiting
+
+
+def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
+    stateful = hasattr(data, "snapshot")
+    stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+
+    def read(position: int) -> Item:
+        batch = error = snapshot = copied = None
+        length = data.epoch_length
+        try:
+            batch = data[position]
+            snapshot = data.snapshot(position + 1) if stateful else None
+            if stream is not None:
+                batch, copied = _copied(batch, device, stream)
+            elif device is not None:
+                batch = map_tensors(lambda leaf: leaf.to(device), batch)
+        except BaseException as raised:  # whatever it is, it is for the one who waits
+            error = raised
+        # An epoch that turns out to go on counts its positions from its own start.
+        goes_on = length is not None and data.epoch_length is None
+        follows = position % length + 1 if length is not None and goes_on else position + 1
+        return Item(batch, error, data.epoch_length, snapshot, copied, follows)
+
+    return read
+
+
+def _copied(batch: Any, device: Any, stream: Any) -> tuple[Any, Any]:
+    def copy(leaf: Tensor) -> Tensor:
+        return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(device, non_blocking=True)
+
+    stream.wait_stream(torch.cuda.current_stream(device))  # on which the batch may have been made
+    with torch.cuda.stream(stream):
+        return map_tensors(copy, batch), stream.record_event()

@@ -1,0 +1,194 @@
+"""Ragged examples: texts, signals and rows of columns whose lengths differ, with the length of each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from fxtrain.data._generators import seeded
+from fxtrain.data._samples import samples
+
+Lengths = Sequence[int] | np.ndarray | Tensor | str
+"""Int [n], or the name of the column that holds them."""
+
+_ROWS_AT_ONCE = 4096  # rows of a datasets.Dataset that are measured in one read
+_BARE = "x"  # the column of examples without names, as in ``windows``
+
+
+class Examples:
+    """Numbered examples with their lengths.
+
+    Args:
+        source: A list of arrays or lists, a dict of columns, or a map-style dataset.
+        columns: The columns to read, or names for the parts of examples that are tuples.
+        variable: The columns whose length varies. By default all examples are measured: columns whose length differs
+            between examples, or all columns with a length if none differs.
+        lengths: Lengths that are known already; then no example is measured.
+
+    Raises:
+        TypeError: If the source is none of these, or no column has a length.
+        ValueError: If there is no example, or ``lengths`` does not fit.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        columns: Sequence[str] | None = None,
+        variable: Sequence[str] | None = None,
+        lengths: Lengths | None = None,
+    ) -> None:
+        _refuse_unless_ragged(source)
+        self._source, self._columns = source, None if columns is None else tuple(columns)
+        self.count = _count(source)
+        if self.count == 0:
+            raise ValueError("expected data with at least one example, got none.")
+        self.first = self._first()
+        for name in variable or ():
+            if name not in self.first:
+                raise ValueError(f"expected a column of {', '.join(map(repr, self.first))}, got {name!r}.")
+        self.by_column = self._measured(variable) if lengths is None else self._given(lengths, variable)
+        """The length of each example by variable column, int64 [n]."""
+        self.lengths: np.ndarray = np.maximum.reduce(list(self.by_column.values()))
+        """The length of each example in its longest column, int64 [n]."""
+
+    def read(self, items: np.ndarray) -> list[dict[str, Any]]:
+        """The examples of these numbers, as dicts by column."""
+        if isinstance(self._source, Mapping):
+            names = self._columns or self._source
+            return [{name: self._source[name][item] for name in names} for item in items.tolist()]
+        return [named(sample, self._columns) for sample in samples(self._source, items.tolist())]
+
+    def _first(self) -> dict[str, Any]:
+        with seeded(0):  # a dataset may draw random numbers
+            return self.read(np.zeros(1, np.int64))[0]
+
+    def _given(self, lengths: Lengths, variable: Sequence[str] | None) -> dict[str, np.ndarray]:
+        found = np.asarray(self._source[lengths] if isinstance(lengths, str) else lengths)
+        if found.shape != (self.count,) or found.dtype.kind not in "iu":
+            raise ValueError(
+                f"expected lengths as integers of shape [{self.count}], one for each example, got {found.dtype} of "
+                f"shape {list(found.shape)}."
+            )
+        seen = {name: length_of(value) for name, value in self.first.items()}
+        names = variable or [name for name, length in seen.items() if length == found[0]]
+        if not names:
+            raise ValueError(
+                f"expected an example of length {found[0]} at index 0, as lengths says, got lengths {seen} by column. "
+                "Name the columns whose length varies: variable=(...)."
+            )
+        return dict.fromkeys(names, found.astype(np.int64))
+
+    def _measured(self, variable: Sequence[str] | None) -> dict[str, np.ndarray]:
+        found = _stored_lengths(self._source, list(self.first)) if _is_stored(self._source) else self._scanned()
+        for name in variable or ():
+            if name not in found:
+                raise TypeError(f"expected arrays or lists in column {name!r}, got {self.first[name]!r:.40}.")
+        if not found:
+            raise TypeError(
+                f"expected a column of arrays or lists, got {self.first!r:.60}. Convert texts to tokens first, and "
+                "give columns of one size to fxtrain.data.batches."
+            )
+        varying = {name: each for name, each in found.items() if each.min() != each.max()}
+        return {name: found[name] for name in variable} if variable else varying or found
+
+    def _scanned(self) -> dict[str, np.ndarray]:
+        columns = self._source if isinstance(self._source, Mapping) else {}
+        # A column that is one array has rows of one size.
+        names = [name for name in self.first if not _is_array(columns.get(name))]
+        measured: dict[str, list[int]] = {name: [] for name in names}
+        with seeded(0):
+            for item in range(self.count):
+                (example,) = self.read(np.array([item]))
+                for name in list(measured):
+                    length = length_of(example.get(name))
+                    if length is None:
+                        del measured[name]
+                    else:
+                        measured[name].append(length)
+        return {name: np.array(each, np.int64) for name, each in measured.items()}
+
+
+def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """An example as a dict by column.
+
+    Args:
+        sample: A mapping, a tuple (``columns`` names its parts), or one array or list, which is the column ``"x"``.
+        columns: The columns to keep, or names for the parts of a tuple.
+
+    Raises:
+        TypeError: If a tuple has no names.
+        ValueError: If it has another number of parts than names.
+
+    Example:
+        >>> named(([1, 2], 0), ("text", "label"))
+        {'text': [1, 2], 'label': 0}
+    """
+    if isinstance(sample, Mapping):
+        return dict(sample) if columns is None else {name: sample[name] for name in columns}
+    if not isinstance(sample, tuple):
+        return {columns[0] if columns else _BARE: sample}
+    if columns is None:
+        raise TypeError(
+            f"expected examples that are dicts or arrays, got a tuple of {len(sample)}. Name its parts: columns=(...)."
+        )
+    if len(columns) != len(sample):
+        raise ValueError(f"expected {len(columns)} parts in an example, as columns names, got {len(sample)}.")
+    return dict(zip(columns, sample, strict=True))
+
+
+def length_of(value: Any) -> int | None:
+    """The first dimension of an array or a list; None for scalars and strings."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.shape[0] if value.ndim else None
+    return len(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
+
+
+def _refuse_unless_ragged(source: Any) -> None:
+    if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise TypeError(
+            f"expected a list of arrays, a dict of columns or a map-style dataset, got {type(source).__name__}. Read "
+            "it into a list first, because the lengths of all examples decide the sizes of batches."
+        )
+    if _is_array(source) or isinstance(source, tuple | str):
+        raise TypeError(
+            f"expected a list of arrays, a dict of columns or a map-style dataset, got {type(source).__name__}. Rows "
+            "of one size go to fxtrain.data.batches."
+        )
+
+
+def _is_array(column: Any) -> bool:
+    return isinstance(column, Tensor) or (isinstance(column, np.ndarray) and column.dtype != object)
+
+
+def _count(source: Any) -> int:
+    if not isinstance(source, Mapping):
+        return len(source)
+    counts = {name: len(column) for name, column in source.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"expected columns of one length, an entry for each example, got {counts}.")
+    return next(iter(counts.values()), 0)
+
+
+def _is_stored(source: Any) -> bool:
+    """Whether it is a ``datasets.Dataset`` whose columns are as long as they are stored."""
+    return callable(getattr(source, "with_format", None)) and getattr(source, "format", {}).get("type") != "custom"
+
+
+def _stored_lengths(source: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Lengths by list column, read from Arrow without making Python objects of the items."""
+    measure = importlib.import_module("pyarrow.compute")  # installed with datasets, and no dependency of ours
+    tables = source.with_format("arrow")
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(source), _ROWS_AT_ONCE):
+        table = tables[start : start + _ROWS_AT_ONCE]
+        for name in names:
+            if "list" in str(table[name].type).split("<")[0]:
+                found = measure.fill_null(measure.list_value_length(table[name]), 0)
+                parts.setdefault(name, []).append(found.to_numpy())
+    return {name: np.concatenate(each).astype(np.int64) for name, each in parts.items()}

@@ -1,0 +1,179 @@
+"""Samples of datasets, and batches made of them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from fxtrain.core import NAMESPACE, ops
+from fxtrain.data._containers import is_graph, open_containers
+from fxtrain.data._leaves import KINDS_OF_NUMBERS, as_tensors
+
+
+def samples(dataset: Any, keys: Any) -> list[Any]:
+    """The samples of a map-style dataset, in a single call where the dataset offers one."""
+    fetch = getattr(dataset, "__getitems__", None)
+    return [dataset[key] for key in keys] if fetch is None else fetch(keys)
+
+
+def collate(samples: list[Any]) -> Any:
+    """A batch of samples: numbers and tensors are stacked, everything else becomes a list.
+
+    As torch's ``default_collate``, and for dataclasses and other containers, None, dates and paths too. Graphs of
+    torch_geometric become one batch of graphs.
+
+    Raises:
+        ValueError: If tensors differ in shape.
+
+    Example:
+        >>> import torch
+        >>> collate([{"x": torch.tensor(1), "caption": "a"}, {"x": torch.tensor(2), "caption": None}])
+        {'x': tensor([1, 2]), 'caption': ['a', None]}
+    """
+    if is_graph(samples[0]):
+        return importlib.import_module("torch_geometric.data").Batch.from_data_list(samples)
+    try:
+        return _stacked(samples)
+    except TypeError:
+        open_containers(samples)
+
+    def join(*leaves: Any) -> Any:
+        if not all(map(_is_numeric, leaves)):
+            return list(leaves)
+        return _stacked([as_tensors(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
+
+    try:
+        return ops.tree_map(join, *samples, none_is_leaf=True, namespace=NAMESPACE)
+    except _ShapesError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"expected samples of one structure, got different ones ({error}). Give a collate function."
+        ) from error
+
+
+def _is_numeric(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind in KINDS_OF_NUMBERS
+    return isinstance(leaf, Tensor | bool | int | float)
+
+
+class _ShapesError(ValueError):
+    """Samples of different shapes."""
+
+
+def _stacked(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        if "equal size" not in str(error):
+            raise
+        raise _ShapesError(
+            f"expected samples of one shape, which a batch stacks, got different ones ({error}). Pad them with "
+            "fxtrain.data.padded, or give a collate function."
+        ) from error
+    except ValueError as error:  # of arrays that torch does not take as they are: backwards, or of other byte order
+        raise TypeError(str(error)) from error
+
+
+def as_torch(dataset: Any) -> Any:
+    """A dataset of Hugging Face's ``datasets`` with tensors in its samples, unless its format is read as it is.
+
+    Other datasets are returned as they are.
+
+    Raises:
+        TypeError: If it is a dictionary of splits.
+    """
+    kind = _hugging_face_kind(dataset)
+    if kind in ("DatasetDict", "IterableDatasetDict"):
+        splits = ", ".join(map(repr, dataset))
+        raise TypeError(
+            f"expected one split of a dataset, got a {kind} with the splits {splits}. Choose one, as "
+            f"dataset[{next(iter(dataset), 'train')!r}]."
+        )
+    if kind == "Dataset" and dataset.format["type"] in _UNREADABLE:
+        names = dataset.format["columns"]
+        with_times = [name for name in names if any(part in repr(dataset.features[name]) for part in _TIMES)]
+        if not with_times:
+            return dataset.with_format("torch", columns=names)
+        others = [name for name in names if name not in with_times]
+        return dataset.select_columns(names).with_format("torch", columns=others, output_all_columns=True)
+    if kind == "IterableDataset" and _stream_format(dataset) in _UNREADABLE:
+        return dataset.with_format("torch")
+    return dataset
+
+
+_UNREADABLE = (None, "arrow", "polars", "jax", "tensorflow")
+"""Formats of ``datasets`` whose samples are not made of tensors, arrays, numbers and text."""
+
+_TIMES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration[")
+"""Parts of the types that the format for torch cannot convert."""
+
+
+def _stream_format(dataset: Any) -> str | None:
+    formatting = getattr(dataset, "_formatting", None)
+    return getattr(formatting, "format_type", "of its own") if formatting is not None else None
+
+
+def has_state(dataset: Any) -> bool:
+    """Whether a stream can save where it is, with all that it needs to continue.
+
+    A stream of Hugging Face's ``datasets`` does not save the examples in its shuffle buffer.
+    """
+    part = getattr(dataset, "_ex_iterable", None)
+    while part is not None:
+        if type(part).__name__ == "BufferShuffledExamplesIterable" and getattr(part, "buffer_size", 2) > 1:
+            return False
+        part = getattr(part, "ex_iterable", None)
+    return all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether this is a dataset of Hugging Face's ``datasets`` that can only be iterated over."""
+    return _hugging_face_kind(dataset) == "IterableDataset"
+
+
+def _hugging_face_kind(dataset: Any) -> str | None:
+    names = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
+    kinds = (base for base in type(dataset).__mro__ if base.__module__.partition(".")[0] == "datasets")
+    return next((base.__name__ for base in kinds if base.__name__ in names), None)
+
+
+class Grouped:
+    """The samples of a stream in groups of ``batch_size``. Use ``fxtrain.data.batches``."""
+
+    def __init__(self, dataset: Any, batch_size: int, collate: Callable[[list[Any]], Any], drop_last: bool) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self._collate = collate
+
+    def set_epoch(self, epoch: int) -> None:
+        if callable(set_epoch := getattr(self.dataset, "set_epoch", None)):
+            set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        group: list[Any] = []
+        for sample in self.dataset:
+            group.append(sample)
+            if len(group) == self.batch_size:
+                yield self._collate(group)
+                group = []
+        if group and not self.drop_last:
+            yield self._collate(group)
+
+
+class StatefulGrouped(Grouped):
+    """As ``Grouped``, of a stream that can save and restore its position."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dataset": copy.deepcopy(self.dataset.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))

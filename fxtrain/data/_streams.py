@@ -1,0 +1,341 @@
+"""Batches of sources that can only be read from their start, or that keep their own place."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from fxtrain.data._checksum import checksum, warn_of_another_batch
+from fxtrain.data._generators import seeded, start_epoch
+from fxtrain.data._likeness import ANY
+from fxtrain.data._source import Exhausted, Source
+from fxtrain.data._workers import Seeds, end_persistent, ended, started
+
+_log = logging.getLogger(__name__)
+_END: Any = object()
+
+
+class Streamed(Source):
+    """Batches of one iterator an epoch. Use ``from_iterable``, ``from_loader`` or ``from_stateful_loader``.
+
+    Args:
+        begin: From the epoch to an iterator over its batches.
+        name: What it is, in messages.
+        seed: The global generators are seeded from (seed, position) while the source makes a batch.
+        once: Whether there is but one iterator.
+        free: How many first dimensions may change their size at any batch.
+    """
+
+    def __init__(
+        self, begin: Callable[[int], Iterator[Any]], *, name: str, seed: int, once: bool = False, free: int = 0
+    ) -> None:
+        super().__init__(free=free)
+        self.epoch_length = None
+        self.seed = seed
+        self._begin = begin
+        self._name = name
+        self._once = once
+        self.can_be_left, self.can_jump = not once, False
+        self._iterator: Iterator[Any] | None = None
+        self._begun = False  # whether there has been an iterator
+        self._epoch = 0  # of the iterator
+        self._index = 0  # the batches that it has given
+        self._ended = False  # whether it has said that it ends here
+        self._announced: int | None = None  # the epoch that the loop is in, if it says so
+        self._ahead: list[Any] = []  # a batch that was read to find out whether the epoch goes on
+        self._reads_ahead = True
+
+    def fetch(self, position: int) -> Any:
+        self._seek(position)
+        batch = self._read()
+        if batch is _END:
+            raise Exhausted(position)
+        if self.may_end_anywhere and self._reads_ahead and self._index == self.epoch_length:
+            self._look_ahead()
+        return batch
+
+    def close(self) -> None:
+        if not self._once:
+            self._iterator = None
+            self._ahead.clear()
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
+        """Announces the epoch that is read next, and the length to expect, 0 if unknown."""
+        self._announced, self.epoch_length = epoch, length or None
+
+    @property
+    def may_end_anywhere(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._announced is not None
+
+    def _look_ahead(self) -> None:
+        """Finds out whether the epoch has more batches than expected, before the last expected one is handed over."""
+        assert self._iterator is not None
+        with seeded(self.seed, self._epoch, self._index, 4):
+            batch = next(self._iterator, _END)
+        self._ended = batch is _END
+        if not self._ended:
+            self._ahead = [batch]
+            self._announced, self.epoch_length = self._epoch, None
+
+    @property
+    def _position(self) -> int:
+        return self._epoch * (self.epoch_length or 0) + self._index
+
+    def expect_epoch_length(self, length: int) -> None:
+        """Sets the number of batches in an epoch, which an earlier session found out."""
+        if self.epoch_length is None and not self._begun:
+            self.epoch_length = length
+
+    def _seek(self, position: int) -> None:
+        """Makes the batch at ``position`` the one that is read next."""
+        epoch, index = (
+            (self._announced or 0, position) if self.epoch_length is None else divmod(position, self.epoch_length)
+        )
+        is_complete = self._index == self.epoch_length and not self._ended
+        if self._iterator is not None and is_complete and epoch == self._epoch + 1:
+            self._read()  # the end belongs to the epoch: a source may do its housekeeping there
+        if self._iterator is None or epoch != self._epoch or index < self._index:
+            self._open(epoch, position)
+        missing = index - self._index
+        if missing:
+            _log.warning(
+                "Reading %d batches again to reach position %d, because %s can only be read from its start.",
+                *(missing, position, self._name),
+            )
+        for _ in range(missing):
+            length = self.epoch_length
+            if self._read() is _END:
+                if length is not None:
+                    raise self._other_length("fewer", length)
+                return self._seek(position)  # the length of an epoch is known now
+        return None
+
+    def _open(self, epoch: int, position: int) -> None:
+        if self._once and (self._begun or epoch > 0):
+            if self.epoch_length is not None and position >= self.epoch_length:
+                raise Exhausted(position)
+            raise ValueError(
+                f"Position {position} has gone by, and {self._name} can be read only once. Give what can be iterated "
+                "again: a list, an object with __iter__, or a generator function without calling it."
+            )
+        with seeded(self.seed, epoch, 2):
+            self._iterator = self._begin(epoch)
+        self._begun, self._epoch, self._index, self._ended = True, epoch, 0, False
+        self._ahead.clear()
+
+    def _read(self) -> Any:
+        assert self._iterator is not None
+        try:
+            with seeded(self.seed, self._epoch, self._index, 4):
+                batch = self._ahead.pop() if self._ahead else next(self._iterator, _END)
+        except BaseException:
+            self._iterator = None  # a generator that has raised says ever after that it is at its end
+            raise
+        if batch is not _END:
+            self._index += 1
+        self._ended = batch is _END
+        if self._ended and self._index == 0:
+            raise ValueError(f"Epoch {self._epoch} of {self._name} has no batch: the data is empty, or used up.")
+        if self._ended and (self.epoch_length is None or (self.may_end_anywhere and self._index < self.epoch_length)):
+            self.epoch_length = self._index
+        length = self.epoch_length
+        if length is not None and (self._index > length or (self._ended and self._index < length)):
+            raise self._other_length("fewer" if self._ended else "more", length)
+        return batch
+
+    def _other_length(self, more_or_fewer: str, length: int) -> ValueError:
+        return ValueError(
+            f"expected {length} batches in epoch {self._epoch} of {self._name}, as many as before, got "
+            f"{more_or_fewer}. Give the epoch the same batches whenever it is read."
+        )
+
+
+class Stateful(Streamed):
+    """Batches of a loader that keeps its own place. Use ``from_stateful_loader``."""
+
+    def __init__(self, loader: Any, *, seed: int, dynamic: bool) -> None:
+        free = free_dimensions(loader, dynamic)
+        super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, free=free)
+        self.loader = loader
+        self.can_be_left = False  # its state would have to be made again, by reading from the epoch's start
+        self._reads_ahead = False  # its state would be that after the next batch
+        dataset = getattr(loader, "dataset", None)
+        self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
+        self._start_of_dataset = copy.deepcopy(self._dataset.state_dict()) if self._dataset is not None else None
+        self._readable = False  # whether a snapshot has been tried
+        self._counted: int | None = None  # the epoch that persistent workers are in, by their own count
+        self._batches = 0  # read since the iterator was started
+        self._trial: dict[str, Any] | None = None  # a state, and the checksum of the batch that followed it
+        self._tried = False  # whether the trial of a snapshot was read again
+
+    def _start(self, epoch: int) -> Iterator[Any]:
+        follows = self._ended and epoch == self._epoch + 1
+        if self._begun and not follows and self._dataset is not None:
+            self._dataset.load_state_dict(copy.deepcopy(self._start_of_dataset))
+        start_epoch(self.loader, epoch, self.seed)
+        if getattr(self.loader, "persistent_workers", False) and not (follows and self._counted == self._epoch):
+            end_persistent(self.loader)
+        self._counted, self._batches = epoch, 0
+        return started(self.loader, Seeds(self.seed, epoch))
+
+    def fetch(self, position: int) -> Any:
+        if self._trial is not None:
+            return super().fetch(position)
+        self._seek(position)
+        if self._batches < max(1, getattr(self.loader, "num_workers", 0)):  # each worker is to have made one before
+            return super().fetch(position)
+        before = copy.deepcopy(self._state())
+        batch = super().fetch(position)
+        if before["index"] + 1 == self._index:
+            self._trial = {"state": before, "checksum": checksum(batch)}
+        return batch
+
+    def _read(self) -> Any:
+        self._batches += 1
+        return super()._read()
+
+    def snapshot(self, position: int) -> Tensor:
+        """What ``restore`` needs to continue at ``position`` without reading again: uint8 [n]."""
+        if self._iterator is None or position != self._position:
+            self._seek(position)
+        buffer = io.BytesIO()
+        torch.save({**self._state(), "trial": self._trial}, buffer)
+        snapshot = torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
+        if not self._readable:
+            _load(snapshot)  # better now than when a run is to be resumed
+            self._readable = True
+        return snapshot
+
+    def restore(self, position: int, snapshot: Tensor) -> None:
+        """Continues at ``position`` as the source went on from there that made the snapshot.
+
+        The first time, an earlier batch is read again from its own snapshot. If it is another one now, a warning says
+        that the loader does not repeat itself.
+
+        Raises:
+            ValueError: If the snapshot belongs to another position.
+        """
+        content = _load(snapshot)
+        stood = content["epoch"] * (content["epoch_length"] or 0) + content["index"]
+        if stood != position:
+            raise ValueError(f"The snapshot of {self._name} was made at position {stood}, and is not for {position}.")
+        trial, self._trial = content.get("trial"), content.get("trial")
+        if trial is not None and not self._tried:
+            self._tried = True
+            self._continue_from(trial["state"])
+            at = self._position
+            if checksum(self._read()) != trial["checksum"]:
+                warn_of_another_batch(at, self._name)
+            self.close()
+        self._continue_from(content)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "index": self._index,
+            "ended": self._ended,
+            "epoch_length": self.epoch_length,
+            "loader": self.loader.state_dict(),
+        }
+
+    def _continue_from(self, state: dict[str, Any]) -> None:
+        epoch = state["epoch"]
+        start_epoch(self.loader, epoch, self.seed)
+        ended(getattr(self.loader, "_iterator", None))
+        self.loader.load_state_dict(state["loader"])
+        with seeded(self.seed, epoch, 2):
+            self._iterator = started(self.loader, Seeds(self.seed, epoch))
+        self._begun, self._epoch, self._index, self._batches = True, epoch, state["index"], 0
+        self._ended, self.epoch_length = state["ended"], state["epoch_length"]
+        self._counted = None if self._ended else epoch  # at an epoch's end the loader has begun another by itself
+
+    def close(self) -> None:
+        super().close()
+        end_persistent(self.loader)  # torchdata's loader holds on to its workers
+
+
+def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
+    """The batches of an iterable, read from its start: to reach a position, those before it are read again.
+
+    Reading again is logged as a warning. The length of an epoch is known when the first one ends, and then a
+    position is reached from the start of its epoch. The source's random numbers are those of the global generators
+    of torch, Python and numpy, or of its own ones if they start anew with each iterator.
+
+    In ``fit`` an epoch may have another length than the one before. Its length, and that it ends, are known when it
+    ends.
+
+    Args:
+        source: An iterable of batches, or a function that returns an iterator. An iterator (a generator that was
+            called) serves for one epoch, and cannot go back.
+        seed: Any whole number.
+        dynamic: Whether sizes may change from batch to batch.
+
+    Example:
+        >>> def rows():
+        ...     yield from torch.arange(6.0).reshape(3, 2)
+        >>> data = from_iterable(rows)
+        >>> data[0], data[1]
+        (tensor([0., 1.]), tensor([2., 3.]))
+    """
+    iterable = isinstance(source, Iterable)
+    if not (iterable or callable(source)):
+        raise TypeError(f"An iterable of batches is wanted, or a function that returns one, and not {source!r:.60}.")
+
+    def begin(epoch: int) -> Iterator[Any]:
+        if callable(set_epoch := getattr(source, "set_epoch", None)):
+            set_epoch(epoch)
+        made: Any = source if iterable else source()
+        return iter(made)
+
+    name = f"the {type(source).__name__}" if iterable else getattr(source, "__name__", repr(source))
+    return Streamed(begin, name=name, seed=seed, once=isinstance(source, Iterator), free=ANY if dynamic else 0)
+
+
+def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
+    """The batches of a loader with ``state_dict`` and ``load_state_dict``, as torchdata's ``StatefulDataLoader``.
+
+    It has ``snapshot(position)`` and ``restore(position, snapshot)``, so that a run is resumed without reading
+    anything again. Any other jump reads from the start of the epoch, and logs a warning.
+
+    What a worker draws for a batch from the global generators of torch, Python and numpy is a function of (seed, epoch,
+    keys of the samples), so a resumed run draws the same. Generators of the dataset's own belong in its ``state_dict``.
+    The first restore reads one earlier batch again and warns if it is another than before the checkpoint. The workers
+    of an iterable dataset draw in sequence, which cannot be resumed: it warns too.
+
+    Args:
+        loader: Its state is to consist of tensors, numbers, strings, lists, dicts and None.
+        seed: Any whole number. At each epoch the loader's generators are seeded from (seed, epoch).
+        dynamic: Whether sizes may change from batch to batch.
+    """
+    if not all(callable(getattr(loader, name, None)) for name in ("__iter__", "state_dict", "load_state_dict")):
+        raise TypeError(
+            f"A loader with state_dict and load_state_dict is wanted, and {type(loader).__name__} has not both: "
+            "use from_loader or from_iterable."
+        )
+    return Stateful(loader, seed=seed, dynamic=dynamic)
+
+
+def free_dimensions(loader: Any, dynamic: bool) -> int:
+    """How many first dimensions of a loader's batches may change: the rows, where each worker has a last batch."""
+    iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
+    short = iterable and getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "drop_last", False)
+    return ANY if dynamic else int(short)
+
+
+def _load(snapshot: Tensor) -> dict[str, Any]:
+    try:
+        # Only plain data: a checkpoint that is read must not run code.
+        return torch.load(io.BytesIO(snapshot.cpu().numpy().tobytes()), weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            "The state of the loader cannot be kept in a checkpoint: let its state_dict, and those of its dataset and "
+            f"sampler, consist of tensors, numbers, strings, lists, dicts and None. ({error})"
+        ) from error

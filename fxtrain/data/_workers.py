@@ -1,0 +1,239 @@
+"""Worker processes of a DataLoader: they outlive signals to the process group, and end in bounded time.
+
+A scheduler, a service manager and Ctrl-C send their signal to every process of a job. The training process answers it
+by saving and ending. Workers that die of it first would take the batch under way with them, and torch raises their
+death in the middle of whatever the training process does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+import multiprocessing
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+import xxhash
+from torch.utils.data import DataLoader, _DatasetKind
+from torch.utils.data._utils import signal_handling
+
+from fxtrain.data._generators import seed_process
+
+# Windows has no SIGUSR1.
+_OUTLIVED = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+_PATIENCE = 2.0
+
+
+def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
+    """``iter(loader)``, whose worker processes outlive SIGINT, SIGTERM and SIGUSR1.
+
+    They end with their iterator, or when the process that started them is gone.
+
+    Args:
+        loader: Any iterable. Only a ``DataLoader`` with workers is started otherwise than by ``iter``.
+        seeds: For the global generators of its workers. By default the loader's own.
+    """
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        return iter(loader)
+    if not hasattr(signal, "pthread_sigmask"):
+        with _replaced(loader, worker_init_fn=Init(loader.worker_init_fn, seeds, None)):
+            return iter(loader)
+    _start_helpers(loader)
+    iterator = None
+    # A worker inherits the mask: a signal that arrives while it starts is delivered when it can take it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    init, context = Init(loader.worker_init_fn, seeds, _OUTLIVED - before), _context_of(loader)
+    try:
+        # Torch's loader returns as soon as its workers are started: what interrupts it would find them half started.
+        # torchdata's waits for its workers, and reads batches again.
+        with (
+            _blocked() if not hasattr(loader, "load_state_dict") else contextlib.nullcontext(),
+            _replaced(loader, worker_init_fn=init, multiprocessing_context=context),
+        ):
+            iterator = iter(loader)
+            for worker in getattr(iterator, "_workers", ()):
+                worker._popen.terminate = functools.partial(_terminate, worker._popen, weakref.ref(iterator))
+    except BaseException:
+        ended(iterator)
+        raise
+    return iterator
+
+
+def ended(iterator: Any) -> None:
+    """Ends the workers of an iterator from ``started``. Those still busy after two seconds are killed."""
+    children = multiprocessing.active_children()  # in a process that was forked later, these are not its own
+    workers = [worker for worker in getattr(iterator, "_workers", ()) if worker in children]
+    if not workers:
+        return
+    # Torch waits up to five seconds for each worker in turn.
+    killer = threading.Timer(_PATIENCE, _kill, (iterator, workers))
+    killer.daemon = True
+    killer.start()
+    try:
+        iterator._shutdown_workers()
+    finally:
+        killer.cancel()
+
+
+def end_persistent(loader: Any) -> None:
+    """Ends workers that a loader would use again."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        loader._iterator = None
+        ended(iterator)
+
+
+class Seeds(NamedTuple):
+    """What the global generators of a loader's workers are seeded from.
+
+    Args:
+        seed: Any whole number.
+        epoch: The epoch in which the workers start. Persistent workers count on from there.
+    """
+
+    seed: int
+    epoch: int
+
+
+class Init(NamedTuple):
+    """A ``worker_init_fn`` that ignores signals, seeds generators and calls the loader's own. It can be pickled."""
+
+    init: Callable[[int], None] | None
+    seeds: Seeds | None
+    unblock: set[Any] | None
+
+    def __call__(self, worker_id: int) -> None:
+        if self.unblock is not None:
+            for kind in _OUTLIVED:
+                # A handler rather than SIG_IGN, because programs that a dataset starts would inherit the latter.
+                signal.signal(kind, _outlive)
+                signal.siginterrupt(kind, False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.unblock)
+        if self.init is not None:
+            self.init(worker_id)
+        if self.seeds is not None:
+            _seed_fetches(self.seeds, worker_id)
+
+
+def _outlive(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
+    """Seeds each batch that this process will make, from the epoch and the keys of its samples.
+
+    So a worker that starts in the middle of an epoch draws the numbers that a worker which ran through it would. The
+    iterator of an iterable dataset is seeded from the epoch and the worker.
+    """
+    kinds: Any = _DatasetKind
+    create, epochs = kinds.create_fetcher, itertools.count(seeds.epoch)
+
+    def created(*args: Any) -> Any:  # once an epoch
+        epoch = next(epochs)
+        seed_process(seeds.seed, epoch, worker_id, 3)
+        fetcher: Any = create(*args)
+        fetch = fetcher.fetch
+
+        def fetch_seeded(keys: Any) -> Any:
+            text = repr(keys)
+            if keys is not None and " at 0x" not in text:  # the address of an object differs between processes
+                seed_process(seeds.seed, epoch, xxhash.xxh3_64_intdigest(text.encode()))
+            return fetch(keys)
+
+        if args[0] == kinds.Map:
+            fetcher.fetch = fetch_seeded
+        return fetcher
+
+    kinds.create_fetcher = staticmethod(created)
+
+
+@contextlib.contextmanager
+def _replaced(loader: DataLoader[Any], **settings: Any) -> Iterator[None]:
+    """Changes settings of a loader for a while."""
+    before = {name: getattr(loader, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(loader, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(loader, name, value)
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # pending signals are handled in this call
+
+
+def _context_of(loader: DataLoader[Any]) -> Any:
+    """The loader's multiprocessing context, whose processes start with blocked signals."""
+    given: Any = loader.multiprocessing_context or multiprocessing.get_context()
+    context, make = copy.copy(given), given.Process
+
+    def process(*args: Any, **options: Any) -> Any:
+        worker = make(*args, **options)
+        worker.start = functools.partial(_start, worker)
+        return worker
+
+    context.Process = process
+    return context
+
+
+def _start(worker: Any) -> None:
+    del worker.start  # what a process is pickled with
+    with _blocked():
+        worker.start()
+        worker._popen.terminate = worker._popen.kill  # by default it sends SIGTERM
+
+
+def _terminate(popen: Any, iterator: Callable[[], Any]) -> None:
+    """What torch at the end of an iterator, and multiprocessing at the end of the process, call for a busy worker."""
+    _unregister(iterator())
+    popen.kill()
+
+
+def _start_helpers(loader: DataLoader[Any]) -> None:
+    """Starts the processes that multiprocessing needs to start others.
+
+    They come before the signals are blocked: the start of the resource tracker unblocks SIGINT and SIGTERM, and a fork
+    server hands its mask to every process of the program that it forks later.
+    """
+    from multiprocessing import forkserver, resource_tracker  # not on Windows
+
+    context: Any = loader.multiprocessing_context or multiprocessing
+    method = context.get_start_method()
+    if method == "fork":
+        return
+    kinds = _OUTLIVED - {signal.SIGINT, signal.SIGTERM}  # which the resource tracker ignores by itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if method == "forkserver":
+        forkserver.ensure_running()
+
+
+def _kill(iterator: Any, workers: list[Any]) -> None:
+    _unregister(iterator)
+    for worker in workers:
+        worker.kill()
+
+
+def _unregister(iterator: Any) -> None:
+    """Otherwise torch raises in the main thread that a worker was killed."""
+    if getattr(iterator, "_worker_pids_set", False):
+        iterator._worker_pids_set = False
+        reported: Any = signal_handling
+        with contextlib.suppress(ValueError):
+            reported._remove_worker_pids(id(iterator))

@@ -1,0 +1,5 @@
+"""Explain: what a step is made of, what it costs, and what keeps it from being one graph."""
+
+from fxtrain.diagnostics._explain import explain as explain
+from fxtrain.diagnostics._explanation import Break as Break
+from fxtrain.diagnostics._explanation import Explanation as Explanation

@@ -1,0 +1,70 @@
+"""Breaks: where in the user's own source a step cannot be traced, and why."""
+
+from __future__ import annotations
+
+import traceback
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxtrain.compiler._refusals import SHAPE, VALUE, Break, break_at, first_line, refusal
+
+_BY_TAG = {torch.Tag.data_dependent_output: VALUE, torch.Tag.dynamic_output_shape: SHAPE}
+
+
+def found_by_running(step: Callable[..., Any], state: Any, batch: Any) -> list[Break]:
+    """Every place of the user's own where a step, run uncompiled, depends on the values of tensors.
+
+    The tracer ends at the first one.
+    """
+    with _Watch() as watch:
+        step(state, batch)
+    return [each for each in watch.breaks if each.where]
+
+
+class _Watch(TorchDispatchMode):
+    """Notes each operation that no graph can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks: list[Break] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reason = next((said for tag, said in _BY_TAG.items() if tag in func.tags), None)
+        if reason is not None:
+            self.breaks.append(break_at(traceback.extract_stack(), reason))
+        return func(*args, **(kwargs or {}))
+
+
+def found_by_dynamo(step: Callable[..., Any], state: Any, batch: Any) -> tuple[int, list[Break]]:
+    """How many graphs Dynamo makes of a step when it may make several, and where it cuts.
+
+    The step is run. Within ``torch.func.grad`` Dynamo gives up at the first break.
+    """
+    from torch._dynamo.backends.debugging import ExplainWithBackend
+
+    # Not torch._dynamo.explain, which throws away all that this process has compiled.
+    explain = ExplainWithBackend("eager")
+
+    def run(state: Any, batch: Any) -> Any:
+        return step(state, batch)
+
+    # With code of its own, because graphs are kept by code object.
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+    try:
+        torch.compile(own, backend=explain)(state, batch)
+    except Exception as error:
+        return 0, [refusal(error)]
+    output = explain.output()
+    return output.graph_count, [break_at(each.user_stack, first_line(each.reason)) for each in output.break_reasons]
+
+
+def joined(breaks: Iterable[Break]) -> tuple[Break, ...]:
+    """One for each place: the first said there."""
+    places: dict[str, Break] = {}
+    for each in breaks:
+        places.setdefault(each.where or each.reason, each)
+    return tuple(places.values())

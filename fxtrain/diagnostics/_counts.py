@@ -1,0 +1,104 @@
+"""Counts: what a traced step computes and moves, without running it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.compiler._ctc import OpaqueCTC
+from fxtrain.compiler._effects import effects_noticed
+from fxtrain.compiler._literals import KnownLiterals
+from fxtrain.compiler._worker import turn
+from fxtrain.core import compiling
+
+
+class Counts(NamedTuple):
+    """What is counted of a graph; ``Explanation`` says what each is."""
+
+    operations: int
+    flops: dict[str, int]
+    least_traffic: int
+    most_traffic: int
+
+
+def trace(step: Any, state: Any, batch: Any) -> Any:
+    """The step as a graph of torch's operations, for tensors without values.
+
+    Raises:
+        Exception: Where the step needs a value, or does what cannot be traced.
+    """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    leaves, state_structure = tree.flatten(state)
+    inputs, batch_structure = tree.flatten(batch)
+    count = len(leaves)
+
+    def flat(*tensors: Tensor) -> list[Tensor]:
+        result = step(
+            tree.unflatten(state_structure, tensors[:count]), tree.unflatten(batch_structure, tensors[count:])
+        )
+        return tree.leaves(result)
+
+    # Without symbols for unknown values: whoever needs one is told at that line, and not by the compiler, later.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(leaf) for leaf in (*leaves, *inputs)]
+    with turn(), mode, compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
+        return make_fx(flat, tracing_mode="real")(*fakes)
+
+
+def counted(graph: Any) -> Counts:
+    """What there is in a graph from ``trace``."""
+    calls = [node for node in graph.graph.nodes if node.op == "call_function" and node.target != operator.getitem]
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    read = [node.meta["val"] for node in inputs if node.users]
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    new = {node for node in output.all_input_nodes if node.op != "placeholder"}
+    most = sum(
+        _bytes(node.meta.get("val")) + sum(_bytes(argument.meta.get("val")) for argument in node.all_input_nodes)
+        for node in calls
+        if not _is_view(node.target)
+    )
+    return Counts(
+        operations=len(calls),
+        flops=_flops(graph, [node.meta["val"] for node in inputs]),
+        least_traffic=_bytes(read) + _bytes([node.meta["val"] for node in new]),
+        most_traffic=most,
+    )
+
+
+def _flops(graph: Any, fakes: list[Any]) -> dict[str, int]:
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+    # torch's own table lacks attention on a CPU.
+    on_cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    mode = next(fake.fake_mode for fake in fakes)
+    with mode, FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        graph(*fakes)
+    found = counter.get_flop_counts().get("Global", {})
+    return {str(packet).removeprefix("aten."): int(count) for packet, count in found.items()}
+
+
+def _is_view(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return False
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+
+
+def _bytes(values: Any) -> int:
+    """Of memory; what is expanded takes no more of it."""
+    if isinstance(values, Tensor):
+        return min(values.nbytes, values.untyped_storage().nbytes())
+    return sum(map(_bytes, values)) if isinstance(values, Iterable) else 0

@@ -1,0 +1,230 @@
+"""Explain: a step, looked at from all sides, on copies."""
+
+from __future__ import annotations
+
+import reprlib
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxtrain import tree
+from fxtrain.compiler import Compiled, compile  # noqa: A004
+from fxtrain.compiler._anew import anew
+from fxtrain.compiler._quiet import quietly
+from fxtrain.compiler._recompile_reasons import described
+from fxtrain.compiler._routes import Choice
+from fxtrain.compiler._trace import Run
+from fxtrain.core import TrainState, check_int
+from fxtrain.data import for_step
+from fxtrain.diagnostics._breaks import found_by_dynamo, found_by_running, joined, refusal
+from fxtrain.diagnostics._counts import counted, trace
+from fxtrain.diagnostics._explanation import Explanation
+from fxtrain.fold import attach
+from fxtrain.loop._evaluate import to_device
+from fxtrain.model import ValuesNeededError, captured
+from fxtrain.step._returned import described as described_value
+
+_WARM = 3  # calls before those that are measured
+
+
+def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: int = 30) -> Explanation:
+    """What a step is made of, what it costs, and what keeps it from being one graph.
+
+    It is traced, compiled once more, as ``step`` is or by the defaults of ``compile``, and called. All that happens to
+    copies: ``state``, ``batch`` and ``step`` stay as they are. It takes about as long as a first step.
+
+    What Python does while the step is traced, printing for example, happens once then, and never again.
+
+    Args:
+        step: From ``train_step`` or ``eval_step``, compiled or not; or any pure function of that signature.
+        state: From ``init``, or of a run.
+        batch: One batch.
+        calls: How many calls are measured. 0 compiles nothing and measures no time.
+
+    Returns:
+        A page of facts, to be shown or read field by field. ``how`` names the route that ``compile`` takes. A step that
+        cannot be one graph is no error here: the breaks say where, and what to do.
+
+    Raises:
+        ValueError: If ``calls`` is negative.
+        Exception: What the step raises uncompiled, if it does.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def loss_fn(model, batch):
+        ...     loss = model(batch).square().mean()
+        ...     if loss > 1:
+        ...         loss = loss.sqrt()
+        ...     return loss
+        >>> tx = fx.optim.sgd(0.1)
+        >>> state = fx.init(torch.nn.Linear(2, 1), tx)
+        >>> found = fx.explain(fx.train_step(loss_fn, tx), state, torch.ones(4, 2), calls=0)
+        >>> found.how, found.reads[0].code
+        ('inductor, traced with checks', 'if loss > 1:')
+        >>> better = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
+        >>> fx.explain(better, state, torch.ones(4, 2), calls=0)
+        Explanation of <step train_step(<lambda>), fires Microbatch, Gradients, Updated>
+          route       inductor, traced: the step as one graph
+          graphs      1, without a break
+          operations  ...
+          FLOPs       32.0: addmm 16.0, mm 16.0
+          state       50 B: params 12 B, rest 38 B
+          ...
+    """
+    check_int("calls", calls, minimum=0)
+    like = step if isinstance(step, Compiled) else compile(step)
+    pure = like.step
+    state, batch = attach(state, pure).copy(), tree.clone(to_device(for_step(batch), state.step.device))
+    entered = pure.enter(state)
+    assumed, sizes = described(entered, batch), _sizes(state)  # before the copy is donated
+
+    counts, breaks, graphs = None, [], 1
+    try:
+        try:
+            counts = counted(trace(pure, entered, batch))
+        except ValuesNeededError:
+            pure(entered, batch)
+            counts = counted(trace(pure, entered, batch))
+    except Exception as error:
+        # Run, a mistake of the step's own is raised in its own words.
+        breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0
+    with quietly():
+        if "traced" not in like.how:
+            graphs, breaks = found_by_dynamo(pure, entered, batch)
+        choice = _choice(like, pure, entered, batch) if breaks else like._routes.choice
+    if breaks and choice.found is not None and not any(each.where for each in breaks):
+        breaks = [choice.found, *found_by_running(pure, state, batch)]
+
+    seconds: dict[str, float] = {}
+    first, kernels = None, None
+    if calls and _is_one_graph(choice):
+        seconds, first, kernels, choice = _compiled(like, state, batch, calls)
+    elif calls:
+        seconds = {"uncompiled": _uncompiled(pure, state, batch, calls)}
+    reads = []
+    if _is_one_graph(choice):
+        graphs, breaks, reads = 1, [], breaks
+    found = choice.found
+    return Explanation(
+        step=repr(pure),
+        how=choice.route.name if choice.route is not None else "none",
+        outcome=choice.route.outcome if choice.route is not None else "the first call raises an error",
+        cause=" | ".join(part for part in (found.where, found.code) if part) or found.reason if found else "",
+        graphs=graphs,
+        breaks=joined(breaks),
+        reads=joined(reads),
+        operations=counts.operations if counts else None,
+        kernels=kernels,
+        flops=counts.flops if counts else None,
+        state_bytes=sizes,
+        batch_bytes=_bytes(batch),
+        least_traffic=counts.least_traffic if counts else None,
+        most_traffic=counts.most_traffic if counts else None,
+        seconds=seconds,
+        first_seconds=first,
+        assumed=assumed,
+        varied=_varied([*like._known, assumed]),
+        constants=_constants(pure),
+    )
+
+
+def _choice(like: Compiled, pure: Any, state: TrainState, batch: Any) -> Choice:
+    try:
+        return like._routes.choose(pure, state, batch)
+    except Exception as error:
+        return Choice(None, refusal(error))
+
+
+def _is_one_graph(choice: Choice) -> bool:
+    return choice.route is not None and (choice.route.is_whole or choice.route.has_otherwise)
+
+
+def _compiled(
+    like: Compiled, state: TrainState, batch: Any, calls: int
+) -> tuple[dict[str, float], float, int | None, Choice]:
+    """Seconds by part, those of the first call, how many kernels there are, and the route."""
+    from torch._inductor import metrics
+
+    device = state.step.device
+    graph_seconds: list[float] = []
+
+    def timed(run: Run) -> Run:
+        def timed_run(leaves: Any, inputs: Any) -> Any:
+            began = _now(device)
+            result = run(leaves, inputs)
+            graph_seconds.append(_now(device) - began)
+            return result
+
+        return timed_run
+
+    compiled = anew(like, timed)  # so that the graphs of the one that was given stay what they are
+    kernels = metrics.generated_kernel_count
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")  # the page says it
+        first, state = _call(compiled, state, batch)
+    written = metrics.generated_kernel_count - kernels if "inductor" in like.how else None
+    whole_seconds: list[float] = []
+    for _ in range(_WARM + calls):
+        spent, state = _call(compiled, state, batch)
+        whole_seconds.append(spent)
+    whole, graph = float(np.median(whole_seconds[_WARM:])), float(np.median(graph_seconds[1 + _WARM :]))
+    return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written, compiled._routes.choice
+
+
+def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: int) -> float:
+    spent: list[float] = []
+    for _ in range(calls):
+        seconds, state = _call(step, state, batch)
+        spent.append(seconds)
+    return float(np.median(spent))
+
+
+def _call(step: Callable[..., Any], state: TrainState, batch: Any) -> tuple[float, TrainState]:
+    """The seconds that a call took, and the state to go on with."""
+    device = state.step.device
+    began = _now(device)
+    result = step(state, batch)
+    spent = _now(device) - began
+    return spent, result[0] if isinstance(result, tuple) else state
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _constants(step: Any) -> dict[str, str]:
+    """What the functions of users read besides their arguments, as text."""
+    found = {
+        name: value for name, value in captured(step.function) if not type(value).__module__.startswith("fxtrain.")
+    }
+    return {name: _told(value) for name, value in sorted(found.items())}
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return described_value(value)
+    if isinstance(value, torch.nn.Module):
+        return f"a module of type {type(value).__name__}"
+    return reprlib.repr(value)
+
+
+def _varied(known: list[dict[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The leaves that were not alike, with all that they were."""
+    paths = {path: None for kinds in known for path in kinds}
+    found = {path: tuple(dict.fromkeys(kinds.get(path, "absent") for kinds in known)) for path in paths}
+    return {path: kinds for path, kinds in found.items() if len(kinds) > 1}
+
+
+def _sizes(state: TrainState) -> dict[str, int]:
+    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    return {**parts, "rest": _bytes(state) - sum(parts.values())}
+
+
+def _bytes(values: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(values))

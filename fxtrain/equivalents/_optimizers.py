@@ -1,0 +1,278 @@
+"""Optimizers of ``torch.optim`` as expressions of ``fx.optim``, with their numbers translated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain.equivalents._groups import Group, partitioned
+from fxtrain.equivalents._schedulers import Schedules
+from fxtrain.equivalents._waves import NoEquivalentError
+
+Options = Mapping[str, Any]
+
+
+def optimizer(
+    given: torch.optim.Optimizer,
+    model: Any = None,
+    schedules: Callable[[int], Schedules] | None = None,
+    *,
+    inject: bool = False,
+) -> str:
+    """The expression for an optimizer with its parameter groups.
+
+    Args:
+        given: The optimizer.
+        model: The module that the parameters belong to, for their names.
+        schedules: From the index of a group to the schedules of its learning rate and momentum.
+        inject: Whether the learning rate is kept in the optimizer state, where a callback can change it.
+
+    Raises:
+        NoEquivalentError: If there is none.
+    """
+    kind = type(given)
+    if kind not in _RULES:
+        raise NoEquivalentError(_unknown(kind))
+    groups: list[Group] = []
+    for index, group in enumerate(given.param_groups):
+        options = {name: _plain(value) for name, value in group.items() if name != "params"}
+        options["lr"] = _plain(group.get("initial_lr", group["lr"]))
+        scheduled = schedules(index) if schedules else Schedules("")
+        plain = not any(param.is_complex() for param in group["params"])
+        expression, undecayed = (
+            _of_group(kind, each, scheduled, plain=plain, inject=inject)
+            for each in (options, {**options, "weight_decay": 0.0})
+        )
+        groups.append(Group(expression, undecayed, options.get("weight_decay", 0.0), group))
+    return partitioned(groups, model, _masked if kind is torch.optim.AdamW else None)
+
+
+def optimizer_class(kind: type) -> str:
+    """The expression for a class without arguments: its defaults, with a learning rate to fill in.
+
+    Raises:
+        NoEquivalentError: If there is none.
+    """
+    if kind not in _RULES:
+        raise NoEquivalentError(_unknown(kind))
+    options = {name: _plain(value) for name, value in _defaults(kind).items()}
+    return _of_group(kind, options, Schedules(""), plain=True, inject=False)
+
+
+def _of_group(kind: type, options: Options, scheduled: Schedules, *, plain: bool, inject: bool) -> str:
+    rate = scheduled.rate or repr(options["lr"])
+    if kind is torch.optim.Rprop and (scheduled.rate or inject):
+        raise NoEquivalentError("Rprop reads its learning rate only once. Leave the scheduler out.")
+    amsgrad, maximize = options.get("amsgrad", False), options.get("maximize", False)
+    rule = _RULES[kind]
+    named = rule(options) if rule is not None and plain and not amsgrad and not maximize else None
+    if named is None:
+        if scheduled.momentum:
+            raise NoEquivalentError(
+                f"the scheduler cycles the momentum of {kind.__name__}, which from_torch keeps constant. "
+                "Pass cycle_momentum=False to the scheduler."
+            )
+        given = _given(kind, options)
+        call = f"fx.optim.inject_hyperparams({_FROM})" if inject else _FROM
+        return f"{call}({', '.join([f'torch.optim.{kind.__name__}', f'lr={rate}', *given])})"
+    before, name, arguments = named
+    if inject or scheduled.momentum:
+        arguments = {"learning_rate": rate, **arguments}
+        if scheduled.momentum:
+            arguments["momentum" if name == "sgd" else "b1"] = scheduled.momentum
+        listed = [f"{argument}={value}" for argument, value in arguments.items()]
+        call = f"fx.optim.inject_hyperparams(fx.optim.{name})({', '.join(listed)})"
+    else:
+        call = (
+            f"fx.optim.{name}({', '.join([rate, *(f'{argument}={value}' for argument, value in arguments.items())])})"
+        )
+    return f"fx.optim.chain({before}, {call})" if before else call
+
+
+_FROM = "fx.optim.from_torch"
+
+Named = tuple[str, str, dict[str, str]]
+"""What is chained before, the name of the factory, and its arguments but for the learning rate."""
+
+
+def _sgd(options: Options) -> Named:
+    arguments: dict[str, Any] = {}
+    if options["momentum"]:
+        arguments["momentum"] = options["momentum"]
+        arguments |= {name: options[name] for name in ("nesterov", "dampening") if options[name]}
+    return _decayed(options), "sgd", _code(arguments)
+
+
+def _adam(options: Options) -> Named:
+    if options["decoupled_weight_decay"]:
+        return _adamw(options)
+    return _decayed(options), "adam", _moments(options)
+
+
+def _adamw(options: Options) -> Named:
+    return "", "adamw", {**_moments(options), "weight_decay": repr(options["weight_decay"])}
+
+
+def _adamax(options: Options) -> Named:
+    return _decayed(options), "adamax", _moments(options)
+
+
+def _nadam(options: Options) -> Named | None:
+    if options["decoupled_weight_decay"]:
+        return None
+    return _decayed(options), "nadam", {**_moments(options), "momentum_decay": repr(options["momentum_decay"])}
+
+
+def _radam(options: Options) -> Named | None:
+    if options["decoupled_weight_decay"]:
+        return None
+    return _decayed(options), "radam", {**_moments(options), "correct_eps": "True"}
+
+
+def _rmsprop(options: Options) -> Named | None:
+    if options["momentum"]:
+        return None  # fx.optim.rmsprop multiplies by the learning rate before the momentum, torch after it
+    arguments = {"decay": options["alpha"], **_other(options, eps=1e-8), "eps_in_sqrt": False}
+    return _decayed(options), "rmsprop", _code({**arguments, **({"centered": True} if options["centered"] else {})})
+
+
+def _adagrad(options: Options) -> Named | None:
+    if options["lr_decay"]:
+        return None
+    start = options["initial_accumulator_value"]
+    arguments = {"initial_accumulator_value": float(start), "eps": options["eps"], "eps_in_sqrt": False}
+    return _decayed(options), "adagrad", _code(arguments)
+
+
+def _adadelta(options: Options) -> Named:
+    return "", "adadelta", _code(_other(options, rho=0.9, eps=1e-6, weight_decay=0.0))
+
+
+def _rprop(options: Options) -> Named:
+    (eta_minus, eta_plus), (smallest, largest) = options["etas"], options["step_sizes"]
+    arguments = {"eta_minus": eta_minus, "eta_plus": eta_plus, "min_step_size": smallest, "max_step_size": largest}
+    defaults = {"eta_minus": 0.5, "eta_plus": 1.2, "min_step_size": 1e-6, "max_step_size": 50}
+    return "", "rprop", _code({name: value for name, value in arguments.items() if value != defaults[name]})
+
+
+_RULES: dict[type, Callable[[Options], Named | None] | None] = {
+    torch.optim.ASGD: None,
+    torch.optim.Adadelta: _adadelta,
+    torch.optim.Adafactor: None,
+    torch.optim.Adagrad: _adagrad,
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adamw,
+    torch.optim.Adamax: _adamax,
+    torch.optim.Muon: None,
+    torch.optim.NAdam: _nadam,
+    torch.optim.RAdam: _radam,
+    torch.optim.RMSprop: _rmsprop,
+    torch.optim.Rprop: _rprop,
+    torch.optim.SGD: _sgd,
+}
+"""By class: the rule of its own name in fx, which is None where there is only ``from_torch``."""
+
+
+def _moments(options: Options) -> dict[str, str]:
+    b1, b2 = options["betas"]
+    arguments = {"b1": b1, "b2": b2} if (b1, b2) != (0.9, 0.999) else {}
+    return _code({**arguments, **_other(options, eps=1e-8)})
+
+
+def _other(options: Options, **defaults: Any) -> dict[str, Any]:
+    """The options whose defaults in fx, given by name, are other values."""
+    return {name: options[name] for name, default in defaults.items() if options[name] != default}
+
+
+def _decayed(options: Options) -> str:
+    decay = options["weight_decay"]
+    return f"fx.optim.add_decayed_weights({decay!r})" if decay else ""
+
+
+def _code(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in arguments.items()}
+
+
+def _masked(expression: str, predicate: str) -> str:
+    return f"{expression.removesuffix(')')}, mask=lambda path, leaf: {predicate})"
+
+
+def _given(kind: type, options: Options) -> list[str]:
+    """The options that are not the defaults of the class, but for the learning rate."""
+    defaults = {name: _plain(value) for name, value in _defaults(kind).items()}
+    chosen = {
+        name: options[name]
+        for name, default in defaults.items()
+        if name in options and name != "lr" and name not in _FOR_SPEED and options[name] != default
+    }
+    return [f"{name}={value!r}" for name, value in chosen.items()]
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters
+    return {name: value.default for name, value in parameters.items() if name != "params"}
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as numbers, within tuples too."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return tuple(_plain(item) for item in value) if isinstance(value, tuple | list) else value
+
+
+_FOR_SPEED = ("foreach", "fused", "capturable", "differentiable")
+
+_REFUSED: Mapping[str, str] = {
+    "LBFGS": (
+        "torch.optim.LBFGS has no counterpart, because it evaluates the loss several times in each step. Use a "
+        "first-order optimizer, such as fx.optim.adam, or run LBFGS in a plain loop on fx.state_dict(state)"
+    ),
+    "SparseAdam": (
+        "torch.optim.SparseAdam has no counterpart, because gradients are dense in fx. Use fx.optim.adam, and "
+        "sparse=False in nn.Embedding"
+    ),
+}
+
+_KNOWN: Mapping[str, str] = {
+    "Lion": "fx.optim.lion(lr, weight_decay=...)",
+    "Lamb": "fx.optim.lamb(lr, weight_decay=...)",
+    "LAMB": "fx.optim.lamb(lr, weight_decay=...)",
+    "Adafactor": "fx.optim.adafactor(lr)",
+    "Muon": "fx.optim.muon(lr)",
+    "Lookahead": "fx.optim.lookahead(tx)",
+    "AdamW8bit": "fx.optim.adamw(lr, weight_decay=...)",
+    "PagedAdamW": "fx.optim.adamw(lr, weight_decay=...)",
+    "PagedAdamW8bit": "fx.optim.adamw(lr, weight_decay=...)",
+    "PagedAdamW32bit": "fx.optim.adamw(lr, weight_decay=...)",
+    "Adam8bit": "fx.optim.adam(lr)",
+    "Lion8bit": "fx.optim.lion(lr, weight_decay=...)",
+    "FusedAdam": "fx.optim.adamw(lr, weight_decay=...)",
+    "FusedLAMB": "fx.optim.lamb(lr, weight_decay=...)",
+    "DeepSpeedCPUAdam": "fx.optim.adamw(lr, weight_decay=...)",
+    "AdamW": "fx.optim.adamw(lr, weight_decay=...)",
+    "Adam": "fx.optim.adam(lr)",
+    "SGD": "fx.optim.sgd(lr, momentum=...)",
+}
+"""Optimizers of other packages, by the name of their class: the closest in fx, whose details may differ."""
+
+
+def _unknown(kind: type) -> str:
+    name = kind.__name__
+    if kind.__module__.startswith("torch.optim") and name in _REFUSED:
+        return _REFUSED[name]
+    bases: Sequence[type] = [base for base in kind.__mro__[1:] if base in _RULES]
+    if name in _KNOWN:
+        close = f"The closest is {_KNOWN[name]}; compare the defaults. Otherwise write"
+    elif bases:
+        close = f"It derives from torch.optim.{bases[0].__name__}, {optimizer_class(bases[0])}. Otherwise write"
+    else:
+        close = "Write"
+    return (
+        f"{kind.__module__}.{name} has no exact counterpart. {close} its rule as "
+        "fx.optim.GradientTransformation(init, update): init(params) returns the state, and "
+        "update(grads, state, params) returns the updates, which are added to the parameters, and the new state"
+    )

@@ -1,0 +1,173 @@
+"""Errors for optimizers and schedulers of other libraries, with the expression to use in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+from fxtrain.equivalents._jax_optimizers import chained_from_optax, is_from_optax, schedule_from_optax
+from fxtrain.equivalents._optimizers import optimizer, optimizer_class
+from fxtrain.equivalents._schedulers import schedules
+from fxtrain.equivalents._waves import NoEquivalentError
+
+
+def described(value: Any, model: Any, *, as_schedule: bool) -> tuple[str, str] | None:
+    """What a foreign object is, and what to use in its place; None for anything else."""
+    if as_schedule and isinstance(value, lr_scheduler.LRScheduler) and not _is_plateau(value):
+        return _name(type(value)), _attempt(_schedule, value, model)
+    return _described(value, model)
+
+
+def _described(value: Any, model: Any) -> tuple[str, str] | None:
+    match value:
+        case _ if _within(value) is not None:
+            return _described(_within(value), model)
+        case lr_scheduler.ReduceLROnPlateau():
+            return _name(type(value)), _attempt(_plateau, value, model)
+        case lr_scheduler.LRScheduler():
+            return _name(type(value)), _attempt(_scheduled, value, model)
+        case torch.optim.Optimizer():
+            return _name(type(value)), _attempt(_optimizer, value, model)
+        case type() if issubclass(value, torch.optim.Optimizer):
+            return f"the class {_name(value)}", _attempt(_class, value, model)
+        case type() if issubclass(value, lr_scheduler.LRScheduler):
+            advice = f"Pass the scheduler, {value.__name__}(optimizer, ...), to see its equivalent."
+            return f"the class {_name(value)}", advice
+        case _ if is_from_optax(value):
+            return _from_optax(value)
+        case _:
+            return None
+
+
+def _attempt(translate: Any, value: Any, model: Any) -> str:
+    try:
+        return translate(value, model)
+    except NoEquivalentError as error:
+        reason = str(error).rstrip(".")
+    except AttributeError as error:  # private names of schedulers may change
+        reason = f"this version of torch keeps its numbers elsewhere ({error}). Build it from fx.optim and fx.schedules"
+    return f"There is no equivalent expression: {reason}."
+
+
+def _optimizer(value: torch.optim.Optimizer, model: Any) -> str:
+    advice = f"Use {optimizer(value, model)}."
+    if any("initial_lr" in group for group in value.param_groups):
+        advice += "\nA scheduler changes its learning rate: pass the scheduler here to see the schedule as well."
+    return advice
+
+
+def _class(value: type, model: Any) -> str:
+    return f"Use {optimizer_class(value)}."
+
+
+def _is_plateau(value: Any) -> bool:
+    return isinstance(value, lr_scheduler.ReduceLROnPlateau)
+
+
+def _scheduled(value: Any, model: Any) -> str:
+    return f"Use {optimizer(_bare(value.optimizer), model, lambda index: schedules(value, index))}.\n{_STEPS}"
+
+
+def _schedule(value: Any, model: Any) -> str:
+    found = schedules(value, 0)
+    if any(schedules(value, index) != found for index in range(1, len(value.optimizer.param_groups))):
+        raise NoEquivalentError(
+            "its parameter groups have different learning rates. Pass it to fx.init(module, scheduler), which prints "
+            "an expression for all groups"
+        )
+    momentum = "" if found.momentum is None else f"\nIts momentum follows {found.momentum}."
+    return f"Use {found.rate}.{momentum}\n{_STEPS}"
+
+
+_STEPS = (
+    "Its steps are updates. If scheduler.step() was called once in an epoch, use "
+    "lambda step: schedule(step // updates_per_epoch)."
+)
+
+
+def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: Any) -> str:
+    if len(set(map(float, value.min_lrs))) > 1:
+        raise NoEquivalentError("its min_lr differs between parameter groups. Use one minimum for all.")
+    whole = optimizer(_bare(value.optimizer), model, inject=True)
+    options = {
+        "hyperparam": "lr" if "learning_rate=" not in whole else "learning_rate",
+        "factor": value.factor,
+        "patience": value.patience,
+        "cooldown": value.cooldown,
+        "minimum": float(value.min_lrs[0]),
+        "mode": value.mode,
+        "min_delta": value.threshold,
+        "relative": value.threshold_mode == "rel",
+    }
+    defaults = {
+        "hyperparam": "learning_rate",
+        "factor": 0.1,
+        "patience": 10,
+        "cooldown": 0,
+        "minimum": 0.0,
+        "mode": "min",
+        "min_delta": 1e-4,
+        "relative": True,
+    }
+    listed = "".join(f", {name}={option!r}" for name, option in options.items() if option != defaults[name])
+    return (
+        f"Use {whole}.\nAdd the callback fx.callbacks.reduce_on_plateau('loss'{listed}) to fx.fit, with the name of "
+        "the metric at EvalEnd."
+    )
+
+
+def _from_optax(value: Any) -> tuple[str, str]:
+    if callable(value):
+        name = schedule_from_optax(value)
+        return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same numbers."
+    advice = _attempt(lambda tx, model: f"Use {chained_from_optax(tx)}.", value, None)
+    return "a transformation of optax", advice
+
+
+_SCHEDULES = {
+    "constant_schedule": "constant",
+    "linear_schedule": "linear",
+    "polynomial_schedule": "polynomial",
+    "cosine_decay_schedule": "cosine",
+    "exponential_decay": "exponential",
+    "piecewise_constant_schedule": "piecewise",
+    "piecewise_interpolate_schedule": "piecewise",
+    "warmup_constant_schedule": "warmup",
+    "warmup_cosine_decay_schedule": "warmup_cosine_decay",
+    "warmup_exponential_decay_schedule": "warmup",
+    "linear_onecycle_schedule": "one_cycle",
+    "cosine_onecycle_schedule": "one_cycle",
+    "join_schedules": "join",
+    "sgdr_schedule": "join",
+}
+
+
+def _within(value: Any) -> Any:
+    """The scheduler, or else the optimizer, in a list or a dict of them or in a wrapper of accelerate or Lightning."""
+    if type(value).__module__.partition(".")[0] in _WRAPPERS:
+        return getattr(value, "optimizer", None) or getattr(value, "scheduler", None)
+    if type(value) not in (list, tuple, dict):
+        return None
+    parts: list[Any] = list(value.values() if isinstance(value, dict) else value)
+    parts = [inner if (inner := _within(part)) is not None else part for part in parts]
+    ranked = [
+        part for kind in (lr_scheduler.LRScheduler, torch.optim.Optimizer) for part in parts if isinstance(part, kind)
+    ]
+    return ranked[0] if ranked else None
+
+
+def _bare(optimizer: Any) -> Any:
+    inner = _within(optimizer)
+    return optimizer if inner is None else inner
+
+
+_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric")
+
+
+def _name(kind: type) -> str:
+    module = "torch.optim" if kind.__module__.startswith("torch.optim") else kind.__module__
+    if issubclass(kind, lr_scheduler.LRScheduler) and module == "torch.optim":
+        module = "torch.optim.lr_scheduler"
+    return f"{module}.{kind.__qualname__}"

@@ -1,0 +1,192 @@
+"""Learning rate schedulers of ``torch.optim`` and transformers as expressions of ``fx.schedules``."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch.optim import lr_scheduler
+
+from fxtrain.equivalents._transformers_schedules import TRANSFORMERS
+from fxtrain.equivalents._waves import NoEquivalentError, half_cosine, mirrored
+
+
+class Schedules(NamedTuple):
+    """What a scheduler sets in one parameter group."""
+
+    rate: str  # expression of the learning rate
+    momentum: str | None = None  # expression of the momentum or the first beta, for schedulers that cycle it
+
+
+def schedules(scheduler: Any, group: int) -> Schedules:
+    """The expressions for one parameter group. Steps are calls of ``scheduler.step()``.
+
+    Raises:
+        NoEquivalentError: If there is none.
+    """
+    base = number(scheduler.base_lrs[group]) if hasattr(scheduler, "base_lrs") else 1.0
+    match scheduler:
+        case lr_scheduler.SequentialLR():
+            parts = [schedules(part, group).rate for part in scheduler._schedulers]
+            return Schedules(f"fx.schedules.join([{', '.join(parts)}], {list(scheduler._milestones)})")
+        case lr_scheduler.ChainedScheduler():
+            return Schedules(_product(list(scheduler._schedulers), group))
+        case lr_scheduler.OneCycleLR():
+            return _one_cycle(scheduler, group)
+        case lr_scheduler.CyclicLR():
+            return _cyclic(scheduler, group)
+        case lr_scheduler.LambdaLR():
+            return Schedules(_lambda(scheduler.lr_lambdas[group], base))
+    rule = _RULES.get(type(scheduler))
+    if rule is None:
+        raise NoEquivalentError(
+            f"fx has no counterpart of {type(scheduler).__name__}. Write a function from the step, an int64 tensor of "
+            "shape [], to the learning rate, in tensor operations, and pass it as the learning rate."
+        )
+    return Schedules(rule(scheduler, base))
+
+
+def number(value: Any) -> float:
+    """A learning rate as a float, whether it is kept as a number or as a tensor."""
+    return float(value)
+
+
+def _step(scheduler: Any, base: float) -> str:
+    return f"fx.schedules.exponential({base!r}, {scheduler.step_size}, decay_rate={scheduler.gamma!r}, staircase=True)"
+
+
+def _multi_step(scheduler: Any, base: float) -> str:
+    scales = {step: scheduler.gamma**times for step, times in sorted(Counter(scheduler.milestones).items())}
+    return f"fx.schedules.piecewise({base!r}, {scales!r})"
+
+
+def _exponential(scheduler: Any, base: float) -> str:
+    return f"fx.schedules.exponential({base!r}, 1, decay_rate={scheduler.gamma!r})"
+
+
+def _constant(scheduler: Any, base: float) -> str:
+    first = f"fx.schedules.constant({base * scheduler.factor!r})"
+    if scheduler.total_iters <= 0:  # torch compares for equality after step 0, so the factor stays
+        return first
+    return f"fx.schedules.join([{first}, fx.schedules.constant({base!r})], [{scheduler.total_iters}])"
+
+
+def _linear(scheduler: Any, base: float) -> str:
+    start, end = base * scheduler.start_factor, base * scheduler.end_factor
+    return f"fx.schedules.linear({start!r}, {end!r}, transition_steps={scheduler.total_iters})"
+
+
+def _polynomial(scheduler: Any, base: float) -> str:
+    return (
+        f"fx.schedules.polynomial({base!r}, 0.0, power={float(scheduler.power)!r}, "
+        f"transition_steps={scheduler.total_iters})"
+    )
+
+
+def _cosine(scheduler: Any, base: float) -> str:
+    return mirrored(base, scheduler.T_max, scheduler.eta_min)
+
+
+def _warm_restarts(scheduler: Any, base: float) -> str:
+    growth = f", growth={scheduler.T_mult}" if scheduler.T_mult != 1 else ""
+    return f"fx.schedules.cycle({half_cosine(base, scheduler.T_0, scheduler.eta_min)}, {scheduler.T_0}{growth})"
+
+
+_RULES: dict[type, Callable[[Any, float], str]] = {
+    lr_scheduler.StepLR: _step,
+    lr_scheduler.MultiStepLR: _multi_step,
+    lr_scheduler.ExponentialLR: _exponential,
+    lr_scheduler.ConstantLR: _constant,
+    lr_scheduler.LinearLR: _linear,
+    lr_scheduler.PolynomialLR: _polynomial,
+    lr_scheduler.CosineAnnealingLR: _cosine,
+    lr_scheduler.CosineAnnealingWarmRestarts: _warm_restarts,
+}
+
+
+def _product(parts: list[Any], group: int) -> str:
+    """Chained schedulers multiply the learning rate, each by its own factor."""
+    factors: list[str] = []
+    for index, part in enumerate(parts):
+        rule = _RULES.get(type(part))
+        shifted = getattr(part, "eta_min", 0) != 0 and len(parts) > 1
+        if rule is None or shifted or isinstance(part, lr_scheduler.CosineAnnealingWarmRestarts):
+            raise NoEquivalentError(
+                f"a chain with {type(part).__name__}{' and eta_min' if shifted else ''} is not a product of schedules. "
+                "Write a function from the step, an int64 tensor of shape [], to the learning rate."
+            )
+        factors.append(rule(part, number(part.base_lrs[group]) if index == 0 else 1.0))
+    if len(factors) == 1:
+        return factors[0]
+    return "lambda step: " + " * ".join(f"{factor}(step)" for factor in factors)
+
+
+def _one_cycle(scheduler: Any, group: int) -> Schedules:
+    options = scheduler.optimizer.param_groups[group]
+    ends = [phase["end_step"] for phase in scheduler._schedule_phases]
+    if ends[0] <= 0 or ends != sorted(set(ends)):
+        raise NoEquivalentError(
+            "the first phase of this OneCycleLR is shorter than a step. Use fx.schedules.cosine from the peak."
+        )
+    shape = "cosine" if scheduler._anneal_func_type == "cos" else "linear"
+
+    def phases(start: str, end: str) -> str:
+        values = [number(options[scheduler._schedule_phases[0][start]])]
+        values += [number(options[phase[end]]) for phase in scheduler._schedule_phases]
+        scales = {_whole(at): b / a for at, a, b in zip(ends, values, values[1:], strict=False)}
+        return f"fx.schedules.piecewise({values[0]!r}, {scales!r}, interpolation={shape!r})"
+
+    momentum = phases("start_momentum", "end_momentum") if scheduler.cycle_momentum else None
+    return Schedules(phases("start_lr", "end_lr"), momentum)
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _cyclic(scheduler: Any, group: int) -> Schedules:
+    up = scheduler.step_ratio * scheduler.total_size
+    rising, whole = round(up), round(scheduler.total_size)
+    if abs(up - rising) > 1e-6 or whole != scheduler.total_size or not 0 < rising < whole:
+        raise NoEquivalentError("a CyclicLR of fractional steps has no counterpart. Give it whole numbers of steps.")
+    if scheduler._scale_fn_custom is not None:
+        raise NoEquivalentError(
+            "a CyclicLR with scale_fn has no counterpart. Multiply fx.schedules.cycle by your own function of the step."
+        )
+
+    def triangle(base: float, peak: float) -> str:
+        if scheduler.mode == "triangular":
+            return _triangle(base, peak, rising, whole)
+        length, rate = (whole, 0.5) if scheduler.mode == "triangular2" else (1, scheduler.gamma)
+        stairs = ", staircase=True" if scheduler.mode == "triangular2" else ""
+        height = f"fx.schedules.exponential({peak - base!r}, {length}, decay_rate={rate!r}{stairs})"
+        return f"lambda step: {base!r} + {height}(step) * {_triangle(0.0, 1.0, rising, whole)}(step)"
+
+    momentum = None
+    if scheduler.cycle_momentum:
+        momentum = triangle(number(scheduler.max_momentums[group]), number(scheduler.base_momentums[group]))
+    return Schedules(triangle(number(scheduler.base_lrs[group]), number(scheduler.max_lrs[group])), momentum)
+
+
+def _triangle(base: float, peak: float, rising: int, whole: int) -> str:
+    up = f"fx.schedules.linear({base!r}, {peak!r}, transition_steps={rising})"
+    if 2 * rising == whole:
+        return f"fx.schedules.cycle({up}, {rising}, mirror=True)"
+    down = f"fx.schedules.linear({peak!r}, {base!r}, transition_steps={whole - rising})"
+    return f"fx.schedules.cycle(fx.schedules.join([{up}, {down}], [{rising}]), {whole})"
+
+
+def _lambda(function: Any, base: float) -> str:
+    name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
+    if isinstance(function, functools.partial) and name in TRANSFORMERS:
+        return TRANSFORMERS[name](base, **function.keywords)
+    if name == "_get_constant_lambda":
+        return f"fx.schedules.constant({base!r})"
+    called = "your function" if name == "<lambda>" else name
+    raise NoEquivalentError(
+        f"LambdaLR multiplies {base!r} by {called}, of which only the code is known. Pass "
+        f"lambda step: {base!r} * factor(step) as the learning rate, where factor takes an int64 tensor of shape [] "
+        "and is written in tensor operations: torch.where for if, torch.clamp for min and max."
+    )

@@ -1,0 +1,379 @@
+"""Compose: callbacks as one callback, with a table of who sees which event."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fxtrain import tree
+from fxtrain.core import (
+    EVENTS,
+    LOOP,
+    SESSION,
+    TRACED,
+    Control,
+    EpochBegin,
+    EpochEnd,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    FitBegin,
+    FitEnd,
+    Gradients,
+    Microbatch,
+    Restored,
+    Rewound,
+    Saved,
+    StepBegin,
+    StepEnd,
+    TrainState,
+    Updated,
+)
+from fxtrain.equivalents import refuse_foreign
+from fxtrain.fold._mistaken import refuse_mistaken
+from fxtrain.fold._structure import refuse_other_structure
+from fxtrain.fold._subscription import kinds, name_of, subscription, takes
+
+_LOOP = frozenset({"stop", "unsaved", "end_epoch", "evaluate", "save", "rewind"})
+_INSIDE_EVALUATION = _LOOP - {"evaluate"}  # an evaluation inside an evaluation would never end
+_ONLY_LOG: frozenset[str] = frozenset()
+
+ASKABLE: Mapping[type[Any], frozenset[str]] = {
+    Microbatch: frozenset({"stop", "unsaved", "skip_update"}),
+    Gradients: frozenset({"stop", "unsaved", "skip_update"}),
+    Updated: frozenset({"stop", "unsaved"}),  # whether to update has been decided
+    EpochBegin: _LOOP,
+    StepBegin: _LOOP | {"skip_batch"},
+    StepEnd: _LOOP,
+    EvalBegin: _INSIDE_EVALUATION,
+    EvalStep: _INSIDE_EVALUATION,
+    EvalEnd: _INSIDE_EVALUATION,
+    EpochEnd: _LOOP - {"end_epoch"},
+    Rewound: frozenset({"stop", "unsaved"}),
+    # No evaluation at events of a session: it would count in callbacks, once more in an interrupted run.
+    FitBegin: frozenset({"stop", "unsaved", "save"}),
+    Restored: frozenset({"stop", "unsaved"}),
+    Saved: frozenset({"stop", "unsaved"}),
+}
+"""The requests that can be honoured at each event. At those that are not listed a callback can only log."""
+
+_NOTHING = Control()
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a callback cannot do without; ``needs`` says what each is."""
+
+    eval_metrics: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
+    events: tuple[type[Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Handler:
+    """A callback, with what the fold must know about it. It is a callback itself.
+
+    Args:
+        name: Who it is, in errors, in reasons and in the table.
+        function: The callback.
+        events: The event types that it sees.
+        slot: The slot that it keeps its memory in, or None.
+        init: From the state to the first content of the slot, a pytree of tensors.
+        needs: What it cannot do without.
+    """
+
+    name: str
+    function: Callable[[TrainState, Any], tuple[TrainState, Control]]
+    events: frozenset[type[Any]]
+    slot: str | None = None
+    init: Callable[[TrainState], Any] | None = None
+    needs: Needs = Needs()
+
+    def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]:
+        if type(event) not in self.events:
+            return state, Control()
+        return self.function(state, event)
+
+    def __repr__(self) -> str:
+        names = ", ".join(kind.__name__ for kind in EVENTS if kind in self.events)
+        return f"<callback {self.name} on {names}{f', slot {self.slot!r}' if self.slot else ''}>"
+
+
+class Composed:
+    """Callbacks folded into one; made by ``compose``. Its repr is the table of who sees what."""
+
+    def __init__(self, handlers: tuple[Handler, ...]) -> None:
+        self.handlers = handlers
+        self.table: Mapping[type[Any], tuple[Handler, ...]] = {
+            kind: seen for kind in EVENTS if (seen := tuple(h for h in handlers if kind in h.events))
+        }
+        # Beside the table, as a callback that asks for nothing is to cost no more than its call.
+        self._functions = {kind: tuple(h.function for h in seen) for kind, seen in self.table.items()}
+        owners: dict[str, Handler] = {}
+        for handler in handlers:
+            if handler.slot is not None and handler.slot in owners:
+                raise ValueError(
+                    f"{owners[handler.slot].name} and {handler.name} both claim the slot {handler.slot!r}: "
+                    "give one of them another name."
+                )
+            if handler.slot is not None:
+                owners[handler.slot] = handler
+        self.slots: Mapping[str, Handler] = owners
+
+    @property
+    def traced_slots(self) -> frozenset[str]:
+        """The slots that callbacks of traced events keep: these enter the compiled step."""
+        return frozenset(name for name, handler in self.slots.items() if not handler.events.isdisjoint(TRACED))
+
+    def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]:
+        kind = typing.cast(type[Any], type(event))
+        total = _NOTHING
+        for index, function in enumerate(self._functions.get(kind, ())):
+            result = function(state, event)
+            if type(result) is tuple and len(result) == 2 and result[0] is state and type(result[1]) is Control:
+                control = result[1]
+            else:
+                before, handler = state, self.table[kind][index]
+                state, control = checked(handler, event, result)
+                if state is not before:
+                    _refuse_overreach(handler, kind, before, state)
+                    refuse_other_structure(handler.name, kind, before, state)
+            if control.requests or control.log:  # half of what `if control` takes
+                handler = self.table[kind][index]
+                _refuse_unaskable(handler, kind, control)
+                total = total | control.owned(handler.name)
+        return state, total
+
+    def __repr__(self) -> str:
+        if not self.handlers:
+            return "No callbacks"
+        width = max(len(kind.__name__) for kind in self.table)
+        rows = [f"  {kind.__name__:<{width}}  {', '.join(h.name for h in seen)}" for kind, seen in self.table.items()]
+        kept = f"  slots: {', '.join(map(repr, self.slots))}" if self.slots else ""
+        count = len(self.handlers)
+        return "\n".join([f"{count} callback{'s' if count > 1 else ''}", *rows, *([kept] if kept else [])])
+
+
+def compose(*callbacks: Callable[..., Any]) -> Composed:
+    """One callback that runs the given ones in order; each sees the state left by those before it.
+
+    Subscription is read here, once, from the annotation of each callback's second parameter: an event type, a
+    union, or a string naming one. Without an annotation a callback sees every trajectory event.
+
+    Args:
+        callbacks: Functions ``(state, event) -> (state, control)``, or composed ones, which are flattened.
+
+    Raises:
+        TypeError: If an annotation names no event, or if a wrapper hides it.
+        ValueError: If two callbacks claim one slot.
+
+    Example:
+        >>> from fxtrain import Control, EvalEnd
+        >>> def stop_when_good(state, event: EvalEnd):
+        ...     return state, Control(stop=event.metrics["loss"] < 0.1, reason="loss below 0.1")
+        >>> compose(stop_when_good)
+        1 callback
+          EvalEnd  stop_when_good
+    """
+    handlers: list[Handler] = []
+    for callback in callbacks:
+        handlers.extend(callback.handlers if isinstance(callback, Composed) else (handler_of(callback),))
+    return Composed(tuple(handlers))
+
+
+def on(events: Any, callback: Callable[..., Any]) -> Handler:
+    """``callback``, subscribed to these events whatever its annotation says.
+
+    Args:
+        events: An event type, a union or a tuple of event types.
+        callback: ``(state, event) -> (state, control)``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> on(fx.EvalEnd | fx.EpochEnd, lambda state, event: (state, fx.Control(save=True)))
+        <callback <lambda> on EvalEnd, EpochEnd>
+    """
+    parts = typing.cast(tuple[Any, ...], events) if isinstance(events, tuple) else (events,)
+    seen = frozenset(kind for part in parts for kind in kinds(part))
+    if isinstance(callback, Handler):
+        return dataclasses.replace(callback, events=seen)
+    return Handler(name_of(callback), callback, seen)
+
+
+def slotted(
+    name: str, init: Callable[[TrainState], Any], callback: Callable[..., Any], *, label: str | None = None
+) -> Handler:
+    """``callback``, with the slot ``name`` reserved for it: it reads ``state.slots[name]`` and writes with
+    ``state.with_slot(name, memory)``.
+
+    Args:
+        name: The slot. It is the memory's name in every checkpoint.
+        init: From the state to the first memory, a pytree of tensors.
+        callback: ``(state, event) -> (state, control)``.
+        label: The callback's own name, if it is not the slot's.
+    """
+    if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"expected a non-empty string as the name of a slot, got {name!r}.")
+    if name.startswith(LOOP):
+        raise ValueError(f"expected a slot name that does not begin with {LOOP!r}, which the loop uses, got {name!r}.")
+    handler = handler_of(callback)
+    return dataclasses.replace(handler, name=label or name, slot=name, init=init)
+
+
+def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[..., tuple[Any, Control]]) -> Handler:
+    """A callback whose memory is kept in ``state.slots[name]``, and so in every checkpoint.
+
+    Args:
+        name: The slot.
+        init: From the state to the first memory, a pytree of tensors.
+        update: ``(state, event, memory) -> (memory, control)``. The annotation of ``event`` subscribes. The memory
+            keeps its containers, shapes, dtypes and devices.
+
+    Raises:
+        TypeError: When it runs, if ``update`` returned anything but a pair with a control.
+        ValueError: When it runs, if the memory changed in structure, shape, dtype or device.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def count(state, event: fx.StepEnd, memory):
+        ...     return memory + 1, fx.Control(log={"steps seen": memory + 1})
+        >>> stateful("counter", lambda state: torch.tensor(0), count)
+        <callback counter on StepEnd, slot 'counter'>
+    """
+
+    # What `on` made of an update has the subscription already, and no annotation to read.
+    events = update.events if isinstance(update, Handler) else subscription(update)
+    function: Callable[..., Any] = update.function if isinstance(update, Handler) else update
+
+    def callback(state: TrainState, event: Any) -> tuple[TrainState, Control]:
+        result = function(state, event, _memory(state, name))
+        if isinstance(result, tuple):
+            pair = typing.cast(tuple[Any, ...], result)
+            if len(pair) == 2 and isinstance(pair[1], Control):
+                return state.with_slot(name, pair[0]), pair[1]
+        raise TypeError(
+            f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
+            f"{_shown(result)}. To request nothing, return the content and Control()."
+        )
+
+    return slotted(name, init, on(tuple(events), callback))
+
+
+def attach(state: TrainState, callbacks: Callable[..., Any] | Iterable[Callable[..., Any]]) -> TrainState:
+    """The state with a slot for each callback that keeps one. Slots that are there stay as they are.
+
+    Args:
+        state: Any state.
+        callbacks: A callback, several, or a step that folds some.
+    """
+    handlers = as_composed(callbacks).slots
+    missing = {name: handler.init for name, handler in handlers.items() if name not in state.slots}
+    for name, init in missing.items():
+        if init is not None:
+            # Cloned, because an initial memory is often a view of the parameters, and no two leaves of a state
+            # may share storage.
+            state = state.with_slot(name, tree.clone(init(state)))
+    return state
+
+
+def as_composed(callbacks: Any) -> Composed:
+    """What users pass where callbacks are wanted: a callback, several in a sequence, or an object that folds some."""
+    folded = getattr(callbacks, "callbacks", callbacks)
+    if isinstance(folded, Composed):
+        return folded
+    if isinstance(folded, Iterable):
+        return compose(*typing.cast(Iterable[Any], folded))
+    return compose(folded)
+
+
+# What the fold refuses
+
+
+def checked(handler: Handler, event: Any, result: Any) -> tuple[TrainState, Control]:
+    """What a callback returned, if it is a state and a control."""
+    if isinstance(result, tuple):
+        pair = typing.cast(tuple[Any, ...], result)
+        if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
+            return pair[0], pair[1]
+    raise TypeError(
+        f"{handler.name} returned {_shown(result)} at {type(event).__name__}: a callback returns (state, control); "
+        "to ask for nothing, return state, Control()."
+    )
+
+
+def _shown(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in typing.cast(tuple[Any, ...], result))}"
+    return "None" if result is None else f"a {type(result).__name__}"
+
+
+def _refuse_unaskable(handler: Handler, kind: type[Any], control: Control) -> None:
+    possible = ASKABLE.get(kind, _ONLY_LOG)
+    for asked in control.kinds:
+        if asked not in possible:
+            where = [event.__name__ for event in EVENTS if asked in ASKABLE.get(event, _ONLY_LOG)]
+            raise ValueError(
+                f"{handler.name} asked for {asked} at {kind.__name__}, where it cannot be honoured; "
+                f"ask at {', '.join(where)}."
+            )
+
+
+_WRITABLE = {**dict.fromkeys(TRACED, ("slots",)), **dict.fromkeys(SESSION, ())}
+_FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))
+
+
+def _refuse_overreach(handler: Handler, kind: type[Any], before: TrainState, after_: TrainState) -> None:
+    if kind not in _WRITABLE or kind is FitEnd:
+        return
+    for field in _FIELDS:
+        if field not in _WRITABLE[kind] and not _same(getattr(before, field), getattr(after_, field)):
+            why = (
+                "callbacks of the compiled step write slots only: ask for skip_update, or change it at StepEnd"
+                if kind in TRACED
+                else "how often it fires depends on interruptions, so nothing may change there: use a trajectory event"
+            )
+            raise ValueError(f"{handler.name} changed state.{field} at {kind.__name__}; {why}.")
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two trees hold the very same leaves. Dynamo compares tensors by identity, and containers not."""
+    leaves, others = tree.leaves(first), tree.leaves(second)
+    return len(leaves) == len(others) and all(leaf is other for leaf, other in zip(leaves, others, strict=True))
+
+
+def _memory(state: TrainState, name: str) -> Any:
+    try:
+        return state.slots[name]
+    except KeyError:
+        there = ", ".join(repr(slot) for slot in state.slots if not slot.startswith(LOOP)) or "none"
+        raise KeyError(
+            f"The state has no slot {name!r} (there are: {there}): call fxtrain.attach(state, callbacks) first."
+        ) from None
+
+
+def handler_of(callback: Any) -> Handler:
+    """The callback with its name and its subscription."""
+    if isinstance(callback, Handler):
+        _refuse_observer(callback.function)
+        return callback
+    refuse_mistaken(callback, "callbacks")
+    refuse_foreign("each callback", "a function (state, event) -> (state, control)", callback)
+    if not callable(callback):
+        raise TypeError(
+            f"callbacks: expected functions (state, event) -> (state, control), got {callback!r:.60}, "
+            f"a value of type {type(callback).__name__}. Write the function, or use one of fxtrain.callbacks."
+        )
+    if isinstance(callback, type):
+        raise TypeError(f"{callback.__name__} is a class: make an instance of it, and give that.")
+    _refuse_observer(callback)
+    return Handler(name_of(callback), typing.cast(Any, callback), frozenset(subscription(callback)))
+
+
+def _refuse_observer(callback: Callable[..., Any]) -> None:
+    if takes(callback, 3) and not takes(callback, 2):
+        raise TypeError(
+            f"callbacks: expected functions (state, event), got {name_of(callback)}, which requires a third argument "
+            "as observers do. Pass it in observers=."
+        )

@@ -1,0 +1,61 @@
+"""Needs: what a callback cannot do without, said beforehand, so that its absence is found before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fxtrain.core import TRACED
+from fxtrain.fold._compose import Handler, Needs, handler_of
+
+
+def needs(
+    callback: Callable[..., Any],
+    *,
+    eval_metrics: Sequence[str] = (),
+    slots: Sequence[str] = (),
+    events: Sequence[type[Any]] = (),
+) -> Handler:
+    """``callback``, which says what it needs: ``fit`` refuses to begin without it.
+
+    That a callback sees an event which the step has to fire is known from its subscription; ``events`` is for those
+    that it lets others see.
+
+    Args:
+        callback: ``(state, event) -> (state, control)``.
+        eval_metrics: Metrics of the evaluation, by name. Whether there are such is found out without data, by an
+            evaluation step of tensors without values; where that cannot be done, when the first evaluation ends.
+        slots: Slots of the state that others keep.
+        events: Traced events that the step has to fire.
+
+    Raises:
+        TypeError: If an event is not traced.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def keep_improving(state, event: fx.EvalEnd):
+        ...     return state, fx.Control(stop=event.metrics["accuracy"] < 0.5, reason="no better than chance")
+        >>> callback = fx.needs(keep_improving, eval_metrics=["accuracy"])
+        >>> step = fx.train_step(lambda model, batch: model(batch).sum(), fx.optim.sgd(0.1))
+        >>> state, data = fx.init(torch.nn.Linear(1, 1), fx.optim.sgd(0.1)), [torch.ones(2, 1)]
+        >>> eval_step = fx.eval_step(lambda model, batch: model(batch).sum())
+        >>> fx.fit(state, step, data, steps=1, callbacks=callback, eval_step=eval_step, eval_data=data)
+        Traceback (most recent call last):
+        ...
+        ValueError: keep_improving needs the metric 'accuracy' at EvalEnd, and the evaluation measures 'loss': ...
+    """
+    for event in events:
+        if event not in TRACED:
+            names = ", ".join(kind.__name__ for kind in TRACED)
+            raise TypeError(f"{getattr(event, '__name__', event)!r} is none of the traced events: {names}.")
+    handler = handler_of(callback)
+    old = handler.needs
+    return dataclasses.replace(
+        handler,
+        needs=Needs(
+            eval_metrics=(*old.eval_metrics, *eval_metrics),
+            slots=(*old.slots, *slots),
+            events=(*old.events, *events),
+        ),
+    )

@@ -1,0 +1,166 @@
+"""Triggers: pure predicates of an event, and ``when``, which gates a callback by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TRACED, Control, Flag, TrainState
+from fxtrain.fold._compose import Composed, Handler, checked, handler_of
+from fxtrain.fold._structure import refuse_other_structure
+from fxtrain.fold._subscription import name_of
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Trigger:
+    """A pure predicate of an event; ``&``, ``|`` and ``~`` combine them. Made by ``every``, ``at``, ``after``."""
+
+    text: str
+    predicate: Callable[[Any], Flag]
+
+    def __call__(self, event: Any) -> Flag:
+        return self.predicate(event)
+
+    def __and__(self, other: Callable[[Any], Flag]) -> Trigger:
+        return Trigger(f"({self} & {other})", lambda event: self(event) & other(event))
+
+    def __or__(self, other: Callable[[Any], Flag]) -> Trigger:
+        return Trigger(f"({self} | {other})", lambda event: self(event) | other(event))
+
+    def __invert__(self) -> Trigger:
+        def negated(event: Any) -> Flag:
+            flag = self(event)
+            return ~flag if isinstance(flag, Tensor) else not flag
+
+        return Trigger(f"~{self}", negated)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def every(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
+    """At each multiple of a period: of steps, of seconds of this session, or of epochs.
+
+    No memory is needed: a period is crossed where the event and the one before it, of its type, lie on two sides.
+
+    Raises:
+        ValueError: If not exactly one period is given, or if it is not positive.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> [step for step in range(1, 8) if every(3)(fx.StepEnd(step=step, metrics={}))]
+        [3, 6]
+    """
+    unit, period = _one_of("every", steps=steps, seconds=seconds, epochs=epochs)
+    if period <= 0:
+        raise ValueError(f"every({unit}={period!r}): a period is positive.")
+    if unit == "steps":
+        return Trigger(f"every({period})", lambda event: event.step % period == 0)
+    if unit == "seconds":
+        return Trigger(
+            f"every(seconds={period})", lambda event: _elapsed(event) // period > event.previous_time // period
+        )
+
+    def crossed_epochs(event: Any) -> Flag:
+        now, nudge = _epoch(event), 1e-6 / event.epoch_length  # the nudge keeps 3 * 0.1 epochs from landing below 0.3
+        return (now + nudge) // period > (now - 1 / event.epoch_length + nudge) // period and event.position > 0
+
+    return Trigger(f"every(epochs={period})", crossed_epochs)
+
+
+def at(*steps: int) -> Trigger:
+    """At these steps.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> [step for step in range(1, 8) if at(2, 5)(fx.StepEnd(step=step, metrics={}))]
+        [2, 5]
+    """
+    if not steps:
+        raise ValueError("at() needs at least one step.")
+
+    def holds(event: Any) -> Flag:
+        if isinstance(event.step, Tensor):
+            return torch.isin(event.step, torch.tensor(steps, device=event.step.device))
+        return event.step in steps
+
+    return Trigger(f"at({', '.join(map(str, steps))})", holds)
+
+
+def after(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
+    """From this many steps, seconds of this session, or epochs on: the first event it holds for is the one after.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> [step for step in range(1, 6) if after(3)(fx.StepEnd(step=step, metrics={}))]
+        [4, 5]
+    """
+    unit, period = _one_of("after", steps=steps, seconds=seconds, epochs=epochs)
+    if unit == "steps":
+        return Trigger(f"after({period})", lambda event: event.step > period)
+    if unit == "seconds":
+        return Trigger(f"after(seconds={period})", lambda event: _elapsed(event) > period)
+    return Trigger(f"after(epochs={period})", lambda event: _epoch(event) > period)
+
+
+def when(trigger: Callable[[Any], Flag], callback: Callable[..., Any]) -> Callable[..., Any]:
+    """``callback``, where ``trigger`` holds; elsewhere nothing. Subscription and slot stay the callback's own.
+
+    Inside the compiled step a trigger is a tensor; the callback is then computed at each step, and what it wrote
+    and asked is kept where the trigger holds.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> when(every(1000), fx.callbacks.save())
+        <callback save when every(1000) on StepEnd>
+    """
+    if isinstance(callback, Composed):
+        return Composed(tuple(_gate(trigger, handler) for handler in callback.handlers))
+    return _gate(trigger, handler_of(callback))
+
+
+def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:
+    def gated(state: TrainState, event: Any) -> tuple[TrainState, Control]:
+        flag = trigger(event)
+        if not isinstance(flag, Tensor):
+            return handler.function(state, event) if flag else (state, Control())
+        new, control = checked(handler, event, handler.function(state, event))
+        refuse_other_structure(handler.name, cast(type[Any], type(event)), state, new)
+        return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.given(flag)
+
+    return dataclasses.replace(handler, name=f"{handler.name} when {_text(trigger)}", function=gated)
+
+
+def _one_of(function: str, **periods: Any) -> tuple[str, Any]:
+    given = {unit: period for unit, period in periods.items() if period is not None}
+    if len(given) != 1:
+        came = ", ".join(f"{unit}={period!r}" for unit, period in given.items()) or "nothing"
+        raise ValueError(f"{function} takes one of steps, seconds and epochs, and {came} came.")
+    return next(iter(given.items()))
+
+
+def _elapsed(event: Any) -> float:
+    if isinstance(event, TRACED):
+        raise TypeError(
+            f"{type(event).__name__} has no clock: inside the compiled step count steps, or gate a callback of the "
+            "loop."
+        )
+    return event.time
+
+
+def _epoch(event: Any) -> float:
+    if isinstance(event, TRACED) or event.epoch is None:
+        raise TypeError(
+            f"expected an event with a known epoch length, got {type(event).__name__} without one. Count steps, or "
+            "give data that has a length."
+        )
+    return event.epoch
+
+
+def _text(trigger: Callable[[Any], Flag]) -> str:
+    return repr(trigger) if isinstance(trigger, Trigger) else name_of(trigger)

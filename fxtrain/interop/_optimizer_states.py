@@ -1,0 +1,338 @@
+"""Optimizer states of plain PyTorch loops, Hugging Face Trainer and Lightning, taken over and given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain import precision, tree
+from fxtrain.checkpoint import CheckpointError
+from fxtrain.core import TrainState
+from fxtrain.model import model_of
+from fxtrain.optim._torch_state import Taken, take_over, torch_entries
+
+
+def load_optimizer_state(
+    state: TrainState,
+    source: Any,
+    *,
+    entry: str | None = None,
+    names: Sequence[str] | None = None,
+    step: int | None = None,
+) -> TrainState:
+    """``state`` with the optimizer state of a torch optimizer. Weights and everything else stay as they are,
+    but for the loss scale, if the file has the state of a ``torch.amp.GradScaler`` beside the optimizer.
+
+    Moments, counts of each parameter, and hyper-parameters kept by ``inject_hyperparams`` are taken over, so further
+    steps are those that the torch optimizer would take. The optimizer of the state must be its equivalent:
+    ``fx.init(module, optimizer)`` prints the expression. Moments are cast to the dtypes of the state, which keeps
+    second moments of half-precision parameters in float32, where torch rounds them at each step.
+
+    Args:
+        state: From ``init``. It is left as it was.
+        source: A torch optimizer or its ``state_dict()``; or a path: a file of ``torch.save`` with such a dict, a
+            checkpoint of Lightning, or a checkpoint folder of Hugging Face's Trainer.
+        entry: The entry of a file that holds the state dict, where several could.
+        names: Names of the optimizer's parameters in their order. By default those that the state dict has, or the
+            order of ``module.parameters()``, with or without those that are frozen. Parameter groups without names are
+            also tried with weights before biases and norms, as Trainer orders them.
+        step: Updates so far, which schedules read. By default those of a scheduler or a trainer beside the optimizer,
+            or else the largest count of a parameter. ``state.step`` is not changed.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+        ValueError: If parameters or moments differ; nothing is changed then. The message names them.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> module = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        >>> module(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> state = fx.init(module, fx.optim.adamw(0.1, weight_decay=0.01))
+        >>> state = fx.load_optimizer_state(state, optimizer)
+        >>> state.opt_state[0].count["weight"]
+        tensor(1)
+    """
+    found = _source(source, entry)
+    groups = found.optimizer["param_groups"]
+    named = _named(state, found.optimizer, names)
+    entries = {
+        named[index]: value
+        for index, value in found.optimizer["state"].items()
+        # Adagrad makes the state of all parameters before their first update.
+        if value and index in named and ("step" not in value or int(value["step"]) > 0)
+    }
+    options = {named[index]: group for group in groups for index in group["params"] if index in named}
+    trained = set(_names(model_of(state).split(state.params)))
+    for frozen in sorted(entries.keys() - trained):
+        raise ValueError(
+            f"expected optimizer state of trained parameters alone, got that of {frozen!r}, which is frozen or not in "
+            "the model. Train it, fx.with_trainable(state, ...), or remove its entry from the state dict."
+        )
+    for lost in sorted(trained - options.keys()):
+        raise ValueError(
+            f"expected all trained parameters in the optimizer, got none named {lost!r}. Freeze it, "
+            "fx.with_trainable(state, ...), as the optimizer did, or pass names=."
+        )
+    if step is None:
+        step = found.step
+    if step is None:
+        counts = [int(value["step"]) for value in entries.values() if "step" in value]
+        step = max(counts, default=None if entries else 0)
+    taken = Taken(entries, options, step)
+    state = state.replace(opt_state=_each(state, lambda part, prefix: take_over(part, taken, prefix)))
+    if not _is_scaler(found.scaler):
+        return state
+    scaler = cast(Mapping[str, Any], found.scaler)
+    scale = torch.tensor(float(scaler["scale"]), device=state.step.device)
+    good_steps = torch.tensor(int(scaler["_growth_tracker"]), device=state.step.device)
+    return state.with_slot(precision.SLOT, precision.LossScaleState(scale, good_steps))
+
+
+def optimizer_state_dict(
+    state: TrainState, optimizer: torch.optim.Optimizer, *, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What ``optimizer.load_state_dict`` takes, so that a torch optimizer continues where the state is.
+
+    Args:
+        state: Its optimizer must be the equivalent of the torch optimizer.
+        optimizer: Made from the parameters of the module. It is not changed.
+        names: As for ``load_optimizer_state``.
+
+    Raises:
+        ValueError: If the state has no counterpart in torch. The message names it.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> module = torch.nn.Linear(2, 1)
+        >>> state = fx.init(module, fx.optim.adamw(0.1, weight_decay=0.01))
+        >>> optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        >>> optimizer.load_state_dict(fx.optimizer_state_dict(state, optimizer))
+    """
+    own = optimizer.state_dict()
+    groups = own["param_groups"]
+    named = _named(state, {"state": {}, "param_groups": groups}, names, shapes=optimizer.param_groups)
+    entries: dict[str, dict[str, Tensor]] = {}
+    _each(state, lambda part, prefix: entries.update(torch_entries(part, prefix)))
+    leaves = _names(state.params)
+    found: dict[int, dict[str, Tensor]] = {}
+    for group in groups:
+        for index in group["params"]:
+            kept = entries.get(named.get(index, ""))
+            if kept is None and index in own["state"] and int(own["state"][index].get("step", 1)) == 0:
+                found[index] = own["state"][index]
+            elif kept is not None:
+                found[index] = _completed(kept, group, leaves[named[index]], type(optimizer), int(state.step))
+    return {"state": found, "param_groups": groups}
+
+
+def _completed(
+    kept: dict[str, Tensor], group: Mapping[str, Any], param: Tensor, kind: type, step: int
+) -> dict[str, Tensor]:
+    """The entry with what torch keeps besides, in the forms that it has there."""
+    if param.is_complex():
+        moments = {key: value for key, value in kept.items() if value.ndim == param.ndim + 1}
+        kept = {**kept, **{key: torch.view_as_complex(value.contiguous()) for key, value in moments.items()}}
+    if kind not in (torch.optim.SGD, torch.optim.Muon):
+        count = kept.get("step", torch.tensor(step))
+        kept = {**kept, "step": count.to(torch.get_default_dtype()).cpu()}
+    if kind is torch.optim.ASGD:
+        kept = {**kept, "mu": 1 / (kept["step"] - group["t0"]).clamp(min=1)}
+    return kept
+
+
+class _Source(NamedTuple):
+    optimizer: Mapping[str, Any]
+    step: int | None = None
+    scaler: Mapping[str, Any] | None = None  # of torch.amp.GradScaler
+
+
+def _source(source: Any, entry: str | None) -> _Source:
+    if isinstance(source, torch.optim.Optimizer):
+        return _Source(source.state_dict())
+    if isinstance(source, str | os.PathLike):
+        return _file(pathlib.Path(source), entry)
+    return _within(source, entry, "source")
+
+
+def _file(path: pathlib.Path, entry: str | None) -> _Source:
+    if not path.is_dir():
+        return _within(_read(path), entry, str(path))
+    if not (path / "optimizer.pt").is_file():
+        raise CheckpointError(f"expected optimizer.pt in {path}, as Trainer writes it, got none. Give a file.")
+    found = _within(_read(path / "optimizer.pt"), entry, str(path / "optimizer.pt"))
+    if (path / "scaler.pt").is_file():
+        found = found._replace(scaler=_read(path / "scaler.pt"))
+    if (path / "scheduler.pt").is_file():
+        return found._replace(step=_last_epoch(_read(path / "scheduler.pt")))
+    if (path / "trainer_state.json").is_file():
+        return found._replace(step=int(json.loads((path / "trainer_state.json").read_text())["global_step"]))
+    return found
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"expected tensors in {path}, got other Python objects ({str(error).splitlines()[0]}). If its source is "
+            "trusted, read it with torch.load(weights_only=False), and pass the state dict of the optimizer."
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} could not be read as a checkpoint ({error}).") from error
+
+
+def _within(contents: Any, entry: str | None, where: str) -> _Source:
+    """The optimizer's state dict in a checkpoint, with the step of a scheduler beside it."""
+    if entry is None and _is_optimizer(contents):
+        return _Source(contents)
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"expected the state dict of a torch optimizer in {where}, got a {type(contents).__name__}.")
+    values = cast(Mapping[str, Any], contents)
+    flat = {key: value[0] if _is_single(value) else value for key, value in values.items()}
+    found = {key: value for key, value in flat.items() if _is_optimizer(value)}
+    if entry is not None:
+        found = {key: value for key, value in found.items() if key == entry}
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one state dict of an optimizer in {where}, got {', '.join(map(repr, found)) or 'none'} among "
+            f"{', '.join(map(repr, list(values)[:12]))}. Pass its entry as entry=."
+        )
+    steps = {step for value in flat.values() if (step := _last_epoch(value)) is not None}
+    step = steps.pop() if len(steps) == 1 else values.get("global_step")
+    scaler = next((value for value in flat.values() if _is_scaler(value)), None)
+    return _Source(next(iter(found.values())), step if isinstance(step, int) else None, scaler)
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(cast(Sequence[Any], value)) == 1
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= set(cast(Mapping[Any, Any], value))
+
+
+def _is_scaler(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"scale", "_growth_tracker"} <= set(cast(Mapping[Any, Any], value))
+
+
+def _last_epoch(value: Any) -> int | None:
+    found = cast(Mapping[str, Any], value).get("last_epoch") if isinstance(value, Mapping) else None
+    return found if isinstance(found, int) and found >= 0 else None
+
+
+def _names(params: Any) -> dict[str, Tensor]:
+    """Tensors by name, in the order of ``module.parameters()``."""
+    if isinstance(params, Tensor):
+        return {"": params}
+    if not isinstance(params, Mapping):
+        return {name.strip("[]'\""): leaf for name, leaf in zip(tree.paths(params), tree.leaves(params), strict=True)}
+    found: dict[str, Tensor] = {}
+    for key, part in cast(Mapping[str, Any], params).items():
+        found |= {f"{key}.{name}" if name else str(key): leaf for name, leaf in _names(part).items()}
+    return found
+
+
+def _each(state: TrainState, read: Any) -> Any:
+    """``read(opt_state, prefix)`` for the optimizer, or for each of a dict of them."""
+    if isinstance(state.opt_state, dict):
+        parts = cast(dict[str, Any], state.opt_state)
+        return {name: read(part, f"{name}.") for name, part in parts.items()}
+    return read(state.opt_state, "")
+
+
+def _named(
+    state: TrainState,
+    optimizer: Mapping[str, Any],
+    names: Sequence[str] | None,
+    shapes: Iterable[Mapping[str, Any]] = (),
+) -> dict[Any, str]:
+    """The names of the optimizer's parameters, by their keys in its state dict."""
+    groups = optimizer["param_groups"]
+    keys = [key for group in groups for key in group["params"]]
+    every = _names(state.params)
+    if all(isinstance(key, str) for key in keys):
+        return {key: key for key in keys}
+    if names is not None:
+        if len(names) != len(keys):
+            raise ValueError(f"expected a name for each of {len(keys)} parameters, got {len(names)} in names.")
+        return dict(zip(keys, names, strict=True))
+    if all("param_names" in group for group in groups):
+        given = [name for group in groups for name in group["param_names"]]
+        return dict(zip(keys, given, strict=True))
+    trained = _names(model_of(state).split(state.params))
+    known: dict[Any, tuple[torch.Size, ...]] = {
+        key: (param.shape,)
+        for group, given in zip(groups, shapes, strict=False)
+        for key, param in zip(group["params"], given["params"], strict=True)
+    } or {key: like for key, value in optimizer["state"].items() if (like := _shapes(value))}
+    orders = [
+        order
+        for candidates in (every, trained)
+        for order in _orders(candidates, [len(group["params"]) for group in groups])
+        if len(order) == len(keys)
+        and all(
+            every[name].shape in known.get(key, (every[name].shape,)) for key, name in zip(keys, order, strict=True)
+        )
+    ]
+    if not orders:
+        raise ValueError(
+            f"expected the {len(every)} parameters of the model, or its {len(trained)} trained ones, in the order of "
+            f"module.parameters(), got an optimizer of {len(keys)} parameters that do not fit in number or shape. Pass "
+            "their names in its order as names=."
+        )
+    if any(order != orders[0] for order in orders):
+        one, other = orders[0], next(order for order in orders if order != orders[0])
+        differing = next(pair for pair in zip(one, other, strict=True) if pair[0] != pair[1])
+        raise ValueError(
+            f"expected one order of parameters that fits the groups of the optimizer, got several: a parameter may be "
+            f"{differing[0]!r} or {differing[1]!r}. Pass the names in its order as names=."
+        )
+    return dict(zip(keys, orders[0], strict=True))
+
+
+def _shapes(value: Mapping[str, Any]) -> tuple[torch.Size, ...]:
+    """Shapes that the parameter of an entry may have: those of its moments that are like it."""
+    moments = {key: moment for key, moment in value.items() if isinstance(moment, Tensor)}
+    if "row_var" in moments and "col_var" in moments:
+        return (torch.Size((*moments["row_var"].shape[:-1], moments["col_var"].shape[-1])),)
+    return tuple({moment.shape for key, moment in moments.items() if key not in _NUMBERS})[:1]
+
+
+_NUMBERS = ("step", "mu", "eta", "mu_product")
+
+# The names of parameters that Trainer does not decay.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def _orders(params: Mapping[str, Tensor], sizes: list[int]) -> list[list[str]]:
+    """Orders that optimizers put parameters in: that of the module; in two groups, those with decay first.
+
+    The order of the module is no candidate where groups could exchange parameters of one shape unnoticed.
+    """
+    names = list(params)
+    if len(sizes) == 1:
+        return [names]
+    found: list[list[str]] = []
+    if len(sizes) == 2:
+        for is_decayed in (
+            lambda name: params[name].ndim > 1,
+            lambda name: not _UNDECAYED.search(name.lower()) and params[name].ndim > 1,
+        ):
+            decayed = [name for name in names if is_decayed(name)]
+            if len(decayed) == sizes[0]:
+                found.append([*decayed, *(name for name in names if not is_decayed(name))])
+    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    shapes = [{params[name].shape for name in names[end - size : end]} for size, end in zip(sizes, ends, strict=True)]
+    if sum(map(len, shapes)) == len(set().union(*shapes)):
+        found.append(names)
+    return found

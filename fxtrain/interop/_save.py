@@ -1,0 +1,126 @@
+"""Saving: the weights of a state as files that other programs load."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.checkpoint import CheckpointError
+from fxtrain.checkpoint._unfinished import clear_abandoned, unfinished_folder
+from fxtrain.core import TrainState
+from fxtrain.disk import make_folder, sync_file, sync_folder
+from fxtrain.model import model_of, refuse_writes, versions
+from fxtrain.model._named import Named
+
+_FILE = "model.safetensors"
+
+
+def save_weights(
+    path: str | os.PathLike[str], state: TrainState, *, convert: Callable[[Any], Any] | None = None
+) -> pathlib.Path:
+    """Writes the weights of ``state`` to a folder with ``model.safetensors``, which appears as a whole or not at all.
+
+    A module with ``save_pretrained`` writes its part itself, with its configuration: ``from_pretrained`` of its class
+    loads the folder, and peft writes the adapter alone. Tied tensors are saved once; buffers that are not persistent,
+    and optimizer state, are left out.
+
+    Args:
+        path: The folder to make.
+        state: From ``init``. For a tree of modules, names begin with the path of the module.
+        convert: From a copy of the module, with the weights of the state, to the module that is written: ``lambda
+            model: model.merge_and_unload()`` for merged weights of peft, ``lambda model: model.encoder`` for a part.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the folder is there already, it cannot be written, or a value is no tensor that safetensors
+            holds.
+
+    Example:
+        Averaged weights are saved as those of a view: ``fx.save_weights(path, fx.callbacks.averaged(state, "ema"))``.
+
+        >>> import tempfile, torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(2, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = fx.save_weights(f"{folder}/weights", state)
+        ...     loaded = fx.load_weights(fx.init(torch.nn.Linear(2, 1)), path)
+        >>> bool((loaded.params["weight"] == state.params["weight"]).all())
+        True
+    """
+    folder = pathlib.Path(path)
+    if folder.exists():
+        raise CheckpointError(f"{folder} is there already, and weights are never overwritten: choose another name.")
+    model, before = model_of(state), versions(state.params)
+    try:
+        make_folder(folder.parent)
+        clear_abandoned(folder.parent, [_FILE])
+        with unfinished_folder(folder) as unfinished:
+            if convert is None:
+                model.call(state.params, state.buffers, lambda modules: _write(modules, unfinished), train=False)
+            else:
+                copied = model.call(state.params, state.buffers, copy.deepcopy, train=False).output
+                _write(_converted(convert, tree.map(_with_parameters, copied)), unfinished)
+            refuse_writes("save_pretrained", state.params, before, "state.params")
+            for file in unfinished.rglob("*"):
+                if file.is_dir():
+                    sync_folder(file)
+                else:
+                    sync_file(file)
+            sync_folder(unfinished)
+            unfinished.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be written ({error}). Make room, or give another folder.") from error
+    return folder
+
+
+def _converted(convert: Callable[[Any], Any], copied: Any) -> Any:
+    found = convert(copied)
+    leaves = tree.leaves(found)
+    if not leaves or not all(isinstance(leaf, nn.Module | Tensor) for leaf in leaves):
+        raise TypeError(f"expected convert to return a module, got a {type(found).__name__}. Return what is written.")
+    return found
+
+
+def _with_parameters(part: Any) -> Any:
+    """The copy of a module as its own class made it, with ``Parameter`` in the places of plain tensors."""
+    if not isinstance(part, nn.Module):
+        return part
+    made: dict[int, nn.Parameter] = {}
+    for module in part.modules():
+        for key, value in module._parameters.items():
+            if value is not None and not isinstance(value, nn.Parameter):
+                trains = value.is_floating_point() or value.is_complex()
+                module._parameters[key] = made.setdefault(id(value), nn.Parameter(value, requires_grad=trains))
+    return part
+
+
+def _write(modules: Any, folder: pathlib.Path) -> None:
+    if isinstance(modules, nn.Module) and hasattr(modules, "save_pretrained"):
+        cast(Any, modules).save_pretrained(str(folder))
+        return
+    from safetensors.torch import save_file
+
+    named = Named(modules)
+    metadata = {"format": "pt"}
+    for first, *others in named.ties:
+        metadata.update(dict.fromkeys(others, first))
+    tensors: dict[str, Tensor] = {}
+    for name, value in named.tensors.items():
+        if not isinstance(value, Tensor) or value.dtype == torch.complex128:
+            kind = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise CheckpointError(
+                f"expected tensors that safetensors holds, got {kind} at {name}. Write them with "
+                "torch.save(fxtrain.state_dict(state), path)."
+            )
+        if name not in metadata:
+            tensors[name] = value.detach().contiguous()
+    save_file(tensors, folder / _FILE, metadata=metadata)

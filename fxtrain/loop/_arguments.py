@@ -1,0 +1,123 @@
+"""The arguments of a run, checked before anything is read or written."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.core import TrainState
+from fxtrain.step import EvalFunction, Step
+from fxtrain.step._contract import place_of, refuse_unless_step, takes_model
+
+
+def refuse_unless_state(state: Any, order: str) -> None:
+    """Raises if something is no state, or one without values.
+
+    Args:
+        state: What a user passed as the state.
+        order: The call with its arguments in their order, for errors.
+
+    Raises:
+        TypeError: Naming it and how to make a state of it.
+        ValueError: If the state is on the meta device, or torch.autocast surrounds the call: the numbers of a step
+            are a function of its arguments.
+    """
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"expected a TrainState as the first argument of {order}, got {_of_type(state)}. {_state_of(state)}"
+        )
+    leaves = tree.leaves(state)
+    empty = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"expected a state with values, got {tree.paths(state, 'state')[empty]} on the meta device, where tensors "
+            "have none. Give the module memory before fxtrain.init, module.to_empty(device=...), and its weights."
+        )
+    if torch.is_autocast_enabled(state.step.device.type):
+        raise ValueError(
+            f'expected {order} outside of torch.autocast, got a call inside. Give precision="bf16" or "fp16" to '
+            "fxtrain.train_step and fxtrain.eval_step."
+        )
+
+
+def refuse_unless_trains(step: Any) -> None:
+    """Raises if something is no training step.
+
+    Raises:
+        TypeError: Naming it and how to make a step of it.
+    """
+    if isinstance(step, TrainState) or not callable(step):
+        optimizer = isinstance(step, torch.optim.Optimizer)
+        remedy = "Make a step: fxtrain.train_step(loss_fn, tx)." if optimizer else _ORDER
+        raise TypeError(
+            f"expected a step as the second argument of fit(state, step, data), got {_of_type(step)}. {remedy}"
+        )
+    if isinstance(getattr(step, "step", step), EvalFunction):
+        raise TypeError(
+            f"expected a step that trains, got {step!r}, which evaluates. Make it by fxtrain.train_step(loss_fn, tx), "
+            "and give this one as eval_step=."
+        )
+    if not hasattr(step, "fires"):
+        refuse_unless_step(step)
+
+
+def refuse_unless_evaluates(eval_step: Any) -> None:
+    """Raises if something is no evaluation step.
+
+    Raises:
+        TypeError: Naming it and how to make one of it.
+    """
+    if not callable(eval_step) or isinstance(eval_step, type | nn.Module | TrainState):
+        what = _of_type(eval_step)
+    elif isinstance(getattr(eval_step, "step", eval_step), Step):
+        what = f"{eval_step!r}, which trains"
+    elif takes_model(eval_step):
+        what = f"the function {place_of(eval_step)}"
+    else:
+        return
+    raise TypeError(f"expected eval_step from fxtrain.eval_step, got {what}. Make it by fxtrain.eval_step(loss_fn).")
+
+
+def refuse_unless_checkpointer(checkpointer: Any) -> None:
+    """Raises if something is a folder or a function in the place of a checkpointer.
+
+    Raises:
+        TypeError: Naming it and how to make a checkpointer.
+    """
+    if isinstance(checkpointer, str | os.PathLike):
+        raise TypeError(
+            f"expected a checkpointer, got the path {os.fspath(checkpointer)!r}. Make one: "
+            f"fxtrain.checkpointer({os.fspath(checkpointer)!r})."
+        )
+    if inspect.isfunction(checkpointer) or isinstance(checkpointer, type):
+        raise TypeError(
+            f"expected a checkpointer, got {checkpointer.__name__} itself. Call it: fxtrain.checkpointer(folder)."
+        )
+
+
+_ORDER = "Give the arguments in this order: fit(state, step, data)."
+
+
+def _state_of(value: Any) -> str:
+    """How to come from a value to a state."""
+    if isinstance(value, nn.Module):
+        return "Make one of the module: fxtrain.init(module, tx)."
+    if isinstance(getattr(value, "last", None), TrainState):
+        return "Continue from the result's last state: result.last."
+    if isinstance(value, Mapping) and all(isinstance(leaf, Tensor) for leaf in value.values()):
+        return "Load the weights into one: fxtrain.load_state_dict(fxtrain.init(module, tx), weights)."
+    if inspect.isfunction(value):
+        return f"Call it, if it makes one, as fxtrain.init(module, tx) does: got {place_of(value)}."
+    return "Make one by fxtrain.init(module, tx), and give the arguments in this order."
+
+
+def _of_type(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"

@@ -1,0 +1,87 @@
+"""The events of a run: each is folded over the state and shown to the observers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from fxtrain.core import Control, Event, TrainState, event_of
+from fxtrain.loop._cursor import Current
+from fxtrain.loop._feeding import Feeding
+from fxtrain.loop._plan import Plan
+from fxtrain.loop._publish import Publisher
+
+Moment = tuple[TrainState, Event, Control]
+"""What the loop yields: the state after an event's fold, the event, and the requests made at it."""
+
+Moments = Generator[Moment, None, Any]
+
+_NOTHING = Control()
+
+
+class Emitter:
+    """Creates events with the loop's clock and counters.
+
+    Args:
+        plan: The options of the run.
+        now: The state that it is at.
+        publish: The observers.
+        feeding: The data, for how long the loop waited.
+    """
+
+    def __init__(self, plan: Plan, now: Current, publish: Publisher, feeding: Feeding) -> None:
+        self._plan, self._now, self._publish, self._feeding = plan, now, publish, feeding
+        self._start = plan.clock()
+        self._times: dict[type[Any], float] = {}
+
+    def is_seen(self, kind: type[Any]) -> bool:
+        """Whether a callback, an observer or the caller sees events of this type."""
+        return self._plan.every_event or kind in self._plan.callbacks.table or self._publish.is_seen(kind)
+
+    def emit(self, kind: type[Any], **fields: Any) -> Moments:
+        """Folds and yields an event, unless nothing sees it. Returns the requests made at it."""
+        if not self.is_seen(kind):
+            return _NOTHING
+        moments, asked = self.fold(kind, fields)
+        yield from moments
+        return asked
+
+    def fold(
+        self, kind: type[Any], fields: dict[str, Any], also: Control | None = None
+    ) -> tuple[Sequence[Moment], Control]:
+        """Folds an event, joins its requests into what is due, and publishes it.
+
+        Args:
+            kind: Its type.
+            fields: Fields specific to this event type, plus overrides of the loop's own counters.
+            also: Requests made before it, inside the step.
+
+        Returns:
+            What to yield of it, and the requests.
+        """
+        now, plan = self._now, self._plan
+        time = plan.clock() - self._start
+        event = event_of(
+            kind,
+            {
+                "step": now.step,
+                "position": now.position,
+                "epochs_done": now.epoch.done,
+                "epoch_start": now.epoch.start,
+                "epoch_length": now.epoch.length or None,
+                "total_steps": plan.steps,
+                "total_epochs": plan.epochs,
+                "time": time,
+                "previous_time": self._times.get(kind, 0.0),
+                "data_wait": self._feeding.wait,
+                **fields,
+            },
+        )
+        self._times[kind] = time
+        now.state, control = plan.callbacks(now.state, event)
+        if also:
+            control = also | control
+        if control:
+            now.ask(control)
+        self._publish(now.state, event, control)
+        return ((now.state, event, control),) if plan.every_event else (), control

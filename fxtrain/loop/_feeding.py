@@ -1,0 +1,85 @@
+"""The batches of a run: fetched by position, until the data ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fxtrain.core import Epoch
+from fxtrain.data import Exhausted
+from fxtrain.loop._evaluate import to_device
+from fxtrain.loop._repeats import LastBatch, warn_unless_repeated
+
+
+class Feeding:
+    """Reads batches ahead of the steps that take them.
+
+    Args:
+        data: From ``fxtrain.data.adapt``.
+        device: Where the run's state lives.
+        clock: Seconds.
+        wanted: Length of the run, in words.
+    """
+
+    def __init__(self, data: Any, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
+        self.data = data
+        self.expected: LastBatch | None = None  # what was read before the checkpoint that the run is resumed from
+        self.last: tuple[int, Any] | None = None  # index and batch read last
+        self.wait = 0.0  # seconds that the loop waited for the last batch, or batches
+        self._end: int | None = None  # position at which data of unknown length was found to end
+        self._is_over = False  # whether the last call returned batches and found that the epoch ends after them
+        self._device, self._on_host = device, device.type == "cpu"  # read once: it takes longer than all else here
+        self._clock, self._wanted = clock, wanted
+
+    def next(self, position: int, epoch: Epoch, count: int) -> list[Any]:
+        """Fetches up to ``count`` batches of one epoch, from a position on. None are left where the epoch ends.
+
+        Raises:
+            ValueError: If the data is exhausted before the run is over.
+        """
+        began = self._clock()
+        if self.expected is not None:
+            self._compare(position, epoch)
+        batches: list[Any] = []
+        is_over, self._is_over = self._is_over and position == self._end, False
+        while len(batches) < count and not is_over and (epoch.length or position != self._end):
+            try:
+                batches.append(self._fetch(position, epoch))
+            except Exhausted:
+                ends_early = self.data.epoch_length == position - epoch.start
+                if position == epoch.start or (epoch.length and not ends_early):
+                    raise ValueError(self._exhausted(position)) from None
+                self._end, self._is_over = position, bool(epoch.length and batches)
+                break
+            position += 1
+        self.wait = self._clock() - began
+        return batches if self._on_host else [to_device(batch, self._device) for batch in batches]
+
+    def _fetch(self, position: int, epoch: Epoch) -> Any:
+        index = epoch.data_index(position)
+        try:
+            batch = self.data[index]
+        except Exhausted:
+            if position != epoch.start or not epoch.length:
+                raise
+            # The length is known from an earlier session, and this session's data has only now found its end.
+            batch = self.data[index]
+        self.last = index, batch
+        return batch
+
+    def _compare(self, position: int, epoch: Epoch) -> None:
+        expected, self.expected = self.expected, None
+        # At the beginning of an epoch a stream would have to read the whole epoch before it.
+        is_near = self.data.can_jump or position > epoch.start
+        if expected is not None and expected.index == epoch.data_index(position) - 1 and is_near:
+            warn_unless_repeated(self.data, expected)
+
+    def _exhausted(self, position: int) -> str:
+        if position == 0:
+            return "expected data with at least one batch, got none. Check what the data source yields."
+        return (
+            f"expected data for {self._wanted}, got {position} batches. Give data that can be read more than once "
+            "(a list, a DataLoader, fxtrain.data.batches), or train for less."
+        )

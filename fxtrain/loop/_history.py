@@ -1,0 +1,170 @@
+"""History: every number that a run published, as arrays by step."""
+
+from __future__ import annotations
+
+import bisect
+import fnmatch
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fxtrain.core import by_number
+from fxtrain.core._text import printable
+
+_NUMBERS = (int, float)
+_LONGEST = 46  # characters of a title that fit over a panel
+
+
+class Series(NamedTuple):
+    """One curve."""
+
+    steps: np.ndarray  # int64 [n], increasing
+    values: np.ndarray  # float64 [n]
+
+
+class History(Mapping[str, Series]):
+    """A mapping from names to curves, recorded by ``fit``. A rewind takes back what it abandons.
+
+    Example:
+        >>> history = History()
+        >>> history.add(10, {"eval/loss": 0.5})
+        >>> history["eval/loss"].values.tolist()
+        [0.5]
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[str, tuple[list[int], list[float]]] = {}
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds the numbers among what was published at a step. Of one name and step the later value counts."""
+        for name, value in values.items():
+            if isinstance(value, _NUMBERS):
+                points = self._points.get(name)
+                if points is None:
+                    points = self._points[name] = ([], [])
+                steps, recorded = points
+                if not steps or step > steps[-1]:
+                    steps.append(step)
+                    recorded.append(value)
+                    continue
+                place = bisect.bisect_left(steps, step)  # a second evaluation, or a save that is reported later
+                if steps[place] != step:
+                    steps.insert(place, step)
+                    recorded.insert(place, value)
+                recorded[place] = value
+
+    def forget_after(self, last: int) -> None:
+        """Takes back what was published at later steps."""
+        for steps, values in self._points.values():
+            kept = sum(step <= last for step in steps)
+            del steps[kept:], values[kept:]
+
+    def __getitem__(self, name: str) -> Series:
+        if name not in self._points:
+            raise KeyError(f"{name!r} was not published; there are {', '.join(map(repr, self)) or 'no curves'}.")
+        steps, values = self._points[name]
+        return Series(np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._points))
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def plot(self, *patterns: str) -> Any:
+        """Draws the curves; in a notebook, what the cell returns is shown.
+
+        ``train/loss`` and ``eval/loss`` share a panel, as do others that differ in that alone; such panels come first.
+        Where a value is not finite the curve has a gap.
+
+        Args:
+            patterns: Of the names to draw, ``"*/loss"`` say; by default all.
+
+        Returns:
+            A ``matplotlib.figure.Figure``.
+
+        Raises:
+            ImportError: If matplotlib is not there.
+            KeyError: If a pattern matches no curve.
+
+        Example:
+            >>> history = History()
+            >>> for step in (1, 2, 3):
+            ...     history.add(step, {"train/loss": 1 / step, "eval/loss": 2 / step})
+            >>> [axes.get_title(loc="left") for axes in history.plot("*loss").axes]
+            ['loss']
+        """
+        try:
+            import matplotlib.pyplot as plt  # which tells a notebook how to show figures
+        except ImportError as error:
+            raise ImportError("plot draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
+        panels = self._panels(patterns)
+        columns = min(len(panels), 3)
+        rows = -(-len(panels) // columns)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(4.5 * columns, 2.8 * rows), squeeze=False, sharex=True, layout="constrained"
+        )
+        plt.close(figure)  # else a notebook shows it twice
+        for index, axes in enumerate(grid.flat):
+            if index < len(panels):
+                self._draw(axes, panels[index], lowest=index + columns >= len(panels))
+            else:
+                axes.remove()
+        return figure
+
+    def _panels(self, patterns: tuple[str, ...]) -> list[list[str]]:
+        """The names of each panel's curves."""
+        panels: dict[str, list[str]] = {}
+        for pattern in patterns or ("*",):
+            matching = fnmatch.filter(self, pattern)
+            if not matching:
+                raise KeyError(f"No curve is called {pattern!r}; there are {', '.join(map(repr, self)) or 'none'}.")
+            for name in sorted(matching, key=by_number):
+                names = panels.setdefault(_shared(name), [])
+                if name not in names:
+                    names.append(name)
+        return sorted(panels.values(), key=lambda names: len(names) == 1)
+
+    def _draw(self, axes: Any, names: list[str], *, lowest: bool) -> None:
+        # Evaluations are few and over the others; one colour each, in every panel.
+        for name in sorted(names, key=lambda name: name.startswith("eval/")):
+            steps, values = self[name]
+            evaluated = name.startswith("eval/")
+            axes.plot(
+                steps,
+                np.where(np.isfinite(values), values, np.nan),
+                color="tab:orange" if evaluated else "tab:blue",
+                linewidth=2.0 if evaluated else 1.0,
+                marker="o" if evaluated and len(steps) < 50 else "." if len(steps) < 50 else "",
+                markersize=5,
+                label=name,
+            )
+        title = _shared(names[0]) if len(names) > 1 else names[0]
+        axes.set_title(_short(title), loc="left", fontsize="medium")
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(colors="0.3", labelsize="small", labelbottom=lowest)
+        if lowest:
+            axes.set_xlabel("step", fontsize="small")
+        if len(names) > 1:
+            axes.legend(fontsize="small", frameon=False)
+        if not any(np.isfinite(self[name].values).any() for name in names):
+            axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color="0.3")
+
+    def __repr__(self) -> str:
+        rows = [
+            f"  {printable(name)}: {len(self[name].steps)} points, last {self[name].values[-1]:.6g}" for name in self
+        ]
+        return "\n".join([f"History of {len(self)} curves", *rows])
+
+
+def _shared(name: str) -> str:
+    return name.removeprefix("train/").removeprefix("eval/")
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= _LONGEST else f"{title[: _LONGEST // 2 - 2]}...{title[-(_LONGEST // 2 - 1) :]}"

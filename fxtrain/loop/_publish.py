@@ -1,0 +1,232 @@
+"""Publish: what happened, brought to the host and shown to the observers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fxtrain.core import (
+    EVENTS,
+    SESSION,
+    TRAJECTORY,
+    Control,
+    EvalEnd,
+    Rewound,
+    Saved,
+    StepEnd,
+    TrainState,
+    event_of,
+)
+from fxtrain.core._text import printable, printable_lines
+from fxtrain.fold import Composed, Handler
+from fxtrain.fold._mistaken import refuse_mistaken
+from fxtrain.fold._subscription import name_of, subscription, takes
+from fxtrain.loop._history import History
+from fxtrain.loop._transfer import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
+from fxtrain.values import named_after, published, try_all
+
+_TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
+_RECORDED = (EvalEnd, Rewound)  # also where nobody sees them
+_NOTHING = Control()
+
+_Published = tuple[type[Any], int, Mapping[str, Any], Control]  # an event's type, its step, what it measured, its log
+
+
+class Publisher:
+    """The observers of a run. They see events after the fold, with scalars on the host, and influence nothing.
+
+    An observer that fails is reported and dropped, unless it has ``required = True``: then its error ends the run.
+
+    Args:
+        observers: Functions ``(state, event, control) -> None``. The second parameter's annotation subscribes;
+            without one an observer sees every event of the loop. One with ``sees_logged = True`` sees any other
+            event too, where something was logged at it. ``flush()`` is called before each save, and ``close()`` in
+            the end, where an observer has them.
+        history: What records all that is published.
+        device: Where the run's state is.
+
+    Raises:
+        TypeError: If one of ``observers`` is a callback.
+    """
+
+    def __init__(self, observers: Iterable[Callable[..., None]], history: History, device: torch.device) -> None:
+        self._observers = list(observers)
+        for observer in self._observers:
+            _refuse_callback(observer)
+        self._history = history
+        self._on_host = device.type == "cpu"
+        self._seeing: dict[type[Any], list[Callable[..., None]]] = {}
+        for observer in self._observers:
+            for kind in _events(observer):
+                self._seeing.setdefault(kind, []).append(observer)
+        self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
+        # For the history.
+        self._unread: list[_Published] = []
+        self._sent: list[_Published] = []  # what is on its way to the host
+        self._together = Together()
+
+    def is_seen(self, kind: type[Any]) -> bool:
+        """Whether somebody sees events of this type, also where no callback does."""
+        return kind in _RECORDED or bool(self._seeing.get(kind))
+
+    def step(self, number: int, measured: Mapping[str, Any]) -> None:
+        """Records what a step measured that nobody sees, without an event."""
+        self._unread.append((StepEnd, number, measured, _NOTHING))
+        if len(self._unread) >= _TOGETHER:
+            self._read()
+
+    def __call__(self, state: TrainState, event: Any, control: Control) -> None:
+        kind = type(event)
+        seeing = self._seeing.get(kind, ())
+        if control.log and self._wanting_logs:
+            seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
+        if seeing:
+            event, control = self._shown(event, control)
+        self._record(event, control)
+        for observer in seeing:
+            try:
+                observer(state, event, control)
+            except Exception as error:
+                self._failed(observer, f"{kind.__name__} of step {event.step}", error)
+
+    def flush(self, step: int) -> None:
+        """Has observers put down what they keep back of steps until this one, as those that can do have ``flush()``.
+
+        Before each save, so that what a checkpoint leaves behind is written, whenever the run is killed.
+        """
+        for observer in self._observers:
+            flush = getattr(observer, "flush", None)
+            if flush is None:
+                continue
+            try:
+                flush()
+            except Exception as error:
+                self._failed(observer, f"the save of step {step}", error)
+
+    def close(self) -> None:
+        """Closes the observers that can be closed. Every one is tried, then the first error of a required one, or of
+        the history, is raised; others are reported."""
+        try_all(self._read, *(functools.partial(self._close, observer) for observer in self._observers))
+
+    def _close(self, observer: Callable[..., None]) -> None:
+        try:
+            _close(observer)
+        except Exception as error:
+            if getattr(observer, "required", False):
+                raise
+            _report(observer, "failed as it was closed", error)
+
+    def _shown(self, event: Any, control: Control) -> tuple[Any, Control]:
+        """The event and what was asked at it, as observers see them."""
+        measured = getattr(event, "metrics", None)
+        if measured is not None and type(event) is not Saved:  # whose metrics are numbers
+            shown = event_of(type(event), event.__dict__)
+            shown.__dict__["metrics"] = self._numbers(measured)
+            event = shown
+        return event, self._with_numbers(control)
+
+    def _record(self, event: Any, control: Control) -> None:
+        kind, step = type(event), event.step
+        if kind is Rewound:
+            self._read()
+            step = event.to_step
+            self._history.forget_after(step)
+        logged = type(control.log) is Late or len(control.log) > 0
+        measured = kind is StepEnd or kind is EvalEnd
+        if measured or logged:
+            self._unread.append((kind, step, event.metrics if measured else {}, control))
+            # At once where that does not wait for a device, so that what cannot be published is refused at its event.
+            if logged and self._on_host:
+                self._read()
+            elif len(self._unread) >= _TOGETHER:
+                self._read(wait=False)
+
+    def _read(self, *, wait: bool = True) -> None:
+        """Brings to the history what was published since this was last done.
+
+        Args:
+            wait: Whether for what is on a device, which without it comes the next time, and is sent now.
+        """
+        come, self._unread = self._unread, []
+        if not self._on_host:
+            shown = [(kind, step, self._numbers(these), self._with_numbers(asked)) for kind, step, these, asked in come]
+            come = self._sent + shown if wait else self._sent
+            self._sent = [] if wait else shown
+            self._together.send()
+        for kind, step, measured, control in come:
+            values = numbers_on_host(measured)
+            if control.log:
+                event = event_of(kind, {"metrics": values})
+                self._history.add(step, published(event, self._with_numbers(control)))
+            else:
+                self._history.add(step, named_after(kind, values))
+
+    def _numbers(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Metrics as numbers, which come when somebody looks at them."""
+        if type(measured) is Late or type(measured) is Numbers:
+            return measured
+        if self._on_host:
+            return Numbers(measured)
+        numbers = metrics_at_once(measured)
+        return self._together.metrics(measured) if numbers is None else numbers
+
+    def _with_numbers(self, control: Control) -> Control:
+        """What was logged as numbers. Where somebody would have to wait for them, they come when he looks at them."""
+        if type(control.log) is Late or not control.log:
+            return control
+        log = log_at_once(control.log)
+        return control.with_log(self._together.log(control.log) if log is None else log)
+
+    def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
+        if getattr(observer, "required", False):
+            raise error
+        # Anew, as somebody goes through them.
+        self._observers = _without(observer, self._observers)
+        self._wanting_logs = _without(observer, self._wanting_logs)
+        self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
+        with contextlib.suppress(Exception):
+            _close(observer)
+        _report(observer, f"failed at {at} and is dropped; training goes on", error)
+
+
+def _report(observer: Callable[..., None], what: str, error: Exception) -> None:
+    lines = printable_lines("".join(traceback.format_exception(error)))
+    warnings.warn(
+        "\n".join([f"The observer {printable(name_of(observer))} {what}.", *lines]), RuntimeWarning, stacklevel=4
+    )
+
+
+def _without(observer: Callable[..., None], observers: list[Callable[..., None]]) -> list[Callable[..., None]]:
+    return [other for other in observers if other is not observer]
+
+
+def _close(observer: Callable[..., None]) -> None:
+    close = getattr(observer, "close", None)
+    if close is not None:
+        close()
+
+
+def _refuse_callback(observer: Callable[..., None]) -> None:
+    refuse_mistaken(observer, "observers")
+    if isinstance(observer, Composed):
+        name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
+    else:
+        name = observer.name if isinstance(observer, Handler) else name_of(observer)
+    if isinstance(observer, Composed | Handler) or not takes(observer, 3):
+        remedy = "Pass it in callbacks=" if takes(observer, 2) else "Give it these three parameters"
+        raise TypeError(
+            f"observers: expected functions (state, event, control), got {name}, which does not take three "
+            f"arguments. {remedy}."
+        )
+
+
+def _events(observer: Callable[..., None]) -> frozenset[type[Any]]:
+    seen = frozenset(subscription(observer))
+    # Unannotated, a callback sees the trajectory; an observer watches sessions too.
+    return frozenset((*TRAJECTORY, *SESSION)) if seen == frozenset(TRAJECTORY) else seen & frozenset(EVENTS)

@@ -1,0 +1,207 @@
+"""Pending requests, handled in order: rewind, evaluation, epoch end, save. A stop is left to the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxtrain import metrics
+from fxtrain.checkpoint import Role
+from fxtrain.core import EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
+from fxtrain.loop._cursor import Current
+from fxtrain.loop._emitter import Emitter, Moments
+from fxtrain.loop._epochs import announce
+from fxtrain.loop._evaluate import measure
+from fxtrain.loop._feeding import Feeding
+from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
+from fxtrain.loop._plan import Plan
+from fxtrain.loop._publish import Publisher
+from fxtrain.loop._repeats import LastBatch
+from fxtrain.loop._rewind import Snapshots
+from fxtrain.loop._saved_slots import SavedSlots
+from fxtrain.loop._saving import Saving
+
+_MAX_EMPTY_EPOCHS = 100  # in a row; a run that takes no step in so many never will
+
+
+class Requests:
+    """Handles what is due in the state, after the fold that requested it.
+
+    Args:
+        plan: The options of the run.
+        now: The state that it is at.
+        emitter: Of its events.
+        feeding: Its batches.
+        data: From ``fxtrain.data.adapt``, and so is ``eval_data``, unless that is None.
+        publish: Its observers, which put down their points before a save.
+        saving: Its checkpoints.
+        snapshots: What it can rewind to.
+        interrupts: What ends an evaluation early.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        now: Current,
+        emitter: Emitter,
+        *,
+        feeding: Feeding,
+        data: Any,
+        eval_data: Any,
+        publish: Publisher,
+        saving: Saving,
+        snapshots: Snapshots,
+        interrupts: Interrupts,
+    ) -> None:
+        self._plan, self._now, self._emit = plan, now, emitter.emit
+        self._feeding, self._data, self._eval_data = feeding, data, eval_data
+        self._publish, self._saving, self._snapshots, self._interrupts = publish, saving, snapshots, interrupts
+        self._empty_epochs = 0  # in a row, without a step
+        self._step_of_last_epoch = -1
+
+    def handle(self) -> Moments:
+        """Handles requests until none but a stop is left, or a signal arrives. A request made meanwhile is one more."""
+        now = self._now
+        while self._interrupts.cause is None:
+            if now.anything_due and now.unread:
+                now.read_flags()
+            if now.due["rewind"]:
+                yield from self._rewind()
+            elif now.due["evaluate"] or (now.due["end_epoch"] and self._epoch_lacks_evaluation()):
+                yield from self._evaluate()
+            elif now.due["end_epoch"]:
+                yield from self._end_epoch()
+            elif now.due["save"]:
+                now.set(save=False)
+                self.save()
+                yield from self.report_saves()
+            else:
+                return
+
+    def _evaluate(self) -> Moments:
+        now, eval_step = self._now, self._plan.eval_step
+        if eval_step is None:
+            raise ValueError(
+                "An evaluation was asked for, and fit was given no eval_step and eval_data: give both, or take away "
+                "the callback that asks."
+            )
+        # A branch: what happens in it counts once it is complete. Interrupted, it is forgotten and due again.
+        root = now.branch()
+        now.set(evaluate=False)
+        yield from self._emit(EvalBegin)
+        total: dict[str, Any] = {}
+        seen = now.state if self._plan.eval_view is None else self._plan.eval_view(now.state)
+        batches = measure(seen, leaving_compilation(eval_step), self._interrupts.leaving_waits(self._eval_data))
+        try:
+            for index, batch, output, total in batches:  # noqa: B007
+                if self._interrupts.cause is not None:
+                    raise Abandoned
+                yield from self._emit(
+                    EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
+                )
+        except Abandoned:
+            now.abandon(root)
+            return
+        measured = metrics.compute(total)
+        memory = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
+        now.state = now.state.with_slot(EVALUATED, memory)
+        yield from self._emit(EvalEnd, metrics=measured)
+
+    def _epoch_lacks_evaluation(self) -> bool:
+        """Whether the epoch is to end with an evaluation and no step asked for it.
+
+        A step cannot where it was the last of data of unknown length, or where the batches after it were skipped.
+        """
+        last = self._now.state.slots.get(EVALUATED)
+        return self._plan.evaluate_epochs and (last is None or int(last["step"]) != self._now.step)
+
+    def _end_epoch(self) -> Moments:
+        now, epoch = self._now, self._now.epoch
+        if not epoch.length:
+            raise ValueError(
+                "expected data that knows its epoch length where a callback requests end_epoch, got data that is still "
+                "in its first epoch. Give data that has a length."
+            )
+        if now.position < epoch.start + epoch.length:
+            now.move_to(epoch.start + epoch.length)
+        self._empty_epochs = 0 if now.step > self._step_of_last_epoch else self._empty_epochs + 1
+        if self._empty_epochs >= _MAX_EMPTY_EPOCHS:
+            raise ValueError(
+                f"expected a step within {_MAX_EMPTY_EPOCHS} epochs, got none: a callback skips every batch or ends "
+                "every epoch before its first step. Let it stop the run instead."
+            )
+        self._step_of_last_epoch = now.step
+        following = Epoch(epoch.done + 1, start=now.position, length=self._data.epoch_length or epoch.length)
+        announce(self._data, following)
+        now.count(following._replace(length=self._data.epoch_length or following.length))
+        now.set(end_epoch=False, begin_epoch=True)
+        yield from self._emit(EpochEnd)
+
+    def save(self, role: Role = "trajectory") -> None:
+        """Saves the current state, after everything that the checkpoint covers: points of writers and snapshots."""
+        now = self._now
+        self._publish.flush(now.step)
+        self._snapshots.save(now.snapshots)
+        slots = SavedSlots() if self._plan.checkpointer is None else self._saved_slots()
+        self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots, slots)
+
+    def _saved_slots(self) -> SavedSlots:
+        now, last = self._now, self._feeding.last
+        stateful = hasattr(self._data, "snapshot")
+        return SavedSlots(
+            batch=None if last is None else LastBatch.of(last),
+            data=self._data.snapshot(now.epoch.data_index(now.position)) if stateful else None,
+            stop_reasons=now.why if now.due["stop"] else (),
+        )
+
+    def save_last(self) -> Moments:
+        """Waits for the saves under way, and saves the state in which the session ends unless it is on disk."""
+        yield from self.report_saves(wait=True)
+        if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
+            self.save("session")  # a pending save, as one that waits for an evaluation, stays due: it is another one
+            yield from self.report_saves(wait=True)
+
+    def report_saves(self, *, wait: bool = False) -> Moments:
+        """Emits what was committed since the last call."""
+        for step, path, measured in self._saving.news(wait=wait):
+            yield from self._emit(Saved, step=step, path=str(path), metrics=measured)
+
+    def _metrics_of_this_step(self) -> dict[str, float]:
+        last = self._now.state.slots.get(EVALUATED)
+        if last is None or int(last["step"]) != self._now.step:
+            return {}
+        return {name: float(value) for name, value in last["metrics"].items()}
+
+    def _rewind(self) -> Moments:
+        now, old, steps = self._now, self._now.state, self._now.due["rewind"]
+        target = self._snapshots.newest_until(now.step - steps, now)
+        now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
+        if target is None:
+            now.stop(f"a rewind of {steps} steps was asked for at step {now.step}, and no state that old is kept")
+            return
+        to_step = int(target.step)
+        times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
+        times[to_step] = times.get(to_step, 0) + 1
+        yield from self._emit(
+            Rewound,
+            from_step=now.step,
+            to_step=to_step,
+            abandoned=range(int(target.position), now.position),
+            times=times[to_step],
+        )
+        now.read_flags()
+        # What callbacks wrote at this event is all that crosses, beside a request to stop.
+        crossed = {name: memory for name, memory in now.state.slots.items() if memory is not old.slots.get(name)}
+        crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
+        stop, unsaved, retained, length = now.due["stop"], now.due["unsaved"], now.snapshots, now.epoch.length
+        now.take(target.replace(slots={**target.slots, **crossed}))
+        if not now.epoch.length:  # what was found out of the data stays known
+            now.count(now.epoch._replace(length=length))
+        announce(self._data, now.epoch)
+        now.snapshots = retained
+        self._snapshots.roll_back(now)
+        # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
+        now.set(stop=stop, unsaved=unsaved, save=self._plan.checkpointer is not None)
+        if times[to_step] > self._plan.rewind_limit:
+            now.stop(f"went back to step {to_step} {times[to_step]} times, and it did not help")

@@ -1,0 +1,338 @@
+"""The run: one pass over the data, in one direction.
+
+    data[i] -> StepBegin -> step -> StepEnd -> pending requests: rewind, evaluation, epoch end, save, stop
+
+Each event is folded over the state, the requests of the callbacks are joined into what is due, observers see the
+outcome, and it is yielded. A request is handled only after the fold, so a save holds what the callbacks left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from fxtrain.checkpoint import Restoration
+from fxtrain.core import (
+    Control,
+    EpochBegin,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    Restored,
+    StepBegin,
+    StepEnd,
+    TrainState,
+)
+from fxtrain.data import adapt
+from fxtrain.fold import as_composed, attach, compose
+from fxtrain.loop._arguments import refuse_unless_state, refuse_unless_trains
+from fxtrain.loop._cursor import Current
+from fxtrain.loop._emitter import Emitter, Moment, Moments
+from fxtrain.loop._epochs import begin_epochs
+from fxtrain.loop._evaluate import declare_shapes
+from fxtrain.loop._feeding import Feeding
+from fxtrain.loop._figures import figures
+from fxtrain.loop._history import History
+from fxtrain.loop._interrupts import Abandoned, Interrupts
+from fxtrain.loop._multi_step import Strides
+from fxtrain.loop._plan import Plan
+from fxtrain.loop._provided import refuse_unprovided
+from fxtrain.loop._publish import Publisher
+from fxtrain.loop._requests import Requests
+from fxtrain.loop._rewind import Snapshots
+from fxtrain.loop._saved_slots import SavedSlots
+from fxtrain.loop._saving import Saving
+from fxtrain.loop._served import refuse_unserved
+from fxtrain.step import Step
+
+_NOTHING = Control()
+
+
+class Run:
+    """One session of the loop: ``moments`` drives it, and ``state``, ``last`` and ``reason`` say how it ended."""
+
+    def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
+        refuse_unless_state(state, "fit(state, step, data)")
+        refuse_unless_trains(step)
+        self.plan = plan
+        given: Any = step if hasattr(step, "fires") else Step(step)
+        refuse_unserved(plan.callbacks, given)
+        # The loop owns its state, so a compiled step may write the next one over it.
+        self.step: Any = given.donating() if hasattr(given, "donating") else given
+        self._publish = Publisher(plan.observers, history, state.step.device)
+        self._interrupts = Interrupts(lambda: self._saving.under_way)
+        self._in_step = as_composed(self.step).traced_slots
+        self._saving = Saving(plan.checkpointer, self.step)
+        self._restored = self._saving.restored(self._attached(state)) if plan.resume else None
+        whole = self._restored is not None and not self._restored.missing
+        if self._restored is not None:
+            state = self._without_missing(self._restored)
+        state, saved = SavedSlots.split(state)
+        restored_state = state
+        seed = int(state.seed)
+        self.data: Any = adapt(data, seed=seed)
+        known = figures(self.step, self.data)
+        plan = self.plan = dataclasses.replace(plan, callbacks=compose(plan.callbacks, *known)) if known else plan
+        # A slot that the state lacks begins here, where the session goes on from, epochs counted.
+        state = self._attached(begin_epochs(state, self.data))
+        wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
+        self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
+        self._differs = hasattr(self.data, "begin_epoch")
+        self._strides = Strides(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
+        self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
+        refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
+        declare_shapes(self.step, self.data)
+        declare_shapes(plan.eval_step, self.eval_data)
+        late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
+        # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
+        # disk is its own already.
+        self._now = Current(state if whole else state.copy(), late=bool(late), why=saved.stop_reasons)
+        if saved.data is not None and hasattr(self.data, "restore"):
+            self.data.restore(self._now.epoch.data_index(self._now.position), saved.data)
+        else:
+            self._feeding.expected = saved.batch
+        donates = self.step is not given or getattr(given, "donates", False)
+        self._snapshots = Snapshots(
+            plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving
+        )
+        self._from_disk = restored_state if whole else None
+        self._emitter = Emitter(plan, self._now, self._publish, self._feeding)
+        self._requests = Requests(
+            plan,
+            self._now,
+            self._emitter,
+            feeding=self._feeding,
+            data=self.data,
+            eval_data=self.eval_data,
+            publish=self._publish,
+            saving=self._saving,
+            snapshots=self._snapshots,
+            interrupts=self._interrupts,
+        )
+        self._root = self._now.branch()  # what to come back to when something goes wrong
+        self.reason = ""
+        self.exit_code = 0
+        self.last: Any = None
+
+    def _attached(self, state: TrainState) -> TrainState:
+        return attach(attach(state, self.plan.callbacks), self.step)
+
+    def _without_missing(self, restored: Restoration) -> TrainState:
+        """The restored state without the callbacks' slots that were not in the checkpoint."""
+        claimed = {*self.plan.callbacks.slots, *as_composed(self.step).slots}.intersection(restored.missing)
+        slots = {name: slot for name, slot in restored.state.slots.items() if name not in claimed}
+        return restored.state.replace(slots=slots)
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run is."""
+        return self._now.state
+
+    def moments(self) -> Moments:
+        """Every event of the session, in order."""
+        with self._interrupts, contextlib.ExitStack() as closing:
+            closing.callback(self._saving.close)
+            self._begin_saving()
+            closing.callback(self._publish.close)
+            closing.callback(self.data.close)
+            if self.eval_data is not None:
+                closing.callback(self.eval_data.close)
+            yield from self._session()
+            self.exit_code = self._interrupts.exit_code  # also of a signal that arrived when the run was over
+
+    def _begin_saving(self) -> None:
+        self._saving.begin(self._now.state)
+        self._snapshots.begin(self._now)
+        restored, self._from_disk = self._from_disk, None  # a reference to it would keep a step from donating it
+        if restored is not None and restored is self._now.state:
+            self._saving.mark_on_disk(restored)
+
+    def _session(self) -> Moments:
+        now = self._now
+        try:
+            yield from self._begin()
+            while True:
+                self._root = now.branch()
+                if now.anything_due or self._saving.under_way:
+                    yield from self._requests.report_saves()
+                    yield from self._requests.handle()
+                    self._root = now.branch()
+                if self._interrupts.cause is not None:
+                    now.read_flags()
+                    self.reason = f"interrupted by {self._interrupts.cause}"
+                    yield from self._emitter.emit(Interrupted, cause=self._interrupts.cause)
+                    break
+                if self._finished():
+                    break
+                if self._snapshots.is_due(now):
+                    if now.unread and now.read_flags():
+                        continue
+                    self._snapshots.retain(now)
+                yield from self._advance()
+        except Exception as error:
+            yield from self._after_error(error)
+            raise
+        yield from self._requests.save_last()
+        # A stop is honoured here. The last checkpoint keeps it, so that resuming a finished run does nothing;
+        # the state in memory goes on where it is asked to.
+        now.read_flags()
+        now.forget_stop()
+        self.last = now.state
+        yield from self._emitter.emit(FitEnd, reason=self.reason)
+
+    def _finished(self) -> bool:
+        now, plan = self._now, self.plan
+        out_of_steps = plan.steps is not None and now.step >= plan.steps
+        out_of_epochs = plan.epochs is not None and now.epoch.done >= plan.epochs
+        if (out_of_steps or out_of_epochs) and now.unread:
+            now.read_flags()
+        if now.due["stop"]:
+            self.reason = "; ".join(dict.fromkeys(now.why)) or "it had been stopped before this session began"
+        elif out_of_steps:
+            self.reason = f"reached {plan.steps} steps"
+        elif out_of_epochs:
+            self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}"
+        return bool(self.reason)
+
+    def _begin(self) -> Moments:
+        now, pending = self._now, self._now.due["save"]
+        yield from self._emitter.emit(
+            FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.kinds
+        )
+        if now.due["save"] and not pending:  # how often this event fires depends on interruptions, so no rewind target
+            now.set(save=False)
+            self._requests.save("session")
+        report, self._restored = self._restored, None
+        if report is not None:
+            yield from self._emitter.emit(
+                Restored,
+                path=str(report.path),
+                missing=tuple(report.missing),
+                extra=tuple(report.extra),
+                different=tuple(report.different),
+            )
+
+    def _after_error(self, error: Exception) -> Moments:
+        now = self._now
+        if taken := self._root.is_taken:
+            error.add_note(
+                "The step had taken the memory of the state before it, and the callbacks have not seen all of the "
+                "state after it: neither is saved. Resume from the last checkpoint."
+            )
+        else:
+            # The state before the failing iteration is whole; the one in its middle may lack callbacks' part.
+            now.abandon(self._root)
+        try:
+            now.read_flags()
+            yield from self._emitter.emit(Interrupted, cause=f"{type(error).__name__}: {error}")
+            if not taken:
+                yield from self._requests.save_last()
+        except Exception as error:  # the first error is the one to raise
+            warnings.warn(f"While ending after an error, this failed too: {error!r}.", RuntimeWarning, stacklevel=2)
+
+    # Steps
+
+    def _advance(self) -> Moments:
+        """Steps, until something else is due."""
+        now = self._now
+        if now.due["begin_epoch"]:
+            if now.unread and now.read_flags():
+                return
+            now.set(begin_epoch=False)
+            yield from self._emitter.emit(EpochBegin)
+            if now.anything_due:
+                return
+            self._root = now.branch()
+        # No name here may hold a state: what somebody else holds is copied by a step that takes its memory.
+        due, last, end = now.due, self._last_in_a_row(), now.epoch.end
+        if now.position == end:  # found out after this state was retained, and the run has rewound to it
+            now.set(end_epoch=True)
+            return
+        begins, ends = self._emitter.is_seen(StepBegin), self._emitter.is_seen(StepEnd)
+        while True:
+            count = self._strides.length(now.step, now.position, now.epoch)
+            try:
+                batches = self._feeding.next(now.position, now.epoch, count)
+            except Abandoned:
+                return
+            if not batches:  # data of unknown length, which the state now keeps
+                if now.unread and now.read_flags():
+                    return
+                now.count(now.epoch._replace(length=now.position - now.epoch.start))
+                now.set(end_epoch=True)
+                return
+            if now.epoch.length and self._differs and self.data.epoch_length is None:  # the epoch goes on
+                now.count(now.epoch._replace(length=0))
+                end = None
+            outside: dict[str, Any] = {}
+            if begins:
+                outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
+                if not (yield from self._begin_step(batches)):
+                    if now.read_flags(len(self._root.unread)) and self._root.unread:
+                        # The run had stopped one step ago, so this event is undone.
+                        now.abandon(self._root)
+                        now.read_flags()
+                    return
+            self._root = now.thin(self._root)
+            try:
+                now.state, outputs = self._strides.take(now.state, batches)
+            except Abandoned:
+                now.abandon(self._root)
+                return
+            if now.unread and self._stopped_before_step(outside):
+                return
+            if len(outputs) > 1:
+                outputs = outputs[: int(now.state.step) - now.step]  # stopped at one, those after it were not taken
+            for output in outputs:
+                now.step += 1
+                now.position += 1
+                if now.position == end:
+                    now.set(end_epoch=True)
+                if ends or output.control:
+                    yield from self._emitter.fold(StepEnd, {"metrics": output.metrics}, output.control)[0]
+                else:
+                    self._publish.step(now.step, output.metrics)
+            if now.due is not due or now.step >= last or self._interrupts.cause is not None:
+                return
+            self._root = now.branch()
+
+    def _stopped_before_step(self, outside: Mapping[str, Any]) -> bool:
+        """Reads the flags left on the device; returns whether one was set, so that the step returned its input.
+
+        Args:
+            outside: The loop's slots as they were before this step's StepBegin.
+        """
+        now = self._now
+        if self._root.unread and now.read_flags(len(self._root.unread)):
+            # The run had stopped one step ago, so what happened at this StepBegin is undone.
+            now.unread = ()
+            now.set(**{name: value for name, value in self._root.due.items() if name not in ("stop", "unsaved")})
+            now.state = now.state.replace(slots={**now.state.slots, **outside})
+            return True
+        return bool(now.unread) and now.read_flags()
+
+    def _begin_step(self, batches: Sequence[Any]) -> Generator[Moment, None, bool]:
+        """Returns whether the step is to be taken."""
+        now, asked = self._now, _NOTHING
+        for index, batch in enumerate(batches):  # where there are several, no callback sees it
+            at: dict[str, Any] = {"step": now.step + 1 + index, "position": now.position + index}
+            asked = yield from self._emitter.emit(StepBegin, **at, batch=batch)
+        if asked.any("skip_batch"):
+            now.move_to(now.position + 1)
+            if now.position == now.epoch.end:
+                now.set(end_epoch=True)
+            return False
+        # If it is not, and the run goes on, the batch comes again.
+        return not (now.due["stop"] or now.due["rewind"] or now.due["end_epoch"])
+
+    def _last_in_a_row(self) -> float:
+        """The step after which something beside requests is to be looked at."""
+        now, every = self._now, self.plan.keep_every
+        if self._saving.under_way:
+            return now.step + 1
+        limit = math.inf if self.plan.steps is None else self.plan.steps
+        return min(limit, now.step - now.step % every + every) if every else limit

@@ -1,0 +1,158 @@
+"""Captured values: what a function reads besides its arguments, from closures, globals and defaults."""
+
+from __future__ import annotations
+
+import collections
+import dis
+import functools
+import os
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxtrain.core._frames import is_of_users
+
+_DEEPEST = 3  # functions that functions call
+
+
+def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """The values that a function and the functions of users that it calls read, each with a name for it.
+
+    Modules, classes, functions and attributes that are looked up while it runs are not among them.
+
+    Example:
+        >>> scale = 2.0
+        >>> def loss_fn(model, batch):
+        ...     return model(batch).mean() * scale
+        >>> list(captured(loss_fn))
+        [('scale', 2.0)]
+    """
+    for owner, name, value in reads(function):
+        if not _is_ours(owner) and not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+            yield name, value
+
+
+def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a function captured, by name, those of modules and containers among them."""
+    seen: set[int] = set()
+    todo = list(captured(function))[::-1]
+    while todo and len(seen) < _MOST_PARTS:
+        name, part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            yield name, part
+        elif isinstance(part, nn.Module):
+            yield from ((f"{name}.{key}", value) for key, value in (*part.named_parameters(), *part.named_buffers()))
+        else:
+            todo += _parts(name, part)
+
+
+def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
+    """What a container or an object of users' classes holds."""
+    if isinstance(part, dict):
+        return [(f"{name}[{key!r}]", value) for key, value in part.items()]
+    if isinstance(part, list | tuple | set | frozenset | collections.deque):
+        return [(f"{name}[{index}]", value) for index, value in enumerate(part)]
+    if isinstance(part, type | types.ModuleType | types.FunctionType) or _is_ours(part):
+        return []
+    return [(f"{name}.{key}", value) for key, value in getattr(part, "__dict__", {}).items()]
+
+
+_MOST_PARTS = 4096  # that are looked at
+
+
+def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The clocks that a function reads by a name of its own: namespace, name, clock.
+
+    Args:
+        function: A function of the user's.
+        watched: What counts as a clock.
+
+    Example:
+        >>> from time import perf_counter
+        >>> [clock is perf_counter for _, _, clock in clocks(lambda: perf_counter(), [perf_counter])]
+        [True]
+    """
+    for owner, name, value in reads(function):
+        is_clock = any(value is clock for clock in watched)
+        if is_clock and isinstance(owner, types.FunctionType) and owner.__globals__.get(name) is value:
+            yield owner.__globals__, name, value
+
+
+def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
+    """What a function and those that it calls read: the reader, the name and the value.
+
+    Example:
+        >>> scale = 2.0
+        >>> [(name, value) for _, name, value in reads(lambda model, batch: model(batch) * scale)]
+        [('scale', 2.0)]
+    """
+    seen: set[int] = set()
+    todo: list[tuple[Any, int]] = [(function, 0)]
+    while todo:
+        part, depth = todo.pop()
+        if id(part) in seen or depth > _DEEPEST:
+            continue
+        seen.add(id(part))
+        for name, value in _read(part):
+            if _is_code(value) or (_is_ours(value) and callable(value)):
+                todo.append((value, depth if _is_ours(part) else depth + 1))
+            else:
+                yield part, name, value
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether it is code of this library, such as a step around a loss function."""
+    if isinstance(part, types.FunctionType):
+        return part.__code__.co_filename.startswith(_ours())
+    return type(part).__module__.startswith("fxtrain.")
+
+
+def _read(part: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(part, functools.partial):
+        yield "", part.func
+        for index, value in enumerate(part.args):
+            yield f"argument {index}", value
+        yield from part.keywords.items()
+    elif isinstance(part, types.MethodType):
+        yield "", part.__func__
+        if not isinstance(part.__self__, nn.Module | type):
+            yield from ((f"self.{name}", value) for name, value in getattr(part.__self__, "__dict__", {}).items())
+    elif isinstance(part, types.FunctionType):
+        if not is_of_users(part.__code__.co_filename) and not _is_ours(part):
+            return
+        for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
+            if cell != types.CellType():
+                yield name, cell.cell_contents
+        for name in dict.fromkeys(_global_names(part.__code__)):
+            if name in part.__globals__:
+                yield name, part.__globals__[name]
+        names = part.__code__.co_varnames[: part.__code__.co_argcount]
+        yield from zip(reversed(names), reversed(part.__defaults__ or ()), strict=False)
+        yield from (part.__kwdefaults__ or {}).items()
+    elif _is_ours(part):
+        yield from getattr(part, "__dict__", {}).items()
+    elif not isinstance(part, nn.Module) and callable(part):
+        yield "", types.MethodType(type(part).__call__, part)
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
+
+
+@functools.cache
+def _ours() -> str:
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

@@ -1,0 +1,147 @@
+"""Clocks and the operating system's entropy: what a traced function may not read, as its graph would repeat it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import random
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fxtrain.core._frames import is_of_users
+from fxtrain.model._captured import clocks
+
+_NOW = ("now", "utcnow", "today")
+_ARGUMENTS_BEFORE_TIME = {time.strftime: 1}
+
+
+@contextlib.contextmanager
+def reads_noticed(function: Callable[..., Any]) -> Iterator[list[str]]:
+    """A context that notes reads of clocks and of ``os.urandom`` by the user's files, in this thread alone.
+
+    Args:
+        function: The function that runs inside. Clocks that it has under names of its own are watched too.
+
+    Yields:
+        A list that grows by ``call at file:line`` for each read. ``random.Random()`` without a seed is one, as it reads
+        the system's entropy.
+    """
+    read: list[str] = []
+    thread = threading.get_ident()
+
+    def note(what: str, line: str | None) -> None:
+        if line is not None and threading.get_ident() == thread:
+            read.append(f"{what} at {line}")
+
+    def watched_clock(clock: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            if len(args) <= _ARGUMENTS_BEFORE_TIME.get(clock, 0):  # a time that is given is no read of the clock
+                note(f"time.{clock.__name__}()", _caller())
+            return clock(*args)
+
+        return watched
+
+    def urandom(size: int) -> bytes:
+        note("os.urandom()", _caller_behind_library())
+        return before_urandom(size)
+
+    before_urandom = os.urandom
+    named = {clock: watched_clock(clock) for clock in CLOCKS}
+    named[datetime.datetime] = _watched_datetime(lambda name: note(f"datetime.{name}()", _caller()))
+    named[random.Random] = _watched_random(lambda: note("random.Random() without a seed", _caller()))
+    changes: list[tuple[Any, str, Any]] = [
+        *((vars(time), clock.__name__, named[clock]) for clock in CLOCKS),
+        *((names, name, named[clock]) for names, name, clock in clocks(function, WATCHED)),
+        (vars(datetime), "datetime", named[datetime.datetime]),
+        (vars(random), "Random", named[random.Random]),
+        (vars(os), "urandom", urandom),
+        *((names, "_urandom", urandom) for names in (vars(random),) if "_urandom" in names),
+    ]
+    before = [names[name] for names, name, _ in changes]
+    try:
+        for names, name, value in changes:
+            names[name] = value
+        yield read
+    finally:
+        for (names, name, _), value in reversed(list(zip(changes, before, strict=True))):
+            names[name] = value
+
+
+CLOCKS = tuple(
+    getattr(time, name)
+    for name in (
+        *("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns"),
+        *("process_time", "process_time_ns", "thread_time", "thread_time_ns"),
+        *("localtime", "gmtime", "ctime", "asctime", "strftime"),
+    )
+    if hasattr(time, name)
+)
+WATCHED = (*CLOCKS, datetime.datetime, random.Random)
+
+
+def _watched_datetime(note: Callable[[str], None]) -> Any:
+    """A stand-in for the class ``datetime.datetime`` that notes reads of the clock. Its instances are real ones."""
+    real = datetime.datetime
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, real)
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return real(*args, **kwargs)
+
+    def reading(name: str) -> Any:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            note(name)
+            return getattr(real, name)(*args, **kwargs)
+
+        return staticmethod(read)
+
+    return Meta("datetime", (real,), {name: reading(name) for name in _NOW})
+
+
+def _watched_random(note: Callable[[], None]) -> Any:
+    """A stand-in for the class ``random.Random`` that notes objects without a seed. Its instances are real ones."""
+    real = random.Random
+
+    class Meta(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, real) if cls is stand_in else super().__instancecheck__(instance)
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            if cls is not stand_in:
+                return super().__call__(*args, **kwargs)
+            if not any(value is not None for value in (*args, *kwargs.values())):
+                note()
+            return real(*args, **kwargs)
+
+    stand_in = Meta("Random", (real,), {})
+    return stand_in
+
+
+def _caller() -> str | None:
+    """``file:line`` of the code that reads, if it is the user's own."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    if frame is None or not is_of_users(frame.f_code.co_filename):
+        return None
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _caller_behind_library() -> str | None:
+    """``file:line`` of the user's code that leads here through the standard library alone, as through ``secrets``."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if is_of_users(file):
+            return f"{file}:{frame.f_lineno}"
+        if "site-packages" in file or (file == __file__ and frame.f_code.co_name != "urandom"):
+            return None
+        frame = frame.f_back
+    return None

@@ -1,0 +1,89 @@
+"""Comparison of what a function of a model returned by two ways, up to rounding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.rng._tracing import unwatched
+
+_NOISE = 128  # rounding errors of the largest element, which an element that cancels to zero may keep
+_DEEPEST = 16
+
+
+def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = True) -> bool:
+    """Whether two values hold the same tensors, up to the order of sums.
+
+    Args:
+        ours: Pytrees, also of containers that no pytree knows: mappings, dataclasses and sequences.
+        theirs: The reference.
+        unit: A magnitude below which differences are measured against it.
+        integers: Whether tensors of integers and bools are compared. They must be equal.
+
+    Returns:
+        Also True where ``torch.func.vmap`` hides the elements.
+
+    Example:
+        >>> import torch
+        >>> are_close({"a": torch.tensor(1.0)}, {"a": torch.tensor(1.0 + 1e-6)})
+        True
+        >>> are_close([torch.tensor(1.0)], [torch.tensor(1.5)])
+        False
+    """
+    pairs = list(tensors_in(ours)), list(tensors_in(theirs))
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    if any(one.shape != two.shape or one.dtype != two.dtype for one, two in zip(*pairs, strict=True)):
+        return False
+    try:
+        with unwatched(), torch.no_grad():
+            largest = max((_size(two) for two in pairs[1]), default=0.0)
+            return all(_is_close(*pair, unit, largest, integers) for pair in zip(*pairs, strict=True))
+    except RuntimeError:  # batched by vmap
+        return True
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """The tensors of a value in a fixed order.
+
+    Example:
+        >>> import torch
+        >>> class Output(dict): ...
+        >>> [int(tensor) for tensor in tensors_in(Output(b=torch.tensor(1), a=(torch.tensor(2),)))]
+        [1, 2]
+    """
+    for leaf in tree.leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth < _DEEPEST:
+            for part in _parts(leaf):
+                yield from tensors_in(part, depth + 1)
+
+
+def _parts(leaf: Any) -> list[Any]:
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, list | tuple):
+        return list(leaf)
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        return [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
+    return []
+
+
+def _size(leaf: Tensor) -> float:
+    if not leaf.numel() or not (leaf.is_floating_point() or leaf.is_complex()):
+        return 0.0
+    return float(torch.nan_to_num(leaf.abs(), posinf=0.0).max())
+
+
+def _is_close(one: Tensor, two: Tensor, unit: float, largest: float, integers: bool) -> bool:
+    if not one.is_floating_point() and not one.is_complex():
+        return not integers or torch.equal(one, two)
+    eps = torch.finfo(one.dtype).eps
+    absolute = eps**0.5 * max(unit, _size(two)) + min(_NOISE * eps, eps**0.5 / 8) * largest
+    return torch.allclose(one, two, rtol=eps**0.5, atol=absolute, equal_nan=True)

@@ -1,0 +1,265 @@
+"""The Python contents of modules: their attributes, and the containers and objects among these, however nested."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import operator
+import types
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxtrain.rng import _host as host
+
+_TENSORS = ("_parameters", "_buffers")  # attributes of a module that a call fills from the state
+_ATOMS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, Tensor, torch.Generator)
+_DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
+_MANY_ELEMENTS = 4096  # a longer list or dict is compared as a whole, without a path for each element
+
+
+class Contents:
+    """What the containers below some modules hold, to be put back.
+
+    Args:
+        roots: Modules by their path.
+        owned: The ids of plain objects whose attributes count. Others are shared with the rest of the program: copying
+            a module does not copy a logger or a member of an enum.
+    """
+
+    def __init__(self, roots: Mapping[str, nn.Module], owned: Collection[int]) -> None:
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._others: list[tuple[Any, Any]] = []
+        self._slots: list[tuple[Any, dict[str, Any]]] = []
+        self._empty: list[Any] = []  # most containers are: a hook's dict, which needs a look only
+        self.containers: list[Any] = []
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.generators: list[tuple[str, Any, Any]] = []
+        for path, part in _walk(roots, owned, memory=True):
+            if isinstance(part, Tensor):
+                self.tensors.append((path, part))
+                continue
+            if (state := host.state_of(part)) is not None:
+                self.generators.append((path, part, state))
+                continue
+            values = _values(part)
+            if values is not part:
+                self._slots += [(part, _slots(part))] if _slots(part) else []
+            if isinstance(values, dict | list | set | collections.deque):
+                self.containers.append(values)
+                self._keep(values)
+        self.ids = frozenset(map(id, self.containers))
+
+    def _keep(self, values: Any) -> None:
+        if not values:
+            self._empty.append(values)
+        elif type(values) in _DICTS:
+            self._dicts.append((values, values.copy()))
+        else:
+            self._others.append((values, dict(values) if isinstance(values, dict) else list(values)))
+
+    def is_intact(self) -> bool:
+        """Whether each container holds what it held: the same objects."""
+        return (
+            not any(self._empty)
+            and all(
+                now.keys() == before.keys() and all(map(operator.is_, now.values(), before.values()))
+                for now, before in self._dicts
+            )
+            and all(
+                len(now) == len(before) and all(map(operator.is_, _in_order(now), _in_order(before)))
+                for now, before in self._others
+            )
+        )
+
+    def put_back(self) -> None:
+        """Gives each container what it held."""
+        for now, before in self._dicts:
+            now.clear()
+            now.update(before)
+        for now in self._empty:
+            if now:
+                _base(now).clear(now)
+        for now, before in self._others:
+            refill(now, before)
+        for _, generator, state in self.generators:
+            host.set_state(generator, state)
+        for part, before in self._slots:
+            for name, value in before.items():
+                object.__setattr__(part, name, value)
+
+
+def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, Any]:
+    """The values in the attributes of modules, by path; of a container, the type and the values.
+
+    Parameters and buffers of the modules are left out. What can change in place is copied.
+    """
+    found: dict[str, Any] = {}
+    for path, part in _walk(roots, owned):
+        if not _is_walked(part, owned):
+            continue
+        found[path] = type(part)
+        for name, value in _children(path, part):
+            if not _is_walked(value, owned):
+                found[name] = _frozen(value)
+        if isinstance(part, set | frozenset) or (_is_container(part) and len(part) > _MANY_ELEMENTS):
+            found[f"{path} (elements)"] = tuple(part)
+    return found
+
+
+def are_alike(value: Any, other: Any, read: Collection[int] = ()) -> bool:
+    """Whether two values of ``leaves`` leave the next call where it was.
+
+    Two tensors do, unless the id of the second is among ``read``: one that nothing reads is no state.
+    """
+    if value is other:
+        return True
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return id(other) not in read and id(value) not in read
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, types.FunctionType):
+        return value.__code__ is other.__code__
+    if isinstance(value, _COMPARED):
+        return value == other or value != value
+    return not isinstance(value, type)
+
+
+_COMPARED = (
+    *(bool, int, float, complex, str, bytes, tuple, type, np.generic),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _walk(roots: Mapping[str, nn.Module], owned: Collection[int], *, memory: bool = False) -> Iterator[tuple[str, Any]]:
+    """Each container, module, owned object and tensor below the roots, once, with its path.
+
+    Args:
+        roots: Modules by their path.
+        owned: The ids of plain objects to look into.
+        memory: Whether parameters and buffers, and the dicts that hold them, are among it.
+    """
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = list(roots.items())[::-1]
+    while todo:
+        path, part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield path, part
+        if _is_walked(part, owned):
+            todo += [child for child in _children(path, part) if _is_walked(child[1], owned) or _is_kept(child[1])][
+                ::-1
+            ]
+        if memory and isinstance(part, nn.Module):
+            for name in _TENSORS:
+                yield f"{path}.{name}", vars(part)[name]
+                todo += [(f"{path}.{key}", value) for key, value in vars(part)[name].items() if value is not None]
+
+
+def _children(path: str, part: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(part, nn.Module):
+        for name, value in vars(part).items():
+            if name == "_modules":
+                for inner, module in value.items():
+                    yield f"{path}.{inner}", module
+            if name not in _TENSORS:
+                yield f"{path}.{name}", value
+    elif isinstance(part, dict):
+        for key, value in part.items() if len(part) <= _MANY_ELEMENTS else ():
+            yield f"{path}[{key!r}]" if isinstance(key, str | int) else f"{path}[<{type(key).__name__}>]", value
+    elif isinstance(part, list | tuple | collections.deque):
+        for index, value in enumerate(part if len(part) <= _MANY_ELEMENTS else ()):
+            yield f"{path}[{index}]", value
+    elif isinstance(part, types.MethodType):
+        yield f"{path}.__self__", part.__self__
+    elif isinstance(part, functools.partial):
+        yield f"{path}.func", part.func
+        yield f"{path}.args", part.args
+        yield f"{path}.keywords", part.keywords
+    elif not isinstance(part, set | frozenset):
+        for name, value in {**_slots(part), **getattr(part, "__dict__", {})}.items():
+            yield f"{path}.{name}", value
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple | set | frozenset | collections.deque)
+
+
+def _is_walked(value: Any, owned: Collection[int]) -> bool:
+    if isinstance(value, nn.Module | types.MethodType | functools.partial):
+        return True
+    if _is_container(value):
+        return not isinstance(value, torch.Size)
+    if isinstance(value, _ATOMS) or host.state_of(value) is not None:
+        return False
+    return id(value) in owned and (hasattr(value, "__dict__") or bool(_slots(value)))
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, Tensor) or host.state_of(value) is not None
+
+
+def _values(part: Any) -> Any:
+    """The container that holds what a part holds."""
+    return part if _is_container(part) else getattr(part, "__dict__", None)
+
+
+def _slots(part: Any) -> dict[str, Any]:
+    if _is_container(part) or isinstance(part, nn.Module | types.MethodType | functools.partial):
+        return {}
+    names = [name for cls in type(part).__mro__ for name in _names(cls.__dict__.get("__slots__", ()))]
+    return {name: getattr(part, name) for name in names if name not in _NO_VALUES and hasattr(part, name)}
+
+
+_NO_VALUES = ("__dict__", "__weakref__")
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _frozen(value: Any) -> Any:
+    """A value that later changes in place do not reach."""
+    if isinstance(value, weakref.ref):
+        return value()
+    if isinstance(value, np.ndarray):
+        return "array", str(value.dtype), value.shape, value.tobytes() if value.dtype != object else id(value)
+    if isinstance(value, bytearray):
+        return bytes(value)
+    if isinstance(value, torch.Generator):
+        return "generator", value.initial_seed(), bytes(value.get_state().tolist())
+    state = host.state_of(value)
+    return value if state is None else ("generator", repr(state))
+
+
+def _base(values: Any) -> Any:
+    """The built-in type of a container: a subclass may forbid what puts its contents back."""
+    return next(
+        kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind)
+    )
+
+
+def _in_order(values: Any) -> Any:
+    """The elements, keys of dicts among them; a set that holds the same elements is read in the same order."""
+    if isinstance(values, dict):
+        return [element for item in values.items() for element in item]
+    return values
+
+
+def refill(now: Any, before: Any) -> None:
+    """Puts back what a container held."""
+    base = _base(now)
+    if isinstance(before, dict):
+        if len(now) == len(before) and all(key in now and base.__getitem__(now, key) is before[key] for key in before):
+            return
+        base.clear(now)
+        for key, value in before.items():
+            base.__setitem__(now, key, value)
+    else:
+        base.clear(now)
+        base.update(now, before) if base is set else base.extend(now, before)

@@ -1,0 +1,315 @@
+"""First calls: what is checked when a function first runs a model, so that later calls cost nothing.
+
+A step is a pure function, so the Python attributes of modules are put back after each call. A module that counts its
+calls, or keeps a hidden state on itself, would silently start from the same values at every step. A module that builds
+a cache, sets a flag, or stores its last attention for inspection is not affected. A second call, which starts where the
+first one ended, separates the two: a cache then stays as it is, and a counter counts on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import reprlib
+import types
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fxtrain import tree
+from fxtrain.model._comparison import are_close
+from fxtrain.model._contents import are_alike
+from fxtrain.model._template import DELETED, Template
+from fxtrain.model._writes import written_by
+from fxtrain.rng._frames import inlined_only
+from fxtrain.rng._tracing import is_traced, unrecorded
+
+_SHOWN = 3  # attributes named in an error
+
+
+class ValuesNeededError(RuntimeError):
+    """A check that compares values was reached while tracing: run the step once uncompiled, and trace it then."""
+
+
+class FirstCalls:
+    """Which functions of users have run one model, and whether they drew random numbers of the host there.
+
+    Functions that a step creates at each call are recognized by their code after some calls.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, tuple[Callable[[], Any], bool]] = {}
+        self._codes: dict[Any, tuple[int, bool]] = {}
+
+    def draws(self, function: Callable[..., Any]) -> bool | None:
+        """Whether calls draw from Python's or numpy's generator; None before the first call."""
+        key, part = _identity(function)
+        alive, draws = self._seen.get(key, (None, False))
+        if alive is not None and alive() is part:
+            return draws
+        count, draws = self._codes.get(_code(function), (0, False))
+        return draws if count >= _ENOUGH else None
+
+    def has_seen_like(self, function: Callable[..., Any]) -> bool:
+        """Whether a function of the same code has passed."""
+        return _code(function) in self._codes
+
+    def add(self, function: Callable[..., Any], *, draws: bool = False) -> None:
+        """Notes that a call has passed."""
+        key, part = _identity(function)
+        if len(self._seen) >= _MOST:
+            self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
+        try:
+            alive: Callable[[], Any] = weakref.ref(part)
+        except TypeError:
+            alive = functools.partial(_same, part)
+        self._seen[key] = alive, draws
+        count, drew = self._codes.get(_code(function), (0, False))
+        self._codes[_code(function)] = count + 1, drew or draws
+
+
+_ENOUGH = 8  # functions of one code that are examined
+_MOST = 64  # functions that are kept before those that are gone are dropped
+
+
+def _same(part: Any) -> Any:
+    return part
+
+
+def _identity(function: Any) -> tuple[Hashable, Any]:
+    """A key, and the object that lives as long as it holds: a bound method is made at each access."""
+    if isinstance(function, types.MethodType):
+        return (id(function.__self__), function.__func__), function.__self__
+    return id(function), function
+
+
+def _code(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
+
+
+def refuse_state(
+    who: str,
+    template: Template,
+    before: dict[str, Any],
+    output: Any,
+    again: Callable[[], Any],
+    *,
+    compared: bool,
+    buffers: Mapping[str, Tensor],
+    odd: Mapping[str, Tensor],
+) -> None:
+    """Raises if the Python attributes of modules, or buffers that no state holds, matter to a second call.
+
+    Args:
+        who: The function that runs the modules, for errors.
+        template: In use, and as the first call left it.
+        before: Its ``leaves`` before that call.
+        output: Of that call.
+        again: Makes the second call, and returns its output.
+        compared: Whether an earlier call has compared the outputs, so that a trace need not.
+        buffers: Those that the modules were filled with.
+        odd: Those among them that the first call reshaped, cast or removed, by path.
+
+    Raises:
+        RuntimeError: Naming the attributes, their values and what to do.
+        ValuesNeededError: While tracing, if attributes changed in a way that only the outputs can tell.
+    """
+
+    def leaves() -> dict[str, Any]:
+        now = {template.path(name): value for name, value in template.odd_buffers(buffers).items()}
+        return {**template.leaves(), **{path: value for path, value in now.items() if value is not DELETED}}
+
+    refusal = functools.partial(_refusal, who, frozenset(map(template.path, template.odd_buffers(buffers))))
+    before, first = {**before, **odd}, leaves()
+    changed = _changed(before, first)
+    changed += [path for path in odd if path not in changed]
+    if not changed:
+        return
+    watched = {id(value) for value in first.values() if isinstance(value, Tensor)}
+    try:
+        with unrecorded(), Reads(watched) as reads:
+            repeated = again()
+        second = leaves()
+    except (torch.OutOfMemoryError, MemoryError):
+        return
+    except Exception as error:
+        raise refusal(changed, before, first, {}, f"a second call then raises {error!r}") from error
+    moved = _changed(first, second, reads.found)
+    moved += [path for path, value in first.items() if id(value) in reads.written and path not in moved]
+    if moved:
+        raise refusal(moved, before, first, second, "")
+    if is_traced() and compared:
+        return
+    if is_traced():
+        raise ValuesNeededError(
+            f"expected tensors with values for the first call of {who}, whose modules write the attributes "
+            f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before it is traced."
+        )
+    if not are_close(output, repeated, unit=1.0, integers=False):
+        raise refusal(changed, before, first, second, "a second call then returns something else")
+
+
+def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tensor], names: Collection[str]) -> None:
+    """Raises if a call put a parameter where there was none, or another in the place of one.
+
+    Args:
+        who: The function that ran the modules, for errors.
+        template: In use, and as the call left it.
+        tensors: What it was filled with.
+        names: Those among them that are parameters.
+
+    Raises:
+        RuntimeError: Naming the parameter.
+    """
+    for prefix, module in template.root.named_modules():
+        for key, value in module._parameters.items():
+            slot = f"{prefix}.{key}"
+            name = template.slots.get(slot)
+            if value is None or (name is not None and value is tensors[name]):
+                continue
+            if name is None:
+                raise RuntimeError(
+                    f"expected the parameters that init found, got a new one, {template.path(slot)}, which {who} made "
+                    "and the next call would lose. Make all parameters before fxtrain.init: run the module once."
+                )
+            raise RuntimeError(
+                f"expected {who} to read parameters, got another tensor in the place of {template.path(slot)}, which "
+                "the next call would lose. Compute the new value in the step, and give it to "
+                "state.replace(params=...). Keep a copy that follows the weights, such as a momentum encoder, in "
+                "buffers, or let fxtrain.callbacks.ema average it."
+            )
+    hooked = [template.path(name) for name in names if getattr(tensors[name], "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        raise hooks_refused(hooked)
+
+
+def hooks_refused(paths: Iterable[str]) -> NotImplementedError:
+    """The error for parameters with hooks."""
+    return NotImplementedError(
+        f"expected parameters without hooks, got hooks on {', '.join(paths)} (register_hook or "
+        "register_post_accumulate_grad_hook), which a step would not run, as it computes gradients as values. Remove "
+        "them, and change gradients in the optimizer's chain or in a callback of fx.Gradients."
+    )
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any], read: Collection[int] = ()) -> list[str]:
+    missing = _Missing
+    return [
+        path
+        for path in dict.fromkeys((*before, *after))
+        if not are_alike(after.get(path, missing), before.get(path, missing), read)
+    ]
+
+
+class _Missing:
+    """Stands for the value of an attribute that does not exist."""
+
+
+def _refusal(
+    who: str,
+    buffers: frozenset[str],
+    paths: list[str],
+    before: dict[str, Any],
+    first: dict[str, Any],
+    second: dict[str, Any],
+    also: str,
+) -> RuntimeError:
+    def told(path: str) -> str:
+        values = [_shown(values[path]) if path in values else "missing" for values in (before, first)]
+        third = f", {_shown(second[path]) if path in second else 'missing'} after a second one" if second else ""
+        return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
+
+    named = "; ".join(map(told, paths[:_SHOWN])) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+    named += f": {also}" if also else ""
+    if not buffers.isdisjoint(paths):
+        return RuntimeError(
+            f"expected a module whose buffers keep their names, shapes and dtypes, got {named}. {who} is part of a "
+            "pure step, whose state has one structure. Register the buffer in __init__ with its final shape and "
+            "dtype, or run the module once on a batch before fxtrain.init, as observers of quantization need."
+        )
+    return RuntimeError(
+        f"expected a module whose Python attributes do not depend on earlier calls, got {named}. {who} is part of a "
+        "pure step, which puts attributes back after each call. Keep what must last in a buffer, "
+        "self.register_buffer(name, tensor), and assign to it in forward."
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, type):
+        return f"a {value.__name__}"
+    return reprlib.repr(value)
+
+
+@contextlib.contextmanager
+def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
+    """Raises at the end if an operator read a tensor without memory, from a place that no call fills.
+
+    Args:
+        who: The function that runs the modules, for errors.
+        empty: Their paths by id.
+
+    Raises:
+        RuntimeError: Naming the tensor.
+    """
+    with Reads(empty) as reads:
+        yield
+    if reads.found:
+        raise RuntimeError(
+            f"expected {who} to reach parameters and buffers through modules, got {empty[min(reads.found)]} from an "
+            "object that holds it besides, where it has no values. Read it as an attribute of its module."
+        )
+
+
+@inlined_only
+class Reads(TorchFunctionMode):
+    """Notes which of some tensors an operation reads, and into which it writes."""
+
+    def __init__(self, watched: Collection[int]) -> None:
+        super().__init__()
+        self._watched = watched
+        self.found: set[int] = set()
+        self.written: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _reads_shape_only(func):
+            self.found.update(id(leaf) for leaf in tree.leaves((args, kwargs)) if id(leaf) in self._watched)
+        self.written.update(id(target) for target in written_by(func.__name__, args, kwargs))
+        return func(*args, **kwargs)
+
+
+_OF_VALUES = frozenset(("data", "grad", "T", "mT", "H", "mH", "real", "imag"))
+_OF_SHAPES = frozenset(
+    (
+        *("size", "dim", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device", "__len__"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "__hash__"),
+        *(
+            "type",
+            "type_as",
+            "new_empty",
+            "empty_like",
+            "zeros_like",
+            "ones_like",
+            "new_zeros",
+            "new_ones",
+            "ndimension",
+        ),
+        *("__set__", "__delete__"),
+    )
+)
+
+
+def _reads_shape_only(func: Any) -> bool:
+    name = func.__name__
+    if name == "__get__":
+        return func.__self__.__name__ not in _OF_VALUES
+    return name in _OF_SHAPES

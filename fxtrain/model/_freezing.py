@@ -1,0 +1,123 @@
+"""Freezing parts of a model: which parameters are differentiated at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import TrainState, matching
+from fxtrain.model._architecture import model_of
+from fxtrain.model._init import init_optimizer
+from fxtrain.optim import PerParameter
+from fxtrain.optim._nodes import as_code, as_name, children, leaf_paths, rebuilt
+
+
+def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
+    """The state with these parameters trained, and no others.
+
+    Frozen parameters get no gradients and no optimizer state, so steps are faster and use less memory. Changing the
+    selection recompiles the step. Optimizer state is kept for parameters that stay trainable, and initialized for newly
+    unfrozen ones.
+
+    Optimizers count the updates of each parameter, so a newly unfrozen one gets the steps of a fresh optimizer, as in
+    ``torch.optim``; schedules go on. A transformation of your own with one count of updates for all parameters refuses
+    newly unfrozen ones in mid-run, because a correction for a start that is long past would make their first steps
+    several times too large; ``fxtrain.optim.start_counts`` counts for each parameter. To restart the optimizer state of
+    all parameters, give ``state.replace(opt_state=())``.
+
+    Args:
+        state: Any state with a model.
+        tx: As given to ``init``.
+        parameters: Shell patterns of parameter names: ``"head.*"``; ``"*"`` is all.
+
+    Raises:
+        ValueError: If a pattern matches no parameter that can be trained, or if a newly unfrozen parameter would share
+            a count with parameters that have been trained.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.1)
+        >>> state = fx.init(torch.nn.Linear(1, 1), tx)
+        >>> step = fx.train_step(lambda model, batch: model(batch).sum(), tx)
+        >>> after, _ = step(fx.with_trainable(state, tx, "bias"), torch.ones(1, 1))
+        >>> bool((after.params["weight"] == state.params["weight"]).all()), bool(
+        ...     (after.params["bias"] == state.params["bias"]).all()
+        ... )
+        (True, False)
+    """
+    leaves, structure = tree.flatten(state.params)
+    names = [as_name(path) for path in leaf_paths(state.params)]
+    able = [name for name, leaf in zip(names, leaves, strict=True) if _can_be_trained(leaf)]
+    chosen = {able[i] for i in matching(able, parameters, "parameter that can be trained")}
+    narrowed = model_of(state).training_only(tree.unflatten(structure, [name in chosen for name in names]))
+    fresh = init_optimizer(tx, narrowed.split(state.params))
+    opt_state = _carried(state.opt_state, fresh)
+    refuse_shared_counts(
+        opt_state,
+        {id(leaf) for leaf in tree.leaves(fresh)},
+        "with_trainable",
+        "restart the optimizer state: with_trainable(state.replace(opt_state=()), ...)",
+    )
+    return state.replace(model=narrowed, opt_state=opt_state)
+
+
+def _can_be_trained(leaf: Tensor) -> bool:
+    return leaf.is_floating_point() or leaf.is_complex()
+
+
+def _carried(old: Any, fresh: Any) -> Any:
+    """The fresh optimizer state, with what the old one has at the same places."""
+    if isinstance(fresh, PerParameter):
+        return fresh.updated(old) if isinstance(old, PerParameter) and _is_like(old.values, fresh.values, 1) else fresh
+    inner = children(fresh)
+    if inner is None:
+        return old if isinstance(old, Tensor) and _is_like(old, fresh) else fresh
+    kept = dict(children(old) or ())
+    return rebuilt(fresh, [_carried(kept.get(key), child) for key, child in inner])
+
+
+def _is_like(old: Tensor, new: Tensor, first_dim: int = 0) -> bool:
+    return old.shape[first_dim:] == new.shape[first_dim:] and old.dtype == new.dtype
+
+
+def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, path: str = "") -> None:
+    """Refuses an optimizer state whose count of updates is that of older parameters too.
+
+    Args:
+        node: The new optimizer state, or a node of it.
+        fresh: The identities of the leaves that were just initialized.
+        caller: What the error begins with.
+        remedy: What else the caller offers, as the end of a sentence.
+        path: The node's.
+
+    Raises:
+        ValueError: In that case.
+    """
+    for key, child in children(node) or []:
+        refuse_shared_counts(child, fresh, caller, remedy, f"{path}{as_code((key,))}")
+    fields: dict[Any, Any] = node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, dict) else {}
+    names: tuple[Any, ...] = getattr(type(node), "AGES", tuple(fields))
+    ages = [age for name in names if isinstance(age := fields.get(name), Tensor) and _is_count(age)]
+    if not any(bool(age.any()) for age in ages):
+        return
+    for name, memory in fields.items():
+        if name in _WRAPPED or isinstance(memory, Tensor):
+            continue
+        for place, leaf in zip(leaf_paths(memory), tree.leaves(memory), strict=True):
+            if id(leaf) in fresh:
+                raise ValueError(
+                    f"{caller}: expected parameters trained from the optimizer's first update on, got "
+                    f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
+                    f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
+                    f"counts for each phase, count by fxtrain.optim.start_counts, or {remedy}."
+                )
+
+
+_WRAPPED = ("inner_state", "inner_states")  # states of other transformations, which have counts of their own
+
+
+def _is_count(leaf: Tensor) -> bool:
+    return not leaf.is_floating_point() and not leaf.is_complex()

@@ -1,0 +1,184 @@
+"""Init: the state at step 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.core import Due, TrainState
+from fxtrain.equivalents import refuse_foreign
+from fxtrain.model._architecture import Model
+from fxtrain.optim import GradientTransformation
+
+
+def init(
+    model: Any,
+    tx: Any = None,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> TrainState:
+    """The state at step 0 of training ``model`` with ``tx``. The module is left as it was, and is not needed again.
+
+    Parameters that do not require gradients are kept as they are, and the optimizer has no memory of them. Tied ones
+    stay tied: they are one leaf, under the first of their names. A module in eval mode is trained in train mode; single
+    parts that are in eval mode, such as frozen batch norms, stay so.
+
+    Args:
+        model: A module; or a pytree, such as a dict, of modules and tensors. A bare tensor is a parameter.
+        tx: A gradient transformation; a dict of them, for the entries of a dict of modules; or None.
+        seed: Every random number of the run is a function of it.
+        device: Where the state is to live; by default where the model is.
+        dtype: What floating parameters are cast to; by default they stay as they are.
+
+    Returns:
+        A state that shares no memory with the model.
+
+    Raises:
+        TypeError: If a leaf of ``model`` is neither a module nor a tensor, is not yet materialised, or cannot be
+            copied; or if ``tx`` is no gradient transformation.
+        ValueError: If the keys of ``tx`` are not those of ``model``, or if a parameter lies in the memory of another
+            parameter or buffer without being the same tensor.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(3, 2), fx.optim.adamw(1e-3), seed=0)
+        >>> sorted(state.params), int(state.step)
+        (['bias', 'weight'], 0)
+    """
+    _refuse_unusable(model)
+    _refuse_overlaps(model)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise TypeError(f"seed={seed!r}: an integer of 64 bits is wanted.")
+    architecture = Model(model)
+    params, buffers = architecture.memory(model)
+    params = tree.map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), params)
+    buffers = tree.map(lambda leaf: leaf.to(device), buffers)
+    where = next((leaf.device for leaf in tree.leaves((params, buffers))), device)
+    return TrainState(
+        step=torch.tensor(0, device=where),
+        params=params,
+        buffers=buffers,
+        opt_state=init_optimizer(tx, architecture.split(params), model),
+        seed=torch.tensor(seed, device=where),
+        position=torch.tensor(0, device=where),
+        slots={},
+        due=Due.start(where),
+        model=architecture,
+    )
+
+
+def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
+    """The state of ``tx``, as ``init`` takes it, for these trainable parameters.
+
+    Args:
+        tx: A gradient transformation, a dict of them, or None.
+        params: The trainable parameters.
+        model: What the parameters belong to, for their names in errors.
+    """
+    if tx is None:
+        return {}
+    if isinstance(tx, GradientTransformation):
+        return tx.init(params)
+    if not isinstance(tx, Mapping):
+        refuse_foreign("tx", "a gradient transformation", tx, model)
+        raise TypeError(
+            f"expected tx to be a gradient transformation or a dict of them, got {type(tx).__name__}. Make one by a "
+            "function of fx.optim, such as fx.optim.adamw(1e-3)."
+        )
+    if not isinstance(params, Mapping) or set(tx) != set(params):
+        refuse_foreign("tx", "a gradient transformation", dict(tx), model)
+        came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"tx has transformations for {sorted(tx)}, and the model has {came}: give one for each.")
+    models: Any = model if isinstance(model, Mapping) else {}
+    return {name: init_optimizer(each, params[name], models.get(name)) for name, each in tx.items()}
+
+
+def _refuse_unusable(model: Any) -> None:
+    if isinstance(model, TrainState):
+        raise TypeError(
+            "expected a module or a pytree of modules and tensors, got a TrainState. It is a state already."
+        )
+    for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
+        if not isinstance(leaf, nn.Module | Tensor):
+            raise TypeError(
+                f"expected modules, tensors, or a pytree of them, got {path}, {_described(leaf)}. {_module_of(leaf)}"
+            )
+        if isinstance(leaf, Tensor):
+            continue
+        if any(nn.parameter.is_lazy(value) for value in (*leaf.parameters(), *leaf.buffers())):
+            raise TypeError(f"{path} is lazy, so its shapes are not known yet: run it once on a batch first.")
+        if isinstance(leaf, torch.jit.ScriptModule) or hasattr(leaf, "_orig_mod"):
+            raise TypeError(
+                f"{path} is compiled already ({type(leaf).__name__}): give init the module itself, and compile the "
+                "step, fxtrain.compile(step)."
+            )
+        for name, part in leaf.named_modules():
+            _refuse_wrapper(f"{path}.{name}" if name else path, part)
+
+
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def _refuse_wrapper(path: str, module: nn.Module) -> None:
+    """Refuses what wraps a module to train it in another way."""
+    found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _PARALLEL), None)
+    if found is not None:
+        itself = "without fully_shard" if found == "FSDPModule" else "itself, which the wrapper has as .module"
+        raise TypeError(
+            f"expected a module that is not distributed, got {path}, made by {found}. Give the module {itself}."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"expected modules of Python code, got {path}, a module compiled by torch.jit ({type(module).__name__}). "
+            "Give the original module, and compile the step, fxtrain.compile(step)."
+        )
+
+
+def _described(leaf: Any) -> str:
+    return f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a value of type {type(leaf).__name__}"
+
+
+def _module_of(leaf: Any) -> str:
+    """How to come from a value to what init takes."""
+    if isinstance(leaf, type):
+        return f"Make an instance: {leaf.__name__}(...)."
+    if isinstance(leaf, Iterator):
+        return "Give the module itself, or a list of its parameters."
+    return "Give the module that the loss function calls."
+
+
+def _refuse_overlaps(model: Any) -> None:
+    """Views of one memory change together in torch, and would be leaves of their own in a state."""
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
+        if isinstance(leaf, nn.Module):
+            for name, value in (*leaf.named_parameters(), *leaf.named_buffers()):
+                tensors.setdefault(id(value), (f"{path}.{name}", value))
+    last_path, last_end, last_trained = "", 0, False
+    for start, end, path, trained in sorted(filter(None, (_span(path, value) for path, value in tensors.values()))):
+        if start < last_end and (trained or last_trained):
+            raise ValueError(
+                f"expected parameters in memory of their own, got {last_path} and {path} in the same memory, which a "
+                "state would hold apart. Tie them by assigning one Parameter to both modules, or make one of them a "
+                "copy, .clone()."
+            )
+        if end > last_end:
+            last_path, last_end, last_trained = path, end, trained
+
+
+def _span(path: str, value: Tensor) -> tuple[int, int, str, bool] | None:
+    """Where a tensor lies in memory; None where it has none, or has gaps in which others may lie."""
+    plain = value.layout == torch.strided and not value.is_meta and type(value) in (Tensor, nn.Parameter)
+    if not plain or not value.numel():
+        return None
+    count = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    if count != value.numel():
+        return None
+    start = value.data_ptr()
+    return start, start + count * value.element_size(), path, value.requires_grad

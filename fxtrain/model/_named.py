@@ -1,0 +1,186 @@
+"""Named: what a tree of modules and tensors has by the names of state dicts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.core._pytrees import NAMESPACE, ops
+from fxtrain.model._renaming import shown
+
+EXTRA_STATE = "_extra_state"  # torch's name for what a module gives out besides tensors
+
+
+class Named:
+    """A tree of modules and tensors, by the names of their state dicts.
+
+    In a tree, names begin with the path of the module, joined by dots: ``generator.layers.0.weight``.
+
+    Args:
+        modules: A module, or a pytree of modules and tensors.
+        part: The path of a submodule or of an entry, joined by dots. Names are those of the part.
+
+    Raises:
+        ValueError: If two tensors have one name, or nothing is at the path of the part.
+
+    Attributes:
+        tensors: The values of ``module.state_dict()``, by name: the tensors themselves.
+        ties: Groups of names that have the same tensor.
+    """
+
+    def __init__(self, modules: Any, part: str = "") -> None:
+        self._part = part
+        modules = at(modules, part)
+        paths = [tuple(accessor.path) for accessor in ops.tree_accessors(modules, namespace=NAMESPACE)]
+        self._parts = dict(zip(paths, tree.leaves(modules), strict=True))
+        self._versions: dict[tuple[Any, ...], Any] = {}
+        self.tensors: dict[str, Any] = {}
+        groups: dict[int, list[str]] = {}
+        for path, part in self._parts.items():
+            for name, value in _values(path, part).items():
+                if name in self.tensors:
+                    raise ValueError(f"expected one tensor for each name, got two for {name!r}. Rename a key.")
+                self.tensors[name] = value
+                if isinstance(value, Tensor):
+                    groups.setdefault(id(value), []).append(name)
+        self.ties = [group for group in groups.values() if len(group) > 1]
+
+    def whole(self, names: Iterable[str]) -> list[str]:
+        """The names of the part, as the whole tree has them."""
+        return [f"{self._part}.{name}".strip(".") for name in names]
+
+    def flat(self, given: Any) -> dict[str, Any]:
+        """The values by name of a state dict, or of a tree of them like the modules.
+
+        Raises:
+            ValueError: If two values have one name.
+        """
+        found: dict[str, Any] = {}
+        for path, value in self._walk((), given):
+            name = ".".join(map(str, path))
+            if name in found:
+                raise ValueError(f"expected one value for each name, got two for {name!r} in the state dict.")
+            found[name] = value
+        return found
+
+    def load(self, values: Mapping[str, Any], *, cast: bool, with_versions: bool) -> tuple[list[str], list[str]]:
+        """Copies values into the tensors of their names, by the modules' own ``load_state_dict``.
+
+        Args:
+            values: By name.
+            cast: Whether names that modules replace, as those of old versions, may have other dtypes.
+            with_versions: Whether modules see the versions that wrote the state dict that ``flat`` was given.
+
+        Returns:
+            Names that were missing, and names of ``values`` that were not used.
+
+        Raises:
+            ValueError: If a module refuses its part.
+        """
+        missing: list[str] = []
+        unused = dict(values)
+        for path, part in self._parts.items():
+            if not isinstance(part, nn.Module):
+                name = _prefix(path)[:-1]
+                if name in unused:
+                    part.copy_(unused.pop(name))
+                else:
+                    missing.append(name)
+                continue
+            prefix = _prefix(path)
+            mine = OrderedDict(
+                (name[len(prefix) :], unused.pop(name)) for name in list(unused) if name.startswith(prefix)
+            )
+            if with_versions and self._versions.get(path) is not None:
+                mine._metadata = self._versions[path]  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                absent, unexpected = part.load_state_dict(mine, strict=False)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
+            missing += [prefix + name for name in absent]
+            unused |= {prefix + name: None for name in unexpected}
+            if not cast:
+                _refuse_hidden_casts(part.state_dict(keep_vars=True), mine, {*absent, *unexpected})
+        return missing, list(unused)
+
+    def _walk(self, path: tuple[Any, ...], node: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+        entries = node.items() if isinstance(node, Mapping) else enumerate(node) if _is_sequence(node) else None
+        if isinstance(node, Mapping) and isinstance(self._parts.get(path), nn.Module):
+            self._versions[path] = getattr(node, "_metadata", None)
+            yield from (((*path, name), value) for name, value in node.items())
+        elif entries is not None and any(part[: len(path)] == path for part in self._parts):
+            for key, value in entries:
+                yield from self._walk((*path, key), value)
+        else:
+            yield path, node
+
+
+def at(modules: Any, part: str) -> Any:
+    """The submodule, or the entry of a tree of modules, at a path joined by dots.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found, rest = modules, part
+    while rest:
+        children = _children(found)
+        fitting = [key for key in children if rest == key or rest.startswith(f"{key}.")]
+        if not fitting:
+            raise ValueError(
+                f"expected the path of a submodule, got part={part!r}. There are {shown(list(children), 8)}."
+            )
+        key = max(fitting, key=len)  # keys of dicts may have dots
+        found, rest = children[key], rest[len(key) + 1 :]
+    return found
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, nn.Module):
+        return dict(node.named_children())
+    if isinstance(node, Mapping):
+        return {str(key): child for key, child in node.items()}
+    return {str(index): child for index, child in enumerate(node)} if _is_sequence(node) else {}
+
+
+def _values(path: tuple[Any, ...], part: Any) -> dict[str, Any]:
+    prefix = _prefix(path)
+    if isinstance(part, nn.Module):
+        return {prefix + name: value for name, value in part.state_dict(keep_vars=True).items()}
+    return {prefix[:-1]: part}
+
+
+def _prefix(path: tuple[Any, ...]) -> str:
+    return "".join(f"{key}." for key in path)
+
+
+def _is_sequence(node: Any) -> bool:
+    return isinstance(node, list | tuple)
+
+
+def _refuse_hidden_casts(here: Mapping[str, Any], values: Mapping[str, Any], without: set[str]) -> None:
+    """Modules rename what older versions wrote, so these values have no counterpart by name."""
+    old = {
+        value.dtype
+        for name, value in values.items()
+        if name not in here and name not in without and isinstance(value, Tensor)
+    }
+    new = {
+        value.dtype
+        for name, value in here.items()
+        if name not in values and name not in without and isinstance(value, Tensor)
+    }
+    if not old <= new:
+        names = [name for name in values if name not in here and name not in without]
+        raise ValueError(
+            f"expected {_dtypes(new)} for {shown(names)}, got {_dtypes(old - new)}. Pass cast=True, or make the state "
+            "in their dtype with fxtrain.init(..., dtype=)."
+        )
+
+
+def _dtypes(dtypes: set[torch.dtype]) -> str:
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no tensor"

@@ -1,0 +1,80 @@
+"""View: a state's model as something to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from fxtrain import rng, tree
+from fxtrain.core import TrainState
+from fxtrain.model._architecture import model_of
+
+
+def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) -> View:
+    """The state's model as something to call: any method, any submodule, any parameter; nothing it does is kept.
+
+    Each call draws the same random numbers; another key draws others.
+
+    Args:
+        state: Whose parameters and buffers to use.
+        train: Whether the module is in training mode.
+        key: Where its random numbers come from; by default from the state's seed and step.
+
+    Raises:
+        RuntimeError: When a call writes into a trained parameter in place.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+        >>> model = fx.view(state)
+        >>> model(torch.zeros(4, 3)).shape, model[0].weight.shape
+        (torch.Size([4, 2]), torch.Size([2, 3]))
+    """
+    model_of(state)
+    key = key if key is not None else rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step)
+    return View(state, train, key, lambda model: model)
+
+
+class View:
+    """A model with a state's memory; made by ``view``."""
+
+    def __init__(self, state: TrainState, train: bool, key: rng.Key, reach: Callable[[Any], Any]) -> None:
+        self._of = (state, train, key)
+        self._reach = reach
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._part(lambda target, args, kwargs: target(*args, **kwargs), _has_modules, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._part(lambda target: getattr(target, name), lambda part: callable(part) or _has_modules(part))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._part(lambda target: target[key], _has_modules)
+
+    def _part(self, get: Callable[..., Any], needs_memory: Callable[[Any], bool], *args: Any) -> Any:
+        # Only inside the call is the memory in place, so a module or a method is reached again when it is called.
+        reach = self._reach
+        found = self._run(lambda model, *args: get(reach(model), *args), *args)
+        return View(*self._of, lambda model: get(reach(model), *args)) if needs_memory(found) else found
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        state, train, key = self._of
+
+        def finished(model: Any, *args: Any) -> Any:
+            output = function(model, *args)
+            # A generator would run when the memory is gone.
+            return iter(list(output)) if isinstance(output, Iterator) else output
+
+        finished.__name__ = "a call of the view"
+        return state.model.call(state.params, state.buffers, finished, *args, train=train, key=key).output
+
+    def __repr__(self) -> str:
+        return f"View of {self._of[0].model!r} at step {int(self._of[0].step)}"
+
+
+def _has_modules(part: Any) -> bool:
+    return any(isinstance(leaf, nn.Module) for leaf in tree.leaves(part))

@@ -1,0 +1,258 @@
+"""Display: how progress is shown. Some lines that change in place, or lines one after another."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TextIO
+
+from fxtrain.core import LoopEvent
+from fxtrain.core._text import encodable, printable
+from fxtrain.observers._pace import fraction
+
+_PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
+_REDRAW = 0.2  # seconds between two drawings in place, of about two milliseconds each
+
+Column = tuple[str, str]
+"""A label, which may be empty, and a value."""
+
+
+class Frame(NamedTuple):
+    """What is to be shown of a run at one moment."""
+
+    step: str
+    epoch: str | None
+    columns: list[Column]  # metrics, rates
+    remaining: str | None
+    evaluation: list[Column]  # empty before the first
+
+
+def display(file: TextIO | None, seconds: float) -> Lines | Panel:
+    """In place on a terminal and in a notebook, lines elsewhere, and so in a file that a notebook writes.
+
+    Args:
+        file: Where to write; standard output by default.
+        seconds: Between two lines.
+    """
+    import rich
+    from rich.console import Console
+
+    # The console that the process shares: what others print on it appears above ours and not amidst it.
+    console = rich.get_console() if file is None else Console(file=file, force_jupyter=False)
+    if console.is_jupyter:
+        return Panel(Cell())
+    return Panel(Terminal(console)) if console.is_terminal and not console.is_dumb_terminal else Lines(file, seconds)
+
+
+class Lines:
+    """Lines one after another, in plain ASCII."""
+
+    def __init__(self, file: TextIO | None, seconds: float) -> None:
+        self._file = file
+        self._seconds = seconds
+        self._time: float | None = None  # of the last line about a step
+        self._tenth = 0  # of the run, at that line
+
+    def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._print(text)
+
+    def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
+        tenth = int(10 * (fraction(event) or 0.0) + 1e-9)
+        self._tenth = min(self._tenth, tenth)  # the run may have gone back
+        if self._time is None or event.time - self._time >= self._seconds or tenth > self._tenth:
+            self._time, self._tenth = event.time, tenth
+            shown = frame()
+            self._print(
+                f"step {shown.step}", shown.epoch, *_words(shown.columns), shown.remaining and f"{shown.remaining} left"
+            )
+
+    def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
+        pass
+
+    def evaluated(self, event: LoopEvent, frame: Frame) -> None:
+        at, *rest = _words(frame.evaluation)
+        self._print(f"evaluation {at}", *rest)
+
+    def note(self, event: LoopEvent, text: str) -> None:
+        self._print(text)
+
+    def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._print(f"ended: {text}")
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, *parts: str | None) -> None:
+        _print_line(" | ".join(part for part in parts if part), self._file)
+
+
+class Terminal:
+    """Draws in place on a terminal, which between its creation and ``close`` is rich's."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.live import Live
+
+        self.width: int = console.width
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            # What is printed to the terminal appears above the panel. What goes to a file is to stay there.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._live.start()
+
+    def draw(self, drawn: Any) -> None:
+        self.width = self._live.console.width  # a window may change its size
+        self._live.update(drawn, refresh=True)
+
+    def note(self, text: str) -> None:
+        self._live.console.print(_text(text, style="yellow"), highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+class Cell:
+    """Draws in place in the output of a notebook's cell: HTML that is replaced, so that a notebook shows the last of
+    it once it is saved, and needs no widgets."""
+
+    def __init__(self) -> None:
+        self.width = 100
+        self._handle: Any = None
+
+    def draw(self, drawn: Any) -> None:
+        import IPython.display
+        from rich.console import Console
+
+        apart = io.StringIO()  # what is printed goes nowhere: the record of it is shown
+        console = Console(file=apart, record=True, width=self.width, force_jupyter=False, color_system="truecolor")
+        console.print(drawn)
+        shown = {
+            "text/html": console.export_html(inline_styles=True, code_format=_PRE, clear=False),
+            "text/plain": console.export_text(),
+        }
+        if self._handle is None:
+            self._handle = IPython.display.display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def note(self, text: str) -> None:
+        _print_line(text, None)
+
+    def close(self) -> None:
+        pass
+
+
+class Panel:
+    """A few lines that change in place.
+
+    It has no thread: it is drawn when something happens, and at most five times a second.
+    """
+
+    def __init__(self, place: Terminal | Cell) -> None:
+        self._place = place
+        self._frame: Frame | None = None
+        self._event: LoopEvent | None = None
+        self._phase = ""  # what happens in place of steps
+        self._batch: tuple[int, int | None] | None = None  # of an evaluation: how many are done, and of how many
+        self._end = ""
+        self._drawn = -_REDRAW
+
+    def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._phase = text
+        self._show(event, frame)
+
+    def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
+        if self._phase or event.time - self._drawn >= _REDRAW or fraction(event) == 1.0:
+            self._phase = ""
+            self._show(event, frame())
+
+    def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
+        self._batch = batch, batches
+        if self._phase or event.time - self._drawn >= _REDRAW:
+            self._phase = ""
+            self._show(event, self._frame)
+
+    def evaluated(self, event: LoopEvent, frame: Frame) -> None:
+        self._phase, self._batch = "", None
+        self._show(event, frame)
+
+    def note(self, event: LoopEvent, text: str) -> None:
+        self._phase, self._batch = "", None
+        self._place.note(text)
+        self._show(event, self._frame)
+
+    def end(self, event: LoopEvent, frame: Frame, text: str) -> None:
+        self._phase, self._batch, self._end = "", None, text
+        self._show(event, frame)
+
+    def close(self) -> None:
+        self._place.close()
+
+    def _show(self, event: LoopEvent, frame: Frame | None) -> None:
+        self._event, self._frame, self._drawn = event, frame, event.time
+        self._place.draw(self._draw())
+
+    def _draw(self) -> Any:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        if self._frame is None or self._event is None:
+            return table
+        frame, width = self._frame, min(max(self._place.width - 50, 8), 40)
+        where = filter(None, (frame.step, frame.epoch, frame.remaining and f"{frame.remaining} left"))
+        table.add_row(_label("train"), self._bar(fraction(self._event), width, "   ".join(where)))
+        if self._phase or frame.columns:
+            table.add_row("", _text(self._phase, style="yellow") if self._phase else _styled(frame.columns))
+        if self._batch is not None:
+            done, count = self._batch
+            share = min(done / count, 1.0) if count else None
+            table.add_row(_label("eval"), self._bar(share, width, f"batch {done}" + (f"/{count}" if count else "")))
+        elif frame.evaluation:
+            table.add_row(_label("eval"), _styled(frame.evaluation))
+        if self._end:
+            table.add_row(_label("end"), _text(self._end))
+        return table
+
+    def _bar(self, share: float | None, width: int, text: str) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        total = None if share is None else 1.0  # without one, it pulses
+        bar = ProgressBar(total=total, completed=share or 0.0, width=width, animation_time=self._drawn)
+        row = Table.grid(padding=(0, 2, 0, 0))
+        row.add_row(bar, _text(text))
+        return row
+
+
+def _print_line(text: str, file: TextIO | None) -> None:
+    """Prints one line, whatever is in the names and reasons of which it is made."""
+    file = file or sys.stdout
+    print(encodable(printable(text), getattr(file, "encoding", None)), file=file, flush=True)
+
+
+def _text(text: str, style: str = "") -> Any:
+    """One line as rich shows it. A ``Text`` has no markup: brackets in names stay brackets."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
+
+
+def _label(text: str) -> Any:
+    return _text(text, style="bold")
+
+
+def _words(columns: list[Column]) -> list[str]:
+    return [f"{label} {value}" if label else value for label, value in columns]
+
+
+def _styled(columns: list[Column]) -> Any:
+    from rich.text import Text
+
+    parts = [
+        Text.assemble((f"{printable(label)} ", "dim"), printable(value)) if label else _text(value)
+        for label, value in columns
+    ]
+    return Text("   ").join(parts)

@@ -1,0 +1,246 @@
+"""Progress: where a run is, how fast it goes and how good it is, on a terminal, in a notebook or in a log."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TextIO
+
+from fxtrain.core import (
+    Control,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    LoopEvent,
+    Restored,
+    Rewound,
+    Saved,
+    StepEnd,
+    TrainState,
+)
+from fxtrain.observers._display import Column, Frame, Lines, Panel, display
+from fxtrain.observers._figures import duration, number, scaled
+from fxtrain.observers._pace import Pace
+from fxtrain.observers._rank_zero import rank
+
+_SPAN = 10.0  # seconds over which rates and metrics are averaged
+
+Derived = Callable[[Mapping[str, float]], float]
+Seen = FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
+
+
+def progress(
+    metrics: Sequence[str] = ("loss",),
+    *,
+    rate: tuple[str, float] = ("steps", 1),
+    extra: Mapping[str, Derived] | None = None,
+    best: str = "loss",
+    mode: str = "min",
+    seconds: float = 10.0,
+    every_rank: bool = False,
+    file: TextIO | None = None,
+) -> Progress:
+    """Shows a run as it goes: a few lines that change in place, or one line every so often where that cannot be.
+
+    In place is on a terminal and in a notebook, whose cell keeps the last of it. Of several processes the one of rank 0
+    alone shows, and in the others nothing is brought to the host for it.
+
+    Rates are averaged over about the last ten seconds, and metrics too, or over the last 20 steps if that is less. Time
+    that goes to evaluations and saves does not count as time of steps; the time that remains includes it.
+
+    Args:
+        metrics: Of steps and of evaluations, by name.
+        rate: A unit, and how many of it there are in a step: ``("tokens", 8192)`` shows tokens a second.
+        extra: More columns: functions of the metrics by name, ``{"bpb": lambda m: m["loss"] / math.log(2)}``.
+        best: The evaluation metric whose best value is shown, where there is one of this name.
+        mode: ``"min"`` or ``"max"``: which way it is better.
+        seconds: Between two lines, where the output is no terminal. There is also one each tenth of the run.
+        every_rank: Whether each of several processes shows; then give each a file of its own.
+        file: Where to write; standard output by default.
+
+    Raises:
+        TypeError: If ``metrics`` is a single string.
+        ValueError: If an argument is out of its range.
+        KeyError: When it runs, if the step measures none of this name.
+
+    Example:
+        >>> import io
+        >>> shown = progress(rate=("tokens", 512), file=io.StringIO())
+        >>> shown(None, StepEnd(step=1, total_steps=2, time=1.0, metrics={"loss": 2.0}), Control())
+        >>> shown(None, StepEnd(step=2, total_steps=2, time=1.5, metrics={"loss": 1.0}), Control())
+        >>> print(shown.file.getvalue(), end="")
+        step 1/2 | loss 2.0000
+        step 2/2 | loss 1.4872 | 1.02k tokens/s | data wait 0%
+    """
+    if isinstance(metrics, str):
+        raise TypeError(f"metrics={metrics!r} is one string: write metrics=({metrics!r},).")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r}: 'min' or 'max' is wanted.")
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: more than 0 is wanted.")
+    if not rate[1] > 0:
+        raise ValueError(f"rate={rate!r}: a unit and how many of it are in a step, more than 0, are wanted.")
+    sign = 1 if mode == "min" else -1
+    return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, seconds, every_rank, file)
+
+
+class Progress:
+    """Shows a run as it goes; made by ``progress``."""
+
+    def __init__(
+        self,
+        metrics: tuple[str, ...],
+        rate: tuple[str, float],
+        extra: Mapping[str, Derived],
+        best: str,
+        sign: int,
+        seconds: float,
+        every_rank: bool,
+        file: TextIO | None,
+    ) -> None:
+        self.file = file
+        self._every_rank = every_rank
+        self._metrics, self._rate, self._extra = metrics, rate, extra
+        self._best_of, self._sign = best, sign
+        self._seconds = seconds
+        self._display: Lines | Panel | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        # Asked as a session begins: processes may find each other after this was made.
+        self._silent = not self._every_rank and rank() != 0
+        self._pace = Pace(_SPAN)
+        self._checked = False
+        self._time = 0.0  # of the event before
+        self._evaluating: float | None = None  # since when
+        self._batch = 0  # of the evaluation: how many are done
+        self._batches: int | None = None  # how many there were in the last one
+        self._last: tuple[int, Mapping[str, float]] | None = None  # the last evaluation's step and metrics
+        self._best: tuple[float, int] | None = None  # the best value and its step
+
+    def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+        try:
+            self._see(event)
+        except BaseException:
+            self.close()  # the loop drops an observer that fails, and the terminal is to be as it was
+            raise
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._display is not None:
+            self._display.close()
+            self._display = None
+
+    def _see(self, event: Seen) -> None:
+        if isinstance(event, FitBegin):
+            self.close()
+            self._begin()
+        if self._silent:
+            return
+        if self._display is None:
+            self._display = display(self.file, self._seconds)
+        shown = self._display
+        match event:
+            case FitBegin():
+                where = f"going on from step {event.step}; " if event.resumed else ""
+                shown.phase(event, self._frame(event), f"{where}compiling, and taking the first step")
+            case Restored():
+                if said := _restored(event):
+                    shown.phase(event, self._frame(event), f"{said}; compiling, and taking the first step")
+            case StepEnd():
+                if not self._checked:
+                    self._check(event)
+                self._pace.step(event)
+                shown.step(event, lambda: self._frame(event))
+            case EvalBegin():
+                self._evaluating, self._batch = event.time, 0
+                if self._batches is None:
+                    shown.phase(event, self._frame(event), f"step {event.step}: compiling the evaluation")
+            case EvalStep():
+                self._batch = event.index + 1
+                shown.evaluating(event, self._batch, self._batches)
+            case EvalEnd():
+                self._evaluated(event)
+                shown.evaluated(event, self._frame(event))
+            case Saved():
+                self._pace.pause(event.time - self._time)
+            case Rewound():
+                self._pace.pause(event.time - self._time)
+                if self._best is not None and self._best[1] > event.to_step:
+                    self._best = None
+                shown.note(event, f"back from step {event.from_step} to step {event.to_step}")
+            case Interrupted():
+                shown.note(event, f"interrupted at step {event.step}: {event.cause}")
+            case FitEnd():
+                shown.end(event, self._frame(event), f"{event.reason}, in {duration(event.time)}")
+                self.close()
+        self._time = event.time
+
+    def _evaluated(self, event: EvalEnd) -> None:
+        if self._evaluating is not None:
+            self._pace.pause(event.time - self._evaluating)
+            self._evaluating = None
+        self._batches = self._batch
+        self._last = (event.step, dict(event.metrics))
+        value = event.metrics.get(self._best_of)
+        if value is not None and (self._best is None or self._sign * value < self._sign * self._best[0]):
+            self._best = (value, event.step)
+
+    # What is shown
+
+    def _frame(self, event: LoopEvent) -> Frame:
+        step = f"{event.step}/{event.total_steps}" if event.total_steps is not None else f"{event.step}"
+        return Frame(
+            step=step.rjust(2 * len(f"{event.total_steps or 0}") + 1 if event.total_steps else 0),
+            epoch=_epoch(event),
+            columns=[*(self._measured(metrics) if (metrics := self._pace.metrics) else []), *self._speed()],
+            remaining=duration(left) if (left := self._pace.remaining(event)) else None,
+            evaluation=self._evaluation(),
+        )
+
+    def _measured(self, metrics: Mapping[str, float]) -> list[Column]:
+        shown = [(name, number(metrics[name])) for name in self._metrics if name in metrics]
+        for name, derive in self._extra.items():
+            with contextlib.suppress(KeyError):  # an evaluation may measure less than a step
+                shown.append((name, number(derive(metrics))))
+        return shown
+
+    def _speed(self) -> list[Column]:
+        unit, in_a_step = self._rate
+        rate, waiting = self._pace.rate, self._pace.waiting
+        if rate is None or waiting is None:
+            return []
+        return [("", f"{scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
+
+    def _evaluation(self) -> list[Column]:
+        if self._last is None:
+            return []
+        step, metrics = self._last
+        rest = [(name, number(value)) for name, value in metrics.items() if name not in self._metrics]
+        best = [(f"best {self._best_of}", f"{number(self._best[0])} at step {self._best[1]}")] if self._best else []
+        return [("at step", str(step)), *self._measured(metrics), *rest, *best]
+
+    def _check(self, event: StepEnd) -> None:
+        self._checked = True  # once, because it reads metrics, and waits for them
+        for name in self._metrics:
+            if name not in event.metrics:
+                there = ", ".join(map(repr, event.metrics)) or "nothing"
+                raise KeyError(f"progress is to show {name!r}, and the step measures {there}: name some of these.")
+        for derive in self._extra.values():
+            derive(event.metrics)
+
+
+def _restored(event: Restored) -> str:
+    """What of the restored state a person should know."""
+    new = [f"slot {name!r} is new" for name in event.missing]
+    kept = [f"slot {name!r} is kept for nobody" for name in event.extra]
+    return "; ".join([*new, *kept, *(f"the last bits may differ: {line}" for line in event.different)])
+
+
+def _epoch(event: LoopEvent) -> str | None:
+    if event.epoch is None:
+        return None
+    return f"epoch {event.epoch:.2f}" + (f"/{event.total_epochs}" if event.total_epochs is not None else "")

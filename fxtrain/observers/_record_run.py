@@ -1,0 +1,294 @@
+"""Record run: what a run is, where it ran, what happened in it and how it ended, in its folder."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain.core import (
+    Control,
+    EpochEnd,
+    EvalEnd,
+    FitBegin,
+    FitEnd,
+    Interrupted,
+    LoopEvent,
+    Restored,
+    Rewound,
+    Saved,
+    StepEnd,
+    TrainState,
+)
+from fxtrain.core._text import printable
+from fxtrain.disk import make_folder, replace_file, set_aside, sync_file, sync_folder
+from fxtrain.observers._repository import commit_of
+from fxtrain.values import plain
+
+Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
+
+_MOST_LINES = 10_000  # that wait where they cannot be written
+_TOGETHER = 100  # steps whose requests may wait on their device
+_TOLD: Mapping[type[Any], tuple[str, ...]] = {
+    FitBegin: ("total_steps", "total_epochs", "resumed"),
+    Restored: ("path", "missing", "extra", "different"),
+    Saved: ("path", "metrics"),
+    Rewound: ("from_step", "to_step", "times"),
+    Interrupted: ("cause",),
+    FitEnd: ("reason",),
+}
+"""The events of a session, and what of them is written down."""
+
+
+def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> RecordRun:
+    """Writes into a folder what makes it tell its own story.
+
+    - ``run.json``: the configuration; the environment (versions, device, threads, commit); and a list of sessions, each
+      with when it began, from which step, when it ended, at which step and why. A session that was killed has no end.
+    - ``events.jsonl``: a line for each session's begin and end, each checkpoint, rewind and interrupt, and for each
+      event at which a callback asked for something: which requests, and the reasons of each. Nothing is taken back
+      from it.
+
+    Nothing waits for an accelerator: requests that only it knows are read some steps later.
+
+    Both are on the disk before each save. A ``run.json`` that a power cut left empty or cut is moved to
+    ``run.json.damaged``, with a warning, and begun again. Where the disk is full, at most 10,000 lines wait, and are
+    written later.
+
+    Args:
+        folder: Of the run. Made if it is not there.
+        config: What the run is configured with: what JSON has.
+
+    Raises:
+        TypeError: If ``config`` has something in it that JSON has not.
+        OSError: If the folder cannot be written to.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> observer = record_run(folder, {"lr": 0.1})
+        >>> observer(None, FitBegin(step=0, total_steps=10), Control())
+        >>> observer(None, EvalEnd(step=5, metrics={}), Control(stop=True, reason="good enough"))
+        >>> observer(None, FitEnd(step=5, reason="good enough"), Control())
+        >>> json.loads((folder / "run.json").read_text())["sessions"][0]["reason"]
+        'good enough'
+        >>> [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+        ['FitBegin', 'EvalEnd', 'FitEnd']
+    """
+    try:
+        kept = json.loads(json.dumps(config, allow_nan=False))  # a copy: what is changed later is no configuration
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"config is written as JSON, which it cannot be: {error}. Give numbers, strings, bools, None, and lists "
+            "and dicts of these."
+        ) from None
+    path = Path(folder)
+    make_folder(path)
+    return RecordRun(path, kept)
+
+
+class RecordRun:
+    """Writes the story of a run; made by ``record_run``."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any] | None) -> None:
+        self._run, self._events = folder / "run.json", folder / "events.jsonl"
+        self._config = config
+        self._known: dict[str, Any] = {}
+        self._unwritten = False  # whether run.json lacks something of it
+        self._lines: deque[bytes] = deque()  # that events.jsonl lacks
+        self._dropped = 0
+        self._failure: OSError | None = None  # since the last success
+        self._contained: OSError | None = None
+        self._unread: list[tuple[LoopEvent, Control]] = []
+
+    def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
+        if isinstance(event, FitBegin):
+            self._begin(state, event)
+        told = type(event) in _TOLD
+        if told or control.kinds:
+            self._unread.append((event, control))
+        at_once = told or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in _flags(control))
+        if self._unread and (at_once or len(self._unread) >= _TOGETHER):
+            self._read()
+        if isinstance(event, FitEnd | Interrupted):
+            self._end(event)
+
+    def flush(self) -> None:
+        """Writes what is left, and brings it to the disk."""
+        self._read()
+        self._try(self._sync)
+
+    def close(self) -> None:
+        """Writes what is left. Lines that cannot be written are counted in a warning."""
+        self.flush()
+        if lost := self._dropped + len(self._lines):
+            _warn(f"record_run: {lost} lines of {self._events} could not be written and are lost.")
+            self._lines.clear()
+            self._dropped = 0
+
+    def take_failure(self) -> Exception | None:
+        """Returns the error of the disk that was contained since this was last asked."""
+        failure, self._contained = self._contained, None
+        return failure
+
+    def _begin(self, state: TrainState | None, event: FitBegin) -> None:
+        before = _read_json(self._run)
+        sessions = before.get("sessions", [])
+        # What a session that was killed began stays as it is: it has no end.
+        sessions.append({"began": _now(), "from_step": event.step, "environment": _environment(state)})
+        config = self._config if self._config is not None else before.get("config")
+        self._known = {"config": config, "sessions": sessions}
+        self._write()
+
+    def _end(self, event: FitEnd | Interrupted) -> None:
+        if not self._known:
+            return
+        reason = event.reason if isinstance(event, FitEnd) else f"interrupted by {event.cause}"
+        self._known["sessions"][-1] |= {"ended": _now(), "to_step": event.step, "reason": reason, "seconds": event.time}
+        self._write()
+
+    def _write(self) -> None:
+        self._unwritten = True
+        self._try(self._put)
+
+    def _put(self) -> None:
+        """Writes what the files lack."""
+        if self._unwritten:
+            replace_file(self._run, json.dumps(self._known, indent=2).encode())
+            self._unwritten = False
+        if self._lines:
+            _append(self._events, b"".join(self._lines))
+            self._lines.clear()
+
+    def _sync(self) -> None:
+        self._put()
+        if self._events.exists():
+            sync_file(self._events)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if self._failure is None:
+                self._contained = error
+                _warn(
+                    f"record_run cannot write to {self._run.parent} and tries again; up to {_MOST_LINES} lines wait. "
+                    f"Training goes on. {type(error).__name__}: {printable(str(error))}"
+                )
+            self._failure = error
+        else:
+            self._failure = None
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for event, control in unread:
+            kind = type(event)
+            line = {name: getattr(event, name) for name in _TOLD.get(kind, ())}
+            if asked := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
+                line["asked"] = asked
+            if asked or kind in _TOLD:
+                self._line({"event": kind.__name__, **_at(event), **line})
+        if self._lines:
+            self._try(self._put)
+
+    def _line(self, line: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+        if len(self._lines) > _MOST_LINES:
+            self._lines.popleft()
+            self._dropped += 1
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Adds lines to a file, all or none. A last line that a crash tore ends where they begin."""
+    is_new = not path.exists()
+    with open(path, "ab+", buffering=0) as file:
+        size = end = file.tell()
+        # A power cut may have left zeros in the place of what was not synced.
+        while end and (last := _byte(file, end - 1)) == b"\0":
+            end -= 1
+        if end < size:
+            file.truncate(end)
+        torn = end > 0 and last != b"\n"
+        rest = memoryview(b"\n" + lines if torn else lines)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+    if is_new:
+        sync_folder(path.parent)
+
+
+def _byte(file: Any, place: int) -> bytes:
+    file.seek(place)
+    return file.read(1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What an earlier session wrote, or nothing where that cannot be read, and is set aside."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and isinstance(found.get("sessions", []), list):
+            return found
+    except ValueError:
+        pass
+    set_aside(path, "is not what record_run wrote, so the story begins again")
+    return {}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _flags(control: Control) -> list[Any]:
+    return [flag for reasons in control.requests.values() for flag in reasons.values()]
+
+
+def _reasons(control: Control, kind: str) -> list[str]:
+    return [reason for reason, flag in control.requests[kind].items() if flag]
+
+
+def _at(event: LoopEvent) -> dict[str, Any]:
+    return {"step": event.step, "epoch": event.epoch, "time": event.time}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _environment(state: TrainState | None) -> dict[str, Any]:
+    device = None if state is None else state.step.device
+    return {
+        "fxtrain": _version("fxtrain"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "command": [*sys.argv],
+        "device": None if device is None else str(device),
+        "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "commit": commit_of(Path()),  # of the repository that the process runs in
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

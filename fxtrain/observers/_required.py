@@ -1,0 +1,52 @@
+"""Required: an observer without which the run is not worth its time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fxtrain.fold._subscription import name_of
+
+
+def required(observer: Callable[..., None]) -> Callable[..., None]:
+    """``observer``, whose failure ends the run, that of one of its writers included.
+
+    The failure of any other observer is reported, and the observer dropped.
+
+    Args:
+        observer: ``(state, event, control) -> None``. It stays as it is.
+
+    Example:
+        >>> from fxtrain.core import StepEnd
+        >>> def watch(state, event: StepEnd, control): ...
+        >>> required(watch).required
+        True
+    """
+
+    @functools.wraps(observer, updated=())  # the annotation, which subscribes, is read through it
+    def watched(state: Any, event: Any, control: Any) -> None:
+        observer(state, event, control)
+        raise_contained()
+
+    def raise_contained() -> None:
+        failure = take_failure()
+        if failure is not None:
+            raise failure
+
+    def strict(act: Callable[[], None]) -> Callable[[], None]:
+        def acting() -> None:
+            act()
+            raise_contained()
+
+        return acting
+
+    take_failure: Callable[[], Exception | None] = getattr(observer, "take_failure", lambda: None)
+
+    result: Any = watched
+    result.__name__ = name_of(observer)
+    result.required = True
+    result.sees_logged = getattr(observer, "sees_logged", False)
+    for verb in ("flush", "close"):
+        setattr(result, verb, strict(getattr(observer, verb, lambda: None)))
+    return result

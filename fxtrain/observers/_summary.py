@@ -1,0 +1,443 @@
+"""Summary: one page that says what is about to be trained, with what, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, check_positive_int, ops
+from fxtrain.core._text import printable
+from fxtrain.disk import make_folder, replace_file
+from fxtrain.observers._figures import size
+from fxtrain.observers._rank_zero import rank
+from fxtrain.optim import PerParameter
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_LONGEST = 48  # characters of a name in a table
+_NUMBERS = ("parameters", "share", "size")  # columns
+_WIDTH = 96  # characters of a line of facts
+
+Facts = dict[str, str]
+"""What is known, by its label. What is not known is not there."""
+
+
+def summary(
+    *, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | TextIO | None = None
+) -> Callable[..., None]:
+    """Prints a page about the run: what is trained, for how long, with what memory and where; and its modules.
+
+    Parameters that modules share count once, at the first of their names. Nothing is guessed: what the state and the
+    event do not tell is left out. Of several processes the one of rank 0 alone prints.
+
+    A table of more than ``rows`` modules is shown in less detail: alike modules that differ in their number only
+    become one row, and if that is not enough, the deepest ones go. A model of at most ``rows`` tensors gets a table of
+    these too, and so does one without modules.
+
+    Args:
+        depth: How deep in the model modules get a row of their own, 1 or more.
+        rows: At most so many in a table, 1 or more.
+        file: A path, of which the folder is made where it is missing and which is written anew by each session; or
+            where to write; standard output by default.
+
+    Raises:
+        ValueError: If ``rows`` or ``depth`` is below 1.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(3, 2), fx.optim.adam(1e-3))
+        >>> summary()(state, FitBegin(step=0, total_steps=10), Control())
+        run
+          length       10 steps
+          seed         0
+        model
+          parameters   8 in 2 tensors, all trainable
+          dtype        float32
+          state        150 B: params 32 B, opt_state 80 B, the rest 38 B
+        training
+          optimizer    ScaleByAdamState 80 B
+        distributed
+          processes    one
+        device
+          device       cpu
+          ...
+        modules
+          +---------+--------+------------+--------+-----------+---------+
+          | Module  | Type   | Parameters | Share  | Trainable | Dtype   |
+          +---------+--------+------------+--------+-----------+---------+
+          | (model) | Linear |          8 | 100.0% | all       | float32 |
+          +---------+--------+------------+--------+-----------+---------+
+        tensors
+          +--------+--------+---------+------+
+          | Tensor | Shape  | Dtype   | Size |
+          +--------+--------+---------+------+
+          | bias   | (2,)   | float32 |    2 |
+          | weight | (2, 3) | float32 |    6 |
+          +--------+--------+---------+------+
+    """
+    if rows < 1:
+        raise ValueError(f"rows={rows!r}: at least 1 row is wanted.")
+    check_positive_int("depth", depth)
+
+    def summary(state: TrainState, event: FitBegin, control: Control) -> None:
+        if rank() == 0:
+            _put(_panels(state, event, depth, rows), file)
+
+    return summary
+
+
+def _put(panels: Mapping[str, str], file: str | os.PathLike[str] | TextIO | None) -> None:
+    page = "\n".join(f"{title}\n{textwrap.indent(text, '  ')}" for title, text in panels.items())
+    if isinstance(file, str | os.PathLike):
+        path = Path(file)
+        make_folder(path.parent)
+        replace_file(path, f"{page}\n".encode(errors="backslashreplace"))
+    elif file is not None or not _boxed(panels):
+        print(page, file=file, flush=True)
+
+
+def _boxed(panels: Mapping[str, str]) -> bool:
+    """Draws a box around each panel where standard output is a terminal that is wide enough; whether it did."""
+    import rich
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = rich.get_console()
+    widest = max(len(line) for text in panels.values() for line in text.splitlines())
+    if console.is_jupyter or console.is_dumb_terminal or not console.is_terminal or console.width < widest + 4:
+        return False
+    for title, text in panels.items():
+        console.print(Panel(Text(text), title=title, title_align="left", border_style="dim", expand=False))
+    return True
+
+
+def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[str, str]:
+    leaves = _leaves(state)
+    modules, tied = _modules(state)
+    facts = {
+        "run": _run(state, event),
+        "model": _model(state, leaves, tied),
+        "data": _data(event),
+        "training": _training(state),
+        "distributed": _distributed(),
+        "device": _device(state.step.device),
+    }
+    by_module = _module_rows(leaves, modules, depth, rows)
+    tables = {
+        "modules": _table(by_module),
+        "tensors": _table(_tensor_rows(leaves, rows)) if len(leaves) <= rows or len(by_module) < 2 else "",
+    }
+    panels = {title: "\n".join(_line(label, text) for label, text in known.items()) for title, known in facts.items()}
+    return {title: text for title, text in (panels | tables).items() if text}
+
+
+def _line(label: str, text: str) -> str:
+    return textwrap.fill(
+        f"{printable(label):<11}  {printable(text)}",
+        _WIDTH,
+        subsequent_indent=" " * 13,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+# What is known of the parameters
+
+
+class _Leaf(NamedTuple):
+    name: str  # dotted
+    tensor: Tensor
+    trainable: bool | None  # None where the state has no model to say so
+
+
+def _leaves(state: TrainState) -> list[_Leaf]:
+    paths = [".".join(map(str, path)) for path in ops.tree_paths(state.params, namespace=NAMESPACE)]
+    tensors: list[Tensor] = tree.leaves(state.params)
+    masks = [None] * len(tensors) if state.model is None else tree.leaves(state.model.trainable)
+    return [_Leaf(*each) for each in zip(paths, tensors, masks, strict=True)]
+
+
+def _modules(state: TrainState) -> tuple[dict[str, str], dict[str, str]]:
+    """The type of each module by its dotted name, in the order of the model; and the other names of tied parameters,
+    each with the name that counts."""
+    types: dict[str, str] = {}
+    tied: dict[str, str] = {}
+
+    def look(model: Any) -> None:
+        first: dict[Tensor, str] = {}  # a tensor is itself as a key, whatever it holds
+        parts = zip(ops.tree_paths(model, namespace=NAMESPACE), tree.leaves(model), strict=True)
+        for path, part in parts:
+            if isinstance(part, nn.Module):
+                for name, module in part.named_modules():
+                    types[_joined(path, name)] = type(module).__name__
+                for name, value in part.named_parameters(remove_duplicate=False):
+                    known = first.setdefault(value, _joined(path, name))
+                    if known != _joined(path, name):
+                        tied[_joined(path, name)] = known
+
+    if state.model is not None:
+        state.model.call(state.params, state.buffers, look, train=False)
+    return types, tied
+
+
+def _joined(path: tuple[Any, ...], name: str) -> str:
+    return ".".join([*map(str, path), *([name] if name else [])])
+
+
+# Panels
+
+
+def _run(state: TrainState, event: FitBegin) -> Facts:
+    limits = [
+        _count(total, unit)
+        for total, unit in ((event.total_steps, "step"), (event.total_epochs, "epoch"))
+        if total is not None
+    ]
+    fires = [kind.__name__ for kind in TRACED if kind in event.fires]
+    return _known(
+        length=" or ".join(limits) + (", what comes first" if len(limits) > 1 else ""),
+        begins=f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
+        seed=str(int(state.seed)),
+        events=f"{', '.join(fires)} in the step" if fires else "",
+    )
+
+
+def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Facts:
+    buffers = tree.leaves(state.buffers)
+    counts: dict[str, int] = {}
+    for leaf in leaves:
+        counts[_dtype(leaf.tensor)] = counts.get(_dtype(leaf.tensor), 0) + leaf.tensor.numel()
+    several = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    whole = f"{_numel(leaves):,} in {_count(len(leaves), 'tensor')}"
+    trainable = _trainable(leaves)
+    if trainable == "some":
+        moving = _numel(leaf for leaf in leaves if leaf.trainable)
+        whole += f": {moving:,} trainable, {_numel(leaves) - moving:,} frozen"
+    elif trainable:
+        whole += ", all trainable" if trainable == "all" else ", all frozen"
+    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    named = [f"{name} {size(count)}" for name, count in parts.items() if count]
+    everything = _bytes(state)
+    return _known(
+        parameters=whole,
+        tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
+        buffers=f"{_numbers(buffers):,} in {_count(len(buffers), 'tensor')}" if buffers else "",
+        dtype=several if len(counts) > 1 else "".join(counts),
+        state=f"{size(everything)}: {', '.join([*named, f'the rest {size(everything - sum(parts.values()))}'])}",
+    )
+
+
+def _data(event: FitBegin) -> Facts:
+    at = f" of epoch {int(event.epoch) + 1:,}" if event.epoch is not None else ""
+    within = event.position - event.epoch_start
+    within = within % event.epoch_length if event.epoch_length else within
+    return _known(
+        epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
+        sizes=f"{event.sizes}, a graph for each if the step is compiled" if (event.sizes or 1) > 1 else "",
+        position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
+    )
+
+
+def _training(state: TrainState) -> Facts:
+    kinds: dict[str, int] = {}
+    accessors = ops.tree_accessors(state.opt_state, namespace=NAMESPACE)
+    for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
+        # The innermost node with a name of its own says what the memory is for.
+        named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
+        kind = named[-1] if named else "tensors"
+        kinds[kind] = kinds.get(kind, 0) + leaf.nbytes
+    slots = {name: _bytes(memory) for name, memory in state.slots.items()}
+    return _known(
+        optimizer=", ".join(f"{name} {size(count)}" for name, count in kinds.items()),
+        callbacks=", ".join(f"{name} {size(count)}" for name, count in slots.items()),
+    )
+
+
+def _distributed() -> Facts:
+    if dist.is_available() and dist.is_initialized():
+        return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
+    told = os.environ.get("WORLD_SIZE") or "1"
+    if told != "1":
+        return {"processes": f"{told}, this is rank {rank()}; torch.distributed is not initialised"}
+    return {"processes": "one"}
+
+
+def _device(device: torch.device) -> Facts:
+    import psutil
+
+    cuda = device.type == "cuda"
+    taken = torch.cuda.mem_get_info(device) if cuda else None
+    versions = f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
+    return _known(
+        device=f"{device}, {torch.cuda.get_device_name(device)}" if cuda else str(device),
+        memory=f"{size(taken[1])}, {size(taken[0])} of it free" if taken else "",
+        host=f"{size(psutil.virtual_memory().total)}, {_count(os.cpu_count() or 1, 'core')}",
+        threads=f"{torch.get_num_threads():,}",
+        torch=versions,
+        python=platform.python_version(),
+    )
+
+
+def _known(**facts: str) -> Facts:
+    return {label: text for label, text in facts.items() if text}
+
+
+# Tables
+
+
+_Row = dict[str, str]
+"""The cells of a row by their columns."""
+
+
+class _Group(NamedTuple):
+    """Modules that share a row: alike, and different in their numbers only."""
+
+    name: str
+    depth: int
+    kind: str
+    leaves: list[_Leaf]
+    number: int = 1  # of modules
+
+
+def _tensor_rows(leaves: list[_Leaf], rows: int) -> list[_Row]:
+    shown, rest = _cut(leaves, rows)
+    table = [
+        {
+            "tensor": _short(leaf.name),
+            "shape": str(tuple(leaf.tensor.shape)),
+            "dtype": _dtype(leaf.tensor),
+            "size": f"{leaf.tensor.numel():,}",
+        }
+        for leaf in shown
+    ]
+    if rest:
+        table.append({"tensor": f"(and {len(rest)} more)", "shape": "", "dtype": "", "size": f"{_numel(rest):,}"})
+    return table
+
+
+def _module_rows(leaves: list[_Leaf], modules: dict[str, str], depth: int, rows: int) -> list[_Row]:
+    if not leaves:
+        return []
+    groups = _by_module(leaves, modules, depth)
+    if len(groups) > rows:
+        groups = _alike(groups)
+    while len(groups) > rows and depth > 1:
+        depth -= 1
+        groups = [group for group in groups if group.depth <= depth]
+    if len(groups) == 1 and not modules:
+        return []  # parameters side by side, which the panels have summed up already
+    shown, rest = _cut(groups, rows)
+    if rest:
+        top = min(group.depth for group in rest)  # those below are in these
+        beyond = [leaf for group in rest if group.depth == top for leaf in group.leaves]
+        shown.append(_Group(f"(and {sum(group.number for group in rest)} more)", 1, "", beyond))
+    return [_module_row(group, _numel(leaves)) for group in shown]
+
+
+def _by_module(leaves: list[_Leaf], modules: dict[str, str], depth: int) -> list[_Group]:
+    """One for each module with parameters that is not too deep, in the order of the model."""
+    members: dict[str, list[_Leaf]] = {name: [] for name in ("", *modules)}
+    for leaf in leaves:
+        parts = leaf.name.split(".")
+        for level in range(min(depth, len(parts) - 1) + 1):
+            members.setdefault(".".join(parts[:level]), []).append(leaf)
+    return [
+        _Group(name, name.count(".") + 1 if name else 0, modules.get(name, ""), inside)
+        for name, inside in members.items()
+        if inside
+    ]
+
+
+def _alike(groups: list[_Group]) -> list[_Group]:
+    found: dict[Any, _Group] = {}
+    for group in groups:
+        starred = _NUMBER.sub("*", group.name)
+        key = starred, group.kind, _numel(group.leaves), _dtypes(group.leaves), _trainable(group.leaves)
+        first = found.get(key)
+        if first is None:
+            found[key] = group
+        else:
+            found[key] = _Group(starred, group.depth, group.kind, [*first.leaves, *group.leaves], first.number + 1)
+    return list(found.values())
+
+
+def _module_row(group: _Group, whole: int) -> _Row:
+    count = _numel(group.leaves)
+    last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
+    return {
+        "module": "  " * group.depth + _short(last),
+        "type": _short(kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} alike"),
+        "parameters": f"{count:,}",
+        "share": f"{count / whole:.1%}" if whole else "",
+        "trainable": _trainable(group.leaves),
+        "dtype": _dtypes(group.leaves),
+    }
+
+
+def _table(rows: list[_Row]) -> str:
+    if not rows:
+        return ""
+    try:
+        from clu import parameter_overview  # imports jax, and starts no backend of it
+    except ImportError as error:
+        return f"(no table, as clu cannot be imported: {error}; pip install clu)"
+    rows = [{name: printable(cell) for name, cell in row.items()} for row in rows]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]  # what is known of none is no column
+    widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    # Numbers stand below each other, to the right.
+    aligned = [
+        {name: row[name].rjust(widest[name]) if name in _NUMBERS else row[name] for name in columns} for row in rows
+    ]
+    kind = dataclasses.make_dataclass("Row", columns)
+    return parameter_overview.make_table([kind(**row) for row in aligned], column_names=columns)
+
+
+def _cut(found: list[Any], rows: int) -> tuple[list[Any], list[Any]]:
+    """What is to be shown, and what one more row sums up."""
+    return (found, []) if len(found) <= rows else (found[: rows - 1], found[rows - 1 :])
+
+
+def _trainable(leaves: list[_Leaf]) -> str:
+    told = {leaf.trainable for leaf in leaves}
+    if None in told or not told:
+        return ""
+    return "some" if len(told) > 1 else "all" if told == {True} else "frozen"
+
+
+def _short(name: str) -> str:
+    half = (_LONGEST - 3) // 2
+    return name if len(name) <= _LONGEST else f"{name[:half]}...{name[-half:]}"
+
+
+def _count(number: int, unit: str, plural: str = "s") -> str:
+    return f"{number:,} {unit}{'' if number == 1 else plural}"
+
+
+def _dtypes(leaves: list[_Leaf]) -> str:
+    return ", ".join(sorted({_dtype(leaf.tensor) for leaf in leaves}))
+
+
+def _dtype(leaf: Tensor) -> str:
+    return str(leaf.dtype).removeprefix("torch.")
+
+
+def _numel(leaves: Iterable[_Leaf]) -> int:
+    return _numbers(leaf.tensor for leaf in leaves)
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _bytes(values: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(values))

@@ -1,0 +1,70 @@
+"""AdaDelta: scaling by the ratio of what went to what came."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._decay import add_decayed_weights
+from fxtrain.optim._leaves import Scalar, map_with_memory, moving_average, real_full, squared
+from fxtrain.optim._masking import Mask
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class ScaleByAdaDeltaState(NamedTuple):
+    """The memory of ``scale_by_adadelta``."""
+
+    e_g: Any  # like the parameters, real, float32 at least: average of squared updates that came
+    e_x: Any  # like the parameters, real, float32 at least: average of squared updates that went
+
+
+def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
+    """Updates times the root of the average of past steps' squares, over that of their own; see ``adadelta``."""
+    checks.decay_rate(rho=rho)
+    checks.non_negative(eps=eps)
+
+    def rule(update: Tensor, e_g: Tensor, e_x: Tensor) -> tuple[Tensor, ...]:
+        e_g = moving_average(squared(update), e_g, rho)
+        update = (e_x + eps).sqrt() / (e_g + eps).sqrt() * update
+        return update, e_g, moving_average(squared(update), e_x, rho)
+
+    def update(updates: Any, opt_state: ScaleByAdaDeltaState, params: Any = None) -> tuple[Any, ScaleByAdaDeltaState]:
+        updates, e_g, e_x = map_with_memory(rule, updates, opt_state.e_g, opt_state.e_x)
+        return updates, ScaleByAdaDeltaState(e_g, e_x)
+
+    def init(params: Any) -> ScaleByAdaDeltaState:
+        return ScaleByAdaDeltaState(real_full(params), real_full(params))
+
+    return GradientTransformation(init, update)
+
+
+def adadelta(
+    learning_rate: ScalarOrSchedule = 1.0,
+    *,
+    rho: Scalar = 0.9,
+    eps: Scalar = 1e-6,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """AdaDelta: steps of the size of past steps, so that a learning rate of 1 will do.
+
+        u = -lr sqrt(E[x^2] + eps) / sqrt(E[g^2] + eps) g
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        rho: Decay of the averages, in [0, 1).
+        eps: Added under both roots; it sets the size of the first steps.
+        weight_decay: Added to the gradient: L2 regularisation.
+        mask: Which parameters decay; see ``add_decayed_weights``.
+
+    References:
+        Zeiler, ADADELTA: An Adaptive Learning Rate Method, 2012.
+    """
+    return chain(
+        add_decayed_weights(weight_decay, mask),
+        scale_by_adadelta(rho=rho, eps=eps),
+        scale_by_learning_rate(learning_rate),
+    )

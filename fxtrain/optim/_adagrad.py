@@ -1,0 +1,64 @@
+"""AdaGrad: scaling by the root of the sum of all squares."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._leaves import Scalar, map_with_memory, real_full, squared
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class ScaleByRssState(NamedTuple):
+    """The memory of ``scale_by_rss``."""
+
+    sum_of_squares: Any  # like the parameters, real, float32 at least
+
+
+def scale_by_rss(
+    *, initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7, eps_in_sqrt: bool = True
+) -> GradientTransformation:
+    """Updates over the root of the sum of all their squares; see ``adagrad``."""
+    checks.non_negative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+
+    def rule(update: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        total = total + squared(update)
+        scaled = update / ((total + eps).sqrt() if eps_in_sqrt else total.sqrt() + eps)
+        return torch.where(total > 0, scaled, torch.zeros_like(scaled)), total
+
+    def update(updates: Any, opt_state: ScaleByRssState, params: Any = None) -> tuple[Any, ScaleByRssState]:
+        updates, total = map_with_memory(rule, updates, opt_state.sum_of_squares)
+        return updates, ScaleByRssState(total)
+
+    def init(params: Any) -> ScaleByRssState:
+        return ScaleByRssState(real_full(params, initial_accumulator_value))
+
+    return GradientTransformation(init, update)
+
+
+def adagrad(
+    learning_rate: ScalarOrSchedule,
+    *,
+    initial_accumulator_value: Scalar = 0.1,
+    eps: Scalar = 1e-7,
+    eps_in_sqrt: bool = True,
+) -> GradientTransformation:
+    """AdaGrad: gradients over the root of the sum of all their squares: ``u = -lr g / sqrt(sum |g|^2 + eps)``.
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        initial_accumulator_value: What the sum starts with. 0.1 as in optax; ``torch.optim.Adagrad`` has 0.
+        eps: Against division by zero. 1e-7 as in optax; torch has 1e-10.
+        eps_in_sqrt: Whether ``eps`` is added under the root, as in optax, or to it, as in torch.
+
+    References:
+        Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.
+    """
+    return chain(
+        scale_by_rss(initial_accumulator_value=initial_accumulator_value, eps=eps, eps_in_sqrt=eps_in_sqrt),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,320 @@
+"""Adam and what descends from it: moving averages of updates and of their squares, corrected for their start.
+
+Defaults and meanings are optax's. Second moments are kept in float32 at least, first moments in the parameters' dtype
+unless ``mu_dtype`` says otherwise. The second moment of a complex parameter is of its absolute value;
+``split_real_and_imaginary`` gives torch's meaning, two independent real numbers.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._decay import add_decayed_weights
+from fxtrain.optim._leaves import (
+    Scalar,
+    bias_correction,
+    bias_corrections,
+    debiased,
+    map_with_memory,
+    moving_average,
+    real_full,
+    squared,
+    widest,
+    zeros,
+)
+from fxtrain.optim._masking import Mask
+from fxtrain.optim._per_parameter import PerParameter, start_counts
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate, scale_by_trust_ratio
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class ScaleByAdamState(NamedTuple):
+    """The memory of Adam and its kin."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    mu: Any  # like the parameters: first moment
+    nu: Any  # like the parameters, real, float32 at least: second moment
+
+
+class ScaleByAdamaxState(NamedTuple):
+    """The state of Adamax."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    mu: Any  # like the parameters: first moment
+    nu: Any  # like the parameters, real, float32 at least: decaying maximum
+
+
+class ScaleByAmsgradState(NamedTuple):
+    """The memory of AMSGrad."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    mu: Any  # like the parameters: first moment
+    nu: Any  # like the parameters, real, float32 at least: second moment
+    nu_max: Any  # like nu: its largest value so far
+
+
+def scale_by_adam(
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """The first moment over the root of the second; see ``adam``."""
+    checks.decay_rate(b1=b1, b2=b2)
+    checks.non_negative(eps=eps, eps_root=eps_root)
+
+    def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
+        count = opt_state.count + 1
+        dtype = widest(updates)
+        second = bias_correction(b2, count.values, dtype)
+        first = bias_corrections(b1, count.values, dtype, nesterov)
+
+        def rule(update: Tensor, mu: Tensor, nu: Tensor, second: Tensor, *first: Tensor) -> tuple[Tensor, ...]:
+            mu = moving_average(update, mu, b1)
+            nu = moving_average(squared(update), nu, b2)
+            return debiased(update, mu, b1, *first) / ((nu / second + eps_root).sqrt() + eps), mu, nu
+
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[second, *first])
+        return updates, ScaleByAdamState(count, mu, nu)
+
+    def init(params: Any) -> ScaleByAdamState:
+        return _start(params, mu_dtype)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_amsgrad(
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    correct_maximum: bool = False,
+) -> GradientTransformation:
+    """As ``scale_by_adam``, with the largest second moment so far in the place of the present one.
+
+    Args:
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root.
+        eps_root: Added under the root.
+        mu_dtype: What the first moment is kept in.
+        correct_maximum: Whether the second moment is corrected for its start after the maximum is taken, as in
+            ``torch.optim.Adam``, or before, as in optax.
+
+    References:
+        Reddi et al., On the Convergence of Adam and Beyond, 2018.
+    """
+    checks.decay_rate(b1=b1, b2=b2)
+    checks.non_negative(eps=eps, eps_root=eps_root)
+
+    def init(params: Any) -> ScaleByAmsgradState:
+        return ScaleByAmsgradState(*_start(params, mu_dtype), real_full(params))
+
+    def update(updates: Any, opt_state: ScaleByAmsgradState, params: Any = None) -> tuple[Any, ScaleByAmsgradState]:
+        count = opt_state.count + 1
+        numbers = [bias_correction(decay, count.values, widest(updates)) for decay in (b1, b2)]
+
+        def rule(
+            update: Tensor, mu: Tensor, nu: Tensor, nu_max: Tensor, first: Tensor, second: Tensor
+        ) -> tuple[Tensor, ...]:
+            mu = moving_average(update, mu, b1)
+            nu = moving_average(squared(update), nu, b2)
+            nu_max = torch.maximum(nu_max, nu if correct_maximum else nu / second)
+            root = (nu_max / second if correct_maximum else nu_max) + eps_root
+            return mu / first / (root.sqrt() + eps), mu, nu, nu_max
+
+        updates, mu, nu, nu_max = map_with_memory(
+            rule, updates, opt_state.mu, opt_state.nu, opt_state.nu_max, numbers=numbers
+        )
+        return updates, ScaleByAmsgradState(count, mu, nu, nu_max)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
+    """The first moment over a decaying maximum; see ``adamax``."""
+    checks.decay_rate(b1=b1, b2=b2)
+    checks.non_negative(eps=eps)
+
+    def update(updates: Any, opt_state: ScaleByAdamaxState, params: Any = None) -> tuple[Any, ScaleByAdamaxState]:
+        count = opt_state.count + 1
+        first = bias_correction(b1, count.values, widest(updates))
+
+        def rule(update: Tensor, mu: Tensor, nu: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+            mu = moving_average(update, mu, b1)
+            nu = torch.maximum(b2 * nu, update.abs() + eps)
+            return mu / first / nu, mu, nu
+
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
+        return updates, ScaleByAdamaxState(count, mu, nu)
+
+    def init(params: Any) -> ScaleByAdamaxState:
+        return ScaleByAdamaxState(*_start(params, None))
+
+    return GradientTransformation(init, update)
+
+
+def adam(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+) -> GradientTransformation:
+    """Adam: steps of the size of the learning rate, whatever the scale of the gradients.
+
+        m = b1 m + (1 - b1) g,              v = b2 v + (1 - b2) |g|^2
+        u = -lr m' / (sqrt(v' + eps_root) + eps),    m' = m / (1 - b1^t),    v' = v / (1 - b2^t)
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root.
+        eps_root: Added under the root; above 0 if gradients are to flow through the update.
+        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
+        nesterov: Whether the first moment looks one step ahead; see ``nadam``.
+        amsgrad: Whether the second moment is the largest so far; see ``scale_by_amsgrad``.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+        >>> tx = adam(0.1)
+        >>> params = torch.tensor([3.0, -200.0])
+        >>> tx.update(params, tx.init(params), params)[0]
+        tensor([-0.1000,  0.1000])
+
+    References:
+        Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015.
+    """
+    return chain(_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad), scale_by_learning_rate(learning_rate))
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+) -> GradientTransformation:
+    """Adam with decoupled weight decay: ``u = -lr (adam(g) + weight_decay p)``.
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root.
+        eps_root: Added under the root.
+        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
+        weight_decay: Times the learning rate, and so on the learning rate's schedule. 1e-4 as in optax;
+            ``torch.optim.AdamW`` has 1e-2.
+        mask: Which parameters decay; see ``add_decayed_weights``.
+        nesterov: Whether the first moment looks one step ahead.
+        amsgrad: Whether the second moment is the largest so far.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of its range.
+
+    Example:
+        >>> tx = adamw(3e-4, weight_decay=0.1, mask=lambda path, leaf: leaf.ndim > 1)
+        >>> params = {"bias": torch.zeros(2), "weight": torch.zeros(2, 2)}
+        >>> state = tx.init(params)
+        >>> state[0].count.values, sorted(state[0].mu)
+        (tensor([0, 0]), ['bias', 'weight'])
+
+    References:
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
+    """
+    return chain(
+        _adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamax(
+    learning_rate: ScalarOrSchedule, *, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
+) -> GradientTransformation:
+    """Adam in the infinity norm: ``u = -lr m / (1 - b1^t) / v``, with ``v = max(b2 v, |g| + eps)``.
+
+    References:
+        Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015.
+    """
+    return chain(scale_by_adamax(b1=b1, b2=b2, eps=eps), scale_by_learning_rate(learning_rate))
+
+
+def lamb(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
+    eps_root: Scalar = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """LAMB: AdamW, with each leaf's step in proportion to the norm of its parameter, for large batches.
+
+        d = adam(g) + weight_decay p,    u = -lr |p| / |d| d
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root.
+        eps_root: Added under the root.
+        weight_decay: Decoupled.
+        mask: Which parameters decay; see ``add_decayed_weights``.
+
+    References:
+        You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020.
+    """
+    return chain(
+        scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_trust_ratio(),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def _adam(
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    mu_dtype: torch.dtype | None,
+    nesterov: bool,
+    amsgrad: bool,
+) -> GradientTransformation:
+    if not amsgrad:
+        return scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov)
+    if nesterov:
+        raise ValueError("nesterov=True and amsgrad=True: choose one of them.")
+    return scale_by_amsgrad(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
+
+
+def _start(params: Any, mu_dtype: torch.dtype | None) -> ScaleByAdamState:
+    return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))

@@ -1,0 +1,63 @@
+"""Clipping: bounds on the size of updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._leaves import Scalar, at_least, at_most, map_updates, root_mean_square
+from fxtrain.optim._transform import GradientTransformation, stateless
+
+
+def clip_by_value(max_delta: Scalar) -> GradientTransformation:
+    """Each element between ``-max_delta`` and ``max_delta``. Complex updates have no order: split them first."""
+    checks.positive(max_delta=max_delta)
+    return stateless(
+        lambda updates, params: map_updates(lambda update: at_most(at_least(update, -max_delta), max_delta), updates)
+    )
+
+
+def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
+    """All updates scaled down together, so that the norm of the whole tree is at most ``max_norm``.
+
+        u = g min(1, max_norm / |g|)
+
+    Gradients that are not finite stay so: see ``apply_if_finite``.
+
+    Args:
+        max_norm: Above 0.
+
+    Example:
+        >>> tx = clip_by_global_norm(1.0)
+        >>> grads = {"a": torch.tensor(3.0), "b": torch.tensor(4.0)}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'a': tensor(0.6000), 'b': tensor(0.8000)}
+
+    References:
+        Pascanu et al., On the difficulty of training Recurrent Neural Networks, 2013.
+    """
+    checks.positive(max_norm=max_norm)
+
+    def clipped(updates: Any, params: Any) -> Any:
+        norm = tree.global_norm(updates)
+        factor = torch.where(norm < max_norm, 1.0, max_norm / norm)
+        return map_updates(lambda update: update * factor, updates)
+
+    return stateless(clipped)
+
+
+def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
+    """Each leaf scaled down so that its root mean square is at most ``threshold``.
+
+    u = g / max(1, rms(g) / threshold)
+    """
+    checks.positive(threshold=threshold)
+
+    def rule(update: Tensor) -> Tensor:
+        return update / (root_mean_square(update) / threshold).clamp(min=1.0)
+
+    return stateless(lambda updates, params: map_updates(rule, updates))

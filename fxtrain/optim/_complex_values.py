@@ -1,0 +1,48 @@
+"""Complex parameters as pairs of real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
+
+
+def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformation:
+    """``tx``, which sees each complex leaf as a real one whose last dimension, of size 2, holds its two parts.
+
+    So each part is an independent number, as ``torch.optim`` has it. Real leaves pass as they are.
+
+    Args:
+        tx: A transformation that works element by element.
+
+    Example:
+        >>> from fxtrain import optim
+        >>> tx = split_real_and_imaginary(optim.clip_by_value(1.0))
+        >>> grads = {"w": torch.tensor([3.0 + 0.5j])}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'w': tensor([1.+0.5000j])}
+    """
+
+    refuse_unless_transformation("tx", tx)
+
+    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+        inner_params = None if params is None else tree.map(_split, params)
+        inner, opt_state = tx.update(tree.map(_split, updates), opt_state, inner_params)
+        return tree.map(_joined, updates, inner), opt_state
+
+    def init(params: Any) -> Any:
+        return tx.init(tree.map(_split, params))
+
+    return GradientTransformation(init, update)
+
+
+def _split(leaf: Tensor) -> Tensor:
+    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
+
+
+def _joined(like: Tensor, leaf: Tensor) -> Tensor:
+    return torch.view_as_complex(leaf.contiguous()) if like.is_complex() else leaf

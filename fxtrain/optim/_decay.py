@@ -1,0 +1,70 @@
+"""Weight decay: a pull of each parameter towards zero."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._leaves import Scalar, map_with_params, start_count
+from fxtrain.optim._masking import Mask, masked
+from fxtrain.optim._scaling import ScalarOrSchedule
+from fxtrain.optim._transform import GradientTransformation, identity, stateless
+
+
+class WeightDecaySchedule(NamedTuple):
+    """The memory of a scheduled weight decay."""
+
+    count: Tensor  # int64 []: updates made
+
+
+def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None) -> GradientTransformation:
+    """Adds a fraction of the parameters to the updates: ``u = g + weight_decay * p``.
+
+    Before an adaptive rescaling this is L2 regularisation; after it, and before the learning rate, it is the
+    decoupled weight decay of AdamW.
+
+    Args:
+        weight_decay: A number, a tensor of shape [], or a schedule.
+        mask: Which parameters decay: a pytree of bools, or a predicate of path and leaf. All by default.
+
+    Example:
+        >>> import torch
+        >>> params = {"norm.scale": torch.ones(2), "linear.weight": torch.ones(2, 2)}
+        >>> tx = add_decayed_weights(0.1, mask=lambda path, leaf: leaf.ndim > 1)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> float(updates["norm.scale"][0]), float(updates["linear.weight"][0, 0])
+        (1.0, 1.10...)
+    """
+    tx = _scheduled(weight_decay) if callable(weight_decay) else _constant(weight_decay)
+    return tx if mask is None else masked(tx, mask)
+
+
+def _constant(weight_decay: float | Tensor) -> GradientTransformation:
+    checks.non_negative(weight_decay=weight_decay)
+    if not isinstance(weight_decay, Tensor) and weight_decay == 0:
+        return identity()
+
+    def decayed(updates: Any, params: Any) -> Any:
+        return _decayed(updates, params, weight_decay)
+
+    return stateless(decayed)
+
+
+def _scheduled(weight_decay: Any) -> GradientTransformation:
+    def update(updates: Any, opt_state: WeightDecaySchedule, params: Any = None) -> tuple[Any, WeightDecaySchedule]:
+        decayed = _decayed(updates, params, weight_decay(opt_state.count))
+        return decayed, WeightDecaySchedule(opt_state.count + 1)
+
+    def init(params: Any) -> WeightDecaySchedule:
+        return WeightDecaySchedule(start_count(params))
+
+    return GradientTransformation(init, update)
+
+
+def _decayed(updates: Any, params: Any, rate: Scalar) -> Any:
+    return map_with_params(lambda update, param: update + rate * param, "add_decayed_weights", updates, params)

@@ -1,0 +1,263 @@
+"""Rules of one leaf, applied to whole trees.
+
+A transformation is written as a rule: what happens to one update and to what is remembered of it. The rule sees
+tensors of float32 at least, whatever they are kept in, and its results are rounded once, to the dtypes that came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
+
+Scalar = float | Tensor
+"""A number, or a tensor of shape []."""
+
+
+def map_updates(rule: Callable[[Tensor], Tensor], updates: Any) -> Any:
+    """The tree of ``rule(update)``."""
+    leaves, structure = tree.flatten(updates)
+    return tree.unflatten(structure, _narrowed([rule(update) for update in _widened(leaves)], leaves))
+
+
+def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates: Any, params: Any) -> Any:
+    """The tree of ``rule(update, param)``.
+
+    Raises:
+        ValueError: If there are no parameters, which ``name`` needs, or if the trees or the shapes of their leaves
+            differ. The message names the path.
+    """
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call update(grads, opt_state, params).")
+    return combine(rule, "updates", updates, "params", params)
+
+
+def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Any, other_name: str, others: Any) -> Any:
+    """The tree of ``rule(value, other)``, in the dtypes of the values. The names are for the errors."""
+    leaves, structure = tree.flatten(values)
+    other_leaves = tree.leaves(others)
+    _refuse_mismatch(name, values, leaves, other_name, others, other_leaves)
+    pairs = zip(_widened(leaves), _widened(other_leaves), strict=True)
+    return tree.unflatten(structure, _narrowed([rule(value, other) for value, other in pairs], leaves))
+
+
+def map_with_memory(
+    rule: Callable[..., tuple[Tensor, ...]], updates: Any, *memory: Any, numbers: Sequence[Tensor] = ()
+) -> tuple[Any, ...]:
+    """The trees of ``rule(update, *memory, *numbers) -> (update, *memory)``.
+
+    Args:
+        rule: Of one update and of what is remembered of it: tensors of its shape, in float32 at least.
+        updates: Pytree of tensors.
+        memory: Pytrees like ``updates``, whose dtypes may differ.
+        numbers: Vectors with one number for each leaf, as ``PerParameter`` keeps; a rule sees its own, of shape [].
+
+    Raises:
+        ValueError: If the trees or the shapes of their leaves differ. The message names the path.
+    """
+    flat = [tree.flatten(values) for values in (updates, *memory)]
+    leaves = flat[0][0]
+    for remembered, (kept, _) in zip(memory, flat[1:], strict=True):
+        _refuse_mismatch("updates", updates, leaves, "the optimizer's memory", remembered, kept)
+    columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
+    results = [rule(*row) for row in zip(*columns, strict=True)]
+    return tuple(
+        tree.unflatten(structure, _narrowed([result[index] for result in results], column))
+        for index, (column, structure) in enumerate(flat)
+    )
+
+
+def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
+    """A tensor of zeros for each parameter: the memory of a first moment.
+
+    Args:
+        params: Pytree of floating or complex tensors.
+        dtype: What real leaves are kept in; by default in their own.
+    """
+
+    def zero(path: Path, leaf: Tensor) -> Tensor:
+        _refuse_undifferentiable(path, leaf)
+        return torch.zeros_like(leaf, dtype=leaf.dtype if leaf.is_complex() else dtype)
+
+    return _remember(zero, params)
+
+
+def clones(params: Any) -> Any:
+    """A copy of each parameter: the memory of other weights."""
+
+    def clone(path: Path, leaf: Tensor) -> Tensor:
+        _refuse_undifferentiable(path, leaf)
+        return leaf.clone()
+
+    return _remember(clone, params)
+
+
+def real_full(params: Any, value: Scalar = 0.0) -> Any:
+    """A real tensor of float32 at least, filled with ``value``, for each parameter: the memory of a second moment.
+
+    Half precision would not do: a change of one part in a thousand is lost in bfloat16, and small squares are
+    zero in float16.
+    """
+
+    def full(path: Path, leaf: Tensor) -> Tensor:
+        _refuse_undifferentiable(path, leaf)
+        blank = torch.zeros_like(leaf, dtype=_real(torch.promote_types(leaf.dtype, torch.float32)))
+        return blank + value if isinstance(value, Tensor) or value != 0.0 else blank
+
+    return _remember(full, params)
+
+
+def start_count(params: Any) -> Tensor:
+    """The number of updates made, before the first: int64 [], on the device of the parameters."""
+    return torch.zeros((), dtype=torch.int64, device=device_of(params))
+
+
+def device_of(values: Any) -> torch.device | None:
+    """The device of the first tensor; None for an empty tree."""
+    return next((leaf.device for leaf in tree.leaves(values) if isinstance(leaf, Tensor)), None)
+
+
+def wide(leaf: Tensor) -> Tensor:
+    """The leaf in float32, or complex64, at least."""
+    return leaf if leaf.dtype in _EXACT else leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+
+
+def widest(values: Any) -> torch.dtype:
+    """The real dtype in which every leaf is exact: float32 or float64."""
+    dtypes = {leaf.dtype for leaf in tree.leaves(values)}
+    return torch.float64 if torch.float64 in dtypes or torch.complex128 in dtypes else torch.float32
+
+
+def squared(update: Tensor) -> Tensor:
+    """The squared absolute value, element by element: real."""
+    if update.is_complex():
+        return update.real.square() + update.imag.square()
+    return update.square()
+
+
+def moving_average(value: Tensor, average: Tensor, decay: Scalar) -> Tensor:
+    """``decay * average + (1 - decay) * value``."""
+    if isinstance(decay, Tensor) or value.dtype != average.dtype:
+        return decay * average + (1 - decay) * value
+    return torch.lerp(average, value, 1 - decay)  # One operation in the place of three.
+
+
+def mixed(value: Tensor, average: Tensor, share: Tensor) -> Tensor:
+    """``(1 - share) * average + share * value``, for a share too small to be told from ``1 - decay`` in float32."""
+    return average + share * (value - average)
+
+
+def log_decay(decay: Scalar) -> Scalar:
+    """The logarithm of a decay rate; minus infinity for 0."""
+    if isinstance(decay, Tensor):
+        return decay.log()
+    return math.log(decay) if decay > 0 else -math.inf
+
+
+def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
+    """``1 - decay^count``, by which an average that began at zero is divided, element by element.
+
+    It is taken as ``-expm1(count log(decay))``: in float32 the difference itself loses five digits at first.
+    """
+    return -torch.expm1(count.to(dtype) * log_decay(decay))
+
+
+def bias_corrections(decay: Scalar, count: Tensor, dtype: torch.dtype, nesterov: bool) -> list[Tensor]:
+    """The correction at this count and, for Nesterov's momentum, at the next: what ``debiased`` takes."""
+    counts = (count, count + 1) if nesterov else (count,)
+    return [bias_correction(decay, number, dtype) for number in counts]
+
+
+def debiased(update: Tensor, average: Tensor, decay: Scalar, correction: Tensor, ahead: Tensor | None = None) -> Tensor:
+    """The average, which includes the update, without the bias of its start; with ``ahead``, one step further."""
+    if ahead is None:
+        return average / correction
+    return moving_average(update / correction, average / ahead, decay)
+
+
+def at_least(value: Tensor, bound: Scalar) -> Tensor:
+    """The larger of the two, element by element."""
+    limit: Any = bound
+    return value.clamp(min=limit)
+
+
+def at_most(value: Tensor, bound: Scalar) -> Tensor:
+    """The smaller of the two, element by element."""
+    limit: Any = bound
+    return value.clamp(max=limit)
+
+
+def root_mean_square(leaf: Tensor) -> Tensor:
+    """The root of the mean squared absolute value: []. Zero for a tensor without elements."""
+    return (squared(leaf).sum() / max(leaf.numel(), 1)).sqrt()
+
+
+def norm(leaf: Tensor) -> Tensor:
+    """The root of the sum of squared absolute values: []."""
+    return squared(leaf).sum().sqrt()
+
+
+def refuse_paths(name: str, paths: list[Path], other_name: str, other_paths: list[Path]) -> None:
+    """Raises the error of two trees whose leaves are not at the same paths."""
+    where = [f"{as_code(path)} is in {name} and not in {other_name}" for path in paths if path not in other_paths][:1]
+    where += [f"{as_code(path)} is in {other_name} and not in {name}" for path in other_paths if path not in paths][:1]
+    raise ValueError(f"{' and '.join(where)}: both must have the structure of the parameters given to init.")
+
+
+def _refuse_mismatch(
+    name: str, values: Any, leaves: list[Tensor], other_name: str, others: Any, other_leaves: list[Tensor]
+) -> None:
+    """Refuses trees whose leaves differ in path or shape. What stands in the place of a left-out one may differ."""
+    paths, other_paths = leaf_paths(values), leaf_paths(others)
+    if paths != other_paths:
+        refuse_paths(name, paths, other_name, other_paths)
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in other_leaves]:
+        for path, leaf, other in zip(paths, leaves, other_leaves, strict=True):
+            if leaf.shape != other.shape:
+                raise ValueError(
+                    f"{name}{as_code(path)} has shape {list(leaf.shape)}, and {list(other.shape)} in {other_name}: "
+                    "both must be those of the parameters given to init."
+                )
+
+
+def _refuse_undifferentiable(path: Path, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        came = str(leaf.dtype).removeprefix("torch.") if isinstance(leaf, Tensor) else type(leaf).__name__
+        raise TypeError(
+            f"params{as_code(path)} is {came}: an optimizer takes floating and complex tensors, so keep the rest out."
+        )
+
+
+def _remember(make: Callable[[Path, Any], Tensor], node: Any, path: Path = ()) -> Any:
+    if node is None:
+        # A frozen parameter may be None, which torch's own pytrees, and so vmap, take for a leaf.
+        return MaskedNode()
+    inner = children(node)
+    if inner is None:
+        return make(path, node)
+    return rebuilt(node, [_remember(make, child, (*path, key)) for key, child in inner])
+
+
+def _widened(leaves: list[Tensor]) -> list[Tensor]:
+    return [leaf if leaf.dtype in _EXACT else wide(leaf) for leaf in leaves]
+
+
+def _narrowed(values: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    # A cast that changes nothing would still be a node of the graph.
+    return [v if v.dtype == was.dtype else v.to(was.dtype) for v, was in zip(values, like, strict=True)]
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    # Not `dtype.to_real()`, which the tracer does not know.
+    return _PARTS.get(dtype, dtype)
+
+
+_PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+_EXACT = {torch.float32, torch.float64, torch.complex64, torch.complex128}

@@ -1,0 +1,78 @@
+"""Lookahead: slow weights that go a part of the way that fast ones have gone."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.core import check_positive_int
+from fxtrain.optim._leaves import Scalar, clones, map_with_memory, start_count
+from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
+
+
+class LookaheadState(NamedTuple):
+    """The memory of ``lookahead``."""
+
+    count: Tensor  # int64 []: updates made
+    slow: Any  # like the parameters: the slow weights
+    inner_state: Any  # of the wrapped transformation
+    AGES = ()  # slow weights begin as the parameters, at any count
+
+
+def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar = 0.5) -> GradientTransformation:
+    """``tx`` moves fast weights; every ``period`` steps slow weights follow, and the fast ones go on from there.
+
+        slow = slow + slow_rate (fast - slow),   fast = slow        every ``period`` steps
+
+    The parameters are the fast weights: where a period ends, the slow ones. It is the outermost transformation.
+
+    Args:
+        tx: Any transformation.
+        period: Steps, 1 or more.
+        slow_rate: Above 0, up to 1.
+
+    Raises:
+        ValueError: If an argument is out of its range, or, when it runs, if there are no parameters.
+
+    Example:
+        >>> from fxtrain import optim
+        >>> tx = lookahead(optim.sgd(1.0), period=2)
+        >>> params = torch.tensor(8.0)
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     update, state = tx.update(torch.tensor(1.0), state, params)
+        ...     params = optim.apply_updates(params, update)
+        >>> float(params)
+        7.0
+
+    References:
+        Zhang et al., "Lookahead optimizer: k steps forward, 1 step back", 2019.
+    """
+    refuse_unless_transformation("tx", tx)
+    check_positive_int("period", period)
+    if not isinstance(slow_rate, Tensor) and not 0 < slow_rate <= 1:
+        raise ValueError(f"slow_rate={slow_rate!r}: above 0, and up to 1, is wanted.")
+
+    def init(params: Any) -> LookaheadState:
+        return LookaheadState(start_count(params), clones(params), tx.init(params))
+
+    def update(updates: Any, opt_state: LookaheadState, params: Any = None) -> tuple[Any, LookaheadState]:
+        if params is None:
+            raise ValueError("lookahead needs the parameters: call update(grads, opt_state, params).")
+        updates, inner_state = tx.update(updates, opt_state.inner_state, params)
+        count = opt_state.count + 1
+        meets = count % period == 0
+
+        def follow(update: Tensor, param: Tensor, slow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            slow = torch.where(meets, slow + slow_rate * (param + update - slow), slow)
+            return torch.where(meets, slow - param, update), param, slow
+
+        updates, _, slow = map_with_memory(follow, updates, params, opt_state.slow)
+        return updates, LookaheadState(count, slow, inner_state)
+
+    return GradientTransformation(init, update)

@@ -1,0 +1,161 @@
+"""Which leaves a transformation sees: all that a mask holds true, or those of one label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim._nodes import MaskedNode, as_code, as_name, leaf_paths
+from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
+
+Mask = Any | Callable[[str, Tensor], bool]
+"""A pytree of bools, or a function of a leaf's path and the leaf.
+
+The path is the keys and indices that lead to the leaf, joined by dots: for the parameters of a module, the
+parameter's name. The answer must depend on the path, the shape and the dtype alone, since it is part of the graph.
+"""
+
+Labels = Any | Callable[[str, Tensor], str]
+"""A pytree of labels, or a function of a leaf's path and the leaf, as for ``Mask``."""
+
+
+class MaskedState(NamedTuple):
+    """The memory of a masked transformation."""
+
+    inner_state: Any  # of the parameters under the mask
+
+
+class PartitionState(NamedTuple):
+    """The memory of a partition."""
+
+    inner_states: dict[str, Any]  # from labels to memories
+
+
+def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
+    """``tx`` for the leaves where the mask is true; the updates of the others pass unchanged.
+
+    What is left out takes no memory. To freeze it as well, see ``partition`` with ``set_to_zero``.
+
+    Args:
+        tx: Any transformation.
+        mask: A pytree of bools like the parameters, or a predicate ``(path, leaf) -> bool``.
+
+    Raises:
+        ValueError: When it runs, if the mask is a tree of another structure, or holds anything but bools.
+
+    Example:
+        >>> import torch
+        >>> from fxtrain import optim
+        >>> tx = masked(optim.scale(10.0), lambda path, leaf: path.startswith("head."))
+        >>> grads = {"body.weight": torch.tensor(1.0), "head.weight": torch.tensor(1.0)}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'body.weight': tensor(1.), 'head.weight': tensor(10.)}
+    """
+
+    refuse_unless_transformation("tx", tx)
+
+    def init(params: Any) -> MaskedState:
+        return MaskedState(tx.init(_where(_selected(mask, params), params)))
+
+    def update(updates: Any, opt_state: MaskedState, params: Any = None) -> tuple[Any, MaskedState]:
+        chosen = _selected(mask, updates if params is None else params)
+        inner_params = None if params is None else _where(chosen, params)
+        inner, inner_state = tx.update(_where(chosen, updates), opt_state.inner_state, inner_params)
+        return _merged(updates, [(chosen, inner)]), MaskedState(inner_state)
+
+    return GradientTransformation(init, update)
+
+
+def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
+    """A transformation for each label: each leaf is seen by the one that its label names, and by no other.
+
+    Args:
+        transforms: From labels to transformations.
+        labels: A pytree of labels like the parameters, or a function ``(path, leaf) -> label``.
+
+    Raises:
+        ValueError: When it runs, if a leaf's label names no transformation. The message names the leaf.
+
+    Example:
+        >>> import torch
+        >>> from fxtrain import optim
+        >>> tx = partition(
+        ...     {"train": optim.sgd(0.1), "freeze": optim.set_to_zero()},
+        ...     lambda path, leaf: "train" if path.startswith("head.") else "freeze",
+        ... )
+        >>> grads = {"body.weight": torch.tensor(1.0), "head.weight": torch.tensor(1.0)}
+        >>> tx.update(grads, tx.init(grads))[0]
+        {'body.weight': tensor(0.), 'head.weight': tensor(-0.1000)}
+    """
+    for label, tx in transforms.items():
+        refuse_unless_transformation(f"transforms[{label!r}]", tx)
+
+    def groups(values: Any) -> dict[str, list[bool]]:
+        found = _of_leaves("labels", labels, values)
+        for path, label in zip(leaf_paths(values), found, strict=True):
+            if label not in transforms:
+                raise ValueError(
+                    f"params{as_code(path)} is labelled {label!r}, and there are transformations for "
+                    f"{', '.join(map(repr, transforms))}: add one for it, or set_to_zero() to freeze it."
+                )
+        return {label: [other == label for other in found] for label in transforms}
+
+    def init(params: Any) -> PartitionState:
+        chosen = groups(params)
+        return PartitionState({label: tx.init(_where(chosen[label], params)) for label, tx in transforms.items()})
+
+    def update(updates: Any, opt_state: PartitionState, params: Any = None) -> tuple[Any, PartitionState]:
+        chosen = groups(updates if params is None else params)
+        parts: list[tuple[list[bool], Any]] = []
+        states: dict[str, Any] = {}
+        for label, tx in transforms.items():
+            mine = chosen[label]
+            inner_params = None if params is None else _where(mine, params)
+            part, states[label] = tx.update(_where(mine, updates), opt_state.inner_states[label], inner_params)
+            parts.append((mine, part))
+        return _merged(updates, parts), PartitionState(states)
+
+    return GradientTransformation(init, update)
+
+
+def _selected(mask: Mask, values: Any) -> list[bool]:
+    found = _of_leaves("a mask", mask, values)
+    for path, chosen in zip(leaf_paths(values), found, strict=True):
+        if not isinstance(chosen, bool):
+            raise ValueError(f"The mask is {chosen!r} at params{as_code(path)}: True or False is wanted.")
+    return found
+
+
+def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
+    """What a tree, or a function of path and leaf, says of each leaf of ``values``."""
+    paths = leaf_paths(values)
+    if callable(of):
+        return [of(as_name(path), leaf) for path, leaf in zip(paths, tree.leaves(values), strict=True)]
+    by_path = dict(zip(leaf_paths(of), tree.leaves(of), strict=True))
+    for path in paths:
+        if path not in by_path:
+            raise ValueError(
+                f"The tree of {name} has nothing at params{as_code(path)}: a tree like the parameters is wanted, or a "
+                "function (path, leaf)."
+            )
+    # It may hold more: inside of another mask, only a part of the parameters is seen.
+    return [by_path[path] for path in paths]
+
+
+def _where(chosen: list[bool], values: Any) -> Any:
+    leaves, structure = tree.flatten(values)
+    return tree.unflatten(
+        structure, [leaf if keep else MaskedNode() for keep, leaf in zip(chosen, leaves, strict=True)]
+    )
+
+
+def _merged(values: Any, parts: list[tuple[list[bool], Any]]) -> Any:
+    """``values`` with the chosen leaves replaced by those of the parts."""
+    leaves, structure = tree.flatten(values)
+    for chosen, part in parts:
+        replaced = iter(tree.leaves(part))
+        leaves = [next(replaced) if mine else leaf for mine, leaf in zip(chosen, leaves, strict=True)]
+    return tree.unflatten(structure, leaves)

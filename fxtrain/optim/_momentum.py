@@ -1,0 +1,241 @@
+"""Momentum: sums and averages of past updates; SGD and Lion."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._decay import add_decayed_weights
+from fxtrain.optim._leaves import (
+    Scalar,
+    bias_correction,
+    debiased,
+    map_with_memory,
+    moving_average,
+    widest,
+    zeros,
+)
+from fxtrain.optim._masking import Mask
+from fxtrain.optim._per_parameter import PerParameter, start_counts
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class TraceState(NamedTuple):
+    """The memory of ``trace``."""
+
+    trace: Any  # like the parameters
+
+
+class DampenedTraceState(NamedTuple):
+    """The memory of a dampened ``trace``."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    trace: Any  # like the parameters
+
+
+class EmaState(NamedTuple):
+    """The memory of ``ema``."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    ema: Any  # like the parameters
+
+
+class ScaleByLionState(NamedTuple):
+    """The memory of Lion."""
+
+    mu: Any  # like the parameters
+
+
+def trace(
+    decay: Scalar,
+    *,
+    nesterov: bool = False,
+    dampening: Scalar | None = None,
+    accumulator_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """A decaying sum of updates: heavy-ball momentum.
+
+        t = decay t + (1 - dampening) g,    u = t,    or with Nesterov u = g + decay t
+
+    Args:
+        decay: What is left of the sum at each step; below 1, if it is to stay bounded.
+        nesterov: Whether to look one step ahead.
+        dampening: Of all updates but the first, as ``torch.optim.SGD`` has it; it takes a count to know
+            the first, and none by default.
+        accumulator_dtype: What the sum is kept in; by default the parameters' dtype.
+
+    References:
+        Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
+    """
+    checks.non_negative(decay=decay)
+    if dampening is not None:
+        return _dampened_trace(decay, dampening, nesterov, accumulator_dtype)
+
+    def rule(update: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        total = update + decay * total
+        return (update + decay * total if nesterov else total), total
+
+    def update(updates: Any, opt_state: TraceState, params: Any = None) -> tuple[Any, TraceState]:
+        updates, total = map_with_memory(rule, updates, opt_state.trace)
+        return updates, TraceState(total)
+
+    def init(params: Any) -> TraceState:
+        return TraceState(zeros(params, dtype=accumulator_dtype))
+
+    return GradientTransformation(init, update)
+
+
+def _dampened_trace(
+    decay: Scalar, dampening: Scalar, nesterov: bool, dtype: torch.dtype | None
+) -> GradientTransformation:
+    checks.non_negative(dampening=dampening)
+    if nesterov:
+        raise ValueError("nesterov=True with dampening: Nesterov's momentum is defined without it; leave one out.")
+
+    def init(params: Any) -> DampenedTraceState:
+        return DampenedTraceState(start_counts(params), zeros(params, dtype=dtype))
+
+    def update(updates: Any, opt_state: DampenedTraceState, params: Any = None) -> tuple[Any, DampenedTraceState]:
+        share = 1 - dampening * (opt_state.count.values > 0).to(widest(updates))
+
+        def rule(update: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+            total = share * update + decay * total
+            return total, total
+
+        updates, total = map_with_memory(rule, updates, opt_state.trace, numbers=[share])
+        return updates, DampenedTraceState(opt_state.count + 1, total)
+
+    return GradientTransformation(init, update)
+
+
+def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
+    """An exponential moving average of updates.
+
+        m = decay m + (1 - decay) g,    u = m / (1 - decay^t), or u = m without the correction
+
+    Args:
+        decay: In [0, 1).
+        debias: Whether to correct for the start at zero.
+        accumulator_dtype: What the average is kept in; by default the parameters' dtype.
+    """
+    checks.decay_rate(decay=decay)
+
+    def init(params: Any) -> EmaState:
+        return EmaState(start_counts(params), zeros(params, dtype=accumulator_dtype))
+
+    def update(updates: Any, opt_state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
+        count = opt_state.count + 1
+        corrections = [bias_correction(decay, count.values, widest(updates))] if debias else []
+
+        def rule(update: Tensor, average: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
+            average = moving_average(update, average, decay)
+            return debiased(update, average, decay, *corrections) if debias else average, average
+
+        updates, average = map_with_memory(rule, updates, opt_state.ema, numbers=corrections)
+        return updates, EmaState(count, average)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_lion(
+    *, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: torch.dtype | None = None
+) -> GradientTransformation:
+    """The sign of an average of update and momentum; see ``lion``."""
+    checks.decay_rate(b1=b1, b2=b2)
+
+    def rule(update: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sgn(moving_average(update, average, b1)), moving_average(update, average, b2)
+
+    def update(updates: Any, opt_state: ScaleByLionState, params: Any = None) -> tuple[Any, ScaleByLionState]:
+        updates, mu = map_with_memory(rule, updates, opt_state.mu)
+        return updates, ScaleByLionState(mu)
+
+    def init(params: Any) -> ScaleByLionState:
+        return ScaleByLionState(zeros(params, dtype=mu_dtype))
+
+    return GradientTransformation(init, update)
+
+
+def sgd(
+    learning_rate: ScalarOrSchedule,
+    *,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    dampening: Scalar | None = None,
+    accumulator_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Stochastic gradient descent: ``p = p - learning_rate * trace(g)``.
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        momentum: The decay of ``trace``; None for no momentum and no memory.
+        nesterov: Whether to look one step ahead.
+        dampening: Of the momentum, as ``torch.optim.SGD`` has it.
+        accumulator_dtype: What the momentum is kept in.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of its range, or only makes sense with momentum and there is none.
+
+    Example:
+        >>> from fxtrain import optim
+        >>> tx = sgd(0.1, momentum=0.9)
+        >>> params = torch.tensor(1.0)
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(2 * params, state, params)
+        ...     params = optim.apply_updates(params, updates)
+        >>> params
+        tensor(0.4600)
+    """
+    if momentum is None:
+        if nesterov or dampening is not None:
+            raise ValueError("nesterov and dampening change the momentum: give momentum as well.")
+        return scale_by_learning_rate(learning_rate)
+    return chain(
+        trace(momentum, nesterov=nesterov, dampening=dampening, accumulator_dtype=accumulator_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def lion(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    mu_dtype: torch.dtype | None = None,
+    weight_decay: ScalarOrSchedule = 1e-3,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Lion: steps of one size, in the direction of the sign of the momentum.
+
+        u = sign(b1 m + (1 - b1) g) + weight_decay p,    m = b2 m + (1 - b2) g
+
+    Args:
+        learning_rate: Three to ten times smaller than AdamW's, with a weight decay as much larger.
+        b1: How much of the direction is momentum.
+        b2: How slowly the momentum forgets.
+        mu_dtype: What the momentum is kept in; by default the parameters' dtype.
+        weight_decay: Decoupled, times the learning rate.
+        mask: Which parameters decay; see ``add_decayed_weights``.
+
+    Example:
+        >>> tx = lion(0.1, weight_decay=0.0)
+        >>> params = torch.tensor([3.0, -0.5])
+        >>> tx.update(params, tx.init(params), params)[0]
+        tensor([-0.1000,  0.1000])
+
+    References:
+        Chen et al., Symbolic Discovery of Optimization Algorithms, 2023.
+    """
+    return chain(
+        scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )

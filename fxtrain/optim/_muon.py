@@ -1,0 +1,275 @@
+"""Muon: momentum whose singular values are all set to one."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import check_positive_int
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._adam import adamw
+from fxtrain.optim._decay import add_decayed_weights
+from fxtrain.optim._leaves import (
+    Scalar,
+    bias_corrections,
+    debiased,
+    map_updates,
+    map_with_memory,
+    moving_average,
+    widest,
+    zeros,
+)
+from fxtrain.optim._masking import Labels, Mask, partition
+from fxtrain.optim._nodes import as_code, leaf_paths
+from fxtrain.optim._per_parameter import PerParameter, start_counts
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain, stateless
+
+Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]
+"""Of the quintic polynomial: for all steps, or for each step in turn."""
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Those of Keller Jordan, steepest at zero: five steps bring singular values to between 0.7 and 1.2, not to one."""
+
+
+class ScaleByMuonState(NamedTuple):
+    """The memory of Muon."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    mu: Any  # like the parameters: first moment
+
+
+def orthogonalize(
+    matrix: Tensor,
+    coefficients: Coefficients = COEFFICIENTS,
+    *,
+    steps: int = 5,
+    eps: Scalar = 1e-8,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The matrix with its singular values near one, by a Newton-Schulz iteration.
+
+        X = X / (|X| + eps),    then at each step    X = a X + (b A + c A^2) X,    A = X X^T
+
+    Args:
+        matrix: [rows, columns].
+        coefficients: a, b and c.
+        steps: How many; with coefficients for each step, their number counts instead.
+        eps: Added to the Frobenius norm.
+        dtype: Of the products; by default float32 at least. bfloat16 is faster on an accelerator, and exact enough.
+
+    Returns:
+        [rows, columns], in ``dtype``.
+
+    Example:
+        >>> matrix = torch.tensor([[3.0, 0.0], [0.0, 0.5], [0.0, 0.0]])
+        >>> bool((torch.linalg.svdvals(orthogonalize(matrix)) - 1).abs().max() < 0.35)
+        True
+
+    References:
+        Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+    """
+    each = _each_step(coefficients, steps)
+    x: Tensor = matrix.to(dtype or torch.promote_types(matrix.dtype, torch.float32))
+    tall = x.shape[0] > x.shape[1]
+    x = x.mH if tall else x
+    size = cast(Tensor, torch.linalg.vector_norm(x))  # pyright: ignore[reportUnknownMemberType]
+    x = x / (size + eps)
+    for a, b, c in each:
+        gram = x @ x.mH
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mH if tall else x
+
+
+def scale_by_muon(
+    *,
+    ns_coeffs: Coefficients = COEFFICIENTS,
+    ns_steps: int = 5,
+    ns_dtype: torch.dtype | None = None,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    mu_dtype: torch.dtype | None = None,
+    nesterov: bool = True,
+    bias_correction: bool = True,
+) -> GradientTransformation:
+    """The orthogonalised momentum of matrices; see ``muon``.
+
+    Args:
+        ns_coeffs: Of ``orthogonalize``.
+        ns_steps: Of ``orthogonalize``.
+        ns_dtype: Of ``orthogonalize``.
+        beta: Decay of the momentum.
+        eps: Added to the norm of the momentum.
+        mu_dtype: What the momentum is kept in.
+        nesterov: Whether the momentum looks one step ahead.
+        bias_correction: Whether the momentum is corrected for its start, as in optax, or not, as in torch. It
+            matters for the mixture that Nesterov's momentum is, and for nothing else.
+
+    Raises:
+        ValueError: At ``init``, if a parameter is no matrix. The message names it.
+    """
+    checks.decay_rate(beta=beta)
+    checks.non_negative(eps=eps)
+    _each_step(ns_coeffs, ns_steps)
+
+    def init(params: Any) -> ScaleByMuonState:
+        for path, leaf in zip(leaf_paths(params), tree.leaves(params), strict=True):
+            if leaf.ndim != 2:
+                raise ValueError(
+                    f"params{as_code(path)} has shape {list(leaf.shape)}, and scale_by_muon takes matrices: "
+                    "muon gives the rest to AdamW, and masked and partition leave it out."
+                )
+        return ScaleByMuonState(start_counts(params), zeros(params, dtype=mu_dtype))
+
+    def update(updates: Any, opt_state: ScaleByMuonState, params: Any = None) -> tuple[Any, ScaleByMuonState]:
+        count = opt_state.count + 1
+        corrections = bias_corrections(beta, count.values, widest(updates), nesterov) if bias_correction else []
+
+        def moment(update: Tensor, mu: Tensor, corrections: Sequence[Tensor]) -> Tensor:
+            if bias_correction:
+                return debiased(update, mu, beta, *corrections)
+            return moving_average(update, mu, beta) if nesterov else mu
+
+        def rule(update: Tensor, mu: Tensor, *corrections: Tensor) -> tuple[Tensor, Tensor]:
+            mu = moving_average(update, mu, beta)
+            matrix = moment(update, mu, corrections)
+            return orthogonalize(matrix, ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
+
+        updates, mu = map_with_memory(rule, updates, opt_state.mu, numbers=corrections)
+        return updates, ScaleByMuonState(count, mu)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformation:
+    """Matrices times a factor of their shape, so that one learning rate suits all widths.
+
+        sqrt(max(1, rows / columns)),    or with ``consistent_rms``    consistent_rms sqrt(max(rows, columns))
+
+    Rows are outputs, as in ``torch.nn.Linear``.
+    """
+    if consistent_rms is not None:
+        checks.positive(consistent_rms=consistent_rms)
+
+    def rule(update: Tensor) -> Tensor:
+        rows, columns = update.shape
+        if consistent_rms is not None:
+            return update * (consistent_rms * math.sqrt(max(rows, columns)))
+        return update * math.sqrt(max(1.0, rows / max(columns, 1)))
+
+    return stateless(lambda updates, params: map_updates(rule, updates))
+
+
+def muon(
+    learning_rate: ScalarOrSchedule,
+    *,
+    ns_coeffs: Coefficients = COEFFICIENTS,
+    ns_steps: int = 5,
+    ns_dtype: torch.dtype | None = None,
+    beta: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    mu_dtype: torch.dtype | None = None,
+    nesterov: bool = True,
+    consistent_rms: Scalar | None = None,
+    muon_mask: Mask | None = None,
+    adam_learning_rate: ScalarOrSchedule | None = None,
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.999,
+    adam_eps_root: Scalar = 0.0,
+    adam_weight_decay: ScalarOrSchedule = 0.0,
+) -> GradientTransformation:
+    """Muon for the matrices, and AdamW for everything else.
+
+        m = beta m + (1 - beta) g,    u = -lr (shape orthogonalize(m) + weight_decay p)
+
+    Embeddings and the last layer are matrices too, and are better left to AdamW: say so with ``muon_mask``.
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        ns_coeffs: Of ``orthogonalize``.
+        ns_steps: Of ``orthogonalize``.
+        ns_dtype: Of ``orthogonalize``.
+        beta: Decay of the momentum, in [0, 1).
+        eps: Added to the norm of the momentum, and to the root in AdamW.
+        weight_decay: Decoupled, of the matrices.
+        mask: Which of the matrices decay; see ``add_decayed_weights``.
+        mu_dtype: What the momenta are kept in; by default the parameters' dtype.
+        nesterov: Whether the momenta look one step ahead.
+        consistent_rms: See ``scale_by_shape``; with 0.2 the updates are of the size of AdamW's, and so can be
+            learning rate and weight decay.
+        muon_mask: Which parameters get Muon: all with two dimensions, by default.
+        adam_learning_rate: Of AdamW; by default the same.
+        adam_b1: Of AdamW.
+        adam_b2: Of AdamW.
+        adam_eps_root: Of AdamW.
+        adam_weight_decay: Of AdamW.
+
+    Example:
+        >>> tx = muon(0.02, muon_mask=lambda path, leaf: leaf.ndim == 2 and path != "embedding.weight")
+        >>> params = {"embedding.weight": torch.ones(9, 4), "linear.weight": torch.ones(4, 4)}
+        >>> state = tx.init(params)
+        >>> tree.paths(state.inner_states["muon"][0].mu), tree.paths(state.inner_states["adam"][0].mu)
+        (["['linear.weight']"], ["['embedding.weight']"])
+
+    References:
+        Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+        Liu et al., Muon is Scalable for LLM Training, 2025.
+    """
+    matrices = chain(
+        scale_by_muon(
+            ns_coeffs=ns_coeffs,
+            ns_steps=ns_steps,
+            ns_dtype=ns_dtype,
+            beta=beta,
+            eps=eps,
+            mu_dtype=mu_dtype,
+            nesterov=nesterov,
+        ),
+        scale_by_shape(consistent_rms),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+    rest = adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        b1=adam_b1,
+        b2=adam_b2,
+        eps=eps,
+        eps_root=adam_eps_root,
+        mu_dtype=mu_dtype,
+        weight_decay=adam_weight_decay,
+        nesterov=nesterov,
+    )
+    return partition({"muon": matrices, "adam": rest}, _labels(_is_matrix if muon_mask is None else muon_mask))
+
+
+def _is_matrix(path: str, leaf: Tensor) -> bool:
+    return leaf.ndim == 2
+
+
+def _labels(mask: Mask) -> Labels:
+    def name(chosen: bool) -> str:
+        return "muon" if chosen else "adam"
+
+    def of_leaf(path: str, leaf: Tensor) -> str:
+        return name(mask(path, leaf))
+
+    return of_leaf if callable(mask) else tree.map(name, mask)
+
+
+def _each_step(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
+    check_positive_int("steps", steps)
+    one_for_all = all(isinstance(number, int | float) for number in coefficients)
+    each: Any = [coefficients] * steps if one_for_all else list(coefficients)
+    if not each or any(len(triple) != 3 for triple in each):
+        raise ValueError(f"{coefficients!r}: three coefficients are wanted, or three for each step.")
+    return each

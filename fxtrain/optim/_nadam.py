@@ -1,0 +1,135 @@
+"""NAdam: Adam whose first moment looks one step ahead."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._adam import adam
+from fxtrain.optim._leaves import (
+    Scalar,
+    bias_correction,
+    map_with_memory,
+    moving_average,
+    real_full,
+    squared,
+    widest,
+    zeros,
+)
+from fxtrain.optim._per_parameter import PerParameter, per_parameter, start_counts
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class ScaleByNadamState(NamedTuple):
+    """The memory of NAdam with a momentum schedule."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    momentum_product: PerParameter  # float32 [parameters], or float64: the product of all momenta so far
+    mu: Any  # like the parameters: first moment
+    nu: Any  # like the parameters, real, float32 at least: second moment
+
+
+def scale_by_nadam(
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    momentum_decay: Scalar = 4e-3,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """NAdam with the momentum schedule of the paper, as in ``torch.optim.NAdam``.
+
+        b(t) = b1 (1 - 1/2 0.96^(t momentum_decay)),    B(t) = b(1) ... b(t)
+        m' = b(t+1) m / (1 - B(t+1)) + (1 - b(t)) g / (1 - B(t))
+        u = m' / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args:
+        b1: Decay of the first moment, and what the momentum rises to.
+        b2: Decay of the second moment.
+        eps: Added to the root.
+        momentum_decay: How fast the momentum rises.
+        mu_dtype: What the first moment is kept in.
+
+    References:
+        Dozat, Incorporating Nesterov Momentum into Adam, 2016.
+    """
+    checks.decay_rate(b1=b1, b2=b2)
+    checks.non_negative(eps=eps, momentum_decay=momentum_decay)
+
+    def init(params: Any) -> ScaleByNadamState:
+        product = per_parameter(params, 1, dtype=widest(params))
+        return ScaleByNadamState(start_counts(params), product, zeros(params, dtype=mu_dtype), real_full(params))
+
+    def momentum(count: Tensor, dtype: torch.dtype) -> Tensor:
+        # 1 - 0.5 * 0.96^(decay count), by the function that a compiled step computes to the bit in every loop.
+        return b1 * (0.5 - 0.5 * torch.expm1(count.to(dtype) * math.log(0.96) * momentum_decay))
+
+    def update(updates: Any, opt_state: ScaleByNadamState, params: Any = None) -> tuple[Any, ScaleByNadamState]:
+        count = opt_state.count + 1
+        previous = opt_state.momentum_product.values
+        now, ahead = (momentum(number, previous.dtype) for number in (count.values, count.values + 1))
+        product = previous * now
+        numbers = (
+            (1 - now) / (1 - product),
+            ahead / (1 - product * ahead),
+            bias_correction(b2, count.values, previous.dtype),
+        )
+
+        def rule(
+            update: Tensor, mu: Tensor, nu: Tensor, of_update: Tensor, of_mu: Tensor, correction: Tensor
+        ) -> tuple[Tensor, ...]:
+            mu = moving_average(update, mu, b1)
+            nu = moving_average(squared(update), nu, b2)
+            return (of_update * update + of_mu * mu) / ((nu / correction).sqrt() + eps), mu, nu
+
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
+        return updates, ScaleByNadamState(count, opt_state.momentum_product.replace(product), mu, nu)
+
+    return GradientTransformation(init, update)
+
+
+def nadam(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    momentum_decay: Scalar | None = None,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Adam with Nesterov's momentum.
+
+        m' = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t),    u = -lr m' / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root.
+        momentum_decay: None, as in optax, for a constant momentum; a number (``torch.optim.NAdam`` has 4e-3) for
+            the paper's schedule, see ``scale_by_nadam``.
+        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
+
+    Example:
+        >>> tx = nadam(0.1)
+        >>> params = torch.tensor([3.0, -200.0])
+        >>> tx.update(params, tx.init(params), params)[0]
+        tensor([-0.1474,  0.1474])
+
+    References:
+        Dozat, Incorporating Nesterov Momentum into Adam, 2016.
+    """
+    if momentum_decay is None:
+        return adam(learning_rate, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=True)
+    return chain(
+        scale_by_nadam(b1=b1, b2=b2, eps=eps, momentum_decay=momentum_decay, mu_dtype=mu_dtype),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,146 @@
+"""Numbers kept for each parameter, such as its count of updates, in one vector for the whole tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import register_node
+from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerParameter:
+    """One number for each parameter: a pytree node with one vector for its leaf.
+
+    Optimizers that correct averages for their start count updates for each parameter, as ``torch.optim`` does: a
+    parameter that is unfrozen later, or that only some steps use, starts at 0 whatever the others' counts are.
+    Schedules count the updates of the whole optimizer. One vector takes one kernel of a compiled step and one leaf of
+    the state, where a 0-d tensor for each parameter would take hundreds.
+
+    Args:
+        values: [parameters], in the order of the leaves.
+        paths: The paths of the parameters. Static.
+
+    Example:
+        >>> count = start_counts({"bias": torch.zeros(2), "weight": torch.zeros(2, 2)})
+        >>> (count + 1)["weight"]
+        tensor(1)
+    """
+
+    values: Tensor
+    paths: tuple[Path, ...]
+
+    def __add__(self, number: int) -> PerParameter:
+        return PerParameter(self.values + number, self.paths)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The number of the parameter of this name: []."""
+        names = [as_name(path) for path in self.paths]
+        if name not in names:
+            raise KeyError(f"expected the name of a parameter, got {name!r}. There are {', '.join(names)}.")
+        return self.values[names.index(name)]
+
+    def replace(self, values: Tensor) -> PerParameter:
+        """Other numbers for the same parameters."""
+        return PerParameter(values, self.paths)
+
+    def of(self, paths: Sequence[Path]) -> PerParameter:
+        """The numbers of some of the parameters. Each path must be among ``self.paths``."""
+        chosen = tuple(paths)
+        if chosen == self.paths:
+            return self
+        return PerParameter(_stacked(dict(zip(self.paths, self.values.unbind(), strict=True)), chosen, self), chosen)
+
+    def updated(self, other: PerParameter) -> PerParameter:
+        """The numbers of ``other`` for its parameters, and those of ``self`` for the rest."""
+        if other.paths == self.paths:
+            return other
+        own = dict(zip(self.paths, self.values.unbind(), strict=True))
+        new = dict(zip(other.paths, other.values.unbind(), strict=True))
+        return self.replace(_stacked({**own, **{path: new[path] for path in new if path in own}}, self.paths, self))
+
+
+def per_parameter(params: Any, value: float | Tensor = 0, *, dtype: torch.dtype = torch.int64) -> PerParameter:
+    """The same number for each leaf of ``params``.
+
+    Args:
+        params: Pytree of tensors.
+        value: A number, or a tensor of shape [].
+        dtype: Of the vector.
+    """
+    paths = tuple(leaf_paths(params))
+    device = next((leaf.device for leaf in tree.leaves(params) if isinstance(leaf, Tensor)), None)
+    blank = torch.zeros(len(paths), dtype=dtype, device=device)
+    return PerParameter(blank + value if isinstance(value, Tensor) or value != 0 else blank, paths)
+
+
+def start_counts(params: Any) -> PerParameter:
+    """The number of updates of each parameter, before the first: int64 [parameters]."""
+    return per_parameter(params)
+
+
+def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any) -> Any:
+    """``values`` for the chosen parameters, and ``others`` for the rest.
+
+    Args:
+        chosen: Bools [parameters].
+        otherwise: Bool []: the choice for leaves that belong to no parameter.
+        values: A pytree like the parameters, or an optimizer state with such trees in it.
+        others: A pytree like ``values``.
+
+    Example:
+        >>> params = {"bias": torch.zeros(2), "weight": torch.zeros(2)}
+        >>> chosen = per_parameter(params, dtype=torch.bool).replace(torch.tensor([True, False]))
+        >>> where_each(chosen, torch.tensor(True), params, {"bias": torch.ones(2), "weight": torch.ones(2)})
+        {'bias': tensor([0., 0.]), 'weight': tensor([1., 1.])}
+    """
+    flags = dict(zip(chosen.paths, chosen.values.unbind(), strict=True))
+
+    def merged(value: Any, other: Any) -> Any:
+        if isinstance(value, PerParameter):
+            known = all(path in flags for path in value.paths)
+            which = chosen.of(value.paths).values if known else otherwise
+            return value.replace(torch.where(which, value.values, other.values))
+        if _is_like(flags, value):
+            leaves, structure = tree.flatten(value)
+            rows = zip(leaf_paths(value), leaves, tree.leaves(other), strict=True)
+            return tree.unflatten(structure, [torch.where(flags[path], one, two) for path, one, two in rows])
+        inner = children(value)
+        if inner is None:
+            return torch.where(otherwise, value, other)
+        pairs = zip(inner, children(other) or [], strict=True)
+        return rebuilt(value, [merged(one, two) for (_, one), (_, two) in pairs])
+
+    return merged(values, others)
+
+
+def _is_like(flags: Mapping[Path, Tensor], node: Any) -> bool:
+    """Whether a node of an optimizer state is a tree of parameters or of some of them."""
+    if isinstance(node, Tensor):
+        return () in flags and (node.is_floating_point() or node.is_complex())
+    if hasattr(node, "_fields"):
+        return False
+    paths = leaf_paths(node)
+    return bool(paths) and all(path in flags for path in paths)
+
+
+def _stacked(numbers: dict[Path, Tensor], paths: tuple[Path, ...], like: PerParameter) -> Tensor:
+    # Not indexed by a list of positions, which would be a constant that a graph cannot close over.
+    return torch.stack([numbers[path] for path in paths]) if paths else like.values[:0]
+
+
+def _flatten(node: PerParameter) -> tuple[list[Any], tuple[Path, ...]]:
+    return [node.values], node.paths
+
+
+def _unflatten(paths: tuple[Path, ...], children: Sequence[Any]) -> PerParameter:
+    return PerParameter(children[0], paths)
+
+
+register_node(PerParameter, _flatten, _unflatten, fields=("values",))

@@ -1,0 +1,134 @@
+"""RAdam: Adam that waits until the variance of its second moment is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain.core import wide_dtype
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._adam import ScaleByAdamState
+from fxtrain.optim._leaves import (
+    Scalar,
+    bias_correction,
+    map_with_memory,
+    moving_average,
+    real_full,
+    squared,
+    widest,
+    zeros,
+)
+from fxtrain.optim._per_parameter import start_counts
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+def scale_by_radam(
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
+    mu_dtype: torch.dtype | None = None,
+    correct_eps: bool = False,
+) -> GradientTransformation:
+    """Adam's direction times its rectification, or the first moment alone while there is none; see ``radam``.
+
+    Args:
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root.
+        eps_root: Added under the root.
+        threshold: The length of the average below which there is no rectification.
+        mu_dtype: What the first moment is kept in.
+        correct_eps: Whether the second moment is corrected for its start after ``eps`` is added to its root, as in
+            ``torch.optim.RAdam``, or before, as in optax.
+    """
+    checks.decay_rate(b1=b1, b2=b2)
+    checks.non_negative(eps=eps, eps_root=eps_root, threshold=threshold)
+    longest = 2 / (1 - b2) - 1
+
+    def init(params: Any) -> ScaleByAdamState:
+        return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))
+
+    def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
+        count = opt_state.count + 1
+        dtype = widest(updates)
+        first, second = (bias_correction(decay, count.values, dtype) for decay in (b1, b2))
+        # A small difference of two large numbers, which float32 would not hold.
+        wide = wide_dtype(count.values.device)
+        unbiased = bias_correction(b2, count.values, wide)
+        length = longest - 2 * count.values.to(wide) * (1 - unbiased) / unbiased
+        rectified = length >= threshold
+        # Where it is not used, the square root is of a number that is not negative.
+        safe = torch.where(rectified, length, longest)
+        factor = ((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)).sqrt().to(dtype)
+
+        def rule(
+            update: Tensor,
+            mu: Tensor,
+            nu: Tensor,
+            first: Tensor,
+            second: Tensor,
+            rectified: Tensor,
+            factor: Tensor,
+        ) -> tuple[Tensor, ...]:
+            mu = moving_average(update, mu, b1)
+            nu = moving_average(squared(update), nu, b2)
+            direction = mu / first
+            root = (nu / second + eps_root).sqrt()
+            scale = root + (eps / second.sqrt() if correct_eps else eps)
+            return torch.where(rectified, factor * direction / scale, direction), mu, nu
+
+        numbers = (first, second, rectified, factor)
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
+        return updates, ScaleByAdamState(count, mu, nu)
+
+    return GradientTransformation(init, update)
+
+
+def radam(
+    learning_rate: ScalarOrSchedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
+    mu_dtype: torch.dtype | None = None,
+    correct_eps: bool = False,
+) -> GradientTransformation:
+    """Rectified Adam: Adam with a warmup of its own, as long as its second moment is an average of few squares.
+
+        rho(t) = rho - 2 t b2^t / (1 - b2^t),    rho = 2 / (1 - b2) - 1
+        u = -lr r m' / (sqrt(v' + eps_root) + eps)    where rho(t) >= threshold, and u = -lr m' elsewhere
+        r^2 = (rho(t) - 4) (rho(t) - 2) rho / ((rho - 4) (rho - 2) rho(t))
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root.
+        eps_root: Added under the root.
+        threshold: The length of the average below which there is no rectification.
+        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
+        correct_eps: False as in optax, True as in torch; see ``scale_by_radam``.
+
+    Example:
+        >>> tx = radam(0.1)
+        >>> params = torch.tensor([3.0, -200.0])
+        >>> tx.update(params, tx.init(params), params)[0]
+        tensor([-0.3000, 20.0000])
+
+    References:
+        Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020.
+    """
+    return chain(
+        scale_by_radam(
+            b1=b1, b2=b2, eps=eps, eps_root=eps_root, threshold=threshold, mu_dtype=mu_dtype, correct_eps=correct_eps
+        ),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,186 @@
+"""RMSProp: scaling by the root of a moving average of squares."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._leaves import (
+    Scalar,
+    bias_correction,
+    map_with_memory,
+    moving_average,
+    real_full,
+    squared,
+    wide,
+    widest,
+    zeros,
+)
+from fxtrain.optim._momentum import trace
+from fxtrain.optim._per_parameter import PerParameter, start_counts
+from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class ScaleByRmsState(NamedTuple):
+    """The memory of ``scale_by_rms``."""
+
+    nu: Any  # like the parameters, real, float32 at least: average of squares
+
+
+class ScaleByRmsWithCountState(NamedTuple):
+    """The memory of ``scale_by_rms`` with bias correction."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    nu: Any  # like the parameters, real, float32 at least: average of squares
+
+
+class ScaleByStddevState(NamedTuple):
+    """The memory of ``scale_by_stddev``."""
+
+    mu: Any  # like the parameters: average
+    nu: Any  # like the parameters, real, float32 at least: average of squares
+
+
+class ScaleByStddevWithCountState(NamedTuple):
+    """The memory of ``scale_by_stddev`` with bias correction."""
+
+    count: PerParameter  # int64 [parameters]: updates of each
+    mu: Any  # like the parameters: average
+    nu: Any  # like the parameters, real, float32 at least: average of squares
+
+
+def scale_by_rms(
+    *,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """Updates over the root of the average of their squares; see ``rmsprop``."""
+    _check_rms(decay, eps, initial_scale)
+
+    def init(params: Any) -> ScaleByRmsState | ScaleByRmsWithCountState:
+        nu = real_full(params, initial_scale)
+        return ScaleByRmsWithCountState(start_counts(params), nu) if bias_correction else ScaleByRmsState(nu)
+
+    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+        count, corrections = _corrections(bias_correction, decay, opt_state, updates)
+
+        def rule(update: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, Tensor]:
+            nu = moving_average(squared(update), nu, decay)
+            return _over_root(update, nu / correction, eps, eps_in_sqrt), nu
+
+        updates, nu = map_with_memory(rule, updates, opt_state.nu, numbers=corrections)
+        return updates, type(opt_state)(nu=nu, **count)
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_stddev(
+    *,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """Updates over their moving standard deviation; see ``rmsprop``."""
+    _check_rms(decay, eps, initial_scale)
+
+    def init(params: Any) -> ScaleByStddevState | ScaleByStddevWithCountState:
+        # In half precision, the difference of the two averages would be lost with the lower bits of the first.
+        mu, nu = zeros(tree.map(wide, params)), real_full(params, initial_scale)
+        return (
+            ScaleByStddevWithCountState(start_counts(params), mu, nu) if bias_correction else ScaleByStddevState(mu, nu)
+        )
+
+    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+        count, corrections = _corrections(bias_correction, decay, opt_state, updates)
+
+        def rule(update: Tensor, mu: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, ...]:
+            mu, nu = moving_average(update, mu, decay), moving_average(squared(update), nu, decay)
+            variance = nu / correction - squared(mu / correction)
+            return _over_root(update, variance, eps, eps_in_sqrt), mu, nu
+
+        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=corrections)
+        return updates, type(opt_state)(mu=mu, nu=nu, **count)
+
+    return GradientTransformation(init, update)
+
+
+def rmsprop(
+    learning_rate: ScalarOrSchedule,
+    *,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+) -> GradientTransformation:
+    """RMSProp: gradients over the root of a moving average of their squares.
+
+        v = decay v + (1 - decay) |g|^2,    u = -lr g / sqrt(v + eps)
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        decay: Of the average, in [0, 1). 0.9 as in optax; ``torch.optim.RMSprop`` has 0.99.
+        eps: Against division by zero.
+        initial_scale: What the average starts with.
+        eps_in_sqrt: Whether ``eps`` is added under the root, as in optax and TensorFlow, or to it, as in torch.
+        centered: Whether the square of the average gradient is subtracted from the average of squares.
+        momentum: Decay of a trace of the steps, learning rate included; None for none.
+        nesterov: Whether the momentum looks one step ahead.
+        bias_correction: Whether the averages are corrected for their start.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of its range, or Nesterov's momentum has no momentum.
+
+    Example:
+        >>> import torch
+        >>> tx = rmsprop(0.1, decay=0.75, eps=0.0)
+        >>> params = torch.tensor([3.0, -200.0])
+        >>> tx.update(params, tx.init(params), params)[0]
+        tensor([-0.2000,  0.2000])
+
+    References:
+        Hinton, Neural Networks for Machine Learning, lecture 6, 2012.
+        Graves, Generating Sequences With Recurrent Neural Networks, 2013 (centred).
+    """
+    if nesterov and momentum is None:
+        raise ValueError("nesterov changes the momentum: give momentum as well.")
+    scale = scale_by_stddev if centered else scale_by_rms
+    scaled = scale(
+        decay=decay, eps=eps, initial_scale=initial_scale, eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction
+    )
+    rate = scale_by_learning_rate(learning_rate)
+    return chain(scaled, rate) if momentum is None else chain(scaled, rate, trace(momentum, nesterov=nesterov))
+
+
+def _check_rms(decay: Scalar, eps: Scalar, initial_scale: Scalar) -> None:
+    checks.decay_rate(decay=decay)
+    checks.non_negative(eps=eps, initial_scale=initial_scale)
+
+
+def _over_root(update: Tensor, square: Tensor, eps: Scalar, eps_in_sqrt: bool) -> Tensor:
+    return update / ((square + eps).sqrt() if eps_in_sqrt else square.sqrt() + eps)
+
+
+def _corrections(
+    correct: bool, decay: Scalar, opt_state: Any, updates: Any
+) -> tuple[dict[str, PerParameter], list[Tensor]]:
+    """The new counts, as a change of the state, and the divisors of the averages."""
+    if not correct:
+        return {}, []
+    count: PerParameter = opt_state.count + 1
+    return {"count": count}, [bias_correction(decay, count.values, widest(updates))]

@@ -1,0 +1,85 @@
+"""Rprop: a step size for each element, which grows while the gradient keeps its sign."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_memory, real_full, zeros
+from fxtrain.optim._scaling import scale
+from fxtrain.optim._transform import GradientTransformation, chain
+
+
+class ScaleByRpropState(NamedTuple):
+    """The memory of Rprop."""
+
+    step_sizes: Any  # like the parameters, float32 at least
+    previous_sign: Any  # like the parameters: of the last update; 0 where it had turned
+
+
+def scale_by_rprop(
+    learning_rate: Scalar,
+    *,
+    eta_minus: Scalar = 0.5,
+    eta_plus: Scalar = 1.2,
+    min_step_size: Scalar = 1e-6,
+    max_step_size: Scalar = 50.0,
+) -> GradientTransformation:
+    """The step size of each element, with the sign of its update; see ``rprop``."""
+    checks.non_negative(learning_rate=learning_rate, min_step_size=min_step_size)
+    checks.decay_rate(eta_minus=eta_minus)
+    checks.positive(eta_plus=eta_plus, max_step_size=max_step_size)
+
+    def rule(update: Tensor, size: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+        sign = torch.sign(update)
+        agreement = sign * previous
+        size = torch.where(agreement > 0, size * eta_plus, torch.where(agreement < 0, size * eta_minus, size))
+        size = at_most(at_least(size, min_step_size), max_step_size)
+        sign = torch.where(agreement < 0, torch.zeros_like(sign), sign)
+        return size * sign, size, sign
+
+    def init(params: Any) -> ScaleByRpropState:
+        return ScaleByRpropState(real_full(params, learning_rate), zeros(params))
+
+    def update(updates: Any, opt_state: ScaleByRpropState, params: Any = None) -> tuple[Any, ScaleByRpropState]:
+        updates, sizes, sign = map_with_memory(rule, updates, opt_state.step_sizes, opt_state.previous_sign)
+        return updates, ScaleByRpropState(sizes, sign)
+
+    return GradientTransformation(init, update)
+
+
+def rprop(
+    learning_rate: Scalar,
+    *,
+    eta_minus: Scalar = 0.5,
+    eta_plus: Scalar = 1.2,
+    min_step_size: Scalar = 1e-6,
+    max_step_size: Scalar = 50.0,
+) -> GradientTransformation:
+    """Resilient backpropagation, for gradients of the whole data: only their signs count.
+
+    The steps are those of ``torch.optim.Rprop``; optax makes each of them one update later.
+
+    Args:
+        learning_rate: The first step size of each element: a number or a tensor of shape [], no schedule.
+        eta_minus: By what a step size shrinks when the gradient has turned; no step is made then.
+        eta_plus: By what it grows when the gradient has kept its sign.
+        min_step_size: It is never smaller.
+        max_step_size: It is never larger.
+
+    References:
+        Riedmiller and Braun, A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP Algorithm, 1993.
+    """
+    return chain(
+        scale_by_rprop(
+            learning_rate,
+            eta_minus=eta_minus,
+            eta_plus=eta_plus,
+            min_step_size=min_step_size,
+            max_step_size=max_step_size,
+        ),
+        scale(-1.0),
+    )

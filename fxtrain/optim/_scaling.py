@@ -1,0 +1,123 @@
+"""Scaling: by a number, by a learning rate or schedule, and by the size of the parameters."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.equivalents import refuse_foreign
+from fxtrain.optim import _checks as checks
+from fxtrain.optim._leaves import Scalar, at_least, map_updates, map_with_params, norm, root_mean_square, start_count
+from fxtrain.optim._transform import GradientTransformation, stateless
+from fxtrain.schedules import Schedule
+
+ScalarOrSchedule = float | Tensor | Schedule
+"""A number, a tensor of shape [], or a function from the step to one."""
+
+
+def scale(factor: Scalar) -> GradientTransformation:
+    """Updates times a number: ``u = factor * g``."""
+    return stateless(lambda updates, params: map_updates(lambda update: factor * update, updates))
+
+
+class ScaleByScheduleState(NamedTuple):
+    """The memory of a schedule."""
+
+    count: Tensor  # int64 []: updates made
+
+
+def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
+    """Updates times a value that depends on the step: ``u = schedule(count) * g``, with a count from 0.
+
+    Args:
+        schedule: From the count (int64 []) to a number or a tensor of shape [].
+
+    Example:
+        >>> from fxtrain import schedules
+        >>> tx = scale_by_schedule(schedules.linear(1.0, 0.0, transition_steps=2))
+        >>> state = tx.init(torch.tensor(0.0))
+        >>> for _ in range(3):
+        ...     update, state = tx.update(torch.tensor(1.0), state)
+        ...     print(float(update))
+        1.0
+        0.5
+        0.0
+    """
+    refuse_foreign("schedule", "a function of the step", schedule, as_schedule=True)
+    if not callable(schedule):
+        raise TypeError(f"scale_by_schedule({schedule!r}): a function of the step is wanted; scale takes a number.")
+
+    def update(updates: Any, opt_state: ScaleByScheduleState, params: Any = None) -> tuple[Any, ScaleByScheduleState]:
+        factor: Any = schedule(opt_state.count)
+
+        def scaled(update: Tensor) -> Tensor:
+            # Elements are multiplied in this dtype in any case. A compiled step then converts the factor once.
+            dtype = torch.promote_types(update.real.dtype, torch.float32)
+            return (factor.to(dtype) if isinstance(factor, Tensor) else factor) * update
+
+        return map_updates(scaled, updates), ScaleByScheduleState(opt_state.count + 1)
+
+    def init(params: Any) -> ScaleByScheduleState:
+        return ScaleByScheduleState(start_count(params))
+
+    return GradientTransformation(init, update)
+
+
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool = True) -> GradientTransformation:
+    """Updates times the negative learning rate: what turns a direction into a step downhill.
+
+    Args:
+        learning_rate: A number, a tensor of shape [], or a schedule.
+        flip_sign: Whether to multiply by -1 as well.
+
+    Raises:
+        ValueError: If the learning rate is negative.
+    """
+    sign = -1 if flip_sign else 1
+    if callable(learning_rate):
+        refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
+        schedule = learning_rate
+        return scale_by_schedule(lambda count: sign * schedule(count))
+    checks.non_negative(learning_rate=learning_rate)
+    return scale(sign * learning_rate)
+
+
+def scale_by_trust_ratio(
+    *, min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
+) -> GradientTransformation:
+    """Each leaf's update scaled to the norm of its parameter.
+
+        u = c |p| / (|g| + eps) g,    and u = g where either norm is 0
+
+    Args:
+        min_norm: Both norms are taken for at least this.
+        trust_coefficient: c.
+        eps: Added to the norm of the update.
+
+    References:
+        You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020.
+    """
+    checks.non_negative(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+
+    def rule(update: Tensor, param: Tensor) -> Tensor:
+        param_norm = at_least(norm(param), min_norm)
+        update_norm = at_least(norm(update), min_norm)
+        ratio = trust_coefficient * param_norm / (update_norm + eps)
+        return update * torch.where((param_norm == 0) | (update_norm == 0), 1.0, ratio)
+
+    return stateless(lambda updates, params: map_with_params(rule, "scale_by_trust_ratio", updates, params))
+
+
+def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformation:
+    """Each leaf's update times the root mean square of its parameter, or ``min_scale`` if that is larger."""
+    checks.non_negative(min_scale=min_scale)
+
+    def rule(update: Tensor, param: Tensor) -> Tensor:
+        return update * at_least(root_mean_square(param), min_scale)
+
+    return stateless(lambda updates, params: map_with_params(rule, "scale_by_param_block_rms", updates, params))

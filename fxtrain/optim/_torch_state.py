@@ -1,0 +1,296 @@
+"""Optimizer state in the terms of ``torch.optim``: moments and counts by the names of parameters, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim._accumulation import EveryKState
+from fxtrain.optim._adadelta import ScaleByAdaDeltaState
+from fxtrain.optim._adafactor import FactoredState
+from fxtrain.optim._adagrad import ScaleByRssState
+from fxtrain.optim._adam import ScaleByAdamaxState, ScaleByAdamState, ScaleByAmsgradState
+from fxtrain.optim._decay import WeightDecaySchedule
+from fxtrain.optim._finite import ApplyIfFiniteState
+from fxtrain.optim._freezing import ActiveWhenState
+from fxtrain.optim._hyperparams import InjectHyperparamsState, Scheduled
+from fxtrain.optim._lookahead import LookaheadState
+from fxtrain.optim._momentum import DampenedTraceState, ScaleByLionState, TraceState
+from fxtrain.optim._muon import ScaleByMuonState
+from fxtrain.optim._nadam import ScaleByNadamState
+from fxtrain.optim._nodes import as_name, children, leaf_paths, rebuilt
+from fxtrain.optim._per_parameter import PerParameter
+from fxtrain.optim._rmsprop import ScaleByRmsState, ScaleByStddevState
+from fxtrain.optim._rprop import ScaleByRpropState
+from fxtrain.optim._scaling import ScaleByScheduleState
+from fxtrain.optim._torch_bridge import AsgdState, StepSizeState
+
+Entry = Mapping[str, Any]
+"""What a torch optimizer keeps for one parameter, such as ``{"step": ..., "exp_avg": ...}``."""
+
+
+class Taken(NamedTuple):
+    """What a torch optimizer keeps, by the names of parameters."""
+
+    entries: Mapping[str, Entry]  # parameters without state are left out
+    options: Mapping[str, Mapping[str, Any]]  # by name, the options of the parameter's group
+    step: int | None  # updates of the whole optimizer, which schedules read; None if it is not known
+
+
+_MOMENTS: dict[type, dict[str, str]] = {
+    ScaleByAdamState: {"count": "step", "mu": "exp_avg", "nu": "exp_avg_sq"},
+    ScaleByAdamaxState: {"count": "step", "mu": "exp_avg", "nu": "exp_inf"},
+    ScaleByAmsgradState: {"count": "step", "mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
+    ScaleByNadamState: {
+        "count": "step",
+        "momentum_product": "mu_product",
+        "mu": "exp_avg",
+        "nu": "exp_avg_sq",
+    },
+    TraceState: {"trace": "momentum_buffer"},
+    DampenedTraceState: {"count": "", "trace": "momentum_buffer"},
+    ScaleByMuonState: {"count": "", "mu": "momentum_buffer"},
+    ScaleByLionState: {"mu": "exp_avg"},
+    ScaleByRmsState: {"nu": "square_avg"},
+    ScaleByStddevState: {"mu": "grad_avg", "nu": "square_avg"},
+    ScaleByRssState: {"sum_of_squares": "sum"},
+    ScaleByAdaDeltaState: {"e_g": "square_avg", "e_x": "acc_delta"},
+    ScaleByRpropState: {"step_sizes": "step_size", "previous_sign": "prev"},
+    FactoredState: {"count": "step", "v_row": "row_var", "v_col": "col_var", "v": "variance"},
+    AsgdState: {"count": "step", "eta": "eta", "ax": "ax"},
+    StepSizeState: {"count": "step"},
+}
+"""By type: the key in torch of each field; "" for counts that torch does not have."""
+
+_STEPS: dict[type, str] = {
+    ScaleByScheduleState: "count",
+    WeightDecaySchedule: "count",
+    InjectHyperparamsState: "count",
+    AsgdState: "step",
+    StepSizeState: "step",
+}
+"""By type: the field that counts updates of the whole optimizer."""
+
+_OF_FX = (EveryKState, ApplyIfFiniteState, ActiveWhenState, LookaheadState)
+"""Wrappers whose own fields torch does not have. They keep their values."""
+
+_ADDED_DIMENSIONS = {"row_var": -1, "col_var": -2}
+
+_DERIVED = {"step", "mu"}
+"""Keys that are not moments: the count, and the share of ASGD that follows from it."""
+
+_OPTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "learning_rate": lambda group: group.get("lr"),
+    "lr": lambda group: group.get("lr"),
+    "b1": lambda group: group["betas"][0] if "betas" in group else None,
+    "b2": lambda group: group["betas"][1] if "betas" in group else None,
+    "momentum": lambda group: group.get("momentum"),
+    "weight_decay": lambda group: group.get("weight_decay"),
+    "eps": lambda group: group.get("eps"),
+    "decay": lambda group: group.get("alpha"),
+    "rho": lambda group: group.get("rho"),
+}
+"""By the name of an injected hyper-parameter: its value in a parameter group."""
+
+
+def take_over(opt_state: Any, taken: Taken, prefix: str = "") -> Any:
+    """The optimizer state with the moments, counts and injected hyper-parameters of a torch optimizer.
+
+    Args:
+        opt_state: The state of a transformation. It is left as it was.
+        taken: What the torch optimizer keeps.
+        prefix: What the names begin with in ``taken``, before those in ``opt_state``.
+
+    Raises:
+        ValueError: If the two keep different moments, or moments of different shapes. The message names the
+            parameter.
+    """
+    reader = _Reader(taken, prefix)
+    result = reader.read(opt_state)
+    reader.refuse_unread()
+    return result
+
+
+class _Reader:
+    def __init__(self, taken: Taken, prefix: str) -> None:
+        self._taken, self._prefix = taken, prefix
+        self._read: dict[str, set[str]] = {}
+
+    def read(self, node: Any) -> Any:
+        kind = cast(Any, type(node))
+        if kind in _MOMENTS:
+            fields = {name: self._field(getattr(node, name), key) for name, key in _MOMENTS[kind].items()}
+            return self._stepped(node._replace(**fields))
+        if isinstance(node, InjectHyperparamsState):
+            inner = self.read(node.inner_state)
+            names = [self._prefix + as_name(path) for path in _parameters(node.inner_state)]
+            kept = {name: self._option(name, value, names) for name, value in node.hyperparams.items()}
+            return self._stepped(node._replace(hyperparams=kept, inner_state=inner))
+        if kind in _STEPS:
+            return self._stepped(node)
+        _refuse_momentum_of_steps(node)
+        if isinstance(node, _OF_FX):
+            return node._replace(inner_state=self.read(node.inner_state))
+        inner = children(node)
+        if inner is None:
+            raise ValueError(
+                "expected optimizer state that torch.optim has too, got a tensor of another transformation. Load the "
+                "state before it is chained, or start it fresh."
+            )
+        if inner and hasattr(node, "_fields") and kind.__name__ not in _CONTAINERS:
+            raise ValueError(
+                f"expected optimizer state that torch.optim has too, got {kind.__name__}, which has no counterpart. "
+                "Build the optimizer by the expression that fx.init(module, optimizer) prints for the torch optimizer."
+            )
+        return rebuilt(node, [self.read(child) for _, child in inner])
+
+    def refuse_unread(self) -> None:
+        """Refuses moments that were not taken over."""
+        for name, entry in self._taken.entries.items():
+            if not name.startswith(self._prefix):
+                continue
+            read = self._read.get(name, set())
+            extra = sorted(key for key, value in entry.items() if value is not None and key not in read | _DERIVED)
+            if extra:
+                raise ValueError(
+                    f"expected the optimizer state of {name!r} to have {_listed(read - _DERIVED)}, got "
+                    f"{', '.join(extra)} as well. Build the optimizer by the expression that fx.init(module, "
+                    "optimizer) prints for the torch optimizer."
+                )
+
+    def _stepped(self, node: Any) -> Any:
+        field = _STEPS.get(cast(Any, type(node)))
+        if field is None:
+            return node
+        if self._taken.step is None:
+            raise ValueError(
+                "expected the number of updates so far, which schedules read, got none in the state. Pass it as step=."
+            )
+        return node._replace(**{field: torch.full_like(getattr(node, field), self._taken.step)})
+
+    def _field(self, own: Any, key: str) -> Any:
+        if isinstance(own, PerParameter):
+            pairs = zip(own.paths, own.values.unbind(), strict=True)
+            values = [self._number(self._prefix + as_name(path), key, was) for path, was in pairs]
+            return own.replace(torch.stack(values)) if values else own
+        leaves, structure = tree.flatten(own)
+        names = [self._prefix + as_name(path) for path in leaf_paths(own)]
+        return tree.unflatten(
+            structure, [self._moment(name, key, leaf) for name, leaf in zip(names, leaves, strict=True)]
+        )
+
+    def _number(self, name: str, key: str, was: Tensor) -> Tensor:
+        entry = self._taken.entries.get(name)
+        if entry is None:
+            return was
+        if not key:
+            return torch.full_like(was, 1 if entry.get("momentum_buffer") is not None else 0)
+        return torch.full_like(was, float(self._value(name, key)))
+
+    def _moment(self, name: str, key: str, was: Tensor) -> Tensor:
+        entry = self._taken.entries.get(name)
+        if entry is None or (key == "momentum_buffer" and key in entry and entry[key] is None):
+            self._read.setdefault(name, set()).add(key)
+            return was
+        value = torch.as_tensor(self._value(name, key))
+        value = torch.view_as_real(value) if value.is_complex() and not was.is_complex() else value
+        value = value.squeeze(_ADDED_DIMENSIONS[key]) if key in _ADDED_DIMENSIONS else value
+        if value.shape != was.shape or value.is_complex() != was.is_complex():
+            raise ValueError(
+                f"expected {key} of {name!r} to have shape {list(was.shape)}, got {list(value.shape)}. Pass the names "
+                "of the optimizer's parameters in their order as names=, if they are not those of the model."
+            )
+        value = torch.sign(value) if key == "prev" else value
+        return value.detach().to(device=was.device, dtype=was.dtype, copy=True)
+
+    def _value(self, name: str, key: str) -> Any:
+        entry = self._taken.entries[name]
+        self._read.setdefault(name, set()).add(key)
+        if key not in entry:
+            raise ValueError(
+                f"expected {key} in the optimizer state of {name!r}, got {_listed(entry)}. Build the optimizer by the "
+                "expression that fx.init(module, optimizer) prints for the torch optimizer."
+            )
+        return entry[key]
+
+    def _option(self, name: str, was: Any, params: list[str]) -> Any:
+        find = _OPTIONS.get(name)
+        if isinstance(was, Scheduled) or find is None:
+            return was
+        found = {float(value) for param in params if (value := find(self._taken.options.get(param, {}))) is not None}
+        if len(found) > 1:
+            raise ValueError(
+                f"expected one {name} for all parameters, got {sorted(found)} in the parameter groups. Give each group "
+                "a transformation of its own by fx.optim.partition."
+            )
+        return torch.full_like(was, found.pop()) if found else was
+
+
+def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tensor]]:
+    """What a torch optimizer would keep, by the names of parameters. Parameters without updates are left out.
+
+    Args:
+        opt_state: The state of a transformation.
+        prefix: What the names begin with.
+
+    Raises:
+        ValueError: If there is state that torch has not.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    unused: set[str] = set()
+
+    def visit(node: Any) -> None:
+        kind = cast(Any, type(node))
+        _refuse_momentum_of_steps(node)
+        for field, key in _MOMENTS.get(kind, {}).items():
+            own = getattr(node, field)
+            values = own.values.unbind() if isinstance(own, PerParameter) else tree.leaves(own)
+            paths = own.paths if isinstance(own, PerParameter) else leaf_paths(own)
+            for path, value in zip(paths, values, strict=True):
+                name = prefix + as_name(path)
+                if field == "count" and int(value) == 0:
+                    unused.add(name)
+                if key:
+                    wide = value.unsqueeze(_ADDED_DIMENSIONS[key]) if key in _ADDED_DIMENSIONS else value
+                    found.setdefault(name, {})[key] = wide.detach().clone()
+        if kind in _MOMENTS:
+            return
+        known = kind in _STEPS or isinstance(node, _OF_FX) or kind.__name__ in _CONTAINERS
+        if hasattr(node, "_fields") and children(node) and not known:
+            raise ValueError(f"expected optimizer state that torch.optim has too, got {kind.__name__}.")
+        for _, child in children(node) or []:
+            visit(child)
+
+    visit(opt_state)
+    return {name: entry for name, entry in found.items() if name not in unused}
+
+
+_CONTAINERS = ("MaskedState", "PartitionState")
+
+
+def _parameters(opt_state: Any) -> list[Any]:
+    """The paths of the parameters that a state is about."""
+    if type(opt_state) in _MOMENTS:
+        fields = [getattr(opt_state, name) for name in _MOMENTS[cast(Any, type(opt_state))]]
+        return [path for own in fields for path in (own.paths if isinstance(own, PerParameter) else leaf_paths(own))]
+    return [path for _, child in children(opt_state) or [] for path in _parameters(child)]
+
+
+def _refuse_momentum_of_steps(node: Any) -> None:
+    """Refuses a momentum of steps that the learning rate has scaled, where torch's is of directions."""
+    parts = cast(tuple[Any, ...], node) if isinstance(node, tuple) else ()
+    kinds: list[type] = [type(part) for part in parts]
+    for index, kind in enumerate(kinds):
+        if kind in (ScaleByRmsState, ScaleByStddevState) and TraceState in kinds[index + 2 :]:
+            raise ValueError(
+                "expected momentum before the learning rate, got fx.optim.rmsprop, which has it after. Use "
+                "fx.optim.from_torch(torch.optim.RMSprop, ...)."
+            )
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(sorted(keys)) or "nothing"

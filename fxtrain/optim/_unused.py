@@ -1,0 +1,164 @@
+"""Updates of some of the parameters: the rest keep their values and their optimizer state, as in ``torch.optim``."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.optim._accumulation import EveryKState
+from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
+from fxtrain.optim._per_parameter import PerParameter
+from fxtrain.optim._transform import GradientTransformation
+
+
+def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: Any, used: Any) -> tuple[Any, Any]:
+    """``tx.update`` for the parameters that got a gradient, and nothing for the others.
+
+    Unused parameters get an update of zero, and their optimizer state stays: no weight decay, no decay of momenta, no
+    count. ``torch.optim`` treats a parameter whose ``grad`` is None in the same way. State of the whole optimizer, such
+    as the step of a schedule, advances.
+
+    The transformation runs on trees without the unused parameters: dictionaries lose these keys, and other nodes have
+    a ``MaskedNode`` in their place. So it may be any transformation whose state keeps the structure of the parameters.
+    Within ``every_k`` it is the whole accumulation that uses a parameter or does not: a parameter that some of its
+    steps used has gradients of zero in the others.
+
+    Args:
+        tx: Any transformation.
+        grads: Pytree of tensors.
+        opt_state: The state of ``tx`` for ``params``.
+        params: Pytree like ``grads``.
+        used: Pytree like ``grads`` of bools; None where all parameters are used.
+
+    Returns:
+        The updates, like ``grads``, and the new state.
+
+    Raises:
+        ValueError: If ``used`` is a tree of another structure or holds anything but bools, or if the state of ``tx``
+            does not keep the structure of the parameters.
+
+    Example:
+        >>> import torch
+        >>> from fxtrain import optim
+        >>> tx = optim.adamw(0.1, weight_decay=0.1)
+        >>> params = {"idle": torch.ones(1), "busy": torch.ones(1)}
+        >>> updates, state = update_used(tx, params, tx.init(params), params, {"idle": False, "busy": True})
+        >>> updates, state[0].count["idle"], state[0].count["busy"]
+        ({'idle': tensor([0.]), 'busy': tensor([-0.1100])}, tensor(0), tensor(1))
+    """
+    if used is None:
+        return tx.update(grads, opt_state, params)
+    flags = _flags(used, grads)
+    left_out = frozenset(path for path, use in zip(leaf_paths(grads), flags, strict=True) if not use)
+    if not left_out:
+        return tx.update(grads, opt_state, params)
+    if accumulates(opt_state):
+        return tx.update(grads, _noted(opt_state, left_out), params)
+    part = _without(params, left_out)
+    inside = _narrowed(opt_state, _layout(tx, part), left_out, "opt_state")
+    moved, after = tx.update(_without(grads, left_out), inside, part)
+    by_path = dict(zip(leaf_paths(moved), tree.leaves(moved), strict=True))
+    leaves, structure = tree.flatten(grads)
+    updates = [
+        leaf.new_zeros(leaf.shape) if path in left_out else by_path[path]
+        for path, leaf in zip(leaf_paths(grads), leaves, strict=True)
+    ]
+    return tree.unflatten(structure, updates), _merged(opt_state, after)
+
+
+def accumulates(opt_state: Any) -> bool:
+    """Whether gradients of earlier steps wait for an update, which may move parameters that this step left out."""
+    if isinstance(opt_state, EveryKState):
+        return True
+    return any(accumulates(child) for _, child in children(opt_state) or ())
+
+
+def _noted(node: Any, left_out: frozenset[Path]) -> Any:
+    """The state whose accumulations know that a step does not use these parameters."""
+    if isinstance(node, EveryKState):
+        counts = zip(node.unused.paths, node.unused.values.unbind(), strict=True)
+        more = torch.stack([count + int(path in left_out) for path, count in counts])
+        return node._replace(unused=node.unused.replace(more))
+    inner = children(node)
+    return node if inner is None else rebuilt(node, [_noted(child, left_out) for _, child in inner])
+
+
+def _flags(used: Any, grads: Any) -> list[bool]:
+    flags: list[Any] = tree.leaves(used)
+    paths, expected = leaf_paths(used), leaf_paths(grads)
+    if paths != expected:
+        lost = next((path for path in (*expected, *paths) if (path in paths) != (path in expected)), ())
+        where = "used" if lost in expected else "grads"
+        raise ValueError(f"expected used to be a tree like grads, got {as_code(lost) or 'a leaf'} missing in {where}.")
+    for path, flag in zip(paths, flags, strict=True):
+        if not isinstance(flag, bool):
+            raise ValueError(f"expected True or False at used{as_code(path)}, got {type(flag).__name__}.")
+    return flags
+
+
+def _layout(tx: GradientTransformation, params: Any) -> Any:
+    """The structure of the state for these parameters, whose values are not read."""
+    try:
+        return tx.init(tree.map(_without_values, params))
+    except Exception:
+        # A transformation may read values as it begins, which a tensor on the meta device does not have.
+        return tx.init(params)
+
+
+def _without_values(leaf: Tensor) -> Tensor:
+    return leaf.to("meta")
+
+
+def _without(values: Any, left_out: frozenset[Path], path: Path = ()) -> Any:
+    if path in left_out:
+        return MaskedNode()
+    inner = children(values)
+    if inner is None:
+        return values
+    if isinstance(values, dict):
+        entries = cast(dict[Any, Any], values)
+        kept = {key: _without(child, left_out, (*path, key)) for key, child in inner if (*path, key) not in left_out}
+        return {key: kept[key] for key in entries if key in kept}
+    return rebuilt(values, [_without(child, left_out, (*path, key)) for key, child in inner])
+
+
+def _narrowed(state: Any, layout: Any, left_out: frozenset[Path], path: str) -> Any:
+    """The state of the parameters that are left, with the structure that ``init`` gives it for them."""
+    if isinstance(layout, MaskedNode):
+        return layout
+    if isinstance(layout, PerParameter):
+        return state.of(layout.paths)
+    inner, own = children(layout), children(state)
+    if inner is None:
+        if own is not None or (isinstance(state, Tensor) and state.shape != layout.shape):
+            raise _unknown_structure(path)
+        return state
+    kept = dict(own or ())
+    names = {key for left in left_out for key in left}
+    if any(key not in kept for key, _ in inner) or any(key not in names for key in kept.keys() - dict(inner).keys()):
+        raise _unknown_structure(path)
+    return rebuilt(layout, [_narrowed(kept[key], child, left_out, f"{path}{as_code((key,))}") for key, child in inner])
+
+
+def _merged(state: Any, part: Any) -> Any:
+    """The state with the part of it that was updated."""
+    if isinstance(part, MaskedNode):
+        return state
+    if isinstance(part, PerParameter):
+        return state.updated(part)
+    inner = children(part)
+    if inner is None:
+        return part
+    new = dict(inner)
+    return rebuilt(state, [_merged(child, new[key]) if key in new else child for key, child in children(state) or ()])
+
+
+def _unknown_structure(path: str) -> ValueError:
+    return ValueError(
+        f"expected optimizer state that keeps the structure of the parameters, so that a parameter without a gradient "
+        f"can be left out, got {path}, which changes with the number of parameters. Make it a tree like the parameters "
+        "or a PerParameter, or give unused parameters a gradient of zero: train_step(..., unused='zero')."
+    )

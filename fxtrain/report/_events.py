@@ -1,0 +1,72 @@
+"""Events: what ``observers.record_run`` wrote down, as marks of the page."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+from fxtrain.report import _shapes as shapes
+from fxtrain.report._folder import Folder
+from fxtrain.report._kept import Items
+from fxtrain.report._run import Mark
+
+_MAX_MARKS = 20_000  # of each kind
+_MAX_REASONS = 20  # of one request
+_ASKED = (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped"))
+
+
+class Events:
+    """The marks of a run by kind. Checkpoints that a rewind or a resumed session abandoned are left out."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._saved = array("q")
+        self._marks: dict[str, Items[Mark]] = {}
+
+    def read(self, path: str) -> None:
+        """Takes the events of JSON lines."""
+        for count, content in self._folder.lines(path):
+            try:
+                self._take(shapes.mapping(shapes.parsed(content)))
+            except ValueError as error:
+                self._folder.problems.add(path, f"line {count}: {error}")
+
+    def marks(self) -> list[Mark]:
+        """The marks that are kept, in the order in which they were written."""
+        saved = [Mark(step, "saved", "checkpoint") for step in self._saved]
+        return [mark for items in self._marks.values() for _, mark in items.items] + saved
+
+    def counts(self) -> dict[str, int]:
+        """How many marks of each kind there are."""
+        counts = {kind: items.count for kind, items in self._marks.items()}
+        return counts | ({"saved": len(self._saved)} if self._saved else {})
+
+    def _take(self, line: dict[str, Any]) -> None:
+        step, kind = shapes.step(line.get("step")), line.get("event")
+        if kind == "Saved":
+            self._saved.append(step)
+        elif kind == "Rewound":
+            first, to = shapes.step(line.get("from_step")), shapes.step(line.get("to_step"))
+            self._keep_saved(to)
+            self._mark(first, "rewound", f"back to step {to}")
+        elif kind == "Interrupted":
+            self._mark(step, "interrupted", f"interrupted by {shapes.words(line.get('cause'))}")
+        elif kind == "FitBegin" and line.get("resumed"):
+            # What a killed session did after its last checkpoint is done again.
+            self._keep_saved(step)
+            self._mark(step, "resumed", "a session went on from here")
+        asked = shapes.mapping(line.get("asked", {}))
+        for request, mark in _ASKED:
+            if request in asked:
+                reasons = [shapes.words(each) for each in shapes.listed(asked[request])[:_MAX_REASONS]]
+                self._mark(step, mark, "; ".join(reasons))
+
+    def _keep_saved(self, last: int) -> None:
+        self._saved = array("q", (step for step in self._saved if step <= last))
+
+    def _mark(self, step: int, kind: str, text: str) -> None:
+        items = self._marks.setdefault(kind, Items())
+        # Marks come in the order of time, which a rewind takes back to earlier steps.
+        items.put(items.count, Mark(step, kind, shapes.shortened(text)))
+        if items.cost > _MAX_MARKS:
+            items.thin()

@@ -1,0 +1,184 @@
+"""Metrics: what the writers of JSON lines and of CSV left, line by line, and tables and matrices of media files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+from fxtrain.report import _shapes as shapes
+from fxtrain.report._folder import Folder
+from fxtrain.report._kept import Items, Kept, Points
+from fxtrain.report._run import Confusion, Heights, Mark, Table
+
+_MAX_TEXT = 2**16  # characters of a text that are shown
+_MAX_ROWS = 50  # of a table that are shown
+_MAX_NAMES = 2000  # of each kind
+_MAX_POINTS = 2**22  # of all curves together; a point takes 50 to 70 bytes
+_MAX_HEIGHTS = 2**22  # counts and edges of all histograms together
+_MAX_CHARACTERS = 2**24  # of all texts together, and of all marks
+_MAX_TABLES = 200
+_MAX_COLUMNS = 50
+_MAX_CELL = 500  # characters
+_MAX_MATRICES = 20
+_MAX_CLASSES = 2000
+_OVERHEAD = 100  # what a text costs besides its characters
+_NO_METRICS = ("step", "epoch", "time")  # columns of a CSV
+
+
+class Metrics:
+    """What was logged, by name, in a bounded amount of memory."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self.curves: Kept[Points] = Kept(Points, budget=_MAX_POINTS, names=_MAX_NAMES)
+        self.texts: Kept[Items[str]] = Kept(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
+        self.histograms: Kept[Items[Heights]] = Kept(Items, budget=_MAX_HEIGHTS, names=_MAX_NAMES)
+        self.improved: Kept[Items[Mark]] = Kept(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
+        self.tables: dict[str, Table] = {}
+        self.confusion: dict[str, Confusion] = {}
+        self.hparams: dict[str, Any] = {}
+        self._kinds: dict[str, Callable[[str, int, Any], None]] = {
+            "metrics": self._take_number,
+            "texts": self._take_text,
+            "histograms": self._take_histogram,
+            "tables": self._take_table,
+            "confusion": self.take_confusion,
+        }
+
+    def read_lines(self, path: str) -> None:
+        """Takes the values of JSON lines."""
+        for count, content in self._folder.lines(path):
+            try:
+                line = shapes.mapping(shapes.parsed(content))
+                self.hparams |= shapes.mapping(line.get("hparams", {}))
+                kinds = {kind: shapes.mapping(line[kind]) for kind in self._kinds if kind in line}
+                step = shapes.step(line.get("step")) if kinds else 0
+            except ValueError as error:
+                self._folder.problems.add(path, f"line {count}: {error}")
+                continue
+            for kind, values in kinds.items():
+                self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
+
+    def read_rows(self, path: str) -> None:
+        """Takes the numbers of a CSV."""
+        rows = csv.reader(content.decode("utf-8", "replace") for _, content in self._folder.lines(path))
+        header: list[str] = []
+        while True:
+            try:
+                row = next(rows, None)
+                if row is None:
+                    return
+                if not header:
+                    header = self._header(row)
+                    continue
+                cells = dict(zip(header, row, strict=True))
+                step = shapes.step(int(cells["step"]))
+            except (ValueError, csv.Error) as error:
+                self._folder.problems.add(path, f"line {rows.line_num}: {error}")
+                if not header:
+                    return
+                continue
+            numbers = {name: cell for name, cell in cells.items() if cell and name not in _NO_METRICS}
+            self._take(path, f"line {rows.line_num}, column", self._take_number, step, numbers)
+
+    def _header(self, row: list[str]) -> list[str]:
+        if "step" not in row:
+            raise ValueError(f"expected columns with one named step, got {shapes.named(shapes.words(row))}")
+        return row
+
+    def _take(self, path: str, where: str, take: Callable[[str, int, Any], None], step: int, values: Any) -> None:
+        for name, value in values.items():
+            try:
+                take(shapes.name(name), step, value)
+            except ValueError as error:  # the other values of the line are taken
+                self._folder.problems.add(path, f"{where} {shapes.named(name)}: {error}")
+
+    def _take_number(self, name: str, step: int, value: Any) -> None:
+        found = shapes.number(value)
+        self.curves.put(name, step, found)
+        if name.endswith("/improved_by"):
+            what = f"{name.removesuffix('/improved_by')} improved by {found:.4g}"
+            self.improved.put(name, step, Mark(step, "improved", what), _OVERHEAD + len(what))
+
+    def _take_text(self, name: str, step: int, value: Any) -> None:
+        found = shortened_text(shapes.text(value))
+        self.texts.put(name, step, found, _OVERHEAD + len(found))
+
+    def _take_histogram(self, name: str, step: int, value: Any) -> None:
+        found = shapes.mapping(value)
+        counts = shapes.counts(found.get("counts"))
+        edges = shapes.edges(found.get("edges"), len(counts))
+        self.histograms.put(name, step, Heights(counts, edges), len(counts) + len(edges))
+
+    def _take_table(self, name: str, step: int, value: Any) -> None:
+        self.take_table(name, step, {"columns": value})
+
+    def take_table(self, name: str, step: int, value: Any, beside: PurePosixPath | None = None) -> set[PurePosixPath]:
+        """Takes a table, if it is the latest of its name.
+
+        Args:
+            name: Of the table.
+            step: Where it belongs.
+            value: ``{"columns": {name: cells}}``.
+            beside: The folder of the images that cells may name.
+
+        Returns:
+            The images that are in the table.
+
+        Raises:
+            ValueError: If it is no table.
+        """
+        columns = {each: shapes.listed(cells) for each, cells in shapes.mapping(value["columns"]).items()}
+        if not columns or len({len(cells) for cells in columns.values()}) > 1:
+            raise ValueError(f"expected columns of equal length, got {sorted({len(c) for c in columns.values()})}")
+        images = {
+            beside / cell
+            for cells in columns.values()
+            for cell in cells
+            if beside is not None and shapes.is_image_of_table(cell)
+        }
+        if name not in self.tables and len(self.tables) >= _MAX_TABLES:
+            raise ValueError(f"expected at most {_MAX_TABLES} tables, got more")
+        if name not in self.tables or step >= self.tables[name].step:
+            if len(columns) > _MAX_COLUMNS:
+                raise ValueError(f"expected at most {_MAX_COLUMNS} columns, got {len(columns):,}")
+            shown = {
+                shapes.shortened(each, _MAX_CELL): [_cell(cell, beside) for cell in cells[:_MAX_ROWS]]
+                for each, cells in columns.items()
+            }
+            self.tables[name] = Table(step, shown, len(next(iter(columns.values()))))
+        return images
+
+    def take_confusion(self, name: str, step: int, value: Any) -> None:
+        """Takes a confusion matrix, if it is the latest of its name.
+
+        Args:
+            name: Of the matrix.
+            step: Where it belongs.
+            value: ``{"labels": [n], "counts": [n, n]}``.
+
+        Raises:
+            ValueError: If it is no such matrix.
+        """
+        found = shapes.mapping(value)
+        labels = [shapes.shortened(shapes.words(label), 100) for label in shapes.listed(found.get("labels"))]
+        if not 1 <= len(labels) <= _MAX_CLASSES:
+            raise ValueError(f"expected from 1 to {_MAX_CLASSES:,} labels, got {len(labels):,}")
+        counts = shapes.square(found.get("counts"), len(labels))
+        if name not in self.confusion and len(self.confusion) >= _MAX_MATRICES:
+            raise ValueError(f"expected at most {_MAX_MATRICES} confusion matrices, got more")
+        if name not in self.confusion or step >= self.confusion[name].step:
+            self.confusion[name] = Confusion(step, labels, counts)
+
+
+def shortened_text(text: str) -> str:
+    """A text of which the end is left out if it is very long, and says so."""
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}\n\n({len(text) - _MAX_TEXT:,} more characters)"
+
+
+def _cell(value: Any, beside: PurePosixPath | None) -> Any:
+    if beside is not None and shapes.is_image_of_table(value):
+        return beside / value
+    return value if isinstance(value, float) else shapes.shortened(shapes.words(value), _MAX_CELL)

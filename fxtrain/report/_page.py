@@ -1,0 +1,172 @@
+"""Page: a run as one HTML file with all that it shows in it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+import math
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from fxtrain.observers._figures import duration
+from fxtrain.report import _shapes as shapes
+from fxtrain.report._kept import evenly
+from fxtrain.report._panels import heat, sections
+from fxtrain.report._parts import card, grid, section, table
+from fxtrain.report._run import Mark, Run
+from fxtrain.report._samples import Embedded, media, texts
+from fxtrain.report._tables import confusion, tables
+
+_MAX_MARKS = 300  # of each kind, spread over the run
+_MAX_EVENTS = 200  # in words, the latest
+_MAX_FACTS = 1000  # rows of a configuration
+_MAX_SESSIONS = 100
+
+
+def page(run: Run) -> str:
+    """The run as HTML: one file, which needs neither a server nor a network.
+
+    Files that turn out to be damaged are noted in ``run.folder.problems``, and a section at the top of the page says
+    what could not be read.
+    """
+    style, script = (files("fxtrain.report").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    kinds: dict[str, list[Mark]] = {}
+    for mark in run.marks:
+        kinds.setdefault(mark.kind, []).append(mark)
+    data = {
+        "sections": sections(run),
+        "marks": [dataclasses.asdict(mark) for marks in kinds.values() for mark in evenly(marks, _MAX_MARKS)],
+        "counts": {kind: len(marks) for kind, marks in kinds.items()} | run.counts,
+        "histograms": {name: heat(found.items) for name, found in run.histograms.items()},
+    }
+    # Within a script "<" could end it, or begin a comment.
+    embedded_data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    embedded = Embedded(run.folder)
+    seen = media(run, embedded) + confusion(run) + tables(run, embedded) + texts(run)
+    # The script draws into the two empty places: first what is looked for first, then what is looked up.
+    main = f'<div id="tools"></div><div id="first"></div>{seen}<div id="rest"></div>{_story(run)}{_facts(run)}'
+    text = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(run.name)}</title><style>{style}</style></head><body>"
+        f"{_head(run)}<main>{_problems(run)}{main}</main>"
+        f'<script type="application/json" id="data">{embedded_data}</script>'
+        f"<script>{script}</script></body></html>\n"
+    )
+    # Names of files and strings of JSON may have surrogates, which no encoding takes.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _policy(script: str) -> str:
+    """Allows the page's own script and what is embedded, and nothing else: a text that is taken for code cannot run."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _problems(run: Run) -> str:
+    lines = run.folder.problems.lines() if run.folder is not None else []
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return section("Could not be read", f"<ul>{items}</ul>" if items else "")
+
+
+# What is read and looked at
+
+
+def _head(run: Run) -> str:
+    last = run.sessions[-1] if run.sessions else {}
+    reason = _end(last) if last else ""
+    seconds = sum(session.get("seconds", 0) for session in run.sessions)
+    step = max((steps[-1] for steps, _ in run.curves.values()), default=0)
+    facts = {
+        "step": f"{step:,}",
+        "how it ended": reason,
+        "time": duration(seconds) if 0 < seconds < math.inf else "",
+        "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
+        "device": _device(last.get("environment", {})),
+    }
+    facts |= {name: f"{value:.4g}" for name, value in _marks_of_quality(run).items()}
+    rows = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in facts.items()
+        if value
+    )
+    return f"<header><h1>{html.escape(run.name)}</h1><dl>{rows}</dl></header>"
+
+
+def _marks_of_quality(run: Run) -> dict[str, float]:
+    """The lowest of the evaluation's losses, and the highest of what else it measures."""
+    found: dict[str, float] = {}
+    for name, (_, values) in sorted(run.curves.items(), key=lambda item: ("loss" not in item[0], item[0])):
+        finite = [value for value in values if math.isfinite(value)]
+        if name.startswith("eval/") and finite:
+            lower = "loss" in name or "error" in name or "perplexity" in name
+            found[f"{'lowest' if lower else 'highest'} {name}"] = min(finite) if lower else max(finite)
+    return dict(list(found.items())[:4])
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    device = shapes.words(environment.get("gpu")) or shapes.words(environment.get("device"))
+    threads = shapes.words(environment.get("threads"))
+    return f"{device}, {threads} thread{'s' * (threads != '1')}" if device == "cpu" and threads else device
+
+
+def _story(run: Run) -> str:
+    """What happened, of the many savings and improvements only how many they were."""
+    told = [mark for mark in run.marks if mark.kind not in ("saved", "improved")]
+    rows = [(f"{mark.step:,}", mark.kind, mark.text) for mark in told[-_MAX_EVENTS:]]
+    notes: list[str] = []
+    for kind, one, many in (
+        ("saved", "checkpoint was saved", "checkpoints were saved"),
+        ("improved", "improvement was found", "improvements were found"),
+    ):
+        steps = [mark.step for mark in run.marks if mark.kind == kind]
+        if steps:
+            count = run.counts.get(kind, len(steps))
+            what = f"{count:,} {many}, the last one" if count > 1 else f"One {one},"
+            notes.append(f"{what} at step {steps[-1]:,}.")
+    if len(told) > _MAX_EVENTS:
+        notes.append(f"These are the last {_MAX_EVENTS} of {len(told):,} events.")
+    note = f"<p>{' '.join(notes)}</p>" if notes else ""
+    return section("What happened", note + (table(("step", "what", "why"), rows, "story") if rows else ""))
+
+
+def _facts(run: Run) -> str:
+    parts: list[str] = []
+    if run.summary:
+        parts.append(f'<div class="wide"><pre>{html.escape(run.summary)}</pre></div>')
+    if run.sessions:
+        heads = ("began", "from step", "ended", "at step", "why")
+        rows = [
+            (_when(each.get("began")), each.get("from_step"), _when(each.get("ended")), each.get("to_step"), _end(each))
+            for each in run.sessions[-_MAX_SESSIONS:]
+        ]
+        parts.append(f"<h3>Sessions</h3>{table(heads, rows, 'sessions')}")
+    facts = {
+        "Environment": run.sessions[-1].get("environment", {}) if run.sessions else {},
+        "Configuration": run.config,
+        "Result": run.result,
+    }
+    cards = [card(title, _fact_table(values)) for title, values in facts.items() if values]
+    return section("Summary", "".join(parts) + grid(cards))
+
+
+def _fact_table(values: Mapping[str, Any]) -> str:
+    rows = list(shapes.flattened(values))
+    beyond = f"<p>{len(rows) - _MAX_FACTS:,} more are in the run's folder.</p>" if len(rows) > _MAX_FACTS else ""
+    return table((), rows[:_MAX_FACTS], "facts") + beyond
+
+
+def _end(session: Mapping[str, Any]) -> str:
+    return session.get("reason") or "no end was written: it is running, or was killed"
+
+
+def _when(time: str | None) -> str:
+    return (time or "").replace("T", " ").replace("+00:00", " UTC")

@@ -1,0 +1,159 @@
+"""Read: what is in the folder of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+from fxtrain.report import _shapes as shapes
+from fxtrain.report._events import Events
+from fxtrain.report._folder import LONGEST, Folder, reason
+from fxtrain.report._kept import evenly
+from fxtrain.report._media import Files, read_media
+from fxtrain.report._metrics import Metrics, shortened_text
+from fxtrain.report._run import Run, RunFolderError, Sampled
+
+_SHOWN_TEXTS = 20  # of each name, spread over the run
+_SHOWN_HISTOGRAMS = 100
+_MAX_SUMMARY = 2**20  # bytes
+_MAX_SESSIONS = 1000
+_SESSION = ("began", "from_step", "ended", "to_step", "reason")
+_METRICS = ("metrics.jsonl", "metrics.csv")
+_FILES = (*_METRICS, "run.json", "events.jsonl", "media")
+
+
+def read_run(folder: str | os.PathLike[str]) -> Run:
+    """Reads the folder of a run, as the writers and observers left it.
+
+    It reads ``metrics.jsonl``, or ``metrics.csv`` where that has no numbers; and, where they are, ``run.json`` and
+    ``events.jsonl`` (``observers.record_run``), ``media`` (``writers.media``), ``summary.txt`` and ``result.json``.
+
+    Nothing in these files raises or blocks. What is damaged, no regular file, or outside of the folder is left out, and
+    ``run.folder.problems`` says what it was. Of long runs, as many values are kept as fit into about a gigabyte: the
+    extremes of curves, and texts and histograms evenly spread.
+
+    Raises:
+        RunFolderError: If there is no such folder, no run in it, or no value that can be read.
+    """
+    try:
+        found = Folder(folder)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"expected a run folder, got {os.fspath(folder)!s} ({reason(error)}). Give the folder of a run."
+        ) from None
+    metrics, events = Metrics(found), Events(found)
+    if "metrics.jsonl" in found.names:
+        metrics.read_lines("metrics.jsonl")
+    if "metrics.csv" in found.names and not metrics.curves.series:
+        metrics.read_rows("metrics.csv")
+    if "events.jsonl" in found.names:
+        events.read("events.jsonl")
+    media, texts = read_media(found, "media", metrics) if "media" in found.names else ({}, {})
+    facts, result = (_object(found, name) for name in ("run.json", "result.json"))
+    improved = [mark for items in metrics.improved.series.values() for _, mark in items.items]
+    run = Run(
+        name=found.name,
+        curves={name: (points.steps, points.values) for name, points in metrics.curves.series.items()},
+        marks=sorted([*improved, *events.marks()], key=lambda mark: mark.step),
+        texts=_texts(found, metrics, texts),
+        histograms={
+            name: Sampled(evenly(items.items, _SHOWN_HISTOGRAMS), items.count)
+            for name, items in metrics.histograms.series.items()
+        },
+        tables=metrics.tables,
+        confusion=metrics.confusion,
+        media=media,
+        config=_field(found, facts, "config", shapes.mapping) or metrics.hparams,
+        sessions=_sessions(found, facts),
+        summary=(_read_text(found, "summary.txt", _MAX_SUMMARY) or "") if "summary.txt" in found.names else "",
+        result=result,
+        counts=events.counts() | _counted("improved", metrics.improved.series.values()),
+        folder=found,
+    )
+    if not (run.curves or run.texts or run.histograms or run.tables or run.confusion or run.media or run.sessions):
+        raise RunFolderError(_why_nothing(found))
+    return run
+
+
+def _why_nothing(folder: Folder) -> str:
+    problems = folder.problems.lines()
+    if problems:
+        said = "; ".join(problems[:3])
+        return f"expected a run in {folder.root}, got nothing that can be read ({said}). Restore these files."
+    if folder.names.isdisjoint(_FILES):
+        return (
+            f"expected a run in {folder.root}, got none of {', '.join(_FILES)}. Write metrics with "
+            "fxtrain.observers.write(fxtrain.writers.jsonl(folder / 'metrics.jsonl'))."
+        )
+    return f"expected values in {folder.root}, got files without any. Wait until the run has written its first ones."
+
+
+def _counted(kind: str, series: Any) -> dict[str, int]:
+    count = sum(items.count for items in series)
+    return {kind: count} if count else {}
+
+
+def _texts(folder: Folder, metrics: Metrics, files: Files) -> dict[str, Sampled[str]]:
+    """The texts of the lines, and those of media files for other steps. Of files only those that are shown are read."""
+    found: dict[str, Sampled[str]] = {}
+    for name in {**metrics.texts.series, **files}:
+        lines = metrics.texts.series.get(name)
+        known: dict[int, str | PurePosixPath] = {step: paths[-1] for step, paths in files.get(name, {}).items()}
+        known |= dict(lines.items) if lines is not None else {}
+        shown = [(step, _text(folder, known[step])) for step in evenly(sorted(known), _SHOWN_TEXTS)]
+        items = [(step, text) for step, text in shown if text is not None]
+        if items:
+            found[name] = Sampled(items, max(len(known), lines.count if lines is not None else 0))
+    return found
+
+
+def _text(folder: Folder, text: str | PurePosixPath) -> str | None:
+    return text if isinstance(text, str) else _read_text(folder, str(text), LONGEST)
+
+
+def _read_text(folder: Folder, path: str, limit: int) -> str | None:
+    content = folder.read(path, limit)
+    if content is None:
+        return None
+    try:
+        return shortened_text(shapes.decoded(content))
+    except ValueError as error:
+        folder.problems.add(path, str(error))
+        return None
+
+
+def _object(folder: Folder, name: str) -> dict[str, Any]:
+    content = folder.read(name) if name in folder.names else None
+    if content is None:
+        return {}
+    try:
+        return shapes.mapping(shapes.parsed(content))
+    except ValueError as error:
+        folder.problems.add(name, str(error))
+        return {}
+
+
+def _sessions(folder: Folder, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    sessions = _field(folder, facts, "sessions", shapes.listed) or []
+    found: list[dict[str, Any]] = []
+    for session in sessions[-_MAX_SESSIONS:]:
+        known = _field(folder, {"a session": session}, "a session", shapes.mapping)
+        if known is not None:
+            text = {name: shapes.words(known.get(name)) for name in _SESSION}
+            seconds = _field(folder, known, "seconds", shapes.seconds)
+            environment = _field(folder, known, "environment", shapes.mapping)
+            found.append(text | {"seconds": seconds or 0.0, "environment": environment or {}})
+    return found
+
+
+def _field(folder: Folder, facts: dict[str, Any], name: str, checked: Callable[[Any], Any]) -> Any:
+    """A field of ``run.json``, or None where it is missing, or damaged, which is noted."""
+    if facts.get(name) is None:
+        return None
+    try:
+        return checked(facts[name])
+    except ValueError as error:
+        folder.problems.add("run.json", f"{name}: {error}")
+        return None

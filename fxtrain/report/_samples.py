@@ -1,0 +1,116 @@
+"""Samples: images, videos, sounds and texts, as much of them as fits into one page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import PurePosixPath
+
+from fxtrain.report._folder import Folder
+from fxtrain.report._kept import evenly
+from fxtrain.report._markdown import as_html
+from fxtrain.report._parts import card, grid, left_out, section, steps
+from fxtrain.report._run import Run
+
+_MAX_STEPS = 8  # of each name, spread over the run
+_MAX_BYTES = 24 * 2**20  # of media in one page
+_MAX_CHARACTERS = 2**20  # of texts in one page; rendering takes seconds for a million
+_MAX_PIXELS = 50_000_000  # of an image; a small file may decode to more than a browser has memory for
+_MAX_NAMES = 500
+_TYPES = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+_GIF, _GIF_END = (b"GIF87a", b"GIF89a"), b"\x3b"
+
+
+class Embedded:
+    """Files of the run folder as parts of the page, within a budget of bytes.
+
+    Args:
+        folder: Of the run; None for a run that has no files.
+    """
+
+    def __init__(self, folder: Folder | None) -> None:
+        self._folder = folder
+        self._left = _MAX_BYTES
+
+    def fits(self, paths: list[PurePosixPath]) -> bool:
+        """Whether there is room for all of these."""
+        return self._folder is not None and sum(self._folder.size(str(path)) or 0 for path in paths) <= self._left
+
+    def html(self, path: PurePosixPath, largest: int = _MAX_BYTES) -> str | None:
+        """The file as an element, or None if it is larger than ``largest`` or cannot be read, which is noted."""
+        size = self._folder.size(str(path)) if self._folder is not None else None
+        if self._folder is None or size is None or size > min(largest, self._left):
+            return None
+        content = self._folder.read(str(path), size)
+        if content is None:
+            return None
+        if problem := _problem(path.suffix, content):
+            self._folder.problems.add(str(path), problem)
+            return None
+        self._left -= size
+        source = f"data:{_TYPES[path.suffix]};base64,{base64.b64encode(content).decode()}"
+        if path.suffix == ".wav":
+            return f'<audio controls src="{source}"></audio>'
+        return f'<img alt="{html.escape(path.parent.name)}" src="{source}">'
+
+
+def _problem(suffix: str, content: bytes) -> str:
+    """What is wrong with the content of a file, or nothing. A browser would show an empty box without a reason."""
+    size = (0, 0)
+    if suffix == ".png":
+        whole = content.startswith(_PNG) and content.endswith(_PNG_END)
+        size = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    elif suffix == ".gif":
+        whole = content.startswith(_GIF) and content.endswith(_GIF_END)
+        size = int.from_bytes(content[6:8], "little"), int.from_bytes(content[8:10], "little")
+    else:
+        riff = content[:4] == b"RIFF" and content[8:12] == b"WAVE"
+        whole = riff and int.from_bytes(content[4:8], "little") + 8 <= len(content)
+    if not whole:
+        return f"expected a complete {suffix[1:].upper()} file, got another one or a part"
+    if size[0] * size[1] > _MAX_PIXELS:
+        return f"expected at most {_MAX_PIXELS:,} pixels, got {size[0]:,} x {size[1]:,}"
+    return ""
+
+
+def media(run: Run, embedded: Embedded) -> str:
+    """The section of images, videos and sounds."""
+    chosen = {name: evenly(sorted(run.media[name]), _MAX_STEPS) for name in sorted(run.media)[:_MAX_NAMES]}
+    shown: dict[str, dict[int, str]] = {name: {} for name in chosen}
+    # The last of every name comes before the second to last of any, so that none takes the room of all.
+    for rank in range(1, _MAX_STEPS + 1):
+        for name, found in chosen.items():
+            paths = run.media[name][found[-rank]] if rank <= len(found) else []
+            if paths and embedded.fits(paths):
+                content = "".join(filter(None, map(embedded.html, paths)))
+                if content:
+                    shown[name][found[-rank]] = content
+    return section(
+        "Samples",
+        grid(
+            card(html.escape(name), steps("media", found) + left_out("step", len(run.media[name]) - len(found)))
+            for name, found in shown.items()
+        ),
+    )
+
+
+def texts(run: Run) -> str:
+    """The section of texts."""
+    left = _MAX_CHARACTERS
+    names = sorted(run.texts)[:_MAX_NAMES]
+    shown: dict[str, dict[int, str]] = {name: {} for name in names}
+    for rank in range(1, max((len(run.texts[name].items) for name in names), default=0) + 1):
+        for name in names:
+            items = run.texts[name].items
+            if rank <= len(items) and len(items[-rank][1]) <= left:
+                step, text = items[-rank]
+                left -= len(text)
+                shown[name][step] = as_html(text)
+    return section(
+        "Texts",
+        "".join(
+            card(html.escape(name), steps("text", found) + left_out("step", run.texts[name].count - len(found)))
+            for name, found in shown.items()
+        ),
+    )

@@ -1,0 +1,74 @@
+"""Tables, and confusion matrices as tables or images."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from fxtrain.report._parts import card, cell_text, grid, left_out, section, table, titled
+from fxtrain.report._run import Confusion, Run
+from fxtrain.report._samples import Embedded
+from fxtrain.writers._encoding import png
+
+_MAX_IMAGE = 2**18  # bytes of an image in a table; a larger one is in the folder only
+_MAX_CLASSES = 32  # of a confusion matrix that is a table; one of more is an image
+_MAX_PAIRS = 20  # of classes that are mixed up
+
+
+def tables(run: Run, embedded: Embedded) -> str:
+    """The section of tables."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, PurePosixPath):
+            return embedded.html(value, _MAX_IMAGE) or "(image)"
+        return cell_text(value)
+
+    parts: list[str] = []
+    for name, (step, columns, count) in sorted(run.tables.items()):
+        rows = list(zip(*columns.values(), strict=True))
+        shown = table(columns, rows, cell=cell)
+        parts.append(f"<h3>{titled(name, step)}</h3>{shown}{left_out('row', count - len(rows))}")
+    return section("Tables", "".join(parts))
+
+
+def confusion(run: Run) -> str:
+    """The section of confusion matrices."""
+    note = "<p>Rows are what it is, columns what it was taken for.</p>"
+    return section(
+        "Confusion",
+        grid(
+            card(titled(name, found.step), note + (_squares if len(found.labels) <= _MAX_CLASSES else _pixels)(found))
+            for name, found in sorted(run.confusion.items())
+        ),
+    )
+
+
+def _squares(found: Confusion) -> str:
+    rows = ""
+    for label, row in zip(found.labels, found.counts.tolist(), strict=True):
+        total = max(sum(row), 1e-12)
+        cells = "".join(
+            f'<td{" class=dark" * (count > total / 2)} style="--share:{count / total:.3f}">{count:g}</td>'
+            if count
+            else "<td></td>"
+            for count in row
+        )
+        rows += f"<tr><th>{html.escape(label)}</th>{cells}</tr>"
+    heads = "".join(f"<th>{html.escape(label)}</th>" for label in found.labels)
+    return f'<div class="wide"><table class="confusion"><tr><th></th>{heads}</tr>{rows}</table></div>'
+
+
+def _pixels(found: Confusion) -> str:
+    """One pixel for each pair, and a table of the pairs that are mixed up most often."""
+    labels, counts = found.labels, found.counts
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
+    image = base64.b64encode(png(np.round(255 * (1 - shares[..., None])).astype(np.uint8))).decode()
+    wrong = counts * (1 - np.eye(len(counts)))
+    most = [divmod(int(place), len(counts)) for place in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]]
+    rows = [(labels[row], labels[column], f"{wrong[row, column]:g}") for row, column in most if wrong[row, column]]
+    drawn = f'<img class="matrix" alt="confusion matrix" src="data:image/png;base64,{image}">'
+    return drawn + (table(("it is", "taken for", "times"), rows) if rows else "")

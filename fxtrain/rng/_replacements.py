@@ -1,0 +1,388 @@
+"""What stands in for each of torch's random functions: its arguments, with a source of sites first.
+
+Gradients are those of torch: through the input of a dropout or an attention, and never through a sampled number.
+"""
+
+# ruff: noqa: A002 -- arguments are named as in torch, where they may be given by name
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fxtrain.rng import _samplers as samplers
+from fxtrain.rng._philox import Key
+from fxtrain.rng._tracing import has_symbolic_sizes
+
+
+class Source(Protocol):
+    """Where the replacements draw from."""
+
+    key: Key
+
+    def site(self) -> int:
+        """The next site. Taken only where there is something to draw."""
+        ...
+
+
+# Dropout. torch's own functions say `train`, those of torch.nn.functional `training`, with defaults of their own.
+
+
+def dropout(
+    source: Source, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True
+) -> Tensor:
+    return _drop(source, input, p, training and train, inplace, input.shape)
+
+
+def feature_dropout(source: Source, input: Tensor, p: float, train: bool, inplace: bool = False) -> Tensor:
+    return _drop(source, input, p, train, inplace, _features(input))
+
+
+def alpha_dropout(
+    source: Source, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, train: bool = False
+) -> Tensor:
+    return _alpha_drop(source, input, p, training or train, inplace, input.shape)
+
+
+def feature_alpha_dropout(
+    source: Source, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, *, train: bool = False
+) -> Tensor:
+    return _alpha_drop(source, input, p, training or train, inplace, _features(input))
+
+
+def _drop(source: Source, input: Tensor, p: float, active: bool, inplace: bool, shape: Sequence[int]) -> Tensor:
+    if not active or p == 0.0:
+        return input
+    result = samplers.dropout(source.key, input, p=p, site=source.site(), shape=shape)
+    return input.copy_(result) if inplace else result
+
+
+def _alpha_drop(source: Source, input: Tensor, p: float, active: bool, inplace: bool, shape: Sequence[int]) -> Tensor:
+    # Klambauer et al., "Self-normalizing neural networks", 2017: what is dropped becomes the limit of SELU at minus
+    # infinity, and an affine map restores mean 0 and variance 1.
+    if not active or p == 0.0:
+        return input
+    kept = 1 - samplers.indicator(source.key, shape, site=source.site(), p=p, device=input.device)
+    limit = -1.7580993408473766
+    scale = 1.0 / math.sqrt((1.0 - p) * (1.0 + p * limit**2)) if p < 1.0 else 0.0
+    result = input * kept * scale + ((1 - kept) * (limit * scale) - p * limit * scale).to(input.dtype)
+    return input.copy_(result) if inplace else result
+
+
+def _features(input: Tensor) -> list[int]:
+    if input.ndim < 2:
+        raise ValueError(f"Feature dropout takes [batch, channels, ...], and shape {list(input.shape)} came.")
+    return [*input.shape[:2], *[1] * (input.ndim - 2)]
+
+
+def rrelu(
+    source: Source,
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    slope: Any = (lower + upper) / 2
+    if training:
+        slope = samplers.uniform(
+            source.key, input.shape, site=source.site(), low=lower, high=upper, dtype=input.dtype, device=input.device
+        )
+    result = torch.where(input >= 0, input, input * slope)
+    return input.copy_(result) if inplace else result
+
+
+# Factories. A size comes as integers or as one sequence.
+
+
+def rand(source: Source, *size: Any, **options: Any) -> Tensor:
+    return _factory(source, samplers.uniform, size, options)
+
+
+def randn(source: Source, *size: Any, **options: Any) -> Tensor:
+    return _factory(source, samplers.normal, size, options)
+
+
+def rand_like(source: Source, input: Tensor, **options: Any) -> Tensor:
+    return _factory(source, samplers.uniform, input.shape, _like(input, options))
+
+
+def randn_like(source: Source, input: Tensor, **options: Any) -> Tensor:
+    return _factory(source, samplers.normal, input.shape, _like(input, options))
+
+
+def randint(source: Source, *numbers: Any, **options: Any) -> Tensor:
+    # (high, size) or (low, high, size), each by position or by name.
+    rest = list(numbers)
+    size = options.pop("size") if "size" in options else rest.pop()
+    high = options.pop("high") if "high" in options else rest.pop()
+    low = rest.pop() if rest else options.pop("low", 0)
+    return _factory(source, samplers.randint, size, {"dtype": torch.int64} | options, low=low, high=high)
+
+
+def randint_like(source: Source, input: Tensor, *bounds: Any, **options: Any) -> Tensor:
+    return randint(source, *bounds, size=input.shape, **_like(input, options))
+
+
+def randperm(source: Source, n: int, **options: Any) -> Tensor:
+    def order(key: Key, shape: Sequence[int], *, site: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return samplers.permutation(key, n, site=site, device=device).to(dtype)
+
+    return _factory(source, order, (), {"dtype": torch.int64} | options)
+
+
+def normal(
+    source: Source, mean: float | Tensor = 0.0, std: float | Tensor = 1.0, size: Any = None, **options: Any
+) -> Tensor:
+    mean, std = _constant(mean), _constant(std)
+    tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
+    if tensors:
+        size = torch.broadcast_shapes(*[x.shape for x in tensors])
+        options = _like(tensors[0], options)
+    return _factory(source, samplers.normal, size, options, mean=mean, std=std)
+
+
+def _factory(source: Source, sampler: Callable[..., Tensor], size: Any, options: Any, **arguments: Any) -> Tensor:
+    given = {name: value for name, value in options.items() if value is not None}
+    size = given.pop("size", size)
+    dtype = given.pop("dtype", None) or torch.get_default_dtype()
+    device = given.pop("device", None) or torch.empty(0).device  # Dynamo cannot trace get_default_device
+    requires_grad = given.pop("requires_grad", False)
+    for name, default in (("layout", torch.strided), ("pin_memory", False), ("memory_format", torch.preserve_format)):
+        if given.get(name) == default:
+            del given[name]
+    if given:
+        raise NotImplementedError(
+            f"A random tensor inside rng.functional takes no {', '.join(given)}: draw it plain, and change it then."
+        )
+    shape = size[0] if len(size) == 1 and isinstance(size[0], list | tuple) else size
+    result = sampler(source.key, shape, site=source.site(), dtype=dtype, device=device, **arguments)
+    return result.requires_grad_() if requires_grad else result
+
+
+def _like(input: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    return {"dtype": input.dtype, "device": input.device} | {k: v for k, v in options.items() if v is not None}
+
+
+def _constant(parameter: Any) -> Any:
+    return parameter.detach() if isinstance(parameter, Tensor) else parameter
+
+
+# Samplers of a tensor of probabilities.
+
+
+def bernoulli(source: Source, input: Tensor, p: float | Tensor | None = None) -> Tensor:
+    odds = _constant(input if p is None else p)
+    drawn = samplers.indicator(source.key, input.shape, site=source.site(), p=odds, device=input.device)
+    return drawn.to(input.dtype)
+
+
+def multinomial(source: Source, input: Tensor, num_samples: int, replacement: bool = False) -> Tensor:
+    return samplers.multinomial(
+        source.key, input.detach(), num_samples=num_samples, replacement=replacement, site=source.site()
+    )
+
+
+# In place.
+
+
+def uniform_(source: Source, tensor: Tensor, low: float = 0.0, high: float = 1.0, **bounds: float) -> Tensor:
+    low, high = bounds.get("from", low), bounds.get("to", high)
+    return _fill(source, tensor, samplers.uniform, low=low, high=high)
+
+
+def normal_(source: Source, tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return _fill(source, tensor, samplers.normal, mean=mean, std=std)
+
+
+def exponential_(source: Source, tensor: Tensor, lambd: float = 1.0) -> Tensor:
+    return _fill(source, tensor, samplers.exponential, rate=lambd)
+
+
+def log_normal_(source: Source, tensor: Tensor, mean: float = 1.0, std: float = 2.0) -> Tensor:
+    return _fill(source, tensor, samplers.normal, mean=mean, std=std).exp_()
+
+
+def cauchy_(source: Source, tensor: Tensor, median: float = 0.0, sigma: float = 1.0) -> Tensor:
+    return _fill(source, tensor, samplers.cauchy, median=median, scale=sigma)
+
+
+def geometric_(source: Source, tensor: Tensor, p: float) -> Tensor:
+    return _fill(source, tensor, samplers.geometric, p=p)
+
+
+def bernoulli_(source: Source, tensor: Tensor, p: float | Tensor = 0.5) -> Tensor:
+    return tensor.copy_(bernoulli(source, tensor, p))
+
+
+def random_(source: Source, tensor: Tensor, *bounds: int | None, **named: int | None) -> Tensor:
+    # (), (to) or (from, to), each by position or by name. Without `to`, all that the dtype counts without gaps.
+    low, high = (0, *bounds) if len(bounds) == 1 else bounds or (named.get("from") or 0, named.get("to"))
+    if high is None:
+        high = samplers.largest_count(tensor.dtype) + 1
+    return _fill(source, tensor, samplers.randint, low=low, high=high)
+
+
+def _fill(source: Source, tensor: Tensor, sampler: Callable[..., Tensor], **arguments: Any) -> Tensor:
+    values = sampler(
+        source.key, tensor.shape, site=source.site(), dtype=tensor.dtype, device=tensor.device, **arguments
+    )
+    return tensor.copy_(values)
+
+
+# Random in some calls only. These take the function replaced as well, for the others.
+
+
+def attention(
+    source: Source,
+    func: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale q k^T + mask), dropped, times v. It holds all scores: memory grows with both lengths."""
+    if dropout_p == 0.0:
+        return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("Attention takes attn_mask or is_causal=True, and both came: put one into the other.")
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    # The root of the scale on either side: in float16 the bare product could overflow.
+    root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (query * root) @ (key * root).mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
+        # A query that may look nowhere gets zeros and no gradient, where a plain softmax would give NaN.
+        blind = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    return samplers.dropout(source.key, weights.to(query.dtype), p=dropout_p, site=source.site()) @ value
+
+
+def linear(
+    source: Source, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    # Not random: inside torch.func, torch's own reads three sizes as integers, so a graph would hold for one size.
+    if (
+        bias is None
+        or input.ndim != 3
+        or weight.ndim != 2
+        or not (torch.compiler.is_dynamo_compiling() or has_symbolic_sizes())
+    ):
+        return func(input, weight, bias)
+    flat = torch.addmm(bias, input.reshape(input.shape[0] * input.shape[1], input.shape[2]), weight.t())
+    return flat.view(input.shape[0], input.shape[1], weight.shape[0])
+
+
+def fractional_max_pool2d(source: Source, func: Callable[..., Any], input: Tensor, *args: Any, **options: Any) -> Any:
+    return _fractional_max_pool(source, func, 2, input, *args, **options)
+
+
+def fractional_max_pool3d(source: Source, func: Callable[..., Any], input: Tensor, *args: Any, **options: Any) -> Any:
+    return _fractional_max_pool(source, func, 3, input, *args, **options)
+
+
+def _fractional_max_pool(
+    source: Source, func: Callable[..., Any], axes: int, input: Tensor, *args: Any, **options: Any
+) -> Any:
+    if options.get("_random_samples") is None:
+        shape = [input.shape[0] if input.ndim == axes + 2 else 1, input.shape[-axes - 1], axes]
+        options["_random_samples"] = samplers.uniform(
+            source.key, shape, site=source.site(), dtype=input.dtype, device=input.device
+        )
+    return func(input, *args, **options)
+
+
+def recurrent(source: Source, func: Callable[..., Any], *args: Any) -> Any:
+    # (..., has_biases, num_layers, dropout, train, bidirectional), after tensors in two arrangements.
+    first = next(index for index, value in enumerate(args) if isinstance(value, bool))
+    if args[first + 2] > 0.0 and args[first + 3]:
+        raise NotImplementedError(
+            f"{func.__name__} drops out between its layers with hidden random numbers: give it dropout=0, or stack "
+            "modules of one layer with torch.nn.Dropout between them."
+        )
+    return func(*args)
+
+
+def empty(source: Source, func: Callable[..., Any], *args: Any, **options: Any) -> Tensor:
+    # What is to be filled must be batched where the key is, or vmap refuses to fill it.
+    result = func(*args, **options)
+    place = source.key.seed ^ source.key.step ^ source.key.microbatch
+    plain = result.layout == torch.strided and result.device == place.device and not hasattr(result, "device_mesh")
+    if not plain or result.requires_grad or "out" in options:
+        return result
+    return torch.where(place == place, result, result)
+
+
+def unflatten(source: Source, func: Callable[..., Any], tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+    # Not random: Dynamo cannot call this one, a Python method, as a function.
+    return tensor.unflatten(*args, **options)
+
+
+REPLACED: dict[str, Callable[..., Any]] = {
+    "dropout": dropout,
+    "feature_dropout": feature_dropout,
+    "alpha_dropout": alpha_dropout,
+    "feature_alpha_dropout": feature_alpha_dropout,
+    "rrelu": rrelu,
+    "dropout_": functools.partial(dropout, inplace=True),
+    "feature_dropout_": functools.partial(feature_dropout, inplace=True),
+    "alpha_dropout_": functools.partial(alpha_dropout, inplace=True),
+    "feature_alpha_dropout_": functools.partial(feature_alpha_dropout, inplace=True),
+    "rrelu_": functools.partial(rrelu, inplace=True),
+    "rand": rand,
+    "randn": randn,
+    "rand_like": rand_like,
+    "randn_like": randn_like,
+    "randint": randint,
+    "randint_like": randint_like,
+    "randperm": randperm,
+    "normal": normal,
+    "bernoulli": bernoulli,
+    "multinomial": multinomial,
+    "uniform_": uniform_,
+    "normal_": normal_,
+    "exponential_": exponential_,
+    "log_normal_": log_normal_,
+    "cauchy_": cauchy_,
+    "geometric_": geometric_,
+    "bernoulli_": bernoulli_,
+    "random_": random_,
+}
+"""By the name of the function."""
+
+SOMETIMES: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": attention,
+    "linear": linear,
+    "fractional_max_pool2d": fractional_max_pool2d,
+    "fractional_max_pool2d_with_indices": fractional_max_pool2d,
+    "fractional_max_pool3d": fractional_max_pool3d,
+    "fractional_max_pool3d_with_indices": fractional_max_pool3d,
+    "lstm": recurrent,
+    "gru": recurrent,
+    "rnn_tanh": recurrent,
+    "rnn_relu": recurrent,
+    "empty": empty,
+    "empty_like": empty,
+    "new_empty": empty,
+    "new": empty,
+    "zeros_like": empty,
+    "unflatten": unflatten,
+}
+"""Those that take the function as well."""

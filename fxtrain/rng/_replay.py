@@ -1,0 +1,72 @@
+"""Replay: random numbers that a recomputation draws again, as activation checkpointing does in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+
+from fxtrain.rng._mode import Functional
+
+_MARK = "_fxtrain_site"
+_lock = threading.Lock()
+_real: Any = (torch.get_rng_state, torch.set_rng_state)
+_depth = 0
+
+
+@contextlib.contextmanager
+def replayed() -> Iterator[None]:
+    """A context in which a state of torch's generator stands for a site of the ``functional`` mode around it.
+
+    Code that computes again reads the generator's state before the first pass, and writes it back before the second:
+    ``torch.utils.checkpoint`` does. Inside ``functional``, numbers come from the sites of a key instead, so the state
+    carries the next site along, and writing it back returns there. The generator itself is left alone. For the time of
+    the context ``torch.get_rng_state`` and ``torch.set_rng_state`` are replaced; threads that are in no ``functional``
+    read and write the generator as usual.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> with rng.functional(rng.key(0)), replayed():
+        ...     before = torch.get_rng_state()
+        ...     first = torch.rand(2)
+        ...     torch.set_rng_state(before)
+        ...     bool((torch.rand(2) == first).all())
+        True
+    """
+    global _depth
+    with _lock:
+        _depth += 1
+        torch.get_rng_state, torch.set_rng_state = _get, _set
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if not _depth:
+                torch.get_rng_state, torch.set_rng_state = _real
+
+
+def _get() -> Tensor:
+    state = _real[0]()
+    mode = _innermost()
+    if mode is not None:
+        setattr(state, _MARK, (mode, mode.sites))
+    return state
+
+
+def _set(new_state: Tensor) -> None:
+    mode, site = getattr(new_state, _MARK, (None, 0))
+    if mode is not None and mode is _innermost():
+        mode.sites = site
+    else:
+        _real[1](new_state)
+
+
+def _innermost() -> Functional | None:
+    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Functional)]
+    return modes[-1] if modes else None

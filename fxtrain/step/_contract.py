@@ -1,0 +1,314 @@
+"""The contract of loss functions and steps: refusals of what is passed in their place, before anything runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fxtrain.fold._subscription import name_of
+from fxtrain.model._captured import captured
+
+
+class ContractError(TypeError):
+    """A function of the user that does what no way of differentiating it can mend."""
+
+
+def place_of(function: Any) -> str:
+    """The name of a function, with its file and line where they are known.
+
+    Example:
+        >>> place_of(len)
+        'len'
+    """
+    code = _code(function)
+    return name_of(function) + (f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else "")
+
+
+def refuse_unless_loss(function: Any, argument: str = "loss_fn") -> None:
+    """Raises if something cannot be called as ``function(model, batch)``.
+
+    Args:
+        function: What a user passed as a loss function.
+        argument: The parameter's name, for errors.
+
+    Raises:
+        TypeError: Naming the function, its line and what to do.
+    """
+    if torch.compiler.is_dynamo_compiling() or _is_plainly_a_loss(function):
+        return
+    found = _fault_of_loss(function)
+    if found is not None:
+        what, remedy = found
+        raise TypeError(f"expected {argument} to be a function (model, batch) -> loss, got {what}. {remedy}")
+
+
+def refuse_unless_step(function: Any) -> None:
+    """Raises if something cannot be called as ``function(state, batch)``.
+
+    Raises:
+        TypeError: Naming it and what to do.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    remedy = ""
+    if not callable(function) or isinstance(function, type | nn.Module):
+        what = _described(function)
+        remedy = "Make a step of a loss function: fxtrain.train_step(loss_fn, tx)."
+    elif takes_model(function):
+        what = f"the loss function {place_of(function)}"
+        remedy = "Make a step of it: fxtrain.train_step(loss_fn, tx)."
+    elif not _takes_two(function):
+        what = f"{name_of(function)}{_signature(function)}{_line(function)}"
+        remedy = "Let it take these two arguments."
+    if remedy:
+        raise TypeError(f"expected step to be a function (state, batch) -> (state, output), got {what}. {remedy}")
+
+
+def takes_model(function: Any) -> bool:
+    """Whether the first parameter of a function is named as a model.
+
+    Example:
+        >>> takes_model(lambda model, batch: None), takes_model(lambda state, batch: None)
+        (True, False)
+    """
+    return not _MODELS.isdisjoint(_first_names(function)[:1])
+
+
+@contextlib.contextmanager
+def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
+    """Refuses optimizers and gradient scalers of torch in a loss function, which the state knows nothing about.
+
+    Raises:
+        ContractError: At entry if the function reads one by name; inside, before an optimizer of torch makes a step.
+    """
+    names = _names_in(function)
+    for name, value in captured(function):
+        kind = type(value).__name__
+        if name.startswith("self.") and name.removeprefix("self.") not in names:
+            continue  # an attribute of an object whose method this is
+        if isinstance(value, torch.optim.Optimizer):
+            raise _optimizer_refused(function, f"reads the optimizer {name} ({kind})")
+        if isinstance(value, torch.amp.GradScaler):
+            raise ContractError(
+                f"expected {place_of(function)} to compute a loss alone, got one that reads the gradient scaler "
+                f'{name} ({kind}). Return the loss itself, and give the step precision="fp16".'
+            )
+    thread = threading.get_ident()
+
+    def refuse(optimizer: Any, *_: Any) -> None:
+        if threading.get_ident() == thread:
+            raise _optimizer_refused(function, f"calls step() of an optimizer ({type(optimizer).__name__})")
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def backward_refused(who: str, where: str) -> ContractError:
+    """The error for a loss function that has run the backward pass of the loss that it returns.
+
+    Args:
+        who: The function.
+        where: The line, as `` at file:line``.
+    """
+    return ContractError(
+        f"expected {who} to return a loss that can be differentiated, got one whose backward pass ran already{where}. "
+        "Leave loss.backward() out: the step computes the gradients and gives them to its optimizer."
+    )
+
+
+def _optimizer_refused(function: Callable[..., Any], what: str) -> ContractError:
+    return ContractError(
+        f"expected {place_of(function)} to compute a loss alone, got one that {what}. Leave zero_grad(), backward() "
+        "and step() out: the step computes the gradients, and updates with the tx that train_step is given."
+    )
+
+
+_MODELS = frozenset(("model", "net", "network", "module", "m"))
+_BATCHES = frozenset(("batch", "data", "inputs"))
+_PREDICTIONS = frozenset(
+    ("input", "output", "outputs", "logits", "pred", "preds", "predictions", "prediction", "y_pred", "y_hat", "target")
+)
+_MARKS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_COROUTINE | inspect.CO_GENERATOR
+_MARKS |= inspect.CO_ASYNC_GENERATOR
+
+
+def _is_plainly_a_loss(function: Any) -> bool:
+    """Whether this is a function of two parameters with usual names: cheap, as some steps make one at each call."""
+    if type(function) is not types.FunctionType:
+        return False
+    code = function.__code__
+    return (
+        code.co_argcount == 2
+        and not code.co_kwonlyargcount
+        and not code.co_flags & _MARKS
+        and code.co_varnames[0] not in _BATCHES
+        and code.co_varnames[0] not in _PREDICTIONS
+        and code.co_varnames[0] != "self"
+        and not hasattr(function, "__wrapped__")
+    )
+
+
+def _fault_of_loss(function: Any) -> tuple[str, str] | None:
+    """What something is that is no loss function, and what to do; None if it may be one."""
+    if isinstance(function, type) or not callable(function):
+        return _described(function), _remedy_for_class(function)
+    if isinstance(function, nn.Module):
+        return _fault_of_module(function)
+    target = function if _code(function) is not None else type(function).__call__
+    while isinstance(target, functools.partial):
+        target = target.func
+    shown = f"{name_of(function)}{_signature(function)}{_line(function)}"
+    if inspect.iscoroutinefunction(target) or inspect.isasyncgenfunction(target):
+        return f"the async function {shown}", "Write it without async."
+    if inspect.isgeneratorfunction(target):
+        return f"the generator function {shown}", "Return the loss in place of yielding it."
+    first = _first_names(function)
+    if first[:1] == ["self"]:
+        return f"{shown}, a method without its object", "Give the method of an instance."
+    fault = _fault_of_names(function, first)
+    if fault is not None:
+        return shown, fault
+    if _takes_two(function):
+        return None
+    return shown, _remedy_for_signature(function, first)
+
+
+def _fault_of_names(function: Any, first: list[str]) -> str | None:
+    """What to do about a function whose parameters are named for something else than a model and a batch."""
+    name = name_of(function)
+    if len(first) > 1 and first[0] not in _MODELS and first[1] in _MODELS:
+        return f"Swap the parameters: ({first[1]}, {first[0]})."
+    if first and first[0] in _BATCHES:
+        return "Take the model as the first parameter, and call it: its weights are those of the state."
+    if len(first) > 1 and first[0] in _PREDICTIONS:
+        return f'Call it on what the model returns: lambda model, batch: {name}(model(batch["x"]), batch["y"]).'
+    return None
+
+
+def _remedy_for_signature(function: Any, first: list[str]) -> str:
+    required = [
+        parameter
+        for parameter in _parameters(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    beyond = [parameter.name for parameter in required if parameter.name not in first[:2]]
+    if len(first) < 2 and {"model", "batch"} <= {parameter.name for parameter in required}:
+        return f"Let it take them by position: lambda model, batch: {name_of(function)}(model=model, batch=batch)."
+    if len(first) >= 2 and beyond:
+        given = ", ".join(f"{name}=..." for name in beyond)
+        return f"Bind the others: functools.partial({name_of(function)}, {given})."
+    return "Let it take the model and the batch."
+
+
+def _fault_of_module(module: nn.Module) -> tuple[str, str] | None:
+    kind = type(module).__name__
+    first = _first_names(module.forward)
+    if hasattr(module, "training_step"):
+        return (
+            f"the LightningModule {kind}" if _is_lightning(module) else f"the module {kind}",
+            "Give it to fxtrain.init, and make a function of its training_step that calls model in place of self.",
+        )
+    if type(module).__module__.startswith("torch.nn.modules.loss") or (
+        first and first[0] in _PREDICTIONS and len(first) > 1
+    ):
+        return (
+            f"the module {kind}, which compares predictions with targets",
+            'Call it in a function: lambda model, batch: criterion(model(batch["x"]), batch["y"]).',
+        )
+    if _takes_two(module.forward) and first[:1] and first[0] in _MODELS:
+        return None
+    return (
+        f"the module {kind}",
+        "Give the model to fxtrain.init, and write a function that computes the loss: "
+        'lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]).',
+    )
+
+
+def _is_lightning(module: nn.Module) -> bool:
+    return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
+
+
+def _remedy_for_class(function: Any) -> str:
+    if not isinstance(function, type):
+        return "Give the function itself, as in fxtrain.train_step(loss_fn, tx)."
+    if issubclass(function, nn.Module):
+        return (
+            f"Make an instance, and call it in a function: criterion = {function.__name__}(), "
+            'lambda model, batch: criterion(model(batch["x"]), batch["y"]).'
+        )
+    return "Give an instance, or one of its methods."
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, nn.Module):
+        return f"the module {type(value).__name__}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _takes_two(function: Any) -> bool:
+    try:
+        _parameters(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def _parameters(function: Any) -> inspect.Signature:
+    # A wrapper takes what it takes itself, whatever the function that it wraps does.
+    return inspect.signature(function, follow_wrapped=False)
+
+
+def _first_names(function: Any) -> list[str]:
+    """The names of the parameters that take positions."""
+    try:
+        parameters = _parameters(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+
+def _signature(function: Any) -> str:
+    try:
+        signature = _parameters(function)
+    except (TypeError, ValueError):
+        return ""
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+
+
+def _line(function: Any) -> str:
+    return place_of(function).removeprefix(name_of(function))
+
+
+def _code(function: Any) -> types.CodeType | None:
+    function = inspect.unwrap(function) if callable(function) else function
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    function = getattr(function, "__func__", function)
+    method = None if isinstance(function, type) else getattr(type(function), "__call__", None)  # noqa: B004
+    code = getattr(function, "__code__", None) or getattr(method, "__code__", None)
+    return code if isinstance(code, types.CodeType) else None
+
+
+def _names_in(function: Any) -> frozenset[str]:
+    """The names of attributes that a function reads."""
+    code = _code(function)
+    return frozenset(code.co_names) if code is not None else frozenset()

@@ -1,0 +1,280 @@
+"""Two ways to differentiate, inside torch.func and by torch.autograd on detached leaves, and their choice."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core._frames import places
+from fxtrain.model import ValuesNeededError
+from fxtrain.model._forward import is_forward_wrapped
+from fxtrain.rng._tracing import has_symbolic_sizes, is_traced, is_transformed
+from fxtrain.step._contract import ContractError, backward_refused
+
+Differentiate = Literal["auto", "func", "autograd"]
+
+Find = Callable[[Tensor], Any]
+"""From the value that is differentiated to what its backward pass finds."""
+
+Objective = Callable[[Any, Find, bool], tuple[Tensor, Any, Any]]
+"""From the trainable parameters, how to run the backward pass, and whether to detach all other inputs; to the value,
+what was found, and a pytree of tensors beside it."""
+
+_REFUSALS = (
+    "autograd.Function with functorch transforms",
+    "functorch transform. This is unsupported",
+    "don't yet support saved tensor hooks",
+)
+"""Parts of the messages by which torch.func refuses a function, whatever its values."""
+
+_BACKWARD = "backward() called inside a functorch transform"
+_OUTSIDE = "would mutate a captured Tensor"
+_REENTRANT = "use_reentrant=True, torch.utils.checkpoint is incompatible"
+
+_LONGEST_REASON = 200  # characters of an error that a warning repeats
+
+
+class Differentiation:
+    """The differentiation of one function, which keeps to torch.autograd once torch.func has refused it.
+
+    Args:
+        way: ``"auto"``, ``"func"`` or ``"autograd"``.
+        who: The function, for warnings and errors.
+
+    Raises:
+        ValueError: If ``way`` is none of these.
+    """
+
+    def __init__(self, way: Differentiate, who: str) -> None:
+        if way not in get_args(Differentiate):
+            raise ValueError(f"expected differentiate='auto', 'func' or 'autograd', got {way!r}.")
+        self._way, self._who = way, who
+        self._whole = False  # whether a reentrant checkpoint asks for a backward pass to all leaves
+
+    def __call__(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+        """As ``by_func`` and ``by_autograd``.
+
+        Raises:
+            ValueError: If ``"autograd"`` was chosen inside a transform of torch.func or under outer derivatives.
+        """
+        dynamo = torch.compiler.is_dynamo_compiling()
+        nested = not dynamo and _is_differentiated(trainable)
+        if nested and self._way == "autograd":
+            raise ValueError(
+                f"expected gradients of {self._who} outside of torch.func.vmap, torch.func.grad and torch.autograd, "
+                "got differentiate='autograd' inside one of them, whose derivatives would be lost. Choose "
+                "differentiate='func'."
+            )
+        if self._way == "func" or nested or dynamo:
+            return (by_autograd if self._way == "autograd" else by_func)(objective, trainable)
+        # What torch.compile made of a forward pass cannot run inside torch.func.
+        # torch.func reads sizes as integers in places, so a trace for all sizes would hold for one.
+        if self._way == "autograd" or is_forward_wrapped() or (self._way == "auto" and has_symbolic_sizes()):
+            return self._by_autograd(objective, trainable)
+        try:
+            return by_func(objective, trainable)
+        except (ValuesNeededError, ContractError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            if _OUTSIDE in str(error):
+                raise  # torch.autograd would write there
+            refusal = error
+        try:
+            found = self._by_autograd(objective, trainable)
+        except ContractError:
+            raise
+        except Exception as error:
+            if _BACKWARD in str(refusal):
+                raise backward_refused(self._who, _where(refusal)) from error
+            # What fails both ways is a mistake of the function's own, which torch.func may have hidden.
+            raise (error if _is_refusal(refusal) else refusal) from None
+        if not _is_refusal(refusal):
+            self._refuse_passing(refusal, objective, trainable)
+        self._way = "autograd"
+        warnings.warn(
+            f"{self._who} is differentiated by torch.autograd from now on, as torch.func refuses it{_where(refusal)}: "
+            f"{_reason(refusal)} The numbers are the same. Give differentiate='autograd' to choose this from the "
+            "start.",
+            UserWarning,
+            stacklevel=2,
+        )
+        if is_traced():
+            raise ValuesNeededError(f"The trace of {self._who} holds two forward passes. Trace it again.")
+        return found
+
+    @staticmethod
+    def _refuse_passing(error: Exception, objective: Objective, trainable: Any) -> None:
+        """Raises an error that does not come again: a file that could not be read once is no refusal of torch.func."""
+        try:
+            by_func(objective, trainable)
+        except Exception:
+            return
+        raise error
+
+    def _by_autograd(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+        try:
+            return by_autograd(objective, trainable, whole=self._whole)
+        except RuntimeError as error:
+            if self._whole or _REENTRANT not in str(error):
+                raise
+        self._whole = True
+        return by_autograd(objective, trainable, whole=True)
+
+
+def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+    """Gradients inside ``torch.func``, which nest in its other transforms.
+
+    Args:
+        objective: Differentiated at ``trainable``.
+        trainable: A pytree of floating and complex tensors.
+
+    Returns:
+        The gradients; a pytree like them of Python bools, False where the value does not depend on the parameter; and
+        what the objective returned beside its value.
+    """
+    if torch.compiler.is_dynamo_compiling():  # cannot follow torch.autograd.grad inside a transform
+
+        def plain(trainable: Any) -> tuple[Tensor, Any]:
+            value, _, aux = objective(trainable, lambda value: None, False)
+            return value, aux
+
+        grads, aux = torch.func.grad(plain, has_aux=True)(trainable)
+        return grads, tree.map(lambda _: True, grads), aux
+    used: Any = None
+
+    def differentiated(trainable: Any) -> tuple[Tensor, Any]:
+        nonlocal used
+        # torch.func.grad replaces an absent gradient by zeros, and nothing says which were absent. The graph of the
+        # backward pass is kept for the transforms and the autograd around this one.
+        value, (grads, used), aux = objective(
+            trainable, lambda value: _grads(value, trainable, _found(value, trainable, create_graph=True)), False
+        )
+        return value, (grads, aux)
+
+    found: Any = torch.func.vjp(differentiated, trainable, has_aux=True)
+    grads, aux = found[2]
+    return grads, used, aux
+
+
+def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) -> tuple[Any, Any, Any]:
+    """Gradients by ``torch.autograd``, which takes all that a plain PyTorch loop takes.
+
+    Arguments and results are those of ``by_func``. Nothing outside changes: no tensor gets a ``grad``, and the graph is
+    freed. With ``whole`` the backward pass is that of ``torch.autograd.backward``, which reentrant checkpoints need.
+
+    Raises:
+        ValueError: If a transform of ``torch.func`` surrounds the call, or a graph of autograd leads to the parameters:
+            derivatives of the gradients would be lost.
+    """
+    with torch.enable_grad():
+        leaves = tree.map(lambda parameter: parameter.detach().requires_grad_(), trainable)
+
+        def find(value: Tensor) -> Any:
+            if whole:
+                _backward(value, leaves)
+                found = [None] * len(tree.leaves(leaves))
+            else:
+                found = _found(value, leaves, create_graph=False)
+            # A backward pass inside of the loss left its part there, as in a plain loop.
+            earlier = [leaf.grad for leaf in tree.leaves(leaves)]
+            return _grads(value, leaves, [_sum(*pair) for pair in zip(earlier, found, strict=True)])
+
+        _, (grads, used), aux = objective(leaves, find, True)
+    return grads, used, tree.map(torch.detach, aux)
+
+
+def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
+    """A context for gradients: in inference mode those of torch 2.11 are zero, without an error."""
+    inferring = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inferring else contextlib.nullcontext()
+
+
+def ordinary(values: Any) -> Any:
+    """The values, with copies of those that inference mode made: autograd saves none of these for a backward pass."""
+    if torch.compiler.is_dynamo_compiling() or not any(map(_is_inference, tree.leaves(values))):
+        return values
+    with torch.inference_mode(False):
+        return tree.map(lambda leaf: leaf.clone() if _is_inference(leaf) else leaf, values)
+
+
+def _is_inference(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_inference()
+
+
+def _grads(value: Tensor, trainable: Any, found: Any) -> tuple[Any, Any]:
+    leaves, structure = tree.flatten(trainable)
+    grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
+    dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
+    return tree.unflatten(structure, dense), tree.unflatten(structure, [grad is not None for grad in found])
+
+
+def _found(value: Tensor, trainable: Any, *, create_graph: bool) -> list[Tensor | None]:
+    leaves = tree.leaves(trainable)
+    if not value.requires_grad:
+        return [None] * len(leaves)
+    # A loss may freeze a parameter.
+    reached = iter(
+        torch.autograd.grad(
+            value, [leaf for leaf in leaves if leaf.requires_grad], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(reached) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _sum(earlier: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if earlier is None or grad is None:
+        return grad if earlier is None else earlier
+    return earlier + grad
+
+
+def _backward(value: Tensor, trainable: Any) -> None:
+    """The backward pass to all leaves of the graph, of which only ``trainable`` keep what it finds."""
+    if not value.requires_grad:
+        return
+    ours = set(map(id, tree.leaves(trainable)))
+    others, seen, todo = [], set[Any](), [value.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [part for part, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ours:
+            others.append((leaf, leaf.grad))
+            leaf.grad = None
+    try:
+        torch.autograd.backward(value)
+    finally:
+        for leaf, grad in others:
+            leaf.grad = grad
+
+
+def _is_differentiated(values: Any) -> bool:
+    """Whether a transform of torch.func surrounds this call, or autograd records what is computed from the values."""
+    if is_transformed():
+        return True
+    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(values))
+
+
+def _is_refusal(error: Exception) -> bool:
+    return any(part in str(error) for part in _REFUSALS)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:_LONGEST_REASON]}..." if len(text) > _LONGEST_REASON else text
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the user's own and that of a library which it leads to."""
+    found = [frame for frame in places(traceback.extract_tb(error.__traceback__)) if frame is not None]
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in found]
+    return f" at {', by way of '.join(lines)}" if lines else ""

@@ -1,0 +1,84 @@
+"""Evaluation steps: pure functions that measure the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fxtrain import rng
+from fxtrain.core import StepOutput, TrainState
+from fxtrain.data import for_step
+from fxtrain.fold._subscription import name_of
+from fxtrain.precision import Policy, policy_of
+from fxtrain.step._contract import place_of, refuse_unless_loss
+from fxtrain.step._forward import forward
+from fxtrain.step._returned import described, measured
+from fxtrain.step._step import on_device
+from fxtrain.step._weights import Weighted
+
+
+class EvalFunction:
+    """A pure function ``(state, batch) -> output`` that measures; made by ``eval_step``."""
+
+    def __init__(self, function: Callable[[TrainState, Any], StepOutput]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, state: TrainState, batch: Any) -> StepOutput:
+        output = self.function(state, for_step(batch))
+        control = on_device(output.control, state.step.device)
+        return StepOutput(output.metrics, control, output.outputs, output.weight)
+
+    def enter(self, state: TrainState) -> TrainState:
+        """What of the state goes into the compiled graph: no optimizer and no slots."""
+        return state.replace(opt_state={}, slots={})
+
+    def __repr__(self) -> str:
+        return f"<{name_of(self.function)}>"
+
+
+def eval_step(
+    measure: Callable[..., Any], *, precision: str | Policy | None = None, outputs: bool = False
+) -> EvalFunction:
+    """The function ``(state, batch) -> StepOutput`` that measures the model in eval mode.
+
+    Args:
+        measure: ``(model, batch)`` to what ``gradients`` takes, so that a loss function serves as it is, or to a dict
+            of metrics without a loss. 0-d tensors are averaged over the batches, by the weight that
+            ``fxtrain.weighted`` gives the loss or else by the batch size, see ``fxtrain.evaluate``;
+            ``fxtrain.metrics`` are merged.
+        precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
+        outputs: Whether ``measure`` returns a pair of that and anything else, which reaches callbacks at
+            ``EvalStep``.
+
+    Raises:
+        TypeError: If ``measure`` does not take a model and a batch. When it runs, if it returned anything else.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> step = fx.eval_step(lambda model, batch: {"mean": model(batch).mean()})
+        >>> state = fx.init(torch.nn.Dropout())
+        >>> step(state, torch.ones(2, 2)).metrics
+        {'mean': tensor(1.)}
+    """
+    refuse_unless_loss(measure, "measure")
+    policy = policy_of(precision)
+
+    def step(state: TrainState, batch: Any) -> StepOutput:
+        key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
+        result = forward(policy, state, measure, batch, train=False, key=key).output
+        extra = None
+        if outputs:
+            if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:
+                raise TypeError(
+                    f"expected {place_of(measure)} to return a pair (metrics, outputs) because of outputs=True, got "
+                    f"{described(result)}. Return both, or leave outputs=True away."
+                )
+            result, extra = result
+        metrics, weight = measured(measure, result)
+        return StepOutput(policy.cast_output(metrics), outputs=extra, weight=weight)
+
+    step.__name__ = f"eval_step({name_of(measure)})"
+    step.__doc__ = measure.__doc__
+    return EvalFunction(step)

@@ -1,0 +1,194 @@
+"""The forward pass under a precision policy: modules kept in float32, and errors about dtypes that name the module."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain import rng, tree
+from fxtrain.core import TrainState, matching
+from fxtrain.model import Called, Model, model_of
+from fxtrain.optim._nodes import as_name, leaf_paths
+from fxtrain.precision import HALF, Policy
+
+
+def forward(
+    policy: Policy,
+    state: TrainState,
+    function: Callable[..., Any],
+    batch: Any,
+    *,
+    train: bool,
+    key: rng.Key,
+    finish: Callable[[Any], Any] | None = None,
+) -> Called:
+    """``function(model, batch)`` in the dtypes of a policy, and the memory that it wrote.
+
+    Args:
+        policy: The dtypes.
+        state: Its parameters and buffers are used.
+        function: A loss function or a measuring function.
+        batch: Its second argument.
+        train: Whether the modules are in training mode.
+        key: Where random numbers come from.
+        finish: Applied to the result while the memory is still in place.
+
+    Raises:
+        RuntimeError: If dtypes do not fit inside a module: the error names it.
+        ValueError: If a pattern of ``policy.keep`` matches no module.
+    """
+    model = model_of(state)
+    params, buffers, inside = state.params, state.buffers, None
+    if policy.keep:
+        params, buffers = _kept(policy, params), _kept(policy, buffers)
+        inside = functools.partial(_in_float32, policy, state.step.device)
+    with policy.autocast(state.step.device), _naming(model, policy, train):
+        called = model.call(
+            params, buffers, function, batch, train=train, key=key, check=True, finish=finish, inside=inside
+        )
+    if not policy.keep:
+        return called
+    after = tree.map(lambda leaf, like: leaf.to(like.dtype), called.buffers, state.buffers)
+    return Called(called.output, after, model.like(called.written, state.params))
+
+
+def _kept(policy: Policy, tensors: Any) -> Any:
+    """The tensors, those of kept modules in float32."""
+    if policy.param not in HALF:
+        return tensors
+    leaves, structure = tree.flatten(tensors)
+    names = [as_name(path).rpartition(".")[0] for path in leaf_paths(tensors)]
+    return tree.unflatten(
+        structure,
+        [_widened(leaf) if _is_kept(policy, name) else leaf for name, leaf in zip(names, leaves, strict=True)],
+    )
+
+
+def _is_kept(policy: Policy, name: str) -> bool:
+    """Whether a module, or one that it is a part of, matches a pattern."""
+    parts = name.split(".")
+    return any(_matches(".".join(parts[:count]), policy.keep) for count in range(len(parts) + 1))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# Dynamo cannot look into patterns. torch.compiler.assume_constant_result does this, and imports Dynamo to do it.
+_matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
+
+
+@contextlib.contextmanager
+def _in_float32(policy: Policy, device: torch.device, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A context in which the kept modules compute in float32. An attribute of an instance hides the class's method."""
+    dynamo = torch.compiler.is_dynamo_compiling()
+    if not dynamo:
+        matching([name for name in modules if name] or list(modules), policy.keep, "module")  # raises if there is none
+    kept = [module for name, module in modules.items() if _matches(name, policy.keep)]
+    # Parts of a kept module are kept with it: their outputs stay in float32 there.
+    parts = {id(part) for module in kept for part in module.modules() if part is not module}
+    outer = {id(module): module for module in kept if id(module) not in parts}.values()
+    methods = [(module, "forward" in module.__dict__, module.forward) for module in outer]
+    for module, _, method in methods:
+        module.forward = functools.partial(_float32_forward, policy, device.type, method)
+    try:
+        yield
+    finally:
+        for module, is_own, method in methods:
+            if is_own or dynamo:  # which cannot delete what it has added
+                module.forward = method
+            else:
+                del module.forward
+
+
+def _float32_forward(policy: Policy, device_type: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = tree.map(_widened, (args, kwargs))
+    with torch.autocast(device_type, enabled=False):
+        output = forward(*args, **kwargs)
+    if policy.param not in HALF:
+        return output
+    return tree.map(
+        lambda leaf: leaf.to(policy.param) if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf,
+        output,
+    )
+
+
+# Errors
+
+
+_ABOUT_DTYPES = re.compile(
+    r"dtype|scalar type|data type|Input type|result type|not implemented for '(BFloat16|Half|Float|Double)'"
+)
+_NAMES = {"bfloat16": "bfloat16", "half": "float16", "float16": "float16", "float": "float32", "float32": "float32"}
+_NAMES |= {"double": "float64", "float64": "float64"}
+
+
+@contextlib.contextmanager
+def _naming(model: Model, policy: Policy, train: bool) -> Iterator[None]:
+    """Names the module in which dtypes met that do not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if torch.compiler.is_dynamo_compiling() or not _ABOUT_DTYPES.search(str(error)):
+            raise
+        found = _innermost(error, model.named_modules(train=train))
+        if found is None:
+            raise
+        name, frame, line = found
+        raise _mismatch(policy, name, frame, line, error) from error
+
+
+def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str, FrameType, int] | None:
+    """The innermost frame of a module's method: its name, the frame and its line."""
+    names = {id(module): name for name, module in modules.items()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        part = _owner(frame)
+        if id(part) in names and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl"):
+            found = names[id(part)], frame, trace.tb_lineno
+        trace = trace.tb_next
+    return found
+
+
+def _owner(frame: FrameType) -> Any:
+    """The first argument, which is the object of a method."""
+    return frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
+
+
+def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exception) -> RuntimeError:
+    said = re.findall(r"\b(?:c10::)?(BFloat16|Half|[Ff]loat(?:16|32|64)?|[Dd]ouble|bfloat16)\b", str(error))
+    dtypes = dict.fromkeys(_NAMES[dtype.lower()] for dtype in said)
+    if len(dtypes) < 2:
+        read = (value for value in frame.f_locals.values() if isinstance(value, Tensor) and value.is_floating_point())
+        dtypes |= dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in read)
+    owner = type(_owner(frame)).__name__
+    where = f"the module {name!r} ({owner})" if name else f"the model ({owner})"
+    if policy.casts or policy.param in HALF:
+        remedy = f"Cast the tensors to one dtype, or keep the module in float32: {_keeping(policy, name or '*')}."
+    else:
+        remedy = "Cast the batch or the tensors there, or the parameters by fxtrain.init(..., dtype=...)."
+    return RuntimeError(
+        f"expected {where} to compute with tensors of dtypes that fit, got {' and '.join(dtypes)} at "
+        f"{frame.f_code.co_filename}:{line}: {str(error).rstrip('.')}. {remedy}"
+    )
+
+
+def _keeping(policy: Policy, pattern: str) -> str:
+    """The policy with one more pattern, as it is written."""
+    given = dataclasses.replace(policy, keep=(*policy.keep, pattern))
+    changed = [field.name for field in dataclasses.fields(Policy) if getattr(given, field.name) != field.default]
+    return f"precision=fxtrain.Policy({', '.join(f'{name}={getattr(given, name)!r}' for name in changed)})"

@@ -1,0 +1,187 @@
+"""Returned values: checks and names what users' functions return."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fxtrain.core import wide_dtype
+from fxtrain.metrics import Metric
+from fxtrain.step._contract import ContractError, place_of
+from fxtrain.step._weights import Weighted
+
+_TUPLE = (
+    "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. "
+    "Other outputs are left out."
+)
+
+
+class Returned(NamedTuple):
+    """The parts of a loss function's result."""
+
+    loss: Tensor  # float []
+    metrics: dict[str, Any]  # without the loss
+    weight: Tensor | None  # float64 [] (float32 where there is no float64); None without fxtrain.weighted
+
+
+def loss_and_metrics(function: Any, result: Any) -> Returned:
+    """Splits a loss function's result into loss, metrics and weight.
+
+    A result is a loss; a pair of a loss and a dict of metrics; or a dict with the entry ``"loss"``, whose other
+    entries are metrics. A loss is a 0-d floating tensor, an object with the attribute ``loss`` (as the outputs of
+    Hugging Face models), or either of them in ``fxtrain.weighted``. Nothing but the loss is taken from such an object.
+
+    Raises:
+        TypeError: If the result is something else, or a metric is.
+        ValueError: If a metric has the loss's name.
+    """
+    loss, metrics = result, {}
+    if _is_pair(result):
+        loss, metrics = result
+    elif _has_named_loss(result):
+        metrics = {name: value for name, value in result.items() if name != "loss"}
+        loss = result["loss"]
+    weight = None
+    if isinstance(loss, Weighted):
+        loss, weight = loss
+    loss = _taken_from_output(loss)
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
+        raise ContractError(
+            f"expected {place_of(function)} to return a 0-d floating tensor, alone or with a dict of metrics, got "
+            f"{_shown(result, loss)}. {_remedy(result, loss)}"
+        )
+    if "loss" in metrics:
+        raise ValueError(
+            f"expected metrics with names other than the loss's own, got a metric named 'loss' from "
+            f"{place_of(function)}. Rename it."
+        )
+    return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
+
+
+def measured(function: Any, result: Any) -> tuple[dict[str, Any], Tensor | None]:
+    """Splits the result of an evaluation's function into metrics, the loss among them, and weight.
+
+    A result is what a loss function returns, or a dict of metrics.
+
+    Raises:
+        TypeError: As for ``loss_and_metrics``.
+        ValueError: As for ``loss_and_metrics``.
+    """
+    if (
+        isinstance(result, Mapping)
+        and not hasattr(result, "loss")
+        and ("loss" not in result or _is_metric(result["loss"]))
+    ):
+        return checked_metrics(function, result), None
+    loss, metrics, weight = loss_and_metrics(function, result)
+    return {"loss": loss, **metrics}, weight
+
+
+def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics as a dict.
+
+    Raises:
+        TypeError: If a value is neither a 0-d tensor nor a metric.
+    """
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise ContractError(
+                f"expected names of metrics to be strings, got {name!r} from {place_of(function)}. Name the metric."
+            )
+        if _is_metric(value):
+            continue
+        remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave out what is no measurement."
+        if isinstance(value, int | float):
+            remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
+        raise ContractError(
+            f"expected the metric {name!r} of {place_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
+            f"{described(value)}. {remedy}"
+        )
+    return dict(metrics)
+
+
+def described(value: Any) -> str:
+    """What a value is, in an error.
+
+    Example:
+        >>> import torch
+        >>> described((torch.zeros(2), None, 1.0))
+        'a tuple of (a float32 tensor of shape [2], None, a value of type float)'
+    """
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of ({', '.join(described(part) for part in value)})"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, Metric) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
+
+
+def _has_named_loss(result: Any) -> bool:
+    return isinstance(result, Mapping) and not hasattr(result, "loss") and "loss" in result
+
+
+def _taken_from_output(value: Any) -> Any:
+    """The loss of a model's output, and any other value itself."""
+    return value if isinstance(value, Tensor | nn.Module) else getattr(value, "loss", value)
+
+
+def _shown(result: Any, loss: Any) -> str:
+    if loss is result or isinstance(result, tuple):
+        return described(result)
+    return f"a {type(result).__name__} whose loss is {described(loss)}"
+
+
+def _remedy(result: Any, loss: Any) -> str:
+    """How to turn what is not a loss into one."""
+    if isinstance(loss, Tensor):
+        if loss.ndim:
+            return "Reduce the loss of each example with .mean()."
+        return "Compute the loss in a floating dtype."
+    if loss is None and result is not None:
+        return "The model computes no loss without labels: give them to it, or compute the loss from its outputs."
+    if loss is None:
+        return "End the function with return loss."
+    if isinstance(loss, Awaitable):
+        return "Write the function without async."
+    if isinstance(loss, int | float | complex) or type(loss).__module__ == "numpy":
+        return "Return the tensor itself, without .item(), float() or .numpy()."
+    if isinstance(loss, nn.Module):
+        return f"Call an instance of the module: {type(loss).__name__}()(prediction, target)."
+    if isinstance(loss, tuple | list):
+        return _remedy_for_several(loss)
+    if isinstance(loss, Mapping):
+        return "Give a dict of metrics its loss under the name 'loss'; compute it from the outputs of a model."
+    return "Compute the loss from it."
+
+
+def _remedy_for_several(parts: Sequence[Any]) -> str:
+    """What to return in place of a tuple or a list with a loss in it."""
+    if len(parts) == 2 and isinstance(parts[0], Mapping) and _is_metric(parts[1]):
+        return "Return the loss first: return loss, metrics."
+    if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], Mapping):
+        return "Return a tuple: return loss, metrics."
+    return _TUPLE
+
+
+def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    wide = wide_dtype(loss.device)
+    if isinstance(weight, Tensor) and weight.ndim == 0 and not weight.is_complex():
+        return weight.detach().to(loss.device, wide)
+    if isinstance(weight, int | float):
+        return torch.full((), weight, dtype=wide, device=loss.device)
+    raise ContractError(
+        f"expected the weight that {place_of(function)} gives to fxtrain.weighted to be a number or a real 0-d tensor, "
+        f"got {described(weight)}. Count the items of the batch, as (labels != -100).sum()."
+    )

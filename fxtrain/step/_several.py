@@ -1,0 +1,45 @@
+"""Several steps as one, for models so small that it counts how often a graph is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fxtrain.core import StepOutput, TrainState
+from fxtrain.step._step import Step
+
+
+class Several(Step):
+    """``(state, batches) -> (state, outputs)``: the step taken with each batch in turn.
+
+    Args:
+        step: The step.
+        count: How many batches it takes.
+
+    Raises:
+        ValueError: When it runs, if there are more batches or fewer.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> tx = fx.optim.sgd(0.5)
+        >>> step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+        >>> state, outputs = Several(step, 2)(fx.init({"w": torch.tensor(0.0)}, tx), torch.tensor([1.0, 3.0]).unbind())
+        >>> [float(output.metrics["loss"]) for output in outputs], int(state.step)
+        ([1.0, 4.0], 2)
+    """
+
+    def __init__(self, step: Step, count: int) -> None:
+        super().__init__(step.function, callbacks=step.callbacks, fires=step.fires)
+        self.step, self.count = step, count
+
+    def __call__(self, state: TrainState, batch: Sequence[Any]) -> tuple[TrainState, Any]:
+        if len(batch) != self.count:
+            raise ValueError(f"{len(batch)} batches came, and steps_per_call={self.count}.")
+        outputs: list[StepOutput] = []
+        for each in batch:
+            state, output = self.step(state, each)
+            outputs.append(output)
+        return state, tuple(outputs)
+
+    def __repr__(self) -> str:
+        return f"<{self.count} of {self.step!r}>"

@@ -1,0 +1,87 @@
+"""Tap: what flows through the modules of a model, measured where the loss is computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxtrain import tree
+from fxtrain.core import matching
+from fxtrain.optim._nodes import as_name, leaf_paths
+from fxtrain.step._returned import loss_and_metrics
+from fxtrain.step._weights import weighted
+
+Statistic = Callable[[Tensor], Any]
+"""From the output of a module to a 0-d tensor, or a dict of them by name."""
+
+
+def tap(
+    loss_fn: Callable[..., Any], modules: str | Sequence[str], statistic: Statistic, *, prefix: str = "activations"
+) -> Callable[..., Any]:
+    """The loss function, which also measures a statistic of the outputs of some modules.
+
+    It is a transform of the loss: the modules are watched while it runs, and left as they were. What is measured are
+    metrics of the step, ``<prefix>/<module>`` or ``<prefix>/<module>/<name>``; nothing is differentiated through it.
+
+    Args:
+        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``, or what else ``fxtrain.gradients`` takes.
+        modules: Patterns of a shell for the names of submodules: ``"blocks.*.attn"``; a dict of modules has its keys in
+            front. A module that is called several times is measured at its last call.
+        statistic: From an output, the first tensor of a tuple, to a 0-d tensor, or a dict of them.
+            ``fxtrain.callbacks.activation_stats`` is one.
+        prefix: What the names of the metrics begin with.
+
+    Raises:
+        ValueError: When it runs, if a pattern matches no module, or if the loss measures something of the same name.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+        >>> loss_fn = tap(lambda model, batch: model(batch).sum(), "1", lambda y: (y == 0).float().mean())
+        >>> found = fx.gradients(loss_fn)(fx.init(model), torch.zeros(4, 2))
+        >>> sorted(found.metrics)
+        ['activations/1', 'loss']
+    """
+
+    @functools.wraps(loss_fn)
+    def tapped(model: Any, *arguments: Any) -> Any:
+        seen: dict[str, Any] = {}
+
+        def watching(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                first = next((leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)), None)
+                if first is not None:
+                    seen.update(_named(f"{prefix}/{name}", statistic(first.detach())))
+
+            return hook
+
+        hooks = [module.register_forward_hook(watching(name)) for name, module in _chosen(model, modules)]
+        try:
+            result = loss_fn(model, *arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        loss, metrics, weight = loss_and_metrics(loss_fn, result)
+        twice = sorted(seen.keys() & metrics.keys())
+        if twice:
+            raise ValueError(f"The loss measures {twice[0]!r}, and so does tap: choose another prefix.")
+        return (loss if weight is None else weighted(loss, weight)), {**metrics, **seen}
+
+    return tapped
+
+
+def _named(name: str, found: Any) -> dict[str, Any]:
+    return {f"{name}/{key}": value for key, value in found.items()} if isinstance(found, Mapping) else {name: found}
+
+
+def _chosen(model: Any, modules: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
+    named: dict[str, nn.Module] = {}
+    for path, root in zip(leaf_paths(model), tree.leaves(model), strict=True):
+        if isinstance(root, nn.Module):
+            start = as_name(path)
+            named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
+    names = [name for name in named if name] or list(named)  # the whole where it has no parts
+    return [(names[i], named[names[i]]) for i in matching(names, modules, "module")]

@@ -1,0 +1,109 @@
+"""Losses that no trainable parameter takes part in, and the line that cuts them off."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fxtrain import tree
+from fxtrain.core._frames import is_of_users
+from fxtrain.model._captured import captured
+from fxtrain.rng._frames import inlined_only
+from fxtrain.step._contract import place_of
+
+
+def unreached(
+    function: Callable[..., Any], wrt: str | None, run: Callable[[Callable[[Tensor], None]], Any]
+) -> ValueError:
+    """The error for a loss without a gradient. A zero gradient is a number; this is a mistake.
+
+    Args:
+        function: The loss function.
+        wrt: The entry of a dict of modules that is trained, if only one is.
+        run: Computes the loss once more, with parameters that require gradients, and calls its argument with it.
+    """
+    what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
+    return ValueError(
+        f"expected a loss that depends on {what}, got one from {place_of(function)} that reaches none, so nothing "
+        f"would be trained. {_cause(run) or _general_remedy(function)}"
+    )
+
+
+def _general_remedy(function: Callable[..., Any]) -> str:
+    modules = [name for name, value in captured(function) if isinstance(value, nn.Module)]
+    instead = f" instead of {', '.join(modules)}, which it takes from outside" if modules else ""
+    return (
+        f"Call the model that the loss function is given{instead}, outside of torch.no_grad() and without .detach() or "
+        ".item()."
+    )
+
+
+def _cause(run: Callable[[Callable[[Tensor], None]], Any]) -> str:
+    found: list[str] = []
+    try:
+        with _Cuts() as cuts:
+            run(lambda loss: found.append(cuts.of(loss)))
+    except Exception:
+        return ""  # the error is about the loss, and not about this search
+    return found[0] if found else ""
+
+
+@inlined_only
+class _Cuts(TorchFunctionMode):
+    """Follows tensors that depend on a parameter and have no gradient, from the operation that cut them off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[Any] = []  # so that no id is given twice
+        self._cuts: dict[int, str] = {}
+        self._to_python = ""
+
+    def of(self, loss: Tensor) -> str:
+        """What cut the loss off, and what to do; empty if nothing did."""
+        return self._cuts.get(id(loss), self._to_python)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = any(leaf.requires_grad for leaf in inputs)
+        output = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)]
+        cut = next((self._cuts[id(leaf)] for leaf in inputs if id(leaf) in self._cuts), "")
+        if func.__name__ in _TO_PYTHON and (before or cut):
+            self._to_python = cut or _cut_by(func)
+        elif outputs and not any(leaf.requires_grad for leaf in outputs) and (before or cut):
+            self._kept += outputs
+            cut = cut or _cut_by(func)
+            self._cuts |= {id(leaf): cut for leaf in outputs}
+        return output
+
+
+_TO_PYTHON = ("item", "tolist", "numpy", "__float__", "__int__", "__array__")
+_COPIES = ("detach", "detach_", "__get__", *_TO_PYTHON)
+
+
+def _cut_by(func: Any) -> str:
+    name, line = func.__name__, _line_of_users()
+    if torch.is_inference_mode_enabled():
+        return f"{name}{line} runs under torch.inference_mode(). Take the forward pass out of it."
+    if not torch.is_grad_enabled():
+        return f"{name}{line} runs under torch.no_grad(). Take the forward pass out of it."
+    if name == "__get__":
+        name = f".{getattr(func.__self__, '__name__', 'data')}"
+    elif name in _COPIES:
+        name = f".{name}()"
+    if name.startswith("."):
+        return f"{name}{line} cuts the loss off from the parameters. Leave it out."
+    return f"{name}{line} has no gradient. Compute the loss from its inputs, with a function that has one."
+
+
+def _line_of_users() -> str:
+    frame: Any = sys._getframe(1)
+    while frame is not None and not is_of_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""

@@ -1,0 +1,162 @@
+"""Backlog: points that wait for a writer, up to a bound, and a count of those that were lost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fxtrain.core import NAMESPACE, ops
+from fxtrain.values._table import Table
+from fxtrain.values._text import HParams, Text
+
+MOST_POINTS = 10_000
+MOST_BYTES = 2**26
+_NUMBER_BYTES = 64  # a number with its name, about
+
+
+class Waiting(NamedTuple):
+    """One call that a writer has still to be given. Without values it is a purge."""
+
+    step: int
+    values: Mapping[str, Any] | None
+    event: Any = None
+    bytes: int = 0
+
+    @property
+    def points(self) -> int:
+        return 0 if self.values is None else len(self.values)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it stays where there is no room: it is small, and comes once."""
+        return self.values is None or any(isinstance(value, HParams) for value in self.values.values())
+
+
+class Lost:
+    """Counts points that will never be written.
+
+    Example:
+        >>> lost = Lost()
+        >>> lost.add(3, 2), lost.add(9, 1)
+        (None, None)
+        >>> print(lost)
+        3 points of steps 3 to 9
+    """
+
+    def __init__(self) -> None:
+        self.points = 0
+        self._first = self._last = 0
+
+    def add(self, step: int, points: int) -> None:
+        if points:
+            self._first = min(self._first, step) if self.points else step
+            self._last = max(self._last, step) if self.points else step
+            self.points += points
+
+    def __bool__(self) -> bool:
+        return self.points > 0
+
+    def __str__(self) -> str:
+        steps = f"step {self._first}" if self._first == self._last else f"steps {self._first} to {self._last}"
+        return f"{self.points} point{'s' if self.points != 1 else ''} of {steps}"
+
+
+class Backlog:
+    """Calls that wait, in their order. Where there is no room for one more, the oldest points go and are counted."""
+
+    def __init__(self) -> None:
+        self._calls: deque[Waiting] = deque()
+        self._points = self._bytes = 0
+        self.lost = Lost()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @property
+    def points(self) -> int:
+        """The points that wait."""
+        return self._points
+
+    @property
+    def first(self) -> Waiting:
+        return self._calls[0]
+
+    def add(self, call: Waiting) -> None:
+        self._calls.append(call)
+        self._count(call, 1)
+        while (self._points > MOST_POINTS or self._bytes > MOST_BYTES) and len(self._calls) > 1:
+            oldest = next((each for each in self._calls if not each.is_kept and each is not call), None)
+            if oldest is None:
+                return
+            self._remove(oldest)
+            self.lost.add(oldest.step, oldest.points)
+
+    def pop(self) -> Waiting:
+        call = self._calls.popleft()
+        self._count(call, -1)
+        return call
+
+    def put_back(self, calls: list[Waiting]) -> None:
+        """Returns calls that were popped to their place."""
+        self._calls.extendleft(reversed(calls))
+        for call in calls:
+            self._count(call, 1)
+
+    def forget_after(self, step: int) -> None:
+        """Drops the points beyond a step, which a rewind or a resume abandoned; they are not lost."""
+        for call in [call for call in self._calls if call.values is not None and call.step > step]:
+            self._remove(call)
+
+    def lose_all(self) -> None:
+        """Drops and counts all that waits."""
+        while self._calls:
+            call = self.pop()
+            self.lost.add(call.step, call.points)
+
+    def _remove(self, call: Waiting) -> None:
+        self._calls = deque(each for each in self._calls if each is not call)
+        self._count(call, -1)
+
+    def _count(self, call: Waiting, sign: int) -> None:
+        self._points += sign * call.points
+        self._bytes += sign * call.bytes
+
+
+def waiting(step: int, values: Mapping[str, Any], event: Any = None) -> Waiting:
+    """A call whose values are copied to the host, because the run reuses the memory of its tensors."""
+    own = {name: on_host_copy(value) for name, value in values.items()}
+    return Waiting(int(step), own, event, sum(map(_size, own.values())))
+
+
+def on_host_copy(value: Any) -> Any:
+    """The value with memory of its own, on the host."""
+    match value:
+        case np.ndarray():
+            return value.copy()
+        case Table():
+            return Table({name: on_host_copy(column) for name, column in value.columns.items()})
+        case HParams():
+            return HParams(value.flat())
+        case bool() | int() | float():
+            return value
+        case _:
+            return ops.tree_map(_leaf_on_host, value, namespace=NAMESPACE)
+
+
+def _leaf_on_host(leaf: Any) -> Any:
+    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Text):
+        return _NUMBER_BYTES + len(value.markdown)
+    if isinstance(value, Table):
+        return sum(map(_size, value.columns.values()))
+    if isinstance(value, list):
+        return _NUMBER_BYTES * len(value)
+    leaves = ops.tree_leaves(value, namespace=NAMESPACE)
+    return _NUMBER_BYTES + sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor | np.ndarray))

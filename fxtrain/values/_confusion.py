@@ -1,0 +1,74 @@
+"""Confusion: which class was taken for which."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fxtrain.values._media import Image
+from fxtrain.values._nodes import as_tensor, on_host, register_value
+from fxtrain.values._table import Table
+
+_CELL = 24  # pixels
+_LIGHT, _DARK = np.array([247, 251, 255.0]), np.array([8, 48, 107.0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConfusionMatrix:
+    """How often each class (row) was taken for each (column).
+
+    Args:
+        counts: Real tensor or array [C, C], not negative.
+        labels: The C names of the classes; their numbers by default.
+
+    Raises:
+        TypeError: If the counts are no real numbers, or a label is no string.
+        ValueError: If they are not square, or there is not one label for each class.
+
+    Example:
+        >>> import torch
+        >>> matrix = ConfusionMatrix(torch.tensor([[8, 2], [1, 9]]), labels=("cat", "dog"))
+        >>> print(matrix.table().markdown())
+        | truth | cat | dog |
+        | --- | --- | --- |
+        | cat | 8 | 2 |
+        | dog | 1 | 9 |
+    """
+
+    counts: Any  # a tensor, once it is made
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = as_tensor("ConfusionMatrix", self.counts)
+        object.__setattr__(self, "counts", counts)
+        if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not len(counts):
+            raise ValueError(f"ConfusionMatrix takes counts [C, C], and {list(counts.shape)} came.")
+        labels: Sequence[str] = self.labels or [str(index) for index in range(len(counts))]
+        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"labels={labels!r}: a name for each class is wanted.")
+        if len(labels) != len(counts):
+            raise ValueError(f"{len(labels)} labels came for {len(counts)} classes.")
+        object.__setattr__(self, "labels", tuple(labels))
+
+    def table(self) -> Table:
+        """The counts, with the true class in front of each row."""
+        columns = on_host(self.counts).T.tolist()
+        return Table({"truth": list(self.labels), **dict(zip(self.labels, columns, strict=True))})
+
+    def image(self) -> Image:
+        """A square for each pair, the darker the larger its share of its row is."""
+        counts = on_host(self.counts).astype(np.float64)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
+        squares = _LIGHT + shares[..., None] * (_DARK - _LIGHT)
+        pixels = np.round(squares).astype(np.uint8).repeat(_CELL, 0).repeat(_CELL, 1)
+        pixels[_CELL - 1 :: _CELL] = pixels[:, _CELL - 1 :: _CELL] = 200  # lines between them
+        return Image(pixels)
+
+    def __repr__(self) -> str:
+        return f"ConfusionMatrix of {len(self.labels)} classes"
+
+
+register_value(ConfusionMatrix, "counts")

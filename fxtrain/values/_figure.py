@@ -1,0 +1,57 @@
+"""Figure: what matplotlib drew."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fxtrain.values._media import Image
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Figure:
+    """A figure of matplotlib. It is drawn to pixels when it is logged, so it may be changed or closed afterwards.
+
+    Args:
+        figure: A ``matplotlib.figure.Figure``.
+        dpi: Dots an inch; by default the figure's own.
+
+    Raises:
+        TypeError: If it is no figure.
+
+    Example:
+        >>> from matplotlib.figure import Figure as Canvas
+        >>> canvas = Canvas(figsize=(2, 1))
+        >>> _ = canvas.subplots().plot([1, 4, 9])
+        >>> Figure(canvas, dpi=100)
+        Figure of 100 x 200
+    """
+
+    figure: dataclasses.InitVar[Any]
+    dpi: dataclasses.InitVar[float | None] = None
+    pixels: np.ndarray = dataclasses.field(init=False)  # uint8 [H, W, 4]
+
+    def __post_init__(self, figure: Any, dpi: float | None) -> None:
+        if not (hasattr(figure, "savefig") and hasattr(figure, "dpi")):
+            remedy = ": axes have it as .figure." if hasattr(figure, "figure") else "."
+            raise TypeError(f"Figure takes a matplotlib figure, and a {type(figure).__name__} came{remedy}")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        before, canvas = figure.dpi, figure.canvas
+        try:
+            figure.set_dpi(dpi or before)
+            drawn = FigureCanvasAgg(figure)
+            drawn.draw()
+            object.__setattr__(self, "pixels", np.array(drawn.buffer_rgba()))
+        finally:
+            figure.set_dpi(before)
+            figure.set_canvas(canvas)
+
+    def image(self) -> Image:
+        """The drawing."""
+        return Image(self.pixels)
+
+    def __repr__(self) -> str:
+        return f"Figure of {self.pixels.shape[0]} x {self.pixels.shape[1]}"

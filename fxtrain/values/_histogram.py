@@ -1,0 +1,119 @@
+"""Histogram: how values are distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from torch import Tensor
+
+from fxtrain.values._nodes import on_host, register_value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Histogram:
+    """How values are distributed: the values themselves, or how many there are between edges.
+
+    Counting on the device, and logging counts and edges, spares copying every value to the host.
+
+    Args:
+        values: Real tensor of any shape.
+        counts: Real tensor [n], in place of ``values``: how many values lie in each bucket.
+        edges: Real tensor [n + 1], increasing: where the buckets begin and end.
+
+    Raises:
+        TypeError: If one of them is not a tensor of real numbers.
+        ValueError: If there are neither values nor counts with edges, or if the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> Histogram(counts=torch.tensor([1, 3]), edges=torch.tensor([0.0, 0.5, 1.0]))
+        Histogram of 2 buckets
+    """
+
+    values: Tensor | None = None
+    counts: Tensor | None = dataclasses.field(default=None, kw_only=True)
+    edges: Tensor | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in _HISTOGRAM if (value := getattr(self, name)) is not None}
+        if tuple(given) not in (("values",), ("counts", "edges")):
+            came = " and ".join(given) or "nothing"
+            raise ValueError(f"Histogram takes either values, or counts with edges, and {came} came.")
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or value.is_complex():
+                came = f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise TypeError(f"Histogram({name}=...) takes a tensor of real numbers, and {came} came.")
+        if self.counts is not None and self.edges is not None:
+            counts, edges = list(self.counts.shape), list(self.edges.shape)
+            if len(counts) != 1 or edges != [counts[0] + 1]:
+                raise ValueError(
+                    f"n buckets have n counts and n + 1 edges, and counts of shape {counts} came with edges of shape "
+                    f"{edges}."
+                )
+
+    def buckets(self, num: int = 30) -> tuple[np.ndarray, np.ndarray]:
+        """The counts (float64 [n]) and the edges (float64 [n + 1]), on the host.
+
+        Args:
+            num: How many buckets to sort ``values`` into. Those that are not finite fall into none.
+
+        Raises:
+            ValueError: If the edges do not increase.
+        """
+        # Once for all writers that ask.
+        known: dict[int, tuple[np.ndarray, np.ndarray]] = vars(self).setdefault("_known", {})
+        if num not in known:
+            known[num] = self._counted(num)
+        return known[num]
+
+    def _counted(self, num: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.values is not None:
+            values = on_host(self.values).reshape(-1)
+            values = values[np.isfinite(values)]
+            counts, edges = np.histogram(values, bins=num, range=_range(values, num))
+            return counts.astype(np.float64), edges
+        assert self.counts is not None
+        assert self.edges is not None
+        counts, edges = on_host(self.counts).astype(np.float64), on_host(self.edges).astype(np.float64)
+        if not (np.diff(edges) > 0).all():
+            raise ValueError(f"The edges of a histogram increase, and these do not: {edges.tolist()}.")
+        return counts, edges
+
+    def spread(self, most: int = 1000) -> np.ndarray:
+        """Numbers that are so distributed, on the host: float64 [n].
+
+        Args:
+            most: How many stand for what was counted already, evenly spread over each bucket.
+        """
+        if self.values is not None:
+            return on_host(self.values).reshape(-1).astype(np.float64)
+        counts, edges = self.buckets()
+        shares = np.round(counts * min(1.0, most / max(counts.sum(), 1.0))).astype(int)
+        parts = [
+            np.linspace(low, high, 2 * share + 1)[1::2]
+            for low, high, share in zip(edges[:-1], edges[1:], shares, strict=True)
+            if share
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def __repr__(self) -> str:
+        if self.values is not None:
+            return f"Histogram of values of shape {list(self.values.shape)}"
+        return f"Histogram of {len(self.counts) if self.counts is not None else 0} buckets"
+
+
+_HISTOGRAM = ("values", "counts", "edges")
+
+
+def _range(values: np.ndarray, num: int) -> tuple[float, float]:
+    """From the least to the largest value; wider where there would not be numbers enough for the edges between."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    largest = max(abs(low), abs(high))
+    if high - low > 1e-12 * num * largest:
+        return low, high
+    room = max(0.5, 1e-6 * num * largest)
+    return low - room, high + room
+
+
+register_value(Histogram, *_HISTOGRAM)

@@ -1,0 +1,208 @@
+"""Handing: from what an event published to the verbs of a writer."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fxtrain.values._confusion import ConfusionMatrix
+from fxtrain.values._figure import Figure
+from fxtrain.values._histogram import Histogram
+from fxtrain.values._media import Audio, Image, Video, note_of_clipping
+from fxtrain.values._points import PointCloud
+from fxtrain.values._table import Table
+from fxtrain.values._text import HParams, Text
+
+KINDS: Mapping[type[Any], str] = {
+    Text: "texts",
+    Image: "images",
+    Video: "videos",
+    Audio: "sounds",
+    Histogram: "histograms",
+    Table: "tables",
+    Figure: "figures",
+    ConfusionMatrix: "confusion matrices",
+    PointCloud: "point clouds",
+    HParams: "hyper-parameters",
+}
+"""The kinds of values beside numbers, and what they are called."""
+
+_SIMPLER: Mapping[type[Any], tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = {
+    Figure: ((Image, lambda figure: figure.image()),),
+    ConfusionMatrix: (
+        (Image, lambda matrix: matrix.image()),
+        (Table, lambda matrix: matrix.table()),
+        (Text, lambda matrix: Text(matrix.table().markdown())),
+    ),
+    Table: ((Text, lambda table: Text(table.markdown())),),
+}
+
+
+def kind_of(value: Any) -> type[Any]:
+    """The class of a value; ``float`` for all numbers."""
+    return type(value) if type(value) in KINDS else float
+
+
+def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as a writer of some kinds can keep them: as they are, or as something simpler.
+
+    What it cannot keep is said once, and what turns out to be out of range is said each time.
+
+    Args:
+        writer: The writer.
+        kinds: What it keeps; ``float`` stands for numbers.
+        step: Where the values belong.
+        values: By name.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = kind_of(value)
+        if kind not in kinds:
+            make = next((make for simpler, make in _SIMPLER.get(kind, ()) if simpler in kinds), None)
+            if make is None:
+                _say_once(
+                    writer,
+                    kind,
+                    f"{type(writer).__name__} keeps no {KINDS.get(kind, 'numbers')}, and leaves out {name!r} and "
+                    "others like it: add a writer that does, fxtrain.writers.tensorboard or fxtrain.writers.media say.",
+                )
+                continue
+            value = make(value)
+        try:
+            for part in value.columns.values() if isinstance(value, Table) else (value,):
+                if type(part) in _ON_HOST:
+                    _ON_HOST[type(part)](part)
+                    if (clipped := note_of_clipping(part)) is not None:
+                        _say_once(writer, f"clipped {name}", f"{name!r} of step {step}: {clipped} {_CLIPPING}")
+        except ValueError as error:
+            warnings.warn(f"{name!r} of step {step} is not written: {error}", RuntimeWarning, stacklevel=3)
+            continue
+        kept[name] = value
+    return kept
+
+
+# What is done on the host is done once for all writers, and tells whether the numbers are in range.
+_ON_HOST: Mapping[type[Any], Callable[[Any], Any]] = {
+    Image: lambda image: image.frames,
+    Video: lambda video: video.frames,
+    Audio: lambda audio: audio.waves,
+    Histogram: lambda histogram: histogram.buckets(),
+}
+
+
+def hand_over(writer: Any, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+    """Hands values to a writer: at once to ``write`` where it has that, else each kind to its verb of clu's.
+
+    Args:
+        writer: A ``fxtrain.writers.Writer``, or a clu writer.
+        step: Where they belong.
+        values: As ``published`` names them.
+        event: What published them, if anything did.
+    """
+    if not values:
+        return
+    if hasattr(writer, "write"):
+        writer.write(step, values, event)
+        return
+    kinds = kinds_of(writer)
+    by_kind: dict[type[Any], dict[str, Any]] = {}
+    for name, value in kept_by(writer, kinds, step, values).items():
+        by_kind.setdefault(kind_of(value), {})[name] = value
+    for kind, named in by_kind.items():
+        write = getattr(writer, _VERBS[kind])
+        if kind is Audio:
+            for name, audio in named.items():  # their rates may differ
+                write(step, {name: audio.waves / 32767}, sample_rate=audio.rate)
+        elif kind is PointCloud:
+            for name, cloud in named.items():
+                colors = None if cloud.colors is None else {name: cloud.colors.cpu().numpy()[None]}
+                write(step, {name: cloud.points.float().cpu().numpy()[None]}, point_colors=colors)
+        elif kind is HParams:
+            for hparams in named.values():
+                write(hparams.flat())
+        else:
+            write(step, {name: _FOR_VERBS.get(kind, lambda value: value)(value) for name, value in named.items()})
+
+
+_FOR_VERBS: Mapping[type[Any], Callable[[Any], Any]] = {
+    Text: lambda text: text.markdown,
+    Image: lambda image: image.frames,
+    Video: lambda video: video.frames,
+    # What was counted already has no values any more.
+    Histogram: lambda histogram: histogram.spread(),
+}
+
+_VERBS: Mapping[type[Any], str] = {
+    float: "write_scalars",
+    Text: "write_texts",
+    Image: "write_images",
+    Video: "write_videos",
+    Audio: "write_audios",
+    Histogram: "write_histograms",
+    PointCloud: "write_pointcloud",
+    HParams: "write_hparams",
+}
+
+
+_CLIPPING = "Set limits= or scale them; later ones of this name are clipped without a warning."
+
+
+def _say_once(writer: Any, about: Any, message: str) -> None:
+    told: set[Any] = getattr(writer, "__dict__", {}).setdefault("_left_out", set())
+    if about not in told:
+        told.add(about)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def hold_back(writer: Any, write: Callable[[], None]) -> None:
+    """Has ``settle`` call ``write``, a method of somebody who keeps points for this writer back."""
+    getattr(writer, "__dict__", {}).setdefault("_held_back", []).append(weakref.WeakMethod(write))
+
+
+def settle(writer: Any) -> None:
+    """Has the writer given what others keep back for it: before anything later is written, so that steps keep their
+    order."""
+    for each in getattr(writer, "_held_back", ()):
+        write = each()
+        if write is not None:
+            write()
+
+
+def share(writers: Sequence[Any]) -> None:
+    """Has several writers of one run leave out without a word what another of them keeps."""
+    kinds = [kinds_of(writer) for writer in writers]
+    for index, writer in enumerate(writers):
+        elsewhere = frozenset[type[Any]]().union(*kinds[:index], *kinds[index + 1 :])
+        getattr(writer, "__dict__", {}).setdefault("_left_out", set()).update(elsewhere)
+
+
+def kinds_of(writer: Any) -> frozenset[type[Any]]:
+    """What a writer keeps: as it says, or those that it has a verb of clu's for."""
+    return getattr(writer, "kinds", None) or frozenset(kind for kind, verb in _VERBS.items() if hasattr(writer, verb))
+
+
+def take_back(writer: Any, step: int) -> None:
+    """Has a writer drop all that lies beyond a step. One that cannot says so in a warning, and doubles points."""
+    if hasattr(writer, "purge"):
+        writer.purge(step)
+    elif step > 0:
+        warnings.warn(
+            f"{type(writer).__name__} has no purge(step), so what it wrote beyond step {step} stays, and will be there "
+            "twice.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def try_all(*actions: Callable[[], Any]) -> None:
+    """Does every one, and raises the first error only then: what can be closed or flushed is."""
+    errors: list[Exception] = []
+    for act in actions:
+        try:
+            act()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

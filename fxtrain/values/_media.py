@@ -1,0 +1,231 @@
+"""Media: images, videos and sounds, as arrays whose axes and ranges are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxtrain.core import check_positive_int
+from fxtrain.values._nodes import as_tensor, on_host, register_value
+
+Layout = Literal["HWC", "CHW"]
+_NOTE = "_clipped"
+_CHANNELS = {1: "gray", 3: "RGB", 4: "RGBA"}
+_ROUNDING = 1e-3  # share of the range by which a pixel or a sample may exceed it silently
+_OVERSHOOT = 0.25  # share up to which it is clipped with a warning; more is another scale, and refused
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Image:
+    """An image, or several.
+
+    Args:
+        pixels: Tensor or array [H, W], [H, W, C] or [N, H, W, C]; with ``layout="CHW"``, as torch's convolutions have
+            it, [C, H, W] or [N, C, H, W]. C is 1 (gray), 3 (RGB) or 4 (RGBA). uint8 goes from 0 to 255, bool is black
+            or white, and floating numbers go from the first of ``limits`` to the second.
+        layout: Where the channels are.
+        limits: What is black and what is white, where pixels are floating.
+
+    Raises:
+        TypeError: If the pixels are no tensor and no array of real numbers, or of another dtype.
+        ValueError: If their shape is none of these, or ``limits`` do not increase.
+
+    Example:
+        >>> Image(torch.zeros(3, 28, 28), layout="CHW")
+        Image of 28 x 28, RGB
+        >>> Image(torch.zeros(16, 28, 28, 1), limits=(-1, 1)).frames.shape
+        (16, 28, 28, 1)
+    """
+
+    pixels: Any  # a tensor, once it is made
+    layout: Layout = "HWC"
+    limits: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_pixels(self, "Image", inner=2 if getattr(self.pixels, "ndim", 0) == 2 else 3)
+
+    @functools.cached_property
+    def frames(self) -> np.ndarray:
+        """The images on the host: uint8 [N, H, W, C]. Pixels beyond the limits by up to a quarter of their range
+        are clipped.
+
+        Raises:
+            ValueError: If a pixel is not finite, or further beyond the limits.
+        """
+        return _frames(self)
+
+    def __repr__(self) -> str:
+        return _described(self, "Image")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Video:
+    """A video, or several.
+
+    Args:
+        pixels: Tensor or array [T, H, W, C] or [N, T, H, W, C]; with ``layout="CHW"`` [T, C, H, W] or
+            [N, T, C, H, W]. Otherwise as for ``Image``.
+        layout: Where the channels are.
+        limits: What is black and what is white, where pixels are floating.
+        fps: Frames a second.
+
+    Raises:
+        TypeError: As for ``Image``.
+        ValueError: As for ``Image``, or if ``fps`` is not above 0.
+
+    Example:
+        >>> Video(torch.zeros(10, 3, 28, 28), layout="CHW", fps=5)
+        Video of 28 x 28, RGB, 10 frames
+    """
+
+    pixels: Any  # a tensor, once it is made
+    layout: Layout = "HWC"
+    limits: tuple[float, float] = (0.0, 1.0)
+    fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not self.fps > 0:
+            raise ValueError(f"fps={self.fps!r}: more than 0 is wanted.")
+        _check_pixels(self, "Video", inner=4)
+
+    @functools.cached_property
+    def frames(self) -> np.ndarray:
+        """The videos on the host: uint8 [N, T, H, W, C], clipped as images are.
+
+        Raises:
+            ValueError: If a pixel is not finite, or further beyond the limits.
+        """
+        return _frames(self)
+
+    def __repr__(self) -> str:
+        axis = -4  # in both layouts
+        return f"{_described(self, 'Video')}, {self.pixels.shape[axis]} frames"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Audio:
+    """A sound, or several.
+
+    Args:
+        samples: Floating tensor or array [T] (mono), [T, C] or [N, T, C], from -1 to 1; C is 1 or 2.
+        rate: Samples a second.
+
+    Raises:
+        TypeError: If the samples are not floating, or ``rate`` is not an int.
+        ValueError: If their shape is none of these, or ``rate`` is not positive.
+
+    Example:
+        >>> Audio(torch.sin(torch.arange(8000) * 0.3), rate=8000)
+        Audio of 1.0 s
+    """
+
+    samples: Any  # a tensor, once it is made
+    rate: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", as_tensor("Audio", self.samples))
+        shape = list(self.samples.shape)
+        if not self.samples.is_floating_point():
+            raise TypeError(f"Audio takes floating samples from -1 to 1, and {self.samples.dtype} came: scale them.")
+        check_positive_int("rate", self.rate)
+        if len(shape) not in (1, 2, 3) or 0 in shape or (len(shape) > 1 and shape[-1] not in (1, 2)):
+            raise ValueError(f"Audio takes samples [T], [T, C] or [N, T, C] with 1 or 2 channels, and {shape} came.")
+
+    @functools.cached_property
+    def waves(self) -> np.ndarray:
+        """The sounds on the host: int16 [N, T, C]. Samples up to 0.5 beyond -1 and 1 are clipped.
+
+        Raises:
+            ValueError: If a sample is not finite, or further beyond.
+        """
+        samples = self.samples if self.samples.ndim > 1 else self.samples[:, None]
+        waves = np.round(_within(self, on_host(samples), -1.0, 1.0, "samples") * 32767).astype(np.int16)
+        return waves if waves.ndim == 3 else waves[None]
+
+    def __repr__(self) -> str:
+        return f"Audio of {self.samples.shape[0 if self.samples.ndim < 3 else 1] / self.rate:.1f} s"
+
+
+def _check_pixels(value: Any, name: str, *, inner: int) -> None:
+    """Refuses pixels of another dtype or shape. ``inner`` is how many axes one image, or one video, has."""
+    pixels = as_tensor(name, value.pixels)
+    object.__setattr__(value, "pixels", pixels)
+    object.__setattr__(value, "limits", tuple(map(float, value.limits)))
+    shape = list(pixels.shape)
+    if value.layout not in ("HWC", "CHW"):
+        raise ValueError(f"layout={value.layout!r}: 'HWC' or 'CHW' is wanted.")
+    if not (pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.bool)):
+        raise TypeError(
+            f"{name} takes uint8, bool or floating pixels, and {str(pixels.dtype).removeprefix('torch.')} came: "
+            "convert them."
+        )
+    if not value.limits[0] < value.limits[1]:
+        raise ValueError(f"limits={value.limits}: the first, which is black, has to be below the second.")
+    frame = "" if inner < 4 else "T, "
+    wanted = f"{frame}H, W, C" if value.layout == "HWC" else f"{frame}C, H, W"
+    if 0 in shape or len(shape) not in (inner, inner + 1) or (inner > 2 and _channels(value) not in _CHANNELS):
+        other = "CHW" if value.layout == "HWC" else "HWC"
+        axis = -3 if other == "CHW" else -1
+        fits = len(shape) in (inner, inner + 1) and len(shape) > 2 and shape[axis] in _CHANNELS
+        remedy = f"say layout={other!r}." if fits else "reshape them."
+        raise ValueError(
+            f"{name} takes pixels [{wanted}] or [N, {wanted}] with 1, 3 or 4 channels, and {shape} came: {remedy}"
+        )
+
+
+def _channels(value: Any) -> int:
+    return value.pixels.shape[-1 if value.layout == "HWC" else -3] if value.pixels.ndim > 2 else 1
+
+
+def _frames(value: Any) -> np.ndarray:
+    pixels: Tensor = value.pixels
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    elif value.layout == "CHW":
+        pixels = pixels.movedim(-3, -1)
+    whole = pixels.ndim == (5 if isinstance(value, Video) else 4)
+    found = on_host(pixels if whole else pixels[None])
+    if pixels.is_floating_point():
+        low, high = value.limits
+        found = _within(value, found, low, high, "pixels")
+        found = np.round((found - low) / (high - low) * 255)
+    elif pixels.dtype == torch.bool:
+        found = found * 255
+    return np.ascontiguousarray(found.astype(np.uint8))
+
+
+def _within(value: Any, numbers: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
+    """Clips what is slightly out of range, and leaves a note of that on the value, for ``note_of_clipping``."""
+    name, least, most = type(value).__name__, float(numbers.min()), float(numbers.max())
+    beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
+    if not beyond <= _OVERSHOOT:
+        remedy = "say what is black and what is white with limits=." if what == "pixels" else "scale them."
+        raise ValueError(
+            f"{name} has {what} from {low:g} to {high:g}, and these go from {least:g} to {most:g}: {remedy}"
+        )
+    if beyond > _ROUNDING:
+        value.__dict__[_NOTE] = f"{name} {what} from {least:g} to {most:g} are clipped to {low:g} to {high:g}."
+    return numbers.clip(low, high)
+
+
+def note_of_clipping(value: Any) -> str | None:
+    """Returns what was clipped of an image, video or sound on its way to the host, once; None if nothing was."""
+    return value.__dict__.pop(_NOTE, None)
+
+
+def _described(value: Any, name: str) -> str:
+    shape = value.pixels.shape
+    inner = 3 if isinstance(value, Image) else 4
+    rows, columns = (-2, -1) if value.layout == "CHW" or value.pixels.ndim == 2 else (-3, -2)
+    count = f"{shape[0]} of " if value.pixels.ndim > inner else "of "
+    return f"{name} {count}{shape[rows]} x {shape[columns]}, {_CHANNELS[_channels(value)]}"
+
+
+register_value(Image, "pixels")
+register_value(Video, "pixels")
+register_value(Audio, "samples")

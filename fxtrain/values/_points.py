@@ -1,0 +1,55 @@
+"""Points: a cloud of them, in space."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from fxtrain.values._nodes import as_tensor, register_value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PointCloud:
+    """Points in space, coloured if need be.
+
+    Args:
+        points: Floating tensor or array [N, 3]: x, y and z.
+        colors: uint8 tensor or array [N, 3]: red, green and blue.
+
+    Raises:
+        TypeError: If one of them has another dtype.
+        ValueError: If one of them has another shape.
+
+    Example:
+        >>> PointCloud(torch.zeros(100, 3))
+        PointCloud of 100 points
+    """
+
+    points: Any  # tensors, once it is made
+    colors: Any = None
+
+    def __post_init__(self) -> None:
+        points = as_tensor("PointCloud", self.points)
+        object.__setattr__(self, "points", points)
+        if not points.is_floating_point():
+            raise TypeError(f"PointCloud takes floating points, and {points.dtype} came: convert them.")
+        if points.ndim != 2 or points.shape[1] != 3 or not len(points):
+            raise ValueError(f"PointCloud takes points [N, 3], and {list(points.shape)} came.")
+        if self.colors is None:
+            return
+        colors = as_tensor("PointCloud", self.colors)
+        object.__setattr__(self, "colors", colors)
+        if colors.dtype != torch.uint8:
+            raise TypeError(f"PointCloud takes uint8 colors, from 0 to 255, and {colors.dtype} came: convert them.")
+        if colors.shape != points.shape:
+            raise ValueError(
+                f"PointCloud takes a color for each point, {list(points.shape)}, and {list(colors.shape)} came."
+            )
+
+    def __repr__(self) -> str:
+        return f"PointCloud of {len(self.points)} points"
+
+
+register_value(PointCloud, "points", "colors")

@@ -1,0 +1,112 @@
+"""Table: columns of equal length."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fxtrain.values._media import Image
+
+Cell = str | bool | int | float | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Columns of equal length, by name.
+
+    Args:
+        columns: Each a sequence of strings, numbers, bools and Nones, a tensor or array [N] of them, or an ``Image``
+            of N images.
+
+    Raises:
+        TypeError: If a column or a cell is something else.
+        ValueError: If there is no column, or their lengths differ.
+
+    Example:
+        >>> import torch
+        >>> table = Table({"word": ["cat", "dog"], "score": torch.tensor([0.5, 0.25])})
+        >>> print(table.markdown())
+        | word | score |
+        | --- | --- |
+        | cat | 0.5 |
+        | dog | 0.25 |
+    """
+
+    columns: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.columns, Mapping) or not self.columns:
+            raise ValueError(f"Table takes a mapping from names to columns, and {self.columns!r:.60} came.")
+        columns = {str(name): _column(name, column) for name, column in self.columns.items()}
+        lengths = {
+            name: len(column.pixels if isinstance(column, Image) else column) for name, column in columns.items()
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The columns of a table are equally long, and these are not: {lengths}.")
+        object.__setattr__(self, "columns", columns)
+
+    def __len__(self) -> int:
+        first = next(iter(self.columns.values()))
+        return len(first.pixels if isinstance(first, Image) else first)
+
+    def cells(self) -> dict[str, list[Cell] | np.ndarray]:
+        """The columns on the host: lists, and for images uint8 [N, H, W, C]."""
+        return {
+            name: column.frames if isinstance(column, Image) else _listed(column)
+            for name, column in self.columns.items()
+        }
+
+    def markdown(self, rows: int = 50) -> str:
+        """The first rows as a table of Markdown. Of images it says that they are there."""
+        cells = {
+            name: ["(image)"] * len(column.pixels) if isinstance(column, Image) else _listed(column)
+            for name, column in self.columns.items()
+        }
+        lines = [_row(cells), _row(["---"] * len(cells))]
+        lines += [_row(map(_text, row)) for row in zip(*(column[:rows] for column in cells.values()), strict=True)]
+        if len(self) > rows:
+            lines.append(f"\nand {len(self) - rows} more rows")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Table of {len(self)} rows: {', '.join(self.columns)}"
+
+
+def _column(name: Any, column: Any) -> Any:
+    if isinstance(column, Image):
+        if column.pixels.ndim != 4:
+            raise ValueError(f"The column {name!r} takes several images, [N, H, W, C], and {column!r} came.")
+        return column
+    if isinstance(column, Tensor | np.ndarray):
+        if column.ndim != 1:
+            raise ValueError(f"The column {name!r} is of shape {list(column.shape)}: [N] is wanted.")
+        return column.detach() if isinstance(column, Tensor) else column.tolist()
+    if isinstance(column, str) or not isinstance(column, Sequence):
+        raise TypeError(
+            f"The column {name!r} is a {type(column).__name__}: a list, a tensor [N] or an Image is wanted."
+        )
+    for cell in column:
+        if not (cell is None or isinstance(cell, str | bool | int | float)):
+            raise TypeError(
+                f"The column {name!r} has {cell!r:.60} in it, and cells are strings, numbers, bools and Nones."
+            )
+    return list(column)
+
+
+def _listed(column: Any) -> list[Cell]:
+    return column.tolist() if isinstance(column, Tensor) else column
+
+
+def _text(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return "" if cell is None else html.escape(str(cell)).replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _row(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,66 @@
+"""Console: numbers and texts as lines that a person reads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from fxtrain.core._text import encodable, printable, printable_lines
+from fxtrain.values import HParams, Text
+from fxtrain.writers._interface import Backend
+
+
+def console(file: TextIO | None = None) -> ConsoleWriter:
+    """A writer of lines to a terminal or a log. Control characters in names and texts are shown as escapes.
+
+    Args:
+        file: Where to; standard output by default.
+
+    Example:
+        >>> writer = console()
+        >>> writer.write_scalars(100, {"train/loss": 0.25, "train/accuracy": 0.9})
+        step 100 | train/loss 0.25 | train/accuracy 0.9
+        >>> writer.write_texts(100, {"sample": "once upon\\na time"})
+        step 100 | sample:
+          once upon
+          a time
+    """
+    return ConsoleWriter(file)
+
+
+class ConsoleWriter(Backend):
+    """Writes lines; made by ``console``."""
+
+    kinds = frozenset((float, Text, HParams))
+
+    def __init__(self, file: TextIO | None) -> None:
+        self._file = file
+
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
+        lines = [_line(step, numbers)] if numbers else []
+        for name, value in values.items():
+            if isinstance(value, Text):
+                lines.append(f"step {step} | {printable(name)}:")
+                lines += [f"  {line}" for line in printable_lines(value.markdown)]
+            elif isinstance(value, HParams):
+                config = {printable(key): printable(str(given)) for key, given in value.flat().items()}
+                width = max(map(len, config), default=0)
+                lines += [f"{printable(name)}:", *(f"  {key:<{width}}  {given}" for key, given in config.items())]
+        file = self._file or sys.stdout
+        print(encodable("\n".join(lines), getattr(file, "encoding", None)), file=file)
+
+    def flush(self) -> None:
+        (self._file or sys.stdout).flush()
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _line(step: int, numbers: Mapping[str, Any]) -> str:
+    shown = [
+        f"{printable(name)} {value:.6g}" if isinstance(value, float) else f"{printable(name)} {value}"
+        for name, value in numbers.items()
+    ]
+    return " | ".join([f"step {step}", *shown])

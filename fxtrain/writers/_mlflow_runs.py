@@ -1,0 +1,188 @@
+"""MLflow: a run in its tracking store."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fxtrain.values import HParams, Waiting, kind_of
+from fxtrain.writers._media import MediaWriter
+from fxtrain.writers._remote import RemoteWriter
+
+_METRICS, _PARAMETERS = 1000, 100  # what the store takes in one request,
+_NAME, _LETTERS = 250, 6000  # of a name and of a parameter
+_REFUSED = re.compile(r"[^\w. :-]")
+
+
+def mlflow(
+    folder: str | os.PathLike[str],
+    *,
+    uri: str | None = None,
+    experiment: str = "fxtrain",
+    name: str | None = None,
+) -> MlflowWriter:
+    """A writer to MLflow. The same folder is the same run there: a resumed session goes on in it.
+
+    A thread sends what is written, so training never waits for the server, but for 5 seconds at most in the first flush
+    after it stopped answering. Up to 10,000 points and 64 MiB wait for it and are sent when it answers again; beyond
+    that the oldest are dropped. The end waits at most 20 seconds, or 5 where it does not answer. Each outage, and the
+    number of points that were lost, is a warning. A request that hangs is given up after 10 seconds and sent again,
+    unless ``MLFLOW_HTTP_REQUEST_TIMEOUT`` and ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` say otherwise.
+
+    Numbers are metrics, hyper-parameters are parameters, and media are artifacts, the files of ``writers.media``. What
+    was written cannot be taken back: where a session goes back to a step before the last one written, the points in
+    between are there twice, and it says so; nor does MLflow change a parameter. What it does not take of a name becomes
+    ``_``.
+
+    Args:
+        folder: For the run's identity, ``mlflow-run.json``.
+        uri: Of the tracking store: a server's address, ``sqlite:///runs.db`` if the whole of MLflow is installed, or
+            ``file:///folder`` if ``MLFLOW_ALLOW_FILE_STORE`` is ``true``. By default what ``MLFLOW_TRACKING_URI`` says,
+            or MLflow itself.
+        experiment: Made if it is not there.
+        name: The run's name there.
+
+    Raises:
+        ImportError: If MLflow is not there.
+        OSError: If the folder cannot be written to.
+        mlflow.exceptions.MlflowException: If it does not take the address.
+
+    Example:
+        >>> import os, pathlib, tempfile
+        >>> os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> writer = mlflow(folder, uri=(folder / "runs").as_uri())
+        >>> writer.write_scalars(1, {"train/loss": 0.5})
+        >>> writer.close()
+        >>> [path.read_text().split()[1:] for path in folder.rglob("metrics/train/loss")]
+        [['0.5', '1']]
+        >>> del os.environ["MLFLOW_ALLOW_FILE_STORE"]
+    """
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise ImportError("MLflow is not there: pip install 'fxtrain[mlflow]'.") from error
+    return MlflowWriter(Path(folder), MlflowClient(uri), experiment, name)
+
+
+class MlflowWriter(RemoteWriter):
+    """Writes to MLflow; made by ``mlflow``. The run is begun, or gone on with, at the first value."""
+
+    service, file = "MLflow", "mlflow-run.json"
+    kinds = frozenset((float, HParams)) | MediaWriter.kinds
+
+    def __init__(self, folder: Path, client: Any, experiment: str, name: str | None) -> None:
+        super().__init__(folder)
+        self._client, self._experiment, self._name = client, experiment, name
+
+    def _session(self) -> MlflowSession:
+        return MlflowSession(self, self._client, self._experiment, self._name)
+
+
+class MlflowSession:
+    """The requests of one session, made by one thread."""
+
+    def __init__(self, writer: MlflowWriter, client: Any, experiment: str, name: str | None) -> None:
+        self._writer, self._client, self._experiment, self._name = writer, client, experiment, name
+        self._run = ""
+
+    def begin(self) -> None:
+        limit_requests()
+        self._run = self._begun(self._writer.identity)
+        self._writer.identified(self, self._run)
+
+    def send(self, calls: list[Waiting]) -> None:
+        from mlflow.entities import Metric, Param
+
+        metrics: list[Any] = []
+        config: dict[str, Any] = {}
+        media: list[tuple[int, dict[str, Any]]] = []
+        for call in calls:
+            shown: dict[str, Any] = {}
+            for name, value in (call.values or {}).items():
+                if kind_of(value) is float:
+                    metrics.append(Metric(_named(name), float(value), call.event.milliseconds, call.step))
+                elif isinstance(value, HParams):
+                    config |= value.flat()
+                else:
+                    shown[name] = value
+            media += [(call.step, shown)] if shown else []
+        for begin in range(0, len(metrics), _METRICS):
+            self._client.log_batch(self._run, metrics=metrics[begin : begin + _METRICS])
+        parameters = [Param(name, value) for name, value in self._unknown(config).items()] if config else []
+        for begin in range(0, len(parameters), _PARAMETERS):
+            self._client.log_batch(self._run, params=parameters[begin : begin + _PARAMETERS])
+        if media:
+            with tempfile.TemporaryDirectory() as files:
+                for step, named in media:
+                    MediaWriter(Path(files)).put(step, named, None)
+                self._client.log_artifacts(self._run, files, "media")
+        self._writer.reached(self, calls)
+
+    def end(self) -> None:
+        self._client.set_terminated(self._run)
+
+    def is_refusal(self, error: Exception) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(error, MlflowException):
+            return error.get_http_status_code() in (400, 404, 409, 413, 422)
+        return not isinstance(error, OSError)
+
+    def _unknown(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """The parameters that the run does not have yet. It refuses to change one, which is said."""
+        known = self._client.get_run(self._run).data.params
+        given = {_named(name): str(value)[:_LETTERS] for name, value in config.items()}
+        changed = [name for name, value in given.items() if known.get(name, value) != value]
+        if changed:
+            self._writer.tell(
+                f"MLflow changes no parameter of a run, so it still has {', '.join(changed)} as first written: begin a "
+                "new run, in another folder, to have it right there."
+            )
+        return {name: value for name, value in given.items() if name not in known}
+
+    def _begun(self, identity: str | None) -> str:
+        if identity is not None:
+            self._client.update_run(identity, status="RUNNING")
+            return identity
+        found = self._client.get_experiment_by_name(self._experiment)
+        place = found.experiment_id if found else self._client.create_experiment(self._experiment)
+        return self._client.create_run(place, run_name=self._name).info.run_id
+
+
+_limited = threading.local()
+_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": 10, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 0}
+
+
+def limit_requests() -> None:
+    """Limits the requests of this thread, which by default wait for minutes.
+
+    MLflow takes its limits from the environment alone, which belongs to the program: its requests elsewhere, and the
+    environment, stay as they are. What the environment does set holds here too.
+    """
+    from mlflow import environment_variables
+
+    _limited.here = True
+    for name in _LIMITS:
+        variable: Any = getattr(environment_variables, name, None)
+        if variable is not None and not hasattr(variable.get, "unlimited"):
+            variable.get = _limited_get(variable.get, name)
+
+
+def _limited_get(get: Callable[[], Any], name: str) -> Callable[[], Any]:
+    def limited() -> Any:
+        return _LIMITS[name] if getattr(_limited, "here", False) and name not in os.environ else get()
+
+    limited.unlimited = get  # pyright: ignore[reportFunctionMemberAccess]
+    return limited
+
+
+def _named(name: str) -> str:
+    """A name that the store takes: a path of letters, digits and ``_-. :``."""
+    parts = [_REFUSED.sub("_", part) for part in name[:_NAME].split("/")]
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)

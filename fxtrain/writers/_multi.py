@@ -1,0 +1,66 @@
+"""Multi: several writers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fxtrain.values import KINDS, outlet_of, share, try_all
+from fxtrain.writers._interface import Backend
+
+
+def multi(*writers: Any) -> MultiWriter:
+    """One writer that hands everything to each of the given ones, in order.
+
+    Each fails alone, as in ``observers.write``: what one misses after an ``OSError`` waits for it and is written later,
+    up to a bound, and every failure and loss is a warning.
+
+    Args:
+        writers: Our own writers, or clu's.
+
+    Raises:
+        ValueError: If none is given.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from fxtrain.writers import jsonl
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> writer = multi(jsonl(folder / "a.jsonl"), jsonl(folder / "b.jsonl"))
+        >>> writer.write_scalars(1, {"loss": 0.5})
+        >>> writer.close()
+        >>> (folder / "b.jsonl").read_text()
+        '{"step": 1, "metrics": {"loss": 0.5}}\\n'
+    """
+    if not writers:
+        raise ValueError("multi() has nothing to write to: give it at least one writer.")
+    return MultiWriter(writers)
+
+
+class MultiWriter(Backend):
+    """Several writers as one; made by ``multi``."""
+
+    kinds = frozenset((float, *KINDS))
+
+    def __init__(self, writers: tuple[Any, ...]) -> None:
+        share(writers)
+        self._outlets = [outlet_of(writer) for writer in writers]
+
+    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        for outlet in self._outlets:
+            outlet.hand_over(step, values, event)
+
+    def purge(self, step: int) -> None:
+        for outlet in self._outlets:
+            outlet.take_back(step)
+
+    def flush(self) -> None:
+        for outlet in self._outlets:
+            outlet.flush()
+
+    def close(self) -> None:
+        """Closes every one; then the first error is raised."""
+        try_all(*(outlet.close for outlet in self._outlets))
+
+    def take_failure(self) -> Exception | None:
+        failures = [outlet.take_failure() for outlet in self._outlets]
+        return next((failure for failure in failures if failure is not None), None)

@@ -1,0 +1,227 @@
+"""Outbox: calls to a service, sent by a thread, so that a service which is slow or away never stops a run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from fxtrain.core._text import printable
+from fxtrain.values._backlog import Backlog, Waiting
+
+FLUSH_SECONDS = 5.0
+"""The longest wait of a flush for the service, and of all flushes while it does not answer."""
+
+CLOSE_SECONDS = 20.0
+"""The longest wait at the end for a service that answers,"""
+
+CLOSE_FAILING_SECONDS = 5.0
+"""and for one that does not."""
+
+_TOGETHER = 1000  # calls that are sent in one batch
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between two attempts
+
+
+class Session(Protocol):
+    """The calls to a service, each of which may block and raise. They are made by one thread."""
+
+    def begin(self) -> None:
+        """Begins the run there, or goes on with it."""
+        ...
+
+    def send(self, calls: list[Waiting]) -> None:
+        """Sends values, in the order of the calls."""
+        ...
+
+    def end(self) -> None:
+        """Ends the session: all that was sent is kept by then."""
+        ...
+
+    def is_refusal(self, error: Exception) -> bool:
+        """Whether the service refuses these very values, so that sending them again is of no use."""
+        ...
+
+
+class Outbox:
+    """Sends calls by a thread, in their order, and again after a failure.
+
+    At most ``MOST_POINTS`` points and ``MOST_BYTES`` wait. Beyond that the oldest are dropped and counted.
+
+    Args:
+        service: Its name, for warnings.
+        session: What the thread calls.
+    """
+
+    def __init__(self, service: str, session: Session) -> None:
+        self._service, self._session = service, session
+        self._backlog = Backlog()
+        self._sending: list[Waiting] = []
+        self._changed = threading.Condition()
+        self._closing = self._abandoned = self._ended = False
+        self._error: Exception | None = None  # of the last attempt
+        self._failure: Exception | None = None  # the first of an outage, until it is taken
+        self._is_late = False  # since a flush that timed out, until all is sent
+        self._first_lost = True
+        self._notes: list[str] = []
+        # A daemon: a request that hangs does not keep the program from ending.
+        self._thread = threading.Thread(target=self._run, name=f"{service} writer", daemon=True)
+        self._thread.start()
+
+    def add(self, call: Waiting) -> None:
+        """Queues a call. It never waits."""
+        with self._changed:
+            self._backlog.add(call)
+            if self._backlog.lost and self._first_lost:
+                self._first_lost = False
+                self._notes.append(
+                    f"{self._service} does not keep up: points from step {call.step} on push out the oldest that wait, "
+                    "which are counted, and reported at the end."
+                )
+            self._changed.notify_all()
+
+    def forget_after(self, step: int) -> int:
+        """Drops what waits beyond a step, and returns the last step that is being sent."""
+        with self._changed:
+            self._backlog.forget_after(step)
+            return max((call.step for call in self._sending), default=0)
+
+    def flush(self) -> None:
+        """Waits for all to be sent, at most ``FLUSH_SECONDS``, and not while the service is known not to answer."""
+        with self._changed:
+            if self._error is None and not self._is_late:
+                self._is_late = not self._changed.wait_for(
+                    lambda: self._is_sent or self._error is not None, FLUSH_SECONDS
+                )
+
+    def close(self) -> None:
+        """Waits for all to be sent and the session to end, at most ``CLOSE_SECONDS``; what is left is lost."""
+        began = time.monotonic()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            while not self._ended and self._thread.is_alive():
+                failing = self._error is not None or self._is_late
+                left = began + (CLOSE_FAILING_SECONDS if failing else CLOSE_SECONDS) - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            self._abandoned = True
+            lost = self._backlog.lost
+            for call in self._sending:
+                lost.add(call.step, call.points)
+            self._sending = []
+            self._backlog.lose_all()
+            if lost:
+                why = f" ({_short(self._error)})" if self._error is not None else ""
+                self._notes.append(f"{self._service}: {lost} were not sent and are lost{why}.")
+            elif not self._ended:
+                self._notes.append(f"{self._service} did not confirm the end of the run in time.")
+
+    def tell(self, note: str) -> None:
+        """Adds something that a person should know."""
+        with self._changed:
+            self._notes.append(note)
+
+    def take_failure(self) -> Exception | None:
+        """Returns the error with which an outage or a refusal began, once."""
+        with self._changed:
+            failure, self._failure = self._failure, None
+            return failure
+
+    def notes(self) -> list[str]:
+        """Returns what a person should know, once."""
+        with self._changed:
+            notes, self._notes = self._notes, []
+            return notes
+
+    @property
+    def _is_sent(self) -> bool:
+        return not self._backlog and not self._sending
+
+    # The thread
+
+    def _run(self) -> None:
+        if not self._tried(self._session.begin):
+            return
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._backlog or self._closing)
+                if self._abandoned:
+                    return
+                if not self._backlog:
+                    break
+                self._sending = [self._backlog.pop() for _ in range(min(len(self._backlog), _TOGETHER))]
+            if not self._sent():
+                return
+        if self._tried(self._session.end):
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _sent(self) -> bool:
+        """Sends the batch, or one call of it after the other where one is refused. False if this was abandoned."""
+        calls = self._sending
+        parts = [calls]
+        while parts:
+            part = parts.pop(0)
+            refused: list[Exception] = []
+            if not self._tried(lambda part=part: self._session.send(part), refused):
+                return False
+            if refused and len(part) > 1:
+                parts = [[call] for call in part] + parts
+                continue
+            with self._changed:
+                if refused:
+                    self._refused(part[0], refused[0])
+                self._sending = self._sending[len(part) :]
+        with self._changed:
+            self._is_late = self._is_late and bool(self._backlog)
+            self._changed.notify_all()
+        return True
+
+    def _tried(self, act: Callable[[], None], refused: list[Exception] | None = None) -> bool:
+        """Acts until it succeeds, or is refused. False if this was abandoned."""
+        pause = _FIRST_PAUSE
+        while True:
+            error: Exception | None = None
+            try:
+                act()
+            except Exception as raised:
+                error = raised
+            with self._changed:
+                if self._abandoned:
+                    return False
+                if error is None or (refused is not None and self._session.is_refusal(error)):
+                    if error is not None and refused is not None:
+                        refused.append(error)
+                    if self._error is not None:
+                        self._error = None
+                        self._notes.append(f"{self._service} answers again: what waited is sent.")
+                    return True
+                if self._error is None:
+                    self._failure = self._failure or error
+                    self._notes.append(
+                        f"{self._service} does not answer; points wait, and are sent when it does. Training goes on. "
+                        f"{_short(error)}"
+                    )
+                self._error = error
+                self._changed.notify_all()
+                self._changed.wait(min(pause, 0.2) if self._closing else pause)
+                if self._abandoned:
+                    return False
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _refused(self, call: Waiting, error: Exception) -> None:
+        self._failure = self._failure or error
+        if not self._backlog.lost:
+            self._notes.append(
+                f"{self._service} refused the points of step {call.step}, which are lost: {_short(error)}. More such "
+                "points are counted, and reported at the end."
+            )
+        self._backlog.lost.add(call.step, call.points)
+
+
+def _short(error: BaseException) -> str:
+    text = printable(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300]}"

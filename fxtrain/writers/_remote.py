@@ -1,0 +1,181 @@
+"""Remote: what writers to a service have in common. They never wait for it longer than a bound."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+
+from fxtrain.disk import make_folder, replace_file, set_aside
+from fxtrain.values import kept_by
+from fxtrain.values._backlog import Waiting, waiting
+from fxtrain.writers._interface import Backend, plain_number, unwritable
+from fxtrain.writers._outbox import Outbox, Session
+
+
+class When(NamedTuple):
+    """When values were written, which may be long before they are sent."""
+
+    event: Any
+    milliseconds: int  # since 1970
+
+
+class RemoteWriter(Backend):
+    """Writes to a run of a service by a thread. The same folder is the same run: a small file in it has its identity.
+
+    A writer says ``service`` and ``file``, and has ``_session``, whose calls the thread makes: ``begin`` goes through
+    ``identified``, and ``send`` calls ``reached`` when it is done.
+    """
+
+    service: ClassVar[str]  # what a person calls it
+    file: ClassVar[str]  # has the identity, and the last step written
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise unwritable(self.service, folder, error) from error
+        self._folder = folder
+        self._identity, self._last = self._read()
+        self._record: BinaryIO | None = None  # open while the run is
+        self._outbox: Outbox | None = None
+        self._current: Session | None = None  # an abandoned one may go on in its thread, and counts no more
+
+    @property
+    def identity(self) -> str | None:
+        """Which run of the service the folder is, if it is one yet."""
+        return self._identity
+
+    def _session(self) -> Session:
+        """The calls of one session."""
+        raise NotImplementedError
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Refuses names that the service cannot take."""
+
+    def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+        """Queues values, which the thread sends. It never waits for the service."""
+        kept = kept_by(self, self.kinds, step, values)
+        if not kept:
+            return
+        self.check(kept)
+        call = waiting(step, {name: plain_number(value) for name, value in kept.items()})
+        self._opened().add(call._replace(event=When(event, int(1000 * time.time()))))
+        self._speak()
+
+    def purge(self, step: int) -> None:
+        """Drops what was not sent, and says that points are there twice, if some that were sent lie beyond the step."""
+        last = self._last
+        if self._outbox is not None:
+            last = max(last, self._outbox.forget_after(step))
+        if last > step:
+            warnings.warn(
+                f"{self.service} takes nothing back: what it has of steps {step + 1} to {last} stays, and will be "
+                "there twice.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._last = step
+
+    def flush(self) -> None:
+        """Waits a few seconds at most for what was written to be sent, and not while the service does not answer."""
+        if self._outbox is not None:
+            self._outbox.flush()
+            with contextlib.suppress(OSError):
+                self._remember()
+                if self._record is not None:
+                    os.fsync(self._record.fileno())
+            self._speak()
+
+    def close(self) -> None:
+        """Ends the session, within a bound. What could not be sent by then is lost, and counted in a warning."""
+        if self._outbox is None:
+            return
+        outbox = self._outbox
+        atexit.unregister(self.close)
+        outbox.close()
+        self._outbox = self._current = None
+        with contextlib.suppress(OSError):
+            self._remember()
+            if self._record is not None:
+                os.fsync(self._record.fileno())
+        if self._record is not None:
+            self._record.close()
+            self._record = None
+        self._speak(outbox)
+
+    def take_failure(self) -> Exception | None:
+        """Returns the error with which an outage or a refusal began, once, for runs that must not go on."""
+        return None if self._outbox is None else self._outbox.take_failure()
+
+    def _opened(self) -> Outbox:
+        if self._outbox is None:
+            self._current = self._session()
+            self._outbox = Outbox(self.service, self._current)
+            atexit.register(self.close)
+        return self._outbox
+
+    def _speak(self, outbox: Outbox | None = None) -> None:
+        outbox = outbox or self._outbox
+        for note in outbox.notes() if outbox is not None else ():
+            warnings.warn(note, RuntimeWarning, stacklevel=3)
+
+    # By the thread
+
+    def tell(self, note: str) -> None:
+        """Has the next call of a verb warn."""
+        outbox = self._outbox
+        if outbox is not None:
+            outbox.tell(note)
+
+    def identified(self, session: Session, identity: str) -> None:
+        """Remembers which run of the service this is."""
+        if session is not self._current:
+            return
+        self._identity = identity
+        path = self._folder / self.file
+        try:
+            replace_file(path, self._content())
+            self._record = open(path, "rb+", buffering=0)  # noqa: SIM115 -- open until the writer is closed
+        except OSError as error:
+            raise unwritable(self.service, path, error) from error
+        # Again, so that it comes before what the service's package has registered itself by now.
+        atexit.unregister(self.close)
+        atexit.register(self.close)
+
+    def reached(self, session: Session, calls: list[Waiting]) -> None:
+        """Remembers what was sent, where the next session finds it even if this one is killed."""
+        if session is not self._current:
+            return
+        self._last = max(self._last, *(call.step for call in calls))
+        with contextlib.suppress(OSError):
+            self._remember()
+
+    def _remember(self) -> None:
+        if self._record is not None:
+            self._record.seek(0)
+            self._record.write(self._content())
+
+    def _content(self) -> bytes:
+        # Of one length, so that it is written over in place, at the cost of one system call a step.
+        return f'{{"id": {json.dumps(self._identity)}, "step": {self._last:>15}}}\n'.encode()
+
+    def _read(self) -> tuple[str | None, int]:
+        path = self._folder / self.file
+        if not path.exists():
+            return None, 0
+        try:
+            known = json.loads(path.read_bytes())
+            return str(known["id"]), int(known.get("step", 0))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            set_aside(path, f"does not say which run of {self.service} the folder is, so a new one begins")
+            path.unlink()
+            return None, 0
+        except OSError as error:
+            raise unwritable(self.service, path, error) from error

@@ -1,0 +1,234 @@
+"""Weights & Biases: a run on its page, or in files that ``wandb sync`` sends there later."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxtrain.values import (
+    Audio,
+    ConfusionMatrix,
+    Histogram,
+    HParams,
+    Image,
+    PointCloud,
+    Table,
+    Text,
+    Video,
+    Waiting,
+)
+from fxtrain.writers._encoding import gif, numbered, wav
+from fxtrain.writers._outbox import CLOSE_SECONDS
+from fxtrain.writers._remote import RemoteWriter
+
+_MOST_BUCKETS = 512  # what wandb takes of one name, or else raises,
+_MOST_MEDIA = 108  # or drops
+_LIMITS = {"init_timeout": 10.0, "finish_timeout": CLOSE_SECONDS}
+
+
+def wandb(
+    folder: str | os.PathLike[str],
+    *,
+    project: str = "fxtrain",
+    name: str | None = None,
+    mode: str | None = None,
+    **options: Any,
+) -> WandbWriter:
+    """A writer to Weights & Biases. The same folder is the same run there: a resumed session goes on in it.
+
+    A thread hands on what is written, so training never waits for the service, but for 5 seconds at most in a flush.
+    Up to 10,000 points and 64 MiB wait until the run could begin there; beyond that the oldest are dropped. The end
+    waits at most 20 seconds, or 5 where the service does not answer; what wandb had taken by then is in its files, for
+    ``wandb sync``. Each outage, and the number of points that were lost, is a warning. Where the server stays silent,
+    wandb's own process may delay the exit of the program by some 20 seconds more.
+
+    The run's step is the value ``step``, which every chart has as its axis. What was written cannot be taken back from
+    a run there: where a session goes back to a step before the last one written, the points in between are there
+    twice, and it says so. Values may have any name but ``step``; ``/`` makes sections.
+
+    Offline, each session has files of its own, which one ``wandb sync`` sends in their order. Tables lie where
+    ``WANDB_DATA_DIR`` says until then, so do that on the same machine.
+
+    Args:
+        folder: For wandb's files, and for the run's identity, ``wandb-run.json``.
+        project: The project there.
+        name: The run's name there.
+        mode: ``"online"``, ``"offline"`` (files only) or ``"disabled"``; by default what ``WANDB_MODE`` says.
+        options: More for ``wandb.init``: ``entity``, ``group``, ``tags``. It is a run of its own, beside one that the
+            program has begun itself, unless ``reinit`` says otherwise.
+
+    Raises:
+        ImportError: If wandb is not there.
+        OSError: If the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> writer = wandb(tempfile.mkdtemp(), mode="disabled")
+        >>> writer.write_scalars(1, {"train/loss": 0.5})
+        >>> writer.close()
+    """
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ImportError("wandb is not there: pip install 'fxtrain[wandb]'.") from error
+    return WandbWriter(Path(folder), {"project": project, "name": name, "mode": mode, **options})
+
+
+class WandbWriter(RemoteWriter):
+    """Writes to Weights & Biases; made by ``wandb``. The run is begun, or gone on with, at the first value."""
+
+    service, file = "Weights & Biases", "wandb-run.json"
+    kinds = frozenset((float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams))
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        super().__init__(folder)
+        self._options = options
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        if "step" in values:
+            raise ValueError("wandb has the run's step as 'step', the axis of its charts: log it under another name.")
+
+    def _session(self) -> WandbSession:
+        return WandbSession(self, self._folder, self._options)
+
+
+class WandbSession:
+    """The calls of one session, made by one thread."""
+
+    def __init__(self, writer: WandbWriter, folder: Path, options: dict[str, Any]) -> None:
+        self._writer, self._folder, self._options = writer, folder, options
+        self._run: Any = None
+
+    def begin(self) -> None:
+        import wandb
+
+        # Not the run that the program may have begun itself, which init returns by default.
+        options = {"reinit": "create_new", **self._options}
+        options.setdefault("settings", _settings())
+        identity = self._writer.identity
+        resume = None if identity is None else "allow"
+        self._run = wandb.init(dir=str(self._folder), id=identity, resume=resume, **options)
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        self._writer.identified(self, self._run.id)
+
+    def send(self, calls: list[Waiting]) -> None:
+        for call in calls:
+            self._log(call.step, call.values or {})
+        self._writer.reached(self, calls)
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        config = {key: v for value in values.values() if isinstance(value, HParams) for key, v in value.flat().items()}
+        if config:
+            self._run.config.update(config, allow_val_change=True)
+        # wandb copies files as it logs them, so they have to be there until then.
+        with contextlib.ExitStack() as files:
+            shown: dict[str, Any] = {}
+            for name, value in values.items():
+                shown |= _shown(name, value, files)
+            if shown:
+                self._run.log({"step": step, **shown})
+
+    def end(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish()
+
+    def is_refusal(self, error: Exception) -> bool:
+        # What reaches its server is wandb's own concern: an error here is one of these values.
+        return not isinstance(error, OSError)
+
+
+def _settings() -> Any:
+    """Limits of wandb's own: it would wait minutes to begin, and for ever to end, also as the program exits."""
+    import wandb
+
+    known = getattr(wandb.Settings, "model_fields", {})
+    limits: dict[str, Any] = {name: seconds for name, seconds in _LIMITS.items() if name in known}
+    return wandb.Settings(**limits)
+
+
+def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
+    """A value as wandb takes it, under one name or several."""
+    import wandb
+
+    match value:
+        case Text(markdown):
+            page = f"<pre style='white-space: pre-wrap'>{html.escape(markdown)}</pre>"
+            return {name: wandb.Html(page, inject=False)}
+        case Image():
+            return _panels(name, [_image(frame) for frame in value.frames])
+        case Video():
+            # A GIF made here: wandb's own encoder wants two more packages.
+            videos = [io.BytesIO(gif(frames, value.fps)) for frames in value.frames]
+            return _panels(name, [wandb.Video(video, format="gif") for video in videos])
+        case Audio():
+            # One a name: for a list of them wandb wants another package.
+            sounds = [_audio(waves, value.rate, files) for waves in value.waves]
+            return {numbered(name, index, len(sounds)): sound for index, sound in enumerate(sounds)}
+        case Histogram():
+            return {name: wandb.Histogram(np_histogram=_fewer(*value.buckets()))}
+        case Table():
+            return {name: _table(value)}
+        case ConfusionMatrix():
+            return {name: _table(value.table())}
+        case PointCloud():
+            points = value.points.double().cpu()
+            if value.colors is not None:
+                points = torch.cat([points, value.colors.double().cpu()], 1)
+            return {name: wandb.Object3D(points.numpy())}
+        case HParams():
+            return {}  # the run's configuration, and no chart
+        case _:
+            return {name: value}
+
+
+def _panels(name: str, media: list[Any]) -> dict[str, Any]:
+    """Several under one name, and no more than wandb takes."""
+    begins = range(0, len(media), _MOST_MEDIA)
+    return {
+        numbered(name, index, len(begins)): media[begin : begin + _MOST_MEDIA] for index, begin in enumerate(begins)
+    }
+
+
+def _image(frame: np.ndarray) -> Any:
+    import PIL.Image
+    import wandb
+
+    return wandb.Image(PIL.Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame))
+
+
+def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
+    import wandb
+
+    # A file of ours: wandb's own encoder wants another package.
+    file = files.enter_context(tempfile.NamedTemporaryFile(suffix=".wav"))  # noqa: SIM115 -- the stack closes it
+    file.write(wav(waves, rate))
+    file.flush()
+    return wandb.Audio(file.name)
+
+
+def _table(table: Table) -> Any:
+    import wandb
+
+    columns = [
+        cells if isinstance(cells, list) else [_image(frame) for frame in cells] for cells in table.cells().values()
+    ]
+    rows: list[Any] = [list(row) for row in zip(*columns, strict=True)]
+    return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+
+
+def _fewer(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The histogram with no more buckets than wandb takes: neighbours as one."""
+    together = -(-len(counts) // _MOST_BUCKETS)
+    first = np.arange(0, len(counts), together)
+    return np.add.reduceat(counts, first), np.append(edges[first], edges[-1])
