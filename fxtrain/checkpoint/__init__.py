@@ -1,9 +1,10 @@
-"""Checkpoints: a state on disk, whole, verified, and exact to the bit.
+"""Saves and restores training states, verified by checksums and bitwise exact.
 
-A checkpoint is a folder: ``leaves.bin`` holds the bytes of all leaves, ``manifest.jsonl`` says which are whose, with a
-checksum of each, and what else has to be equal for a resumed run to be bitwise equal. ``save`` and ``restore`` are one
-checkpoint, ``checkpointer`` those of a run. ``from_orbax`` and ``to_orbax`` exchange trees with JAX programs;
-``fxtrain.state_dict`` and ``fxtrain.load_state_dict`` weights with those of torch.
+A checkpoint is a folder. ``leaves.bin`` holds the bytes of all leaves. ``manifest.jsonl`` holds the path, shape, dtype
+and checksum of each leaf, and the environment that a resumed run needs to be bitwise equal.
+
+``save`` and ``restore`` handle one checkpoint, ``checkpointer`` those of a run. ``from_orbax`` and ``to_orbax``
+exchange trees with JAX programs. ``fxtrain.state_dict`` and ``fxtrain.load_state_dict`` exchange weights with torch.
 """
 
 from fxtrain.checkpoint._checkpointer import Checkpointer as Checkpointer

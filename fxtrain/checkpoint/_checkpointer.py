@@ -1,4 +1,4 @@
-"""Checkpointer: the checkpoints of a run, in one folder, written in the background."""
+"""Saves the checkpoints of a run to one folder, in a background thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ from fxtrain.core._checks import check_choice
 
 
 class Committed(NamedTuple):
-    """A checkpoint that has reached the disk."""
+    """A checkpoint that is committed to disk.
+
+    Args:
+        step: The state's step.
+        path: The checkpoint's folder.
+        metrics: The metrics it was saved with.
+    """
 
     step: int
     path: pathlib.Path
@@ -36,22 +42,22 @@ class Committed(NamedTuple):
 
 
 class Save:
-    """One call of ``Checkpointer.save``. ``committed`` is None until the checkpoint has reached the disk."""
+    """The handle returned by ``Checkpointer.save``. ``committed`` is None until the checkpoint is on disk."""
 
     def __init__(self, role: Role) -> None:
         self.role: Role = role
         self.committed: Committed | None = None
-        self.ended = False  # whether the writer has finished with it, committed or not
+        self.ended = False  # whether the writer is done with it, committed or failed
 
 
 class Checkpointer(Reader):
-    """The checkpoints of a run; made by ``checkpointer``.
+    """Saves, lists and restores the checkpoints of one run. Created by ``checkpointer``.
 
-    ``save`` returns when the state is copied, and a thread writes the copy. Every other method that reads the folder
-    first waits for that thread, so it sees every earlier save.
+    ``save`` returns when the state is copied, and a thread writes the copy. All other methods that read the folder
+    wait for that thread first, so they see every earlier save.
 
-    A folder belongs to one run. The id of the run is drawn when it begins, adopted from the checkpoint that is read,
-    and stored with each checkpoint. Checkpoints of other runs are not listed, not restored and not deleted.
+    A folder belongs to one run. A run gets a random id when it begins, adopts the id of the checkpoint it resumes
+    from, and stores its id with each checkpoint. Checkpoints of other runs are not listed, restored or deleted.
     """
 
     def __init__(
@@ -61,34 +67,34 @@ class Checkpointer(Reader):
         self._background, self._on_error, self._overwrite = background, on_error, overwrite
         self._lock = FolderLock(folder)
         self._ownership = Ownership(folder, overwrite=overwrite)
-        self._run: str | None = None  # while this object may write: the folder is locked and belongs to this run
+        self._run: str | None = None  # set while this object may write: the folder is locked and belongs to this run
         self._snapshot = Snapshot()
-        self._in_snapshot: Save | None = None  # the save whose copy is there
+        self._in_snapshot: Save | None = None  # the save whose copy the snapshot holds
         self._writer = Writer()
-        # Filled by the writer's thread. Each method of a deque is atomic.
+        # The writer thread appends to these. The methods of a deque are atomic.
         self._committed: collections.deque[Committed] = collections.deque()
         self._errors: collections.deque[BaseException] = collections.deque()
         self._warnings: collections.deque[str] = collections.deque()
         self._deletion = Deletion(folder, self._warnings)
 
     def begin(self, state: TrainState, *, resume: bool) -> None:
-        """Starts a session that saves here: decides which run its checkpoints belong to, and reserves memory.
+        """Starts a session: determines the run that its checkpoints belong to, locks the folder, reserves memory.
 
-        A resumed session continues the run of the newest checkpoint. So does a session that begins with the state
-        which this object has written or read last. Any other session begins a new run.
+        A resumed session continues the run of the newest checkpoint. So does a session whose first state is the one
+        that this object last wrote or read. Any other session begins a new run.
 
         Args:
-            state: What the session begins with.
-            resume: Whether it continues what ``read`` has returned, if there was anything to read.
+            state: The session's first state.
+            resume: Whether the session continues from the checkpoint that ``read`` returned, if there was one.
 
         Raises:
-            CheckpointError: If the folder has checkpoints of another run, cannot be written to, or another writer
-                is there. In the first case nothing is written.
+            CheckpointError: If the folder has checkpoints of another run, cannot be written to, or is locked by
+                another writer. In the first case nothing is written.
         """
         self.wait()
         found = None
         try:
-            # The second round is for a writer that has ended between the listing and the lock.
+            # Lists again with the lock held, because another writer may have saved between the listing and the lock.
             while found != (found := ownership.contents(self.folder)):
                 run = self._ownership.run_of_session(state, found, resume=resume)
                 self._lock.take()
@@ -99,12 +105,12 @@ class Checkpointer(Reader):
         self._run = run
 
     def reserve(self, state: TrainState) -> None:
-        """Locks the folder, and makes room in memory for a copy of ``state``.
+        """Locks the folder and allocates memory for a copy of ``state``.
 
-        Without it the first ``save`` does so, and takes longer than the others.
+        Without this call the first ``save`` does both, and takes longer than later saves.
 
         Raises:
-            CheckpointError: If the folder cannot be written to, or another writer is there.
+            CheckpointError: If the folder cannot be written to or is locked by another writer.
         """
         self.wait()
         self._lock.take()
@@ -118,26 +124,27 @@ class Checkpointer(Reader):
         notes: Mapping[str, str] | None = None,
         role: Role = "trajectory",
     ) -> Save:
-        """Copies ``state``, commits the copy in the background, and then deletes what the policy does not keep.
+        """Copies ``state``, commits the copy in the background, and deletes checkpoints that have expired.
 
-        A save that is still under way is waited for, unless it is a snapshot. The first save locks the folder for this
-        process, until ``close``.
+        Waits for an unfinished earlier save, unless that is a snapshot. The first save locks the folder for this
+        process until ``close``.
 
         Args:
-            state: Any state. When this returns it may be changed in place or donated. If its step has a checkpoint
-                already, the newer one counts.
-            metrics: Numbers to choose the best by.
-            notes: What else must be equal for a resumed run to be bitwise equal, as text by name; ``read`` compares it.
-            role: Why it is saved. A ``"session"`` checkpoint is no target of rewinds. A ``"snapshot"`` is read by
-                ``read_snapshot`` alone and deleted by ``retain_snapshots``. Its state is not copied, so it must stay
-                as it is until ``wait`` returns.
+            state: The state to save. It may be changed in place or donated once this method returns. A step that is
+                saved twice keeps its newer checkpoint.
+            metrics: Scalars by name, from which ``best`` selects.
+            notes: Other conditions of bitwise equality, as text by name. ``read`` compares them.
+            role: The purpose of the checkpoint. Rewinds do not return to a ``"session"`` checkpoint. A ``"snapshot"``
+                is read by ``read_snapshot`` only and deleted by ``retain_snapshots``. Its state is not copied, so it
+                must not change until ``wait`` returns.
 
         Returns:
-            The save, which is ``committed`` once it has reached the disk.
+            A handle, whose ``committed`` is set once the checkpoint is on disk.
 
         Raises:
-            CheckpointError: If the folder has checkpoints of a run that this object has not read from, or if this save
-                or the one before could not be written. The next call of any method raises an error of the background.
+            TypeError: If ``state`` is not a ``TrainState``.
+            CheckpointError: If the folder has checkpoints of a run that this object has not read from, or if this
+                save or the previous one failed. An error in the background is raised by the next method call.
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"expected a TrainState, got {type(state).__name__}. fxtrain.save takes any tree.")
@@ -160,14 +167,18 @@ class Checkpointer(Reader):
             self._failed(error)
             return save
         texts = {name: str(text) for name, text in (notes or {}).items()}
-        measured = {"threads": torch.get_num_threads(), **texts}  # the writer's thread has its own count
+        # The thread count is read here, because the writer thread has its own.
+        measured = {"threads": torch.get_num_threads(), **texts}
         self._submit(self._commit, save, self._run, content, dict(metrics or {}), measured, device_of(state))
         if not self._background:
             self.wait()
         return save
 
     def retain_snapshots(self, steps: Iterable[int]) -> None:
-        """Deletes the run's snapshots of all other steps, in the background and after the saves before this call.
+        """Deletes the run's snapshots, except those of ``steps``, in the background after all earlier saves.
+
+        Args:
+            steps: The steps whose snapshots are kept.
 
         Raises:
             CheckpointError: If neither ``begin`` nor ``save`` was called before.
@@ -179,10 +190,10 @@ class Checkpointer(Reader):
         self._submit(self._delete_snapshots, self._run, frozenset(steps))
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Blocks until all saves are finished.
 
         Raises:
-            CheckpointError: If one that was could not be written. With ``on_error="warn"`` that is a warning.
+            CheckpointError: If a save failed. With ``on_error="warn"`` a failure is a warning.
         """
         self._writer.wait()
         self._report()
@@ -197,7 +208,7 @@ class Checkpointer(Reader):
             self._failed(error)
 
     def committed(self) -> list[Committed]:
-        """The checkpoints committed since the last call, except snapshots. It does not wait.
+        """Returns the checkpoints committed since the last call, except snapshots, without waiting for others.
 
         Raises:
             CheckpointError: As ``wait``.
@@ -208,11 +219,11 @@ class Checkpointer(Reader):
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way, or has an outcome that was not reported yet."""
+        """Whether a save is unfinished or its outcome has not been reported."""
         return self._writer.busy or bool(self._committed or self._errors or self._warnings)
 
     def close(self) -> None:
-        """Waits for what is under way, frees the memory, and lets others write. A later ``save`` starts over.
+        """Waits for unfinished saves, frees the memory and unlocks the folder. A later ``save`` locks it again.
 
         Raises:
             CheckpointError: As ``wait``.
@@ -229,7 +240,7 @@ class Checkpointer(Reader):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # For the reading half
+    # Hooks of Reader
 
     def _run_to_read(self) -> str | None:
         return super()._run_to_read() if self._run is None else self._run
@@ -238,7 +249,7 @@ class Checkpointer(Reader):
         if self._run is None:
             self._ownership.has_read(entry, ownership.contents(self.folder))
 
-    # How it is done
+    # Helpers
 
     def _content(self, state: TrainState, save: Save) -> Direct | Snapshot:
         if save.role == "snapshot":
@@ -248,7 +259,7 @@ class Checkpointer(Reader):
         return self._snapshot
 
     def _release(self) -> None:
-        """Unlocks the folder, after the writes that an interrupted wait has left under way."""
+        """Unlocks the folder, after any writes that are still pending because a wait was interrupted."""
         self._run = None
         if self._writer.busy:
             self._submit(self._lock.release)
@@ -269,7 +280,7 @@ class Checkpointer(Reader):
 
         self._writer.submit(guarded)
 
-    # In the writer's thread
+    # In the writer thread
 
     def _commit(
         self,
@@ -306,7 +317,7 @@ class Checkpointer(Reader):
             self._deletion.delete(self._policy.to_delete(own, self._metrics_of))
             if self._overwrite:
                 self._deletion.delete(entry for entry in ownership.contents(self.folder) if entry.run != run)
-        except CheckpointError as error:  # a metric cannot be read now: what may be the best is not deleted
+        except CheckpointError as error:  # an unreadable metric may be the best
             self._deletion.warn_once(self.folder, f"Nothing was deleted from {self.folder}: {error}")
 
     def _delete_snapshots(self, run: str, kept: frozenset[int]) -> None:
@@ -325,24 +336,24 @@ def checkpointer(
     on_error: str = "raise",
     overwrite: bool = False,
 ) -> Checkpointer:
-    """The checkpoints of a run, in ``folder``.
+    """Returns a checkpointer, which saves and restores the checkpoints of one run in ``folder``.
 
-    A folder belongs to one run: to begin another one in it is an error.
+    A folder belongs to one run. Beginning another run in it raises ``CheckpointError`` unless ``overwrite`` is set.
 
     Args:
-        folder: Where they are; made at the first save.
-        keep: How many of the newest are kept; None keeps all.
-        keep_every: Beside them, those whose step is a multiple of this.
-        best: Beside them, the one with the best evaluation metric of this name.
-        mode: ``"min"`` or ``"max"``: which is best.
-        background: Whether ``save`` returns when the state is copied. Costs the memory of one copy; False costs the
-            time of writing.
-        on_error: ``"raise"``, or ``"warn"`` and go on when a save fails: a full disk, a vanished mount.
-        overwrite: Whether a new run replaces the runs in the folder. Their checkpoints are deleted once the new run
-            has committed its first. A resumed run replaces those of all others.
+        folder: The folder of the checkpoints, created at the first save.
+        keep: The number of newest checkpoints to keep, or None to keep all.
+        keep_every: Also keeps checkpoints whose step is a multiple of this.
+        best: The name of an evaluation metric. Also keeps the checkpoint with its best value.
+        mode: Whether the smallest (``"min"``) or largest (``"max"``) value of the metric is best.
+        background: Whether ``save`` returns once the state is copied, at the cost of memory for one copy. If False,
+            ``save`` blocks until the checkpoint is on disk.
+        on_error: Whether a failed save, such as one to a full disk, raises (``"raise"``) or warns (``"warn"``).
+        overwrite: Whether a run replaces other runs in the folder. Their checkpoints are deleted after its first
+            commit.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range, or ``folder`` is a file.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx

@@ -1,4 +1,4 @@
-"""Contents: the bytes of a tree's leaves, in the order of a checkpoint's file."""
+"""The bytes of a tree's leaves in file order, either read from the leaves or copied to a snapshot first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from fxtrain.checkpoint._table import Place, places, root_of
 
 
 class Direct:
-    """The leaves themselves, which must not change until they are written. Copies only leaves that are not contiguous
-    or not on the CPU, one at a time."""
+    """Reads the leaves without a snapshot, so they must not change until they are written.
+
+    Leaves that are not contiguous or not on the CPU are copied one at a time.
+
+    Args:
+        state: A pytree of dense tensors.
+
+    Raises:
+        CheckpointError: If a leaf is not a dense tensor.
+    """
 
     def __init__(self, state: Any) -> None:
         self.leaves, self.structure = dense_leaves(state)
@@ -23,29 +31,29 @@ class Direct:
         self._computed: Any = None
         device = next((leaf.device for leaf in self.leaves if leaf.device.type == "cuda"), None)
         if device is not None:
-            # Another thread's copies run on a stream of its own and do not wait for the kernels of this one's.
+            # The writer thread copies on its own stream, which does not wait for kernels on this thread's stream.
             self._computed = torch.cuda.Event()
             self._computed.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """Returns when the device has computed the leaves."""
+        """Blocks until the device has computed the leaves."""
         if self._computed is not None:
             self._computed.synchronize()
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
-        """The index of each leaf and its bytes."""
+        """Yields the index and the bytes of each leaf, in file order."""
         for index in _in_file_order(self.places):
             yield index, host_bytes(self.leaves[index])
 
     def scalar(self, index: int) -> int:
-        """One leaf, as a Python number."""
+        """Returns the value of one 0-d integer leaf."""
         return int(self.leaves[index])
 
 
 class Snapshot:
-    """The leaves as they were at one moment, in one buffer, which the next snapshot uses again.
+    """A copy of the leaves in one host buffer, which the next snapshot reuses.
 
-    Memory that is used for the first time costs several times what copying into it does, so ``reserve`` it early.
+    The first use of new memory costs several times as much as the copy itself, so call ``reserve`` early.
     """
 
     def __init__(self) -> None:
@@ -53,27 +61,27 @@ class Snapshot:
         self.structure: Any = None
         self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._targets: list[Tensor] = []
-        self._kinds: Any = ()  # of the leaves that the buffer was made for
-        self._device: torch.device | None = None  # where leaves have to be fetched from
-        self._copied: Any = None  # an event of the device: copies to the host are on their way until it has happened
+        self._kinds: Any = ()  # the kinds of leaves that the buffer fits
+        self._device: torch.device | None = None  # the GPU that leaves are copied from, if any
+        self._copied: Any = None  # a CUDA event recorded after the asynchronous copies to the host
 
     def reserve(self, state: Any) -> None:
-        """Makes room for a state like this one."""
+        """Allocates a buffer that fits states with the shapes and dtypes of ``state``."""
         self._fit(dense_leaves(state)[0])
 
     def take(self, state: Any) -> None:
-        """Copies the leaves. When it returns they may be changed, or donated to a step on the same stream."""
+        """Copies the leaves. Afterwards they may be changed, or donated to a step on the same stream."""
         leaves, self.structure = tree.flatten(state)
-        if _kinds(leaves) != self._kinds:  # with the same kinds they were found dense before
+        if _kinds(leaves) != self._kinds:  # leaves of equal kinds have already been checked
             leaves, self.structure = dense_leaves(state)
             self._fit(leaves)
-        # Not torch.no_grad(), which an exception from a signal handler could leave switched on.
+        # Not torch.no_grad(): an exception from a signal handler could leave gradients disabled.
         leaves = [leaf.detach() if leaf.requires_grad else leaf for leaf in leaves]
         try:
-            # torch's optimizers stand on it too; one call for all leaves, where one for each costs more than 2 us.
+            # One call for all leaves avoids a dispatch for each. Private, but torch's own optimizers depend on it.
             copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
             copy(self._targets, leaves, non_blocking=self._device is not None)
-        except NotImplementedError:  # dtypes below a byte, which torch stores and cannot copy
+        except NotImplementedError:  # torch stores sub-byte dtypes but cannot copy them
             for target, leaf in zip(self._targets, leaves, strict=True):
                 target.reshape(-1).view(torch.uint8).copy_(leaf.contiguous().reshape(-1).view(torch.uint8))
         if self._device is not None:
@@ -81,30 +89,30 @@ class Snapshot:
             self._copied.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
-        """Returns when all is on the host."""
+        """Blocks until all leaves are on the host."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
-        """The index of each leaf and its bytes."""
+        """Yields the index and the bytes of each leaf, in file order."""
         whole = self._buffer.numpy().data
         for index in _in_file_order(self.places):
             place = self.places[index]
             yield index, whole[place.offset : place.offset + place.size]
 
     def scalar(self, index: int) -> int:
-        """One leaf, as a Python number."""
+        """Returns the value of one 0-d integer leaf."""
         return int(self._targets[index])
 
     def _fit(self, leaves: Sequence[Tensor]) -> None:
-        # An exception may interrupt this at any line: until all of it is done, no leaves match what is prepared.
+        # An exception may interrupt this at any line. Until it is complete, _kinds must match no leaves.
         self._kinds = ()
         self.places = places(leaves)
         self._device = next((leaf.device for leaf in leaves if leaf.device.type == "cuda"), None)
         size = sum(place.size for place in self.places)
         if self._buffer.nbytes < size:
             self._targets = []
-            self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes before the new one comes
+            self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")  # free the old buffer first
             pinned = self._device is not None
             self._buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).zero_()
         self._targets = [
@@ -115,20 +123,20 @@ class Snapshot:
 
 
 def bytes_of(leaf: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Returns a view of the memory of a contiguous CPU tensor."""
     return leaf.reshape(-1).view(torch.uint8).numpy().data
 
 
 def host_bytes(leaf: Tensor) -> memoryview:
-    """The bytes of a dense tensor in row-major order. Copies it if it is on a device or not contiguous."""
+    """Returns the bytes of a dense tensor in row-major order. Copies tensors on a device or not contiguous."""
     return bytes_of(leaf.detach().resolve_conj().resolve_neg().cpu().contiguous())
 
 
 def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:
-    """The leaves and the structure.
+    """Returns the leaves of ``state`` and its structure.
 
     Raises:
-        CheckpointError: If a leaf is no dense tensor with values.
+        CheckpointError: If a leaf is not a dense tensor with values.
     """
     leaves, structure = tree.flatten(state)
     for index, leaf in enumerate(leaves):
@@ -140,7 +148,7 @@ def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:
 
 
 def _kinds(leaves: Sequence[Any]) -> list[Any] | None:
-    """What decides where leaves go, and whether they can be copied there; None where one is no tensor."""
+    """Returns the properties that determine the buffer's layout, or None if a leaf is not a tensor."""
     try:
         return [(leaf.dtype, leaf.shape, leaf.device, leaf.layout) for leaf in leaves]
     except AttributeError:

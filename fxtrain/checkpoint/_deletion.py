@@ -1,4 +1,4 @@
-"""Deletion: checkpoints that are not kept any longer, and what writers that were killed have left."""
+"""Deletes expired checkpoints and the leftovers of killed writers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _GONE = ".deleted-"
 
 
 class Deletion:
-    """Deletes checkpoints of a folder. A failure costs disk space only, so it is a warning, once for each path.
+    """Deletes checkpoints from a folder.
+
+    A failed deletion only wastes disk space, so it is reported as a warning, once for each path.
 
     Args:
-        folder: The folder.
-        warnings: Where the texts of warnings go.
+        folder: The folder of the checkpoints.
+        warnings: A queue that receives the texts of warnings.
     """
 
     def __init__(self, folder: pathlib.Path, warnings: collections.deque[str]) -> None:
@@ -27,9 +29,9 @@ class Deletion:
         self._told: set[pathlib.Path] = set()
 
     def delete(self, entries: Iterable[Entry]) -> None:
-        """Deletes these."""
+        """Deletes the checkpoints in ``entries``."""
         for entry in entries:
-            # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
+            # Renamed first, because an interrupted deletion must not leave a partial checkpoint under a valid name.
             gone = entry.path.with_name(f"{_GONE}{entry.path.name}")
             try:
                 if entry.path.is_symlink():
@@ -41,13 +43,13 @@ class Deletion:
                 self.warn_once(entry.path, f"The old checkpoint {entry.path} could not be deleted: {error}.")
 
     def warn_once(self, path: pathlib.Path, text: str) -> None:
-        """Warns, unless a warning was given for the same path."""
+        """Queues the warning ``text``, unless there was one for the same path."""
         if path not in self._told:
             self._told.add(path)
             self._warnings.append(text)
 
     def clear(self) -> None:
-        """Deletes half written and half deleted checkpoints. The folder is locked, so their writers have ended."""
+        """Deletes partly written and partly deleted checkpoints. Requires the folder lock, so no writer is active."""
         for pattern in (f"{UNFINISHED}*-step-*", f"{_GONE}*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)

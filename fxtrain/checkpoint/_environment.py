@@ -1,4 +1,4 @@
-"""The environment: what must be equal for a resumed run to be bitwise equal to an uninterrupted one."""
+"""The software, hardware and settings that must match for a resumed run to be bitwise equal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What of it can be seen from here, on a device."""
+    """Returns the environment of this process for computations on ``device``, by name."""
     on_gpu = device.type == "cuda"
     return {
         "fxtrain": metadata.version("fxtrain"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": torch.backends.cpu.get_cpu_capability(),  # vector width: sums are taken in its order
+        "processor": torch.backends.cpu.get_cpu_capability(),  # the vector width determines the order of summation
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names whose values differ, one line each. Any value of a tuple in ``now`` is equal to it."""
+    """Returns one line for each name whose value differs. A tuple in ``now`` matches any of its values."""
     possible = {name: value if isinstance(value, tuple) else (value,) for name, value in now.items()}
     return [
         f"{name}: {then[name]} at the save, {values[0]} now"

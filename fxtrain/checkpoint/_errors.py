@@ -1,9 +1,9 @@
-"""What can go wrong with a checkpoint."""
+"""Exceptions raised by this package."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written, or cannot be read as what it is wanted for."""
+    """A checkpoint cannot be written, cannot be read, or does not fit the tree it is restored into."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was written: its disk, or somebody, has changed it."""
+    """The content of a checkpoint differs from what was written."""

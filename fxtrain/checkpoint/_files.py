@@ -1,4 +1,4 @@
-"""Files that are read: regular ones only, and errors that tell damage from a disk that does not answer."""
+"""Reads regular files, with errors that distinguish damaged files from I/O failures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import stat
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 
 _PIECE = 2**22
-# What the system answers where no regular file is. Any other error may pass, so it is not damage.
+# Errors of paths that are not regular files. Any other error may be temporary, so it is not reported as damage.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 
 def open_regular(path: pathlib.Path) -> int:
-    """A descriptor of the file at ``path``, open to be read. Symbolic links are followed: the content is verified.
+    """Opens the regular file at ``path`` for reading and returns its descriptor.
+
+    Symbolic links are followed, because callers verify the content.
 
     Raises:
-        CheckpointError: If it cannot be opened.
-        DamagedError: If there is no regular file.
+        CheckpointError: If the file cannot be opened.
+        DamagedError: If the file is missing or not a regular file.
     """
     try:
         # Without O_NONBLOCK a FIFO would block until another process writes to it.
@@ -33,11 +35,15 @@ def open_regular(path: pathlib.Path) -> int:
 
 
 def read_at_most(path: pathlib.Path, limit: int) -> bytes:
-    """The content of a regular file.
+    """Returns the content of a regular file.
+
+    Args:
+        path: The file.
+        limit: The largest size accepted, in bytes.
 
     Raises:
-        CheckpointError: If it cannot be read.
-        DamagedError: If there is no regular file, or it is longer than ``limit`` bytes.
+        CheckpointError: If the file cannot be read.
+        DamagedError: If the file is missing, not a regular file, or longer than ``limit``.
     """
     descriptor = open_regular(path)
     try:
@@ -56,7 +62,7 @@ def read_at_most(path: pathlib.Path, limit: int) -> bytes:
 
 
 def unreadable(path: pathlib.Path, error: OSError) -> CheckpointError:
-    """The error for a file that could not be opened or read."""
+    """Returns the error for a file that could not be opened or read: a ``DamagedError`` unless it may be temporary."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return DamagedError(f"{path.parent} is no checkpoint: there is no {path.name} in it.")
     if error.errno in _NO_FILE:

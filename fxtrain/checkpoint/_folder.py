@@ -1,6 +1,7 @@
-"""One checkpoint on disk: a folder with the leaves' bytes and a manifest. It is there whole, or not at all.
+"""Writes a checkpoint folder atomically, and reads its leaves.
 
-Everything is written into a folder beside it, brought to the disk, and then renamed: the one step that commits.
+All files are written into a temporary folder next to the target and synced to disk. Renaming that folder commits the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from fxtrain.disk import sync_folder
 
 LEAVES = "leaves.bin"
 FILES = (LEAVES, MANIFEST)
-_PIECE = 2**22  # bytes that are summed and written while they are in the processor's cache
+_PIECE = 2**22  # bytes; small enough that a piece is still in the CPU cache when it is written after hashing
 
 
 def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, Any]) -> None:
     """Commits ``contents`` as the folder ``path``.
 
+    Args:
+        path: The folder to create.
+        contents: The leaves.
+        facts: The fields of the manifest's head, except ``format`` and ``bytes``.
+
     Raises:
-        CheckpointError: If it is there already, or cannot be written.
+        CheckpointError: If the folder exists or cannot be written.
     """
     if path.exists():
         raise CheckpointError(f"{path} is there already, and a checkpoint is never overwritten: choose another name.")
@@ -52,11 +58,15 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
 
 
 class Leaves:
-    """The file of the leaves' bytes, open to be read.
+    """The open ``leaves.bin`` of a checkpoint.
+
+    Args:
+        path: The checkpoint's folder.
+        manifest: Its manifest, as ``read_manifest`` returns it.
 
     Raises:
-        CheckpointError: If it cannot be opened.
-        DamagedError: If it is no regular file, or not as long as it was.
+        CheckpointError: If the file cannot be opened.
+        DamagedError: If it is not a regular file, or its size differs from the manifest.
     """
 
     def __init__(self, path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
@@ -68,11 +78,15 @@ class Leaves:
             raise DamagedError(f"{self._path} is damaged: it has {size} bytes, and {manifest['bytes']} were written.")
 
     def read_into(self, memory: memoryview, row: Leaf) -> None:
-        """Fills ``memory`` with one leaf. Several threads may do so at a time.
+        """Reads one leaf into ``memory`` and verifies its checksum. Thread-safe.
+
+        Args:
+            memory: A buffer of ``row["bytes"]`` bytes.
+            row: The leaf's row in the manifest.
 
         Raises:
-            CheckpointError: If it cannot be read.
-            DamagedError: If its bytes are not those that were written.
+            CheckpointError: If the file cannot be read.
+            DamagedError: If the bytes differ from those written.
         """
         checksum, done = xxhash.xxh3_64(), 0
         try:
@@ -94,7 +108,7 @@ class Leaves:
 
 @contextlib.contextmanager
 def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A new file, which has reached the disk when the block is left."""
+    """Opens a new file and syncs it to disk at the end of the block."""
     with open(path, "xb", buffering=_PIECE) as file:
         yield file
         file.flush()

@@ -1,4 +1,4 @@
-"""The lock of a folder: one run writes into it at a time."""
+"""An exclusive lock on a folder, so that only one run writes to it at a time."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ _NOTE = b"process "
 
 
 class FolderLock:
-    """Held from ``take`` to ``release``, or until the process ends, however it ends."""
+    """An exclusive lock, held from ``take`` until ``release`` or until the process ends for any reason.
+
+    Args:
+        folder: The folder to lock. ``take`` creates it.
+    """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
         self._file: io.FileIO | None = None
 
     def take(self) -> None:
-        """Takes the lock, unless it is held; makes the folder.
+        """Acquires the lock and creates the folder. If this object holds the lock, checks that it is still valid.
 
         Raises:
-            CheckpointError: If another writer holds it, the folder cannot be written to, it is no longer the folder
-                in which the lock was taken, or something else has the name of the lock's file.
+            CheckpointError: If another writer holds the lock, the folder cannot be written to, the path no longer
+                leads to the folder that was locked, or another file has the lock file's name.
         """
         if self._file is not None and not self._file.closed:
             self._check_same(self._file)
             return
-        # The file object owns the descriptor, so an exception at any line closes it, and with it the lock.
+        # The file object owns the descriptor, so an exception at any line closes it and releases the lock.
         file: io.FileIO | None = None
         try:
             make_folder(self._folder)
@@ -56,7 +60,7 @@ class FolderLock:
         _HELD.add(self)
 
     def release(self) -> None:
-        """Lets others write."""
+        """Releases the lock, if it is held."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -64,7 +68,7 @@ class FolderLock:
     def _claim(self, file: io.FileIO) -> None:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             self._refuse("something that is not a regular file")
-        content = os.pread(file.fileno(), 200, 0).strip(b"\0\n")  # zeros are what a power cut leaves
+        content = os.pread(file.fileno(), 200, 0).strip(b"\0\n")  # a power cut can leave zeros
         if not (content.startswith(_NOTE) or _NOTE.startswith(content)):
             self._refuse("a file with other content")
         try:
@@ -76,7 +80,7 @@ class FolderLock:
                 "checkpoints: give each run a folder of its own, or end the other one (`close()` a checkpointer that "
                 "is not needed any more)."
             ) from None
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without its note
+        with contextlib.suppress(OSError):  # the lock works without its note, which a full disk may not hold
             os.ftruncate(file.fileno(), 0)
             os.pwrite(file.fileno(), b"%s%d on %s\n" % (_NOTE, os.getpid(), socket.gethostname().encode()), 0)
 
@@ -99,7 +103,7 @@ class FolderLock:
 
 
 def _open(path: str, flags: int) -> int:
-    # A link could lead to a stranger's file, and a FIFO would block.
+    # Following a link could overwrite an unrelated file, and opening a FIFO would block.
     flags |= os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return os.open(path, flags, 0o666)
 
@@ -110,7 +114,7 @@ _HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 def _lock(descriptor: int) -> None:
     try:
         import fcntl
-    except ImportError:  # not Unix: nothing keeps two writers apart
+    except ImportError:  # Windows: concurrent writers are not detected
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +129,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _forget() -> None:
-    # A worker that outlives its killed parent must not keep the folder locked.
+    # A forked worker that outlives its killed parent must not keep the folder locked.
     for lock in list(_HELD):
         lock.release()
 

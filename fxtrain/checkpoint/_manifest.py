@@ -1,7 +1,7 @@
-"""Manifest: what a checkpoint says of itself, written as lines of JSON and checked in full when it is read.
+"""Reads and writes ``manifest.jsonl``: one head line, one line for each leaf, and a checksum line.
 
-The checksum finds what a disk has changed. It does not find a manifest that was made up, or that another program has
-written, so everything in it is compared with what ``write_manifest`` writes before any of it is used.
+The checksum detects disk damage. It does not detect a manifest that was forged or written by another program, so every
+field is validated before it is used.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ from fxtrain.checkpoint._table import Leaf, code_of, name_of, offsets
 
 MANIFEST = "manifest.jsonl"
 FORMAT = 2
-_MAX_BYTES = 2**28  # of a manifest: about a million leaves
-_MAX_SIZE = 2**63  # of a leaf or a file
-_MAX_DIMENSIONS = 64  # of a tensor that torch can copy
+_MAX_BYTES = 2**28  # size of a manifest: about a million leaves
+_MAX_SIZE = 2**63  # size of a leaf or a file in bytes, exclusive
+_MAX_DIMENSIONS = 64  # torch cannot copy tensors with more
 
 
 def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Leaf]) -> None:
-    """Writes lines of JSON: the facts, one for each leaf, and a checksum of all lines before it.
+    """Writes the head, one line of JSON for each leaf, and a checksum of all preceding lines.
+
+    Args:
+        file: An open binary file.
+        head: The facts of the checkpoint.
+        table: The rows of the leaves.
 
     Raises:
-        CheckpointError: If there are too many leaves to read them again.
+        CheckpointError: If there are more leaves than ``read_manifest`` accepts.
     """
     checksum, size = xxhash.xxh3_64(), 0
     for line in itertools.chain([head], table):
@@ -43,16 +48,16 @@ def write_manifest(file: IO[bytes], head: Mapping[str, Any], table: Iterable[Lea
         checksum.update(text)
         size += file.write(text)
     file.write(_checksum_line(checksum))
-    if size > _MAX_BYTES // 2:  # half, so that no later change of a number's length matters
+    if size > _MAX_BYTES // 2:  # half of the reader's limit, as a margin
         raise CheckpointError(f"expected a manifest of at most {_MAX_BYTES // 2} bytes, got {size}. Save fewer leaves.")
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
-    """The facts of the checkpoint at ``path``, with its leaves as ``"leaves"``.
+    """Returns the head of the manifest in the folder ``path``, with the rows of its leaves under ``"leaves"``.
 
     Raises:
-        CheckpointError: If it cannot be read, or has another format.
-        DamagedError: If it is not what ``write_manifest`` has written.
+        CheckpointError: If the manifest cannot be read or has another format version.
+        DamagedError: If ``write_manifest`` cannot have written it.
     """
     file = path / MANIFEST
     content = read_at_most(file, _MAX_BYTES)
@@ -77,11 +82,11 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_entry(entry: Entry) -> dict[str, Any]:
-    """``read_manifest`` of a run's checkpoint, compared with the name of its folder.
+    """Returns ``read_manifest(entry.path)``, after comparing it with the folder's name.
 
     Raises:
         CheckpointError: As ``read_manifest``.
-        DamagedError: As ``read_manifest``, or if the folder has the name of another checkpoint.
+        DamagedError: As ``read_manifest``, or if the folder's name is that of another checkpoint.
     """
     manifest = read_manifest(entry.path)
     for key in ("sequence", "step", "run", "role"):
@@ -115,7 +120,7 @@ def _check_head(expect: Expect, head: dict[str, Any]) -> None:
         lambda: type(environment) is dict and all(type(v) in (str, int, bool) for v in environment.values()),
     )
     run, role, sequence = head["run"], head["role"], head["sequence"]
-    if (run, role, sequence) != (None, None, None):  # of a single save
+    if (run, role, sequence) != (None, None, None):  # all three are None in checkpoints of fxtrain.save
         expect("a run", run, lambda: type(run) is str and re.fullmatch("[0-9a-f]{12}", run) is not None)
         expect("a role", role, lambda: type(role) is str and role in ROLES)
         expect("a sequence number", sequence, lambda: _is_size(sequence))
@@ -137,7 +142,8 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
         expect("a shape", shape, lambda it=shape: all(map(_is_size, it)))
         dtype = dtype_of(row["dtype"])
         assert dtype is not None
-        whole = math.prod(max(length, 1) for length in shape) * dtype.itemsize  # torch computes strides from it
+        # torch computes strides from nonzero lengths, so these must not overflow either.
+        whole = math.prod(max(length, 1) for length in shape) * dtype.itemsize
         expect("a shape that a tensor can have", shape, lambda it=whole: it < _MAX_SIZE)
         size = math.prod(shape) * dtype.itemsize
         expect(
@@ -182,13 +188,13 @@ def _is_path(value: Any) -> bool:
 
 @functools.cache
 def dtype_of(text: str) -> torch.dtype | None:
-    """The dtype that ``name_of`` calls so, if dense tensors can have it."""
+    """Returns the dtype whose ``name_of`` is ``text``, or None if no dense tensor can have it."""
     dtype = vars(torch).get(text)
-    # Quantized tensors, whose dtypes begin with q, have a scale besides their bytes.
+    # Quantized dtypes begin with q. Their tensors have a scale, which is not part of the bytes.
     is_dense = isinstance(dtype, torch.dtype) and name_of(dtype) == text and not text.startswith("q")
     return dtype if is_dense else None
 
 
 def _checksum_line(checksum: xxhash.xxh3_64) -> bytes:
-    # Compared as text, so that no byte of the file can change unseen.
+    # Compared as text, so that a change of any byte in the file is detected.
     return b'{"xxh3": "%s"}\n' % checksum.hexdigest().encode()

@@ -1,4 +1,4 @@
-"""Misfits: what an error says where a checkpoint does not fit the tree that it is to be restored like."""
+"""The error message for a checkpoint that does not fit the tree it is restored into."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fxtrain.checkpoint._parts import Names, Part
 
 _SHOWN_PATHS = 20
 _SHOWN_NAMES = 6
-_LORA = "lora_"  # what peft has in the names of the parameters that it adds
+_LORA = "lora_"  # in the names of all parameters that peft adds
 
 
 def misfits(
@@ -19,15 +19,15 @@ def misfits(
     unlike: Sequence[tuple[Part, str, Part | None]],
     left_over: Sequence[Part],
 ) -> str:
-    """The error for parts without an equal in the checkpoint, with the ways out that fit what differs.
+    """Returns the error message for parts that differ, with remedies for these differences.
 
     Args:
-        path: Of the checkpoint.
-        names: Of parameters and buffers on both sides.
-        selected: The parts that were to be restored.
-        unlike: Those of another shape or dtype, or without a source: the part, its path in the checkpoint, and the
-            source.
-        left_over: Parts of the checkpoint alone.
+        path: The checkpoint's folder.
+        names: The parameters and buffers of both sides.
+        selected: The parts selected for restoring.
+        unlike: The selected parts without a source of the same shape and dtype, as triples of the part, its path in
+            the checkpoint, and the source or None.
+        left_over: The parts of the checkpoint that the tree lacks.
     """
     problems: list[str] = []
     for part, target, source in unlike:
@@ -64,7 +64,7 @@ def _lora(names: Names) -> list[str]:
 
 
 def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence[Part]) -> list[str]:
-    """If nothing but dtypes differs."""
+    """Returns the remedy if only dtypes differ."""
     kinds = [(part.kind.split("["), source.kind.split("[")) for part, _, source in unlike if source is not None]
     if left_over or len(kinds) < len(unlike) or any(here[1:] != there[1:] for here, there in kinds):
         return []
@@ -76,7 +76,7 @@ def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence
 
 
 def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
-    """If slots differ in values that belong to no parameter by name, as one vector of statistics of all of them."""
+    """Returns the remedy if only slots differ, in values such as a vector of statistics over all parameters."""
     parts = (*(part for part, _, _ in unlike), *left_over)
     slots = {part.keys[1] for part in parts if part.keys[:1] == ("slots",) and names.of(part) is None}
     if not slots or any(part.keys[:1] != ("slots",) and names.of(part) is None for part in parts):
@@ -88,7 +88,7 @@ def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_o
 
 
 def _trained(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
-    """If the same parameters were trained in part, by what ``like`` fits."""
+    """Returns the remedy if both sides have the same parameters but train different ones."""
     missing = [part for part, _, source in unlike if source is None]
     one_sided = [*missing, *left_over]
     both = {*names.here.values()} & {*names.there.values()}
@@ -113,7 +113,7 @@ def _fresh(
     unlike: Iterable[tuple[Part, str, Part | None]],
     left_over: Iterable[Part],
 ) -> list[str]:
-    """If some parameters fit with all that belongs to them, which do not."""
+    """Returns the remedy if some parameters fit, together with their optimizer state and averages."""
     owners = [names.of(part) for part in (*(part for part, _, _ in unlike), *left_over)]
     unfit = {name for name in owners if name is not None}
     fit = {name for part in selected if (name := names.of(part))} - unfit

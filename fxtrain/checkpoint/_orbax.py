@@ -1,7 +1,7 @@
-"""Exchange with JAX: trees as Orbax checkpoints, there and back.
+"""Reads and writes Orbax checkpoints, to exchange trees with JAX programs.
 
-Orbax starts a JAX backend even for numpy arrays, and JAX takes threads and most of a GPU. So it runs in a process of
-its own (``orbax_worker``), which gets and gives the leaves as one of our checkpoints.
+Orbax starts a JAX backend even for numpy arrays, and JAX claims threads and most of a GPU's memory. So Orbax runs in a
+subprocess (``_orbax_worker``), which exchanges the leaves with this process as an fxtrain checkpoint.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ Tree = TypeVar("Tree")
 def to_orbax(path: str | os.PathLike[str], tree: Any) -> pathlib.Path:
     """Writes ``tree`` as an Orbax checkpoint, which JAX and Flax programs read with ``StandardCheckpointer``.
 
-    Fields and keys become keys of dictionaries, lists and tuples become lists. Runs in a process of its own; costs the
-    writing of a checkpoint of ours beside it.
+    Dataclasses and named tuples become dictionaries, and lists and tuples become lists. Orbax runs in a subprocess,
+    and the tree is written to a temporary fxtrain checkpoint first.
 
     Args:
-        path: The folder to make.
+        path: The folder to create.
         tree: A state, or any pytree of tensors.
 
+    Returns:
+        The folder.
+
     Raises:
-        CheckpointError: If the folder is there already, or Orbax cannot hold the tree: it has no place for empty
-            trees and tensors without elements, and stores ``{"a.b": x, "a": {"b": y}}`` as one array.
+        CheckpointError: If the folder exists, or Orbax cannot represent the tree. It cannot store empty trees, tensors
+            without elements, or two leaves whose keys joined by dots are equal: ``{"a.b": x, "a": {"b": y}}``.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx
@@ -57,16 +60,16 @@ def to_orbax(path: str | os.PathLike[str], tree: Any) -> pathlib.Path:
 def from_orbax(
     path: str | os.PathLike[str], like: Tree, *, where: Where = None, device: torch.device | str | None = None
 ) -> Tree:
-    """The tree in an Orbax checkpoint, with the structure of ``like``.
+    """Returns the tree in an Orbax checkpoint, with the structure of ``like``.
 
     Args:
-        path: A folder that Orbax wrote: of one tree, or a step of its ``CheckpointManager``.
-        like: What it is to become; only its structure, shapes and dtypes matter.
-        where: As for ``restore``; paths in the checkpoint read ``tree['params']['kernel']``.
+        path: A folder that Orbax wrote: one tree, or a step of a ``CheckpointManager``.
+        like: A tree with the structure, shapes and dtypes to restore. Its values are ignored.
+        where: As for ``restore``. A path in the checkpoint looks like ``tree['params']['kernel']``.
         device: As for ``restore``.
 
     Raises:
-        CheckpointError: If Orbax cannot read it, or it does not fit ``like``.
+        CheckpointError: If Orbax cannot read the checkpoint, or it does not fit ``like``.
     """
     with tempfile.TemporaryDirectory() as folder:
         ours = pathlib.Path(folder) / "tree"
@@ -75,7 +78,7 @@ def from_orbax(
 
 
 def _same_keys(path: pathlib.Path, like: Any) -> dict[str, str]:
-    """From the paths of ``like`` to those of the checkpoint that go by the same keys, whatever holds them."""
+    """Maps the paths of ``like`` to those of the checkpoint with the same keys, ignoring the types of containers."""
     stored = {keys_of(row["entries"]): row["path"] for row in read_manifest(path)["leaves"]}
     structure = tree.structure(like)
     root = root_of(structure)

@@ -1,4 +1,7 @@
-"""Orbax, in a process of its own: ``python orbax_worker.py read|write OURS THEIRS``. Imports no torch."""
+"""Converts between fxtrain and Orbax checkpoints: ``python _orbax_worker.py read|write OURS THEIRS``.
+
+Runs as a subprocess of ``_orbax`` and does not import torch.
+"""
 
 import json
 import logging
@@ -7,14 +10,14 @@ import sys
 import time
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches numpy the dtypes below a word
+import ml_dtypes  # noqa: F401 - registers bfloat16 and smaller dtypes with numpy
 import numpy as np
 import orbax.checkpoint as ocp
 import xxhash
 
 
 def write(ours: pathlib.Path, theirs: pathlib.Path) -> None:
-    """From our checkpoint to Orbax's."""
+    """Converts the fxtrain checkpoint ``ours`` to the Orbax checkpoint ``theirs``."""
     rows = [json.loads(line) for line in (ours / "manifest.jsonl").read_bytes().splitlines()[1:-1]]
     content = np.memmap(ours / "leaves.bin", np.uint8, "r") if any(row["bytes"] for row in rows) else None
     names: dict[str, str] = {}
@@ -35,7 +38,7 @@ def write(ours: pathlib.Path, theirs: pathlib.Path) -> None:
 
 
 def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
-    """From Orbax's checkpoint to ours."""
+    """Converts the Orbax checkpoint ``theirs`` to the fxtrain checkpoint ``ours``."""
     place = next((at for at in (theirs, theirs / "default") if (at / "_METADATA").exists()), theirs)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.metadata(place)
@@ -46,7 +49,7 @@ def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     rows: list[dict[str, Any]] = [{}] * len(leaves)
     offset = 0
     with open(ours / "leaves.bin", "wb") as file:
-        # The widest elements first, as in a file that fxtrain writes itself.
+        # The widest dtypes come first, as in the files of fxtrain.
         for index in sorted(range(len(leaves)), key=lambda index: -leaves[index][1].itemsize):
             entries, array, shape = leaves[index]
             raw = array.tobytes()
@@ -74,7 +77,7 @@ def _nested(leaves: list[tuple[list[list[Any]], np.ndarray]]) -> Any:
 
 
 def _mapped(metadata: Any) -> Any:
-    """For each array that it is to come as one of numpy's: on a device, words of 64 bits would lose half."""
+    """Returns restore arguments that request numpy arrays, because JAX truncates 64-bit dtypes to 32 bits."""
     if isinstance(metadata, dict):
         return {key: _mapped(value) for key, value in metadata.items()}
     if isinstance(metadata, list | tuple):

@@ -1,4 +1,4 @@
-"""Unclaimed: the memory of callbacks that are not there, kept until they come back."""
+"""Rebuilds slots of callbacks that a restored state does not have, so that later checkpoints keep them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fxtrain.core import NAMESPACE, ops
 
 
 class Unclaimed(dict[str, Tensor]):
-    """The memory of a callback that is not there, by the code of each leaf's path below its slot.
+    """The state of a callback that is not attached, by the code of each leaf's path below its slot.
 
-    It is kept and saved again under the same paths, so the callback finds it when it comes back.
+    It is saved under the same paths as before, so the callback's state is restored when it is attached again.
     """
 
 
@@ -34,8 +34,13 @@ ops.register_pytree_node(
 
 
 def rebuild(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
-    """A tree from leaves and the rest of their paths: dictionaries and lists, or ``Unclaimed`` where there were
-    classes, which are not stored, and where lists have elements without leaves."""
+    """Returns a tree of dictionaries and lists, or an ``Unclaimed`` where these cannot represent the paths.
+
+    A checkpoint stores neither classes nor list elements without leaves.
+
+    Args:
+        rows: For each leaf its entries below the slot, and its value.
+    """
     try:
         return _nested(rows)
     except (_NotPlainError, RecursionError):
@@ -43,7 +48,7 @@ def rebuild(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
 
 
 class _NotPlainError(Exception):
-    """The rows are not those of dictionaries and full lists."""
+    """The rows need more than dictionaries and complete lists."""
 
 
 def _nested(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
@@ -52,7 +57,7 @@ def _nested(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
     kinds = {entries[0][0] if entries else "leaf" for entries, _ in rows}
     if kinds not in ({"key"}, {"index"}):
         raise _NotPlainError
-    groups: dict[str, list[tuple[list[list[Any]], Tensor]]] = {}  # by code, because True and 1 are equal
+    groups: dict[str, list[tuple[list[list[Any]], Tensor]]] = {}  # keyed by code, because True == 1
     for entries, leaf in rows:
         groups.setdefault(code_of(entries[:1]), []).append((entries, leaf))
     built = {group[0][0][0][1]: _nested([(entries[1:], leaf) for entries, leaf in group]) for group in groups.values()}

@@ -1,4 +1,4 @@
-"""Ownership: which run a folder's checkpoints belong to, and whether a session may add to them."""
+"""Determines which run a folder's checkpoints belong to, and whether a session may add to them."""
 
 from __future__ import annotations
 
@@ -22,52 +22,57 @@ _MOST_STEPS_SHOWN = 12
 
 
 class Ownership:
-    """What one checkpointer object knows of the runs in its folder, from what it has written and read.
+    """Selects the run that a checkpointer writes for, based on the checkpoints it has written and read.
 
     Args:
-        folder: The folder.
-        overwrite: Whether a new run may begin beside the checkpoints of an earlier one.
+        folder: The folder of the checkpoints.
+        overwrite: Whether a new run may begin in a folder with checkpoints of another run.
     """
 
     def __init__(self, folder: pathlib.Path, *, overwrite: bool) -> None:
         self._folder, self._overwrite = folder, overwrite
-        self._last: Entry | None = None  # the last checkpoint that was written or read
-        self._newest: Entry | None = None  # the newest of its run at that moment
+        self._last: Entry | None = None  # the last checkpoint written or read
+        self._newest: Entry | None = None  # the newest checkpoint of its run at that time
 
     def wrote(self, entry: Entry) -> None:
-        """Notes a commit."""
+        """Records that this checkpointer committed ``entry``."""
         self._last = self._newest = entry
 
     def has_read(self, entry: Entry, found: Sequence[Entry]) -> None:
-        """Notes a restore, and what was in the folder."""
+        """Records that this checkpointer restored ``entry`` from a folder with the checkpoints ``found``."""
         self._last, self._newest = entry, _newest_listed(found)
 
     def run_of_session(self, state: TrainState, found: Sequence[Entry], *, resume: bool) -> str:
-        """The run that a session which begins with ``state`` writes for.
+        """Returns the run of a session that begins with ``state``.
+
+        Args:
+            state: The session's first state.
+            found: All checkpoints in the folder, oldest first.
+            resume: Whether the session was asked to resume.
 
         Raises:
-            CheckpointError: If the folder is that of another run.
+            CheckpointError: If the folder belongs to another run.
         """
-        if resume and not retention.listed(found):  # a run that was interrupted before its first checkpoint
+        if resume and not retention.listed(found):  # the run was interrupted before its first checkpoint
             return newest_run(found) or _new_run()
         last = self._last_if_current(found)
         if last is not None and (resume or _is_saved_as(state, last)):
             return last.run
-        if resume:  # another process has saved since the state was read: that is not to be overwritten
+        if resume:  # another process has saved since the state was read, and its work must not be overwritten
             self._refuse(found)
         return self._new_run_beside(found)
 
     def run_of_save(self, found: Sequence[Entry]) -> str:
-        """The run that a save outside of a session writes for.
+        """Returns the run of a save outside of a session.
 
         Raises:
-            CheckpointError: If the folder is that of a run that this object has not read from.
+            CheckpointError: If the folder belongs to a run that this object has not read from.
         """
         last = self._last_if_current(found)
         return last.run if last is not None else self._new_run_beside(found)
 
     def _last_if_current(self, found: Sequence[Entry]) -> Entry | None:
-        """The last checkpoint written or read, unless another writer has added to the folder since."""
+        """Returns the last checkpoint written or read, or None if another writer has saved since."""
         return self._last if self._newest is not None and self._newest == _newest_listed(found) else None
 
     def _new_run_beside(self, found: Sequence[Entry]) -> str:
@@ -89,17 +94,17 @@ class Ownership:
 
 
 def contents(folder: pathlib.Path) -> list[Entry]:
-    """All checkpoints of all runs, committed or set aside, oldest first."""
+    """Returns the checkpoints of all runs, including those set aside as unreadable, oldest first."""
     return sorted([*retention.entries(folder), *retention.unreadable(folder)])
 
 
 def newest_run(found: Sequence[Entry]) -> str | None:
-    """The run that wrote the newest checkpoint."""
+    """Returns the run that wrote the newest checkpoint, or None if there is no checkpoint."""
     return found[-1].run if found else None
 
 
 def shown(steps: set[int]) -> str:
-    """Steps in a message: the first and the last ones if there are many."""
+    """Returns ``steps`` as text for a message, shortened to the first and last ones if there are many."""
     texts = [str(step) for step in sorted(steps)]
     if len(texts) > _MOST_STEPS_SHOWN:
         texts = [*texts[:3], "...", *texts[-6:]]
@@ -107,7 +112,7 @@ def shown(steps: set[int]) -> str:
 
 
 def _new_run() -> str:
-    # From the operating system, because a run must neither read nor advance torch's and Python's generators.
+    # From the operating system, because a run must not read or advance the generators of torch and Python.
     return secrets.token_hex(6)
 
 
@@ -118,7 +123,7 @@ def _newest_listed(found: Sequence[Entry]) -> Entry | None:
 
 
 def _is_saved_as(state: TrainState, entry: Entry) -> bool:
-    """Whether ``state`` has the step, and to the bit the seed and the parameters, of a checkpoint.
+    """Returns whether the step of ``state`` equals a checkpoint's, and its seed and parameters are bitwise equal.
 
     A state of step 0 never counts as saved, because every new run begins with one.
     """

@@ -1,4 +1,4 @@
-"""Parts: what is restored by itself, which is a leaf, or one parameter's element of a vector over all parameters."""
+"""The units of a restore: a leaf, or one parameter's element of a vector over all parameters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Part(NamedTuple):
     """A leaf, or an element of one.
 
     Args:
-        path: Code that reaches it from the root. An element's ends with the path of its parameter in brackets.
+        path: Code that accesses the part from the root. An element's path ends with that of its parameter, in brackets.
         keys: The keys of the path.
-        kind: Its dtype and shape, as errors show them.
+        kind: The dtype and shape as text.
         leaf: The path of the leaf.
-        leaf_kind: The leaf's dtype and shape.
-        element: Its index in the leaf; None for a whole leaf.
+        leaf_kind: The leaf's dtype and shape as text.
+        element: The index in the leaf, or None for a whole leaf.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 def parts_of(like: Any) -> list[Part]:
-    """The parts of a tree, in the order of its leaves."""
+    """Returns the parts of a tree, in the order of its leaves."""
     leaves, structure = tree.flatten(like)
     elements = element_paths(structure)
     found: list[Part] = []
@@ -45,7 +45,7 @@ def parts_of(like: Any) -> list[Part]:
 
 
 def parts_stored(stored: Mapping[str, Leaf]) -> list[Part]:
-    """The parts of a checkpoint."""
+    """Returns the parts of a checkpoint, given its rows by path."""
     found: list[Part] = []
     for row in stored.values():
         keys = tuple(key for _, key in row["entries"])
@@ -66,13 +66,13 @@ def _split(
 
 
 class Names:
-    """The parameters and buffers of a state and of a checkpoint, and which parts belong to each.
+    """The parameters and buffers of a state and of a checkpoint, and the parts that belong to each.
 
-    Optimizer state, and averages in slots, belong to the parameter whose path is in theirs.
+    Optimizer state and averages in slots belong to the parameter whose path is part of theirs.
 
     Args:
         here: The parts of the state.
-        there: Those of the checkpoint.
+        there: The parts of the checkpoint.
     """
 
     def __init__(self, here: Iterable[Part], there: Iterable[Part]) -> None:
@@ -81,20 +81,20 @@ class Names:
         self._names = {**self.here, **self.there}
 
     def chosen(self, patterns: str | Sequence[str] | None) -> set[str]:
-        """The names that match.
+        """Returns the names that match any of ``patterns``.
 
         Raises:
-            ValueError: If a pattern matches none.
+            ValueError: If a pattern matches no name.
         """
         names = list(dict.fromkeys(self._names.values()))
         return {names[i] for i in matching(names, patterns, "parameter or buffer")}
 
     def of(self, part: Part) -> str | None:
-        """The name of the parameter or buffer that a part belongs to; None if it belongs to none."""
+        """Returns the name of the parameter or buffer that ``part`` belongs to, or None."""
         return self.of_keys(part.keys)
 
     def of_keys(self, keys: Keys) -> str | None:
-        """As ``of``, by the keys of a path."""
+        """Returns the name of the parameter or buffer that the path with ``keys`` belongs to, or None."""
         if keys[:1] in (("params",), ("buffers",)):
             return self._names.get(keys[1:])
         if keys[:1] not in (("opt_state",), ("slots",)):
@@ -114,7 +114,7 @@ def _named(parts: Iterable[Part]) -> dict[Keys, str]:
 
 
 def slots_of_one_side(like: TrainState, there: Iterable[Part]) -> tuple[set[str], dict[str, list[Part]]]:
-    """The slots that the checkpoint does not have; and those it alone has, with their parts."""
+    """Returns the slots that only ``like`` has, and the slots that only the checkpoint has, with their parts."""
     own: dict[str, list[Part]] = {}
     for part in there:
         if len(part.keys) > 1 and part.keys[0] == "slots" and isinstance(part.keys[1], str):

@@ -1,4 +1,4 @@
-"""Reader: the checkpoints of one run in a folder, listed, chosen and restored."""
+"""Lists, selects and restores the checkpoints of one run."""
 
 from __future__ import annotations
 
@@ -23,39 +23,44 @@ Tree = TypeVar("Tree")
 
 
 class Reader:
-    """The reading half of a checkpointer. It sees the run that wrote the newest checkpoint."""
+    """The read-only part of a checkpointer. By default it reads the run that wrote the newest checkpoint.
+
+    Args:
+        folder: The folder of the checkpoints.
+        policy: The retention policy, which defines the best checkpoint.
+    """
 
     def __init__(self, folder: pathlib.Path, policy: Policy) -> None:
         self.folder = folder
         self._policy = policy
-        self._metrics: dict[str, dict[str, float]] = {}  # by folder name, of those that were read or written
+        self._metrics: dict[str, dict[str, float]] = {}  # by folder name, of checkpoints read or written so far
 
     def wait(self) -> None:
-        """Returns when no save is under way."""
+        """Blocks until all saves are finished."""
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, ascending."""
+        """Returns the steps of all checkpoints, in ascending order."""
         return sorted({entry.step for entry in self._listed()})
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint: the last one saved, which after a rewind is not the largest step."""
+        """Returns the step of the checkpoint saved last, which after a rewind may not be the largest, or None."""
         entries = self._listed()
         return entries[-1].step if entries else None
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the best metric, or None where none has it."""
+        """Returns the step of the checkpoint with the best metric, or None if no checkpoint has the metric."""
         entry = self._policy.best_of(self._listed(), self._metrics_of)
         return None if entry is None else entry.step
 
     def newest_until(self, step: int) -> int | None:
-        """The newest step that a rewind to ``step`` or before can return to; None where there is none."""
+        """Returns the newest step, at most ``step``, that a rewind can return to, or None."""
         return next((entry.step for entry in self._targets(step)), None)
 
     def has_any(self) -> bool:
-        """Whether there is anything to resume from.
+        """Returns whether there is a checkpoint to resume from.
 
         Raises:
-            CheckpointError: If there only is what was set aside as unreadable: a fresh start would be no resume.
+            CheckpointError: If all checkpoints were set aside as unreadable. Returning False would silently start over.
         """
         if self._listed():
             return True
@@ -72,16 +77,33 @@ class Reader:
         extra: Extra = "keep",
         device: torch.device | str | None = None,
     ) -> Tree:
-        """The state of ``step``, by default of the newest checkpoint; see ``fxtrain.restore``."""
+        """Returns the state of a checkpoint and warns about differences.
+
+        Args:
+            like: As for ``fxtrain.restore``. So are ``where``, ``fresh``, ``extra`` and ``device``.
+            step: The checkpoint's step. By default the newest checkpoint that can be read is restored.
+            where: What to restore.
+            fresh: Parameters and buffers that are not restored.
+            extra: What happens to slots that ``like`` lacks.
+            device: The device for leaves that are on the meta device in ``like``.
+
+        Raises:
+            CheckpointError: If there is no checkpoint, none can be read, or it does not fit ``like``.
+        """
         report = self.read(like, step=step, where=where, fresh=fresh, extra=extra, device=device)
         report.warn(stacklevel=2)
         return report.state
 
     def read(self, like: Any, *, step: int | None = None, **options: Any) -> Restoration:
-        """``restore``, with a report of slots that were missing or are extra, and of what is different now.
+        """Restores a checkpoint and reports missing slots, extra slots and differences of the environment.
 
-        A newest checkpoint that is damaged is set aside: renamed to ``unreadable-...``, with a warning, and the next
-        older one is taken. One that was asked for by its step is not replaced by another.
+        Without ``step``, damaged checkpoints are renamed to ``unreadable-...`` with a warning, and the newest one that
+        can be read is restored. With ``step``, a damaged checkpoint is an error.
+
+        Args:
+            like: As for ``fxtrain.restore``.
+            step: The checkpoint's step, by default the newest.
+            options: The other options of ``fxtrain.restore``, and ``notes`` to compare with those of ``save``.
 
         Raises:
             CheckpointError: If there is no checkpoint, none can be read, or it does not fit ``like``.
@@ -103,20 +125,21 @@ class Reader:
         raise CheckpointError(f"There is no checkpoint in {self.folder}.")
 
     def read_newest_until(self, step: int, like: Any, *, newer_than: int = -1, **options: Any) -> Restoration | None:
-        """``read`` of the checkpoint that ``newest_until`` names, or of the next older one if that is damaged.
+        """Restores the newest readable checkpoint that a rewind to ``step`` can return to.
 
-        Damaged ones are set aside as ``read`` does.
+        Damaged checkpoints are set aside, as in ``read``.
 
         Args:
-            step: As for ``newest_until``.
-            like: As for ``read``. So are the options.
-            newer_than: Checkpoints of this step or before are not read, because the caller has such a state already.
+            step: The largest step to restore.
+            like: As for ``read``.
+            newer_than: Only checkpoints after this step are considered.
+            options: As for ``read``.
 
         Returns:
-            None if there is none that can be read.
+            The restoration, or None if no such checkpoint can be read.
 
         Raises:
-            CheckpointError: If it does not fit ``like``, or the disk fails.
+            CheckpointError: If the checkpoint does not fit ``like``, or the disk fails.
         """
         targets = [entry for entry in self._targets(step) if entry.step > newer_than]
         found = self._first_readable(targets, like, options)
@@ -126,14 +149,22 @@ class Reader:
         return None
 
     def snapshots(self) -> set[int]:
-        """The steps that there are snapshots of."""
+        """Returns the steps of all snapshots."""
         return {entry.step for entry in self._snapshots()}
 
     def read_snapshot(self, step: int, like: Any, **options: Any) -> Restoration | None:
-        """``read`` of the newest snapshot of a step; None if there is none, or it is damaged and set aside.
+        """Restores the newest snapshot of a step. A damaged snapshot is set aside, as in ``read``.
+
+        Args:
+            step: The snapshot's step.
+            like: As for ``read``.
+            options: As for ``read``.
+
+        Returns:
+            The restoration, or None if there is no snapshot of this step or it is damaged.
 
         Raises:
-            CheckpointError: If it does not fit ``like``, or the disk fails.
+            CheckpointError: If the snapshot does not fit ``like``, or the disk fails.
         """
         chosen = [entry for entry in self._snapshots() if entry.step == step][-1:]
         found = self._first_readable(chosen, like, options)
@@ -146,7 +177,7 @@ class Reader:
         entries = retention.listed(self._own(retention.entries(self.folder)))
         return f"{type(self).__name__}({str(self.folder)!r}, steps {_shown(entries)})"
 
-    # For the writing half
+    # Hooks of Checkpointer
 
     def _run_to_read(self) -> str | None:
         return ownership.newest_run(ownership.contents(self.folder))
@@ -154,7 +185,7 @@ class Reader:
     def _has_read(self, entry: Entry) -> None:
         """Called after each restore."""
 
-    # How it is done
+    # Helpers
 
     def _own(self, entries: list[Entry]) -> list[Entry]:
         run = self._run_to_read()
@@ -165,7 +196,10 @@ class Reader:
         return retention.listed(self._own(retention.entries(self.folder)))
 
     def _targets(self, step: int) -> list[Entry]:
-        """What a rewind can return to, newest first. Session saves are none: a run must not depend on interruptions."""
+        """Returns the checkpoints that a rewind can return to, newest first.
+
+        Session checkpoints are excluded, because a run must not depend on where it was interrupted.
+        """
         led = retention.line(self._listed())
         return [entry for entry in led if entry.step <= step and entry.role == "trajectory"]
 
@@ -177,24 +211,24 @@ class Reader:
         if entry.path.name not in self._metrics:
             try:
                 self._metrics[entry.path.name] = read_entry(entry)["metrics"]
-            except DamagedError:  # a restore will report it; it cannot be the best
+            except DamagedError:  # a restore reports the damage
                 self._metrics[entry.path.name] = {}
         return self._metrics[entry.path.name]
 
     def _first_readable(
         self, entries: Iterable[Entry], like: Any, options: Mapping[str, Any]
     ) -> Restoration | list[tuple[Entry, DamagedError]]:
-        """Reads the first that is not damaged, and sets aside those before it.
+        """Reads the first undamaged checkpoint and sets aside the damaged ones before it.
 
         Returns:
-            The restoration; or all of them with their errors. These keep their names.
+            The restoration. If all checkpoints are damaged, their entries and errors, without setting them aside.
         """
         damaged: list[tuple[Entry, DamagedError]] = []
         for entry in entries:
             try:
                 report = read(entry.path, like, manifest=read_entry(entry), **options)
             except DamagedError as error:
-                if os.path.lexists(entry.path):  # else another process has deleted it meanwhile
+                if os.path.lexists(entry.path):  # otherwise another process has deleted it
                     damaged.append((entry, error))
             else:
                 self._set_aside(damaged, f", and step {entry.step} is restored")

@@ -1,4 +1,4 @@
-"""Retention: the names of a folder's checkpoints, and which of one run's checkpoints are kept."""
+"""The folder names of checkpoints, and the policy that selects which checkpoints of a run are kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple, get_args
 from fxtrain.checkpoint._errors import CheckpointError
 
 Role = Literal["trajectory", "session", "snapshot"]
-"""Why a checkpoint was saved.
+"""The purpose of a checkpoint.
 
-- ``"trajectory"``: requested by the run itself. Retention counts these.
-- ``"session"``: where a session ended. It is deleted once it is none of the ``keep`` newest of all.
-- ``"snapshot"``: a target of rewinds only. It is never listed, and its owner says how long it is kept.
+- ``"trajectory"``: requested by the run itself. ``keep``, ``keep_every`` and ``best`` apply to these.
+- ``"session"``: saved at the end of a session, and kept while it is among the ``keep`` newest of these two roles.
+- ``"snapshot"``: only a target of rewinds. It is never listed, and is kept until ``retain_snapshots`` deletes it.
 """
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -23,17 +23,17 @@ _NAME = re.compile(r"([0-9]{8,})(?:-([0-9a-f]{12}))?(?:-(session|snapshot))?-ste
 
 
 class Entry(NamedTuple):
-    """A committed checkpoint. The sequence number orders them: after a rewind a later one has a smaller step."""
+    """A committed checkpoint. Entries are ordered by sequence number, because a rewind makes the step decrease."""
 
     sequence: int
     step: int
-    run: str  # "" in folders of format 1
+    run: str  # empty in folders of format 1
     role: Role
     path: pathlib.Path
 
 
 class Policy(NamedTuple):
-    """What is kept; see ``checkpointer``."""
+    """The retention policy. See ``checkpointer`` for the fields."""
 
     keep: int | None
     keep_every: int | None
@@ -41,7 +41,7 @@ class Policy(NamedTuple):
     mode: str
 
     def best_of(self, entries: Sequence[Entry], metrics: Callable[[Entry], dict[str, float]]) -> Entry | None:
-        """The trajectory checkpoint with the best metric; the oldest of several. A NaN is never the best."""
+        """Returns the oldest trajectory checkpoint with the best metric, or None. NaN values are ignored."""
         if self.best is None:
             return None
         sign = 1 if self.mode == "min" else -1
@@ -53,10 +53,14 @@ class Policy(NamedTuple):
         return min((pair for pair in scored if pair[0] == pair[0]), default=(0, None), key=lambda pair: pair[0])[1]
 
     def to_delete(self, entries: Sequence[Entry], metrics: Callable[[Entry], dict[str, float]]) -> list[Entry]:
-        """The checkpoints of one run that are not kept, oldest first.
+        """Returns the checkpoints of one run that have expired, oldest first.
 
-        Those of the trajectory are counted alone, because a run may rewind to them and must not depend on where it was
-        interrupted. Snapshots are kept unless a newer snapshot has the same step.
+        Session checkpoints do not displace trajectory checkpoints, because a rewind may return to the latter and must
+        not depend on where the run was interrupted. Snapshots are kept unless a newer snapshot has the same step.
+
+        Args:
+            entries: All checkpoints of the run, oldest first.
+            metrics: Returns the metrics of a checkpoint.
         """
         regular = [entry for entry in entries if entry.role == "trajectory"]
         kept = {entry for counted in (regular, listed(entries)) for entry in counted[-(self.keep or 0) :]}
@@ -65,7 +69,7 @@ class Policy(NamedTuple):
         best = self.best_of(regular, metrics)
         kept |= set() if best is None else {best}
         kept |= {entry for entry in entries if entry.role == "snapshot"}
-        # Of one step and role only the newest save counts, whatever the policy keeps.
+        # Only the newest save of each step and role is ever kept.
         newest = {(entry.step, entry.role): entry for entry in entries}
         kept = {entry for entry in kept if newest[entry.step, entry.role] is entry}
         kept |= _rewind_marks(kept, entries)
@@ -73,31 +77,31 @@ class Policy(NamedTuple):
 
 
 def name(sequence: int, step: int, run: str, role: Role) -> str:
-    """The folder name of a checkpoint."""
+    """Returns the folder name of a checkpoint."""
     kind = "" if role == "trajectory" else f"-{role}"
     return f"{sequence:08d}-{run}{kind}-step-{step:09d}"
 
 
 def entries(folder: pathlib.Path) -> list[Entry]:
-    """The committed checkpoints of all runs, oldest first."""
+    """Returns the committed checkpoints of all runs, oldest first."""
     return _named(folder, "")
 
 
 def unreadable(folder: pathlib.Path) -> list[Entry]:
-    """The checkpoints that were set aside, oldest first."""
+    """Returns the checkpoints of all runs that were set aside as unreadable, oldest first."""
     return _named(folder, UNREADABLE)
 
 
 def listed(found: Iterable[Entry]) -> list[Entry]:
-    """The entries that users see: all but the snapshots."""
+    """Returns the entries that users see, which are all except snapshots."""
     return [entry for entry in found if entry.role != "snapshot"]
 
 
 def line(found: Sequence[Entry]) -> list[Entry]:
-    """The entries that led to the newest, newest first: without those that a rewind has abandoned.
+    """Returns the entries on the timeline of the newest one, newest first, without those abandoned by a rewind.
 
-    A run that rewinds saves the state that it returns to, so every older entry with as many steps or more was
-    abandoned. One of the same step and another role is the same state, saved for another reason.
+    A run saves the state that it rewinds to, so an older entry with the same or a larger step was abandoned. An older
+    entry with the same step and another role holds the same state, and stays.
     """
     led: list[Entry] = []
     for entry in reversed(found):
@@ -107,7 +111,7 @@ def line(found: Sequence[Entry]) -> list[Entry]:
 
 
 def _rewind_marks(kept: Iterable[Entry], found: Sequence[Entry]) -> set[Entry]:
-    """The entries without which a kept one that a rewind has abandoned would seem to lead to the newest."""
+    """Returns the entries that must be kept so that ``line`` excludes all kept entries abandoned by a rewind."""
     led, marks = line(found), set[Entry]()
     while strays := [entry for entry in line(sorted({*kept, *marks})) if entry not in led]:
         marks.add([entry for entry in led if entry.sequence > strays[0].sequence][-1])

@@ -1,4 +1,4 @@
-"""Selection: which leaf of a checkpoint goes to which leaf of a tree."""
+"""Matches the leaves of a tree with those of a checkpoint, by paths, ``where`` and ``fresh``."""
 
 from __future__ import annotations
 
@@ -21,28 +21,47 @@ Fresh = str | Sequence[str] | None
 
 
 class Elements(NamedTuple):
-    """The sources of some elements of a leaf: each with its index here, its leaf there, and its index there."""
+    """The sources of some elements of a leaf.
+
+    Args:
+        sources: For each element its index in the leaf, the source leaf, and the index in the source leaf.
+    """
 
     sources: tuple[tuple[tuple[int, ...], Leaf, tuple[int, ...]], ...]
 
 
 class Match(NamedTuple):
-    """What is restored from where."""
+    """The result of matching a tree with a checkpoint.
 
-    sources: list[Leaf | Elements | None]  # for each leaf of the tree, in order; None where it stays as it is
-    missing: list[str]  # slots of the tree alone
-    extra: dict[str, list[Leaf]]  # slots of the checkpoint alone, with their leaves
-    outdated: list[str]  # slots of the checkpoint alone that hold values of fresh parameters
-    shared: list[str]  # slots of both that do, and that hold values of no parameter, such as a count, too
+    Args:
+        sources: The source of each leaf of the tree, in order. None leaves the leaf unchanged.
+        missing: Slots that only the tree has.
+        extra: Slots that only the checkpoint has and that are not outdated, with their leaves.
+        outdated: Slots that only the checkpoint has, with values of fresh parameters.
+        shared: Restored slots with values of fresh parameters and values of no parameter, such as an update count.
+    """
+
+    sources: list[Leaf | Elements | None]
+    missing: list[str]
+    extra: dict[str, list[Leaf]]
+    outdated: list[str]
+    shared: list[str]
 
 
 def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Where, fresh: Fresh = None) -> Match:
-    """Finds the source of each leaf of ``like`` in the checkpoint at ``path``, whose leaves are ``stored`` by path.
+    """Finds the source of each leaf of ``like`` in a checkpoint.
+
+    Args:
+        path: The checkpoint's folder, for errors.
+        like: The tree to restore.
+        stored: The rows of the checkpoint's leaves, by path.
+        where: As for ``restore``.
+        fresh: As for ``restore``.
 
     Raises:
-        CheckpointError: If nothing is at a path of ``where``, or a leaf has another shape or dtype, is missing or is
-            left over. The message names every such path with both sides.
-        ValueError: If a pattern of ``fresh`` matches no name, or ``like`` is no state.
+        CheckpointError: If a path of ``where`` matches nothing, or a leaf has another shape or dtype or exists on one
+            side only. The message lists these paths with the shapes and dtypes of both sides.
+        ValueError: If a pattern of ``fresh`` matches no name, or ``fresh`` is given and ``like`` is not a state.
     """
     if fresh is not None and not isinstance(like, TrainState):
         raise ValueError(f"expected a TrainState as `like` for fresh={fresh!r}, got a {type(like).__name__}.")
@@ -102,10 +121,18 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
 def _selection(
     where: Where, here: Collection[str], there: Collection[str]
 ) -> tuple[Callable[[str], str | None], Callable[[str], bool]]:
-    """From a path to its path in the checkpoint, None where it stays; and whether a path there is selected.
+    """Returns two functions that implement ``where``.
+
+    The first maps a path of the tree to one of the checkpoint, or to None if it is not selected. The second tells
+    whether a path of the checkpoint is selected.
+
+    Args:
+        where: As for ``restore``.
+        here: The paths of the tree.
+        there: The paths of the checkpoint.
 
     Raises:
-        CheckpointError: If a prefix or a pattern has nothing on one side.
+        CheckpointError: If a prefix or a pattern matches no path on one side.
     """
     if where is None:
         return lambda path: path, lambda path: True
@@ -135,7 +162,7 @@ def _is_pattern(where: str) -> bool:
 
 
 def _is_at(path: str, where: str) -> bool:
-    """Whether a path is, or is below, what a prefix or a pattern stands for. Brackets are those of paths."""
+    """Returns whether ``path`` is at or below the prefix or pattern ``where``. Brackets match literally."""
     if _is_pattern(where):
         pattern = where.replace("[", "[[]")
         return any(fnmatch.fnmatchcase(path, pattern + end) for end in ("", ".*", "[[]*"))
@@ -145,7 +172,7 @@ def _is_at(path: str, where: str) -> bool:
 def _whole_where_stored_whole(
     here: Iterable[Part], select: Callable[[str], str | None], stored: Mapping[str, Leaf]
 ) -> list[Part]:
-    """The parts, in which vectors that the checkpoint has without the names of their elements are whole."""
+    """Returns the parts, with whole leaves where the checkpoint stores a vector without the paths of its elements."""
     found: dict[str, Part] = {}
     for part in here:
         target = select(part.leaf) if part.element is not None else None

@@ -1,4 +1,4 @@
-"""One checkpoint: ``save`` and ``restore``."""
+"""Saves and restores one checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fxtrain.core import LOOP
 from fxtrain.disk import make_folder
 from fxtrain.model._freezing import refuse_shared_counts
 
-_LARGE = 2**20  # bytes; below, a thread costs more than it brings
+_LARGE = 2**20  # bytes; reading smaller leaves in a thread does not pay
 
 Tree = TypeVar("Tree")
 Extra = Literal["keep", "drop"]
@@ -37,18 +37,17 @@ Extra = Literal["keep", "drop"]
 
 @dataclasses.dataclass(frozen=True)
 class Restoration:
-    """What was restored, and what of it needs to be known.
+    """A restored state, with a report of differences between the checkpoint, ``like`` and this process.
 
     Args:
-        state: As ``like``, with the values of the checkpoint.
+        state: A tree like ``like``, with the values of the checkpoint.
         path: The checkpoint's folder.
-        missing: Slots of ``like`` that the checkpoint did not have; they are as in ``like``.
-        extra: Slots of the checkpoint that ``like`` did not have; they were kept or dropped, as was asked.
-        outdated: Slots of the checkpoint that ``like`` did not have and that hold values of fresh parameters; they were
-            dropped.
-        shared: Slots that hold values of fresh and of other parameters, with counts for all of them.
-        different: What is not as it was at the save, of all that bitwise equality needs: one line each.
-        environment: All that bitwise equality needs, by name, as it was at the save.
+        missing: Slots that only ``like`` has. They keep their values.
+        extra: Slots that only the checkpoint has, except outdated ones. They were kept or dropped, as requested.
+        outdated: Slots that only the checkpoint has, with values of fresh parameters. They were dropped.
+        shared: Restored slots with values of fresh parameters and a count shared by all parameters.
+        different: One line for each entry of ``environment`` that differs now.
+        environment: The conditions of bitwise equality at the time of the save, by name.
     """
 
     state: Any
@@ -61,7 +60,11 @@ class Restoration:
     environment: Mapping[str, Any]
 
     def warn(self, stacklevel: int) -> None:
-        """Warns about everything that is not as it was at the save."""
+        """Warns about slots and environment values that differ, if there are any.
+
+        Args:
+            stacklevel: As for ``warnings.warn``, counted from the caller of this method.
+        """
         said = [f"the slot {name!r} is not in the checkpoint, and is initialized" for name in self.missing]
         kept = [name for name in self.extra if name in self.state.slots]
         said += [f"the slot {name!r} is in the checkpoint alone, and is kept" for name in kept]
@@ -81,21 +84,21 @@ class Restoration:
 
 
 def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
-    """Writes ``state`` to the folder ``path``, which must not be there yet.
+    """Writes ``state`` to the new folder ``path``.
 
-    The folder appears by one rename, after every file in it has reached the disk. Nothing is copied in memory. What
-    killed saves have left beside it is deleted.
+    The folder is created atomically, by a rename after all files are on disk. Contiguous CPU tensors are written
+    without a copy. Leftovers of killed saves in the parent folder are deleted.
 
     Args:
-        path: The folder to make. Folders above it are made as needed.
+        path: The folder to create. Missing parent folders are created too.
         state: A state, or any pytree of tensors.
-        metrics: Numbers to remember beside it.
+        metrics: Scalars to store with the checkpoint, by name.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: If the folder is there already, it cannot be written, or a leaf is no dense tensor.
+        CheckpointError: If the folder exists or cannot be written, or a leaf is not a dense tensor.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx
@@ -128,31 +131,33 @@ def restore(
     extra: Extra = "keep",
     device: torch.device | str | None = None,
 ) -> Tree:
-    """The state in the folder ``path``, verified, with the structure and on the devices of ``like``.
+    """Returns the verified state in the folder ``path``, with the structure and on the devices of ``like``.
 
-    Slots that the checkpoint does not have stay as in ``like``. That, slots that ``like`` does not have, and an
-    environment that may change the last bits of a resumed run are told by a warning.
+    Warns about slots that only one side has, and about differences of the environment that may change the last bits of
+    a resumed run.
 
     Args:
-        path: A folder that ``save`` or a checkpointer made.
-        like: A state of the same model and optimizer, or the kind of tree that was saved. Only its structure, shapes
-            and dtypes matter, so it may be on the meta device, and costs no memory there.
-        where: What to restore; the rest stays as in ``like``. A path as errors show it, ``"state.params"``, several of
-            them, or a mapping from paths in ``like`` to paths in the checkpoint,
-            ``{"state.params": "state.slots['average']"}``. A path with ``*`` or ``?`` is a pattern:
-            ``"state.*['encoder.*']"`` is all that belongs to the encoder, its update counts in the optimizer too. Both
-            sides must have the same there. By default everything.
-        fresh: Shell patterns of names of parameters and buffers, ``"head.*"``, that stay as in ``like``, with all that
-            belongs to them: optimizer state, update counts, averages in slots. They may have other shapes in the
-            checkpoint, or be on one side alone.
-        extra: Whether slots that ``like`` does not have are kept for a callback that comes back, or dropped.
-        device: Where the leaves of a ``like`` on the meta device are to be; by default the CPU.
+        path: A folder written by ``save`` or a checkpointer.
+        like: A state of the same model and optimizer, or a tree like the saved one. Its structure, shapes and dtypes
+            must match. Its values are used only for leaves that are not restored, so a ``like`` on the meta device,
+            which needs no memory, is enough to restore everything.
+        where: The paths to restore, by default all. One path as in error messages (``"state.params"``), several paths,
+            or a mapping from paths in ``like`` to paths in the checkpoint
+            (``{"state.params": "state.slots['average']"}``). A path with ``*`` or ``?`` is a pattern:
+            ``"state.*['encoder.*']"`` selects the encoder with its optimizer state and update counts. Both sides must
+            have the same leaves at these paths.
+        fresh: Shell patterns (``"head.*"``) of parameters and buffers that keep their values from ``like``, together
+            with their optimizer state, update counts, and averages in slots. Their shapes may differ, and they may
+            exist on one side only.
+        extra: ``"keep"`` or ``"drop"`` for slots that ``like`` lacks. Kept slots are restored when their callback is
+            attached again.
+        device: The device of leaves that are on the meta device in ``like``, by default the CPU.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, or a leaf has another shape or dtype, is missing or is too
-            many. The message names every such path with both sides.
-        ValueError: If a pattern of ``fresh`` matches no name, or the optimizer counts updates for all parameters
-            together, so that fresh ones would share a count with older ones.
+        CheckpointError: If the checkpoint is damaged, or a leaf has another shape or dtype or exists on one side only.
+            The message lists these paths with the shapes and dtypes of both sides.
+        ValueError: If a pattern of ``fresh`` matches no name, or the optimizer has one update count for all
+            parameters, which fresh parameters would share with restored ones.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx
@@ -172,7 +177,16 @@ def restore(
 
 
 def facts(contents: Any, device: torch.device, metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """The head of a manifest, as that of a checkpoint which belongs to no run."""
+    """Returns the head of a manifest for a checkpoint without a run.
+
+    Args:
+        contents: A ``Direct`` or ``Snapshot``.
+        device: The device of the state.
+        metrics: Scalars by name.
+
+    Raises:
+        CheckpointError: If the state's step is negative.
+    """
     step = contents.scalar(0) if root_of(contents.structure) == "state" else None  # a state's first leaf
     if step is not None and step < 0:
         raise CheckpointError(f"expected a state of step 0 or more, got step {step}.")
@@ -198,11 +212,17 @@ def read(
     notes: Mapping[str, str | tuple[str, ...]] | None = None,
     manifest: Mapping[str, Any] | None = None,
 ) -> Restoration:
-    """``restore``, with a report. ``notes`` are compared with those that a checkpointer's ``save`` was given.
+    """Restores a checkpoint and returns the state with a report of differences.
 
-    A note that is a tuple holds all values that do not count as a difference.
-
-    The manifest is read here unless the caller has done so.
+    Args:
+        path: As for ``restore``. So are ``like``, ``where``, ``fresh``, ``extra`` and ``device``.
+        like: The tree to restore.
+        where: What to restore.
+        fresh: Parameters and buffers that are not restored.
+        extra: What happens to slots that ``like`` lacks.
+        device: The device for leaves that are on the meta device in ``like``.
+        notes: Values to compare with the ``notes`` of ``Checkpointer.save``. A tuple matches any of its values.
+        manifest: The manifest, if the caller has read it already.
     """
     if extra not in ("keep", "drop"):
         raise ValueError(f"extra={extra!r}: 'keep' or 'drop' is wanted.")
@@ -244,17 +264,18 @@ def _of_callbacks(slots: Iterable[str]) -> list[str]:
 
 
 def device_of(state: Any) -> torch.device:
-    """Where a state, or most likely another tree, lives."""
+    """Returns the device of the first leaf, or the CPU for a tree without leaves."""
     return next((leaf.device for leaf in tree.leaves(state)), torch.device("cpu"))
 
 
 def _read_leaves(
     file: Leaves, like: list[Tensor], sources: list[Leaf | Elements | None], target: torch.device
 ) -> list[Tensor]:
-    """Each leaf from its source, or as it is.
+    """Returns the leaves, each read from its source or unchanged.
 
-    Large ones are read by a few threads, as one does not fill the memory's bandwidth. The memory comes from this
-    thread: a new one's allocator has none that was used before, and pages that are new cost more than reading.
+    Large leaves are read by several threads, because one does not saturate the memory bandwidth. Their memory is
+    allocated in this thread, because the allocator of a new thread has no pages to reuse, and first use of a page costs
+    more than reading.
     """
     found = list(like)
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -296,8 +317,7 @@ def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
 
 
 def _room(row: Leaf) -> tuple[Tensor, memoryview]:
-    # Memory of its own for each leaf, because the kernels of the same operation differ with the alignment of their
-    # inputs, to the bit.
+    # Each leaf has a separate allocation, because results of kernels can depend bitwise on the alignment of inputs.
     try:
         leaf = torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")
         return leaf, bytes_of(leaf)

@@ -1,7 +1,7 @@
-"""The table of a checkpoint: which bytes of its one file are whose.
+"""The table of a checkpoint's leaves: path, dtype, shape and position in ``leaves.bin``.
 
-Leaves lie one after another, the widest elements first: so each begins at a multiple of its element's size, without
-padding, and there is no byte that no checksum covers.
+Leaves are stored in order of decreasing element size. So each leaf is aligned to its element size without padding, and
+every byte of the file is covered by a checksum.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fxtrain.optim import PerParameter
 
 
 class Leaf(TypedDict):
-    """One row."""
+    """A row of the table."""
 
-    path: str  # code that reaches the leaf from the root
+    path: str  # code that accesses the leaf from the root
     entries: list[list[Any]]  # the same as [kind, key] pairs; kind is "attribute", "key" or "index"
     dtype: str
     shape: list[int]
     offset: int
     bytes: int
-    xxh3: str  # of the bytes: 16 hexadecimal digits
-    elements: NotRequired[list[list[Any]]]  # of a vector over parameters: the path of each element's parameter
+    xxh3: str  # checksum of the bytes, 16 hexadecimal digits
+    elements: NotRequired[list[list[Any]]]  # for a vector over parameters: the path of each element's parameter
 
 
 class Place(NamedTuple):
-    """Where a leaf's bytes are to be."""
+    """The dtype, shape and position of a leaf in the file."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -42,13 +42,13 @@ class Place(NamedTuple):
 
 
 def places(leaves: Sequence[Tensor]) -> list[Place]:
-    """A place for each leaf, in the order of the leaves."""
+    """Returns the place of each leaf, in the order of the leaves."""
     starts = offsets([(leaf.element_size(), leaf.nbytes) for leaf in leaves])
     return [Place(leaf.dtype, leaf.shape, start, leaf.nbytes) for leaf, start in zip(leaves, starts, strict=True)]
 
 
 def offsets(sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """The offset of each leaf in the file, by the sizes of its elements and of the whole, in bytes."""
+    """Returns the offset of each leaf in the file, given its element size and total size in bytes."""
     found, offset = [0] * len(sizes), 0
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index][0]):
         found[index] = offset
@@ -57,10 +57,15 @@ def offsets(sizes: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> Iterator[Leaf]:
-    """The table, in the order of the leaves.
+    """Yields the table, in the order of the leaves.
+
+    Args:
+        structure: The tree's structure.
+        placed: The place of each leaf.
+        checksums: The checksum of each leaf.
 
     Raises:
-        CheckpointError: If two leaves have one path.
+        CheckpointError: If two leaves have the same path.
     """
     root, elements = root_of(structure), element_paths(structure)
     seen: set[str] = set()
@@ -84,7 +89,7 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
 
 
 def element_paths(structure: Any) -> dict[int, Sequence[Sequence[Any]]]:
-    """By the index of each leaf that has one element for each parameter, the paths of these parameters."""
+    """Returns the parameter paths of each leaf that has one element per parameter, by the index of the leaf."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
     nodes = ops.tree_leaves(numbered, is_leaf=lambda node: isinstance(node, PerParameter), namespace=NAMESPACE)
     found: dict[Any, Sequence[Sequence[Any]]] = {
@@ -98,22 +103,22 @@ def element_paths(structure: Any) -> dict[int, Sequence[Sequence[Any]]]:
 
 
 def root_of(structure: Any) -> str:
-    """What paths begin with: states and other trees are told apart by it."""
+    """Returns the first word of all paths: ``"state"`` for states and ``"tree"`` for other trees."""
     return "state" if structure.type is TrainState else "tree"
 
 
 def keys_of(entries: Sequence[Sequence[Any]]) -> tuple[str, ...]:
-    """The keys of a row's path, without what kind of node holds each."""
+    """Returns the keys of a row's path as text, without the kinds of nodes."""
     return tuple(str(key) for _, key in entries)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As ``float32``."""
+    """Returns the name of a dtype, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def entry_of(entry: Any) -> list[Any]:
-    """One step of an accessor, as JSON holds it."""
+    """Returns one entry of an accessor as a ``[kind, key]`` pair for JSON."""
     match entry:
         case optree.NamedTupleEntry():
             return ["attribute", entry.field]
@@ -121,7 +126,7 @@ def entry_of(entry: Any) -> list[Any]:
             return ["index", entry.index]
         case optree.MappingEntry() if isinstance(entry.key, str | int):
             return ["key", entry.key]
-        case optree.MappingEntry():  # JSON has no such key: its code stands for it
+        case optree.MappingEntry():  # JSON cannot represent the key, so its code is stored
             return ["attribute", f"[{entry.key!r}]"]
         case optree.GetAttrEntry():
             return ["attribute", entry.name]
@@ -130,7 +135,7 @@ def entry_of(entry: Any) -> list[Any]:
 
 
 def code_of(entries: Sequence[Sequence[Any]]) -> str:
-    """The code that reaches a leaf by the entries of its row."""
+    """Returns the code that accesses a leaf, given the entries of its row."""
 
     def one(kind: str, key: Any) -> str:
         if kind == "attribute":

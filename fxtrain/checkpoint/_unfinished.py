@@ -1,7 +1,7 @@
-"""Unfinished: the folder that a checkpoint is written in, and those that killed writers have left.
+"""Temporary folders that checkpoints are written to, and cleanup of those left by killed writers.
 
-The writer holds a lock on its folder, which ends with its process. A process id would not tell: another process, or
-one on another machine, may have the same.
+A writer locks its folder, and the lock ends with its process. A process id could not identify the writer, because it
+may be reused by another process or on another machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAME = re.compile(rf"{re.escape(UNFINISHED)}.+-[0-9a-f]{{8}}")
 
 @contextlib.contextmanager
 def unfinished_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder beside ``path``, locked until the block is left, and deleted if that is by an exception."""
+    """Creates a folder next to ``path``, locks it during the block, and deletes it if the block raises."""
     folder, descriptor = _make_locked(path)
     try:
         yield folder
@@ -35,8 +35,8 @@ def clear_abandoned(above: pathlib.Path, files: Sequence[str]) -> None:
     """Deletes the unfinished folders in ``above`` whose writers have ended.
 
     Args:
-        above: Where to look.
-        files: The names of a checkpoint's files. A folder with any other file is left alone.
+        above: The folder to clean up.
+        files: The names of a checkpoint's files. Folders with any other file are not deleted.
     """
     for path in above.glob(f"{UNFINISHED}*"):
         if not _NAME.fullmatch(path.name):
@@ -55,14 +55,14 @@ def _make_locked(path: pathlib.Path) -> tuple[pathlib.Path, int]:
         folder = path.with_name(f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}")
         folder.mkdir()
         descriptor = os.open(folder, os.O_RDONLY)
-        # Without locks nothing is ever cleared. Otherwise another writer may have cleared it before it was locked.
+        # Another writer may have deleted the folder before it was locked. Without locks, nothing is ever deleted.
         if _try_lock(descriptor) is not False and folder.exists():
             return folder, descriptor
         os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock was free; None if the file system has no locks."""
+    """Returns whether the lock was acquired, or None if locks are not supported."""
     try:
         import fcntl
 

@@ -1,8 +1,8 @@
-"""Writer: jobs in a thread of their own, one after another, which no exception in the calling thread can lose.
+"""Runs jobs sequentially in a background thread, without losing jobs to exceptions in the calling thread.
 
-A signal handler may raise between any two instructions of the calling thread. So a job is handed over by one atomic
-append, counts as pending until it has run, and every wait starts the thread again. The locks and the deque are
-implemented in C: an exception inside ``threading.Event`` or a ``Future`` could leave their locks held.
+A signal handler may raise between any two instructions of the calling thread. So a job is submitted by one atomic
+append and stays pending until it has run, and every wait restarts the thread if necessary. Only locks and deques
+implemented in C are used, because an exception inside ``threading.Event`` or a ``Future`` could leave their locks held.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import weakref
 from collections.abc import Callable
 from multiprocessing import util
 
-_RECHECK = 1.0  # seconds after which a wait looks again, in case another waiter took the news
+_RECHECK = 1.0  # seconds between checks in a wait, in case another waiter consumed the notification
 
 
 class Writer:
-    """Runs jobs in their order. A job must not raise."""
+    """Runs jobs in order of submission. A job must not raise."""
 
     def __init__(self) -> None:
         self._reset()
@@ -28,16 +28,16 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether a job has not ended yet."""
+        """Whether any job is pending or running."""
         return bool(self._jobs)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Hands over a job. Once it is appended it is pending, whatever interrupts this call."""
+        """Submits a job. Once appended it stays pending, even if an exception interrupts this call."""
         self._jobs.append(job)
         self._start()
 
     def wait(self) -> None:
-        """Returns when no job is pending."""
+        """Blocks until no job is pending."""
         while self._jobs:
             if not self._running.locked():
                 self._start()
@@ -45,20 +45,20 @@ class Writer:
 
     def _reset(self) -> None:
         self._jobs: collections.deque[Callable[[], None]] = collections.deque()
-        self._running = _thread.allocate_lock()  # held by the one thread that runs jobs
+        self._running = _thread.allocate_lock()  # held by the thread that runs jobs
         self._news = _thread.allocate_lock()  # released after each job
         self._news.acquire()
 
     def _start(self) -> None:
         _finish_at_exit()
         try:
-            # Not threading.Thread, whose start() can be interrupted in a state in which the thread never runs.
+            # Not threading.Thread: an exception in its start() can leave a thread that never runs.
             _thread.start_new_thread(self._run, ())
-        except RuntimeError:  # no more threads, or the interpreter is ending
+        except RuntimeError:  # no more threads available, or the interpreter is shutting down
             self._run()
 
     def _run(self) -> None:
-        # The outer loop finds a job that was appended after the inner one ended and before the lock was released.
+        # The outer loop handles a job appended after the inner loop ended and before the lock was released.
         while self._jobs and self._running.acquire(blocking=False):
             try:
                 while self._jobs:
@@ -73,7 +73,7 @@ class Writer:
 
 
 _LIVE: weakref.WeakSet[Writer] = weakref.WeakSet()
-_registered_in = 0  # the process whose end waits for pending jobs
+_registered_in = 0  # the id of the process in which the finalizer is registered
 
 
 def _finish_at_exit() -> None:
@@ -85,8 +85,8 @@ def _finish_at_exit() -> None:
 
 
 def _finish() -> None:
-    # A process that Ctrl-C ends does not wait: a checkpoint is committed whole or not at all.
-    # In an interactive session the last exception is no reason for its end.
+    # A process ended by Ctrl-C does not wait, because commits are atomic. In an interactive session, last_type may be
+    # left over from an earlier Ctrl-C.
     interactive = hasattr(sys, "ps1") or hasattr(builtins, "get_ipython")
     if getattr(sys, "last_type", None) is KeyboardInterrupt and not interactive:
         return
@@ -95,7 +95,7 @@ def _finish() -> None:
 
 
 def _forget() -> None:
-    # A forked child has the pending jobs, but not the thread: they are the parent's.
+    # A forked child inherits the pending jobs, which the parent runs, but not the thread.
     for writer in list(_LIVE):
         writer._reset()
 
