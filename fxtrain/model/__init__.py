@@ -1,4 +1,4 @@
-"""The functional model: a module's memory as trees of tensors, and its code as a function of them."""
+"""The functional model: a module's parameters and buffers as trees of tensors, and its code as a function of them."""
 
 from fxtrain.model._architecture import Model as Model
 from fxtrain.model._architecture import model_of as model_of

@@ -1,4 +1,4 @@
-"""The architecture: the code of modules, as a function of their memory."""
+"""The code of modules, as a pure function of their parameters and buffers."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
 
 
 class Model(Layout):
-    """The architecture of a state: its modules, without memory. Static; two are equal where they compute the same.
+    """The static part of a state: its modules, without parameters and buffers.
 
-    The modules are copied once, onto the meta device, with their ties; the user's own are left as they were.
+    Two models are equal if they compute the same function of their parameters and buffers. The modules are copied to
+    the meta device, ties included. The user's modules are not modified.
 
     Args:
         modules: A module, or a pytree of modules and tensors.
@@ -68,8 +69,8 @@ class Model(Layout):
         )
         self._training, owned = without_memory(original)
         for module in self._training.children():
-            # A module that is in eval mode as a whole was loaded or used, not configured; single parts that are
-            # in eval mode, such as frozen batch norms, are meant.
+            # A whole module in eval mode was probably just loaded or evaluated. A submodule in eval mode, such as a
+            # frozen batch norm, is deliberate.
             if not module.training:
                 module.train()
         self._evaluating, owned_evaluating = evaluating(self._training)
@@ -86,7 +87,11 @@ class Model(Layout):
         self._choose(self.trainable)
 
     def training_only(self, trainable: Any) -> Model:
-        """The same architecture, of which these parameters are trained: a pytree of bools like them."""
+        """Returns the same model with other trainable parameters.
+
+        Args:
+            trainable: Pytree of bools like the parameters.
+        """
         other = copy.copy(self)
         other._choose(trainable)
         return other
@@ -97,9 +102,12 @@ class Model(Layout):
         hooked = map(operator.and_, masks, tree.leaves(self._hooked))
         self._hooks_at = tuple(itertools.compress(tree.paths(trainable, "state.params"), hooked))
         self._trained = frozenset(name for name, mask in self._flat(trainable).items() if mask)
-        self._written: frozenset[str] = frozenset()  # frozen parameters that calls have written
-        self._caches: frozenset[str] = frozenset()  # buffers of other shapes or places, which each call makes again
-        self._copies_arguments = False  # whether a function has written into its arguments
+        # Names of frozen parameters that calls have written.
+        self._written: frozenset[str] = frozenset()
+        # Names of buffers that calls add, delete, reshape or cast. Each call makes them again.
+        self._caches: frozenset[str] = frozenset()
+        # Whether a function has written into its arguments.
+        self._copies_arguments = False
         self._first: dict[Hashable, FirstCalls] = {}
         self._key = self._fingerprint, self._hooks_at, tuple(masks), structure, str(self.template)
 
@@ -115,28 +123,31 @@ class Model(Layout):
         finish: Callable[[Any], Any] | None = None,
         inside: Inside | None = None,
     ) -> Called:
-        """``function(model, *args)``, where ``model`` has these parameters and buffers, and what it wrote.
+        """Calls ``function(model, *args)`` with these parameters and buffers.
 
-        Inside, ``model`` is the module itself, so any method and any submodule can be called. Nothing outside
+        Inside the call, ``model`` is the module itself, so any method and any submodule can be called. Nothing outside
         changes: buffers are cloned first, and so are arguments and frozen parameters that calls write.
 
         Args:
-            params: Of this architecture.
-            buffers: Of this architecture.
+            params: Parameters of this architecture.
+            buffers: Buffers of this architecture.
             function: Any function of the model.
             *args: Its other arguments.
             train: Whether the modules are in training mode.
-            key: Where random numbers come from; without one, torch's functions draw as usual.
-            check: Whether the first call of this function is checked.
-            finish: Applied to what the function returns while the memory is still in place, for a backward pass that
-                computes parts of the forward pass again.
-            inside: From the modules by name, once they are filled, to a context that the function runs in.
+            key: Key of the random samples. Without one, torch's functions sample from the global generator.
+            check: Whether to check the first call of this function for side effects.
+            finish: Applied to the function's output while the tensors are still in place, so that a backward pass can
+                recompute parts of the forward pass.
+            inside: Maps the filled modules by name to a context in which the function runs.
+
+        Returns:
+            The output, the buffers after the call, and the frozen parameters that calls write.
 
         Raises:
-            RuntimeError: If the function writes into a trained parameter. At a checked call also if it writes into a
-                captured tensor, draws numbers that the key does not decide, adds parameters, or leaves attributes that
-                change the next call.
-            NotImplementedError: At a checked call, if the function adds hooks to parameters.
+            RuntimeError: If the function writes into a trained parameter. A checked call also raises if the function
+                writes into a captured tensor, takes random samples that do not depend on the key, adds parameters, or
+                leaves attributes that change the next call.
+            NotImplementedError: If a checked call adds hooks to parameters.
         """
         if torch.compiler.is_dynamo_compiling():
             output, buffers, written = self._call_in_dynamo(params, buffers, function, args, train, key, inside)
@@ -147,12 +158,13 @@ class Model(Layout):
         if key is None:
             return call(contextlib.nullcontext)
         if draws is False and not is_traced():
-            # Seeding would wait for a thread that makes batches, so what draws nothing is run without it.
+            # Seeding takes a process-wide lock that a data thread may hold, so functions without host sampling skip it.
             before = host.mark()
             result = call(contextlib.nullcontext)
             if before is None or not host.rewind_if_moved(before):
                 return result
-            draws = True  # it has begun to: this call is repeated from the key, and the next ones start there
+            # The function has begun to sample, so this call is repeated from the key, and later calls are seeded.
+            draws = True
             first.add(function, draws=True)
         examine = check and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
@@ -163,7 +175,7 @@ class Model(Layout):
         return result
 
     def first_calls(self, kind: Hashable) -> FirstCalls:
-        """The functions that have passed the checks of one kind."""
+        """Returns the record of functions that have passed the checks of one kind."""
         if kind not in self._first:
             self._first[kind] = FirstCalls()
         return self._first[kind]
@@ -178,7 +190,7 @@ class Model(Layout):
         *rest: Any,
         **options: Any,
     ) -> Called:
-        """A call that, if it is traced, changes nothing outside."""
+        """Runs the function. A traced call changes nothing outside the model."""
         call = functools.partial(self._repeated, params, buffers, function, args, train, *rest, **options)
         if not is_traced():
             return call()
@@ -186,13 +198,14 @@ class Model(Layout):
         return traced_apart(call, function, modules, self.first_calls(("outside", train)))
 
     def _repeated(self, *args: Any, **options: Any) -> Called:
-        """A call that is repeated with clones of what it is about to write."""
+        """Runs the call, and repeats it with clones when it is about to write into inputs."""
         probing = False
         while True:
             try:
                 return self._attempt(*args, probing=probing, **options)
             except WriteNoticed as noticed:
-                # The next attempt finds all that is written: momentum encoders have hundreds of parameters.
+                # One attempt with all frozen parameters cloned finds every one that is written. An attempt for each
+                # would be slow, because momentum encoders have hundreds.
                 probing |= noticed.frozen
                 self._copies_arguments |= not noticed.frozen
 
@@ -255,7 +268,7 @@ class Model(Layout):
             replaced = {name: value for name in frozen if (value := template.parameter(name)) is not tensors[name]}
             self._written |= replaced.keys()
             tensors |= replaced
-            # Read while they are in place: a module may write a buffer or put another in its place.
+            # Read before the template is restored, because a module may assign a new buffer.
             after = template.buffers()
             written = {name: writes.apart(name, tensors[name].detach()) for name in self._written}
             odd = template.odd_buffers(flat_buffers)
@@ -285,7 +298,7 @@ class Model(Layout):
         )
 
     def _named_trained(self, params: Any, flat: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that no call may write, by what errors call them; bare tensors are among them."""
+        """Yields the parameters that no call may write, bare tensors included, with their paths for errors."""
         for name in self._trained:
             yield self._templates[True].path(name), flat[name]
         places = zip(tree.paths(self.template, "model"), tree.leaves(self.template), strict=True)
@@ -312,8 +325,8 @@ class Model(Layout):
             tensors = {**flat, **clones, **{name: value.clone() for name, value in old.items()}}
             filled = {slot: tensors[name] for slot, name in self._slots.items()}
             caller = self._training if train else self._evaluating
-            # Each place is named once, ties among them: left to functional_call, a module under two names would be
-            # filled twice, and keep the state's tensors.
+            # Every slot is named once, ties included. The tying of functional_call would fill a module with two names
+            # twice, and leave the state's tensors in it.
             output, written = functional_call(
                 caller, filled, (self.template, params, function, args), tie_weights=False
             )
@@ -326,7 +339,11 @@ class Model(Layout):
         return contextlib.nullcontext() if inside is None else inside(self.named_modules(train=train))
 
     def named_modules(self, *, train: bool) -> dict[str, nn.Module]:
-        """The modules by name, as patterns of parameters have it; the names of a tree begin with its keys."""
+        """Returns the modules by the names that patterns of parameters use. In a tree, names begin with its keys.
+
+        Args:
+            train: Whether to return the modules in training mode.
+        """
         roots = [as_name(path) for path in leaf_paths(self.template)]
         prefixes = {number: name for number, name in zip(tree.leaves(self.template), roots, strict=True) if number}
         named: dict[str, nn.Module] = {}
@@ -336,25 +353,26 @@ class Model(Layout):
         return named
 
     def restore(self) -> bool:
-        """Puts back the modules after code that Dynamo compiled, which writes their attributes by itself.
+        """Restores the modules after code compiled by Dynamo, which writes their attributes directly.
 
         Returns:
-            Whether it had written any.
+            Whether any attribute had been written.
         """
         written = [template.restore() for template in self._templates]
         return any(written)
 
     def refuse_hooks(self) -> None:
-        """Raises if a trainable parameter has hooks, which would not run.
+        """Raises if a trainable parameter has hooks, because they would not run.
 
         Raises:
-            NotImplementedError: Naming the parameters.
+            NotImplementedError: Names the parameters.
         """
         if self._hooks_at:
             raise hooks_refused(self._hooks_at)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_first": {}}  # functions have no place in a copy or a file
+        # The user's functions must not be copied or pickled.
+        return {**self.__dict__, "_first": {}}
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Model) and self._key == other._key)
@@ -367,10 +385,10 @@ class Model(Layout):
 
 
 def model_of(state: TrainState) -> Model:
-    """The state's architecture.
+    """Returns the state's model.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If the state has none.
     """
     if state.model is None:
         raise ValueError("This state has no model: make it with fxtrain.init(module, tx).")
@@ -383,13 +401,13 @@ def _functional(key: rng.Key | None, writes: Writes) -> Iterator[None]:
         yield
         return
     with rng.functional(key) as mode, replayed():
-        # torch.compile would trace what it looks at.
+        # torch.compile would trace the checks.
         mode.watch = None if is_forward_wrapped() else writes
         yield
 
 
 def _kept_shape(after: Tensor | None, before: Tensor) -> Tensor:
-    """The buffer after a call; before it, where the call made a cache of another shape of it."""
+    """Returns the buffer after a call, or before it if the call changed its shape or dtype."""
     return before if after is None or after.shape != before.shape or after.dtype != before.dtype else after
 
 

@@ -1,4 +1,4 @@
-"""Captured values: what a function reads besides its arguments, from closures, globals and defaults."""
+"""Finds the values that a function reads from closures, globals and defaults."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from fxtrain.core._frames import is_of_users
 
-_DEEPEST = 3  # functions that functions call
+# Maximum depth of the calls that are followed.
+_DEEPEST = 3
 
 
 def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """The values that a function and the functions of users that it calls read, each with a name for it.
+    """Yields the values that a function reads besides its arguments, with their names.
 
-    Modules, classes, functions and attributes that are looked up while it runs are not among them.
+    User-defined functions that it calls are searched too. Python modules, classes, functions, and attributes looked up
+    at run time are left out.
 
     Example:
         >>> scale = 2.0
@@ -35,7 +37,7 @@ def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 
 def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a function captured, by name, those of modules and containers among them."""
+    """Yields the tensors that a function captures, with their names. Modules and containers are searched."""
     seen: set[int] = set()
     todo = list(captured(function))[::-1]
     while todo and len(seen) < _MOST_PARTS:
@@ -52,7 +54,7 @@ def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
-    """What a container or an object of users' classes holds."""
+    """Returns the elements of a container, or the attributes of a user-defined object, with their names."""
     if isinstance(part, dict):
         return [(f"{name}[{key!r}]", value) for key, value in part.items()]
     if isinstance(part, list | tuple | set | frozenset | collections.deque):
@@ -62,15 +64,16 @@ def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
     return [(f"{name}.{key}", value) for key, value in getattr(part, "__dict__", {}).items()]
 
 
-_MOST_PARTS = 4096  # that are looked at
+# Maximum number of values that are searched for tensors.
+_MOST_PARTS = 4096
 
 
 def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The clocks that a function reads by a name of its own: namespace, name, clock.
+    """Yields the clocks that a function reads through a global name, as (namespace, name, clock).
 
     Args:
-        function: A function of the user's.
-        watched: What counts as a clock.
+        function: A user-defined function.
+        watched: The callables that count as clocks.
 
     Example:
         >>> from time import perf_counter
@@ -84,7 +87,7 @@ def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tup
 
 
 def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
-    """What a function and those that it calls read: the reader, the name and the value.
+    """Yields what a function and those that it calls read, as (reader, name, value).
 
     Example:
         >>> scale = 2.0
@@ -106,7 +109,7 @@ def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _is_ours(part: Any) -> bool:
-    """Whether it is code of this library, such as a step around a loss function."""
+    """Whether this is code of fxtrain, such as a step around a loss function."""
     if isinstance(part, types.FunctionType):
         return part.__code__.co_filename.startswith(_ours())
     return type(part).__module__.startswith("fxtrain.")

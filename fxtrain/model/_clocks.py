@@ -1,4 +1,4 @@
-"""Clocks and the operating system's entropy: what a traced function may not read, as its graph would repeat it."""
+"""Detects reads of clocks and of the operating system's entropy, whose values a graph would repeat at each call."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ARGUMENTS_BEFORE_TIME = {time.strftime: 1}
 
 @contextlib.contextmanager
 def reads_noticed(function: Callable[..., Any]) -> Iterator[list[str]]:
-    """A context that notes reads of clocks and of ``os.urandom`` by the user's files, in this thread alone.
+    """Records reads of clocks and of ``os.urandom`` by the user's files, in this thread only.
 
     Args:
-        function: The function that runs inside. Clocks that it has under names of its own are watched too.
+        function: The function that runs inside. Clocks that it imported under global names are watched too.
 
     Yields:
-        A list that grows by ``call at file:line`` for each read. ``random.Random()`` without a seed is one, as it reads
-        the system's entropy.
+        A list to which each read appends ``call at file:line``. ``random.Random()`` without a seed counts, because it
+        reads the system's entropy.
     """
     read: list[str] = []
     thread = threading.get_ident()
@@ -40,7 +40,8 @@ def reads_noticed(function: Callable[..., Any]) -> Iterator[list[str]]:
 
     def watched_clock(clock: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:
-            if len(args) <= _ARGUMENTS_BEFORE_TIME.get(clock, 0):  # a time that is given is no read of the clock
+            # With an explicit time, the function does not read the clock.
+            if len(args) <= _ARGUMENTS_BEFORE_TIME.get(clock, 0):
                 note(f"time.{clock.__name__}()", _caller())
             return clock(*args)
 
@@ -85,7 +86,7 @@ WATCHED = (*CLOCKS, datetime.datetime, random.Random)
 
 
 def _watched_datetime(note: Callable[[str], None]) -> Any:
-    """A stand-in for the class ``datetime.datetime`` that notes reads of the clock. Its instances are real ones."""
+    """Returns a stand-in for ``datetime.datetime`` that reports reads of the clock. Its instances are real ones."""
     real = datetime.datetime
 
     class Meta(type):
@@ -106,7 +107,7 @@ def _watched_datetime(note: Callable[[str], None]) -> Any:
 
 
 def _watched_random(note: Callable[[], None]) -> Any:
-    """A stand-in for the class ``random.Random`` that notes objects without a seed. Its instances are real ones."""
+    """Returns a stand-in for ``random.Random`` that reports generators without a seed. Its instances are real ones."""
     real = random.Random
 
     class Meta(type):
@@ -125,7 +126,7 @@ def _watched_random(note: Callable[[], None]) -> Any:
 
 
 def _caller() -> str | None:
-    """``file:line`` of the code that reads, if it is the user's own."""
+    """Returns ``file:line`` of the calling code, or None if it is not the user's."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
@@ -135,7 +136,7 @@ def _caller() -> str | None:
 
 
 def _caller_behind_library() -> str | None:
-    """``file:line`` of the user's code that leads here through the standard library alone, as through ``secrets``."""
+    """Returns ``file:line`` of user code that calls through the standard library only, as with ``secrets``, or None."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename

@@ -1,4 +1,4 @@
-"""Comparison of what a function of a model returned by two ways, up to rounding."""
+"""Compares two outputs of the same computation, up to rounding."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.rng._tracing import unwatched
 
-_NOISE = 128  # rounding errors of the largest element, which an element that cancels to zero may keep
+# Absolute tolerance in rounding errors of the largest element, because elements that cancel to zero keep such errors.
+_NOISE = 128
 _DEEPEST = 16
 
 
 def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = True) -> bool:
-    """Whether two values hold the same tensors, up to the order of sums.
+    """Returns whether two values hold the same tensors, up to the order of sums.
 
     Args:
-        ours: Pytrees, also of containers that no pytree knows: mappings, dataclasses and sequences.
-        theirs: The reference.
-        unit: A magnitude below which differences are measured against it.
-        integers: Whether tensors of integers and bools are compared. They must be equal.
+        ours: A pytree. Mappings, dataclasses and sequences that are not registered as pytrees are searched too.
+        theirs: The reference, of the same kind.
+        unit: The smallest magnitude that the tolerance scales with. Smaller tensors get the tolerance of this one.
+        integers: Whether integer and bool tensors are compared. They must be equal.
 
     Returns:
-        Also True where ``torch.func.vmap`` hides the elements.
+        Whether all tensors are close. Always True if ``torch.func.vmap`` hides the elements.
 
     Example:
         >>> import torch
@@ -44,12 +45,12 @@ def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = Tru
         with unwatched(), torch.no_grad():
             largest = max((_size(two) for two in pairs[1]), default=0.0)
             return all(_is_close(*pair, unit, largest, integers) for pair in zip(*pairs, strict=True))
-    except RuntimeError:  # batched by vmap
+    except RuntimeError:  # Batched by vmap.
         return True
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The tensors of a value in a fixed order.
+    """Yields the tensors of a value in a fixed order.
 
     Example:
         >>> import torch

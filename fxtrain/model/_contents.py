@@ -1,4 +1,4 @@
-"""The Python contents of modules: their attributes, and the containers and objects among these, however nested."""
+"""Snapshots and restores the Python attributes of modules, including nested containers and objects."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from torch import Tensor, nn
 
 from fxtrain.rng import _host as host
 
-_TENSORS = ("_parameters", "_buffers")  # attributes of a module that a call fills from the state
+# Attributes of a module that a call fills from the state.
+_TENSORS = ("_parameters", "_buffers")
 _ATOMS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, Tensor, torch.Generator)
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
-_MANY_ELEMENTS = 4096  # a longer list or dict is compared as a whole, without a path for each element
+# Longer lists and dicts are compared as a whole, without a path for each element.
+_MANY_ELEMENTS = 4096
 
 
 class Contents:
-    """What the containers below some modules hold, to be put back.
+    """A snapshot of the containers below some modules, from which they can be restored.
 
     Args:
-        roots: Modules by their path.
-        owned: The ids of plain objects whose attributes count. Others are shared with the rest of the program: copying
-            a module does not copy a logger or a member of an enum.
+        roots: Modules by path.
+        owned: Ids of the plain objects whose attributes are included. Other objects are shared with the rest of the
+            program, such as loggers and enum members, which are not copied with a module.
     """
 
     def __init__(self, roots: Mapping[str, nn.Module], owned: Collection[int]) -> None:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._others: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, dict[str, Any]]] = []
-        self._empty: list[Any] = []  # most containers are: a hook's dict, which needs a look only
+        # Most containers are empty, such as dicts of hooks. A truth test is enough for them.
+        self._empty: list[Any] = []
         self.containers: list[Any] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.generators: list[tuple[str, Any, Any]] = []
@@ -63,7 +66,7 @@ class Contents:
             self._others.append((values, dict(values) if isinstance(values, dict) else list(values)))
 
     def is_intact(self) -> bool:
-        """Whether each container holds what it held: the same objects."""
+        """Returns whether each container still holds the same objects."""
         return (
             not any(self._empty)
             and all(
@@ -77,7 +80,7 @@ class Contents:
         )
 
     def put_back(self) -> None:
-        """Gives each container what it held."""
+        """Restores all containers, generators and slots."""
         for now, before in self._dicts:
             now.clear()
             now.update(before)
@@ -94,9 +97,9 @@ class Contents:
 
 
 def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, Any]:
-    """The values in the attributes of modules, by path; of a container, the type and the values.
+    """Returns the attribute values of modules, by path. A container contributes its type and its values.
 
-    Parameters and buffers of the modules are left out. What can change in place is copied.
+    Parameters and buffers are left out. Values that can change in place are copied.
     """
     found: dict[str, Any] = {}
     for path, part in _walk(roots, owned):
@@ -112,9 +115,9 @@ def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, 
 
 
 def are_alike(value: Any, other: Any, read: Collection[int] = ()) -> bool:
-    """Whether two values of ``leaves`` leave the next call where it was.
+    """Returns whether replacing one value of ``leaves`` by the other leaves the next call unchanged.
 
-    Two tensors do, unless the id of the second is among ``read``: one that nothing reads is no state.
+    Any two tensors are alike unless the id of one is in ``read``, because a tensor that nothing reads is not state.
     """
     if value is other:
         return True
@@ -136,12 +139,12 @@ _COMPARED = (
 
 
 def _walk(roots: Mapping[str, nn.Module], owned: Collection[int], *, memory: bool = False) -> Iterator[tuple[str, Any]]:
-    """Each container, module, owned object and tensor below the roots, once, with its path.
+    """Yields each container, module, owned object and tensor below the roots once, with its path.
 
     Args:
-        roots: Modules by their path.
-        owned: The ids of plain objects to look into.
-        memory: Whether parameters and buffers, and the dicts that hold them, are among it.
+        roots: Modules by path.
+        owned: Ids of the plain objects to search.
+        memory: Whether to include parameters and buffers, and the dicts that hold them.
     """
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = list(roots.items())[::-1]
@@ -205,7 +208,7 @@ def _is_kept(value: Any) -> bool:
 
 
 def _values(part: Any) -> Any:
-    """The container that holds what a part holds."""
+    """Returns the container of a part's contents: the part itself, or its ``__dict__``."""
     return part if _is_container(part) else getattr(part, "__dict__", None)
 
 
@@ -224,7 +227,7 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 
 def _frozen(value: Any) -> Any:
-    """A value that later changes in place do not reach."""
+    """Returns a value that later in-place changes do not affect."""
     if isinstance(value, weakref.ref):
         return value()
     if isinstance(value, np.ndarray):
@@ -238,21 +241,26 @@ def _frozen(value: Any) -> Any:
 
 
 def _base(values: Any) -> Any:
-    """The built-in type of a container: a subclass may forbid what puts its contents back."""
+    """Returns the built-in type of a container, because a subclass may override the methods that restore it."""
     return next(
         kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind)
     )
 
 
 def _in_order(values: Any) -> Any:
-    """The elements, keys of dicts among them; a set that holds the same elements is read in the same order."""
+    """Returns the elements, keys of dicts included. An unchanged set iterates in the same order."""
     if isinstance(values, dict):
         return [element for item in values.items() for element in item]
     return values
 
 
 def refill(now: Any, before: Any) -> None:
-    """Puts back what a container held."""
+    """Restores the contents of a container.
+
+    Args:
+        now: The container.
+        before: Its elements: a dict if it is one, otherwise a collection.
+    """
     base = _base(now)
     if isinstance(before, dict):
         if len(now) == len(before) and all(key in now and base.__getitem__(now, key) is before[key] for key in before):

@@ -1,4 +1,4 @@
-"""Fingerprint: what of a module decides what it computes, beside its memory; two that are equal compute the same."""
+"""Hashable descriptions of modules: modules with equal ones compute the same function of parameters and buffers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _PLAIN = (
 
 
 def fingerprint(root: nn.Module) -> Hashable:
-    """Types, names, ties, shapes and settings of all modules below ``root``.
+    """Returns the types, names, ties, shapes and settings of all modules below ``root``.
 
-    Settings that cannot be compared by value are equal to nothing but themselves.
+    Settings that cannot be compared by value equal only themselves.
     """
-    places: dict[int, int] = {}  # of a tensor: where it was met first, which tells ties
+    # Number of each tensor by id, in order of first occurrence. Tied tensors have the same.
+    places: dict[int, int] = {}
     tensors = [
         (name, tuple(value.shape), value.dtype, places.setdefault(id(value), len(places)))
         for named in (root.named_parameters, root.named_buffers)
@@ -35,7 +36,7 @@ def fingerprint(root: nn.Module) -> Hashable:
 
 
 class _Itself:
-    """Equal to nothing but itself."""
+    """Equal only to itself."""
 
 
 def _settings(attributes: Mapping[str, Any]) -> Hashable:

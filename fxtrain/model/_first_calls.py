@@ -1,9 +1,9 @@
-"""First calls: what is checked when a function first runs a model, so that later calls cost nothing.
+"""Checks made when a function first runs a model, so that later calls need none.
 
-A step is a pure function, so the Python attributes of modules are put back after each call. A module that counts its
-calls, or keeps a hidden state on itself, would silently start from the same values at every step. A module that builds
-a cache, sets a flag, or stores its last attention for inspection is not affected. A second call, which starts where the
-first one ended, separates the two: a cache then stays as it is, and a counter counts on.
+A step is a pure function, so the Python attributes of modules are restored after each call. A module that counts its
+calls, or stores a hidden state as an attribute, would silently start from the same values at every step. A module that
+builds a cache, sets a flag, or stores its last attention map for inspection is not affected. A second call that starts
+from the attributes the first one left separates the two: a cache stays the same, and a counter advances.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from fxtrain.model._writes import written_by
 from fxtrain.rng._frames import inlined_only
 from fxtrain.rng._tracing import is_traced, unrecorded
 
-_SHOWN = 3  # attributes named in an error
+# Maximum number of attributes named in an error.
+_SHOWN = 3
 
 
 class ValuesNeededError(RuntimeError):
-    """A check that compares values was reached while tracing: run the step once uncompiled, and trace it then."""
+    """A check needs tensor values, but the function is being traced. Run the step once uncompiled before tracing it."""
 
 
 class FirstCalls:
-    """Which functions of users have run one model, and whether they drew random numbers of the host there.
+    """Records which user functions have run a model, and whether they took random samples on the host.
 
-    Functions that a step creates at each call are recognized by their code after some calls.
+    Functions that a step creates at each call are recognized by their code after a few calls.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class FirstCalls:
         self._codes: dict[Any, tuple[int, bool]] = {}
 
     def draws(self, function: Callable[..., Any]) -> bool | None:
-        """Whether calls draw from Python's or numpy's generator; None before the first call."""
+        """Returns whether calls sample from Python's or numpy's generator, or None before the first call."""
         key, part = _identity(function)
         alive, draws = self._seen.get(key, (None, False))
         if alive is not None and alive() is part:
@@ -55,11 +56,16 @@ class FirstCalls:
         return draws if count >= _ENOUGH else None
 
     def has_seen_like(self, function: Callable[..., Any]) -> bool:
-        """Whether a function of the same code has passed."""
+        """Returns whether a function with the same code has passed."""
         return _code(function) in self._codes
 
     def add(self, function: Callable[..., Any], *, draws: bool = False) -> None:
-        """Notes that a call has passed."""
+        """Records that a call has passed.
+
+        Args:
+            function: The function that was called.
+            draws: Whether it sampled from Python's or numpy's generator.
+        """
         key, part = _identity(function)
         if len(self._seen) >= _MOST:
             self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
@@ -72,8 +78,10 @@ class FirstCalls:
         self._codes[_code(function)] = count + 1, drew or draws
 
 
-_ENOUGH = 8  # functions of one code that are examined
-_MOST = 64  # functions that are kept before those that are gone are dropped
+# Number of functions with the same code that are checked.
+_ENOUGH = 8
+# Number of entries at which those of deleted functions are dropped.
+_MOST = 64
 
 
 def _same(part: Any) -> Any:
@@ -81,7 +89,7 @@ def _same(part: Any) -> Any:
 
 
 def _identity(function: Any) -> tuple[Hashable, Any]:
-    """A key, and the object that lives as long as it holds: a bound method is made at each access."""
+    """Returns a key, and the object whose lifetime limits it. Bound methods are recreated at each access."""
     if isinstance(function, types.MethodType):
         return (id(function.__self__), function.__func__), function.__self__
     return id(function), function
@@ -105,21 +113,21 @@ def refuse_state(
     buffers: Mapping[str, Tensor],
     odd: Mapping[str, Tensor],
 ) -> None:
-    """Raises if the Python attributes of modules, or buffers that no state holds, matter to a second call.
+    """Raises if a second call depends on Python attributes that the first one changed, or on buffers outside the state.
 
     Args:
         who: The function that runs the modules, for errors.
-        template: In use, and as the first call left it.
+        template: The template, still entered, as the first call left it.
         before: Its ``leaves`` before that call.
-        output: Of that call.
+        output: Output of that call.
         again: Makes the second call, and returns its output.
-        compared: Whether an earlier call has compared the outputs, so that a trace need not.
-        buffers: Those that the modules were filled with.
-        odd: Those among them that the first call reshaped, cast or removed, by path.
+        compared: Whether the outputs of an earlier call were compared, so that a trace need not.
+        buffers: The buffers that the modules were filled with.
+        odd: Those of them that the first call reshaped, cast or removed, by path.
 
     Raises:
-        RuntimeError: Naming the attributes, their values and what to do.
-        ValuesNeededError: While tracing, if attributes changed in a way that only the outputs can tell.
+        RuntimeError: Names the attributes and their values.
+        ValuesNeededError: While tracing, if only the outputs can show whether changed attributes matter.
     """
 
     def leaves() -> dict[str, Any]:
@@ -157,16 +165,17 @@ def refuse_state(
 
 
 def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tensor], names: Collection[str]) -> None:
-    """Raises if a call put a parameter where there was none, or another in the place of one.
+    """Raises if a call added a parameter, replaced one, or added hooks to one.
 
     Args:
         who: The function that ran the modules, for errors.
-        template: In use, and as the call left it.
-        tensors: What it was filled with.
-        names: Those among them that are parameters.
+        template: The template, still entered, as the call left it.
+        tensors: The tensors that the modules were filled with, by name.
+        names: The names of parameters among them.
 
     Raises:
-        RuntimeError: Naming the parameter.
+        RuntimeError: If a parameter was added or replaced.
+        NotImplementedError: If hooks were added.
     """
     for prefix, module in template.root.named_modules():
         for key, value in module._parameters.items():
@@ -191,7 +200,7 @@ def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tenso
 
 
 def hooks_refused(paths: Iterable[str]) -> NotImplementedError:
-    """The error for parameters with hooks."""
+    """Returns the error for parameters with hooks."""
     return NotImplementedError(
         f"expected parameters without hooks, got hooks on {', '.join(paths)} (register_hook or "
         "register_post_accumulate_grad_hook), which a step would not run, as it computes gradients as values. Remove "
@@ -209,7 +218,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any], read: Collection[int
 
 
 class _Missing:
-    """Stands for the value of an attribute that does not exist."""
+    """Marks an attribute that does not exist."""
 
 
 def _refusal(
@@ -251,14 +260,14 @@ def _shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
-    """Raises at the end if an operator read a tensor without memory, from a place that no call fills.
+    """Raises on exit if an operation read a meta tensor, through a reference that no call fills.
 
     Args:
         who: The function that runs the modules, for errors.
-        empty: Their paths by id.
+        empty: Paths of the meta tensors, by id.
 
     Raises:
-        RuntimeError: Naming the tensor.
+        RuntimeError: Names the tensor.
     """
     with Reads(empty) as reads:
         yield
@@ -271,7 +280,7 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
 
 @inlined_only
 class Reads(TorchFunctionMode):
-    """Notes which of some tensors an operation reads, and into which it writes."""
+    """Records which of the watched tensors operations read, and which tensors they write in place."""
 
     def __init__(self, watched: Collection[int]) -> None:
         super().__init__()

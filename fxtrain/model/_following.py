@@ -1,4 +1,4 @@
-"""Following: numbers that a function draws from Python's and numpy's generators, as a function of the step's key."""
+"""Seeds the generators of Python and numpy from the step's key while a function runs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from fxtrain.rng._tracing import host_seed, is_traced
 
 
 class UnseededError(RuntimeError):
-    """A function drew random numbers, or read a clock, where only the run's seed may decide."""
+    """A function took random samples that do not depend on the run's seed alone, or read a clock."""
 
 
 class Following:
-    """A context, to be entered for each run of a function, in which the host's generators start from the key.
+    """Makes a context for each run of a function, in which the global host generators are seeded from a key.
 
     Args:
-        key: Where in the run.
-        function: What is run.
-        compare: Whether to notice draws; without it ``moved`` stays False.
-        generators: Generator objects that the function can reach, with a name for each.
+        key: The key of this call.
+        function: The function that runs.
+        compare: Whether to detect sampling from the host's generators. Always done if the key has no values, as in a
+            trace.
+        generators: Generator objects that the function can reach, with their names.
+
+    Attributes:
+        moved: Whether the last run sampled from a global generator, if that was detected.
 
     Raises:
-        UnseededError: At the end, if the function drew from one of ``generators``, or from a global generator where the
-            key has no values: in a graph the draw would be a constant, and under vmap the same for all members.
-            Also if it read a clock while it was traced.
+        UnseededError: On exit, if the function sampled from one of ``generators``, or from a global generator while the
+            key has no values. A graph would hold the sample as a constant, and vmap would share it between members.
+            Also if the function read a clock while it was traced.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Following:
 
 @contextlib.contextmanager
 def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
-    """Raises at the end if the user's code read a clock or the operating system's entropy."""
+    """Raises on exit if the user's code read a clock or the operating system's entropy."""
     with reads_noticed(function) as read:
         yield
     if read:
@@ -80,7 +84,7 @@ def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def generators_in(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """The generator objects of Python and numpy that a function captured."""
+    """Returns the generator objects of Python and numpy that a function captures, with their names."""
     found: dict[int, tuple[str, Any]] = {}
     for name, value in captured(function):
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()

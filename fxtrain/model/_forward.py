@@ -1,4 +1,4 @@
-"""Forward passes of a thread by another compiler: functions of models are wrapped where ``Model.call`` runs them."""
+"""A context that wraps the functions run by ``Model.call``, so that another compiler can compile the forward pass."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _here = _Here()
 
 @contextlib.contextmanager
 def forward_by(wrap: Wrap | None) -> Generator[None]:
-    """Functions of a model that ``Model.call`` runs inside are ``wrap(function)``, in this thread alone.
+    """Makes ``Model.call`` run ``wrap(function)`` in place of ``function`` inside the context, in this thread only.
 
     Args:
-        wrap: From a function ``(model, *args)`` to one that computes the same; None for the function itself.
+        wrap: Maps a function ``(model, *args)`` to one that computes the same. None leaves functions unwrapped.
 
     Example:
         >>> import fxtrain as fx
@@ -40,10 +40,10 @@ def forward_by(wrap: Wrap | None) -> Generator[None]:
 
 
 def is_forward_wrapped() -> bool:
-    """Whether this thread is inside ``forward_by`` with a wrap."""
+    """Returns whether this thread is inside ``forward_by`` with a wrap."""
     return _here.wrap is not None
 
 
 def forward_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as ``forward_by`` wraps it."""
+    """Returns the function, wrapped by the innermost ``forward_by``."""
     return function if _here.wrap is None else _here.wrap(function)

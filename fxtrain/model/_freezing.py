@@ -1,4 +1,4 @@
-"""Freezing parts of a model: which parameters are differentiated at all."""
+"""Selects which parameters of a state are trainable."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fxtrain.optim._nodes import as_code, as_name, children, leaf_paths, rebuilt
 
 
 def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
-    """The state with these parameters trained, and no others.
+    """Returns a state in which only the matching parameters are trainable.
 
     Frozen parameters get no gradients and no optimizer state, so steps are faster and use less memory. Changing the
     selection recompiles the step. Optimizer state is kept for parameters that stay trainable, and initialized for newly
     unfrozen ones.
 
-    Optimizers count the updates of each parameter, so a newly unfrozen one gets the steps of a fresh optimizer, as in
-    ``torch.optim``; schedules go on. A transformation of your own with one count of updates for all parameters refuses
-    newly unfrozen ones in mid-run, because a correction for a start that is long past would make their first steps
-    several times too large; ``fxtrain.optim.start_counts`` counts for each parameter. To restart the optimizer state of
-    all parameters, give ``state.replace(opt_state=())``.
+    Optimizers count the updates of each parameter, so a newly unfrozen one gets the updates of a fresh optimizer, as in
+    ``torch.optim``. Schedules are not reset. A custom transformation with one update count for all parameters raises,
+    because its bias correction would make the first updates of newly unfrozen parameters several times too large.
+    ``fxtrain.optim.start_counts`` adds a count for each parameter. To reset the optimizer state of all parameters, pass
+    ``state.replace(opt_state=())``.
 
     Args:
         state: Any state with a model.
-        tx: As given to ``init``.
-        parameters: Shell patterns of parameter names: ``"head.*"``; ``"*"`` is all.
+        tx: The transformation given to ``init``.
+        parameters: Shell-style patterns of parameter names, such as ``"head.*"``. ``"*"`` selects all.
 
     Raises:
-        ValueError: If a pattern matches no parameter that can be trained, or if a newly unfrozen parameter would share
-            a count with parameters that have been trained.
+        ValueError: If a pattern matches no floating or complex parameter, or if a newly unfrozen parameter would share
+            an update count with parameters that were trained before.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -69,7 +69,7 @@ def _can_be_trained(leaf: Tensor) -> bool:
 
 
 def _carried(old: Any, fresh: Any) -> Any:
-    """The fresh optimizer state, with what the old one has at the same places."""
+    """Returns the fresh optimizer state, with values of the old one wherever they fit."""
     if isinstance(fresh, PerParameter):
         return fresh.updated(old) if isinstance(old, PerParameter) and _is_like(old.values, fresh.values, 1) else fresh
     inner = children(fresh)
@@ -84,17 +84,17 @@ def _is_like(old: Tensor, new: Tensor, first_dim: int = 0) -> bool:
 
 
 def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, path: str = "") -> None:
-    """Refuses an optimizer state whose count of updates is that of older parameters too.
+    """Raises if newly initialized optimizer state shares an update count with parameters that were trained before.
 
     Args:
         node: The new optimizer state, or a node of it.
-        fresh: The identities of the leaves that were just initialized.
-        caller: What the error begins with.
-        remedy: What else the caller offers, as the end of a sentence.
-        path: The node's.
+        fresh: Ids of the leaves that were just initialized.
+        caller: The function named at the start of the error.
+        remedy: An alternative for the user, as the end of a sentence.
+        path: Path of the node in the optimizer state.
 
     Raises:
-        ValueError: In that case.
+        ValueError: Names the parameter and the node.
     """
     for key, child in children(node) or []:
         refuse_shared_counts(child, fresh, caller, remedy, f"{path}{as_code((key,))}")
@@ -116,7 +116,8 @@ def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, p
                 )
 
 
-_WRAPPED = ("inner_state", "inner_states")  # states of other transformations, which have counts of their own
+# Fields for the states of inner transformations, which have their own counts.
+_WRAPPED = ("inner_state", "inner_states")
 
 
 def _is_count(leaf: Tensor) -> bool:

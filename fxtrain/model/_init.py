@@ -1,4 +1,4 @@
-"""Init: the state at step 0."""
+"""Creates the state at step 0."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ def init(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> TrainState:
-    """The state at step 0 of training ``model`` with ``tx``. The module is left as it was, and is not needed again.
+    """Returns the state at step 0 of training ``model`` with ``tx``. The module is not modified.
 
-    Parameters that do not require gradients are kept as they are, and the optimizer has no memory of them. Tied ones
-    stay tied: they are one leaf, under the first of their names. A module in eval mode is trained in train mode; single
-    parts that are in eval mode, such as frozen batch norms, stay so.
+    Parameters that do not require gradients are frozen: they are not trained and have no optimizer state. Tied
+    parameters stay tied: they are one leaf, under the first of their names. A module in eval mode is trained in
+    training mode. Submodules in eval mode inside a module in training mode, such as frozen batch norms, stay in eval
+    mode.
 
     Args:
-        model: A module; or a pytree, such as a dict, of modules and tensors. A bare tensor is a parameter.
-        tx: A gradient transformation; a dict of them, for the entries of a dict of modules; or None.
-        seed: Every random number of the run is a function of it.
-        device: Where the state is to live; by default where the model is.
-        dtype: What floating parameters are cast to; by default they stay as they are.
+        model: A module, or a pytree (such as a dict) of modules and tensors. A bare tensor is a parameter.
+        tx: A gradient transformation, a dict of them with the keys of a dict of modules, or None.
+        seed: Seed of all random samples of the run: a 64-bit int.
+        device: Device of the state. Defaults to where the model is.
+        dtype: Dtype that floating parameters are cast to. By default they keep their own.
 
     Returns:
         A state that shares no memory with the model.
 
     Raises:
-        TypeError: If a leaf of ``model`` is neither a module nor a tensor, is not yet materialised, or cannot be
-            copied; or if ``tx`` is no gradient transformation.
-        ValueError: If the keys of ``tx`` are not those of ``model``, or if a parameter lies in the memory of another
+        TypeError: If a leaf of ``model`` is neither a module nor a tensor, is lazy, compiled or distributed, or cannot
+            be copied; if ``tx`` is not a gradient transformation; or if ``seed`` is not a 64-bit int.
+        ValueError: If the keys of ``tx`` are not those of ``model``, or if a parameter shares memory with another
             parameter or buffer without being the same tensor.
 
     Example:
@@ -74,12 +75,12 @@ def init(
 
 
 def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
-    """The state of ``tx``, as ``init`` takes it, for these trainable parameters.
+    """Returns the initial optimizer state of ``tx`` for these trainable parameters.
 
     Args:
         tx: A gradient transformation, a dict of them, or None.
         params: The trainable parameters.
-        model: What the parameters belong to, for their names in errors.
+        model: The model given to ``init``, for errors.
     """
     if tx is None:
         return {}
@@ -126,7 +127,7 @@ _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 def _refuse_wrapper(path: str, module: nn.Module) -> None:
-    """Refuses what wraps a module to train it in another way."""
+    """Raises for wrappers that distribute a module, and for TorchScript modules."""
     found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _PARALLEL), None)
     if found is not None:
         itself = "without fully_shard" if found == "FSDPModule" else "itself, which the wrapper has as .module"
@@ -145,7 +146,7 @@ def _described(leaf: Any) -> str:
 
 
 def _module_of(leaf: Any) -> str:
-    """How to come from a value to what init takes."""
+    """Returns the last sentence of the error: how to get a module from the leaf."""
     if isinstance(leaf, type):
         return f"Make an instance: {leaf.__name__}(...)."
     if isinstance(leaf, Iterator):
@@ -154,7 +155,7 @@ def _module_of(leaf: Any) -> str:
 
 
 def _refuse_overlaps(model: Any) -> None:
-    """Views of one memory change together in torch, and would be leaves of their own in a state."""
+    """Raises for overlapping parameters: they change together in torch, but would be separate leaves of a state."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
         if isinstance(leaf, nn.Module):
@@ -173,7 +174,7 @@ def _refuse_overlaps(model: Any) -> None:
 
 
 def _span(path: str, value: Tensor) -> tuple[int, int, str, bool] | None:
-    """Where a tensor lies in memory; None where it has none, or has gaps in which others may lie."""
+    """Returns a tensor's memory range, or None if it is empty or has gaps in which other tensors may lie."""
     plain = value.layout == torch.strided and not value.is_meta and type(value) in (Tensor, nn.Parameter)
     if not plain or not value.numel():
         return None

@@ -1,4 +1,4 @@
-"""The layout of a model's memory: trees of tensors by name, for a pytree of modules and tensors."""
+"""The layout of parameters and buffers: trees of tensors by name, for a pytree of modules and tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fxtrain.optim import MaskedNode
 
 
 class Called(NamedTuple):
-    """What a call of a model returns, and the memory that it wrote.
+    """The result of a model call: the output, and the buffers and frozen parameters after the call.
 
     Args:
-        output: Of the function.
-        buffers: All of them, after the call.
+        output: Output of the function.
+        buffers: All buffers, after the call.
         written: The frozen parameters that calls write, after the call: a tree like ``buffers``.
     """
 
@@ -27,23 +27,23 @@ class Called(NamedTuple):
 
 
 class Layout:
-    """How parameters and buffers lie in trees.
+    """Splits, merges and flattens trees of parameters and buffers.
 
     Attributes:
-        template: The tree of modules and tensors, with each module's number at its place, and "" at the place of a bare
-            tensor. It is text, because where sizes are dynamic Dynamo takes numbers for sizes.
-        trainable: A pytree of bools like the parameters: which are trained.
+        template: The tree of modules and tensors, with each module replaced by its number and each bare tensor by "".
+            Numbers are strings, because Dynamo treats ints as sizes when sizes are dynamic.
+        trainable: A pytree of bools like the parameters, True for trainable ones.
     """
 
     template: Any
     trainable: Any
 
     def split(self, params: Any, wrt: str | None = None) -> Any:
-        """The trainable parameters, with an empty node in the place of each other: what is differentiated.
+        """Returns the trainable parameters, with an empty node in place of each frozen one.
 
         Args:
-            params: Of this architecture.
-            wrt: The entry to take, of a dict of modules; by default all.
+            params: Parameters of this architecture.
+            wrt: Key of a dict of modules, to take one entry only. Defaults to all.
 
         Raises:
             ValueError: If there is no such entry.
@@ -58,24 +58,24 @@ class Layout:
         return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), mask, params)
 
     def merge(self, params: Any, trainable: Any, wrt: str | None = None) -> Any:
-        """``params`` with the trainable ones replaced: the inverse of ``split``."""
+        """Returns ``params`` with the trainable ones replaced. Inverse of ``split``."""
         if wrt is not None:
             return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
         return _merged(self.trainable, params, trainable)
 
     def carry(self, params: Any, written: Any) -> Any:
-        """``params`` with the frozen ones that a call wrote, as ``Called.written`` has them."""
+        """Returns ``params`` with the frozen ones that a call wrote, from ``Called.written``."""
         flat = {**self._flat(params), **self._flat(written)}
         return self._grouped(flat, self._bare(params))
 
     def like(self, written: Any, params: Any) -> Any:
-        """Frozen parameters that a call wrote, in the dtypes of ``params``."""
+        """Casts the frozen parameters that a call wrote to the dtypes of ``params``."""
         flat = self._flat(params)
         moved = {name: value.to(flat[name].dtype) for name, value in self._flat(written).items()}
         return self._grouped(moved, itertools.repeat({}))
 
     def memory(self, modules: Any) -> tuple[Any, Any]:
-        """The parameters and buffers of modules of this architecture: trees of detached clones."""
+        """Returns the parameters and buffers of modules of this architecture, as trees of detached clones."""
         leaves = tree.leaves(modules)
         caller = Caller([leaf for leaf in leaves if isinstance(leaf, nn.Module)])
         bare = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -84,7 +84,7 @@ class Layout:
         return self._grouped(params, bare), self._grouped(buffers, itertools.repeat({}))
 
     def _flat(self, values: Any) -> dict[str, Tensor]:
-        """From a tree of dicts by name to one dict, whose names start with the module's number."""
+        """Flattens a tree of dicts by name to one dict, whose names start with the module's number."""
         flat: dict[str, Tensor] = {}
 
         def add(number: str, named: Any) -> None:
@@ -95,13 +95,13 @@ class Layout:
         return flat
 
     def _bare(self, values: Any) -> list[Any]:
-        """The tensors in the places that hold no module."""
+        """Returns the leaves in the places of bare tensors."""
         bare: list[Any] = []
         tree.map(lambda number, leaf: number or bare.append(leaf) or "", self.template, values)
         return bare
 
     def _grouped(self, flat: Mapping[str, Any], bare: Iterable[Any]) -> Any:
-        """From one dict to a tree of dicts by name; ``bare`` fills the places that hold no module."""
+        """Inverse of ``_flat``. ``bare`` fills the places of bare tensors."""
         others = iter(bare)
 
         def group(number: str) -> Any:
@@ -114,7 +114,7 @@ class Layout:
 
 
 class Caller(nn.Module):
-    """Runs a function of modules. As it is a module itself, ``functional_call`` can swap in their memory."""
+    """Runs a function of modules, as a module itself, so that ``functional_call`` can swap in their tensors."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Caller(nn.Module):
         modules = self._modules
         model = tree.map(lambda number, leaf: modules[number] if number else leaf, template, params)
         output = function(model, *args)
-        # Read while they are in place: a module may write a buffer or put another in its stead.
+        # Read before functional_call restores them, because a module may assign a new buffer.
         return output, {name: value.detach() for name, value in self.named_buffers()}
 
 

@@ -1,4 +1,4 @@
-"""Loading: the weights of a state dict put into a state, by name, and a report of what fitted."""
+"""Loads the weights of a state dict into a state by name, and reports which names match."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SHOWN_LINES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What was loaded from a state dict, and what was not.
+    """The report of ``load_state_dict``: which names were loaded, and which were not.
 
     Names are those of ``state_dict(state)``. In a tree of modules they begin with the path of the module, joined by
     dots.
 
     Args:
         state: The state with the weights.
-        loaded: Names that got their values from the state dict, tied names among them.
-        missing: Names that are not in the state dict. Their values are those of the given state.
+        loaded: Names whose values come from the state dict, tied names included.
+        missing: Names that are not in the state dict. They keep their values in the given state.
         unexpected: Names in the state dict that the model does not have.
-        mismatched: Names with another shape in the state dict, with that shape and the model's. Their values are those
-            of the given state.
-        cast: Names with another dtype in the state dict, with that dtype and the model's.
+        mismatched: Names with another shape in the state dict, mapped to that shape and the model's. They keep their
+            values in the given state.
+        cast: Names with another dtype in the state dict, mapped to that dtype and the model's.
     """
 
     state: TrainState
@@ -76,7 +76,7 @@ def load(
     ignore_mismatched_sizes: bool,
     cast: bool,
 ) -> Loaded:
-    """``load_state_dict`` with a report. Its arguments, and what it raises, are described there."""
+    """Implements ``load_state_dict``, which documents the arguments and errors."""
     if any(leaf.is_meta for leaf in tree.leaves((state.params, state.buffers))):
         raise ValueError(
             "expected a state with values, got one on the meta device. Make it on another device to load into it."
@@ -106,7 +106,8 @@ def load(
         absent, unused = model.load(values, cast=cast, with_versions=rename is None)
         fits = values.keys() & model.tensors.keys()
         fits |= {name for group in model.ties if fits & {*group} for name in group}
-        if values.keys() - model.tensors.keys() - {*unused}:  # names of older versions, which modules replace
+        # Used names that the model lacks are those of older module versions, which modules convert.
+        if values.keys() - model.tensors.keys() - {*unused}:
             fits |= model.tensors.keys() - {*absent} - mismatched.keys()
         skipped = mismatched.keys() | {name for group in model.ties if mismatched.keys() & {*group} for name in group}
         missing = [name for name in chosen if name in absent and name not in fits | skipped]
@@ -141,7 +142,8 @@ def _mismatched(here: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 
 def _shape(value: Tensor) -> torch.Size:
-    return torch.Size([]) if value.shape == (1,) else value.shape  # torch loads one element into a scalar
+    # torch loads a tensor of shape [1] into a scalar.
+    return torch.Size([]) if value.shape == (1,) else value.shape
 
 
 def _dtypes_to_cast(here: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
@@ -153,7 +155,7 @@ def _dtypes_to_cast(here: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
 
 
 def _refuse_lossy_casts(values: Mapping[str, Any], casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
-    """A cast may round, and must not drop imaginary parts, fractions or high bits."""
+    """Raises for casts that drop imaginary parts, fractions or high bits. Rounding is allowed."""
     for name, (there, here) in casts.items():
         whole = not here.is_floating_point and not here.is_complex
         if not torch.can_cast(there, here) or (whole and not bool((values[name].to(here) == values[name]).all())):
@@ -164,7 +166,7 @@ def _refuse_lossy_casts(values: Mapping[str, Any], casts: Mapping[str, tuple[tor
 
 
 def _refuse_extra_state(here: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """``set_extra_state`` changes Python attributes of a module, which a state does not hold."""
+    """Raises if an extra state differs, because ``set_extra_state`` changes attributes that a state does not hold."""
     for name, value in values.items():
         if name.rpartition(".")[2] == EXTRA_STATE and name in here and not _is_same(here[name], value):
             raise ValueError(
@@ -178,7 +180,7 @@ def _is_same(value: Any, other: Any) -> bool:
         return isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other)
     try:
         return bool(value == other)
-    except Exception:  # a container of tensors or arrays
+    except Exception:  # Containers of tensors or arrays do not compare to a bool.
         return False
 
 

@@ -1,4 +1,4 @@
-"""Named: what a tree of modules and tensors has by the names of state dicts."""
+"""Access to the tensors of a tree of modules by their names in state dicts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from fxtrain import tree
 from fxtrain.core._pytrees import NAMESPACE, ops
 from fxtrain.model._renaming import shown
 
-EXTRA_STATE = "_extra_state"  # torch's name for what a module gives out besides tensors
+# torch's state dict key for what a module's get_extra_state returns.
+EXTRA_STATE = "_extra_state"
 
 
 class Named:
-    """A tree of modules and tensors, by the names of their state dicts.
+    """The tensors of a tree of modules, by their names in state dicts.
 
     In a tree, names begin with the path of the module, joined by dots: ``generator.layers.0.weight``.
 
     Args:
         modules: A module, or a pytree of modules and tensors.
-        part: The path of a submodule or of an entry, joined by dots. Names are those of the part.
+        part: Path of a submodule or entry, joined by dots. Names are relative to it.
 
     Raises:
-        ValueError: If two tensors have one name, or nothing is at the path of the part.
+        ValueError: If two tensors have the same name, or ``part`` does not exist.
 
     Attributes:
-        tensors: The values of ``module.state_dict()``, by name: the tensors themselves.
-        ties: Groups of names that have the same tensor.
+        tensors: The values of ``module.state_dict()`` by name. Tensors are not copied.
+        ties: Groups of names that share one tensor.
     """
 
     def __init__(self, modules: Any, part: str = "") -> None:
@@ -51,14 +52,14 @@ class Named:
         self.ties = [group for group in groups.values() if len(group) > 1]
 
     def whole(self, names: Iterable[str]) -> list[str]:
-        """The names of the part, as the whole tree has them."""
+        """Returns names of the part as names of the whole tree."""
         return [f"{self._part}.{name}".strip(".") for name in names]
 
     def flat(self, given: Any) -> dict[str, Any]:
-        """The values by name of a state dict, or of a tree of them like the modules.
+        """Returns the values by name of a state dict, or of a tree of state dicts like the modules.
 
         Raises:
-            ValueError: If two values have one name.
+            ValueError: If two values have the same name.
         """
         found: dict[str, Any] = {}
         for path, value in self._walk((), given):
@@ -69,18 +70,18 @@ class Named:
         return found
 
     def load(self, values: Mapping[str, Any], *, cast: bool, with_versions: bool) -> tuple[list[str], list[str]]:
-        """Copies values into the tensors of their names, by the modules' own ``load_state_dict``.
+        """Copies values into the tensors of the same names, with the modules' own ``load_state_dict``.
 
         Args:
-            values: By name.
-            cast: Whether names that modules replace, as those of old versions, may have other dtypes.
-            with_versions: Whether modules see the versions that wrote the state dict that ``flat`` was given.
+            values: Values by name.
+            cast: Whether values under names of older module versions, which modules convert, may have other dtypes.
+            with_versions: Whether modules see the version metadata of the state dict that was given to ``flat``.
 
         Returns:
-            Names that were missing, and names of ``values`` that were not used.
+            The missing names, and the names of ``values`` that were not used.
 
         Raises:
-            ValueError: If a module refuses its part.
+            ValueError: If a module rejects its part of the values, or a dtype differs without ``cast``.
         """
         missing: list[str] = []
         unused = dict(values)
@@ -121,10 +122,10 @@ class Named:
 
 
 def at(modules: Any, part: str) -> Any:
-    """The submodule, or the entry of a tree of modules, at a path joined by dots.
+    """Returns the submodule or tree entry at a path joined by dots.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the path does not exist.
     """
     found, rest = modules, part
     while rest:
@@ -134,7 +135,8 @@ def at(modules: Any, part: str) -> Any:
             raise ValueError(
                 f"expected the path of a submodule, got part={part!r}. There are {shown(list(children), 8)}."
             )
-        key = max(fitting, key=len)  # keys of dicts may have dots
+        # Dict keys may contain dots.
+        key = max(fitting, key=len)
         found, rest = children[key], rest[len(key) + 1 :]
     return found
 
@@ -163,7 +165,7 @@ def _is_sequence(node: Any) -> bool:
 
 
 def _refuse_hidden_casts(here: Mapping[str, Any], values: Mapping[str, Any], without: set[str]) -> None:
-    """Modules rename what older versions wrote, so these values have no counterpart by name."""
+    """Raises for dtypes that differ under names of older module versions, which have no counterpart in the model."""
     old = {
         value.dtype
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""Python values from outside that a traced function changes: counters, lists, caches and hidden states."""
+"""Detects changes of outside Python values by a traced function: counters, lists, caches and hidden states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxtrain.model._first_calls import FirstCalls, Reads, ValuesNeededError
 
 
 class CapturedStateError(RuntimeError):
-    """A traced function keeps state in Python values from outside, which a graph would not change again."""
+    """A traced function changes Python values outside the state, and a graph would not repeat the change."""
 
 
 class _Place(NamedTuple):
@@ -25,17 +25,17 @@ class _Place(NamedTuple):
     read: Callable[[], Any]
     write: Callable[[Any], None]
     value: Any
-    elements: Any  # of a container, before
+    elements: Any  # A copy of the container's elements; None for other values.
 
 
 class Outside:
-    """The Python values that a function and its modules can change from outside of them, as they are now.
+    """A snapshot of the outside Python values that a function and its modules can change.
 
-    Values are those of closures, globals, classes of users' modules, and attributes of users' objects among them.
+    Values come from closures, globals, classes of user-defined modules, and attributes of user-defined objects.
 
     Args:
-        function: Runs the modules.
-        modules: Only those count that users defined.
+        function: The function that runs the modules.
+        modules: The modules. Classes of libraries are not searched.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Iterable[nn.Module]) -> None:
@@ -55,17 +55,17 @@ class Outside:
 
     @property
     def tensors(self) -> frozenset[int]:
-        """The ids of the tensors among the values, and in containers among them."""
+        """Ids of the tensors in the snapshot, including those in containers."""
         held = [part for place in self._places for part in (place.value, *_elements(place.elements))]
         return frozenset(id(part) for part in held if isinstance(part, Tensor))
 
     def changed(self, read: Collection[int]) -> tuple[list[str], list[str]]:
-        """The names of what changed, and of containers to which values without tensors were only added.
+        """Returns the names of changed values, and of containers that only gained values other than tensors.
 
-        A tensor that is replaced and not read is none of it, as the last activation that a forward hook stores.
+        A tensor that is replaced but never read does not count, such as the last activation that a forward hook stores.
 
         Args:
-            read: The ids of tensors that the function read.
+            read: Ids of the tensors that the function read.
         """
         changed = [name for name, cache, misses in self._caches if cache.cache_info().misses != misses]
         grown: list[str] = []
@@ -78,7 +78,7 @@ class Outside:
         return changed, grown
 
     def put_back(self) -> None:
-        """Puts all values back, and clears caches. What was logged stays."""
+        """Restores all values, and clears caches that gained entries. Appended log entries stay."""
         for place in self._places:
             if place.elements is not None and not _is_log(place.value, place.elements):
                 refill(place.value, place.elements)
@@ -89,18 +89,18 @@ class Outside:
                 cache.cache_clear()
 
     def refuse_changes(self, who: str, read: Collection[int], *, again: bool) -> bool:
-        """Puts back what changed since, and says so.
+        """Restores changed values, and warns about logs.
 
         Args:
             who: The function, for errors.
-            read: The ids of tensors that it read.
-            again: Whether it changed in an earlier trace too, although an uncompiled call came between.
+            read: Ids of the tensors that it read.
+            again: Whether an earlier trace made changes too, so that an uncompiled call in between did not help.
 
         Returns:
-            Whether an uncompiled call may settle it, as that fills a cache.
+            Whether values changed that an uncompiled call may settle, for example by filling a cache.
 
         Raises:
-            CapturedStateError: If ``again``.
+            CapturedStateError: If values changed ``again``.
         """
         changed, grown = self.changed(read)
         self.put_back()
@@ -126,17 +126,17 @@ class Outside:
 def traced_apart(
     call: Callable[[], Any], function: Callable[..., Any], modules: Iterable[nn.Module], seen: FirstCalls
 ) -> Any:
-    """The result of a traced call, which leaves values from outside as they were.
+    """Returns the result of a traced call, and restores the outside values that it changed.
 
     Args:
         call: Runs the function.
-        function: Runs the modules.
-        modules: As ``Outside`` takes them.
-        seen: Functions whose trace has changed something, although an uncompiled call may settle it.
+        function: The function that runs the modules.
+        modules: The modules.
+        seen: Functions whose earlier trace made changes that an uncompiled call might have settled.
 
     Raises:
-        CapturedStateError: If it changes values that each call changes.
-        ValuesNeededError: If it changes values that the first call alone may change, as a cache.
+        CapturedStateError: If the function changes values at every call.
+        ValuesNeededError: If it changes values that perhaps only the first call changes, such as a cache.
     """
     outside = Outside(function, modules)
     try:
@@ -158,13 +158,14 @@ def traced_apart(
 _CONTAINERS = (list, dict, set, deque)
 _CONSTANTS = (type, types.ModuleType, nn.Module)
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
-_SHOWN = 3  # names in an error
+# Maximum number of names in an error.
+_SHOWN = 3
 
 
 def _found(
     function: Callable[..., Any], modules: Iterable[nn.Module]
 ) -> Iterator[tuple[str, Any, Any, tuple[Callable[[], Any], Callable[[Any], None]]]]:
-    """Each value with its name, what tells its place apart, and how to read and write that."""
+    """Yields the name of each value, a key of its place, the value, and functions that read and write the place."""
     yield from _of_functions([function])
     classes = {cls for module in modules for cls in type(module).__mro__ if _is_users(cls)}
     for cls in classes:
@@ -194,7 +195,8 @@ def _variable(function: types.FunctionType, name: str, value: Any) -> tuple[Any,
     if function.__globals__.get(name) is value:
         names = function.__globals__
         return (id(names), name), value, (lambda: names.get(name), lambda new: names.__setitem__(name, new))
-    return (id(function), name), value, (lambda: value, lambda new: None)  # a default
+    # The value is a default argument.
+    return (id(function), name), value, (lambda: value, lambda new: None)
 
 
 def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
@@ -229,7 +231,7 @@ def _is_intact(now: Any, before: Any, read: Collection[int]) -> bool:
 
 
 def _is_log(now: Any, before: Any) -> bool:
-    """Whether elements without tensors were added, and nothing else changed."""
+    """Returns whether elements other than tensors were added, and nothing else changed."""
     if isinstance(now, dict) or len(now) <= len(before):
         return False
     if isinstance(now, set):

@@ -1,4 +1,4 @@
-"""Purity: what a function is given, it leaves as it was."""
+"""Detects in-place writes to the inputs of a function."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fxtrain import tree
 
 
 def versions(values: Any) -> list[int]:
-    """How often each leaf has been written in place, as torch counts it. Empty while compiling.
+    """Returns torch's count of in-place writes to each leaf, or an empty list while Dynamo compiles.
 
-    Costs some tens of nanoseconds a leaf. Nothing is counted of tensors made in inference mode.
+    Tensors made in inference mode have no such count, and get 0.
     """
     if torch.compiler.is_dynamo_compiling():
         return []
@@ -20,10 +20,16 @@ def versions(values: Any) -> list[int]:
 
 
 def refuse_writes(who: str, values: Any, before: list[int], root: str) -> None:
-    """Raises if a leaf was written since ``before`` was taken.
+    """Raises if a leaf was written in place since ``before`` was taken.
+
+    Args:
+        who: The function, for errors.
+        values: A pytree of tensors.
+        before: ``versions(values)`` from before the call.
+        root: Name of the pytree, for errors.
 
     Raises:
-        RuntimeError: Naming the leaf. The write is done, and cannot be taken back.
+        RuntimeError: Names the leaf. The write has happened and is not undone.
     """
     if before == versions(values):
         return

@@ -1,4 +1,4 @@
-"""Recompute: the statistics of batch norms, for parameters that have none of their own."""
+"""Recomputes batch norm statistics, for example for averaged parameters."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fxtrain.model._architecture import model_of
 def recompute_statistics(
     state: TrainState, batches: Iterable[Any], call: Callable[[Any, Any], Any] = lambda model, batch: model(batch)
 ) -> TrainState:
-    """The state with the statistics of its batch norms computed anew, as plain means over some batches.
+    """Returns the state with its batch norm statistics recomputed as plain means over some batches.
 
-    For averaged parameters: the statistics that training left are those of the live ones.
+    Averaged parameters need this, because the state's statistics belong to the live parameters:
 
         state = fx.recompute_statistics(fx.callbacks.averaged(state, "swa"), batches, lambda model, b: model(b["x"]))
 
     Args:
-        state: Any state with a model. It stays as it is.
+        state: Any state with a model. It is not modified.
         batches: Some of the training data, on the state's device.
-        call: Runs the model on a batch, which is all that is needed of it.
+        call: Runs the model on a batch. Its output is ignored.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If ``batches`` is empty.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -43,7 +43,8 @@ def recompute_statistics(
 
     def counting(modules: Any, batch: Any, first: bool) -> Any:
         for norm in _norms(modules):
-            norm.momentum = None  # a mean of all batches; the attribute is put back after the call
+            # None selects a cumulative mean. The attribute is restored after the call.
+            norm.momentum = None
             if first:
                 norm.reset_running_stats()
         return call(modules, batch)

@@ -1,4 +1,4 @@
-"""Renaming: from the names in a state dict to those of a model, and the renaming that makes names fit."""
+"""Maps names in a state dict to names of a model, and proposes a renaming that makes them match."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None] | None
 
-# What wrappers of modules put into names: torch.compile, DDP and DataParallel, FSDP, activation checkpointing.
+# Parts of names added by wrappers: torch.compile, DDP and DataParallel, FSDP, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
-    """The new name of each name. Names that are renamed to None are left out.
+    """Returns the new name of each name. Names that are renamed to None are left out.
 
     Args:
         names: Names in a state dict.
-        rename: A mapping from old prefixes to new ones, of which the longest that fits is replaced; or a function of
-            the name.
+        rename: A mapping from old prefixes to new ones, of which the longest match applies, or a function of the name.
 
     Raises:
-        ValueError: If no name has a prefix of the mapping, or two names get the same new name.
+        ValueError: If a prefix of the mapping matches no name, or two names get the same new name.
 
     Example:
         >>> renamed(["module.head.bias", "module.body.bias"], {"module.": "", "module.head.": None})
@@ -49,10 +48,15 @@ def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
 
 
 def proposed(names: Collection[str], given: Collection[str]) -> tuple[str, int] | None:
-    """The renaming that makes most of the given names fit, as code, and how many names of the model it fits.
+    """Finds the renaming with which the most names match.
+
+    Args:
+        names: Names of the model.
+        given: Names in the state dict.
 
     Returns:
-        None if no renaming fits more names than fit already.
+        The renaming as code, and the number of model names that match. None if no renaming matches more names than
+        match without one.
 
     Example:
         >>> proposed(["weight", "bias"], ["module.weight", "module.bias"])
@@ -60,8 +64,9 @@ def proposed(names: Collection[str], given: Collection[str]) -> tuple[str, int] 
     """
     wanted = set(names)
     candidates: list[tuple[str, list[str]]] = []
-    # By the longest common end, as in "module.layers.0.bias" and "net.layers.0.bias".
-    by_end: dict[str, str | None] = {}  # None where two names have the same end
+    # Names are paired by their longest common suffix, as in "module.layers.0.bias" and "net.layers.0.bias". A suffix of
+    # two names maps to None.
+    by_end: dict[str, str | None] = {}
     for name in wanted:
         for end in _ends(name):
             by_end[end] = None if end in by_end else name
@@ -86,7 +91,7 @@ def proposed(names: Collection[str], given: Collection[str]) -> tuple[str, int] 
 
 
 def shown(names: Collection[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
+    """Returns the first ``most`` names, and the number of the others."""
     listed = ", ".join(list(names)[:most]) or "none"
     return listed + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -100,6 +105,6 @@ def _replaced(name: str, prefixes: Mapping[str, str | None]) -> str | None:
 
 
 def _ends(name: str) -> list[str]:
-    """The name, and what follows each of its dots: the longest first."""
+    """Returns the suffixes of a name that start at a part of it, the longest (the name) first."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]

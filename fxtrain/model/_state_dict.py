@@ -1,4 +1,4 @@
-"""State dicts: the weights of a state by name, as PyTorch programs exchange them."""
+"""Converts between states and PyTorch state dicts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fxtrain.model._renaming import Rename
 
 
 def state_dict(state: TrainState) -> Any:
-    """What ``module.state_dict()`` gives for the state's module, in memory of its own.
+    """Returns the ``state_dict()`` of the state's module, with copied tensors.
 
-    Tied parameters appear under each of their names, buffers that are not persistent do not appear, and modules'
-    hooks are run.
+    Tied parameters appear under each of their names. Non-persistent buffers are left out. State dict hooks of the
+    modules run.
 
     Args:
-        state: From ``init``. If that was given a tree of modules, the result is such a tree of dicts.
+        state: A state from ``init``. If ``init`` was given a tree of modules, the result is a tree of state dicts.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -86,30 +86,34 @@ def load_state_dict(
     cast: bool = False,
     report: bool = False,
 ) -> TrainState | Loaded:
-    """``state`` with the weights of a state dict. Everything else stays as it is, optimizer state included.
+    """Returns ``state`` with the weights of a state dict. All else is unchanged, including the optimizer state.
 
-    Of names that the model ties, one is enough. What is skipped by choice is summed up in a warning.
+    One of several tied names is enough. A warning summarizes the names that were skipped.
 
     Args:
-        state: From ``init``. It is left as it was.
-        state_dict: From ``module.state_dict()`` or ``torch.load``: a mapping from name to tensor. For a tree of
-            modules a tree of them, or one mapping whose names begin with the path of the module,
+        state: A state from ``init``. It is not modified.
+        state_dict: A mapping from name to tensor, from ``module.state_dict()`` or ``torch.load``. For a tree of
+            modules: a tree of such mappings, or one mapping whose names begin with the path of the module, such as
             ``"generator.layers.0.weight"``. ``fxtrain.load_weights`` reads files.
-        part: The path of the submodule that the state dict is of, ``"encoder"``. Other names are then relative to it.
-        strict: Whether every name must be on both sides.
-        where: Shell patterns of names of the model, ``"encoder.*"``. Only these are loaded and compared.
-        rename: From prefixes of names in the state dict to those in the model: ``{"module.": ""}`` for a module that
-            was wrapped by DDP, ``{"": "encoder."}`` for weights of a submodule, ``{"head.": None}`` to leave names out.
-            Or a function of the name.
-        ignore_mismatched_sizes: Whether tensors of another shape are skipped, such as a head for other classes.
-        cast: Whether tensors of another dtype are cast to that of the state.
-        report: Whether to return a ``Loaded`` with full lists of what was loaded and what was not, in place of a
-            warning. The state is its field ``state``.
+        part: Path of the submodule that the state dict belongs to, such as ``"encoder"``. All names are then relative
+            to it.
+        strict: Whether the model and the state dict must have the same names.
+        where: Shell-style patterns of names of the model, such as ``"encoder.*"``. Other names are ignored.
+        rename: A mapping from prefixes of names in the state dict to those in the model: ``{"module.": ""}`` for a
+            module that was wrapped by DDP, ``{"": "encoder."}`` for weights of a submodule, ``{"head.": None}`` to
+            leave names out. Or a function of the name.
+        ignore_mismatched_sizes: Whether to skip tensors of another shape, such as a head for other classes.
+        cast: Whether to cast tensors of another dtype to that of the state.
+        report: Whether to return a ``Loaded``, with full lists of the names that were and were not loaded, instead of
+            warning. Its field ``state`` is the new state.
+
+    Returns:
+        The new state, or a ``Loaded`` that holds it.
 
     Raises:
         ValueError: If a name is missing or unexpected, a shape or a dtype differs, or tied names have different values.
-            The message names them, and the argument that allows it or makes it fit. A state dict of which no name fits
-            is refused always.
+            The message names them, and the argument that allows or fixes the difference. A state dict in which no name
+            matches always raises.
 
     Example:
         >>> import torch, fxtrain as fx

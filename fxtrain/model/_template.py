@@ -1,4 +1,4 @@
-"""The template: modules on the meta device. A call fills them with the tensors of a state, and restores them."""
+"""Modules on the meta device, which a call fills with the tensors of a state and restores afterwards."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from torch import Tensor, nn
 from fxtrain.model._contents import Contents, leaves
 from fxtrain.rng._host import global_generators
 
-DELETED = object()  # stands for a buffer that a call deleted
+# Marks a buffer that a call deleted.
+DELETED = object()
 
 
 class Template:
-    """Modules on the meta device, which can be filled and used inside ``with template:``, and are restored at its end.
+    """Modules on the meta device that are filled and used inside ``with template:``, and restored on exit.
 
     Contexts nest, and each starts from the original modules. Other threads wait.
 
     Args:
         root: A module whose children are the modules.
-        owned: The ids of the objects that belong to them alone.
-        paths: How an error names each child.
+        owned: Ids of the objects that belong to these modules only.
+        paths: Path of each child, for errors.
 
     Attributes:
-        root: As given.
-        slots: The name of the tensor for each place in a module.
-        empty: The path of each tensor on the meta device, by its id: no operator may see it.
+        root: The root module.
+        slots: Maps each slot of a module to the name of its tensor.
+        empty: Paths of the meta tensors, by id. No operation may read them.
     """
 
     def __init__(self, root: nn.Module, owned: frozenset[int], paths: Mapping[str, str]) -> None:
@@ -37,7 +38,8 @@ class Template:
         self._modules = {paths[name]: module for name, module in root._modules.items() if module is not None}
         self._owned, self._paths = owned, dict(paths)
         self._lock = threading.RLock()
-        self._outer: list[Contents | None] = []  # what nested contexts put back, the innermost last
+        # Snapshots that nested contexts restore on exit, the innermost last.
+        self._outer: list[Contents | None] = []
         self._contents = Contents(self._modules, owned)
         names = {id(value): name for named in (root.named_buffers, root.named_parameters) for name, value in named()}
         self._places = [
@@ -53,10 +55,11 @@ class Template:
             if type(value) is tuple and any(id(part) in names for part in value)
         ]
         self.empty = {number: self.path(name) for number, name in names.items()}
+        # torch does not count writes to inference tensors.
         self._tensors = [
             (path, tensor, tensor._version)
             for path, tensor in self._contents.tensors
-            if id(tensor) not in names and not tensor.is_inference()  # whose writes torch does not count
+            if id(tensor) not in names and not tensor.is_inference()
         ]
         self._parameters = {
             names[id(value)]: (module._parameters, key)
@@ -65,7 +68,7 @@ class Template:
             if value is not None
         }
         self._buffers = [(name, module._buffers) for name, module in root.named_modules()]
-        # One name for each place in a module: torch would visit a module under two names twice.
+        # One entry for each slot. functional_call's own tying would fill a module with two names twice.
         self.slots = {
             f"{prefix}.{key}" if prefix else key: names[id(value)]
             for prefix, module in root.named_modules()
@@ -94,7 +97,7 @@ class Template:
             self._lock.release()
 
     def restore(self) -> bool:
-        """Puts back what code outside the context has changed; returns whether there was anything."""
+        """Restores what code outside the context changed. Returns whether there were changes."""
         with self._lock:
             changed = not self._contents.is_intact()
             if changed:
@@ -102,7 +105,7 @@ class Template:
             return changed
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts the tensors of a state in their places, ties included."""
+        """Puts the tensors of a state into their slots, ties included."""
         for container, key, name in self._places:
             container[key] = tensors[name]
         for container, key, values, names in self._tuples:
@@ -111,7 +114,7 @@ class Template:
             )
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers by name: a module may write one or put another in its place."""
+        """Returns the current buffers by name, including those that a module has replaced."""
         found: dict[str, Tensor] = {}
         seen: set[int] = set()
         for prefix, named in self._buffers:
@@ -122,10 +125,10 @@ class Template:
         return found
 
     def odd_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The buffers that a call added, reshaped, cast, set to None or deleted (``DELETED``).
+        """Returns the buffers that a call added, reshaped, cast, set to None or deleted (``DELETED``), by name.
 
         Args:
-            tensors: The buffers that the modules were filled with.
+            tensors: The buffers that the modules were filled with, by name.
         """
         found: dict[str, Any] = {}
         missing = set(tensors)
@@ -136,14 +139,14 @@ class Template:
                 missing.discard(name or "")
                 if name is None:
                     found |= {} if value is None else {slot: value}
-                elif name in tensors:  # else it is a parameter
+                elif name in tensors:
                     old = tensors[name]
                     if value is None or value.shape != old.shape or value.dtype != old.dtype:
                         found[name] = value
         return found | dict.fromkeys(missing, DELETED)
 
     def place(self, buffers: Mapping[str, Any]) -> None:
-        """Puts what ``odd_buffers`` found in its places."""
+        """Puts buffers from ``odd_buffers`` into their slots."""
         for prefix, named in self._buffers if buffers else ():
             for key in list(named):
                 name = self.slots.get(f"{prefix}.{key}", "")
@@ -153,29 +156,29 @@ class Template:
                     named[key] = buffers[name]
 
     def parameter(self, name: str) -> Tensor | None:
-        """What a module has in the place of a parameter."""
+        """Returns the current value in a parameter's slot."""
         named, key = self._parameters[name]
         return named.get(key)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
-        """The plain tensors among the attributes, by path."""
+        """Returns the plain tensors among the attributes, with their paths."""
         return [(path, tensor) for path, tensor, _ in self._tensors]
 
     def leaves(self) -> dict[str, Any]:
-        """The values of all Python attributes, by path."""
+        """Returns the values of all Python attributes, by path."""
         return leaves(self._modules, self._owned)
 
     def generators(self) -> list[tuple[str, Any]]:
-        """The generator objects of Python and numpy among the attributes, by path."""
+        """Returns the generator objects of Python and numpy among the attributes, with their paths."""
         return [(path, generator) for path, generator, _ in self._contents.generators]
 
     def path(self, name: str) -> str:
-        """How an error names a parameter, a buffer or a module of the root."""
+        """Returns the path of a parameter, buffer or module, for errors."""
         number, _, rest = name.partition(".")
         return f"{self._paths[number]}.{rest}" if rest else self._paths[number]
 
     def apart(self, output: Any) -> Any:
-        """The output, in which containers of the modules are replaced by copies: the originals are put back."""
+        """Returns the output with containers of the modules copied, because the originals are restored on exit."""
         if type(output) is tuple:
             return tuple(map(self.apart, output))
         if id(output) in self._contents.ids:
@@ -207,16 +210,20 @@ class Template:
 
 
 def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
-    """A copy on the meta device with its ties, and the ids of all objects that were copied."""
-    # Meta twins in deepcopy's memo copy the code without copying the weights.
+    """Returns a copy on the meta device, ties included, and the ids of all copied objects.
+
+    Raises:
+        TypeError: If the module cannot be copied.
+    """
+    # Meta tensors in deepcopy's memo take the place of the weights, so that these are not copied.
     memo: dict[int, Any] = {}
     for parameter in root.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in root.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     for _, tensor in Contents({"model": root}, ()).tensors:
-        # What a module computed from its parameters and keeps, as torch.nn.utils.weight_norm does, is computed again
-        # in each call; deepcopy refuses it.
+        # deepcopy refuses tensors with a graph, such as those that torch.nn.utils.weight_norm stores. Each call
+        # recomputes them.
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
     try:
@@ -229,17 +236,16 @@ def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
 
 
 def evaluating(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
-    """A copy in eval mode, and the ids of all objects that were copied."""
+    """Returns a copy in eval mode, and the ids of all copied objects."""
     module, owned = _copied(root, {})
     return module.eval(), owned
 
 
 def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset[int]]:
-    memo |= {
-        id(generator): generator for generator in global_generators()
-    }  # a copy would no longer be the one that is seeded
+    # Global generators are shared with the copy, because a copied one would not be seeded.
+    memo |= {id(generator): generator for generator in global_generators()}
     made = copy.deepcopy(root, memo)
-    # A logger or a member of an enum is its own copy.
+    # Loggers and enum members copy to themselves, so the copy does not own them.
     return made, frozenset(id(value) for key, value in memo.items() if key not in (id(value), id(memo)))
 
 

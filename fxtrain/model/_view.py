@@ -1,4 +1,4 @@
-"""View: a state's model as something to call."""
+"""A callable view of a state's model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fxtrain.model._architecture import model_of
 
 
 def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) -> View:
-    """The state's model as something to call: any method, any submodule, any parameter; nothing it does is kept.
+    """Returns the state's model as a callable, with access to its methods, submodules and parameters.
 
-    Each call draws the same random numbers; another key draws others.
+    Calls do not change the state. They all take the same random samples, which depend on ``key``.
 
     Args:
-        state: Whose parameters and buffers to use.
+        state: State whose parameters and buffers are used.
         train: Whether the module is in training mode.
-        key: Where its random numbers come from; by default from the state's seed and step.
+        key: Key of the random samples. Derived from the state's seed and step by default.
 
     Raises:
         RuntimeError: When a call writes into a trained parameter in place.
@@ -38,7 +38,7 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
 
 
 class View:
-    """A model with a state's memory; made by ``view``."""
+    """A model with the parameters and buffers of a state. Made by ``view``."""
 
     def __init__(self, state: TrainState, train: bool, key: rng.Key, reach: Callable[[Any], Any]) -> None:
         self._of = (state, train, key)
@@ -56,7 +56,7 @@ class View:
         return self._part(lambda target: target[key], _has_modules)
 
     def _part(self, get: Callable[..., Any], needs_memory: Callable[[Any], bool], *args: Any) -> Any:
-        # Only inside the call is the memory in place, so a module or a method is reached again when it is called.
+        # Tensors are in place only inside a call, so a module or a method is looked up again when it is called.
         reach = self._reach
         found = self._run(lambda model, *args: get(reach(model), *args), *args)
         return View(*self._of, lambda model: get(reach(model), *args)) if needs_memory(found) else found
@@ -66,7 +66,7 @@ class View:
 
         def finished(model: Any, *args: Any) -> Any:
             output = function(model, *args)
-            # A generator would run when the memory is gone.
+            # A generator would run after the tensors are gone.
             return iter(list(output)) if isinstance(output, Iterator) else output
 
         finished.__name__ = "a call of the view"

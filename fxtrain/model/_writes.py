@@ -1,9 +1,8 @@
-"""Writes in place of a function that runs a model: to parameters, to its arguments, and to captured tensors.
+"""Handles in-place writes by a function that runs a model: to parameters, to arguments, and to captured tensors.
 
-A frozen parameter that a forward pass writes, as the momentum encoders of MoCo, BYOL and DINO are, is state like a
-buffer. An argument that is written is a copy for the function. Which these are is found out as they are first written:
-the call is abandoned before the write happens, and repeated with clones in their places. All other writes are refused
-before they happen.
+A frozen parameter that a forward pass writes, such as those of the momentum encoders of MoCo, BYOL and DINO, is state
+like a buffer. An argument that the function writes is cloned for it. Both are detected at the first write: the call is
+abandoned before the write happens, and repeated with clones. All other writes raise before they happen.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from fxtrain import tree
 
 
 class WriteError(RuntimeError):
-    """A function would have written into a tensor that is not its own."""
+    """A function tried to write into a tensor that it must not change."""
 
 
 class WriteNoticed(BaseException):
-    """A call is about to write tensors of which it needs clones. No ``except Exception`` of a user may catch it.
+    """Signals that a call is about to write tensors that must be cloned first.
+
+    It is a ``BaseException``, so that ``except Exception`` in the user's code does not catch it.
 
     Args:
-        frozen: Whether these are frozen parameters; else arguments of the function.
+        frozen: True for frozen parameters, False for arguments of the function.
     """
 
     def __init__(self, *, frozen: bool) -> None:
@@ -35,23 +36,23 @@ class WriteNoticed(BaseException):
 
 
 Named = Callable[[], Iterable[tuple[str, Tensor]]]
-"""Gives tensors by name. It is called at the first write in place, as most calls write nothing."""
+"""Returns tensors with their names. Called at the first in-place write only, because most calls write nothing."""
 
 
 class Writes:
-    """Decides about each write in place before it happens, for one call of a function.
+    """Allows, records or refuses each in-place write before it happens, during one call of a function.
 
     Args:
         who: The function, for errors.
-        trained: Parameters that the optimizer updates.
-        frozen: Parameters that it does not, and of which the call has no clones.
+        trained: Trainable parameters.
+        frozen: Frozen parameters that are not cloned.
         clones: Clones of frozen parameters, by name.
         buffers: Clones of buffers.
-        arguments: Tensors that the function is given, and of which it has no clones.
-        captured: Tensors from outside.
+        arguments: Arguments of the function that are not cloned.
+        captured: Tensors outside the state.
 
     Attributes:
-        written: The names of the clones that were written.
+        written: Names of the clones that were written.
     """
 
     def __init__(
@@ -72,32 +73,37 @@ class Writes:
         self.written: set[str] = set()
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Looks at a function of torch that is about to run.
+        """Checks a torch function that is about to run.
+
+        Args:
+            name: Name of the torch function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
 
         Raises:
             WriteError: If it would write into a trained parameter or a captured tensor.
-            WriteNoticed: If it would write into a frozen parameter or an argument.
+            WriteNoticed: If it would write into a frozen parameter or an argument that is not cloned.
         """
         for target in written_by(name, args, kwargs):
             self.refuse(name, target)
 
     def refuse(self, name: str, target: Tensor) -> None:
-        """Raises as a call does, if ``target`` may not be written."""
+        """Raises as ``__call__`` does if the torch function ``name`` must not write ``target``."""
         decide = self._watched().get(memory_of(target))
         if decide is not None:
             decide(name)
 
     def watches(self, tensor: Tensor) -> bool:
-        """Whether writes into the tensor's memory matter."""
+        """Returns whether writes into the tensor's storage are refused or recorded."""
         return memory_of(tensor) in self._watched()
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a clone that the function may write."""
+        """Returns whether the tensor is a clone that the function may write."""
         memory = memory_of(tensor)
         return any(memory_of(value) == memory for value in (*self._clones.values(), *self._buffers))
 
     def apart(self, name: str, value: Tensor) -> Tensor:
-        """The value of a clone after the call, in memory of its own: ``p.data = q.data`` makes two share theirs."""
+        """Returns a clone's value after the call, in separate storage: ``p.data = q.data`` makes two share one."""
         return value if memory_of(value) == self._memories.get(name) else value.clone()
 
     def _watched(self) -> Mapping[int, Callable[[str], None]]:
@@ -142,19 +148,25 @@ def _described(write: str) -> str:
 
 
 def copies(values: Any) -> Any:
-    """A pytree with clones of its tensors."""
+    """Returns a pytree with its tensors cloned."""
     return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, values)
 
 
 def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
-    """The tensors that a function of torch writes in place.
+    """Returns the tensors that a torch function writes in place.
+
+    Args:
+        name: Name of the torch function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Example:
         >>> x = torch.ones(2)
         >>> len(written_by("mul_", (x, 2), {})), len(written_by("mul", (x, 2), {}))
         (1, 0)
     """
-    name = name.partition(".")[0]  # of an overload
+    # Without the name of an overload.
+    name = name.partition(".")[0]
     if name.endswith("__"):
         return (args[0],) if name in _DUNDERS else ()
     if name.endswith("_"):
@@ -191,11 +203,11 @@ _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The same for all views of one memory, also inside the transforms of torch.func."""
+    """Returns the identity of a tensor's storage, which its views share, also inside transforms of torch.func."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # no storage, as sparse tensors have none
+    except (NotImplementedError, RuntimeError):  # Sparse tensors have no storage.
         return id(tensor)
