@@ -1,6 +1,6 @@
-"""Randomness is a function: of (seed, stream, step, microbatch, site, index), and of nothing else.
+"""Random samples as pure functions of (seed, stream, step, microbatch, site, index).
 
-There is no generator. The same numbers come out eager, compiled and under ``torch.func.vmap``, and after a resume.
+There is no generator state. Samples are the same in eager, compiled and vmapped runs, and after a resume.
 """
 
 from fxtrain.rng._mode import DataAssignmentError as DataAssignmentError

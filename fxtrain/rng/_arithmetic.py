@@ -1,7 +1,8 @@
-"""Logarithm, sine and root by additions, products and quotients alone: the same bits in every mode.
+"""Logarithm, sine, cosine and square root from additions, multiplications and divisions alone.
 
-IEEE 754 leaves these one result. The last bit of ``log``, ``cos`` and even ``sqrt`` depends on the library, and in
-eager mode on the length of the tensor. A compiler that contracts ``a * b + c``, as those for GPUs may, changes it too.
+IEEE 754 rounds these operations in exactly one way, so results are bitwise equal in every mode. The last bit of
+``log``, ``cos`` and even ``sqrt`` depends on the math library and, in eager mode, on the length of the tensor. A
+compiler that contracts ``a * b + c``, as GPU compilers may, can still change the last bit.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from torch import Tensor
 
 
 class Form(NamedTuple):
-    """How the numbers of a dtype are computed: in float32, but for float64."""
+    """How floating-point samples of a dtype are computed: in float64 for float64, otherwise in float32."""
 
-    significand: int  # bits of the dtype, the hidden one among them
-    width: int  # random bits that one number takes
+    significand: int  # bits of the sampled dtype, including the hidden bit
+    width: int  # random bits per sample
     compute: torch.dtype
-    integer: torch.dtype  # as wide as ``compute``
-    mantissa: int  # bits of ``compute``, without the hidden one
-    bias: int  # of the exponent of ``compute``
-    terms: int  # of a power series, until they vanish in ``compute``
+    integer: torch.dtype  # same width as ``compute``
+    mantissa: int  # bits of ``compute``, excluding the hidden bit
+    bias: int  # exponent bias of ``compute``
+    terms: int  # of a power series, until further ones vanish in ``compute``
 
 
 _FORMS = {
@@ -41,10 +42,10 @@ def form_of(dtype: torch.dtype) -> Form:
 
 
 def negative_log(integer: Tensor, form: Form) -> Tensor:
-    """-log of the fraction (2 integer + 1) / 2^(width + 1), which is neither 0 nor 1.
+    """Returns -log of the fraction (2 integer + 1) / 2^(width + 1), which is neither 0 nor 1.
 
     With 2^e the power of two nearest to x = 2 integer + 1, log(x / 2^e) = 2 artanh((x - 2^e) / (x + 2^e)). The
-    difference is taken among integers, so small results are as precise, relatively, as large ones.
+    difference is computed in integers, so small results have the same relative precision as large ones.
     """
     x = 2 * integer + 1
     exponent = _integer(x.to(form.compute) * math.sqrt(2.0), form) >> form.mantissa
@@ -56,7 +57,10 @@ def negative_log(integer: Tensor, form: Form) -> Tensor:
 
 
 def point_on_circle(integer: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """A point on the unit circle: an angle between -45 and 45 degrees, mirrored and turned by two more bits."""
+    """Returns the coordinates of a point on the unit circle, uniform in its angle.
+
+    The lower bits give an angle between -45 and 45 degrees. The upper two bits move the point to one of four sectors.
+    """
     steps = 1 << form.width - 2
     centred = (integer & steps - 1) - steps // 2
     angle = (centred.to(form.compute) + 0.5) * (math.pi / 2 / steps)
@@ -70,7 +74,10 @@ def point_on_circle(integer: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
 
 def sqrt(x: Tensor, form: Form) -> Tensor:
-    """The square root by Heron's rule, from half the exponent. Each step squares the relative error, at first 0.06."""
+    """Returns the square root by Heron's method.
+
+    Halving the exponent gives an initial relative error of 0.06. Each iteration squares the error.
+    """
     half = (_integer(x, form) >> 1) + (form.bias << form.mantissa - 1)
     root = _reinterpreted(half, form.compute)
     for _ in range(3 if form.width == 32 else 4):
@@ -79,20 +86,20 @@ def sqrt(x: Tensor, form: Form) -> Tensor:
 
 
 def _integer(x: Tensor, form: Form) -> Tensor:
-    """The bits of a floating-point number, as an integer."""
+    """Returns the bits of floating-point values as integers."""
     return _reinterpreted(x, form.integer)
 
 
 def _reinterpreted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same bits as another dtype."""
+    """Returns the same bits as another dtype."""
     try:
         return x.view(dtype)
-    except RuntimeError:  # under vmap, for which torch 2.11 has no rule
+    except RuntimeError:  # torch 2.11 has no vmap rule for this view
         return _Reinterpreted.apply(x, dtype)  # pyright: ignore[reportReturnType]
 
 
 class _Reinterpreted(torch.autograd.Function):
-    """A function with a rule for vmap."""
+    """Views a tensor as another dtype, with a vmap rule."""
 
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -108,7 +115,7 @@ class _Reinterpreted(torch.autograd.Function):
 
 
 def _series(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """The polynomial with these coefficients, the constant first."""
+    """Evaluates the polynomial with these coefficients, constant term first."""
     value: Any = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         value = value * x + coefficient

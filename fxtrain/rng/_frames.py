@@ -1,4 +1,4 @@
-"""Functions that Dynamo inlines, and never compiles as frames of their own."""
+"""Keeps Dynamo from compiling functions as separate frames, while tracing still inlines them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch.overrides import TorchFunctionMode
 
 try:
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-except ImportError:  # a torch that is newer than those tested
+except ImportError:  # an untested newer version of torch
     set_code_exec_strategy = None
 
 _Mode = TypeVar("_Mode", bound=type[TorchFunctionMode])
 
 
 def inlined_only(mode: _Mode) -> _Mode:
-    """Keeps Dynamo from compiling calls of a mode's ``__torch_function__`` that no traced function makes.
+    """Keeps Dynamo from compiling a mode's ``__torch_function__`` when no traced function calls it.
 
-    Such calls come from uncompiled code below ``torch.compile``, as after a graph break. Their graphs have no guard on
-    the function that is called: the graph of ``x.mean()`` would be used for ``x.sum()``. Tracing inlines the method as
-    before. Without effect where ``is_safe_below_compile`` is False.
+    Uncompiled code below ``torch.compile`` makes such calls, for example after a graph break. Their graphs have no
+    guard on the called function, so the graph of ``x.mean()`` would be reused for ``x.sum()``. Tracing still inlines
+    the method. Has no effect where ``is_safe_below_compile`` returns False.
 
     Example:
         >>> @inlined_only
@@ -28,12 +28,12 @@ def inlined_only(mode: _Mode) -> _Mode:
         ...         return 2 * func(*args, **(kwargs or {}))
     """
     if set_code_exec_strategy is not None:
-        # The first action is for the frame, the second for the frames of the calls that it makes.
+        # The first action applies to the frame, the second to frames of its callees.
         strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
         set_code_exec_strategy(mode.__torch_function__.__code__, strategy)
     return mode
 
 
 def is_safe_below_compile() -> bool:
-    """Whether functions that ``torch.compile`` cuts into several graphs get right values under the library's modes."""
+    """Returns whether modes give right values in functions that ``torch.compile`` splits into several graphs."""
     return set_code_exec_strategy is not None

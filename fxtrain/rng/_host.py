@@ -1,4 +1,4 @@
-"""The host's global generators, of Python and numpy: seeded for a while, and then put back."""
+"""Seeds, saves and restores the global random generators of Python and NumPy."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_LOCKS: dict[int, threading.RLock] = {}  # by process: a forked worker must not inherit a lock that is held
-_MT19937 = 625 * 4  # bytes of numpy's Mersenne twister: its words and the position among them
-_GENERATORS: list[Any] = []  # one of numpy's for each depth of ``seeded`` in itself
+_LOCKS: dict[int, threading.RLock] = {}  # by process, because a forked worker must not inherit a held lock
+_MT19937 = 625 * 4  # bytes of NumPy's Mersenne Twister: 624 words and the position
+_GENERATORS: list[Any] = []  # one bit generator per nesting depth of ``seeded``
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of Python and numpy, and puts them back at the end.
+    """Seeds the global generators of Python and NumPy, and restores them on exit.
 
-    The generators belong to the whole process, so other threads that enter wait until this one leaves. It costs some
-    tens of microseconds.
+    The generators belong to the whole process, so other threads that enter block until this one leaves.
 
     Args:
-        seed: An integer of 64 bits.
+        seed: A 64-bit integer.
 
     Example:
         >>> with seeded(1):
@@ -52,32 +51,32 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def wait_for_turn(lock: Any) -> None:
-    """Takes the lock of the generators. The loop leaves this wait when a signal arrives; it knows it by its name."""
+    """Acquires the generator lock. The loop recognizes this wait by the function's name, and signals interrupt it."""
     try:
         lock.acquire()
     except BaseException:
-        if not is_seeded():  # an exception of a signal's handler may come when the lock was taken
+        if not is_seeded():  # a signal handler may raise after the lock was acquired
             with contextlib.suppress(RuntimeError):
                 lock.release()
         raise
 
 
 def is_seeded() -> bool:
-    """Whether this thread is inside ``seeded``, so that other threads wait for it."""
+    """Returns whether this thread is inside ``seeded``, which blocks other threads."""
     return _here.depth > 0
 
 
 class Mark(NamedTuple):
-    """The state of both generators, copied as memory: some microseconds."""
+    """A snapshot of both generators, with NumPy's state as raw bytes."""
 
     python: Any
-    bits: Any  # numpy's generator object
-    words: Any  # its memory; None for a kind of generator that is not known here
-    spare: dict[str, Any]  # the second of a pair of normal numbers, which numpy keeps beside the generator
+    bits: Any  # NumPy's bit generator
+    words: Any  # its raw state, or None if it is not an MT19937
+    spare: dict[str, Any]  # the second of a pair of normal samples, which NumPy caches outside the bit generator
 
 
 def mark() -> Mark | None:
-    """Marks where both generators are; None while another thread has seeded them."""
+    """Returns a snapshot of both generators, or None while another thread has seeded them."""
     lock = _LOCKS.setdefault(os.getpid(), threading.RLock())
     if not lock.acquire(blocking=False):
         return None
@@ -91,7 +90,9 @@ def mark() -> Mark | None:
 
 
 def rewind_if_moved(before: Mark) -> bool:
-    """Whether one of the generators has drawn numbers since ``before``. If so, both are put back there.
+    """Restores both generators to ``before`` if one has advanced since, and returns whether it did.
+
+    Returns False if another thread has seeded the generators, or NumPy's bit generator was exchanged.
 
     Example:
         >>> before = mark()
@@ -110,12 +111,12 @@ def rewind_if_moved(before: Mark) -> bool:
 
 
 def positions() -> dict[str, Any]:
-    """The states of both generators by name, to be compared with ``moved``. Costs about 0.05 ms."""
+    """Returns the states of both generators by name, for ``moved``."""
     return {"Python's random module": random.getstate(), "numpy.random": _comparable(_numpy().get_state(legacy=False))}
 
 
 def moved(before: dict[str, Any]) -> list[str]:
-    """The names of the generators that have drawn numbers since ``positions`` returned ``before``.
+    """Returns the names of the generators that have advanced since ``positions`` returned ``before``.
 
     Example:
         >>> with seeded(1):
@@ -128,14 +129,14 @@ def moved(before: dict[str, Any]) -> list[str]:
 
 
 def global_generators() -> tuple[Any, Any]:
-    """The generator objects behind the functions of both modules."""
+    """Returns the generator objects behind the functions of ``random`` and ``numpy.random``."""
     return getattr(random.random, "__self__", None), getattr(np.random.rand, "__self__", None)
 
 
 def state_of(generator: Any) -> Any:
-    """The state of a generator object of Python or numpy, comparable by ``==``; None for any other object.
+    """Returns the state of a generator object of Python or NumPy, comparable with ``==``.
 
-    The global generators count as other objects.
+    Returns None for any other object, and for the global generators.
     """
     if any(generator is each for each in global_generators()):
         return None
@@ -146,7 +147,7 @@ def state_of(generator: Any) -> Any:
 
 
 def set_state(generator: Any, state: Any) -> None:
-    """Gives a generator object the state that ``state_of`` returned, if it has another."""
+    """Restores a state that ``state_of`` returned, if the generator's state differs."""
     if state_of(generator) == state:
         return
     if isinstance(generator, random.Random):
@@ -179,9 +180,8 @@ def _readable(state: Any) -> Any:
 
 @contextlib.contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    # The generator is exchanged for another, because reading its state and writing it back takes 0.1 ms: each of its
-    # 624 words becomes a Python number. Normal numbers are drawn in pairs; the second is kept beside the generator, and
-    # an exchange forgets it.
+    # Exchanges the bit generator, because reading and writing its state converts 624 words to Python integers. NumPy
+    # samples normals in pairs and caches the second outside the bit generator. An exchange discards it.
     theirs, spare = _numpy().get_bit_generator(), _spare_normal()
     if len(_GENERATORS) < _here.depth:
         _GENERATORS.append(np.random.MT19937())
@@ -196,10 +196,10 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
 
 
 def _spare_normal() -> dict[str, Any]:
-    """The part of numpy's state that is beside its generator."""
+    """Returns the part of NumPy's state that is outside its bit generator."""
     numpys, theirs, stand_in = _numpy().mtrand._rand, _numpy().get_bit_generator(), _stand_in()
     stand_in.stands_for, stand_in.thread = theirs, threading.get_ident()
-    with contextlib.suppress(AttributeError):  # a private name, without which this reads all words
+    with contextlib.suppress(AttributeError):  # without this private attribute, get_state reads all words
         numpys._bit_generator = stand_in
     try:
         state = _numpy().get_state(legacy=False)
@@ -212,7 +212,7 @@ def _spare_normal() -> dict[str, Any]:
 @functools.cache
 def _stand_in() -> Any:
     class StandIn(np.random.MT19937):
-        """Replaces numpy's generator for a moment. The thread that put it there reads no words from it."""
+        """Briefly replaces NumPy's bit generator, so that ``get_state`` in this thread reads no words."""
 
         stands_for: Any
         thread: int
@@ -225,8 +225,8 @@ def _stand_in() -> Any:
 
 
 def _numpy() -> Any:
-    # Without types, because numpy's annotations omit the functions that exchange its generator. numpy imports this
-    # module at its first use, which costs a tenth of the import of this library.
+    # Untyped, because NumPy's type stubs omit the functions that exchange its bit generator. Read at each use, because
+    # NumPy imports the module at the first, which takes a tenth of the time of importing fxtrain.
     return np.random
 
 

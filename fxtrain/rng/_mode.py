@@ -1,4 +1,4 @@
-"""``functional``: torch's own random functions, drawn from a key, so that a user's module stays as it is."""
+"""The ``functional`` mode, which makes torch's random functions sample from a key without changes to modules."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from fxtrain.rng._tracing import is_traced, is_transformed
 
 
 def functional(key: Key) -> Functional:
-    """A context in which torch's random functions draw from ``key``; the default generator is not touched.
+    """A context manager in which torch's random functions sample from ``key``, not from the default generator.
 
-    Each call that draws takes the next site, in program order, from 0, so one key gives the same numbers again. It
-    works eager, inside ``torch.compile``, and inside and around the transforms of ``torch.func``. Contexts nest, and
-    the innermost draws. Replaced are the dropouts, attention with dropout, ``gumbel_softmax``, ``rrelu``, fractional
-    pooling, the random factories, and the in-place samplers on which ``torch.nn.init`` and ``torch.distributions``
-    stand.
+    Each sampling call takes the next site in program order, starting at 0, so one key always gives the same samples.
+    The context works in eager mode, inside ``torch.compile``, and inside and around ``torch.func`` transforms. In
+    nested contexts, the innermost applies. It replaces the dropouts, attention with dropout, ``gumbel_softmax``,
+    ``rrelu``, fractional pooling, the random factories, and the in-place samplers that ``torch.nn.init`` and
+    ``torch.distributions`` use.
 
-    A transform of the caller that batches inputs and not the key gives all its members the same numbers, as
-    ``vmap(randomness="same")`` does. To be filled under a ``vmap`` over keys, a tensor must come from ``torch.empty``,
-    ``empty_like`` or ``new_empty``, or be batched already. What is computed again, as in activation checkpointing, must
-    enter a context of its own: ``checkpoint`` a function that does. Steps replay their numbers by themselves.
+    A transform that batches the inputs but not the key gives all members the same samples, as
+    ``vmap(randomness="same")`` does. To be filled in place under a ``vmap`` over keys, a tensor must come from
+    ``torch.empty``, ``empty_like`` or ``new_empty``, or already be batched. A recomputed function, as in activation
+    checkpointing, must enter its context itself: ``checkpoint`` a function that does. Training steps replay their
+    samples automatically.
 
     Args:
-        key: Where in the run. To draw by hand as well, use another stream for that.
+        key: The position in the run. For explicit sampling in the same step, use a key of another stream.
 
     Raises:
-        NotImplementedError: Inside, by a random function that cannot be replaced, which it names.
+        NotImplementedError: Inside the context, when a random function has no replacement.
 
     Example:
         >>> from fxtrain import rng
@@ -51,7 +52,7 @@ def functional(key: Key) -> Functional:
 
 
 class DataAssignmentError(RuntimeError):
-    """A function inside ``functional`` assigned to the ``data`` of a tensor, where that cannot be followed."""
+    """Raised if a function inside ``functional`` assigns to ``tensor.data`` in a way that cannot be traced."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(
@@ -63,10 +64,10 @@ class DataAssignmentError(RuntimeError):
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Checks that the block leaves the default generators where they are. Costs some tens of microseconds.
+    """Checks that the block does not advance torch's default generators.
 
     Raises:
-        RuntimeError: At the end, if one moved: something drew numbers that are no function of a key.
+        RuntimeError: On exit, if one advanced, because some samples did not come from a key.
 
     Example:
         >>> with untouched():
@@ -93,30 +94,30 @@ def _generator_states() -> dict[str, Tensor]:
 
 
 class Watch(Protocol):
-    """Decides about writes in place before they happen."""
+    """Checks in-place writes before they happen."""
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Looks at a function of torch, which runs unless this raises."""
+        """Inspects a call of a torch function. Raising prevents the call."""
         ...
 
     def refuse(self, name: str, target: Tensor) -> None:
-        """Raises if ``target`` may not be written."""
+        """Raises if ``target`` must not be written."""
         ...
 
     def watches(self, tensor: Tensor) -> bool:
-        """Whether some writes into the memory of the tensor are refused."""
+        """Returns whether some writes to the tensor's storage are refused."""
         ...
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a clone that the watched function may write."""
+        """Returns whether the tensor is a clone that the watched function may write."""
         ...
 
 
 @inlined_only
 class Functional(TorchFunctionMode):
-    """The mode of ``functional``, which makes it."""
+    """The torch function mode behind ``functional``."""
 
-    # Dynamo follows a mode that inherits __enter__ and __exit__, and a Python number on it that changes.
+    # Dynamo can trace this mode because it inherits __enter__ and __exit__, and counts sites in a Python int.
 
     def __init__(self, key: Key) -> None:
         super().__init__()
@@ -129,23 +130,23 @@ class Functional(TorchFunctionMode):
         return self.sites - 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # By name, a constant while tracing: a table with functions as keys costs Dynamo several guards a key.
+        # Dispatch by name, a constant while tracing. A table keyed by functions costs Dynamo several guards per key.
         name = func.__name__
         kwargs = kwargs or {}
         if name == "__set__" and func == _ASSIGN_DATA:
             if args[1] is args[0]:
-                return None  # as module.to(device) does on the device it is on
+                return None  # module.to(device) does this if the module is already there
             return self._assign_data(func, *args)
         if self.watch is not None:
             self.watch(name, args, kwargs)
             if name == "__get__" and func == _READ_DATA and self.watch.watches(args[0]):
-                return args[0].detach()  # alike, but torch counts what is written into it as a write to the tensor
+                return args[0].detach()  # same storage, but in-place writes bump the tensor's version counter
         if not _is_known(name):
             if isinstance(func, _OPERATORS) and _is_seeded(func):
                 raise _refusal(name)
             return func(*args, **kwargs)
         if name in _INITIALISERS and "tensor" in kwargs:
-            name = f"init.{name}"  # torch.nn.init passes this keyword, and has names that methods of tensors have too
+            name = f"init.{name}"  # these functions of torch.nn.init share their names with tensor methods
         if name == "backward" and "gradient" in kwargs:
             name = "Tensor.backward"
         if name in _BODIES:
@@ -163,7 +164,7 @@ class Functional(TorchFunctionMode):
         is_alike = tensor.shape == value.shape and tensor.dtype == value.dtype
         dynamo = torch.compiler.is_dynamo_compiling()
         if not dynamo and is_transformed():
-            # Inside torch.func an assignment ends the process where the tensor is not a wrapped one.
+            # Inside torch.func, assigning to .data of a tensor that is not wrapped crashes the process.
             if not is_alike or self.watch is None or not self.watch.owns(tensor):
                 raise DataAssignmentError(tensor)
         elif not dynamo and not is_traced():
@@ -171,7 +172,7 @@ class Functional(TorchFunctionMode):
             return
         elif not is_alike:
             raise DataAssignmentError(tensor)
-        tensor.detach().copy_(value.detach())  # which tracers and transforms see
+        tensor.detach().copy_(value.detach())  # visible to tracers and transforms
 
 
 def _refusal(name: str) -> NotImplementedError:
@@ -203,8 +204,8 @@ REFUSED = {
 }
 
 
-# A function of torch that is written in Python offers itself to modes whole, and what it calls would escape. So its
-# body is run with the mode on, and without the offer, which it makes if a function among its globals says so.
+# A torch function written in Python dispatches to modes as a whole, and the random functions that it calls would escape
+# the mode. Its body therefore runs inside the mode, with the globals that trigger the dispatch replaced by `_no`.
 
 
 def _no(*_: Any) -> bool:
@@ -235,7 +236,7 @@ _BODIES: dict[str, Callable[..., Any]] = {
         torch.svd_lowrank,
         torch.pca_lowrank,
         torch.lobpcg,
-        torch.autograd.grad,  # a backward pass may compute again what draws
+        torch.autograd.grad,  # a backward pass may recompute random functions
         torch.autograd.backward,
     )
 } | {f"init.{name}": _body(getattr(torch.nn.init, name)) for name in _INITIALISERS}
@@ -249,12 +250,12 @@ _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def _constant(function: Any) -> Any:
-    # What torch.compiler.assume_constant_result does, which would import the whole of Dynamo to do it: a second.
+    # Equivalent to torch.compiler.assume_constant_result, which would import all of Dynamo.
     function._dynamo_marked_constant = True
     return function
 
 
-# While tracing, Dynamo calls these three and does not look inside: a guard for every operation of the model is saved.
+# Dynamo calls these three while tracing but does not trace into them, which saves a guard per operation of the model.
 
 
 @_constant
@@ -271,8 +272,8 @@ def _is_seeded(operator: Any) -> bool:
 
 @_constant
 def _show_all_to_modes() -> bool:
-    # Dynamo keeps some of these from modes, which see them in eager mode, and would leave hidden random numbers in the
-    # graph. There is no public door. Only code under a mode is affected.
+    # Dynamo hides some of these functions from modes, unlike eager mode, and would leave hidden random samples in the
+    # graph. There is no public interface for this. Only code under a mode is affected.
     if "torch._dynamo" in sys.modules:
         from torch._dynamo.variables.torch import get_overridable_functions
 

@@ -1,4 +1,4 @@
-"""Philox4x32: random words as a function of a key and a counter, in tensor operations."""
+"""Philox4x32 random words in tensor operations, and the keys and streams that select them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Words = tuple[Any, Any, Any, Any]
 
 
 def philox4x32(counter: Words, key: tuple[Any, Any], *, rounds: int = 7) -> Words:
-    """Four random words for a counter of four words, under a key of two.
+    """Returns four random words for a counter of four words and a key of two.
 
-    A round multiplies, and swaps the halves of the products; the key is bumped between rounds:
+    Each round multiplies two words and swaps the halves of the results. The key is incremented between rounds:
 
         p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = high(q) ^ c[1] ^ k[0],  low(q),  high(p) ^ c[3] ^ k[1],  low(p)
 
-    For a fixed key this is a bijection of the counters. Seven rounds are the fewest that pass BigCrush; ten,
-    the authors' margin of safety, cost a quarter more.
+    For a fixed key this is a bijection of the counters. Seven rounds are the fewest that pass BigCrush. The authors
+    recommend ten as a safety margin.
 
     Args:
         counter: int64 tensors that broadcast, or integers, each in [0, 2^32).
-        key: Two of the same.
-        rounds: How many rounds.
+        key: Two words of the same kind.
+        rounds: The number of rounds.
 
     Returns:
-        int64, in [0, 2^32).
+        Four int64 tensors or integers, in [0, 2^32).
 
     Example:
         >>> [f"{word:08x}" for word in philox4x32((0, 0, 0, 0), (0, 0))]
@@ -48,15 +48,15 @@ def philox4x32(counter: Words, key: tuple[Any, Any], *, rounds: int = 7) -> Word
     for index in range(rounds):
         if index:
             k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-        # A product of two words may wrap around as int64: its 64 bits are right, and bits are all that is taken.
-        # Only what is multiplied next must be a clean word, so two masks do for a round, not four.
+        # The product of two words may overflow int64, but its 64 bits are right, and only bits are used. Only words
+        # that are multiplied next must be masked, so a round needs two masks instead of four.
         p, q = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((q >> 32) ^ c1 ^ k0) & MASK, q, ((p >> 32) ^ c3 ^ k1) & MASK, p
     return c0, c1 & MASK, c2, c3 & MASK
 
 
 class Stream(enum.IntEnum):
-    """What the numbers are for. Numbers of two streams have nothing to do with each other; 16 to 255 are yours."""
+    """The purpose of random samples. Streams are independent. Values 16 to 255 are free for user code."""
 
     TRAIN = 0
     EVAL = 1
@@ -67,16 +67,16 @@ class Stream(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Key:
-    """Where in the run the numbers are drawn. A pytree; ``key`` makes one.
+    """A position in a run, from which samples are computed. A pytree, created by ``key``.
 
-    Under ``torch.func.vmap`` each of the three tensors may be batched, and each member draws the numbers that it
-    would draw alone. Where none is, all members draw the same.
+    Under ``torch.func.vmap`` each of the three tensors may be batched, and each member gets the samples that it would
+    get alone. If none is batched, all members get the same samples.
 
     Args:
         seed: int64 []. All 64 bits count.
         step: int64 []. All 64 bits count.
-        microbatch: int64 []. 32 bits count.
-        stream: What the numbers are for, 0 to 255. Static: part of the tree's structure, and no leaf.
+        microbatch: int64 []. The lower 32 bits count.
+        stream: The purpose of the samples, 0 to 255. Static: part of the tree structure, not a leaf.
     """
 
     seed: Tensor
@@ -85,7 +85,7 @@ class Key:
     stream: int = Stream.TRAIN
 
     def replace(self, **changes: Any) -> Self:
-        """The same place but for some fields. Numbers will do for tensors."""
+        """Returns the key with some fields changed. Accepts integers in place of tensors."""
         return key(**{field: getattr(self, field) for field in (*_TENSORS, "stream")} | changes)  # pyright: ignore[reportReturnType]
 
 
@@ -100,20 +100,20 @@ register_node(
 
 
 def key(seed: int | Tensor, *, stream: int = Stream.TRAIN, step: int | Tensor = 0, microbatch: int | Tensor = 0) -> Key:
-    """The place in a run from which ``functional`` and the samplers draw.
+    """Returns the position in a run from which ``functional`` and the samplers compute their samples.
 
-    No two of (seed, stream, step, microbatch, site, index) share a counter and a key, as long as each is within its
-    range: 64, 8, 32, 32, 24 and 34 bits. The upper half of a step is folded into the key.
+    No two combinations of (seed, stream, step, microbatch, site, index) share a counter and a key, as long as each
+    value fits its range of 64, 8, 32, 32, 24 and 34 bits. The upper half of a step is folded into the key.
 
     Args:
         seed: An integer, or an integer tensor of shape [].
-        stream: A ``Stream``, or a number of your own from 16 to 255.
-        step: The number of the step.
-        microbatch: Which substep of gradient accumulation, or which batch of an evaluation.
+        stream: A ``Stream``, or an integer from 16 to 255 for a stream of user code.
+        step: The training step: an integer, or an integer tensor of shape [].
+        microbatch: The index of the gradient accumulation substep or evaluation batch, of the same types.
 
     Raises:
-        TypeError: If one of the three is no integer, or a tensor that is not 0-d.
-        ValueError: If the stream is out of range.
+        TypeError: ``seed``, ``step`` or ``microbatch`` is neither an integer nor a 0-d integer tensor.
+        ValueError: ``stream`` is out of range.
 
     Example:
         >>> from fxtrain import rng
@@ -123,7 +123,7 @@ def key(seed: int | Tensor, *, stream: int = Stream.TRAIN, step: int | Tensor = 
         >>> rng.uniform(place.replace(step=4), [2])
         tensor([0.3516, 0.0014])
     """
-    stream = int(stream)  # Dynamo of torch 2.11 knows this of a member of an enum, and no comparison
+    stream = int(stream)  # in torch 2.11, Dynamo can convert an enum member but not compare it
     if not 0 <= stream < 256:
         raise ValueError(
             f"A stream is a number from 0 to 255, and {stream} came: take one of rng.Stream, or 16 to 255."
@@ -136,7 +136,7 @@ def _scalar(name: str, value: int | Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{name} is an integer, or an integer tensor of shape [], and {value!r} came.")
-        # Not `torch.tensor`, which compiled for a GPU copies a constant to it at each call.
+        # Not `torch.tensor`, which copies a constant to the GPU at each call of compiled code.
         return torch.full((), value, dtype=torch.int64, device=None if like is None else like.device)
     if value.ndim or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(
@@ -147,7 +147,7 @@ def _scalar(name: str, value: int | Tensor, like: Tensor | None) -> Tensor:
 
 
 def blocks(key: Key, count: int, *, site: int, device: torch.device) -> Words:
-    """The first ``count`` blocks of four random words of a site: int64 [count] each, in [0, 2^32)."""
+    """Returns the first ``count`` blocks of four random words of a site: int64 [count] each, in [0, 2^32)."""
     if not 0 <= site < 1 << 24:
         raise ValueError(f"A site is a number from 0 to 2^24 - 1, and {site} came.")
     if count > 1 << 32:

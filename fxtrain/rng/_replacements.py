@@ -1,9 +1,9 @@
-"""What stands in for each of torch's random functions: its arguments, with a source of sites first.
+"""Replacements for torch's random functions, with the same arguments after a source of sites.
 
-Gradients are those of torch: through the input of a dropout or an attention, and never through a sampled number.
+Gradients match torch's: they flow through the input of a dropout or an attention, never through a sample.
 """
 
-# ruff: noqa: A002 -- arguments are named as in torch, where they may be given by name
+# ruff: noqa: A002 -- arguments keep their names in torch, because callers may pass them by keyword
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fxtrain.rng._tracing import has_symbolic_sizes
 
 
 class Source(Protocol):
-    """Where the replacements draw from."""
+    """Provides the key and the sites for the replacements."""
 
     key: Key
 
     def site(self) -> int:
-        """The next site. Taken only where there is something to draw."""
+        """Returns the next site. Called only if there is something to sample."""
         ...
 
 
-# Dropout. torch's own functions say `train`, those of torch.nn.functional `training`, with defaults of their own.
+# Dropout. The flag is called `train` in torch and `training` in torch.nn.functional, with different defaults.
 
 
 def dropout(
@@ -63,7 +63,7 @@ def _drop(source: Source, input: Tensor, p: float, active: bool, inplace: bool, 
 
 
 def _alpha_drop(source: Source, input: Tensor, p: float, active: bool, inplace: bool, shape: Sequence[int]) -> Tensor:
-    # Klambauer et al., "Self-normalizing neural networks", 2017: what is dropped becomes the limit of SELU at minus
+    # Klambauer et al., "Self-normalizing neural networks", 2017: dropped values become the limit of SELU at minus
     # infinity, and an affine map restores mean 0 and variance 1.
     if not active or p == 0.0:
         return input
@@ -97,7 +97,7 @@ def rrelu(
     return input.copy_(result) if inplace else result
 
 
-# Factories. A size comes as integers or as one sequence.
+# Factories. The size is passed as integers or as one sequence.
 
 
 def rand(source: Source, *size: Any, **options: Any) -> Tensor:
@@ -117,7 +117,7 @@ def randn_like(source: Source, input: Tensor, **options: Any) -> Tensor:
 
 
 def randint(source: Source, *numbers: Any, **options: Any) -> Tensor:
-    # (high, size) or (low, high, size), each by position or by name.
+    # (high, size) or (low, high, size), each by position or keyword.
     rest = list(numbers)
     size = options.pop("size") if "size" in options else rest.pop()
     high = options.pop("high") if "high" in options else rest.pop()
@@ -173,7 +173,7 @@ def _constant(parameter: Any) -> Any:
     return parameter.detach() if isinstance(parameter, Tensor) else parameter
 
 
-# Samplers of a tensor of probabilities.
+# Samplers that take a tensor of probabilities.
 
 
 def bernoulli(source: Source, input: Tensor, p: float | Tensor | None = None) -> Tensor:
@@ -188,7 +188,7 @@ def multinomial(source: Source, input: Tensor, num_samples: int, replacement: bo
     )
 
 
-# In place.
+# In-place samplers.
 
 
 def uniform_(source: Source, tensor: Tensor, low: float = 0.0, high: float = 1.0, **bounds: float) -> Tensor:
@@ -221,7 +221,8 @@ def bernoulli_(source: Source, tensor: Tensor, p: float | Tensor = 0.5) -> Tenso
 
 
 def random_(source: Source, tensor: Tensor, *bounds: int | None, **named: int | None) -> Tensor:
-    # (), (to) or (from, to), each by position or by name. Without `to`, all that the dtype counts without gaps.
+    # (), (to) or (from, to), each by position or keyword. Without `to`, up to the largest integer below which the dtype
+    # represents all others.
     low, high = (0, *bounds) if len(bounds) == 1 else bounds or (named.get("from") or 0, named.get("to"))
     if high is None:
         high = samplers.largest_count(tensor.dtype) + 1
@@ -235,7 +236,7 @@ def _fill(source: Source, tensor: Tensor, sampler: Callable[..., Tensor], **argu
     return tensor.copy_(values)
 
 
-# Random in some calls only. These take the function replaced as well, for the others.
+# Random in some calls only. These also take the original function, for the other calls.
 
 
 def attention(
@@ -250,7 +251,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(scale q k^T + mask), dropped, times v. It holds all scores: memory grows with both lengths."""
+    """Returns dropout(softmax(scale q k^T + mask)) v. Materializes all scores, so memory grows with both lengths."""
     if dropout_p == 0.0:
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if is_causal:
@@ -260,14 +261,14 @@ def attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    # The root of the scale on either side: in float16 the bare product could overflow.
+    # Both factors are scaled by the root of the scale, because the unscaled matmul could overflow in float16.
     root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
     scores = (query * root) @ (key * root).mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
-        # A query that may look nowhere gets zeros and no gradient, where a plain softmax would give NaN.
+        # A query that may attend to no key gets zeros and no gradient, where a plain softmax would give NaN.
         blind = (scores == -math.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     else:
@@ -278,7 +279,7 @@ def attention(
 def linear(
     source: Source, func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    # Not random: inside torch.func, torch's own reads three sizes as integers, so a graph would hold for one size.
+    # Not random. Inside torch.func, torch's implementation reads three sizes as integers, which specializes the graph.
     if (
         bias is None
         or input.ndim != 3
@@ -310,7 +311,7 @@ def _fractional_max_pool(
 
 
 def recurrent(source: Source, func: Callable[..., Any], *args: Any) -> Any:
-    # (..., has_biases, num_layers, dropout, train, bidirectional), after tensors in two arrangements.
+    # (has_biases, num_layers, dropout, train, bidirectional) follow tensors in one of two layouts.
     first = next(index for index, value in enumerate(args) if isinstance(value, bool))
     if args[first + 2] > 0.0 and args[first + 3]:
         raise NotImplementedError(
@@ -321,7 +322,7 @@ def recurrent(source: Source, func: Callable[..., Any], *args: Any) -> Any:
 
 
 def empty(source: Source, func: Callable[..., Any], *args: Any, **options: Any) -> Tensor:
-    # What is to be filled must be batched where the key is, or vmap refuses to fill it.
+    # A tensor that will be filled in place must be batched if the key is, or vmap refuses the write.
     result = func(*args, **options)
     place = source.key.seed ^ source.key.step ^ source.key.microbatch
     plain = result.layout == torch.strided and result.device == place.device and not hasattr(result, "device_mesh")
@@ -331,7 +332,7 @@ def empty(source: Source, func: Callable[..., Any], *args: Any, **options: Any) 
 
 
 def unflatten(source: Source, func: Callable[..., Any], tensor: Tensor, *args: Any, **options: Any) -> Tensor:
-    # Not random: Dynamo cannot call this one, a Python method, as a function.
+    # Not random. Dynamo cannot call this Python method as a function.
     return tensor.unflatten(*args, **options)
 
 
@@ -365,7 +366,7 @@ REPLACED: dict[str, Callable[..., Any]] = {
     "bernoulli_": bernoulli_,
     "random_": random_,
 }
-"""By the name of the function."""
+"""Replacements by function name."""
 
 SOMETIMES: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": attention,
@@ -385,4 +386,4 @@ SOMETIMES: dict[str, Callable[..., Any]] = {
     "zeros_like": empty,
     "unflatten": unflatten,
 }
-"""Those that take the function as well."""
+"""Replacements that also take the original function, by its name."""

@@ -1,4 +1,4 @@
-"""Replay: random numbers that a recomputation draws again, as activation checkpointing does in the backward pass."""
+"""Replays random samples in recomputations, such as activation checkpointing in the backward pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _depth = 0
 
 @contextlib.contextmanager
 def replayed() -> Iterator[None]:
-    """A context in which a state of torch's generator stands for a site of the ``functional`` mode around it.
+    """A context manager in which torch's generator state also carries the next site of ``functional``.
 
-    Code that computes again reads the generator's state before the first pass, and writes it back before the second:
-    ``torch.utils.checkpoint`` does. Inside ``functional``, numbers come from the sites of a key instead, so the state
-    carries the next site along, and writing it back returns there. The generator itself is left alone. For the time of
-    the context ``torch.get_rng_state`` and ``torch.set_rng_state`` are replaced; threads that are in no ``functional``
-    read and write the generator as usual.
+    Code that recomputes, such as ``torch.utils.checkpoint``, reads the generator state before the first pass and
+    restores it before the second. Inside ``functional``, samples come from the sites of a key instead. The state
+    therefore carries the next site, and restoring the state restores the site. The generator itself is not changed.
+
+    Within this context, ``torch.get_rng_state`` and ``torch.set_rng_state`` are replaced. Threads outside
+    ``functional`` read and write the generator as usual.
 
     Example:
         >>> from fxtrain import rng

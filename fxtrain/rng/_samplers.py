@@ -1,10 +1,10 @@
-"""Distributions: pure functions of a key, a shape and a site.
+"""Random samplers as pure functions of a key, a shape and a site.
 
-Number ``i`` of a site is made from its words ``i * w`` to ``i * w + w - 1``, if a number takes ``w`` words; a shape
-is filled in row-major order. Everything is integer arithmetic, or additions, products and quotients in a fixed
-order, which IEEE 754 rounds in one way: no ``log``, ``cos`` or ``sqrt``, whose last bit depends on the library, and in
-eager mode on the length of the tensor. So the numbers are the same bits in every mode on one kind of device; a GPU
-compiler that contracts ``a * b + c`` may change the last bit of floating-point ones.
+If a sample takes ``w`` words, sample ``i`` of a site uses its words ``i * w`` to ``i * w + w - 1``. Shapes are filled
+in row-major order. All arithmetic is on integers, or consists of additions, multiplications and divisions in a fixed
+order, which IEEE 754 rounds in one way. It avoids ``log``, ``cos`` and ``sqrt``, whose last bit depends on the library
+and, in eager mode, on the length of the tensor. Samples are therefore bitwise equal in every mode on one kind of
+device. A GPU compiler that contracts ``a * b + c`` may change the last bit of floating-point samples.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fxtrain.rng._philox import MASK, Key, blocks
 def bits(
     key: Key, shape: Sequence[int], *, site: int = 0, width: int = 32, device: torch.device | str | None = None
 ) -> Tensor:
-    """Random bits as int64: 32 of them, in [0, 2^32), or all 64.
+    """Samples random bits as int64: 32 bits, in [0, 2^32), or all 64.
 
     Args:
-        key: Where in the run.
-        shape: Of the result.
-        site: Which draw of this key, 0 to 2^24 - 1. Two draws from one site are the same numbers.
+        key: The position in the run.
+        shape: The shape of the result.
+        site: The sampling call for this key, 0 to 2^24 - 1. Two calls with one site return the same samples.
         width: 32 or 64.
-        device: Of the result; the key's, if not given.
+        device: The device of the result. Defaults to the key's.
     """
     if width == 32:
         return _fill(key, shape, site, device, 4, lambda *words: words)
@@ -48,10 +48,20 @@ def uniform(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform numbers in [low, high).
+    """Samples uniformly from [low, high).
 
-    On [0, 1) they are the multiples of 2^-b, all equally likely, where b is the significand of the dtype in bits: 53,
-    24, 11 (float16) or 8 (bfloat16). Then ``low + (high - low) * u``, and what rounds to ``high`` becomes ``low``.
+    On [0, 1), samples are the multiples of 2^-b, all equally likely, where b is the number of significand bits of the
+    dtype: 53, 24, 11 (float16) or 8 (bfloat16). The result is ``low + (high - low) * u``, with values that round to
+    ``high`` replaced by ``low``.
+
+    Args:
+        key: The position in the run.
+        shape: The shape of the result.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        low: The lower bound, inclusive.
+        high: The upper bound, exclusive.
+        dtype: float64, float32, float16 or bfloat16.
+        device: The device of the result. Defaults to the key's.
 
     Example:
         >>> from fxtrain import rng
@@ -80,9 +90,19 @@ def normal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Normal numbers, by Box and Muller: sqrt(2 e) cos(a) and sqrt(2 e) sin(a), with e exponential and a uniform.
+    """Samples from a normal distribution by the Box-Muller method.
 
-    The tail reaches 6.7 standard deviations (8.6 in float64), beyond which lie 2e-11 (6e-18) of the distribution.
+    A pair of samples is sqrt(2 e) cos(a) and sqrt(2 e) sin(a), with e exponential and a uniform. The tails end at 6.7
+    standard deviations (8.6 in float64), which omits 2e-11 (6e-18) of the distribution.
+
+    Args:
+        key: The position in the run.
+        shape: The shape of the result.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        mean: A scalar, or a tensor that broadcasts to ``shape``.
+        std: The standard deviation: a scalar, or a tensor that broadcasts to ``shape``.
+        dtype: float64, float32, float16 or bfloat16.
+        device: The device of the result. Defaults to the key's.
 
     Example:
         >>> from fxtrain import rng
@@ -94,7 +114,7 @@ def normal(
     """
     form = form_of(dtype)
 
-    # As in ``_integers``: what is made of both pairs of words is made at once.
+    # As in ``_integers``, both pairs of words are stacked, so that the graph has each operation once.
     def pairs(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         if form.width == 32:
             integer, turn = torch.stack([a, c], -1), torch.stack([b, d], -1)
@@ -117,11 +137,20 @@ def exponential(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Exponential numbers, -log(u) / rate. Above 0, and below 23 / rate (38 / rate in float64)."""
+    """Samples -log(u) / rate, with u uniform. Samples lie above 0 and below 23 / rate (38 / rate in float64).
+
+    Args:
+        key: The position in the run.
+        shape: The shape of the result.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        rate: The inverse of the mean, above 0.
+        dtype: float64, float32, float16 or bfloat16.
+        device: The device of the result. Defaults to the key's.
+    """
     form = form_of(dtype)
     if not rate > 0.0:
         raise ValueError(f"exponential takes a rate above 0, and {rate} came.")
-    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # what float16 would round to 0
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # float16 would round smaller samples to 0
 
     integer = _integers(key, shape, site, device, form)
     return (negative_log(integer, form) * (1.0 / rate)).to(dtype).clamp(min=least)
@@ -135,14 +164,14 @@ def bernoulli(
     p: float | Tensor = 0.5,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """True with probability ``p``, to within 2^-32.
+    """Samples True with probability ``p``, to within 2^-32.
 
     Args:
-        key: Where in the run.
-        shape: Of the result.
-        site: Which draw of this key.
-        p: A number, or a tensor that broadcasts to the shape. Values of a tensor are not checked.
-        device: Of the result; the key's, if not given.
+        key: The position in the run.
+        shape: The shape of the result.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        p: A scalar, or a tensor that broadcasts to ``shape``. Tensor values are not checked.
+        device: The device of the result. Defaults to the key's.
 
     Example:
         >>> from fxtrain import rng
@@ -162,9 +191,19 @@ def randint(
     dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform integers in [low, high): low + floor(x * (high - low) / 2^64), with x of 64 random bits.
+    """Samples integers uniformly from [low, high).
 
-    No value is off its probability by more than 2^-64.
+    The result is low + floor(x * (high - low) / 2^64), with x of 64 random bits, so no probability is off by more than
+    2^-64.
+
+    Args:
+        key: The position in the run.
+        shape: The shape of the result.
+        high: The upper bound, exclusive.
+        low: The lower bound, inclusive.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        dtype: The dtype of the result, which must represent ``high - 1``.
+        device: The device of the result. Defaults to the key's.
 
     Example:
         >>> from fxtrain import rng
@@ -179,7 +218,7 @@ def randint(
     upper, lower = span >> 32, span & MASK
 
     def scaled(a: Tensor, b: Tensor) -> Tensor:
-        # The high half of a 64 by 64 bit product, from four products of words that wrap around as in Philox.
+        # The upper half of a 64 by 64 bit product, from four products of words that wrap around as in Philox.
         p, q, r = a * lower, b * upper, b * lower
         carry = (p & MASK) + (q & MASK) + (r >> 32 & MASK)
         return low + a * upper + (p >> 32 & MASK) + (q >> 32 & MASK) + (carry >> 32)
@@ -188,7 +227,15 @@ def randint(
 
 
 def permutation(key: Key, n: int, *, site: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """A random order of 0 to n - 1: int64 [n]. A stable sort of 64 random bits each; a tie has odds of n^2 / 2^65.
+    """Samples a random permutation of 0 to n - 1: int64 [n].
+
+    Sorts 64 random bits per entry. The sort is stable. The probability of a tie is about n^2 / 2^65.
+
+    Args:
+        key: The position in the run.
+        n: The number of entries.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        device: The device of the result. Defaults to the key's.
 
     Example:
         >>> from fxtrain import rng
@@ -199,28 +246,28 @@ def permutation(key: Key, n: int, *, site: int = 0, device: torch.device | str |
 
 
 def categorical(key: Key, logits: Tensor, *, site: int = 0) -> Tensor:
-    """Indices along the last axis, with the probabilities softmax(logits): int64 [...].
+    """Samples indices along the last axis with probabilities softmax(logits): int64 [...].
 
     Args:
-        key: Where in the run.
+        key: The position in the run.
         logits: float [..., categories].
-        site: Which draw of this key.
+        site: The sampling call for this key, 0 to 2^24 - 1.
     """
     return multinomial(key, logits.softmax(-1), num_samples=1, site=site).squeeze(-1)
 
 
 def multinomial(key: Key, weights: Tensor, *, num_samples: int, replacement: bool = False, site: int = 0) -> Tensor:
-    """Indices along the last axis, in proportion to the weights: int64 [..., num_samples].
+    """Samples indices along the last axis in proportion to the weights: int64 [..., num_samples].
 
-    Without replacement, each index waits an exponential time of its weight as rate, and the first to arrive are
-    taken. With replacement, the inverse of the cumulative weights, in float64.
+    A single sample, or samples without replacement, are the indices with the shortest exponential waiting times, whose
+    rates are the weights. Otherwise inverts the cumulative weights in float64.
 
     Args:
-        key: Where in the run.
-        weights: float [..., categories], 0 or more; they need not sum to 1.
-        num_samples: How many, at most the number of weights above 0 if without replacement.
-        replacement: Whether an index may come twice.
-        site: Which draw of this key.
+        key: The position in the run.
+        weights: float [..., categories], nonnegative. They need not sum to 1.
+        num_samples: The number of samples. Without replacement, at most the number of positive weights.
+        replacement: Whether an index may be sampled more than once.
+        site: The sampling call for this key, 0 to 2^24 - 1.
 
     Example:
         >>> from fxtrain import rng
@@ -243,14 +290,14 @@ def multinomial(key: Key, weights: Tensor, *, num_samples: int, replacement: boo
 
 
 def dropout(key: Key, x: Tensor, *, p: float, site: int = 0, shape: Sequence[int] | None = None) -> Tensor:
-    """``x`` with each number set to 0 with probability ``p``, and the others divided by 1 - p.
+    """Zeroes each element of ``x`` with probability ``p``, and divides the others by 1 - p.
 
     Args:
-        key: Where in the run.
+        key: The position in the run.
         x: float [...].
         p: The probability of 0, between 0 and 1.
-        site: Which draw of this key.
-        shape: Of the mask, if it is to be shared along the axes where this is 1.
+        site: The sampling call for this key, 0 to 2^24 - 1.
+        shape: The shape of the mask, with size 1 along axes that share it. Defaults to the shape of ``x``.
 
     Example:
         >>> from fxtrain import rng
@@ -258,18 +305,18 @@ def dropout(key: Key, x: Tensor, *, p: float, site: int = 0, shape: Sequence[int
         tensor([0., 0., 0., 0., 2., 2.])
     """
     kept = 1 - indicator(key, x.shape if shape is None else shape, site=site, p=p, device=x.device)
-    # In this order, so that half precision is rounded once, compiled or not; a product, so that NaN stays NaN.
+    # In this order, half precision is rounded once, compiled or not. Multiplying by the mask keeps NaN.
     return x * kept * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 def indicator(
     key: Key, shape: Sequence[int], *, site: int, p: float | Tensor, device: torch.device | str | None
 ) -> Tensor:
-    """As ``bernoulli``, as int8: 1 with probability ``p``, and else 0."""
-    # The sign of a difference, and not a comparison: on a CPU, Inductor stores a bool made from int64 lane by lane,
-    # 8 ms a million numbers against 1.5.
+    """Samples like ``bernoulli``, but returns int8: 1 with probability ``p``, otherwise 0."""
+    # Takes the sign of a difference instead of comparing, because on CPUs Inductor stores bools made from int64 slowly,
+    # lane by lane.
     if isinstance(p, Tensor):
-        # A power of two changes no significand: nothing is rounded but what is below 2^-32.
+        # Multiplying by a power of two keeps the significand, so only bits below 2^-32 are lost.
         wide = torch.promote_types(p.dtype, torch.float32)
         threshold = (p.to(wide) * 2.0**32).to(torch.int64)
         return (bits(key, shape, site=site, device=device) - threshold >> 63).to(torch.int8).neg()
@@ -293,7 +340,7 @@ def cauchy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Cauchy numbers: median + scale tan(a), with a uniform angle a."""
+    """Samples from a Cauchy distribution: median + scale tan(a), with a uniform angle a."""
     form = form_of(dtype)
 
     x, y = point_on_circle(_integers(key, shape, site, device, form), form)
@@ -309,7 +356,10 @@ def geometric(
     dtype: torch.dtype = torch.int64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The number of trials up to the first success, each with probability ``p``: 1 + floor(e / -log(1 - p))."""
+    """Samples the number of trials up to the first success, each with probability ``p``.
+
+    The result is 1 + floor(e / -log(1 - p)), with e exponential.
+    """
     if not 0.0 < p <= 1.0:
         raise ValueError(f"geometric takes a probability above 0 and up to 1, and {p} came.")
     rate = -math.log1p(-p) if p < 1.0 else math.inf
@@ -319,7 +369,7 @@ def geometric(
 
 
 def largest_count(dtype: torch.dtype) -> int:
-    """The largest integer up to which a dtype holds every one."""
+    """Returns the largest n such that the dtype represents all integers from 0 to n."""
     if dtype.is_floating_point:
         return 2 ** form_of(dtype).significand
     return 1 if dtype == torch.bool else torch.iinfo(dtype).max
@@ -333,9 +383,9 @@ def _fill(
     per_block: int,
     numbers: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
 ) -> Tensor:
-    """The shape filled with what ``numbers`` makes of each block of four words, ``per_block`` at a time."""
+    """Fills the shape with the ``per_block`` samples that ``numbers`` computes from each block of four words."""
     count = 1
-    for size in shape:  # torch.Size(shape).numel() would fix sizes that are symbols
+    for size in shape:  # torch.Size(shape).numel() would specialize symbolic sizes
         count *= size
     where = key.seed.device if device is None else torch.device(device)
     words = blocks(key, -(-count // per_block), site=site, device=where)
@@ -343,9 +393,9 @@ def _fill(
 
 
 def _integers(key: Key, shape: Sequence[int], site: int, device: torch.device | str | None, form: Form) -> Tensor:
-    """The shape filled with integers of ``form.width`` random bits.
+    """Fills the shape with integers of ``form.width`` random bits.
 
-    What is made of them is made of all at once: a compiler takes as long for each word that comes by itself.
+    Later operations then apply to all samples together. Handling the words separately would multiply compile time.
     """
     if form.width == 32:
         return bits(key, shape, site=site, device=device)
@@ -353,5 +403,5 @@ def _integers(key: Key, shape: Sequence[int], site: int, device: torch.device | 
 
 
 def _join(a: Tensor, b: Tensor) -> Tensor:
-    """53 bits of two words."""
+    """Returns the upper 53 bits of two words."""
     return a << 21 | b >> 11

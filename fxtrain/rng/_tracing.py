@@ -1,4 +1,4 @@
-"""Whether the operations of this moment are recorded or run without values: a tracer's tensors have no numbers."""
+"""Detects tracing and transforms, hides operations from them, and derives host seeds from keys."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxtrain.rng._philox import Key, philox4x32
 
 _MODES = torch._C._TorchDispatchModeKey
-_HOST_SITE = (1 << 24) - 1  # the last site of a key: program order never gets there
+_HOST_SITE = (1 << 24) - 1  # the last site of a key, which program order never reaches
 _WORD = (1 << 32) - 1
 
 
 def is_traced() -> bool:
-    """Whether ``make_fx`` records, or tensors are fake. Not True inside Dynamo."""
+    """Returns whether ``make_fx`` is recording or tensors are fake. False inside Dynamo."""
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.PROXY, _MODES.FAKE))
 
 
 def has_symbolic_sizes() -> bool:
-    """Whether a step is traced for inputs of any sizes. Not True inside Dynamo."""
+    """Returns whether a step is traced with symbolic sizes. False inside Dynamo."""
     mode = torch._C._get_dispatch_mode(_MODES.FAKE)
     return getattr(mode, "shape_env", None) is not None and not getattr(mode, "static_shapes", True)
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` surrounds this call. Not to be called inside Dynamo."""
+    """Returns whether this call is inside a ``torch.func`` transform. Must not be called inside Dynamo."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def unrecorded() -> AbstractContextManager[object]:
-    """A context whose operations do not enter the graph that ``make_fx`` records, if it does."""
+    """A context manager whose operations ``make_fx`` does not record."""
     if torch._C._get_dispatch_mode(_MODES.PROXY) is None:
         return contextlib.nullcontext()
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
@@ -41,14 +41,15 @@ def unrecorded() -> AbstractContextManager[object]:
 
 
 def unwatched() -> AbstractContextManager[object]:
-    """A context whose operations no dispatch mode sees: what the library itself reads is no break of a graph."""
+    """A context manager whose operations no dispatch mode sees, so that reads by the library break no graph."""
     return _disable_current_modes()
 
 
 def host_seed(key: Key) -> int | None:
-    """A seed of 64 bits for generators of the host, as a function of the key; None where the key has no values.
+    """Returns a 64-bit seed for host generators as a function of the key, or None if the key has no values.
 
-    It has none while a graph is traced, and under ``vmap`` over keys. Waits for the device of the key.
+    A key has no values while a graph is traced, and under ``vmap`` over keys. Reading them synchronizes with the
+    device.
 
     Example:
         >>> from fxtrain import rng
