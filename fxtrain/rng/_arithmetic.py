@@ -37,7 +37,7 @@ _FORMS = {
 
 def form_of(dtype: torch.dtype) -> Form:
     if dtype not in _FORMS:
-        raise TypeError(f"Random floating-point numbers are float64, float32, float16 or bfloat16, and {dtype} came.")
+        raise TypeError(f"expected dtype to be float64, float32, float16 or bfloat16, got {dtype}.")
     return _FORMS[dtype]
 
 

@@ -57,8 +57,8 @@ class DataAssignmentError(RuntimeError):
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(
             "expected a function that computes new values, got an assignment to .data of a tensor of shape "
-            f"{list(tensor.shape)}. Keep what a call changes in a buffer and write to that with copy_, or average "
-            "weights by fxtrain.callbacks.ema."
+            f"{list(tensor.shape)}. Store values that change between calls in a buffer and update it with copy_, or "
+            "average weights with fxtrain.callbacks.ema."
         )
 
 
@@ -74,14 +74,14 @@ def untouched() -> Iterator[None]:
         ...     drawn = torch.rand(2)
         Traceback (most recent call last):
         ...
-        RuntimeError: The default generator of cpu moved, so hidden random numbers were drawn: ...
+        RuntimeError: expected the default generator of cpu to stay unused, got samples from it. Sample inside ...
     """
     before = _generator_states()
     yield
     for device, state in _generator_states().items():
         if device in before and not torch.equal(before[device], state):
             raise RuntimeError(
-                f"The default generator of {device} moved, so hidden random numbers were drawn: draw them inside "
+                f"expected the default generator of {device} to stay unused, got samples from it. Sample inside "
                 "rng.functional(key), or with the samplers of fxtrain.rng."
             )
 
@@ -176,31 +176,29 @@ class Functional(TorchFunctionMode):
 
 
 def _refusal(name: str) -> NotImplementedError:
-    remedy = REFUSED.get(name, "call the function of torch that stands on it")
-    return NotImplementedError(
-        f"{name} draws hidden random numbers, and rng.functional has nothing to put in its place: {remedy}."
-    )
+    remedy = REFUSED.get(name, "Call the public torch function that uses it")
+    return NotImplementedError(f"expected only random functions that rng.functional can replace, got {name}. {remedy}.")
 
 
 def _without_hidden_state(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     for option, remedy in (
-        ("generator", "leave it out, and the numbers are drawn from the key"),
-        ("out", "take the result"),
+        ("generator", "Leave it out to sample from the key"),
+        ("out", "Use the returned tensor"),
     ):
         if kwargs.get(option) is not None:
-            raise NotImplementedError(f"{name} inside rng.functional takes no {option}=: {remedy}.")
+            raise NotImplementedError(f"expected {name} without {option}= inside rng.functional, got one. {remedy}.")
     return {option: value for option, value in kwargs.items() if option not in ("generator", "out")}
 
 
 REFUSED = {
-    "poisson": "draw from rng.uniform and invert the distribution, or draw outside the step and pass the numbers in",
-    "binomial": "sum rng.bernoulli, or draw outside the step and pass the numbers in",
-    "_standard_gamma": "draw Gamma, Beta, Chi2 and StudentT outside the step, and pass the numbers in",
-    "_sample_dirichlet": "draw outside the step, and pass the numbers in",
-    "native_dropout": "call torch.nn.functional.dropout",
-    "_fused_dropout": "call torch.nn.functional.dropout",
-    "rrelu_with_noise": "call torch.nn.functional.rrelu",
-    "rrelu_with_noise_": "call torch.nn.functional.rrelu",
+    "poisson": "Invert the distribution at samples of rng.uniform, or sample outside the step and pass the result in",
+    "binomial": "Sum samples of rng.bernoulli, or sample outside the step and pass the result in",
+    "_standard_gamma": "Sample Gamma, Beta, Chi2 and StudentT outside the step and pass the result in",
+    "_sample_dirichlet": "Sample outside the step and pass the result in",
+    "native_dropout": "Call torch.nn.functional.dropout",
+    "_fused_dropout": "Call torch.nn.functional.dropout",
+    "rrelu_with_noise": "Call torch.nn.functional.rrelu",
+    "rrelu_with_noise_": "Call torch.nn.functional.rrelu",
 }
 
 

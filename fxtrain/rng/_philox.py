@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fxtrain.core import register_node
+from fxtrain.core import describe, register_node
 
 MASK = 0xFFFFFFFF
 
@@ -126,7 +126,7 @@ def key(seed: int | Tensor, *, stream: int = Stream.TRAIN, step: int | Tensor = 
     stream = int(stream)  # in torch 2.11, Dynamo can convert an enum member but not compare it
     if not 0 <= stream < 256:
         raise ValueError(
-            f"A stream is a number from 0 to 255, and {stream} came: take one of rng.Stream, or 16 to 255."
+            f"expected stream to be an int from 0 to 255, got {stream}. Use a member of rng.Stream, or 16 to 255."
         )
     seed = _scalar("seed", seed, None)
     return Key(seed, _scalar("step", step, seed), _scalar("microbatch", microbatch, seed), stream)
@@ -135,13 +135,13 @@ def key(seed: int | Tensor, *, stream: int = Stream.TRAIN, step: int | Tensor = 
 def _scalar(name: str, value: int | Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{name} is an integer, or an integer tensor of shape [], and {value!r} came.")
+            raise TypeError(f"expected {name} to be an int or an integer tensor of shape [], got {describe(value)}.")
         # Not `torch.tensor`, which copies a constant to the GPU at each call of compiled code.
         return torch.full((), value, dtype=torch.int64, device=None if like is None else like.device)
     if value.ndim or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(
-            f"{name} is an integer tensor of shape [], and one of {value.dtype} and shape {list(value.shape)} came: "
-            "for many runs at once, torch.func.vmap over a tensor of seeds."
+            f"expected {name} to be an int or an integer tensor of shape [], got {describe(value)}. For several runs "
+            "in one call, use torch.func.vmap over a tensor of seeds."
         )
     return value.to(torch.int64)
 
@@ -149,9 +149,9 @@ def _scalar(name: str, value: int | Tensor, like: Tensor | None) -> Tensor:
 def blocks(key: Key, count: int, *, site: int, device: torch.device) -> Words:
     """Returns the first ``count`` blocks of four random words of a site: int64 [count] each, in [0, 2^32)."""
     if not 0 <= site < 1 << 24:
-        raise ValueError(f"A site is a number from 0 to 2^24 - 1, and {site} came.")
+        raise ValueError(f"expected site to be an int from 0 to 2^24 - 1, got {site}.")
     if count > 1 << 32:
-        raise ValueError(f"A site has 2^34 random words, and {4 * count} were asked for: use several sites.")
+        raise ValueError(f"expected at most 2^34 random words from one site, got {4 * count}. Use several sites.")
     seed, step, microbatch = key.seed.to(device), key.step.to(device), key.microbatch.to(device)
     counter = (
         torch.arange(count, device=device),

@@ -76,7 +76,7 @@ def _alpha_drop(source: Source, input: Tensor, p: float, active: bool, inplace: 
 
 def _features(input: Tensor) -> list[int]:
     if input.ndim < 2:
-        raise ValueError(f"Feature dropout takes [batch, channels, ...], and shape {list(input.shape)} came.")
+        raise ValueError(f"expected input of feature dropout to be [batch, channels, ...], got {list(input.shape)}.")
     return [*input.shape[:2], *[1] * (input.ndim - 2)]
 
 
@@ -158,7 +158,8 @@ def _factory(source: Source, sampler: Callable[..., Tensor], size: Any, options:
             del given[name]
     if given:
         raise NotImplementedError(
-            f"A random tensor inside rng.functional takes no {', '.join(given)}: draw it plain, and change it then."
+            f"expected a random tensor inside rng.functional without {', '.join(given)}, got one with it. Create a "
+            "plain tensor and convert it."
         )
     shape = size[0] if len(size) == 1 and isinstance(size[0], list | tuple) else size
     result = sampler(source.key, shape, site=source.site(), dtype=dtype, device=device, **arguments)
@@ -256,7 +257,7 @@ def attention(
         return func(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if is_causal:
         if attn_mask is not None:
-            raise ValueError("Attention takes attn_mask or is_causal=True, and both came: put one into the other.")
+            raise ValueError("expected attn_mask or is_causal=True, got both. Combine them in attn_mask.")
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -315,8 +316,8 @@ def recurrent(source: Source, func: Callable[..., Any], *args: Any) -> Any:
     first = next(index for index, value in enumerate(args) if isinstance(value, bool))
     if args[first + 2] > 0.0 and args[first + 3]:
         raise NotImplementedError(
-            f"{func.__name__} drops out between its layers with hidden random numbers: give it dropout=0, or stack "
-            "modules of one layer with torch.nn.Dropout between them."
+            f"expected {func.__name__} without dropout between its layers inside rng.functional, got "
+            f"dropout={args[first + 2]}. Use dropout=0, or single-layer modules with torch.nn.Dropout between them."
         )
     return func(*args)
 

@@ -35,7 +35,7 @@ def bits(
         return _fill(key, shape, site, device, 4, lambda *words: words)
     if width == 64:
         return _fill(key, shape, site, device, 2, lambda a, b, c, d: (a << 32 | b, c << 32 | d))
-    raise ValueError(f"width is 32 or 64, and {width} came.")
+    raise ValueError(f"expected width to be 32 or 64, got {width}.")
 
 
 def uniform(
@@ -70,7 +70,7 @@ def uniform(
     """
     form = form_of(dtype)
     if high < low:
-        raise ValueError(f"uniform draws from [low, high), and low={low} is above high={high}.")
+        raise ValueError(f"expected low to be at most high, got low={low} and high={high}.")
 
     integer = _integers(key, shape, site, device, form)
     unit = (integer >> form.width - form.significand).to(form.compute) * 2.0**-form.significand
@@ -149,7 +149,7 @@ def exponential(
     """
     form = form_of(dtype)
     if not rate > 0.0:
-        raise ValueError(f"exponential takes a rate above 0, and {rate} came.")
+        raise ValueError(f"expected rate to be above 0, got {rate}.")
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # float16 would round smaller samples to 0
 
     integer = _integers(key, shape, site, device, form)
@@ -212,9 +212,9 @@ def randint(
     """
     span = high - low
     if span <= 0:
-        raise ValueError(f"randint draws from [low, high), and [{low}, {high}) is empty.")
+        raise ValueError(f"expected low to be below high, got low={low} and high={high}.")
     if not dtype.is_floating_point and high - 1 > largest_count(dtype):
-        raise ValueError(f"{dtype} has no {high - 1}, the largest that randint was to draw: take a wider dtype.")
+        raise ValueError(f"expected a dtype that represents high - 1 = {high - 1}, got {dtype}. Use a wider one.")
     upper, lower = span >> 32, span & MASK
 
     def scaled(a: Tensor, b: Tensor) -> Tensor:
@@ -277,7 +277,8 @@ def multinomial(key: Key, weights: Tensor, *, num_samples: int, replacement: boo
     categories = weights.shape[-1]
     if not replacement and num_samples > categories:
         raise ValueError(
-            f"{num_samples} of {categories} categories cannot be drawn without replacement: draw fewer, or with it."
+            f"expected num_samples to be at most {categories}, the number of categories, got {num_samples}. Use "
+            "replacement=True to sample more."
         )
     if num_samples == 1 or not replacement:
         dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
@@ -321,7 +322,7 @@ def indicator(
         threshold = (p.to(wide) * 2.0**32).to(torch.int64)
         return (bits(key, shape, site=site, device=device) - threshold >> 63).to(torch.int8).neg()
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"A probability lies between 0 and 1, and {p} came.")
+        raise ValueError(f"expected p to be between 0 and 1, got {p}.")
     below = round(p * 2.0**32)
 
     def number(word: Tensor) -> Tensor:
@@ -361,7 +362,7 @@ def geometric(
     The result is 1 + floor(e / -log(1 - p)), with e exponential.
     """
     if not 0.0 < p <= 1.0:
-        raise ValueError(f"geometric takes a probability above 0 and up to 1, and {p} came.")
+        raise ValueError(f"expected p to be above 0 and at most 1, got {p}.")
     rate = -math.log1p(-p) if p < 1.0 else math.inf
     wide = dtype if dtype.is_floating_point else torch.float64
     waits = exponential(key, shape, site=site, dtype=torch.promote_types(wide, torch.float32), device=device)
