@@ -1,8 +1,8 @@
-"""Values: what can be logged beside numbers, and what an event publishes.
+"""Value types that can be logged besides scalars, and the values that an event publishes.
 
-A number or a 0-d tensor is logged as it is. Anything else is wrapped in one of the classes here, which say what kind
-of thing it is, and check its shape and dtype at once. Tensors stay on their device until a writer needs them; that
-they are in range is found out there.
+Scalars and 0-d tensors are logged as they are. Everything else is wrapped in one of the classes here, which state its
+kind and immediately check its shape and dtype. Tensors stay on their device until a writer needs them, and their range
+is checked then.
 """
 
 from fxtrain.values._backlog import Backlog as Backlog

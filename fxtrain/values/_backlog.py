@@ -1,4 +1,4 @@
-"""Backlog: points that wait for a writer, up to a bound, and a count of those that were lost."""
+"""A bounded queue of writer calls, with a count of the points that were dropped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fxtrain.values._text import HParams, Text
 
 MOST_POINTS = 10_000
 MOST_BYTES = 2**26
-_NUMBER_BYTES = 64  # a number with its name, about
+_NUMBER_BYTES = 64  # approximate size of a scalar with its name
 
 
 class Waiting(NamedTuple):
-    """One call that a writer has still to be given. Without values it is a purge."""
+    """A pending writer call. Without values, the call is a purge."""
 
     step: int
     values: Mapping[str, Any] | None
@@ -32,7 +32,7 @@ class Waiting(NamedTuple):
 
     @property
     def is_kept(self) -> bool:
-        """Whether it stays where there is no room: it is small, and comes once."""
+        """Whether a full queue keeps the call. Purges and hyperparameters are kept, because they are small and rare."""
         return self.values is None or any(isinstance(value, HParams) for value in self.values.values())
 
 
@@ -66,7 +66,7 @@ class Lost:
 
 
 class Backlog:
-    """Calls that wait, in their order. Where there is no room for one more, the oldest points go and are counted."""
+    """A queue of pending writer calls. When it is full, the oldest points are dropped and counted."""
 
     def __init__(self) -> None:
         self._calls: deque[Waiting] = deque()
@@ -78,7 +78,7 @@ class Backlog:
 
     @property
     def points(self) -> int:
-        """The points that wait."""
+        """The number of pending points."""
         return self._points
 
     @property
@@ -101,18 +101,18 @@ class Backlog:
         return call
 
     def put_back(self, calls: list[Waiting]) -> None:
-        """Returns calls that were popped to their place."""
+        """Returns popped calls to the front of the queue."""
         self._calls.extendleft(reversed(calls))
         for call in calls:
             self._count(call, 1)
 
     def forget_after(self, step: int) -> None:
-        """Drops the points beyond a step, which a rewind or a resume abandoned; they are not lost."""
+        """Drops points after ``step``, which a rewind or resume abandoned. They do not count as lost."""
         for call in [call for call in self._calls if call.values is not None and call.step > step]:
             self._remove(call)
 
     def lose_all(self) -> None:
-        """Drops and counts all that waits."""
+        """Drops and counts all pending points."""
         while self._calls:
             call = self.pop()
             self.lost.add(call.step, call.points)
@@ -127,13 +127,13 @@ class Backlog:
 
 
 def waiting(step: int, values: Mapping[str, Any], event: Any = None) -> Waiting:
-    """A call whose values are copied to the host, because the run reuses the memory of its tensors."""
+    """Returns a pending call with its values copied to the host, because the run reuses its tensors' buffers."""
     own = {name: on_host_copy(value) for name, value in values.items()}
     return Waiting(int(step), own, event, sum(map(_size, own.values())))
 
 
 def on_host_copy(value: Any) -> Any:
-    """The value with memory of its own, on the host."""
+    """Returns a host copy of the value, which shares no storage with it."""
     match value:
         case np.ndarray():
             return value.copy()

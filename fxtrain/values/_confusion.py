@@ -1,4 +1,4 @@
-"""Confusion: which class was taken for which."""
+"""Confusion matrices, and their rendering as tables and images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LIGHT, _DARK = np.array([247, 251, 255.0]), np.array([8, 48, 107.0])
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConfusionMatrix:
-    """How often each class (row) was taken for each (column).
+    """The number of predictions of each class (column) for each true class (row).
 
     Args:
-        counts: Real tensor or array [C, C], not negative.
-        labels: The C names of the classes; their numbers by default.
+        counts: Real tensor or array [C, C], nonnegative.
+        labels: The names of the C classes. Defaults to their indices.
 
     Raises:
-        TypeError: If the counts are no real numbers, or a label is no string.
-        ValueError: If they are not square, or there is not one label for each class.
+        TypeError: ``counts`` is not a real tensor or array, or a label is not a string.
+        ValueError: ``counts`` is not square, or the number of labels is not C.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class ConfusionMatrix:
         | dog | 1 | 9 |
     """
 
-    counts: Any  # a tensor, once it is made
+    counts: Any  # a tensor after __post_init__
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -54,17 +54,17 @@ class ConfusionMatrix:
         object.__setattr__(self, "labels", tuple(labels))
 
     def table(self) -> Table:
-        """The counts, with the true class in front of each row."""
+        """Returns the counts as a table, with the true class as the first column."""
         columns = on_host(self.counts).T.tolist()
         return Table({"truth": list(self.labels), **dict(zip(self.labels, columns, strict=True))})
 
     def image(self) -> Image:
-        """A square for each pair, the darker the larger its share of its row is."""
+        """Returns an image with one square per pair of classes, darker for a larger share of its row."""
         counts = on_host(self.counts).astype(np.float64)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
         squares = _LIGHT + shares[..., None] * (_DARK - _LIGHT)
         pixels = np.round(squares).astype(np.uint8).repeat(_CELL, 0).repeat(_CELL, 1)
-        pixels[_CELL - 1 :: _CELL] = pixels[:, _CELL - 1 :: _CELL] = 200  # lines between them
+        pixels[_CELL - 1 :: _CELL] = pixels[:, _CELL - 1 :: _CELL] = 200  # grid lines
         return Image(pixels)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Figure: what matplotlib drew."""
+"""Matplotlib figures, rendered to pixels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fxtrain.values._media import Image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Figure:
-    """A figure of matplotlib. It is drawn to pixels when it is logged, so it may be changed or closed afterwards.
+    """A Matplotlib figure. It is rendered on construction, so it may be changed or closed afterwards.
 
     Args:
         figure: A ``matplotlib.figure.Figure``.
-        dpi: Dots an inch; by default the figure's own.
+        dpi: Dots per inch. Defaults to the figure's own.
 
     Raises:
-        TypeError: If it is no figure.
+        TypeError: ``figure`` is not a figure.
 
     Example:
         >>> from matplotlib.figure import Figure as Canvas
@@ -50,7 +50,7 @@ class Figure:
             figure.set_canvas(canvas)
 
     def image(self) -> Image:
-        """The drawing."""
+        """Returns the rendered figure."""
         return Image(self.pixels)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Histogram: how values are distributed."""
+"""Distributions of values, given by the values or by counts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fxtrain.values._nodes import on_host, register_value
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Histogram:
-    """How values are distributed: the values themselves, or how many there are between edges.
+    """A distribution of values, given by the values themselves or by the number of values between edges.
 
-    Counting on the device, and logging counts and edges, spares copying every value to the host.
+    Counting on the device and logging counts and edges avoids copying every value to the host.
 
     Args:
         values: Real tensor of any shape.
-        counts: Real tensor [n], in place of ``values``: how many values lie in each bucket.
-        edges: Real tensor [n + 1], increasing: where the buckets begin and end.
+        counts: Real tensor [n], in place of ``values``: the number of values in each bucket.
+        edges: Real tensor [n + 1], increasing: the boundaries of the buckets.
 
     Raises:
-        TypeError: If one of them is not a tensor of real numbers.
-        ValueError: If there are neither values nor counts with edges, or if the shapes do not fit.
+        TypeError: An argument is not a real tensor.
+        ValueError: The arguments are neither ``values`` nor ``counts`` with ``edges``, or shapes do not match.
 
     Example:
         >>> import torch
@@ -53,15 +53,15 @@ class Histogram:
                 )
 
     def buckets(self, num: int = 30) -> tuple[np.ndarray, np.ndarray]:
-        """The counts (float64 [n]) and the edges (float64 [n + 1]), on the host.
+        """Returns the counts (float64 [n]) and the edges (float64 [n + 1]) on the host.
 
         Args:
-            num: How many buckets to sort ``values`` into. Those that are not finite fall into none.
+            num: The number of buckets for ``values``. Non-finite values are not counted.
 
         Raises:
-            ValueError: If the edges do not increase.
+            ValueError: The edges do not increase.
         """
-        # Once for all writers that ask.
+        # Computed once for all writers.
         known: dict[int, tuple[np.ndarray, np.ndarray]] = vars(self).setdefault("_known", {})
         if num not in known:
             known[num] = self._counted(num)
@@ -81,10 +81,10 @@ class Histogram:
         return counts, edges
 
     def spread(self, most: int = 1000) -> np.ndarray:
-        """Numbers that are so distributed, on the host: float64 [n].
+        """Returns values with this distribution, on the host: float64 [n].
 
         Args:
-            most: How many stand for what was counted already, evenly spread over each bucket.
+            most: The approximate maximum of n if only counts are known. Values are spaced evenly within a bucket.
         """
         if self.values is not None:
             return on_host(self.values).reshape(-1).astype(np.float64)
@@ -107,7 +107,7 @@ _HISTOGRAM = ("values", "counts", "edges")
 
 
 def _range(values: np.ndarray, num: int) -> tuple[float, float]:
-    """From the least to the largest value; wider where there would not be numbers enough for the edges between."""
+    """Returns the range of the values, widened where floating-point precision cannot separate the edges."""
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     largest = max(abs(low), abs(high))
     if high - low > 1e-12 * num * largest:

@@ -1,4 +1,4 @@
-"""Handing: from what an event published to the verbs of a writer."""
+"""Passes published values to the methods of writers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: Mapping[type[Any], str] = {
     PointCloud: "point clouds",
     HParams: "hyper-parameters",
 }
-"""The kinds of values beside numbers, and what they are called."""
+"""The kinds of values besides scalars, and their names in messages."""
 
 _SIMPLER: Mapping[type[Any], tuple[tuple[type[Any], Callable[[Any], Any]], ...]] = {
     Figure: ((Image, lambda figure: figure.image()),),
@@ -41,20 +41,20 @@ _SIMPLER: Mapping[type[Any], tuple[tuple[type[Any], Callable[[Any], Any]], ...]]
 
 
 def kind_of(value: Any) -> type[Any]:
-    """The class of a value; ``float`` for all numbers."""
+    """Returns the class of a value, with ``float`` for all scalars."""
     return type(value) if type(value) in KINDS else float
 
 
 def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as a writer of some kinds can keep them: as they are, or as something simpler.
+    """Returns the values that a writer can keep, unchanged or converted to a simpler kind.
 
-    What it cannot keep is said once, and what turns out to be out of range is said each time.
+    Warns once per kind that the writer cannot keep, once per name that is clipped, and for each value out of range.
 
     Args:
         writer: The writer.
-        kinds: What it keeps; ``float`` stands for numbers.
-        step: Where the values belong.
-        values: By name.
+        kinds: The kinds that it keeps. ``float`` stands for scalars.
+        step: The step of the values.
+        values: Values by name.
     """
     kept: dict[str, Any] = {}
     for name, value in values.items():
@@ -83,7 +83,7 @@ def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping
     return kept
 
 
-# What is done on the host is done once for all writers, and tells whether the numbers are in range.
+# Host conversion is cached on the value for all writers, and raises if the value is out of range.
 _ON_HOST: Mapping[type[Any], Callable[[Any], Any]] = {
     Image: lambda image: image.frames,
     Video: lambda video: video.frames,
@@ -93,13 +93,13 @@ _ON_HOST: Mapping[type[Any], Callable[[Any], Any]] = {
 
 
 def hand_over(writer: Any, step: int, values: Mapping[str, Any], event: Any = None) -> None:
-    """Hands values to a writer: at once to ``write`` where it has that, else each kind to its verb of clu's.
+    """Passes values to a writer, in one call of ``write`` if it has that, otherwise to clu's method for each kind.
 
     Args:
         writer: A ``fxtrain.writers.Writer``, or a clu writer.
-        step: Where they belong.
-        values: As ``published`` names them.
-        event: What published them, if anything did.
+        step: The step of the values.
+        values: Values under the names of ``published``.
+        event: The event that published them, or None.
     """
     if not values:
         return
@@ -113,7 +113,7 @@ def hand_over(writer: Any, step: int, values: Mapping[str, Any], event: Any = No
     for kind, named in by_kind.items():
         write = getattr(writer, _VERBS[kind])
         if kind is Audio:
-            for name, audio in named.items():  # their rates may differ
+            for name, audio in named.items():  # sample rates may differ
                 write(step, {name: audio.waves / 32767}, sample_rate=audio.rate)
         elif kind is PointCloud:
             for name, cloud in named.items():
@@ -130,7 +130,7 @@ _FOR_VERBS: Mapping[type[Any], Callable[[Any], Any]] = {
     Text: lambda text: text.markdown,
     Image: lambda image: image.frames,
     Video: lambda video: video.frames,
-    # What was counted already has no values any more.
+    # A histogram of counts has no values, so values with the same distribution are written.
     Histogram: lambda histogram: histogram.spread(),
 }
 
@@ -157,13 +157,17 @@ def _say_once(writer: Any, about: Any, message: str) -> None:
 
 
 def hold_back(writer: Any, write: Callable[[], None]) -> None:
-    """Has ``settle`` call ``write``, a method of somebody who keeps points for this writer back."""
+    """Registers a bound method that writes points held back for a writer.
+
+    Args:
+        writer: The writer.
+        write: The method, which ``settle`` calls. It is weakly referenced.
+    """
     getattr(writer, "__dict__", {}).setdefault("_held_back", []).append(weakref.WeakMethod(write))
 
 
 def settle(writer: Any) -> None:
-    """Has the writer given what others keep back for it: before anything later is written, so that steps keep their
-    order."""
+    """Writes the points held back for a writer, before any later ones, so that steps keep their order."""
     for each in getattr(writer, "_held_back", ()):
         write = each()
         if write is not None:
@@ -171,7 +175,7 @@ def settle(writer: Any) -> None:
 
 
 def share(writers: Sequence[Any]) -> None:
-    """Has several writers of one run leave out without a word what another of them keeps."""
+    """Suppresses the warnings of each writer about kinds that another writer of the run keeps."""
     kinds = [kinds_of(writer) for writer in writers]
     for index, writer in enumerate(writers):
         elsewhere = frozenset[type[Any]]().union(*kinds[:index], *kinds[index + 1 :])
@@ -179,12 +183,17 @@ def share(writers: Sequence[Any]) -> None:
 
 
 def kinds_of(writer: Any) -> frozenset[type[Any]]:
-    """What a writer keeps: as it says, or those that it has a verb of clu's for."""
+    """Returns the kinds that a writer keeps: its ``kinds``, or those for which it has clu's method."""
     return getattr(writer, "kinds", None) or frozenset(kind for kind, verb in _VERBS.items() if hasattr(writer, verb))
 
 
 def take_back(writer: Any, step: int) -> None:
-    """Has a writer drop all that lies beyond a step. One that cannot says so in a warning, and doubles points."""
+    """Makes a writer drop everything after a step. Warns if it cannot, because points will be duplicated.
+
+    Args:
+        writer: A ``fxtrain.writers.Writer``, or a clu writer.
+        step: The last step to keep.
+    """
     if hasattr(writer, "purge"):
         writer.purge(step)
     elif step > 0:
@@ -197,7 +206,7 @@ def take_back(writer: Any, step: int) -> None:
 
 
 def try_all(*actions: Callable[[], Any]) -> None:
-    """Does every one, and raises the first error only then: what can be closed or flushed is."""
+    """Runs every action, then raises the first error, so that one failure does not prevent other cleanup."""
     errors: list[Exception] = []
     for act in actions:
         try:

@@ -1,4 +1,4 @@
-"""Media: images, videos and sounds, as arrays whose axes and ranges are known."""
+"""Images, videos and sounds, as arrays with known axes and ranges."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fxtrain.values._nodes import as_tensor, on_host, register_value
 Layout = Literal["HWC", "CHW"]
 _NOTE = "_clipped"
 _CHANNELS = {1: "gray", 3: "RGB", 4: "RGBA"}
-_ROUNDING = 1e-3  # share of the range by which a pixel or a sample may exceed it silently
-_OVERSHOOT = 0.25  # share up to which it is clipped with a warning; more is another scale, and refused
+_ROUNDING = 1e-3  # share of the range by which a pixel or sample may exceed it without a warning
+_OVERSHOOT = 0.25  # share up to which it is clipped with a warning; beyond it, the value is rejected
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Image:
-    """An image, or several.
+    """One or more images.
 
     Args:
-        pixels: Tensor or array [H, W], [H, W, C] or [N, H, W, C]; with ``layout="CHW"``, as torch's convolutions have
-            it, [C, H, W] or [N, C, H, W]. C is 1 (gray), 3 (RGB) or 4 (RGBA). uint8 goes from 0 to 255, bool is black
-            or white, and floating numbers go from the first of ``limits`` to the second.
-        layout: Where the channels are.
-        limits: What is black and what is white, where pixels are floating.
+        pixels: Tensor or array [H, W], [H, W, C] or [N, H, W, C], or with ``layout="CHW"`` [C, H, W] or [N, C, H, W]. C
+            is 1 (gray), 3 (RGB) or 4 (RGBA). uint8 pixels range from 0 to 255, bool pixels are black or white, and
+            floating-point pixels range over ``limits``.
+        layout: ``"HWC"`` (channels last), or ``"CHW"`` as in torch's convolutions.
+        limits: The floating-point values of black and white.
 
     Raises:
-        TypeError: If the pixels are no tensor and no array of real numbers, or of another dtype.
-        ValueError: If their shape is none of these, or ``limits`` do not increase.
+        TypeError: ``pixels`` is not a tensor or array of one of these dtypes.
+        ValueError: ``pixels`` has another shape, or ``limits`` do not increase.
 
     Example:
         >>> Image(torch.zeros(3, 28, 28), layout="CHW")
@@ -42,7 +42,7 @@ class Image:
         (16, 28, 28, 1)
     """
 
-    pixels: Any  # a tensor, once it is made
+    pixels: Any  # a tensor after __post_init__
     layout: Layout = "HWC"
     limits: tuple[float, float] = (0.0, 1.0)
 
@@ -51,11 +51,12 @@ class Image:
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
-        """The images on the host: uint8 [N, H, W, C]. Pixels beyond the limits by up to a quarter of their range
-        are clipped.
+        """The images on the host: uint8 [N, H, W, C].
+
+        Pixels outside the limits by at most a quarter of their range are clipped.
 
         Raises:
-            ValueError: If a pixel is not finite, or further beyond the limits.
+            ValueError: A pixel is not finite, or further outside the limits.
         """
         return _frames(self)
 
@@ -65,25 +66,25 @@ class Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """A video, or several.
+    """One or more videos.
 
     Args:
-        pixels: Tensor or array [T, H, W, C] or [N, T, H, W, C]; with ``layout="CHW"`` [T, C, H, W] or
-            [N, T, C, H, W]. Otherwise as for ``Image``.
-        layout: Where the channels are.
-        limits: What is black and what is white, where pixels are floating.
-        fps: Frames a second.
+        pixels: Tensor or array [T, H, W, C] or [N, T, H, W, C], or with ``layout="CHW"`` [T, C, H, W] or [N, T, C, H,
+            W]. Otherwise as for ``Image``.
+        layout: ``"HWC"`` (channels last), or ``"CHW"`` as in torch's convolutions.
+        limits: The floating-point values of black and white.
+        fps: Frames per second.
 
     Raises:
         TypeError: As for ``Image``.
-        ValueError: As for ``Image``, or if ``fps`` is not above 0.
+        ValueError: As for ``Image``, or ``fps`` is not above 0.
 
     Example:
         >>> Video(torch.zeros(10, 3, 28, 28), layout="CHW", fps=5)
         Video of 28 x 28, RGB, 10 frames
     """
 
-    pixels: Any  # a tensor, once it is made
+    pixels: Any  # a tensor after __post_init__
     layout: Layout = "HWC"
     limits: tuple[float, float] = (0.0, 1.0)
     fps: float = 8.0
@@ -95,10 +96,10 @@ class Video:
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
-        """The videos on the host: uint8 [N, T, H, W, C], clipped as images are.
+        """The videos on the host: uint8 [N, T, H, W, C], clipped as for ``Image``.
 
         Raises:
-            ValueError: If a pixel is not finite, or further beyond the limits.
+            ValueError: A pixel is not finite, or further outside the limits.
         """
         return _frames(self)
 
@@ -109,22 +110,22 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Audio:
-    """A sound, or several.
+    """One or more sounds.
 
     Args:
-        samples: Floating tensor or array [T] (mono), [T, C] or [N, T, C], from -1 to 1; C is 1 or 2.
-        rate: Samples a second.
+        samples: Floating-point tensor or array [T] (mono), [T, C] or [N, T, C], from -1 to 1. C is 1 or 2.
+        rate: The sample rate in Hz.
 
     Raises:
-        TypeError: If the samples are not floating, or ``rate`` is not an int.
-        ValueError: If their shape is none of these, or ``rate`` is not positive.
+        TypeError: ``samples`` are not floating-point, or ``rate`` is not an int.
+        ValueError: ``samples`` have another shape, or ``rate`` is not positive.
 
     Example:
         >>> Audio(torch.sin(torch.arange(8000) * 0.3), rate=8000)
         Audio of 1.0 s
     """
 
-    samples: Any  # a tensor, once it is made
+    samples: Any  # a tensor after __post_init__
     rate: int
 
     def __post_init__(self) -> None:
@@ -141,7 +142,7 @@ class Audio:
         """The sounds on the host: int16 [N, T, C]. Samples up to 0.5 beyond -1 and 1 are clipped.
 
         Raises:
-            ValueError: If a sample is not finite, or further beyond.
+            ValueError: A sample is not finite, or further out of range.
         """
         samples = self.samples if self.samples.ndim > 1 else self.samples[:, None]
         waves = np.round(_within(self, on_host(samples), -1.0, 1.0, "samples") * 32767).astype(np.int16)
@@ -152,7 +153,7 @@ class Audio:
 
 
 def _check_pixels(value: Any, name: str, *, inner: int) -> None:
-    """Refuses pixels of another dtype or shape. ``inner`` is how many axes one image, or one video, has."""
+    """Checks pixels, layout and limits. ``inner`` is the number of axes of one image or video."""
     pixels = as_tensor(name, value.pixels)
     object.__setattr__(value, "pixels", pixels)
     object.__setattr__(value, "limits", tuple(map(float, value.limits)))
@@ -200,7 +201,7 @@ def _frames(value: Any) -> np.ndarray:
 
 
 def _within(value: Any, numbers: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
-    """Clips what is slightly out of range, and leaves a note of that on the value, for ``note_of_clipping``."""
+    """Clips values that are slightly out of range, and leaves a note for ``note_of_clipping`` on ``value``."""
     name, least, most = type(value).__name__, float(numbers.min()), float(numbers.max())
     beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
     if not beyond <= _OVERSHOOT:
@@ -214,7 +215,7 @@ def _within(value: Any, numbers: np.ndarray, low: float, high: float, what: str)
 
 
 def note_of_clipping(value: Any) -> str | None:
-    """Returns what was clipped of an image, video or sound on its way to the host, once; None if nothing was."""
+    """Returns a description of the clipping on the host, once, or None if nothing was clipped."""
     return value.__dict__.pop(_NOTE, None)
 
 

@@ -1,4 +1,4 @@
-"""Nodes: how values of tensors become pytrees, and how their tensors come to the host."""
+"""Registration of values as pytree nodes, and conversion between tensors and host arrays."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fxtrain.core import register_node
 
 
 def register_value(cls: type[Any], *tensors: str) -> None:
-    """Makes a value a pytree node, so that it can be logged inside a compiled step.
+    """Registers a class of values as a pytree node, so that values can be logged inside a compiled step.
 
     Args:
         cls: A frozen dataclass.
-        tensors: The fields that hold a tensor, or None; the others, which must compare and hash, are its structure.
+        tensors: The fields that hold a tensor or None. The other fields are static, and must support ``==`` and
+            hashing.
     """
     others = [field.name for field in dataclasses.fields(cls) if field.name not in tensors]
 
@@ -26,7 +27,7 @@ def register_value(cls: type[Any], *tensors: str) -> None:
         return [getattr(value, name) for name in there], (there, tuple(getattr(value, name) for name in others))
 
     def unflatten(context: Any, children: Any) -> Any:
-        # Past __init__ and its checks: transforms put other things in the place of tensors.
+        # Bypasses __init__ and its checks, because transforms put other objects in place of tensors.
         there, rest = context
         value = object.__new__(cls)
         for name in tensors:
@@ -39,13 +40,17 @@ def register_value(cls: type[Any], *tensors: str) -> None:
 
 
 def as_tensor(what: str, value: Any) -> Tensor:
-    """A tensor of real numbers, from one or from an array.
+    """Returns a detached tensor of real numbers from a tensor or array.
+
+    Args:
+        what: The name of the class in the error.
+        value: A tensor, which is not copied, or an array, which is.
 
     Raises:
-        TypeError: If it is anything else; ``what`` says who takes it.
+        TypeError: ``value`` is neither, or not real.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        # A copy, as an array that is filled anew would change what was logged.
+        # Copied, because refilling the array would change the logged value.
         return torch.from_numpy(np.array(value))
     if isinstance(value, Tensor) and not value.is_complex():
         return value.detach()
@@ -54,6 +59,6 @@ def as_tensor(what: str, value: Any) -> Tensor:
 
 
 def on_host(tensor: Tensor) -> np.ndarray:
-    """The numbers as float64, or as they are where they are whole."""
+    """Returns the tensor as an array, with floating-point values as float64."""
     tensor = tensor.detach()
     return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()

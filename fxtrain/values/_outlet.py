@@ -1,4 +1,4 @@
-"""Outlet: one writer of a run, which fails alone, keeps what it could not write, and is tried again."""
+"""The delivery of values to one writer, with its failures contained and retried."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _RETRY_SECONDS = 1.0
 
 
 class Outlet:
-    """Hands values to one writer, and contains its failures.
+    """Passes values to one writer, and contains its failures.
 
-    After an ``OSError`` the points that the writer missed wait, up to ``MOST_POINTS`` and ``MOST_BYTES``, and are
-    written in their order once it works again: it is tried each second, at each flush and at the end. After any other
-    error the points of that call are lost, and the next are written. Each failure, recovery and loss is a warning.
+    After an ``OSError``, points that the writer missed are queued, up to ``MOST_POINTS`` and ``MOST_BYTES``. They are
+    written in order once it works again. It is retried at the next write after a second, at each flush, and on close.
+    After any other error, the points of that call are lost, and later ones are written. Each outage, recovery and loss
+    causes a warning.
 
     Args:
-        writer: From ``fxtrain.writers``, or clu's.
+        writer: A writer of ``fxtrain.writers``, or clu's.
     """
 
     def __init__(self, writer: Any) -> None:
@@ -34,11 +35,11 @@ class Outlet:
         self._has_refused = False
         self._retry_at = 0.0
         self._failure: Exception | None = None
-        # A writer whose errors surface late would be given the wrong points again.
+        # A writer that raises errors at a later call must contain them itself, or the wrong points would be retried.
         getattr(writer, "contain_failures", lambda: None)()
 
     def hand_over(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
-        """Has the writer write values, or keeps them for it."""
+        """Writes values, or queues them while the writer fails."""
         if not values:
             return
         if self._backlog and time.monotonic() >= self._retry_at:
@@ -55,13 +56,13 @@ class Outlet:
             self._refused(Waiting(step, values), error)
 
     def take_back(self, step: int) -> None:
-        """Has the writer drop what lies beyond a step, or keeps that for it."""
+        """Makes the writer drop everything after a step, or queues that while it fails."""
         self._backlog.forget_after(step)
         self._backlog.add(Waiting(step, None))
         self._deliver()
 
     def flush(self) -> None:
-        """Tries what waits, and flushes the writer."""
+        """Retries pending calls, and flushes the writer."""
         delivered = self._delivered()
         try:
             self._writer.flush()
@@ -72,7 +73,7 @@ class Outlet:
                 self._recovered()
 
     def close(self) -> None:
-        """Tries what waits, counts what is lost, and closes the writer, whose own error is raised."""
+        """Retries pending calls, warns about lost points, and closes the writer, whose error is raised."""
         self._deliver()
         try:
             self._writer.close()
@@ -83,7 +84,7 @@ class Outlet:
             self._backlog, self._fails, self._has_refused = Backlog(), False, False
 
     def take_failure(self) -> Exception | None:
-        """Returns the first error that was contained since this was last asked, for those that must not go on."""
+        """Returns the first error contained since the last call, for runs that require the writer."""
         inner = getattr(self._writer, "take_failure", lambda: None)()
         failure, self._failure = self._failure or inner, None
         return failure
@@ -93,7 +94,7 @@ class Outlet:
             self._recovered()
 
     def _delivered(self) -> bool:
-        """Gives the writer what waits for it, until it fails; returns whether nothing waits any more."""
+        """Writes pending calls until the writer fails. Returns whether none is left."""
         while self._backlog:
             call = self._backlog.first
             try:
@@ -118,7 +119,7 @@ class Outlet:
     def _failed(self, step: int | None, error: Exception) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         if not self._fails:
-            # Once an outage, so that a run which it ends can still save its last state.
+            # Recorded once per outage, so that a run stopped by it can still save its last state.
             self._fails, self._failure = True, self._failure or error
             at = "a flush" if step is None else f"step {step}"
             _warn(
@@ -140,7 +141,7 @@ class Outlet:
 
 
 def outlet_of(writer: Any) -> Outlet:
-    """The outlet of a writer: one, whichever observers share the writer, so that points keep their order."""
+    """Returns the outlet of a writer. Observers that share a writer share its outlet, so points keep their order."""
     return getattr(writer, "__dict__", {}).setdefault("_outlet", None) or _new_outlet(writer)
 
 

@@ -1,4 +1,4 @@
-"""Plain: values in what JSON has."""
+"""Conversion of values to types that JSON can represent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """The value in what JSON has. Numbers that it has not are strings, which ``float`` reads, and so is the rest.
+    """Converts a value to types that JSON can represent.
+
+    Non-finite floats become strings that ``float`` can parse. Objects of other types become their ``str``.
 
     Example:
         >>> plain({"loss": float("-inf"), "shape": (2, 3), "lr": float("nan")})

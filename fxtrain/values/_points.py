@@ -1,4 +1,4 @@
-"""Points: a cloud of them, in space."""
+"""Point clouds with optional colors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fxtrain.values._nodes import as_tensor, register_value
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PointCloud:
-    """Points in space, coloured if need be.
+    """Points in space, optionally colored.
 
     Args:
-        points: Floating tensor or array [N, 3]: x, y and z.
+        points: Floating-point tensor or array [N, 3]: x, y and z.
         colors: uint8 tensor or array [N, 3]: red, green and blue.
 
     Raises:
-        TypeError: If one of them has another dtype.
-        ValueError: If one of them has another shape.
+        TypeError: An argument has another dtype.
+        ValueError: An argument has another shape.
 
     Example:
         >>> PointCloud(torch.zeros(100, 3))
         PointCloud of 100 points
     """
 
-    points: Any  # tensors, once it is made
+    points: Any  # tensors after __post_init__
     colors: Any = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Published: what is to be written at an event, by name."""
+"""The values that an event publishes, by name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fxtrain.values._log import KINDS
 
 
 def published(event: Any, control: Control) -> dict[str, Any]:
-    """What is to be written at an event, by name.
+    """Returns the values to write at an event, by name.
 
-    The metrics of ``StepEnd`` are called ``train/<name>``, those of ``EvalEnd`` ``eval/<name>``; what was logged keeps
-    its name.
+    The metrics of ``StepEnd`` are named ``train/<name>``, and those of ``EvalEnd`` ``eval/<name>``. Logged values keep
+    their names.
 
     Args:
-        event: Any event of the loop, with numbers for metrics.
-        control: What was asked at it.
+        event: Any event of the loop, with metrics as Python scalars.
+        control: The control of the fold over the event.
 
     Returns:
-        Numbers, and values of this module.
+        Scalars, and values of ``fxtrain.values``.
 
     Raises:
-        TypeError: If something else was logged.
-        ValueError: If something was logged under the name of a metric.
+        TypeError: A logged value is neither.
+        ValueError: A value was logged under the name of a metric.
 
     Example:
         >>> published(StepEnd(step=3, metrics={"loss": 0.5}), Control(log={"learning rate": 0.1}))
@@ -49,7 +49,12 @@ _PREFIXES = {StepEnd: "train/", EvalEnd: "eval/"}
 
 
 def named_after(kind: type[Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a ``StepEnd`` or an ``EvalEnd``, under the names that they are published under."""
+    """Returns metrics under the names that they are published under.
+
+    Args:
+        kind: ``StepEnd`` or ``EvalEnd``.
+        metrics: Metrics by name.
+    """
     prefix = _PREFIXES[kind]
     return {prefix + name: value for name, value in metrics.items()}
 

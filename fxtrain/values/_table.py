@@ -1,4 +1,4 @@
-"""Table: columns of equal length."""
+"""Tables with named columns of equal length."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Cell = str | bool | int | float | None
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Columns of equal length, by name.
+    """A table of named columns of equal length.
 
     Args:
-        columns: Each a sequence of strings, numbers, bools and Nones, a tensor or array [N] of them, or an ``Image``
-            of N images.
+        columns: Columns by name. Each is a sequence of strings, numbers, bools and Nones, a tensor or array [N], or an
+            ``Image`` of N images.
 
     Raises:
-        TypeError: If a column or a cell is something else.
-        ValueError: If there is no column, or their lengths differ.
+        TypeError: A column or cell has another type.
+        ValueError: There are no columns, or their lengths differ.
 
     Example:
         >>> import torch
@@ -55,14 +55,14 @@ class Table:
         return len(first.pixels if isinstance(first, Image) else first)
 
     def cells(self) -> dict[str, list[Cell] | np.ndarray]:
-        """The columns on the host: lists, and for images uint8 [N, H, W, C]."""
+        """Returns the columns on the host: lists, and uint8 [N, H, W, C] for images."""
         return {
             name: column.frames if isinstance(column, Image) else _listed(column)
             for name, column in self.columns.items()
         }
 
     def markdown(self, rows: int = 50) -> str:
-        """The first rows as a table of Markdown. Of images it says that they are there."""
+        """Returns a Markdown table of the first rows, with ``(image)`` for each image."""
         cells = {
             name: ["(image)"] * len(column.pixels) if isinstance(column, Image) else _listed(column)
             for name, column in self.columns.items()

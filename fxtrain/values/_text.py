@@ -1,4 +1,4 @@
-"""Text: what is read, and not measured."""
+"""Texts, and the configuration of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Scalar = bool | int | float
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text, in Markdown.
+    """Text in Markdown.
 
     Raises:
-        TypeError: If it is not a string.
+        TypeError: ``markdown`` is not a string.
 
     Example:
         >>> Text("**greedy**: a cat sat on the mat")
@@ -30,11 +30,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class HParams:
-    """What a run was configured with: a nested mapping with strings, numbers and bools at its leaves.
+    """The configuration of a run: a nested mapping with strings, numbers and bools as leaves.
 
     Raises:
-        TypeError: If a key is not a string, or a leaf is something else.
-        ValueError: If two leaves have one name.
+        TypeError: A key is not a string, or a leaf has another type.
+        ValueError: Two leaves have the same flattened name.
 
     Example:
         >>> HParams({"batch": 32, "optim": {"name": "adamw", "lr": 3e-4}}).flat()
@@ -47,7 +47,7 @@ class HParams:
         self.flat()
 
     def flat(self) -> dict[str, str | Scalar]:
-        """One mapping, whose names are the keys along the way, joined by ``/``."""
+        """Returns a flat mapping, with the keys of each path joined by ``/``."""
         leaves: dict[str, str | Scalar] = {}
 
         def collect(prefix: str, value: Any) -> None:
