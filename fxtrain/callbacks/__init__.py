@@ -1,4 +1,7 @@
-"""Callbacks: pure functions that decide. One idea a file; what each remembers is in its slot of the state."""
+"""Callbacks that stop, guard, average, measure and log.
+
+Each is a pure function of ``(state, event)``. Callback state lives in ``state.slots``, so every checkpoint includes it.
+"""
 
 from fxtrain.callbacks._activations import activation_stats as activation_stats
 from fxtrain.callbacks._classes import confusion_matrix as confusion_matrix

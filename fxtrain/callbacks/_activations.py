@@ -1,4 +1,4 @@
-"""Activations: what modules put out, in four numbers."""
+"""Summary statistics of module outputs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from torch import Tensor
 
 
 def activation_stats(output: Tensor) -> dict[str, Tensor]:
-    """Mean, standard deviation, share of exact zeros and largest absolute value: float32 [] each. For ``fx.tap``.
+    """Returns the mean, standard deviation, fraction of exact zeros and largest absolute value of a module's output.
+
+    Pass it to ``fx.tap`` to log them.
 
     Args:
         output: Real tensor of any shape.
+
+    Returns:
+        ``"mean"``, ``"std"``, ``"zeros"`` and ``"max"``: float32 [] each.
 
     Example:
         >>> import fxtrain as fx

@@ -1,4 +1,4 @@
-"""Classes: which are taken for which, and how well scores tell them apart."""
+"""The confusion matrix and the ROC and precision-recall curves of a classifier."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def confusion_matrix(
     labels: Sequence[str] = (),
     name: str = "confusion_matrix",
 ) -> Handler:
-    """Counts over each evaluation how often each class is taken for each.
+    """Logs a confusion matrix of each evaluation.
 
-        counts[i, j] = how many examples of class i have argmax(logits) = j
+        counts[i, j] = number of examples of class i with argmax(logits) = j
 
-    The evaluation step has to return the logits as its outputs, ``fx.eval_step(measure, outputs=True)``. Rows that a
-    batch's ``"mask"`` leaves out are not counted.
+    The evaluation step must return the logits as its outputs: ``fx.eval_step(measure, outputs=True)``. Rows that the
+    batch's ``"mask"``, bool [N], excludes are not counted.
 
     Args:
-        classes: How many there are.
-        truth: The batch's entry with the classes, int64 [N].
-        logits: From the evaluation step's outputs to logits [N, C]; by default the outputs are these, or a dict that
-            has them as ``"logits"``.
-        labels: Names of the classes; their numbers by default.
-        name: The slot, and what the matrix is logged as.
+        classes: Number of classes C, 2 or more.
+        truth: Key of the true classes in the batch, int64 [N].
+        logits: Maps the evaluation step's outputs to logits [N, C]. By default the outputs are the logits, or a dict
+            with the key ``"logits"``.
+        labels: Class names; class indices by default.
+        name: The slot, and the name of the logged matrix.
 
     Raises:
-        ValueError: If there are fewer than 2 classes, or not one label for each.
-        TypeError: When it runs, if there are no logits.
+        ValueError: If ``classes`` is below 2, or ``labels`` does not name each class.
+        TypeError: At run time, if the outputs have no logits or the batch has no true classes.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -63,7 +63,7 @@ def confusion_matrix(
             return memory, Control(log={name: ConfusionMatrix(memory, tuple(labels))})
         predicted = class_scores(name, event.outputs, logits).argmax(-1)
         true, taken = _one_hot(_truth(name, event.batch, truth, classes), classes), _one_hot(predicted, classes)
-        # Products of zeros and ones in float64 are exact up to 2**53 examples, and add up alike on every device.
+        # A matmul of zeros and ones in float64 is exact up to 2**53 examples, so the result is the same on any device.
         counts = (true.double() * _counted(event.batch)[:, None]).T @ taken.double()
         return memory + counts.to(torch.int64), Control()
 
@@ -79,28 +79,29 @@ def curves(
     bins: int = 1000,
     name: str = "curves",
 ) -> Handler:
-    """Draws over each evaluation the ROC and the precision-recall curve of each class against the others.
+    """Logs one-vs-rest ROC and precision-recall curves of each evaluation.
 
         tpr(t) = positives with score >= t / positives,  fpr(t) = negatives with score >= t / negatives
         precision(t) = positives with score >= t / all with score >= t
-        auc = area below tpr over fpr,  average precision = sum of precision times the growth of tpr
+        auc = area under tpr over fpr,  average precision = sum of precision(t) times the increase of tpr at t
 
-    Scores are counted in buckets between 0 and 1, so that memory does not grow with the data; the areas are right to
-    about 1 / ``bins``. ``<name>/auc`` and ``<name>/average_precision`` are means over the classes that occur.
+    Scores are softmax probabilities, counted in ``bins`` buckets. Memory therefore does not grow with the data, and the
+    areas are accurate to about 1 / ``bins``. ``<name>/auc`` and ``<name>/average_precision`` are means over the classes
+    that have both positives and negatives.
 
     Args:
-        classes: How many there are.
+        classes: As for ``confusion_matrix``.
         truth: As for ``confusion_matrix``.
         logits: As for ``confusion_matrix``.
         labels: As for ``confusion_matrix``.
-        bins: How many buckets.
-        name: The slot, and what goes before the names of what is logged: ``<name>/roc`` and
-            ``<name>/precision_recall``, two figures, and the two numbers.
+        bins: Number of buckets between 0 and 1, 2 or more.
+        name: The slot, and the prefix of the logged names: the figures ``<name>/roc`` and ``<name>/precision_recall``,
+            and the scalars above.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        ImportError: If matplotlib is not there.
-        TypeError: When it runs, if there are no logits.
+        ValueError: If an argument is out of range.
+        ImportError: If matplotlib is not installed.
+        TypeError: At run time, if the outputs have no logits or the batch has no true classes.
 
     References:
         Fawcett, "An introduction to ROC analysis", 2006.
@@ -140,10 +141,10 @@ def curves(
 
 
 def _drawn(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
-    """The figures and numbers of counts, int64 [negative or positive, classes, bins]."""
+    """Returns the figures and scalars for counts, int64 [negative or positive, classes, bins]."""
     from matplotlib.figure import Figure as Canvas
 
-    # From the highest threshold down.
+    # Cumulative counts, from the highest threshold down.
     negatives, positives = counts.flip(-1).cumsum(-1).double()
     occurs = (positives[:, -1] > 0) & (negatives[:, -1] > 0)
     tpr = positives / positives[:, -1:].clamp(min=1)
@@ -196,7 +197,7 @@ def _truth(name: str, batch: Any, truth: str, classes: int) -> Tensor:
 
 
 def _counted(batch: Any) -> Tensor:
-    """Which rows count, float64 [N]: all, or those of the mask."""
+    """Returns the weight of each row, float64 [N]: the mask, or 1 without one."""
     mask = batch.get("mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:
         return mask.double()

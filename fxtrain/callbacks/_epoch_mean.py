@@ -1,4 +1,4 @@
-"""Averages: what the training metrics were over an epoch, whatever interrupted it."""
+"""Means of training metrics over each epoch, kept in the state across interruptions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from fxtrain.fold import Handler, slotted
 
 
 def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
-    """Averages training metrics over each epoch, and logs them at ``EpochEnd`` as ``epoch/<metric>``.
+    """Logs the means of training metrics over each epoch, at ``EpochEnd``, as ``epoch/<metric>``.
 
-    Every step counts once, whatever the size of its batch, or by the weight that ``fxtrain.weighted`` gives its loss. A
-    metric of the step that is a ``fxtrain.metrics.Average`` counts with its own weight.
+    Each step has weight 1 regardless of its batch size, or the weight that ``fxtrain.weighted`` gives its loss. A
+    metric that is a ``fxtrain.metrics.Average`` has its own weight. An epoch without steps logs nothing.
 
-    The sums are kept inside the compiled step, so nothing is read from the device until the epoch ends: give it to
-    ``train_step(..., callbacks=)`` as well as to ``fit``. An epoch without a step logs nothing.
+    Sums accumulate inside the compiled step, so nothing is read from the device until the epoch ends. Pass the callback
+    to both ``train_step(callbacks=)`` and ``fit``.
 
     Args:
-        names: Metrics of the step, 0-d tensors; ``"loss"`` by default.
+        names: Names of step metrics, 0-d tensors; ``"loss"`` by default.
         name: The slot.
+
+    Raises:
+        KeyError: At run time, if the step has no metric of that name.
 
     Example:
         >>> epoch_mean("loss", "accuracy")
@@ -36,7 +39,7 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     def update(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
         memory: dict[str, Any] = state.slots[name]
         if isinstance(event, EpochEnd):
-            # An epoch whose batches were all skipped has no mean, and ends at a step that has a point already.
+            # If all batches of an epoch were skipped there is no mean, and the epoch before ended at the same step.
             log = {
                 f"epoch/{metric}": Logged(average.total / average.count, when=average.count > 0)
                 for metric, average in memory.items()

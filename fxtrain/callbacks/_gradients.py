@@ -1,4 +1,4 @@
-"""Gradients: how large they are, layer by layer, and how they flow from the last layer to the first."""
+"""Gradient norms per layer, and how they change from layer to layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fxtrain.fold import Handler
 
 
 class GradNorms(NamedTuple):
-    """What ``grad_norms`` measures."""
+    """Measurements of ``grad_norms``."""
 
-    total: Tensor  # float32 []: of all gradients as one vector
-    layers: Tensor  # float32 [layers]
+    total: Tensor  # float32 []: norm of all gradients as one vector
+    layers: Tensor  # float32 [layers]: norm of each layer
 
 
 def grad_norms(
@@ -29,23 +29,23 @@ def grad_norms(
     publish: Publish = None,
     name: str = "grad_norm",
 ) -> Handler:
-    """Measures the norms of the averaged gradients, before clipping: of all, and of each layer.
+    """Measures the norm of the averaged gradients before clipping, in total and per layer.
 
         l2: sqrt(sum g^2)        l1: sum |g|        linf: max |g|        mean: mean |g|
 
-    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``. The norms of all
-    layers are in ``state.slots[name].values.layers`` after each step, in the order of the modules.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``. The norms of all layers
+    are in ``state.slots[name].values.layers``, in module order.
 
     Args:
         norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
-        layer: Patterns of the layers to publish one by one: ``"blocks.0.*"``, say.
-        every: Measure at the multiples of so many steps.
-        publish: A trigger, asked at ``StepEnd``; by default every measured step.
-        name: The slot, and the prefix of what is logged: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
+        layer: Patterns of the layers to publish individually, such as ``"blocks.0.*"``; none by default.
+        every: Measure at steps that are multiples of ``every``.
+        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published.
+        name: The slot, and the prefix of the logged names: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
             layers, and ``/<layer>``.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no layer.
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no layer.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -76,10 +76,10 @@ def grad_norms(
 
 
 class GradFlow(NamedTuple):
-    """What ``grad_flow`` measures."""
+    """Measurements of ``grad_flow``."""
 
-    norms: Tensor  # float32 [layers]: l2, in the order of the modules
-    gains: Tensor  # float32 [layers - 1]: each norm over that of the next layer
+    norms: Tensor  # float32 [layers]: l2 norms, in module order
+    gains: Tensor  # float32 [layers - 1]: norm of each layer / norm of the next layer
 
 
 def grad_flow(
@@ -92,29 +92,30 @@ def grad_flow(
     publish: Publish = None,
     name: str = "grad_flow",
 ) -> Handler:
-    """Measures how gradients change on their way back from layer to layer.
+    """Measures how the gradient norm changes from layer to layer in the backward pass.
 
         gain_i = ||g_i|| / ||g_(i+1)||
 
-    Layers are counted in the order in which the module defines them. A layer whose gain is within ``healthy`` is
-    healthy, below it damping, above it amplifying; whatever its gain, a layer is vanishing where its norm is below
-    ``vanishing``, exploding where it is above ``exploding`` or not finite.
+    Layers are in module order. A layer is healthy if its gain is within ``healthy``, damping if below, and amplifying
+    if above. Independently of its gain, a layer is vanishing if its norm is below ``vanishing``, and exploding if its
+    norm is above ``exploding`` or not finite.
 
-    It runs inside the compiled step, as ``grad_norms``, and shares what that computes.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``. Its reductions are
+    shared with ``grad_norms``.
 
     Args:
-        healthy: The least and the largest healthy gain.
-        vanishing: A norm.
-        exploding: A norm.
-        layer: Patterns of the layers whose gain is published: ``"blocks.*"``, say.
-        every: Measure at the multiples of so many steps.
-        publish: A trigger, asked at ``StepEnd``; by default every measured step. That of the saves, so that each saved
-            state and what is published of it are of one step.
-        name: The slot, and the prefix of what is logged: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the counts
-            ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, and ``/gain/<layer>``.
+        healthy: Smallest and largest healthy gain.
+        vanishing: Norm below which a layer is vanishing.
+        exploding: Norm above which a layer is exploding.
+        layer: Patterns of the layers whose gain is published, such as ``"blocks.*"``; none by default.
+        every: Measure at steps that are multiples of ``every``.
+        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published. With the trigger of
+            the saves, each checkpoint has published values of its own step.
+        name: The slot, and the prefix of the logged names: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the
+            counts ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, and ``/gain/<layer>``.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no layer.
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no layer.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -140,7 +141,8 @@ def grad_flow(
 
     def show(state: TrainState, values: GradFlow) -> dict[str, Any]:
         names, (norms, gains) = list(layers(state))[:-1], values
-        known = gains.isfinite()  # behind a layer without a gradient there is none
+        # A gain is not finite where the next layer has no gradient.
+        known = gains.isfinite()
         count = known.sum().clamp(min=1)
         return {
             "gain_mean": torch.where(known, gains, 0.0).sum() / count,

@@ -1,4 +1,4 @@
-"""Histograms of gradients, weights and updates, counted inside the step."""
+"""Histograms of gradients, weights and updates, counted inside the compiled step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fxtrain.values import Histogram
 
 
 class Histograms(NamedTuple):
-    """What ``histograms`` counts."""
+    """Measurements of ``histograms``."""
 
     counts: Tensor  # int64 [parameters, bins]
-    seen: Tensor  # int64 [parameters]: elements that were looked at
+    seen: Tensor  # int64 [parameters]: number of elements counted
 
 
 def histograms(
@@ -36,28 +36,27 @@ def histograms(
     publish: Publish = None,
     name: str = "",
 ) -> Handler:
-    """Counts the elements of gradients, weights or updates into buckets that never change.
+    """Logs histograms of gradients, weights or updates over fixed buckets.
 
-    The buckets grow by a constant factor on both sides of zero, so that distributions of any scale can be compared from
-    step to step: from ``smallest`` to ``largest``, one bucket between the two smallest, and one beyond each end. What
-    is counted are ``sample`` elements of each parameter, spread evenly over it, or all if it has fewer.
+    Bucket edges grow geometrically from ``smallest`` to ``largest`` on both sides of zero, so distributions of any
+    scale can be compared between steps. One bucket spans zero, and one lies beyond each end. From each parameter,
+    ``sample`` evenly spaced elements are counted, or all elements if it has fewer.
 
-    It runs inside the compiled step, behind a branch that costs nothing to speak of where it is not taken: give it to
-    ``train_step(..., callbacks=)`` as well as to ``fit``.
+    It runs inside the compiled step, in a conditional branch. Pass it to both ``train_step(callbacks=)`` and ``fit``.
 
     Args:
         of: ``"grads"``, ``"weights"`` or ``"updates"``.
-        parameter: Patterns of the parameters to look at.
-        sample: Elements of each, 1 or more.
-        smallest: The edge next to zero, above 0.
-        largest: The outermost edge.
-        per_decade: Buckets from one power of ten to the next.
-        every: Count at the multiples of so many steps.
-        publish: A trigger, asked at ``StepEnd``; by default every counted step.
-        name: The slot, and the prefix of what is logged: ``<name>/<parameter>``. By default ``histograms/<of>``.
+        parameter: Patterns of the parameters to include.
+        sample: Elements per parameter, 1 or more.
+        smallest: The positive edge next to zero.
+        largest: The outermost edge, above ``smallest``.
+        per_decade: Buckets per power of ten, 1 or more.
+        every: Count at steps that are multiples of ``every``.
+        publish: A trigger, evaluated at ``StepEnd``. By default every counted step is published.
+        name: The slot, and the prefix of the logged names ``<name>/<parameter>``. By default ``histograms/<of>``.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no parameter.
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no parameter.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -76,7 +75,7 @@ def histograms(
     steps = max(1, round(decades * per_decade))
 
     def edges(device: torch.device) -> Tensor:
-        # Computed, and not a tensor of a list, which a branch of a graph cannot hold.
+        # Computed with arange, because a conditional branch of the graph cannot hold a constant tensor.
         exponents = torch.arange(steps + 1, device=device, dtype=torch.float32) * (decades / steps)
         positive = smallest * torch.pow(10.0, exponents)
         return torch.cat([-positive.flip(0), positive])
@@ -108,8 +107,8 @@ def _sample(leaf: Tensor, count: int) -> Tensor:
 
 
 def _counted(values: Tensor, bounds: Tensor) -> Tensor:
-    """int64 [edges + 1]: how many values lie above one edge, and at most at the next. NaN is beyond the last."""
-    # To compare all values with each edge takes a quarter of what a search for each value does: it is done in vectors.
+    """Returns bucket counts, int64 [edges + 1]: bounds[i - 1] < value <= bounds[i]. The last one includes NaN."""
+    # Comparing all values with each edge vectorizes, so it is faster than a binary search per value.
     above = (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32).to(torch.int64)
     ends = above.new_full((1,), values.shape[0])
     beyond = torch.cat([ends, above, torch.zeros_like(ends)])

@@ -1,4 +1,4 @@
-"""Watched: the metric that a callback decides by, and which way it is better."""
+"""The metric that a callback watches, and the direction in which it improves."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from fxtrain.core import wide_dtype
 from fxtrain.fold import Handler, needs
 
 Metric = str | Callable[[Mapping[str, Any]], Any]
-"""A metric's name, or a function of all metrics of an event, as ``lambda metrics: metrics["loss"] / 2``."""
+"""A metric's name, or a function of all metrics of an event, such as ``lambda metrics: metrics["loss"] / 2``."""
 
 Better = Callable[[Tensor, Tensor], Tensor]
-"""From a value and the best one so far, each float [], to whether it is an improvement: bool []."""
+"""Maps a value and the best one so far, float [] each, to whether the value is an improvement: bool []."""
 
 
 def called(metric: Metric) -> str:
-    """The metric's name, in reasons and errors."""
+    """Returns the metric's name, for reasons and errors."""
     return metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
 
 
 def measured(event: Any, metric: Metric, who: str, device: torch.device) -> Tensor:
-    """The metric at an event: a tensor of shape [] on ``device``, as precise as it was measured.
+    """Returns the metric at an event, as a tensor of shape [] on ``device`` in its own precision.
 
-    float32 and float64 stay what they are, so a threshold is compared in the metric's own dtype: an accuracy of 0.9 in
-    float32 reaches 0.9. Half precision becomes float32; integers and Python numbers become float64.
+    float32 and float64 are kept, so a threshold is compared in the metric's own dtype: a float32 accuracy of 0.9
+    reaches 0.9. Half precision becomes float32. Integers and Python scalars become ``wide_dtype``.
+
+    Args:
+        event: An event with metrics.
+        metric: Name or function.
+        who: The callback, for errors.
+        device: Device of the result.
 
     Raises:
-        KeyError: If there is none of this name, with those that there are.
+        KeyError: If the event has no metric of that name.
     """
     if callable(metric):
         value = metric(event.metrics)
@@ -53,32 +59,37 @@ def measured(event: Any, metric: Metric, who: str, device: torch.device) -> Tens
 
 
 def needing(callback: Handler, metric: Metric) -> Handler:
-    """The callback, which says that it needs this metric of the evaluation. What a function looks at nobody knows."""
+    """Returns the callback with the evaluation metric declared as needed. A function's metrics are unknown."""
     return needs(callback, eval_metrics=[metric]) if isinstance(metric, str) else callback
 
 
 class Direction(NamedTuple):
-    """Which way a metric is better.
+    """The direction in which a metric improves.
 
-    ``better(value, best)`` is whether ``value`` is an improvement, compared in its own dtype. Anything improves on
-    ``worst``.
+    ``better(value, best)`` is whether ``value`` is an improvement, compared in its own dtype. Any finite value improves
+    on ``worst``.
     """
 
     better: Better
     worst: float
-    sign: float  # 1 where less is better, -1 where more is, nan where a function says
+    sign: float  # 1 if lower is better, -1 if higher is, nan for a function
 
 
 def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = False) -> Direction:
-    """The direction that ``mode`` names.
+    """Returns the direction for a mode.
 
         min:  value < best - min_delta            relative:  value < best - min_delta |best|
         max:  value > best + min_delta            relative:  value > best + min_delta |best|
 
-    Anything improves on a best that is not finite, but a NaN never improves on anything.
+    An infinite best is compared without a margin. NaN is never an improvement.
+
+    Args:
+        mode: ``"min"``, ``"max"`` or a function.
+        min_delta: The margin, 0 or more.
+        relative: Whether the margin is a fraction of the best value.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
     """
     if not (isinstance(min_delta, int | float) and math.isfinite(min_delta) and min_delta >= 0):
         raise ValueError(f"min_delta={min_delta!r}: a number, 0 or more, is wanted; `mode` says which way is better.")
@@ -96,7 +107,7 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
     def better(value: Tensor, best: Tensor) -> Tensor:
         best = best.to(value.dtype)
         margin = min_delta * best.abs() if relative else torch.full_like(best, min_delta)
-        # An infinite best would make the relative margin infinite too.
+        # An infinite best has no margin, because inf - inf is nan.
         return sign * value < torch.where(best.isfinite(), sign * best - margin, sign * best)
 
     return Direction(better, sign * math.inf, sign)

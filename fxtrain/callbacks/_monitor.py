@@ -1,7 +1,7 @@
-"""Monitor: what is measured inside the step, kept with the number of its step, and published from the loop.
+"""Callbacks that measure inside the compiled step and publish from the loop.
 
-What is cheap is measured at every step, so a save at any step holds what belongs to it. What is costly is behind a
-branch of the graph. Publishing is the loop's: where its trigger does not hold, nothing is logged and nothing read.
+Cheap statistics are measured at every step, so a checkpoint holds those of its own step. Costly ones are in a
+conditional branch of the graph. Publishing happens in the loop: unless its trigger holds, nothing is logged or read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated, check_po
 from fxtrain.fold import Handler, every, on, slotted
 
 Publish = Callable[[Any], Any] | None
-"""A trigger, asked at ``StepEnd``: ``fx.every(epochs=1)``, or that of the saves. By default each measured step."""
+"""A trigger, evaluated at ``StepEnd``, such as ``fx.every(epochs=1)``. None publishes every measured step."""
 
 
 class MonitorState(NamedTuple):
-    """The memory of a monitor."""
+    """State of a monitor."""
 
-    step: Tensor  # int64 []: the step that was measured; -1 before the first
-    values: Any  # what was measured there, float32 tensors
+    step: Tensor  # int64 []: the step measured last; -1 before the first
+    values: Any  # its measurements, a pytree of tensors
 
 
 def monitor(
@@ -37,16 +37,20 @@ def monitor(
     period: int = 1,
     publish: Publish = None,
 ) -> Handler:
-    """A callback that measures inside the step what it moved, and publishes it from the loop.
+    """Returns a callback that measures a step from inside and publishes from the loop.
 
     Args:
-        name: The slot, and the prefix of what is logged.
-        measure: From a state, of which only structure and shapes may be used, what moved, and what was measured before,
-            or None at first, to a pytree of tensors.
-        show: From a state and what was measured to what is logged, by name, without the prefix.
-        period: Measure at the multiples of so many steps. Above 1, it is behind a branch of the compiled graph, which
-            costs 10 us where it is not taken.
-        publish: When to publish; only what was measured at that very step is.
+        name: The slot, and the prefix of the logged names.
+        measure: ``measure(state, moved, before)`` returns a pytree of tensors. Only the structure and shapes of
+            ``state`` may be used. ``moved`` has the weights, gradients and updates of the step. ``before`` is the
+            previous measurement, or None when the slot is initialized.
+        show: ``show(state, values)`` returns the values to log, by name without the prefix.
+        period: Measure at steps that are multiples of ``period``. Above 1, the measurement is in a conditional branch
+            of the graph.
+        publish: A trigger, evaluated at ``StepEnd``. Only values measured at that same step are published.
+
+    Raises:
+        ValueError: If ``period`` is below 1.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -91,12 +95,14 @@ def monitor(
 
 
 def _where(flag: Tensor, function: Callable[[Any, Any], Any], seen: Any, otherwise: Any) -> Any:
-    """``function(seen, otherwise)`` where the flag holds, ``otherwise`` elsewhere. What is not wanted is not computed,
-    but under ``vmap``, where some members may want it."""
+    """Returns ``function(seen, otherwise)`` if the flag holds, else ``otherwise``.
+
+    The function is called only if the flag holds, except under ``vmap``, where both branches are computed.
+    """
     if not _is_traced():
         try:
             return function(seen, otherwise) if bool(flag) else otherwise
-        except RuntimeError:  # under vmap a flag is many
+        except RuntimeError:  # vmap: the flag has one value per member
             return tree.where(flag, function(seen, otherwise), otherwise)
     leaves, structure = tree.flatten((seen, otherwise))
 
@@ -106,11 +112,12 @@ def _where(flag: Tensor, function: Callable[[Any, Any], Any], seen: Any, otherwi
     def no(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(leaf.clone() for leaf in tree.leaves(tree.unflatten(structure, leaves)[1]))
 
-    # `torch.cond` itself would start Dynamo, where what traces is make_fx.
+    # The operator itself under make_fx, because `torch.cond` would start Dynamo.
     cond: Any = torch.cond if torch.compiler.is_dynamo_compiling() else torch.ops.higher_order.cond
     return tree.unflatten(tree.structure(otherwise), cond(flag, yes, no, tuple(leaves)))
 
 
 def _is_traced() -> bool:
-    tracer: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")  # heavy to import, and there where it traces
+    # Looked up and not imported: the import is slow, and tracing has done it already.
+    tracer: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return torch.compiler.is_dynamo_compiling() or (tracer is not None and tracer.get_proxy_mode() is not None)

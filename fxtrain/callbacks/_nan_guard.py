@@ -1,4 +1,4 @@
-"""A guard against what is not finite: it keeps a bad step from doing harm."""
+"""A guard against non-finite losses and gradients."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fxtrain.precision import finite_leaves
 
 
 class NanGuardState(NamedTuple):
-    """The memory of ``nan_guard``."""
+    """State of ``nan_guard``."""
 
-    in_a_row: Tensor  # int64 []: skipped steps since the last good one
-    skipped: Tensor  # int64 []: skipped steps in all
+    in_a_row: Tensor  # int64 []: skipped steps since the last finite one
+    skipped: Tensor  # int64 []: skipped steps in total
     step: Tensor  # int64 []: the last skipped step; -1 before the first
-    first: Tensor  # int64 []: the place of its first gradient that was not finite; -1 if that was the loss alone
+    first: Tensor  # int64 []: leaf index of its first non-finite gradient; -1 if only the loss was non-finite
 
 
 def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
-    """Skips the update of a step whose loss or gradients are not finite, and stops after ``patience`` in a row.
+    """Skips updates with a non-finite loss or gradient, and stops the run after ``patience`` in a row.
 
-    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``. Where it stops
-    the run, it says which gradient was the first that was not finite.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``. On a CPU the reason of
+    the stop names the first non-finite gradient. On other devices ``first_not_finite`` does.
 
     Args:
-        patience: Non-finite steps in a row that stop the run, 1 or more.
-        name: The slot, and the prefix of what is logged: ``<name>/skipped``.
+        patience: Consecutive non-finite steps that stop the run, 1 or more.
+        name: The slot, and the prefix of the logged name: ``<name>/skipped``.
 
     Raises:
         ValueError: If ``patience`` is below 1.
@@ -72,7 +72,7 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         return state.with_slot(name, memory), skip | Control(stop=memory.in_a_row >= patience, reason=late)
 
     def named(state: TrainState, memory: NanGuardState) -> Control:
-        # Read from a CPU only, where it costs nothing: an accelerator would be waited for at each step.
+        # Only on a CPU, because on an accelerator the read would synchronize with the device at each step.
         if memory.in_a_row.device.type != "cpu" or int(memory.in_a_row) < patience:
             return Control()
         return Control(stop=True, reason=f"the first was {first_not_finite(state, name)}")
@@ -81,11 +81,14 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
 
 
 def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
-    """What ``nan_guard`` found last, as ``"grads['weight'] at step 7"``; empty if it has found nothing.
+    """Returns the latest finding of ``nan_guard``, such as ``"grads['weight'] at step 7"``; empty if there is none.
 
     Args:
-        state: Any state with its slot. It is read from the device.
+        state: Any state with the guard's slot, which is read from the device.
         name: The slot.
+
+    Raises:
+        KeyError: If the state has no such slot.
     """
     memory: NanGuardState = state.slots[name]
     step, place = int(memory.step), int(memory.first)

@@ -1,4 +1,4 @@
-"""Plateau and schedules: change an injected hyper-parameter between steps, without a new graph."""
+"""Callbacks that change injected hyperparameters between steps, without recompiling."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fxtrain.fold import Handler, slotted
 
 
 class ReduceOnPlateauState(NamedTuple):
-    """The memory of ``reduce_on_plateau``."""
+    """State of ``reduce_on_plateau``."""
 
     best: Tensor  # float64 []: the best value so far
-    bad: Tensor  # int64 []: evaluations since then
-    cooldown: Tensor  # int64 []: evaluations that are still not counted
-    reductions: Tensor  # int64 []: how many there were
+    bad: Tensor  # int64 []: consecutive evaluations without improvement
+    cooldown: Tensor  # int64 []: evaluations left in the cooldown
+    reductions: Tensor  # int64 []: reductions so far
 
 
 def reduce_on_plateau(
@@ -37,30 +37,30 @@ def reduce_on_plateau(
     relative: bool = True,
     name: str = "reduce_on_plateau",
 ) -> Handler:
-    """Multiplies a hyper-parameter by ``factor`` where a metric has not improved for over ``patience`` evaluations.
+    """Multiplies a hyperparameter by ``factor`` when a metric has not improved for more than ``patience`` evaluations.
 
         bad   = 0 if improved or cooling down else bad + 1
         value = max(factor * value, minimum) if bad > patience
 
-    After a reduction ``bad`` begins at 0 again, and ``cooldown`` evaluations are not counted. The defaults and their
-    meaning are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
+    After a reduction ``bad`` restarts at 0, and the next ``cooldown`` evaluations are not counted. Defaults and
+    semantics are those of ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
 
     Args:
-        metric: Its name at ``EvalEnd``, or a function of all metrics there.
-        hyperparam: Which; the optimizer keeps it in its memory by ``fxtrain.optim.inject_hyperparams``. A name that is
-            kept in several places is changed in all.
-        factor: Between 0 and 1.
-        patience: Evaluations without improvement that are put up with, 0 or more.
-        cooldown: Evaluations after a reduction, 0 or more.
-        minimum: What it is not reduced below.
-        mode: As for ``early_stopping``, and so are ``min_delta`` and ``relative``.
-        min_delta: What counts as an improvement.
-        relative: Whether that is a part of the best value.
-        name: The slot, and the prefix of what is logged: ``<name>/<hyperparam>``.
+        metric: Metric name at ``EvalEnd``, or a function of all metrics there.
+        hyperparam: Name of a hyperparameter in the optimizer state, put there by ``fxtrain.optim.inject_hyperparams``.
+            If several have this name, all are changed.
+        factor: Between 0 and 1, exclusive.
+        patience: Evaluations without improvement to tolerate, 0 or more.
+        cooldown: Evaluations to ignore after a reduction, 0 or more.
+        minimum: Lower bound of reductions.
+        mode: As for ``early_stopping``.
+        min_delta: As for ``early_stopping``. Ignored if ``mode`` is a function.
+        relative: As for ``early_stopping``. Ignored if ``mode`` is a function.
+        name: The slot, and the prefix of the logged name: ``<name>/<hyperparam>``.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if the hyper-parameter is not in the memory.
-        KeyError: When it runs, if the evaluation has no such metric.
+        ValueError: If an argument is out of range, or, at run time, if the optimizer state has no such hyperparameter.
+        KeyError: At run time, if the evaluation has no such metric.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -110,19 +110,19 @@ def reduce_on_plateau(
 
 
 def schedule_hyperparam(hyperparam: str, schedule: Callable[[Any], Any]) -> Handler:
-    """Lets any injected hyper-parameter follow a schedule: weight decay, momentum, a loss's own temperature.
+    """Sets an injected hyperparameter, such as weight decay or momentum, from a schedule.
 
         value(step) = schedule(steps taken before it)
 
-    It is set where an epoch begins and after each step, for the next one, and costs a few small operations there. A
-    schedule that is given to ``inject_hyperparams`` itself is computed inside the step, and costs nothing.
+    The value for the next step is set at ``EpochBegin`` and after each step, at the cost of a few small operations. A
+    schedule given to ``inject_hyperparams`` itself is computed inside the step at no extra cost.
 
     Args:
-        hyperparam: Which; see ``reduce_on_plateau``.
-        schedule: From the number of steps taken, int64 [], to the value; from ``fxtrain.schedules``, say.
+        hyperparam: Name of the hyperparameter, as for ``reduce_on_plateau``.
+        schedule: Maps the number of steps taken, int64 [], to the value. See ``fxtrain.schedules``.
 
     Raises:
-        ValueError: When it runs, if the hyper-parameter is not in the optimizer's memory.
+        ValueError: At run time, if the optimizer state has no such hyperparameter.
 
     Example:
         >>> import torch, fxtrain as fx

@@ -1,4 +1,4 @@
-"""Predictions: what a classifier says of some examples, beside what they are."""
+"""A table of a classifier's predictions for some examples."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def predictions(
     batch: int = 0,
     name: str = "predictions",
 ) -> Handler:
-    """Logs a table of examples of each evaluation: the input, the prediction, the truth, and the confidence.
+    """Logs a table of examples at each evaluation, with input, prediction, truth and confidence.
 
         prediction = argmax(logits), confidence = max(softmax(logits))
 
-    The evaluation step has to return the logits as its outputs, ``fx.eval_step(measure, outputs=True)``.
+    The evaluation step must return the logits as its outputs: ``fx.eval_step(measure, outputs=True)``.
 
     Args:
-        show: From a batch, of ``limit`` examples at most, to a column that shows its inputs: strings, numbers, or
+        show: Maps a batch of at most ``limit`` examples to the input column: strings, scalars, or
             ``fxtrain.values.Image``.
-        truth: The batch's entry with the classes, int64 [N].
-        logits: From the evaluation step's outputs to logits [N, C]; by default the outputs are these, or a dict that
-            has them as ``"logits"``.
-        labels: Names of the classes; their numbers by default.
-        limit: At most so many examples.
-        batch: Of which batch of the evaluation.
-        name: What the table is logged as.
+        truth: Key of the true classes in the batch, int64 [N].
+        logits: Maps the evaluation step's outputs to logits [N, C]. By default the outputs are the logits, or a dict
+            with the key ``"logits"``.
+        labels: Class names; class indices by default.
+        limit: Maximum number of examples, 1 or more.
+        batch: Index of the evaluation batch to show, from 0.
+        name: Name of the logged table.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        TypeError: When it runs, if there are no logits.
+        ValueError: If an argument is out of range.
+        TypeError: At run time, if the outputs have no logits.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -81,7 +81,7 @@ def predictions(
 
 
 def _rows(batch: Any, limit: int) -> Any:
-    """The first rows of a batch, of its texts too where these are a list."""
+    """Returns the first rows of a batch. Lists without tensors, such as texts, are columns too."""
 
     def is_column(part: Any) -> bool:
         return isinstance(part, list | tuple) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
@@ -94,10 +94,15 @@ def _rows(batch: Any, limit: int) -> Any:
 
 
 def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:
-    """The probabilities of classes, float32 [N, C], from what an evaluation step returned.
+    """Returns class probabilities, float32 [N, C], from the outputs of an evaluation step.
+
+    Args:
+        name: The callback's name, for errors.
+        outputs: Of the evaluation step.
+        logits: Maps outputs to logits, if given.
 
     Raises:
-        TypeError: If there are no logits in it; ``name`` says who wants them.
+        TypeError: If the outputs have no logits [N, C].
     """
     found = logits(outputs) if logits is not None else outputs["logits"] if isinstance(outputs, Mapping) else outputs
     if not isinstance(found, Tensor) or found.ndim != 2:

@@ -1,4 +1,4 @@
-"""Saving and evaluating: callbacks that only ask, and leave it to a trigger when."""
+"""Callbacks that request a save or an evaluation, to be gated by a trigger."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from fxtrain.fold import Handler
 
 
 def save() -> Handler:
-    """Asks for a checkpoint at each ``StepEnd``. Gate it: ``fx.when(fx.every(1000), fx.callbacks.save())``.
+    """Requests a checkpoint at each ``StepEnd``. Gate it: ``fx.when(fx.every(1000), fx.callbacks.save())``.
 
-    What is saved is what stands after the fold and after an evaluation that is due at the same step.
+    The checkpoint holds the state after the fold, and after an evaluation that is due at the same step.
 
     Example:
         >>> import fxtrain as fx
@@ -24,7 +24,7 @@ def save() -> Handler:
 
 
 def evaluate() -> Handler:
-    """Asks for an evaluation at each ``StepEnd``. Gate it, as ``save``.
+    """Requests an evaluation at each ``StepEnd``. Gate it: ``fx.when(fx.every(500), fx.callbacks.evaluate())``.
 
     Example:
         >>> import fxtrain as fx

@@ -1,4 +1,4 @@
-"""A guard against spikes: steps far above what was usual lately are skipped, or left out on a second way."""
+"""A guard against spikes of the loss or gradient norm: skips their updates, and optionally rewinds past them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from fxtrain.fold import Handler, on, slotted
 
 
 class SpikeGuardState(NamedTuple):
-    """The memory of ``spike_guard``."""
+    """State of ``spike_guard``."""
 
-    window: Tensor  # float64 [window]: the last accepted values, in a ring; inf where there is none yet
-    count: Tensor  # int64 []: values accepted
+    window: Tensor  # float64 [window]: ring buffer of accepted values; inf where empty
+    count: Tensor  # int64 []: accepted values so far
     in_a_row: Tensor  # int64 []: spikes since the last accepted value
-    spikes: Tensor  # int64 []: in all
-    found: Tensor  # int64 [record]: positions of the batches with spikes since the last rewind, in a ring; -1 is none
-    banned: Tensor  # int64 [record]: positions of the batches that are skipped; -1 is none
+    spikes: Tensor  # int64 []: spikes in total
+    found: Tensor  # int64 [record]: ring buffer of data positions with spikes since the last rewind; -1 where empty
+    banned: Tensor  # int64 [record]: data positions whose updates are skipped; -1 where empty
 
 
 def spike_guard(
@@ -46,31 +46,30 @@ def spike_guard(
     record: int = 64,
     name: str = "spike_guard",
 ) -> Handler:
-    """Skips steps whose loss, or gradient norm, is far above what it was lately; or goes back, and leaves them out.
+    """Skips updates whose loss or gradient norm is far above its recent values, and optionally rewinds past them.
 
-        spike = value > median + deviations * 1.4826 * median |values - median|        over the last values accepted
+        spike = value > median + deviations * 1.4826 * median |values - median|        over the last accepted values
 
-    What is not finite is a spike. Batches of weight 0, see ``fxtrain.weighted``, are left out of the statistics.
+    Non-finite values are spikes. Batches of weight 0 (see ``fxtrain.weighted``) are not part of the statistics.
 
-    With ``rewind`` the run goes back at least so many steps, to a state that
-    ``fit(keep_every=)`` or a checkpointer has kept, and comes again to where it was; the batches that made the spikes
-    are then skipped, as their positions are written down before the run goes back.
+    With ``rewind``, a spike also rewinds the run by at least that many steps, to a state retained by
+    ``fit(keep_every=)`` or a checkpointer. The positions of the batches that caused spikes survive the rewind, and
+    their updates are skipped from then on.
 
-    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
 
     Args:
-        watch: ``"loss"``, or ``"grad_norm"``.
+        watch: ``"loss"`` or ``"grad_norm"``.
         deviations: Robust standard deviations above the median, more than 0.
-        window: Values that are remembered, 2 or more.
-        warmup: Accepted values before anything but what is not finite counts as a spike, 2 or more.
-        rewind: How many steps to go back after a spike; 0 only skips its update.
-        patience: Spikes in a row that stop the run, 1 or more: it is somewhere else for good.
-        record: How many batches can be left out; the oldest is forgotten for one more.
-        name: The slot, and the prefix of what is logged: ``<name>/spikes``, and ``<name>/limit``, above which is a
-            spike.
+        window: Number of accepted values in the statistics, 2 or more.
+        warmup: Accepted values before a finite value can be a spike, from 2 to ``window``.
+        rewind: Steps to rewind after a spike; 0 only skips its update.
+        patience: Consecutive spikes that stop the run, 1 or more.
+        record: Maximum number of batches to skip after rewinds. Beyond it, the earliest positions are dropped.
+        name: The slot, and the prefix of the logged names: ``<name>/spikes``, and the threshold ``<name>/limit``.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -83,7 +82,7 @@ def spike_guard(
         1
 
     References:
-        Chowdhery et al., "PaLM: Scaling language modeling with pathways", 2022, section 5.1, for the way back.
+        Chowdhery et al., "PaLM: Scaling language modeling with pathways", 2022, section 5.1, for the rewind.
     """
     check_choice("watch", watch, ("loss", "grad_norm"))
     if not 0 < deviations < math.inf:
@@ -127,17 +126,17 @@ def spike_guard(
 
 
 def _limit(window: Tensor, count: Tensor, deviations: float) -> Tensor:
-    """[]: above this is a spike."""
+    """Returns the threshold above which a value is a spike: float64 []."""
     filled = count.clamp(max=window.shape[0])
     median = _median(window, filled)
-    # Where there is no value yet, it is infinitely far, and so sorted behind the others.
+    # Empty entries are inf, so their distance is inf too and they sort last.
     spread = 1.4826 * _median((window - median).abs(), filled)
-    # Values that are all equal have no spread: a part of a thousand is left to them.
+    # Equal values have no spread, so allow at least a thousandth of the median.
     return median + deviations * torch.maximum(spread, 1e-3 * median.abs())
 
 
 def _median(values: Tensor, count: Tensor) -> Tensor:
-    """Of the ``count`` least values."""
+    """Returns the median of the ``count`` smallest values."""
     ordered = values.sort().values
     low, high = (count - 1).clamp(min=0) // 2, count // 2
     pair = ordered.gather(0, torch.stack([low, high.clamp(max=values.shape[0] - 1)]))
@@ -162,7 +161,7 @@ def _put(ring: Tensor, place: Tensor, value: Tensor, flag: Tensor) -> Tensor:
 
 
 def _ban(memory: SpikeGuardState) -> SpikeGuardState:
-    """The memory that crosses to the state that is returned to: what was found is left out from now on."""
+    """Returns the callback state that survives a rewind: recorded positions become banned ones."""
     both = torch.cat([memory.banned, memory.found])
     newest = both.sort(stable=True).values[-memory.banned.shape[0] :]
     return SpikeGuardState(

@@ -1,4 +1,4 @@
-"""Stopping: end a run when it has stopped getting better, is good enough, or has taken its time."""
+"""Callbacks that stop a run: early stopping, a target value and a time limit."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ from fxtrain.core import (
 from fxtrain.fold import Handler, on, slotted, stateful
 
 _UNITS = ("evaluations", "steps", "epochs")
-_ROUNDING = 1e-9  # of a difference of fractional epochs
+# Rounding error of a difference of fractional epochs.
+_ROUNDING = 1e-9
 
 
 class Overfitting(NamedTuple):
-    """The memory of how training and evaluation drift apart."""
+    """State of the gap between the evaluation metric and the training metric."""
 
-    total: Tensor  # float64 []: the training metric, summed since the last evaluation
-    count: Tensor  # int64 []: over so many steps
-    gap: Tensor  # float64 []: evaluation minus training at the last evaluation, the worse the larger
-    grown: Tensor  # int64 []: evaluations in a row at which it grew
+    total: Tensor  # float64 []: sum of the training metric since the last evaluation
+    count: Tensor  # int64 []: number of steps in the sum
+    gap: Tensor  # float64 []: evaluation minus training at the last evaluation, signed so that larger is worse
+    grown: Tensor  # int64 []: consecutive evaluations at which the gap grew
 
 
 class EarlyStoppingState(NamedTuple):
-    """The memory of ``early_stopping``."""
+    """State of ``early_stopping``."""
 
-    best: Tensor  # float64 []: the best value so far; nan before the first, where a function says what is better
-    best_step: Tensor  # int64 []: where it was; -1 before the first
-    evaluations: Tensor  # int64 []: how many there were
-    since: Tensor  # []: where waiting began: int64 in evaluations or steps, float64 in epochs
-    kept: Any  # the best parameters and buffers, or nothing: ()
-    overfitting: Any  # Overfitting, or nothing: ()
+    best: Tensor  # float64 []: the best value so far; before the first, the worst value (baseline or nan if callable)
+    best_step: Tensor  # int64 []: its step; -1 before the first
+    evaluations: Tensor  # int64 []: evaluations so far
+    since: Tensor  # []: start of the wait: int64 in evaluations or steps, float64 in epochs
+    kept: Any  # the best (params, buffers), or () without restore_best=True
+    overfitting: Any  # Overfitting, or () without overfit_patience
 
 
 def early_stopping(
@@ -69,43 +70,43 @@ def early_stopping(
     restore_best: Any = False,
     name: str = "early_stopping",
 ) -> Handler:
-    """Stops when an evaluation metric has not improved for ``patience`` evaluations, steps or epochs.
+    """Stops the run when an evaluation metric has not improved for ``patience`` evaluations, steps or epochs.
 
         improved = value < best - min_delta        (mode "min"; "max" mirrors it)
-        waited   = 0 if improved, and better than the baseline, else now - when it last was
+        waited   = 0 if improved and better than the baseline, else now - the last time it was
         stop     = waited >= patience
 
-    A NaN is no improvement, and neither is a tie.
+    Neither a NaN nor a tie is an improvement.
 
     Args:
-        metric: Its name at ``EvalEnd``, or a function of all metrics there.
-        patience: How long to wait, 1 or more of ``unit``.
-        unit: ``"evaluations"``, ``"steps"`` or ``"epochs"``. It is decided at evaluations in any case.
-        mode: ``"min"`` or ``"max"``: which way is better. Or a function ``(value, best) -> improved`` of tensors of
-            shape []; before the first value ``best`` is the baseline, or nan.
-        min_delta: What counts as an improvement, in the metric's units, 0 or more.
-        relative: Whether ``min_delta`` is a part of the best value instead.
-        baseline: A value to beat; waiting begins with the first evaluation that does not. The best weights are those of
-            the best value seen, whether or not it beat the baseline.
-        start_from: Nothing is watched before so many evaluations, steps or epochs.
-        good_enough: Stop at once where the value is at this one or better.
-        diverged: Stop at once where it is at this one or worse.
-        check_finite: Stop at once where it is not finite.
-        overfit_patience: Stop where the gap between the metric and ``train_metric`` has grown at so many evaluations
-            in a row. The training metric is averaged inside the step: give the callback to
-            ``train_step(..., callbacks=)`` as well then.
-        overfit_min_delta: What counts as growth, in the metric's units.
-        train_metric: The step's metric that is compared.
+        metric: Metric name at ``EvalEnd``, or a function of all metrics there.
+        patience: How long to wait, in ``unit``, 1 or more.
+        unit: ``"evaluations"``, ``"steps"`` or ``"epochs"``. In any unit, decisions are made at evaluations.
+        mode: ``"min"`` if lower is better, or ``"max"``. Or a function ``(value, best) -> improved`` of tensors of
+            shape []. Before the first evaluation, its ``best`` is the baseline, or nan.
+        min_delta: Margin of an improvement, in the metric's units, 0 or more.
+        relative: Whether ``min_delta`` is a fraction of the best value instead.
+        baseline: A value to beat. Improvements that do not beat it do not end the wait, but the best weights are those
+            of the best value seen in any case.
+        start_from: Ignore evaluations before this many evaluations, steps or epochs, in ``unit``.
+        good_enough: Stop immediately if the value is this or better.
+        diverged: Stop immediately if the value is this or worse.
+        check_finite: Stop immediately if the value is not finite.
+        overfit_patience: Stop when the gap between the metric and ``train_metric`` has grown at this many evaluations
+            in a row. The training metric is averaged inside the step, so pass the callback to both
+            ``train_step(callbacks=)`` and ``fit``.
+        overfit_min_delta: Margin of a growth of the gap, in the metric's units, 0 or more.
+        train_metric: The step metric to compare with.
         restore_best: True keeps a copy of the best parameters and buffers in the slot, and puts them into
-            ``result.state`` at the end of the session. A checkpointer is asked for a save at each improvement, and
-            read at the end instead: no memory, one file read. Live parameters are never touched.
-        name: The slot, and the prefix of what is logged: ``<name>/best``, ``<name>/waited``, and at an improvement
+            ``result.state`` at the end of the session. With a checkpointer, each improvement requests a save, and the
+            best checkpoint is read at the end, so no copy is kept. Live parameters never change during the run.
+        name: The slot, and the prefix of the logged names: ``<name>/best``, ``<name>/waited``, and at an improvement
             ``<name>/improved_by``.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if ``unit`` is epochs and nobody knows how
-            long they are.
-        KeyError: When it runs, if the evaluation has no such metric.
+        ValueError: If an argument is out of range, or, at run time, if ``unit`` is ``"epochs"`` and the epoch length is
+            unknown, or the best checkpoint was deleted.
+        KeyError: At run time, if the evaluation has no such metric.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -173,7 +174,8 @@ def early_stopping(
         watching = passed >= start_from - slack
         improved = better(value, before)
         if callable(mode) and baseline is not None:
-            improved = improved | (memory.best_step < 0)  # nothing was seen before, so this is the best
+            # The first value is the best so far, even if it does not beat the baseline.
+            improved = improved | (memory.best_step < 0)
         improved = watching & improved & ~value.isnan()
         beats = improved if baseline is None else improved & better(value, torch.full_like(before, baseline))
         memory = EarlyStoppingState(
@@ -209,14 +211,14 @@ def early_stopping(
 
 
 def _begin(state: TrainState, unit: str) -> Tensor:
-    """Where waiting begins for a state that has not been evaluated."""
+    """Returns the start of the wait for a state that has not been evaluated."""
     if unit == "epochs":
         return epochs_taken(state).to(wide_dtype(state.step.device))
     return state.step.clone() if unit == "steps" else torch.zeros_like(state.step)
 
 
 def _place(event: EvalEnd, memory: EarlyStoppingState, unit: str) -> tuple[Any, Tensor]:
-    """Returns where the run is, in the unit, and how much of it has passed before this evaluation."""
+    """Returns the current time in ``unit``, and how much has passed before this evaluation."""
     if unit == "evaluations":
         return memory.evaluations + 1, memory.evaluations
     now = event.step if unit == "steps" else event.epoch
@@ -230,14 +232,15 @@ def _place(event: EvalEnd, memory: EarlyStoppingState, unit: str) -> tuple[Any, 
 
 def _trained(memory: Overfitting, event: Updated, metric: str, who: str) -> Overfitting:
     value = measured(event, metric, who, memory.total.device).to(memory.total.dtype)
-    finite = value.isfinite()  # what a guard skips says nothing of the fit
+    # Steps with a non-finite metric are excluded, because guards skip their updates.
+    finite = value.isfinite()
     return memory._replace(
         total=memory.total + torch.where(finite, value, torch.zeros_like(value)), count=memory.count + finite
     )
 
 
 def _drifted(memory: Overfitting, value: Tensor, sign: float, min_delta: float) -> Overfitting:
-    """The memory after an evaluation. Where there was no training in between, nothing has drifted."""
+    """Returns the state after an evaluation. Without training steps since the last one, the gap is unchanged."""
     gap = sign * (value - memory.total / memory.count.clamp(min=1))
     seen = memory.count > 0
     grew = seen & (gap > memory.gap + min_delta)
@@ -267,22 +270,25 @@ def _harvest(state: TrainState, memory: EarlyStoppingState, checkpointer: Any, w
 
 
 class TimeLimitState(NamedTuple):
-    """The memory of ``time_limit``."""
+    """State of ``time_limit``."""
 
-    seconds: Tensor  # float64 []: of all sessions so far
+    seconds: Tensor  # float64 []: elapsed time of all sessions so far
 
 
 def time_limit(*, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0, name: str = "time_limit") -> Handler:
-    """Stops after so much time, that of earlier sessions included.
+    """Stops the run after a total time, earlier sessions included.
 
-    It is looked at after each step, so a run is longer by a step, an evaluation and a save at most.
+    The limit is checked after each step, so a run can exceed it by a step, an evaluation and a save. The limit is the
+    sum of all three units.
 
     Args:
-        seconds: And ``minutes``, and ``hours``: they are added.
+        seconds: Seconds.
+        minutes: Minutes.
+        hours: Hours.
         name: The slot.
 
     Raises:
-        ValueError: If they are not more than 0 together.
+        ValueError: If the sum is not positive and finite.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -309,17 +315,17 @@ def time_limit(*, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0
 
 
 def target(metric: Metric, value: float, *, mode: str = "min", at: Any = EvalEnd) -> Handler:
-    """Stops when a metric reaches a value.
+    """Stops the run when a metric reaches a value.
 
     Args:
-        metric: Its name, or a function of all metrics of the event.
-        value: What is wanted.
-        mode: ``"min"`` if less is better, or ``"max"``.
+        metric: Metric name, or a function of all metrics of the event.
+        value: The value to reach.
+        mode: ``"min"`` if lower is better, or ``"max"``.
         at: ``EvalEnd``, or ``StepEnd`` for a metric of the step.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        KeyError: When it runs, if there is no such metric.
+        ValueError: If an argument is out of range.
+        KeyError: At run time, if the event has no such metric.
 
     Example:
         >>> import torch, fxtrain as fx

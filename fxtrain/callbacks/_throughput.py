@@ -1,4 +1,4 @@
-"""Measuring: how fast a run goes, and the hyper-parameters that it goes with."""
+"""Throughput of a run, and the hyperparameters in its optimizer state."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Seen = StepEnd | EvalBegin | EvalEnd
 
 
 class ThroughputState(NamedTuple):
-    """The memory of ``throughput``: since it was published last."""
+    """State of ``throughput`` since it last published."""
 
     steps: Tensor  # int64 []
     seconds: Tensor  # float64 []
-    waited: Tensor  # float64 []: of these, for data
-    evaluating: Tensor  # float64 []: since the last step, what evaluations took; below 0 while one is under way
+    waited: Tensor  # float64 []: seconds spent waiting for data
+    evaluating: Tensor  # float64 []: seconds of evaluations since the last step; negative during an evaluation
 
 
 def throughput(
@@ -34,24 +34,25 @@ def throughput(
     publish: Callable[[Any], Any] | None = None,
     name: str = "throughput",
 ) -> Handler:
-    """Measures steps, samples, tokens and floating point operations per second, and the share of the hardware's peak.
+    """Logs steps, samples, tokens and floating-point operations per second, and hardware utilization.
 
         utilization = flops per step * steps / (seconds * peak)
 
-    Seconds are the loop's own, from the end of one step to that of the next without the evaluations between them; they
-    are summed up to where it publishes. The first step of a session, which compiles, is left out.
+    Time is measured on the loop's clock, from the end of one step to the end of the next, without the evaluations in
+    between. Each published value covers the time since the last one. The first step of a session is excluded, because
+    it compiles.
 
     Args:
-        samples: In a batch.
-        tokens: In a batch.
-        flops: Floating point operations of a step: ``fx.explain(step, state, batch).flops`` counts them.
-        peak: What the hardware can do in a second.
-        publish: A trigger, asked at ``StepEnd``; by default every 50 steps.
-        name: The slot, and the prefix of what is logged: ``<name>/steps_per_second``, ``/samples_per_second``,
-            ``/tokens_per_second``, ``/flops_per_second``, ``/utilization``, ``/data_wait`` (a share of the time).
+        samples: Samples per batch.
+        tokens: Tokens per batch.
+        flops: Floating-point operations per step, as counted by ``fx.explain(step, state, batch).flops``.
+        peak: Peak floating-point operations per second of the hardware.
+        publish: A trigger, evaluated at ``StepEnd``; every 50 steps by default.
+        name: The slot, and the prefix of the logged names: ``<name>/steps_per_second``, ``/samples_per_second``,
+            ``/tokens_per_second``, ``/flops_per_second``, ``/utilization``, ``/data_wait`` (a fraction of the time).
 
     Raises:
-        ValueError: If an argument is not above 0, or if there is a peak and no ``flops``.
+        ValueError: If an argument is not positive and finite, or ``peak`` is given without ``flops``.
 
     Example:
         >>> import fxtrain as fx
@@ -102,15 +103,17 @@ def throughput(
 def lr_monitor(
     *, publish: Callable[[Any], Any] | None = None, hyperparams: tuple[str, ...] = (), name: str = "hyperparams"
 ) -> Handler:
-    """Logs the hyper-parameters that the optimizer keeps by ``fxtrain.optim.inject_hyperparams``, schedules among them.
+    """Logs hyperparameters from the optimizer state, put there by ``fxtrain.optim.inject_hyperparams``.
+
+    Scheduled hyperparameters, such as the learning rate, are included.
 
     Args:
-        publish: A trigger, asked at ``StepEnd``; by default each step.
-        hyperparams: Which, by their names; by default all.
-        name: The prefix of what is logged: ``<name>/<path>``.
+        publish: A trigger, evaluated at ``StepEnd``; each step by default.
+        hyperparams: Names of the hyperparameters to log; all by default.
+        name: Prefix of the logged names: ``<name>/<path>``.
 
     Raises:
-        ValueError: When it runs, if there is none, or none of a name.
+        ValueError: At run time, if the optimizer state has no hyperparameters, or lacks a named one.
 
     Example:
         >>> import fxtrain as fx

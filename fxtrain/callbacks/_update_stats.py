@@ -1,4 +1,4 @@
-"""Statistics: one number for each leaf or layer of what a step moved, computed once however many callbacks ask."""
+"""Reductions over the gradients, weights and updates of a step, shared by all callbacks that use them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fxtrain.core import TrainState, Updated
 from fxtrain.optim._nodes import as_name, leaf_paths
 
 KINDS = ("grads", "weights", "updates")
-"""What can be looked at: all are trees like the trainable parameters."""
+"""Trees that can be measured, each like the trainable parameters."""
 
 NORMS = ("l2", "l1", "linf", "mean")
-"""Root of the sum of squares, sum, largest, and mean of absolute values."""
+"""Root of the sum of squares; sum, maximum and mean of absolute values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What a step moved, and how.
+    """Gradients, weights and updates of a step, with cached reductions.
 
     Args:
         weights: Pytree of the trainable parameters, after the step.
         grads: Pytree like ``weights``.
         updates: Pytree like ``weights``.
-        skipped: bool []. Whether the parameters were left where they were.
-        kept: What was computed of them; None where nothing may be kept, as in a branch of the graph.
+        skipped: bool []. Whether the update was skipped.
+        kept: Cache of reductions; None where nothing may be cached, as in a conditional branch of the graph.
     """
 
     weights: Any
@@ -41,14 +41,19 @@ class Moved:
 
     @classmethod
     def at(cls, state: TrainState, event: Updated) -> Moved:
-        """What there is to see at an event. All who look at one event share what is computed of it."""
-        # Dynamo cannot keep anything on an event; Inductor finds by itself what is computed twice.
+        """Returns the statistics of an event. All callbacks of one event share a cache."""
+        # No cache under Dynamo, which cannot mutate an event. Inductor removes common subexpressions instead.
         kept = None if torch.compiler.is_dynamo_compiling() else event.__dict__.setdefault("_kept", {})
         return cls(trainable(state), event.grads, event.updates, event.skipped, kept)
 
     def sums(self, kind: str, power: str) -> Tensor:
-        """Of each leaf, float32 [leaves]: the sum of its ``"squares"`` or absolute values (``"abs"``), or the largest
-        of these (``"max"``)."""
+        """Returns a reduction of each leaf, float32 [leaves].
+
+        Args:
+            kind: One of ``KINDS``.
+            power: ``"squares"`` for the sum of squares, ``"abs"`` or ``"max"`` for the sum or maximum of absolute
+                values.
+        """
         if self.kept is not None and (kind, power) in self.kept:
             return self.kept[kind, power]
         leaves = tree.leaves(getattr(self, kind))
@@ -58,7 +63,13 @@ class Moved:
         return found
 
     def norms(self, kind: str, norm: str, groups: Sequence[Sequence[int]]) -> Tensor:
-        """Of each group of leaves: float32 [groups]."""
+        """Returns the norm of each group of leaves, float32 [groups].
+
+        Args:
+            kind: One of ``KINDS``.
+            norm: One of ``NORMS``.
+            groups: Leaf indices of each group.
+        """
         if norm == "linf":
             return _grouped(self.sums(kind, "max"), groups, torch.maximum)
         if norm == "l2":
@@ -67,28 +78,28 @@ class Moved:
         return total if norm == "l1" else total / self.counts(kind, groups)
 
     def counts(self, kind: str, groups: Sequence[Sequence[int]]) -> Tensor:
-        """The number of elements of each group: float32 [groups]."""
+        """Returns the number of elements of each group, float32 [groups]."""
         leaves = tree.leaves(getattr(self, kind))
         sizes = [float(sum(leaves[index].numel() for index in group)) for group in groups]
-        # Filled, and not a tensor of a list, which a branch of a graph cannot hold.
+        # Made by torch.full, because a conditional branch of the graph cannot hold a constant tensor.
         return torch.stack([torch.full((), size, device=leaves[0].device) for size in sizes])
 
 
 def trainable(state: TrainState) -> Any:
-    """The trainable parameters of a state: like the gradients."""
+    """Returns the trainable parameters of a state, structured like the gradients."""
     return state.params if state.model is None else state.model.split(state.params)
 
 
 def leaf_names(state: TrainState) -> list[str]:
-    """The names of the trainable parameters, in the order of the leaves: keys and indices, joined by dots."""
+    """Returns the names of the trainable parameters in leaf order: keys and indices, joined by dots."""
     return [as_name(path) for path in leaf_paths(trainable(state))]
 
 
 def layers(state: TrainState) -> dict[str, list[int]]:
-    """The trainable parameters of each layer, as the places of the leaves, in the order that the module defines.
+    """Returns the leaf indices of each layer's trainable parameters, in module order.
 
-    A layer is a module that has parameters of its own: ``blocks.0.attn`` has ``blocks.0.attn.weight`` and ``.bias``. A
-    parameter that is in no module is a layer.
+    A layer is a module with direct parameters: ``blocks.0.attn`` has ``blocks.0.attn.weight`` and ``.bias``. A
+    parameter outside any module is a layer by itself.
     """
     names = leaf_names(state)
     places = {name: index for index, name in enumerate(names)}
@@ -100,7 +111,7 @@ def layers(state: TrainState) -> dict[str, list[int]]:
 
 
 def _as_defined(node: Any, path: tuple[Any, ...] = ()) -> list[str]:
-    """The names of leaves in the order of insertion, which a flattened tree sorts."""
+    """Returns leaf names in insertion order, because flattening sorts keys."""
     if isinstance(node, dict):
         return [name for key, child in node.items() for name in _as_defined(child, (*path, key))]
     return [as_name((*path, *rest)) for rest in leaf_paths(node)]
@@ -118,6 +129,6 @@ def _reduced(leaf: Tensor, power: str) -> Tensor:
 
 
 def _grouped(values: Tensor, groups: Sequence[Sequence[int]], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """[groups]: the values at each group's places, joined."""
+    """Returns the values of each group, reduced by ``join``: [groups]."""
     each = values.unbind()
     return torch.stack([functools.reduce(join, [each[index] for index in group]) for group in groups])

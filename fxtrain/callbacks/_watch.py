@@ -1,4 +1,4 @@
-"""Watch: how weights and gradients are distributed, as training goes."""
+"""Histograms of weights and gradients in one call."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from fxtrain.fold import Composed, compose
 
 
 def watch(*of: str, every: int = 100, parameter: str | Sequence[str] = "*", sample: int = 4096) -> Composed:
-    """Histograms of weights and gradients, counted inside the compiled step: several ``histograms`` at once.
+    """Logs histograms of weights and gradients: several ``histograms``, composed.
 
-    Gradients exist nowhere else, so this is a callback and no observer: give it to ``train_step(..., callbacks=)`` as
-    well as to ``fit``.
+    Gradients exist only inside the compiled step, so this is a callback and not an observer. Pass it to both
+    ``train_step(callbacks=)`` and ``fit``.
 
     Args:
-        of: ``"weights"``, ``"grads"`` and ``"updates"``; by default the first two.
-        every: Count at the multiples of so many steps.
-        parameter: Patterns of the parameters to look at.
-        sample: Elements of each, 1 or more.
+        of: Any of ``"weights"``, ``"grads"`` and ``"updates"``; the first two by default.
+        every: Count at steps that are multiples of ``every``.
+        parameter: Patterns of the parameters to include.
+        sample: Elements per parameter, 1 or more.
 
     Raises:
-        ValueError: As ``histograms``.
+        ValueError: As for ``histograms``.
 
     Example:
         >>> watch("grads", every=50)

@@ -1,4 +1,4 @@
-"""Averaging: averages of the weights, kept inside the step; evaluated as a view, never swapped into the live ones."""
+"""Averages of the weights, kept in slots and read through views. Live weights are never swapped."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fxtrain.optim._leaves import Scalar, wide
 
 
 class AveragedState(NamedTuple):
-    """The memory of ``ema`` and of ``swa``."""
+    """State of ``ema`` and ``swa``."""
 
-    average: Any  # like (params, buffers), or (params, ()), float32 at least: floating leaves averaged, others the last
-    weight: Tensor  # float64 []: 1, or if debiased the share of the average that comes from parameters seen
-    count: Tensor  # int64 []: updates averaged
+    # (params, buffers) or (params, ()) in float32 or wider. Leaves that are not floating or complex hold the latest.
+    average: Any
+    weight: Tensor  # float64 []: 1, or with debias the total weight of the parameters in the average
+    count: Tensor  # int64 []: updates in the average
 
 
 def ema(
@@ -32,27 +33,27 @@ def ema(
     buffers: bool = False,
     name: str = "ema",
 ) -> Handler:
-    """Keeps an exponential moving average of the parameters, updated once per step that was not skipped.
+    """Keeps an exponential moving average of the parameters, updated at each step that is not skipped.
 
         average = d average + (1 - d) params        d = decay, or with ``warmup`` min(decay, (1 + n) / (10 + n))
 
-    It runs inside the compiled step, where the microbatches are past: give it to ``train_step(..., callbacks=)`` as
-    well as to ``fit``. ``averaged`` is the state with the average in the place of its parameters.
+    It runs inside the compiled step, once per step and not per microbatch. Pass it to both ``train_step(callbacks=)``
+    and ``fit``. ``averaged`` returns the state with the average in place of the parameters.
 
     Args:
-        decay: Between 0 and 1.
-        debias: Whether the average begins at zero and is corrected for that, as Adam's moments are, instead of
-            beginning at the parameters.
-        warmup: Whether the decay rises with n, the updates averaged so far, so that the first parameters are
+        decay: Between 0 and 1, exclusive.
+        debias: Whether the average starts at zero with a bias correction, as Adam's moments do, instead of at the
+            parameters.
+        warmup: Whether the decay rises with n, the number of updates averaged so far, so that the first parameters are
             forgotten faster.
-        every: Average at the multiples of so many steps.
-        start: Until this step the average is the parameters themselves.
-        buffers: Whether to average floating buffers too, such as the statistics of batch norm; else a view has the
+        every: Average at steps that are multiples of ``every``.
+        start: Up to and including this step, the average equals the parameters.
+        buffers: Whether to average floating buffers too, such as batch norm statistics. If not, ``averaged`` uses the
             live ones.
         name: The slot.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -72,13 +73,13 @@ def ema(
     check_int("start", start, minimum=0)
 
     def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
-        # The share of the new value, 1 - d, as rounding d to float32 first would change it by up to 3e-8 / (1 - d).
+        # 1 - d in float64, because rounding d to float32 first would cause a relative error of up to 3e-8 / (1 - d).
         share: Scalar = 1 - decay
         if warmup:  # 1 - (1 + n) / (10 + n)
             share = (9 / (10 + memory.count.to(memory.weight.dtype))).clamp(min=share)
         if debias:
             weight = memory.weight + share * (1 - memory.weight)
-            # The average is kept divided by its weight, so that a view has no more to do than to read it.
+            # The stored average is already divided by its weight, so a view only reads it.
             return share / weight, weight
         return share, memory.weight
 
@@ -86,21 +87,23 @@ def ema(
 
 
 def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa") -> Handler:
-    """Keeps the plain mean of the parameters at the multiples of ``every`` steps after ``start``.
+    """Keeps the equal-weight mean of the parameters at steps after ``start`` that are multiples of ``every``.
 
         average = average + (params - average) / (n + 1)
 
-    Batch norm's statistics are those of the live parameters: for a model that has some, recompute them for the averaged
-    ones with ``fxtrain.recompute_statistics`` before they are used, or average them too.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
+
+    Batch norm statistics stay those of the live parameters. Recompute them for the averaged ones with
+    ``fxtrain.recompute_statistics``, or average them too.
 
     Args:
-        start: Steps before the first that counts. Until then the average is the parameters themselves.
-        every: Steps from one to the next.
+        start: Up to and including this step, the average equals the parameters.
+        every: Average at steps that are multiples of ``every``.
         buffers: As for ``ema``.
         name: The slot.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -125,14 +128,14 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
 
 
 def averaged(state: TrainState, name: str = "ema") -> TrainState:
-    """The state with averaged parameters in the place of the live ones: for ``evaluate``, and ``fit(eval_view=)``.
+    """Returns the state with averaged parameters in place of the live ones, for ``evaluate`` or ``fit(eval_view=)``.
 
     Args:
-        state: Any state with such a slot. It stays as it is.
+        state: Any state with a slot of ``ema`` or ``swa``. It is not modified.
         name: The slot.
 
     Raises:
-        KeyError: If there is no such slot.
+        KeyError: If the state has no such slot.
     """
     if name not in state.slots or not isinstance(state.slots[name], AveragedState):
         there = ", ".join(repr(slot) for slot, memory in state.slots.items() if isinstance(memory, AveragedState))
@@ -152,21 +155,21 @@ def _averaging(
     buffers: bool,
     weight: float,
 ) -> Handler:
-    """A callback that averages.
+    """Returns a callback that averages the parameters.
 
     Args:
         name: The slot.
-        mean: From the memory to the share of the new value in the average, and the weight: each [].
-        every: At the multiples of so many steps.
-        start: After this step.
+        mean: Maps the callback state to the new value's share of the average and to the new weight, [] each.
+        every: Average at steps that are multiples of ``every``.
+        start: Average after this step.
         buffers: Whether to average buffers.
-        weight: The first one.
+        weight: Initial weight.
     """
 
     def init(state: TrainState) -> AveragedState:
         zero = torch.zeros_like(state.step)
         first = torch.tensor(weight, dtype=wide_dtype(zero.device), device=zero.device)
-        # In half precision an average would stop moving once its steps are below its last bit.
+        # In half precision, an average would stop moving once its updates round to zero.
         average = tree.map(_wide, (state.params, state.buffers if buffers else ()))
         return AveragedState(average, first, zero)
 

@@ -1,4 +1,4 @@
-"""Weights: how large they are, and how far a step moves them."""
+"""Statistics of the weights, and ratios of update norm to weight norm."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from fxtrain.values import Text
 
 
 class WeightStats(NamedTuple):
-    """What ``weight_stats`` measures of each parameter: float32 [parameters]."""
+    """Measurements of ``weight_stats``, float32 [parameters] each."""
 
-    norm: Tensor  # l2
-    mean: Tensor  # of a complex parameter the real part's
-    std: Tensor  # from the mean, over all elements
-    max: Tensor  # the largest absolute value
+    norm: Tensor  # l2 norm
+    mean: Tensor  # mean of the real part
+    std: Tensor  # population standard deviation
+    max: Tensor  # largest absolute value
 
 
 def weight_stats(
     *, parameter: str | Sequence[str] | None = None, every: int = 1, publish: Publish = None, name: str = "weights"
 ) -> Handler:
-    """Measures norm, mean, standard deviation and largest absolute value of each trainable parameter.
+    """Measures the norm, mean, standard deviation and largest absolute value of each trainable parameter.
 
-    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
 
     Args:
-        parameter: Patterns of the parameters to publish one by one: ``"*.weight"``, say.
-        every: Measure at the multiples of so many steps.
-        publish: A trigger, asked at ``StepEnd``; by default every measured step.
-        name: The slot, and the prefix of what is logged: ``<name>/norm`` of all as one vector, ``/max`` of all, and for
-            the chosen ones ``/<parameter>/norm``, ``/mean``, ``/std`` and ``/max``.
+        parameter: Patterns of the parameters to publish individually, such as ``"*.weight"``; none by default.
+        every: Measure at steps that are multiples of ``every``.
+        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published.
+        name: The slot, and the prefix of the logged names: ``<name>/norm`` of all parameters as one vector, ``/max``
+            over all, and ``/<parameter>/norm``, ``/mean``, ``/std`` and ``/max`` for each chosen parameter.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no parameter.
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no parameter.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -72,10 +72,10 @@ def weight_stats(
 
 
 class UpdateRatios(NamedTuple):
-    """What ``update_ratios`` measures of each parameter."""
+    """Measurements of ``update_ratios``."""
 
     ratios: Tensor  # float32 [parameters]: ||update|| / ||parameter||
-    still: Tensor  # int64 [parameters]: measured steps in a row that did not move it
+    still: Tensor  # int64 [parameters]: consecutive measured steps without movement
 
 
 def update_ratios(
@@ -88,28 +88,28 @@ def update_ratios(
     publish: Publish = None,
     name: str = "update_ratio",
 ) -> Handler:
-    """Measures by how much each parameter moves, as a part of its size, and finds those that do not move.
+    """Measures the ratio of update norm to parameter norm, and counts parameters that do not move.
 
         ratio = ||update|| / ||parameter||
 
-    Around a thousandth is common in healthy training; a parameter whose ratio stays at ``frozen_below`` or less for
-    ``patience`` measured steps counts as frozen. A skipped step moves nothing, and is not counted.
+    Ratios around 1e-3 are typical of healthy training. A parameter is frozen if its ratio was at most ``frozen_below``
+    at ``patience`` measured steps in a row. Skipped steps are not counted.
 
-    It runs inside the compiled step: give it to ``train_step(..., callbacks=)`` as well as to ``fit``.
+    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
 
     Args:
-        parameter: Patterns of the parameters to publish one by one.
-        frozen_below: What counts as no movement, 0 or more.
-        patience: Steps without movement, 1 or more.
-        worst: How many of the largest ratios to name, as text. To name them they are read from the device, so publish
-            that rarely on an accelerator.
-        every: Measure at the multiples of so many steps.
-        publish: A trigger, asked at ``StepEnd``; by default every measured step.
-        name: The slot, and the prefix of what is logged: ``<name>/mean``, ``/max``, ``/min``, ``/frozen``,
+        parameter: Patterns of the parameters to publish individually; none by default.
+        frozen_below: Largest ratio that counts as no movement, 0 or more.
+        patience: Measured steps without movement, 1 or more.
+        worst: Number of largest ratios to list as text. The list is made on the host, so publish it rarely on an
+            accelerator.
+        every: Measure at steps that are multiples of ``every``.
+        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published.
+        name: The slot, and the prefix of the logged names: ``<name>/mean``, ``/max``, ``/min``, ``/frozen``,
             ``/<parameter>``, and the text ``/worst``.
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if a pattern matches no parameter.
+        ValueError: If an argument is out of range, or, at run time, if a pattern matches no parameter.
 
     Example:
         >>> import torch, fxtrain as fx
