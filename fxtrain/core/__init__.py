@@ -1,4 +1,4 @@
-"""The vocabulary: what a training state is, what happens to it, and what may be asked."""
+"""The core types: the training state, its events, the requests of callbacks, and the function protocols."""
 
 from fxtrain.core._checks import check_choice as check_choice
 from fxtrain.core._checks import check_int as check_int

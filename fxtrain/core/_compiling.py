@@ -1,11 +1,11 @@
-"""``torch.compiler.is_compiling()`` answers True in a thread that traces a step.
+"""Makes ``torch.compiler.is_compiling()`` true in the thread that traces a step, and only there.
 
-Libraries ask before they read a value: a padding mask, a range of indices, a cache. ``torch.compile`` and
-``torch.export`` answer through one flag for the whole process, which would also change what eager steps of other
-threads compute. The flag is replaced for the time of a trace by an object whose truth depends on the thread.
+Libraries check it before they read a tensor's value: a padding mask, a range of indices, a cache. ``torch.compile``
+and ``torch.export`` set one flag for the whole process, which would also change what eager steps compute in other
+threads. During a trace, the flag is replaced by an object whose truth value depends on the thread.
 
-``is_dynamo_compiling``, ``is_exporting`` and ``torch.jit.is_tracing`` stay False: no bytecode is read, shapes are
-numbers, and libraries turn sizes into tensors for the latter two.
+``is_dynamo_compiling``, ``is_exporting`` and ``torch.jit.is_tracing`` stay False, because no bytecode is interpreted
+and shapes are Python ints. Under the latter two, libraries turn sizes into tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLAG = "_is_compiling_flag"
 
 
 class _Answer:
-    """True in threads that trace; elsewhere what the flag was before."""
+    """The flag during a trace: True in threads that trace, its previous value in all others."""
 
     def __init__(self, otherwise: bool) -> None:
         self.otherwise = otherwise
@@ -57,12 +57,12 @@ _here = _Here()
 _LOADER: Any = importlib.machinery.SourceFileLoader
 _EXECUTE: Callable[..., None] = _LOADER.exec_module
 _lock = threading.Lock()
-_tracing = 0  # blocks that are open, in all threads
+_tracing = 0  # open `compiling` blocks in all threads
 _answer: _Answer | None = None
 
 
 def _outside_of_traces(execute: Callable[..., None]) -> Callable[..., None]:
-    """The execution of a module, for which a trace of this thread is suspended."""
+    """Wraps a loader's ``exec_module`` so that this thread's trace is suspended while a module executes."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
@@ -82,10 +82,10 @@ def _outside_of_traces(execute: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def compiling() -> Generator[None]:
-    """``torch.compiler.is_compiling()`` is True inside, in this thread alone.
+    """A context in which ``torch.compiler.is_compiling()`` is True, for this thread only.
 
-    Modules that are imported inside run as they would outside: a tensor that a module makes when it is imported stays
-    in the process, and must not be one of the tracer's.
+    Modules imported inside it execute outside of the trace: a tensor created at import time lives as long as the
+    process, so it must not belong to the tracer.
 
     Example:
         >>> with compiling():
@@ -109,8 +109,8 @@ def compiling() -> Generator[None]:
         _here.depth -= 1
         with _lock:
             _tracing -= 1
-            # A session of Dynamo in another thread may have covered the flag. It puts this answer back, which is False
-            # in every thread by then.
+            # Dynamo may have replaced the flag in another thread meanwhile. It restores this object when it is done,
+            # and the object has the original flag's value in every thread once no trace is running.
             if not _tracing:
                 _LOADER.exec_module = _EXECUTE
                 if _answer is not None and flags[_FLAG] is _answer:

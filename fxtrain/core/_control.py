@@ -1,4 +1,4 @@
-"""Control: what a callback asks for. A monoid, so that nothing asked can be taken back."""
+"""The requests that callbacks return to the loop. They form a monoid, so no request can be withdrawn."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Flag = bool | Tensor
 """A Python bool, or a bool tensor of shape [] (inside the compiled step, or on a device)."""
 
 KINDS = ("stop", "unsaved", "end_epoch", "evaluate", "save", "skip_batch", "skip_update", "rewind")
-"""The kinds of request. All are flags but ``rewind``, which is a number of steps."""
+"""The kinds of request. All are flags except ``rewind``, which is a number of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Logged:
-    """A value to be published, and under which flag.
+    """A value to publish if a flag holds.
 
     Args:
-        value: A number, a tensor of shape [], or one of ``fxtrain.values``.
-        when: Whether to publish it. A tensor where only the device knows.
-        owner: The callback that logged it; the fold fills it in.
+        value: A Python scalar, a tensor of shape [], or one of ``fxtrain.values``.
+        when: Whether to publish it: a bool, or a bool tensor of shape [] if it is computed on the device.
+        owner: The name of the callback that logged it, filled in by the fold.
     """
 
     value: Any
@@ -35,27 +35,27 @@ class Logged:
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class Control:
-    """What a callback asks of the loop. ``Control()`` asks for nothing; ``a | b`` asks for both.
+    """The requests of a callback to the loop. ``Control()`` requests nothing; ``a | b`` requests both.
 
-    Each request maps reasons to flags. ``|`` unites the mappings and ORs the flags, so a later callback
-    can add a request and never clear one:
+    Each request maps reasons to flags. ``|`` merges the mappings and ORs the flags, so a callback can add requests
+    but never clear one:
 
         (a | b).stop[reason] = a.stop[reason] or b.stop[reason]
 
     Args:
         stop: End the run after this event's fold. A flag, or a mapping from reasons to flags.
-        end_epoch: Go on with the next epoch.
-        evaluate: Evaluate now.
-        save: Save a checkpoint of the state that stands after the fold.
-        skip_batch: Take no step with this batch (at ``StepBegin``).
-        skip_update: Keep parameters, optimizer and buffers (inside the step).
-        rewind: Return to a state at least this many steps old; the largest wins.
-        log: Values by name; ``Logged(value, when=flag)`` publishes one under a flag.
-        reason: Why, for flags that are not mappings. It counts only where its flag is true.
-        final_save: Whether a stop saves a last checkpoint. One request without it is enough to save none.
+        end_epoch: End the epoch and continue with the next one.
+        evaluate: Evaluate after this event's fold.
+        save: Save a checkpoint of the state after the fold.
+        skip_batch: Skip this batch without taking a step (at ``StepBegin``).
+        skip_update: Keep parameters, optimizer state and buffers unchanged (inside the step).
+        rewind: Return to a state at least this many steps old. The largest request wins.
+        log: Values by name. ``Logged(value, when=flag)`` publishes a value only if its flag holds.
+        reason: The reason for flags that are not mappings. It counts only if its flag is true.
+        final_save: Whether a stop saves a final checkpoint. A single request with False prevents it.
 
     Raises:
-        ValueError: On ``|``, if both sides log one name.
+        ValueError: On ``|``, if both sides log the same name.
 
     Example:
         >>> stop = Control(stop=True, reason="loss below 0.1")
@@ -65,7 +65,7 @@ class Control:
         True
     """
 
-    requests: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not asked for are absent
+    requests: dict[str, dict[str, Any]]  # kind -> reason -> flag; kinds that are not requested are absent
     log: Mapping[str, Logged]
 
     def __new__(
@@ -82,7 +82,7 @@ class Control:
         reason: str = "",
         final_save: bool = True,
     ) -> Control:
-        # Most callbacks ask for nothing at most events, and this is all that they cost then.
+        # The fast path: most callbacks request nothing at most events.
         unasked = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
         if unasked and type(rewind) is int and rewind == 0 and not log:
             return _NOTHING
@@ -132,11 +132,11 @@ class Control:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that are asked for, under whatever flags."""
+        """The kinds requested, including those whose tensor flags may be false."""
         return tuple(self.requests)
 
     def __bool__(self) -> bool:
-        """Whether anything is asked for or logged, under whatever flags."""
+        """Whether anything is requested or logged. Tensor flags are not read."""
         return len(self.requests) > 0 or len(self.log) > 0
 
     def __or__(self, other: Control) -> Control:
@@ -158,7 +158,7 @@ class Control:
         return _filled(asked, {**self.log, **other.log})
 
     def owned(self, owner: str) -> Control:
-        """The same requests; a value without an owner, or a request without a reason, gets this name."""
+        """Returns the same requests, with ``owner`` filled in where a value has no owner or a request no reason."""
         if not self:
             return self
         asked = {
@@ -169,7 +169,7 @@ class Control:
         return _filled(asked, log)
 
     def given(self, condition: Tensor) -> Control:
-        """The same requests, each under the further condition (bool [])."""
+        """Returns the same requests, each also gated by ``condition`` (bool [])."""
         asked = {
             kind: {
                 reason: condition * flag if kind == "rewind" else condition & flag for reason, flag in reasons.items()
@@ -180,22 +180,23 @@ class Control:
         return _filled(asked, log)
 
     def with_log(self, log: Mapping[str, Logged]) -> Control:
-        """The same requests with another log."""
+        """Returns the same requests with ``log`` as their log."""
         return _filled(self.requests, log)
 
     def any(self, kind: str) -> Flag:
-        """Whether any reason of this kind holds: a bool, or a bool tensor where a flag is one."""
+        """Whether any reason of this kind holds: a bool, or a bool tensor of shape [] if one of the flags is."""
         result: Flag = False
         for flag in self.requests.get(kind, {}).values():
             result = result | flag
         return result
 
     def reasons(self, kind: str) -> list[str]:
-        """The reasons that hold. Reads the flags: on an accelerator this waits for the device."""
+        """The reasons of this kind that hold. Reads the flags, so an accelerator is synchronized with the host."""
         return [reason for reason, flag in self.requests.get(kind, {}).items() if bool(flag)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default a copy is filled after it is made, and what is made without arguments is everybody's.
+        # By default, copy and pickle call the class without arguments and fill the result, which is the shared
+        # _NOTHING here.
         return _filled, (self.requests, self.log)
 
     def __eq__(self, other: object) -> bool:
@@ -225,7 +226,7 @@ def _ask(asked: dict[str, dict[str, Any]], kind: str, request: Any, reason: str)
     items = cast(dict[str, Any], request) if isinstance(request, Mapping) else {reason: request}
     for flag in items.values():
         _check_flag(kind, flag)
-    # A plain "no" is the unit and leaves no trace; only the device knows what a tensor says.
+    # A Python False requests nothing, so it is dropped. A tensor stays, because its value is not read here.
     flags = {name: flag for name, flag in items.items() if isinstance(flag, Tensor) or flag}
     if flags:
         asked[kind] = flags
@@ -265,8 +266,7 @@ def _by(entry: Logged) -> str:
     return entry.owner or "a callback without a name"
 
 
-# A Control crosses the border of the compiled step and of vmap: flags and values are its leaves, reasons and
-# names its structure.
+# Compiled steps and vmap return a Control as a pytree: flags and values are leaves, reasons and names are static.
 
 
 def _flatten(control: Control) -> tuple[list[Any], Any]:

@@ -1,4 +1,4 @@
-"""Donated: what is left of a state whose memory a step has taken."""
+"""Invalidated states: reading one raises, because its buffers were donated to a step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fxtrain.core._state import TrainState
 
 
 class DonatedError(RuntimeError):
-    """A state was read after a step had taken its memory."""
+    """Raised when a state is read after its buffers were donated to a step."""
 
 
 class Donated(TrainState):
-    """A state that was given to a step with ``donate=True``. Reading anything of it raises, and says who took it."""
+    """A state that was donated to a step compiled with ``donate=True``. Reading any attribute raises."""
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -28,7 +28,12 @@ class Donated(TrainState):
 
 
 def bury(state: TrainState, taker: str) -> None:
-    """Makes a tombstone of ``state``: whoever still has it is told, and reads nothing that is not so any more."""
+    """Invalidates ``state`` in place: any later access through an old reference raises ``DonatedError``.
+
+    Args:
+        state: The donated state.
+        taker: The step that reuses its buffers, for the error.
+    """
     fields = state.__dict__
     fields.clear()
     fields["taker"] = taker

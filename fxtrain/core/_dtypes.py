@@ -1,4 +1,4 @@
-"""Dtypes of scalars."""
+"""The dtype in which scalars are accumulated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The floating dtype to sum and compare scalars in: float64, or float32 on a device that has no float64.
+    """Returns the dtype for sums and comparisons of scalars: float64, or float32 on a device without float64.
 
     Example:
         >>> wide_dtype(torch.device("cpu"))

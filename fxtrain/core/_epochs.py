@@ -1,4 +1,4 @@
-"""The epoch that a run is in, kept in a slot of the state."""
+"""The current epoch of a run, kept in a slot of the state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fxtrain.core._state import TrainState
 
 
 class Epoch(NamedTuple):
-    """The epoch that a run is in.
+    """The current epoch of a run.
 
     Args:
-        done: Epochs finished.
+        done: Number of completed epochs.
         start: Data position at which the current epoch began.
-        length: Batches in an epoch; 0 while that is unknown.
+        length: Number of batches in an epoch; 0 while it is unknown.
     """
 
     done: int
@@ -26,28 +26,31 @@ class Epoch(NamedTuple):
 
     @classmethod
     def of(cls, state: TrainState) -> Epoch | None:
-        """Reads the epoch from the state; None for a state that no loop has counted for."""
+        """Reads the epoch from the state. Returns None if no loop has written one."""
         slot = state.slots.get(EPOCH)
         return None if slot is None else cls(**{name: int(value) for name, value in slot.items()})
 
     @property
     def end(self) -> int | None:
-        """Position at which the epoch ends; None while its length is unknown."""
+        """Data position at which the epoch ends; None while its length is unknown."""
         return self.start + self.length if self.length else None
 
     def data_index(self, position: int) -> int:
-        """Index into the data, which counts batches as if all epochs had the current length."""
+        """Converts a data position to an index into the data source.
+
+        Indices count batches as if every completed epoch had had the current length.
+        """
         return self.done * self.length + position - self.start
 
     def into(self, state: TrainState) -> TrainState:
-        """Writes the epoch into the state."""
+        """Returns ``state`` with this epoch in its slot."""
         device = state.step.device
         slot = {name: torch.tensor(value, device=device) for name, value in self._asdict().items()}
         return state.with_slot(EPOCH, slot)
 
 
 def epochs_taken(state: TrainState) -> Tensor:
-    """Epochs done, with their fraction: float64 []. Zero while the length of an epoch is unknown."""
+    """Returns the epochs done, as a fraction: float64 []. Zero while the length of an epoch is unknown."""
     slot = state.slots.get(EPOCH)
     if slot is None:
         return torch.zeros((), dtype=torch.float64, device=state.step.device)

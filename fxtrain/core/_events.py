@@ -1,8 +1,8 @@
-"""Events: what can happen in a run, as a closed union of frozen dataclasses.
+"""The events of a run, as a closed union of frozen dataclasses.
 
-There are three kinds. *Traced* events fire inside the compiled step, *trajectory* events in the loop, and
-both are the same in a run that was interrupted and resumed. How often *session* events fire depends on the
-interruptions, so callbacks may ask and log there, and change nothing.
+There are three kinds. *Traced* events fire inside the compiled step and *trajectory* events in the loop. Both are the
+same in a run that was interrupted and resumed. How often *session* events fire depends on interruptions, so callbacks
+may log and make requests there, but not change the state. ``FitEnd`` is the exception.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """A substep of gradient accumulation is done. Traced.
+    """Fires after the backward pass of each microbatch. Traced.
 
     Args:
-        step: int64 []. The number of the step being taken; the first is 1.
-        index: Which substep, from 0.
-        loss: float []. Of this microbatch.
-        metrics: 0-d tensors, or ``fxtrain.metrics`` values, by name; ``"loss"`` among them.
-        grads: Pytree like the trainable parameters: this microbatch's gradients.
-        weight: float64 []. How much the microbatch counts in means, from ``fxtrain.weighted``; None without it.
+        step: int64 []. Number of the step being taken; the first is 1.
+        index: Index of the microbatch in its step, from 0.
+        loss: float []. Loss of this microbatch.
+        metrics: 0-d tensors or ``fxtrain.metrics`` values by name, including ``"loss"``.
+        grads: Pytree like the trainable parameters: gradients of this microbatch.
+        weight: float64 []. Weight of the microbatch in means, from ``fxtrain.weighted``; None if it is not used.
     """
 
     step: Tensor
@@ -37,14 +37,14 @@ class Microbatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """The gradients are there, and the optimizer has not seen them. Traced.
+    """Fires when the gradients are computed, before the optimizer. Traced.
 
     Args:
-        step: int64 []. The number of the step being taken.
-        loss: float []. Averaged over the microbatches.
-        metrics: As at ``Microbatch``, averaged or merged.
+        step: int64 []. Number of the step being taken.
+        loss: float []. Average over the microbatches.
+        metrics: As at ``Microbatch``, averaged or merged over the microbatches.
         grads: Pytree like the trainable parameters: averaged, unscaled, before clipping.
-        weight: float64 []. How much the batch counts in means, from ``fxtrain.weighted``; None without it.
+        weight: float64 []. Weight of the batch in means, from ``fxtrain.weighted``; None if it is not used.
     """
 
     step: Tensor
@@ -56,15 +56,15 @@ class Gradients:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Updated:
-    """The parameters have moved; the state is the new one. Traced.
+    """Fires after the update, with the new state. Traced.
 
     Args:
-        step: int64 []. The number of the step being taken.
-        loss: float [].
+        step: int64 []. Number of the step being taken.
+        loss: As at ``Gradients``.
         metrics: As at ``Gradients``.
         grads: As at ``Gradients``.
-        updates: Pytree like the trainable parameters: what was added to them, had it not been skipped.
-        skipped: bool []. Whether parameters, optimizer and buffers were kept instead.
+        updates: Pytree like the trainable parameters: the updates, which were added to them unless skipped.
+        skipped: bool []. Whether the update was skipped: parameters, optimizer state and buffers are unchanged.
         weight: As at ``Gradients``.
     """
 
@@ -79,19 +79,19 @@ class Updated:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopEvent:
-    """What every event of the loop carries. Callbacks take their clock from here and never read one.
+    """Base class of all events outside the step. Callbacks take the time from here and never read a clock.
 
     Args:
-        step: The number of the step being taken, or between steps of the last one taken.
-        position: Batches consumed of the data stream, this step's included at its end.
-        epochs_done: Epochs finished.
-        epoch_start: Position at which the current epoch began.
-        epoch_length: Batches in an epoch; None while that is unknown, and for data without an end.
-        total_steps: Steps that the run is to have, or None.
-        total_epochs: Epochs that the run is to have, or None.
+        step: Number of the step being taken or, between steps, of the last step taken.
+        position: Data position: number of batches consumed, including this step's batch at its end.
+        epochs_done: Number of completed epochs.
+        epoch_start: Data position at which the current epoch began.
+        epoch_length: Number of batches in an epoch; None while it is unknown, and for endless data.
+        total_steps: Number of steps in the run, or None.
+        total_epochs: Number of epochs in the run, or None.
         time: Seconds since this session of the loop began.
-        previous_time: The same at the previous event of this type, or 0.
-        data_wait: Seconds that the loop waited for the last batch.
+        previous_time: ``time`` of the previous event of this type, or 0.
+        data_wait: Seconds that the loop waited for the latest batch.
     """
 
     step: int
@@ -107,14 +107,19 @@ class LoopEvent:
 
     @property
     def epoch(self) -> float | None:
-        """Epochs done, with their fraction; None while the length of an epoch is unknown."""
+        """Epochs done, as a fraction; None while the length of an epoch is unknown."""
         if self.epoch_length is None:
             return None
         return self.epochs_done + (self.position - self.epoch_start) / self.epoch_length
 
 
 def event_of(kind: type[Any], fields: dict[str, Any]) -> Any:
-    """An event of this type, made past ``__init__``, which sets each field by a call: there are some at each step."""
+    """Creates an event without ``__init__``, which is slow in frozen dataclasses because it sets each field by a call.
+
+    Args:
+        kind: The event's type.
+        fields: Values by field name. A field that is left out takes the default of its class, if it has one.
+    """
     event = object.__new__(kind)
     event.__dict__.update(fields)
     return event
@@ -122,15 +127,15 @@ def event_of(kind: type[Any], fields: dict[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochBegin(LoopEvent):
-    """An epoch begins. Trajectory."""
+    """Fires when an epoch begins. Trajectory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepBegin(LoopEvent):
-    """A batch is there, and the step has not seen it. Trajectory. ``skip_batch`` can be asked here.
+    """Fires before a step, with its batch. Trajectory. ``skip_batch`` can be requested here.
 
     Args:
-        batch: As the data gave it.
+        batch: The batch, as the data returned it.
     """
 
     batch: Any
@@ -138,10 +143,10 @@ class StepBegin(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepEnd(LoopEvent):
-    """A step was taken. Trajectory.
+    """Fires after a step. Trajectory.
 
     Args:
-        metrics: What the step measured, by name: 0-d tensors on the step's device.
+        metrics: The step's metrics by name: 0-d tensors on the step's device.
     """
 
     metrics: Mapping[str, Any]
@@ -149,18 +154,18 @@ class StepEnd(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalBegin(LoopEvent):
-    """An evaluation begins. Trajectory."""
+    """Fires when an evaluation begins. Trajectory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalStep(LoopEvent):
-    """A batch was evaluated. Trajectory.
+    """Fires after each batch of an evaluation. Trajectory.
 
     Args:
-        index: Which batch, from 0.
-        batch: As the data gave it.
-        metrics: Of this batch, by name.
-        outputs: What ``eval_step`` returned beside its metrics, detached; None where it returned nothing.
+        index: Index of the batch, from 0.
+        batch: The batch, as the data returned it.
+        metrics: Metrics of this batch by name.
+        outputs: Other outputs of ``eval_step``, detached; None if it returned none.
     """
 
     index: int
@@ -171,10 +176,10 @@ class EvalStep(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalEnd(LoopEvent):
-    """An evaluation is done. Trajectory.
+    """Fires when an evaluation ends. Trajectory.
 
     Args:
-        metrics: Over the whole evaluation data, by name: 0-d tensors.
+        metrics: Metrics over all of the evaluation data by name: 0-d tensors.
     """
 
     metrics: Mapping[str, Any]
@@ -182,20 +187,20 @@ class EvalEnd(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochEnd(LoopEvent):
-    """An epoch is over, or was ended. Trajectory."""
+    """Fires when an epoch ends, at its last batch or by an ``end_epoch`` request. Trajectory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewound(LoopEvent):
-    """The run goes back; folded over the state that is left. Trajectory.
+    """Fires when the run rewinds, with the state that is about to be abandoned. Trajectory.
 
-    What a callback writes into its slot here is all that survives the way back.
+    Slots written at this event survive the rewind. Everything else returns to the earlier state.
 
     Args:
-        from_step: Steps taken by the state that is left.
-        to_step: Steps taken by the state that is returned to.
-        abandoned: Positions of the batches that were used in between.
-        times: How often the run has now gone back to this step.
+        from_step: Step of the state that is abandoned.
+        to_step: Step of the state that is restored.
+        abandoned: Data positions of the batches used in between.
+        times: How often the run has rewound to this step, including this time.
     """
 
     from_step: int
@@ -206,12 +211,12 @@ class Rewound(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitBegin(LoopEvent):
-    """A session of the loop begins. Session.
+    """Fires when a session of the loop begins. Session.
 
     Args:
         fires: The traced events that the step fires.
-        resumed: Whether the state has taken steps before.
-        sizes: How many shapes the batches have; None where that is unknown.
+        resumed: Whether the state has already taken steps.
+        sizes: Number of distinct batch shapes; None if it is unknown.
     """
 
     fires: frozenset[type[Any]] = frozenset()
@@ -221,13 +226,13 @@ class FitBegin(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored(LoopEvent):
-    """The state came from a checkpoint. Session.
+    """Fires when the state was restored from a checkpoint. Session.
 
     Args:
         path: The folder of the checkpoint.
-        missing: Slots that were not in it and were initialised.
+        missing: Slots that were not in it and were initialized.
         extra: Slots in it that no callback claims; they are kept.
-        different: What is not as it was at the save, of all that bitwise equality needs: one line each.
+        different: Differences from the saving environment that can break bitwise equality, one line each.
     """
 
     path: str
@@ -238,12 +243,13 @@ class Restored(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved(LoopEvent):
-    """A checkpoint is committed. Session. It is written in the background: ``step`` is its own, and later steps may
-    have been taken.
+    """Fires when a checkpoint is committed. Session.
+
+    Checkpoints are written in the background. ``step`` is that of the checkpoint; the run may be further along.
 
     Args:
         path: The folder of the checkpoint.
-        metrics: Those it was saved with, as Python floats.
+        metrics: The metrics saved with it, as Python floats.
     """
 
     path: str
@@ -252,7 +258,7 @@ class Saved(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interrupted(LoopEvent):
-    """A signal or an exception ends the session early. Session.
+    """Fires when a signal or an exception ends the session early. Session.
 
     Args:
         cause: The name of the signal, or of the exception with its message.
@@ -263,10 +269,12 @@ class Interrupted(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitEnd(LoopEvent):
-    """The session is over and saved. Session. The state returned here becomes ``result.state``, unsaved.
+    """Fires when the session has ended, after the final save. Session.
+
+    Callbacks may change the state here. It becomes ``result.state`` and is not saved.
 
     Args:
-        reason: Why the run ended, in words.
+        reason: Why the run ended.
     """
 
     reason: str
@@ -277,7 +285,7 @@ Event = (
     | EpochBegin | StepBegin | StepEnd | EvalBegin | EvalStep | EvalEnd | EpochEnd | Rewound
     | FitBegin | Restored | Saved | Interrupted | FitEnd
 )  # fmt: skip
-"""Everything that can happen."""
+"""Any event."""
 
 TRACED = (Microbatch, Gradients, Updated)
 TRAJECTORY = (EpochBegin, StepBegin, StepEnd, EvalBegin, EvalStep, EvalEnd, EpochEnd, Rewound)

@@ -1,4 +1,4 @@
-"""Frames: which lines of a traceback are the user's own, a library's, torch's or this library's."""
+"""Attributes the frames of a traceback to the user's code, installed libraries, torch or fxtrain."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Places(NamedTuple):
     """The frames of a traceback that matter to a user.
 
     Args:
-        own: The innermost frame of the user's own files; None if there is none.
-        library: The innermost frame of an installed package other than torch, if it is inside of ``own``.
+        own: The innermost frame in the user's code; None if there is none.
+        library: The innermost frame in an installed package other than torch and fxtrain, if it was called from
+            ``own``; otherwise None.
     """
 
     own: traceback.FrameSummary | None
@@ -26,7 +27,9 @@ class Places(NamedTuple):
 
 
 def is_of_users(filename: str) -> bool:
-    """Whether a file is neither Python's, nor installed, nor this library's. Code typed at a prompt is the user's.
+    """Whether a file is the user's code: not the standard library, an installed package or fxtrain.
+
+    Code typed at a prompt or in a notebook counts as the user's.
 
     Example:
         >>> import os, torch
@@ -39,7 +42,7 @@ def is_of_users(filename: str) -> bool:
 
 
 def places(frames: Iterable[traceback.FrameSummary]) -> Places:
-    """The places of a traceback, whose innermost frame comes last."""
+    """Finds the relevant frames of a traceback, given with the innermost frame last."""
     own: traceback.FrameSummary | None = None
     library: traceback.FrameSummary | None = None
     for frame in frames:
@@ -51,7 +54,7 @@ def places(frames: Iterable[traceback.FrameSummary]) -> Places:
 
 
 def is_raised_by_users(error: BaseException) -> bool:
-    """Whether the line that raised an error is the user's own, and not of a function that it calls."""
+    """Whether the line that raised ``error`` is in the user's code, rather than in a function that it called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -59,7 +62,7 @@ def is_raised_by_users(error: BaseException) -> bool:
 
 
 def reaches_users(error: BaseException) -> bool:
-    """Whether a line of the user's own is in the traceback of an error."""
+    """Whether the traceback of ``error`` passes through the user's code."""
     return places(traceback.extract_tb(error.__traceback__)).own is not None
 
 

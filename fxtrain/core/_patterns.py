@@ -1,4 +1,4 @@
-"""Patterns: names that are chosen as a shell chooses files, and put in order as people count."""
+"""Selection of names by shell patterns, and natural sort order."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _SHOWN = 8
 
 
 def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: str) -> list[int]:
-    """The places of the names that match one of the patterns.
+    """Returns the indices of the names that match at least one pattern.
 
     Args:
-        names: What there is.
-        patterns: Those of a shell, ``"blocks.*.attn"``; one, several or none.
-        what: What the names are of, in words.
+        names: The names to select from.
+        patterns: One shell pattern such as ``"blocks.*.attn"``, several, or None.
+        what: A noun for the named things, for errors.
 
     Raises:
-        ValueError: If one matches nothing.
+        ValueError: If a pattern matches nothing.
 
     Example:
         >>> matching(["body.w", "head.w", "head.b"], "head.*", "parameter")
@@ -39,7 +39,7 @@ def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: s
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
-    """A key for sorting, by which layer 2 comes before layer 10.
+    """Returns a sort key that puts layer 2 before layer 10.
 
     Example:
         >>> sorted(["blocks.10", "blocks.2"], key=by_number)

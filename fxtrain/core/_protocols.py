@@ -1,4 +1,4 @@
-"""The shapes of the functions that users write."""
+"""The signatures of the functions that users write: callbacks, observers and steps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fxtrain.core._state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a step tells beside the state.
+    """The output of a step next to the new state.
 
     Args:
-        metrics: 0-d tensors or ``fxtrain.metrics`` values by name; ``"loss"`` among them by custom.
-        control: What the traced callbacks asked; None is nothing. After a ``Step`` it is always a ``Control``.
-        outputs: Anything else, for an evaluation step: it reaches callbacks at ``EvalStep``.
-        weight: float64 []. How much its 0-d tensors count in means over batches, from ``fxtrain.weighted``; None if the
+        metrics: 0-d tensors or ``fxtrain.metrics`` values by name. By convention, one of them is ``"loss"``.
+        control: The requests of the traced callbacks, or None. A ``Step`` always returns a ``Control``.
+        outputs: Other outputs of an evaluation step, which callbacks see at ``EvalStep``.
+        weight: float64 []. Weight of the 0-d metrics in means over batches, from ``fxtrain.weighted``; None if the
             loss function returns no weight.
     """
 
@@ -32,19 +32,19 @@ class StepOutput:
 
 
 class Callback(Protocol):
-    """A pure function that decides. Its second parameter's annotation says which events it sees."""
+    """A pure function that decides. The annotation of its second parameter selects the events that it sees."""
 
     def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]: ...
 
 
 class Observer(Protocol):
-    """A function that acts on the world, after the fold, and can influence nothing."""
+    """A function with side effects, called after the fold. It cannot influence training."""
 
     def __call__(self, state: TrainState, event: Any, control: Control, /) -> None: ...
 
 
 class StepFn(Protocol):
-    """A pure function that moves the state forward by one batch."""
+    """A pure function that advances the state by one batch."""
 
     def __call__(self, state: TrainState, batch: Any, /) -> tuple[TrainState, StepOutput]: ...
 
@@ -53,7 +53,7 @@ _OUTPUT = ("metrics", "control", "outputs", "weight")
 
 
 def _flatten(output: StepOutput) -> tuple[list[Any], None]:
-    # torch's pytree takes None for a leaf, which vmap refuses; an empty tuple has none.
+    # torch's pytree treats None as a leaf, which vmap refuses. An empty tuple has no leaves.
     return [() if (value := getattr(output, name)) is None else value for name in _OUTPUT], None
 
 

@@ -1,4 +1,4 @@
-"""Registration: one call makes a class a node for optree and for torch's own pytree."""
+"""Registration of pytree nodes, with optree and with torch's own pytree."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
-import torch.utils._pytree as torch_pytree  # torch.func flattens with it, and torch has no public door for static data
+import torch.utils._pytree as torch_pytree  # torch.func flattens with it; the public API has no static context
 
 NAMESPACE = "fxtrain"
 """The optree namespace in which fxtrain's nodes are registered."""
 
 NODES: dict[type[Any], tuple[Callable[..., Any], Callable[..., Any]]] = {}
-"""The registered classes, with how to take each apart and put it together."""
+"""The flatten and unflatten functions of each registered class."""
 
 ops: Any = optree
-"""optree, untyped: its annotations speak of collections, and a frozen dataclass is none."""
+"""optree without its types, which accept collections only and so reject frozen dataclasses."""
 
 
 def register_node(
@@ -25,14 +25,14 @@ def register_node(
     *,
     fields: Sequence[str] | None = None,
 ) -> None:
-    """Makes ``cls`` a pytree node.
+    """Registers ``cls`` as a pytree node.
 
     Args:
         cls: The class.
-        flatten: From an instance to its children and its static context, which must compare and hash.
-        unflatten: From the context and the children to an instance. Transforms call it with children that are
-            no tensors, so it checks nothing.
-        fields: The attributes that hold the children, where each is one; paths then read ``x.name``.
+        flatten: Maps an instance to its children and its static context, which must be comparable and hashable.
+        unflatten: Maps the context and the children to an instance. Transforms also call it with children that are
+            not tensors, so it must not validate them.
+        fields: The attributes that hold the children, if there is one for each. Paths then read ``x.name``.
     """
 
     NODES[cls] = (flatten, unflatten)

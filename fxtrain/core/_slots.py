@@ -8,9 +8,9 @@ LOOP = "loop/"
 EPOCH = f"{LOOP}epoch"  # dict of int64 []: the fields of `Epoch`
 EVALUATED = f"{LOOP}evaluated"  # metrics of the last evaluation, and its step
 REWINDS = f"{LOOP}rewinds"  # int64 [n, 2]: steps that the run rewound to, and how often
-SNAPSHOTS = f"{LOOP}snapshots"  # int64 [keep]: steps whose states are retained for rewinds, -1 where there is none
+SNAPSHOTS = f"{LOOP}snapshots"  # int64 [keep]: steps whose states are retained for rewinds; -1 in unused entries
 
-# In checkpoints only
+# These exist in checkpoints only.
 BATCH = f"{LOOP}batch"  # int64 [2]: index and checksum of the batch read last
-DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a data source that has its own
+DATA = f"{LOOP}data"  # uint8 [n]: iterator state of a stateful data source
 STOP_REASONS = f"{LOOP}stop_reasons"  # uint8 [n]: JSON list of the reasons of a pending stop

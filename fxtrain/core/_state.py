@@ -1,4 +1,4 @@
-"""TrainState: everything that training remembers, as one immutable pytree of tensors."""
+"""The training state: one immutable pytree of tensors."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 
-_SHOWN = 40  # rows of a state's table before the rest is summed up in one line
+_SHOWN = 40  # rows in the repr of a state; one more line sums up the rest
 
 
 class Due(NamedTuple):
-    """What was asked and is not yet done. Every leaf is a 0-d tensor on the state's device.
+    """The pending requests. Every leaf is a 0-d tensor on the state's device.
 
-    The loop sets an entry when a callback asks for it, and clears it when it has honoured it, so a
-    run that is interrupted between the two continues with the work still to be done.
+    The loop sets an entry when a callback requests it and clears the entry when the request is handled. A run that is
+    interrupted in between resumes with the pending work.
     """
 
     begin_epoch: Tensor  # bool []: the next step is the first of an epoch
-    rewind: Tensor  # int64 []: go back to a state at least this many steps old; 0 is no request
+    rewind: Tensor  # int64 []: rewind to a state at least this many steps old; 0 for no request
     evaluate: Tensor  # bool []
     end_epoch: Tensor  # bool []
     save: Tensor  # bool []
     stop: Tensor  # bool []: a stopped state is a fixed point of the step
-    unsaved: Tensor  # bool []: the stop is to make no final save
+    unsaved: Tensor  # bool []: the stop makes no final save
 
     @classmethod
     def start(cls, device: torch.device | str | None = None) -> Due:
-        """What is due before the first step: the beginning of an epoch."""
+        """Returns the requests that are pending before the first step: the beginning of an epoch."""
 
         def flag(value: bool) -> Tensor:
             return torch.tensor(value, device=device)
@@ -48,21 +48,21 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class TrainState:
-    """The whole of a training run at one moment: a frozen dataclass, a pytree, all leaves tensors.
+    """The complete state of a training run: a frozen dataclass and a pytree whose leaves are all tensors.
 
-    It is registered with optree in the namespace ``"fxtrain"`` and with torch's own pytree, so
-    ``torch.func`` transforms and ``torch.compile`` take it as it is. ``fxtrain.init`` makes one.
+    It is registered with optree in the namespace ``"fxtrain"`` and with torch's own pytree, so ``torch.func``
+    transforms and ``torch.compile`` accept it. Create one with ``fxtrain.init``.
 
     Args:
-        step: int64 []. Steps taken.
-        params: Pytree of tensors; for a module, a dict from parameter name to tensor.
+        step: int64 []. Number of steps taken.
+        params: Pytree of tensors. For a module, a dict from parameter name to tensor.
         buffers: Pytree of tensors, with the structure that ``params`` has above its names.
-        opt_state: Pytree of tensors: the memory of the gradient transformation.
-        seed: int64 []. Every random number is a function of it.
-        position: int64 []. Batches consumed of the data stream.
-        slots: Dict from slot name to a pytree of tensors: the memory of the callbacks.
-        due: What was asked and not yet done.
-        model: The architecture. Static: it is part of the tree's structure and no leaf.
+        opt_state: Pytree of tensors: the optimizer state.
+        seed: int64 []. Seed of all random samples.
+        position: int64 []. Data position: number of batches consumed.
+        slots: Dict from slot name to a pytree of tensors: the callback state.
+        due: The pending requests.
+        model: The architecture. Static: it belongs to the tree's structure and is not a leaf.
 
     Raises:
         TypeError: If a leaf is not a tensor. The message names its path.
@@ -93,7 +93,7 @@ class TrainState:
             _refuse_non_tensors(name, getattr(self, name))
 
     def replace(self, **changes: Any) -> Self:
-        """A new state with some fields changed. Only what changed is checked."""
+        """Returns a new state with some fields replaced. Only the new values are checked."""
         for name, value in changes.items():
             if name not in FIELDS and name != "model":
                 raise TypeError(f"A state has no field {name!r}; its fields are {', '.join(FIELDS)} and model.")
@@ -102,12 +102,12 @@ class TrainState:
         return build(type(self), {**_fields(self), **changes})
 
     def with_slot(self, name: str, memory: Any) -> Self:
-        """A new state whose slot ``name`` holds ``memory``, a pytree of tensors."""
+        """Returns a new state whose slot ``name`` holds ``memory``, a pytree of tensors."""
         _refuse_non_tensors(f"slots[{name!r}]", memory)
         return build(type(self), {**_fields(self), "slots": {**self.slots, name: memory}})
 
     def copy(self) -> Self:
-        """The same state in memory of its own. Costs one copy of every leaf."""
+        """Returns a copy of the state in which every leaf is cloned."""
         return ops.tree_map(torch.clone, self, namespace=NAMESPACE)
 
     def __repr__(self) -> str:
@@ -132,19 +132,19 @@ FIELDS = tuple(field.name for field in dataclasses.fields(TrainState) if field.n
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    if torch.compiler.is_dynamo_compiling():  # which has no such attribute in torch 2.11
+    if torch.compiler.is_dynamo_compiling():  # Dynamo does not support __dict__ here in torch 2.11
         return {name: getattr(state, name) for name in (*FIELDS, "model")}
     return state.__dict__
 
 
 def build(cls: type[Any], fields: dict[str, Any]) -> Any:
-    # Past __init__ and its check of every leaf: transforms put shapes, specs and sentinels in the place
-    # of tensors, and `replace` has checked what changed.
+    # Skips __init__ and its check of every leaf: transforms put shapes, specs and sentinels in the place of tensors,
+    # and `replace` has already checked the new values.
     state = object.__new__(cls)
     if torch.compiler.is_dynamo_compiling():
         for name, value in fields.items():
             object.__setattr__(state, name, value)
-    else:  # three times as fast, and unknown to Dynamo
+    else:  # faster, but not supported by Dynamo
         state.__dict__.update(fields)
     return state
 
@@ -161,7 +161,7 @@ register_node(TrainState, _flatten, _unflatten, fields=FIELDS)
 
 
 def _refuse_non_tensors(field: str, value: Any) -> None:
-    if isinstance(value, Tensor) or torch.compiler.is_dynamo_compiling():  # traced, a step is checked as it returns
+    if isinstance(value, Tensor) or torch.compiler.is_dynamo_compiling():  # a traced step is checked when it returns
         return
     leaves: list[Any] = ops.tree_leaves(value, namespace=NAMESPACE)
     if all(isinstance(leaf, Tensor) for leaf in leaves):

@@ -1,17 +1,17 @@
-"""Text that is safe to show: control characters and others that act on a terminal become visible escapes."""
+"""Text that is safe to print: control characters and others that affect a terminal are escaped."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# Control characters, lone surrogates, line and paragraph separators, and invisible formatting, such as the marks that
-# reverse the direction of all that follows.
+# Control characters, lone surrogates, line and paragraph separators, and invisible formatting such as the marks that
+# reverse the text direction
 _ACTING = frozenset(("Cc", "Cs", "Zl", "Zp", "Cf"))
-_JOINERS = frozenset("\u200c\u200d")  # these shape letters and emoji, and move nothing
+_JOINERS = frozenset("\u200c\u200d")  # needed to shape letters and emoji, and harmless
 
 
 def printable(text: str) -> str:
-    """Returns one line of ``text`` as it can be shown anywhere: what acts on a terminal is escaped as in Python.
+    """Returns ``text`` as a single printable line, with characters that affect a terminal escaped as in Python.
 
     Example:
         >>> print(printable("loss\\x1b[2J\\n\\u202eevil \\ud800 wörld"))
@@ -23,7 +23,7 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> list[str]:
-    """Returns the lines of ``text``, each as ``printable`` shows it; tabs are kept.
+    """Returns the lines of ``text``, each made safe by ``printable``. Tabs are kept.
 
     Example:
         >>> printable_lines("one\\r\\ntwo\\tand\\x07\\n")
@@ -36,11 +36,11 @@ def printable_lines(text: str) -> list[str]:
 
 
 def encodable(text: str, encoding: str | None) -> str:
-    """Returns ``text`` with what an encoding lacks escaped, so that printing it raises no error.
+    """Returns ``text`` with the characters that ``encoding`` lacks escaped, so that printing it raises no error.
 
     Args:
         text: Any text.
-        encoding: That of the file it goes to; None where it takes all.
+        encoding: The encoding of the file that is written; None for UTF-8.
 
     Example:
         >>> encodable("wörld", "ascii")
