@@ -1,7 +1,7 @@
-"""The fold: many callbacks as one, in order, each seeing the state that those before it left.
+"""Composition of callbacks. Each callback sees the state left by those before it.
 
-``compose`` is associative, and ``compose()`` is the identity. Every callback sees every event that it subscribes
-to; nothing short-circuits. What each returns is joined by ``|``, so nothing asked is lost.
+``compose`` is associative, with ``compose()`` as its identity. Every callback sees every event that it subscribes to;
+nothing short-circuits. The returned controls are joined by ``|``, so no request is lost.
 """
 
 from fxtrain.fold._compose import ASKABLE as ASKABLE

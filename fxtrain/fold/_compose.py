@@ -1,4 +1,4 @@
-"""Compose: callbacks as one callback, with a table of who sees which event."""
+"""Composes callbacks into one and dispatches each event to those that subscribe to it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from fxtrain.fold._structure import refuse_other_structure
 from fxtrain.fold._subscription import kinds, name_of, subscription, takes
 
 _LOOP = frozenset({"stop", "unsaved", "end_epoch", "evaluate", "save", "rewind"})
-_INSIDE_EVALUATION = _LOOP - {"evaluate"}  # an evaluation inside an evaluation would never end
+_INSIDE_EVALUATION = _LOOP - {"evaluate"}  # nested evaluations would never end
 _ONLY_LOG: frozenset[str] = frozenset()
 
 ASKABLE: Mapping[type[Any], frozenset[str]] = {
     Microbatch: frozenset({"stop", "unsaved", "skip_update"}),
     Gradients: frozenset({"stop", "unsaved", "skip_update"}),
-    Updated: frozenset({"stop", "unsaved"}),  # whether to update has been decided
+    Updated: frozenset({"stop", "unsaved"}),  # too late for skip_update
     EpochBegin: _LOOP,
     StepBegin: _LOOP | {"skip_batch"},
     StepEnd: _LOOP,
@@ -52,19 +52,19 @@ ASKABLE: Mapping[type[Any], frozenset[str]] = {
     EvalEnd: _INSIDE_EVALUATION,
     EpochEnd: _LOOP - {"end_epoch"},
     Rewound: frozenset({"stop", "unsaved"}),
-    # No evaluation at events of a session: it would count in callbacks, once more in an interrupted run.
+    # No evaluation at session events: an interrupted run would evaluate more often, which callbacks would count.
     FitBegin: frozenset({"stop", "unsaved", "save"}),
     Restored: frozenset({"stop", "unsaved"}),
     Saved: frozenset({"stop", "unsaved"}),
 }
-"""The requests that can be honoured at each event. At those that are not listed a callback can only log."""
+"""The requests that are allowed at each event. At events that are not listed, callbacks can only log."""
 
 _NOTHING = Control()
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a callback cannot do without; ``needs`` says what each is."""
+    """The requirements of a callback. See ``needs`` for the fields."""
 
     eval_metrics: tuple[str, ...] = ()
     slots: tuple[str, ...] = ()
@@ -73,15 +73,15 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Handler:
-    """A callback, with what the fold must know about it. It is a callback itself.
+    """A callback with its name, subscription and slot. A handler is itself a callback.
 
     Args:
-        name: Who it is, in errors, in reasons and in the table.
+        name: The name in errors, reasons and the repr of composed callbacks.
         function: The callback.
         events: The event types that it sees.
-        slot: The slot that it keeps its memory in, or None.
-        init: From the state to the first content of the slot, a pytree of tensors.
-        needs: What it cannot do without.
+        slot: The slot that holds its state, or None.
+        init: Maps the training state to the initial content of the slot, a pytree of tensors.
+        needs: Its requirements.
     """
 
     name: str
@@ -102,14 +102,14 @@ class Handler:
 
 
 class Composed:
-    """Callbacks folded into one; made by ``compose``. Its repr is the table of who sees what."""
+    """Callbacks composed into one by ``compose``. Its repr lists the callbacks that see each event."""
 
     def __init__(self, handlers: tuple[Handler, ...]) -> None:
         self.handlers = handlers
         self.table: Mapping[type[Any], tuple[Handler, ...]] = {
             kind: seen for kind in EVENTS if (seen := tuple(h for h in handlers if kind in h.events))
         }
-        # Beside the table, as a callback that asks for nothing is to cost no more than its call.
+        # Kept next to the table, so that a callback that requests nothing costs no more than its call.
         self._functions = {kind: tuple(h.function for h in seen) for kind, seen in self.table.items()}
         owners: dict[str, Handler] = {}
         for handler in handlers:
@@ -124,7 +124,7 @@ class Composed:
 
     @property
     def traced_slots(self) -> frozenset[str]:
-        """The slots that callbacks of traced events keep: these enter the compiled step."""
+        """The slots of callbacks that subscribe to traced events. These enter the compiled step."""
         return frozenset(name for name, handler in self.slots.items() if not handler.events.isdisjoint(TRACED))
 
     def __call__(self, state: TrainState, event: Any, /) -> tuple[TrainState, Control]:
@@ -140,7 +140,7 @@ class Composed:
                 if state is not before:
                     _refuse_overreach(handler, kind, before, state)
                     refuse_other_structure(handler.name, kind, before, state)
-            if control.requests or control.log:  # half of what `if control` takes
+            if control.requests or control.log:  # faster than `if control`
                 handler = self.table[kind][index]
                 _refuse_unaskable(handler, kind, control)
                 total = total | control.owned(handler.name)
@@ -157,17 +157,17 @@ class Composed:
 
 
 def compose(*callbacks: Callable[..., Any]) -> Composed:
-    """One callback that runs the given ones in order; each sees the state left by those before it.
+    """Composes callbacks into one that runs them in order. Each sees the state left by those before it.
 
-    Subscription is read here, once, from the annotation of each callback's second parameter: an event type, a
-    union, or a string naming one. Without an annotation a callback sees every trajectory event.
+    Subscriptions are read here, once, from the annotation of each callback's second parameter: an event type, a
+    union, or a string naming one. A callback without an annotation sees all trajectory events.
 
     Args:
-        callbacks: Functions ``(state, event) -> (state, control)``, or composed ones, which are flattened.
+        callbacks: Functions ``(state, event) -> (state, control)``, or composed callbacks, which are flattened.
 
     Raises:
-        TypeError: If an annotation names no event, or if a wrapper hides it.
-        ValueError: If two callbacks claim one slot.
+        TypeError: If an annotation does not name an event, or if a wrapper hides the signature.
+        ValueError: If two callbacks claim the same slot.
 
     Example:
         >>> from fxtrain import Control, EvalEnd
@@ -184,7 +184,7 @@ def compose(*callbacks: Callable[..., Any]) -> Composed:
 
 
 def on(events: Any, callback: Callable[..., Any]) -> Handler:
-    """``callback``, subscribed to these events whatever its annotation says.
+    """Subscribes ``callback`` to ``events``, in place of its annotation.
 
     Args:
         events: An event type, a union or a tuple of event types.
@@ -205,14 +205,23 @@ def on(events: Any, callback: Callable[..., Any]) -> Handler:
 def slotted(
     name: str, init: Callable[[TrainState], Any], callback: Callable[..., Any], *, label: str | None = None
 ) -> Handler:
-    """``callback``, with the slot ``name`` reserved for it: it reads ``state.slots[name]`` and writes with
-    ``state.with_slot(name, memory)``.
+    """Reserves the slot ``name`` for ``callback``, which manages its content itself.
+
+    The callback reads ``state.slots[name]`` and writes with ``state.with_slot(name, content)``. ``stateful`` does both
+    for it.
 
     Args:
-        name: The slot. It is the memory's name in every checkpoint.
-        init: From the state to the first memory, a pytree of tensors.
+        name: The slot's name, also in checkpoints.
+        init: Maps the training state to the slot's initial content, a pytree of tensors.
         callback: ``(state, event) -> (state, control)``.
-        label: The callback's own name, if it is not the slot's.
+        label: The callback's name; the slot's name by default.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> def count(state, event: fx.StepEnd):
+        ...     return state.with_slot("counter", state.slots["counter"] + 1), fx.Control()
+        >>> slotted("counter", lambda state: torch.tensor(0), count)
+        <callback counter on StepEnd, slot 'counter'>
     """
     if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"expected a non-empty string as the name of a slot, got {name!r}.")
@@ -223,17 +232,17 @@ def slotted(
 
 
 def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[..., tuple[Any, Control]]) -> Handler:
-    """A callback whose memory is kept in ``state.slots[name]``, and so in every checkpoint.
+    """Makes a callback whose state is kept in ``state.slots[name]``, and so in every checkpoint.
 
     Args:
-        name: The slot.
-        init: From the state to the first memory, a pytree of tensors.
-        update: ``(state, event, memory) -> (memory, control)``. The annotation of ``event`` subscribes. The memory
-            keeps its containers, shapes, dtypes and devices.
+        name: The slot's name.
+        init: Maps the training state to the slot's initial content, a pytree of tensors.
+        update: ``(state, event, content) -> (content, control)``, subscribed by the annotation of ``event``. The
+            content must keep its containers, shapes, dtypes and devices.
 
     Raises:
-        TypeError: When it runs, if ``update`` returned anything but a pair with a control.
-        ValueError: When it runs, if the memory changed in structure, shape, dtype or device.
+        TypeError: When the callback runs, if ``update`` did not return ``(content, control)``.
+        ValueError: When the callback runs, if the content changed in structure, shape, dtype or device.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -243,7 +252,7 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
         <callback counter on StepEnd, slot 'counter'>
     """
 
-    # What `on` made of an update has the subscription already, and no annotation to read.
+    # A handler made by `on` carries its subscription and has no annotation to read.
     events = update.events if isinstance(update, Handler) else subscription(update)
     function: Callable[..., Any] = update.function if isinstance(update, Handler) else update
 
@@ -262,24 +271,30 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
 
 
 def attach(state: TrainState, callbacks: Callable[..., Any] | Iterable[Callable[..., Any]]) -> TrainState:
-    """The state with a slot for each callback that keeps one. Slots that are there stay as they are.
+    """Returns ``state`` with the missing slots of ``callbacks`` initialized. Existing slots are kept.
 
     Args:
-        state: Any state.
-        callbacks: A callback, several, or a step that folds some.
+        state: The training state.
+        callbacks: A callback, several in an iterable, or a step that folds callbacks.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(1, 1), fx.optim.sgd(0.1))
+        >>> list(attach(state, fx.callbacks.early_stopping("loss", patience=2)).slots)
+        ['early_stopping']
     """
     handlers = as_composed(callbacks).slots
     missing = {name: handler.init for name, handler in handlers.items() if name not in state.slots}
     for name, init in missing.items():
         if init is not None:
-            # Cloned, because an initial memory is often a view of the parameters, and no two leaves of a state
-            # may share storage.
+            # Cloned, because an initial content is often a view of the parameters, and no two leaves of a state may
+            # share storage.
             state = state.with_slot(name, tree.clone(init(state)))
     return state
 
 
 def as_composed(callbacks: Any) -> Composed:
-    """What users pass where callbacks are wanted: a callback, several in a sequence, or an object that folds some."""
+    """Composes a callback, an iterable of callbacks, or those of an object with a ``callbacks`` attribute."""
     folded = getattr(callbacks, "callbacks", callbacks)
     if isinstance(folded, Composed):
         return folded
@@ -288,11 +303,17 @@ def as_composed(callbacks: Any) -> Composed:
     return compose(folded)
 
 
-# What the fold refuses
-
-
 def checked(handler: Handler, event: Any, result: Any) -> tuple[TrainState, Control]:
-    """What a callback returned, if it is a state and a control."""
+    """Returns the result of a callback, after checking that it is a state and a control.
+
+    Args:
+        handler: The callback.
+        event: The event that it saw.
+        result: Its return value.
+
+    Raises:
+        TypeError: If ``result`` is not ``(state, control)``.
+    """
     if isinstance(result, tuple):
         pair = typing.cast(tuple[Any, ...], result)
         if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
@@ -338,7 +359,7 @@ def _refuse_overreach(handler: Handler, kind: type[Any], before: TrainState, aft
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two trees hold the very same leaves. Dynamo compares tensors by identity, and containers not."""
+    """Whether two trees hold the same leaf objects. Dynamo tracks the identity of tensors, but not of containers."""
     leaves, others = tree.leaves(first), tree.leaves(second)
     return len(leaves) == len(others) and all(leaf is other for leaf, other in zip(leaves, others, strict=True))
 
@@ -354,7 +375,7 @@ def _memory(state: TrainState, name: str) -> Any:
 
 
 def handler_of(callback: Any) -> Handler:
-    """The callback with its name and its subscription."""
+    """Returns the handler of a callback, with its name and its subscription."""
     if isinstance(callback, Handler):
         _refuse_observer(callback.function)
         return callback

@@ -1,4 +1,4 @@
-"""What users pass as callbacks by mistake: factories that were not called, and callbacks of other libraries."""
+"""Detects what users pass as callbacks by mistake: factories that were not called, callbacks of other libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COUNTERPARTS = {
     "logger": "observers=[fxtrain.observers.write(writer)]",
     "summary": "observers=[fxtrain.observers.summary()]",
 }
-"""Parts of class names in lower case, and what fxtrain has in their place."""
+"""From parts of class names, in lower case, to their counterparts in fxtrain."""
 
 _LIBRARIES = ("lightning", "pytorch_lightning", "transformers", "keras", "tf_keras", "ignite", "fastai", "composer")
 
@@ -34,11 +34,11 @@ def refuse_mistaken(callback: Any, argument: str) -> None:
     """Raises if a callback or an observer is a factory that was not called, or belongs to another library.
 
     Args:
-        callback: What was passed.
+        callback: The value that was passed.
         argument: ``"callbacks"`` or ``"observers"``, for errors.
 
     Raises:
-        TypeError: Naming it and what to pass in its place.
+        TypeError: The message names the value and what to pass in its place.
     """
     module = getattr(callback, "__module__", None) or ""
     if (

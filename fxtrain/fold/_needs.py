@@ -1,4 +1,4 @@
-"""Needs: what a callback cannot do without, said beforehand, so that its absence is found before the first step."""
+"""Declares the requirements of a callback, so that a missing one is found before the first step."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ def needs(
     slots: Sequence[str] = (),
     events: Sequence[type[Any]] = (),
 ) -> Handler:
-    """``callback``, which says what it needs: ``fit`` refuses to begin without it.
-
-    That a callback sees an event which the step has to fire is known from its subscription; ``events`` is for those
-    that it lets others see.
+    """Declares requirements of ``callback``. ``fit`` raises before the first step if one is not met.
 
     Args:
         callback: ``(state, event) -> (state, control)``.
-        eval_metrics: Metrics of the evaluation, by name. Whether there are such is found out without data, by an
-            evaluation step of tensors without values; where that cannot be done, when the first evaluation ends.
-        slots: Slots of the state that others keep.
-        events: Traced events that the step has to fire.
+        eval_metrics: Names of evaluation metrics. They are checked by running the evaluation step on fake tensors or,
+            if that fails, at the first evaluation.
+        slots: Slots that are kept by other callbacks.
+        events: Traced events that the step must fire, in addition to those that the callback subscribes to.
 
     Raises:
         TypeError: If an event is not traced.

@@ -1,4 +1,4 @@
-"""Checks that a callback keeps the structure of the state: containers, shapes, dtypes and devices."""
+"""Checks that callbacks keep the structure of the state: containers, shapes, dtypes and devices."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _KEEP = "A run resumes only into the structure it started with, so "
 
 
 def refuse_other_structure(name: str, event: type[Any], before: TrainState, after: TrainState) -> None:
-    """Refuses a state that a saved run could not be resumed into.
+    """Raises if a saved run could not be resumed into the state that a callback returned.
 
-    Only containers that were replaced are compared, so the cost is in proportion to what the callback wrote.
+    Only containers that were replaced are compared, so the cost is proportional to what the callback wrote.
 
     Args:
         name: The callback's name.
         event: The type of the event.
-        before: What the callback was given.
-        after: What it returned.
+        before: The state that the callback received.
+        after: The state that it returned.
 
     Raises:
         ValueError: If a container, a shape, a dtype or a device changed. The message names the callback, the event
             and the path of the leaf.
     """
-    if torch.compiler.is_dynamo_compiling():  # which cannot write paths; `Step` compares its result with its input
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot format paths; `Step` compares its result with its input
         return
     old_fields, new_fields = before.__dict__, after.__dict__
     for field, old in old_fields.items():
@@ -58,7 +58,7 @@ def _is_alike(old: Any, new: Any) -> bool:
         return isinstance(new, Tensor) and _is_alike_leaf(old, new)
     if type(new) is not type(old):
         return False
-    if isinstance(old, tuple):  # most slots are named tuples of tensors, and here take half the time of a flattening
+    if isinstance(old, tuple):  # most slots are named tuples of tensors, for which this is faster than flattening
         parts = typing.cast(tuple[Any, ...], old)
         return len(parts) == len(new) and all(map(_is_alike, parts, new))
     old_leaves, old_structure = tree.flatten(old)

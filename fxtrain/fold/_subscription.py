@@ -1,4 +1,4 @@
-"""Subscription: which events a callback sees, read from the annotation of its second parameter."""
+"""Reads the events that a callback subscribes to from the annotation of its second parameter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fxtrain.core import EVENTS, SESSION, TRAJECTORY
 
 
 def name_of(function: Any) -> str:
-    """What to call a callback: the name of the function, or of the class of a callable object."""
+    """Returns the name of a callback: that of the function, or of the class of a callable object."""
     while isinstance(function, functools.partial):
         function = typing.cast(Any, function.func)
     return getattr(function, "__name__", None) or type(function).__name__
 
 
 def takes(function: Any, count: int) -> bool:
-    """Whether a function can be called with so many positional arguments; True where its signature cannot be read.
+    """Whether ``function`` can be called with ``count`` positional arguments; True if its signature is unreadable.
 
     Example:
         >>> takes(lambda state, event: None, 2), takes(lambda state, event: None, 3)
@@ -37,7 +37,11 @@ def takes(function: Any, count: int) -> bool:
 
 
 def subscription(callback: Any) -> Iterable[type[Any]]:
-    """The events that the annotation of the second parameter names."""
+    """Returns the event types named by the annotation of the second parameter.
+
+    Raises:
+        TypeError: If the signature cannot be read, has no second parameter, or the annotation names no event.
+    """
     try:
         parameters = list(inspect.signature(callback).parameters.values())
     except (TypeError, ValueError) as error:
@@ -70,7 +74,15 @@ def _globals(callback: Any) -> Mapping[str, Any]:
 
 
 def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type[Any], ...]:
-    """The event types that an annotation stands for: a type, a base of some, a union, or a string naming them."""
+    """Resolves an annotation to event types.
+
+    Args:
+        annotation: An event type, a base class of several, a union, or a string that names these.
+        names: The names that strings may refer to.
+
+    Raises:
+        TypeError: If the annotation names no event.
+    """
     if isinstance(annotation, str):
         return _kinds_byname_of(annotation, names or {})
     if isinstance(annotation, typing.TypeVar):
@@ -86,8 +98,8 @@ def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type
 
 
 def _kinds_byname_of(annotation: str, names: Mapping[str, Any]) -> tuple[type[Any], ...]:
-    # Read as syntax and looked up by name, never evaluated: what an annotation imports only for type
-    # checkers is not there at run time.
+    # Parsed and looked up by name, never evaluated, because names imported only for type checkers do not exist at run
+    # time.
     def read(node: ast.expr) -> tuple[type[Any], ...]:
         match node:
             case ast.BinOp(left=left, op=ast.BitOr(), right=right):

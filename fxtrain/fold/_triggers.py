@@ -1,4 +1,4 @@
-"""Triggers: pure predicates of an event, and ``when``, which gates a callback by one."""
+"""Pure predicates of events, and ``when``, which gates a callback by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from fxtrain.fold._subscription import name_of
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trigger:
-    """A pure predicate of an event; ``&``, ``|`` and ``~`` combine them. Made by ``every``, ``at``, ``after``."""
+    """A pure predicate of an event, made by ``every``, ``at`` or ``after``. Combine with ``&``, ``|`` and ``~``.
+
+    Args:
+        text: The repr of the trigger.
+        predicate: Maps an event to a bool, or to a bool tensor of shape [] inside the step.
+    """
 
     text: str
     predicate: Callable[[Any], Flag]
@@ -44,12 +49,18 @@ class Trigger:
 
 
 def every(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
-    """At each multiple of a period: of steps, of seconds of this session, or of epochs.
+    """Holds at each multiple of a period. Give exactly one of ``steps``, ``seconds`` and ``epochs``.
 
-    No memory is needed: a period is crossed where the event and the one before it, of its type, lie on two sides.
+    A period in seconds or epochs usually ends between two events; the trigger then holds at the later one.
+
+    Args:
+        steps: The period in steps.
+        seconds: The period in seconds since the session began.
+        epochs: The period in epochs, which may be a fraction.
 
     Raises:
         ValueError: If not exactly one period is given, or if it is not positive.
+        TypeError: When it runs, if the event has no clock (``seconds``) or the epoch length is unknown (``epochs``).
 
     Example:
         >>> import fxtrain as fx
@@ -74,7 +85,7 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
 
 
 def at(*steps: int) -> Trigger:
-    """At these steps.
+    """Holds at the given steps.
 
     Example:
         >>> import fxtrain as fx
@@ -93,7 +104,18 @@ def at(*steps: int) -> Trigger:
 
 
 def after(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
-    """From this many steps, seconds of this session, or epochs on: the first event it holds for is the one after.
+    """Holds past a threshold. Give exactly one of ``steps``, ``seconds`` and ``epochs``.
+
+    The trigger does not hold at the threshold itself.
+
+    Args:
+        steps: The threshold in steps.
+        seconds: The threshold in seconds since the session began.
+        epochs: The threshold in epochs, which may be a fraction.
+
+    Raises:
+        ValueError: If not exactly one threshold is given.
+        TypeError: When it runs, if the event has no clock (``seconds``) or the epoch length is unknown (``epochs``).
 
     Example:
         >>> import fxtrain as fx
@@ -109,10 +131,14 @@ def after(steps: int | None = None, *, seconds: float | None = None, epochs: flo
 
 
 def when(trigger: Callable[[Any], Flag], callback: Callable[..., Any]) -> Callable[..., Any]:
-    """``callback``, where ``trigger`` holds; elsewhere nothing. Subscription and slot stay the callback's own.
+    """Gates ``callback`` by ``trigger``. The callback keeps its subscription and its slot.
 
-    Inside the compiled step a trigger is a tensor; the callback is then computed at each step, and what it wrote
-    and asked is kept where the trigger holds.
+    Inside the compiled step a trigger is a tensor. The callback is then computed at every step, and its writes and
+    requests count only if the trigger holds.
+
+    Args:
+        trigger: Maps an event to a bool, or to a bool tensor of shape [].
+        callback: ``(state, event) -> (state, control)``, or a composed callback, each part of which is gated.
 
     Example:
         >>> import fxtrain as fx
