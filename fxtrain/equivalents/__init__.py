@@ -1,4 +1,4 @@
-"""Expressions of fx for what other libraries made: optimizers and schedulers of ``torch.optim``, and optax."""
+"""Translates optimizers and schedulers of ``torch.optim``, transformers and optax to expressions of fxtrain."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from torch import Tensor
 
 
 def refuse_foreign(argument: str, expected: str, value: Any, model: Any = None, *, as_schedule: bool = False) -> None:
-    """Refuses an optimizer, a scheduler, or a class of either, that another library made.
+    """Raises if ``value`` is an optimizer or a scheduler of another library, or a class of either.
 
-    The message has an expression that evaluates to the equivalent, with ``fx`` for ``fxtrain``. Anything else passes.
+    The message contains an expression that evaluates to the equivalent, with ``fx`` for ``fxtrain``. All other values
+    pass.
 
     Args:
-        argument: The name of the argument.
-        expected: What is expected there, with its article.
-        value: What was given.
+        argument: The argument's name.
+        expected: A noun phrase for what is expected there, with its article.
+        value: The value that was passed.
         model: The module that is trained, for the names of parameters in groups.
-        as_schedule: Whether a scheduler is translated to a schedule, without its optimizer.
+        as_schedule: Whether a scheduler is translated to a schedule alone, without its optimizer.
 
     Raises:
-        TypeError: If the value is one.
+        TypeError: If ``value`` is such an object or class.
     """
     if value is None or isinstance(value, int | float | Tensor):
         return
-    # Imported when it is needed, because an import of fxtrain must stay cheap.
+    # Imported lazily to keep `import fxtrain` fast.
     from fxtrain.equivalents._refusal import described
 
     found = described(value, model, as_schedule=as_schedule)

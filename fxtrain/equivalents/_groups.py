@@ -1,4 +1,4 @@
-"""Parameter groups of an optimizer as masks and partitions by the names of parameters."""
+"""Translates an optimizer's parameter groups to masks and partitions by parameter name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from fxtrain.equivalents._waves import NoEquivalentError
 
 Masked = Callable[[str, str], str]
-"""From an expression with weight decay and a predicate to the expression that decays where the predicate holds."""
+"""Maps an expression with weight decay and a predicate to the expression that decays where the predicate holds."""
 
 
 class Group(NamedTuple):
-    """One parameter group."""
+    """One parameter group and its translation."""
 
     expression: str
-    undecayed: str  # the expression for a weight decay of 0
+    undecayed: str  # the expression with a weight decay of 0
     weight_decay: float
     options: Mapping[str, Any]  # as in optimizer.param_groups
 
@@ -28,12 +28,12 @@ class _Member(NamedTuple):
 
 
 def partitioned(groups: list[Group], model: Any, masked: Masked | None) -> str:
-    """One expression for all groups.
+    """Returns one expression for all groups.
 
     Args:
-        groups: At least one.
-        model: The module of the parameters, or a dict of modules; None if it is not known.
-        masked: How weight decay is masked, if the optimizer has a mask.
+        groups: At least one group.
+        model: The module that holds the parameters, a dict of modules, or None if it is unknown.
+        masked: Adds a weight decay mask to an expression; None if the optimizer has no mask.
 
     Raises:
         NoEquivalentError: If the groups differ and their parameters have no names.
@@ -60,7 +60,7 @@ def partitioned(groups: list[Group], model: Any, masked: Masked | None) -> str:
         decayed, plain = sorted(members, key=lambda each: -decays[each])
         if decays[plain] == 0 and "fx.optim.from_torch" not in decayed:
             return masked(decayed, _predicate(members[decayed], members[plain]))
-    # The largest group is where everything goes that no predicate names.
+    # The largest group takes all parameters that no predicate selects.
     ranked = sorted(members.items(), key=lambda item: len(item[1]))
     labels = {expression: f"group {index}" for index, expression in enumerate(members)}
     if "fx.optim.set_to_zero()" in labels:
@@ -87,7 +87,7 @@ def _named(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def _predicate(chosen: list[_Member], others: list[_Member]) -> str:
-    """Python that is true for the chosen members and false for the others."""
+    """Returns a Python expression that is true for the chosen members and false for the others."""
     if all(member.ndim > 1 for member in chosen) and all(0 <= member.ndim <= 1 for member in others):
         return "leaf.ndim > 1"
     if all(0 <= member.ndim <= 1 for member in chosen) and all(member.ndim > 1 for member in others):
@@ -113,7 +113,7 @@ def _predicate(chosen: list[_Member], others: list[_Member]) -> str:
 
 
 def _common(names: list[str]) -> str:
-    """The longest prefix of all names that ends in a dot."""
+    """Returns the longest common prefix that ends in a dot."""
     parts = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for column in zip(*parts, strict=False):

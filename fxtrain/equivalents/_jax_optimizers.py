@@ -1,4 +1,4 @@
-"""Transformations and schedules of optax, read from the closures that they are made of."""
+"""Translates optax transformations, whose arguments are read from their closures, and names optax schedules."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def is_from_optax(value: Any) -> bool:
 
 
 def schedule_from_optax(schedule: Any) -> str:
-    """The name of the function that made a schedule."""
+    """Returns the name of the optax function that made a schedule."""
     return str(getattr(schedule, "__qualname__", "schedule")).partition(".")[0]
 
 
 def chained_from_optax(tx: Any) -> str:
-    """The expression for a transformation.
+    """Returns the expression for an optax transformation.
 
     Raises:
-        NoEquivalentError: If it has parts that cannot be read.
+        NoEquivalentError: If a part of it cannot be read.
     """
     parts = _parts(tx.init, tx.update)
     listed = [part for part in parts if part is not None]

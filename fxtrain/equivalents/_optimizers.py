@@ -1,4 +1,4 @@
-"""Optimizers of ``torch.optim`` as expressions of ``fx.optim``, with their numbers translated."""
+"""Translates optimizers of ``torch.optim`` and their options to expressions of ``fx.optim``."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def optimizer(
     *,
     inject: bool = False,
 ) -> str:
-    """The expression for an optimizer with its parameter groups.
+    """Returns the expression for an optimizer with its parameter groups.
 
     Args:
         given: The optimizer.
-        model: The module that the parameters belong to, for their names.
-        schedules: From the index of a group to the schedules of its learning rate and momentum.
+        model: The module that holds the parameters, for their names.
+        schedules: Maps the index of a group to the schedules of its learning rate and momentum.
         inject: Whether the learning rate is kept in the optimizer state, where a callback can change it.
 
     Raises:
-        NoEquivalentError: If there is none.
+        NoEquivalentError: If there is no equivalent expression.
     """
     kind = type(given)
     if kind not in _RULES:
@@ -52,10 +52,10 @@ def optimizer(
 
 
 def optimizer_class(kind: type) -> str:
-    """The expression for a class without arguments: its defaults, with a learning rate to fill in.
+    """Returns the expression for an optimizer class with its default options.
 
     Raises:
-        NoEquivalentError: If there is none.
+        NoEquivalentError: If there is no equivalent expression.
     """
     if kind not in _RULES:
         raise NoEquivalentError(_unknown(kind))
@@ -96,7 +96,7 @@ def _of_group(kind: type, options: Options, scheduled: Schedules, *, plain: bool
 _FROM = "fx.optim.from_torch"
 
 Named = tuple[str, str, dict[str, str]]
-"""What is chained before, the name of the factory, and its arguments but for the learning rate."""
+"""The transformation to chain before, the factory's name, and its arguments except the learning rate."""
 
 
 def _sgd(options: Options) -> Named:
@@ -135,7 +135,7 @@ def _radam(options: Options) -> Named | None:
 
 def _rmsprop(options: Options) -> Named | None:
     if options["momentum"]:
-        return None  # fx.optim.rmsprop multiplies by the learning rate before the momentum, torch after it
+        return None  # fx.optim.rmsprop applies the learning rate before the momentum, torch after it
     arguments = {"decay": options["alpha"], **_other(options, eps=1e-8), "eps_in_sqrt": False}
     return _decayed(options), "rmsprop", _code({**arguments, **({"centered": True} if options["centered"] else {})})
 
@@ -174,7 +174,7 @@ _RULES: dict[type, Callable[[Options], Named | None] | None] = {
     torch.optim.Rprop: _rprop,
     torch.optim.SGD: _sgd,
 }
-"""By class: the rule of its own name in fx, which is None where there is only ``from_torch``."""
+"""By class: its translation to the factory of fx.optim, or None if there is only ``from_torch``."""
 
 
 def _moments(options: Options) -> dict[str, str]:
@@ -184,7 +184,7 @@ def _moments(options: Options) -> dict[str, str]:
 
 
 def _other(options: Options, **defaults: Any) -> dict[str, Any]:
-    """The options whose defaults in fx, given by name, are other values."""
+    """Returns the options that differ from the given defaults of fx."""
     return {name: options[name] for name, default in defaults.items() if options[name] != default}
 
 
@@ -202,7 +202,7 @@ def _masked(expression: str, predicate: str) -> str:
 
 
 def _given(kind: type, options: Options) -> list[str]:
-    """The options that are not the defaults of the class, but for the learning rate."""
+    """Returns keyword arguments for the options that differ from the class's defaults, except the learning rate."""
     defaults = {name: _plain(value) for name, value in _defaults(kind).items()}
     chosen = {
         name: options[name]
@@ -218,7 +218,7 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as numbers, within tuples too."""
+    """Converts one-element tensors to Python scalars, also inside tuples."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     return tuple(_plain(item) for item in value) if isinstance(value, tuple | list) else value
@@ -257,7 +257,7 @@ _KNOWN: Mapping[str, str] = {
     "Adam": "fx.optim.adam(lr)",
     "SGD": "fx.optim.sgd(lr, momentum=...)",
 }
-"""Optimizers of other packages, by the name of their class: the closest in fx, whose details may differ."""
+"""Optimizers of other packages by class name, with the closest one in fx. Details may differ."""
 
 
 def _unknown(kind: type) -> str:

@@ -1,4 +1,4 @@
-"""Errors for optimizers and schedulers of other libraries, with the expression to use in their place."""
+"""Describes optimizers and schedulers of other libraries, with the expression to use instead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from fxtrain.equivalents._waves import NoEquivalentError
 
 
 def described(value: Any, model: Any, *, as_schedule: bool) -> tuple[str, str] | None:
-    """What a foreign object is, and what to use in its place; None for anything else."""
+    """Returns a description of a foreign object and advice on its replacement; None for any other value.
+
+    Args:
+        value: The value to describe.
+        model: The module that is trained, or None.
+        as_schedule: Whether a scheduler is translated to a schedule alone, without its optimizer.
+    """
     if as_schedule and isinstance(value, lr_scheduler.LRScheduler) and not _is_plateau(value):
         return _name(type(value)), _attempt(_schedule, value, model)
     return _described(value, model)
@@ -46,7 +52,7 @@ def _attempt(translate: Any, value: Any, model: Any) -> str:
         return translate(value, model)
     except NoEquivalentError as error:
         reason = str(error).rstrip(".")
-    except AttributeError as error:  # private names of schedulers may change
+    except AttributeError as error:  # private attributes of schedulers may change
         reason = f"this version of torch keeps its numbers elsewhere ({error}). Build it from fx.optim and fx.schedules"
     return f"There is no equivalent expression: {reason}."
 
@@ -145,7 +151,7 @@ _SCHEDULES = {
 
 
 def _within(value: Any) -> Any:
-    """The scheduler, or else the optimizer, in a list or a dict of them or in a wrapper of accelerate or Lightning."""
+    """Returns the scheduler, or else the optimizer, in a list, a dict, or a wrapper of accelerate or Lightning."""
     if type(value).__module__.partition(".")[0] in _WRAPPERS:
         return getattr(value, "optimizer", None) or getattr(value, "scheduler", None)
     if type(value) not in (list, tuple, dict):

@@ -1,4 +1,4 @@
-"""Learning rate schedulers of ``torch.optim`` and transformers as expressions of ``fx.schedules``."""
+"""Translates learning rate schedulers of ``torch.optim`` and transformers to expressions of ``fx.schedules``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from fxtrain.equivalents._waves import NoEquivalentError, half_cosine, mirrored
 
 
 class Schedules(NamedTuple):
-    """What a scheduler sets in one parameter group."""
+    """The schedules that a scheduler applies to one parameter group."""
 
     rate: str  # expression of the learning rate
-    momentum: str | None = None  # expression of the momentum or the first beta, for schedulers that cycle it
+    momentum: str | None = None  # expression of the momentum or the first beta, if the scheduler cycles it
 
 
 def schedules(scheduler: Any, group: int) -> Schedules:
-    """The expressions for one parameter group. Steps are calls of ``scheduler.step()``.
+    """Returns the expressions for one parameter group. Their steps are calls of ``scheduler.step()``.
+
+    Args:
+        scheduler: A scheduler of ``torch.optim``.
+        group: The index of the parameter group.
 
     Raises:
-        NoEquivalentError: If there is none.
+        NoEquivalentError: If there is no equivalent expression.
     """
     base = number(scheduler.base_lrs[group]) if hasattr(scheduler, "base_lrs") else 1.0
     match scheduler:
@@ -49,7 +53,7 @@ def schedules(scheduler: Any, group: int) -> Schedules:
 
 
 def number(value: Any) -> float:
-    """A learning rate as a float, whether it is kept as a number or as a tensor."""
+    """Converts a learning rate, a Python scalar or a tensor, to a float."""
     return float(value)
 
 
@@ -68,7 +72,7 @@ def _exponential(scheduler: Any, base: float) -> str:
 
 def _constant(scheduler: Any, base: float) -> str:
     first = f"fx.schedules.constant({base * scheduler.factor!r})"
-    if scheduler.total_iters <= 0:  # torch compares for equality after step 0, so the factor stays
+    if scheduler.total_iters <= 0:  # torch removes the factor when a step after 0 equals total_iters, so never here
         return first
     return f"fx.schedules.join([{first}, fx.schedules.constant({base!r})], [{scheduler.total_iters}])"
 
@@ -107,7 +111,7 @@ _RULES: dict[type, Callable[[Any, float], str]] = {
 
 
 def _product(parts: list[Any], group: int) -> str:
-    """Chained schedulers multiply the learning rate, each by its own factor."""
+    """Translates chained schedulers, each of which multiplies the learning rate by a factor."""
     factors: list[str] = []
     for index, part in enumerate(parts):
         rule = _RULES.get(type(part))

@@ -1,4 +1,4 @@
-"""Schedules of transformers, by the functions that their ``LambdaLR`` calls, as expressions of ``fx.schedules``."""
+"""Translates the schedules of transformers, found by the function in their ``LambdaLR``, to ``fx.schedules``."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _warmup_stable_decay(
     up, down = max(1, num_warmup_steps), max(1, num_decay_steps)
     rising = {
         "linear": lambda: f"fx.schedules.linear({least!r}, {base!r}, transition_steps={up})",
-        "cosine": lambda: f"lambda step: {half_cosine(base, up, least)}({up} - step)",  # half a cosine backwards
+        "cosine": lambda: f"lambda step: {half_cosine(base, up, least)}({up} - step)",  # reversed in time
         "1-sqrt": lambda: _root(base, base - least, f"fx.schedules.linear(1.0, 0.0, transition_steps={up})"),
     }
     falling = {

@@ -1,14 +1,23 @@
-"""Expressions of cosines, and the error where there is no expression."""
+"""Expressions of cosine schedules, and the error raised if a schedule or an optimizer has no equivalent."""
 
 from __future__ import annotations
 
 
 class NoEquivalentError(Exception):
-    """There is no expression. The message says why, and what to do."""
+    """Raised if there is no equivalent expression. The message says why and what to do."""
 
 
 def half_cosine(base: float, steps: int, least: float) -> str:
-    """A cosine that falls from ``base`` to ``least``."""
+    """Returns an expression for half a cosine, from ``base`` down to ``least``.
+
+    Args:
+        base: The value at step 0.
+        steps: The length of the decay.
+        least: The value from ``steps`` on.
+
+    Raises:
+        NoEquivalentError: If ``base`` is 0 and ``least`` is not.
+    """
     if least == 0:
         return f"fx.schedules.cosine({base!r}, {steps})"
     if base == 0:
@@ -20,5 +29,5 @@ def half_cosine(base: float, steps: int, least: float) -> str:
 
 
 def mirrored(base: float, steps: int, least: float) -> str:
-    """A cosine that falls for ``steps`` and rises again."""
+    """Returns an expression for a full cosine, which falls for ``steps`` steps and rises again, repeatedly."""
     return f"fx.schedules.cycle({half_cosine(base, steps, least)}, {steps}, mirror=True)"
