@@ -2,8 +2,8 @@
 
 import gc as _gc
 
-# All that an import allocates stays. A collection in its middle would walk torch's objects for nothing, and take as
-# long as our own modules do.
+# Objects allocated by the imports are permanent. A garbage collection in the middle would traverse torch's objects in
+# vain, and would take as long as importing fxtrain itself.
 _collecting = _gc.isenabled()
 _gc.disable()
 

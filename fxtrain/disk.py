@@ -1,4 +1,4 @@
-"""Files and folders that are whole after a crash or a power cut: only what was synced can be relied on."""
+"""File operations that survive a crash or a power failure: content and folder entries are synced to the disk."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-# What a file system answers that does not sync folders, or for a folder of the system that may not be opened
+# Errors of file systems that cannot sync folders, and of system folders that may not be opened
 _NOT_SYNCED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it as needed, and brings the names of all of them to the disk.
+    """Creates a folder and its missing parents, and syncs the folder entries of all of them to the disk.
 
-    Other programs make folders too and may not sync their names, so this does not depend on who made them.
+    Entries are synced even if the folders existed, because the program that created them may not have synced them.
     """
     path.mkdir(parents=True, exist_ok=True)
-    # As it is written, and as it is behind symbolic links: a power cut may take either.
+    # Both the path as given and the path behind symbolic links, because a power failure may lose either.
     for start in dict.fromkeys([path.absolute(), path.resolve()]):
         for folder in (start, *start.parents):
-            if os.path.ismount(folder):  # its name is not on a disk
+            if os.path.ismount(folder):  # a mount point has no entry on a disk
                 break
             try:
                 sync_folder(folder.parent)
@@ -32,17 +32,23 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
+    """Syncs the entries of a folder to the disk."""
     _sync(folder)
 
 
 def sync_file(path: Path) -> None:
-    """Brings the content of a file to the disk, whichever handle wrote it."""
+    """Syncs the content of a file to the disk, whichever handle wrote it."""
     _sync(path)
 
 
 def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:
-    """Writes lines, which are on the disk when it returns. The name of a new file is not: sync its folder."""
+    """Writes lines to a file and syncs them to the disk. The folder entry of a new file is not synced.
+
+    Args:
+        path: The file.
+        lines: Lines with their line ends.
+        mode: ``"wb"`` to overwrite, ``"ab"`` to append.
+    """
     with open(path, mode) as file:
         file.writelines(lines)
         file.flush()
@@ -50,7 +56,12 @@ def put_file(path: Path, lines: Iterable[bytes], mode: str = "wb") -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file atomically: the old content or the new is there at any moment, whole."""
+    """Replaces a file atomically: after a crash it has either its old content or all of ``content``.
+
+    Args:
+        path: The file. It may not exist yet.
+        content: The new content.
+    """
     new = path.with_name(f"{path.name}.tmp")
     try:
         put_file(new, [content])
@@ -63,18 +74,18 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def set_aside(path: Path, what: str, begin: int = 0) -> None:
-    """Moves the damaged end of a file, from byte ``begin`` on, to ``<name>.damaged``, with a warning.
+    """Moves the damaged end of a file to ``<name>.damaged``, with a warning.
 
     Args:
-        path: The file. It is cut there.
-        what: What is wrong with it, in words that follow its name.
-        begin: Where the damage begins.
+        path: The file, which is truncated.
+        what: The damage, as a predicate that follows the file's name in the warning.
+        begin: Offset of the damage in bytes.
     """
     damaged = path.with_name(f"{path.name}.damaged")
     with open(path, "rb+") as file:
         file.seek(begin)
         content = file.read()
-        # In this order, so that a crash in between loses nothing.
+        # Append first and truncate last, so that a crash in between loses nothing.
         put_file(damaged, [content], "ab")
         sync_folder(path.parent)
         file.truncate(begin)

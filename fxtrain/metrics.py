@@ -1,10 +1,9 @@
-"""Metrics: mergeable measurements as pytrees, in the manner of clu.
+"""Mergeable metrics as pytrees, in the manner of clu.
 
-A metric holds what is needed to go on measuring, so that ``merge`` is the same as having seen both batches, in
-any order and grouping. Its leaves are 0-d tensors: it lives inside a compiled step, under ``vmap``, and in a state.
-Leaves are float64, so that a hundred million values are summed without loss; a device that has no float64 (MPS)
-keeps float32. What ``compute`` gives has torch's default dtype, float32 at least; the average that ``lift`` makes of
-float64 values stays float64.
+A metric holds sufficient statistics: merging the metrics of two batches gives the metric of both. Its leaves are 0-d
+tensors, so a metric works inside a compiled step, under ``vmap``, and in a state. Leaves are float64, so that sums over
+hundreds of millions of values do not lose precision; devices without float64 (MPS) use float32. ``compute`` returns
+torch's default dtype, or float32 if that is wider. Averages that ``lift`` makes of float64 values stay float64.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from fxtrain.core import register_node, wide_dtype
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
 class Metric:
-    """What a metric is: four pure functions, of which a subclass writes ``from_model_output``, ``merge``, ``compute``.
+    """Base class of metrics. A subclass defines ``from_model_output``, ``merge`` and ``compute``, all pure functions.
 
-    A subclass is a frozen dataclass and a pytree node, without a decorator; its fields are its leaves, tensors. The
-    laws: ``merge`` is associative, ``empty()`` is its unit, and an average of nothing computes nan and is no error.
-    ``empty`` is inherited and sets all fields to zero: override it where that is not the unit.
+    A subclass automatically becomes a frozen dataclass and a pytree node with its fields as leaves. ``merge`` must be
+    associative, with ``empty()`` as its unit. By default ``empty`` sets all fields to zero: override it if that is not
+    the unit. An average over no values computes nan and does not raise.
 
     Example:
         >>> class Perplexity(Average):
@@ -51,33 +50,33 @@ class Metric:
 
     @classmethod
     def empty(cls, *, device: torch.device | str | None = None) -> Self:
-        """The metric of no data: merging it changes nothing."""
+        """Returns the metric of no data, the unit of ``merge``."""
         names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
         where = torch.empty((), device=device).device
         return cls(*(torch.zeros((), dtype=wide_dtype(where), device=where) for _ in names))
 
     @classmethod
     def from_model_output(cls, *args: Any, **outputs: Any) -> Self:
-        """The metric of one batch. Each metric says which outputs it takes, and ignores those it does not know."""
+        """Returns the metric of one batch. A metric takes the outputs that it uses and ignores all others."""
         raise NotImplementedError(f"{cls.__name__} has no from_model_output: write one.")
 
     def update(self, *args: Any, **outputs: Any) -> Self:
-        """This metric with one batch more: ``merge`` with ``from_model_output`` of it."""
+        """Returns this metric merged with that of one more batch."""
         return self.merge(type(self).from_model_output(*args, **outputs))
 
     def merge(self, other: Any) -> Self:
-        """The metric of both data: ``other`` is of the same class."""
+        """Returns the metric of the data of both. ``other`` has the same class."""
         raise NotImplementedError(f"{type(self).__name__} has no merge: write one.")
 
     def compute(self) -> Any:
-        """The value: a tensor of shape [], or a dict of them."""
+        """Returns the value: a tensor of shape [], or a dict of such tensors."""
         raise NotImplementedError(f"{type(self).__name__} has no compute: write one.")
 
     @classmethod
     def from_output(cls, name: str) -> type[Self]:
-        """This metric of the model output called ``name``, with the output ``mask`` where there is one.
+        """Returns a subclass that measures the model output ``name``, masked by the output ``mask`` if there is one.
 
-        An output of shape [] is a value of the whole batch: the mask does not apply to it.
+        The mask does not apply to an output of shape [], which is a value for the whole batch.
 
         Example:
             >>> Average.from_output("loss").from_model_output(loss=torch.tensor([1.0, 3.0]), other=None).compute()
@@ -87,9 +86,9 @@ class Metric:
 
     @classmethod
     def from_fun(cls, function: Callable[..., Any]) -> type[Self]:
-        """This metric of ``function(**outputs)``: a tensor, or a mapping of keyword arguments.
+        """Returns a subclass that measures ``function(**outputs)``, a tensor or a mapping of keyword arguments.
 
-        The output ``mask`` goes along as with ``from_output``, unless the mapping has a mask, or None for none.
+        The output ``mask`` is applied as in ``from_output``, unless the mapping has its own ``mask`` (None to disable).
 
         Example:
             >>> def error(prediction, target, **_):
@@ -102,7 +101,7 @@ class Metric:
 
 
 class Average(Metric):
-    """The mean of values of any shape, each counted once, or not at all where the mask is false.
+    """The mean of values of any shape. Values whose mask is false do not count.
 
         sum_i w_i x_i / sum_i w_i
 
@@ -116,11 +115,11 @@ class Average(Metric):
 
     @classmethod
     def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
-        """Of one batch.
+        """Returns the average of one batch.
 
         Args:
             values: Any shape and dtype.
-            mask: Of the shape of ``values``, or of its first dimensions. False, or 0, leaves a value out.
+            mask: The shape of ``values`` or of its leading dimensions. False, or 0, excludes a value.
         """
         values, kept = _masked(values, mask)
         return cls(values.sum(), kept.sum())
@@ -133,18 +132,18 @@ class Average(Metric):
 
 
 class Accuracy(Average):
-    """The share of examples whose largest logit is that of their label."""
+    """The fraction of examples whose largest logit is at their label."""
 
     @classmethod
     def from_model_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, *, logits: Tensor, labels: Tensor, mask: Tensor | None = None, **_: Any
     ) -> Self:
-        """Of one batch.
+        """Returns the accuracy of one batch.
 
         Args:
             logits: float [..., classes].
-            labels: Any integer dtype, [...].
-            mask: As for ``Average``, of the shape of ``labels`` or of its first dimensions.
+            labels: Any integer dtype, [...]. Class indices.
+            mask: The shape of ``labels`` or of its leading dimensions. False, or 0, excludes an example.
         """
         if logits.shape[:-1] != labels.shape or logits.ndim == 0:
             raise ValueError(
@@ -157,24 +156,24 @@ class Accuracy(Average):
 
 
 class LastValue(Average):
-    """The mean over the last batch that had any value. Its ``merge`` is associative, and does not commute."""
+    """The mean over the last batch that had any value. Its ``merge`` is associative but not commutative."""
 
     def merge(self, other: Any) -> Self:
         return tree.where(other.count > 0, other, self)
 
 
 class Sum(Metric):
-    """The sum of values of any shape, without those where the mask is false. The sum of nothing is 0.
+    """The sum of values of any shape. Values whose mask is false do not count. The sum of no values is 0.
 
     Args:
-        total: float64 []. Whole numbers are exact up to 2^53.
+        total: float64 []. Integers are exact up to 2^53.
     """
 
     total: Tensor
 
     @classmethod
     def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
-        """Of one batch, with arguments as for ``Average``."""
+        """Returns the sum of one batch, with arguments as for ``Average``."""
         values, _kept = _masked(values, mask)
         return cls(values.sum())
 
@@ -186,12 +185,12 @@ class Sum(Metric):
 
 
 class Std(Metric):
-    """The standard deviation (of the population: divided by n) of values of any shape.
+    """The population standard deviation (divided by n) of values of any shape.
 
         m2_ab = m2_a + m2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b)
 
-    A difference of large sums of squares would lose everything where the mean is large; sums about the mean lose
-    nothing.
+    Squared deviations from the mean are accumulated, because a difference of large sums of squares would cancel
+    catastrophically if the mean is large.
 
     Args:
         mean: float64 [].
@@ -199,7 +198,7 @@ class Std(Metric):
         count: float64 [].
 
     References:
-        Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+        Chan et al., Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979.
     """
 
     mean: Tensor
@@ -208,7 +207,7 @@ class Std(Metric):
 
     @classmethod
     def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
-        """Of one batch, with arguments as for ``Average``."""
+        """Returns the statistics of one batch, with arguments as for ``Average``."""
         values, kept = _masked(values, mask)
         count = kept.sum()
         some = count.clamp(min=1)
@@ -227,7 +226,7 @@ class Std(Metric):
 
 
 class Collection(Metric):
-    """Named metrics of the same model outputs, as one metric. ``Collection.create`` makes the class.
+    """Several named metrics of the same model outputs, as one metric. Create a class with ``Collection.create``.
 
     Example:
         >>> Metrics = Collection.create(loss=Average.from_output("loss"), accuracy=Accuracy)
@@ -243,14 +242,14 @@ class Collection(Metric):
     """
 
     classes: ClassVar[Mapping[str, type[Metric]]] = {}
-    """The metrics' classes by name."""
+    """The classes of the metrics by name."""
 
     @staticmethod
     def create(**classes: type[Metric]) -> type[Collection]:
-        """The class of collections of these metrics. The same metrics give the same class.
+        """Returns the collection class of the given metrics. Equal arguments give the same class.
 
         Args:
-            classes: Metric classes by name; collections among them, too.
+            classes: Metric classes by name. They may be collections.
         """
         return _collection(tuple(classes.items()))
 
@@ -264,7 +263,7 @@ class Collection(Metric):
 
     @classmethod
     def single_from_model_output(cls, **outputs: Any) -> Self:
-        """The collection of one batch of model outputs, under the name that clu gives it."""
+        """Alias of ``from_model_output``, for compatibility with clu."""
         return cls.from_model_output(**outputs)
 
     def merge(self, other: Self) -> Self:
@@ -279,12 +278,12 @@ class Collection(Metric):
 
 
 def lift(metrics: Mapping[str, Tensor | Metric], weight: Tensor | float) -> dict[str, Metric]:
-    """What a batch measured, in a form that merges: a tensor becomes an ``Average``, a metric stays itself.
+    """Makes the metrics of a batch mergeable: a tensor becomes an ``Average``, a metric is kept.
 
     Args:
         metrics: Tensors of shape [], or metrics, by name.
-        weight: How much the batch counts in the averages, as its number of examples. A batch of weight 0 does not
-            count, even where it measured nan.
+        weight: The weight of the batch in averages, such as its number of examples. A batch of weight 0 does not count,
+            even if it measured nan.
 
     Raises:
         TypeError: If a value is neither.
@@ -301,10 +300,14 @@ def lift(metrics: Mapping[str, Tensor | Metric], weight: Tensor | float) -> dict
 
 
 def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Name by name, the metric of both.
+    """Merges metrics by name.
+
+    Args:
+        first: Metrics by name.
+        second: Metrics of the same names and classes.
 
     Raises:
-        ValueError: If a name is on one side only, or stands for another kind of metric.
+        ValueError: If a name is on one side only, or its metrics have different classes.
     """
     for name in (*first, *second):
         kinds = [type(side[name]).__name__ if name in side else "absent" for side in (first, second)]
@@ -317,13 +320,13 @@ def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str
 
 
 def compute(metrics: Mapping[str, Tensor | Metric]) -> dict[str, Tensor]:
-    """The values: what a metric computes, and a tensor itself. All are 0-d tensors.
+    """Computes the value of each metric, a tensor of shape []. Tensors are returned as they are.
 
-    A metric that computes a dict, as a collection does, gives several, their names joined by ``/``.
+    A metric that computes a dict, such as a collection, gives several values, with names joined by ``/``.
 
     Raises:
-        TypeError: If a value is not of shape [].
-        ValueError: If two values come out under one name.
+        TypeError: If a value does not have the shape [].
+        ValueError: If two values have the same name.
 
     Example:
         >>> Errors = Collection.create(mean=Average, std=Std)
@@ -357,7 +360,7 @@ def _scalar(name: str, value: Any) -> Tensor:
 
 
 class _DoubleAverage(Average):
-    """The average of float64 values, which stays float64."""
+    """An average that stays in float64."""
 
     def compute(self) -> Tensor:
         return self.total / self.count
@@ -366,13 +369,13 @@ class _DoubleAverage(Average):
 def _weighted(value: Tensor, weight: Tensor | float) -> Average:
     kind = _DoubleAverage if value.dtype == torch.float64 else Average
     value = value.detach().to(wide_dtype(value.device))
-    count = torch.ones_like(value) * weight  # a tensor of its own: leaves share no storage
+    count = torch.ones_like(value) * weight  # a new tensor, because leaves must not share storage
     return kind(torch.where(count > 0, value * count, 0), count)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The values, zero where they are masked, and which are kept as ones and zeros: both wide, of one shape."""
-    values = values.detach()  # the graph of a whole evaluation would be kept alive otherwise
+    """Returns the values with masked ones set to zero, and the mask as ones and zeros, both in the wide dtype."""
+    values = values.detach()  # otherwise the autograd graph of a whole evaluation would stay alive
     values = values.to(wide_dtype(values.device))
     if mask is None:
         return values, torch.ones_like(values)
@@ -389,7 +392,7 @@ def _narrow(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
 
 
-# Classes are registered for good, so each is made once.
+# Pytree classes cannot be unregistered, so each is created once.
 
 
 @functools.cache
@@ -417,7 +420,7 @@ def _from_fun(base: Any, function: Callable[..., Any]) -> Any:
 
 
 def _mask_for(value: Tensor, outputs: Mapping[str, Any]) -> Tensor | None:
-    return outputs.get("mask") if value.ndim else None  # a value of the whole batch has nothing to be masked
+    return outputs.get("mask") if value.ndim else None  # a value of the whole batch cannot be masked
 
 
 def _subclass(base: Any, made: str, from_model_output: Callable[..., Any]) -> Any:

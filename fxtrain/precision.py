@@ -1,4 +1,4 @@
-"""Precision: which dtype parameters are kept in, computed in and reported in; dynamic loss scaling for float16."""
+"""Mixed precision: the dtypes of parameters, computation and outputs, and dynamic loss scaling for float16."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class LossScale:
-    """How a dynamic loss scale moves: halved when a gradient overflows, doubled after ``period`` good steps.
+    """The parameters of dynamic loss scaling.
 
-    The loss is multiplied by the scale, so that small gradients do not vanish in float16, and the gradients are
-    divided by it. A step whose gradients are not finite is skipped.
+    The loss is multiplied by the scale, so that small gradients do not underflow in float16, and the gradients are
+    divided by it. If a gradient is not finite, the step is skipped and the scale is divided by ``factor``. After
+    ``period`` finite steps, the scale is multiplied by ``factor``.
 
     Args:
-        initial: The first scale.
-        factor: By what it is divided and multiplied; above 1. A power of two loses no digits.
-        period: Good steps before it grows.
-        floor: It never falls below this.
+        initial: The initial scale.
+        factor: The factor by which the scale changes; above 1. A power of two causes no rounding errors.
+        period: Number of finite steps before the scale grows.
+        floor: The lower bound of the scale.
+
+    Raises:
+        ValueError: Unless factor > 1, period >= 1 and 0 < floor <= initial.
 
     References:
-        Micikevicius and others, "Mixed precision training", 2018.
+        Micikevicius et al., Mixed Precision Training, 2018.
     """
 
     initial: float = 2.0**15
@@ -48,30 +52,31 @@ class LossScale:
 
 
 class LossScaleState(NamedTuple):
-    """The memory of a dynamic loss scale."""
+    """The state of dynamic loss scaling."""
 
     scale: Tensor  # float32 []
-    good_steps: Tensor  # int64 []: finite steps since the scale last moved
+    good_steps: Tensor  # int64 []: finite steps since the scale last changed
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The dtypes of a step. None leaves a dtype as it is.
+    """The dtypes of a step. None leaves a dtype unchanged.
 
     Args:
-        param: Of the floating parameters in the state, and so of gradients and optimizer. Must be what the state has.
-        compute: Of matrix products and convolutions, by ``torch.autocast``: bfloat16 or float16, over float32
-            parameters. Norms, softmax and losses stay in float32. Without it nothing is cast, and batches must come in
-            the dtype of the parameters.
-        output: Of the loss and the floating metrics.
-        loss_scale: A dynamic loss scale, kept in the state's slot ``"loss_scale"``; None for none.
-        keep: Shell patterns of module names, such as ``"*.wo"``: modules whose ``forward`` computes in float32, with
-            autocast off and bfloat16 and float16 inputs cast. Their parameters and buffers are cast for the call where
-            ``param`` is one of these dtypes; their outputs are then cast back to it.
+        param: The dtype of floating-point parameters, and so of gradients and optimizer state. The state must have it
+            already.
+        compute: The dtype of matmuls and convolutions under ``torch.autocast``: bfloat16 or float16, with float32
+            parameters. Norms, softmax and losses stay in float32. With None, nothing is cast and batches must have the
+            dtype of the parameters.
+        output: The dtype of the loss and the floating-point metrics.
+        loss_scale: Dynamic loss scaling, whose state is in the slot ``"loss_scale"``; None for none.
+        keep: Shell patterns of module names, such as ``"*.wo"``. The ``forward`` of these modules computes in float32,
+            with autocast off and half-precision inputs cast. If ``param`` is a half-precision dtype, their parameters
+            and buffers are cast for the call and their outputs are cast back.
 
     Raises:
-        TypeError: If a dtype is not floating.
-        ValueError: If autocast cannot compute in ``compute`` over ``param``.
+        TypeError: If a dtype is not a floating-point dtype.
+        ValueError: If autocast does not support ``compute`` with ``param``.
 
     Example:
         >>> Policy(compute=torch.bfloat16).param
@@ -86,14 +91,14 @@ class Policy:
 
     @property
     def described(self) -> str:
-        """The dtypes in a line."""
+        """The policy in one line of text."""
         dtypes = (f"{name} {getattr(self, name) or 'unchanged'}" for name in ("param", "compute", "output"))
         kept = f", {' '.join(self.keep)} in float32" if self.keep else ""
         scaled = ", loss scale" if self.loss_scale is not None else ""
         return ", ".join(dtypes).replace("torch.", "") + kept + scaled
 
     def __post_init__(self) -> None:
-        # A tuple has a hash, as the other fields.
+        # A tuple is hashable, like the other fields.
         object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
         for field in ("param", "compute", "output"):
             dtype = getattr(self, field)
@@ -112,33 +117,33 @@ class Policy:
 
     @property
     def casts(self) -> bool:
-        """Whether autocast runs the forward pass."""
+        """Whether the forward pass runs under autocast."""
         return self.compute is not None and self.compute != self.param
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The context that the forward pass runs in."""
+        """Returns the context manager for the forward pass."""
         if not self.casts:
             return contextlib.nullcontext()
         return _autocast(device, self.compute)
 
     def backward(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The context inside that one which the backward pass runs in: operations keep the dtypes they had."""
+        """Returns the context manager for the backward pass inside ``autocast``. Operations keep their dtypes."""
         return torch.autocast(device.type, enabled=False) if self.casts else contextlib.nullcontext()
 
     def cast_output(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """The metrics, the floating tensors among them in ``output``. What ``fxtrain.metrics`` made keeps its own."""
+        """Returns ``metrics`` with floating-point tensors cast to ``output``. ``fxtrain.metrics`` values are kept."""
         return {
             name: value.to(self.output) if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in metrics.items()
         }
 
     def check(self, params: Any) -> None:
-        """Refuses floating parameters of another dtype than ``param``."""
+        """Raises TypeError if a floating-point parameter does not have the dtype ``param``."""
         if self.param is None:
             return
         for index, leaf in enumerate(tree.leaves(params)):
             if leaf.is_floating_point() and leaf.dtype != self.param:
-                # Dynamo cannot write paths.
+                # Dynamo cannot format paths.
                 path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(params, "state.params")[index]
                 raise TypeError(
                     f"{path} is {leaf.dtype}, and the precision policy keeps parameters in {self.param}: "
@@ -148,16 +153,16 @@ class Policy:
 
 @contextlib.contextmanager
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    # No cache of cast weights: it would hold tensors of one transform's level beyond it.
+    # Cast weights are not cached, because the cache would keep tensors of a functorch level after its end.
     with torch.autocast(device.type, dtype=dtype, cache_enabled=False), _Float32():
         yield
 
 
 @inlined_only
 class _Float32(TorchFunctionMode):
-    """Norms and softmax in float32, on every device.
+    """Computes norms and softmax in float32 on every device.
 
-    On a CPU, autocast leaves them in half precision, and mixes dtypes in norms, which ``vmap`` refuses.
+    On the CPU, autocast leaves them in half precision. In norms it mixes dtypes, which ``vmap`` rejects.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,10 +190,12 @@ _NAMED = {
 
 
 def policy_of(precision: str | Policy | None) -> Policy:
-    """The policy of a name: ``"bf16"`` or ``"fp16"`` (computed over float32 parameters), ``"fp32"``, or None for none.
+    """Returns the policy for ``"fp32"``, ``"bf16"`` or ``"fp16"``. None is the policy that changes no dtypes.
+
+    ``"bf16"`` and ``"fp16"`` compute in half precision with float32 parameters. ``"fp16"`` uses dynamic loss scaling.
 
     Raises:
-        ValueError: If there is no such name.
+        ValueError: If there is no policy of this name.
 
     Example:
         >>> policy_of("bf16").compute
@@ -203,7 +210,7 @@ def policy_of(precision: str | Policy | None) -> Policy:
 
 
 def dynamic_loss_scale(scale: LossScale) -> Handler:
-    """The traced callback that skips overflowing steps and moves the scale."""
+    """Returns the traced callback that skips steps whose gradients overflow and adjusts the loss scale."""
 
     def init(state: TrainState) -> LossScaleState:
         return LossScaleState(
@@ -217,7 +224,7 @@ def dynamic_loss_scale(scale: LossScale) -> Handler:
         up = torch.where(grown, memory.scale * scale.factor, memory.scale)
         down = (memory.scale / scale.factor).clamp(min=scale.floor)
         moved = LossScaleState(
-            # A scale that overflows itself would never come back.
+            # An infinite scale would never become finite again.
             scale=torch.where(finite, torch.where(up.isfinite(), up, memory.scale), down),
             good_steps=torch.where(finite & ~grown, memory.good_steps + 1, 0),
         )
@@ -227,10 +234,10 @@ def dynamic_loss_scale(scale: LossScale) -> Handler:
 
 
 def loss_scale_of(state: TrainState) -> Tensor:
-    """The loss scale that the state is at: float32 [].
+    """Returns the current loss scale of a state: float32 [].
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If the state has no loss scale.
     """
     if SLOT not in state.slots:
         raise ValueError(

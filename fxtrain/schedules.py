@@ -1,8 +1,9 @@
-"""Schedules: functions from the step to a value, as tensor operations, so that an advancing step costs no new graph.
+"""Functions from the step to a value, such as a learning rate. They are tensor operations, so steps do not recompile.
 
-A schedule takes the step as an int64 tensor of shape [], or as a Python int, and returns a float64 tensor of shape [],
-float32 on devices without float64. A product with a float32 tensor of any other shape is float32.
-Any function of that shape is one. Values may be 0-d tensors too, which makes a schedule ``vmap``-able over them.
+A schedule takes the step, an int64 tensor of shape [] or a Python int, and returns a float64 tensor of shape [], or
+float32 on devices without float64. Multiplied by a float32 tensor of more dimensions, it gives float32. Any function
+with this signature is a schedule. Parameters of type ``Value`` may be 0-d tensors, so that a schedule can be
+vectorized over them with ``vmap``.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from fxtrain.core import check_int, check_positive_int, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Any], Tensor]
-"""From the step (int64 [], or an int) to a value (float64 [])."""
+"""Maps the step (int64 [], or an int) to a value (float64 [])."""
 
 Value = float | Tensor
-"""A number, or a tensor of shape []."""
+"""A Python scalar, or a tensor of shape []."""
 
 Interpolation = Literal["constant", "linear", "cosine"]
 
 
 def constant(value: Value) -> Schedule:
-    """The same value at every step.
+    """A constant schedule.
 
     Example:
         >>> constant(0.1)(7)
@@ -39,16 +40,16 @@ def constant(value: Value) -> Schedule:
 def polynomial(
     init_value: Value, end_value: Value, *, power: Value = 1.0, transition_steps: int, transition_begin: int = 0
 ) -> Schedule:
-    """From ``init_value`` to ``end_value`` along a power of the steps that are left.
+    """A polynomial transition from ``init_value`` to ``end_value``.
 
-        value = (init - end) (1 - t / T)^power + end,    t = step - begin within [0, T]
+        value = (init - end) (1 - t / T)^power + end,    t = step - begin, clamped to [0, T]
 
     Args:
-        init_value: Until ``transition_begin``.
-        end_value: From ``transition_begin + transition_steps`` on.
-        power: 1 is a straight line.
-        transition_steps: T, above 0.
-        transition_begin: Steps before the transition.
+        init_value: The value until ``transition_begin``.
+        end_value: The value from ``transition_begin + transition_steps`` on.
+        power: The power of the polynomial; 1 is linear.
+        transition_steps: T, the length of the transition; positive.
+        transition_begin: Number of steps before the transition.
 
     Example:
         >>> polynomial(1.0, 0.0, power=2.0, transition_steps=10)(5)
@@ -65,7 +66,13 @@ def polynomial(
 
 
 def linear(init_value: Value, end_value: Value, *, transition_steps: int, transition_begin: int = 0) -> Schedule:
-    """A straight line from ``init_value`` to ``end_value``; see ``polynomial``.
+    """A linear transition from ``init_value`` to ``end_value``.
+
+    Args:
+        init_value: The value until ``transition_begin``.
+        end_value: The value from ``transition_begin + transition_steps`` on.
+        transition_steps: The length of the transition; positive.
+        transition_begin: Number of steps before the transition.
 
     Example:
         >>> linear(0.0, 1.0, transition_steps=10)(torch.tensor(3))
@@ -75,15 +82,15 @@ def linear(init_value: Value, end_value: Value, *, transition_steps: int, transi
 
 
 def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent: Value = 1.0) -> Schedule:
-    """Half a period of a cosine, from ``init_value`` down to ``alpha * init_value``.
+    """Cosine decay from ``init_value`` to ``alpha * init_value``.
 
         value = init ((1 - alpha) (1/2 (1 + cos(pi t / T)))^exponent + alpha),    t = min(step, T)
 
     Args:
-        init_value: At step 0.
-        decay_steps: T, above 0.
-        alpha: What is left at the end, as a fraction of ``init_value``.
-        exponent: Of the cosine.
+        init_value: The value at step 0.
+        decay_steps: T, the length of the decay; positive.
+        alpha: The final value as a fraction of ``init_value``.
+        exponent: The exponent of the cosine.
 
     Example:
         >>> [round(float(cosine(1.0, 4)(step)), 3) for step in range(6)]
@@ -110,17 +117,17 @@ def exponential(
     staircase: bool = False,
     end_value: float | None = None,
 ) -> Schedule:
-    """Multiplied by ``decay_rate`` in each ``transition_steps``.
+    """Exponential decay, or growth if ``decay_rate`` is above 1.
 
-        value = init * rate^((step - begin) / T)
+        value = init * decay_rate^((step - begin) / T)
 
     Args:
-        init_value: Until ``transition_begin``.
-        transition_steps: T, above 0.
-        decay_rate: Above 0.
-        transition_begin: Steps before the decay.
-        staircase: Whether the exponent is rounded down to a whole number.
-        end_value: Where the decay (or, with a rate above 1, the growth) stops; None for nowhere.
+        init_value: The value until ``transition_begin``.
+        transition_steps: T, the steps in which the value is multiplied by ``decay_rate`` once; positive.
+        decay_rate: The factor; positive.
+        transition_begin: Number of steps before the decay.
+        staircase: Whether the exponent is rounded down, so that the value changes at multiples of T only.
+        end_value: A lower bound of the value, or an upper bound if ``decay_rate`` is 1 or more; None for no bound.
 
     Example:
         >>> exponential(1.0, 10, decay_rate=0.5)(20)
@@ -144,16 +151,16 @@ def exponential(
 
 
 def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
-    """The inverse square root of the steps, with ``timescale`` as their unit.
+    """Inverse square root decay.
 
         value = init / sqrt(1 + step / timescale)
 
-    After a warmup of ``timescale`` steps this is the schedule of the first transformers,
-    ``init * sqrt(timescale / step)``: ``warmup(inverse_sqrt(init, timescale), timescale)``.
+    ``warmup(inverse_sqrt(init, timescale), timescale)`` is the schedule of the original Transformer: after the warmup
+    its value is ``init * sqrt(timescale / step)``.
 
     Args:
-        init_value: At step 0.
-        timescale: In steps, above 0.
+        init_value: The value at step 0.
+        timescale: The unit of the decay in steps; positive.
 
     Example:
         >>> inverse_sqrt(1.0, 100)(300)
@@ -172,14 +179,14 @@ def piecewise(
     *,
     interpolation: Interpolation = "constant",
 ) -> Schedule:
-    """Multiplied by a scale at each boundary: at once, or on the way to it.
+    """Multiplies the value by a factor at each boundary.
 
     Args:
-        init_value: At step 0.
-        boundaries_and_scales: From steps to factors. The value at a boundary is that of the boundary before it
-            times the factor. A boundary may lie between two steps.
-        interpolation: ``"constant"`` jumps at the boundary; ``"linear"`` and ``"cosine"`` move there from the
-            boundary before it.
+        init_value: The value at step 0.
+        boundaries_and_scales: From steps to factors. The value at a boundary is the value at the previous boundary
+            times the factor. A boundary may be a fractional step.
+        interpolation: ``"constant"`` changes the value at the boundary; ``"linear"`` and ``"cosine"`` interpolate from
+            the previous boundary.
 
     Example:
         >>> schedule = piecewise(1.0, {10: 0.1, 20: 0.5})
@@ -225,18 +232,18 @@ def one_cycle(
     final_div_factor: float = 1e4,
     interpolation: Literal["linear", "cosine"] = "cosine",
 ) -> Schedule:
-    """Up to the peak and down far below where it began.
+    """The one-cycle policy: a rise to the peak, then a fall far below the initial value.
 
-    From ``peak / div_factor`` to ``peak`` to ``peak / (div_factor * final_div_factor)``.
+    The value goes from ``peak / div_factor`` to ``peak`` to ``peak / (div_factor * final_div_factor)``.
 
     Args:
-        transition_steps: The length of the cycle.
+        transition_steps: The length of the cycle; positive.
         peak_value: The highest value.
-        pct_start: The fraction of the steps that go up.
-        pct_final: With linear interpolation, the fraction at which the value is back where it began; the steps
-            after it lead to the end. A cosine goes down in one piece.
-        div_factor: The peak over the first value.
-        final_div_factor: The first value over the last.
+        pct_start: The fraction of steps at which the peak is reached.
+        pct_final: With linear interpolation, the fraction of steps at which the value is back at its initial value,
+            before it falls to the final value. Cosine interpolation falls from the peak to the final value directly.
+        div_factor: The ratio of the peak to the initial value.
+        final_div_factor: The ratio of the initial to the final value.
         interpolation: ``"cosine"`` or ``"linear"``.
 
     Example:
@@ -264,12 +271,12 @@ def one_cycle(
 
 
 def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedule:
-    """A straight line from ``init_value`` to where ``schedule`` begins, and then ``schedule``, from its step 0.
+    """Linear warmup to the first value of ``schedule``, followed by ``schedule`` from its step 0.
 
     Args:
-        schedule: What follows.
-        steps: How many steps the line takes; 0 for none.
-        init_value: Where it begins.
+        schedule: The schedule after the warmup.
+        steps: The length of the warmup; 0 for none.
+        init_value: The value at step 0.
 
     Example:
         >>> schedule = warmup(cosine(1.0, 90), 10)
@@ -298,15 +305,15 @@ def warmup_cosine_decay(
     end_value: float = 0.0,
     exponent: Value = 1.0,
 ) -> Schedule:
-    """A straight line up to the peak, and half a cosine down to the end.
+    """Linear warmup to a peak, followed by cosine decay.
 
     Args:
-        init_value: At step 0.
-        peak_value: At ``warmup_steps``.
-        warmup_steps: The length of the line.
-        decay_steps: The length of the whole, warmup included.
-        end_value: At ``decay_steps`` and after.
-        exponent: Of the cosine.
+        init_value: The value at step 0.
+        peak_value: The value at ``warmup_steps``.
+        warmup_steps: The length of the warmup.
+        decay_steps: The total length, including the warmup.
+        end_value: The value from ``decay_steps`` on.
+        exponent: The exponent of the cosine.
 
     Example:
         >>> schedule = warmup_cosine_decay(0.0, 1.0, warmup_steps=10, decay_steps=100, end_value=0.1)
@@ -326,11 +333,11 @@ def warmup_cosine_decay(
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
-    """One schedule after another, each from its own step 0.
+    """Joins schedules one after another, each from its own step 0.
 
     Args:
-        schedules: One more than boundaries.
-        boundaries: The steps at which the next one begins, rising.
+        schedules: The schedules, one more than boundaries.
+        boundaries: The steps at which the next schedule begins, increasing.
 
     Example:
         >>> schedule = join([constant(1.0), linear(1.0, 0.0, transition_steps=10)], [100])
@@ -358,16 +365,16 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
 
 def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = False) -> Schedule:
-    """The first ``period`` steps of a schedule, again and again.
+    """Repeats the first ``period`` steps of a schedule.
 
     Args:
-        schedule: What is repeated. With ``growth`` it is given steps between whole numbers, as float64.
-        period: Steps of the first cycle, above 0.
-        growth: The length of each cycle over the length of the cycle before it. The schedule is stretched to it.
-        mirror: Whether every other cycle runs backwards, so that the value never jumps.
+        schedule: The schedule to repeat. With ``growth``, it is called with fractional steps in float64.
+        period: The length of the first cycle; positive.
+        growth: The ratio of each cycle's length to that of the previous one. The schedule is stretched to fit.
+        mirror: Whether every second cycle runs backwards, so that the value never jumps.
 
     Raises:
-        ValueError: If a number is out of its range, or if ``growth`` and ``mirror`` are combined.
+        ValueError: If ``period`` or ``growth`` is not positive, or if ``growth`` and ``mirror`` are combined.
 
     Example:
         >>> [float(cycle(linear(0.0, 1.0, transition_steps=2), 2)(step)) for step in range(5)]
@@ -421,7 +428,7 @@ def _schedule(value: Callable[[Tensor], Any]) -> Schedule:
 
 
 def _wide(step: Tensor) -> Tensor:
-    # float32 loses whole steps past 2^24, and powers of a rate near 1 lose more with every step.
+    # float32 cannot represent all steps past 2^24, and the error of powers of a factor near 1 grows with the step.
     return step.to(wide_dtype(step.device))
 
 

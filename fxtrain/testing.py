@@ -1,6 +1,6 @@
-"""Testing: the laws of callbacks as checks, for ours and for yours, and a toy problem to run them on.
+"""Checks of the laws of callbacks, for built-in and custom ones.
 
-Each check returns nothing, or raises an ``AssertionError`` that says which law broke, where, and on which leaf.
+Each check raises an ``AssertionError`` that names the broken law, the event and the leaf.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Fold = Callable[[TrainState, Any], tuple[TrainState, Control]]
 
 
 def check_laws(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """Every law that concerns one callback: identity, purity, monotone control, resume and vmap.
+    """Checks all laws of a single callback: identity, purity, monotone control, resume and vmap.
 
     Args:
         callback: The callback, composed or not.
-        state: A state to begin with; the callback is attached here.
-        events: What it is to see, in order.
+        state: The initial state. Missing slots of the callback are added.
+        events: The events to fold over, in order.
 
     Raises:
         AssertionError: If a law does not hold.
@@ -47,7 +47,13 @@ def check_laws(callback: Fold, state: TrainState, events: Sequence[Any]) -> None
 
 
 def check_identity(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """``compose(cb)``, ``compose(compose(), cb)`` and ``compose(cb, compose())`` do what ``cb`` does."""
+    """Checks that ``compose(compose(), cb)`` and ``compose(cb, compose())`` are equivalent to ``compose(cb)``.
+
+    Args:
+        callback: The callback.
+        state: The initial state, with the callback's slots.
+        events: The events to fold over, in order.
+    """
     wanted = run(compose(callback), state, events)
     for name, composed in {
         "compose(compose(), callback)": compose(compose(), callback),
@@ -57,7 +63,15 @@ def check_identity(callback: Fold, state: TrainState, events: Sequence[Any]) -> 
 
 
 def check_associativity(first: Fold, second: Fold, third: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """How callbacks are nested does not matter, only their order."""
+    """Checks that the nesting of callbacks does not matter, only their order.
+
+    Args:
+        first: A callback.
+        second: The callback after it.
+        third: The last callback.
+        state: The initial state. Missing slots of the callbacks are added.
+        events: The events to fold over, in order.
+    """
     state = attach(state, compose(first, second, third))
     left = run(compose(compose(first, second), third), state, events)
     right = run(compose(first, compose(second, third)), state, events)
@@ -65,7 +79,13 @@ def check_associativity(first: Fold, second: Fold, third: Fold, state: TrainStat
 
 
 def check_purity(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """The same input gives the same output, and the input stays as it was."""
+    """Checks that equal inputs give equal outputs, and that inputs are not modified.
+
+    Args:
+        callback: The callback.
+        state: The initial state, with the callback's slots.
+        events: The events to fold over, in order.
+    """
     composed = compose(callback)
     for event in events:
         before, seen = state.copy(), tree.clone(_tensors(event))
@@ -78,7 +98,13 @@ def check_purity(callback: Fold, state: TrainState, events: Sequence[Any]) -> No
 
 
 def check_monotone(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """Whatever another callback asked before stays asked."""
+    """Checks that the callback does not clear the requests of another callback.
+
+    Args:
+        callback: The callback.
+        state: The initial state, with the callback's slots.
+        events: The events to fold over, in order.
+    """
 
     def asks_for_all(state: TrainState, event: Any) -> tuple[TrainState, Control]:
         return state, Control(stop=True, reason="asked before")
@@ -94,7 +120,13 @@ def check_monotone(callback: Fold, state: TrainState, events: Sequence[Any]) -> 
 
 
 def check_resume(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """Wherever a run is cut, saved and restored, it ends bitwise where the uncut run ends."""
+    """Checks that saving and restoring between any two events leaves the result bitwise equal.
+
+    Args:
+        callback: The callback.
+        state: The initial state, with the callback's slots.
+        events: The events to fold over, in order.
+    """
     composed = compose(callback)
     whole, controls = run(composed, state, events)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,9 +138,15 @@ def check_resume(callback: Fold, state: TrainState, events: Sequence[Any]) -> No
 
 
 def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
-    """Three runs as one batched run give what they give one by one."""
+    """Checks that three runs under ``vmap`` give the same results as one by one.
+
+    Args:
+        callback: The callback.
+        state: The initial state, with the callback's slots.
+        events: The events to fold over, in order. Each run sees other values of their floating-point tensors.
+    """
     composed = compose(callback)
-    # The members see the same events with other values, so that they go different ways.
+    # Members see the same events with different values, so that their states diverge.
     members = [[_scaled(event, 1.0 + member) for event in events] for member in range(3)]
     wanted = [run(composed, state, own) for own in members]
     batched = tree.map(lambda leaf: torch.stack([leaf] * 3), state)
@@ -133,7 +171,13 @@ def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None
 
 
 def run(callback: Fold, state: TrainState, events: Sequence[Any]) -> tuple[TrainState, list[Control]]:
-    """The fold over all events: the last state, and what was asked at each."""
+    """Folds a callback over events. Returns the final state and the control at each event.
+
+    Args:
+        callback: The callback, composed or not.
+        state: The initial state, with the callback's slots.
+        events: The events, in order.
+    """
     controls: list[Control] = []
     for event in events:
         state, control = callback(state, event)
@@ -142,10 +186,15 @@ def run(callback: Fold, state: TrainState, events: Sequence[Any]) -> tuple[Train
 
 
 def assert_equal(got: Any, wanted: Any, what: str) -> None:
-    """Two trees are equal to the bit; NaN equals NaN.
+    """Checks that two trees are bitwise equal. NaN equals NaN.
+
+    Args:
+        got: The actual tree.
+        wanted: The expected tree.
+        what: The prefix of the error message.
 
     Raises:
-        AssertionError: Naming the first leaf that differs.
+        AssertionError: The message names the first leaf that differs.
     """
     got_paths, wanted_paths = tree.paths(got, "got"), tree.paths(wanted, "got")
     assert got_paths == wanted_paths, (
@@ -161,7 +210,7 @@ def assert_equal(got: Any, wanted: Any, what: str) -> None:
 
 
 def _tensors(event: Any) -> dict[str, Any]:
-    """The fields of an event that hold tensors."""
+    """Returns the fields of an event that hold tensors."""
     fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     return {
         name: dict(value) if hasattr(value, "items") else value
