@@ -1,4 +1,4 @@
-"""Finders: numbers to begin with, found by short runs on copies of a state."""
+"""Searches for a batch size and a learning rate, by short runs on copies of a state."""
 
 from fxtrain.finders._batch_size import find_batch_size as find_batch_size
 from fxtrain.finders._learning_rate import LearningRates as LearningRates

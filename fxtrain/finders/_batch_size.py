@@ -1,4 +1,4 @@
-"""Batch size: the largest that fits into memory."""
+"""Search for the largest batch size that fits into memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from fxtrain.loop._evaluate import to_device
 from fxtrain.step import Step
 
 _START = 8
-_STEPS = 2  # at each batch size: what a first one leaves behind is there in the second
+# The second step of a trial runs with the memory that the first one leaves allocated.
+_STEPS = 2
 _OUT_OF_MEMORY = (
     "out of memory",
-    "can't allocate memory",  # torch's allocator on a CPU
-    "not enough memory",  # the same on Windows
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",  # torch's CPU allocator on Windows
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
@@ -35,31 +36,30 @@ def find_batch_size(
     limit: int = 65536,
     multiple: int = 1,
 ) -> int:
-    """The largest batch size at which the step runs.
+    """Returns the largest batch size at which the step fits into memory.
 
-    It is doubled from ``start`` on as long as two steps fit into memory; then what lies between the last that fitted
-    and the first that did not is halved again and again. Each size has a copy of the state, and all that was allocated
-    is freed.
+    The size is doubled from ``start`` as long as two steps fit into memory, and then refined by bisection. Each trial
+    uses a copy of the state and frees all its allocations. A compiled step is compiled again for each trial, in graphs
+    that are then discarded.
 
-    A compiled step is compiled for each size that is tried, in graphs that are thrown away.
-
-    On a GPU, what other things need later must fit too, evaluation with a larger batch for example: leave some room.
-    On a CPU most systems end a process that takes too much memory instead of refusing it, so choose ``limit`` such
-    that this cannot happen, or set a limit on the process.
+    On a GPU, leave room for other allocations, such as evaluation with a larger batch. On a CPU, most systems kill a
+    process that uses too much memory instead of raising an error. Choose ``limit`` so that this cannot happen, or set a
+    memory limit for the process.
 
     Args:
-        state: Whose copies to use.
-        step: From ``train_step``, compiled or not; or any pure function of that signature.
-        make_batch: From a size to a batch of that many rows, as the data gives it.
-        start: The size to begin with, a multiple of ``multiple``; by default about 8. Smaller ones, which a layer as
-            batch norm may refuse, are tried only where it does not fit.
-        limit: No size above this one is tried.
-        multiple: Only multiples of so many are tried: what ``accumulate`` needs, or what is fast.
+        state: The training state. Only copies of it are used.
+        step: A step from ``train_step``, compiled or not, or any pure function with that signature.
+        make_batch: From a size to a batch of that many rows, as the data source yields it.
+        start: The first size to try, a multiple of ``multiple``. Defaults to about 8. Smaller sizes, which layers such
+            as batch norm may reject, are tried only if it does not fit.
+        limit: The largest size to try.
+        multiple: Try only multiples of this, such as the number of parts for ``accumulate``, or a size that is fast.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        RuntimeError: If the smallest size does not fit either.
-        Exception: What else the step raises.
+        TypeError: If an argument is not an int.
+        ValueError: If an argument is out of range.
+        RuntimeError: If not even the smallest size fits.
+        Exception: Any other error of the step.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -78,7 +78,7 @@ def find_batch_size(
             f"start={start}, the first size that is tried, is to be a multiple of multiple={multiple} and at most "
             f"limit={limit}."
         )
-    # In multiples; between the two, nothing is known.
+    # Sizes are in units of ``multiple``. Sizes up to ``fits`` fit, and sizes from ``too_large`` on do not.
     largest, size, said = limit // multiple, start // multiple, ""
     fits, too_large = 0, largest + 1
     while too_large - fits > 1:
@@ -98,14 +98,15 @@ def find_batch_size(
 def _out_of_memory(
     state: TrainState, step: Callable[..., Any], make_batch: Callable[[int], Any], size: int
 ) -> str | None:
-    """What was said when the memory did not suffice; None if it did."""
+    """Returns the message of the error if memory was insufficient, or None."""
     try:
         _take_steps(state, step, make_batch, size)
     except Exception as error:
         said = _said_of_memory(error)
         if said is None:
             raise
-        return said  # and no more of the error: its traceback holds on to tensors
+        # Only the text is kept, because the error's traceback references tensors.
+        return said
     finally:
         gc.collect()
         if state.step.device.type != "cpu":
@@ -114,7 +115,7 @@ def _out_of_memory(
 
 
 def _take_steps(state: TrainState, step: Callable[..., Any], make_batch: Callable[[int], Any], size: int) -> None:
-    # Its graphs go with it.
+    # A separate compiled step, so that its graphs are freed after the trial.
     step = anew(step) if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
     state = attach(state, step).copy()
     for _ in range(_STEPS):

@@ -1,4 +1,4 @@
-"""Learning rate: one to begin with, from a short run in which it rises."""
+"""Learning rate range test: a short run in which the learning rate rises."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fxtrain.step import Step
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LearningRates:
-    """How the loss went while the learning rate rose; from ``lr_finder``.
+    """The loss during a learning rate range test; from ``lr_finder``.
 
     Args:
-        rates: One for each step that was taken, rising by the same factor.
-        losses: What each step measured, before it moved.
-        smoothed: The losses, averaged with those around them; the curve that the suggestion is read from.
-        suggestion: The rate at which the smoothed loss falls fastest, by the logarithm of the rate; None where it
-            falls nowhere.
-        diverged: Whether the loss left all bounds, which ends the search before the highest rate.
+        rates: The learning rate of each step, in a geometric sequence.
+        losses: The loss of each step, before its update.
+        smoothed: The losses averaged with their neighbors. The suggestion is read from this curve.
+        suggestion: The learning rate at which the smoothed loss falls fastest as a function of the learning rate's
+            logarithm, or None if it never falls.
+        diverged: Whether the loss diverged, which ends the search before the highest learning rate.
     """
 
     rates: tuple[float, ...]
@@ -57,29 +57,31 @@ def lr_finder(
     metric: str = "loss",
     factor: float = 4.0,
 ) -> LearningRates:
-    """A learning rate to begin with, from some steps whose rate rises from ``low`` to ``high``.
+    """Suggests a learning rate, by a short run whose learning rate rises from ``low`` to ``high``.
 
-    The rate is set between steps, by ``fxtrain.optim.set_hyperparams``, so the optimizer has to keep it in its memory,
-    and a compiled step is compiled once. Everything happens to a copy: there is nothing to restore afterwards.
+    ``fxtrain.optim.set_hyperparams`` sets the learning rate between steps, so it must be part of the optimizer state,
+    and a compiled step is compiled once. The run uses a copy of ``state``.
 
-    The suggestion is where the smoothed loss falls fastest; take it as an order of magnitude, and for a schedule as its
-    peak. It depends on how far the state is trained already: ask at the beginning.
+    The suggestion is the learning rate at which the smoothed loss falls fastest. Treat it as an order of magnitude, and
+    in a schedule as the peak. It depends on how far the state is trained, so run the search before training.
 
     Args:
-        state: From ``init``.
-        step: From ``train_step``, compiled or not.
-        data: As ``fit`` takes it; what can be read once only is used up.
-        low: The rate of the first step.
-        high: The rate of the last one.
-        steps: How many, 5 or more.
-        metric: What is to fall, of what the step measures.
-        factor: The loss has diverged, and the search ends, where it is not finite, or where its running mean has risen
-            from its least value by ``factor - 1`` times that value or what it had fallen by, whichever is more.
+        state: The training state, from ``init``.
+        step: A step from ``train_step``, compiled or not.
+        data: As in ``fit``. One-shot iterators are consumed.
+        low: The learning rate of the first step.
+        high: The learning rate of the last step.
+        steps: The number of steps, at least 5.
+        metric: The metric that should fall, by its name in the step's output.
+        factor: Divergence threshold, above 1. The search ends if the loss is not finite, or if its running mean exceeds
+            its minimum by more than ``factor - 1`` times the larger of the minimum's absolute value and the decrease so
+            far.
 
     Raises:
-        ValueError: If an argument is out of its range, the learning rate is not in the optimizer's memory or follows a
-            schedule, or the data is empty.
-        KeyError: If the step measures none of this name.
+        TypeError: If ``steps`` is not an int.
+        ValueError: If an argument is out of range, the learning rate is not in the optimizer state or follows a
+            schedule, or the data ends before the search does.
+        KeyError: If the step's output has no such metric.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -101,13 +103,13 @@ def lr_finder(
     batches = _batches(data, state)
     mean = best = first = weight = 0.0
     for rate in np.geomspace(low, high, steps).tolist():
-        # A stopped state is a fixed point, and its loss would say nothing of the rate.
+        # Stop requests are cleared, because a stopped state is a fixed point of the step.
         go_on = state.due._replace(stop=torch.zeros_like(state.due.stop))
         state, output = step(_with_rate(state.replace(due=go_on), rate), to_device(next(batches), state.step.device))
         loss = _measured(output, metric)
         rates.append(rate)
         losses.append(loss)
-        # The mean over about the last ten steps, unbiased at the beginning.
+        # Bias-corrected moving average over about ten steps.
         mean, weight = 0.9 * mean + 0.1 * loss, 0.9 * weight + 0.1
         now = mean / weight
         first = now if len(losses) == 1 else first
@@ -130,7 +132,7 @@ def _with_rate(state: TrainState, rate: float) -> TrainState:
 
 
 def _batches(data: Any, state: TrainState) -> Iterator[Any]:
-    """The batches from the state's position on."""
+    """Yields the batches from the state's data position on."""
     source = adapt(data, seed=int(state.seed))
     position = begin = int(state.position)
     try:
@@ -139,7 +141,7 @@ def _batches(data: Any, state: TrainState) -> Iterator[Any]:
                 try:
                     batch = source[position]
                 except Exhausted:
-                    batch = source[position]  # of the next epoch
+                    batch = source[position]  # in the next epoch
             except Exhausted:
                 raise ValueError(
                     f"The data ended after {position - begin} batches: give data that can be read again, or ask for "
@@ -159,7 +161,7 @@ def _measured(output: Any, metric: str) -> float:
 
 
 def _smoothed(losses: list[float]) -> list[float]:
-    """Each loss averaged with those around it, the less the farther away; fewer of them at the ends."""
+    """Returns each loss averaged with its neighbors by triangular weights, with fewer neighbors at the ends."""
     values = np.array([loss for loss in losses if math.isfinite(loss)])
     reach = max(2, len(values) // 20)
     weights = 1 - np.abs(np.arange(-reach, reach + 1)) / (reach + 1)
@@ -172,7 +174,7 @@ def _smoothed(losses: list[float]) -> list[float]:
 def _steepest(rates: list[float], smoothed: list[float]) -> float | None:
     if len(smoothed) < 3:
         return None
-    until = int(np.argmin(smoothed)) + 1  # what falls after it has risen is noise
+    until = int(np.argmin(smoothed)) + 1  # a fall after the minimum is noise
     slopes = np.gradient(smoothed, np.log(rates[: len(smoothed)]))[:until]
     steepest = int(np.argmin(slopes))
     return rates[steepest] if slopes[steepest] < 0 else None

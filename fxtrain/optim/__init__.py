@@ -1,4 +1,4 @@
-"""Gradient transformations: optimizers, and the pieces they are made of, as pairs of pure functions."""
+"""Optimizers and their building blocks, as gradient transformations: pairs of pure functions."""
 
 from fxtrain.optim._accumulation import EveryKState as EveryKState
 from fxtrain.optim._accumulation import every_k as every_k

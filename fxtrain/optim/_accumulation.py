@@ -1,7 +1,7 @@
-"""Accumulation over steps: an update from the gradients of several batches, whose number may follow a schedule."""
+"""Gradient accumulation over several steps, with a fixed or scheduled number of steps per update."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -19,31 +19,35 @@ from fxtrain.optim._transform import GradientTransformation, refuse_unless_trans
 
 
 class EveryKState(NamedTuple):
-    """The memory of ``every_k``."""
+    """The state of ``every_k``."""
 
     count: Tensor  # int64 []: updates made
-    seen: Tensor  # int64 []: gradients since the last one
-    unused: PerParameter  # int64 [parameters]: those of them in which the parameter was not used
-    mean: Any  # like the parameters: the mean of these
-    inner_state: Any  # of the wrapped transformation
-    AGES = ()  # a mean begins at zero, and a parameter that joins in the middle has had gradients of zero
+    seen: Tensor  # int64 []: gradients since the last update
+    unused: PerParameter  # int64 [parameters]: how many of these steps did not use the parameter
+    mean: Any  # like the parameters: the mean of these gradients
+    inner_state: Any  # state of the wrapped transformation
+    # ``with_trainable`` may add parameters at any count, because a mean starts at zero, as after gradients of zero.
+    AGES = ()
 
 
 def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> GradientTransformation:
-    """``tx`` with the mean gradient of every ``k`` steps; zeros in between, and its memory kept as it was.
+    """Applies ``tx`` to the mean gradient of every ``k`` steps.
 
-    A parameter that none of these steps used keeps its value and its optimizer state, as in ``torch.optim``, where
-    its ``grad`` stays None. Steps that did not use it count as gradients of zero if another one did.
+    Between these updates the parameters and the state of ``tx`` do not change. A parameter that none of the ``k`` steps
+    used keeps its value and its optimizer state, like a parameter whose ``grad`` is None in ``torch.optim``. If at
+    least one step used it, the other steps contribute gradients of zero.
 
-    Each batch takes the memory of one batch, where ``train_step(accumulate=k)`` cuts one large batch into parts; and
-    ``k`` may grow during a run without a new graph. Schedules inside ``tx`` count updates, and not steps.
+    Peak memory is that of one batch. In contrast, ``train_step(accumulate=k)`` splits one large batch into parts.
+    ``k`` may change during a run without a retrace. Schedules inside ``tx`` count updates, not steps.
 
     Args:
         tx: Any transformation.
-        k: A number of steps, or a schedule: from the updates made so far (int64 []) to that number, at least 1.
+        k: The number of steps per update, at least 1. Or a schedule of it: a function of the number of updates so far
+            (int64 []).
 
     Raises:
-        ValueError: If ``k`` is a number and not a whole one above 0.
+        TypeError: If ``k`` is neither an int nor callable.
+        ValueError: If ``k`` is an int below 1.
 
     Example:
         >>> from fxtrain import optim

@@ -1,4 +1,4 @@
-"""AdaDelta: scaling by the ratio of what went to what came."""
+"""AdaDelta: updates rescaled by the ratio of two moving averages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class ScaleByAdaDeltaState(NamedTuple):
-    """The memory of ``scale_by_adadelta``."""
+    """The state of ``scale_by_adadelta``."""
 
-    e_g: Any  # like the parameters, real, float32 at least: average of squared updates that came
-    e_x: Any  # like the parameters, real, float32 at least: average of squared updates that went
+    e_g: Any  # like the parameters, real, float32 at least: average of squared incoming updates
+    e_x: Any  # like the parameters, real, float32 at least: average of squared outgoing updates
 
 
 def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
-    """Updates times the root of the average of past steps' squares, over that of their own; see ``adadelta``."""
+    """Scales updates by the root mean square of past outgoing updates over that of incoming ones; see ``adadelta``.
+
+    Args:
+        rho: Decay rate of both averages, in [0, 1).
+        eps: Added to both averages, inside the square roots. It sets the size of the first steps.
+    """
     checks.decay_rate(rho=rho)
     checks.non_negative(eps=eps)
 
@@ -49,15 +54,15 @@ def adadelta(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdaDelta: steps of the size of past steps, so that a learning rate of 1 will do.
+    """AdaDelta: each step is scaled by the size of past steps, so a learning rate of 1 is usually suitable.
 
         u = -lr sqrt(E[x^2] + eps) / sqrt(E[g^2] + eps) g
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        rho: Decay of the averages, in [0, 1).
-        eps: Added under both roots; it sets the size of the first steps.
-        weight_decay: Added to the gradient: L2 regularisation.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        rho: Decay rate of both averages, in [0, 1).
+        eps: Added to both averages, inside the square roots. It sets the size of the first steps.
+        weight_decay: Coefficient of L2 regularization, which is added to the gradient.
         mask: Which parameters decay; see ``add_decayed_weights``.
 
     References:

@@ -1,7 +1,7 @@
 """Adafactor: second moments of matrices kept as one row and one column."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class FactoredState(NamedTuple):
-    """The memory of ``scale_by_factored_rms``. A parameter has either a row and a column, or a whole ``v``."""
+    """The state of ``scale_by_factored_rms``. A parameter has either ``v_row`` and ``v_col``, or ``v``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     v_row: Any  # the parameter's shape without its largest dimension, real, float32 at least
@@ -52,20 +52,20 @@ def scale_by_factored_rms(
     factor_last: bool = False,
     clamp: bool = False,
 ) -> GradientTransformation:
-    """Updates over the root of a factored average of their squares; see ``adafactor``.
+    """Divides updates by the root of a factored moving average of their squares; see ``adafactor``.
 
         R = b R + (1 - b) mean_columns(g^2 + eps),    C = b C + (1 - b) mean_rows(g^2 + eps),    b = 1 - t^-decay_rate
         u = g / sqrt(R C / mean(R))
 
     Args:
-        factored: Whether to factor at all.
-        decay_rate: How fast the average slows down.
-        decay_offset: A count to begin at 0 again, for fine-tuning.
-        min_dim_size_to_factor: A parameter is factored if two of its dimensions are at least this.
-        eps: Added to the squares. None for the resolution of the parameter's dtype.
-        factor_last: Whether the last two dimensions are factored, as in ``torch.optim.Adafactor``, or the two
-            largest, as in optax.
-        clamp: Whether ``eps`` bounds the mean of R, and the root, from below, as in torch, and is not added.
+        factored: Whether to factor second moments at all.
+        decay_rate: Exponent of the schedule of ``b``, in [0, 1). Larger values average over more steps.
+        decay_offset: Subtracted from the update count to get ``t``. For fine-tuning, pass the count at which it starts.
+        min_dim_size_to_factor: A parameter is factored if two of its dimensions have at least this size.
+        eps: Added to the squares. None for the machine epsilon of the parameter's dtype.
+        factor_last: Whether to factor the last two dimensions, as in ``torch.optim.Adafactor``, or the two largest, as
+            in optax.
+        clamp: Whether ``eps`` is a lower bound of the mean of R and of the root, as in torch, instead of being added.
     """
     checks.decay_rate(decay_rate=decay_rate)
     check_positive_int("min_dim_size_to_factor", min_dim_size_to_factor)
@@ -73,7 +73,7 @@ def scale_by_factored_rms(
         checks.non_negative(eps=eps)
 
     def dims(leaf: Tensor) -> tuple[int, int] | None:
-        """The second largest dimension and the largest, if they are to be factored."""
+        """Returns the two dimensions to factor, or None if the leaf is not factored."""
         if not factored or leaf.ndim < 2:
             return None
         ranked = list(range(leaf.ndim)) if factor_last else sorted(range(leaf.ndim), key=lambda dim: leaf.shape[dim])
@@ -144,22 +144,23 @@ def adafactor(
     factored: bool = True,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adafactor: an Adam that remembers of a matrix one number for each row and each column.
+    """Adafactor: adaptive steps with second moments per row and column of a matrix instead of per element.
 
         u = -lr max(rms(p), 0.001) clip(g / sqrt(R C / mean(R)))
 
     Args:
-        learning_rate: A number, a tensor of shape [], a schedule, or None for 1.
-        min_dim_size_to_factor: A parameter is factored if two of its dimensions are at least this.
-        decay_rate: How fast the average of squares slows down, in [0, 1).
-        decay_offset: A count to begin at 0 again, for fine-tuning.
-        multiply_by_parameter_scale: Whether steps are in proportion to the parameters' root mean square.
-        clipping_threshold: Bound on the root mean square of each update; None for none.
-        momentum: Decay of an average of updates; None for none.
-        dtype_momentum: What that average is kept in.
-        weight_decay_rate: Decoupled, and not times the learning rate; None for none.
+        learning_rate: A float, a tensor of shape [], or a schedule. None is the same as 1.
+        min_dim_size_to_factor: A parameter is factored if two of its dimensions have at least this size.
+        decay_rate: Exponent of the decay schedule of the average of squares, in [0, 1).
+        decay_offset: Subtracted from the update count in that schedule. For fine-tuning, pass the count at which it
+            starts.
+        multiply_by_parameter_scale: Whether to multiply each update by the root mean square of its parameter.
+        clipping_threshold: Upper bound of the root mean square of each update. None disables clipping.
+        momentum: Decay rate of a moving average of the updates. None disables it.
+        dtype_momentum: Dtype of that average.
+        weight_decay_rate: Decoupled weight decay, not multiplied by the learning rate. None disables it.
         eps: Added to the squares.
-        factored: Whether to factor at all.
+        factored: Whether to factor second moments at all.
         mask: Which parameters decay; see ``add_decayed_weights``.
 
     Example:
@@ -197,10 +198,10 @@ def _over_factored_root(
     update: Tensor, row: Tensor, column: Tensor, dims: tuple[int, int], floor: Scalar | None
 ) -> Tensor:
     second, largest = dims
-    # The row has lost the largest dimension, so the second may have moved.
+    # ``row`` lacks the largest dimension, so the index of the second one may have shifted.
     mean = row.mean(second - 1 if second > largest else second, keepdim=True)
     if floor is not None:
         variance = (row / at_least(mean, floor)).unsqueeze(largest) * column.unsqueeze(second)
         return update / at_least(variance.sqrt(), floor)
-    # One factor after the other: the product of two tiny averages would be zero in float32.
+    # Multiply by one factor at a time, because the product of two tiny averages underflows in float32.
     return update * torch.rsqrt(row / mean).unsqueeze(largest) * torch.rsqrt(column).unsqueeze(second)

@@ -1,4 +1,4 @@
-"""AdaGrad: scaling by the root of the sum of all squares."""
+"""AdaGrad: updates divided by the root of the sum of all squares so far."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class ScaleByRssState(NamedTuple):
-    """The memory of ``scale_by_rss``."""
+    """The state of ``scale_by_rss``."""
 
     sum_of_squares: Any  # like the parameters, real, float32 at least
 
@@ -22,7 +22,13 @@ class ScaleByRssState(NamedTuple):
 def scale_by_rss(
     *, initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7, eps_in_sqrt: bool = True
 ) -> GradientTransformation:
-    """Updates over the root of the sum of all their squares; see ``adagrad``."""
+    """Divides updates by the root of the sum of all their squares so far; see ``adagrad``.
+
+    Args:
+        initial_accumulator_value: Initial value of the sum.
+        eps: Prevents division by zero.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax, or outside, as in torch.
+    """
     checks.non_negative(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def rule(update: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,13 +53,13 @@ def adagrad(
     eps: Scalar = 1e-7,
     eps_in_sqrt: bool = True,
 ) -> GradientTransformation:
-    """AdaGrad: gradients over the root of the sum of all their squares: ``u = -lr g / sqrt(sum |g|^2 + eps)``.
+    """AdaGrad: ``u = -lr g / sqrt(sum |g|^2 + eps)``, with the sum over all gradients so far.
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        initial_accumulator_value: What the sum starts with. 0.1 as in optax; ``torch.optim.Adagrad`` has 0.
-        eps: Against division by zero. 1e-7 as in optax; torch has 1e-10.
-        eps_in_sqrt: Whether ``eps`` is added under the root, as in optax, or to it, as in torch.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        initial_accumulator_value: Initial value of the sum. Defaults to 0.1 as in optax; ``torch.optim.Adagrad`` has 0.
+        eps: Prevents division by zero. Defaults to 1e-7 as in optax; torch has 1e-10.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax, or outside, as in torch.
 
     References:
         Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.

@@ -1,12 +1,12 @@
-"""Adam and what descends from it: moving averages of updates and of their squares, corrected for their start.
+"""Adam and its variants: bias-corrected moving averages of updates and of their squares.
 
-Defaults and meanings are optax's. Second moments are kept in float32 at least, first moments in the parameters' dtype
-unless ``mu_dtype`` says otherwise. The second moment of a complex parameter is of its absolute value;
-``split_real_and_imaginary`` gives torch's meaning, two independent real numbers.
+Defaults and meanings of arguments are those of optax. Second moments are kept in float32 at least, first moments in the
+parameters' dtype unless ``mu_dtype`` is given. The second moment of a complex parameter is that of its absolute value.
+``split_real_and_imaginary`` treats the two parts as independent real values, as torch does.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class ScaleByAdamState(NamedTuple):
-    """The memory of Adam and its kin."""
+    """The state of ``scale_by_adam`` and ``scale_by_radam``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: first moment
@@ -44,7 +44,7 @@ class ScaleByAdamState(NamedTuple):
 
 
 class ScaleByAdamaxState(NamedTuple):
-    """The state of Adamax."""
+    """The state of ``scale_by_adamax``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: first moment
@@ -52,7 +52,7 @@ class ScaleByAdamaxState(NamedTuple):
 
 
 class ScaleByAmsgradState(NamedTuple):
-    """The memory of AMSGrad."""
+    """The state of ``scale_by_amsgrad``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: first moment
@@ -69,7 +69,16 @@ def scale_by_adam(
     mu_dtype: torch.dtype | None = None,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """The first moment over the root of the second; see ``adam``."""
+    """Divides the first moment by the root of the second, both bias-corrected; see ``adam``.
+
+    Args:
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
+        nesterov: Whether to use Nesterov momentum.
+    """
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps, eps_root=eps_root)
 
@@ -102,16 +111,16 @@ def scale_by_amsgrad(
     mu_dtype: torch.dtype | None = None,
     correct_maximum: bool = False,
 ) -> GradientTransformation:
-    """As ``scale_by_adam``, with the largest second moment so far in the place of the present one.
+    """Like ``scale_by_adam``, but divides by the root of the largest second moment so far.
 
     Args:
-        b1: Decay of the first moment.
-        b2: Decay of the second moment.
-        eps: Added to the root.
-        eps_root: Added under the root.
-        mu_dtype: What the first moment is kept in.
-        correct_maximum: Whether the second moment is corrected for its start after the maximum is taken, as in
-            ``torch.optim.Adam``, or before, as in optax.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
+        correct_maximum: Whether to correct the bias after taking the maximum, as in ``torch.optim.Adam``, or before, as
+            in optax.
 
     References:
         Reddi et al., On the Convergence of Adam and Beyond, 2018.
@@ -144,7 +153,13 @@ def scale_by_amsgrad(
 
 
 def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
-    """The first moment over a decaying maximum; see ``adamax``."""
+    """Divides the first moment by a decaying maximum of absolute values; see ``adamax``.
+
+    Args:
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the maximum, in [0, 1).
+        eps: Added to the absolute values.
+    """
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps)
 
@@ -177,23 +192,23 @@ def adam(
     nesterov: bool = False,
     amsgrad: bool = False,
 ) -> GradientTransformation:
-    """Adam: steps of the size of the learning rate, whatever the scale of the gradients.
+    """Adam: the size of steps is set by the learning rate, independent of the scale of the gradients.
 
         m = b1 m + (1 - b1) g,              v = b2 v + (1 - b2) |g|^2
         u = -lr m' / (sqrt(v' + eps_root) + eps),    m' = m / (1 - b1^t),    v' = v / (1 - b2^t)
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        b1: Decay of the first moment, in [0, 1).
-        b2: Decay of the second moment, in [0, 1).
-        eps: Added to the root.
-        eps_root: Added under the root; above 0 if gradients are to flow through the update.
-        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
-        nesterov: Whether the first moment looks one step ahead; see ``nadam``.
-        amsgrad: Whether the second moment is the largest so far; see ``scale_by_amsgrad``.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root. Pass a value above 0 to differentiate through the update.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
+        nesterov: Whether to use Nesterov momentum; see ``nadam``.
+        amsgrad: Whether to use the largest second moment so far; see ``scale_by_amsgrad``.
 
     Raises:
-        ValueError: If a hyper-parameter is out of its range.
+        ValueError: If a hyperparameter is out of range, or both ``nesterov`` and ``amsgrad`` are set.
 
     Example:
         >>> tx = adam(0.1)
@@ -223,20 +238,20 @@ def adamw(
     """Adam with decoupled weight decay: ``u = -lr (adam(g) + weight_decay p)``.
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        b1: Decay of the first moment, in [0, 1).
-        b2: Decay of the second moment, in [0, 1).
-        eps: Added to the root.
-        eps_root: Added under the root.
-        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
-        weight_decay: Times the learning rate, and so on the learning rate's schedule. 1e-4 as in optax;
-            ``torch.optim.AdamW`` has 1e-2.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
+        weight_decay: A float, a tensor of shape [], or a schedule. It is multiplied by the learning rate, and so also
+            follows the learning rate's schedule. Defaults to 1e-4 as in optax; ``torch.optim.AdamW`` has 1e-2.
         mask: Which parameters decay; see ``add_decayed_weights``.
-        nesterov: Whether the first moment looks one step ahead.
-        amsgrad: Whether the second moment is the largest so far.
+        nesterov: Whether to use Nesterov momentum; see ``nadam``.
+        amsgrad: Whether to use the largest second moment so far; see ``scale_by_amsgrad``.
 
     Raises:
-        ValueError: If a hyper-parameter is out of its range.
+        ValueError: If a hyperparameter is out of range, or both ``nesterov`` and ``amsgrad`` are set.
 
     Example:
         >>> tx = adamw(3e-4, weight_decay=0.1, mask=lambda path, leaf: leaf.ndim > 1)
@@ -258,7 +273,13 @@ def adamw(
 def adamax(
     learning_rate: ScalarOrSchedule, *, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
 ) -> GradientTransformation:
-    """Adam in the infinity norm: ``u = -lr m / (1 - b1^t) / v``, with ``v = max(b2 v, |g| + eps)``.
+    """Adam with the infinity norm: ``u = -lr m / (1 - b1^t) / v``, with ``v = max(b2 v, |g| + eps)``.
+
+    Args:
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the maximum, in [0, 1).
+        eps: Added to the absolute values.
 
     References:
         Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015.
@@ -276,17 +297,17 @@ def lamb(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """LAMB: AdamW, with each leaf's step in proportion to the norm of its parameter, for large batches.
+    """LAMB: AdamW with each leaf's step scaled to the norm of its parameter, for training with large batches.
 
         d = adam(g) + weight_decay p,    u = -lr |p| / |d| d
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        b1: Decay of the first moment, in [0, 1).
-        b2: Decay of the second moment, in [0, 1).
-        eps: Added to the root.
-        eps_root: Added under the root.
-        weight_decay: Decoupled.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root.
+        weight_decay: Coefficient of decoupled weight decay.
         mask: Which parameters decay; see ``add_decayed_weights``.
 
     References:

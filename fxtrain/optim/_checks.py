@@ -1,4 +1,4 @@
-"""Checks of hyper-parameters, made when a transformation is built. Tensors pass: their values are not yet known."""
+"""Checks of hyperparameters when a transformation is built. Only the shape of tensors is checked, not their values."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from fxtrain.equivalents import refuse_foreign
 
 
 def non_negative(**values: Any) -> None:
-    """Refuses numbers below zero."""
+    """Raises unless each value is at least 0."""
     for name, value in _numbers(values):
         if not value >= 0:
             raise ValueError(f"{name}={value!r}: zero or more is wanted.")
 
 
 def positive(**values: Any) -> None:
-    """Refuses numbers that are not above zero."""
+    """Raises unless each value is above 0."""
     for name, value in _numbers(values):
         if not value > 0:
             raise ValueError(f"{name}={value!r}: a number above zero is wanted.")
 
 
 def decay_rate(**values: Any) -> None:
-    """Refuses numbers outside of [0, 1)."""
+    """Raises unless each value is in [0, 1)."""
     for name, value in _numbers(values):
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value!r}: a decay rate lies in [0, 1).")

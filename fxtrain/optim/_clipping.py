@@ -1,4 +1,4 @@
-"""Clipping: bounds on the size of updates."""
+"""Transformations that bound the size of updates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxtrain.optim._transform import GradientTransformation, stateless
 
 
 def clip_by_value(max_delta: Scalar) -> GradientTransformation:
-    """Each element between ``-max_delta`` and ``max_delta``. Complex updates have no order: split them first."""
+    """Clips each element to [-max_delta, max_delta]. Split complex updates first: see ``split_real_and_imaginary``."""
     checks.positive(max_delta=max_delta)
     return stateless(
         lambda updates, params: map_updates(lambda update: at_most(at_least(update, -max_delta), max_delta), updates)
@@ -22,14 +22,14 @@ def clip_by_value(max_delta: Scalar) -> GradientTransformation:
 
 
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
-    """All updates scaled down together, so that the norm of the whole tree is at most ``max_norm``.
+    """Scales all updates by one factor, so that the norm of the whole tree is at most ``max_norm``.
 
         u = g min(1, max_norm / |g|)
 
-    Gradients that are not finite stay so: see ``apply_if_finite``.
+    Gradients that are not finite stay non-finite: see ``apply_if_finite``.
 
     Args:
-        max_norm: Above 0.
+        max_norm: Upper bound of the norm, above 0.
 
     Example:
         >>> tx = clip_by_global_norm(1.0)
@@ -51,7 +51,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
 
 
 def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
-    """Each leaf scaled down so that its root mean square is at most ``threshold``.
+    """Scales each leaf down so that its root mean square is at most ``threshold``.
 
     u = g / max(1, rms(g) / threshold)
     """

@@ -1,4 +1,4 @@
-"""Complex parameters as pairs of real ones."""
+"""Complex parameters as pairs of real values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fxtrain.optim._transform import GradientTransformation, refuse_unless_trans
 
 
 def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformation:
-    """``tx``, which sees each complex leaf as a real one whose last dimension, of size 2, holds its two parts.
+    """Wraps ``tx`` so that it sees each complex leaf as a real one with a last dimension of size 2.
 
-    So each part is an independent number, as ``torch.optim`` has it. Real leaves pass as they are.
+    The real and imaginary parts are then independent values, as in ``torch.optim``. Real leaves are passed unchanged.
 
     Args:
-        tx: A transformation that works element by element.
+        tx: An elementwise transformation.
 
     Example:
         >>> from fxtrain import optim

@@ -1,7 +1,7 @@
-"""Weight decay: a pull of each parameter towards zero."""
+"""Weight decay, which pulls parameters toward zero."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fxtrain.optim._transform import GradientTransformation, identity, stateless
 
 
 class WeightDecaySchedule(NamedTuple):
-    """The memory of a scheduled weight decay."""
+    """The state of a scheduled weight decay."""
 
     count: Tensor  # int64 []: updates made
 
 
 def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None) -> GradientTransformation:
-    """Adds a fraction of the parameters to the updates: ``u = g + weight_decay * p``.
+    """Adds a multiple of the parameters to the updates: ``u = g + weight_decay * p``.
 
-    Before an adaptive rescaling this is L2 regularisation; after it, and before the learning rate, it is the
+    Before an adaptive rescaling this is L2 regularization. Between the rescaling and the learning rate it is the
     decoupled weight decay of AdamW.
 
     Args:
-        weight_decay: A number, a tensor of shape [], or a schedule.
-        mask: Which parameters decay: a pytree of bools, or a predicate of path and leaf. All by default.
+        weight_decay: A float, a tensor of shape [], or a schedule.
+        mask: Which parameters decay: a pytree of bools, or a function ``(path, leaf) -> bool``. Defaults to all.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Skipping updates whose gradients are not finite."""
+"""Skipping of updates whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from fxtrain.optim._transform import GradientTransformation, refuse_unless_trans
 
 
 class ApplyIfFiniteState(NamedTuple):
-    """The memory of ``apply_if_finite``."""
+    """The state of ``apply_if_finite``."""
 
-    notfinite_count: Tensor  # int64 []: bad gradients in a row
-    total_notfinite: Tensor  # int64 []: bad gradients in all
-    inner_state: Any  # of the wrapped transformation
+    notfinite_count: Tensor  # int64 []: consecutive steps with non-finite gradients
+    total_notfinite: Tensor  # int64 []: all steps with non-finite gradients
+    inner_state: Any  # state of the wrapped transformation
 
 
 def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> GradientTransformation:
-    """``tx`` where every gradient is finite; elsewhere zeros, and its memory kept as it was.
+    """Applies ``tx`` only if all gradients are finite.
 
-    After more than ``max_consecutive`` bad gradients in a row they are let through: something is wrong that waiting
-    does not mend, and the run had better show it.
+    Otherwise the updates are zero, and the state of ``tx`` does not change. After more than ``max_consecutive`` skipped
+    steps in a row, non-finite gradients are passed to ``tx``, so that a persistent problem becomes visible.
 
     Args:
         tx: Any transformation.
-        max_consecutive: How many bad gradients in a row are skipped; 1 or more.
+        max_consecutive: How many consecutive steps to skip at most, at least 1.
 
     Raises:
-        ValueError: If ``max_consecutive`` is not a whole number above 0.
+        TypeError: If ``max_consecutive`` is not an int.
+        ValueError: If ``max_consecutive`` is below 1.
 
     Example:
         >>> from fxtrain import optim

@@ -1,7 +1,7 @@
-"""Freezing: which parameters move, and when."""
+"""Freezing of parameters during parts of a run."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from fxtrain.optim._masking import partition
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation, set_to_zero
 
 Phase = int | tuple[int, int] | None
-"""The step at which training begins; or that, and the step at which it ends; or None: never."""
+"""The first step of training, or ``(first, end)`` with ``end`` exclusive, or None to never train."""
 
 
 class ActiveWhenState(NamedTuple):
-    """The memory of ``active_when``."""
+    """The state of ``active_when``."""
 
-    count: Tensor  # int64 []: steps seen
-    inner_state: Any  # of the wrapped transformation
+    count: Tensor  # int64 []: steps so far
+    inner_state: Any  # state of the wrapped transformation
 
 
 def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -> GradientTransformation:
-    """``tx`` while ``holds(count)``; else zeros, and its memory kept as it was.
+    """Applies ``tx`` only while ``holds(count)`` is true.
+
+    Otherwise the updates are zero, and the state of ``tx`` does not change.
 
     Args:
         tx: Any transformation.
-        holds: From the number of steps before (int64 []) to a bool tensor [].
+        holds: A function from the number of earlier steps (int64 []) to a bool tensor of shape [].
 
     Example:
         >>> import torch
@@ -62,21 +64,22 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
 
 
 def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> GradientTransformation:
-    """``tx`` for each parameter in its own time: what is frozen gets zeros, and its memory waits.
+    """Trains each parameter with ``tx`` only during its phase.
 
-    Counts of updates, and with them schedules and bias corrections inside ``tx``, begin where the phase begins.
+    Outside of it the parameter gets updates of zero, and its optimizer state does not change. Update counts inside
+    ``tx``, and with them schedules and bias corrections, start when the phase starts.
 
-    It is one graph for all phases: the gradients of what is frozen are computed and thrown away.
-    ``fxtrain.with_trainable`` leaves them out of the graph, and makes a graph for each phase. What never trains takes
-    no memory here either.
+    All phases share one graph, so gradients of frozen parameters are computed and discarded.
+    ``fxtrain.with_trainable`` leaves them out of the graph, but retraces for each phase. Parameters that never train
+    have no optimizer state in either case.
 
     Args:
-        tx: Any transformation. What it does over all parameters at once, as clipping by a global norm, it does over
-            those of one phase here: put it before, ``chain(clip_by_global_norm(1.0), unfreeze(adamw(3e-4), ...))``.
-        phases: From patterns of a shell to phases; the first pattern that a parameter's name matches counts.
+        tx: Any transformation. Whole-tree operations, such as clipping by global norm, see only the parameters of one
+            pattern here. Put them first: ``chain(clip_by_global_norm(1.0), unfreeze(adamw(3e-4), ...))``.
+        phases: From shell-style patterns of parameter names to phases. The first matching pattern applies.
 
     Raises:
-        ValueError: If a phase is none, or, when it runs, if a parameter matches no pattern.
+        ValueError: If a phase is invalid. At ``init``, if a parameter matches no pattern.
 
     Example:
         >>> import torch
@@ -100,7 +103,7 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
             f"{path!r} matches none of {', '.join(map(repr, transforms))}: add a pattern, such as '*', with its phase."
         )
 
-    label = cast(Any, torch.compiler).assume_constant_result(matched)  # Dynamo cannot look into patterns
+    label = cast(Any, torch.compiler).assume_constant_result(matched)  # Dynamo cannot trace fnmatch
     return partition(transforms, lambda path, leaf: label(path))
 
 

@@ -1,7 +1,7 @@
-"""Hyper-parameters as part of the optimizer's memory, where a callback can change them."""
+"""Hyperparameters as part of the optimizer state, where callbacks can change them."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -19,40 +19,41 @@ from fxtrain.optim._transform import GradientTransformation
 
 
 class Scheduled(NamedTuple):
-    """A hyper-parameter that follows a schedule, and so cannot be set."""
+    """A hyperparameter that follows a schedule and therefore cannot be set."""
 
-    value: Tensor  # []: what the last update used
+    value: Tensor  # []: the value used by the last update
 
 
 class InjectHyperparamsState(NamedTuple):
-    """The memory of ``inject_hyperparams``."""
+    """The state of ``inject_hyperparams``."""
 
     count: Tensor  # int64 []: updates made
-    hyperparams: dict[str, Tensor | Scheduled]  # each [], in float32, or float64 if a parameter is
-    inner_state: Any  # of the transformation
+    hyperparams: dict[str, Tensor | Scheduled]  # each [], float32, or float64 if a parameter is
+    inner_state: Any  # state of the transformation
 
 
 def inject_hyperparams(
     factory: Callable[..., GradientTransformation], *, static: Iterable[str] = ("mask", "muon_mask", "labels")
 ) -> Callable[..., GradientTransformation]:
-    """``factory``, with the numbers it is called with kept in the memory instead of in the graph.
+    """Wraps ``factory`` so that its hyperparameters are part of the optimizer state instead of constants of the graph.
 
-    A number in the memory can be changed between steps, or inside of one, and costs no new graph: see
-    ``set_hyperparams``. What is not given keeps its default and takes no memory.
+    A hyperparameter in the state can be changed between steps, or inside one, without a retrace: see
+    ``set_hyperparams``. Arguments that are not passed keep their defaults and are not stored.
 
     Args:
-        factory: What makes the transformation, such as ``adamw``.
-        static: Names of arguments that are functions and no schedules.
+        factory: A function that returns a transformation, such as ``adamw``.
+        static: Names of arguments that are functions but not schedules.
 
     Returns:
-        A factory that takes the same arguments. Floats and tensors of shape [] go into the memory; a schedule is
-        evaluated at each update and its value shown there; everything else, whole numbers included, stays static.
+        A factory with the same arguments. Floats and tensors of shape [] become part of the state. Schedules are
+        evaluated at each update, and the state holds their last values. All other arguments, including ints, stay
+        static.
 
     Raises:
         TypeError: If ``factory`` does not take the arguments, or none of them can be injected.
-        ValueError: At ``init``, if a decay rate such as ``b2`` is so near 1 that float32, in which the hyper-parameters
-            of float32 parameters are kept, changes its distance from 1 by more than a thousandth: 0.999999 would be
-            0.99999899.
+        ValueError: At ``init``, if a decay rate such as ``b2`` is too close to 1 for float32, which holds the
+            hyperparameters of float32 parameters: its distance from 1 would change by more than a thousandth. For
+            example, 0.999999 would become 0.99999899.
 
     Example:
         >>> from fxtrain import optim
@@ -86,7 +87,7 @@ def inject_hyperparams(
                 "name at least one hyper-parameter, as in learning_rate=3e-4."
             )
 
-        # Its checks of the numbers: once they are tensors, nothing can be said of them.
+        # Runs the factory's checks of its arguments, because later calls pass tensors, whose values it cannot check.
         factory(**{**given, **{name: of(torch.tensor(0)) for name, of in schedules.items()}})
 
         def init(params: Any) -> InjectHyperparamsState:
@@ -114,16 +115,16 @@ def inject_hyperparams(
 
 
 def set_hyperparams(opt_state: Any, **values: Any) -> Any:
-    """The memory with other hyper-parameters, wherever ``inject_hyperparams`` keeps them. Pure.
+    """Returns the optimizer state with new values of hyperparameters from ``inject_hyperparams``.
 
     Args:
-        opt_state: The memory of any transformation, however wrapped.
-        values: By name: a number, a tensor of shape [], or a function from the present value to the new one.
-            A name that is kept in several places is set in all of them.
+        opt_state: The state of any transformation, with injected hyperparameters at any depth.
+        values: By name: a float, a tensor of shape [], or a function from the current value to the new one. A name
+            that occurs more than once is set everywhere.
 
     Raises:
-        ValueError: If a name is nowhere to be found, or follows a schedule. The message says which names there are.
-            Also if a decay rate is too near 1 for float32, see ``inject_hyperparams``.
+        ValueError: If a name does not exist or follows a schedule, or if a decay rate is too close to 1 for float32;
+            see ``inject_hyperparams``.
 
     Example:
         >>> from fxtrain import optim
@@ -150,9 +151,9 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
 
 
 def get_hyperparams(opt_state: Any) -> dict[str, Tensor]:
-    """The injected hyper-parameters by name, scheduled ones included.
+    """Returns the injected hyperparameters by name, including scheduled ones.
 
-    A name that is kept in several places is led by its path: ``"[0].learning_rate"``.
+    A name that occurs more than once is prefixed by its path: ``"[0].learning_rate"``.
     """
     found = [
         (path, name, value)
@@ -164,7 +165,7 @@ def get_hyperparams(opt_state: Any) -> dict[str, Tensor]:
 
 
 def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name, those gathered by ``**kwargs`` among them."""
+    """Returns the arguments by name, including those passed as ``**kwargs``."""
     given = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -175,10 +176,10 @@ def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _refuse_rounded(name: str, value: Any, dtype: torch.dtype) -> None:
-    """Refuses a decay rate whose distance from 1 the dtype cannot hold."""
+    """Raises if ``dtype`` cannot hold a decay rate's distance from 1."""
     if name not in _DECAY_RATES or dtype != torch.float32 or not isinstance(value, float) or not 0.5 < value < 1:
         return
-    kept = round(value * 2**24) / 2**24  # a multiple of the spacing of float32 below 1
+    kept = round(value * 2**24) / 2**24  # rounded to the spacing of float32 below 1
     if abs(kept - value) > _ROUNDING * (1 - value):
         raise ValueError(
             f"{name}={value!r}: expected a decay rate whose distance from 1 is kept in {dtype}, got one that becomes "
@@ -188,11 +189,11 @@ def _refuse_rounded(name: str, value: Any, dtype: torch.dtype) -> None:
 
 
 _DECAY_RATES = frozenset({"b1", "b2", "adam_b1", "adam_b2", "alpha", "beta", "decay", "momentum", "rho"})
-_ROUNDING = 1e-3  # the largest relative change of 1 - value
+_ROUNDING = 1e-3  # largest accepted relative change of 1 - value
 
 
 def _scalar(value: Any, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    # A tensor of the user's is cloned: no two leaves of a state share memory.
+    # The user's tensors are copied, because no two leaves of a state may share storage.
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype, copy=True)
     return torch.tensor(value, dtype=dtype, device=device)
@@ -225,6 +226,6 @@ def _set(node: Any, values: dict[str, Any]) -> Any:
 
 
 def _injected(node: Any, path: Path = ()) -> list[tuple[Path, InjectHyperparamsState]]:
-    """Each state of ``inject_hyperparams`` with its path, those inside of others too."""
+    """Returns each state of ``inject_hyperparams`` with its path, including nested ones."""
     here = [(path, node)] if isinstance(node, InjectHyperparamsState) else []
     return here + [found for key, child in children(node) or [] for found in _injected(child, (*path, key))]

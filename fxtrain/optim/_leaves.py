@@ -1,7 +1,7 @@
-"""Rules of one leaf, applied to whole trees.
+"""Applies update rules of single leaves to whole trees.
 
-A transformation is written as a rule: what happens to one update and to what is remembered of it. The rule sees
-tensors of float32 at least, whatever they are kept in, and its results are rounded once, to the dtypes that came.
+A transformation is written as a rule from one update and its state to the new update and state. A rule sees tensors in
+float32 or wider, regardless of the dtypes they are stored in, and its results are rounded once, to those dtypes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fxtrain import tree
 from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 
 Scalar = float | Tensor
-"""A number, or a tensor of shape []."""
+"""A float, or a tensor of shape []."""
 
 
 def map_updates(rule: Callable[[Tensor], Tensor], updates: Any) -> Any:
-    """The tree of ``rule(update)``."""
+    """Returns the tree of ``rule(update)``."""
     leaves, structure = tree.flatten(updates)
     return tree.unflatten(structure, _narrowed([rule(update) for update in _widened(leaves)], leaves))
 
 
 def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates: Any, params: Any) -> Any:
-    """The tree of ``rule(update, param)``.
+    """Returns the tree of ``rule(update, param)``.
 
     Raises:
-        ValueError: If there are no parameters, which ``name`` needs, or if the trees or the shapes of their leaves
-            differ. The message names the path.
+        ValueError: If ``params`` is None, or if the trees or the shapes of their leaves differ. The message names the
+            transformation ``name`` or the path.
     """
     if params is None:
         raise ValueError(f"{name} needs the parameters: call update(grads, opt_state, params).")
@@ -39,7 +39,7 @@ def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates
 
 
 def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Any, other_name: str, others: Any) -> Any:
-    """The tree of ``rule(value, other)``, in the dtypes of the values. The names are for the errors."""
+    """Returns the tree of ``rule(value, other)``, in the dtypes of ``values``. Errors use the names."""
     leaves, structure = tree.flatten(values)
     other_leaves = tree.leaves(others)
     _refuse_mismatch(name, values, leaves, other_name, others, other_leaves)
@@ -50,13 +50,14 @@ def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Any, ot
 def map_with_memory(
     rule: Callable[..., tuple[Tensor, ...]], updates: Any, *memory: Any, numbers: Sequence[Tensor] = ()
 ) -> tuple[Any, ...]:
-    """The trees of ``rule(update, *memory, *numbers) -> (update, *memory)``.
+    """Returns the trees of ``rule(update, *memory, *numbers) -> (update, *memory)``.
 
     Args:
-        rule: Of one update and of what is remembered of it: tensors of its shape, in float32 at least.
+        rule: A function of one update, its state and its scalars. Tensors are in float32 or wider.
         updates: Pytree of tensors.
-        memory: Pytrees like ``updates``, whose dtypes may differ.
-        numbers: Vectors with one number for each leaf, as ``PerParameter`` keeps; a rule sees its own, of shape [].
+        memory: State, as pytrees like ``updates``, whose dtypes may differ.
+        numbers: Vectors with one scalar per leaf, such as ``PerParameter.values``. A rule sees the scalars of its own
+            leaf, of shape [].
 
     Raises:
         ValueError: If the trees or the shapes of their leaves differ. The message names the path.
@@ -74,11 +75,11 @@ def map_with_memory(
 
 
 def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
-    """A tensor of zeros for each parameter: the memory of a first moment.
+    """Returns zeros like each parameter, the initial value of first moments.
 
     Args:
-        params: Pytree of floating or complex tensors.
-        dtype: What real leaves are kept in; by default in their own.
+        params: Pytree of floating-point or complex tensors.
+        dtype: Dtype of real leaves. Defaults to that of the parameter.
     """
 
     def zero(path: Path, leaf: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def clones(params: Any) -> Any:
-    """A copy of each parameter: the memory of other weights."""
+    """Returns a copy of each parameter."""
 
     def clone(path: Path, leaf: Tensor) -> Tensor:
         _refuse_undifferentiable(path, leaf)
@@ -99,10 +100,10 @@ def clones(params: Any) -> Any:
 
 
 def real_full(params: Any, value: Scalar = 0.0) -> Any:
-    """A real tensor of float32 at least, filled with ``value``, for each parameter: the memory of a second moment.
+    """Returns a real tensor filled with ``value`` for each parameter, the initial value of second moments.
 
-    Half precision would not do: a change of one part in a thousand is lost in bfloat16, and small squares are
-    zero in float16.
+    The dtype is float32 or wider, because half precision is not enough: in bfloat16 small relative changes are lost,
+    and in float16 small squares underflow.
     """
 
     def full(path: Path, leaf: Tensor) -> Tensor:
@@ -114,97 +115,97 @@ def real_full(params: Any, value: Scalar = 0.0) -> Any:
 
 
 def start_count(params: Any) -> Tensor:
-    """The number of updates made, before the first: int64 [], on the device of the parameters."""
+    """Returns the update count before the first update: int64 [], on the device of the parameters."""
     return torch.zeros((), dtype=torch.int64, device=device_of(params))
 
 
 def device_of(values: Any) -> torch.device | None:
-    """The device of the first tensor; None for an empty tree."""
+    """Returns the device of the first tensor, or None if there is none."""
     return next((leaf.device for leaf in tree.leaves(values) if isinstance(leaf, Tensor)), None)
 
 
 def wide(leaf: Tensor) -> Tensor:
-    """The leaf in float32, or complex64, at least."""
+    """Returns the leaf in float32 or complex64, or as it is if it is wider."""
     return leaf if leaf.dtype in _EXACT else leaf.to(torch.promote_types(leaf.dtype, torch.float32))
 
 
 def widest(values: Any) -> torch.dtype:
-    """The real dtype in which every leaf is exact: float32 or float64."""
+    """Returns the real dtype in which every leaf is exact: float32 or float64."""
     dtypes = {leaf.dtype for leaf in tree.leaves(values)}
     return torch.float64 if torch.float64 in dtypes or torch.complex128 in dtypes else torch.float32
 
 
 def squared(update: Tensor) -> Tensor:
-    """The squared absolute value, element by element: real."""
+    """Returns the elementwise squared absolute value, which is real."""
     if update.is_complex():
         return update.real.square() + update.imag.square()
     return update.square()
 
 
 def moving_average(value: Tensor, average: Tensor, decay: Scalar) -> Tensor:
-    """``decay * average + (1 - decay) * value``."""
+    """Returns ``decay * average + (1 - decay) * value``."""
     if isinstance(decay, Tensor) or value.dtype != average.dtype:
         return decay * average + (1 - decay) * value
-    return torch.lerp(average, value, 1 - decay)  # One operation in the place of three.
+    return torch.lerp(average, value, 1 - decay)  # one operation instead of three
 
 
 def mixed(value: Tensor, average: Tensor, share: Tensor) -> Tensor:
-    """``(1 - share) * average + share * value``, for a share too small to be told from ``1 - decay`` in float32."""
+    """Returns ``(1 - share) * average + share * value``, accurately even if ``1 - share`` rounds to 1."""
     return average + share * (value - average)
 
 
 def log_decay(decay: Scalar) -> Scalar:
-    """The logarithm of a decay rate; minus infinity for 0."""
+    """Returns the logarithm of a decay rate, or minus infinity for 0."""
     if isinstance(decay, Tensor):
         return decay.log()
     return math.log(decay) if decay > 0 else -math.inf
 
 
 def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - decay^count``, by which an average that began at zero is divided, element by element.
+    """Returns ``1 - decay^count``, elementwise: the divisor that corrects the bias of an average that starts at zero.
 
-    It is taken as ``-expm1(count log(decay))``: in float32 the difference itself loses five digits at first.
+    Computed as ``-expm1(count log(decay))``, because the direct difference loses precision in float32 at small counts.
     """
     return -torch.expm1(count.to(dtype) * log_decay(decay))
 
 
 def bias_corrections(decay: Scalar, count: Tensor, dtype: torch.dtype, nesterov: bool) -> list[Tensor]:
-    """The correction at this count and, for Nesterov's momentum, at the next: what ``debiased`` takes."""
+    """Returns the corrections for ``debiased``: at this count and, for Nesterov momentum, at the next."""
     counts = (count, count + 1) if nesterov else (count,)
     return [bias_correction(decay, number, dtype) for number in counts]
 
 
 def debiased(update: Tensor, average: Tensor, decay: Scalar, correction: Tensor, ahead: Tensor | None = None) -> Tensor:
-    """The average, which includes the update, without the bias of its start; with ``ahead``, one step further."""
+    """Returns the bias-corrected average, which already includes the update. ``ahead`` selects Nesterov momentum."""
     if ahead is None:
         return average / correction
     return moving_average(update / correction, average / ahead, decay)
 
 
 def at_least(value: Tensor, bound: Scalar) -> Tensor:
-    """The larger of the two, element by element."""
+    """Returns the elementwise maximum."""
     limit: Any = bound
     return value.clamp(min=limit)
 
 
 def at_most(value: Tensor, bound: Scalar) -> Tensor:
-    """The smaller of the two, element by element."""
+    """Returns the elementwise minimum."""
     limit: Any = bound
     return value.clamp(max=limit)
 
 
 def root_mean_square(leaf: Tensor) -> Tensor:
-    """The root of the mean squared absolute value: []. Zero for a tensor without elements."""
+    """Returns the root mean square of the absolute values: []. Zero for a tensor without elements."""
     return (squared(leaf).sum() / max(leaf.numel(), 1)).sqrt()
 
 
 def norm(leaf: Tensor) -> Tensor:
-    """The root of the sum of squared absolute values: []."""
+    """Returns the root of the sum of squared absolute values: []."""
     return squared(leaf).sum().sqrt()
 
 
 def refuse_paths(name: str, paths: list[Path], other_name: str, other_paths: list[Path]) -> None:
-    """Raises the error of two trees whose leaves are not at the same paths."""
+    """Raises the error for two trees whose leaves have different paths."""
     where = [f"{as_code(path)} is in {name} and not in {other_name}" for path in paths if path not in other_paths][:1]
     where += [f"{as_code(path)} is in {other_name} and not in {name}" for path in other_paths if path not in paths][:1]
     raise ValueError(f"{' and '.join(where)}: both must have the structure of the parameters given to init.")
@@ -213,7 +214,7 @@ def refuse_paths(name: str, paths: list[Path], other_name: str, other_paths: lis
 def _refuse_mismatch(
     name: str, values: Any, leaves: list[Tensor], other_name: str, others: Any, other_leaves: list[Tensor]
 ) -> None:
-    """Refuses trees whose leaves differ in path or shape. What stands in the place of a left-out one may differ."""
+    """Raises if the leaves of two trees differ in path or shape. Placeholders of masked leaves may differ."""
     paths, other_paths = leaf_paths(values), leaf_paths(others)
     if paths != other_paths:
         refuse_paths(name, paths, other_name, other_paths)
@@ -236,7 +237,7 @@ def _refuse_undifferentiable(path: Path, leaf: Any) -> None:
 
 def _remember(make: Callable[[Path, Any], Tensor], node: Any, path: Path = ()) -> Any:
     if node is None:
-        # A frozen parameter may be None, which torch's own pytrees, and so vmap, take for a leaf.
+        # A frozen parameter may be None, which torch's pytrees, and therefore vmap, treat as a leaf.
         return MaskedNode()
     inner = children(node)
     if inner is None:
@@ -249,12 +250,12 @@ def _widened(leaves: list[Tensor]) -> list[Tensor]:
 
 
 def _narrowed(values: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    # A cast that changes nothing would still be a node of the graph.
+    # A cast to the same dtype would still add a node to the graph.
     return [v if v.dtype == was.dtype else v.to(was.dtype) for v, was in zip(values, like, strict=True)]
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
-    # Not `dtype.to_real()`, which the tracer does not know.
+    # Dynamo cannot trace `dtype.to_real()`.
     return _PARTS.get(dtype, dtype)
 
 

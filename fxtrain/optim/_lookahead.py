@@ -1,7 +1,7 @@
-"""Lookahead: slow weights that go a part of the way that fast ones have gone."""
+"""Lookahead: slow weights that periodically move a part of the way to the fast weights."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from fxtrain.optim._transform import GradientTransformation, refuse_unless_trans
 
 
 class LookaheadState(NamedTuple):
-    """The memory of ``lookahead``."""
+    """The state of ``lookahead``."""
 
     count: Tensor  # int64 []: updates made
     slow: Any  # like the parameters: the slow weights
-    inner_state: Any  # of the wrapped transformation
-    AGES = ()  # slow weights begin as the parameters, at any count
+    inner_state: Any  # state of the wrapped transformation
+    # ``with_trainable`` may add parameters at any count, because slow weights start as copies of the parameters.
+    AGES = ()
 
 
 def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar = 0.5) -> GradientTransformation:
-    """``tx`` moves fast weights; every ``period`` steps slow weights follow, and the fast ones go on from there.
+    """Moves fast weights by ``tx``, and pulls slow weights toward them every ``period`` steps.
 
         slow = slow + slow_rate (fast - slow),   fast = slow        every ``period`` steps
 
-    The parameters are the fast weights: where a period ends, the slow ones. It is the outermost transformation.
+    The parameters are the fast weights. At the end of each period they are reset to the slow weights. Use it as the
+    outermost transformation.
 
     Args:
         tx: Any transformation.
-        period: Steps, 1 or more.
-        slow_rate: Above 0, up to 1.
+        period: Steps between synchronizations, at least 1.
+        slow_rate: The fraction of the way that slow weights move, in (0, 1].
 
     Raises:
-        ValueError: If an argument is out of its range, or, when it runs, if there are no parameters.
+        TypeError: If ``period`` is not an int.
+        ValueError: If an argument is out of range. At ``update``, if no parameters are passed.
 
     Example:
         >>> from fxtrain import optim

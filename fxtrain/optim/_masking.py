@@ -1,4 +1,4 @@
-"""Which leaves a transformation sees: all that a mask holds true, or those of one label."""
+"""Restricts transformations to some of the leaves, selected by a mask or by labels."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from fxtrain.optim._nodes import MaskedNode, as_code, as_name, leaf_paths
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
 Mask = Any | Callable[[str, Tensor], bool]
-"""A pytree of bools, or a function of a leaf's path and the leaf.
+"""A pytree of bools, or a function ``(path, leaf) -> bool``.
 
-The path is the keys and indices that lead to the leaf, joined by dots: for the parameters of a module, the
-parameter's name. The answer must depend on the path, the shape and the dtype alone, since it is part of the graph.
+The path consists of the keys and indices that lead to the leaf, joined by dots. For the parameters of a module it is
+the parameter's name. The result must depend only on the path, the shape and the dtype, because it is part of the graph.
 """
 
 Labels = Any | Callable[[str, Tensor], str]
-"""A pytree of labels, or a function of a leaf's path and the leaf, as for ``Mask``."""
+"""A pytree of labels, or a function ``(path, leaf) -> label``, with paths as in ``Mask``."""
 
 
 class MaskedState(NamedTuple):
-    """The memory of a masked transformation."""
+    """The state of ``masked``."""
 
-    inner_state: Any  # of the parameters under the mask
+    inner_state: Any  # state of the wrapped transformation, for the selected parameters
 
 
 class PartitionState(NamedTuple):
-    """The memory of a partition."""
+    """The state of ``partition``."""
 
-    inner_states: dict[str, Any]  # from labels to memories
+    inner_states: dict[str, Any]  # from labels to the states of their transformations
 
 
 def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
-    """``tx`` for the leaves where the mask is true; the updates of the others pass unchanged.
+    """Applies ``tx`` only to leaves where the mask is true. Other updates pass through unchanged.
 
-    What is left out takes no memory. To freeze it as well, see ``partition`` with ``set_to_zero``.
+    Leaves that are not selected have no optimizer state. To freeze them as well, use ``partition`` with
+    ``set_to_zero``.
 
     Args:
         tx: Any transformation.
-        mask: A pytree of bools like the parameters, or a predicate ``(path, leaf) -> bool``.
+        mask: A pytree of bools like the parameters, or a function ``(path, leaf) -> bool``.
 
     Raises:
-        ValueError: When it runs, if the mask is a tree of another structure, or holds anything but bools.
+        ValueError: At ``init`` or ``update``, if the mask lacks a leaf or has a value that is not a bool.
 
     Example:
         >>> import torch
@@ -70,14 +71,15 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
 
 
 def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) -> GradientTransformation:
-    """A transformation for each label: each leaf is seen by the one that its label names, and by no other.
+    """Applies to each leaf the transformation selected by its label.
 
     Args:
         transforms: From labels to transformations.
         labels: A pytree of labels like the parameters, or a function ``(path, leaf) -> label``.
 
     Raises:
-        ValueError: When it runs, if a leaf's label names no transformation. The message names the leaf.
+        ValueError: At ``init`` or ``update``, if a leaf has no label, or one that is not in ``transforms``. The
+            message names the leaf.
 
     Example:
         >>> import torch
@@ -130,7 +132,7 @@ def _selected(mask: Mask, values: Any) -> list[bool]:
 
 
 def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
-    """What a tree, or a function of path and leaf, says of each leaf of ``values``."""
+    """Returns the mask value or label of each leaf of ``values``."""
     paths = leaf_paths(values)
     if callable(of):
         return [of(as_name(path), leaf) for path, leaf in zip(paths, tree.leaves(values), strict=True)]
@@ -141,7 +143,7 @@ def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
                 f"The tree of {name} has nothing at params{as_code(path)}: a tree like the parameters is wanted, or a "
                 "function (path, leaf)."
             )
-    # It may hold more: inside of another mask, only a part of the parameters is seen.
+    # The tree may have more leaves, because inside another mask only some of the parameters are visible.
     return [by_path[path] for path in paths]
 
 
@@ -153,7 +155,7 @@ def _where(chosen: list[bool], values: Any) -> Any:
 
 
 def _merged(values: Any, parts: list[tuple[list[bool], Any]]) -> Any:
-    """``values`` with the chosen leaves replaced by those of the parts."""
+    """Returns ``values`` with the selected leaves replaced by those of the parts."""
     leaves, structure = tree.flatten(values)
     for chosen, part in parts:
         replaced = iter(tree.leaves(part))

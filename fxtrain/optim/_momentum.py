@@ -1,7 +1,7 @@
-"""Momentum: sums and averages of past updates; SGD and Lion."""
+"""Momentum: decaying sums and averages of updates. SGD and Lion."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class TraceState(NamedTuple):
-    """The memory of ``trace``."""
+    """The state of ``trace``."""
 
     trace: Any  # like the parameters
 
 
 class DampenedTraceState(NamedTuple):
-    """The memory of a dampened ``trace``."""
+    """The state of ``trace`` with dampening."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     trace: Any  # like the parameters
 
 
 class EmaState(NamedTuple):
-    """The memory of ``ema``."""
+    """The state of ``ema``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     ema: Any  # like the parameters
 
 
 class ScaleByLionState(NamedTuple):
-    """The memory of Lion."""
+    """The state of ``scale_by_lion``."""
 
     mu: Any  # like the parameters
 
@@ -60,16 +60,19 @@ def trace(
     dampening: Scalar | None = None,
     accumulator_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """A decaying sum of updates: heavy-ball momentum.
+    """Replaces updates by a decaying sum of updates: heavy-ball momentum.
 
         t = decay t + (1 - dampening) g,    u = t,    or with Nesterov u = g + decay t
 
     Args:
-        decay: What is left of the sum at each step; below 1, if it is to stay bounded.
-        nesterov: Whether to look one step ahead.
-        dampening: Of all updates but the first, as ``torch.optim.SGD`` has it; it takes a count to know
-            the first, and none by default.
-        accumulator_dtype: What the sum is kept in; by default the parameters' dtype.
+        decay: Factor of the sum at each step. The sum stays bounded if this is below 1.
+        nesterov: Whether to use Nesterov momentum.
+        dampening: Dampening of all updates except the first, as in ``torch.optim.SGD``. It adds update counts to the
+            state. None disables it.
+        accumulator_dtype: Dtype of the sum. Defaults to the parameters' dtype.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``nesterov`` is combined with ``dampening``.
 
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
@@ -116,14 +119,14 @@ def _dampened_trace(
 
 
 def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> GradientTransformation:
-    """An exponential moving average of updates.
+    """Replaces updates by their exponential moving average.
 
         m = decay m + (1 - decay) g,    u = m / (1 - decay^t), or u = m without the correction
 
     Args:
-        decay: In [0, 1).
-        debias: Whether to correct for the start at zero.
-        accumulator_dtype: What the average is kept in; by default the parameters' dtype.
+        decay: Decay rate, in [0, 1).
+        debias: Whether to correct the bias of the start at zero.
+        accumulator_dtype: Dtype of the average. Defaults to the parameters' dtype.
     """
     checks.decay_rate(decay=decay)
 
@@ -147,7 +150,13 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
 def scale_by_lion(
     *, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: torch.dtype | None = None
 ) -> GradientTransformation:
-    """The sign of an average of update and momentum; see ``lion``."""
+    """Replaces updates by the sign of an average of update and momentum; see ``lion``.
+
+    Args:
+        b1: Weight of the momentum in that average, in [0, 1).
+        b2: Decay rate of the momentum, in [0, 1).
+        mu_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
+    """
     checks.decay_rate(b1=b1, b2=b2)
 
     def rule(update: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,14 +183,14 @@ def sgd(
     """Stochastic gradient descent: ``p = p - learning_rate * trace(g)``.
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        momentum: The decay of ``trace``; None for no momentum and no memory.
-        nesterov: Whether to look one step ahead.
-        dampening: Of the momentum, as ``torch.optim.SGD`` has it.
-        accumulator_dtype: What the momentum is kept in.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        momentum: ``decay`` of ``trace``. None disables momentum.
+        nesterov: Whether to use Nesterov momentum.
+        dampening: Dampening of the momentum, as in ``torch.optim.SGD``.
+        accumulator_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
 
     Raises:
-        ValueError: If a hyper-parameter is out of its range, or only makes sense with momentum and there is none.
+        ValueError: If a hyperparameter is out of range, or ``nesterov`` or ``dampening`` is set without ``momentum``.
 
     Example:
         >>> from fxtrain import optim
@@ -213,16 +222,17 @@ def lion(
     weight_decay: ScalarOrSchedule = 1e-3,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Lion: steps of one size, in the direction of the sign of the momentum.
+    """Lion: steps of constant size, in the direction of the sign of the momentum.
 
-        u = sign(b1 m + (1 - b1) g) + weight_decay p,    m = b2 m + (1 - b2) g
+        u = -lr (sign(b1 m + (1 - b1) g) + weight_decay p),    m = b2 m + (1 - b2) g
 
     Args:
-        learning_rate: Three to ten times smaller than AdamW's, with a weight decay as much larger.
-        b1: How much of the direction is momentum.
-        b2: How slowly the momentum forgets.
-        mu_dtype: What the momentum is kept in; by default the parameters' dtype.
-        weight_decay: Decoupled, times the learning rate.
+        learning_rate: A float, a tensor of shape [], or a schedule. Use a value 3 to 10 times smaller than for AdamW,
+            and a weight decay larger by the same factor.
+        b1: Weight of the momentum in the direction, in [0, 1).
+        b2: Decay rate of the momentum, in [0, 1).
+        mu_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
+        weight_decay: Coefficient of decoupled weight decay, multiplied by the learning rate.
         mask: Which parameters decay; see ``add_decayed_weights``.
 
     Example:

@@ -1,7 +1,7 @@
-"""Muon: momentum whose singular values are all set to one."""
+"""Muon: momentum with its singular values brought close to one."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain, stateless
 
 Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]
-"""Of the quintic polynomial: for all steps, or for each step in turn."""
+"""Coefficients (a, b, c) of the quintic polynomial: one triple for all steps, or one triple per step."""
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Those of Keller Jordan, steepest at zero: five steps bring singular values to between 0.7 and 1.2, not to one."""
+"""Keller Jordan's coefficients, with a steep slope at zero. Five steps bring singular values into [0.7, 1.2]."""
 
 
 class ScaleByMuonState(NamedTuple):
-    """The memory of Muon."""
+    """The state of ``scale_by_muon``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    mu: Any  # like the parameters: first moment
+    mu: Any  # like the parameters: momentum
 
 
 def orthogonalize(
@@ -55,16 +55,17 @@ def orthogonalize(
     eps: Scalar = 1e-8,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The matrix with its singular values near one, by a Newton-Schulz iteration.
+    """Returns the matrix with its singular values close to one, by a Newton-Schulz iteration.
 
         X = X / (|X| + eps),    then at each step    X = a X + (b A + c A^2) X,    A = X X^T
 
     Args:
         matrix: [rows, columns].
-        coefficients: a, b and c.
-        steps: How many; with coefficients for each step, their number counts instead.
+        coefficients: One triple (a, b, c) for all steps, or one triple per step.
+        steps: The number of steps. Ignored if there is one triple per step.
         eps: Added to the Frobenius norm.
-        dtype: Of the products; by default float32 at least. bfloat16 is faster on an accelerator, and exact enough.
+        dtype: Dtype of the matmuls. Defaults to float32, or the matrix's dtype if that is wider. bfloat16 is precise
+            enough, and faster on accelerators.
 
     Returns:
         [rows, columns], in ``dtype``.
@@ -100,21 +101,21 @@ def scale_by_muon(
     nesterov: bool = True,
     bias_correction: bool = True,
 ) -> GradientTransformation:
-    """The orthogonalised momentum of matrices; see ``muon``.
+    """Replaces matrices by their orthogonalized momentum; see ``muon``.
 
     Args:
-        ns_coeffs: Of ``orthogonalize``.
-        ns_steps: Of ``orthogonalize``.
-        ns_dtype: Of ``orthogonalize``.
-        beta: Decay of the momentum.
+        ns_coeffs: ``coefficients`` of ``orthogonalize``.
+        ns_steps: ``steps`` of ``orthogonalize``.
+        ns_dtype: ``dtype`` of ``orthogonalize``.
+        beta: Decay rate of the momentum, in [0, 1).
         eps: Added to the norm of the momentum.
-        mu_dtype: What the momentum is kept in.
-        nesterov: Whether the momentum looks one step ahead.
-        bias_correction: Whether the momentum is corrected for its start, as in optax, or not, as in torch. It
-            matters for the mixture that Nesterov's momentum is, and for nothing else.
+        mu_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
+        nesterov: Whether to use Nesterov momentum.
+        bias_correction: Whether to correct the bias of the momentum, as in optax, or not, as in torch. It only matters
+            with ``nesterov``, because the scale of the momentum cancels otherwise.
 
     Raises:
-        ValueError: At ``init``, if a parameter is no matrix. The message names it.
+        ValueError: At ``init``, if a parameter is not a matrix. The message names it.
     """
     checks.decay_rate(beta=beta)
     checks.non_negative(eps=eps)
@@ -150,7 +151,7 @@ def scale_by_muon(
 
 
 def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformation:
-    """Matrices times a factor of their shape, so that one learning rate suits all widths.
+    """Scales matrices by a factor of their shape, so that one learning rate suits all widths.
 
         sqrt(max(1, rows / columns)),    or with ``consistent_rms``    consistent_rms sqrt(max(rows, columns))
 
@@ -188,31 +189,32 @@ def muon(
     adam_eps_root: Scalar = 0.0,
     adam_weight_decay: ScalarOrSchedule = 0.0,
 ) -> GradientTransformation:
-    """Muon for the matrices, and AdamW for everything else.
+    """Muon for matrices, and AdamW for all other parameters.
 
         m = beta m + (1 - beta) g,    u = -lr (shape orthogonalize(m) + weight_decay p)
 
-    Embeddings and the last layer are matrices too, and are better left to AdamW: say so with ``muon_mask``.
+    Embeddings and the output layer are matrices too, but usually train better with AdamW: exclude them by
+    ``muon_mask``.
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        ns_coeffs: Of ``orthogonalize``.
-        ns_steps: Of ``orthogonalize``.
-        ns_dtype: Of ``orthogonalize``.
-        beta: Decay of the momentum, in [0, 1).
-        eps: Added to the norm of the momentum, and to the root in AdamW.
-        weight_decay: Decoupled, of the matrices.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        ns_coeffs: ``coefficients`` of ``orthogonalize``.
+        ns_steps: ``steps`` of ``orthogonalize``.
+        ns_dtype: ``dtype`` of ``orthogonalize``.
+        beta: Decay rate of the momentum, in [0, 1).
+        eps: Added to the norm of the momentum, and to the denominator of AdamW.
+        weight_decay: Coefficient of decoupled weight decay of the matrices.
         mask: Which of the matrices decay; see ``add_decayed_weights``.
-        mu_dtype: What the momenta are kept in; by default the parameters' dtype.
-        nesterov: Whether the momenta look one step ahead.
-        consistent_rms: See ``scale_by_shape``; with 0.2 the updates are of the size of AdamW's, and so can be
-            learning rate and weight decay.
-        muon_mask: Which parameters get Muon: all with two dimensions, by default.
-        adam_learning_rate: Of AdamW; by default the same.
-        adam_b1: Of AdamW.
-        adam_b2: Of AdamW.
-        adam_eps_root: Of AdamW.
-        adam_weight_decay: Of AdamW.
+        mu_dtype: Dtype of the momentum in both. Defaults to the parameters' dtype.
+        nesterov: Whether to use Nesterov momentum in both.
+        consistent_rms: See ``scale_by_shape``. With 0.2, updates are as large as AdamW's, so its learning rate and
+            weight decay can be reused.
+        muon_mask: Which parameters use Muon. Defaults to all with two dimensions.
+        adam_learning_rate: Learning rate of AdamW. Defaults to ``learning_rate``.
+        adam_b1: ``b1`` of AdamW.
+        adam_b2: ``b2`` of AdamW.
+        adam_eps_root: ``eps_root`` of AdamW.
+        adam_weight_decay: ``weight_decay`` of AdamW.
 
     Example:
         >>> tx = muon(0.02, muon_mask=lambda path, leaf: leaf.ndim == 2 and path != "embedding.weight")

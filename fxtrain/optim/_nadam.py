@@ -1,7 +1,7 @@
-"""NAdam: Adam whose first moment looks one step ahead."""
+"""NAdam: Adam with Nesterov momentum."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class ScaleByNadamState(NamedTuple):
-    """The memory of NAdam with a momentum schedule."""
+    """The state of ``scale_by_nadam``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    momentum_product: PerParameter  # float32 [parameters], or float64: the product of all momenta so far
+    momentum_product: PerParameter  # float32 or float64 [parameters]: product of the momentum schedule so far
     mu: Any  # like the parameters: first moment
     nu: Any  # like the parameters, real, float32 at least: second moment
 
@@ -45,18 +45,18 @@ def scale_by_nadam(
     momentum_decay: Scalar = 4e-3,
     mu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """NAdam with the momentum schedule of the paper, as in ``torch.optim.NAdam``.
+    """Scales updates by NAdam with the momentum schedule of the paper, as in ``torch.optim.NAdam``.
 
         b(t) = b1 (1 - 1/2 0.96^(t momentum_decay)),    B(t) = b(1) ... b(t)
         m' = b(t+1) m / (1 - B(t+1)) + (1 - b(t)) g / (1 - B(t))
         u = m' / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
-        b1: Decay of the first moment, and what the momentum rises to.
-        b2: Decay of the second moment.
-        eps: Added to the root.
-        momentum_decay: How fast the momentum rises.
-        mu_dtype: What the first moment is kept in.
+        b1: Decay rate of the first moment, and the limit of the momentum schedule, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        momentum_decay: How fast the momentum schedule rises to ``b1``.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
 
     References:
         Dozat, Incorporating Nesterov Momentum into Adam, 2016.
@@ -69,7 +69,7 @@ def scale_by_nadam(
         return ScaleByNadamState(start_counts(params), product, zeros(params, dtype=mu_dtype), real_full(params))
 
     def momentum(count: Tensor, dtype: torch.dtype) -> Tensor:
-        # 1 - 0.5 * 0.96^(decay count), by the function that a compiled step computes to the bit in every loop.
+        # 1 - 0.5 * 0.96^(decay count), by expm1, which is bitwise the same in every loop of a compiled step.
         return b1 * (0.5 - 0.5 * torch.expm1(count.to(dtype) * math.log(0.96) * momentum_decay))
 
     def update(updates: Any, opt_state: ScaleByNadamState, params: Any = None) -> tuple[Any, ScaleByNadamState]:
@@ -105,18 +105,18 @@ def nadam(
     momentum_decay: Scalar | None = None,
     mu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """Adam with Nesterov's momentum.
+    """Adam with Nesterov momentum.
 
         m' = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t),    u = -lr m' / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        b1: Decay of the first moment, in [0, 1).
-        b2: Decay of the second moment, in [0, 1).
-        eps: Added to the root.
-        momentum_decay: None, as in optax, for a constant momentum; a number (``torch.optim.NAdam`` has 4e-3) for
-            the paper's schedule, see ``scale_by_nadam``.
-        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        momentum_decay: None keeps the momentum constant, as in optax. A float selects the paper's schedule; see
+            ``scale_by_nadam``. ``torch.optim.NAdam`` has 4e-3.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
 
     Example:
         >>> tx = nadam(0.1)

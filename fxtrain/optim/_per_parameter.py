@@ -1,4 +1,4 @@
-"""Numbers kept for each parameter, such as its count of updates, in one vector for the whole tree."""
+"""Scalars per parameter, such as update counts, in one vector for the whole tree."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerParameter:
-    """One number for each parameter: a pytree node with one vector for its leaf.
+    """One scalar for each parameter: a pytree node whose only leaf is a vector.
 
-    Optimizers that correct averages for their start count updates for each parameter, as ``torch.optim`` does: a
-    parameter that is unfrozen later, or that only some steps use, starts at 0 whatever the others' counts are.
-    Schedules count the updates of the whole optimizer. One vector takes one kernel of a compiled step and one leaf of
-    the state, where a 0-d tensor for each parameter would take hundreds.
+    Optimizers with bias correction count updates per parameter, as ``torch.optim`` does: a parameter that is unfrozen
+    later, or that only some steps use, starts at 0 regardless of the other counts. Schedules count the updates of the
+    whole optimizer. One vector needs one kernel of a compiled step and one leaf of the state, while a 0-d tensor per
+    parameter would need hundreds of both.
 
     Args:
         values: [parameters], in the order of the leaves.
@@ -40,25 +40,25 @@ class PerParameter:
         return PerParameter(self.values + number, self.paths)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The number of the parameter of this name: []."""
+        """Returns the scalar of the parameter with this name: []."""
         names = [as_name(path) for path in self.paths]
         if name not in names:
             raise KeyError(f"expected the name of a parameter, got {name!r}. There are {', '.join(names)}.")
         return self.values[names.index(name)]
 
     def replace(self, values: Tensor) -> PerParameter:
-        """Other numbers for the same parameters."""
+        """Returns other values for the same parameters."""
         return PerParameter(values, self.paths)
 
     def of(self, paths: Sequence[Path]) -> PerParameter:
-        """The numbers of some of the parameters. Each path must be among ``self.paths``."""
+        """Returns the scalars of some of the parameters. Each path must be in ``self.paths``."""
         chosen = tuple(paths)
         if chosen == self.paths:
             return self
         return PerParameter(_stacked(dict(zip(self.paths, self.values.unbind(), strict=True)), chosen, self), chosen)
 
     def updated(self, other: PerParameter) -> PerParameter:
-        """The numbers of ``other`` for its parameters, and those of ``self`` for the rest."""
+        """Returns the scalars of ``other`` for its parameters, and those of ``self`` for the rest."""
         if other.paths == self.paths:
             return other
         own = dict(zip(self.paths, self.values.unbind(), strict=True))
@@ -67,12 +67,12 @@ class PerParameter:
 
 
 def per_parameter(params: Any, value: float | Tensor = 0, *, dtype: torch.dtype = torch.int64) -> PerParameter:
-    """The same number for each leaf of ``params``.
+    """Returns the same scalar for each leaf of ``params``.
 
     Args:
         params: Pytree of tensors.
         value: A number, or a tensor of shape [].
-        dtype: Of the vector.
+        dtype: Dtype of the vector.
     """
     paths = tuple(leaf_paths(params))
     device = next((leaf.device for leaf in tree.leaves(params) if isinstance(leaf, Tensor)), None)
@@ -81,17 +81,17 @@ def per_parameter(params: Any, value: float | Tensor = 0, *, dtype: torch.dtype 
 
 
 def start_counts(params: Any) -> PerParameter:
-    """The number of updates of each parameter, before the first: int64 [parameters]."""
+    """Returns the update count of each parameter before the first update: int64 [parameters]."""
     return per_parameter(params)
 
 
 def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any) -> Any:
-    """``values`` for the chosen parameters, and ``others`` for the rest.
+    """Returns ``values`` for the chosen parameters, and ``others`` for the rest.
 
     Args:
         chosen: Bools [parameters].
-        otherwise: Bool []: the choice for leaves that belong to no parameter.
-        values: A pytree like the parameters, or an optimizer state with such trees in it.
+        otherwise: Bool []: the condition for leaves that belong to no parameter.
+        values: A pytree like the parameters, or an optimizer state that contains such trees.
         others: A pytree like ``values``.
 
     Example:
@@ -121,7 +121,7 @@ def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any
 
 
 def _is_like(flags: Mapping[Path, Tensor], node: Any) -> bool:
-    """Whether a node of an optimizer state is a tree of parameters or of some of them."""
+    """Returns whether a node of an optimizer state is a tree of all or some of the parameters."""
     if isinstance(node, Tensor):
         return () in flags and (node.is_floating_point() or node.is_complex())
     if hasattr(node, "_fields"):
@@ -131,7 +131,7 @@ def _is_like(flags: Mapping[Path, Tensor], node: Any) -> bool:
 
 
 def _stacked(numbers: dict[Path, Tensor], paths: tuple[Path, ...], like: PerParameter) -> Tensor:
-    # Not indexed by a list of positions, which would be a constant that a graph cannot close over.
+    # Indexing by a list of positions would add a tensor constant, which a graph cannot close over.
     return torch.stack([numbers[path] for path in paths]) if paths else like.values[:0]
 
 

@@ -1,4 +1,4 @@
-"""RAdam: Adam that waits until the variance of its second moment is known."""
+"""RAdam: Adam that adapts its steps only once the variance of the second moment is tractable."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def scale_by_radam(
     mu_dtype: torch.dtype | None = None,
     correct_eps: bool = False,
 ) -> GradientTransformation:
-    """Adam's direction times its rectification, or the first moment alone while there is none; see ``radam``.
+    """Scales updates by rectified Adam, or by the first moment alone in the first steps; see ``radam``.
 
     Args:
-        b1: Decay of the first moment.
-        b2: Decay of the second moment.
-        eps: Added to the root.
-        eps_root: Added under the root.
-        threshold: The length of the average below which there is no rectification.
-        mu_dtype: What the first moment is kept in.
-        correct_eps: Whether the second moment is corrected for its start after ``eps`` is added to its root, as in
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root.
+        threshold: The length rho(t) of the average of squares below which the first moment alone is used.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
+        correct_eps: Whether to correct the bias of the second moment after adding ``eps`` to its root, as in
             ``torch.optim.RAdam``, or before, as in optax.
     """
     checks.decay_rate(b1=b1, b2=b2)
@@ -58,12 +58,12 @@ def scale_by_radam(
         count = opt_state.count + 1
         dtype = widest(updates)
         first, second = (bias_correction(decay, count.values, dtype) for decay in (b1, b2))
-        # A small difference of two large numbers, which float32 would not hold.
+        # A small difference of two large values, which needs more precision than float32.
         wide = wide_dtype(count.values.device)
         unbiased = bias_correction(b2, count.values, wide)
         length = longest - 2 * count.values.to(wide) * (1 - unbiased) / unbiased
         rectified = length >= threshold
-        # Where it is not used, the square root is of a number that is not negative.
+        # Avoids the square root of a negative value where the factor is not used.
         safe = torch.where(rectified, length, longest)
         factor = ((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe)).sqrt().to(dtype)
 
@@ -101,20 +101,20 @@ def radam(
     mu_dtype: torch.dtype | None = None,
     correct_eps: bool = False,
 ) -> GradientTransformation:
-    """Rectified Adam: Adam with a warmup of its own, as long as its second moment is an average of few squares.
+    """Rectified Adam: Adam with a built-in warmup while its second moment averages only a few squares.
 
         rho(t) = rho - 2 t b2^t / (1 - b2^t),    rho = 2 / (1 - b2) - 1
         u = -lr r m' / (sqrt(v' + eps_root) + eps)    where rho(t) >= threshold, and u = -lr m' elsewhere
         r^2 = (rho(t) - 4) (rho(t) - 2) rho / ((rho - 4) (rho - 2) rho(t))
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        b1: Decay of the first moment, in [0, 1).
-        b2: Decay of the second moment, in [0, 1).
-        eps: Added to the root.
-        eps_root: Added under the root.
-        threshold: The length of the average below which there is no rectification.
-        mu_dtype: What the first moment is kept in; by default the parameters' dtype.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the denominator, outside the square root.
+        eps_root: Added inside the square root.
+        threshold: The length rho(t) of the average of squares below which the first moment alone is used.
+        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
         correct_eps: False as in optax, True as in torch; see ``scale_by_radam``.
 
     Example:

@@ -1,7 +1,7 @@
-"""RMSProp: scaling by the root of a moving average of squares."""
+"""RMSProp: updates divided by the root of a moving average of their squares."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class ScaleByRmsState(NamedTuple):
-    """The memory of ``scale_by_rms``."""
+    """The state of ``scale_by_rms``."""
 
     nu: Any  # like the parameters, real, float32 at least: average of squares
 
 
 class ScaleByRmsWithCountState(NamedTuple):
-    """The memory of ``scale_by_rms`` with bias correction."""
+    """The state of ``scale_by_rms`` with bias correction."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     nu: Any  # like the parameters, real, float32 at least: average of squares
 
 
 class ScaleByStddevState(NamedTuple):
-    """The memory of ``scale_by_stddev``."""
+    """The state of ``scale_by_stddev``."""
 
     mu: Any  # like the parameters: average
     nu: Any  # like the parameters, real, float32 at least: average of squares
 
 
 class ScaleByStddevWithCountState(NamedTuple):
-    """The memory of ``scale_by_stddev`` with bias correction."""
+    """The state of ``scale_by_stddev`` with bias correction."""
 
     count: PerParameter  # int64 [parameters]: updates of each
     mu: Any  # like the parameters: average
@@ -64,7 +64,15 @@ def scale_by_rms(
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """Updates over the root of the average of their squares; see ``rmsprop``."""
+    """Divides updates by the root of a moving average of their squares; see ``rmsprop``.
+
+    Args:
+        decay: Decay rate of the averages, in [0, 1).
+        eps: Prevents division by zero.
+        initial_scale: Initial value of the average of squares.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, or outside.
+        bias_correction: Whether to correct the bias of the averages.
+    """
     _check_rms(decay, eps, initial_scale)
 
     def init(params: Any) -> ScaleByRmsState | ScaleByRmsWithCountState:
@@ -92,11 +100,19 @@ def scale_by_stddev(
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """Updates over their moving standard deviation; see ``rmsprop``."""
+    """Divides updates by their moving standard deviation, without centering them; see ``rmsprop``.
+
+    Args:
+        decay: Decay rate of the averages, in [0, 1).
+        eps: Prevents division by zero.
+        initial_scale: Initial value of the average of squares.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, or outside.
+        bias_correction: Whether to correct the bias of the averages.
+    """
     _check_rms(decay, eps, initial_scale)
 
     def init(params: Any) -> ScaleByStddevState | ScaleByStddevWithCountState:
-        # In half precision, the difference of the two averages would be lost with the lower bits of the first.
+        # The variance is a difference of two averages, so neither may be rounded to half precision.
         mu, nu = zeros(tree.map(wide, params)), real_full(params, initial_scale)
         return (
             ScaleByStddevWithCountState(start_counts(params), mu, nu) if bias_correction else ScaleByStddevState(mu, nu)
@@ -128,23 +144,24 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """RMSProp: gradients over the root of a moving average of their squares.
+    """RMSProp: gradients divided by the root of a moving average of their squares.
 
         v = decay v + (1 - decay) |g|^2,    u = -lr g / sqrt(v + eps)
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
-        decay: Of the average, in [0, 1). 0.9 as in optax; ``torch.optim.RMSprop`` has 0.99.
-        eps: Against division by zero.
-        initial_scale: What the average starts with.
-        eps_in_sqrt: Whether ``eps`` is added under the root, as in optax and TensorFlow, or to it, as in torch.
-        centered: Whether the square of the average gradient is subtracted from the average of squares.
-        momentum: Decay of a trace of the steps, learning rate included; None for none.
-        nesterov: Whether the momentum looks one step ahead.
-        bias_correction: Whether the averages are corrected for their start.
+        learning_rate: A float, a tensor of shape [], or a schedule.
+        decay: Decay rate of the averages, in [0, 1). Defaults to 0.9 as in optax; ``torch.optim.RMSprop`` has 0.99.
+        eps: Prevents division by zero.
+        initial_scale: Initial value of the average of squares.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax and TensorFlow, or outside, as in
+            torch.
+        centered: Whether to subtract the square of the average gradient from the average of squares.
+        momentum: ``decay`` of ``trace``, which is applied after the learning rate. None disables momentum.
+        nesterov: Whether to use Nesterov momentum.
+        bias_correction: Whether to correct the bias of the averages.
 
     Raises:
-        ValueError: If a hyper-parameter is out of its range, or Nesterov's momentum has no momentum.
+        ValueError: If a hyperparameter is out of range, or ``nesterov`` is set without ``momentum``.
 
     Example:
         >>> import torch
@@ -155,7 +172,7 @@ def rmsprop(
 
     References:
         Hinton, Neural Networks for Machine Learning, lecture 6, 2012.
-        Graves, Generating Sequences With Recurrent Neural Networks, 2013 (centred).
+        Graves, Generating Sequences With Recurrent Neural Networks, 2013 (centered).
     """
     if nesterov and momentum is None:
         raise ValueError("nesterov changes the momentum: give momentum as well.")
@@ -179,7 +196,7 @@ def _over_root(update: Tensor, square: Tensor, eps: Scalar, eps_in_sqrt: bool) -
 def _corrections(
     correct: bool, decay: Scalar, opt_state: Any, updates: Any
 ) -> tuple[dict[str, PerParameter], list[Tensor]]:
-    """The new counts, as a change of the state, and the divisors of the averages."""
+    """Returns the new counts as a change of the state, and the divisors of the averages."""
     if not correct:
         return {}, []
     count: PerParameter = opt_state.count + 1

@@ -1,4 +1,4 @@
-"""Rprop: a step size for each element, which grows while the gradient keeps its sign."""
+"""Rprop: a step size per element, which grows while the gradient keeps its sign."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fxtrain.optim._transform import GradientTransformation, chain
 
 
 class ScaleByRpropState(NamedTuple):
-    """The memory of Rprop."""
+    """The state of ``scale_by_rprop``."""
 
     step_sizes: Any  # like the parameters, float32 at least
-    previous_sign: Any  # like the parameters: of the last update; 0 where it had turned
+    previous_sign: Any  # like the parameters: sign of the last update, or 0 after a change of sign
 
 
 def scale_by_rprop(
@@ -28,7 +28,15 @@ def scale_by_rprop(
     min_step_size: Scalar = 1e-6,
     max_step_size: Scalar = 50.0,
 ) -> GradientTransformation:
-    """The step size of each element, with the sign of its update; see ``rprop``."""
+    """Replaces each element by its step size, with the sign of the update; see ``rprop``.
+
+    Args:
+        learning_rate: Initial step size of each element: a float or a tensor of shape [].
+        eta_minus: Factor of the step size after a change of sign, in [0, 1). That step is skipped.
+        eta_plus: Factor of the step size if the sign stays the same, above 0.
+        min_step_size: Lower bound of step sizes.
+        max_step_size: Upper bound of step sizes.
+    """
     checks.non_negative(learning_rate=learning_rate, min_step_size=min_step_size)
     checks.decay_rate(eta_minus=eta_minus)
     checks.positive(eta_plus=eta_plus, max_step_size=max_step_size)
@@ -59,16 +67,16 @@ def rprop(
     min_step_size: Scalar = 1e-6,
     max_step_size: Scalar = 50.0,
 ) -> GradientTransformation:
-    """Resilient backpropagation, for gradients of the whole data: only their signs count.
+    """Resilient backpropagation, for full-batch gradients, of which it uses only the signs.
 
-    The steps are those of ``torch.optim.Rprop``; optax makes each of them one update later.
+    Steps are those of ``torch.optim.Rprop``. Optax takes each of them one update later.
 
     Args:
-        learning_rate: The first step size of each element: a number or a tensor of shape [], no schedule.
-        eta_minus: By what a step size shrinks when the gradient has turned; no step is made then.
-        eta_plus: By what it grows when the gradient has kept its sign.
-        min_step_size: It is never smaller.
-        max_step_size: It is never larger.
+        learning_rate: Initial step size of each element: a float or a tensor of shape []. Schedules are not supported.
+        eta_minus: Factor of the step size after a change of sign, in [0, 1). That step is skipped.
+        eta_plus: Factor of the step size if the sign stays the same, above 0.
+        min_step_size: Lower bound of step sizes.
+        max_step_size: Upper bound of step sizes.
 
     References:
         Riedmiller and Braun, A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP Algorithm, 1993.

@@ -1,7 +1,7 @@
-"""Scaling: by a number, by a learning rate or schedule, and by the size of the parameters."""
+"""Scaling by a constant, by a learning rate or schedule, and by the size of the parameters."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from fxtrain.optim._transform import GradientTransformation, stateless
 from fxtrain.schedules import Schedule
 
 ScalarOrSchedule = float | Tensor | Schedule
-"""A number, a tensor of shape [], or a function from the step to one."""
+"""A float, a tensor of shape [], or a function from the step to one of these."""
 
 
 def scale(factor: Scalar) -> GradientTransformation:
-    """Updates times a number: ``u = factor * g``."""
+    """Multiplies updates by a constant: ``u = factor * g``."""
     return stateless(lambda updates, params: map_updates(lambda update: factor * update, updates))
 
 
 class ScaleByScheduleState(NamedTuple):
-    """The memory of a schedule."""
+    """The state of ``scale_by_schedule``."""
 
     count: Tensor  # int64 []: updates made
 
 
 def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
-    """Updates times a value that depends on the step: ``u = schedule(count) * g``, with a count from 0.
+    """Multiplies updates by a schedule: ``u = schedule(count) * g``, with a count from 0.
 
     Args:
-        schedule: From the count (int64 []) to a number or a tensor of shape [].
+        schedule: A function from the count (int64 []) to a float or a tensor of shape [].
 
     Example:
         >>> from fxtrain import schedules
@@ -56,7 +56,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
         factor: Any = schedule(opt_state.count)
 
         def scaled(update: Tensor) -> Tensor:
-            # Elements are multiplied in this dtype in any case. A compiled step then converts the factor once.
+            # The product has this dtype anyway. Casting the factor first lets a compiled step cast it only once.
             dtype = torch.promote_types(update.real.dtype, torch.float32)
             return (factor.to(dtype) if isinstance(factor, Tensor) else factor) * update
 
@@ -69,10 +69,10 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool = True) -> GradientTransformation:
-    """Updates times the negative learning rate: what turns a direction into a step downhill.
+    """Multiplies updates by the negative learning rate, which turns them into descent steps.
 
     Args:
-        learning_rate: A number, a tensor of shape [], or a schedule.
+        learning_rate: A float, a tensor of shape [], or a schedule.
         flip_sign: Whether to multiply by -1 as well.
 
     Raises:
@@ -90,12 +90,12 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
 def scale_by_trust_ratio(
     *, min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
 ) -> GradientTransformation:
-    """Each leaf's update scaled to the norm of its parameter.
+    """Scales each leaf's update to the norm of its parameter.
 
         u = c |p| / (|g| + eps) g,    and u = g where either norm is 0
 
     Args:
-        min_norm: Both norms are taken for at least this.
+        min_norm: Lower bound of both norms.
         trust_coefficient: c.
         eps: Added to the norm of the update.
 
@@ -114,7 +114,7 @@ def scale_by_trust_ratio(
 
 
 def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformation:
-    """Each leaf's update times the root mean square of its parameter, or ``min_scale`` if that is larger."""
+    """Multiplies each leaf's update by the root mean square of its parameter, or by ``min_scale`` if that is larger."""
     checks.non_negative(min_scale=min_scale)
 
     def rule(update: Tensor, param: Tensor) -> Tensor:

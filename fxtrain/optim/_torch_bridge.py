@@ -1,7 +1,7 @@
-"""The optimizers of ``torch.optim`` as gradient transformations, with the numbers they have there."""
+"""The optimizers of ``torch.optim`` as gradient transformations."""
 
 # pyright: reportIncompatibleMethodOverride=false
-# `count` is the name of the field, as in optax; that tuples have a method of this name is no loss.
+# As in optax, states have a field named `count`, which shadows the method of tuples.
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ Options = Mapping[str, Any]
 
 
 def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -> GradientTransformation:
-    """The transformation that makes the steps of a ``torch.optim`` optimizer.
+    """Returns a transformation that takes the same steps as a ``torch.optim`` optimizer.
 
-    Its arguments, their defaults and their checks are those of the class. The steps agree to rounding. In half
-    precision squares are kept in float32. It is
-    made of this package's own transformations, because torch's functions write into their arguments, read numbers
-    back from the device, and so can be neither ``vmap``-ed nor, some of them, compiled into one graph.
+    Arguments, their defaults and their checks are those of the class. Steps agree up to rounding. Second moments of
+    half-precision parameters are kept in float32.
+
+    The steps are built from the transformations of this package. torch's own functions update their arguments in place
+    and read values back from the device, so they cannot be vmapped, and some of them cannot be compiled into one graph.
 
     Args:
         optimizer: A class, such as ``torch.optim.AdamW``.
-        hyperparameters: As the class takes them. ``lr`` may be a schedule too. ``foreach``, ``fused``,
-            ``capturable`` and ``differentiable`` change no number and are accepted.
+        hyperparameters: The arguments of the class. ``lr`` may also be a schedule. ``foreach``, ``fused``,
+            ``capturable`` and ``differentiable`` do not affect the result and are ignored.
 
     Raises:
-        TypeError: If the optimizer has no functional form, or takes no such argument.
-        ValueError: If the class refuses a value.
+        TypeError: If the optimizer has no functional form, or does not take an argument.
+        ValueError: If the class rejects a value.
 
     Example:
         >>> tx = from_torch(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -163,7 +164,7 @@ def _adafactor(options: Options) -> GradientTransformation:
         clip_by_block_rms(options["d"]),
         scale_by_param_block_rms(min_scale=smallest_scale),
         _scale_each(relative_step),
-        # The learning rate is a factor of the decay, and only a bound of the step.
+        # As in torch, the learning rate multiplies the weight decay but only bounds the step size.
         _decay_at(rate, options["weight_decay"]),
         scale(-1.0),
     )
@@ -187,11 +188,12 @@ def _muon(options: Options) -> GradientTransformation:
 class AsgdState(NamedTuple):
     """The state of ``torch.optim.ASGD``."""
 
-    step: Tensor  # int64 []: updates of the optimizer, which a schedule of the learning rate reads
+    step: Tensor  # int64 []: updates of the optimizer, read by a learning rate schedule
     count: PerParameter  # int64 [parameters]: updates of each
-    eta: PerParameter  # float32 [parameters], or float64: the next step size, for the learning rate of the last update
+    eta: PerParameter  # float32 or float64 [parameters]: next step size, at the last learning rate
     ax: Any  # like the parameters: their average
-    AGES = ()  # the step is a schedule's, and each parameter has a count of its own
+    # ``with_trainable`` may add parameters at any step, which only schedules read. Each parameter has its own count.
+    AGES = ()
 
 
 def _asgd(options: Options) -> GradientTransformation:
@@ -221,7 +223,7 @@ def _asgd(options: Options) -> GradientTransformation:
 
 
 def _with_decay(scaled: GradientTransformation, options: Options) -> GradientTransformation:
-    """``scaled`` and the learning rate, with the weight decay before both or, decoupled, between them."""
+    """Chains ``scaled`` with the learning rate and the weight decay: L2 before ``scaled``, or decoupled after it."""
     rate = scale_by_learning_rate(options["lr"])
     if options.get("decoupled_weight_decay", False):
         return chain(scaled, _l2(options), rate)
@@ -241,12 +243,12 @@ def _decay_at(rate: Any, weight_decay: Any) -> GradientTransformation:
 class StepSizeState(NamedTuple):
     """The state of a step size that shrinks with the updates of each parameter."""
 
-    step: Tensor  # int64 []: updates of the optimizer, which a schedule of the learning rate reads
+    step: Tensor  # int64 []: updates of the optimizer, read by a learning rate schedule
     count: PerParameter  # int64 [parameters]: updates of each
 
 
 def _scale_each(factor: Callable[[Tensor, Tensor], Tensor]) -> GradientTransformation:
-    """Each parameter's update times a factor of the updates it had before and of the optimizer's step."""
+    """Multiplies each parameter's update by ``factor(earlier updates of the parameter, step of the optimizer)``."""
 
     def rule(update: Tensor, by: Tensor) -> tuple[Tensor]:
         return (by * update,)
@@ -263,7 +265,7 @@ def _scale_each(factor: Callable[[Tensor, Tensor], Tensor]) -> GradientTransform
 
 
 def _is_set(value: Any) -> bool:
-    # A tensor's value is not known when the graph is made.
+    # The value of a tensor cannot be read while the graph is traced.
     return isinstance(value, Tensor) or value != 0
 
 
@@ -290,7 +292,7 @@ _REFUSED = {
 
 _FOR_SPEED = ("foreach", "fused", "capturable", "differentiable")
 
-# Read once, on import: the tracer of a compiled step cannot ask a class for its signature.
+# Read at import, because Dynamo cannot trace `inspect.signature`.
 _DEFAULTS = {
     optimizer: {
         name: value.default for name, value in inspect.signature(optimizer).parameters.items() if name != "params"

@@ -1,4 +1,4 @@
-"""Optimizer state in the terms of ``torch.optim``: moments and counts by the names of parameters, both ways."""
+"""Conversion of optimizer state from and to ``torch.optim``, by parameter name."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from fxtrain.optim._scaling import ScaleByScheduleState
 from fxtrain.optim._torch_bridge import AsgdState, StepSizeState
 
 Entry = Mapping[str, Any]
-"""What a torch optimizer keeps for one parameter, such as ``{"step": ..., "exp_avg": ...}``."""
+"""The state of a torch optimizer for one parameter, such as ``{"step": ..., "exp_avg": ...}``."""
 
 
 class Taken(NamedTuple):
-    """What a torch optimizer keeps, by the names of parameters."""
+    """The state of a torch optimizer, by parameter name."""
 
-    entries: Mapping[str, Entry]  # parameters without state are left out
-    options: Mapping[str, Mapping[str, Any]]  # by name, the options of the parameter's group
-    step: int | None  # updates of the whole optimizer, which schedules read; None if it is not known
+    entries: Mapping[str, Entry]  # parameters without state are missing
+    options: Mapping[str, Mapping[str, Any]]  # by parameter name, the options of its group
+    step: int | None  # updates of the whole optimizer, read by schedules; None if unknown
 
 
 _MOMENTS: dict[type, dict[str, str]] = {
@@ -64,7 +64,7 @@ _MOMENTS: dict[type, dict[str, str]] = {
     AsgdState: {"count": "step", "eta": "eta", "ax": "ax"},
     StepSizeState: {"count": "step"},
 }
-"""By type: the key in torch of each field; "" for counts that torch does not have."""
+"""By type: the torch key of each field, or "" for counts that torch does not keep."""
 
 _STEPS: dict[type, str] = {
     ScaleByScheduleState: "count",
@@ -76,12 +76,12 @@ _STEPS: dict[type, str] = {
 """By type: the field that counts updates of the whole optimizer."""
 
 _OF_FX = (EveryKState, ApplyIfFiniteState, ActiveWhenState, LookaheadState)
-"""Wrappers whose own fields torch does not have. They keep their values."""
+"""Wrappers whose own fields have no counterpart in torch and stay unchanged."""
 
 _ADDED_DIMENSIONS = {"row_var": -1, "col_var": -2}
 
 _DERIVED = {"step", "mu"}
-"""Keys that are not moments: the count, and the share of ASGD that follows from it."""
+"""Keys that are not moments: the count, and ASGD's averaging coefficient, which follows from it."""
 
 _OPTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "learning_rate": lambda group: group.get("lr"),
@@ -94,20 +94,20 @@ _OPTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "decay": lambda group: group.get("alpha"),
     "rho": lambda group: group.get("rho"),
 }
-"""By the name of an injected hyper-parameter: its value in a parameter group."""
+"""By the name of an injected hyperparameter: a function that reads its value from a parameter group."""
 
 
 def take_over(opt_state: Any, taken: Taken, prefix: str = "") -> Any:
-    """The optimizer state with the moments, counts and injected hyper-parameters of a torch optimizer.
+    """Returns the optimizer state with the moments, counts and injected hyperparameters of a torch optimizer.
 
     Args:
-        opt_state: The state of a transformation. It is left as it was.
-        taken: What the torch optimizer keeps.
-        prefix: What the names begin with in ``taken``, before those in ``opt_state``.
+        opt_state: The state of a transformation. It is not modified.
+        taken: The state of the torch optimizer.
+        prefix: Prepended to the names in ``opt_state`` to get those in ``taken``.
 
     Raises:
-        ValueError: If the two keep different moments, or moments of different shapes. The message names the
-            parameter.
+        ValueError: If the two have different moments, or moments of different shapes. The message names the parameter.
+            Also if a schedule needs ``taken.step`` and it is None.
     """
     reader = _Reader(taken, prefix)
     result = reader.read(opt_state)
@@ -149,7 +149,7 @@ class _Reader:
         return rebuilt(node, [self.read(child) for _, child in inner])
 
     def refuse_unread(self) -> None:
-        """Refuses moments that were not taken over."""
+        """Raises if moments of the torch optimizer were not used."""
         for name, entry in self._taken.entries.items():
             if not name.startswith(self._prefix):
                 continue
@@ -231,14 +231,14 @@ class _Reader:
 
 
 def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tensor]]:
-    """What a torch optimizer would keep, by the names of parameters. Parameters without updates are left out.
+    """Returns the state that a torch optimizer would have, by parameter name. Parameters without updates are omitted.
 
     Args:
         opt_state: The state of a transformation.
-        prefix: What the names begin with.
+        prefix: Prepended to the names in ``opt_state``.
 
     Raises:
-        ValueError: If there is state that torch has not.
+        ValueError: If the state has no counterpart in torch.
     """
     found: dict[str, dict[str, Tensor]] = {}
     unused: set[str] = set()
@@ -273,7 +273,7 @@ _CONTAINERS = ("MaskedState", "PartitionState")
 
 
 def _parameters(opt_state: Any) -> list[Any]:
-    """The paths of the parameters that a state is about."""
+    """Returns the paths of the parameters that a state belongs to."""
     if type(opt_state) in _MOMENTS:
         fields = [getattr(opt_state, name) for name in _MOMENTS[cast(Any, type(opt_state))]]
         return [path for own in fields for path in (own.paths if isinstance(own, PerParameter) else leaf_paths(own))]
@@ -281,7 +281,7 @@ def _parameters(opt_state: Any) -> list[Any]:
 
 
 def _refuse_momentum_of_steps(node: Any) -> None:
-    """Refuses a momentum of steps that the learning rate has scaled, where torch's is of directions."""
+    """Raises if momentum is applied after the learning rate, because torch applies it before."""
     parts = cast(tuple[Any, ...], node) if isinstance(node, tuple) else ()
     kinds: list[type] = [type(part) for part in parts]
     for index, kind in enumerate(kinds):

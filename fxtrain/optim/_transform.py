@@ -1,4 +1,4 @@
-"""Gradient transformations: a pair of pure functions, and how they are put together."""
+"""Gradient transformations, and their composition."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from fxtrain.optim._leaves import combine
 
 
 class GradientTransformation(NamedTuple):
-    """A pair of pure functions: the noun of this package.
+    """A pair of pure functions that turn gradients into updates.
 
         opt_state = tx.init(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         params = apply_updates(params, updates)
 
-    ``update`` keeps the structure, shapes and dtypes of what it is given, whatever dtype it computes in, and those
-    of its memory: so transformations chain, and a compiled step compiles once.
+    ``update`` preserves the structure, shapes and dtypes of gradients and state, whatever dtype it computes in. So
+    transformations can be chained, and a compiled step compiles once.
 
     Args:
-        init: From parameters (a pytree of floating or complex tensors) to the memory, a pytree of tensors.
-        update: From gradients, memory and parameters to updates, which are added to the parameters, and the new
-            memory. Parameters may be left out where no transformation needs them.
+        init: From parameters (a pytree of floating-point or complex tensors) to the optimizer state, a pytree of
+            tensors.
+        update: From gradients, state and parameters to updates, which are added to the parameters, and the new state.
+            The parameters may be omitted if no transformation needs them.
     """
 
     init: Callable[[Any], Any]
@@ -33,7 +34,7 @@ class GradientTransformation(NamedTuple):
 
 
 def refuse_unless_transformation(argument: str, value: Any) -> None:
-    """Refuses what is no gradient transformation; for optimizers of torch and optax the message has the equivalent."""
+    """Raises unless ``value`` is a transformation. For torch and optax optimizers the error has the equivalent."""
     if isinstance(value, GradientTransformation):
         return
     refuse_foreign(argument, "a gradient transformation", value)
@@ -44,14 +45,14 @@ def refuse_unless_transformation(argument: str, value: Any) -> None:
 
 
 class EmptyState(NamedTuple):
-    """The memory of a transformation that has none."""
+    """The state of a stateless transformation."""
 
 
 def stateless(update: Callable[[Any, Any], Any]) -> GradientTransformation:
-    """The transformation ``(updates, params) -> updates`` without memory.
+    """Makes a transformation without state from a function ``(updates, params) -> updates``.
 
     Args:
-        update: A pure function of the updates and of the parameters, which may be None.
+        update: A pure function of the updates and the parameters, which may be None.
 
     Example:
         >>> halve = stateless(lambda updates, params: tree.map(lambda u: u / 2, updates))
@@ -69,23 +70,24 @@ def stateless(update: Callable[[Any, Any], Any]) -> GradientTransformation:
 
 
 def identity() -> GradientTransformation:
-    """Updates as they come."""
+    """Returns updates unchanged."""
     return stateless(lambda updates, params: updates)
 
 
 def set_to_zero() -> GradientTransformation:
-    """Zeros: a parameter that gets them is frozen."""
+    """Replaces updates by zeros, which freezes the parameters."""
     return stateless(lambda updates, params: tree.zeros_like(updates))
 
 
 def chain(*transforms: GradientTransformation) -> GradientTransformation:
-    """One transformation after another; each gets the updates of the one before it.
+    """Applies transformations in order, each to the updates of the previous one.
 
     Args:
-        transforms: Any number. The memory is a tuple with one entry for each.
+        transforms: Any number of transformations. The state is a tuple with one entry per transformation.
 
     Raises:
-        TypeError: If an argument is no gradient transformation.
+        TypeError: If an argument is not a gradient transformation.
+        ValueError: At ``update``, if the state has a different number of entries.
 
     Example:
         >>> from fxtrain import optim
@@ -117,7 +119,11 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """``params + updates``, rounded once to the dtypes of the parameters.
+    """Returns ``params + updates``, rounded once to the dtypes of the parameters.
+
+    Args:
+        params: Pytree of tensors.
+        updates: Pytree like ``params``.
 
     Raises:
         ValueError: If the trees or the shapes of their leaves differ. The message names the path.

@@ -1,4 +1,4 @@
-"""Updates of some of the parameters: the rest keep their values and their optimizer state, as in ``torch.optim``."""
+"""Updates for some of the parameters. The others keep their values and their optimizer state, as in ``torch.optim``."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from fxtrain.optim._transform import GradientTransformation
 
 
 def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: Any, used: Any) -> tuple[Any, Any]:
-    """``tx.update`` for the parameters that got a gradient, and nothing for the others.
+    """Runs ``tx.update`` only for the parameters that the step used.
 
-    Unused parameters get an update of zero, and their optimizer state stays: no weight decay, no decay of momenta, no
-    count. ``torch.optim`` treats a parameter whose ``grad`` is None in the same way. State of the whole optimizer, such
-    as the step of a schedule, advances.
+    Unused parameters get an update of zero, and their optimizer state does not change: no weight decay, no momentum
+    decay, no count. ``torch.optim`` treats parameters whose ``grad`` is None the same way. State of the whole
+    optimizer, such as the step of a schedule, advances.
 
-    The transformation runs on trees without the unused parameters: dictionaries lose these keys, and other nodes have
-    a ``MaskedNode`` in their place. So it may be any transformation whose state keeps the structure of the parameters.
-    Within ``every_k`` it is the whole accumulation that uses a parameter or does not: a parameter that some of its
-    steps used has gradients of zero in the others.
+    The transformation runs on trees without the unused parameters: dictionaries lack their keys, and other nodes have a
+    ``MaskedNode`` in their place. So it can be any transformation whose state has the structure of the parameters.
+    Inside ``every_k``, a parameter is unused only if no step of the accumulation used it. Otherwise its gradients are
+    zero in the steps that did not use it.
 
     Args:
         tx: Any transformation.
         grads: Pytree of tensors.
         opt_state: The state of ``tx`` for ``params``.
         params: Pytree like ``grads``.
-        used: Pytree like ``grads`` of bools; None where all parameters are used.
+        used: Pytree of bools like ``grads``, or None if all parameters are used.
 
     Returns:
         The updates, like ``grads``, and the new state.
 
     Raises:
-        ValueError: If ``used`` is a tree of another structure or holds anything but bools, or if the state of ``tx``
-            does not keep the structure of the parameters.
+        ValueError: If ``used`` has another structure or values that are not bools, or if the state of ``tx`` does not
+            have the structure of the parameters.
 
     Example:
         >>> import torch
@@ -70,14 +70,14 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
 
 
 def accumulates(opt_state: Any) -> bool:
-    """Whether gradients of earlier steps wait for an update, which may move parameters that this step left out."""
+    """Returns whether the state accumulates gradients, so that a later update may move currently unused parameters."""
     if isinstance(opt_state, EveryKState):
         return True
     return any(accumulates(child) for _, child in children(opt_state) or ())
 
 
 def _noted(node: Any, left_out: frozenset[Path]) -> Any:
-    """The state whose accumulations know that a step does not use these parameters."""
+    """Returns the state with one more unused step counted for these parameters in each accumulation."""
     if isinstance(node, EveryKState):
         counts = zip(node.unused.paths, node.unused.values.unbind(), strict=True)
         more = torch.stack([count + int(path in left_out) for path, count in counts])
@@ -100,11 +100,11 @@ def _flags(used: Any, grads: Any) -> list[bool]:
 
 
 def _layout(tx: GradientTransformation, params: Any) -> Any:
-    """The structure of the state for these parameters, whose values are not read."""
+    """Returns the structure of the state for these parameters, without reading their values if possible."""
     try:
         return tx.init(tree.map(_without_values, params))
     except Exception:
-        # A transformation may read values as it begins, which a tensor on the meta device does not have.
+        # ``init`` may read values, which tensors on the meta device do not have.
         return tx.init(params)
 
 
@@ -126,7 +126,7 @@ def _without(values: Any, left_out: frozenset[Path], path: Path = ()) -> Any:
 
 
 def _narrowed(state: Any, layout: Any, left_out: frozenset[Path], path: str) -> Any:
-    """The state of the parameters that are left, with the structure that ``init`` gives it for them."""
+    """Returns the state of the remaining parameters, with the structure that ``init`` gives it."""
     if isinstance(layout, MaskedNode):
         return layout
     if isinstance(layout, PerParameter):
@@ -144,7 +144,7 @@ def _narrowed(state: Any, layout: Any, left_out: frozenset[Path], path: str) -> 
 
 
 def _merged(state: Any, part: Any) -> Any:
-    """The state with the part of it that was updated."""
+    """Returns the state with its updated part merged in."""
     if isinstance(part, MaskedNode):
         return state
     if isinstance(part, PerParameter):
