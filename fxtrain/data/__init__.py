@@ -1,17 +1,17 @@
-"""Data: batches by position, so that a run is resumed at the batch where it stopped.
+"""Sources of training batches, addressed by position.
 
-The loop asks for ``data[0]``, ``data[1]``, ... through all epochs. A batch is a function of (seed, position), and
-a position is all that a checkpoint has to keep.
+A batch is a function of (seed, position), so a run resumes at the batch where it stopped. The loop reads ``data[0]``,
+``data[1]``, ... across all epochs. For most sources, a checkpoint stores only the position.
 
 A batch is a pytree. Its tensors enter the step, and numpy arrays, numbers and lists of numbers enter it as tensors.
-Text, bytes, paths, dates and other values without numbers stay with the batch: callbacks read them in ``event.batch``,
-a step finds placeholders, and a changed text does not recompile. Containers keep their class: dicts and their
-subclasses, named tuples, dataclasses, Hugging Face's encodings, graphs of torch_geometric, and classes registered with
+Text, bytes, paths, dates and other non-numeric values stay out of the step: callbacks read them in ``event.batch``, the
+step receives placeholders, and a changed text does not recompile. Containers keep their class: dicts and their
+subclasses, named tuples, dataclasses, Hugging Face encodings, torch_geometric graphs, and classes registered with
 optree or torch's pytree.
 
-Graphs change their sizes at each batch, and so do lists of tensors inside of a batch. Uncompiled steps take them as
-they are. A compiled step makes a graph of each size: use ``fxtrain.compile(step, dynamic=True)``, or pad to few sizes
-with ``data.map``.
+Graphs, and lists of tensors inside a batch, may change size from batch to batch. An uncompiled step takes them as they
+are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynamic=True)``, or pad to a few sizes with
+``data.map``.
 """
 
 from fxtrain.data._adapt import adapt as adapt

@@ -1,4 +1,4 @@
-"""Adapt: what users have, as batches by position."""
+"""Conversion of loaders, lists, iterables and other user data to sources of batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxtrain.data._streams import from_iterable, from_stateful_loader
 
 
 class Foreign(Source):
-    """Batches of somebody else's making, checked."""
+    """A third-party ``Batches`` object, wrapped so that its batches are checked."""
 
     def __init__(self, source: Any) -> None:
         super().__init__()
@@ -45,18 +45,19 @@ class Foreign(Source):
 
 
 def adapt(source: Any, *, seed: int = 0) -> Source:
-    """Batches by position from what there is.
+    """Returns a source of batches for ``source``.
 
-    Batches stay themselves, and a list is a ``sequence``. A graph of torch_geometric is a single batch. A loader with a
-    ``state_dict`` goes to ``from_stateful_loader``, another ``DataLoader`` to ``from_loader``, and the rest to
-    ``from_iterable``.
+    A ``Source`` is returned unchanged, and other implementations of ``Batches`` are wrapped to check their batches. A
+    list or tuple becomes a ``sequence``, and a torch_geometric graph a single batch. A loader with a ``state_dict`` is
+    passed to ``from_stateful_loader``, any other ``DataLoader`` to ``from_loader``, and any other iterable or function
+    to ``from_iterable``.
 
     Args:
-        source: What gives batches.
-        seed: Any whole number, for orders that a loader draws.
+        source: Batches in any of these forms.
+        seed: Any int. Seeds the loader's shuffling and the dataset's random samples.
 
     Raises:
-        TypeError: If it gives samples and no batches, or is no data.
+        TypeError: If ``source`` yields samples instead of batches, or is not data.
 
     Example:
         >>> import torch
@@ -88,7 +89,7 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
 
 
 def _refuse_other_kind(source: Any) -> None:
-    """Refuses what neither holds samples nor gives batches."""
+    """Raises for objects that neither hold samples nor yield batches."""
     kind, remedy = type(source).__name__, ""
     if isinstance(source, type):
         kind, remedy = f"the class {source.__name__}", "Make an instance."

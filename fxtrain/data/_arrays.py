@@ -1,4 +1,4 @@
-"""Batches of data that can be addressed: arrays, map-style datasets, token streams, lists."""
+"""Batches of random-access data: arrays, map-style datasets, token sequences, lists."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DropLast = bool | Literal["pad"]
 
 
 class Indexed(Source):
-    """Batches of numbered items. Use ``batches`` or ``windows``.
+    """Batches of indexed items. Use ``batches`` or ``windows``.
 
     Args:
-        take: From items (int64 [n]) and a position to their batch.
-        size: How many items an epoch has.
-        what: What has too few items, in errors.
+        take: Maps items (int64 [n]) and a position to a batch.
+        size: Number of items per epoch.
+        what: Description of the data, for errors.
     """
 
     epoch_length: int
@@ -81,26 +81,26 @@ def batches(
     collate: Callable[[list[Any]], Any] = collate,
     dynamic: bool = False,
 ) -> Source:
-    """Batches of arrays or of a dataset, in an order that is a function of the seed and the epoch.
+    """Returns batches of arrays or of a dataset, in an order determined by the seed and the epoch.
 
     Args:
-        source: A tensor, an array, or a pytree (not a list) of these, all of the same length in the first dimension;
-            arrays may be memory-mapped, or read lazily as those of h5py and zarr. Or a map-style dataset: anything with
-            ``len`` and ``[]``, as a list of samples. The dataset's random numbers, from the global generators of torch,
-            Python and numpy, are a function of (seed, position). A ``datasets.Dataset`` without a format is read as
-            tensors. Or a stream: an ``IterableDataset`` of torch or ``datasets``, or a WebDataset, whose samples are
-            batched in their order. A run resumes from the stream's ``state_dict`` if it has one; otherwise an epoch is
-            read again from its start.
-        batch_size: Items in a batch.
-        seed: Any whole number. Each epoch has an order of its own.
-        shuffle: Whether each epoch has an order of its own. By default this is so for all but streams, which shuffle
+        source: One of three kinds. (1) A tensor, an array, or a pytree (not a list) of these, of equal length in the
+            first dimension. Arrays may be memory-mapped, or read lazily like those of h5py and zarr. (2) A map-style
+            dataset: any object with ``len`` and ``[]``, such as a list of samples. Its random samples from the global
+            generators of torch, Python and numpy are a function of (seed, position). A ``datasets.Dataset`` without a
+            format is read as tensors. (3) A stream: an ``IterableDataset`` of torch or ``datasets``, or a WebDataset,
+            whose samples are batched in order. A run resumes from the stream's ``state_dict`` if it has one. Otherwise
+            the epoch is read again from its start.
+        batch_size: Items per batch.
+        seed: Any int.
+        shuffle: Whether each epoch has a different random order. Defaults to True, except for streams, which shuffle
             themselves.
-        drop_last: What becomes of the items that are left over at the end of an epoch: True drops them, False makes a
-            shorter batch of them, ``"pad"`` fills it with zeros and adds ``"mask"``, bool [batch_size], to each batch,
-            which must be a dict.
-        collate: From a list of a dataset's samples to a batch. By default numbers and tensors are stacked, and text and
-            other values become lists.
-        dynamic: Whether sizes may change from batch to batch, as ``collate`` makes them.
+        drop_last: How to handle the items left over at the end of an epoch. True drops them, and False makes a shorter
+            batch. ``"pad"`` pads that batch with zeros, and adds ``"mask"``, bool [batch_size], to each batch, which
+            must be a dict.
+        collate: Combines a list of samples into a batch. By default numbers and tensors are stacked, and text and other
+            values become lists.
+        dynamic: Whether ``collate`` may return batches of different sizes.
 
     Raises:
         ValueError: If there is no full batch, or lengths differ.
@@ -157,21 +157,22 @@ def windows(
     shuffle: bool = True,
     drop_last: DropLast = True,
 ) -> Source:
-    """Batches of windows on a stream of tokens, for language models: each token is to predict the next.
+    """Returns batches of windows of a token sequence, for next-token prediction.
 
-    An epoch cuts the stream into windows that do not overlap. Shuffled, each epoch begins its cuts elsewhere: at an
-    offset below ``length``, a function of (seed, epoch).
+    An epoch cuts the sequence into windows that do not overlap. With shuffling, the first window of an epoch starts at
+    an offset below ``length``, which is a function of (seed, epoch).
 
     Args:
-        tokens: Any integer dtype, [n]; it may be memory-mapped.
-        length: Tokens in a window.
-        batch_size: Windows in a batch.
-        seed: Any whole number.
-        shuffle: Without it, windows come in their order and begin at the first token.
+        tokens: The sequence, [n], of any integer dtype. It may be memory-mapped.
+        length: Tokens per window.
+        batch_size: Windows per batch.
+        seed: Any int.
+        shuffle: Whether to shuffle the windows. Otherwise they come in order, starting at the first token.
         drop_last: As for ``batches``.
 
     Returns:
-        Batches ``{"x": int64 [batch_size, length], "y": int64 [batch_size, length]}``, ``y`` one token on.
+        Batches ``{"x": int64 [batch_size, length], "y": int64 [batch_size, length]}``, where ``y`` is ``x`` shifted by
+        one token.
 
     Raises:
         ValueError: If there are too few tokens for a batch.
@@ -185,7 +186,7 @@ def windows(
     if head is None or head.dtype == torch.bool or head.is_floating_point() or head.is_complex():
         raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}: integers of shape [n] are wanted.")
     total = len(tokens)
-    # One window less when shuffled, which leaves room for any offset.
+    # Shuffling uses one window less, which leaves room for any offset.
     size = max((total - length) // length if shuffle else (total - 1) // length, 0)
     steps = np.arange(length)
 
@@ -208,7 +209,7 @@ def windows(
 
 
 class Listed(Source):
-    """Batches in a list. Use ``sequence``."""
+    """Batches from a list. Use ``sequence``."""
 
     epoch_length: int
 
@@ -218,7 +219,7 @@ class Listed(Source):
             raise ValueError("The list of batches is empty.")
         self.items = items
         self.epoch_length = len(items)
-        # All now, to refuse what does not fit before the run and not in its middle.
+        # Check all batches now, so that a mismatch raises before the run and not during it.
         self._batches = [super(Listed, self).__getitem__(position) for position in range(len(items))]
 
     def fetch(self, position: int) -> Any:
@@ -230,14 +231,14 @@ class Listed(Source):
 
 
 def sequence(items: Sequence[Any], *, dynamic: bool = False) -> Source:
-    """Ready batches, in their order at each epoch.
+    """Returns the given batches, in the same order in each epoch.
 
     Args:
-        items: Batches that are alike. The last may have fewer rows.
+        items: Batches of equal structure, dtypes and shapes. The last may have fewer rows.
         dynamic: Whether sizes may change from batch to batch.
 
     Raises:
-        ValueError: If there are none, or they differ.
+        ValueError: If there are no batches, or they differ.
 
     Example:
         >>> data = sequence([torch.zeros(2), torch.ones(2)])
@@ -257,7 +258,7 @@ def _grouped(
     collate: Callable[[list[Any]], Any],
     dynamic: bool,
 ) -> Source:
-    """Batches of an iterable dataset's samples."""
+    """Returns batches of an iterable dataset's samples."""
     check_positive_int("batch_size", batch_size)
     if shuffle:
         raise ValueError(
@@ -293,12 +294,12 @@ def _common_length(source: Any) -> int:
             raise ValueError(
                 f"{paths[0]} has {len(leaves[0])} rows and {path} has {len(leaf)}: arrays of one length are wanted."
             )
-    as_tensors(tree.map(lambda leaf: leaf[:1], source))  # refuses dtypes that torch does not have
+    as_tensors(tree.map(lambda leaf: leaf[:1], source))  # raises for dtypes that torch lacks
     return len(leaves[0])
 
 
 def _refuse_table(source: Any) -> None:
-    """Refuses tables of pandas, polars and pyarrow, whose ``[]`` is not by rows."""
+    """Raises for tables of pandas, polars and pyarrow, whose ``[]`` does not index rows."""
     kind = type(source)
     if kind.__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
         raise TypeError(
@@ -308,20 +309,20 @@ def _refuse_table(source: Any) -> None:
 
 
 def _is_read_lazily(leaf: Any) -> bool:
-    """Whether this is an array that reads from disk what is indexed, as those of h5py and zarr."""
+    """Whether this is an array on disk that reads only the indexed items, like those of h5py and zarr."""
     is_array = all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
     return is_array and isinstance(leaf.dtype, np.dtype) and not hasattr(leaf, "iloc")
 
 
 def _rows(leaf: Any, index: np.ndarray) -> Any:
     if not isinstance(leaf, Tensor | np.ndarray):
-        # Such files are read in rising order, each row once.
+        # h5py requires ascending indices without repeats.
         rows, places = np.unique(index, return_inverse=True)
         return as_tensors(np.asarray(getattr(leaf, "oindex", leaf)[rows])[places])
     if isinstance(leaf, np.ndarray):
         return as_tensors(np.asarray(leaf[index]))  # reads only these rows of a memory-mapped file
     at = torch.from_numpy(index).to(leaf.device)
-    # index_select takes half the time, and does not know unsigned words, as which tokens are often stored.
+    # index_select is faster, but lacks the unsigned dtypes in which tokens are often stored.
     return leaf[at] if leaf.dtype in (torch.uint16, torch.uint32, torch.uint64) else leaf.index_select(0, at)
 
 

@@ -1,8 +1,7 @@
-"""What a step sees of a batch: its tensors. Text and other values stay beside them, with the batch.
+"""The step's view of a batch: tensors, with a placeholder for each value that is not a tensor.
 
-Callbacks and observers read the whole batch in ``event.batch``. A step must give the same result uncompiled and
-compiled, and must not recompile because a text changed, so in both it finds a placeholder instead of each value that is
-not a tensor.
+Callbacks and observers read the whole batch in ``event.batch``. A step must return the same result compiled and
+uncompiled, and must not recompile when a text changes, so it receives placeholders in both modes.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from fxtrain.data._leaves import as_tensors
 
 
 class Aside:
-    """The place of a value that is not a tensor, in the batch that a step is given. Reading it is an error.
+    """A placeholder, in the batch that a step receives, for a value that is not a tensor.
+
+    Indexing returns another placeholder. Any other use raises TypeError.
 
     Args:
-        path: Of the value, as code.
+        path: The value's path in the batch, as code.
     """
 
     __slots__ = ("_path",)
@@ -49,9 +50,9 @@ class Aside:
 
 
 def for_step(batch: Any) -> Any:
-    """The batch as a step is given it, in containers of its own.
+    """Returns the batch as a step receives it, in new containers.
 
-    Numbers and arrays are tensors, and each part that holds values but no tensor is an ``Aside``.
+    Numbers and arrays become tensors. Each part that contains values but no tensor becomes an ``Aside``.
 
     Example:
         >>> for_step({"x": torch.ones(2), "scale": 0.5, "text": ["a", "b"]})
@@ -70,17 +71,17 @@ def for_step(batch: Any) -> Any:
 
 
 def _is_beside(part: Any) -> bool:
-    """Whether a part of a batch holds values, and no tensor."""
+    """Whether a part of a batch contains values but no tensor."""
     if isinstance(part, Tensor):
         return False
-    # A column of text may happen to have None in all rows of a batch.
+    # None counts as a value in a list, because a text column may be None in every row of a batch.
     is_column = type(part) in (list, tuple)
     leaves = ops.tree_leaves(part, none_is_leaf=is_column, namespace=NAMESPACE)
     return bool(leaves) and not any(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 class _Place:
-    """The path of a placeholder in the structure of a batch, where all are equal: elements of a list are alike."""
+    """A placeholder's path, as part of the tree structure. All paths compare equal, so elements of a list match."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Bins: documents put together by their lengths, so that rows of one length hold them with little space left."""
+"""Best-fit-decreasing packing of documents into rows of fixed capacity."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Bins:
-    """Rows of one capacity that hold all documents, found by best-fit decreasing.
+    """A packing of all documents into rows of one capacity, by best-fit decreasing.
 
-    Documents of one length are interchangeable. So rows are kept as kinds, the lengths that a row holds, and this
-    takes time and memory by the number of lengths, not of documents.
+    Documents of equal length are interchangeable, so rows are grouped into kinds by the lengths that they contain. Time
+    and memory grow with the number of distinct lengths, not with the number of documents.
 
     Args:
-        counts: How many documents there are of each length.
-        capacity: Length of a row, at least the longest document.
+        counts: Number of documents of each length.
+        capacity: Row length, at least that of the longest document.
 
     References:
         Krell et al., "Efficient sequence packing without cross-contamination", 2021.
@@ -33,7 +33,7 @@ class Bins:
         self._ends = np.cumsum([rows for _, rows in kinds])
         self.count = int(self._ends[-1]) if kinds else 0
         """Number of rows."""
-        self._first: list[dict[int, int]] = []  # by kind, the number of its first document of each length
+        self._first: list[dict[int, int]] = []  # per kind and length, the first document's index
         used: dict[int, int] = {}
         for contents, rows in kinds:
             self._first.append({length: used.get(length, 0) for length in contents})
@@ -41,7 +41,7 @@ class Bins:
                 used[length] = used.get(length, 0) + held * rows
 
     def slots(self, row: int) -> list[tuple[int, int]]:
-        """The documents of a row: their lengths, and which one among those of the length."""
+        """Returns a row's documents, as pairs of the length and the index among the documents of that length."""
         kind = int(np.searchsorted(self._ends, row, side="right"))
         nth = row - (int(self._ends[kind - 1]) if kind else 0)
         return [
@@ -52,13 +52,13 @@ class Bins:
 
 
 def _filled(counts: Mapping[int, int], capacity: int) -> list[tuple[dict[int, int], int]]:
-    """The kinds of rows: how many documents of each length one holds, and how many rows of the kind there are."""
+    """Returns the kinds of rows: the number of documents of each length in a row, and the number of such rows."""
     by_space: dict[int, list[tuple[dict[int, int], int]]] = {}
     spaces: list[int] = []  # the keys of by_space, ascending
     for length in sorted(counts, reverse=True):
         left = counts[length]
         while left:
-            at = bisect.bisect_left(spaces, length)  # the least space that is enough
+            at = bisect.bisect_left(spaces, length)  # the smallest space that fits
             if at == len(spaces):
                 held = min(capacity // length, left)
                 rows = left // held

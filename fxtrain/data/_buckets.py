@@ -1,4 +1,4 @@
-"""Buckets: batches of examples of similar length, of a few sizes that are known ahead."""
+"""Batches of examples of similar length, in a few shapes that are known in advance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fxtrain.data._padded import Choice, Ragged
 from fxtrain.data._padding import Layout, Side
 from fxtrain.data._ragged import Examples, Lengths
 
-_CANDIDATES = 512  # lengths that bounds are chosen from: that many squared comparisons for each bucket
+# The search for bounds compares all pairs of candidate lengths, for each bucket.
+_CANDIDATES = 512
 
 
 def bucketed(
@@ -36,45 +37,48 @@ def bucketed(
     variable: Sequence[str] | None = None,
     lengths: Lengths | None = None,
 ) -> Bucketed:
-    """Batches of examples of similar length, padded to one of a few lengths.
+    """Returns batches of examples of similar length, each padded to one of a few lengths.
 
-    Which sizes there are, how many batches an epoch has and how much is padding is known before the first batch. Each
-    size compiles one graph, without a warning. A batch is a function of (seed, position).
+    The batch shapes, the number of batches per epoch and the amount of padding are known before the first batch. Each
+    shape compiles one graph, without a warning. A batch is a function of (seed, position).
 
-    Examples that fill no batch of their bucket go to the next longer one. So an epoch has at most one batch that is not
-    full, of the longest bucket, and loses fewer than one batch of examples if that is dropped. Shuffled, each epoch
-    puts other examples together, and mixes batches of all lengths.
+    Examples that do not fill a batch of their bucket move to the next longer bucket. An epoch therefore has at most one
+    partial batch, in the longest bucket, and dropping it loses less than one batch of examples. With shuffling, each
+    epoch groups examples differently, and mixes batches of all lengths.
 
     Args:
         source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
-            columns, each a list of arrays, or one array with a row for each example; or a map-style dataset, as a
+            columns, each a list of arrays, or one array with a row per example; or a map-style dataset, such as a
             ``datasets.Dataset`` with list columns.
-        batch_size: Examples in a batch of any length. Or give ``tokens``.
-        tokens: Positions in a batch, padding included: batches of shorter examples get more rows.
-        sizes: The lengths that batches may have; or how many at most, and those with the least padding are chosen.
+        batch_size: Examples per batch, for all lengths. Give either this or ``tokens``.
+        tokens: Positions per batch, including padding, so that batches of shorter examples have more rows.
+        sizes: The lengths that batches may have, ascending; or their maximum number, in which case the lengths with the
+            least padding are chosen.
         multiple: Chosen lengths are multiples of this.
-        batch_multiple: With ``tokens``, rows are a multiple of this, as ``accumulate`` of ``train_step`` needs.
-        truncate: On which side examples longer than the last of ``sizes`` are cut. By default they are an error.
-        seed: Any whole number. Each epoch has its own order.
-        shuffle: Without it, batches come in the order of their lengths.
-        drop_last: What becomes of the batch that is not full: True drops it, False makes it shorter, ``"pad"`` fills it
-            with rows of padding, where the mask is False.
-        side: On which side padding goes.
-        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
-        mask: Name of the mask, or names by column. Columns whose lengths differ within an example need a mask each;
-            the longest decides the bucket, and the others are as long as they have to be there.
-        columns: The columns to take, or names for the parts of tuples.
+        batch_multiple: With ``tokens``, the number of rows is a multiple of this, as ``accumulate`` of ``train_step``
+            requires.
+        truncate: The side on which examples longer than the last of ``sizes`` are cut. By default they raise an error.
+        seed: Any int. Each epoch has a different order.
+        shuffle: Whether to shuffle. Otherwise batches are ordered by length.
+        drop_last: How to handle the partial batch. True drops it, False yields it with fewer rows, and ``"pad"`` adds
+            rows of padding, where the mask is False.
+        side: The side on which padding is added.
+        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+        mask: Name of the mask, or names by column. Columns whose lengths differ within an example need separate masks.
+            The longest column selects the bucket, and each other column is padded to the smallest length that fits its
+            examples there.
+        columns: The columns to use, or names for the parts of tuples.
         variable: The columns to pad. By default those whose length differs between examples.
-        lengths: The length of each example, int [n], or the name of a column that holds it. Without it, a dataset that
-            is no ``datasets.Dataset`` is read through once.
+        lengths: The length of each example, int [n], or the name of a column that contains it. If omitted, a dataset
+            other than a ``datasets.Dataset`` is read through once to measure its examples.
 
     Returns:
-        Batches of the columns, [rows, length, ...], and of the mask, bool [rows, length]. ``sizes`` has the rows and
-        length of each kind of batch; ``padding(epoch)`` counts what is padding.
+        Batches with the columns, [rows, length, ...], and the mask, bool [rows, length]. ``sizes`` lists the rows and
+        length of each batch shape. ``padding(epoch)`` counts the padding.
 
     Raises:
-        TypeError: If the source or a column is of none of these kinds.
-        ValueError: If an example is empty or too long, there is no full batch, or arguments do not go together.
+        TypeError: If the type of the source or of a column is not supported.
+        ValueError: If an example is empty or too long, there is no full batch, or arguments conflict.
 
     Example:
         >>> texts = [[1] * length for length in (3, 9, 4, 2, 8, 3, 12, 1)]
@@ -112,7 +116,7 @@ class Bucketed(Ragged):
 
     Args:
         bounds: The length of each bucket, ascending.
-        rows: The rows of a batch of each bucket.
+        rows: The batch rows of each bucket.
     """
 
     def __init__(
@@ -134,13 +138,13 @@ class Bucketed(Ragged):
         self._orders = [
             Order(len(found), seed=mix(seed, number, 2), shuffle=shuffle) for number, found in enumerate(self._members)
         ]
-        self._carried = [0]  # how many examples come from the bucket before
+        self._carried = [0]  # examples carried over from the previous bucket
         full: list[int] = []
         for found, size in zip(self._members, rows, strict=True):
             batches, rest = divmod(self._carried[-1] + len(found), size)
             full.append(batches)
             self._carried.append(rest)
-        # Examples longer than a bucket never go there, so a column is as long as its longest member up to there.
+        # A bucket holds its own examples and shorter ones. The longest of these sets the length of a column.
         self._sizes: list[dict[str, int]] = []
         for number in range(len(bounds)):
             members = np.concatenate(self._members[: number + 1])
@@ -162,7 +166,7 @@ class Bucketed(Ragged):
         self._ends = np.cumsum(full)
         epoch_length = int(self._ends[-1]) + (rest > 0 and drop_last is not True)
         self._order = Order(epoch_length, seed=mix(seed, 1), shuffle=shuffle)
-        self._left: tuple[int, list[np.ndarray]] | None = None  # what buckets hand on in one epoch: a cache
+        self._left: tuple[int, list[np.ndarray]] | None = None  # a cache of carried-over examples, for one epoch
         super().__init__(examples, layout, lengths, sizes=kinds, epoch_length=epoch_length, seed=seed)
 
     def choose(self, epoch: int, index: int) -> Choice:
@@ -175,7 +179,7 @@ class Bucketed(Ragged):
         return Choice(items, len(items) if self.drop_last is False else rows, self._sizes[bucket])
 
     def _handed_on(self, epoch: int) -> list[np.ndarray]:
-        """For each bucket the examples that come to it from shorter ones."""
+        """Returns, for each bucket, the examples carried over from shorter buckets."""
         if self._left is None or self._left[0] != epoch:
             found = [np.empty(0, np.int64)]
             for bucket, members in enumerate(self._members[:-1]):
@@ -185,7 +189,7 @@ class Bucketed(Ragged):
         return self._left[1]
 
     def _items(self, epoch: int, bucket: int, start: int, stop: int, first: np.ndarray) -> np.ndarray:
-        """A stretch of a bucket's examples: those that come from shorter ones, and then its own."""
+        """Returns a slice of a bucket's examples: first those carried over from shorter buckets, then its own."""
         begin, end = max(start - len(first), 0), max(stop - len(first), 0)
         if begin == end:
             return first[start:stop]
@@ -193,12 +197,12 @@ class Bucketed(Ragged):
 
 
 def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
-    """At most ``count`` bounds, ascending, with the least padding if each length is padded to the next bound.
+    """Returns at most ``count`` ascending bounds that minimize padding when each length is padded to the next bound.
 
     Args:
-        lengths: Int [n].
-        count: Bounds at most.
-        multiple: All bounds are multiples of it.
+        lengths: Lengths of the examples, int [n].
+        count: Maximum number of bounds.
+        multiple: All bounds are multiples of this.
 
     Example:
         >>> least_padding(np.array([1, 2, 2, 9, 10, 10]), 2, 1)
@@ -209,11 +213,11 @@ def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
     step = multiple * -(-int(lengths.max()) // (multiple * _CANDIDATES))
     candidates, inverse = np.unique(-(-lengths // step) * step, return_inverse=True)
     members = np.concatenate([[0], np.cumsum(np.bincount(inverse))])
-    # cost[j]: positions of all examples up to candidate j, with the bounds chosen so far, of which j is the last.
+    # cost[j]: padded positions of all examples up to candidate j, if j is the last of the bounds chosen so far.
     cost = members[1:] * candidates
     choices: list[np.ndarray] = []
     for _ in range(min(count, len(candidates)) - 1):
-        # Bound i before bound j: what lies between them is padded to j.
+        # With consecutive bounds i and j, the examples between them are padded to j.
         both = cost[:, None] + (members[None, 1:] - members[1:, None]) * candidates[None, :]
         both = np.where(np.tri(len(candidates), k=-1, dtype=bool).T, both, np.iinfo(np.int64).max)
         best = both.argmin(0)

@@ -1,4 +1,4 @@
-"""Checksums of batches, to find out whether data repeats itself."""
+"""Checksums of batches, which detect data that differs when it is read again."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from fxtrain import tree
 
-_CHUNKS, _CHUNK = 256, 4096  # bytes of a large leaf that are read: at most 1 MiB, a tenth of a millisecond
+# Of a leaf larger than 1 MiB, only 256 chunks of 4096 bytes are read.
+_CHUNKS, _CHUNK = 256, 4096
 
 
 def checksum(batch: Any) -> int:
-    """A number that differs, almost certainly, between different batches: a signed integer of 64 bits.
+    """Returns a signed 64-bit hash of a batch.
 
-    Shapes, dtypes and values count. Of a leaf of more than a mebibyte, evenly spaced pieces are read.
+    The hash covers paths, shapes, dtypes and values. Of a leaf larger than 1 MiB, it covers evenly spaced chunks.
 
     Args:
-        batch: Pytree of tensors, arrays, numbers, strings and other values with a ``repr``, on any device.
+        batch: Pytree of tensors on any device, arrays, numbers, strings and other values with a ``repr``.
 
     Example:
         >>> checksum({"x": torch.ones(2)}) == checksum({"x": torch.ones(2)})
@@ -39,13 +40,13 @@ def checksum(batch: Any) -> int:
                 hashed.update(_bytes(value).numpy().data)
         else:
             text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
-            if " at 0x" not in text:  # an address differs between processes
+            if " at 0x" not in text:  # addresses differ between processes
                 hashed.update(text.encode())
     return hashed.intdigest() - 2**63
 
 
 def warn_of_another_batch(index: int, name: str) -> None:
-    """Warns that a batch read again differs from what was read before the checkpoint."""
+    """Warns that a batch differs from the one read at the same position before the checkpoint."""
     warnings.warn(
         f"expected batch {index} of {name} as it was read before the checkpoint, got another one. The resumed run "
         "differs from the uninterrupted one. Make the data repeat itself: derive its random numbers from the index of "
@@ -60,7 +61,7 @@ def _is_numeric(leaf: Any) -> bool:
 
 
 def _bytes(leaf: Tensor) -> Tensor:
-    """uint8 [n] on the host."""
+    """Returns the bytes to hash, uint8 [n] on the host."""
     flat = leaf.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
     if len(flat) > _CHUNKS * _CHUNK:
         pieces = len(flat) // _CHUNKS

@@ -1,7 +1,7 @@
-"""Containers of batches that other libraries define, as pytree nodes: mappings, dataclasses, graphs.
+"""Pytree registration of containers that other libraries define: mappings, dataclasses, graphs.
 
-A class becomes a node in fxtrain's optree namespace when its first instance is seen in a batch. It keeps its type: a
-loss function that reads ``batch.x`` finds an object of the same class, with the tensors of the step.
+A class is registered in fxtrain's optree namespace when its first instance is seen in a batch. Rebuilt containers keep
+their class: a loss function that reads ``batch.x`` gets an object of the same class, with the step's tensors.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 import optree
-import torch.utils._pytree as torch_pytree  # torch.utils.pytree has no door to what was registered here
+import torch.utils._pytree as torch_pytree  # torch.utils.pytree does not see classes registered here
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import NAMESPACE, ops
 
-Parts = tuple[Sequence[Any], Any, Sequence[Any]]  # children, static context, the keys or names of the children
+Parts = tuple[Sequence[Any], Any, Sequence[Any]]  # children, static context, keys or names of the children
 
-_KNOWN: set[type[Any]] = {Tensor, np.ndarray, str, bytes, bool, int, float, complex}  # leaves, or registered
+_KNOWN: set[type[Any]] = {Tensor, np.ndarray, str, bytes, bool, int, float, complex}  # leaves and registered classes
 
 
 def open_containers(batch: Any) -> None:
-    """Registers the classes of all containers in a batch, so that ``fxtrain.tree`` reaches what they hold."""
+    """Registers the classes of all containers in a batch, so that ``fxtrain.tree`` traverses them."""
     todo = [batch]
     while todo:
         for leaf in tree.leaves(todo.pop()):
@@ -36,12 +36,12 @@ def open_containers(batch: Any) -> None:
 
 
 def is_graph(node: Any) -> bool:
-    """Whether this is graph data of torch_geometric, whose tensors have no common first dimension."""
+    """Whether this is a torch_geometric graph, whose tensors have no common first dimension."""
     return _is_graph_class(type(node))
 
 
 def holds_graph(batch: Any) -> bool:
-    """Whether there is graph data anywhere in a batch."""
+    """Whether a batch contains a torch_geometric graph."""
     found = False
 
     def look(node: Any) -> bool:
@@ -54,9 +54,10 @@ def holds_graph(batch: Any) -> bool:
 
 
 def count_examples(batch: Any) -> int | None:
-    """How many examples a graph batch, or a batch of lists with an element for each example, has; None for others.
+    """Returns the number of examples in a graph batch, or in a batch of per-example lists; None for other batches.
 
-    Of a graph batch these are its graphs, or the seed nodes that its loader chose; a graph alone is one example.
+    In a graph batch, the examples are its graphs, or the seed nodes that its loader sampled. A single graph is one
+    example.
     """
     if is_graph(batch):
         count = getattr(batch, "batch_size", None)
@@ -68,7 +69,7 @@ def count_examples(batch: Any) -> int | None:
     elements = [element for part in lists for element in part]
     firsts = {element.shape[:1] for element in elements if isinstance(element, Tensor)}
     if len(firsts) == 1 and len(elements) > len(lists) and all(isinstance(element, Tensor) for element in elements):
-        return None  # a record, such as a pair of inputs: its tensors have the examples as their rows
+        return None  # a record, such as a pair of inputs, whose tensors have a row per example
     lengths = {len(part) for part in lists}
     rows = {len(part) for part in parts if isinstance(part, Tensor) and part.ndim}
     return lengths.pop() if len(lengths) == 1 and rows <= lengths else None
@@ -86,7 +87,7 @@ def _register(node: Any) -> bool:
 
 
 def _node_kind(node: Any) -> tuple[Callable[[Any], Any], Callable[..., Any], Any] | None:
-    """How to take a node of this class apart and put it together; None for a leaf."""
+    """Returns (flatten, unflatten, path entry type) for the class of a node; None for a leaf."""
     kind: Any = type(node)
     if isinstance(node, Tensor | type):
         return None
@@ -108,7 +109,7 @@ def _node_kind(node: Any) -> tuple[Callable[[Any], Any], Callable[..., Any], Any
 
 
 def _sequence_of(kind: Any, _: Any, children: Sequence[Any]) -> Any:
-    if issubclass(kind, tuple):  # torch.Size takes no tensors
+    if issubclass(kind, tuple):  # torch.Size cannot contain tensors
         return tuple(children)
     new = kind.__new__(kind)
     list.extend(new, children)
@@ -124,9 +125,9 @@ def _mapping_parts(node: Any) -> Parts:
 
 
 def _dict_parts(node: Any) -> Parts:
-    """The entries, and the attributes that a subclass keeps beside them."""
+    """Returns the entries, followed by the instance attributes of a dict subclass."""
     attributes: dict[str, Any] = getattr(node, "__dict__", {})
-    # Some dictionaries, such as EasyDict, keep each entry as an attribute too.
+    # Some dict subclasses, such as EasyDict, mirror each entry as an attribute.
     twice = tuple(name for name in attributes if name in node and node[name] is attributes[name])
     keys, names = tuple(node), tuple(name for name in attributes if name not in twice)
     children = [*(node[key] for key in keys), *(attributes[name] for name in names)]
@@ -187,11 +188,11 @@ def _slots(kind: type[Any]) -> Sequence[str]:
 def _attributes_of(kind: Any, names: Any, children: Sequence[Any]) -> Any:
     new = object.__new__(kind)
     for name, value in zip(names, children, strict=True):
-        object.__setattr__(new, name, value)  # also of a frozen dataclass
+        object.__setattr__(new, name, value)  # works for frozen dataclasses too
     return new
 
 
-# What torch's own pytree knows
+# Classes registered with torch's pytree
 
 
 def _torch_parts(node: Any) -> tuple[Sequence[Any], Any]:
@@ -203,16 +204,18 @@ def _torch_node(spec: Any, children: Sequence[Any]) -> Any:
     return torch_pytree.tree_unflatten(list(children), spec)
 
 
-# Graphs of torch_geometric
+# torch_geometric graphs
 
 
 class Shell:
-    """A graph object without its tensors: two are equal if they have the same attributes and the same numbers.
+    """A graph object without its tensors. Two shells are equal if their class, attribute names and Python numbers are
+    equal.
 
     Args:
-        data: The graph object, whose tensors have been replaced by None.
-        where: For each tensor or other child, the store that holds it, by number, and its name.
-        numbers: Python numbers: counts of nodes and graphs, by which a model slices. They stay numbers.
+        data: The graph object, with None in place of each child.
+        where: For each child, the index of the store that contains it, and its name.
+        numbers: Python numbers by store index and name, such as the node and graph counts by which a model slices. They
+            stay Python numbers.
     """
 
     def __init__(self, data: Any, where: Sequence[tuple[int, str]], numbers: Mapping[tuple[int, str], Any]) -> None:
@@ -232,7 +235,7 @@ class Shell:
 
 
 class StoreEntry(optree.PyTreeEntry):
-    """The path of a graph's attribute: the key of its store, or None, and its name."""
+    """The path entry of a graph's attribute: the key of its store, or None, and its name."""
 
     def codify(self, /, node: str = "") -> str:
         key, name = self.entry

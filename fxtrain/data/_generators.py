@@ -1,4 +1,4 @@
-"""Random numbers in users' data code, as a function of where it is: generators seeded for a while."""
+"""Temporary seeding of the global random generators, which makes random samples in users' data code repeatable."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fxtrain.rng import _host as host
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seeds the global generators of torch (CPU), Python and numpy from ``numbers``, and puts them back at the end.
+    """Seeds the global generators of torch (CPU), Python and numpy from ``numbers``, and restores them on exit.
 
-    So a dataset that augments at random gives at each position what it gave before, in this process or in a
-    worker. It costs about 0.05 ms. The generators belong to the whole process: here one thread waits for another, and
-    code of other threads had better draw from generators of its own while ``prefetch`` runs a dataset.
+    A dataset with random augmentations thus returns the same sample each time it reads a position, in this process or
+    in a worker. The generators are shared by the whole process. Threads that use ``seeded`` wait for each other, and
+    other threads should use separate generators while ``prefetch`` reads a dataset.
 
     Example:
         >>> import random
@@ -41,7 +41,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def seed_process(*numbers: int) -> None:
-    """Seeds the same generators for good, in a process that nothing else draws in."""
+    """Seeds the same generators permanently, for processes in which no other code uses them."""
     seed = mix(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -50,7 +50,7 @@ def seed_process(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def borrowed(loader: Any) -> Iterator[list[torch.Generator]]:
-    """The generators of a loader and of its samplers. They are put back at the end."""
+    """Yields the generators of a loader and of its samplers, and restores their states on exit."""
     found = {id(part.generator): part.generator for part in _parts(loader) if hasattr(part, "generator")}
     generators = [generator for generator in found.values() if isinstance(generator, torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -62,7 +62,7 @@ def borrowed(loader: Any) -> Iterator[list[torch.Generator]]:
 
 
 def start_epoch(loader: Any, epoch: int, seed: int) -> None:
-    """Tells a loader's parts which epoch begins, and seeds its generators from (seed, epoch)."""
+    """Passes an epoch to ``set_epoch`` of a loader's parts, and seeds their generators from (seed, epoch)."""
     for part in (*_parts(loader), getattr(loader, "dataset", None)):
         if callable(set_epoch := getattr(part, "set_epoch", None)):
             set_epoch(epoch)

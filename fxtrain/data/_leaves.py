@@ -1,4 +1,4 @@
-"""The leaves of a batch: numbers and arrays become tensors, text and the like stays as it is."""
+"""Conversion of a batch's leaves: numbers and arrays become tensors, and other values are kept."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KINDS_OF_NUMBERS = "biufc"
 
 
 def as_tensors(batch: Any) -> Any:
-    """The batch with numpy arrays, numbers and lists of numbers as tensors.
+    """Returns the batch with numpy arrays, numbers and lists of numbers converted to tensors.
 
     A Python number becomes a tensor of shape [] (int64, bool, or torch's default floating dtype), and a list of numbers
-    one of shape [n]. A structured array becomes a dict of its fields. Text, bytes, paths, dates, None and other values
-    without numbers stay as they are.
+    one of shape [n]. A structured array becomes a dict of its fields. Text, bytes, paths, dates, None and other
+    non-numeric values are kept.
 
     Raises:
-        TypeError: If a leaf holds numbers in a form that is not an array of torch or numpy. The message names its path.
+        TypeError: If a leaf contains numbers in a form that cannot be converted. The message names its path.
     """
     open_containers(batch)
     if all(isinstance(leaf, Tensor) and not leaf.is_nested for leaf in tree.leaves(batch)):
@@ -40,9 +40,17 @@ def as_tensors(batch: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The batch with ``function`` of each tensor, and everything else as it is.
+    """Returns the batch with ``function`` applied to each tensor, and everything else unchanged.
 
-    A packed sequence keeps its ``batch_sizes``, which torch wants on the host.
+    The ``batch_sizes`` of a packed sequence are kept, because torch requires them on the host.
+
+    Args:
+        function: Maps a tensor to a tensor.
+        batch: Pytree of tensors and other values.
+
+    Example:
+        >>> map_tensors(lambda leaf: leaf + 1, {"x": torch.zeros(2), "name": "a"})
+        {'x': tensor([1., 1.]), 'name': 'a'}
     """
 
     def apply(part: Any) -> Any:
@@ -96,7 +104,7 @@ def _from_numpy(path: str, leaf: Any) -> Any:
     try:
         if not leaf.dtype.isnative:
             leaf = leaf.astype(leaf.dtype.newbyteorder("="))
-        # A tensor cannot be read-only or run backwards, so such an array is copied.
+        # Tensors cannot be read-only or have negative strides, so such arrays are copied.
         as_it_is = isinstance(leaf, np.ndarray) and leaf.flags.writeable and min(leaf.strides, default=0) >= 0
         return torch.as_tensor(leaf if as_it_is else np.array(leaf, order="C"))
     except (TypeError, ValueError):

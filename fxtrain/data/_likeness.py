@@ -1,4 +1,4 @@
-"""Whether a batch is like those before it, in structure, dtypes and shapes."""
+"""Comparison of a batch with earlier ones in structure, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fxtrain.core import NAMESPACE, ops
 from fxtrain.data._aside import for_step
 from fxtrain.data._containers import is_graph
 
-ANY = 64  # as many dimensions as a tensor can have: all may change their size
+ANY = 64  # the maximum rank of a tensor, so that all dimensions may change size
 
 REMEDY = (
     "batches are of one shape, so that a step is compiled once. drop_last=True leaves a short batch out, and "
@@ -22,21 +22,21 @@ REMEDY = (
 
 
 def check(batch: Any, like: Any, *, free: int = 0) -> bool:
-    """Refuses a batch that is not like another in structure, dtype or shape.
+    """Raises unless a batch matches another one in structure, dtypes and shapes.
 
-    Two kinds of parts may change their sizes at any batch: graphs, and lists inside of a batch whose elements are of
-    one kind, such as images of different sizes. Of a list, the number of elements is its first dimension.
+    Two kinds of parts may change size in any batch: graphs, and lists of elements that agree in structure and dtypes,
+    such as images of different sizes. The length of a list counts as its first dimension.
 
     Args:
         batch: Pytree of tensors.
-        like: Pytree of tensors. Only their dtypes and shapes count.
-        free: How many first dimensions may differ in size.
+        like: Pytree of tensors to compare with. Only dtypes and shapes are compared.
+        free: Number of leading dimensions that may differ in size.
 
     Returns:
-        Whether the sizes are the same throughout, other than those that may change at any batch.
+        Whether all sizes are equal, except those that may change in any batch.
 
     Raises:
-        ValueError: With the path of the first leaf that differs, and both sides.
+        ValueError: If they differ. The message has the path of the first leaf that differs, and both sides.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ def _is_alike(part: Any, like: Any, free: int, path: str) -> bool:
 
 
 def _opened(part: Any) -> tuple[list[Any], Any]:
-    """The leaves and the structure of a part, with the graphs and the lists inside of it as leaves."""
+    """Returns the leaves and the structure of a part, with nested graphs and lists as leaves."""
     return ops.tree_flatten(
         part, is_leaf=lambda node: node is not part and _is_graph_or_list(node), namespace=NAMESPACE
     )
@@ -97,7 +97,7 @@ def _is_graph_or_list(node: Any) -> bool:
 
 
 def _is_many(node: Any) -> bool:
-    """Whether this is a list of things of one kind, and so of as many as there happen to be."""
+    """Whether this is a list of similar elements, so that its length may vary."""
     if type(node) not in (list, tuple) or not node:
         return False
     first = _signature(node[0])
@@ -105,7 +105,7 @@ def _is_many(node: Any) -> bool:
 
 
 def _signature(part: Any) -> Any:
-    """What two elements of a list have in common, whatever their sizes."""
+    """Returns the properties on which elements of a list must agree: structure, dtypes and ranks, but not sizes."""
     if is_graph(part):
         return type(part)
     leaves, structure = _opened(part)

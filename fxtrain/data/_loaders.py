@@ -1,4 +1,4 @@
-"""A DataLoader by position: it starts anywhere in an epoch without reading what comes before."""
+"""Random access to the batches of a ``DataLoader``: reading starts anywhere in an epoch, without earlier batches."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
 
 def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False) -> Source:
-    """The batches of a ``DataLoader``, whatever its samplers, workers and collation.
+    """Returns the batches of a ``DataLoader``, with any samplers, workers and collation.
 
-    Over a map-style dataset the order of an epoch is drawn, from the loader's own sampler, when the epoch is first
-    asked for, and reading starts at the position that is asked for. Every random number, of the sampler, the dataset
-    and the collation, is a function of (seed, epoch) or (seed, position), with any number of workers; where the
-    loader has generators of its own, this takes the place of their seeds. No generator is moved.
+    For a map-style dataset, the loader's sampler generates the order of an epoch when the epoch is first read, and
+    reading starts at the requested position. All random samples of the sampler, the dataset and the collation are a
+    function of (seed, epoch) or (seed, position), for any number of workers. This also replaces the seeds of the
+    loader's own generators. All generators are restored afterwards.
 
-    In ``fit``, samplers that are not torch's own may make another number of batches in each epoch.
+    In ``fit``, samplers other than torch's may yield a different number of batches in each epoch.
 
-    An ``IterableDataset``, a sampler without a length or a loader with an ``__iter__`` of its own can only be read
-    from the start: the batches before a position are read again to reach it, and a warning is logged.
+    An ``IterableDataset``, a sampler without a length, or a loader that overrides ``__iter__`` can only be read from
+    its start. To reach a position, the batches before it are read again, and a warning is logged.
 
     Args:
-        loader: Processes, pinned memory and prefetching follow its settings.
-        seed: Any whole number.
+        loader: The loader. Its settings for processes, pinned memory and prefetching apply.
+        seed: Any int.
         dynamic: Whether sizes may change from batch to batch.
 
     Example:
@@ -67,8 +67,8 @@ class Loaded(Source):
                 "its dataset is too small. Take a smaller batch_size, or drop_last=False."
             )
         self._epoch: int | None = None
-        self._order: list[Any] = []  # the keys of the batches of that epoch: some 50 bytes a sample
-        self._tasks: list[tuple[int, Any]] = []  # the positions that are being read, with their keys
+        self._order: list[Any] = []  # the sample keys of each batch in that epoch
+        self._tasks: list[tuple[int, Any]] = []  # the positions to read, with their keys
         self._pool = self._workers()
         self._iterator: Iterator[Any] | None = None
         self._next: int | None = None
@@ -76,7 +76,7 @@ class Loaded(Source):
             self.begin_epoch = self._begin_epoch
 
     def _begin_epoch(self, epoch: int, length: int) -> None:
-        """Draws the order of an epoch: its sampler may make another number of batches of it."""
+        """Generates the order of an epoch, for which the sampler may yield a different number of batches."""
         if epoch != self._epoch:
             order = self._order_of(epoch)
             if not order:
@@ -93,14 +93,14 @@ class Loaded(Source):
                 ended(self._iterator)
             self._iterator = None
             self._iterator = started(self._pool)
-        self._next = None  # should the dataset fail, the next try starts anew
+        self._next = None  # if reading fails, the next fetch starts a new iterator
         batch = next(self._iterator)
         self._next = position + 1
         return batch
 
     def close(self) -> None:
         ended(self._iterator)
-        ended(getattr(self._pool, "_iterator", None))  # of persistent workers, if starting to read again failed
+        ended(getattr(self._pool, "_iterator", None))  # persistent workers, if restarting them failed
         self._iterator = self._next = None
         self._pool = self._workers()
 
@@ -119,7 +119,7 @@ class Loaded(Source):
         return order
 
     def _workers(self) -> DataLoader[Any]:
-        # A DataLoader is a pool of workers that keeps the order of its tasks: the same settings, other tasks.
+        # A DataLoader with the same settings serves as an ordered worker pool, whose sampler yields our tasks.
         loader = self.loader
         return DataLoader(
             Keyed(loader, self.seed),
@@ -138,9 +138,9 @@ class Loaded(Source):
 
 
 class Keyed(Dataset[Any]):
-    """The dataset of a loader with keys (position, keys): it gives batches, and its random numbers follow the position.
+    """A loader's dataset indexed by (position, sample keys). It returns batches, and seeds random samples by position.
 
-    To whom it may concern, a ``worker_init_fn``, it looks like the dataset that it holds.
+    Other attributes are those of the wrapped dataset, because a ``worker_init_fn`` may access them.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
@@ -153,7 +153,7 @@ class Keyed(Dataset[Any]):
             return collate(samples(dataset, keys) if batched else dataset[keys])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # pickle asks for its hooks
+        if name.startswith("__"):  # pickle looks up its hooks before _parts exists
             raise AttributeError(name)
         return getattr(self.__dict__["_parts"][0], name)
 
@@ -162,19 +162,19 @@ class Keyed(Dataset[Any]):
 
 
 def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]:
-    """One epoch, with generators of the loader that only this source advances.
+    """Yields the batches of one epoch, with states of the loader's generators that no other reader advances.
 
     Args:
-        loader: To iterate.
-        epoch: Its number.
-        seed: Any whole number.
-        read: The epoch that the loader has just read to its end, if any; to be updated.
+        loader: The loader to iterate over.
+        epoch: Index of the epoch.
+        seed: Any int.
+        read: The epoch that the loader has just read to its end, if any. Updated in place.
     """
     iterator, states = None, []
     follows = read == [epoch - 1]
     read.clear()
     if not follows:
-        end_persistent(loader)  # they count epochs
+        end_persistent(loader)  # persistent workers count epochs, so a jump restarts them
     try:
         while True:
             with borrowed(loader) as generators:
@@ -199,7 +199,7 @@ def _same(batch: Any) -> Any:
 
 
 def _has_own_samplers(loader: DataLoader[Any]) -> bool:
-    """Whether the number of batches may differ between epochs, as torch's own samplers never do."""
+    """Whether the loader has custom samplers, which may yield a different number of batches in each epoch."""
     samplers = loader.batch_sampler, loader.sampler
     return any(not type(part).__module__.startswith("torch.utils.data") for part in samplers if part is not None)
 

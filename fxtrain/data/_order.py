@@ -1,7 +1,7 @@
-"""The order of an epoch: a keyed permutation, of which any stretch can be had without the rest.
+"""Keyed permutations for the order of an epoch. Any slice is computed without the rest.
 
-All of it is arithmetic on 64-bit integers that is written here, so an order is the same on every machine and with
-every version of torch and numpy: a run can be resumed anywhere.
+They use only the 64-bit integer arithmetic in this file, so an order is the same on every machine and with every
+version of torch and numpy.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio; odd, so its multiples are distinct modulo 2^64
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio; odd, so its multiples are distinct modulo 2^64
 _WORD = 2**64 - 1
-_BLOCK = 2**14  # items that are worked out at once: 1 ms, and 128 KiB to keep
+_BLOCK = 2**14  # items that are computed and cached together: 128 KiB
 _ROUNDS = 8
 
 
 def mix(*numbers: int) -> int:
-    """A number of 64 bits that depends on each bit of the numbers and on their order.
+    """Returns a 64-bit hash of the numbers, which depends on each of their bits and on their order.
 
     Example:
         >>> mix(0, 1) != mix(1, 0)
@@ -30,16 +30,16 @@ def mix(*numbers: int) -> int:
 
 
 class Order:
-    """For each epoch a permutation of the numbers below ``size``: a function of (seed, epoch, index) and no memory.
+    """A permutation of ``range(size)`` for each epoch, as a pure function of (seed, epoch, index).
 
-    Up to 2^14 items it sorts the items by their random numbers: each permutation is equally likely. Beyond, it is a
-    Feistel network over the next power of two, walked until it lands below ``size``: O(1) in time and memory
-    wherever it is asked, about 0.1 us an item on one core, where sorting 10^7 takes two seconds at each epoch.
+    Up to 2^14 items are sorted by random keys, so each permutation is equally likely. Larger orders use a Feistel
+    network over the next power of two, with cycle walking to stay below ``size``. Their cost per item is O(1) in time
+    and memory at any index.
 
     Args:
-        size: How many items.
-        seed: Any whole number.
-        shuffle: Without it, each epoch is in the order of the items.
+        size: Number of items.
+        seed: Any int.
+        shuffle: Whether to permute. Otherwise each epoch has the items in order.
 
     References:
         Luby, Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", 1988.
@@ -50,10 +50,10 @@ class Order:
         self.size = size
         self.seed = seed
         self.shuffle = shuffle
-        self._kept: tuple[tuple[int, int], np.ndarray] | None = None  # the last block: a cache, and no more
+        self._kept: tuple[tuple[int, int], np.ndarray] | None = None  # a cache of the last block
 
     def items(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: the items from index ``start`` to before ``stop`` of an epoch.
+        """Returns the items from index ``start`` to ``stop - 1`` of an epoch, int64 [stop - start].
 
         Example:
             >>> Order(5, seed=1).items(0, 0, 5).tolist()
@@ -68,7 +68,7 @@ class Order:
         return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
 
     def at(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        """int64 [n]: the items at scattered indices (int64 [n]) of an epoch.
+        """Returns the items at the given indices (int64 [n]) of an epoch, int64 [n].
 
         Example:
             >>> Order(5, seed=1).at(0, np.array([4, 0])).tolist()
@@ -83,7 +83,7 @@ class Order:
         if kept is None or kept[0] != (epoch, number):
             key = mix(self.seed, epoch)
             if self.size <= _BLOCK:
-                # The keys are distinct, so that no sort can order them otherwise.
+                # The keys are distinct, so the order does not depend on the sorting algorithm.
                 items = np.argsort(_finish(_counted(0, self.size, key)))
             else:
                 first = number * _BLOCK
@@ -93,7 +93,7 @@ class Order:
 
 
 def permuted(items: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where the permutation of the numbers below ``size`` that belongs to ``key`` takes these items (uint64 [n])."""
+    """Applies the permutation of ``range(size)`` given by ``key`` to items (uint64 [n])."""
     bits = max((size - 1).bit_length(), 2)
     keys = _finish(_counted(1, 1 + _ROUNDS, key))
     result = _network(items, bits, keys)
@@ -105,7 +105,7 @@ def permuted(items: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _network(items: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of the numbers of ``bits`` bits: each half in turn takes on a function of the other."""
+    """Permutes ``bits``-bit integers with a Feistel network, which XORs each half in turn with a hash of the other."""
     low_bits = bits // 2
     high, low = items >> low_bits, items & 2**low_bits - 1
     for number, key in enumerate(keys):
@@ -121,7 +121,7 @@ def _counted(start: int, stop: int, key: int) -> np.ndarray:
 
 
 def _finish(word: Any) -> Any:
-    """The finalizer of SplitMix64, a bijection of 64-bit words: of an int, or of an array of uint64."""
+    """The SplitMix64 finalizer, a bijection of 64-bit words, for an int or a uint64 array."""
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD
     return word ^ (word >> 31)

@@ -1,4 +1,4 @@
-"""Packing: several short documents in each row of a fixed length."""
+"""Batches of fixed-length rows that contain several short documents each."""
 
 from __future__ import annotations
 
@@ -38,42 +38,43 @@ def packed(
     variable: Sequence[str] | None = None,
     lengths: Lengths | None = None,
 ) -> Packed:
-    """Batches of rows that hold several documents each, whole and one after another, with little padding.
+    """Returns batches of fixed-length rows, each of which contains several whole documents and little padding.
 
-    Which lengths share a row is decided once, by best-fit decreasing, so an epoch always has the same number of
-    batches. Shuffled, each epoch puts other documents of these lengths together, and rows into another order. A batch
-    is a function of (seed, position), and all batches have one size.
+    Best-fit decreasing decides once which lengths share a row, so every epoch has the same number of batches. With
+    shuffling, each epoch combines different documents of these lengths, and shuffles the rows. A batch is a function of
+    (seed, position).
 
-    Each document is seen as if it were alone if the model gets ``positions`` and
-    ``fxtrain.data.attention_mask(batch["segments"])``, and the loss ``fxtrain.data.next_tokens``.
+    To keep documents independent, pass ``positions`` and ``fxtrain.data.attention_mask(batch["segments"])`` to the
+    model, and compute the loss with ``fxtrain.data.next_tokens``.
 
     Args:
         source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
-            columns, each a list of arrays; or a map-style dataset, as a ``datasets.Dataset`` with list columns.
-        length: Length of a row.
-        batch_size: Rows in a batch.
-        truncate: What to do with documents longer than a row: cut them on the ``"right"`` or the ``"left"``, or
-            ``"split"`` them into documents of at most ``length``. By default they are an error.
-        seed: Any whole number.
-        shuffle: Without it, rows come in the order in which they were filled: long documents first.
-        drop_last: What becomes of the rows left over at the end of an epoch: True drops them, False makes a shorter
-            batch, ``"pad"`` fills it with rows of padding.
-        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+            columns, each a list of arrays; or a map-style dataset, such as a ``datasets.Dataset`` with list columns.
+        length: Row length.
+        batch_size: Rows per batch.
+        truncate: How to handle documents longer than a row: cut them on the ``"right"`` or the ``"left"``, or
+            ``"split"`` them into documents of at most ``length``. By default they raise an error.
+        seed: Any int.
+        shuffle: Whether to shuffle. Otherwise the fullest rows come first.
+        drop_last: How to handle the rows left over at the end of an epoch. True drops them, False makes a shorter
+            batch, and ``"pad"`` adds rows of padding to it.
+        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
         mask: Name of the mask.
-        columns: The columns to take, or names for the parts of tuples.
-        variable: The columns to pack, and no others: values for a whole document have no place in a row.
-        lengths: The length of each document, int [n], or the name of a column that holds it. Without it, a dataset that
-            is no ``datasets.Dataset`` is read through once.
+        columns: The columns to use, or names for the parts of tuples.
+        variable: The columns to pack. They must be all of ``columns``, because a row cannot contain a value per
+            document.
+        lengths: The length of each document, int [n], or the name of a column that contains it. If omitted, a dataset
+            other than a ``datasets.Dataset`` is read through once to measure its documents.
 
     Returns:
-        Batches of the columns, [batch_size, length, ...], with ``"segments"``, the number of each position's document
-        in its row, from 1 on and 0 for padding; ``"positions"``, which start at 0 in each document; both int64
-        [batch_size, length]; and ``"mask"``, bool [batch_size, length], False for padding. ``padding(epoch)`` counts
-        what is padding.
+        Batches with the columns, [batch_size, length, ...]; ``"segments"``, int64 [batch_size, length], which numbers
+        the documents of a row from 1, with 0 for padding; ``"positions"``, int64 [batch_size, length], which start at 0
+        in each document; and ``"mask"``, bool [batch_size, length], False for padding. ``padding(epoch)`` counts the
+        padding.
 
     Raises:
-        TypeError: If the source or a column is of none of these kinds.
-        ValueError: If a document is empty or too long, there is no full batch, or columns do not go together.
+        TypeError: If the type of the source or of a column is not supported.
+        ValueError: If a document is empty or too long, there is no full batch, or columns do not match.
 
     Example:
         >>> data = packed([[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]], 6, 1, shuffle=False)
@@ -94,7 +95,7 @@ def packed(
 
 
 class Packed(Source):
-    """Rows of several documents. Use ``packed``."""
+    """Batches of packed rows. Use ``packed``."""
 
     epoch_length: int
 
@@ -120,7 +121,7 @@ class Packed(Source):
         cut = self._layout.cut(examples.by_column)
         self._whole = whole = next(iter(cut.values()))
         pieces = -(-whole // length)
-        # A piece of a document: its number, and where it begins.
+        # For each piece of a document: the document's index, and the position where the piece starts.
         self._item = np.repeat(np.arange(len(whole)), pieces)
         self._start = (np.arange(len(self._item)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * length
         self._lengths = np.minimum(whole[self._item] - self._start, length)
@@ -142,7 +143,7 @@ class Packed(Source):
             )
         kinds = [(batch_size, length)] if full or drop_last == "pad" else []
         self.sizes = (*kinds, *([(rest, length)] if rest and drop_last is False else []))
-        """Rows and length of each kind of batch."""
+        """Rows and length of each batch shape."""
         super().__init__(kinds=len(self.sizes))
         self._order = Order(rows, seed=mix(seed, 1), shuffle=shuffle)
         example = self._layout.batch([examples.first], {name: int(each[0]) for name, each in cut.items()}, 1)
@@ -170,7 +171,7 @@ class Packed(Source):
         return {**batch, "segments": segments, "positions": positions}
 
     def padding(self, epoch: int = 0) -> Padding:
-        """How much of an epoch is padding, counted without reading documents."""
+        """Returns the amount of padding in an epoch, without reading documents."""
         count = self._bins.count if self.drop_last is not True else self.epoch_length * self.batch_size
         real = int(self._lengths.sum())
         for row in self._order.items(epoch, count, self._bins.count).tolist() if count < self._bins.count else ():
@@ -183,7 +184,7 @@ class Packed(Source):
         return self._order.items(epoch, start, min(start + self.batch_size, self._bins.count))
 
     def _contents(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
-        """The pieces of documents in each row."""
+        """Returns the pieces of documents in each row."""
         slots = [self._bins.slots(row) for row in rows.tolist()]
         numbers: dict[int, list[int]] = {}
         for length, number in itertools.chain.from_iterable(slots):
@@ -195,7 +196,7 @@ class Packed(Source):
         return [np.array([next(found[length]) for length, _ in row]) for row in slots]
 
     def _row(self, read: Mapping[int, Mapping[str, Tensor]], pieces: np.ndarray) -> dict[str, Tensor]:
-        """The columns of a row."""
+        """Returns the columns of a row."""
         at = [(int(self._item[piece]), int(self._start[piece]), int(self._lengths[piece])) for piece in pieces]
         return {
             name: torch.cat([read[item][name][start : start + length] for item, start, length in at])
@@ -203,7 +204,7 @@ class Packed(Source):
         }
 
     def _read(self, items: np.ndarray, position: int) -> dict[int, dict[str, Tensor]]:
-        """Documents by their numbers."""
+        """Returns documents by index."""
         with seeded(self.seed, position):
             found = [self._layout.columns(example) for example in self.examples.read(items)]
         for name in self._layout.variable:

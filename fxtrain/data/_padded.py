@@ -16,15 +16,16 @@ from fxtrain.data._padding import Layout, Side
 from fxtrain.data._ragged import Examples, Lengths
 from fxtrain.data._source import Source
 
-_FEW = 16  # sizes for which compiling each pays off
+# With more shapes, compiling a graph for each no longer pays off.
+_FEW = 16
 
 
 class Padding(NamedTuple):
-    """How much of an epoch's batches is padding.
+    """The amount of padding in an epoch's batches.
 
     Args:
-        padded: Positions that hold no part of an example.
-        positions: All positions.
+        padded: Number of padding positions.
+        positions: Number of all positions.
     """
 
     padded: int
@@ -32,17 +33,17 @@ class Padding(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """The share of padding, between 0 and 1."""
+        """The fraction of padding, between 0 and 1."""
         return self.padded / self.positions
 
 
 class Choice(NamedTuple):
-    """What a batch is made of.
+    """The composition of a batch.
 
     Args:
-        items: Numbers of examples, int64 [n].
-        rows: Rows of the batch, n or more.
-        sizes: The length of the batch by column.
+        items: Indices of examples, int64 [n].
+        rows: Number of rows, at least n.
+        sizes: The padded length of each column.
     """
 
     items: np.ndarray
@@ -51,15 +52,15 @@ class Choice(NamedTuple):
 
 
 class Ragged(Source):
-    """Batches of examples of different lengths: a subclass chooses which examples go into which batch.
+    """Batches of examples of different lengths. Subclasses choose the examples of each batch.
 
     Args:
-        examples: From ``fxtrain.data.ragged``.
-        layout: How they become a batch.
+        examples: The examples and their lengths.
+        layout: The layout of examples in a batch.
         lengths: The length of each example after truncation, by column.
-        sizes: Rows and length of each kind of batch.
-        epoch_length: Batches in an epoch.
-        seed: For the random numbers that a dataset draws.
+        sizes: Rows and length of each batch shape.
+        epoch_length: Batches per epoch.
+        seed: Seed of the dataset's random samples.
     """
 
     epoch_length: int
@@ -78,13 +79,13 @@ class Ragged(Source):
         super().__init__(free=0 if few else ANY, kinds=len(sizes) if few else None)
         self.examples, self.layout, self.lengths = examples, layout, lengths
         self.sizes = tuple(sizes)
-        """Rows and length of each kind of batch."""
+        """Rows and length of each batch shape."""
         self.epoch_length, self.seed = epoch_length, seed
-        # What cannot become a batch is refused here, before a run begins.
+        # Make a batch of one example, so that unsuitable data raises now and not during a run.
         layout.batch([examples.first], {name: int(each[0]) for name, each in lengths.items()}, 1)
 
     def choose(self, epoch: int, index: int) -> Choice:
-        """What the batch at an index of an epoch is made of."""
+        """Returns the composition of the batch at an index of an epoch."""
         raise NotImplementedError
 
     def fetch(self, position: int) -> Any:
@@ -93,7 +94,7 @@ class Ragged(Source):
             return self.layout.batch(self.examples.read(chosen.items), chosen.sizes, chosen.rows)
 
     def padding(self, epoch: int = 0) -> Padding:
-        """How much of an epoch is padding, counted without reading examples."""
+        """Returns the amount of padding in an epoch, without reading examples."""
         real = positions = 0
         for index in range(self.epoch_length):
             items, rows, sizes = self.choose(epoch, index)
@@ -103,7 +104,7 @@ class Ragged(Source):
 
 
 class PaddedBatches(Ragged):
-    """Batches as long as their longest example. Use ``padded``."""
+    """Batches padded to their longest example. Use ``padded``."""
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class PaddedBatches(Ragged):
         start = index * self.batch_size
         items = self._order.items(epoch, start, min(start + self.batch_size, self.examples.count))
         sizes = self.layout.sizes({name: each[items] for name, each in self.lengths.items()}, self.multiple)
-        # One length for all columns, because each combination of lengths would compile a graph.
+        # One length for all columns, because each combination of lengths would compile another graph.
         sizes = dict.fromkeys(sizes, max(sizes.values()))
         return Choice(items, len(items) if self.drop_last is False else self.batch_size, sizes)
 
@@ -169,39 +170,40 @@ def padded(
     variable: Sequence[str] | None = None,
     lengths: Lengths | None = None,
 ) -> PaddedBatches:
-    """Batches of examples of different lengths, each padded to its longest example, rounded up to a multiple.
+    """Returns batches of examples of different lengths, each padded to its longest example, rounded up to a multiple.
 
-    Batches are drawn as ``batches`` draws them. ``bucketed`` puts examples of similar length together, with less
-    padding. Here each batch is a fair sample of the data.
+    Examples are shuffled as in ``batches``, so each batch is a fair sample of the data. ``bucketed`` groups examples of
+    similar length, which needs less padding.
 
     Args:
         source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
-            columns, each a list of arrays, or one array with a row for each example; or a map-style dataset, as a
+            columns, each a list of arrays, or one array with a row per example; or a map-style dataset, such as a
             ``datasets.Dataset`` with list columns.
-        batch_size: Examples in a batch.
-        multiple: The length of a batch is rounded up to a multiple of this. A large one makes few sizes. Each size
-            compiles one graph. Up to 16 sizes are declared to ``fit``, which compiles them without a warning.
-        max_length: As for ``pad``; so are ``truncate``, ``side``, ``value``, ``mask`` and ``columns``.
-        truncate: On which side longer examples are cut. By default they are an error.
-        seed: Any whole number. Each epoch has its own order.
+        batch_size: Examples per batch.
+        multiple: Batch lengths are rounded up to a multiple of this. A larger multiple gives fewer shapes, each of
+            which compiles one graph. Up to 16 shapes are declared to ``fit``, which then compiles them without a
+            warning.
+        max_length: Maximum length of an example.
+        truncate: The side on which longer examples are cut. By default they raise an error.
+        seed: Any int. Each epoch has a different order.
         shuffle: Whether the order is random.
-        drop_last: What becomes of the examples left over at the end of an epoch: True drops them, False makes a
-            shorter batch, ``"pad"`` fills it with rows of padding, where the mask is False.
-        side: On which side padding goes.
-        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+        drop_last: How to handle the examples left over at the end of an epoch. True drops them, False makes a shorter
+            batch, and ``"pad"`` adds rows of padding to it, where the mask is False.
+        side: The side on which padding is added.
+        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
         mask: Name of the mask, or names by column.
-        columns: The columns to take, or names for the parts of tuples.
+        columns: The columns to use, or names for the parts of tuples.
         variable: The columns to pad. By default those whose length differs between examples.
-        lengths: The length of each example, int [n], or the name of a column that holds it. Without it, a dataset that
-            is no ``datasets.Dataset`` is read through once.
+        lengths: The length of each example, int [n], or the name of a column that contains it. If omitted, a dataset
+            other than a ``datasets.Dataset`` is read through once to measure its examples.
 
     Returns:
-        Batches of the columns, [batch_size, length, ...], and of the mask, bool [batch_size, length]. ``sizes`` has
-        the rows and lengths that batches can have; ``padding(epoch)`` counts what is padding.
+        Batches with the columns, [batch_size, length, ...], and the mask, bool [batch_size, length]. ``sizes`` lists
+        the rows and length of each possible batch shape. ``padding(epoch)`` counts the padding.
 
     Raises:
-        TypeError: If the source or a column is of none of these kinds.
-        ValueError: If an example is empty or too long, there is no full batch, or examples do not go together.
+        TypeError: If the type of the source or of a column is not supported.
+        ValueError: If an example is empty or too long, there is no full batch, or examples do not match.
 
     Example:
         >>> data = padded([[1, 2, 3], [4], [5, 6], [7]], 2, multiple=2, shuffle=False)

@@ -1,4 +1,4 @@
-"""Padding: examples of different lengths as one batch, with a mask of what is real."""
+"""Padding of examples to one batch, with a mask of the real positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxtrain.data._ragged import length_of, named
 Side = Literal["right", "left"]
 
 _WIDE = (torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
-_IGNORED = {"labels": -100}  # what cross_entropy leaves out by default, and models of transformers expect
+_IGNORED = {"labels": -100}  # ignored by cross_entropy and transformers models
 
 
 def pad(
@@ -30,32 +30,33 @@ def pad(
     columns: Sequence[str] | None = None,
     variable: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Pads examples of different lengths to one batch, as long as the longest of them.
+    """Pads examples of different lengths to the longest one, and combines them into a batch.
 
-    With ``functools.partial`` it is the ``collate_fn`` of a ``DataLoader``. Its batches have as many sizes as there are
-    longest lengths, and each size compiles a graph: ``padded`` and ``bucketed`` declare their sizes ahead.
+    With ``functools.partial`` it serves as the ``collate_fn`` of a ``DataLoader``. Such a loader has one batch shape
+    for each longest length, and each shape compiles a graph. ``padded`` and ``bucketed`` declare their shapes in
+    advance.
 
-    Integers of 16 bits or more become int64, as embeddings and losses take them. Other dtypes stay.
+    Integers of 16 bits or more become int64, as embeddings and losses require. Other dtypes are kept.
 
     Args:
-        examples: Dicts of arrays, lists and numbers; or arrays [length, ...], the column ``"x"``; or tuples, whose
-            parts ``columns`` names.
-        multiple: The length of the batch is rounded up to a multiple of this.
-        max_length: Longest length of an example.
-        truncate: On which side longer examples are cut. By default they are an error.
-        side: On which side padding goes.
-        value: What to pad with, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
-        mask: Name of the mask, bool [batch, length], True where an example is. Columns whose lengths differ within an
-            example, as those of a translation, need a mask each: names of masks by column.
-        columns: The columns to take, or names for the parts of tuples.
-        variable: The columns to pad. By default all that have a length. Others are stacked.
+        examples: Dicts of arrays, lists and numbers; arrays [length, ...], which become the column ``"x"``; or tuples,
+            with parts named by ``columns``.
+        multiple: The batch length is rounded up to a multiple of this.
+        max_length: Maximum length of an example.
+        truncate: The side on which longer examples are cut. By default they raise an error.
+        side: The side on which padding is added.
+        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
+        mask: Name of the mask, bool [batch, length], True at real positions. Columns whose lengths differ within an
+            example, as in translation, need separate masks: a dict of mask names by column.
+        columns: The columns to use, or names for the parts of tuples.
+        variable: The columns to pad. By default all that have a length. Other columns are stacked.
 
     Returns:
         The columns as [batch, length, ...] or [batch, ...], and the masks.
 
     Raises:
-        TypeError: If a value is no array, list or number.
-        ValueError: If an example is empty or too long, or examples do not go together.
+        TypeError: If a value is not an array, list or number.
+        ValueError: If an example is empty or too long, or examples do not match.
 
     Example:
         >>> batch = pad([{"text": [1, 2, 3], "class": 0}, {"text": [4], "class": 1}], multiple=4)
@@ -74,7 +75,7 @@ def pad(
 
 
 class Layout:
-    """How the columns of examples are laid out in a batch. The options are those of ``pad``.
+    """The layout of examples in a batch. The options are those of ``pad``.
 
     Args:
         variable: The columns to pad.
@@ -101,13 +102,13 @@ class Layout:
         self._values = {name: _value(value, name) for name in self.variable}
         self._one_mask = isinstance(mask, str)
         self.masks = {mask: self.variable[0]} if isinstance(mask, str) else {name: of for of, name in mask.items()}
-        """Columns by the names of their masks."""
+        """The column of each mask, by mask name."""
         for column in self.masks.values():
             if column not in self.variable:
                 raise ValueError(f"expected mask names for columns of {self.variable}, got one for {column!r}.")
 
     def cut(self, lengths: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The lengths, by column, that are left after truncation.
+        """Returns the lengths by column after truncation.
 
         Raises:
             ValueError: If an example is empty or too long, or columns with one mask differ in length.
@@ -141,12 +142,12 @@ class Layout:
                 )
 
     def sizes(self, lengths: Mapping[str, np.ndarray], multiple: int) -> dict[str, int]:
-        """The length of a batch by column: the longest one, rounded up."""
+        """Returns the padded length of a batch by column: the longest example, rounded up."""
         check_positive_int("multiple", multiple)
         return {name: int(-(-each.max() // multiple) * multiple) for name, each in lengths.items()}
 
     def batch(self, examples: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], rows: int) -> dict[str, Tensor]:
-        """A batch of the examples, and of padding where there are fewer than ``rows``."""
+        """Returns a batch of the examples, with rows of padding up to ``rows``."""
         columns = list(examples[0])
         taken = next((name for name in self.masks if name in columns), None)
         if taken is not None:
@@ -170,7 +171,7 @@ class Layout:
         return made
 
     def columns(self, example: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The columns of an example as tensors, truncated."""
+        """Returns an example's columns as tensors, truncated."""
         return {name: self._column(value, name) for name, value in example.items()}
 
     def _column(self, value: Any, name: str) -> Tensor:
@@ -206,9 +207,9 @@ def _value(value: float | Mapping[str, float], name: str) -> float:
 def _as_tensor(value: Any, name: str) -> Tensor:
     try:
         if isinstance(value, float):
-            made = torch.tensor(value, dtype=torch.float64)  # as torch's default collation has it
+            made = torch.tensor(value, dtype=torch.float64)  # like torch's default collation
         elif isinstance(value, np.ndarray) and not value.flags.writeable:
-            made = torch.from_numpy(value.copy())  # a tensor cannot be read-only
+            made = torch.from_numpy(value.copy())  # tensors cannot be read-only
         elif isinstance(value, list) and value and isinstance(value[0], np.ndarray | np.generic):
             made = torch.from_numpy(np.array(value))  # torch converts such lists slowly
         else:
@@ -222,7 +223,7 @@ def _as_tensor(value: Any, name: str) -> Tensor:
 
 
 def refuse_unless_alike(values: Sequence[Tensor], name: str, *, is_variable: bool) -> None:
-    """Refuses values of a column that differ in dtype or shape, apart from the first dimension of variable columns."""
+    """Raises unless values of a column agree in dtype and shape, except for the first dimension of variable columns."""
     like = values[0]
     for value in values:
         shape, first = (value.shape[1:], like.shape[1:]) if is_variable else (value.shape, like.shape)

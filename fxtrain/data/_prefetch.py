@@ -1,4 +1,4 @@
-"""Prefetch: a thread that reads ahead."""
+"""A background thread that reads batches ahead."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from fxtrain.rng._host import is_seeded
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 2.0  # seconds that the end of a session waits for the batch under way
+_PATIENCE = 2.0  # seconds to wait for the batch in progress when closing
 
 
 def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
-    """The same batches, made by a thread while the ones before are used.
+    """Returns the same batches, read ahead by a background thread.
 
-    An error comes up at the position that it belongs to, with the traceback of the thread. A jump drops what was
-    read ahead. While the thread runs, ``data`` is not to be used elsewhere.
+    An error in the thread is raised at the position where it occurred, with the thread's traceback. Reading any
+    position but the next discards the batches read ahead. While the thread runs, ``data`` must not be used elsewhere.
 
     Args:
-        data: Batches, or what ``adapt`` takes.
-        size: How many batches are kept ready. The thread holds one more.
-        seed: For ``adapt``: orders that a loader draws. ``fit`` gives the state's to a loader that it is given bare.
-        device: Where the batches are to lie. To a CUDA device they are copied through pinned memory, beside the
+        data: Batches, or any argument of ``adapt``.
+        size: Number of batches to keep ready. The thread holds one more.
+        seed: Any int, passed to ``adapt``. Use the state's seed for the order that ``fit`` would use without
+            prefetching.
+        device: Device to copy batches to. Copies to a CUDA device go through pinned memory, and overlap with
             computation.
 
     Example:
@@ -51,14 +52,14 @@ def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | 
 
 
 class Item(NamedTuple):
-    """What the thread hands over for one position."""
+    """The thread's result for one position."""
 
     batch: Any
     error: BaseException | None
-    epoch_length: int | None  # as known after this batch and not later, so that threads' timing decides nothing
-    snapshot: Tensor | None  # for the position after this one
+    epoch_length: int | None  # as of this batch, so that it does not depend on thread timing
+    snapshot: Tensor | None  # for the next position
     copied: Any  # the CUDA event of the copy, or None
-    follows: int  # the position of the batch after it
+    follows: int  # the next position
 
 
 class Prefetched(Source):
@@ -72,16 +73,16 @@ class Prefetched(Source):
         self.device = None if device is None else torch.device(device)
         self.epoch_length = source.epoch_length
         self._reader: Reader | None = None
-        self._kept: tuple[int, Tensor] | None = None  # a snapshot, and its position
-        self._closed: Reader | None = None  # whose thread still read a batch when it was closed
+        self._kept: tuple[int, Tensor] | None = None  # a position, and its snapshot
+        self._closed: Reader | None = None  # a reader that was busy when it was closed
         self._expected: int | None = None
-        self._epoch = -1  # that was announced last
+        self._epoch = -1  # the last one announced
         if hasattr(source, "begin_epoch"):
             self.begin_epoch = self._begin_epoch
 
     def _begin_epoch(self, epoch: int, length: int) -> None:
         follows, self._epoch = epoch == self._epoch + 1, epoch
-        # What was read ahead is still right if the epoch is expected to be as long as the one before.
+        # Batches read ahead remain valid if the expected epoch length has not changed.
         if follows and self.source.may_end_anywhere and self.epoch_length and length == self.epoch_length:
             return
         self._pause()
@@ -98,7 +99,7 @@ class Prefetched(Source):
         if self._reader is None:
             self._wait_for_closed()
             self._reader = Reader(_reading(self.source, self.device), self.size)
-            self._unused = weakref.finalize(self, self._reader.stop, _PATIENCE)  # or when the interpreter exits
+            self._unused = weakref.finalize(self, self._reader.stop, _PATIENCE)  # on garbage collection or exit
             self._expected = None
         if position != self._expected:
             self._reader.jump(position)
@@ -121,7 +122,7 @@ class Prefetched(Source):
         return self[position]
 
     def expect_epoch_length(self, length: int) -> None:
-        """Sets the number of batches in an epoch, which an earlier session found out."""
+        """Sets the number of batches per epoch, as found in an earlier session."""
         expect = getattr(self.source, "expect_epoch_length", None)
         if expect is not None and self._reader is None:
             expect(length)
@@ -141,7 +142,7 @@ class Prefetched(Source):
         self.source.close()
 
     def _wait_for_closed(self) -> None:
-        """Two threads must not read the source at the same time."""
+        """Waits for a closed reader, because two threads must not read the source at the same time."""
         if self._closed is not None:
             self._closed.stop()
             self._closed = None
@@ -157,17 +158,19 @@ class Prefetched(Source):
 
 
 class StatefulPrefetched(Prefetched):
-    """As ``Prefetched``, of batches that have snapshots: there is one with each batch, made before the next is read."""
+    """``Prefetched`` for sources with snapshots. The thread takes a snapshot after each batch, before it reads the
+    next.
+    """
 
     def snapshot(self, position: int) -> Tensor:
-        """What ``restore`` needs to continue at ``position``: the source's, as it was before it read on."""
+        """Returns the snapshot for ``restore`` at ``position``, taken before the source read further ahead."""
         if self._kept is None or self._kept[0] != position:
             self._pause()
             self._kept = (position, self.source.snapshot(position))
         return self._kept[1]
 
     def restore(self, position: int, snapshot: Tensor) -> None:
-        """Continues at ``position``, from a snapshot of the source with or without prefetch."""
+        """Continues at ``position``, from a snapshot of the source taken with or without prefetching."""
         self._pause()
         self.source.restore(position, snapshot)
         self.epoch_length = self.source.epoch_length
@@ -177,25 +180,27 @@ class StatefulPrefetched(Prefetched):
 
 
 class Reader:
-    """The thread, and what it shares with its user: all of it under one condition."""
+    """The background thread, and the state it shares with its consumer, guarded by one condition."""
 
     def __init__(self, read: Callable[[int], Item], size: int) -> None:
         self._read = read
         self._size = size
         self._changed = threading.Condition()
         self._ready: collections.deque[Item] = collections.deque()
-        self._next: int | None = None  # the position to read next; None is rest
+        self._next: int | None = None  # the position to read next; None while idle
         self._jumps = 0
         self._busy = False
         self._stopped = False
         self._afterwards: Callable[[], None] | None = None
         self._has_ended = False
-        # A daemon, so that a dataset that hangs cannot keep the interpreter from exiting.
+        # A daemon, so that a hanging dataset cannot keep the interpreter from exiting.
         self._thread = threading.Thread(target=self._run, name="fxtrain prefetch", daemon=True)
         self._thread.start()
 
     def jump(self, position: int | None) -> None:
-        """Drops what is ready and reads from ``position`` on; None waits until the thread is at rest."""
+        """Discards the ready batches and continues at ``position``. None stops reading, and waits until the thread is
+        idle.
+        """
         with self._changed:
             self._jumps += 1
             self._ready.clear()
@@ -204,27 +209,27 @@ class Reader:
             self._changed.wait_for(lambda: position is not None or not self._busy)
 
     def take(self) -> Item:
-        """The next item. Waits for it."""
+        """Waits for the next item and returns it."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready)
             self._changed.notify_all()
             return self._ready.popleft()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Ends the thread, and waits (at most ``timeout`` seconds) while it makes its last batch.
+        """Ends the thread, and waits for at most ``timeout`` seconds until its last batch is done.
 
         Returns:
-            Whether it has ended.
+            Whether the thread has ended.
         """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:  # the garbage collector calls from anywhere
+        if threading.current_thread() is not self._thread:  # a finalizer may run in any thread
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def afterwards(self, action: Callable[[], None]) -> None:
-        """Calls ``action`` once the thread reads no more."""
+        """Calls ``action`` after the thread has stopped reading."""
         with self._changed:
             if not self._has_ended:
                 self._afterwards = action
@@ -254,7 +259,7 @@ class Reader:
                     self._ready.append(item)
                     self._next = None if item.error is not None else item.follows
                 self._changed.notify_all()
-            del item  # a batch, or a traceback with its frames, is not kept alive while waiting
+            del item  # do not keep a batch, or a traceback with its frames, alive while waiting
 
 
 def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
@@ -271,9 +276,9 @@ def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
                 batch, copied = _copied(batch, device, stream)
             elif device is not None:
                 batch = map_tensors(lambda leaf: leaf.to(device), batch)
-        except BaseException as raised:  # whatever it is, it is for the one who waits
+        except BaseException as raised:  # raised in the consumer's thread
             error = raised
-        # An epoch that turns out to go on counts its positions from its own start.
+        # In an epoch that exceeds its expected length, positions count from its start.
         goes_on = length is not None and data.epoch_length is None
         follows = position % length + 1 if length is not None and goes_on else position + 1
         return Item(batch, error, data.epoch_length, snapshot, copied, follows)
@@ -285,6 +290,6 @@ def _copied(batch: Any, device: Any, stream: Any) -> tuple[Any, Any]:
     def copy(leaf: Tensor) -> Tensor:
         return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(device, non_blocking=True)
 
-    stream.wait_stream(torch.cuda.current_stream(device))  # on which the batch may have been made
+    stream.wait_stream(torch.cuda.current_stream(device))  # the batch may have been computed on it
     with torch.cuda.stream(stream):
         return map_tensors(copy, batch), stream.record_event()

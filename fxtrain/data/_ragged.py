@@ -1,4 +1,4 @@
-"""Ragged examples: texts, signals and rows of columns whose lengths differ, with the length of each."""
+"""Examples of different lengths (texts, signals, rows of columns), with the length of each."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fxtrain.data._generators import seeded
 from fxtrain.data._samples import samples
 
 Lengths = Sequence[int] | np.ndarray | Tensor | str
-"""Int [n], or the name of the column that holds them."""
+"""Int [n], or the name of the column that contains them."""
 
-_ROWS_AT_ONCE = 4096  # rows of a datasets.Dataset that are measured in one read
-_BARE = "x"  # the column of examples without names, as in ``windows``
+_ROWS_AT_ONCE = 4096  # rows of a datasets.Dataset to measure per read
+_BARE = "x"  # the column name of unnamed examples, as in ``windows``
 
 
 class Examples:
-    """Numbered examples with their lengths.
+    """Indexed examples with their lengths.
 
     Args:
         source: A list of arrays or lists, a dict of columns, or a map-style dataset.
-        columns: The columns to read, or names for the parts of examples that are tuples.
-        variable: The columns whose length varies. By default all examples are measured: columns whose length differs
-            between examples, or all columns with a length if none differs.
-        lengths: Lengths that are known already; then no example is measured.
+        columns: The columns to read, or names for the parts of tuples.
+        variable: The columns whose length varies. By default all examples are measured, to find the columns whose
+            length differs between examples. If there are none, all columns with a length are used.
+        lengths: Known lengths, with which no example is measured.
 
     Raises:
-        TypeError: If the source is none of these, or no column has a length.
-        ValueError: If there is no example, or ``lengths`` does not fit.
+        TypeError: If the source has another type, or no column has a length.
+        ValueError: If there are no examples, or ``lengths`` does not match them.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class Examples:
             if name not in self.first:
                 raise ValueError(f"expected a column of {', '.join(map(repr, self.first))}, got {name!r}.")
         self.by_column = self._measured(variable) if lengths is None else self._given(lengths, variable)
-        """The length of each example by variable column, int64 [n]."""
+        """The length of each example, int64 [n], by variable column."""
         self.lengths: np.ndarray = np.maximum.reduce(list(self.by_column.values()))
         """The length of each example in its longest column, int64 [n]."""
 
     def read(self, items: np.ndarray) -> list[dict[str, Any]]:
-        """The examples of these numbers, as dicts by column."""
+        """Returns the examples at these indices, as dicts by column."""
         if isinstance(self._source, Mapping):
             names = self._columns or self._source
             return [{name: self._source[name][item] for name in names} for item in items.tolist()]
         return [named(sample, self._columns) for sample in samples(self._source, items.tolist())]
 
     def _first(self) -> dict[str, Any]:
-        with seeded(0):  # a dataset may draw random numbers
+        with seeded(0):  # a dataset may use the global generators
             return self.read(np.zeros(1, np.int64))[0]
 
     def _given(self, lengths: Lengths, variable: Sequence[str] | None) -> dict[str, np.ndarray]:
@@ -99,7 +99,7 @@ class Examples:
 
     def _scanned(self) -> dict[str, np.ndarray]:
         columns = self._source if isinstance(self._source, Mapping) else {}
-        # A column that is one array has rows of one size.
+        # Rows of a column that is a single array have equal size.
         names = [name for name in self.first if not _is_array(columns.get(name))]
         measured: dict[str, list[int]] = {name: [] for name in names}
         with seeded(0):
@@ -115,15 +115,16 @@ class Examples:
 
 
 def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
-    """An example as a dict by column.
+    """Returns an example as a dict by column.
 
     Args:
-        sample: A mapping, a tuple (``columns`` names its parts), or one array or list, which is the column ``"x"``.
+        sample: A mapping, a tuple with parts named by ``columns``, or one array or list, which becomes the column
+            ``"x"``.
         columns: The columns to keep, or names for the parts of a tuple.
 
     Raises:
-        TypeError: If a tuple has no names.
-        ValueError: If it has another number of parts than names.
+        TypeError: If ``sample`` is a tuple and ``columns`` is None.
+        ValueError: If a tuple has more or fewer parts than ``columns``.
 
     Example:
         >>> named(([1, 2], 0), ("text", "label"))
@@ -143,7 +144,7 @@ def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def length_of(value: Any) -> int | None:
-    """The first dimension of an array or a list; None for scalars and strings."""
+    """Returns the first dimension of an array, or the length of a list; None for scalars and strings."""
     if isinstance(value, Tensor | np.ndarray):
         return value.shape[0] if value.ndim else None
     return len(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
@@ -176,13 +177,13 @@ def _count(source: Any) -> int:
 
 
 def _is_stored(source: Any) -> bool:
-    """Whether it is a ``datasets.Dataset`` whose columns are as long as they are stored."""
+    """Whether this is a ``datasets.Dataset`` without a custom transform, so that columns have their stored lengths."""
     return callable(getattr(source, "with_format", None)) and getattr(source, "format", {}).get("type") != "custom"
 
 
 def _stored_lengths(source: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Lengths by list column, read from Arrow without making Python objects of the items."""
-    measure = importlib.import_module("pyarrow.compute")  # installed with datasets, and no dependency of ours
+    """Returns lengths by list column, read from Arrow without creating Python objects for the items."""
+    measure = importlib.import_module("pyarrow.compute")  # installed with datasets, not required by fxtrain
     tables = source.with_format("arrow")
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(source), _ROWS_AT_ONCE):

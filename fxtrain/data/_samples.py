@@ -1,4 +1,4 @@
-"""Samples of datasets, and batches made of them."""
+"""Reading and collation of dataset samples, and adapters for Hugging Face datasets and streams."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fxtrain.data._leaves import KINDS_OF_NUMBERS, as_tensors
 
 
 def samples(dataset: Any, keys: Any) -> list[Any]:
-    """The samples of a map-style dataset, in a single call where the dataset offers one."""
+    """Returns samples of a map-style dataset, in a single call if the dataset supports it."""
     fetch = getattr(dataset, "__getitems__", None)
     return [dataset[key] for key in keys] if fetch is None else fetch(keys)
 
 
 def collate(samples: list[Any]) -> Any:
-    """A batch of samples: numbers and tensors are stacked, everything else becomes a list.
+    """Combines samples into a batch: numbers and tensors are stacked, and everything else becomes a list.
 
-    As torch's ``default_collate``, and for dataclasses and other containers, None, dates and paths too. Graphs of
-    torch_geometric become one batch of graphs.
+    Works like torch's ``default_collate``, but also accepts dataclasses and other containers, None, dates and paths.
+    torch_geometric graphs become one batch of graphs.
 
     Raises:
-        ValueError: If tensors differ in shape.
+        ValueError: If tensors differ in shape, or samples in structure.
 
     Example:
         >>> import torch
@@ -65,7 +65,7 @@ def _is_numeric(leaf: Any) -> bool:
 
 
 class _ShapesError(ValueError):
-    """Samples of different shapes."""
+    """Raised for samples of different shapes."""
 
 
 def _stacked(samples: list[Any]) -> Any:
@@ -78,17 +78,17 @@ def _stacked(samples: list[Any]) -> Any:
             f"expected samples of one shape, which a batch stacks, got different ones ({error}). Pad them with "
             "fxtrain.data.padded, or give a collate function."
         ) from error
-    except ValueError as error:  # of arrays that torch does not take as they are: backwards, or of other byte order
+    except ValueError as error:  # arrays that torch rejects: negative strides or foreign byte order
         raise TypeError(str(error)) from error
 
 
 def as_torch(dataset: Any) -> Any:
-    """A dataset of Hugging Face's ``datasets`` with tensors in its samples, unless its format is read as it is.
+    """Returns a Hugging Face dataset whose samples contain tensors, unless its format is usable as it is.
 
-    Other datasets are returned as they are.
+    Other objects are returned unchanged.
 
     Raises:
-        TypeError: If it is a dictionary of splits.
+        TypeError: If ``dataset`` is a dictionary of splits.
     """
     kind = _hugging_face_kind(dataset)
     if kind in ("DatasetDict", "IterableDatasetDict"):
@@ -110,10 +110,10 @@ def as_torch(dataset: Any) -> Any:
 
 
 _UNREADABLE = (None, "arrow", "polars", "jax", "tensorflow")
-"""Formats of ``datasets`` whose samples are not made of tensors, arrays, numbers and text."""
+"""Formats of ``datasets`` that are replaced by the torch format."""
 
 _TIMES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration[")
-"""Parts of the types that the format for torch cannot convert."""
+"""Substrings of the types that the torch format cannot convert."""
 
 
 def _stream_format(dataset: Any) -> str | None:
@@ -122,9 +122,9 @@ def _stream_format(dataset: Any) -> str | None:
 
 
 def has_state(dataset: Any) -> bool:
-    """Whether a stream can save where it is, with all that it needs to continue.
+    """Whether a stream can save its position together with all state that it needs to continue.
 
-    A stream of Hugging Face's ``datasets`` does not save the examples in its shuffle buffer.
+    A Hugging Face stream with a shuffle buffer cannot, because its ``state_dict`` omits the buffered examples.
     """
     part = getattr(dataset, "_ex_iterable", None)
     while part is not None:
@@ -135,7 +135,7 @@ def has_state(dataset: Any) -> bool:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether this is a dataset of Hugging Face's ``datasets`` that can only be iterated over."""
+    """Whether this is a Hugging Face dataset that can only be iterated over."""
     return _hugging_face_kind(dataset) == "IterableDataset"
 
 
@@ -146,7 +146,7 @@ def _hugging_face_kind(dataset: Any) -> str | None:
 
 
 class Grouped:
-    """The samples of a stream in groups of ``batch_size``. Use ``fxtrain.data.batches``."""
+    """A stream's samples in groups of ``batch_size``. Use ``fxtrain.data.batches``."""
 
     def __init__(self, dataset: Any, batch_size: int, collate: Callable[[list[Any]], Any], drop_last: bool) -> None:
         self.dataset = dataset
@@ -170,7 +170,7 @@ class Grouped:
 
 
 class StatefulGrouped(Grouped):
-    """As ``Grouped``, of a stream that can save and restore its position."""
+    """``Grouped`` for a stream that can save and restore its position."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"dataset": copy.deepcopy(self.dataset.state_dict())}

@@ -1,4 +1,4 @@
-"""Segments: what a model needs of packed rows, so that each document is seen as if it were alone."""
+"""Attention masks and targets for packed rows, which keep the documents of a row independent."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def attention_mask(segments: Tensor, *, causal: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the block-diagonal mask with which each token attends to its own document only.
+    """Returns the block-diagonal mask with which each token attends only to its own document.
 
-    ``F.scaled_dot_product_attention`` takes it, and models of transformers as ``attention_mask``. Positions that start
-    again at each document do not separate documents by themselves. Padding attends to padding, so no row of the mask
-    is empty, which would make NaN of a softmax.
+    ``F.scaled_dot_product_attention`` accepts it, as do transformers models, as ``attention_mask``. Positions that
+    restart at each document do not separate documents by themselves. Padding attends to padding, because an empty row
+    of the mask would make the softmax NaN.
 
     Args:
         segments: The number of each token's document, 0 for padding, integer [batch, length]. A bool mask of padded
-            rows serves too.
-        causal: Whether tokens attend to earlier tokens and themselves only.
-        dtype: Of a floating mask that is added to attention scores: 0, and the lowest number where tokens do not
-            attend. By default the mask is bool, True where they do.
+            rows also works.
+        causal: Whether tokens attend only to themselves and earlier tokens.
+        dtype: The floating dtype of a mask to add to attention scores, which is 0 where tokens attend and the dtype's
+            minimum elsewhere. By default the mask is bool, True where tokens attend.
 
     Returns:
-        [batch, 1, length, length], from query to key.
+        The mask, [batch, 1, length, length], indexed by query and then key.
 
     Example:
         >>> attention_mask(torch.tensor([[1, 1, 2, 0]])).int()
@@ -40,20 +40,20 @@ def attention_mask(segments: Tensor, *, causal: bool = True, dtype: torch.dtype 
 
 
 def next_tokens(tokens: Tensor, segments: Tensor, *, shift: bool = True, ignore: int = -100) -> Tensor:
-    """Returns the targets of a language model: for each token the next one of its document.
+    """Returns the targets of a language model: for each token, the next token of its document.
 
-    The last token of a document has no target, and padding has none, so no document predicts the beginning of another.
+    The last token of a document has no target, and neither has padding, so no document predicts the start of another.
 
     Args:
         tokens: Integer [batch, length].
         segments: The number of each token's document, 0 for padding, integer [batch, length]. A bool mask of padded
-            rows serves too.
-        shift: Whether targets stand where they are predicted. Without it, they stand where they are, for models that
-            shift ``labels`` themselves, as those of transformers.
-        ignore: What stands where there is no target. ``F.cross_entropy`` leaves -100 out.
+            rows also works.
+        shift: Whether a target is placed at the token that predicts it. Otherwise targets stay in place, for models
+            that shift ``labels`` themselves, such as those of transformers.
+        ignore: The value at positions without a target. ``F.cross_entropy`` ignores -100.
 
     Returns:
-        int64 [batch, length].
+        The targets, int64 [batch, length].
 
     Example:
         >>> tokens, segments = torch.tensor([[5, 6, 7, 8, 0]]), torch.tensor([[1, 1, 2, 2, 0]])
@@ -64,5 +64,5 @@ def next_tokens(tokens: Tensor, segments: Tensor, *, shift: bool = True, ignore:
     """
     follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
     found = tokens[:, 1:].to(torch.int64).masked_fill(~follows, ignore)
-    nothing = found.new_full((tokens.shape[0], 1), ignore)  # len() is a number even where sizes are symbols
+    nothing = found.new_full((tokens.shape[0], 1), ignore)  # len() would specialize symbolic sizes
     return torch.cat([found, nothing] if shift else [nothing, found], 1)

@@ -1,4 +1,4 @@
-"""Batches: what a stream of batches is, and what all of fxtrain's sources have in common."""
+"""The protocol of batch sources, and the base class of those in fxtrain."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from fxtrain.data._likeness import ANY, REMEDY, check, described
 
 @runtime_checkable
 class Batches(Protocol):
-    """A stream of batches by position: ``data[i]`` is the same batch whenever it is asked for.
+    """A stream of batches by position: ``data[i]`` returns the same batch each time.
 
-    The position runs on through the epochs: ``i // data.epoch_length`` is the epoch. A source may have ``close()``,
-    which releases threads and processes, and, if the position alone is not enough to continue quickly,
-    ``snapshot(position)`` and ``restore(position, snapshot)``, of which a snapshot is a uint8 tensor.
+    Positions continue across epochs: ``i // data.epoch_length`` is the epoch. A source may define ``close()``, which
+    releases threads and processes. If the position alone is not enough to continue quickly, it may also define
+    ``snapshot(position)``, which returns a uint8 tensor, and ``restore(position, snapshot)``.
 
-    Where epochs differ in length, a source has ``begin_epoch(epoch, length)``, which the loop calls before it reads the
-    first batch of an epoch, with the length that it expects (0 if unknown). From then on ``epoch_length`` is the length
-    of that epoch, and positions count as if all epochs had it. If the epoch ends early, the source raises ``Exhausted``
-    and has the right length; if it goes on, ``epoch_length`` is None until it ends, and positions count from its start.
+    If epochs differ in length, a source defines ``begin_epoch(epoch, length)``. The loop calls it before it reads the
+    first batch of an epoch, with the expected length (0 if unknown). From then on, ``epoch_length`` is the length of
+    that epoch, and positions are counted as if all epochs had it. If the epoch ends early, the source raises
+    ``Exhausted`` and corrects ``epoch_length``. If the epoch exceeds the expected length, ``epoch_length`` is None
+    until it ends, and positions count from its start.
     """
 
     @property
     def epoch_length(self) -> int | None:
-        """Batches in an epoch; None where that is unknown yet, or there is no end."""
+        """Batches per epoch; None if not yet known, or if there is no end."""
         ...
 
     def __getitem__(self, position: int, /) -> Any: ...
 
 
 class Exhausted(IndexError):  # noqa: N818
-    """There is no batch at this position.
+    """Raised when there is no batch at a position.
 
-    A source that did not know the length of an epoch raises it where the first epoch ends, and knows then. Asked
-    again for the same position it begins the next epoch, or raises again if it has no more.
+    A source with unknown epoch length raises it at the end of the first epoch, and then sets ``epoch_length``. Reading
+    the same position again starts the next epoch, or raises again if there is none.
     """
 
     def __init__(self, position: int) -> None:
@@ -50,37 +51,37 @@ class Exhausted(IndexError):  # noqa: N818
 
 
 class Source:
-    """Batches that check themselves: a subclass writes ``fetch`` and ``epoch_length``.
+    """Base class of sources that check their batches. A subclass defines ``fetch`` and ``epoch_length``.
 
-    A batch's numpy arrays and numbers become tensors, and text and other values stay beside them. Its structure, dtypes
-    and shapes are those of the batches before it, so that a step is compiled once. Sizes differ in the last batch of an
-    epoch, in graphs, and in lists of tensors of different sizes.
+    Numpy arrays and numbers in a batch become tensors, and text and other values are kept. Structure, dtypes and shapes
+    must match those of earlier batches, so that a step compiles once. Sizes may differ in the last batch of an epoch,
+    in graphs, and in lists of tensors of different sizes.
 
     Args:
-        free: How many first dimensions may change their size at any batch: none as a rule, or ``ANY``.
-        kinds: How many shapes batches have, if they differ and that is known. A compiled step makes a graph of each
-            without a warning. None where it is unknown.
+        free: Number of leading dimensions that may change size in any batch: usually 0, or ``ANY``.
+        kinds: Number of batch shapes, if it is known. If there are several, a compiled step compiles a graph for each,
+            without a warning. None if unknown.
     """
 
     epoch_length: int | None
-    can_be_left = True  # whether an exception raised while a batch is awaited leaves the position where it was
-    can_jump = True  # whether any batch is read without those before it
-    may_end_anywhere = False  # whether an epoch may have another length than expected
+    can_be_left = True  # whether an exception during a read leaves the position unchanged
+    can_jump = True  # whether any batch can be read without those before it
+    may_end_anywhere = False  # whether an epoch's length may differ from the expected one
 
     def __init__(self, *, free: int = 0, kinds: int | None = 1) -> None:
         self.free, self.kinds = free, kinds
-        # A position, the epoch length there, and the batch without its values.
+        # The reference batch: its position, the epoch length at that time, and the batch without its values.
         self._like: tuple[int, int | None, Any] | None = None
-        self._usual: list[Any] = []  # structures, shapes and dtypes that need no comparison
-        # The position of a short batch, and the epoch length then, until it is known whether the epoch ends there.
+        self._usual: list[Any] = []  # accepted structures, shapes and dtypes
+        # A short batch, which is an error unless the epoch ends there: its position, and the epoch length at that time.
         self._short: tuple[int, int | None] | None = None
 
     def fetch(self, position: int) -> Any:
-        """The batch at this position, as it comes."""
+        """Returns the batch at this position, before conversion and checks."""
         raise NotImplementedError(f"{type(self).__name__} has no fetch: write one.")
 
     def close(self) -> None:
-        """Releases threads and processes. The next batch that is asked for starts them again."""
+        """Releases threads and processes. Reading another batch starts them again."""
 
     def __getitem__(self, position: int) -> Any:
         position = operator.index(position)
@@ -98,12 +99,12 @@ class Source:
         return batch
 
     def map(self, function: Callable[..., Any], *, with_position: bool = False) -> Source:
-        """These batches, each changed by a pure function.
+        """Returns these batches with a pure function applied to each.
 
         Args:
-            function: From a batch, as it comes, to a batch.
-            with_position: Whether the function takes the position as a second argument, to derive random numbers
-                from it.
+            function: Maps a batch, before conversion to tensors, to a batch.
+            with_position: Whether to pass the position as a second argument, from which the function can derive random
+                samples.
 
         Example:
             >>> from fxtrain.data import sequence
@@ -115,7 +116,7 @@ class Source:
 
     def _compare(self, batch: Any, position: int) -> None:
         length, short, self._short = self.epoch_length, self._short, None
-        # With another epoch length it is another epoch, and its positions count otherwise.
+        # A different epoch length means a different epoch, whose positions are counted differently.
         if short == (position - 1, length) and not _ends_epoch(position - 1, length):
             raise ValueError(
                 f"The batch at position {position - 1} had another number of rows than those before, and was not the "
@@ -141,10 +142,10 @@ class Source:
         if same or self.free:
             return
         if _ends_epoch(like_position, length):
-            # That one was short, and this is the usual size.
+            # The reference batch was the short last batch of an epoch, and this one has full size.
             self._set_like(batch, position)
         elif self.may_end_anywhere and like_length != length and _rows(batch) > _rows(like):
-            self._set_like(batch, position)  # likewise, in an epoch that has ended early
+            self._set_like(batch, position)  # the reference was short, in an epoch that ended early
         elif length is None or self.may_end_anywhere:
             self._short = (position, length)
 
@@ -167,7 +168,7 @@ class Source:
 
 
 class Mapped(Source):
-    """Batches, each changed by a function. Only what comes out is checked."""
+    """Batches with a function applied to each. Only the function's results are checked."""
 
     def __init__(self, source: Source, function: Callable[..., Any], *, with_position: bool = False) -> None:
         super().__init__(free=source.free, kinds=source.kinds)
@@ -192,7 +193,7 @@ class Mapped(Source):
         self.source.close()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("snapshot", "restore", "expect_epoch_length", "begin_epoch"):  # there only if the source has them
+        if name in ("snapshot", "restore", "expect_epoch_length", "begin_epoch"):  # defined only if the source has them
             return getattr(self.source, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
 

@@ -1,4 +1,4 @@
-"""Batches of sources that can only be read from their start, or that keep their own place."""
+"""Batches of sources that can only be read from their start, or that track their own position."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _END: Any = object()
 
 
 class Streamed(Source):
-    """Batches of one iterator an epoch. Use ``from_iterable``, ``from_loader`` or ``from_stateful_loader``.
+    """Batches from one iterator per epoch. Use ``from_iterable``, ``from_loader`` or ``from_stateful_loader``.
 
     Args:
-        begin: From the epoch to an iterator over its batches.
-        name: What it is, in messages.
-        seed: The global generators are seeded from (seed, position) while the source makes a batch.
-        once: Whether there is but one iterator.
-        free: How many first dimensions may change their size at any batch.
+        begin: Maps an epoch to an iterator over its batches.
+        name: The source's name in messages.
+        seed: The global generators are seeded from this, the epoch and the index while the source makes a batch.
+        once: Whether there is only one iterator.
+        free: Number of leading dimensions that may change size in any batch.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class Streamed(Source):
         self._once = once
         self.can_be_left, self.can_jump = not once, False
         self._iterator: Iterator[Any] | None = None
-        self._begun = False  # whether there has been an iterator
-        self._epoch = 0  # of the iterator
-        self._index = 0  # the batches that it has given
-        self._ended = False  # whether it has said that it ends here
-        self._announced: int | None = None  # the epoch that the loop is in, if it says so
-        self._ahead: list[Any] = []  # a batch that was read to find out whether the epoch goes on
+        self._begun = False  # whether an iterator was ever started
+        self._epoch = 0  # the iterator's
+        self._index = 0  # number of batches read from the iterator
+        self._ended = False  # whether the iterator is exhausted
+        self._announced: int | None = None  # the epoch passed to begin_epoch, if any
+        self._ahead: list[Any] = []  # at most one batch, read to find out whether the epoch continues
         self._reads_ahead = True
 
     def fetch(self, position: int) -> Any:
@@ -68,7 +68,7 @@ class Streamed(Source):
             self._ahead.clear()
 
     def begin_epoch(self, epoch: int, length: int) -> None:
-        """Announces the epoch that is read next, and the length to expect, 0 if unknown."""
+        """Announces the epoch that is read next, and its expected length, 0 if unknown."""
         self._announced, self.epoch_length = epoch, length or None
 
     @property
@@ -76,7 +76,7 @@ class Streamed(Source):
         return self._announced is not None
 
     def _look_ahead(self) -> None:
-        """Finds out whether the epoch has more batches than expected, before the last expected one is handed over."""
+        """Finds out whether the epoch exceeds its expected length, before the last expected batch is returned."""
         assert self._iterator is not None
         with seeded(self.seed, self._epoch, self._index, 4):
             batch = next(self._iterator, _END)
@@ -90,18 +90,18 @@ class Streamed(Source):
         return self._epoch * (self.epoch_length or 0) + self._index
 
     def expect_epoch_length(self, length: int) -> None:
-        """Sets the number of batches in an epoch, which an earlier session found out."""
+        """Sets the number of batches per epoch, as found in an earlier session."""
         if self.epoch_length is None and not self._begun:
             self.epoch_length = length
 
     def _seek(self, position: int) -> None:
-        """Makes the batch at ``position`` the one that is read next."""
+        """Advances so that the next read returns the batch at ``position``."""
         epoch, index = (
             (self._announced or 0, position) if self.epoch_length is None else divmod(position, self.epoch_length)
         )
         is_complete = self._index == self.epoch_length and not self._ended
         if self._iterator is not None and is_complete and epoch == self._epoch + 1:
-            self._read()  # the end belongs to the epoch: a source may do its housekeeping there
+            self._read()  # exhaust the iterator, because a source may clean up at its end
         if self._iterator is None or epoch != self._epoch or index < self._index:
             self._open(epoch, position)
         missing = index - self._index
@@ -115,7 +115,7 @@ class Streamed(Source):
             if self._read() is _END:
                 if length is not None:
                     raise self._other_length("fewer", length)
-                return self._seek(position)  # the length of an epoch is known now
+                return self._seek(position)  # the epoch length is known now
         return None
 
     def _open(self, epoch: int, position: int) -> None:
@@ -137,7 +137,7 @@ class Streamed(Source):
             with seeded(self.seed, self._epoch, self._index, 4):
                 batch = self._ahead.pop() if self._ahead else next(self._iterator, _END)
         except BaseException:
-            self._iterator = None  # a generator that has raised says ever after that it is at its end
+            self._iterator = None  # after an exception, a generator only raises StopIteration
             raise
         if batch is not _END:
             self._index += 1
@@ -159,22 +159,22 @@ class Streamed(Source):
 
 
 class Stateful(Streamed):
-    """Batches of a loader that keeps its own place. Use ``from_stateful_loader``."""
+    """Batches of a loader that tracks its own position. Use ``from_stateful_loader``."""
 
     def __init__(self, loader: Any, *, seed: int, dynamic: bool) -> None:
         free = free_dimensions(loader, dynamic)
         super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, free=free)
         self.loader = loader
-        self.can_be_left = False  # its state would have to be made again, by reading from the epoch's start
-        self._reads_ahead = False  # its state would be that after the next batch
+        self.can_be_left = False  # rebuilding the loader's state would require rereading the epoch
+        self._reads_ahead = False  # the loader's state would already include the next batch
         dataset = getattr(loader, "dataset", None)
         self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
         self._start_of_dataset = copy.deepcopy(self._dataset.state_dict()) if self._dataset is not None else None
-        self._readable = False  # whether a snapshot has been tried
-        self._counted: int | None = None  # the epoch that persistent workers are in, by their own count
-        self._batches = 0  # read since the iterator was started
-        self._trial: dict[str, Any] | None = None  # a state, and the checksum of the batch that followed it
-        self._tried = False  # whether the trial of a snapshot was read again
+        self._readable = False  # whether a snapshot was loaded successfully
+        self._counted: int | None = None  # the epoch, as counted by persistent workers
+        self._batches = 0  # number of batches read since the iterator was started
+        self._trial: dict[str, Any] | None = None  # a loader state, and the checksum of the batch after it
+        self._tried = False  # whether a snapshot's trial was checked
 
     def _start(self, epoch: int) -> Iterator[Any]:
         follows = self._ended and epoch == self._epoch + 1
@@ -190,7 +190,7 @@ class Stateful(Streamed):
         if self._trial is not None:
             return super().fetch(position)
         self._seek(position)
-        if self._batches < max(1, getattr(self.loader, "num_workers", 0)):  # each worker is to have made one before
+        if self._batches < max(1, getattr(self.loader, "num_workers", 0)):  # wait until each worker has made one
             return super().fetch(position)
         before = copy.deepcopy(self._state())
         batch = super().fetch(position)
@@ -203,25 +203,25 @@ class Stateful(Streamed):
         return super()._read()
 
     def snapshot(self, position: int) -> Tensor:
-        """What ``restore`` needs to continue at ``position`` without reading again: uint8 [n]."""
+        """Returns the snapshot for ``restore`` to continue at ``position`` without rereading batches, uint8 [n]."""
         if self._iterator is None or position != self._position:
             self._seek(position)
         buffer = io.BytesIO()
         torch.save({**self._state(), "trial": self._trial}, buffer)
         snapshot = torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
         if not self._readable:
-            _load(snapshot)  # better now than when a run is to be resumed
+            _load(snapshot)  # fail now instead of when a run is resumed
             self._readable = True
         return snapshot
 
     def restore(self, position: int, snapshot: Tensor) -> None:
-        """Continues at ``position`` as the source went on from there that made the snapshot.
+        """Continues at ``position``, as the source that made the snapshot did.
 
-        The first time, an earlier batch is read again from its own snapshot. If it is another one now, a warning says
-        that the loader does not repeat itself.
+        The first call also rereads an earlier batch from its own snapshot. If it differs, a warning says that the
+        loader is not repeatable.
 
         Raises:
-            ValueError: If the snapshot belongs to another position.
+            ValueError: If the snapshot was taken at another position.
         """
         content = _load(snapshot)
         stood = content["epoch"] * (content["epoch_length"] or 0) + content["index"]
@@ -255,27 +255,27 @@ class Stateful(Streamed):
             self._iterator = started(self.loader, Seeds(self.seed, epoch))
         self._begun, self._epoch, self._index, self._batches = True, epoch, state["index"], 0
         self._ended, self.epoch_length = state["ended"], state["epoch_length"]
-        self._counted = None if self._ended else epoch  # at an epoch's end the loader has begun another by itself
+        self._counted = None if self._ended else epoch  # at its end, the loader has already started the next
 
     def close(self) -> None:
         super().close()
-        end_persistent(self.loader)  # torchdata's loader holds on to its workers
+        end_persistent(self.loader)  # torchdata's loader keeps its workers alive
 
 
 def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
-    """The batches of an iterable, read from its start: to reach a position, those before it are read again.
+    """Returns the batches of an iterable that can only be read from its start.
 
-    Reading again is logged as a warning. The length of an epoch is known when the first one ends, and then a
-    position is reached from the start of its epoch. The source's random numbers are those of the global generators
-    of torch, Python and numpy, or of its own ones if they start anew with each iterator.
+    To reach a position, the batches before it are read again, which logs a warning. The epoch length is known once the
+    first epoch ends. From then on, a position is reached from the start of its epoch. Random samples of the source are
+    repeatable if they come from the global generators of torch, Python and numpy, or from generators that the source
+    reseeds for each iterator.
 
-    In ``fit`` an epoch may have another length than the one before. Its length, and that it ends, are known when it
-    ends.
+    In ``fit``, epochs may differ in length. The length of an epoch is known when it ends.
 
     Args:
-        source: An iterable of batches, or a function that returns an iterator. An iterator (a generator that was
-            called) serves for one epoch, and cannot go back.
-        seed: Any whole number.
+        source: An iterable of batches, or a function that returns an iterator. An iterator, such as a generator object,
+            lasts for one epoch and cannot be read again.
+        seed: Any int.
         dynamic: Whether sizes may change from batch to batch.
 
     Example:
@@ -300,20 +300,24 @@ def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Sourc
 
 
 def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
-    """The batches of a loader with ``state_dict`` and ``load_state_dict``, as torchdata's ``StatefulDataLoader``.
+    """Returns the batches of a loader with ``state_dict`` and ``load_state_dict``, such as torchdata's
+    ``StatefulDataLoader``.
 
-    It has ``snapshot(position)`` and ``restore(position, snapshot)``, so that a run is resumed without reading
-    anything again. Any other jump reads from the start of the epoch, and logs a warning.
+    The source has ``snapshot(position)`` and ``restore(position, snapshot)``, so a run resumes without rereading
+    batches. Any other jump reads from the start of the epoch, and logs a warning.
 
-    What a worker draws for a batch from the global generators of torch, Python and numpy is a function of (seed, epoch,
-    keys of the samples), so a resumed run draws the same. Generators of the dataset's own belong in its ``state_dict``.
-    The first restore reads one earlier batch again and warns if it is another than before the checkpoint. The workers
-    of an iterable dataset draw in sequence, which cannot be resumed: it warns too.
+    Workers seed the global generators of torch, Python and numpy for each batch from (seed, epoch, sample keys), so a
+    resumed run gets the same random samples. Other generators of the dataset must be part of its ``state_dict``. The
+    first restore rereads one earlier batch, and warns if it differs from the one before the checkpoint. Workers of an
+    iterable dataset generate random samples in one sequence that cannot be resumed, which causes the same warning.
 
     Args:
-        loader: Its state is to consist of tensors, numbers, strings, lists, dicts and None.
-        seed: Any whole number. At each epoch the loader's generators are seeded from (seed, epoch).
+        loader: The loader. Its state may contain tensors, numbers, strings, lists, dicts and None.
+        seed: Any int. The loader's generators are seeded from (seed, epoch) at each epoch.
         dynamic: Whether sizes may change from batch to batch.
+
+    Raises:
+        TypeError: If the loader lacks one of the two methods.
     """
     if not all(callable(getattr(loader, name, None)) for name in ("__iter__", "state_dict", "load_state_dict")):
         raise TypeError(
@@ -324,7 +328,9 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
 
 
 def free_dimensions(loader: Any, dynamic: bool) -> int:
-    """How many first dimensions of a loader's batches may change: the rows, where each worker has a last batch."""
+    """Returns how many leading dimensions of a loader's batches may change: the rows, if each worker ends with a short
+    batch.
+    """
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     short = iterable and getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "drop_last", False)
     return ANY if dynamic else int(short)
@@ -332,7 +338,7 @@ def free_dimensions(loader: Any, dynamic: bool) -> int:
 
 def _load(snapshot: Tensor) -> dict[str, Any]:
     try:
-        # Only plain data: a checkpoint that is read must not run code.
+        # weights_only, because reading a checkpoint must not run code.
         return torch.load(io.BytesIO(snapshot.cpu().numpy().tobytes()), weights_only=True)
     except Exception as error:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Worker processes of a DataLoader: they outlive signals to the process group, and end in bounded time.
+"""Worker processes of a ``DataLoader`` that survive signals to the process group, and end in bounded time.
 
-A scheduler, a service manager and Ctrl-C send their signal to every process of a job. The training process answers it
-by saving and ending. Workers that die of it first would take the batch under way with them, and torch raises their
-death in the middle of whatever the training process does.
+A scheduler, a service manager or Ctrl-C sends its signal to every process of a job. The training process responds by
+saving and exiting. If workers died of the signal first, the batch in progress would be lost, and torch would raise
+their death at an arbitrary point of the training process.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _PATIENCE = 2.0
 
 
 def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
-    """``iter(loader)``, whose worker processes outlive SIGINT, SIGTERM and SIGUSR1.
+    """Returns ``iter(loader)``, with worker processes that survive SIGINT, SIGTERM and SIGUSR1.
 
-    They end with their iterator, or when the process that started them is gone.
+    The workers end with their iterator, or when their parent process is gone.
 
     Args:
-        loader: Any iterable. Only a ``DataLoader`` with workers is started otherwise than by ``iter``.
-        seeds: For the global generators of its workers. By default the loader's own.
+        loader: Any iterable. Only a ``DataLoader`` with workers is treated specially.
+        seeds: Seeds of the workers' global generators. By default the loader's own.
     """
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         return iter(loader)
@@ -46,12 +46,12 @@ def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
             return iter(loader)
     _start_helpers(loader)
     iterator = None
-    # A worker inherits the mask: a signal that arrives while it starts is delivered when it can take it.
+    # Workers inherit the signal mask, so a signal during their startup is delivered after their handlers are set.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     init, context = Init(loader.worker_init_fn, seeds, _OUTLIVED - before), _context_of(loader)
     try:
-        # Torch's loader returns as soon as its workers are started: what interrupts it would find them half started.
-        # torchdata's waits for its workers, and reads batches again.
+        # Block signals while torch's loader starts its workers, because an interrupt would leave them half started.
+        # torchdata's loader also waits for its workers and rereads batches, which is too long to block signals.
         with (
             _blocked() if not hasattr(loader, "load_state_dict") else contextlib.nullcontext(),
             _replaced(loader, worker_init_fn=init, multiprocessing_context=context),
@@ -66,8 +66,8 @@ def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
 
 
 def ended(iterator: Any) -> None:
-    """Ends the workers of an iterator from ``started``. Those still busy after two seconds are killed."""
-    children = multiprocessing.active_children()  # in a process that was forked later, these are not its own
+    """Ends the workers of an iterator from ``started``. Workers still busy after two seconds are killed."""
+    children = multiprocessing.active_children()  # excludes workers of the parent, in a process forked later
     workers = [worker for worker in getattr(iterator, "_workers", ()) if worker in children]
     if not workers:
         return
@@ -82,7 +82,7 @@ def ended(iterator: Any) -> None:
 
 
 def end_persistent(loader: Any) -> None:
-    """Ends workers that a loader would use again."""
+    """Ends the persistent workers of a loader."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
         loader._iterator = None
@@ -90,11 +90,11 @@ def end_persistent(loader: Any) -> None:
 
 
 class Seeds(NamedTuple):
-    """What the global generators of a loader's workers are seeded from.
+    """Seeds for the global generators of a loader's workers.
 
     Args:
-        seed: Any whole number.
-        epoch: The epoch in which the workers start. Persistent workers count on from there.
+        seed: Any int.
+        epoch: The epoch in which the workers start. Persistent workers count up from it.
     """
 
     seed: int
@@ -102,7 +102,7 @@ class Seeds(NamedTuple):
 
 
 class Init(NamedTuple):
-    """A ``worker_init_fn`` that ignores signals, seeds generators and calls the loader's own. It can be pickled."""
+    """A picklable ``worker_init_fn`` that ignores signals, seeds generators and calls the loader's own."""
 
     init: Callable[[int], None] | None
     seeds: Seeds | None
@@ -111,7 +111,7 @@ class Init(NamedTuple):
     def __call__(self, worker_id: int) -> None:
         if self.unblock is not None:
             for kind in _OUTLIVED:
-                # A handler rather than SIG_IGN, because programs that a dataset starts would inherit the latter.
+                # A handler instead of SIG_IGN, because a dataset's subprocesses would inherit SIG_IGN.
                 signal.signal(kind, _outlive)
                 signal.siginterrupt(kind, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.unblock)
@@ -126,15 +126,15 @@ def _outlive(number: int, frame: FrameType | None) -> None:
 
 
 def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
-    """Seeds each batch that this process will make, from the epoch and the keys of its samples.
+    """Seeds the generators for each batch that this process makes, from the epoch and the sample keys.
 
-    So a worker that starts in the middle of an epoch draws the numbers that a worker which ran through it would. The
-    iterator of an iterable dataset is seeded from the epoch and the worker.
+    A worker that starts in the middle of an epoch thus generates the same random samples as one that read the whole
+    epoch. The iterator of an iterable dataset is seeded from the epoch and the worker.
     """
     kinds: Any = _DatasetKind
     create, epochs = kinds.create_fetcher, itertools.count(seeds.epoch)
 
-    def created(*args: Any) -> Any:  # once an epoch
+    def created(*args: Any) -> Any:  # called once per epoch
         epoch = next(epochs)
         seed_process(seeds.seed, epoch, worker_id, 3)
         fetcher: Any = create(*args)
@@ -142,7 +142,7 @@ def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
 
         def fetch_seeded(keys: Any) -> Any:
             text = repr(keys)
-            if keys is not None and " at 0x" not in text:  # the address of an object differs between processes
+            if keys is not None and " at 0x" not in text:  # addresses differ between processes
                 seed_process(seeds.seed, epoch, xxhash.xxh3_64_intdigest(text.encode()))
             return fetch(keys)
 
@@ -155,7 +155,7 @@ def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
 
 @contextlib.contextmanager
 def _replaced(loader: DataLoader[Any], **settings: Any) -> Iterator[None]:
-    """Changes settings of a loader for a while."""
+    """Changes settings of a loader temporarily."""
     before = {name: getattr(loader, name) for name in settings}
     try:
         for name, value in settings.items():
@@ -176,7 +176,7 @@ def _blocked() -> Iterator[None]:
 
 
 def _context_of(loader: DataLoader[Any]) -> Any:
-    """The loader's multiprocessing context, whose processes start with blocked signals."""
+    """Returns the loader's multiprocessing context, modified to start processes with blocked signals."""
     given: Any = loader.multiprocessing_context or multiprocessing.get_context()
     context, make = copy.copy(given), given.Process
 
@@ -190,14 +190,14 @@ def _context_of(loader: DataLoader[Any]) -> Any:
 
 
 def _start(worker: Any) -> None:
-    del worker.start  # what a process is pickled with
+    del worker.start  # must not be pickled with the process
     with _blocked():
         worker.start()
-        worker._popen.terminate = worker._popen.kill  # by default it sends SIGTERM
+        worker._popen.terminate = worker._popen.kill  # workers survive SIGTERM, the default
 
 
 def _terminate(popen: Any, iterator: Callable[[], Any]) -> None:
-    """What torch at the end of an iterator, and multiprocessing at the end of the process, call for a busy worker."""
+    """Kills a busy worker. Called by torch at the end of an iterator, and by multiprocessing at exit."""
     _unregister(iterator())
     popen.kill()
 
@@ -205,16 +205,16 @@ def _terminate(popen: Any, iterator: Callable[[], Any]) -> None:
 def _start_helpers(loader: DataLoader[Any]) -> None:
     """Starts the processes that multiprocessing needs to start others.
 
-    They come before the signals are blocked: the start of the resource tracker unblocks SIGINT and SIGTERM, and a fork
-    server hands its mask to every process of the program that it forks later.
+    They start before signals are blocked, because starting the resource tracker unblocks SIGINT and SIGTERM, and a fork
+    server passes its mask to every process that the program forks later.
     """
-    from multiprocessing import forkserver, resource_tracker  # not on Windows
+    from multiprocessing import forkserver, resource_tracker  # unavailable on Windows
 
     context: Any = loader.multiprocessing_context or multiprocessing
     method = context.get_start_method()
     if method == "fork":
         return
-    kinds = _OUTLIVED - {signal.SIGINT, signal.SIGTERM}  # which the resource tracker ignores by itself
+    kinds = _OUTLIVED - {signal.SIGINT, signal.SIGTERM}  # the resource tracker ignores these two by default
     before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
     try:
         resource_tracker.ensure_running()
@@ -231,7 +231,7 @@ def _kill(iterator: Any, workers: list[Any]) -> None:
 
 
 def _unregister(iterator: Any) -> None:
-    """Otherwise torch raises in the main thread that a worker was killed."""
+    """Prevents torch from raising in the main thread that a worker was killed."""
     if getattr(iterator, "_worker_pids_set", False):
         iterator._worker_pids_set = False
         reported: Any = signal_handling

@@ -1,31 +1,31 @@
-"""Weights and optimizer states of other programs: safetensors, ``torch.save``, and folders of Hugging Face libraries.
+"""Weights and optimizer states in other formats: safetensors, ``torch.save``, and folders of Hugging Face libraries.
 
-Load::
+Load weights::
 
-    fx.load_weights(state, folder)  # of transformers, diffusers, timm, open_clip; an adapter of peft
-    fx.load_weights(state, folder, strict=False, ignore_mismatched_sizes=True)  # a body, without its head
+    fx.load_weights(state, folder)  # of transformers, diffusers, timm, open_clip; or a peft adapter
+    fx.load_weights(state, folder, strict=False, ignore_mismatched_sizes=True)  # a backbone, without its head
     fx.load_weights(state, folder, part="encoder")  # into a submodule
-    fx.load_weights(state, folder, cast=True, report=True).cast  # float32 into a bfloat16 model: the names cast
+    fx.load_weights(state, folder, cast=True, report=True).cast  # float32 into a bfloat16 model: the cast names
     fx.load_weights(state, file, rename={"module.": ""})  # saved from DataParallel
     fx.load_weights(state, file, rename={"_orig_mod.": ""})  # saved from torch.compile
-    fx.load_weights(state, file, entry="state_dict", rename={"model.": ""})  # a checkpoint of Lightning
+    fx.load_weights(state, file, entry="state_dict", rename={"model.": ""})  # a Lightning checkpoint
 
-Save::
+Save weights::
 
     fx.save_weights(folder, state)  # for from_pretrained; of a module adapted by peft, the adapter
     fx.save_weights(folder, fx.callbacks.averaged(state, "ema"))  # averaged weights
-    fx.save_weights(folder, state, convert=lambda model: model.merge_and_unload())  # merged weights of LoRA
+    fx.save_weights(folder, state, convert=lambda model: model.merge_and_unload())  # merged LoRA weights
     fx.save_weights(folder, state, convert=lambda model: model.encoder)  # a submodule
 
-Optimizer states::
+Convert optimizer states::
 
-    fx.load_optimizer_state(state, optimizer)  # of a plain loop; or its state_dict(), or a file with it
-    fx.load_optimizer_state(state, folder)  # a checkpoint folder of Trainer, or a checkpoint of Lightning
+    fx.load_optimizer_state(state, optimizer)  # from torch; or its state_dict(), or a file that contains it
+    fx.load_optimizer_state(state, folder)  # a Trainer checkpoint folder, or a Lightning checkpoint
     optimizer.load_state_dict(fx.optimizer_state_dict(state, optimizer))  # back to torch
 
-Checkpoints of fxtrain::
+Restore parts of fxtrain checkpoints::
 
-    fx.restore(path, like=state, fresh="head.*")  # all but a new head, optimizer state and counts included
+    fx.restore(path, like=state, fresh="head.*")  # everything but a new head, including optimizer state and counts
     fx.restore(path, like=state, where="state.*['encoder.*']")  # a submodule with its optimizer state
 """
 

@@ -1,4 +1,4 @@
-"""Adapters: the weights of a peft folder, by the names that the adapted module has for them."""
+"""Weights of peft adapter folders, mapped to the names in the adapted module."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 from torch import nn
 
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."  # what models of transformers with adapters of their own add to names in files
-_DECIDING = (  # what else than weights decides the outputs of an adapter
+_PREFIX = "base_model.model."  # added to names in files by transformers' own adapters
+_DECIDING = (  # settings, besides weights, that affect the outputs of an adapter
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
 )
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether peft has made a module, which then writes and reads its adapter alone."""
+    """Whether peft has adapted a module, which then saves and loads only its adapter."""
     return bool(getattr(module, "peft_config", None)) and hasattr(module, "active_adapters")
 
 
 def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The contents of an adapter's folder by the names of the adapted module, and all names of its active adapter.
+    """Returns an adapter folder's contents by the names of the adapted module, and all names of its active adapter.
 
     Raises:
-        ValueError: If the folder's configuration gives other outputs than the module's, or this kind of adapter learns
-            prompts in place of weights.
+        ValueError: If the folder's configuration implies other outputs than the module's, or this kind of adapter
+            learns prompts instead of weights.
     """
-    peft = importlib.import_module("peft")  # by name, as type checks run without it
+    peft = importlib.import_module("peft")  # by name, because type checks run without peft
     adapter = _active(module)
     configuration = module.peft_config[adapter]
     _refuse_other_configuration(folder / CONFIG, configuration)
-    if configuration.is_prompt_learning:  # whose file holds prompts that peft computes from the parameters
+    if configuration.is_prompt_learning:  # the file contains prompts that peft computes from parameters
         raise ValueError(
             f"expected an adapter of weights, got a {type(configuration).__name__}. Load {folder} with "
             "peft.PeftModel.from_pretrained before fxtrain.init."
         )
-    # peft returns the module's tensors under other names, so the identity of a tensor maps one name to the other.
+    # peft returns the module's tensors under different names, so tensor identity maps one name to the other.
     own = module.state_dict(keep_vars=True)
     places = {id(value): name for name, value in own.items()}
     given = peft.get_peft_model_state_dict(module, own, adapter_name=adapter, save_embedding_layers=False)
@@ -49,7 +49,7 @@ def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) 
 
 
 def _active(module: Any) -> str:
-    """The name of the active adapter, which models of transformers give by a method."""
+    """Returns the name of the active adapter. In transformers models, ``active_adapters`` is a method."""
     active: Any = module.active_adapters
     names: Any = active() if callable(active) else active
     return names[0]

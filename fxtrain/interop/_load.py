@@ -1,4 +1,4 @@
-"""Loading: the weights in files put into a state."""
+"""Loading weights from files into a state."""
 
 from __future__ import annotations
 
@@ -64,27 +64,33 @@ def load_weights(
     cast: bool = False,
     report: bool = False,
 ) -> TrainState | Loaded:
-    """``state`` with the weights in a file or a folder. Everything else stays as it is, optimizer state included.
+    """Returns ``state`` with the weights from a file or a folder. Everything else is unchanged, including optimizer
+    state.
 
-    A folder that the module's own library wrote is loaded as that library loads it: ``from_pretrained`` of transformers
-    and diffusers converts layouts and names, and an adapter of peft is loaded into the module's active adapter alone.
+    A folder written by the module's own library is loaded as that library loads it: ``from_pretrained`` of transformers
+    and diffusers converts layouts and names, and a peft adapter is loaded into the module's active adapter only.
 
     Args:
-        state: From ``init``. It is left as it was.
-        path: A ``.safetensors`` file, a file of ``torch.save``, or a folder with weights, as ``save_pretrained`` and
-            ``save_weights`` write it.
-        entry: As for ``fxtrain.interop.read_weights``: ``"state_dict"`` for checkpoints of Lightning and timm.
-        part: The path of the submodule that the weights are of, ``"encoder"``. Its library loads it as a whole model.
-        strict: As for ``load_state_dict``, and so are the other arguments.
-        where: Shell patterns of names.
-        rename: From old prefixes to new ones.
-        ignore_mismatched_sizes: Whether tensors of another shape are skipped.
-        cast: Whether tensors are cast to the dtypes of the state.
-        report: Whether to return a ``Loaded`` in place of a warning, as ``load_state_dict`` does.
+        state: From ``init``. It is not modified.
+        path: A ``.safetensors`` file, a ``torch.save`` file, or a folder with weights, as written by
+            ``save_pretrained`` and ``save_weights``.
+        entry: The entry of a ``torch.save`` file that contains the state dict, such as ``"state_dict"`` in checkpoints
+            of Lightning and timm.
+        part: Path of the submodule to load into, such as ``"encoder"``. Names in the files are relative to it.
+        strict: Whether names in the files and in the model must be the same.
+        where: Shell patterns of model names. Only these are loaded and compared.
+        rename: From prefixes of names in the files to those in the model, or a function of the name.
+        ignore_mismatched_sizes: Whether to skip tensors of a different shape.
+        cast: Whether to cast tensors to the dtypes of the state.
+        report: Whether to return a ``Loaded``, which lists what was loaded, instead of warning about skipped names.
+
+    Returns:
+        The state, or a ``Loaded`` with the state and the lists of names if ``report=True``.
 
     Raises:
         CheckpointError: If the files cannot be read.
-        ValueError: If names, shapes or dtypes differ, see ``load_state_dict``; or an adapter has another configuration.
+        ValueError: If names, shapes or dtypes differ, see ``load_state_dict``; or if an adapter's configuration
+            differs.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx
@@ -94,7 +100,7 @@ def load_weights(
     """
     contents: Any = read_weights(path, entry=entry)
     folder = pathlib.Path(path)
-    # The template has the module's class, configuration and names, and no values.
+    # The template has the module's class, configuration and names, but no values.
     module = model_of(state).named_modules(train=False).get(part)
     if module is not None and folder.is_dir() and entry is None and rename is None:
         contents, where = _as_its_library_loads(module, folder, contents, where)
@@ -124,7 +130,7 @@ def load_weights(
 def _as_its_library_loads(
     module: nn.Module, folder: pathlib.Path, contents: Mapping[str, Any], where: str | Sequence[str] | None
 ) -> tuple[Mapping[str, Any], str | Sequence[str] | None]:
-    """The contents by the module's names, and which names they are for."""
+    """Returns the contents by the module's names, and the names that they cover."""
     if adapters.is_adapted(module):
         contents, names = adapters.named_as_in(module, folder, contents)
         return contents, [name.replace("[", "[[]") for name in names] if where is None else where

@@ -1,4 +1,4 @@
-"""Optimizer states of plain PyTorch loops, Hugging Face Trainer and Lightning, taken over and given back."""
+"""Optimizer states from and for plain PyTorch loops, Hugging Face Trainer and Lightning."""
 
 from __future__ import annotations
 
@@ -28,28 +28,32 @@ def load_optimizer_state(
     names: Sequence[str] | None = None,
     step: int | None = None,
 ) -> TrainState:
-    """``state`` with the optimizer state of a torch optimizer. Weights and everything else stay as they are,
-    but for the loss scale, if the file has the state of a ``torch.amp.GradScaler`` beside the optimizer.
+    """Returns ``state`` with the optimizer state of a torch optimizer. Weights and everything else are unchanged.
 
-    Moments, counts of each parameter, and hyper-parameters kept by ``inject_hyperparams`` are taken over, so further
-    steps are those that the torch optimizer would take. The optimizer of the state must be its equivalent:
-    ``fx.init(module, optimizer)`` prints the expression. Moments are cast to the dtypes of the state, which keeps
-    second moments of half-precision parameters in float32, where torch rounds them at each step.
+    The loss scale is loaded too if the file also contains the state of a ``torch.amp.GradScaler``.
+
+    Moments, per-parameter counts, and hyperparameters stored by ``inject_hyperparams`` are loaded, so further steps
+    match those of the torch optimizer. The optimizer of the state must be its equivalent: the error of
+    ``fx.init(module, optimizer)`` contains the expression. Moments are cast to the dtypes of the state, which stores
+    second moments of half-precision parameters in float32, whereas torch rounds them at each step.
 
     Args:
-        state: From ``init``. It is left as it was.
-        source: A torch optimizer or its ``state_dict()``; or a path: a file of ``torch.save`` with such a dict, a
-            checkpoint of Lightning, or a checkpoint folder of Hugging Face's Trainer.
-        entry: The entry of a file that holds the state dict, where several could.
-        names: Names of the optimizer's parameters in their order. By default those that the state dict has, or the
-            order of ``module.parameters()``, with or without those that are frozen. Parameter groups without names are
-            also tried with weights before biases and norms, as Trainer orders them.
-        step: Updates so far, which schedules read. By default those of a scheduler or a trainer beside the optimizer,
-            or else the largest count of a parameter. ``state.step`` is not changed.
+        state: From ``init``. It is not modified.
+        source: A torch optimizer or its ``state_dict()``; or the path of a ``torch.save`` file with such a dict, of a
+            Lightning checkpoint, or of a checkpoint folder of Hugging Face's Trainer.
+        entry: The entry of a file that contains the state dict, if there are several candidates.
+        names: Names of the optimizer's parameters in order. By default those in the state dict, or the order of
+            ``module.parameters()``, with or without frozen parameters. For parameter groups without names, Trainer's
+            order (weights before biases and norms) is also tried.
+        step: Number of updates so far, which schedules read. By default the count of a scheduler or trainer in the same
+            checkpoint, or else the largest per-parameter count. ``state.step`` is unchanged.
+
+    Returns:
+        The state with the loaded optimizer state.
 
     Raises:
         CheckpointError: If a file cannot be read.
-        ValueError: If parameters or moments differ; nothing is changed then. The message names them.
+        ValueError: If parameters or moments do not match. The message names them.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -68,7 +72,7 @@ def load_optimizer_state(
     entries = {
         named[index]: value
         for index, value in found.optimizer["state"].items()
-        # Adagrad makes the state of all parameters before their first update.
+        # Adagrad creates the state of all parameters before their first update.
         if value and index in named and ("step" not in value or int(value["step"]) > 0)
     }
     options = {named[index]: group for group in groups for index in group["params"] if index in named}
@@ -101,15 +105,15 @@ def load_optimizer_state(
 def optimizer_state_dict(
     state: TrainState, optimizer: torch.optim.Optimizer, *, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """What ``optimizer.load_state_dict`` takes, so that a torch optimizer continues where the state is.
+    """Returns a dict for ``optimizer.load_state_dict``, with which a torch optimizer continues from ``state``.
 
     Args:
         state: Its optimizer must be the equivalent of the torch optimizer.
-        optimizer: Made from the parameters of the module. It is not changed.
+        optimizer: A torch optimizer of the module's parameters. It is not modified.
         names: As for ``load_optimizer_state``.
 
     Raises:
-        ValueError: If the state has no counterpart in torch. The message names it.
+        ValueError: If the optimizer state has no counterpart in torch. The message names it.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -138,7 +142,7 @@ def optimizer_state_dict(
 def _completed(
     kept: dict[str, Tensor], group: Mapping[str, Any], param: Tensor, kind: type, step: int
 ) -> dict[str, Tensor]:
-    """The entry with what torch keeps besides, in the forms that it has there."""
+    """Returns the entry with torch's additional values, in torch's formats."""
     if param.is_complex():
         moments = {key: value for key, value in kept.items() if value.ndim == param.ndim + 1}
         kept = {**kept, **{key: torch.view_as_complex(value.contiguous()) for key, value in moments.items()}}
@@ -192,7 +196,7 @@ def _read(path: pathlib.Path) -> Any:
 
 
 def _within(contents: Any, entry: str | None, where: str) -> _Source:
-    """The optimizer's state dict in a checkpoint, with the step of a scheduler beside it."""
+    """Finds the optimizer's state dict in a checkpoint, and the step of a scheduler and the loss scale next to it."""
     if entry is None and _is_optimizer(contents):
         return _Source(contents)
     if not isinstance(contents, Mapping):
@@ -231,7 +235,7 @@ def _last_epoch(value: Any) -> int | None:
 
 
 def _names(params: Any) -> dict[str, Tensor]:
-    """Tensors by name, in the order of ``module.parameters()``."""
+    """Returns tensors by name, in the order of ``module.parameters()``."""
     if isinstance(params, Tensor):
         return {"": params}
     if not isinstance(params, Mapping):
@@ -243,7 +247,7 @@ def _names(params: Any) -> dict[str, Tensor]:
 
 
 def _each(state: TrainState, read: Any) -> Any:
-    """``read(opt_state, prefix)`` for the optimizer, or for each of a dict of them."""
+    """Returns ``read(opt_state, prefix)`` for the optimizer, or for each optimizer of a dict."""
     if isinstance(state.opt_state, dict):
         parts = cast(dict[str, Any], state.opt_state)
         return {name: read(part, f"{name}.") for name, part in parts.items()}
@@ -256,7 +260,7 @@ def _named(
     names: Sequence[str] | None,
     shapes: Iterable[Mapping[str, Any]] = (),
 ) -> dict[Any, str]:
-    """The names of the optimizer's parameters, by their keys in its state dict."""
+    """Returns the names of the optimizer's parameters, by their keys in its state dict."""
     groups = optimizer["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     every = _names(state.params)
@@ -301,7 +305,7 @@ def _named(
 
 
 def _shapes(value: Mapping[str, Any]) -> tuple[torch.Size, ...]:
-    """Shapes that the parameter of an entry may have: those of its moments that are like it."""
+    """Returns the possible shapes of the parameter of an entry, derived from its moments."""
     moments = {key: moment for key, moment in value.items() if isinstance(moment, Tensor)}
     if "row_var" in moments and "col_var" in moments:
         return (torch.Size((*moments["row_var"].shape[:-1], moments["col_var"].shape[-1])),)
@@ -310,14 +314,14 @@ def _shapes(value: Mapping[str, Any]) -> tuple[torch.Size, ...]:
 
 _NUMBERS = ("step", "mu", "eta", "mu_product")
 
-# The names of parameters that Trainer does not decay.
+# Names of parameters that Trainer does not decay.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def _orders(params: Mapping[str, Tensor], sizes: list[int]) -> list[list[str]]:
-    """Orders that optimizers put parameters in: that of the module; in two groups, those with decay first.
+    """Returns the parameter orders that optimizers use: the module's, or for two groups, decayed parameters first.
 
-    The order of the module is no candidate where groups could exchange parameters of one shape unnoticed.
+    The module's order is left out if groups could swap parameters of equal shape unnoticed.
     """
     names = list(params)
     if len(sizes) == 1:

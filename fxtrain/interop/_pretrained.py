@@ -1,4 +1,4 @@
-"""Pretrained folders: weights as ``from_pretrained`` of the module's class converts them while it loads."""
+"""Weights of pretrained folders, converted by ``from_pretrained`` of the module's class."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ _CONFIG = "config.json"
 
 
 def is_pretrained(module: nn.Module, folder: pathlib.Path) -> bool:
-    """Whether the module's class, of transformers or diffusers, loads the folder itself and reports what is missing."""
+    """Whether the module's class, of transformers or diffusers, can load the folder and report missing names."""
     of_transformers = hasattr(module, "base_model_prefix") and hasattr(module, "config")
     of_diffusers = hasattr(module, "load_config") and hasattr(module, "config_name")
     return (of_transformers or of_diffusers) and hasattr(module, "from_pretrained") and (folder / _CONFIG).is_file()
 
 
 def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that ``from_pretrained`` loads, by the names of the module.
+    """Returns the values that ``from_pretrained`` loads, by the module's names.
 
-    It renames, merges and splits tensors of older or other layouts, as those of mixtures of experts. Names that it
-    does not use are given as they are in the files. A name of another shape has a tensor of that shape without values.
+    It renames, merges and splits tensors of older or different layouts, such as those of mixture-of-experts models.
+    Names that it does not use are returned as in the files. A name whose shape differs gets a meta tensor of the shape
+    in the files.
 
     Args:
         module: Of a class with ``from_pretrained``.
-        folder: What it wrote.
-        contents: The tensors of the folder, by name.
+        folder: A folder that ``save_pretrained`` of the class wrote.
+        contents: The folder's tensors by name.
 
     Raises:
-        CheckpointError: If the class refuses the folder.
+        CheckpointError: If ``from_pretrained`` fails.
     """
     dtypes = {value.dtype for value in contents.values() if isinstance(value, Tensor) and value.is_floating_point()}
-    plain = [dtype for dtype in dtypes if dtype.itemsize > 1]  # torch does not promote floats of one byte
+    plain = [dtype for dtype in dtypes if dtype.itemsize > 1]  # torch does not promote 8-bit floats
     widest = functools.reduce(torch.promote_types, plain) if plain else torch.float32
     options: dict[str, Any] = {"torch_dtype": widest}
     if hasattr(module, "base_model_prefix"):
@@ -57,7 +58,7 @@ def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) ->
     for name, value in values.items():
         raw = contents.get(name)
         if isinstance(raw, Tensor) and isinstance(value, Tensor) and raw.dtype != value.dtype:
-            values[name] = value.to(raw.dtype)  # as it was before it was widened
+            values[name] = value.to(raw.dtype)  # reverts the widening
     values.update({name: torch.empty(shape, dtype=widest, device="meta") for name, shape in shapes.items()})
     values.update({name: contents[name] for name in info["unexpected_keys"] if name in contents})
     return values

@@ -1,4 +1,4 @@
-"""Reading: the tensors in a file or a folder of weights, by name."""
+"""Reading tensors by name from a file or a folder of weights."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json
 
 
 def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> Mapping[str, Any]:
-    """The tensors in a file or a folder of weights, by name, on the CPU.
+    """Returns the tensors in a file or a folder of weights by name, on the CPU.
 
-    Files of safetensors and of ``torch.save`` are mapped into memory, so a tensor is read when it is used.
+    Files of safetensors and ``torch.save`` are memory-mapped, so a tensor is read when it is used.
 
     Args:
-        path: A ``.safetensors`` file; an index of shards; a file of ``torch.save``, read with ``weights_only=True``; or
-            a folder with one of these, as ``save_pretrained`` writes it.
-        entry: The entry of a ``torch.save`` file that holds the state dict, such as ``"state_dict"`` or ``"model"``.
+        path: A ``.safetensors`` file; an index of shards; a ``torch.save`` file, read with ``weights_only=True``; or a
+            folder with one of these, as ``save_pretrained`` writes it.
+        entry: The entry of a ``torch.save`` file that contains the state dict, such as ``"state_dict"`` or ``"model"``.
 
     Raises:
         CheckpointError: If there are no weights, or they cannot be read.
-        ValueError: If there is no such entry.
+        ValueError: If ``entry`` does not name a state dict.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -102,7 +102,7 @@ def _entry(file: pathlib.Path, contents: Mapping[str, Any], entry: str) -> Mappi
 
 
 def listed_entries(contents: Mapping[str, Any]) -> str:
-    """The entries that hold tensors by name, as a sentence; empty if there is none."""
+    """Returns a sentence that lists the entries with tensors by name; empty if there are none."""
     found = [
         f"{key!r} ({len(value)} values)"
         for key, value in contents.items()

@@ -1,4 +1,4 @@
-"""Saving: the weights of a state as files that other programs load."""
+"""Saving the weights of a state as files for other programs."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ _FILE = "model.safetensors"
 def save_weights(
     path: str | os.PathLike[str], state: TrainState, *, convert: Callable[[Any], Any] | None = None
 ) -> pathlib.Path:
-    """Writes the weights of ``state`` to a folder with ``model.safetensors``, which appears as a whole or not at all.
+    """Writes the weights of ``state`` to a folder with ``model.safetensors``, which appears atomically.
 
-    A module with ``save_pretrained`` writes its part itself, with its configuration: ``from_pretrained`` of its class
-    loads the folder, and peft writes the adapter alone. Tied tensors are saved once; buffers that are not persistent,
-    and optimizer state, are left out.
+    A module with ``save_pretrained`` writes its files and configuration itself: ``from_pretrained`` of its class loads
+    the folder, and peft writes only the adapter. Tied tensors are saved once. Non-persistent buffers and optimizer
+    state are not saved.
 
     Args:
-        path: The folder to make.
-        state: From ``init``. For a tree of modules, names begin with the path of the module.
-        convert: From a copy of the module, with the weights of the state, to the module that is written: ``lambda
-            model: model.merge_and_unload()`` for merged weights of peft, ``lambda model: model.encoder`` for a part.
+        path: The folder to create.
+        state: From ``init``. For a tree of modules, names start with the path of the module.
+        convert: Maps a copy of the module, with the weights of the state, to the module that is written: ``lambda
+            model: model.merge_and_unload()`` for merged peft weights, ``lambda model: model.encoder`` for a submodule.
 
     Returns:
-        The folder.
+        The folder's path.
 
     Raises:
-        CheckpointError: If the folder is there already, it cannot be written, or a value is no tensor that safetensors
-            holds.
+        CheckpointError: If the folder exists or cannot be written, or safetensors cannot store a value.
+        TypeError: If ``convert`` does not return a module.
 
     Example:
-        Averaged weights are saved as those of a view: ``fx.save_weights(path, fx.callbacks.averaged(state, "ema"))``.
+        Averaged weights are saved through a view: ``fx.save_weights(path, fx.callbacks.averaged(state, "ema"))``.
 
         >>> import tempfile, torch, fxtrain as fx
         >>> state = fx.init(torch.nn.Linear(2, 1))
@@ -91,7 +91,7 @@ def _converted(convert: Callable[[Any], Any], copied: Any) -> Any:
 
 
 def _with_parameters(part: Any) -> Any:
-    """The copy of a module as its own class made it, with ``Parameter`` in the places of plain tensors."""
+    """Replaces plain tensors in a copied module by ``Parameter``, as its class created them, and returns the module."""
     if not isinstance(part, nn.Module):
         return part
     made: dict[int, nn.Parameter] = {}
