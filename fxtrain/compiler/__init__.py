@@ -1,4 +1,4 @@
-"""Compile: a step as one graph, called with as little between the call and the graph as is safe."""
+"""Compiles a step into one graph and calls it with little dispatch overhead."""
 
 from fxtrain.compiler._compiled import Compiled as Compiled
 from fxtrain.compiler._compiled import RecompileError as RecompileError

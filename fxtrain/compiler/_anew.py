@@ -1,4 +1,4 @@
-"""Anew: a compiled step without its graphs, for whoever tries things out and leaves the one in use as it is."""
+"""A copy of a compiled step that starts without graphs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from fxtrain.compiler._trace import Artefact, Run
 
 
 def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:
-    """The same step, compiled in the same way, without a graph yet. It makes graphs silently and in the foreground.
+    """Returns a copy of a compiled step that has no graphs yet.
+
+    The copy compiles in the foreground and does not warn about recompilation.
 
     Args:
-        compiled: From ``compile``. It is left as it is.
-        wrap: What to put around each artefact.
+        compiled: A compiled step. It is not modified.
+        wrap: Wraps the ``run`` function of each artefact.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -25,7 +27,8 @@ def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Co
         (1, 0)
     """
     made = copy.copy(compiled)
-    compiler = made._routes = copy.copy(compiled._routes)  # which may choose a route
+    # Copied, because the copy may choose another route.
+    compiler = made._routes = copy.copy(compiled._routes)
 
     def compile_and_wrap(*args: Any, **options: Any) -> Artefact:
         artefact = compiler(*args, **options)

@@ -1,7 +1,7 @@
-"""Ahead: a graph built by AOTInductor as a library, called without any Python between its kernels.
+"""Ahead-of-time compilation of a graph into a shared library by AOTInductor.
 
-Building takes about twice as long as compiling does, and a small step half of its time afterwards. What was built is
-kept with torch's other compiled code, so that another process loads it.
+The library runs without Python between its kernels. It takes longer to build than Inductor's default output and is
+faster for small steps. Libraries are cached next to torch's other compiled code, so later processes load them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from torch import Tensor
 def compile_ahead(
     graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]
 ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    """A function of a sequence of tensors.
+    """Compiles a graph into a library, or loads the library from the cache.
 
     Args:
-        graph: From ``make_fx``.
-        examples: Tensors like those that it will be called with.
-        options: For Inductor.
+        graph: A graph module from ``make_fx``.
+        examples: Tensors with the shapes, strides, dtypes and devices of the inputs.
+        options: Options for Inductor.
+
+    Returns:
+        A function from a sequence of tensors to a sequence of tensors.
     """
     import torch._inductor as inductor
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -35,7 +38,8 @@ def compile_ahead(
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about torch's own use of its pytrees
+            # torch warns about its own use of pytrees.
+            warnings.simplefilter("ignore", FutureWarning)
             exported = torch.export.export(graph, tuple(examples), strict=False)
             inductor.aoti_compile_and_package(exported, package_path=str(unfinished), inductor_configs=dict(options))
         os.replace(unfinished, path)
@@ -44,7 +48,7 @@ def compile_ahead(
 
 
 def _key(graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]) -> str:
-    """All that what is built depends on."""
+    """Hashes everything that the compiled library depends on."""
     devices = sorted({str(leaf.device) for leaf in examples})
     parts = [
         torch.__version__,

@@ -1,11 +1,11 @@
-"""Checked: a step as one graph for the values that Python read while it was traced.
+"""Compiles a step into one graph per set of tensor values that Python reads during the trace.
 
-The graph computes at each call whether these values are the same. Where they differ its result is dropped, and another
-graph is made for the other values, or the call takes the next route.
+Each call also computes whether these values are still the same. If not, the result is dropped, and the step is traced
+again for the new values or compiled by the next route.
 
-The new state is returned beside the old one, also by a step that donates, because the old one is needed where values
-differ. Each call waits for its checks. A graph runs to its end before they are read: on a GPU, an index that is out of
-range only for other values ends the process.
+These graphs never donate, because the old state is needed if the values turn out to differ. Each call synchronizes with
+the device to read its checks. The checks are read after the graph has run, so on a GPU an index that is out of range
+for changed values ends the process.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from fxtrain.step import EvalFunction, Step
 _log = logging.getLogger(__name__)
 
 Otherwise = Callable[[TrainState, Any], Artefact]
-"""From a state and a batch to an artefact that returns a new state."""
+"""Compiles the step for a state and a batch by a later route. The artefact returns a new state."""
 
 _MOST_GRAPHS = 8
-_MOST_GRAPHS_BY_NUMBER = 2  # numbers that have differed twice differ all the time
+# A number that has changed twice is assumed to change with every batch.
+_MOST_GRAPHS_BY_NUMBER = 2
 
 
 def compile_checked(
@@ -44,17 +45,20 @@ def compile_checked(
     otherwise: Otherwise,
     backend: str | Callable[..., Any] | None = None,
 ) -> Artefact:
-    """The step as one graph for each set of values that it reads. Arguments as for ``compile_traced``, and:
+    """Compiles a step into one graph per set of values that it reads.
+
+    Takes the arguments of ``compile_traced``, and:
 
     Args:
-        otherwise: Compiles the step by a route that is for all values; called at most once.
+        otherwise: Compiles the step by a route that holds for all values. It is called at most once.
 
     Raises:
-        UncheckedReadError: If the step reads a floating-point value of its inputs, or draws random numbers of the host,
-            which a graph would repeat and later routes draw at each call.
-        Exception: If it cannot be traced.
+        UncheckedReadError: The step reads a floating-point value that depends on its inputs, or samples from a host
+            random generator. A graph would repeat these samples, while later routes draw new ones at each call.
+        Exception: The step cannot be traced.
     """
-    del in_place  # a state is written over only when the values are known to be the same
+    # The old state is kept, because it is needed if the values turn out to differ.
+    del in_place
     checked = _Checked(step, tree.structure(state), tree.structure(batch), mode, backend, otherwise)
     try:
         checked.add(tree.leaves(state), tree.leaves(batch))
@@ -65,14 +69,14 @@ def compile_checked(
 
 @dataclasses.dataclass
 class _Graph:
-    """A graph, and the values that it is for."""
+    """A graph and the values that it is specialized for."""
 
     run: Run
     reads: Reads
 
 
 class _Checked:
-    """The graphs of a step by what it reads, the one that was used last first."""
+    """The graphs of a step, one per set of values read, most recently used first."""
 
     def __init__(self, step: Any, state: Any, batch: Any, mode: Any, backend: Any, otherwise: Any) -> None:
         self._step, self._state, self._batch = step, state, batch
@@ -80,10 +84,10 @@ class _Checked:
         self._otherwise: Otherwise = otherwise
         self._other: Artefact | None = None
         self._graphs: list[_Graph] = []
-        self._numbers = 0  # graphs that were made because a number differed
+        self._numbers = 0  # how often a number (not a bool) has changed
 
     def add(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Graph:
-        """Makes the graph for the values that these tensors lead to."""
+        """Compiles the graph for the values that these tensors lead to."""
         given = [*leaves, *inputs]
         known = [graph.reads.values for graph in self._graphs]
         traced = (_ReadingStep if isinstance(self._step, Step) else _ReadingFunction)(self._step, given, known)
@@ -94,13 +98,14 @@ class _Checked:
         return self._graphs[0]
 
     def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        tried: list[tuple[_Graph, int]] = []  # with the place of the first value that differs
+        tried: list[tuple[_Graph, int]] = []  # graphs with the index of the first value that differs
         while (graph := self._next(tried)) is not None:
             try:
                 new, (output, same) = graph.run(leaves, inputs)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception as error:  # sizes that do not fit, where values differ
+            except Exception as error:
+                # Sizes may not fit if the values differ.
                 _log.debug("%r for other values:", self._step, exc_info=error)
                 break
             found = same.tolist()
@@ -112,7 +117,10 @@ class _Checked:
         return self._differing(tried, leaves, inputs)
 
     def _next(self, tried: list[tuple[_Graph, int]]) -> _Graph | None:
-        """A graph that may be for these values: like those tried before their first difference, and unlike there."""
+        """Returns the first graph that may hold for these values, or None.
+
+        Its values agree with those of each tried graph up to the first difference, and differ from them there.
+        """
         for graph in self._graphs:
             mine = graph.reads.values
             if all(
@@ -140,22 +148,23 @@ class _Checked:
                 _log.debug("%r cannot be traced for other values.", self._step, exc_info=error)
         if self._other is None:
             state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
-            self._step(state, batch)  # an error of the step's own is raised in its own words
+            # Raises the step's own error, if it has one.
+            self._step(state, batch)
             self._other = self._otherwise(state, batch)
         return self._other.run(leaves, inputs)
 
 
 class _KnownValuesError(RuntimeError):
-    """A trace read the values of an earlier one, although that graph computes others: they differ by rounding."""
+    """A trace read the values of an existing graph whose checks failed, which rounding can cause."""
 
 
 class _Reading:
-    """A function of a state and a batch that returns whether its reads had the same values beside its result.
+    """Wraps a function so that it also returns whether its reads have the values of the trace.
 
     Args:
         function: A step or an evaluation step.
-        given: The leaves of the state and the batch that the trace is for.
-        known: What earlier traces read.
+        given: The leaves of the state and of the batch that are traced.
+        known: The values read by earlier traces.
     """
 
     def __init__(self, function: Callable[..., Any], given: Sequence[Tensor], known: Sequence[list[Any]]) -> None:

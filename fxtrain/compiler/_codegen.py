@@ -1,6 +1,6 @@
-"""Assembly: a tree of known structure put together from its leaves, by code that was written for it.
+"""Generates functions that build a tree of known structure from its leaves.
 
-The counterpart of ``walk``. What of a tree has no leaves and cannot change is made once.
+The counterpart of ``walk_like``. Immutable subtrees without leaves are built once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Assembler = Callable[[Sequence[Any]], Any]
 
 
 def assembler(structure: Any) -> Assembler:
-    """A function from the leaves, in order, to the tree.
+    """Returns a function that builds a tree from its leaves, in order.
 
     Args:
-        structure: From ``fxtrain.tree``.
+        structure: A tree structure from ``fxtrain.tree``.
 
     Example:
         >>> make = assembler(tree.structure({"a": 0, "b": (1, [])}))
@@ -37,17 +37,17 @@ def assembler(structure: Any) -> Assembler:
 
 
 class _Place:
-    """Where a leaf comes."""
+    """Marks the position of a leaf in a tree."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
 
 class _Writer(Constants):
-    """Writes an expression."""
+    """Writes the expression that builds a tree."""
 
     def node(self, node: Any) -> str | None:
-        """The expression that makes the node; None if it is of a kind that nobody here knows how to make."""
+        """Returns the expression that builds ``node``, or None if its type is not supported."""
         kind = type(node)
         if node is None:
             return "None"
@@ -55,7 +55,7 @@ class _Writer(Constants):
             return f"leaves[{node.index}]"
         if kind in NODES:
             if not tree.leaves(node):
-                return self.constant(node)  # all our nodes are frozen
+                return self.constant(node)  # registered nodes are frozen, so they can be shared
             flatten, unflatten = NODES[kind]
             children, context = flatten(node)
             parts = self._parts(children)

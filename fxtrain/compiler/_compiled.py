@@ -1,4 +1,4 @@
-"""Compile: a step as one graph."""
+"""Compiled steps: the function ``compile`` and the object that it returns."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ OnRecompile = Literal["warn", "error", "allow"]
 
 
 class RecompileError(RuntimeError):
-    """A compiled step was called with what its graph was not made for, and may not make another."""
+    """A compiled step would have to recompile, which ``on_recompile="error"`` forbids."""
 
 
 class Compiled:
-    """A compiled step; made by ``compile``. It is called as the step is."""
+    """A compiled step, created by ``compile``. It is called like the step itself."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Compiled:
         self.steps_per_call = steps_per_call
         self._compiler: Callable[..., Artefact] = routes
         self._routes, self._on_recompile, self._options = routes, on_recompile, options
-        self._graphs: list[Graph] = []  # the one that was used last is first
+        self._graphs: list[Graph] = []  # most recently used first
         self._known: list[dict[str, str]] = []
         self._seconds = 0.0
         self._pending = Pending(step, routes, options) if background else None
-        self._declared = 1  # how many kinds of batches come by declaration
+        self._declared = 1  # the number of batch shapes up to which a new graph raises no warning
         self._has_warned_of_batches = False
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
@@ -66,12 +66,15 @@ class Compiled:
 
     @property
     def how(self) -> str:
-        """The compiler of the graphs, and the route to it. The first call decides. Bitwise claims hold within one."""
+        """The backend and the route that make the graphs, as text.
+
+        The first call decides the route. Bitwise guarantees hold within one route.
+        """
         return self.possible[0]
 
     @property
     def possible(self) -> tuple[str, ...]:
-        """All that ``how`` can be: several routes before the first call, and one afterwards."""
+        """All values that ``how`` may take: several before the first call, one afterwards."""
         names = self._routes.names
         if not self.background or not self._routes.has_trace:
             return names
@@ -89,7 +92,7 @@ class Compiled:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What decides the bits of the result, as text by name."""
+        """The settings that affect the bits of the result, as text by name."""
         settings: dict[str, str] = getattr(self.step, "settings", {})
         return {**settings, "uncompiled steps": str(self.uncompiled_steps)} if self.background else settings
 
@@ -100,30 +103,30 @@ class Compiled:
 
     @property
     def graphs(self) -> int:
-        """How many graphs there are."""
+        """The number of compiled graphs."""
         own = len(self._graphs) - len(self._pending or ())
         return own + (self._several.graphs if self._several is not None else 0)
 
     @property
     def pending(self) -> int:
-        """How many graphs are not compiled yet. Steps that need them run uncompiled."""
+        """The number of graphs that are not compiled yet. Steps that need them run uncompiled."""
         return len(self._pending or ()) + (self._several.pending if self._several is not None else 0)
 
     @property
     def uncompiled_steps(self) -> int:
-        """How many steps ran uncompiled because their graph was pending."""
+        """The number of steps that ran uncompiled because their graph was pending."""
         calls = self._pending.calls if self._pending is not None else 0
         several = self._several
         return calls + (several.uncompiled_steps * several.steps_per_call if several is not None else 0)
 
     @property
     def seconds(self) -> float:
-        """How long making the graphs took, in the background too."""
+        """The time spent on tracing and compiling, in seconds, in the background too."""
         own = self._seconds + (self._pending.seconds if self._pending is not None else 0.0)
         return own + (self._several.seconds if self._several is not None else 0.0)
 
     def donating(self) -> Compiled:
-        """The same, writing the new state over the old one: what ``fit`` uses, as it owns its state."""
+        """Returns the same step with ``donate=True``. ``fit`` uses it, because it owns its state."""
         if self.donates or not isinstance(self.step, Step):
             return self
         if self._donating is None:
@@ -131,12 +134,12 @@ class Compiled:
         return self._donating
 
     def expect(self, kinds: int | None) -> None:
-        """Declares that batches have so many shapes from here on: each compiles a graph without a warning or an error.
+        """Declares how many more batch shapes to expect. Each compiles a graph without a warning or an error.
 
-        ``fit`` and ``evaluate`` call this with what their data source declares.
+        ``fit`` and ``evaluate`` call this with the number that their data source declares.
 
         Args:
-            kinds: How many shapes batches have. Nothing is declared by 1, or None where it is unknown.
+            kinds: The number of batch shapes. 1 and None (unknown) declare nothing.
         """
         self._declared = batches_of(self._known) + kinds if kinds is not None and kinds > 1 else 1
         if self._declared > 1:
@@ -145,18 +148,18 @@ class Compiled:
             self._several.expect(kinds)
 
     def many(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
-        """``steps_per_call`` steps, in one graph.
+        """Takes ``steps_per_call`` steps in one graph.
 
         Args:
-            state: As for a call.
-            batches: So many, alike.
+            state: The state before the first step.
+            batches: ``steps_per_call`` batches of the same structure, shapes and dtypes.
 
         Returns:
-            The state after the last step, and the outputs of all. Where a traced callback stopped at one of them, those
-            after it were not taken: the state's ``step`` tells.
+            The state after the last step, and the outputs of all steps. If a traced callback stops at one of them,
+            later ones are not taken. The state's ``step`` counts those that were.
 
         Raises:
-            ValueError: If there are more batches or fewer.
+            ValueError: The number of batches is not ``steps_per_call``.
         """
         if len(batches) != self.steps_per_call:
             raise ValueError(f"{len(batches)} batches came, and this was compiled for {self.steps_per_call} at a time.")
@@ -178,7 +181,8 @@ class Compiled:
                 self._graphs.remove(graph)
         found = self._found(state, batch)
         if found is None:
-            batch = for_step(batch)  # most batches are tensors alone, which the walk finds out faster
+            # Converted only now, because most batches contain only tensors and are found faster unconverted.
+            batch = for_step(batch)
             found = self._found(state, batch)
         if found is None and isinstance(self.step, Step):
             state = self.step.attached(state)
@@ -198,7 +202,7 @@ class Compiled:
             raise
 
     def _found(self, state: TrainState, batch: Any) -> Found | None:
-        """What to call the first graph with, which is then the one for this state and batch."""
+        """Returns the inputs of the first graph that accepts state and batch, and moves it to the front."""
         for index, graph in enumerate(self._graphs):
             found = graph.find(state, batch)
             if found is not None:
@@ -231,18 +235,19 @@ class Compiled:
             self._known.append(kinds)
 
     def _refuse_or_warn(self, kinds: dict[str, str], batch: Any) -> None:
-        """Does what ``on_recompile`` says where a graph beside others is to be made that no source has declared."""
+        """Applies ``on_recompile`` if another graph is needed that no data source has declared."""
         is_batch = is_other_batch(kinds, self._known)
         is_declared = is_batch and batches_of([*self._known, kinds]) <= self._declared
         broken = next((found for graph in self._graphs if (found := graph.broken(batch)) is not None), None)
-        # Sizes 0 and 1 are never symbols: the one more graph for them is expected.
+        # Sizes 0 and 1 are never symbolic, so one more graph for them is expected.
         is_declared |= broken is not None and not broken
         if self._graphs and self._on_recompile != "allow" and not is_declared:
             remedy = advice(kinds, self._known, broken)
             why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {remedy}"
             if self._on_recompile == "error":
                 raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
-            if not (is_batch and self._has_warned_of_batches):  # one hint is enough for batches of many sizes
+            # One warning is enough for batches of many sizes.
+            if not (is_batch and self._has_warned_of_batches):
                 warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=4)
             self._has_warned_of_batches |= is_batch
 
@@ -262,66 +267,77 @@ def compile(  # noqa: A001
     on_recompile: OnRecompile = "warn",
     background: bool = False,
 ) -> Compiled:
-    """``step`` as one graph: forward, backward, optimizer and traced callbacks.
+    """Compiles a step into one graph: forward, backward, optimizer and traced callbacks.
 
-    A graph is made at the first call. Values never make a new one: counters and rates are tensors. Slots that only
-    the loop uses stay outside, so a callback of the loop can be added or removed without a new graph. What the step
-    reads beside its arguments, of modules, closures, globals or environment variables, stays as it was when the graph
-    was made. Random numbers of Python and numpy, clocks and files are read at each call, or refused.
+    The first call traces and compiles the step. Changed values never recompile it, because counters and learning rates
+    are tensors. Slots that only the loop uses stay outside the graph, so callbacks of the loop can be added or removed
+    without recompiling. Everything else that the step reads besides its arguments (modules, closures, globals,
+    environment variables) is a constant of the graph and keeps its value from the time of the trace. Random samples
+    from Python and numpy, clocks and files are either read at each call or refused.
 
-    Where Python needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, there is no such
-    graph. Then the first of these routes that leads is taken, with one warning that names the line: one graph for the
-    values that were read, which checks at each call that they are the same, and further graphs for a few other values;
-    one graph by Dynamo; the loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer
-    and the callbacks of the step as one; forward and backward pass uncompiled, and the rest as one graph. All compute
-    the same.
+    A step whose Python code needs the value of a tensor, as in ``if loss > 1``, ``.item()`` or a mask as an index, has
+    no such graph. The first of these routes that works is taken instead, with one warning that names the line:
 
-    That first call takes from ten seconds to minutes. What torch compiled stays on the disk, where
-    ``TORCHINDUCTOR_CACHE_DIR`` says, so that a later process has it in a few seconds. The logger ``fxtrain.compiler``
-    says at INFO what is compiled, and how long it took.
+    1. One graph for the values that were read. Each call checks that they are the same, and a few other values get
+       graphs of their own.
+    2. One graph by Dynamo.
+    3. The loss function in several graphs, differentiated by ``torch.autograd``, and the optimizer and the traced
+       callbacks as one graph.
+    4. The forward and backward passes uncompiled, and the rest as one graph.
 
-    On the CPU the process keeps what a step frees for the next one, up to 2 GiB, where glibc would give it back and map
-    it anew each time; variables like ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left as they are.
+    All routes compute the same result.
+
+    The first call takes from ten seconds to minutes. torch caches compiled code on disk (``TORCHINDUCTOR_CACHE_DIR``),
+    so that a later process starts in a few seconds. The logger ``fxtrain.compiler`` reports at level INFO what is
+    compiled and how long it took.
+
+    On the CPU, glibc is set to keep up to 2 GiB of freed memory for the next step instead of returning it to the
+    system. Settings such as ``MALLOC_TRIM_THRESHOLD_`` and other allocators are left alone.
 
     Args:
-        step: From ``train_step``, ``eval_step``, or any pure function ``(state, batch) -> (state, output)``.
-        donate: Whether the new state is written over the old one, which costs the memory and the time of one state
-            less. The old state must not be read afterwards, and raises ``DonatedError`` if it is. What somebody else
-            holds of it, a parameter, a view, a dict of them, is copied first and stays as it is.
-        backend: By default the step is traced, and compiled by Inductor. A backend of ``torch.compile``, by name or
-            as a function, goes through Dynamo, which checks at each call what it assumed of Python: the tiny MLP's
-            step takes three times as long.
-        mode: As ``torch.compile`` takes it; ``"reduce-overhead"`` replays CUDA graphs. Or ``"ahead-of-time"``: the
-            graph becomes a library, which is called without any Python between its kernels. To build it takes about
-            twice as long, the tiny MLP's step three quarters of the time; it is kept where torch keeps compiled code.
-        dynamic: Whether the sizes of batches are symbols: one graph for all, slower than one for each. Dropout masks
-            and other random numbers are those of the uncompiled step at every size. Sizes 0 and 1 stay numbers, so a
-            batch of one example makes another graph. Code that reads a size as a number, as ``len(x)`` and recurrent
-            layers of torch do, makes one for each, and the warning names the sizes: take ``x.shape[0]``, or few sizes.
+        step: From ``train_step`` or ``eval_step``, or any pure function ``(state, batch) -> (state, output)``.
+        donate: Whether the new state reuses the buffers of the old one in place, which saves the memory and the time of
+            a second state. Any later access to the old state raises ``DonatedError``. Leaves that are referenced
+            elsewhere (a parameter, a view, a dict of them) are copied first and stay valid.
+        backend: A backend of ``torch.compile``, by name or as a function. It is called through Dynamo, which checks its
+            assumptions about Python at each call, so dispatch overhead is higher. By default, the step is traced and
+            compiled by Inductor.
+        mode: As in ``torch.compile``. ``"reduce-overhead"`` replays CUDA graphs. ``"ahead-of-time"`` builds a shared
+            library that runs without Python between its kernels. It takes about twice as long to build, makes small
+            steps faster, and is cached with torch's other compiled code.
+        dynamic: Whether batch sizes are symbolic: one graph for all sizes, slower than a graph for each. Dropout masks
+            and other random samples are those of the uncompiled step at every size. Sizes 0 and 1 are never symbolic,
+            so a batch of one example compiles another graph. Code that reads a size as a number, such as ``len(x)`` or
+            torch's recurrent layers, compiles a graph for each size, and the warning names the sizes. Use
+            ``x.shape[0]``, or pad to few sizes.
         fullgraph: Whether a step that cannot be one graph is an error.
-        steps_per_call: How many steps ``fit`` takes at a time, in one graph, where calling a graph takes longer than
-            computing it. Callbacks of the step are folded at each; those of the loop after all of them, so what these
-            ask for comes up to so many steps later. It is compiled in proportion to their number. What is left at the
-            end of an epoch is taken step by step.
-        on_recompile: What to do when a shape, a dtype or the structure of state or batch changes: make another graph
-            with a warning that says what changed, refuse with ``RecompileError``, or make it silently. Of batches that
-            change their sizes it warns once. Sizes that a data source declares, as ``fxtrain.data.bucketed`` does,
-            make a graph each without a warning or an error.
+        steps_per_call: How many steps ``fit`` takes per dispatch, in one graph. Useful if calling a graph takes longer
+            than computing it. Traced callbacks are folded at each step. Callbacks of the loop are folded after all of
+            them, so their requests take effect up to this many steps later. Compile time grows in proportion. Steps
+            left over at the end of an epoch are taken one by one.
+        on_recompile: What to do if the structure, a shape or a dtype of state or batch changes: ``"warn"`` compiles
+            another graph and says what changed, ``"error"`` raises ``RecompileError``, and ``"allow"`` compiles
+            silently. Batches that vary in size cause one warning. Sizes declared by a data source, such as
+            ``fxtrain.data.bucketed``, compile a graph each without a warning or an error.
         background: Whether to compile in a worker thread while steps run uncompiled. The second call traces the step,
-            which takes seconds, and hands the graph to the worker. Calls switch to the graph once it is ready. The
-            worker compiles one graph at a time, in the order in which sizes first came. Uncompiled steps are slower
-            while it works. Results are equal within the tolerance of compiled steps, but not bitwise reproducible,
-            because the step of the switch depends on timing; a resume warns of that. A step that cannot be traced,
-            or that Inductor refuses, is compiled in the foreground by the routes above. ``pending`` and
-            ``uncompiled_steps`` of the compiled step count graphs and steps. The end of the process discards pending
-            graphs. Needs a single process, and excludes ``backend``, ``mode`` and ``dynamic``.
+            which takes seconds, and hands the graph to the worker. Calls switch to the graph as soon as it is ready.
+            The worker compiles one graph at a time, in the order in which sizes first appeared. Uncompiled steps are
+            slower while it works. Results agree within the tolerance of compiled steps, but are not bitwise
+            reproducible, because timing decides at which step the switch happens. A resume warns about this. A step
+            that cannot be traced, or that Inductor refuses, is compiled in the foreground by the routes above.
+            ``pending`` and ``uncompiled_steps`` of the compiled step count graphs and steps. Pending graphs are
+            discarded when the process ends. Requires a single process, and excludes ``backend``, ``mode`` and
+            ``dynamic``.
+
+    Returns:
+        The compiled step, called like ``step``.
 
     Raises:
-        TypeError: If the step is compiled already.
-        ValueError: If an argument is out of its range. At the first call, if ``background`` is set and
+        TypeError: ``step`` is already compiled.
+        ValueError: An argument is out of range, or two exclude each other. At the first call: ``background`` is set and
             ``torch.distributed`` runs several processes.
-        GraphBreakError: At the first call, if ``fullgraph`` is set and the step cannot be one graph.
-        Exception: At the first call of a step that is wrong, what it raises uncompiled.
+        GraphBreakError: At the first call: ``fullgraph`` is set and the step cannot be one graph.
+        Exception: At the first call: the step raises it uncompiled.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -332,10 +348,10 @@ def compile(  # noqa: A001
         >>> state, output = step(old, torch.ones(4, 2))
         >>> int(state.step)
         1
-        >>> old.params
+        >>> old.params  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
         ...
-        fxtrain.core.donated.DonatedError: This state was donated to <step train_step(<lambda>), ...
+        DonatedError: ...
     """
     if isinstance(step, Compiled):
         raise TypeError(f"{step!r} is compiled already.")

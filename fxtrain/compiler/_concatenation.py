@@ -1,8 +1,8 @@
-"""Concatenations with empty tensors, as in the first step of a cache: one tensor remains, and is copied densely.
+"""A graph pass for concatenations of one tensor with empty ones, as in the first step of a cache.
 
-``torch.cat`` of one tensor and empty ones returns a dense tensor, and so does its trace. Inductor's decomposition
-replaces it by a clone, which keeps the strides of what it copies. A view that the trace took of the dense tensor is
-then refused: "Cannot view a tensor with shape ...".
+``torch.cat`` of one non-empty tensor with empty ones returns a contiguous tensor, and so does its trace. Inductor
+decomposes it into a clone, which keeps the strides of its input. A view that the trace takes of the contiguous result
+then fails with "Cannot view a tensor with shape ...".
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 
 
 def with_dense_concatenations(graph: Any) -> Any:
-    """Replaces each ``cat`` that has one tensor with elements by a copy with the strides of the result.
+    """Replaces each ``cat`` that has only one non-empty input with a contiguous copy of it.
 
     Args:
-        graph: From ``make_fx``. It is changed in place and returned.
+        graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # with the tracer, which is loaded by now
+    # Imported late, because it is slow to import. The tracer has loaded it by now.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     aten = torch.ops.aten
     for node in list(graph.nodes):

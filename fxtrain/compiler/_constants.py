@@ -1,4 +1,4 @@
-"""Constants: what code that is written for one tree refers to by name."""
+"""The constants of generated code."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 
 class Constants:
-    """Collects values under names; the namespace for the code. A writer of code is one."""
+    """The namespace of generated code, and the base class of its writers."""
 
     def __init__(self) -> None:
         self.constants: dict[str, Any] = {}
 
     def constant(self, value: Any) -> str:
-        """The name of a value."""
+        """Adds a value to the namespace and returns its name."""
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
 
     def key(self, key: Any) -> str:
-        """A dict's key, as code."""
+        """Returns the code of a dict key."""
         return repr(key) if type(key) in (str, int) else self.constant(key)

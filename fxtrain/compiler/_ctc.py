@@ -1,4 +1,4 @@
-"""The CTC loss in graphs: torch's own operator has no shapes without values, where lengths are tensors."""
+"""The CTC loss as an opaque operator. torch's own cannot be traced if lengths are tensors, as it reads their values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REDUCTIONS = ("none", "mean", "sum")
 
 
 class OpaqueCTC(TorchFunctionMode):
-    """A context in which ``ctc_loss`` is one operator, whose lengths stay tensors.
+    """A context in which ``ctc_loss`` is one opaque operator, so that its lengths stay tensors.
 
     Example:
         >>> scores = torch.randn(5, 2, 4).log_softmax(-1)
@@ -40,7 +40,7 @@ def _ctc_loss(
     reduction: str | int = "mean",
     zero_infinity: bool = False,
 ) -> Tensor:
-    """As ``torch.nn.functional.ctc_loss``: ``log_probs`` are [time, batch, classes] or [time, classes]."""
+    """Like ``torch.nn.functional.ctc_loss``. ``log_probs`` is [time, batch, classes] or [time, classes]."""
     is_batched = log_probs.ndim == 3
     scores = log_probs if is_batched else log_probs.unsqueeze(1)
     inputs, lengths = (
@@ -55,7 +55,7 @@ def _ctc_loss(
 
 
 class _CTC(torch.autograd.Function):
-    """The losses of examples, and their slopes by the scores, which are computed at once."""
+    """Computes the losses, and in the same pass their gradients with respect to the scores."""
 
     @staticmethod
     def forward(
@@ -74,7 +74,7 @@ class _CTC(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """The slopes as they are, which have no derivatives by the scores."""
+    """Returns the gradients unchanged. They cannot be differentiated again."""
 
     @staticmethod
     def forward(slopes: Tensor, scores: Tensor) -> Tensor:

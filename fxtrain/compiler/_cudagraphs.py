@@ -1,4 +1,4 @@
-"""Replay: a graph that writes its state in place, as one CUDA graph."""
+"""Replays a compiled graph that updates its state in place as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
 
 class Replay:
-    """Calls ``call``, and from the second time on with the same memory replays what it had launched.
+    """Calls a function, and replays it as a CUDA graph while the state stays at the same addresses.
 
-    A donated state stays where it is, so that its addresses can be part of what is replayed; inputs are copied to where
-    they were, and outputs to memory of their own, as the next replay writes over them.
+    The first call with new addresses runs the function, the second one captures it. A donated state is updated in
+    place, so its addresses can be part of the capture. Inputs are copied into static buffers. Outputs are cloned,
+    because the next replay overwrites them.
 
     Args:
-        call: A function of a sequence of tensors, all on one GPU, that writes over the first of them.
-        count: How many it writes over.
-        capture: From a function to what replays it, and what it returned.
+        call: A function of a sequence of tensors, all on one GPU. It updates the state, its first ``count`` tensors, in
+            place.
+        count: The number of tensors in the state.
+        capture: From a function to a function that replays it, and the captured outputs. By default captures a CUDA
+            graph.
     """
 
     def __init__(self, call: Call, count: int, capture: Capture | None = None) -> None:
@@ -35,7 +38,7 @@ class Replay:
         state, inputs = tensors[: self._count], tensors[self._count :]
         where = [leaf.data_ptr() for leaf in state]
         if where != self._where:
-            # An ordinary call: it also loads kernels and makes handles, which may not happen during a capture.
+            # An ordinary call, because it may load kernels and create handles, which a capture does not allow.
             self._where, self._replay = where, None
             return self._call(tensors)
         if self._replay is None:

@@ -1,9 +1,9 @@
-"""Draws: the masks of one shape are drawn together.
+"""A graph pass that generates dropout masks of one shape together.
 
-A dropout draws by some 130 operations on integers, and only the number of its site tells it from the next one's.
-Inductor writes a loop for each, and a C++ compiler compiles it: two seconds a dropout at the first step. Here those of
-one shape become one draw with an axis more, of which each takes its part: the same bits. Masks are bytes, and a step
-keeps them for its backward pass in any case.
+A dropout mask takes some 130 integer operations, which differ between masks only in the number of the site. Inductor
+generates a loop for each mask, and compiling these loops dominates the first step of a model with many dropouts. This
+pass generates all masks of one shape in one batched computation, from which each site takes its slice. The bits are the
+same. Masks are bytes that a step keeps for its backward pass in any case, so memory use does not grow.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ _SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "sl
 
 
 class _Draw(NamedTuple):
-    """Operations that make a mask of a site."""
+    """The operations that generate the mask of one site."""
 
-    nodes: Sequence[Any]  # in order, the first takes the site
-    outputs: Sequence[Any]  # those of them that others read
-    reader: Any  # the first of the others
+    nodes: Sequence[Any]  # in order; the first one combines the counter with the site number
+    outputs: Sequence[Any]  # the nodes among them with outside readers
+    reader: Any  # the first outside reader
 
 
 def with_draws_together(graph: Any) -> Any:
-    """The graph, of ``make_fx``, with masks of one shape drawn together. It is changed in place.
+    """Generates dropout masks of one shape together.
 
-    Where memory is written over before the end, in a module that works in place, it stays as it is.
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned. A graph with other in-place writes than
+            the final update of the state is left unchanged.
     """
     if written_over(graph):
         return graph
@@ -51,7 +53,10 @@ def with_draws_together(graph: Any) -> Any:
 
 
 def _merge_numbers(graph: Any) -> dict[Any, None]:
-    """All that is made of integers that are no data. Each draw counts and takes the key apart anew: now one does."""
+    """Returns all nodes computed only from integer constants and RNG counters, with duplicates merged.
+
+    Each mask repeats the computations on its counter and key, which become duplicates here.
+    """
     numbers, known, of_sites = dict[Any, None](), dict[Any, Any](), set[Any]()
     for node in list(graph.nodes):
         value = node.meta.get("val")
@@ -65,7 +70,7 @@ def _merge_numbers(graph: Any) -> dict[Any, None]:
             continue
         first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         is_of_site = _takes_site(node) or not of_sites.isdisjoint(node.all_input_nodes)
-        # What is returned shares its memory with nothing, and a draw its operations.
+        # Outputs of the graph must not share memory, and masks must not share operations that depend on the site.
         if first is node or is_of_site or graph.output_node() in node.users:
             numbers[node] = None
             of_sites.update([node] if is_of_site else [])
@@ -87,7 +92,10 @@ def _takes_site(node: Any) -> bool:
 
 
 def _draw_from(taking: Any, numbers: Mapping[Any, None], order: Mapping[Any, int]) -> _Draw | None:
-    """All that is made of it, up to where it meets data; None if that is no mask."""
+    """Returns the operations that depend on ``taking``, up to the first one that meets data.
+
+    None if they do not generate a mask.
+    """
     nodes, seen, todo = dict[Any, None](), {taking}, [(order[taking], taking)]
     while todo:
         _, node = heapq.heappop(todo)
@@ -114,7 +122,10 @@ def _all_but_site(draw: _Draw) -> str:
 
 
 def _progressions(sites: Iterable[int]) -> list[range]:
-    """The sites as arithmetic progressions, the longest that begin at the least: ranges, which take no memory."""
+    """Splits the sites into arithmetic progressions: of those that begin at the smallest site, the longest first.
+
+    A progression is computed by ``arange`` and needs no stored constant.
+    """
     left, found = set(sites), list[range]()
     while left:
         first = min(left)

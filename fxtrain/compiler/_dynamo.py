@@ -1,4 +1,4 @@
-"""Dynamo: torch's public compiler, for backends other than our own way to Inductor, and for sizes that change."""
+"""Compilation by ``torch.compile``, for other backends than Inductor and for steps that cannot be traced."""
 
 from __future__ import annotations
 
@@ -33,17 +33,21 @@ def compile_by_dynamo(
     mode: str | None,
     dynamic: bool,
 ) -> Artefact:
-    """The step by ``torch.compile``, as one graph. Arguments as for ``compile_traced``."""
-    # Imported when used: it is a third of what importing torch takes.
+    """Compiles the step by ``torch.compile`` as one graph.
+
+    Takes the arguments of ``compile_traced``, except that the artefact never works in place.
+    """
+    # Imported late, because it is slow to import.
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     _check(step, state, batch)
     compiled = _with_hooks_restored(
         torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
     )
-    compiled(state, batch)  # it compiles when it is called, and what goes wrong then is to be told as such
+    # The first call compiles, so that errors of the compiler are raised here.
+    compiled(state, batch)
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
-    # Dynamo's code repeats at each call what the modules wrote on themselves while it was made.
+    # At each call, Dynamo's code repeats the attributes that modules set on themselves during the trace.
     model: Any = state.model
     writes = model is not None and model.restore()
 
@@ -54,7 +58,8 @@ def compile_by_dynamo(
         arguments = tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs)
         try:
             result = compiled(*arguments)
-        except FailOnRecompileLimitHit:  # before anything was computed
+        except FailOnRecompileLimitHit:
+            # Nothing has been computed yet.
             if not warned:
                 warnings.warn(_TOO_MANY_SIZES, UserWarning, stacklevel=4)
             warned = True
@@ -67,7 +72,10 @@ def compile_by_dynamo(
 
 
 def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: bool = False) -> None:
-    """The checks of a first call, which Dynamo's trace skips: without values if possible, else uncompiled."""
+    """Runs the checks of a first call, which Dynamo's trace skips.
+
+    They run on fake tensors if possible, and otherwise on the uncompiled step.
+    """
     from torch._subclasses import FakeTensorMode
 
     def run_without_values() -> None:
@@ -91,7 +99,10 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: b
 
 
 def fails(function: Callable[[], Any]) -> bool:
-    """Whether a call raises. An error of the user's code that comes only once is no refusal of a compiler."""
+    """Whether a call raises.
+
+    A user error that does not recur is not the compiler's refusal.
+    """
     try:
         function()
     except Exception:
@@ -100,7 +111,11 @@ def fails(function: Callable[[], Any]) -> bool:
 
 
 def _with_hooks_restored(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Restores saved-tensor hooks after an error. torch.func's are disabled and enabled by nodes of Dynamo's graph."""
+    """Restores saved-tensor hooks after an error.
+
+    Nodes of Dynamo's graph disable and enable the hooks for torch.func, so an error between them leaves the hooks
+    disabled.
+    """
     hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
     def run(*arguments: Any) -> Any:
@@ -116,8 +131,8 @@ def _with_hooks_restored(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Dynamo keeps its graphs, and counts them against its limit of 8, by code object; a callable object it calls
-    # through one that all share. So the ninth step of a notebook would be refused.
+    # Dynamo caches graphs per code object, with a limit of 8, and all callable objects share one code object. Without a
+    # copy of the code, the ninth step of a notebook would be refused.
     def run(state: TrainState, batch: Any) -> Any:
         return function(state, batch)
 

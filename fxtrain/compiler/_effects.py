@@ -1,4 +1,4 @@
-"""Effects that a graph would not repeat: prints of tensors, and files, where code of users is traced."""
+"""Detects side effects of traced user code that a graph would not repeat: printed tensors and opened files."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from torch.overrides import TorchFunctionMode
 from fxtrain.core._frames import is_of_users
 
 _SHOWN = frozenset(("__repr__", "__str__", "__format__"))
-# They read sources of code, for tracebacks and imports.
+# These modules open source files for tracebacks and imports, which is harmless.
 _READERS_OF_CODE = frozenset(("linecache", "tokenize", "inspect", "traceback", "importlib", "warnings", "logging"))
 _LOADERS = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (np,))
 _PASSED = ("torch.serialization", "torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
 
 
 class FileInTraceError(RuntimeError):
-    """A traced step opened a file: a graph would keep what was read, and would not write again."""
+    """Traced user code opened a file. A graph would keep what was read, and would never write again."""
 
 
 @contextlib.contextmanager
 def effects_noticed() -> Generator[None]:
-    """A context for a trace, of this thread alone.
+    """A context for a trace that detects side effects in this thread.
 
     Raises:
-        FileInTraceError: When code of users opens a file, directly or through numpy or ``torch.load``. The error names
-            the line.
+        FileInTraceError: User code opens a file, directly or through numpy or ``torch.load``. The error names the line.
 
     Warns:
-        UserWarning: Once, when a tensor is printed or formatted, with the line.
+        UserWarning: A tensor is printed or formatted. The warning names the line and appears once.
     """
     thread = threading.get_ident()
 
@@ -65,7 +64,7 @@ def effects_noticed() -> Generator[None]:
 
 
 class _Shown(TorchFunctionMode):
-    """Warns of the first tensor that is shown as text."""
+    """Warns the first time that a tensor is formatted as text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ class _Shown(TorchFunctionMode):
 
 
 def _users_line() -> str | None:
-    """``file:line`` of the users' code that leads here through loaders of data alone."""
+    """Returns ``file:line`` of the user code that leads here, directly or through data loaders, or None."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         module, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
@@ -101,6 +100,9 @@ def _users_line() -> str | None:
 
 
 def _is_passed(module: str, file: str) -> bool:
-    """Whether callers are looked for beyond this frame: loaders, the standard library, and modes of torch functions."""
+    """Whether to look for user code above this frame.
+
+    True for data loaders, the standard library and torch function modes.
+    """
     is_package = f"{os.sep}site-packages{os.sep}" in file
     return module in _PASSED or module.startswith("fxtrain.") or file.startswith(_LOADERS) or not is_package

@@ -1,4 +1,4 @@
-"""Graph: a step for one structure of state and batch, with all that has to be known to call it."""
+"""A compiled step for one structure of state and batch, with the checks of its inputs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fxtrain.step import EvalFunction, Step
 Kind = tuple[Any, ...]
 
 Found = tuple[list[Tensor], list[Any], list[Tensor], bool]
-"""The leaves and the containers of a state, the leaves of a batch, and whether the state's are those it wrote last."""
+"""Leaves and containers of a state, leaves of a batch, and whether the graph itself wrote these state leaves last."""
 
 
 class Graph:
-    """One compiled artefact.
+    """One compiled artefact and the structure that it accepts.
 
     Args:
-        step: What is compiled.
-        state: A state like those it is for.
-        batch: A batch like those it is for.
-        artefact: What was made of it.
-        donate: Whether it takes the old state.
-        dynamic: Whether it is for batches of any sizes.
+        step: The step that was compiled.
+        state: An example of the states that it accepts.
+        batch: An example of the batches that it accepts.
+        artefact: The compiled artefact.
+        donate: Whether it donates the old state.
+        dynamic: Whether it accepts batches of other sizes.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Graph:
         walk_batch = walk_like(batch, exact=not dynamic)
         self._walk_batch = walk_batch or _general(batch_structure, lambda batch: batch)
         self._is_checked = walk_batch is not None and not dynamic
-        self._seen: list[weakref.ref[Tensor]] = []  # the leaves it has written; they stay the same
+        self._seen: list[weakref.ref[Tensor]] = []  # the state leaves that it updates in place
         self.run_by(artefact)
 
     def find(self, state: TrainState, batch: Any) -> Found | None:
-        """What to call it with; None if state or batch is of another kind."""
+        """Returns the inputs of the artefact, or None if it does not accept this state or batch."""
         try:
             leaves, containers = self._walk(state)
             inputs, _ = self._walk_batch(batch)
@@ -76,7 +76,10 @@ class Graph:
         return (leaves, containers, inputs, known) if known or kinds(leaves) == self._kinds else None
 
     def broken(self, batch: Any) -> list[str] | None:
-        """The conditions on sizes that a batch breaks, as code; None if the graph is for one size of each tensor."""
+        """Returns the conditions on sizes that a batch breaks, as code.
+
+        None if the sizes are not symbolic, or if the batch differs in more than its sizes.
+        """
         if self._conditions is None:
             return None
         try:
@@ -90,7 +93,7 @@ class Graph:
     def __call__(
         self, state: TrainState, leaves: list[Tensor], containers: list[Any], inputs: list[Tensor], known: bool
     ) -> Any:
-        """The step, for what ``find`` found."""
+        """Takes the step with the inputs that ``find`` returned."""
         if not self._in_place:
             new, output = self._run(leaves, inputs)
             if not self._is_step:
@@ -113,7 +116,7 @@ class Graph:
         return after, output
 
     def run_by(self, artefact: Artefact) -> None:
-        """Exchanges the artefact for another of the same step, state and batch."""
+        """Replaces the artefact with another one of the same step, state and batch."""
         self._run, self._in_place = artefact.run, artefact.written is not None
         self._written = artefact.written or ()
         self._seen = []
@@ -121,8 +124,8 @@ class Graph:
     def raise_uncompiled(self, found: Found, batch: Any) -> None:
         """Raises what the uncompiled step raises for inputs that failed, such as an index out of range.
 
-        Its traceback leads to the user's line, where a kernel's error names a generated file. A donated state may have
-        been overwritten in part, so the result is dropped and only an error counts.
+        Its traceback leads to the user's line, whereas a kernel's error names a generated file. A donated state may be
+        partly overwritten, so a result is discarded and only an error counts.
         """
         try:
             self._step(tree.unflatten(self._structure, found[0]), batch)
@@ -137,23 +140,23 @@ class Graph:
 
 
 def kinds(leaves: Sequence[Tensor]) -> list[Kind]:
-    """What a graph assumes of each tensor."""
+    """Returns what a graph assumes of each tensor: its shape, dtype, strides and device."""
     return [(leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves]
 
 
 def loose_kinds(leaves: Sequence[Tensor]) -> list[Kind]:
-    """What a graph for any sizes assumes."""
+    """Returns what a graph of symbolic sizes assumes of each tensor: its rank, dtype and device."""
     return [(leaf.ndim, leaf.dtype, leaf.device) for leaf in leaves]
 
 
 def _general(structure: Any, enter: Callable[[Any], Any]) -> Walk:
-    """For nodes that no walk can be written for."""
+    """Returns a slower walk, for trees with nodes that ``walk_like`` does not support."""
 
     def walk(node: Any) -> tuple[list[Any], list[Any]]:
         leaves, found = tree.flatten(enter(node))
         if found != structure or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise OtherStructureError
-        # Nobody knows who holds what, so all of it counts as held elsewhere, and this list with it.
+        # The containers are unknown. The list of leaves, which is referenced twice, makes all leaves count as shared.
         return leaves, [leaves]
 
     return walk

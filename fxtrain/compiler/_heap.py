@@ -1,4 +1,4 @@
-"""Heap: what a step frees is kept for the next one, as PyTorch keeps the memory of a GPU."""
+"""Keeps memory that a step frees for the next one, as PyTorch's caching allocator does on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 
-# From malloc.h. A larger block than the second is always mapped anew: that is the most which glibc takes.
+# From malloc.h. glibc accepts no larger mmap threshold than 2**25, and always maps larger blocks.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST_TO_KEEP, _LARGEST_BLOCK = 2**31 - 1, 2**25
 _OF_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
@@ -14,17 +14,18 @@ _OF_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Has glibc keep up to 2 GiB of what is freed, in blocks of up to 32 MiB, for what is allocated next.
+    """Sets glibc to keep up to 2 GiB of freed memory, in blocks of up to 32 MiB, for later allocations.
 
-    By default it gives much of it back to the system at the end of each step, and at the next each page is mapped and
-    filled with zeros again: a fifth of the small GPT's time. The variables of malloc's manual page are respected
-    where one is set (``MALLOC_TRIM_THRESHOLD_=131072`` has it as it was), as is any other allocator.
+    By default, it returns much of this memory to the system at the end of each step, and the next step has to map each
+    page and fill it with zeros again. Variables from malloc's manual page take precedence: with
+    ``MALLOC_TRIM_THRESHOLD_=131072`` the default stays. Other allocators are not affected.
     """
     if any(name in os.environ for name in _OF_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another system, or another C library
+    except (OSError, AttributeError):
+        # Not Linux, or another C library.
         return
     mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
     mallopt(_TRIM_THRESHOLD, _MOST_TO_KEEP)

@@ -1,7 +1,7 @@
-"""Tensors of literals, whose values are known while a step is traced.
+"""Tensors made from literals, whose values can be read while a step is traced.
 
 Code such as ``torch.arange(2, x.ndim).tolist()`` computes a list of integers by way of a tensor. The tracer's tensors
-have no values, although these depend on nothing but the arguments.
+have no values, although these depend only on the arguments.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _READS = ("tolist", "item")
 
 
 class KnownLiterals(TorchFunctionMode):
-    """A context in which ``tolist`` and ``item`` work for tensors that ``arange`` and ``tensor`` made of numbers.
+    """A context in which ``tolist`` and ``item`` work on tensors that ``arange`` and ``tensor`` made from literals.
 
-    A tensor that was written in place since is not known.
+    Tensors modified in place afterwards are excluded.
 
     Example:
         >>> from torch._subclasses import FakeTensorMode
@@ -44,7 +44,8 @@ class KnownLiterals(TorchFunctionMode):
             with _disable_current_modes():
                 return getattr(values, name)(*args[1:], **kwargs)
         made = func(*args, **kwargs)
-        if values is not None:  # outside of torch.func, the tracer's own tolist reads each element
+        if values is not None:
+            # Outside of torch.func, the tracer's tolist unbinds the tensor and reads each element.
             with _disable_current_modes():
                 parts = values.unbind(*args[1:], **kwargs)
             for part, value in zip(made, parts, strict=True):

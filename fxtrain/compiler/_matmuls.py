@@ -1,15 +1,13 @@
-"""Matmul: products of matrices on a CPU as they are fastest.
+"""A graph pass that makes matmuls on a CPU faster.
 
-*A bias* is added where the product is read: torch copies it into the result first, which takes a third of a small
-product's time (32 x 64 x 64: 14 us, and 10 without).
+*Biases* are added where the product is read. torch copies the bias into the result first, which slows down small
+matmuls.
 
-*Large products of float32 matrices* go to oneDNN where that has the longer vectors. torch calls MKL, which on
-processors that are not Intel's uses vectors of 256 bits. Where AMD's cores take 512 at once, from family 26 on (Zen 5),
-oneDNN needs half of the time: 64 x 2048 x 2048 in 1.8 ms against 3.9 on two threads, 512 x 128 x 384 in 0.25 ms against
-0.53 on one. On those before, both reach what the core can, and the transposed products of a backward pass are MKL's: at
-family 25, model 1, a small GPT was trained in 1.12 times the time by oneDNN. A call of oneDNN takes longer than one of
-MKL, so small products stay where they are. Which of them it is depends on sizes and processor alone: the same run has
-the same bits again.
+*Large float32 matmuls* call oneDNN on processors where its vectors are longer. torch calls MKL, which uses 256-bit
+vectors on processors other than Intel's. AMD cores execute 512-bit vectors at full width from family 26 (Zen 5) on,
+where oneDNN takes about half the time. On earlier families, both libraries reach the peak of the core, and MKL is
+faster for the transposed matmuls of a backward pass. A call of oneDNN has a higher overhead, so small matmuls stay with
+MKL. The choice depends only on sizes and processor, so a repeated run is bitwise the same.
 """
 
 from __future__ import annotations
@@ -24,12 +22,16 @@ from torch import Tensor
 
 from fxtrain.compiler._operators import linear, once
 
-_LEAST = 4_000_000  # floating point operations that are worth a call
-_FULL_WIDTH = 26  # the family of AMD's processors since which vectors of 512 bits are not taken in halves
+_LEAST = 4_000_000  # minimum FLOPs of a matmul for oneDNN
+_FULL_WIDTH = 26  # the first AMD family that executes 512-bit vectors at full width
 
 
 def with_faster_products(graph: Any) -> Any:
-    """The graph, of ``make_fx``, with its products on a CPU as they are fastest. It is changed in place."""
+    """Replaces matmuls on a CPU with faster equivalents.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned.
+    """
     aten = torch.ops.aten
     for node in list(graph.nodes):
         if node.target == aten.mm.default:
@@ -59,7 +61,7 @@ def _by_onednn(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     weight = graph.call_function(aten.t.default, (other,))
     weight.meta["val"] = other.meta["val"].t()
     if not x.meta["val"].is_contiguous():
-        # oneDNN's own operator would copy it, and Inductor does that on the way to it.
+        # oneDNN would copy a strided input. Inductor can fuse this copy with the operation that computes the input.
         x = graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
     return graph.call_function(linear(), (x, weight, bias))
 
@@ -68,7 +70,7 @@ def _bias_apart(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     aten = torch.ops.aten
     product = graph.call_function(aten.mm.default, (x, other))
     product.meta["val"] = x.meta["val"] @ other.meta["val"]
-    # Kept, or Inductor would put the two together again.
+    # ``once`` keeps Inductor from fusing the two into ``addmm`` again.
     return graph.call_function(aten.add.Tensor, (graph.call_function(once(), (product,)), bias))
 
 
@@ -88,6 +90,6 @@ def _pays() -> bool:
 
 
 def _is_full_width(processor: str) -> bool:
-    """Whether these lines of /proc/cpuinfo are of such a processor of AMD's."""
+    """Whether the text of /proc/cpuinfo describes such an AMD processor."""
     family = re.search(r"^cpu family\s*: (\d+)$", processor, re.MULTILINE)
     return "AuthenticAMD" in processor and family is not None and int(family[1]) >= _FULL_WIDTH

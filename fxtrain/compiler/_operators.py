@@ -1,4 +1,4 @@
-"""Operators: those of our own in graphs for Inductor. They are defined when a graph needs them."""
+"""fxtrain's own operators in graphs for Inductor. They are registered on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor
 
 @functools.cache
 def once() -> Any:
-    """``once(x)``: what it is given, kept in memory, where Inductor would compute it anew for each of its readers."""
+    """``once(x)``: the identity, materialized in memory.
+
+    Inductor would otherwise recompute ``x`` in each of its readers.
+    """
     from torch._inductor.lowering import register_lowering
 
     _library().define("once(Tensor x) -> Tensor")
@@ -29,10 +32,10 @@ def once() -> Any:
 
 @functools.cache
 def expm1() -> Any:
-    """``expm1(x)`` by additions and multiplications in float64, which give the same bits in every loop.
+    """``expm1(x)`` from float64 additions and multiplications, which give the same bits in every loop.
 
-    Inductor calls the C library for single elements, and has ``exp(x) - 1`` for vectors of them. Which of the two a
-    tensor gets depends on the other operations of its loop, and the second loses half of the digits near 0.
+    Inductor calls the C library for scalars and computes ``exp(x) - 1`` for vectors. Which of them a tensor gets
+    depends on the other operations of its loop, and the second loses half of the digits near 0.
     """
     from torch._inductor.lowering import make_pointwise, register_lowering
     from torch._inductor.virtualized import ops
@@ -68,7 +71,10 @@ _DOUBLINGS, _TERMS = 16, 7  # exact to 1e-14
 
 @functools.cache
 def linear() -> Any:
-    """``linear(x, weight, bias)``: x weight^T + bias by oneDNN, of [n, k], [m, k] and [m] or None: [n, m]."""
+    """``linear(x, weight, bias)``: x weight^T + bias, by oneDNN.
+
+    Shapes: x [n, k], weight [m, k], bias [m] or None, result [n, m].
+    """
 
     def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -81,10 +87,10 @@ def linear() -> Any:
 
 @functools.cache
 def ctc() -> Any:
-    """``ctc(scores, targets, inputs, lengths, blank, zero_infinity)``: the CTC losses of examples, with their slopes.
+    """``ctc(scores, targets, inputs, lengths, blank, zero_infinity)``: CTC losses with their gradients.
 
-    Of scores [time, batch, classes], targets as ``torch.nn.functional.ctc_loss`` takes them, and lengths [batch], as
-    integers: losses [batch], and their slopes by the scores [time, batch, classes].
+    Takes scores [time, batch, classes], targets as in ``torch.nn.functional.ctc_loss``, and integer lengths of inputs
+    and targets [batch]. Returns losses [batch] and their gradients with respect to the scores [time, batch, classes].
     """
     aten = torch.ops.aten
 
@@ -110,6 +116,7 @@ def ctc() -> Any:
     return torch.ops.fxtrain.ctc.default
 
 
-@functools.cache  # which keeps it: an operator goes when its library does
+# Cached, because operators are removed when their library is.
+@functools.cache
 def _library() -> torch.library.Library:
     return torch.library.Library("fxtrain", "DEF")

@@ -1,8 +1,7 @@
-"""Ownership: which memory of a state nobody but the state has.
+"""Decides which leaves can be donated.
 
-A step that is given a state may write the next one over it, leaf by leaf, where that is so. What somebody else can
-still see, through a container, a leaf or a view of one, is copied first and left as it is: nothing is ever overwritten
-that can be read afterwards.
+A compiled step writes the new state into the old state's buffers, which is safe only if nothing else references their
+storage. Leaves that are still reachable (through a container, the tensor itself, or a view) are copied first.
 """
 
 from __future__ import annotations
@@ -23,18 +22,19 @@ _addresses = functools.partial(map, operator.attrgetter("_cdata"))
 _uses: Any = functools.partial(map, getattr(torch._C, "_storage_Use_Count", lambda address: -1))
 _references: Any = functools.partial(map, sys.getrefcount)
 
-# How often a thing is referred to that one container holds, and the list that is asked; how often a storage is, and how
-# often it is used, that one tensor has. All are found out here, because they depend on how Python and torch count.
+# The reference counts of an object held by one container and by the list being counted, and of a storage held by one
+# tensor, and the use count of that storage. Measured here, because they depend on how Python and torch count.
 _probe = [torch.empty(1)]
 _SOLE = max(_references([_probe[0]]))
 _SOLE_STORAGE = max(_references(list(_storages(_probe))))
-_SOLE_USE = max(1, *_uses(_addresses(_storages(_probe))))  # where torch cannot count, all is taken for shared
+# If torch cannot count (-1), every storage counts as shared.
+_SOLE_USE = max(1, *_uses(_addresses(_storages(_probe))))
 
 
 def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int]) -> bool:
-    """Whether nobody else holds any of these, which were reached from one state and are held by these two lists.
+    """Whether the leaves and containers of a state have no references besides these two lists.
 
-    Views are looked for of the leaves that are to be written only.
+    Views are detected only for the leaves with indices in ``written``.
     """
     if max(_references(leaves), default=0) > _SOLE or max(_references(containers), default=0) > _SOLE:
         return False
@@ -45,7 +45,7 @@ def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int])
 
 
 def shared(leaves: list[Tensor], containers: list[Any]) -> list[bool]:
-    """For each leaf whether somebody else holds it too: itself, a view of it, or a container above it."""
+    """Whether each leaf is referenced elsewhere: directly, by a view, or through a container above it."""
     references = list(_references(leaves))
     held = [count > _SOLE for count in _references(containers)]
     exposed = {
@@ -66,5 +66,5 @@ def shared(leaves: list[Tensor], containers: list[Any]) -> list[bool]:
 
 
 def is_foreign(leaf: Tensor) -> bool:
-    """Whether its memory is not torch's own: an array of numpy's, or a mapped file, that somebody else may have."""
+    """Whether torch did not allocate the storage: a numpy array or a mapped file, which may have other references."""
     return not leaf.untyped_storage().resizable()

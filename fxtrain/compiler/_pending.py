@@ -1,4 +1,4 @@
-"""Pending: graphs of a compiled step that run uncompiled until a worker has compiled them."""
+"""Graphs that run uncompiled until a worker thread has compiled them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
-    """A graph that runs uncompiled."""
+    """A graph that is not compiled yet."""
 
     graph: Graph
     kinds: dict[str, str]
-    batch: Any  # without values; see ``_blank``
+    batch: Any  # of functions from ``_blank`` in place of tensors
     job: Job | None = None
-    seconds: float = 0.0  # of its trace
+    seconds: float = 0.0  # spent on tracing
 
 
 class Pending:
     """The graphs of one step that are not compiled yet, in the order of their first batches.
 
     Args:
-        step: What is compiled.
-        routes: The way to compile it.
-        options: Of ``Graph``.
+        step: The step.
+        routes: The routes by which it is compiled.
+        options: Keyword arguments of ``Graph``.
     """
 
     def __init__(self, step: Step | EvalFunction, routes: Routes, options: dict[str, bool]) -> None:
@@ -48,29 +48,29 @@ class Pending:
         self._entries: list[_Entry] = []
         self._refused: list[dict[str, str]] = []
         self.seconds = 0.0
-        """How long tracing and compiling took."""
+        """The time spent on tracing and compiling, in seconds."""
         self.calls = 0
-        """How many calls ran uncompiled."""
+        """The number of calls that ran uncompiled."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def is_refused(self, kinds: dict[str, str]) -> bool:
-        """Whether a graph for states and batches of these kinds was not compiled in the background."""
+        """Whether a graph for states and batches of these kinds failed to compile in the background."""
         return kinds in self._refused
 
     def add(self, state: TrainState, entered: TrainState, batch: Any, kinds: dict[str, str]) -> Graph:
-        """A graph that runs uncompiled for now.
+        """Adds a graph that runs uncompiled for now.
 
         Args:
-            state: A state like those it is for.
-            entered: What of it enters the graph.
-            batch: A batch like those it is for.
-            kinds: As ``described`` returns them.
+            state: An example of the states that it accepts.
+            entered: The part of the state that enters the graph.
+            batch: An example of the batches that it accepts.
+            kinds: The kinds of their leaves, from ``described``.
 
         Raises:
-            ValueError: If other processes take the same steps: graphs and uncompiled steps differ in the order of their
-                collectives, and each process would exchange them at another step.
+            ValueError: Several processes take the same steps. Graphs and uncompiled steps order their collectives
+                differently, and each process would switch to its graph at another step.
         """
         processes = _processes()
         if processes > 1:
@@ -84,17 +84,17 @@ class Pending:
         return graph
 
     def count(self, graph: Graph) -> None:
-        """Counts a call, if the graph runs uncompiled."""
+        """Counts a call if the graph runs uncompiled."""
         self.calls += any(entry.graph is graph for entry in self._entries)
 
     def advance(self, state: TrainState) -> list[Graph]:
-        """Exchanges what was compiled, and begins to compile the next graph.
+        """Installs a graph whose compilation has ended, and begins to compile the next one.
 
         Args:
-            state: Of the next call. Its values are not read.
+            state: The state of the next call. Its values are not read.
 
         Returns:
-            The graphs that cannot be compiled in the background. They are not pending any more.
+            The graphs that cannot be compiled in the background. They are no longer pending.
         """
         refused: list[Graph] = []
         for entry in list(self._entries):
@@ -109,13 +109,14 @@ class Pending:
         return refused
 
     def _begin(self, entry: _Entry, state: TrainState) -> bool | None:
-        """Traces a graph and hands it to a worker. False if it cannot be traced, None if it is not its turn."""
+        """Traces a graph and hands it to a worker. False if it cannot be traced, None if it has to wait."""
         batch = tree.map(lambda make: make(), entry.batch)
         if entry.graph.find(state, batch) is None or not turn().acquire(blocking=False):
             return None
         began = time.perf_counter()
         try:
-            if not self._routes.has_trace:  # the step before it was refused
+            if not self._routes.has_trace:
+                # An earlier graph fell back to a route that only works in the foreground.
                 return False
             with quietly():
                 finish = self._routes.trace(
@@ -132,7 +133,7 @@ class Pending:
         return True
 
     def _collect(self, entry: _Entry, job: Job) -> bool | None:
-        """Takes what a job has made. False if it failed, None if it is to be repeated."""
+        """Installs the result of a job. False if the job failed, None if it has to be repeated."""
         entry.job = None
         job.close()
         if job.error is None and job.result is None:
@@ -154,7 +155,7 @@ def _processes() -> int:
 
 
 def _blank(leaf: Any) -> Callable[[], Any]:
-    """A function that makes a tensor like this one, of which no trace reads the values."""
+    """Returns a function that makes an uninitialized tensor like this one. Traces do not read its values."""
     if type(leaf) is not Tensor:
         return lambda: leaf
     shape, stride, dtype, device = leaf.shape, leaf.stride(), leaf.dtype, leaf.device

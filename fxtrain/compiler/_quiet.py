@@ -1,4 +1,4 @@
-"""Quiet: attempts to compile a step that leave nothing of torch's own reports on the terminal."""
+"""Contexts that hide torch's logs and warnings while a step is compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Generator
 
 @contextlib.contextmanager
 def quietly() -> Generator[None]:
-    """A context without torch's logs in this thread, and without Dynamo's warnings."""
+    """A context without torch's logs in this thread and without Dynamo's warnings."""
     with without_logs(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dynamo (detected|does not know how)")
         yield
@@ -20,7 +20,7 @@ def quietly() -> Generator[None]:
 
 @contextlib.contextmanager
 def without_logs() -> Generator[None]:
-    """A context that drops what torch logs in this thread, except by loggers that ``TORCH_LOGS`` has set.
+    """A context that drops torch's log records in this thread, except from loggers set by ``TORCH_LOGS``.
 
     Example:
         >>> with without_logs():
@@ -40,10 +40,10 @@ def without_logs() -> Generator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _loggers(count: int) -> list[logging.Logger]:
-    """The root logger, and torch's with handlers: some of these do not propagate.
+    """Returns the root logger and those of torch's loggers that have handlers, some of which do not propagate.
 
     Args:
-        count: How many loggers exist. A new one is the only reason to look again.
+        count: The number of existing loggers. It is the key of the cache: only a new logger changes the result.
     """
     del count
     named = [logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict) if name.startswith("torch.")]
@@ -52,7 +52,7 @@ def _loggers(count: int) -> list[logging.Logger]:
 
 
 class _OfThread(logging.Filter):
-    """Drops the records of torch's loggers in one thread."""
+    """Drops the log records of torch in one thread."""
 
     def __init__(self, thread: int) -> None:
         super().__init__()
@@ -64,6 +64,7 @@ class _OfThread(logging.Filter):
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None and logger.name != "torch":
             if logger.level != logging.NOTSET:
-                return True  # chosen by the user
+                # The user has set this level.
+                return True
             logger = logger.parent
         return False

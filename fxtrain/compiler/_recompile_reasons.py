@@ -1,4 +1,4 @@
-"""Changes: why a step that was compiled is compiled again, in the words of whoever called it."""
+"""Explains why a compiled step recompiles, and how to avoid it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import TrainState
 
-_MOST_CONDITIONS = 3  # that a message shows
+# Shown in a message.
+_MOST_CONDITIONS = 3
 
 
 def described(state: TrainState, batch: Any) -> dict[str, str]:
-    """What a graph assumes, by path."""
+    """Returns the dtype, shape, strides and device that a graph assumes of each leaf, by path."""
     return {
         path: _kind(leaf)
         for name, part in (("state", state), ("batch", batch))
@@ -23,7 +24,7 @@ def described(state: TrainState, batch: Any) -> dict[str, str]:
 
 
 def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
-    """How ``new`` differs from what is nearest to it of ``known``."""
+    """Describes how ``new`` differs from the most similar entry of ``known``."""
     old = min(known, key=lambda each: sum(each.get(path) != kind for path, kind in new.items()))
     said = [
         f"{path} is new" if path not in old else f"{path}: {old[path]} -> {new[path]}"
@@ -36,11 +37,11 @@ def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
 
 
 def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: Sequence[str] | None = None) -> str:
-    """What can be done against it.
+    """Suggests how to avoid the recompilation.
 
     Args:
-        new: What a graph is to be made for.
-        known: What there are graphs for.
+        new: The leaves for which a graph is needed, from ``described``.
+        known: The leaves of each existing graph.
         broken: The conditions of a graph of symbolic sizes that are not met, as code.
     """
     if broken:
@@ -63,13 +64,13 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: S
 
 
 def is_other_batch(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> bool:
-    """Whether only the batch differs from one of ``known``."""
+    """Whether the state is that of an existing graph, so that only the batch differs."""
     state = _part(new, "state")
     return any(_part(each, "state") == state for each in known)
 
 
 def batches_of(known: Sequence[Mapping[str, str]]) -> int:
-    """How many kinds of batches there are among ``known``."""
+    """Returns the number of different kinds of batches in ``known``."""
     return len({tuple(_part(each, "batch").items()) for each in known})
 
 

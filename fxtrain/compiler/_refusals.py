@@ -1,4 +1,4 @@
-"""Refusals: where in the source of users a step cannot be traced, and why, in plain words."""
+"""Finds the line of user code that keeps a step from being traced, and explains why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from fxtrain.core._frames import places
 
-_LONGEST = 300  # characters of a line or a reason that are shown
+_LONGEST = 300  # characters shown of a line or a reason
 
 VALUE = (
     "Python reads the value of a tensor here, by if, while, assert, .item(), float() or the like, and a graph is made "
@@ -38,13 +38,13 @@ _BY_MESSAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class Break:
-    """A place where a step cannot be in one graph.
+    """A place that keeps a step from being one graph.
 
     Args:
         reason: The cause, and what to do.
-        where: ``file:line in function``, the innermost line of users, else of a library; "" if unknown.
+        where: ``file:line in function`` of the innermost user code, else of a library. Empty if unknown.
         code: The source of that line.
-        within: ``file:line: code`` of the innermost line of a library that the user's line leads to, or "".
+        within: ``file:line: code`` of the innermost library code that the user's line leads to, or empty.
     """
 
     reason: str
@@ -57,17 +57,17 @@ class Break:
 
 
 def refusal(error: BaseException) -> Break:
-    """The reason and the place of an error of a tracer or a compiler."""
+    """Returns the place and the explanation of an error from a tracer or a compiler."""
     text = str(error)
     reason = _BY_EXCEPTION.get(type(error).__name__)
     reason = reason or next((said for part, said in _BY_MESSAGE.items() if part in text), None)
-    # Dynamo reads the step without running it, and keeps the lines that it read beside the error.
+    # Dynamo analyzes the step without running it, and attaches the stack of that code to the error.
     frames = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
     return break_at(frames, reason or f"{type(error).__name__}: {first_line(text)}")
 
 
 def break_at(frames: Iterable[traceback.FrameSummary], reason: str) -> Break:
-    """The break at the innermost of these frames that is not torch's, Python's or fxtrain's."""
+    """Returns a break at the innermost of these frames that is not torch's, Python's or fxtrain's."""
     own, library = places(frames)
     frame = own or library
     if frame is None:
@@ -77,7 +77,7 @@ def break_at(frames: Iterable[traceback.FrameSummary], reason: str) -> Break:
 
 
 def first_line(text: str) -> str:
-    """The first line of a message that is not empty, shortened."""
+    """Returns the first non-empty line of a message, shortened."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "torch gives no reason.")
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 

@@ -1,9 +1,9 @@
-"""Regions: a step whose forward and backward passes stay outside of its graphs.
+"""Compiles a step whose forward and backward passes stay outside of its graphs.
 
 A step is cut where it calls a function from ``fxtrain.gradients``. The parts before, between and after these calls are
-pure and traced: for ``train_step`` the optimizer, the callbacks of the step and the bookkeeping are one graph. The
-gradients themselves are computed between the graphs by PyTorch, with the loss function uncompiled or compiled by
-``torch.compile`` in as many graphs as it needs.
+pure and traced. In ``train_step``, the optimizer, the traced callbacks and the bookkeeping are one graph. The gradients
+are computed between the graphs by PyTorch, with the loss function uncompiled or compiled by ``torch.compile`` in as
+many graphs as it needs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fxtrain.step._interception import Find, intercepted
 
 _log = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 8  # by what the gradients may differ in, before further ones are not compiled
+_MOST_GRAPHS = 8  # kinds of gradients; for further kinds the rest of the step runs uncompiled
 
 
 class NoGradientsError(RuntimeError):
-    """A step computes no gradients by ``fxtrain.gradients``, so there is no place to cut it."""
+    """A step calls no function from ``fxtrain.gradients``, so there is no place to cut it."""
 
 
 def compile_in_regions(
@@ -47,20 +47,21 @@ def compile_in_regions(
     in_place: bool,
     forward: str | None,
 ) -> Artefact:
-    """The step with its forward and backward passes between graphs.
+    """Compiles the step with its forward and backward passes between graphs.
 
     Args:
-        step: The step. An evaluation step has no graph but those of ``forward``.
-        state: What enters of a state.
+        step: The step. Of an evaluation step, only the parts compiled by ``forward`` are graphs.
+        state: The part of a state that enters the step.
         batch: A batch.
-        backend: For the graphs; by default Inductor.
-        mode: As ``compile`` takes it.
-        in_place: Whether the new state's leaves are written over the old one's.
-        forward: ``"compiled"`` if ``torch.compile`` takes the loss function, in as many graphs as it needs.
+        backend: The backend of the graphs, by default Inductor.
+        mode: As in ``compile``.
+        in_place: Whether to write the new state into the old state's buffers.
+        forward: ``"compiled"`` compiles the loss function by ``torch.compile``, in as many graphs as it needs. None
+            leaves it uncompiled.
 
     Raises:
-        NoGradientsError: If the step calls no function from ``gradients``.
-        Exception: If what is not gradients cannot be traced.
+        NoGradientsError: The step calls no function from ``fxtrain.gradients``.
+        Exception: The rest of the step cannot be traced.
     """
     wrap = InManyGraphs(backend, mode) if forward == "compiled" else None
     if isinstance(step, EvalFunction):
@@ -73,13 +74,14 @@ def compile_in_regions(
     regions = _Regions(step, state, batch, compiler, wrap, in_place=in_place)
     if regions.segment((), tree.leaves(state), tree.leaves(batch), []) is None:
         raise NoGradientsError(f"expected a step that calls a function from fxtrain.gradients, got {step!r}.")
-    regions(*(tree.leaves(tree.clone(part)) for part in (state, batch)))  # what does not compile is found out here
+    # Runs on copies, so that errors of the compiler are raised here.
+    regions(*(tree.leaves(tree.clone(part)) for part in (state, batch)))
     regions.is_checked = True
     return Artefact(regions, range(len(tree.leaves(state))) if in_place else None)
 
 
 class _Regions:
-    """The graphs of a step, by what the gradients before each are."""
+    """The graphs of a step, by the kinds of the gradients before each."""
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class _Regions:
     ) -> None:
         self._step, self._compiler, self._wrap, self._in_place = step, compiler, wrap, in_place
         self._state, self._batch = tree.structure(state), tree.structure(batch)
-        self.is_checked = wrap is None  # whether the compiled forward passes gave the gradients of uncompiled ones
+        self.is_checked = wrap is None  # whether compiled gradients have been compared with uncompiled ones
         self._segments: dict[Any, _Cut | None] = {}
         self._rests: dict[Any, Run] = {}
 
@@ -102,13 +104,14 @@ class _Regions:
         key: tuple[Any, ...] = ()
         while (cut := self.segment(key, leaves, inputs, found)) is not None:
             find, state, batch, index = cut(leaves, inputs, found)
-            # Uncompiled first: what a loss function writes is seen there, and is given to compiled ones as a copy.
+            # The uncompiled pass comes first, because it detects what the loss function writes. Compiled ones then get
+            # copies.
             plain = None if self.is_checked else find(state, batch, index)
             with forward_by(self._wrap):
                 gradient = find(state, batch, index)
             if plain is not None:
                 _refuse_difference(gradient, plain)
-            # Memory that the rest writes over is not read as a gradient afterwards.
+            # The rest may overwrite leaves in place before it reads the gradients, so the two must not share memory.
             found.append(_apart(gradient, (*leaves, *inputs)))
             key = (*key, _kind(found[-1]))
         rest = self._rests.get(key)
@@ -119,7 +122,7 @@ class _Regions:
     def segment(
         self, key: Any, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Any]
     ) -> _Cut | None:
-        """The next call for gradients after these; None if there is none."""
+        """Returns the next call for gradients after these, or None if there is none."""
         if key not in self._segments:
             cut = _Cut(self._step, len(leaves), len(inputs), self._state, self._batch)
             self._segments[key] = cut if cut.compile(self._compiler, leaves, inputs, found) else None
@@ -129,14 +132,14 @@ class _Regions:
         rest = _Rest(self._step)
         state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
         if len(self._rests) >= _MOST_GRAPHS:
-            # As in a mixture whose experts get no token in some steps: each set of unused parameters is another graph.
+            # As in a mixture of experts in which some get no tokens: each set of unused parameters needs another graph.
             _log.info("%r has gradients of more than %d kinds: the rest runs uncompiled.", self._step, _MOST_GRAPHS)
             return uncompiled(rest, state, (batch, found), in_place=self._in_place).run
         return self._compiler(rest, state, (batch, found), in_place=self._in_place).run
 
 
 def _refuse_difference(compiled: Any, plain: Any) -> None:
-    """Raises if what a compiled loss function gives differs from the uncompiled one by more than rounding."""
+    """Raises if the compiled loss function's result differs from the uncompiled one by more than rounding."""
     if tree.structure(compiled) != tree.structure(plain):
         raise RuntimeError("expected the gradients of the uncompiled loss function, got some for other parameters.")
     if not are_close(compiled, plain):
@@ -144,7 +147,10 @@ def _refuse_difference(compiled: Any, plain: Any) -> None:
 
 
 class _Reached(BaseException):
-    """The call for gradients at which a step is cut. No ``except Exception`` of a step may catch it."""
+    """The call for gradients at which a step is cut.
+
+    It is a BaseException, so that an ``except Exception`` in the step does not catch it.
+    """
 
     def __init__(self, find: Find, state: Any, batch: Any, index: int) -> None:
         super().__init__()
@@ -152,10 +158,10 @@ class _Reached(BaseException):
 
 
 class _Rest(Step):
-    """A step that is given the gradients it asks for, beside its batch.
+    """A step that takes already computed gradients together with its batch.
 
     Raises:
-        _Reached: When it runs, at the first call for gradients that it is not given.
+        _Reached: The step calls for more gradients than it was given.
     """
 
     def __init__(self, step: Step) -> None:
@@ -178,7 +184,7 @@ class _Rest(Step):
 
 
 class _Cut:
-    """From the inputs of a step, and its gradients so far, to the next call for gradients."""
+    """Computes the arguments of the next call for gradients from the step's inputs and its gradients so far."""
 
     def __init__(self, step: Step, leaves: int, inputs: int, state: Any, batch: Any) -> None:
         self._rest, self._state, self._batch = _Rest(step), state, batch
@@ -191,12 +197,12 @@ class _Cut:
     def compile(
         self, compiler: Callable[..., Artefact], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any
     ) -> bool:
-        """Makes the graph, if one is needed; False if the step calls for no further gradients."""
+        """Compiles the graph if one is needed. Returns False if the step calls for no further gradients."""
         from torch._subclasses import FakeTensorMode
 
         state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        # Detached, because a tensor at two places of the batch would be one input.
+        # Detached, because the tracer would merge a tensor that occurs twice into one input.
         fakes = tree.map(
             lambda leaf: mode.from_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf, (state, batch)
         )
@@ -214,7 +220,7 @@ class _Cut:
         return self._find, *tree.unflatten(self._structure, values), self._index
 
     def _fresh(self, state: TrainState, batch: Any) -> list[Tensor] | None:
-        """The tensors of the call that are not given as they are; None if there is no call."""
+        """Returns the arguments of the call that are not inputs of the step, or None if there is no call."""
         try:
             self._rest(state, batch)
         except _Reached as reached:
@@ -233,7 +239,7 @@ class InManyGraphs:
     """Compiles functions by ``torch.compile``, in as many graphs as each needs.
 
     Raises:
-        RuntimeError: If the code between graphs would get wrong values.
+        RuntimeError: With this torch, code between the graphs would get wrong values.
     """
 
     def __init__(self, backend: Any, mode: str | None) -> None:
@@ -249,7 +255,8 @@ class InManyGraphs:
             made = self._made.get(function)
             if made is None:
                 made = self._made[function] = self._compiled(function)
-        except TypeError:  # no weak reference to it
+        except TypeError:
+            # The function does not support weak references.
             made = self._compiled(function)
         return made
 
@@ -257,7 +264,8 @@ class InManyGraphs:
         compiled = torch.compile(function, **self._options)
 
         def call(*args: Any) -> Any:
-            with without_logs():  # Dynamo compiles again in later steps, and reports its limits then
+            with without_logs():
+                # Dynamo may recompile in later steps, and logs its limits then.
                 return compiled(*args)
 
         return call
@@ -269,7 +277,7 @@ def _kind(gradient: Any) -> tuple[Any, ...]:
 
 
 def _apart(gradient: Any, given: Sequence[Any]) -> Any:
-    """The gradient, with copies of what shares its memory with one of these tensors or with another of its leaves."""
+    """Returns the gradient with copies of leaves that share memory with ``given`` or with each other."""
     taken = {leaf.untyped_storage()._cdata for leaf in given if isinstance(leaf, Tensor)}
 
     def own(leaf: Tensor) -> Tensor:

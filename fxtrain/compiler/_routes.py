@@ -1,4 +1,4 @@
-"""Routes: the ways to compile a step, tried in order, from one graph to graphs around an uncompiled forward pass."""
+"""The routes by which a step is compiled, from one graph to graphs around an uncompiled forward pass."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ _VALUES_CHANGE = Break("Python reads values of tensors, and they differ from bat
 
 
 class GraphBreakError(RuntimeError):
-    """A step that was compiled with ``fullgraph=True`` cannot be one graph."""
+    """A step compiled with ``fullgraph=True`` cannot be one graph."""
 
 
 class Route(NamedTuple):
     """One way to compile a step.
 
     Args:
-        name: What the graph is made by, for records and explanations.
-        compile: ``(step, state, batch, in_place=...) -> Artefact``; raises where this way does not lead.
+        name: The backend and the route, for records and explanations.
+        compile: ``(step, state, batch, in_place=...) -> Artefact``. It raises if the route does not work for the step.
         outcome: What is compiled, as a clause.
         is_whole: Whether it makes one graph of the whole step.
-        has_otherwise: Whether ``compile`` also takes ``otherwise=``, ``(state, batch) -> Artefact`` by later routes,
-            for calls that its graphs are not for.
-        trace: As ``compile``, up to what another thread can do: it returns a function that returns the artefact.
+        has_otherwise: Whether ``compile`` also takes ``otherwise=``, a function ``(state, batch) -> Artefact`` that
+            tries later routes, for calls that its graphs do not hold for.
+        trace: The part of ``compile`` that must run in the calling thread. It returns a function that makes the
+            artefact in any thread.
     """
 
     name: str
@@ -57,8 +58,8 @@ class Choice(NamedTuple):
     """The route of a step.
 
     Args:
-        route: The route; None if none leads.
-        found: What keeps the step from the routes before it; None for the first.
+        route: The route, or None if none works.
+        found: What rules out the routes before it, or None for the first one.
     """
 
     route: Route | None
@@ -66,16 +67,16 @@ class Choice(NamedTuple):
 
 
 class Routes:
-    """The routes for one step. The first that leads is kept for all later graphs, so that these agree to the bit.
+    """The routes for one step. The first one that works is kept for all later graphs, so that they agree bitwise.
 
     Args:
-        routes: In the order in which they are tried.
-        fullgraph: Whether only routes that make one graph of the step are tried.
-        rehearsal: Makes the same routes with graphs that are not compiled; None for such routes.
+        routes: The routes, in the order in which they are tried.
+        fullgraph: Whether to try only routes that make one graph of the step.
+        rehearsal: Makes the same routes without compilation. None for such routes themselves.
 
     Raises:
-        GraphBreakError: When it is called, if ``fullgraph`` is set and no route makes one graph.
-        Exception: When it is called, what the step raises uncompiled.
+        GraphBreakError: When called: ``fullgraph`` is set and no route makes one graph.
+        Exception: When called: the step raises it uncompiled.
     """
 
     def __init__(
@@ -89,23 +90,24 @@ class Routes:
 
     @property
     def name(self) -> str:
-        """The name of the route in use; before the first call, of the first."""
+        """The name of the route in use, or of the first one before the first call."""
         return self._routes[self._chosen].name
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all routes that can still be taken: one after the first call."""
+        """The names of all routes that may still be taken: one after the first call."""
         return (self.name,) if self._is_chosen else tuple(route.name for route in self._routes)
 
     @property
     def choice(self) -> Choice:
-        """The route in use; before the first call, the first."""
+        """The route in use, or the first one before the first call."""
         return Choice(self._routes[self._chosen], self._found)
 
     def choose(self, step: Step | EvalFunction, state: TrainState, batch: Any) -> Choice:
-        """The route in use; before the first call, the one that it will take unless compilation itself fails.
+        """Returns the route in use, or a prediction of it before the first call.
 
-        Nothing is compiled or warned of, and these routes stay as they are. Raises what the first call raises.
+        The prediction is wrong if the compiler itself fails. Nothing is compiled, no warning is issued, and these
+        routes do not change. Raises what the first call would raise.
         """
         if self._is_chosen or self._rehearsal is None:
             return self.choice
@@ -116,21 +118,21 @@ class Routes:
         return rehearsed.choice
 
     def __call__(self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool) -> Artefact:
-        """An artefact by the first route that leads, with one warning if it is not the first of all."""
+        """Compiles an artefact by the first route that works, with one warning if others failed before it."""
         return self._compile(step, state, batch, None, self._chosen, in_place=in_place)
 
     @property
     def has_trace(self) -> bool:
-        """Whether graphs by the route in use can be compiled by another thread."""
+        """Whether the route in use can compile in another thread."""
         return self._routes[self._chosen].trace is not None
 
     def trace(
         self, step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool
     ) -> Callable[[], Artefact]:
-        """The step traced by the route in use, as a function that compiles it in any thread.
+        """Traces the step by the route in use. Returns a function that compiles it in any thread.
 
         Raises:
-            Exception: If it cannot be traced. Later routes are tried by a call of this object.
+            Exception: The step cannot be traced. Later routes are tried by calling this object.
         """
         trace = self._routes[self._chosen].trace
         assert trace is not None
@@ -158,7 +160,8 @@ class Routes:
             except Exception as error:
                 _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
                 if found is None:
-                    step(state, batch)  # a mistake of the step's own is raised in its own words
+                    # Raises the step's own error, if it has one.
+                    step(state, batch)
                     if is_raised_by_users(error):
                         with quietly():
                             again = functools.partial(_compiled, route, step, state, batch, in_place=False, **options)
@@ -174,7 +177,10 @@ class Routes:
         raise GraphBreakError(_refused(step, found)) from None
 
     def _beyond(self, step: Any, state: TrainState, batch: Any, *, found: Break, first: int) -> Artefact:
-        """An artefact for all values, where those that a step reads keep changing. Later graphs use its route too."""
+        """Compiles an artefact for all values, because those that the step reads keep changing.
+
+        Later graphs use its route too.
+        """
         return self._compile(step, state, batch, found, first, in_place=False)
 
 
@@ -186,10 +192,10 @@ def routes_to(
     fullgraph: bool,
     is_rehearsal: bool = False,
 ) -> Routes:
-    """The routes for the options of ``compile``, which describes them.
+    """Returns the routes for the options of ``compile``, which describes the other arguments.
 
     Args:
-        is_rehearsal: Whether graphs are run operation by operation in place of being compiled.
+        is_rehearsal: Whether graphs are run operation by operation instead of being compiled.
     """
     given, given_mode = backend, mode
     chosen = backend or "inductor"
@@ -236,14 +242,15 @@ def routes_to(
     whole = [traced, dynamo] if given is None else [dynamo]
     if given is None and not dynamic:
         whole.insert(1, checked)
-    # Where sizes are symbols the other routes would make a graph for each.
+    # The other routes would compile a graph for each size.
     others = [nothing] if dynamic else [regions, eager, nothing]
     rehearsal = functools.partial(routes_to, given, given_mode, dynamic=dynamic, fullgraph=fullgraph, is_rehearsal=True)
     return Routes([*whole, *others], fullgraph=fullgraph, rehearsal=None if is_rehearsal else rehearsal)
 
 
 def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Artefact:
-    return compile_by_dynamo(step, state, batch, **options)  # which returns a new state in any case
+    # Dynamo's artefact always returns a new state.
+    return compile_by_dynamo(step, state, batch, **options)
 
 
 def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:
@@ -271,6 +278,6 @@ def _refused(step: Any, found: Break) -> str:
 
 
 def _lines(found: Break) -> str:
-    """The place, its source and the reason, a line each."""
+    """Returns the place, its source and the reason, one per line."""
     lines = (found.where and f"{found.where}: {found.code}", found.within, found.reason)
     return "".join(f"  {line}\n" for line in lines if line)

@@ -1,9 +1,8 @@
-"""Scalars: what is one number for many elements is computed once, and not beside each of them.
+"""Graph passes that compute expensive scalars once, not again for each element that uses them.
 
-Inductor writes what an operation reads into its loop, so a bias correction or the rate of a schedule was computed anew
-for every eight elements of every parameter; the C++ compiler cannot take it out, as the loop's stores might change what
-it is made of. Two ``expm1`` made AdamW's update of 4 million elements last 13 ms, where its memory takes 3.1 (two
-threads, AMD EPYC of family 25, model 1).
+Inductor inlines the producers of what a loop reads, so a bias correction or a scheduled learning rate is recomputed for
+every vector of elements of every parameter. The C++ compiler cannot hoist it out of the loop, because the stores of the
+loop might change its inputs. An ``expm1`` in the loop makes AdamW's update compute-bound instead of memory-bound.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch import Tensor
 from fxtrain.compiler._operators import expm1, once
 from fxtrain.compiler._writes import memory_of, written_over
 
-_MANY = 8  # elements for each number; a vector has as many
+_MANY = 8  # minimum elements per scalar, as many as in a vector
 
-# What takes longer than reading a number back: calls of the C library.
+# Calls of the C library, which take longer than reading a scalar from memory.
 _LONG = frozenset(
     (
         *("exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "pow", "sigmoid", "tanh"),
@@ -31,16 +30,19 @@ _SAME_NUMBERS = frozenset(
 
 
 def with_scalars_once(graph: Any) -> Any:
-    """The graph, of ``make_fx``, with such numbers kept in memory, on a CPU. It is changed in place.
+    """Materializes expensive scalars on a CPU in memory.
 
-    What is written over afterwards, by itself or as a view of it, is read where it is.
+    Tensors that are later overwritten, directly or through a view, are left unchanged.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned.
     """
     long, written = set[Any](), written_over(graph)
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
             continue
-        # A loop over float32 elements loses half of its vector width to a float64 scalar in it.
+        # A float64 scalar in a loop over float32 elements halves its vector width.
         is_double = value.dtype == torch.float64 and value.numel() == 1
         if not is_double and node.target._opname not in _LONG and long.isdisjoint(node.all_input_nodes):
             continue
@@ -57,10 +59,13 @@ def with_scalars_once(graph: Any) -> Any:
 
 
 def with_exact_corrections(graph: Any) -> Any:
-    """The graph, of ``make_fx``, with each ``expm1`` of a vector of counts in the same bits in every loop, on a CPU.
+    """Makes each ``expm1`` of a vector of counts on a CPU give the same bits in every loop.
 
-    These are the bias corrections of an optimizer, one for each parameter. A graph of several steps fuses them with
-    other operations than a graph of one step does, and its steps must be the same to the bit. It is changed in place.
+    These are the bias corrections of an optimizer, one per parameter. A graph of several steps fuses them with other
+    operations than a graph of one step, and the two must agree bitwise.
+
+    Args:
+        graph: A graph from ``make_fx``. It is modified in place and returned.
     """
     for node in list(graph.nodes):
         if node.target != torch.ops.aten.expm1.default or not _is_of_counts(node):
@@ -74,7 +79,7 @@ def with_exact_corrections(graph: Any) -> Any:
 
 
 def _is_of_counts(node: Any) -> bool:
-    """Whether a vector on a CPU is computed elementwise from integer vectors and from scalars alone."""
+    """Whether a vector on a CPU is computed elementwise from integer vectors and scalars only."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.ndim:
         return False
@@ -100,7 +105,7 @@ def _is_elementwise(target: Any) -> bool:
 
 
 def _picks(node: Any) -> bool:
-    """Whether a node takes single numbers out of a vector, such as the bias corrections of all parameters."""
+    """Whether a node takes single elements out of a vector, such as the bias corrections of all parameters."""
     return node.target in (torch.ops.aten.select.int, torch.ops.aten.unbind.int)
 
 

@@ -1,8 +1,8 @@
-"""Symbolic sizes: a step traced once for batches of many sizes, with the conditions under which the graph holds.
+"""Traces a step once for batches of many sizes, with the conditions under which the graph holds.
 
-The sizes of the batch are symbols while the step is traced; those of the state are numbers. Each comparison of a symbol
-that Python makes on the way, as in ``if length > 512``, is a condition on later batches, checked at each call. Sizes 0
-and 1 stay numbers, because they broadcast.
+The sizes of the batch are symbols, and those of the state are constants. Each comparison of a symbol in Python, such as
+``if length > 512``, becomes a condition on later batches that is checked at each call. Sizes 0 and 1 stay constants,
+because they broadcast.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class SymbolicSizes:
-    """Inputs of a trace, in which the sizes of a batch are symbols.
+    """Fake inputs of a trace in which the sizes of a batch are symbols.
 
     Args:
         leaves: The leaves of a state.
@@ -23,12 +23,12 @@ class SymbolicSizes:
     """
 
     def __init__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        # Imported when used: they are a third of what importing torch takes.
+        # Imported late, because they are slow to import.
         from torch._dynamo.source import ConstantSource
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-        # Two sizes that are equal by chance in the first batch stay two symbols.
+        # Sizes that are equal only in the first batch stay separate symbols.
         self._env = ShapeEnv(duck_shape=False)
         self._mode: Any = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
         self._leaves = [self._mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
@@ -42,7 +42,7 @@ class SymbolicSizes:
         ]
 
     def trace(self, function: Callable[..., Any]) -> Any:
-        """The graph of a function of all leaves, those of the state first."""
+        """Returns the graph of a function of all leaves, those of the state first."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
         traced = make_fx(
@@ -52,7 +52,7 @@ class SymbolicSizes:
             return traced(*self._leaves, *self._inputs)
 
     def conditions(self) -> Conditions:
-        """The conditions on batches; complete once the graph is compiled, because compilers compare sizes too."""
+        """Returns the conditions on batches. Call it after compiling, because compilers compare sizes too."""
         sizes = {(i, d): size for i, leaf in enumerate(self._inputs) for d, size in enumerate(leaf.shape)}
         symbols = {place: size for place, size in sizes.items() if isinstance(size, torch.SymInt)}
         text = self._env.produce_guards_expression(list(symbols.values()))
@@ -60,12 +60,12 @@ class SymbolicSizes:
 
 
 class Conditions:
-    """For which batches a graph of symbolic sizes holds.
+    """The conditions under which a graph of symbolic sizes holds.
 
     Args:
         text: A conjunction in Python, with symbols ``L['t0']``, ``L['t1']``, ...
-        symbols: The leaf and the dimension that each symbol is the size of.
-        numbers: The sizes that are no symbols, by leaf and dimension.
+        symbols: The leaf and the dimension of each symbol.
+        numbers: The constant sizes, by leaf and dimension.
     """
 
     def __init__(self, text: str, symbols: Sequence[tuple[int, int]], numbers: dict[tuple[int, int], int]) -> None:
@@ -80,10 +80,10 @@ class Conditions:
         return bool(eval(self._code, _functions(), self._values(inputs)))
 
     def broken(self, inputs: Sequence[Tensor], paths: Sequence[str]) -> list[str]:
-        """The conditions that the leaves of a batch break, apart from those about sizes 0 and 1, as code.
+        """Returns the conditions that a batch breaks, as code, except those about sizes 0 and 1.
 
         Args:
-            inputs: The leaves.
+            inputs: The leaves of the batch.
             paths: Their paths in the batch.
         """
         values, found = self._values(inputs), list[str]()
@@ -100,19 +100,19 @@ class Conditions:
 
 
 def dense(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs in the layout for which a graph of symbolic sizes is made."""
+    """Returns contiguous inputs, which a graph of symbolic sizes assumes."""
     return [leaf.contiguous() for leaf in inputs]
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Python in place of the kernel of ``pad`` in C++, which reads sizes as integers."""
+    """Returns a decomposition of ``pad`` in Python, because its C++ kernel reads sizes as integers."""
     from torch._decomp import get_decompositions
 
     return get_decompositions([torch.ops.aten.constant_pad_nd])
 
 
 def _functions() -> dict[str, Any]:
-    """What the conditions call."""
+    """Returns the functions that conditions call, by name."""
     from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
     return SYMPY_INTERP

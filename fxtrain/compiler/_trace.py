@@ -1,9 +1,8 @@
-"""Traced: a step as one graph, made by torch's tracer and Inductor and called directly.
+"""Traces a step into one graph and compiles it by Inductor.
 
-Dynamo reads bytecode, and guards at each call what it assumed of Python. A step is pure, so its inputs are all there is
-to assume: their structure, shapes, strides, dtypes and devices, which the caller checks. That takes half of the time of
-a small step away, and a third of the time of compiling. The one module, with ``ahead``, that uses these torch
-interfaces.
+Dynamo analyzes bytecode, and guards its assumptions about Python at each call. A step is pure, so only its inputs need
+a guard: their structure, shapes, strides, dtypes and devices, which the caller checks. This reduces both dispatch
+overhead and compile time.
 """
 
 from __future__ import annotations
@@ -35,13 +34,12 @@ from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Sequence[Tensor], Any]]
-"""From the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
+"""Maps the leaves of a state and of a batch to the leaves of the new state, if there is one, and the output."""
 
 AHEAD = "ahead-of-time"
 REPLAYED = "reduce-overhead"
 
-# What is asserted at each call of an artefact about the sizes of its inputs is what the caller has just checked, and
-# takes a fifth of the time of a small step.
+# Inductor's assertions on input sizes repeat what the caller has just checked, and add to the dispatch overhead.
 _UNASSERTED = ("size_asserts", "alignment_asserts", "scalar_asserts")
 
 
@@ -49,11 +47,11 @@ _EMPTY = types.CellType()
 
 
 class Artefact(NamedTuple):
-    """What a compiler made of a step."""
+    """A compiled step."""
 
     run: Run
-    written: Sequence[int] | None  # the leaves of the state that it writes over; None if it returns new ones
-    conditions: Conditions | None = None  # for which batches it holds, if for more than one size
+    written: Sequence[int] | None  # indices of the state leaves that it updates in place; None if it returns new ones
+    conditions: Conditions | None = None  # on the sizes of batches, if they are symbolic
 
 
 def compile_traced(
@@ -66,15 +64,16 @@ def compile_traced(
     backend: str | Callable[..., Any] | None = None,
     dynamic: bool = False,
 ) -> Artefact:
-    """The step as one graph. No other thread compiles at the same time.
+    """Compiles the step as one graph. No other thread compiles at the same time.
 
     Args:
-        step: A ``Step``, whose result is a new state and an output, or any other pure function, whose result is an
-            output alone.
-        state: What enters of a state. Only structure, shapes, strides, dtypes and devices matter.
-        batch: Likewise.
-        mode: As ``compile`` takes it.
-        in_place: Whether the new state's leaves are written over the old one's; then none are returned.
+        step: A ``Step``, which returns a new state and an output, or any other pure function, which returns only an
+            output.
+        state: The part of a state that enters the graph. Only its structure, shapes, strides, dtypes and devices
+            matter.
+        batch: A batch, of which the same properties matter.
+        mode: As in ``compile``.
+        in_place: Whether to write the new state into the old state's buffers. In that case no leaves are returned.
         backend: A backend of ``torch.compile`` in place of Inductor.
         dynamic: Whether the sizes of the batch are symbols.
     """
@@ -92,8 +91,12 @@ def trace_step(
     backend: str | Callable[..., Any] | None = None,
     dynamic: bool = False,
 ) -> Callable[[], Artefact]:
-    """The first half of ``compile_traced``, which reads the modules of users; it returns the other, which does not."""
-    # Imported when used: they are a third of what importing torch takes.
+    """Traces a step and returns a function that compiles it.
+
+    The trace accesses the user's modules. The returned function does not, so it may run in another thread. Takes the
+    arguments of ``compile_traced``.
+    """
+    # Imported late, because they are slow to import.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     leaves, state_structure = tree.flatten(state)
@@ -124,12 +127,15 @@ def trace_step(
             graph = symbolic.trace(flat)
         else:
             graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
-    if isinstance(step, Step) and symbolic is None:  # which keeps its masks for its backward pass
+    # Only a training step keeps its masks in memory in any case, for its backward pass.
+    if isinstance(step, Step) and symbolic is None:
         with_draws_together(graph.graph)
-    if backend is None:  # whose loops are Inductor's
+    # Only Inductor's ``expm1`` depends on the loop.
+    if backend is None:
         with_exact_corrections(graph.graph)
     with_dense_concatenations(graph.graph)
-    if symbolic is None:  # these passes compare sizes, which would be conditions on later batches
+    # These passes compare sizes, which would add conditions on later batches.
+    if symbolic is None:
         with_scalars_once(with_faster_products(graph.graph))
     on_gpu = all(leaf.is_cuda for leaf in (*leaves, *inputs))
     replayed = mode == REPLAYED and in_place and on_gpu and not dynamic
@@ -138,7 +144,8 @@ def trace_step(
     examples = pick((*leaves, *inputs))
     options = _options(graph, examples, None if replayed else mode) if backend is None else {}
     if mode != AHEAD:
-        examples = ()  # references to a state would keep later steps from donating it
+        # A reference to the state would keep later steps from donating it.
+        examples = ()
     assemble, is_step = assembler(output_structure), isinstance(step, Step)
     has_autocast = torch._C._is_any_autocast_enabled()
 
@@ -175,18 +182,19 @@ def trace_step(
 
 
 def _without_unread(graph: Any) -> list[int]:
-    """Which inputs the graph reads; it has no others afterwards, as each takes its time to be handed over."""
+    """Removes inputs that the graph does not read, as each adds dispatch overhead. Returns the indices of the rest."""
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     read = [index for index, node in enumerate(inputs) if node.users]
     for node in inputs:
         if not node.users:
             graph.graph.erase_node(node)
-    graph.recompile()  # once for all that was changed
+    # Once, after all passes.
+    graph.recompile()
     return read
 
 
 def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
-    """What Inductor is told of a graph."""
+    """Returns the options of Inductor for a graph."""
     import torch._inductor as inductor
     from torch._inductor import config
 
@@ -199,20 +207,20 @@ def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[s
 
 
 def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
-    """A function of a tuple of tensors."""
+    """Compiles a graph by Inductor into a function of a tuple of tensors."""
     import torch._inductor as inductor
 
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     outputs = len(graph.graph.output_node().args[0])
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
     artefact: Any = inductor.compile(graph, fakes, options=options)
-    # Constants are handed over by the wrappers, and autocast is switched off by them.
+    # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
     bare = None if constants is not None or has_autocast else _bare(artefact, outputs)
     return bare or (lambda tensors: artefact(*tensors))
 
 
 def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[..., Sequence[Tensor]]:
-    """A function of a tuple of tensors."""
+    """Compiles a graph by a backend of ``torch.compile`` into a function of a tuple of tensors."""
     chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     made = chosen(graph, fakes)
@@ -220,10 +228,10 @@ def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[...,
 
 
 def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
-    """What Inductor wrote, without what AOTAutograd wraps around it; None if it cannot be found.
+    """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
 
-    The wrappers put views, mutations and subclasses right, at each call, and take an eighth of the time of a small
-    step. A step's graph has none of them: ``_apart`` saw to the views, and Inductor writes over leaves by itself.
+    The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
+    none of this: ``_apart`` copies views, and Inductor itself writes leaves in place.
     """
     from torch._inductor.output_code import CompiledFxGraph
 
@@ -255,7 +263,10 @@ def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None
 
 
 def _is_torch_alone(graph: Any) -> bool:
-    """Whether all operations are torch's own: what somebody else registered may return other sizes than it said."""
+    """Whether all operators are torch's or fxtrain's.
+
+    An operator from elsewhere may return other sizes than its fake implementation declares.
+    """
     return all(
         node.target.namespace in ("aten", "prims", "fxtrain")
         for node in graph.graph.nodes
@@ -264,17 +275,17 @@ def _is_torch_alone(graph: Any) -> bool:
 
 
 def _is_better_channels_first(graph: Any, examples: Sequence[Tensor]) -> bool:
-    """Whether convolutions are to keep their layout, where Inductor would have all around them channels-last.
+    """Whether convolutions should keep their layout, where Inductor would change it to channels-last.
 
-    On a CPU its kernels for sums over such layouts, those of batch norms say, take several times as long: six small
-    networks trained in 0.85 to 0.94 of the time without (AMD EPYC, torch 2.13). Forward alone it is 1.0 to 1.3.
+    On a CPU, Inductor's reductions over channels-last layouts, such as those of batch norms, are slow enough to make
+    training slower. A forward pass alone is as fast or faster with channels-last.
     """
     backward = torch.ops.aten.convolution_backward.default
     return not any(leaf.is_cuda for leaf in examples) and any(node.target == backward for node in graph.graph.nodes)
 
 
 def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs, each an object of its own: the tracer would take a tensor at two places for one input."""
+    """Returns the inputs as distinct objects, as the tracer would merge a tensor that occurs twice into one input."""
     seen = set[int]()
     out: list[Tensor] = []
     for leaf in inputs:
@@ -284,7 +295,7 @@ def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The values, each in memory of its own: what is a view of an input would change with it."""
+    """Returns the values with copies of those that share memory with an input or with another value."""
     taken = set(map(memory_of, inputs))
     out: list[Tensor] = []
     for value in values:

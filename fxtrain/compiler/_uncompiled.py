@@ -1,4 +1,4 @@
-"""Uncompiled: a step as it is, with the interface of a compiled one."""
+"""An uncompiled step with the interface of a compiled one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fxtrain.step import EvalFunction, Step
 def uncompiled(
     step: Step | EvalFunction, state: TrainState, batch: Any, *, in_place: bool, wrap: Any = None
 ) -> Artefact:
-    """The step itself.
+    """Returns an artefact that runs the step uncompiled.
 
     Args:
         step: The step.
-        state: What enters of a state.
+        state: The part of a state that enters the step.
         batch: A batch.
-        in_place: Whether the new state's leaves are written over the old one's.
-        wrap: As ``forward_by`` takes it.
+        in_place: Whether to write the new state into the old state's buffers.
+        wrap: As in ``forward_by``.
     """
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
 
@@ -37,7 +37,7 @@ def uncompiled(
         new = tree.leaves(moved)
         if not in_place:
             return new, output
-        # All are computed, and apart from the old leaves, before the first is written over.
+        # Cloned before the first write, because new values may be views of old leaves.
         values = [value if value is old else value.clone() for value, old in zip(new, leaves, strict=True)]
         output = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
         for old, value in zip(leaves, values, strict=True):

@@ -1,7 +1,7 @@
-"""Values that Python reads while a step is traced, each with a check of it in the graph.
+"""Reads of tensor values while a step is traced, each with a check in the graph.
 
-The tracer's tensors have no values. A read is answered by running what the graph has so far on the tensors that the
-trace is for, and the graph returns whether later inputs lead to the same answer.
+The tracer's tensors have no values. For a read, the graph so far is run on the tensors that are traced, and the
+finished graph returns whether later inputs give the same value.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _LONGEST_LIST = 64
 
 
 class UncheckedReadError(RuntimeError):
-    """A step reads a value that a graph cannot be specialized for, as it changes with each batch."""
+    """A step reads a value that a graph cannot be specialized for, because it changes with each batch."""
 
 
 @dataclasses.dataclass
 class Reads:
-    """The values that a trace read.
+    """The values read by a trace.
 
     Args:
-        values: What was read, in order.
-        numbers: The places among them of numbers, such as counters and the number of rows that a mask selects; the
-            others are truth values.
+        values: The values, in order.
+        numbers: The indices of those that are numbers, such as counters or the number of rows that a mask selects. The
+            others are bools.
     """
 
     values: list[Any] = dataclasses.field(default_factory=list)
@@ -40,13 +40,13 @@ class Reads:
 
 
 class CheckedReads(TorchDispatchMode):
-    """A context within ``make_fx`` in which values can be read, and in which sizes may depend on values.
+    """A context within ``make_fx`` in which values can be read and sizes may depend on values.
 
     Args:
-        given: The tensors that the graph is made for, one for each of its placeholders.
+        given: The tensors that are traced, one for each placeholder of the graph.
 
     Attributes:
-        reads: What was read.
+        reads: The values read so far.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
@@ -54,10 +54,10 @@ class CheckedReads(TorchDispatchMode):
         self.reads = Reads()
         self._given = given
         self._same: list[Tensor] = []
-        self._known: dict[Any, Any] = {}  # by node of the graph
+        self._known: dict[Any, Any] = {}  # values of nodes of the graph
 
     def same(self, device: torch.device) -> Tensor:
-        """Whether each read had its value, as the graph computes it: a bool tensor, in order."""
+        """Returns, as part of the graph, whether each read has its value again: a bool tensor [reads], in order."""
         if not self._same:
             return torch.ones(0, dtype=torch.bool, device=device)
         return torch.stack([each.to(device) for each in self._same])
@@ -79,7 +79,10 @@ class CheckedReads(TorchDispatchMode):
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
 
     def read(self, tensor: Tensor) -> Any:
-        """The value of a tensor with one element. What follows in the graph may rely on it."""
+        """Returns the value of a one-element tensor, which later operations of the graph may rely on.
+
+        NotImplemented if the tensor is not in the graph.
+        """
         value = self._value(tensor)
         if value is NotImplemented:
             return value
@@ -95,7 +98,7 @@ class CheckedReads(TorchDispatchMode):
         return number
 
     def _value(self, tensor: Tensor) -> Tensor:
-        """The tensor with its values; NotImplemented for one that is not in the graph."""
+        """Returns the tensor with its values, or NotImplemented if it is not in the graph."""
         from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
         mode = get_proxy_mode()
@@ -108,18 +111,18 @@ class CheckedReads(TorchDispatchMode):
         return self._known[proxy.proxy.node]
 
     def _run(self, tracer: Any) -> None:
-        """Runs what was recorded since the last read, in order, writes in place included."""
+        """Runs the operations recorded since the last read, in order, including in-place writes."""
         from torch.fx.node import map_arg
 
         inputs = iter(self._given)
-        # What autocast decided is in the graph.
+        # The graph already contains the casts of autocast.
         with _disable_current_modes(), torch.no_grad(), torch._C._DisableAutocast():
             for node in tracer.graph.nodes:
                 tensor = next(inputs) if node.op == "placeholder" else None
                 if node in self._known:
                     continue
                 if node.op == "placeholder":
-                    # A step may write into its arguments before they are refused: into copies here.
+                    # Cloned, because a step may write into its arguments before it is refused.
                     self._known[node] = tensor.clone() if tensor is not None else None
                 elif node.op == "get_attr":
                     self._known[node] = _attribute(tracer.root, node.target)
@@ -143,7 +146,7 @@ class CheckedReads(TorchDispatchMode):
 
 
 class _Conversions(TorchFunctionMode):
-    """Conversions of whole tensors to Python, one element at a time."""
+    """Converts tensors to Python values one element at a time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.tolist and args[0].numel() <= _LONGEST_LIST:
@@ -165,7 +168,7 @@ def _attribute(root: Any, target: str) -> Any:
     return root
 
 
-# Each returns NotImplemented where the operator is to be recorded as it is.
+# Each function below returns NotImplemented if the operator should be recorded unchanged.
 
 
 def _item(mode: CheckedReads, tensor: Tensor) -> Any:
@@ -186,7 +189,7 @@ def _nonzero(mode: CheckedReads, tensor: Tensor) -> Any:
     count = mode.read(torch.count_nonzero(tensor))
     if count is NotImplemented:
         return count
-    # Zeros in place of rows that are missing are valid indices: a call that the graph is not for ends without an error.
+    # Missing rows are filled with 0, a valid index, so a call with fewer rows fails its check without an error.
     return aten.nonzero_static.default(tensor, size=count, fill_value=0)
 
 

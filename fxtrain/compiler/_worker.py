@@ -1,8 +1,8 @@
-"""Worker: a thread in which torch's compilers run while the thread that takes the steps goes on.
+"""A thread that runs torch's compilers while the calling thread takes steps.
 
-Tracing exchanges the parameters of modules, which all threads share, so only what follows a trace is a job for a
-worker. Neither the tracer nor Inductor may run in two threads: there is one job at a time, and ``turn`` keeps the other
-compilations of the process apart from it.
+Tracing swaps the parameters of modules, which all threads share, so only the part after the trace runs in a worker.
+Neither the tracer nor Inductor is thread-safe. There is one job at a time, and ``turn`` locks out the other
+compilations of the process.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import torch
 
 from fxtrain.compiler._quiet import without_logs
 
-_PATIENCE = 2.0  # seconds that the end of the process waits for a job to leave
+_PATIENCE = 2.0  # seconds to wait for a job at the end of the process
 
 _turn = threading.RLock()
 _under_way: Job | None = None
 
 
 def turn() -> threading.RLock:
-    """The lock that a thread holds while it traces or compiles."""
+    """Returns the lock that a thread holds while it traces or compiles."""
     return _turn
 
 
 def is_idle() -> bool:
-    """Whether a job can begin."""
+    """Whether a new job can start."""
     return _under_way is None or _under_way.is_over
 
 
 class Job:
-    """A call of a function in a thread of its own, in the context of this one. Make one only if ``is_idle``.
+    """Calls a function in a new thread, with this thread's context variables. Create one only if ``is_idle``.
 
     Args:
-        function: Compiles a graph that was traced.
-        device: Where the graph runs.
+        function: Compiles a traced graph.
+        device: The device on which the graph runs.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
@@ -53,7 +53,7 @@ class Job:
         self._function, self._device = function, device
         self._has_ended = threading.Event()
         self._grad_enabled = torch.is_grad_enabled()
-        # Options of torch's compilers are context variables.
+        # The options of torch's compilers are context variables.
         run = contextvars.copy_context().run
         if _under_way is not None:
             _under_way.close()
@@ -65,14 +65,14 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is a result or an error, or the thread is gone: a forked process does not have it."""
+        """Whether there is a result or an error, or the thread is gone, as in a forked process."""
         return self._has_ended.is_set() or not self._thread.is_alive()
 
     def close(self) -> None:
-        """Puts back what this thread needed for the job. To be called once it is over."""
+        """Restores the setting that the job changed. Call it once the job is over."""
         global _under_way
         if _under_way is self:
-            _under_way = None  # which would keep the result
+            _under_way = None  # a reference would keep the result alive
         restore, self._restore = self._restore, None
         if restore is not None:
             restore()
@@ -91,7 +91,10 @@ class Job:
             self._has_ended.set()
 
     def leave(self) -> None:
-        """Ends the thread where it runs Python, and waits a moment for it. Threads report no SystemExit."""
+        """Stops the thread where it runs Python, and waits a moment for it.
+
+        It raises SystemExit in the thread, which ends it without a report.
+        """
         identity = self._thread.ident
         if self.is_over or identity is None:
             return
@@ -101,7 +104,10 @@ class Job:
 
 @contextlib.contextmanager
 def _generators_left_alone() -> Generator[None]:
-    """Compilers put torch's generators back to where they were, which would undo what other threads draw meanwhile."""
+    """Ignores resets of torch's generators in this thread.
+
+    Compilers restore the generators when they finish, which would undo the progress of other threads.
+    """
     thread = threading.get_ident()
 
     def by_others(setter: Callable[..., None]) -> Callable[..., None]:
@@ -120,9 +126,9 @@ def _generators_left_alone() -> Generator[None]:
 
 
 def _inline_nested_calls() -> Callable[[], None]:
-    """Lets functions that Dynamo has compiled run uncompiled while a job traces; returns a function that ends this.
+    """Runs functions compiled by Dynamo uncompiled while a job traces. Returns a function that restores this.
 
-    A flag of the whole process says that torch.fx traces. Dynamo refuses to be called then, in any thread.
+    torch.fx sets a flag of the whole process while it traces, and Dynamo refuses calls in any thread then.
     """
     from torch._dynamo import config
 
@@ -133,19 +139,19 @@ def _inline_nested_calls() -> Callable[[], None]:
 
 
 def _lock_of_dynamo() -> Any:
-    """The lock under which Dynamo compiles."""
+    """Returns the lock that Dynamo holds while it compiles."""
     from torch._dynamo import convert_frame
 
     return getattr(convert_frame, "compile_lock", contextlib.nullcontext())
 
 
 def _current(device: torch.device) -> Any:
-    """The device as the current one: each thread has its own."""
+    """Returns a context that makes the device current, because each thread has its own current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _leave_at_exit() -> None:
-    # The last function registered is the first to run, before torch ends what its compilers use.
+    # Functions run in reverse order of registration, so this one runs before torch shuts down its compilers.
     atexit.unregister(_leave)
     atexit.register(_leave)
 
@@ -156,7 +162,7 @@ def _leave() -> None:
 
 
 def _forget() -> None:
-    # A forked child has neither the thread nor what would release its lock.
+    # A forked child has no such thread, so nothing would release the lock.
     global _turn, _under_way
     _turn, _under_way = threading.RLock(), None
 

@@ -1,4 +1,4 @@
-"""Writes: which memory is written over in the midst of a graph, where the order of its operations matters."""
+"""Finds the storages that a graph overwrites before its end, where the order of operations matters."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def written_over(graph: Any) -> set[int]:
-    """The memory, as ``memory_of`` tells it, of all that takes part in such an operation of a graph from ``make_fx``.
+    """Returns the storages, as from ``memory_of``, of all tensors in in-place operations of a graph from ``make_fx``.
 
-    A new state written over the old one is not among it: that comes last, when all is read.
+    The final update of the state is excluded, because it comes after all reads.
     """
     return {
         memory_of(other.meta["val"])
@@ -23,7 +23,7 @@ def written_over(graph: Any) -> set[int]:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The same for all views of the same memory."""
+    """Returns an identifier of a tensor's storage, which is the same for all views of it."""
     return tensor.untyped_storage()._cdata
 
 

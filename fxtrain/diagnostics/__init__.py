@@ -1,4 +1,4 @@
-"""Explain: what a step is made of, what it costs, and what keeps it from being one graph."""
+"""Explains a step: its operations, its cost, and what keeps it from being one graph."""
 
 from fxtrain.diagnostics._explain import explain as explain
 from fxtrain.diagnostics._explanation import Break as Break

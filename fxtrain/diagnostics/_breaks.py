@@ -1,4 +1,4 @@
-"""Breaks: where in the user's own source a step cannot be traced, and why."""
+"""Finds the lines of user code that keep a step from being one graph."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _BY_TAG = {torch.Tag.data_dependent_output: VALUE, torch.Tag.dynamic_output_shap
 
 
 def found_by_running(step: Callable[..., Any], state: Any, batch: Any) -> list[Break]:
-    """Every place of the user's own where a step, run uncompiled, depends on the values of tensors.
+    """Runs a step uncompiled and returns every place where it depends on the values of tensors.
 
-    The tracer ends at the first one.
+    The tracer stops at the first one.
     """
     with _Watch() as watch:
         step(state, batch)
@@ -26,7 +26,7 @@ def found_by_running(step: Callable[..., Any], state: Any, batch: Any) -> list[B
 
 
 class _Watch(TorchDispatchMode):
-    """Notes each operation that no graph can have."""
+    """Records each operation that cannot be part of a graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,19 +40,19 @@ class _Watch(TorchDispatchMode):
 
 
 def found_by_dynamo(step: Callable[..., Any], state: Any, batch: Any) -> tuple[int, list[Break]]:
-    """How many graphs Dynamo makes of a step when it may make several, and where it cuts.
+    """Returns how many graphs Dynamo makes of a step if it may make several, and the breaks between them.
 
-    The step is run. Within ``torch.func.grad`` Dynamo gives up at the first break.
+    Runs the step. Within ``torch.func.grad``, Dynamo gives up at the first break.
     """
     from torch._dynamo.backends.debugging import ExplainWithBackend
 
-    # Not torch._dynamo.explain, which throws away all that this process has compiled.
+    # torch._dynamo.explain would discard everything that this process has compiled.
     explain = ExplainWithBackend("eager")
 
     def run(state: Any, batch: Any) -> Any:
         return step(state, batch)
 
-    # With code of its own, because graphs are kept by code object.
+    # A copy of the code, because Dynamo caches graphs per code object.
     own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
     try:
         torch.compile(own, backend=explain)(state, batch)
@@ -63,7 +63,7 @@ def found_by_dynamo(step: Callable[..., Any], state: Any, batch: Any) -> tuple[i
 
 
 def joined(breaks: Iterable[Break]) -> tuple[Break, ...]:
-    """One for each place: the first said there."""
+    """Returns the first break of each place."""
     places: dict[str, Break] = {}
     for each in breaks:
         places.setdefault(each.where or each.reason, each)

@@ -1,4 +1,4 @@
-"""Counts: what a traced step computes and moves, without running it."""
+"""Counts the operations, the FLOPs and the memory traffic of a traced step, without running it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxtrain.core import compiling
 
 
 class Counts(NamedTuple):
-    """What is counted of a graph; ``Explanation`` says what each is."""
+    """The counts of a graph. ``Explanation`` describes the fields."""
 
     operations: int
     flops: dict[str, int]
@@ -27,10 +27,10 @@ class Counts(NamedTuple):
 
 
 def trace(step: Any, state: Any, batch: Any) -> Any:
-    """The step as a graph of torch's operations, for tensors without values.
+    """Traces the step with fake tensors and returns its graph.
 
     Raises:
-        Exception: Where the step needs a value, or does what cannot be traced.
+        Exception: The step reads a value, or does something else that cannot be traced.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -45,7 +45,7 @@ def trace(step: Any, state: Any, batch: Any) -> Any:
         )
         return tree.leaves(result)
 
-    # Without symbols for unknown values: whoever needs one is told at that line, and not by the compiler, later.
+    # Without symbols for unknown values, a read raises at its line, and not later in the compiler.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(leaf) for leaf in (*leaves, *inputs)]
     with turn(), mode, compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
@@ -53,7 +53,7 @@ def trace(step: Any, state: Any, batch: Any) -> Any:
 
 
 def counted(graph: Any) -> Counts:
-    """What there is in a graph from ``trace``."""
+    """Counts the operations, FLOPs and traffic of a graph from ``trace``."""
     calls = [node for node in graph.graph.nodes if node.op == "call_function" and node.target != operator.getitem]
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     read = [node.meta["val"] for node in inputs if node.users]
@@ -76,7 +76,7 @@ def _flops(graph: Any, fakes: list[Any]) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
-    # torch's own table lacks attention on a CPU.
+    # torch's table lacks attention on a CPU.
     on_cpu = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -98,7 +98,7 @@ def _is_view(target: Any) -> bool:
 
 
 def _bytes(values: Any) -> int:
-    """Of memory; what is expanded takes no more of it."""
+    """Returns the bytes of memory in all tensors. Expanded dimensions take none."""
     if isinstance(values, Tensor):
         return min(values.nbytes, values.untyped_storage().nbytes())
     return sum(map(_bytes, values)) if isinstance(values, Iterable) else 0

@@ -1,4 +1,4 @@
-"""Explain: a step, looked at from all sides, on copies."""
+"""Analyzes a step on copies of its inputs."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ from fxtrain.loop._evaluate import to_device
 from fxtrain.model import ValuesNeededError, captured
 from fxtrain.step._returned import described as described_value
 
-_WARM = 3  # calls before those that are measured
+_WARM = 3  # warm-up calls before the measured ones
 
 
 def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: int = 30) -> Explanation:
-    """What a step is made of, what it costs, and what keeps it from being one graph.
+    """Reports what a step computes, what it costs, and what keeps it from being one graph.
 
-    It is traced, compiled once more, as ``step`` is or by the defaults of ``compile``, and called. All that happens to
-    copies: ``state``, ``batch`` and ``step`` stay as they are. It takes about as long as a first step.
+    The step is traced, compiled once more (with the options of ``step``, or the defaults of ``compile``) and called,
+    all on copies: ``state``, ``batch`` and ``step`` are not modified. It takes about as long as a first step.
 
-    What Python does while the step is traced, printing for example, happens once then, and never again.
+    Side effects of the step's Python code, such as printing, happen while it is traced, and not in later calls.
 
     Args:
-        step: From ``train_step`` or ``eval_step``, compiled or not; or any pure function of that signature.
-        state: From ``init``, or of a run.
+        step: From ``train_step`` or ``eval_step``, compiled or not, or any pure function of that signature.
+        state: A state from ``init`` or of a run.
         batch: One batch.
-        calls: How many calls are measured. 0 compiles nothing and measures no time.
+        calls: The number of calls to measure. 0 compiles nothing and measures no time.
 
     Returns:
-        A page of facts, to be shown or read field by field. ``how`` names the route that ``compile`` takes. A step that
-        cannot be one graph is no error here: the breaks say where, and what to do.
+        A report, to be displayed or read field by field. ``how`` names the route that ``compile`` takes. A step that
+        cannot be one graph is no error here: ``breaks`` lists the places and what to do about them.
 
     Raises:
-        ValueError: If ``calls`` is negative.
-        Exception: What the step raises uncompiled, if it does.
+        TypeError: ``calls`` is not an int.
+        ValueError: ``calls`` is negative.
+        Exception: The step raises it uncompiled.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -80,7 +81,8 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     pure = like.step
     state, batch = attach(state, pure).copy(), tree.clone(to_device(for_step(batch), state.step.device))
     entered = pure.enter(state)
-    assumed, sizes = described(entered, batch), _sizes(state)  # before the copy is donated
+    # Read before the copy is donated.
+    assumed, sizes = described(entered, batch), _sizes(state)
 
     counts, breaks, graphs = None, [], 1
     try:
@@ -90,7 +92,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
             pure(entered, batch)
             counts = counted(trace(pure, entered, batch))
     except Exception as error:
-        # Run, a mistake of the step's own is raised in its own words.
+        # Running the step raises its own error, if it has one.
         breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0
     with quietly():
         if "traced" not in like.how:
@@ -146,7 +148,7 @@ def _is_one_graph(choice: Choice) -> bool:
 def _compiled(
     like: Compiled, state: TrainState, batch: Any, calls: int
 ) -> tuple[dict[str, float], float, int | None, Choice]:
-    """Seconds by part, those of the first call, how many kernels there are, and the route."""
+    """Returns median seconds by part, the seconds of the first call, the number of kernels, and the route."""
     from torch._inductor import metrics
 
     device = state.step.device
@@ -161,10 +163,12 @@ def _compiled(
 
         return timed_run
 
-    compiled = anew(like, timed)  # so that the graphs of the one that was given stay what they are
+    # A copy, so that the given step keeps its graphs.
+    compiled = anew(like, timed)
     kernels = metrics.generated_kernel_count
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")  # the page says it
+        # The report contains it.
+        warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")
         first, state = _call(compiled, state, batch)
     written = metrics.generated_kernel_count - kernels if "inductor" in like.how else None
     whole_seconds: list[float] = []
@@ -184,7 +188,7 @@ def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: 
 
 
 def _call(step: Callable[..., Any], state: TrainState, batch: Any) -> tuple[float, TrainState]:
-    """The seconds that a call took, and the state to go on with."""
+    """Returns the seconds that a call took, and the next state."""
     device = state.step.device
     began = _now(device)
     result = step(state, batch)
@@ -199,7 +203,7 @@ def _now(device: torch.device) -> float:
 
 
 def _constants(step: Any) -> dict[str, str]:
-    """What the functions of users read besides their arguments, as text."""
+    """Returns the values that user functions read besides their arguments, as text by name."""
     found = {
         name: value for name, value in captured(step.function) if not type(value).__module__.startswith("fxtrain.")
     }
@@ -215,7 +219,7 @@ def _told(value: Any) -> str:
 
 
 def _varied(known: list[dict[str, str]]) -> dict[str, tuple[str, ...]]:
-    """The leaves that were not alike, with all that they were."""
+    """Returns the leaves that differ between graphs, with all their kinds."""
     paths = {path: None for kinds in known for path in kinds}
     found = {path: tuple(dict.fromkeys(kinds.get(path, "absent") for kinds in known)) for path in paths}
     return {path: kinds for path, kinds in found.items() if len(kinds) > 1}
