@@ -90,7 +90,7 @@ def _same_keys(path: pathlib.Path, like: Any) -> dict[str, str]:
 
 
 def _work(verb: str, ours: pathlib.Path, theirs: pathlib.Path) -> None:
-    worker = pathlib.Path(__file__).with_name("orbax_worker.py")
+    worker = pathlib.Path(__file__).with_name("_orbax_worker.py")
     command = [sys.executable, "-P", str(worker), verb, str(ours), str(theirs.absolute())]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "JAX_PLATFORMS": "cpu"}
