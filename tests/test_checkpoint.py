@@ -87,7 +87,9 @@ class TestExact:
             "nested": lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
             "meta": lambda: torch.empty(2, device="meta"),
         }[kind]()
-        with pytest.raises(fx.CheckpointError, match=rf"state\.slots\['x'\] is a tensor .*{kind}"):
+        with pytest.raises(
+            fx.CheckpointError, match=rf"expected a dense tensor at state\.slots\['x'\], got a .*{kind}"
+        ):
             fx.save(tmp_path / "c", a_state(x=leaf))
         assert not (tmp_path / "c").exists()
 
@@ -96,7 +98,7 @@ class TestExact:
         back = fx.restore(fx.save(tmp_path / "c", tree_), like=tree.zeros_like(tree_))
         testing.assert_equal(back, tree_, "a tree")
         assert tree.leaves(fx.restore(fx.save(tmp_path / "empty", {}), like={})) == []
-        with pytest.raises(fx.CheckpointError, match=r"tree\['a'\] is a float, and a checkpoint holds dense tensors"):
+        with pytest.raises(fx.CheckpointError, match=r"expected a dense tensor at tree\['a'\], got 1\.0"):
             fx.save(tmp_path / "d", {"a": 1.0})
 
     def test_tied_modules_and_empty_optimizers(self, tmp_path):
@@ -151,11 +153,11 @@ class TestVerified:
             with pytest.raises(fx.checkpoint.DamagedError, match="damaged"):
                 fx.restore(path, like=a_state())
         (path / file).unlink()
-        with pytest.raises(fx.checkpoint.DamagedError, match=f"{file} cannot be read|no {file} in it"):
+        with pytest.raises(fx.checkpoint.DamagedError, match=f"expected a checkpoint at .*, got no {file} in it"):
             fx.restore(path, like=a_state())
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path):
-        with pytest.raises(fx.CheckpointError, match=r"is no checkpoint: there is no manifest\.jsonl in it"):
+        with pytest.raises(fx.CheckpointError, match=r"expected a checkpoint at .*, got no manifest\.jsonl in it"):
             fx.restore(tmp_path, like=a_state())
 
     def test_never_overwrites(self, tmp_path):
@@ -174,7 +176,7 @@ class TestVerified:
 
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(fx.CheckpointError, match="could not be written"):
+        with pytest.raises(fx.CheckpointError, match="expected a writable folder for the checkpoint"):
             fx.save(tmp_path / "file" / "c", a_state())
 
 
@@ -199,14 +201,14 @@ class TestFit:
         memory = Memory(torch.tensor(4), {"w": torch.ones(2)})
         path = fx.save(tmp_path / "1", a_state(old=memory, plain={"x": [torch.tensor(1), torch.tensor(2)]}))
         with pytest.warns(
-            UserWarning, match="'new' is not in the checkpoint, and is initialized; .* 'old' is in the checkpoint"
+            UserWarning, match="'new' is not in the checkpoint and is initialized; .* 'old' is only in the checkpoint"
         ):
             back = fx.restore(path, like=a_state(new=torch.tensor(7)))
         assert int(back.slots["new"]) == 7
         assert int(back.slots["plain"]["x"][1]) == 2
         # The callback of the extra slot comes back two checkpoints later, and finds what it had.
         like = a_state(old=Memory(torch.tensor(0), {"w": torch.zeros(2)}))
-        with pytest.warns(UserWarning, match="'new' is in the checkpoint alone, and is kept"):
+        with pytest.warns(UserWarning, match="'new' is only in the checkpoint and is kept"):
             again = fx.restore(fx.save(tmp_path / "2", back), like=like)
         testing.assert_equal(again.slots["old"], memory, "a slot that nobody claimed for a while")
 
@@ -215,7 +217,7 @@ class TestFit:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert fx.restore(path, like=a_state(), extra="drop").slots == {}
-        with pytest.raises(ValueError, match="'keep' or 'drop' is wanted"):
+        with pytest.raises(ValueError, match="expected extra to be one of 'keep', 'drop', got "):
             fx.restore(path, like=a_state(), extra="lose")
 
 
@@ -254,10 +256,12 @@ class TestPart:
     def test_a_path_where_nothing_is(self, tmp_path):
         path = fx.save(tmp_path / "c", a_state())
         with pytest.raises(
-            fx.CheckpointError, match=r"where='state\.param': nothing is there in `like`, which has state"
+            fx.CheckpointError, match=r"expected where='state\.param' to match a path of `like`, got only state"
         ):
             fx.restore(path, like=a_state(), where="state.param")
-        with pytest.raises(fx.CheckpointError, match=r"where=\"state\.slots\['ema'\]\": .* in the checkpoint"):
+        with pytest.raises(
+            fx.CheckpointError, match=r"where=\"state\.slots\['ema'\]\" to match a path of the checkpoint"
+        ):
             fx.restore(path, like=a_state(), where={"state.params": "state.slots['ema']"})
 
     def test_what_does_not_fit_is_refused_in_a_part_too(self, tmp_path):
@@ -289,7 +293,5 @@ class TestAbstract:
     def test_what_would_stay_without_a_value_is_refused(self, tmp_path):
         path = fx.save(tmp_path / "c", a_state())
         abstract = tree.map(lambda leaf: leaf.to("meta"), a_state(new=torch.ones(2)))
-        with pytest.raises(
-            fx.CheckpointError, match=r"state\.slots\['new'\] would stay as in `like`, and has no value"
-        ):
+        with pytest.raises(fx.CheckpointError, match=r"expected values for state\.slots\['new'\], got none"):
             fx.restore(path, like=abstract)

@@ -80,7 +80,7 @@ class TestSnapshot:
         assert checkpoints.latest() == 10
         assert checkpoints.best() == 10
         assert [step for step, _, _ in checkpoints.committed()] == [10]
-        with pytest.raises(fx.CheckpointError, match="no step 12 in"):
+        with pytest.raises(fx.CheckpointError, match="expected a checkpoint of step 12 in"):
             checkpoints.restore(problem.start(), step=12)
         assert int(checkpoints.restore(problem.start()).step) == 10
 
@@ -134,7 +134,7 @@ class TestSnapshot:
             fx.checkpointer(tmp_path).retain_snapshots([])
 
     def test_role_is_checked(self, tmp_path):
-        with pytest.raises(ValueError, match="role='best'"):
+        with pytest.raises(ValueError, match=r"expected role to be one of .*, got 'best'"):
             fx.checkpointer(tmp_path).save(at(1), role="best")
 
 

@@ -192,7 +192,7 @@ def test_a_callback_added_at_a_resume_starts_from_the_restored_state(tmp_path):
     first = fit(steps=2, callbacks=counter, step=problem.step(callbacks=counter), checkpointer=checkpoints)
     fired = []
     late = fx.stateful("late", lambda state: state.params, lambda state, event, memory: (memory, fx.Control()))
-    with pytest.warns(UserWarning, match="'late' is not in the checkpoint.*'updates' is in the checkpoint alone"):
+    with pytest.warns(UserWarning, match="'late' is not in the checkpoint.*'updates' is only in the checkpoint"):
         result = fit(callbacks=late, checkpointer=checkpoints, resume=True, steps=3, observers=[recorder(fired)])
     testing.assert_equal(result.last.slots["late"], first.last.params, "the slot that was added")
     (restored,) = [event for event in fired if isinstance(event, fx.Restored)]

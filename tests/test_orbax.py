@@ -90,16 +90,16 @@ def test_what_jax_reads(tmp_path):
 @pytest.mark.parametrize(
     ("tree_", "said"),
     [
-        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, r"are both a\.b to it: rename a key"),
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, r"would store both .* as a\.b\. Rename a key"),
         ({"a": torch.ones(0)}, r"tree\['a'\] has no elements"),
         ({}, "the tree is empty"),
     ],
 )
 def test_what_orbax_would_lose_is_refused(tmp_path, tree_, said):
-    with pytest.raises(fx.CheckpointError, match=f"Orbax could not write .*{said}"):
+    with pytest.raises(fx.CheckpointError, match=f"expected Orbax to write .*{said}"):
         fx.checkpoint.to_orbax(tmp_path / "jax", tree_)
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(fx.CheckpointError, match="Orbax could not read"):
+    with pytest.raises(fx.CheckpointError, match="expected Orbax to read"):
         fx.checkpoint.from_orbax(tmp_path, like={"a": torch.ones(1)})

@@ -266,7 +266,7 @@ class TestForeignCheckpoints:
         assert checkpoints.latest() == 50
         assert checkpoints.best() == 10
         assert checkpoints.newest_until(9) is None
-        with pytest.raises(fx.CheckpointError, match="no step 3 in"):
+        with pytest.raises(fx.CheckpointError, match="expected a checkpoint of step 3 in"):
             checkpoints.restore(problem.start(), step=3)
         assert "steps 10, 20" in repr(checkpoints)
 
@@ -281,11 +281,11 @@ class TestForeignCheckpoints:
         own = sorted(mixed.glob("*-step-0000000?0"))
         for path in own:
             damage(path)
-        with pytest.raises(fx.CheckpointError, match=r"(?s)No checkpoint in .* can be read.*50.*10"):
+        with pytest.raises(fx.CheckpointError, match=r"(?s)expected a readable checkpoint in .*50.*10"):
             fx.checkpointer(mixed).restore(problem.start())
         for path in own:
             path.rename(mixed / f"unreadable-{path.name}")
-        with pytest.raises(fx.CheckpointError, match="was set aside before as unreadable"):
+        with pytest.raises(fx.CheckpointError, match="was set aside earlier as unreadable"):
             fit(checkpointer=fx.checkpointer(mixed), resume=True)
 
     def test_rewind_does_not_reach_another_run(self, mixed):

@@ -24,7 +24,7 @@ from fxtrain.checkpoint._retention import Entry, Policy, Role
 from fxtrain.checkpoint._single import device_of, facts
 from fxtrain.checkpoint._writer import Writer
 from fxtrain.core import TrainState
-from fxtrain.core._checks import check_choice
+from fxtrain.core._checks import check_choice, check_positive_int, describe
 
 
 class Committed(NamedTuple):
@@ -147,7 +147,7 @@ class Checkpointer(Reader):
                 save or the previous one failed. An error in the background is raised by the next method call.
         """
         if not isinstance(state, TrainState):
-            raise TypeError(f"expected a TrainState, got {type(state).__name__}. fxtrain.save takes any tree.")
+            raise TypeError(f"expected state to be a TrainState, got {describe(state)}. fxtrain.save takes any tree.")
         check_choice("role", role, retention.ROLES)
         if role == "snapshot" or self._in_snapshot is None or self._in_snapshot.ended:
             self._report()
@@ -269,7 +269,7 @@ class Checkpointer(Reader):
     def _failed(self, error: CheckpointError) -> None:
         if self._on_error == "raise":
             raise error
-        warnings.warn(f"{error} Training goes on.", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{error} Training continues without this checkpoint.", RuntimeWarning, stacklevel=4)
 
     def _submit(self, job: Callable[..., None], *arguments: Any) -> None:
         def guarded() -> None:
@@ -318,7 +318,10 @@ class Checkpointer(Reader):
             if self._overwrite:
                 self._deletion.delete(entry for entry in ownership.contents(self.folder) if entry.run != run)
         except CheckpointError as error:  # an unreadable metric may be the best
-            self._deletion.warn_once(self.folder, f"Nothing was deleted from {self.folder}: {error}")
+            self._deletion.warn_once(
+                self.folder,
+                f"expected readable metrics in {self.folder}, got an error, so nothing was deleted: {error}",
+            )
 
     def _delete_snapshots(self, run: str, kept: frozenset[int]) -> None:
         snapshots = [entry for entry in retention.entries(self.folder) if (entry.run, entry.role) == (run, "snapshot")]
@@ -353,6 +356,7 @@ def checkpointer(
             commit.
 
     Raises:
+        TypeError: If ``keep`` or ``keep_every`` is not an int.
         ValueError: If an argument is out of range, or ``folder`` is a file.
 
     Example:
@@ -364,17 +368,15 @@ def checkpointer(
         ...     checkpoints.steps()
         [2]
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep={keep!r}: at least 1, or None to keep all.")
-    if keep_every is not None and keep_every < 1:
-        raise ValueError(f"keep_every={keep_every!r}: a number of steps, 1 or more, is wanted.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode={mode!r}: 'min' or 'max' is wanted.")
-    if on_error not in ("raise", "warn"):
-        raise ValueError(f"on_error={on_error!r}: 'raise' or 'warn' is wanted.")
+    if keep is not None:
+        check_positive_int("keep", keep)
+    if keep_every is not None:
+        check_positive_int("keep_every", keep_every)
+    check_choice("mode", mode, ("min", "max"))
+    check_choice("on_error", on_error, ("raise", "warn"))
     path = pathlib.Path(folder)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, and checkpoints need a folder.")
+        raise ValueError(f"expected folder to be a folder, got the file {path}. Choose another path.")
     return Checkpointer(
         path, Policy(keep, keep_every, best, mode), background=background, on_error=on_error, overwrite=overwrite
     )

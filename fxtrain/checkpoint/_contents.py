@@ -11,6 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._table import Place, places, root_of
+from fxtrain.core._checks import describe
 
 
 class Direct:
@@ -143,7 +144,7 @@ def dense_leaves(state: Any) -> tuple[list[Tensor], Any]:
         problem = _problem(leaf)
         if problem:
             path = tree.paths(state, root_of(structure))[index]
-            raise CheckpointError(f"{path} is {problem}, and a checkpoint holds dense tensors.")
+            raise CheckpointError(f"expected a dense tensor at {path}, got {problem}.")
     return leaves, structure
 
 
@@ -157,10 +158,13 @@ def _kinds(leaves: Sequence[Any]) -> list[Any] | None:
 
 def _problem(leaf: Any) -> str | None:
     if not isinstance(leaf, Tensor):
-        return f"a {type(leaf).__name__}"
-    if leaf.layout != torch.strided or leaf.is_quantized or leaf.is_nested:
-        kind = "quantized" if leaf.is_quantized else "nested" if leaf.is_nested else f"of layout {leaf.layout}"
-        return f"a tensor that is {kind}"
+        return describe(leaf)
+    if leaf.is_quantized:
+        return "a quantized tensor"
+    if leaf.is_nested:
+        return "a nested tensor"
+    if leaf.layout != torch.strided:
+        return f"a tensor of layout {leaf.layout}"
     return "a tensor on the meta device, which has no values" if leaf.is_meta else None
 
 

@@ -35,12 +35,15 @@ class Deletion:
             gone = entry.path.with_name(f"{_GONE}{entry.path.name}")
             try:
                 if entry.path.is_symlink():
-                    raise OSError("it is a symbolic link")
+                    raise OSError("a symbolic link")
                 entry.path.rename(gone)
                 sync_folder(self._folder)
                 shutil.rmtree(gone)
             except OSError as error:
-                self.warn_once(entry.path, f"The old checkpoint {entry.path} could not be deleted: {error}.")
+                self.warn_once(
+                    entry.path,
+                    f"expected to delete the expired checkpoint {entry.path}, got {error}. It still takes disk space.",
+                )
 
     def warn_once(self, path: pathlib.Path, text: str) -> None:
         """Queues the warning ``text``, unless there was one for the same path."""

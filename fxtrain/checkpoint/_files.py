@@ -30,7 +30,7 @@ def open_regular(path: pathlib.Path) -> int:
         raise unreadable(path, error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DamagedError(f"{path} cannot be read: expected a regular file, got something else.")
+        raise DamagedError(f"expected a regular file at {path}, got another kind of file.")
     return descriptor
 
 
@@ -64,10 +64,10 @@ def read_at_most(path: pathlib.Path, limit: int) -> bytes:
 def unreadable(path: pathlib.Path, error: OSError) -> CheckpointError:
     """Returns the error for a file that could not be opened or read: a ``DamagedError`` unless it may be temporary."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return DamagedError(f"{path.parent} is no checkpoint: there is no {path.name} in it.")
+        return DamagedError(f"expected a checkpoint at {path.parent}, got no {path.name} in it.")
     if error.errno in _NO_FILE:
-        return DamagedError(f"{path} cannot be read: expected a regular file, got something else ({error.strerror}).")
+        return DamagedError(f"expected a regular file at {path}, got another kind of file ({error.strerror}).")
     return CheckpointError(
-        f"{path} cannot be read ({error}). It may be whole: make it readable, or move its folder away to restore an "
-        "older one."
+        f"expected a readable file at {path}, got {error}. The checkpoint may be undamaged. Make the file readable, or "
+        "move its folder away to restore an older checkpoint."
     )

@@ -39,7 +39,9 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
         CheckpointError: If the folder exists or cannot be written.
     """
     if path.exists():
-        raise CheckpointError(f"{path} is there already, and a checkpoint is never overwritten: choose another name.")
+        raise CheckpointError(
+            f"expected a new folder, got {path}, which exists. Checkpoints are never overwritten. Choose another name."
+        )
     try:
         with unfinished_folder(path) as unfinished:
             with _synced(unfinished / LEAVES) as file:
@@ -52,8 +54,8 @@ def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, A
         sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(
-            f"The checkpoint {path} could not be written ({error}). Nothing that was saved before is touched: make "
-            "room, or give another folder."
+            f"expected a writable folder for the checkpoint {path}, got {error}. Earlier checkpoints are unchanged. "
+            "Free disk space, or use another folder."
         ) from error
 
 
@@ -75,7 +77,7 @@ class Leaves:
         size = os.fstat(self._descriptor).st_size
         if size != manifest["bytes"]:
             self.close()
-            raise DamagedError(f"{self._path} is damaged: it has {size} bytes, and {manifest['bytes']} were written.")
+            raise DamagedError(f"{self._path} is damaged: expected {manifest['bytes']} bytes, got {size}.")
 
     def read_into(self, memory: memoryview, row: Leaf) -> None:
         """Reads one leaf into ``memory`` and verifies its checksum. Thread-safe.
@@ -99,7 +101,10 @@ class Leaves:
         except OSError as error:
             raise unreadable(self._path, error) from None
         if checksum.hexdigest() != row["xxh3"] or done != row["bytes"]:
-            raise DamagedError(f"{self._path} is damaged: the bytes of {row['path']} are not those that were written.")
+            raise DamagedError(
+                f"{self._path} is damaged: expected {row['bytes']} bytes of {row['path']} with the checksum "
+                f"{row['xxh3']}, got {done} bytes with {checksum.hexdigest()}."
+            )
 
     def close(self) -> None:
         """Closes the file."""

@@ -52,7 +52,7 @@ class FolderLock:
             if error.errno == errno.ELOOP:
                 self._refuse("a symbolic link")
             raise CheckpointError(
-                f"{self._folder} cannot be written to ({error}): make it writable, or give another folder."
+                f"expected a writable folder at {self._folder}, got {error}. Make it writable, or use another folder."
             ) from error
         finally:
             if file is not None and self._file is not file:
@@ -72,13 +72,13 @@ class FolderLock:
         if not (content.startswith(_NOTE) or _NOTE.startswith(content)):
             self._refuse("a file with other content")
         try:
-            _lock(file.fileno())
+            _lock(file.fileno(), self._folder)
         except BlockingIOError:
             holder = content.decode(errors="replace").strip() or "another process"
             raise CheckpointError(
-                f"{self._folder} is being written to by {holder}, and two writers would delete each other's "
-                "checkpoints: give each run a folder of its own, or end the other one (`close()` a checkpointer that "
-                "is not needed any more)."
+                f"expected exclusive access to {self._folder}, got a lock held by {holder}. Two writers would delete "
+                "each other's checkpoints. Give each run its own folder, end the other run, or close() the other "
+                "checkpointer."
             ) from None
         with contextlib.suppress(OSError):  # the lock works without its note, which a full disk may not hold
             os.ftruncate(file.fileno(), 0)
@@ -94,8 +94,8 @@ class FolderLock:
             there = False
         if not there:
             raise CheckpointError(
-                f"{self._folder} is not the folder any more that this run has been saving to: it was moved or deleted, "
-                "or what it was mounted on has vanished. Bring it back, and resume."
+                f"expected {self._folder} to be the folder that this run has been saving to, got another one or none. "
+                "It may have been moved, deleted or unmounted. Bring it back and resume the run."
             )
 
     def __del__(self) -> None:
@@ -111,7 +111,7 @@ def _open(path: str, flags: int) -> int:
 _HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, folder: pathlib.Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows: concurrent writers are not detected
@@ -122,7 +122,7 @@ def _lock(descriptor: int) -> None:
         raise
     except OSError as error:
         warnings.warn(
-            f"This file system has no locks ({error}): see to it yourself that one run writes into a folder.",
+            f"expected a file system with locks at {folder}, got {error}. Make sure that only one run writes to it.",
             UserWarning,
             stacklevel=2,
         )

@@ -63,7 +63,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     content = read_at_most(file, _MAX_BYTES)
     text = content[: content.rstrip(b"\n").rfind(b"\n") + 1]
     if content != text + _checksum_line(xxhash.xxh3_64(text)):
-        raise DamagedError(f"{file} is damaged: its checksum is not that of its content.")
+        raise DamagedError(f"{file} is damaged: expected the checksum of its content in the last line, got another.")
     try:
         head, *table = [json.loads(line.decode("ascii")) for line in text.split(b"\n")[:-1]]
     except (ValueError, RecursionError) as error:  # the errors of decoding are ValueErrors too
@@ -73,8 +73,8 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     expect("a format number", head["format"], lambda: type(head["format"]) is int)
     if head["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has the format {head['format']}, and this version of fxtrain reads {FORMAT}: read it with the "
-            "version that wrote it."
+            f"expected a checkpoint of format {FORMAT} at {path}, got format {head['format']}. Restore it with the "
+            "version of fxtrain that wrote it."
         )
     _check_head(expect, head)
     _check_table(expect, head, table)
@@ -134,8 +134,8 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
         expect("a row", row, lambda row=row: type(row) is dict and set(row) | {"elements"} == set(Leaf.__annotations__))
         path, entries, shape = row["path"], row["entries"], row["shape"]
         expect("entries of a path", entries, lambda it=entries: type(it) is list and all(map(_is_entry, it)))
-        expect("the path of its entries", path, lambda at=path, it=entries: at == root + code_of(it))
-        expect("a path of its own", path, lambda at=path: at not in seen)
+        expect("a path that matches its entries", path, lambda at=path, it=entries: at == root + code_of(it))
+        expect("a unique path", path, lambda at=path: at not in seen)
         seen.add(path)
         expect("a dtype", row["dtype"], lambda it=row["dtype"]: type(it) is str and dtype_of(it) is not None)
         expect("a shape", shape, lambda it=shape: type(it) is list and len(it) <= _MAX_DIMENSIONS)
@@ -152,7 +152,7 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
         elements = row.get("elements", [])
         expect("paths of elements", elements, lambda it=elements: type(it) is list and all(map(_is_path, it)))
         expect(
-            "as many elements as the shape has",
+            "a shape that matches its elements",
             shape,
             lambda it=row, of=shape: "elements" not in it or of == [len(it["elements"])],
         )
@@ -163,7 +163,7 @@ def _check_table(expect: Expect, head: dict[str, Any], table: list[Any]) -> None
         at = row["offset"]
         expect(f"{row['path']} at the offset {place}", at, lambda at=at, it=place: type(at) is int and at == it)
     total = sum(row["bytes"] for row in table)
-    expect(f"{total} bytes in all", head["bytes"], lambda: head["bytes"] == total)
+    expect(f"{total} bytes in total", head["bytes"], lambda: head["bytes"] == total)
 
 
 def _is_size(value: Any) -> bool:

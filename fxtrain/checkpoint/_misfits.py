@@ -42,10 +42,10 @@ def misfits(
         *_trained(names, unlike, left_over),
         *_fresh(names, selected, unlike, left_over),
         *_slots(names, unlike, left_over),
-    ] or ["Make `like` with the model, the optimizer and the callbacks that the checkpoint was made with."]
+    ] or ["Create `like` with the same model, optimizer and callbacks as the checkpoint."]
     return (
         f"expected the paths, shapes and dtypes of `like`, got others in {path}:\n{shown}{more}\n{' '.join(remedies)} "
-        "where= restores a part, or takes values from other paths."
+        "Use where= to restore a part, or to take values from other paths."
     )
 
 
@@ -55,10 +55,10 @@ def _lora(names: Names) -> list[str]:
         return []
     adapted = "the checkpoint" if there else "`like`"
     way = (
-        "Restore it like a state of the adapted model; fxtrain.save_weights(..., convert=lambda model: "
+        "Restore it into a state of the adapted model. fxtrain.save_weights(..., convert=lambda model: "
         "model.merge_and_unload()) then writes the merged weights for fxtrain.load_weights."
         if there
-        else "Make `like` without adapters, and load its weights into the adapted model with fxtrain.load_state_dict."
+        else "Create `like` without adapters, and load its weights into the adapted model with fxtrain.load_state_dict."
     )
     return [f"Only {adapted} has LoRA parameters. {way}"]
 
@@ -70,7 +70,7 @@ def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence
         return []
     dtype = kinds[0][1][0]
     return [
-        f"Only dtypes differ. Make `like` with fxtrain.init(..., dtype=torch.{dtype}), restore, and give "
+        f"Only dtypes differ. Create `like` with fxtrain.init(..., dtype=torch.{dtype}), restore it, and pass "
         "fxtrain.state_dict of the result to fxtrain.load_state_dict(..., cast=True)."
     ]
 
@@ -82,7 +82,7 @@ def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_o
     if not slots or any(part.keys[:1] != ("slots",) and names.of(part) is None for part in parts):
         return []
     return [
-        f"To initialize {_listed(sorted(map(repr, slots)))}, restore like a state without such slots, with "
+        f"To initialize {_listed(sorted(map(repr, slots)))}, restore into a state without these slots, with "
         "extra='drop', and attach the callbacks to the result."
     ]
 
@@ -97,13 +97,13 @@ def _trained(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left
     here = {name for part in missing if (name := names.of(part))}
     there = {name for part in left_over if (name := names.of(part))}
     held = [
-        f"{side} alone has optimizer state for {_listed(sorted(own))}"
+        f"only {side} has optimizer state for {_listed(sorted(own))}"
         for side, own in (("`like`", here), ("the checkpoint", there))
         if own
     ]
     return [
-        f"Other parameters were trained: {', and '.join(held)}. Make `like` as the checkpoint was made, with "
-        "fxtrain.with_trainable(like, tx, ...), restore, and then change what is trained."
+        f"Different parameters are trainable: {', and '.join(held)}. Create `like` with the trainable parameters of "
+        "the checkpoint, using fxtrain.with_trainable(like, tx, ...), restore it, and then change them."
     ]
 
 
@@ -121,7 +121,7 @@ def _fresh(
     if not weights or not unfit:
         return []
     code = "[" + ", ".join(map(repr, sorted(unfit)[:_SHOWN_NAMES])) + (", ...]" if len(unfit) > _SHOWN_NAMES else "]")
-    return [f"fresh={code}, or patterns of such names, keeps these as in `like`, with their optimizer state."]
+    return [f"Use fresh={code}, or patterns of these names, to keep them as in `like`, with their optimizer state."]
 
 
 def _listed(names: Sequence[str]) -> str:

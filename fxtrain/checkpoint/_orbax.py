@@ -97,4 +97,4 @@ def _work(verb: str, ours: pathlib.Path, theirs: pathlib.Path) -> None:
     )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise CheckpointError(f"Orbax could not {verb} {theirs}: {reason}")
+        raise CheckpointError(f"expected Orbax to {verb} {theirs}, got an error: {reason}")

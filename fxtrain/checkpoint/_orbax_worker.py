@@ -25,14 +25,14 @@ def write(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     for row in rows:
         name = ".".join(str(key) for _, key in row["entries"])
         if name in names:
-            raise SystemExit(f"{names[name]} and {row['path']} are both {name} to it: rename a key.")
+            raise SystemExit(f"Orbax would store both {names[name]} and {row['path']} as {name}. Rename a key.")
         if content is None or not row["bytes"]:
-            raise SystemExit(f"{row['path']} has no elements, and it has no place for that: take it out.")
+            raise SystemExit(f"{row['path']} has no elements, which Orbax cannot store. Remove it.")
         names[name] = row["path"]
         raw = content[row["offset"] : row["offset"] + row["bytes"]]
         leaves.append((row["entries"], np.array(raw).view(np.dtype(row["dtype"])).reshape(row["shape"])))
     if not leaves:
-        raise SystemExit("the tree is empty, and it has no place for that.")
+        raise SystemExit("the tree is empty, which Orbax cannot store.")
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(theirs, args=ocp.args.StandardSave(_nested(leaves)))
 

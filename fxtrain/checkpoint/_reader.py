@@ -112,9 +112,8 @@ class Reader:
         if step is not None:
             chosen = [entry for entry in entries if entry.step == step]
             if not chosen:
-                raise CheckpointError(
-                    f"There is no step {step} in {self.folder}; the steps there are: {_shown(entries)}."
-                )
+                there = f"steps {_shown(entries)}" if entries else "none"
+                raise CheckpointError(f"expected a checkpoint of step {step} in {self.folder}, got {there}.")
             report = read(chosen[-1].path, like, manifest=read_entry(chosen[-1]), **options)
             self._has_read(chosen[-1])
             return report
@@ -122,7 +121,7 @@ class Reader:
         if isinstance(found, Restoration):
             return found
         self._refuse_fresh_start(found)
-        raise CheckpointError(f"There is no checkpoint in {self.folder}.")
+        raise CheckpointError(f"expected a checkpoint in {self.folder}, got none.")
 
     def read_newest_until(self, step: int, like: Any, *, newer_than: int = -1, **options: Any) -> Restoration | None:
         """Restores the newest readable checkpoint that a rewind to ``step`` can return to.
@@ -250,12 +249,12 @@ class Reader:
     def _refuse_fresh_start(self, damaged: list[tuple[Entry, DamagedError]]) -> None:
         lines = [str(error) for _, error in damaged]
         aside = self._own(retention.unreadable(self.folder))
-        lines += [f"{entry.path} was set aside before as unreadable." for entry in aside]
+        lines += [f"{entry.path} was set aside earlier as unreadable." for entry in aside]
         if lines:
             listing = "\n".join(f"  {line}" for line in lines)
             raise CheckpointError(
-                f"No checkpoint in {self.folder} can be read:\n{listing}\nNothing was changed. To start over, give "
-                "another folder or move these away."
+                f"expected a readable checkpoint in {self.folder}, got:\n{listing}\nNothing was changed. To start "
+                "over, use another folder or move these away."
             )
 
 

@@ -15,6 +15,7 @@ from fxtrain.checkpoint._misfits import misfits
 from fxtrain.checkpoint._parts import Names, Part, parts_of, parts_stored, slots_of_one_side
 from fxtrain.checkpoint._table import Leaf, root_of
 from fxtrain.core import TrainState
+from fxtrain.core._checks import describe
 
 Where = str | Iterable[str] | Mapping[str, str] | None
 Fresh = str | Sequence[str] | None
@@ -64,7 +65,7 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
         ValueError: If a pattern of ``fresh`` matches no name, or ``fresh`` is given and ``like`` is not a state.
     """
     if fresh is not None and not isinstance(like, TrainState):
-        raise ValueError(f"expected a TrainState as `like` for fresh={fresh!r}, got a {type(like).__name__}.")
+        raise ValueError(f"expected a TrainState as `like` for fresh={fresh!r}, got {describe(like)}.")
     here, there = parts_of(like), parts_stored(stored)
     names = Names(here, there)
     kept = names.chosen(fresh)
@@ -144,7 +145,7 @@ def _selection(
             if not any(_is_at(path, one) for path in paths):
                 listed = list(paths)
                 shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
-                raise CheckpointError(f"where={one!r}: nothing is there in {side}, which has {shown}.")
+                raise CheckpointError(f"expected where={one!r} to match a path of {side}, got only {shown}.")
     prefixes = {one: target for one, target in renamed.items() if not _is_pattern(one)}
     patterns = [one for one in renamed if _is_pattern(one)]
 
@@ -236,7 +237,7 @@ def _refuse_nameless(
         if part.path in partly_fresh:
             raise CheckpointError(
                 f"expected the parameter of each element of {target} in {path}, got none, because an older version "
-                "wrote it. Restore the parameters alone, with where='state.params'."
+                "of fxtrain wrote it. Restore only the parameters, with where='state.params'."
             )
 
 
@@ -249,6 +250,6 @@ def _refuse_abstract_rest(path: pathlib.Path, like: Any, chosen: Collection[str]
     ]
     if empty:
         raise CheckpointError(
-            f"{', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''} would stay as in `like`, and has no value "
-            f"there, because it is on the meta device; {path} has none for it either. Give a `like` with values."
+            f"expected values for {', '.join(empty[:6])}{' and more' if len(empty) > 6 else ''}, got none. `like` is "
+            f"on the meta device there, and no value is restored from {path}. Use a `like` with values."
         )

@@ -26,6 +26,7 @@ from fxtrain.checkpoint._selection import Elements, Fresh, Match, Where, match
 from fxtrain.checkpoint._table import Leaf, root_of
 from fxtrain.checkpoint._unfinished import clear_abandoned
 from fxtrain.core import LOOP
+from fxtrain.core._checks import check_choice
 from fxtrain.disk import make_folder
 from fxtrain.model._freezing import refuse_shared_counts
 
@@ -65,17 +66,17 @@ class Restoration:
         Args:
             stacklevel: As for ``warnings.warn``, counted from the caller of this method.
         """
-        said = [f"the slot {name!r} is not in the checkpoint, and is initialized" for name in self.missing]
+        said = [f"the slot {name!r} is not in the checkpoint and is initialized" for name in self.missing]
         kept = [name for name in self.extra if name in self.state.slots]
-        said += [f"the slot {name!r} is in the checkpoint alone, and is kept" for name in kept]
+        said += [f"the slot {name!r} is only in the checkpoint and is kept" for name in kept]
         said += [
-            f"the slot {name!r} is in the checkpoint alone, holds values of fresh parameters, and is dropped (attach "
-            "its callback to `like` to restore the others)"
+            f"the slot {name!r} is only in the checkpoint, holds values of fresh parameters, and is dropped (attach "
+            "its callback to `like` to restore its other values)"
             for name in self.outdated
         ]
         said += [
-            f"the slot {name!r} is restored with its counts, which fresh parameters share (leave it out of `like`, "
-            "with extra='drop', to start it over)"
+            f"the slot {name!r} is restored with counts that fresh parameters share (to reset it, leave it out of "
+            "`like` and use extra='drop')"
             for name in self.shared
         ]
         said += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
@@ -116,7 +117,7 @@ def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, floa
         clear_abandoned(folder.parent, FILES)
     except OSError as error:
         raise CheckpointError(
-            f"The checkpoint {folder} could not be written ({error}): give another folder."
+            f"expected a writable folder for the checkpoint {folder}, got {error}. Use another folder."
         ) from error
     write(folder, contents, facts(contents, device_of(state), metrics))
     return folder
@@ -224,8 +225,7 @@ def read(
         notes: Values to compare with the ``notes`` of ``Checkpointer.save``. A tuple matches any of its values.
         manifest: The manifest, if the caller has read it already.
     """
-    if extra not in ("keep", "drop"):
-        raise ValueError(f"extra={extra!r}: 'keep' or 'drop' is wanted.")
+    check_choice("extra", extra, ("keep", "drop"))
     manifest = read_manifest(path) if manifest is None else manifest
     stored: dict[str, Leaf] = {row["path"]: row for row in manifest["leaves"]}
     matched = match(path, like, stored, where, fresh)
@@ -255,7 +255,7 @@ def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:
         state.opt_state,
         kept,
         f"fresh={fresh!r}",
-        "restore the parameters alone, with where='state.params'",
+        "restore only the parameters, with where='state.params'",
     )
 
 
@@ -322,4 +322,4 @@ def _room(row: Leaf) -> tuple[Tensor, memoryview]:
         leaf = torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")
         return leaf, bytes_of(leaf)
     except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"expected memory for {row['path']}, {row['bytes']} bytes, got {error}.") from error
+        raise CheckpointError(f"expected {row['bytes']} bytes of memory for {row['path']}, got {error}.") from error

@@ -72,7 +72,7 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
     for index, (accessor, place, checksum) in enumerate(zip(structure.accessors(), placed, checksums, strict=True)):
         path = accessor.codify(root)
         if path in seen:
-            raise CheckpointError(f"Two leaves have one path, {path}: rename a key.")
+            raise CheckpointError(f"expected a unique path for each leaf, got two leaves at {path}. Rename a key.")
         seen.add(path)
         row = Leaf(
             path=path,
