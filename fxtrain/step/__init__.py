@@ -1,4 +1,4 @@
-"""Steps: pure functions that move the state forward, and the pieces to write one by hand."""
+"""Steps: pure functions that advance the training state, and the parts to write one by hand."""
 
 from fxtrain.step._evaluate import EvalFunction as EvalFunction
 from fxtrain.step._evaluate import eval_step as eval_step

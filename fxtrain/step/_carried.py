@@ -1,4 +1,4 @@
-"""Checks that a step carries on the frozen parameters that its forward passes wrote."""
+"""Checks that a step returns the frozen parameters that its forward passes wrote."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _here = _Here()
 
 
 def note(paths: list[str], leaves: list[Tensor]) -> None:
-    """Notes leaves of a state that a forward pass replaces, with their paths."""
+    """Records leaves of a state that a forward pass replaces, with their paths."""
     if _here.old is not None:
         _here.old += zip(paths, leaves, strict=True)
 
 
 @contextlib.contextmanager
 def noting() -> Generator[list[tuple[str, Tensor]]]:
-    """Collects what is noted inside, in this thread alone."""
+    """Collects the leaves recorded inside the context, in this thread only."""
     before, _here.old = _here.old, []
     try:
         yield _here.old
@@ -37,15 +37,20 @@ def noting() -> Generator[list[tuple[str, Tensor]]]:
 
 
 def noted() -> contextlib.AbstractContextManager[list[tuple[str, Tensor]]]:
-    """``noting``; inside Dynamo, which knows no such contexts, a context that collects nothing."""
+    """Returns ``noting()``, or inside Dynamo, which cannot trace it, a context that collects nothing."""
     return contextlib.nullcontext([]) if torch.compiler.is_dynamo_compiling() else noting()
 
 
 def refuse_lost(who: str, old: list[tuple[str, Tensor]], params: Any) -> None:
-    """Raises if the parameters of a new state are those from before a forward pass that wrote them.
+    """Raises if a new state still has parameters from before a forward pass that wrote them.
+
+    Args:
+        who: Name of the step, for errors.
+        old: The leaves that forward passes replaced, with their paths.
+        params: Parameters of the new state.
 
     Raises:
-        RuntimeError: Naming the parameter.
+        RuntimeError: Names the parameter.
     """
     if not old:
         return

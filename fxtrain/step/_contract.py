@@ -1,4 +1,4 @@
-"""The contract of loss functions and steps: refusals of what is passed in their place, before anything runs."""
+"""Checks of loss functions and steps before anything runs, with errors that suggest a fix for common mistakes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fxtrain.model._captured import captured
 
 
 class ContractError(TypeError):
-    """A function of the user that does what no way of differentiating it can mend."""
+    """A user-defined function breaks its contract. Differentiating it in another way does not help."""
 
 
 def place_of(function: Any) -> str:
-    """The name of a function, with its file and line where they are known.
+    """Returns the name of a function, with its file and line if they are known.
 
     Example:
         >>> place_of(len)
@@ -34,14 +34,14 @@ def place_of(function: Any) -> str:
 
 
 def refuse_unless_loss(function: Any, argument: str = "loss_fn") -> None:
-    """Raises if something cannot be called as ``function(model, batch)``.
+    """Raises unless ``function`` can be called as ``function(model, batch)``.
 
     Args:
-        function: What a user passed as a loss function.
-        argument: The parameter's name, for errors.
+        function: The value that a user passed as a loss function.
+        argument: Name of the parameter, for errors.
 
     Raises:
-        TypeError: Naming the function, its line and what to do.
+        TypeError: Names the function, its line and a fix.
     """
     if torch.compiler.is_dynamo_compiling() or _is_plainly_a_loss(function):
         return
@@ -52,10 +52,10 @@ def refuse_unless_loss(function: Any, argument: str = "loss_fn") -> None:
 
 
 def refuse_unless_step(function: Any) -> None:
-    """Raises if something cannot be called as ``function(state, batch)``.
+    """Raises unless ``function`` can be called as ``function(state, batch)``.
 
     Raises:
-        TypeError: Naming it and what to do.
+        TypeError: Names the function, its line and a fix.
     """
     if torch.compiler.is_dynamo_compiling():
         return
@@ -74,7 +74,7 @@ def refuse_unless_step(function: Any) -> None:
 
 
 def takes_model(function: Any) -> bool:
-    """Whether the first parameter of a function is named as a model.
+    """Returns whether the first parameter of a function is named like a model.
 
     Example:
         >>> takes_model(lambda model, batch: None), takes_model(lambda state, batch: None)
@@ -85,16 +85,16 @@ def takes_model(function: Any) -> bool:
 
 @contextlib.contextmanager
 def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
-    """Refuses optimizers and gradient scalers of torch in a loss function, which the state knows nothing about.
+    """Raises if a loss function uses a torch optimizer or gradient scaler, whose state is not part of the TrainState.
 
     Raises:
-        ContractError: At entry if the function reads one by name; inside, before an optimizer of torch makes a step.
+        ContractError: On entry if the function reads one by name, and inside before a torch optimizer makes a step.
     """
     names = _names_in(function)
     for name, value in captured(function):
         kind = type(value).__name__
         if name.startswith("self.") and name.removeprefix("self.") not in names:
-            continue  # an attribute of an object whose method this is
+            continue  # An attribute of the method's object that the method does not read.
         if isinstance(value, torch.optim.Optimizer):
             raise _optimizer_refused(function, f"reads the optimizer {name} ({kind})")
         if isinstance(value, torch.amp.GradScaler):
@@ -116,11 +116,11 @@ def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def backward_refused(who: str, where: str) -> ContractError:
-    """The error for a loss function that has run the backward pass of the loss that it returns.
+    """Returns the error for a loss function that has run the backward pass of its own loss.
 
     Args:
-        who: The function.
-        where: The line, as `` at file:line``.
+        who: Name of the function.
+        where: The line, as `` at file:line``, or an empty string.
     """
     return ContractError(
         f"expected {who} to return a loss that can be differentiated, got one whose backward pass ran already{where}. "
@@ -145,7 +145,7 @@ _MARKS |= inspect.CO_ASYNC_GENERATOR
 
 
 def _is_plainly_a_loss(function: Any) -> bool:
-    """Whether this is a function of two parameters with usual names: cheap, as some steps make one at each call."""
+    """Whether this is a plain function of two parameters with usual names. Cheap, for steps that make one per call."""
     if type(function) is not types.FunctionType:
         return False
     code = function.__code__
@@ -161,7 +161,7 @@ def _is_plainly_a_loss(function: Any) -> bool:
 
 
 def _fault_of_loss(function: Any) -> tuple[str, str] | None:
-    """What something is that is no loss function, and what to do; None if it may be one."""
+    """Returns a description of an invalid loss function and a fix, or None if it may be valid."""
     if isinstance(function, type) or not callable(function):
         return _described(function), _remedy_for_class(function)
     if isinstance(function, nn.Module):
@@ -186,7 +186,7 @@ def _fault_of_loss(function: Any) -> tuple[str, str] | None:
 
 
 def _fault_of_names(function: Any, first: list[str]) -> str | None:
-    """What to do about a function whose parameters are named for something else than a model and a batch."""
+    """Returns a fix for a function whose parameter names are not those of a model and a batch, or None."""
     name = name_of(function)
     if len(first) > 1 and first[0] not in _MODELS and first[1] in _MODELS:
         return f"Swap the parameters: ({first[1]}, {first[0]})."
@@ -271,12 +271,12 @@ def _takes_two(function: Any) -> bool:
 
 
 def _parameters(function: Any) -> inspect.Signature:
-    # A wrapper takes what it takes itself, whatever the function that it wraps does.
+    # The wrapper is called, so its own signature counts and not that of the wrapped function.
     return inspect.signature(function, follow_wrapped=False)
 
 
 def _first_names(function: Any) -> list[str]:
-    """The names of the parameters that take positions."""
+    """Returns the names of the positional parameters."""
     try:
         parameters = _parameters(function).parameters.values()
     except (TypeError, ValueError):
@@ -309,6 +309,6 @@ def _code(function: Any) -> types.CodeType | None:
 
 
 def _names_in(function: Any) -> frozenset[str]:
-    """The names of attributes that a function reads."""
+    """Returns the names of the globals and attributes that a function uses."""
     code = _code(function)
     return frozenset(code.co_names) if code is not None else frozenset()

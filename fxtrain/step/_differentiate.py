@@ -1,4 +1,4 @@
-"""Two ways to differentiate, inside torch.func and by torch.autograd on detached leaves, and their choice."""
+"""Differentiation by torch.func or by torch.autograd on detached leaves, and the choice between them."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from fxtrain.step._contract import ContractError, backward_refused
 Differentiate = Literal["auto", "func", "autograd"]
 
 Find = Callable[[Tensor], Any]
-"""From the value that is differentiated to what its backward pass finds."""
+"""Maps the differentiated value to the results of its backward pass."""
 
 Objective = Callable[[Any, Find, bool], tuple[Tensor, Any, Any]]
-"""From the trainable parameters, how to run the backward pass, and whether to detach all other inputs; to the value,
-what was found, and a pytree of tensors beside it."""
+"""Maps the trainable parameters, a function that runs the backward pass, and whether to detach all other inputs to the
+value, the results of the backward pass, and a pytree of auxiliary tensors."""
 
 _REFUSALS = (
     "autograd.Function with functorch transforms",
     "functorch transform. This is unsupported",
     "don't yet support saved tensor hooks",
 )
-"""Parts of the messages by which torch.func refuses a function, whatever its values."""
+"""Parts of the messages with which torch.func rejects a function, independently of values."""
 
 _BACKWARD = "backward() called inside a functorch transform"
 _OUTSIDE = "would mutate a captured Tensor"
 _REENTRANT = "use_reentrant=True, torch.utils.checkpoint is incompatible"
 
-_LONGEST_REASON = 200  # characters of an error that a warning repeats
+# Maximum number of characters of an error that a warning quotes.
+_LONGEST_REASON = 200
 
 
 class Differentiation:
-    """The differentiation of one function, which keeps to torch.autograd once torch.func has refused it.
+    """Differentiates one function, and stays with torch.autograd once torch.func has rejected it.
 
     Args:
         way: ``"auto"``, ``"func"`` or ``"autograd"``.
-        who: The function, for warnings and errors.
+        who: Name of the function, for warnings and errors.
 
     Raises:
         ValueError: If ``way`` is none of these.
@@ -56,10 +57,15 @@ class Differentiation:
         if way not in get_args(Differentiate):
             raise ValueError(f"expected differentiate='auto', 'func' or 'autograd', got {way!r}.")
         self._way, self._who = way, who
-        self._whole = False  # whether a reentrant checkpoint asks for a backward pass to all leaves
+        # Whether a reentrant checkpoint needs a backward pass to all leaves.
+        self._whole = False
 
     def __call__(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
-        """As ``by_func`` and ``by_autograd``.
+        """Returns the result of ``by_func`` or ``by_autograd``.
+
+        Args:
+            objective: The function to differentiate at ``trainable``.
+            trainable: A pytree of floating and complex tensors.
 
         Raises:
             ValueError: If ``"autograd"`` was chosen inside a transform of torch.func or under outer derivatives.
@@ -74,8 +80,8 @@ class Differentiation:
             )
         if self._way == "func" or nested or dynamo:
             return (by_autograd if self._way == "autograd" else by_func)(objective, trainable)
-        # What torch.compile made of a forward pass cannot run inside torch.func.
-        # torch.func reads sizes as integers in places, so a trace for all sizes would hold for one.
+        # A forward pass compiled by torch.compile cannot run inside torch.func.
+        # torch.func converts some sizes to ints, which would specialize a trace with symbolic sizes to one size.
         if self._way == "autograd" or is_forward_wrapped() or (self._way == "auto" and has_symbolic_sizes()):
             return self._by_autograd(objective, trainable)
         try:
@@ -83,8 +89,9 @@ class Differentiation:
         except (ValuesNeededError, ContractError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
+            # torch.autograd would allow the write.
             if _OUTSIDE in str(error):
-                raise  # torch.autograd would write there
+                raise
             refusal = error
         try:
             found = self._by_autograd(objective, trainable)
@@ -93,7 +100,7 @@ class Differentiation:
         except Exception as error:
             if _BACKWARD in str(refusal):
                 raise backward_refused(self._who, _where(refusal)) from error
-            # What fails both ways is a mistake of the function's own, which torch.func may have hidden.
+            # The function fails both ways, so it is wrong itself. A rejection by torch.func hides its own error.
             raise (error if _is_refusal(refusal) else refusal) from None
         if not _is_refusal(refusal):
             self._refuse_passing(refusal, objective, trainable)
@@ -111,7 +118,7 @@ class Differentiation:
 
     @staticmethod
     def _refuse_passing(error: Exception, objective: Objective, trainable: Any) -> None:
-        """Raises an error that does not come again: a file that could not be read once is no refusal of torch.func."""
+        """Raises ``error`` if it was transient, such as a failed read, and not a rejection by torch.func."""
         try:
             by_func(objective, trainable)
         except Exception:
@@ -129,17 +136,18 @@ class Differentiation:
 
 
 def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
-    """Gradients inside ``torch.func``, which nest in its other transforms.
+    """Computes gradients inside ``torch.func``, so that they nest in its other transforms.
 
     Args:
-        objective: Differentiated at ``trainable``.
+        objective: The function to differentiate at ``trainable``.
         trainable: A pytree of floating and complex tensors.
 
     Returns:
         The gradients; a pytree like them of Python bools, False where the value does not depend on the parameter; and
-        what the objective returned beside its value.
+        the objective's auxiliary tensors.
     """
-    if torch.compiler.is_dynamo_compiling():  # cannot follow torch.autograd.grad inside a transform
+    # Dynamo cannot trace torch.autograd.grad inside a transform.
+    if torch.compiler.is_dynamo_compiling():
 
         def plain(trainable: Any) -> tuple[Tensor, Any]:
             value, _, aux = objective(trainable, lambda value: None, False)
@@ -151,8 +159,8 @@ def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
 
     def differentiated(trainable: Any) -> tuple[Tensor, Any]:
         nonlocal used
-        # torch.func.grad replaces an absent gradient by zeros, and nothing says which were absent. The graph of the
-        # backward pass is kept for the transforms and the autograd around this one.
+        # Not torch.func.grad, which replaces missing gradients by zeros without reporting them. Surrounding transforms
+        # and autograd need the graph of the backward pass.
         value, (grads, used), aux = objective(
             trainable, lambda value: _grads(value, trainable, _found(value, trainable, create_graph=True)), False
         )
@@ -164,14 +172,18 @@ def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
 
 
 def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) -> tuple[Any, Any, Any]:
-    """Gradients by ``torch.autograd``, which takes all that a plain PyTorch loop takes.
+    """Computes gradients by ``torch.autograd``, which supports everything that a plain PyTorch loop does.
 
-    Arguments and results are those of ``by_func``. Nothing outside changes: no tensor gets a ``grad``, and the graph is
-    freed. With ``whole`` the backward pass is that of ``torch.autograd.backward``, which reentrant checkpoints need.
+    Nothing outside changes: no tensor gets a ``grad``, and the graph is freed. No transform of ``torch.func`` and no
+    outer derivative may surround the call, because derivatives of the gradients would be lost.
 
-    Raises:
-        ValueError: If a transform of ``torch.func`` surrounds the call, or a graph of autograd leads to the parameters:
-            derivatives of the gradients would be lost.
+    Args:
+        objective: The function to differentiate at ``trainable``.
+        trainable: A pytree of floating and complex tensors.
+        whole: Whether to use ``torch.autograd.backward``, which reentrant checkpoints need.
+
+    Returns:
+        As ``by_func``.
     """
     with torch.enable_grad():
         leaves = tree.map(lambda parameter: parameter.detach().requires_grad_(), trainable)
@@ -182,7 +194,7 @@ def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) ->
                 found = [None] * len(tree.leaves(leaves))
             else:
                 found = _found(value, leaves, create_graph=False)
-            # A backward pass inside of the loss left its part there, as in a plain loop.
+            # A backward pass inside the loss has accumulated into ``grad``, as in a plain loop.
             earlier = [leaf.grad for leaf in tree.leaves(leaves)]
             return _grads(value, leaves, [_sum(*pair) for pair in zip(earlier, found, strict=True)])
 
@@ -191,13 +203,13 @@ def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) ->
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
-    """A context for gradients: in inference mode those of torch 2.11 are zero, without an error."""
+    """Returns a context that leaves inference mode, where gradients are zero without an error in torch 2.11."""
     inferring = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if inferring else contextlib.nullcontext()
 
 
 def ordinary(values: Any) -> Any:
-    """The values, with copies of those that inference mode made: autograd saves none of these for a backward pass."""
+    """Returns the values with inference tensors cloned, because autograd cannot save these for a backward pass."""
     if torch.compiler.is_dynamo_compiling() or not any(map(_is_inference, tree.leaves(values))):
         return values
     with torch.inference_mode(False):
@@ -219,7 +231,7 @@ def _found(value: Tensor, trainable: Any, *, create_graph: bool) -> list[Tensor 
     leaves = tree.leaves(trainable)
     if not value.requires_grad:
         return [None] * len(leaves)
-    # A loss may freeze a parameter.
+    # The loss may have called requires_grad_(False) on a parameter.
     reached = iter(
         torch.autograd.grad(
             value, [leaf for leaf in leaves if leaf.requires_grad], create_graph=create_graph, allow_unused=True
@@ -235,7 +247,7 @@ def _sum(earlier: Tensor | None, grad: Tensor | None) -> Tensor | None:
 
 
 def _backward(value: Tensor, trainable: Any) -> None:
-    """The backward pass to all leaves of the graph, of which only ``trainable`` keep what it finds."""
+    """Runs the backward pass to all leaves of the graph, and restores ``grad`` of leaves outside ``trainable``."""
     if not value.requires_grad:
         return
     ours = set(map(id, tree.leaves(trainable)))
@@ -258,7 +270,7 @@ def _backward(value: Tensor, trainable: Any) -> None:
 
 
 def _is_differentiated(values: Any) -> bool:
-    """Whether a transform of torch.func surrounds this call, or autograd records what is computed from the values."""
+    """Whether a transform of torch.func surrounds this call, or autograd records operations on the values."""
     if is_transformed():
         return True
     return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(values))
@@ -274,7 +286,7 @@ def _reason(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The innermost line of the user's own and that of a library which it leads to."""
+    """Returns the innermost line of the user's code, and that of the library it calls, if any."""
     found = [frame for frame in places(traceback.extract_tb(error.__traceback__)) if frame is not None]
     lines = [f"{frame.filename}:{frame.lineno}" for frame in found]
     return f" at {', by way of '.join(lines)}" if lines else ""

@@ -1,4 +1,4 @@
-"""Evaluation steps: pure functions that measure the model."""
+"""Evaluation steps: pure functions that compute metrics of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxtrain.step._weights import Weighted
 
 
 class EvalFunction:
-    """A pure function ``(state, batch) -> output`` that measures; made by ``eval_step``."""
+    """A pure function ``(state, batch) -> output`` that computes metrics. Made by ``eval_step``."""
 
     def __init__(self, function: Callable[[TrainState, Any], StepOutput]) -> None:
         self.function = function
@@ -31,7 +31,7 @@ class EvalFunction:
         return StepOutput(output.metrics, control, output.outputs, output.weight)
 
     def enter(self, state: TrainState) -> TrainState:
-        """What of the state goes into the compiled graph: no optimizer and no slots."""
+        """Returns the part of the state that enters the compiled graph, without optimizer state and slots."""
         return state.replace(opt_state={}, slots={})
 
     def __repr__(self) -> str:
@@ -41,19 +41,21 @@ class EvalFunction:
 def eval_step(
     measure: Callable[..., Any], *, precision: str | Policy | None = None, outputs: bool = False
 ) -> EvalFunction:
-    """The function ``(state, batch) -> StepOutput`` that measures the model in eval mode.
+    """Returns a function ``(state, batch) -> StepOutput`` that evaluates the model in eval mode.
 
     Args:
-        measure: ``(model, batch)`` to what ``gradients`` takes, so that a loss function serves as it is, or to a dict
-            of metrics without a loss. 0-d tensors are averaged over the batches, by the weight that
-            ``fxtrain.weighted`` gives the loss or else by the batch size, see ``fxtrain.evaluate``;
-            ``fxtrain.metrics`` are merged.
+        measure: Maps ``(model, batch)`` to any result that ``gradients`` accepts, such as a loss, or to a dict of
+            metrics without a loss. 0-d tensors are averaged over batches, by the weight from ``fxtrain.weighted`` or
+            else by the batch size, see ``fxtrain.evaluate``. ``fxtrain.metrics`` are merged.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
-        outputs: Whether ``measure`` returns a pair of that and anything else, which reaches callbacks at
+        outputs: Whether ``measure`` returns a pair of such a result and any other value, which callbacks receive at
             ``EvalStep``.
 
+    Returns:
+        A pure function, which ``fxtrain.compile`` compiles like a step.
+
     Raises:
-        TypeError: If ``measure`` does not take a model and a batch. When it runs, if it returned anything else.
+        TypeError: If ``measure`` does not take a model and a batch. When it runs, if it returns anything else.
 
     Example:
         >>> import torch, fxtrain as fx

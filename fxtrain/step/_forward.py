@@ -1,4 +1,4 @@
-"""The forward pass under a precision policy: modules kept in float32, and errors about dtypes that name the module."""
+"""The forward pass under a precision policy: modules kept in float32, and dtype errors that name the module."""
 
 from __future__ import annotations
 
@@ -31,19 +31,22 @@ def forward(
     key: rng.Key,
     finish: Callable[[Any], Any] | None = None,
 ) -> Called:
-    """``function(model, batch)`` in the dtypes of a policy, and the memory that it wrote.
+    """Calls ``function(model, batch)`` in the dtypes of a policy.
 
     Args:
-        policy: The dtypes.
-        state: Its parameters and buffers are used.
-        function: A loss function or a measuring function.
+        policy: The precision policy.
+        state: State whose parameters and buffers are used.
+        function: A loss function, or the function of an evaluation step.
         batch: Its second argument.
         train: Whether the modules are in training mode.
-        key: Where random numbers come from.
-        finish: Applied to the result while the memory is still in place.
+        key: Key of the random samples.
+        finish: Applied to the output while the tensors are still in place.
+
+    Returns:
+        The output, the buffers after the call, and the frozen parameters that calls write.
 
     Raises:
-        RuntimeError: If dtypes do not fit inside a module: the error names it.
+        RuntimeError: If dtypes do not match inside a module. The error names the module.
         ValueError: If a pattern of ``policy.keep`` matches no module.
     """
     model = model_of(state)
@@ -62,7 +65,7 @@ def forward(
 
 
 def _kept(policy: Policy, tensors: Any) -> Any:
-    """The tensors, those of kept modules in float32."""
+    """Returns the tensors, with those of kept modules in float32."""
     if policy.param not in HALF:
         return tensors
     leaves, structure = tree.flatten(tensors)
@@ -74,7 +77,7 @@ def _kept(policy: Policy, tensors: Any) -> Any:
 
 
 def _is_kept(policy: Policy, name: str) -> bool:
-    """Whether a module, or one that it is a part of, matches a pattern."""
+    """Whether a module or one of its parents matches a pattern."""
     parts = name.split(".")
     return any(_matches(".".join(parts[:count]), policy.keep) for count in range(len(parts) + 1))
 
@@ -83,7 +86,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-# Dynamo cannot look into patterns. torch.compiler.assume_constant_result does this, and imports Dynamo to do it.
+# Dynamo cannot trace fnmatch. torch.compiler.assume_constant_result sets the same attribute, but imports Dynamo.
 _matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -93,12 +96,13 @@ def _widened(leaf: Any) -> Any:
 
 @contextlib.contextmanager
 def _in_float32(policy: Policy, device: torch.device, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """A context in which the kept modules compute in float32. An attribute of an instance hides the class's method."""
+    """Makes the kept modules compute in float32, by instance attributes that shadow their ``forward`` methods."""
     dynamo = torch.compiler.is_dynamo_compiling()
     if not dynamo:
-        matching([name for name in modules if name] or list(modules), policy.keep, "module")  # raises if there is none
+        # Raises if a pattern matches no module.
+        matching([name for name in modules if name] or list(modules), policy.keep, "module")
     kept = [module for name, module in modules.items() if _matches(name, policy.keep)]
-    # Parts of a kept module are kept with it: their outputs stay in float32 there.
+    # Submodules of a kept module run inside it, so their outputs stay in float32.
     parts = {id(part) for module in kept for part in module.modules() if part is not module}
     outer = {id(module): module for module in kept if id(module) not in parts}.values()
     methods = [(module, "forward" in module.__dict__, module.forward) for module in outer]
@@ -108,7 +112,8 @@ def _in_float32(policy: Policy, device: torch.device, modules: Mapping[str, nn.M
         yield
     finally:
         for module, is_own, method in methods:
-            if is_own or dynamo:  # which cannot delete what it has added
+            # Dynamo cannot delete attributes that it has added.
+            if is_own or dynamo:
                 module.forward = method
             else:
                 del module.forward
@@ -126,9 +131,6 @@ def _float32_forward(policy: Policy, device_type: str, forward: Callable[..., An
     )
 
 
-# Errors
-
-
 _ABOUT_DTYPES = re.compile(
     r"dtype|scalar type|data type|Input type|result type|not implemented for '(BFloat16|Half|Float|Double)'"
 )
@@ -138,7 +140,7 @@ _NAMES |= {"double": "float64", "float64": "float64"}
 
 @contextlib.contextmanager
 def _naming(model: Model, policy: Policy, train: bool) -> Iterator[None]:
-    """Names the module in which dtypes met that do not fit."""
+    """Names the module in errors about dtypes that do not match."""
     try:
         yield
     except RuntimeError as error:
@@ -152,7 +154,7 @@ def _naming(model: Model, policy: Policy, train: bool) -> Iterator[None]:
 
 
 def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str, FrameType, int] | None:
-    """The innermost frame of a module's method: its name, the frame and its line."""
+    """Returns the module name, the frame and the line of the innermost frame that runs a module's method."""
     names = {id(module): name for name, module in modules.items()}
     found, trace = None, error.__traceback__
     while trace is not None:
@@ -165,7 +167,7 @@ def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str,
 
 
 def _owner(frame: FrameType) -> Any:
-    """The first argument, which is the object of a method."""
+    """Returns the first argument of a frame, which is the object if the frame runs a method."""
     return frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
 
 
@@ -188,7 +190,7 @@ def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exc
 
 
 def _keeping(policy: Policy, pattern: str) -> str:
-    """The policy with one more pattern, as it is written."""
+    """Returns the code of the policy with one more pattern in ``keep``."""
     given = dataclasses.replace(policy, keep=(*policy.keep, pattern))
     changed = [field.name for field in dataclasses.fields(Policy) if getattr(given, field.name) != field.default]
     return f"precision=fxtrain.Policy({', '.join(f'{name}={getattr(given, name)!r}' for name in changed)})"

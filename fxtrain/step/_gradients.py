@@ -1,4 +1,4 @@
-"""Gradients: the first piece of a step."""
+"""Computes the loss, the metrics and the gradients of a state, the first part of a step."""
 
 from __future__ import annotations
 
@@ -36,19 +36,18 @@ from fxtrain.step._unreached import unreached
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """What ``gradients`` finds: a pytree of tensors.
+    """The result of a forward and a backward pass: a pytree of tensors. Made by ``gradients``.
 
     Args:
         loss: Floating [].
-        metrics: 0-d tensors and metrics, ``"loss"`` among them.
-        grads: Like the trainable parameters.
-        buffers: Like ``state.buffers``, after the forward pass.
-        used: A pytree like ``grads`` of Python bools: False for a parameter that the loss does not depend on, where
-            torch leaves ``grad`` at None; ``grads`` holds zeros there. A traced step has the answer of its trace, and
-            one that Dynamo compiles has True everywhere. Static: it is part of the tree's structure and no leaf.
-        weight: float64 []. How much it counts in a mean, from ``fxtrain.weighted``; None without it.
-        written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after it. ``carried``
-            puts them and the buffers into a state.
+        metrics: 0-d tensors and metrics, including ``"loss"``.
+        grads: Gradients, like the trainable parameters.
+        buffers: Buffers after the forward pass, like ``state.buffers``.
+        used: A pytree of Python bools like ``grads``: False for parameters that the loss does not depend on. ``grads``
+            holds zeros for these, where torch leaves ``grad`` at None. A traced step keeps the values of its trace, and
+            a step compiled by Dynamo has True everywhere. Static: part of the tree's structure, not a leaf.
+        weight: float64 []. The weight in a mean, from ``fxtrain.weighted``. None without it.
+        written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after the pass.
     """
 
     loss: Tensor
@@ -60,7 +59,7 @@ class Gradient:
     written: Any = dataclasses.field(default_factory=dict)
 
     def carried(self, state: TrainState) -> TrainState:
-        """The state with what the forward pass wrote: buffers, and frozen parameters such as momentum encoders.
+        """Returns the state with the buffers and frozen parameters that the forward pass wrote.
 
         Example:
             >>> import torch, fxtrain as fx
@@ -80,7 +79,7 @@ _CHILDREN = ("loss", "metrics", "grads", "buffers", "weight", "written")
 
 def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
     leaves, structure = tree.flatten(gradient.used)
-    # torch's pytree takes None for a leaf; an empty tuple has none.
+    # torch's pytree treats None as a leaf. An empty tuple has no leaves.
     children = [() if (value := getattr(gradient, name)) is None else value for name in _CHILDREN]
     return children, (tuple(leaves), structure)
 
@@ -102,29 +101,30 @@ def gradients(
     precision: str | Policy | None = None,
     differentiate: Differentiate = "auto",
 ) -> Callable[..., Gradient]:
-    """The function ``(state, batch, index=0) -> Gradient`` that differentiates a loss: the first piece of a step.
+    """Returns a function ``(state, batch, index=0) -> Gradient`` that differentiates a loss.
 
     Args:
         loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``: a 0-d floating tensor, and a dict of 0-d
-            tensors or ``fxtrain.metrics``. The model is called as usual, and torch's random functions too. In place of
-            the loss it may return the model's output, of which only ``.loss`` is taken, or ``fxtrain.weighted``; in
-            place of the pair a dict of metrics with the entry ``"loss"``.
-        wrt: The entry of a dict of modules to differentiate; by default all parameters.
+            tensors or ``fxtrain.metrics``. The model and torch's random functions are called as usual. The loss may
+            also be ``fxtrain.weighted`` or a model's output, of which only ``.loss`` is used. The pair may also be a
+            dict of metrics with the entry ``"loss"``.
+        wrt: Key of a dict of modules, to differentiate one entry only. Defaults to all trainable parameters.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
-        differentiate: ``"func"`` is ``torch.func``, which nests in ``torch.func.vmap`` and in outer derivatives.
-            ``"autograd"`` is ``torch.autograd.grad`` on detached parameters, which takes whatever a plain PyTorch
-            loop takes: activation checkpointing, ``requires_grad_()`` and ``torch.autograd.grad`` in the loss, backward
-            hooks, any ``autograd.Function``. Both give the same numbers. ``"auto"`` begins with the first, and changes
-            to the second with a warning where ``torch.func`` refuses the loss.
+        differentiate: ``"func"`` uses ``torch.func``, which nests in ``torch.func.vmap`` and in outer derivatives.
+            ``"autograd"`` uses ``torch.autograd.grad`` on detached parameters, which supports everything that a plain
+            PyTorch loop does: activation checkpointing, ``requires_grad_()`` and ``torch.autograd.grad`` in the loss,
+            backward hooks, any ``autograd.Function``. Both give the same gradients. ``"auto"`` uses ``torch.func``, and
+            switches to ``torch.autograd`` with a warning if ``torch.func`` rejects the loss.
 
     Returns:
-        A pure function. ``index`` tells apart several calls in one step: each draws its own random numbers.
+        A pure function. Calls with different ``index`` in one step take different random samples.
 
     Raises:
-        TypeError: If ``loss_fn`` does not take a model and a batch. When it runs, if it returned anything else, or
-            calls an optimizer of torch.
-        ValueError: If ``differentiate`` is none of these. When it runs, if there is nothing to train, or if
-            ``differentiate="autograd"`` runs inside a transform of ``torch.func`` or under outer derivatives.
+        TypeError: If ``loss_fn`` does not take a model and a batch. When it runs, if it returns anything else, or
+            calls a torch optimizer.
+        ValueError: If ``differentiate`` is none of these. When it runs, if there is nothing to train, if the loss does
+            not depend on a trainable parameter, or if ``differentiate="autograd"`` runs inside a transform of
+            ``torch.func`` or under outer derivatives.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -150,7 +150,8 @@ def gradients(
 
         def objective(trainable: Any, find: Find, apart: bool) -> tuple[Tensor, Any, Any]:
             params, inputs = model.merge(state.params, trainable, wrt), batch
-            if apart:  # what a loss does to a frozen parameter or to the batch itself stays inside
+            # Detached, so that requires_grad_() of a frozen parameter or the batch in the loss has no effect outside.
+            if apart:
                 frozen = tree.map(torch.detach, state.params)
                 params = model.merge(frozen, trainable, wrt)
                 inputs = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch)
@@ -203,7 +204,7 @@ def _note_written(model: Model, params: Any, written: Any) -> None:
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
-    """Zeros where the weight is 0: the mean of nothing is nan, and so is its gradient."""
+    """Returns zeros if the weight is 0, because a mean over no items and its gradient are nan."""
     metrics = {
         name: value if isinstance(value, Metric) else torch.where(counted, value, 0)
         for name, value in found.metrics.items()
@@ -213,7 +214,7 @@ def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
 
 
 def _run_again(objective: Objective, trainable: Any, look: Callable[[Tensor], None]) -> None:
-    """Computes a loss again by torch.autograd, for ``look``."""
+    """Recomputes a loss by torch.autograd, and passes it to ``look``."""
 
     def watched(trainable: Any, find: Find, apart: bool) -> tuple[Tensor, Any, Any]:
         def seen(value: Tensor) -> Any:
@@ -226,6 +227,6 @@ def _run_again(objective: Objective, trainable: Any, look: Callable[[Tensor], No
 
 
 def _is_unreached(loss: Tensor, trainable: Any) -> bool:
-    # Whether Dynamo knows what requires a gradient inside torch.func depends on its version. A parameter of a module
-    # from outside requires a gradient that torch.func does not compute; a sum in which it takes part does not.
+    # Some versions of Dynamo do not track requires_grad inside torch.func, hence the first test. A parameter of an
+    # outside module requires a gradient that torch.func does not compute, but a sum with it does not, hence "+ 0".
     return (tree.leaves(trainable)[0] + 0).requires_grad and not (loss + 0).requires_grad

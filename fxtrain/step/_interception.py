@@ -1,4 +1,4 @@
-"""Interception of the gradients in a step: they are computed outside of the graph that the rest of the step becomes."""
+"""Intercepts the gradients of a step, so that they can be computed outside the graph of the rest of the step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 Find = Callable[[Any, Any, int], Any]
-"""``(state, batch, index) -> Gradient``, as from ``gradients``."""
+"""``(state, batch, index) -> Gradient``, as returned by ``gradients``."""
 
 Handler = Callable[[Find, Any, Any, int], Any]
-"""From such a function and its arguments to what the step gets in place of its result."""
+"""Maps such a function and its arguments to the result that the step gets instead."""
 
 
 class _Here(threading.local):
@@ -25,7 +25,7 @@ _here = _Here()
 
 @contextlib.contextmanager
 def intercepted(handler: Handler) -> Generator[None]:
-    """Calls of functions from ``gradients`` go to ``handler`` inside, in this thread alone.
+    """Passes calls of functions from ``gradients`` to ``handler`` inside the context, in this thread only.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -44,6 +44,6 @@ def intercepted(handler: Handler) -> Generator[None]:
 
 
 def handled(find: Find, state: Any, batch: Any, index: int) -> Any:
-    """``find(state, batch, index)``, or what the handler of this thread returns for it."""
+    """Returns ``find(state, batch, index)``, or the result of this thread's handler for it."""
     handler = None if torch.compiler.is_dynamo_compiling() else _here.handler
     return find(state, batch, index) if handler is None else handler(find, state, batch, index)

@@ -1,4 +1,4 @@
-"""Microbatches: the parts of a batch, and the mean of their gradients."""
+"""Splits a batch into microbatches, and averages their gradients."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from fxtrain.step._returned import described
 
 
 def microbatches(batch: Any, count: int) -> list[Any]:
-    """The batch cut into ``count`` parts of equal size along the first dimension of its tensors.
+    """Splits a batch into ``count`` parts of equal size along the first dimension of its tensors.
 
-    Lists and tuples of values that are not tensors, such as texts, are cut too if they have an entry for each example.
-
-    Leaves without examples are shared by all parts: tensors of shape [], tensors whose first dimension is 1 (which
-    broadcast, as position ids do), and all other leaves.
+    Lists and tuples without tensors, such as texts, are split too if they have one entry per example. All other leaves
+    are shared by all parts: 0-d tensors, tensors whose first dimension is 1 (which broadcast, as position ids do), and
+    leaves that are not tensors.
 
     Args:
-        batch: A pytree of tensors [examples, ...], of columns with an entry for each example, and of leaves to share.
-        count: How many parts.
+        batch: A pytree of tensors [examples, ...], of columns with one entry per example, and of leaves to share.
+        count: Number of parts.
+
+    Returns:
+        The parts, in order.
 
     Raises:
-        ValueError: If two first dimensions differ, if ``count`` does not divide them, or if there is a graph.
+        ValueError: If first dimensions differ, if ``count`` does not divide them, or if the batch contains a graph.
 
     Example:
         >>> microbatches({"x": torch.arange(4), "scale": torch.tensor(2.0)}, 2)
@@ -39,7 +41,8 @@ def microbatches(batch: Any, count: int) -> list[Any]:
     """
     if count == 1:
         return [batch]
-    if not torch.compiler.is_dynamo_compiling() and holds_graph(batch):  # Dynamo cannot follow the search
+    # Dynamo cannot trace the search for graphs.
+    if not torch.compiler.is_dynamo_compiling() and holds_graph(batch):
         raise ValueError(
             f"accumulate={count}: expected a batch of tensors [examples, ...], got a graph, which cannot be cut. Take "
             "accumulate=1 and a smaller batch size in its loader."
@@ -64,17 +67,17 @@ def microbatches(batch: Any, count: int) -> list[Any]:
 
 
 def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
-    """The gradient of several microbatches: the mean of theirs, by weight where the loss function returns one.
+    """Returns the mean of the gradients of several microbatches, weighted if the loss function returns weights.
 
         sum_i w_i g_i / sum_i w_i
 
     Loss and 0-d metrics are averaged in the same way, ``fxtrain.metrics`` are merged, and buffers are the last part's.
 
     Args:
-        parts: At least one, from ``gradients``. A generator keeps no more than two in memory.
+        parts: One or more results of ``gradients``. With a generator, at most two are in memory at a time.
 
     Raises:
-        ValueError: If there is no part, or only some of them have a weight.
+        ValueError: If ``parts`` is empty, or if only some parts have a weight.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -92,7 +95,15 @@ def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
 
 
 def joined(total: Gradient, part: Gradient) -> Gradient:
-    """The weighted mean of two parts, or their sum where they have no weight: ``averaged`` makes the mean of it."""
+    """Returns the weighted mean of two parts, or their sum if they have no weights, which ``averaged`` divides.
+
+    Args:
+        total: A part, or the result for earlier parts.
+        part: The next part.
+
+    Raises:
+        ValueError: If only one of them has a weight.
+    """
     if (total.weight is None) != (part.weight is None):
         raise ValueError(
             "expected every microbatch to have a weight or none to have one, got both. Return fxtrain.weighted from "
@@ -101,7 +112,7 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
     weight = share = None
     if total.weight is not None and part.weight is not None:
         weight = total.weight + part.weight
-        # A running mean, because products of weights and gradients would overflow in float16.
+        # A running mean, because weights times gradients would overflow in float16.
         share = torch.where(weight > 0, part.weight / weight, 0)
 
     def mix(first: Tensor, second: Tensor) -> Tensor:
@@ -117,7 +128,7 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
 
 
 def averaged(total: Gradient, count: int) -> Gradient:
-    """The mean, from what ``joined`` made of ``count`` parts."""
+    """Returns the mean of ``count`` parts, from the result of ``joined``."""
     if count == 1 or total.weight is not None:
         return total
     metrics = {name: value if isinstance(value, Metric) else value / count for name, value in total.metrics.items()}
@@ -126,7 +137,7 @@ def averaged(total: Gradient, count: int) -> Gradient:
 
 
 def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """``(1 - share) * first + share * second``, computed in float32 at least."""
+    """Returns ``(1 - share) * first + share * second``, computed in float32 or wider."""
     is_inexact = first.is_floating_point() or first.is_complex()
     dtype = first.dtype if is_inexact else torch.get_default_dtype()
     wide = torch.promote_types(dtype, torch.float32)
@@ -139,7 +150,7 @@ def _has_examples(leaf: Any) -> bool:
 
 
 def _is_column(part: Any, examples: int) -> bool:
-    """Whether this is a list or a tuple of an entry for each example, without tensors."""
+    """Whether this is a list or a tuple with one entry per example and without tensors."""
     return (
         type(part) in (list, tuple)
         and len(part) == examples
@@ -152,7 +163,7 @@ def _common_size(batch: Any, count: int) -> int:
     size = next((leaf.shape[0] for leaf in leaves if _has_examples(leaf)), 1)
     for index, leaf in enumerate(leaves):
         if size % count or (_has_examples(leaf) and leaf.shape[0] != size):
-            # Dynamo cannot write paths.
+            # Dynamo cannot trace the formatting of paths.
             path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(batch, "batch")[index]
             raise ValueError(
                 f"accumulate={count}: expected tensors with one first dimension that {count} divides, the examples, "

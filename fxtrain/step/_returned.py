@@ -1,4 +1,4 @@
-"""Returned values: checks and names what users' functions return."""
+"""Checks the results of user-defined functions, and splits them into loss, metrics and weight."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ class Returned(NamedTuple):
 
 
 def loss_and_metrics(function: Any, result: Any) -> Returned:
-    """Splits a loss function's result into loss, metrics and weight.
+    """Splits the result of a loss function into loss, metrics and weight.
 
-    A result is a loss; a pair of a loss and a dict of metrics; or a dict with the entry ``"loss"``, whose other
-    entries are metrics. A loss is a 0-d floating tensor, an object with the attribute ``loss`` (as the outputs of
-    Hugging Face models), or either of them in ``fxtrain.weighted``. Nothing but the loss is taken from such an object.
+    A result is a loss, a pair of a loss and a dict of metrics, or a dict with the entry ``"loss"``, whose other
+    entries are metrics. A loss is a 0-d floating tensor, an object with the attribute ``loss`` (such as the output of a
+    Hugging Face model), or either of them in ``fxtrain.weighted``. Other attributes of such an object are ignored.
+
+    Args:
+        function: The loss function, for errors.
+        result: Its result.
 
     Raises:
-        TypeError: If the result is something else, or a metric is.
-        ValueError: If a metric has the loss's name.
+        TypeError: If the result, a metric or the weight has another type.
+        ValueError: If a metric is named ``"loss"``.
     """
     loss, metrics = result, {}
     if _is_pair(result):
@@ -62,9 +66,13 @@ def loss_and_metrics(function: Any, result: Any) -> Returned:
 
 
 def measured(function: Any, result: Any) -> tuple[dict[str, Any], Tensor | None]:
-    """Splits the result of an evaluation's function into metrics, the loss among them, and weight.
+    """Splits the result of an evaluation function into metrics, including the loss, and weight.
 
-    A result is what a loss function returns, or a dict of metrics.
+    A result is that of a loss function, or a dict of metrics without a loss.
+
+    Args:
+        function: The evaluation function, for errors.
+        result: Its result.
 
     Raises:
         TypeError: As for ``loss_and_metrics``.
@@ -81,10 +89,14 @@ def measured(function: Any, result: Any) -> tuple[dict[str, Any], Tensor | None]
 
 
 def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics as a dict.
+    """Returns the metrics as a dict.
+
+    Args:
+        function: The function that returned them, for errors.
+        metrics: Metrics by name.
 
     Raises:
-        TypeError: If a value is neither a 0-d tensor nor a metric.
+        TypeError: If a name is not a string, or a value is neither a 0-d tensor nor a metric.
     """
     for name, value in metrics.items():
         if not isinstance(name, str):
@@ -104,7 +116,7 @@ def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]
 
 
 def described(value: Any) -> str:
-    """What a value is, in an error.
+    """Returns a short description of a value for an error message.
 
     Example:
         >>> import torch
@@ -131,7 +143,7 @@ def _has_named_loss(result: Any) -> bool:
 
 
 def _taken_from_output(value: Any) -> Any:
-    """The loss of a model's output, and any other value itself."""
+    """Returns the loss of a model's output, or any other value itself."""
     return value if isinstance(value, Tensor | nn.Module) else getattr(value, "loss", value)
 
 
@@ -142,7 +154,7 @@ def _shown(result: Any, loss: Any) -> str:
 
 
 def _remedy(result: Any, loss: Any) -> str:
-    """How to turn what is not a loss into one."""
+    """Returns a sentence on how to return a valid loss."""
     if isinstance(loss, Tensor):
         if loss.ndim:
             return "Reduce the loss of each example with .mean()."
@@ -165,7 +177,7 @@ def _remedy(result: Any, loss: Any) -> str:
 
 
 def _remedy_for_several(parts: Sequence[Any]) -> str:
-    """What to return in place of a tuple or a list with a loss in it."""
+    """Returns a sentence on what to return instead of a tuple or list that contains a loss."""
     if len(parts) == 2 and isinstance(parts[0], Mapping) and _is_metric(parts[1]):
         return "Return the loss first: return loss, metrics."
     if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], Mapping):

@@ -1,4 +1,4 @@
-"""Several steps as one, for models so small that it counts how often a graph is called."""
+"""Several steps in one call, for models so small that dispatch overhead dominates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fxtrain.step._step import Step
 
 
 class Several(Step):
-    """``(state, batches) -> (state, outputs)``: the step taken with each batch in turn.
+    """A function ``(state, batches) -> (state, outputs)`` that applies a step to each batch in turn.
 
     Args:
         step: The step.
-        count: How many batches it takes.
+        count: Number of batches per call.
 
     Raises:
-        ValueError: When it runs, if there are more batches or fewer.
+        ValueError: When it runs, if there are more or fewer batches.
 
     Example:
         >>> import torch, fxtrain as fx

@@ -1,4 +1,4 @@
-"""Step: what the loop and the compiler must know of a function that moves the state forward."""
+"""The interface between step functions and the loop, with checks of hand-written ones."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from fxtrain.step._returned import described
 
 
 class Step:
-    """A pure function ``(state, batch) -> (state, output)``, with what the loop and the compiler must know of it.
+    """A pure function ``(state, batch) -> (state, output)``, with the attributes that the loop and the compiler need.
 
-    Whatever the function does, the step counts itself, moves the position by one batch, and returns its input
-    once ``state.due.stop`` is set: a stopped state is a fixed point. A hand-written function needs none of this.
+    The step increments ``state.step`` and ``state.position``, and returns its input once ``state.due.stop`` is set: a
+    stopped state is a fixed point. A hand-written function does none of this itself.
 
-    A slot of its callbacks that the state lacks, as that of a loss scale, is attached at entry: the result is that of
+    Slots of its callbacks that the state lacks, such as that of a loss scale, are attached on entry, as by
     ``step(fxtrain.attach(state, step), batch)``. From then on the state keeps its structure.
 
     Args:
-        function: The step. It may be any pure function of this signature.
-        callbacks: The callbacks that it folds; their slots enter the compiled graph.
+        function: Any pure function with this signature.
+        callbacks: The callbacks that it folds. Their slots enter the compiled graph.
         fires: The traced events at which it folds them.
-        settings: What else decides the bits of its result, as text by name. A checkpoint keeps them, and a resume
-            with others warns.
+        settings: Other settings on which the result depends bitwise, as strings by name. Checkpoints store them, and
+            resuming with others warns.
 
     Raises:
-        TypeError: If the function does not take a state and a batch. When it runs, if it is called with something else,
-            or the function returned anything else.
-        ValueError: When it runs, if the function changed the structure of the state, a shape or a dtype.
-        RuntimeError: When it runs and is not compiled, if the function wrote into its state in place.
+        TypeError: If the function does not take a state and a batch. When it runs, if its arguments or its result have
+            other types.
+        ValueError: If an event in ``fires`` is not traced. When it runs, if the function changes the structure of the
+            state, a shape or a dtype.
+        RuntimeError: When it runs uncompiled, if the function writes into its state in place, or discards the frozen
+            parameters that its forward pass wrote.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -72,7 +74,8 @@ class Step:
                 f"{', '.join(kind.__name__ for kind in TRACED)}, and nothing else."
             )
         self._name = name_of(function)
-        self.enters = frozenset(self.callbacks.traced_slots)  # the slots that go into the compiled graph
+        # Names of the slots that enter the compiled graph.
+        self.enters = frozenset(self.callbacks.traced_slots)
         functools.update_wrapper(self, function, updated=())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
@@ -84,20 +87,24 @@ class Step:
         refuse_writes(name, state, before, "state")
         refuse_lost(name, written, new.params)
         stopped = state.due.stop
-        # A step that is not taken asks for nothing.
+        # A stopped step makes no requests.
         control = on_device(output.control, stopped.device).given(~stopped)
         due = state.due
         if "stop" in control.kinds:
             unsaved = due.unsaved | control.any("unsaved") if "unsaved" in control.kinds else due.unsaved
             stop = stopped | control.any("stop")
-            # Not `_replace`: inside torch.compile of torch 2.11 an empty tuple comes of it.
+            # Not `_replace`, which returns an empty tuple inside torch.compile of torch 2.11.
             due = Due(due.begin_epoch, due.rewind, due.evaluate, due.end_epoch, due.save, stop, unsaved)
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs, output.weight)
 
     def attached(self, state: TrainState) -> TrainState:
-        """The state with all slots that this step reads and writes: one it lacks starts as its callback's init says."""
+        """Returns the state with all slots of this step. Missing ones are initialized by their callbacks.
+
+        Raises:
+            TypeError: If ``state`` is not a TrainState.
+        """
         try:
             missing = self.enters.difference(state.slots)
         except AttributeError:
@@ -110,7 +117,7 @@ class Step:
         return attach(state, [handler for name, handler in self.callbacks.slots.items() if name in missing])
 
     def enter(self, state: TrainState) -> TrainState:
-        """What of the state goes into the compiled graph: slots that only the loop uses stay outside."""
+        """Returns the part of the state that enters the compiled graph, without slots that only the loop uses."""
         if self.enters.issuperset(state.slots):
             return state
         return state.replace(slots={name: memory for name, memory in state.slots.items() if name in self.enters})
@@ -121,7 +128,12 @@ class Step:
 
 
 def on_device(control: Control | None, device: torch.device) -> Control:
-    """The requests with tensors for flags: what leaves a compiled or a vmapped step is tensors."""
+    """Returns the requests with flags as tensors on a device, because compiled and vmapped steps return only tensors.
+
+    Args:
+        control: Requests with bools or tensors. None stands for no requests.
+        device: Device of the flags that are not tensors yet.
+    """
     asked = Control() if control is None else control
     return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), asked)
 
@@ -138,14 +150,14 @@ def _checked(name: str, result: Any) -> tuple[TrainState, StepOutput]:
 
 
 def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
-    """A state keeps its structure, shapes and dtypes: anything else would be another graph at each step."""
+    """Raises if structure, shapes or dtypes of the state changed, because each change would recompile the step."""
     old_leaves, old_structure = tree.flatten(old)
     new_leaves, new_structure = tree.flatten(new)
     alike = len(old_leaves) == len(new_leaves) and all(
         was.shape == came.shape and was.dtype == came.dtype for was, came in zip(old_leaves, new_leaves, strict=True)
     )
     if torch.compiler.is_dynamo_compiling():
-        # Dynamo cannot write paths, and keys that differ are found where the states are joined.
+        # Dynamo cannot trace the formatting of paths. Keys that differ raise in tree.where.
         if not alike:
             raise ValueError(f"{name} changed a shape or a dtype of its state: call it uncompiled to see where.")
         return

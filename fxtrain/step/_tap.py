@@ -1,4 +1,4 @@
-"""Tap: what flows through the modules of a model, measured where the loss is computed."""
+"""Measures the outputs of submodules while a loss function runs."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from fxtrain.step._returned import loss_and_metrics
 from fxtrain.step._weights import weighted
 
 Statistic = Callable[[Tensor], Any]
-"""From the output of a module to a 0-d tensor, or a dict of them by name."""
+"""Maps the output of a module to a 0-d tensor, or a dict of them by name."""
 
 
 def tap(
     loss_fn: Callable[..., Any], modules: str | Sequence[str], statistic: Statistic, *, prefix: str = "activations"
 ) -> Callable[..., Any]:
-    """The loss function, which also measures a statistic of the outputs of some modules.
+    """Returns a loss function that also measures a statistic of some modules' outputs.
 
-    It is a transform of the loss: the modules are watched while it runs, and left as they were. What is measured are
-    metrics of the step, ``<prefix>/<module>`` or ``<prefix>/<module>/<name>``; nothing is differentiated through it.
+    Forward hooks observe the modules while the loss runs, and are removed afterwards. The statistics become metrics of
+    the step, ``<prefix>/<module>`` or ``<prefix>/<module>/<name>``. They are not differentiated.
 
     Args:
-        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``, or what else ``fxtrain.gradients`` takes.
-        modules: Patterns of a shell for the names of submodules: ``"blocks.*.attn"``; a dict of modules has its keys in
-            front. A module that is called several times is measured at its last call.
-        statistic: From an output, the first tensor of a tuple, to a 0-d tensor, or a dict of them.
+        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``, or any other form that ``fxtrain.gradients``
+            accepts.
+        modules: Shell-style patterns of submodule names, such as ``"blocks.*.attn"``. In a dict of modules, names begin
+            with its keys. A module that is called several times is measured at its last call.
+        statistic: Maps an output, or the first tensor of an output with several, to a 0-d tensor or a dict of them.
             ``fxtrain.callbacks.activation_stats`` is one.
-        prefix: What the names of the metrics begin with.
+        prefix: Prefix of the metric names.
+
+    Returns:
+        A function ``(model, batch) -> (loss, metrics)``.
 
     Raises:
-        ValueError: When it runs, if a pattern matches no module, or if the loss measures something of the same name.
+        ValueError: When it runs, if a pattern matches no module, or if the loss has a metric of the same name.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -83,5 +87,6 @@ def _chosen(model: Any, modules: str | Sequence[str]) -> list[tuple[str, nn.Modu
         if isinstance(root, nn.Module):
             start = as_name(path)
             named |= {".".join(filter(None, (start, name))): module for name, module in root.named_modules()}
-    names = [name for name in named if name] or list(named)  # the whole where it has no parts
+    # A root module can be measured only if it has no submodules.
+    names = [name for name in named if name] or list(named)
     return [(names[i], named[names[i]]) for i in matching(names, modules, "module")]

@@ -1,4 +1,4 @@
-"""The step of supervised training, and its second piece: applying gradients."""
+"""The step of supervised training, and the update of the parameters by an optimizer."""
 
 from __future__ import annotations
 
@@ -34,33 +34,36 @@ def train_step(
     differentiate: Differentiate = "auto",
     unused: Literal["keep", "zero"] = "keep",
 ) -> Step:
-    """The step of supervised training: gradients, averaged over microbatches, then the optimizer.
+    """Returns the step of supervised training: gradients averaged over microbatches, then the optimizer.
 
         g = sum_i w_i grad L(params, batch_i) / sum_i w_i        w_i = 1, or from fxtrain.weighted
         u, opt_state = tx.update(g, opt_state, params)
         params = params + u
 
-    It is one pure function: ``torch.compile(step, fullgraph=True)`` takes it whole, callbacks included.
+    The step is one pure function. ``torch.compile(step, fullgraph=True)`` compiles all of it, callbacks included.
 
     Args:
-        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``. The model is called as usual, and a model that
-            computes its own loss may return its output: ``lambda model, batch: model(**batch)``. All that is taken is
-            listed at ``gradients``.
-        tx: The gradient transformation, as given to ``init``.
-        accumulate: Into how many microbatches each batch is cut, along its first dimension. Each adds its
-            forward and backward pass to the graph, and so to the time of compiling it. Leaves without examples are
-            shared by all: tensors of shape [] or of first dimension 1, and leaves that are not tensors.
+        loss_fn: ``(model, batch) -> loss`` or ``-> (loss, metrics)``. The model is called as usual. If the model
+            computes its own loss, the function may return the model's output: ``lambda model, batch: model(**batch)``.
+            ``gradients`` lists all results that are accepted.
+        tx: The gradient transformation given to ``init``.
+        accumulate: Number of microbatches into which each batch is split along its first dimension. Each adds a
+            forward and a backward pass to the graph, and so to the compile time. Leaves without examples are shared:
+            0-d tensors, tensors with first dimension 1, and leaves that are not tensors.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
-        callbacks: Those that subscribe to ``Microbatch``, ``Gradients`` or ``Updated`` are folded in here.
-        differentiate: ``"auto"``, ``"func"`` or ``"autograd"``, as ``gradients`` takes it.
-        unused: What happens to trainable parameters that the loss of a step does not depend on. ``"keep"``: they and
-            their optimizer state stay as they are, as in ``torch.optim``. ``"zero"``: their gradient is zero, so weight
-            decay and momentum move them, as in optax.
+        callbacks: Callbacks to fold inside the step, which subscribe to ``Microbatch``, ``Gradients`` or ``Updated``.
+        differentiate: ``"auto"``, ``"func"`` or ``"autograd"``, see ``gradients``.
+        unused: Treatment of trainable parameters that the loss does not depend on. ``"keep"`` leaves them and their
+            optimizer state unchanged, as in ``torch.optim``. ``"zero"`` gives them a zero gradient, so that weight
+            decay and momentum still move them, as in optax.
+
+    Returns:
+        The step ``(state, batch) -> (state, output)``.
 
     Raises:
-        TypeError: If ``loss_fn`` does not take a model and a batch, or ``tx`` is no gradient transformation.
-        ValueError: If ``accumulate`` is below 1, or ``unused`` is neither of the two, or when it runs, if
-            ``accumulate`` does not divide the batch.
+        TypeError: If ``loss_fn`` does not take a model and a batch, or ``tx`` is not a gradient transformation.
+        ValueError: If ``accumulate`` is below 1, or ``unused`` is neither of the two. When it runs, if ``accumulate``
+            does not divide the batch.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -118,7 +121,7 @@ def train_step(
         carried = state.replace(params=before.params, buffers=before.buffers)
         moved, updates = apply_gradients(carried, grads, tx, used=used)
         skip = control.any("skip_update")
-        # Filled and not torch.tensor(...), which would be an input of the graph even where nobody reads it.
+        # Not torch.tensor(...), which would become an input of the graph even if it is unused.
         skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
         state = _where_not(skipped, moved, state) if "skip_update" in control.kinds else moved
         state, asked = folded(
@@ -145,16 +148,19 @@ def apply_gradients(
     wrt: str | None = None,
     used: Any = None,
 ) -> tuple[TrainState, Any]:
-    """The state with its parameters moved, and the updates that moved them: the second piece of a step.
+    """Updates the parameters and the optimizer state, the second part of a step.
 
     Unused parameters keep their values and their optimizer state, see ``fxtrain.optim.update_used``.
 
     Args:
         state: Any state with a model.
-        grads: From ``gradients``.
-        tx: As given to ``init``; with ``wrt``, for that entry.
-        wrt: The entry of a dict of modules, as given to ``gradients``.
-        used: Pytree like ``grads`` of bools: which parameters got a gradient. None for all.
+        grads: Gradients from ``gradients``.
+        tx: The transformation given to ``init``. With ``wrt``, that of the entry.
+        wrt: Key of a dict of modules, as given to ``gradients``.
+        used: Pytree of bools like ``grads``: which parameters got a gradient. None for all.
+
+    Returns:
+        The new state, and the updates that were added to the parameters.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -178,7 +184,7 @@ def apply_gradients(
 
 
 def _followed(control: Control, asked: Control) -> Control:
-    """What was asked at one event and then at the next. What a callback logs again, the later value stands for."""
+    """Merges the requests of two successive events. If a callback logs a name twice, the later value is kept."""
     again = {
         name for name, entry in asked.log.items() if name in control.log and control.log[name].owner == entry.owner
     }

@@ -1,4 +1,4 @@
-"""Losses that no trainable parameter takes part in, and the line that cuts them off."""
+"""Errors for losses that do not depend on a trainable parameter, with the line that cuts them off."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fxtrain.step._contract import place_of
 def unreached(
     function: Callable[..., Any], wrt: str | None, run: Callable[[Callable[[Tensor], None]], Any]
 ) -> ValueError:
-    """The error for a loss without a gradient. A zero gradient is a number; this is a mistake.
+    """Returns the error for a loss without a gradient. It is a mistake, unlike a gradient of zero.
 
     Args:
         function: The loss function.
-        wrt: The entry of a dict of modules that is trained, if only one is.
-        run: Computes the loss once more, with parameters that require gradients, and calls its argument with it.
+        wrt: The trained entry of a dict of modules, or None if all are trained.
+        run: Recomputes the loss from parameters that require gradients, and calls its argument with the loss.
     """
     what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
     return ValueError(
@@ -49,22 +49,23 @@ def _cause(run: Callable[[Callable[[Tensor], None]], Any]) -> str:
         with _Cuts() as cuts:
             run(lambda loss: found.append(cuts.of(loss)))
     except Exception:
-        return ""  # the error is about the loss, and not about this search
+        return ""  # A failed search must not replace the error about the loss.
     return found[0] if found else ""
 
 
 @inlined_only
 class _Cuts(TorchFunctionMode):
-    """Follows tensors that depend on a parameter and have no gradient, from the operation that cut them off."""
+    """Follows tensors that depend on a parameter but have no gradient, from the operation that cut them off."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: list[Any] = []  # so that no id is given twice
+        # Keeps the tensors alive, so that no id is reused.
+        self._kept: list[Any] = []
         self._cuts: dict[int, str] = {}
         self._to_python = ""
 
     def of(self, loss: Tensor) -> str:
-        """What cut the loss off, and what to do; empty if nothing did."""
+        """Returns the operation that cut the loss off and a fix, or an empty string."""
         return self._cuts.get(id(loss), self._to_python)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Weights: a loss with the number of items that it is the mean of, so that means over unequal batches are exact."""
+"""Losses with the number of items that they average, so that means over batches of unequal size are exact."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor
 
 
 class Weighted(NamedTuple):
-    """A loss with its weight; made by ``weighted``."""
+    """A loss with its weight. Made by ``weighted``."""
 
     loss: Any  # float [], or an output with a ``loss``
     weight: Tensor | float  # []
 
 
 def weighted(loss: Any, weight: Tensor | float) -> Weighted:
-    """The loss of a batch, with how much the batch counts: what a loss function returns in place of the loss.
+    """Returns a loss with the weight of its batch, for a loss function to return in place of the loss.
 
         sum_i w_i L_i / sum_i w_i
 
     Texts have different numbers of tokens, so the mean of the microbatches' means is not the mean over all tokens.
-    With its weight beside it, each loss counts as often as it has items: gradients, loss and 0-d metrics are averaged
-    over microbatches by weight, and so are evaluations over batches and ``fxtrain.callbacks.epoch_mean`` over steps.
+    Gradients, loss and 0-d metrics are averaged over microbatches by weight, and so are evaluations over batches and
+    ``fxtrain.callbacks.epoch_mean`` over steps.
 
-    A batch of weight 0, all padding, counts nowhere, even where its loss is nan. Where all microbatches of a step have
-    weight 0, its loss, its 0-d metrics and its gradients are 0.
+    A batch of weight 0, such as one of padding only, does not count, even if its loss is nan. If all microbatches of a
+    step have weight 0, its loss, its 0-d metrics and its gradients are 0.
 
     Args:
         loss: The mean over the items of the batch: float [], or a model's output with such a ``loss``.
-        weight: The number of items, or the sum of their weights: a real number or a 0-d tensor, 0 or more.
+        weight: The number of items, or the sum of their weights: a nonnegative real number or 0-d tensor.
 
     Raises:
-        ValueError: If the weight is a number below 0 or not finite.
+        ValueError: If ``weight`` is a negative or non-finite number. Tensors are not checked.
 
     Example:
         >>> import torch, fxtrain as fx

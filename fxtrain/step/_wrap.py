@@ -1,4 +1,4 @@
-"""Wrap: a context around each step, as a transform of the step."""
+"""Runs each call of a step inside a context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Wrapped:
-    """A step within a context; made by ``wrap_step``. All else is the step's own."""
+    """A step whose calls run inside a context. Made by ``wrap_step``. All other attributes are those of the step."""
 
     def __init__(self, step: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
         self._step, self._context = step, context
@@ -32,17 +32,16 @@ class Wrapped:
 
 
 def wrap_step(step: Any, context: Callable[[], AbstractContextManager[Any]]) -> Wrapped:
-    """``step``, each call of it within a context: a region of a profiler, a stream, a lock.
+    """Returns a step that runs each call inside a context, such as a profiler region, a stream or a lock.
 
-    The context is outside of the compiled graph, and cannot change what the step computes. An evaluation step can be
-    wrapped too.
+    The context is outside the compiled graph, and cannot change what the step computes.
 
     Args:
-        step: A step, compiled or not.
-        context: Makes the context for one call.
+        step: A training or evaluation step, compiled or not.
+        context: Makes a context for each call.
 
     Raises:
-        TypeError: If ``step`` is no step, or if ``context`` is a context and not what makes one.
+        TypeError: If ``step`` or ``context`` is not callable. A context manager is usually not callable itself.
 
     Example:
         >>> import torch, fxtrain as fx
