@@ -1,30 +1,29 @@
-"""The loop: ``steps`` is a generator, and ``fit`` drains it.
+"""The training loop: ``steps`` is a generator of events, and ``fit`` drains it.
 
-The firing order, by what leads to each event (indented: only where it applies)::
+Events fire in this order (indented: only where they apply)::
 
     session begins      FitBegin
-                            Restored                        the state came from the checkpointer
+                            Restored                        the state was read from a checkpoint
     an epoch begins     EpochBegin
     a step              StepBegin
                             Microbatch, once for each       inside the compiled step
                             Gradients
                             Updated
                         StepEnd
-    a rewind is due     Rewound                             and nothing else that was due
+    a rewind is due     Rewound                             other pending requests are dropped
     evaluation is due   EvalBegin, EvalStep for each batch, EvalEnd
     the epoch is over   EpochEnd
     a save is due                                           the state is copied, and written in the background
-    a save is committed Saved                               before the next step, or the end of the session
+    a save is committed Saved                               before the next step, or at the end of the session
     session ends            Interrupted                     by a signal or an error
-                            Saved                           the last one, unless the stop is to save nothing
+                            Saved                           the final save, unless the stop requests none
                         FitEnd
 
-Requests at FitBegin and Restored are ``stop`` and, at FitBegin, ``save``: how often these events fire depends on
-interruptions, so nothing that counts in the run is requested there. An evaluation before the first step is requested at
-EpochBegin.
+FitBegin accepts the requests ``stop`` and ``save``, and Restored accepts ``stop``. How often these events fire depends
+on interruptions, so they cannot request anything else. Request an evaluation before the first step at EpochBegin.
 
-A step compiled with ``steps_per_call=k`` is taken k times at once: k times ``StepBegin``, which observers alone see,
-then all that is inside the step, then k times ``StepEnd``, over the state after all of them.
+With ``steps_per_call=k``, k steps are one dispatch: ``StepBegin`` fires k times, for observers only, then all traced
+events fire, and then ``StepEnd`` fires k times, with the state after all k steps.
 """
 
 from fxtrain.loop._evaluate import evaluate as evaluate

@@ -1,4 +1,4 @@
-"""The arguments of a run, checked before anything is read or written."""
+"""Argument checks of ``fit`` and ``evaluate``, made before anything is read or written."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fxtrain.step._contract import place_of, refuse_unless_step, takes_model
 
 
 def refuse_unless_state(state: Any, order: str) -> None:
-    """Raises if something is no state, or one without values.
+    """Raises unless ``state`` is a TrainState with values.
 
     Args:
-        state: What a user passed as the state.
-        order: The call with its arguments in their order, for errors.
+        state: The argument passed as the state.
+        order: The call with its arguments in order, for errors.
 
     Raises:
-        TypeError: Naming it and how to make a state of it.
-        ValueError: If the state is on the meta device, or torch.autocast surrounds the call: the numbers of a step
-            are a function of its arguments.
+        TypeError: If it is not a TrainState. The message says how to make one from it.
+        ValueError: If the state is on the meta device, or the call is inside torch.autocast, where a step would not be
+            a function of its arguments.
     """
     if not isinstance(state, TrainState):
         raise TypeError(
@@ -47,11 +47,7 @@ def refuse_unless_state(state: Any, order: str) -> None:
 
 
 def refuse_unless_trains(step: Any) -> None:
-    """Raises if something is no training step.
-
-    Raises:
-        TypeError: Naming it and how to make a step of it.
-    """
+    """Raises TypeError unless ``step`` is a training step. The message says how to make one."""
     if isinstance(step, TrainState) or not callable(step):
         optimizer = isinstance(step, torch.optim.Optimizer)
         remedy = "Make a step: fxtrain.train_step(loss_fn, tx)." if optimizer else _ORDER
@@ -68,11 +64,7 @@ def refuse_unless_trains(step: Any) -> None:
 
 
 def refuse_unless_evaluates(eval_step: Any) -> None:
-    """Raises if something is no evaluation step.
-
-    Raises:
-        TypeError: Naming it and how to make one of it.
-    """
+    """Raises TypeError unless ``eval_step`` is an evaluation step. The message says how to make one."""
     if not callable(eval_step) or isinstance(eval_step, type | nn.Module | TrainState):
         what = _of_type(eval_step)
     elif isinstance(getattr(eval_step, "step", eval_step), Step):
@@ -85,11 +77,7 @@ def refuse_unless_evaluates(eval_step: Any) -> None:
 
 
 def refuse_unless_checkpointer(checkpointer: Any) -> None:
-    """Raises if something is a folder or a function in the place of a checkpointer.
-
-    Raises:
-        TypeError: Naming it and how to make a checkpointer.
-    """
+    """Raises TypeError if ``checkpointer`` is a path, a function or a class. The message says how to make one."""
     if isinstance(checkpointer, str | os.PathLike):
         raise TypeError(
             f"expected a checkpointer, got the path {os.fspath(checkpointer)!r}. Make one: "
@@ -105,7 +93,7 @@ _ORDER = "Give the arguments in this order: fit(state, step, data)."
 
 
 def _state_of(value: Any) -> str:
-    """How to come from a value to a state."""
+    """Returns advice on how to make a state from a value."""
     if isinstance(value, nn.Module):
         return "Make one of the module: fxtrain.init(module, tx)."
     if isinstance(getattr(value, "last", None), TrainState):

@@ -1,4 +1,4 @@
-"""The state that a run is at, with its counters and pending requests as Python values."""
+"""The current state of a run, with its counters and pending requests as Python values."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from fxtrain.loop._transfer import copied_to_host
 
 
 class Difference(NamedTuple):
-    """An older state, as a newer one and what it had instead: it holds nothing else of the older one's."""
+    """An older state, stored as a newer one plus the old values that differ, and without other references to it."""
 
     newer: TrainState
-    fields: dict[str, Any]  # those that have changed, but for the slots, as they were
-    slots: dict[str, Any]  # likewise
-    names: tuple[str, ...]  # of all slots that there were
+    fields: dict[str, Any]  # old values of changed fields, except slots
+    slots: dict[str, Any]  # old values of changed slots
+    names: tuple[str, ...]  # names of all old slots
 
     @classmethod
     def between(cls, old: TrainState, new: TrainState) -> Difference:
-        """``old``, by what is another in ``new``."""
+        """Returns ``old`` as a difference from ``new``."""
         changed = {name: was for name in FIELDS if (was := getattr(old, name)) is not getattr(new, name)}
         changed.pop("slots", None)
         slots = {name: was for name, was in old.slots.items() if new.slots.get(name) is not was}
         return cls(new, changed, slots, tuple(old.slots))
 
     def older(self) -> TrainState:
-        """The older state, whole."""
+        """Returns the complete older state."""
         slots = {**self.newer.slots, **self.slots}
         return self.newer.replace(**self.fields, slots={name: slots[name] for name in self.names})
 
 
 class Branch(NamedTuple):
-    """Where a run was."""
+    """A point of the run to roll back to."""
 
     state: TrainState | Difference
     due: dict[str, Any]
@@ -50,13 +50,13 @@ class Branch(NamedTuple):
 
     @property
     def is_taken(self) -> bool:
-        """Whether a step has taken the memory of what is needed to come back."""
+        """Whether the state was donated to a step, so that rolling back is impossible."""
         state = self.state.newer if isinstance(self.state, Difference) else self.state
         return type(state) is Donated
 
 
 def _on_its_way(control: Control) -> Callable[[], Control]:
-    """The request to stop, with flags on the host once it is called; what it then waits for is these flags alone."""
+    """Starts copying the flags of a stop request to the host. The returned function waits for these copies only."""
     control = control.with_log({})
     flags = [flag for flag in tree.leaves(control) if isinstance(flag, Tensor) and flag.is_cuda]
     if not flags:
@@ -71,25 +71,24 @@ def _on_its_way(control: Control) -> Callable[[], Control]:
 
 
 class Current:
-    """Keeps both sides alike: tensors in the state, which a save or the next step sees, and Python values, which the
-    loop reads at no cost.
+    """The current state. Counters and requests are mirrored as Python values, so the loop reads them without a sync.
 
     Args:
-        state: Where the run begins.
-        late: Whether the device's requests to stop are read one step late, so that the loop never waits for it.
+        state: The initial state.
+        late: Whether stop flags on the device are read one step late, which avoids host-device synchronization.
         why: Reasons of a stop that was pending when the state was saved.
     """
 
     def __init__(self, state: TrainState, *, late: bool, why: tuple[str, ...] = ()) -> None:
         self.late = late
-        # None of these is changed in place, so that a branch, of which there is one at each step, can hold them.
+        # None of these is mutated in place, because a branch, made at each step, references them.
         self.due: dict[str, Any] = {}
-        self.unread: tuple[Callable[[], Control], ...] = ()  # requests to stop, their flags on their way here
-        self.why = why  # the reasons to stop
+        self.unread: tuple[Callable[[], Control], ...] = ()  # stop requests whose flags are being copied to the host
+        self.why = why  # reasons to stop
         self.take(state)
 
     def take(self, state: TrainState) -> None:
-        """Makes ``state`` the current one, and reads its counters: the only time that the loop waits for them."""
+        """Makes ``state`` the current one, and reads its counters, which synchronizes with the device."""
         self.state = state
         self.step, self.position = int(state.step), int(state.position)
         self.epoch = Epoch.of(state) or Epoch(done=0, start=0, length=0)
@@ -98,25 +97,28 @@ class Current:
         self.due = {name: value.item() for name, value in state.due._asdict().items()}
 
     def branch(self) -> Branch:
-        """What ``abandon`` returns to."""
+        """Returns the current point, for ``abandon``."""
         where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots)
-        return tuple.__new__(Branch, where)  # past the function that a NamedTuple has for it, as this is in each step
+        # Bypasses the NamedTuple constructor, which is slower, because this runs at each step.
+        return tuple.__new__(Branch, where)
 
     def abandon(self, branch: Branch) -> None:
-        """Forgets all that happened since."""
+        """Rolls back to ``branch``."""
         state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = branch
         self.state = state.older() if isinstance(state, Difference) else state
 
     def thin(self, branch: Branch) -> Branch:
-        """The branch, holding no more than what has changed since: a step that is given the state takes its memory only
-        where nobody else has it."""
+        """Returns the branch as a difference from the current state.
+
+        Apart from old values, it then references only the current state object, so a step can donate the state.
+        """
         if branch.state is self.state:
             return branch
         assert not isinstance(branch.state, Difference)
         return branch._replace(state=Difference.between(branch.state, self.state))
 
     def set(self, **changes: Any) -> None:
-        """Changes what is due, on both sides."""
+        """Changes pending requests, in the state and in the mirror."""
         changed = {name: value for name, value in changes.items() if self.due[name] != value}
         if changed:
             self.due = {**self.due, **changed}
@@ -125,38 +127,38 @@ class Current:
             self.state = self.state.replace(due=self.state.due._replace(**tensors))
 
     def move_to(self, position: int) -> None:
-        """Moves the data position without a step."""
+        """Sets the data position without taking a step."""
         self.position = position
         self.state = self.state.replace(position=torch.full_like(self.state.position, position))
 
     def count(self, epoch: Epoch) -> None:
-        """Sets the epoch that the run is in."""
+        """Sets the current epoch."""
         if epoch != Epoch.of(self.state):
             self.epoch, self.state = epoch, epoch.into(self.state)
 
     def list_snapshots(self, steps: Sequence[int], count: int) -> None:
-        """Sets the steps of the retained states: int64 [count] in the state, -1 where there is none."""
+        """Sets the steps of the retained snapshots: int64 [count] in the state, padded with -1."""
         self.snapshots = tuple(steps[-count:])
         listed = [*self.snapshots, *[-1] * (count - len(self.snapshots))]
         if SNAPSHOTS not in self.state.slots or self.state.slots[SNAPSHOTS].tolist() != listed:
             self.state = self.state.with_slot(SNAPSHOTS, torch.tensor(listed, device=self.state.step.device))
 
     def forget_stop(self) -> None:
-        """Clears a stop that has been carried out, so that the state can be trained further."""
+        """Clears a handled stop, so that the state can be trained further."""
         self.set(stop=False, unsaved=False)
 
     def stop(self, reason: str) -> None:
-        """The loop's own request to stop."""
+        """Requests a stop on behalf of the loop."""
         self.why = (*self.why, reason)
         self.set(stop=True)
 
     def ask(self, control: Control) -> None:
-        """Joins what was asked into what is due."""
+        """Merges requests into the pending ones."""
         if not control.kinds:
             return
         late = {"stop", "unsaved"}.intersection(control.kinds) if self.late and _on_device(control) else ()
         if late:
-            # Set where the flags are, so that the next step is a fixed point; read when they have arrived.
+            # Set on the device, so that the next step is a fixed point. The flags are read once they are copied.
             due = self.state.due
             stop, unsaved = due.stop | control.any("stop"), due.unsaved | control.any("unsaved")
             self.state = self.state.replace(due=due._replace(stop=stop, unsaved=unsaved))
@@ -164,7 +166,8 @@ class Current:
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
                 continue
-            if kind == "end_epoch" and self.due["begin_epoch"]:  # between two epochs, as in an evaluation there
+            # Between two epochs, as during an evaluation there, there is no epoch to end.
+            if kind == "end_epoch" and self.due["begin_epoch"]:
                 continue
             if kind == "rewind":
                 self.set(rewind=max(self.due["rewind"], *(int(steps) for steps in control.rewind.values())))
@@ -174,9 +177,10 @@ class Current:
                     self.why = (*self.why, *control.reasons("stop"))
 
     def read_flags(self, count: int | None = None) -> bool:
-        """Reads the oldest ``count`` stop requests whose flags were left on the device, by default all of them.
+        """Reads the oldest ``count`` stop requests with flags on the device, all by default.
 
-        Returns whether the run is to stop.
+        Returns:
+            Whether a stop is pending.
         """
         count = len(self.unread) if count is None else count
         read, self.unread = self.unread[:count], self.unread[count:]
@@ -190,11 +194,11 @@ class Current:
 
     @property
     def anything_due(self) -> bool:
-        """Whether the next step has to wait for something."""
+        """Whether a request must be handled before the next step."""
         due = self.due
         return bool(due["rewind"] or due["evaluate"] or due["end_epoch"] or due["save"] or due["stop"])
 
 
 def _on_device(control: Control) -> bool:
-    """Whether a stop depends on a tensor, which the loop may have to wait for."""
+    """Whether a stop depends on a tensor, whose read may synchronize with a device."""
     return any(isinstance(flag, Tensor) for flag in control.stop.values())

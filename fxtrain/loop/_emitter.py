@@ -1,4 +1,4 @@
-"""The events of a run: each is folded over the state and shown to the observers."""
+"""Emits the events of a run: folds each over the state and passes it to the observers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxtrain.loop._plan import Plan
 from fxtrain.loop._publish import Publisher
 
 Moment = tuple[TrainState, Event, Control]
-"""What the loop yields: the state after an event's fold, the event, and the requests made at it."""
+"""Item yielded by the loop: the state after an event's fold, the event, and the requests made at it."""
 
 Moments = Generator[Moment, None, Any]
 
@@ -24,9 +24,9 @@ class Emitter:
 
     Args:
         plan: The options of the run.
-        now: The state that it is at.
+        now: The current state.
         publish: The observers.
-        feeding: The data, for how long the loop waited.
+        feeding: The data, which measures the wait for batches.
     """
 
     def __init__(self, plan: Plan, now: Current, publish: Publisher, feeding: Feeding) -> None:
@@ -35,11 +35,11 @@ class Emitter:
         self._times: dict[type[Any], float] = {}
 
     def is_seen(self, kind: type[Any]) -> bool:
-        """Whether a callback, an observer or the caller sees events of this type."""
+        """Whether a callback, an observer or the caller subscribes to events of this type."""
         return self._plan.every_event or kind in self._plan.callbacks.table or self._publish.is_seen(kind)
 
     def emit(self, kind: type[Any], **fields: Any) -> Moments:
-        """Folds and yields an event, unless nothing sees it. Returns the requests made at it."""
+        """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
         if not self.is_seen(kind):
             return _NOTHING
         moments, asked = self.fold(kind, fields)
@@ -49,15 +49,15 @@ class Emitter:
     def fold(
         self, kind: type[Any], fields: dict[str, Any], also: Control | None = None
     ) -> tuple[Sequence[Moment], Control]:
-        """Folds an event, joins its requests into what is due, and publishes it.
+        """Folds an event, merges its requests into the pending ones, and publishes it.
 
         Args:
-            kind: Its type.
+            kind: Type of the event.
             fields: Fields specific to this event type, plus overrides of the loop's own counters.
-            also: Requests made before it, inside the step.
+            also: Requests made before the event, inside the step.
 
         Returns:
-            What to yield of it, and the requests.
+            The items to yield, and the requests.
         """
         now, plan = self._now, self._plan
         time = plan.clock() - self._start

@@ -1,4 +1,4 @@
-"""Where in its epochs a session begins, given the state and the data."""
+"""The epoch in which a session begins, given the state and the data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from fxtrain.core import Epoch, TrainState
 def begin_epochs(state: TrainState, data: Any) -> TrainState:
     """Returns the state with its epoch continued on this data.
 
-    An epoch may have another number of batches than those before it, as with another batch size, but not change
-    its length once it has begun.
+    Epochs may differ in length, for example after a change of the batch size, but a started epoch keeps its length.
 
     Args:
-        state: At the start of a session.
-        data: From ``fxtrain.data.adapt``. Data that does not know its length is told what an earlier session found.
+        state: State at the start of a session.
+        data: From ``fxtrain.data.adapt``. Data of unknown length receives the epoch length found by an earlier session.
 
     Raises:
         ValueError: If the state is inside an epoch that has another length in this data.
@@ -28,7 +27,7 @@ def begin_epochs(state: TrainState, data: Any) -> TrainState:
 
 
 def announce(data: Any, epoch: Epoch) -> None:
-    """Announces an epoch to data whose epochs may differ in length."""
+    """Announces the start of an epoch to data whose epochs may differ in length."""
     begin = getattr(data, "begin_epoch", None)
     if begin is not None:
         begin(epoch.done, epoch.length or data.epoch_length or 0)
@@ -37,7 +36,8 @@ def announce(data: Any, epoch: Epoch) -> None:
 def _continued(epoch: Epoch | None, position: int, data: Any) -> Epoch:
     length = data.epoch_length or 0
     consumed = 0 if epoch is None else position - epoch.start
-    if epoch is None or consumed < 0 or consumed > epoch.length > 0:  # no loop has counted up to this position
+    # The position was not set by the loop, so derive the epoch from it.
+    if epoch is None or consumed < 0 or consumed > epoch.length > 0:
         done = position // length if length else 0
         return Epoch(done, start=done * length, length=length)
     if epoch.length and not length:

@@ -1,4 +1,4 @@
-"""Evaluate: a measurement of one state over a whole data set, which changes nothing."""
+"""Evaluation of a state over one epoch of data."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class Measured(NamedTuple):
     index: int
     batch: Any
     output: StepOutput
-    total: dict[str, Any]  # the metrics so far, mergeable
+    total: dict[str, Any]  # mergeable metrics of all batches so far
 
 
 def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) -> dict[str, float]:
-    """The metrics of ``state`` over one epoch of ``data``.
+    """Returns the metrics of ``state`` over one epoch of ``data``.
 
     Args:
-        state: Any state. It is left as it is.
+        state: Any state. It is not modified.
         eval_step: From ``fxtrain.eval_step``, compiled or not.
-        data: As ``fit`` takes it.
+        data: A source of batches, as for ``fit``.
 
     Returns:
-        Averages by name. ``fxtrain.metrics`` merge with weights of their own. A tensor is weighted by what
-        ``fxtrain.weighted`` gave the loss; else by the batch's 1-d ``mask``, its sum, if the batch is a mapping, named
-        tuple or dataclass that has one; else by the first dimension of the batch's tensors.
+        Averages by name. Values of ``fxtrain.metrics`` merge with their own weights. The weight of a batch for 0-d
+        tensors is the first of these that exists: the weight that ``fxtrain.weighted`` gives the loss, the sum of the
+        batch's 1-d ``mask`` (an entry, or an attribute of a named tuple or dataclass), and the batch size.
 
     Raises:
-        TypeError: If ``state`` is no state, or ``eval_step`` no evaluation step.
-        ValueError: If the data is empty or endless, or if a batch that has no mask has tensors of different first
-            dimensions. Tensors of shape [] are left out.
+        TypeError: If ``state`` is not a TrainState, or ``eval_step`` is not an evaluation step.
+        ValueError: If the data is empty or endless, or if a batch without a mask has tensors of different first
+            dimensions. Tensors of shape [] are ignored.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -67,7 +67,7 @@ def declare_shapes(step: Any, data: Any) -> None:
 
 
 def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) -> Iterator[Measured]:
-    """The batches of one evaluation, one at a time."""
+    """Evaluates one epoch of data and yields each batch with its metrics."""
     total: dict[str, Any] = {}
     index = 0
     announce(data, Epoch(0, 0, 0))
@@ -76,10 +76,10 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
             batch = to_device(data[index], state.step.device)
         except Exhausted:
             break
-        # The position tells the evaluation step which batch it is at, and so which random numbers are its own.
+        # The evaluation step derives its random samples from the position, so set it to the index of the batch.
         at = state.replace(position=torch.tensor(index, device=state.step.device))
         output = eval_step(at, batch)
-        # What merges by weights of its own needs no batch size.
+        # Metrics that merge with their own weights need no batch size.
         averaged = not all(isinstance(value, metrics.Metric) for value in output.metrics.values())
         weight = output.weight
         if weight is None:
@@ -93,18 +93,19 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch, on this device."""
+    """Returns the batch on this device."""
     if device.type == "cpu":
         return batch
     return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
 def _weight(batch: Any, index: int) -> Tensor | int:
-    """How much a batch counts in averages: its mask's sum, the first dimension that all of its tensors share, or the
-    number of its graphs or of the elements of its lists.
+    """Returns the weight of a batch in averages.
+
+    This is the sum of its mask, the number of its graphs or list elements, or the first dimension of all its tensors.
 
     Raises:
-        ValueError: If the tensors do not agree. The message names two of them.
+        ValueError: If the tensors differ in their first dimension. The message names two of them.
     """
     mask = _mask(batch)
     sizes = {leaf.shape[0] for leaf in _tensors(batch) if leaf is not mask and leaf.ndim}
@@ -124,7 +125,7 @@ def _weight(batch: Any, index: int) -> Tensor | int:
 
 
 def _mask(batch: Any) -> Tensor | None:
-    """Which examples count, or how much each does: a batch's own 1-d mask, if it has one."""
+    """Returns the 1-d mask of a batch, which selects or weights its examples; None if there is none."""
     if isinstance(batch, Tensor | list):
         return None
     mask = cast(Mapping[Any, Any], batch).get("mask") if isinstance(batch, Mapping) else getattr(batch, "mask", None)

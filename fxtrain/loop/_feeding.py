@@ -1,4 +1,4 @@
-"""The batches of a run: fetched by position, until the data ends."""
+"""Fetches the batches of a run by position, and detects the end of the data."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from fxtrain.loop._repeats import LastBatch, warn_unless_repeated
 
 
 class Feeding:
-    """Reads batches ahead of the steps that take them.
+    """Reads the batches of the next steps.
 
     Args:
         data: From ``fxtrain.data.adapt``.
-        device: Where the run's state lives.
-        clock: Seconds.
-        wanted: Length of the run, in words.
+        device: Device of the run's state.
+        clock: Returns the time in seconds.
+        wanted: Length of the run in words, for errors.
     """
 
     def __init__(self, data: Any, device: torch.device, clock: Callable[[], float], wanted: str) -> None:
         self.data = data
-        self.expected: LastBatch | None = None  # what was read before the checkpoint that the run is resumed from
+        self.expected: LastBatch | None = None  # last batch read before the checkpoint of a resumed run
         self.last: tuple[int, Any] | None = None  # index and batch read last
-        self.wait = 0.0  # seconds that the loop waited for the last batch, or batches
-        self._end: int | None = None  # position at which data of unknown length was found to end
-        self._is_over = False  # whether the last call returned batches and found that the epoch ends after them
-        self._device, self._on_host = device, device.type == "cpu"  # read once: it takes longer than all else here
+        self.wait = 0.0  # seconds that the loop waited for the last batches
+        self._end: int | None = None  # end of data of unknown length, once found
+        self._is_over = False  # whether the epoch ends after the batches of the last call
+        # Cached, because reading a device's type is slower than the rest of a fetch.
+        self._device, self._on_host = device, device.type == "cpu"
         self._clock, self._wanted = clock, wanted
 
     def next(self, position: int, epoch: Epoch, count: int) -> list[Any]:
-        """Fetches up to ``count`` batches of one epoch, from a position on. None are left where the epoch ends.
+        """Fetches up to ``count`` batches of one epoch, starting at ``position``. Returns none at the end of the epoch.
 
         Raises:
             ValueError: If the data is exhausted before the run is over.
@@ -64,14 +65,14 @@ class Feeding:
         except Exhausted:
             if position != epoch.start or not epoch.length:
                 raise
-            # The length is known from an earlier session, and this session's data has only now found its end.
+            # The length is known from an earlier session, and this session's data has only now reached its end.
             batch = self.data[index]
         self.last = index, batch
         return batch
 
     def _compare(self, position: int, epoch: Epoch) -> None:
         expected, self.expected = self.expected, None
-        # At the beginning of an epoch a stream would have to read the whole epoch before it.
+        # At the start of an epoch, the comparison would make a stream read the whole previous epoch.
         is_near = self.data.can_jump or position > epoch.start
         if expected is not None and expected.index == epoch.data_index(position) - 1 and is_near:
             warn_unless_repeated(self.data, expected)

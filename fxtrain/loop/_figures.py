@@ -1,4 +1,4 @@
-"""Figures of a run that no callback measures: graphs compiled, and how much of an epoch is padding."""
+"""Callbacks that the loop adds to each run: compilation statistics, and the padding of each epoch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fxtrain.fold import Handler, on
 
 
 def figures(step: Any, data: Any) -> list[Handler]:
-    """The callbacks that publish what is known of a step and of its data. Nothing is measured on a device.
+    """Returns callbacks that publish statistics of a step and its data. Nothing is measured on a device.
 
-    - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the graphs of a compiled step, and how long this process
-      spent on making them. More graphs than kinds of batches are recompilations.
-    - ``compile/pending`` and ``compile/uncompiled_steps`` there too, with ``background=True``: the graphs that are not
-      compiled yet, and how many steps ran uncompiled meanwhile.
-    - ``data/padding`` at each ``EpochEnd``: the share of padding in the batches of that epoch, between 0 and 1, where
-      the data source counts it, as those of ``fxtrain.data.padded``, ``bucketed`` and ``packed`` do.
+    - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the number of graphs of a compiled step, and the time
+      this process spent compiling them. More graphs than batch shapes mean recompilations.
+    - ``compile/pending`` and ``compile/uncompiled_steps`` at ``FitEnd``, with ``background=True``: the number of graphs
+      not compiled yet, and the number of steps that ran uncompiled.
+    - ``data/padding`` at ``EpochEnd``: the fraction of padding in the batches of the epoch, if the data source counts
+      it, as those of ``fxtrain.data.padded``, ``bucketed`` and ``packed`` do.
 
     Args:
         step: Compiled or not.
@@ -43,7 +43,7 @@ def figures(step: Any, data: Any) -> list[Handler]:
 
 
 def _counting_padding(data: Any) -> Any:
-    """The source that counts its padding, below those that read ahead or change its batches; None if there is none."""
+    """Returns the source that counts padding, which may be wrapped by other sources; None if there is none."""
     while data is not None and not hasattr(data, "padding"):
         data = getattr(data, "source", None)
     return data

@@ -1,4 +1,4 @@
-"""Fit: a whole run, as a function of what it begins with."""
+"""``fit`` runs training to its end, and ``steps`` yields its events one by one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fxtrain.loop._run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What ``fit`` returns.
+    """The result of ``fit``.
 
     Args:
-        state: The harvest: the last state, with what callbacks did to it at ``FitEnd`` (the best weights put
-            back, say). It was never saved.
-        last: The state that continues the run.
-        reason: Why the run ended, in words.
-        history: Every number that was published.
-        exit_code: What a program should exit with: 0, or 128 and the number of the signal that interrupted the run
-            (130 for SIGINT, 143 for SIGTERM).
+        state: The state to use: the last state as changed by callbacks at ``FitEnd``, for example with the best weights
+            restored. It is not saved.
+        last: The state to continue training from.
+        reason: Why the run ended.
+        history: All published scalars.
+        exit_code: Exit code for the program: 0, or 128 plus the number of the signal that interrupted the run (130 for
+            SIGINT, 143 for SIGTERM).
     """
 
     state: TrainState
@@ -63,56 +63,57 @@ def fit(
     lag: int | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Trains until a limit is reached, a callback asks to stop, or a signal interrupts.
+    """Trains until a limit is reached, a callback requests a stop, or a signal interrupts the run.
 
-    ``state`` itself is left as it was: the run works on a copy.
+    The run works on a copy, so ``state`` itself is not modified.
 
-    SIGINT, SIGTERM and SIGUSR1 end the run where the state is whole, with a last checkpoint: after the step under way
-    at the latest. A compilation, an evaluation or a wait for data is left immediately, and is repeated when the run is
-    resumed. A second SIGINT ends the process, even while a checkpoint is written. ``result.exit_code`` is what the
-    process should then exit with. If it does not exit, the next ``fit`` after SIGTERM or SIGUSR1 raises SystemExit
-    with that code. Two cases differ: after SIGINT the next ``fit`` trains, as in a notebook; and a SIGTERM handler
-    that the program has installed is called in place of SystemExit, when the interrupted run is saved.
+    SIGINT, SIGTERM and SIGUSR1 end the run with a final checkpoint, at the latest after the current step. A
+    compilation, an evaluation or a wait for data is aborted, and repeated when the run is resumed. A second SIGINT ends
+    the process, even during a save. The process should then exit with ``result.exit_code``. If it calls ``fit`` again
+    after SIGTERM or SIGUSR1 instead, ``fit`` raises SystemExit with that code. There are two exceptions: after SIGINT
+    the next ``fit`` trains, as notebooks need, and a SIGTERM handler installed by the program is called instead, once
+    the interrupted run is saved.
 
-    Beside what the step and callbacks measure, a run publishes ``compile/graphs`` and ``compile/seconds`` at its end if
-    the step is compiled, with ``compile/pending`` and ``compile/uncompiled_steps`` if that happens in the background.
-    It publishes ``data/padding`` at the end of each epoch if the data source counts its padding: the share of positions
-    in the batches of that epoch that hold no part of an example.
+    Besides the metrics of the step and the callbacks, a run publishes ``compile/graphs`` and ``compile/seconds`` at its
+    end if the step is compiled, with ``compile/pending`` and ``compile/uncompiled_steps`` if it is compiled in the
+    background. At the end of each epoch it publishes ``data/padding``, the fraction of padding in the batches, if the
+    data source counts it.
 
     Args:
-        state: From ``init``, or the ``last`` of another result.
-        step: From ``train_step``, compiled or not; or any pure function ``(state, batch) -> (state, output)``.
+        state: From ``init``, or the ``last`` state of another result.
+        step: From ``train_step``, compiled or not, or any pure function ``(state, batch) -> (state, output)``.
         data: A source of batches: from ``fxtrain.data``, a ``DataLoader``, a list, or any iterable.
-        callbacks: Folded over after each event, in their order.
+        callbacks: Folded over the state at each event, in order.
         eval_step: From ``fxtrain.eval_step``.
-        eval_data: As ``data``; an evaluation takes one epoch of it.
-        eval_when: A trigger, asked at each ``StepEnd``. By default each epoch ends with an evaluation, and so does
-            the run.
-        eval_view: From the state to the one that is evaluated in its place, ``fxtrain.callbacks.averaged`` say. What
-            trains, and what is saved, stays what it is.
-        epochs: How many epochs the run is to have in all, those before a resume included. Each may have another number
-            of batches, as with another batch size, but none changes its length once it has begun.
-        steps: How many steps the run is to have in all. With both, what comes first ends it.
-        observers: What sees each event after the fold.
-        checkpointer: From ``fxtrain.checkpointer``. Without one nothing is saved.
-        resume: Whether to continue from the checkpointer's latest state, if there is one. Callbacks that were not part
-            of the run start from that state. Without it, a folder with checkpoints of another run is an error.
-        keep_every: Retain a snapshot of the state in memory every so many steps, to rewind to. Each checkpoint is saved
-            with the snapshots retained then, so a resumed run rewinds to where the uninterrupted one would have.
-        keep: How many of them, the newest.
-        keep_on_host: Whether to retain them in host memory, which an accelerator waits for, and not on the device.
-        rewind_limit: Going back to one step more often than this stops the run.
-        lag: After how many steps the device's requests to stop are read: 0 or 1. By default 0 on a CPU and 1 on an
-            accelerator, where reading at once would stall it. A stopped state is a fixed point of the step, so the
-            result is the same.
-        clock: Seconds; every time that callbacks see comes from it.
+        eval_data: A source of batches, as ``data``. Each evaluation takes one epoch of it.
+        eval_when: A trigger, evaluated at each ``StepEnd``. By default each epoch and the run end with an evaluation.
+        eval_view: Maps the state to the state to evaluate, such as ``fxtrain.callbacks.averaged``. It affects neither
+            training nor saves.
+        epochs: Total number of epochs, those before a resume included. Epochs may differ in length, for example after a
+            change of the batch size, but a started epoch keeps its length.
+        steps: Total number of steps, those before a resume included. If both limits are given, the first one reached
+            ends the run.
+        observers: Functions ``(state, event, control)``, called after the fold of each event.
+        checkpointer: From ``fxtrain.checkpointer``. Without one, nothing is saved.
+        resume: Whether to continue from the latest checkpoint, if there is one. Callbacks that were not part of the run
+            are initialized from that state. Without ``resume``, a folder with checkpoints of another run is an error.
+        keep_every: Retain a snapshot of the state at steps that are multiples of this, to rewind to. Checkpoints
+            include the retained snapshots, so a resumed run rewinds to the same step as an uninterrupted one.
+        keep: Number of snapshots to retain, the newest ones.
+        keep_on_host: Whether to retain snapshots in host memory instead of on the device. Each copy synchronizes with
+            the device.
+        rewind_limit: Stop the run if it rewinds to the same step more often than this.
+        lag: After how many steps stop flags on the device are read: 0 or 1. The default is 0 on a CPU and 1 on an
+            accelerator, where an immediate read would stall the device. Both give the same result, because a stopped
+            state is a fixed point of the step.
+        clock: Returns the time in seconds. All times in events are taken from it.
 
     Raises:
-        TypeError: If an argument is not what its name says: the message says how to make it.
-        ValueError: If no limit is given, evaluation is half given, a callback subscribes to what never fires, or the
-            state is inside an epoch of another length than the data's.
+        TypeError: If an argument has the wrong type. The message says how to make it.
+        ValueError: If there is no limit, only one of ``eval_step`` and ``eval_data``, a callback on an event that never
+            fires, or a state inside an epoch that has another length in this data.
         CheckpointError: If the folder has checkpoints of another run, or cannot be written to.
-        SystemExit: If SIGTERM or SIGUSR1 has ended an earlier run in this process.
+        SystemExit: If SIGTERM or SIGUSR1 ended an earlier run in this process.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -149,13 +150,19 @@ def fit(
 
 
 def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[Moment]:
-    """The run of ``fit``, driven by hand: a generator of ``(state, event, control)``, one for each event.
+    """Runs the loop of ``fit`` as a generator of ``(state, event, control)``, one for each event.
 
-    Leaving it early ends the run without a last save. A yielded state is borrowed: ``state.copy()`` keeps one.
+    Leaving the generator early ends the run without a final save. A yielded state is borrowed, because the next step
+    may donate it. Keep one with ``state.copy()``.
 
     Args:
-        state: As for ``fit``, and so are ``step`` and ``data``.
-        options: The keyword arguments of ``fit``.
+        state: As for ``fit``.
+        step: As for ``fit``.
+        data: As for ``fit``.
+        options: Keyword arguments of ``fit``.
+
+    Yields:
+        The state after the fold of the event, the event, and the requests made at it.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -249,6 +256,6 @@ def _evaluation_by(trigger: Callable[[Any], Any]) -> Handler:
 
 
 def _at_the_last_step(event: StepEnd) -> bool:
-    """The last step of an epoch, or of the run."""
+    """Whether this is the last step of an epoch or of the run."""
     ends_epoch = event.epoch_length is not None and event.position == event.epoch_start + event.epoch_length
     return ends_epoch or event.step == event.total_steps

@@ -1,4 +1,4 @@
-"""History: every number that a run published, as arrays by step."""
+"""All scalars that a run published, as arrays by step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fxtrain.core import by_number
 from fxtrain.core._text import printable
 
 _NUMBERS = (int, float)
-_LONGEST = 46  # characters of a title that fit over a panel
+_LONGEST = 46  # characters of a panel's title
 
 
 class Series(NamedTuple):
-    """One curve."""
+    """The published values of one name."""
 
-    steps: np.ndarray  # int64 [n], increasing
+    steps: np.ndarray  # int64 [n], strictly increasing
     values: np.ndarray  # float64 [n]
 
 
 class History(Mapping[str, Series]):
-    """A mapping from names to curves, recorded by ``fit``. A rewind takes back what it abandons.
+    """A mapping from names to ``Series``, recorded by ``fit``. A rewind removes the points of abandoned steps.
 
     Example:
         >>> history = History()
@@ -37,7 +37,12 @@ class History(Mapping[str, Series]):
         self._points: dict[str, tuple[list[int], list[float]]] = {}
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the numbers among what was published at a step. Of one name and step the later value counts."""
+        """Adds the scalars among published values. A later value of the same name and step replaces the earlier one.
+
+        Args:
+            step: Step of the values.
+            values: Published values by name. Values that are not ints or floats are ignored.
+        """
         for name, value in values.items():
             if isinstance(value, _NUMBERS):
                 points = self._points.get(name)
@@ -48,14 +53,15 @@ class History(Mapping[str, Series]):
                     steps.append(step)
                     recorded.append(value)
                     continue
-                place = bisect.bisect_left(steps, step)  # a second evaluation, or a save that is reported later
+                # Steps can repeat or arrive out of order: a second evaluation, or a save reported later.
+                place = bisect.bisect_left(steps, step)
                 if steps[place] != step:
                     steps.insert(place, step)
                     recorded.insert(place, value)
                 recorded[place] = value
 
     def forget_after(self, last: int) -> None:
-        """Takes back what was published at later steps."""
+        """Removes the points of later steps."""
         for steps, values in self._points.values():
             kept = sum(step <= last for step in steps)
             del steps[kept:], values[kept:]
@@ -73,20 +79,20 @@ class History(Mapping[str, Series]):
         return len(self._points)
 
     def plot(self, *patterns: str) -> Any:
-        """Draws the curves; in a notebook, what the cell returns is shown.
+        """Plots curves. In a notebook, return the figure from a cell to show it.
 
-        ``train/loss`` and ``eval/loss`` share a panel, as do others that differ in that alone; such panels come first.
-        Where a value is not finite the curve has a gap.
+        Names that differ only in the prefix ``train/`` or ``eval/`` share a panel. Such panels come first. Values that
+        are not finite leave a gap.
 
         Args:
-            patterns: Of the names to draw, ``"*/loss"`` say; by default all.
+            patterns: Shell patterns of the names to plot, such as ``"*/loss"``; all by default.
 
         Returns:
             A ``matplotlib.figure.Figure``.
 
         Raises:
-            ImportError: If matplotlib is not there.
-            KeyError: If a pattern matches no curve.
+            ImportError: If matplotlib is not installed.
+            KeyError: If a pattern matches no name.
 
         Example:
             >>> history = History()
@@ -96,7 +102,7 @@ class History(Mapping[str, Series]):
             ['loss']
         """
         try:
-            import matplotlib.pyplot as plt  # which tells a notebook how to show figures
+            import matplotlib.pyplot as plt  # pyplot, because it registers how notebooks display figures
         except ImportError as error:
             raise ImportError("plot draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
         panels = self._panels(patterns)
@@ -105,7 +111,7 @@ class History(Mapping[str, Series]):
         figure, grid = plt.subplots(
             rows, columns, figsize=(4.5 * columns, 2.8 * rows), squeeze=False, sharex=True, layout="constrained"
         )
-        plt.close(figure)  # else a notebook shows it twice
+        plt.close(figure)  # otherwise a notebook shows it twice
         for index, axes in enumerate(grid.flat):
             if index < len(panels):
                 self._draw(axes, panels[index], lowest=index + columns >= len(panels))
@@ -114,7 +120,7 @@ class History(Mapping[str, Series]):
         return figure
 
     def _panels(self, patterns: tuple[str, ...]) -> list[list[str]]:
-        """The names of each panel's curves."""
+        """Returns the names of each panel's curves."""
         panels: dict[str, list[str]] = {}
         for pattern in patterns or ("*",):
             matching = fnmatch.filter(self, pattern)
@@ -127,7 +133,7 @@ class History(Mapping[str, Series]):
         return sorted(panels.values(), key=lambda names: len(names) == 1)
 
     def _draw(self, axes: Any, names: list[str], *, lowest: bool) -> None:
-        # Evaluations are few and over the others; one colour each, in every panel.
+        # Evaluations have few points, so draw them last, on top.
         for name in sorted(names, key=lambda name: name.startswith("eval/")):
             steps, values = self[name]
             evaluated = name.startswith("eval/")

@@ -1,4 +1,4 @@
-"""Interrupts: a signal becomes a flag, which the loop reads where the state is whole."""
+"""Turns signals into a flag that the loop reads where the state is consistent."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from typing import Any, Self
 
 _log = logging.getLogger(__name__)
 
-# What is on the stack while a step has changed nothing yet: functions of ours that make a graph, or wait for a thread
-# that makes a batch; a module of torch's that makes a graph.
+# Functions and a module on the stack while a step has had no effect yet: while compiling, or waiting for a thread that
+# makes a batch.
 _OURS = (
     ("fxtrain.compiler._trace", "compile_traced"),
     ("fxtrain.compiler._trace", "trace_step"),
     ("fxtrain.rng._host", "wait_for_turn"),
 )
 _DYNAMO = "torch._dynamo.convert_frame"
-# Modules of which an exception would leave a half.
+# An exception inside these would leave a module half imported.
 _IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")
 _LEAVABLE = (__name__, "leavable")
 _LEAVABLE_WAIT = (__name__, "leavable_wait")
 
-_DEAD_WORKER = "DataLoader worker (pid"  # how torch begins to say that a worker is gone
-_GRACE = 1.0  # seconds in which a signal to all processes of a job, sent one by one, reaches this process too
+_DEAD_WORKER = "DataLoader worker (pid"  # start of torch's message that a worker died
+_GRACE = 1.0  # seconds for a signal sent to each process of a job to reach this process after the workers
 
 _pending: list[signal.Signals] = []
-"""The signal whose default action, to end the process, a session replaced by a save. Like a signal that is pending in
-the kernel it belongs to the process, and is delivered once, where the next session begins."""
+"""The signal whose default action, ending the process, a session replaced by a save. Like a signal pending in the
+kernel, it belongs to the process. It is delivered once, when the next session begins."""
 
 
 class Abandoned(BaseException):
-    """A signal came, and what is under way changes nothing: it is left."""
+    """Raised by a signal handler to abort an operation that has had no effect yet."""
 
 
 class Interrupts:
-    """While it is entered, the first SIGINT, SIGTERM or SIGUSR1 is noted, and a SIGINT after it acts at once.
+    """A context manager that records the first SIGINT, SIGTERM or SIGUSR1. A later SIGINT acts immediately.
 
-    SIGUSR1 is what Slurm and some spot instances send ahead of the end; it is left alone where the program handles it
-    itself. Signals belong to the main thread; elsewhere nothing is noted and nothing changed.
+    SIGUSR1 is sent by Slurm and some spot instances ahead of preemption. It is not handled if the program has a handler
+    for it. Outside the main thread, which alone receives signals, the context manager does nothing.
 
-    A noted signal still ends the process, later: the program's own handler is called when the session has ended. For
-    SIGTERM and SIGUSR1 without one, the next session raises SystemExit in place of training. A SIGINT without one ends
-    this session only, because who pressed Ctrl-C is there to press it again.
+    A recorded signal still takes effect later. If the program has a handler, it is called when the session has ended.
+    If not, the next session raises SystemExit after SIGTERM and SIGUSR1. SIGINT ends only the current session, because
+    the user can press Ctrl-C again.
 
     Args:
-        is_saving: Whether a checkpoint is being written.
+        is_saving: Returns whether a checkpoint is being written.
 
     Raises:
-        SystemExit: If the process was asked to end during an earlier session.
+        SystemExit: If a signal during an earlier session was to end the process.
     """
 
     def __init__(self, is_saving: Callable[[], bool] = bool) -> None:
@@ -70,7 +70,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # What whoever started this process had ignored, as a shell does of a job in the background, stays ignored.
+            # Signals that the parent process had ignored stay ignored, as SIGINT in a shell's background job.
             kinds = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) != signal.SIG_IGN]
             ahead = getattr(signal, "SIGUSR1", None)
             if ahead is not None and signal.getsignal(ahead) == signal.SIG_DFL:
@@ -89,13 +89,13 @@ class Interrupts:
             signal.raise_signal(kind)
 
     def leaving_waits(self, data: Any) -> Waits:
-        """``data``, whose reading is left by ``Abandoned`` when a signal arrives."""
+        """Returns a view of ``data`` whose reads raise ``Abandoned`` when a signal arrives."""
         return Waits(data, self)
 
     def explains(self, error: Exception) -> bool:
-        """Whether an error of the data follows from a signal, as when it has ended workers of a DataLoader.
+        """Whether an error of the data was caused by a signal, such as one that killed DataLoader workers.
 
-        For a signal that has reached the workers first it waits a second.
+        If the error is from workers, waits up to a second for the signal, which may reach them first.
         """
         from_workers = isinstance(error, OSError | EOFError) or _DEAD_WORKER in str(error)
         until = time.monotonic() + (_GRACE if from_workers and self._before else 0.0)
@@ -112,7 +112,7 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
         if os.getpid() != self._process:
-            # A process forked during the session: this one answers for it, and ends it by SIGTERM.
+            # In a process forked during the session, which its parent ends with SIGTERM.
             if kind == signal.SIGTERM:
                 self._restore()
                 signal.raise_signal(kind)
@@ -128,19 +128,19 @@ class Interrupts:
             raise Abandoned
 
     def _end_now(self, kind: signal.Signals) -> None:
-        """Asked twice: whatever handled the signal before this session handles it now."""
+        """Handles a second SIGINT: restores the previous handler and raises the signal again."""
         theirs = self._restore().get(kind)
         self._kind = None
-        # A program without a handler ends in KeyboardInterrupt, and Python waits for the thread that writes.
-        # Checkpoints are committed atomically, so ending in the middle of a save loses nothing but that save.
+        # A program without a handler ends in KeyboardInterrupt, and Python then waits for the thread that writes.
+        # Checkpoints are committed atomically, so ending the process during a save loses only that save.
         if theirs is signal.default_int_handler and self._is_saving() and not _is_interactive():
             _end_process(kind)
         signal.raise_signal(kind)
 
     def _ignore_dead_workers(self) -> None:
-        """From here on the death of a DataLoader's worker is a consequence of the signal.
+        """Suppresses errors of dead DataLoader workers, because the signal killed them.
 
-        Torch raises it in its handler of SIGCHLD: anywhere in the main thread, in the middle of a step or a save.
+        Torch raises them in its SIGCHLD handler, so at any point of the main thread, even during a step or a save.
         """
         theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         if not callable(theirs):
@@ -151,7 +151,7 @@ class Interrupts:
                 try:
                     return theirs(number, frame)
                 except RuntimeError as error:
-                    # Torch reports each loader's dead workers once, and only then calls the handler before its own.
+                    # Torch reports the dead workers of each loader once, and only then calls the previous handler.
                     if _DEAD_WORKER not in str(error):
                         raise
 
@@ -159,7 +159,7 @@ class Interrupts:
 
 
 class Waits:
-    """Data by position, whose reading a signal can leave. Made by ``Interrupts.leaving_waits``."""
+    """Data by position, whose reads a signal can abort. Made by ``Interrupts.leaving_waits``."""
 
     def __init__(self, data: Any, interrupts: Interrupts) -> None:
         self._data, self._interrupts = data, interrupts
@@ -168,7 +168,7 @@ class Waits:
 
     @property
     def epoch_length(self) -> int | None:
-        """As the data's."""
+        """Batches in an epoch; None if unknown."""
         return self._data.epoch_length
 
     def __getitem__(self, position: int) -> Any:
@@ -182,20 +182,20 @@ class Waits:
 
 
 def _leaving_waits(data: Any) -> Callable[[int], Any]:
-    def leavable_wait(position: int) -> Any:  # known by its name on the stack
+    def leavable_wait(position: int) -> Any:  # identified on the stack by its name
         return data[position]
 
     return leavable_wait
 
 
 def leaving_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which is left by ``Abandoned`` if a signal arrives while it compiles or waits for a thread.
+    """Returns ``function``, raising ``Abandoned`` if a signal arrives while it compiles or waits for a thread.
 
-    That can take minutes and has changed nothing yet. A graph that runs is never left: it may be in the middle of
-    writing over memory that was donated to it.
+    Compiling can take minutes and has no effect to undo. A running graph is never aborted, because it may be writing
+    into donated buffers.
     """
 
-    def leavable(*args: Any) -> Any:  # known by its name on the stack
+    def leavable(*args: Any) -> Any:  # identified on the stack by its name
         return function(*args)
 
     return leavable
@@ -235,7 +235,7 @@ def _is_interactive() -> bool:
 
 
 def _end_process(kind: signal.Signals) -> None:
-    """Ends the process by the signal's default action, which its parent sees as its cause."""
+    """Ends the process by the signal's default action, so that its parent sees the signal as the cause."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -244,4 +244,4 @@ def _end_process(kind: signal.Signals) -> None:
             child.kill()
     signal.signal(kind, signal.SIG_DFL)
     signal.raise_signal(kind)
-    os._exit(128 + kind)  # a container's first process does not die of a default action
+    os._exit(128 + kind)  # the default action does not end a container's first process

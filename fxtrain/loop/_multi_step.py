@@ -1,4 +1,4 @@
-"""Strides: steps are taken one by one, or some at once where nothing of the loop's comes in between."""
+"""Takes steps one by one, or several per dispatch where the loop has nothing to do in between."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fxtrain.loop._interrupts import leaving_compilation
 
 
 class Strides:
-    """Takes steps.
+    """Takes one step, or ``steps_per_call`` steps, per dispatch.
 
     Args:
-        step: What takes them, ``steps_per_call`` at once where it has such.
+        step: A step, compiled or not.
         data: From ``fxtrain.data.adapt``.
-        steps: After how many steps the run ends, or None.
-        keep_every: At which steps a state is kept, or None.
+        steps: Total number of steps of the run, or None.
+        keep_every: Steps between two snapshots, or None.
     """
 
     def __init__(self, step: Any, data: Any, *, steps: int | None, keep_every: int | None) -> None:
@@ -28,13 +28,14 @@ class Strides:
         self._data, self._steps, self._keep_every = data, steps, keep_every
 
     def length(self, step: int, position: int, epoch: Epoch) -> int:
-        """How many steps to take in one call from a step and a position on."""
+        """Returns how many steps to take in the next dispatch."""
         count = self._at_once
         if count == 1:
             return 1
         every = self._keep_every
         if not epoch.length and hasattr(self._data, "snapshot"):
-            return 1  # it may end anywhere, and its own iterator state would be ahead of the steps
+            # The epoch may end at any batch, and the iterator state of the data would be ahead of the steps.
+            return 1
         fits = (
             (self._steps is None or step + count <= self._steps)
             and (not epoch.length or position - epoch.start + count <= epoch.length)
@@ -43,14 +44,14 @@ class Strides:
         return count if fits else 1
 
     def take(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Sequence[StepOutput]]:
-        """A step with each batch. Of those taken at once, the ones after a stop count for nothing."""
+        """Takes one step per batch. In a multi-step dispatch, outputs after a stop are invalid."""
         if len(batches) == 1:
             state, output = self._one(state, batches[0])
             return state, (output,)
         if len(batches) == self._at_once and (not self._may_differ or _are_alike(batches)):
             return self._several(state, batches)
         outputs: list[StepOutput] = []
-        for batch in batches:  # the last of the data, or batches of several shapes
+        for batch in batches:  # the last batches of the data, or batches of several shapes
             state, output = self._one(state, batch)
             outputs.append(output)
         return state, outputs

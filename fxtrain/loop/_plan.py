@@ -1,4 +1,4 @@
-"""The arguments of ``fit``, checked and in one place."""
+"""The checked arguments of ``fit``."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ class Plan:
     rewind_limit: int
     lag: int | None
     clock: Callable[[], float]
-    every_event: bool  # whether each event is created and yielded, also where nothing subscribes to it
+    every_event: bool  # whether to yield each event, even if nothing subscribes to it

@@ -1,4 +1,4 @@
-"""Provided: whether there is all that callbacks say they need."""
+"""Checks that the run provides the metrics, slots and events that callbacks declare as needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fxtrain.fold import Composed
 def refuse_unprovided(
     callbacks: Composed, state: TrainState, step: Any, eval_step: Callable[..., Any] | None, eval_data: Any
 ) -> None:
-    """What a callback needs and nobody provides is a mistake, found before the first step.
+    """Raises before the first step if a callback needs something that the run does not provide.
 
     Raises:
-        ValueError: With the callback, what it needs, and what there is.
+        ValueError: The message names the callback, the missing metric, slot or event, and the available ones.
     """
     measured: list[str] | None = None
     for handler in callbacks.handlers:
@@ -49,15 +49,17 @@ def refuse_unprovided(
 
 
 def _measured(eval_step: Callable[..., Any], state: TrainState, data: Any) -> list[str]:
-    """The names of the metrics of an evaluation; none where that cannot be told without one."""
-    if data is None or data.epoch_length is None:  # a stream may give its first batch once only
+    """Returns the names of the evaluation's metrics, or none if they are unknown before an evaluation."""
+    # A stream may yield its first batch only once.
+    if data is None or data.epoch_length is None:
         return []
-    from torch._subclasses.fake_tensor import FakeTensorMode  # imported when used: few callbacks ask
+    # Imported here, because few callbacks declare metrics.
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    pure = getattr(eval_step, "step", eval_step)  # what is compiled, as it is
+    pure = getattr(eval_step, "step", eval_step)  # the uncompiled step
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         try:
             state, batch = tree.map(mode.from_tensor, (state, data[0]))
             return list(pure(state, batch).metrics)
-        except Exception:  # it looks at values, say: then the first evaluation will tell
+        except Exception:  # for example if the step depends on values; the first evaluation then finds a missing metric
             return []

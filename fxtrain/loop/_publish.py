@@ -1,4 +1,4 @@
-"""Publish: what happened, brought to the host and shown to the observers."""
+"""Passes events to the observers and the history, with scalars on the host."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from fxtrain.loop._history import History
 from fxtrain.loop._transfer import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
 from fxtrain.values import named_after, published, try_all
 
-_TOGETHER = 64  # events between two readings of the device; more of them would fill the caches with scalars
-_RECORDED = (EvalEnd, Rewound)  # also where nobody sees them
+_TOGETHER = 64  # events per transfer to the host; more would evict other data from the CPU caches
+_RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them
 _NOTHING = Control()
 
-_Published = tuple[type[Any], int, Mapping[str, Any], Control]  # an event's type, its step, what it measured, its log
+_Published = tuple[type[Any], int, Mapping[str, Any], Control]  # an event's type, step, metrics and requests
 
 
 class Publisher:
-    """The observers of a run. They see events after the fold, with scalars on the host, and influence nothing.
+    """The observers of a run. They see events after the fold, with scalars on the host, and cannot influence the run.
 
-    An observer that fails is reported and dropped, unless it has ``required = True``: then its error ends the run.
+    An observer that raises is reported and dropped. If it has ``required = True``, its error ends the run instead.
 
     Args:
-        observers: Functions ``(state, event, control) -> None``. The second parameter's annotation subscribes;
-            without one an observer sees every event of the loop. One with ``sees_logged = True`` sees any other
-            event too, where something was logged at it. ``flush()`` is called before each save, and ``close()`` in
-            the end, where an observer has them.
-        history: What records all that is published.
-        device: Where the run's state is.
+        observers: Functions ``(state, event, control) -> None``. The annotation of the second parameter is the
+            subscription. Without one, an observer sees all events of the loop. With ``sees_logged = True``, it also
+            sees any event at which something was logged. If an observer has ``flush()``, it is called before each save.
+            If it has ``close()``, it is called at the end.
+        history: Records all published scalars.
+        device: Device of the run's state.
 
     Raises:
         TypeError: If one of ``observers`` is a callback.
@@ -66,17 +66,17 @@ class Publisher:
             for kind in _events(observer):
                 self._seeing.setdefault(kind, []).append(observer)
         self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
-        # For the history.
+        # Both for the history.
         self._unread: list[_Published] = []
-        self._sent: list[_Published] = []  # what is on its way to the host
+        self._sent: list[_Published] = []  # asynchronous copies to the host
         self._together = Together()
 
     def is_seen(self, kind: type[Any]) -> bool:
-        """Whether somebody sees events of this type, also where no callback does."""
+        """Whether the history or an observer needs events of this type, even if no callback subscribes."""
         return kind in _RECORDED or bool(self._seeing.get(kind))
 
     def step(self, number: int, measured: Mapping[str, Any]) -> None:
-        """Records what a step measured that nobody sees, without an event."""
+        """Records the metrics of a step without an event, because nothing subscribes to it."""
         self._unread.append((StepEnd, number, measured, _NOTHING))
         if len(self._unread) >= _TOGETHER:
             self._read()
@@ -96,9 +96,9 @@ class Publisher:
                 self._failed(observer, f"{kind.__name__} of step {event.step}", error)
 
     def flush(self, step: int) -> None:
-        """Has observers put down what they keep back of steps until this one, as those that can do have ``flush()``.
+        """Flushes the observers before the save of a step.
 
-        Before each save, so that what a checkpoint leaves behind is written, whenever the run is killed.
+        All points up to a checkpoint are then written, whenever the run is killed.
         """
         for observer in self._observers:
             flush = getattr(observer, "flush", None)
@@ -110,8 +110,11 @@ class Publisher:
                 self._failed(observer, f"the save of step {step}", error)
 
     def close(self) -> None:
-        """Closes the observers that can be closed. Every one is tried, then the first error of a required one, or of
-        the history, is raised; others are reported."""
+        """Closes the observers.
+
+        All are closed before the first error of a required observer or of the history is raised. Errors of other
+        observers are reported.
+        """
         try_all(self._read, *(functools.partial(self._close, observer) for observer in self._observers))
 
     def _close(self, observer: Callable[..., None]) -> None:
@@ -123,9 +126,9 @@ class Publisher:
             _report(observer, "failed as it was closed", error)
 
     def _shown(self, event: Any, control: Control) -> tuple[Any, Control]:
-        """The event and what was asked at it, as observers see them."""
+        """Returns the event and its requests as observers see them."""
         measured = getattr(event, "metrics", None)
-        if measured is not None and type(event) is not Saved:  # whose metrics are numbers
+        if measured is not None and type(event) is not Saved:  # metrics of Saved are Python floats already
             shown = event_of(type(event), event.__dict__)
             shown.__dict__["metrics"] = self._numbers(measured)
             event = shown
@@ -141,17 +144,18 @@ class Publisher:
         measured = kind is StepEnd or kind is EvalEnd
         if measured or logged:
             self._unread.append((kind, step, event.metrics if measured else {}, control))
-            # At once where that does not wait for a device, so that what cannot be published is refused at its event.
+            # Read immediately on a CPU, so that a value that cannot be published raises at its event.
             if logged and self._on_host:
                 self._read()
             elif len(self._unread) >= _TOGETHER:
                 self._read(wait=False)
 
     def _read(self, *, wait: bool = True) -> None:
-        """Brings to the history what was published since this was last done.
+        """Adds the published values to the history.
 
         Args:
-            wait: Whether for what is on a device, which without it comes the next time, and is sent now.
+            wait: Whether to wait for values on a device. If not, their asynchronous copy starts now, and the next call
+                adds them.
         """
         come, self._unread = self._unread, []
         if not self._on_host:
@@ -168,7 +172,7 @@ class Publisher:
                 self._history.add(step, named_after(kind, values))
 
     def _numbers(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Metrics as numbers, which come when somebody looks at them."""
+        """Returns metrics as Python scalars, read lazily."""
         if type(measured) is Late or type(measured) is Numbers:
             return measured
         if self._on_host:
@@ -177,7 +181,7 @@ class Publisher:
         return self._together.metrics(measured) if numbers is None else numbers
 
     def _with_numbers(self, control: Control) -> Control:
-        """What was logged as numbers. Where somebody would have to wait for them, they come when he looks at them."""
+        """Returns the control with logged values as Python scalars, read lazily from a device."""
         if type(control.log) is Late or not control.log:
             return control
         log = log_at_once(control.log)
@@ -186,7 +190,7 @@ class Publisher:
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):
             raise error
-        # Anew, as somebody goes through them.
+        # New lists, because a caller iterates over the old ones.
         self._observers = _without(observer, self._observers)
         self._wanting_logs = _without(observer, self._wanting_logs)
         self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
@@ -228,5 +232,5 @@ def _refuse_callback(observer: Callable[..., None]) -> None:
 
 def _events(observer: Callable[..., None]) -> frozenset[type[Any]]:
     seen = frozenset(subscription(observer))
-    # Unannotated, a callback sees the trajectory; an observer watches sessions too.
+    # Without an annotation, a callback sees trajectory events, and an observer session events too.
     return frozenset((*TRAJECTORY, *SESSION)) if seen == frozenset(TRAJECTORY) else seen & frozenset(EVENTS)

@@ -1,4 +1,4 @@
-"""Whether data repeats itself: a resumed run reads the last batch before the checkpoint again and compares."""
+"""Checks that data is reproducible: a resumed run rereads the last batch before the checkpoint and compares it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LastBatch(NamedTuple):
 
     Args:
         index: Index into the data.
-        checksum: From ``fxtrain.data.checksum``.
+        checksum: Checksum of the batch.
     """
 
     index: int
@@ -20,11 +20,11 @@ class LastBatch(NamedTuple):
 
     @classmethod
     def of(cls, read: tuple[int, Any]) -> LastBatch:
-        """From the index and the batch."""
+        """Makes one from the index and the batch."""
         return cls(read[0], checksum(read[1]))
 
 
 def warn_unless_repeated(data: Any, last: LastBatch) -> None:
-    """Reads a batch again and warns if it is another than before."""
+    """Reads a batch again and warns if it differs from the first read."""
     if checksum(data[last.index]) != last.checksum:
         warn_of_another_batch(last.index, "the data")

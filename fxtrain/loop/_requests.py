@@ -1,4 +1,4 @@
-"""Pending requests, handled in order: rewind, evaluation, epoch end, save. A stop is left to the run."""
+"""Handles pending requests in this order: rewind, evaluation, epoch end, save. The run itself handles a stop."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from fxtrain.loop._rewind import Snapshots
 from fxtrain.loop._saved_slots import SavedSlots
 from fxtrain.loop._saving import Saving
 
-_MAX_EMPTY_EPOCHS = 100  # in a row; a run that takes no step in so many never will
+_MAX_EMPTY_EPOCHS = 100  # consecutive epochs without a step, after which the run is stuck
 
 
 class Requests:
-    """Handles what is due in the state, after the fold that requested it.
+    """Handles the requests pending in the state, after the fold that made them.
 
     Args:
         plan: The options of the run.
-        now: The state that it is at.
-        emitter: Of its events.
-        feeding: Its batches.
-        data: From ``fxtrain.data.adapt``, and so is ``eval_data``, unless that is None.
-        publish: Its observers, which put down their points before a save.
-        saving: Its checkpoints.
-        snapshots: What it can rewind to.
-        interrupts: What ends an evaluation early.
+        now: The current state.
+        emitter: Emits events.
+        feeding: The batches.
+        data: From ``fxtrain.data.adapt``.
+        eval_data: From ``fxtrain.data.adapt``, or None.
+        publish: The observers, flushed before a save.
+        saving: The checkpoints.
+        snapshots: The states to rewind to.
+        interrupts: Signals, which abort an evaluation.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class Requests:
         self._plan, self._now, self._emit = plan, now, emitter.emit
         self._feeding, self._data, self._eval_data = feeding, data, eval_data
         self._publish, self._saving, self._snapshots, self._interrupts = publish, saving, snapshots, interrupts
-        self._empty_epochs = 0  # in a row, without a step
+        self._empty_epochs = 0  # consecutive epochs without a step
         self._step_of_last_epoch = -1
 
     def handle(self) -> Moments:
-        """Handles requests until none but a stop is left, or a signal arrives. A request made meanwhile is one more."""
+        """Handles requests, including those made meanwhile, until only a stop is left or a signal arrives."""
         now = self._now
         while self._interrupts.cause is None:
             if now.anything_due and now.unread:
@@ -86,7 +87,7 @@ class Requests:
                 "An evaluation was asked for, and fit was given no eval_step and eval_data: give both, or take away "
                 "the callback that asks."
             )
-        # A branch: what happens in it counts once it is complete. Interrupted, it is forgotten and due again.
+        # An interrupted evaluation is rolled back and stays due.
         root = now.branch()
         now.set(evaluate=False)
         yield from self._emit(EvalBegin)
@@ -109,9 +110,9 @@ class Requests:
         yield from self._emit(EvalEnd, metrics=measured)
 
     def _epoch_lacks_evaluation(self) -> bool:
-        """Whether the epoch is to end with an evaluation and no step asked for it.
+        """Whether the epoch must end with an evaluation that no step has requested.
 
-        A step cannot where it was the last of data of unknown length, or where the batches after it were skipped.
+        The last step cannot request it in data of unknown length, or if all batches after it were skipped.
         """
         last = self._now.state.slots.get(EVALUATED)
         return self._plan.evaluate_epochs and (last is None or int(last["step"]) != self._now.step)
@@ -139,7 +140,7 @@ class Requests:
         yield from self._emit(EpochEnd)
 
     def save(self, role: Role = "trajectory") -> None:
-        """Saves the current state, after everything that the checkpoint covers: points of writers and snapshots."""
+        """Saves the current state, after flushing the observers and saving the snapshots that it lists."""
         now = self._now
         self._publish.flush(now.step)
         self._snapshots.save(now.snapshots)
@@ -156,14 +157,15 @@ class Requests:
         )
 
     def save_last(self) -> Moments:
-        """Waits for the saves under way, and saves the state in which the session ends unless it is on disk."""
+        """Waits for the saves under way, and saves the final state of the session unless it is on disk."""
         yield from self.report_saves(wait=True)
         if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
-            self.save("session")  # a pending save, as one that waits for an evaluation, stays due: it is another one
+            # A pending save request, such as one that waits for an evaluation, stays due.
+            self.save("session")
             yield from self.report_saves(wait=True)
 
     def report_saves(self, *, wait: bool = False) -> Moments:
-        """Emits what was committed since the last call."""
+        """Emits ``Saved`` for each checkpoint committed since the last call."""
         for step, path, measured in self._saving.news(wait=wait):
             yield from self._emit(Saved, step=step, path=str(path), metrics=measured)
 
@@ -191,12 +193,13 @@ class Requests:
             times=times[to_step],
         )
         now.read_flags()
-        # What callbacks wrote at this event is all that crosses, beside a request to stop.
+        # Only slots written at this event, and a request to stop, survive the rewind.
         crossed = {name: memory for name, memory in now.state.slots.items() if memory is not old.slots.get(name)}
         crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
         stop, unsaved, retained, length = now.due["stop"], now.due["unsaved"], now.snapshots, now.epoch.length
         now.take(target.replace(slots={**target.slots, **crossed}))
-        if not now.epoch.length:  # what was found out of the data stays known
+        # Keep the epoch length if it was found after the snapshot.
+        if not now.epoch.length:
             now.count(now.epoch._replace(length=length))
         announce(self._data, now.epoch)
         now.snapshots = retained

@@ -11,17 +11,17 @@ from fxtrain.loop._saving import Saving
 
 
 class Snapshots:
-    """Retains states to rewind to: every so many steps in memory, and beside each checkpoint on disk.
+    """Retains snapshots of the state: in memory, and on disk next to each checkpoint.
 
     The steps of the retained states are part of the state (``Current.snapshots``), and a checkpoint is saved with the
-    snapshots that it lists. A resumed run therefore rewinds to where the uninterrupted run would have.
+    snapshots that it lists. A resumed run therefore rewinds to the same step as an uninterrupted one.
 
     Args:
-        every: Retain a state each so many steps; None retains none.
-        count: How many of the newest to retain.
+        every: Retain a state at steps that are multiples of ``every``; None retains none.
+        count: Number of snapshots to retain, the newest ones.
         on_host: Whether to retain them in host memory.
         copied: Whether to copy them, because the step donates its state.
-        saving: The run's checkpoints.
+        saving: The checkpoints of the run.
     """
 
     def __init__(self, every: int | None, count: int, *, on_host: bool, copied: bool, saving: Saving) -> None:
@@ -31,7 +31,7 @@ class Snapshots:
         self._on_disk: set[int] = set()
 
     def begin(self, now: Current) -> None:
-        """Drops the listed snapshots that this session cannot reach, as after a run without a checkpointer."""
+        """Drops listed snapshots that are not on disk, for example those of a run without a checkpointer."""
         if self._every or now.snapshots:
             self._on_disk = set(now.snapshots) & self._saving.snapshots()
             now.list_snapshots([step for step in now.snapshots if step in self._on_disk], self._count)
@@ -41,7 +41,7 @@ class Snapshots:
         return bool(self._every) and now.step % self._every == 0 and now.step not in now.snapshots
 
     def retain(self, now: Current) -> None:
-        """Retains the current state, and drops the oldest if there are too many."""
+        """Retains the current state, and drops the oldest snapshot if there are too many."""
         now.list_snapshots([*now.snapshots, now.step][-self._count :], self._count)
         state = now.state
         if self._on_host:
@@ -52,7 +52,7 @@ class Snapshots:
         self._drop_unlisted(now.snapshots)
 
     def save(self, listed: Sequence[int]) -> None:
-        """Saves the listed snapshots that are not on disk, ahead of the checkpoint that lists them."""
+        """Saves the listed snapshots that are not on disk, before the checkpoint that lists them."""
         for step in listed:
             if step not in self._on_disk and step in self._in_memory:
                 self._saving.save_snapshot(self._in_memory[step])
@@ -61,7 +61,7 @@ class Snapshots:
     def newest_until(self, step: int, now: Current) -> TrainState | None:
         """Returns the newest state of ``step`` or before, on the device of the current one; None if there is none.
 
-        Of a snapshot and a checkpoint of one step the snapshot counts. A damaged one is passed over.
+        A snapshot is preferred to a checkpoint of the same step. Damaged ones are skipped.
         """
         like = now.state
         for listed in [*sorted((s for s in now.snapshots if s <= step), reverse=True), -1]:
@@ -75,10 +75,10 @@ class Snapshots:
         return None
 
     def roll_back(self, now: Current) -> None:
-        """Drops the snapshots that are newer than the current state, which the run has returned to.
+        """Drops the snapshots that are newer than the state that the run has rewound to.
 
         Args:
-            now: After the rewind. Its list of snapshots is what it was before the rewind.
+            now: The state after the rewind, with the list of snapshots from before.
         """
         left = [step for step in now.snapshots if step <= now.step]
         now.list_snapshots(left, self._count)

@@ -1,9 +1,9 @@
-"""The run: one pass over the data, in one direction.
+"""One session of the loop.
 
     data[i] -> StepBegin -> step -> StepEnd -> pending requests: rewind, evaluation, epoch end, save, stop
 
-Each event is folded over the state, the requests of the callbacks are joined into what is due, observers see the
-outcome, and it is yielded. A request is handled only after the fold, so a save holds what the callbacks left.
+Each event is folded over the state, the callbacks' requests are merged into the pending ones, observers see the result,
+and it is yielded. Requests are handled after the fold, so a checkpoint includes everything the callbacks wrote.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _NOTHING = Control()
 
 
 class Run:
-    """One session of the loop: ``moments`` drives it, and ``state``, ``last`` and ``reason`` say how it ended."""
+    """A session of the loop. Iterating over ``moments`` runs it; ``state``, ``last`` and ``reason`` are its result."""
 
     def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
         refuse_unless_state(state, "fit(state, step, data)")
@@ -61,7 +61,7 @@ class Run:
         self.plan = plan
         given: Any = step if hasattr(step, "fires") else Step(step)
         refuse_unserved(plan.callbacks, given)
-        # The loop owns its state, so a compiled step may write the next one over it.
+        # The loop owns its state, so a compiled step may donate it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
         self._publish = Publisher(plan.observers, history, state.step.device)
         self._interrupts = Interrupts(lambda: self._saving.under_way)
@@ -77,7 +77,7 @@ class Run:
         self.data: Any = adapt(data, seed=seed)
         known = figures(self.step, self.data)
         plan = self.plan = dataclasses.replace(plan, callbacks=compose(plan.callbacks, *known)) if known else plan
-        # A slot that the state lacks begins here, where the session goes on from, epochs counted.
+        # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = self._attached(begin_epochs(state, self.data))
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
@@ -88,8 +88,8 @@ class Run:
         declare_shapes(self.step, self.data)
         declare_shapes(plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
-        # The one copy at entry: the loop owns its state, so a notebook cell can be run twice. What was read from the
-        # disk is its own already.
+        # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
+        # has no other owner.
         self._now = Current(state if whole else state.copy(), late=bool(late), why=saved.stop_reasons)
         if saved.data is not None and hasattr(self.data, "restore"):
             self.data.restore(self._now.epoch.data_index(self._now.position), saved.data)
@@ -113,7 +113,7 @@ class Run:
             snapshots=self._snapshots,
             interrupts=self._interrupts,
         )
-        self._root = self._now.branch()  # what to come back to when something goes wrong
+        self._root = self._now.branch()  # the point to roll back to after an error
         self.reason = ""
         self.exit_code = 0
         self.last: Any = None
@@ -122,18 +122,18 @@ class Run:
         return attach(attach(state, self.plan.callbacks), self.step)
 
     def _without_missing(self, restored: Restoration) -> TrainState:
-        """The restored state without the callbacks' slots that were not in the checkpoint."""
+        """Returns the restored state without the callbacks' slots that were not in the checkpoint."""
         claimed = {*self.plan.callbacks.slots, *as_composed(self.step).slots}.intersection(restored.missing)
         slots = {name: slot for name, slot in restored.state.slots.items() if name not in claimed}
         return restored.state.replace(slots=slots)
 
     @property
     def state(self) -> TrainState:
-        """Where the run is."""
+        """The current state."""
         return self._now.state
 
     def moments(self) -> Moments:
-        """Every event of the session, in order."""
+        """Runs the session and yields its events in order."""
         with self._interrupts, contextlib.ExitStack() as closing:
             closing.callback(self._saving.close)
             self._begin_saving()
@@ -142,12 +142,13 @@ class Run:
             if self.eval_data is not None:
                 closing.callback(self.eval_data.close)
             yield from self._session()
-            self.exit_code = self._interrupts.exit_code  # also of a signal that arrived when the run was over
+            self.exit_code = self._interrupts.exit_code  # read last, because a signal can arrive after the last step
 
     def _begin_saving(self) -> None:
         self._saving.begin(self._now.state)
         self._snapshots.begin(self._now)
-        restored, self._from_disk = self._from_disk, None  # a reference to it would keep a step from donating it
+        # Clear the attribute, because a step donates only states without other references.
+        restored, self._from_disk = self._from_disk, None
         if restored is not None and restored is self._now.state:
             self._saving.mark_on_disk(restored)
 
@@ -177,8 +178,8 @@ class Run:
             yield from self._after_error(error)
             raise
         yield from self._requests.save_last()
-        # A stop is honoured here. The last checkpoint keeps it, so that resuming a finished run does nothing;
-        # the state in memory goes on where it is asked to.
+        # The final checkpoint keeps the stop, so resuming a finished run does nothing. The state in memory does not, so
+        # it can be trained further.
         now.read_flags()
         now.forget_stop()
         self.last = now.state
@@ -203,7 +204,8 @@ class Run:
         yield from self._emitter.emit(
             FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.kinds
         )
-        if now.due["save"] and not pending:  # how often this event fires depends on interruptions, so no rewind target
+        # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.
+        if now.due["save"] and not pending:
             now.set(save=False)
             self._requests.save("session")
         report, self._restored = self._restored, None
@@ -224,7 +226,7 @@ class Run:
                 "state after it: neither is saved. Resume from the last checkpoint."
             )
         else:
-            # The state before the failing iteration is whole; the one in its middle may lack callbacks' part.
+            # Roll back, because some callbacks may not have seen the latest event.
             now.abandon(self._root)
         try:
             now.read_flags()
@@ -237,7 +239,7 @@ class Run:
     # Steps
 
     def _advance(self) -> Moments:
-        """Steps, until something else is due."""
+        """Takes steps until a request is due."""
         now = self._now
         if now.due["begin_epoch"]:
             if now.unread and now.read_flags():
@@ -247,9 +249,10 @@ class Run:
             if now.anything_due:
                 return
             self._root = now.branch()
-        # No name here may hold a state: what somebody else holds is copied by a step that takes its memory.
+        # No local variable may reference a state, because a step copies states with other references before donating.
         due, last, end = now.due, self._last_in_a_row(), now.epoch.end
-        if now.position == end:  # found out after this state was retained, and the run has rewound to it
+        # The epoch length was found after this snapshot was taken, and the run has rewound to it.
+        if now.position == end:
             now.set(end_epoch=True)
             return
         begins, ends = self._emitter.is_seen(StepBegin), self._emitter.is_seen(StepEnd)
@@ -259,13 +262,14 @@ class Run:
                 batches = self._feeding.next(now.position, now.epoch, count)
             except Abandoned:
                 return
-            if not batches:  # data of unknown length, which the state now keeps
+            if not batches:  # end of data of unknown length, which is known from here on
                 if now.unread and now.read_flags():
                     return
                 now.count(now.epoch._replace(length=now.position - now.epoch.start))
                 now.set(end_epoch=True)
                 return
-            if now.epoch.length and self._differs and self.data.epoch_length is None:  # the epoch goes on
+            # The epoch is longer than expected, so its length is unknown again.
+            if now.epoch.length and self._differs and self.data.epoch_length is None:
                 now.count(now.epoch._replace(length=0))
                 end = None
             outside: dict[str, Any] = {}
@@ -273,7 +277,7 @@ class Run:
                 outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
                 if not (yield from self._begin_step(batches)):
                     if now.read_flags(len(self._root.unread)) and self._root.unread:
-                        # The run had stopped one step ago, so this event is undone.
+                        # The run had stopped one step before, so this event is rolled back.
                         now.abandon(self._root)
                         now.read_flags()
                     return
@@ -286,7 +290,7 @@ class Run:
             if now.unread and self._stopped_before_step(outside):
                 return
             if len(outputs) > 1:
-                outputs = outputs[: int(now.state.step) - now.step]  # stopped at one, those after it were not taken
+                outputs = outputs[: int(now.state.step) - now.step]  # steps after a stop were not taken
             for output in outputs:
                 now.step += 1
                 now.position += 1
@@ -304,11 +308,11 @@ class Run:
         """Reads the flags left on the device; returns whether one was set, so that the step returned its input.
 
         Args:
-            outside: The loop's slots as they were before this step's StepBegin.
+            outside: Slots that do not enter the step, from before this StepBegin.
         """
         now = self._now
         if self._root.unread and now.read_flags(len(self._root.unread)):
-            # The run had stopped one step ago, so what happened at this StepBegin is undone.
+            # The run had stopped one step before, so this StepBegin is rolled back.
             now.unread = ()
             now.set(**{name: value for name, value in self._root.due.items() if name not in ("stop", "unsaved")})
             now.state = now.state.replace(slots={**now.state.slots, **outside})
@@ -316,9 +320,9 @@ class Run:
         return bool(now.unread) and now.read_flags()
 
     def _begin_step(self, batches: Sequence[Any]) -> Generator[Moment, None, bool]:
-        """Returns whether the step is to be taken."""
+        """Emits StepBegin. Returns whether to take the step."""
         now, asked = self._now, _NOTHING
-        for index, batch in enumerate(batches):  # where there are several, no callback sees it
+        for index, batch in enumerate(batches):  # several only if no callback subscribes
             at: dict[str, Any] = {"step": now.step + 1 + index, "position": now.position + index}
             asked = yield from self._emitter.emit(StepBegin, **at, batch=batch)
         if asked.any("skip_batch"):
@@ -326,11 +330,11 @@ class Run:
             if now.position == now.epoch.end:
                 now.set(end_epoch=True)
             return False
-        # If it is not, and the run goes on, the batch comes again.
+        # If the step is not taken and the run continues, the same batch is fetched again.
         return not (now.due["stop"] or now.due["rewind"] or now.due["end_epoch"])
 
     def _last_in_a_row(self) -> float:
-        """The step after which something beside requests is to be looked at."""
+        """Returns the next step after which the run must check saves, snapshots or its limit."""
         now, every = self._now, self.plan.keep_every
         if self._saving.under_way:
             return now.step + 1

@@ -1,4 +1,4 @@
-"""Slots of checkpoints alone, because a state in memory must not depend on whether it was saved."""
+"""Slots that only checkpoints have, because a state in memory must not depend on whether it was saved."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fxtrain.loop._repeats import LastBatch
 
 
 class SavedSlots(NamedTuple):
-    """How a session stood when it saved.
+    """State of a session at a save.
 
     Args:
-        batch: The batch read last; None before the first.
+        batch: The batch read last; None before the first one.
         data: Iterator state of the data source, uint8 [n]; None where the source has none.
         stop_reasons: Why a pending stop was requested.
     """
@@ -26,7 +26,7 @@ class SavedSlots(NamedTuple):
     stop_reasons: tuple[str, ...] = ()
 
     def into(self, state: TrainState) -> TrainState:
-        """Returns the state as it is saved."""
+        """Returns the state with these slots, as it is saved."""
         device = state.step.device
         state = state.with_slot(BATCH, torch.tensor(self.batch or (-1, 0), device=device))
         if self.data is not None:
@@ -38,7 +38,7 @@ class SavedSlots(NamedTuple):
 
     @classmethod
     def split(cls, state: TrainState) -> tuple[TrainState, SavedSlots]:
-        """Takes a state that was saved apart: into the state of the run, and these slots."""
+        """Splits a restored state into the state of the run and these slots."""
         slots = dict(state.slots)
         batch, data, reasons = (slots.pop(name, None) for name in (BATCH, DATA, STOP_REASONS))
         last = None if batch is None else LastBatch(*batch.tolist())

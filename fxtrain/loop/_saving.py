@@ -1,4 +1,4 @@
-"""Saving: what the loop has handed to the checkpointer, and what has become of it."""
+"""Saves and restores the states of a run through its checkpointer, and tracks saves in the background."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ _COMPILED_BY = "compiled by"
 
 
 class Saving:
-    """The loop's side of a checkpointer, or of none.
+    """The loop's interface to a checkpointer, if there is one.
 
     Args:
         checkpointer: From ``fxtrain.checkpointer``, or None.
-        step: The step of the run. What decides the bits of its result is kept by each save as the step reports it
-            then, and a resume with another warns.
+        step: The step of the run. Each save records its compile mode and settings, which affect results bitwise. A
+            resume with others warns.
     """
 
     def __init__(self, checkpointer: Any, step: Any) -> None:
         self._checkpointer, self._step = checkpointer, step
         self._resumes = False
-        self._compiled_by: str | None = None  # of the state that was restored, until the step has compiled
-        self._has_snapshots = False  # whether the folder may hold any
-        # Weak references, because a step donates only what has no other reference.
+        self._compiled_by: str | None = None  # compile mode of the restored state, until the step has compiled
+        self._has_snapshots = False  # whether the folder may hold snapshots
+        # Weak references, because a step donates only states without other references.
         self._handed: Callable[[], TrainState | None] = _nothing
-        self._save: Any = None  # of the state handed over last
+        self._save: Any = None  # save of the state in `_handed`
         self._on_disk: Callable[[], TrainState | None] = _nothing
 
     def restored(self, like: TrainState) -> Restoration | None:
-        """The newest state there is, if there is any."""
+        """Returns the newest saved state, or None if there is none."""
         checkpointer, self._resumes = self._checkpointer, True
         if not checkpointer.has_any():
             return None
         report: Restoration = checkpointer.read(like, notes=self._notes() | self._possible())
         report.warn(stacklevel=5)
         before = report.environment.get(_COMPILED_BY)
-        if before in self._possible().get(_COMPILED_BY, ()):  # any other has been reported
+        if before in self._possible().get(_COMPILED_BY, ()):  # any other is reported above
             self._compiled_by = before
         return report
 
     def begin(self, state: TrainState) -> None:
-        """Refuses now, and not after an hour, a folder of another run or one that cannot be written to."""
+        """Raises if the folder belongs to another run or cannot be written to, before training starts."""
         if self._checkpointer is not None:
             self._checkpointer.begin(SavedSlots().into(state), resume=self._resumes)
 
     def mark_on_disk(self, state: TrainState) -> None:
-        """Notes that the state was read from the newest checkpoint."""
+        """Records that the state was read from the newest checkpoint."""
         self._on_disk = weakref.ref(state)
 
     def save(
@@ -62,14 +62,14 @@ class Saving:
         snapshots: Iterable[int],
         slots: SavedSlots,
     ) -> None:
-        """Hands ``state`` over; it may be donated afterwards.
+        """Starts a save. The state may be donated afterwards.
 
         Args:
-            state: To be saved.
-            metrics: Of its evaluation, by name.
+            state: The state to save.
+            metrics: Metrics of its evaluation, by name.
             role: Why it is saved.
-            snapshots: The steps that it lists. Snapshots of other steps are deleted once it is committed.
-            slots: Saved with it.
+            snapshots: Steps of the snapshots that it lists. Others are deleted once the save is committed.
+            slots: Slots to save with it.
         """
         if self._checkpointer is None:
             warnings.warn(
@@ -87,27 +87,30 @@ class Saving:
 
     @property
     def under_way(self) -> bool:
-        """Whether something was handed over of which there was no news yet."""
+        """Whether a save has started that ``news`` has not returned yet."""
         return self._checkpointer is not None and bool(self._checkpointer.saving)
 
     def news(self, *, wait: bool = False) -> list[Committed]:
-        """What has reached the disk since this was last called; an error of the disk is raised here."""
+        """Returns the saves committed since the last call. Raises the errors of saves in the background."""
         if not self.under_way:
             return []
         checkpointer = self._checkpointer
         if wait:
             checkpointer.wait()
         committed: list[Committed] = checkpointer.committed()
-        if self._save is not None and self._save.committed is not None:  # the news may be of an older save only
+        if self._save is not None and self._save.committed is not None:  # the committed saves may be older ones
             self._on_disk = self._handed
         return committed
 
     def is_due_at_the_end(self, state: TrainState) -> bool:
-        """Whether ``state`` is not on the disk yet, where it could be."""
+        """Whether there is a checkpointer and ``state`` is not on disk yet."""
         return self._checkpointer is not None and state is not self._on_disk()
 
     def _notes(self) -> dict[str, str]:
-        """What decides the bits of the step's result, as text by name. The first call chooses how it is compiled."""
+        """Returns everything that affects the step's results bitwise, as text by name.
+
+        The compile mode is chosen at the step's first call.
+        """
         return {_COMPILED_BY: getattr(self._step, "how", "nothing"), **getattr(self._step, "settings", {})}
 
     def _possible(self) -> dict[str, tuple[str, ...]]:
@@ -115,7 +118,7 @@ class Saving:
         return {} if possible is None else {_COMPILED_BY: possible}
 
     def _warn_of_another_route(self) -> None:
-        """Warns once if the first call after a resume chose another route than that of the restored state."""
+        """Warns once if the first call after a resume chose another compile mode than the restored state had."""
         (now, *others), before = self._possible().get(_COMPILED_BY, ("nothing",)), self._compiled_by
         if before is None or others:
             return
@@ -130,39 +133,39 @@ class Saving:
     # Rewinds
 
     def snapshots(self) -> set[int]:
-        """The steps whose snapshots are on disk."""
+        """Returns the steps of the snapshots on disk."""
         found: set[int] = set() if self._checkpointer is None else self._checkpointer.snapshots()
         self._has_snapshots = bool(found)
         return found
 
     def save_snapshot(self, state: TrainState) -> None:
-        """Hands over a state to rewind to, which stays as it is."""
+        """Saves a snapshot, whose state is not modified."""
         if self._checkpointer is not None:
             self._checkpointer.save(state, notes=self._notes(), role="snapshot")
             self._has_snapshots = True
 
     def read_newest_until(self, step: int, like: TrainState, *, newer_than: int) -> TrainState | None:
-        """The newest state of the run's own saves between two steps, the first excluded."""
+        """Returns the run's newest saved state with ``newer_than < its step <= step``; None if there is none."""
         if self._checkpointer is None:
             return None
         return _state_of(self._checkpointer.read_newest_until(step, _without_loop(like), newer_than=newer_than))
 
     def read_snapshot(self, step: int, like: TrainState) -> TrainState | None:
-        """The state of a snapshot; None if it is damaged."""
+        """Returns the state of a snapshot; None if it is damaged."""
         return _state_of(self._checkpointer.read_snapshot(step, _without_loop(like)))
 
     def close(self) -> None:
-        """Lets others write."""
+        """Closes the checkpointer, so that other runs can write to the folder."""
         if self._checkpointer is not None:
             self._checkpointer.close()
 
 
 def _nothing() -> None:
-    """The weak reference to no state."""
+    """A weak reference to no state."""
 
 
 def _without_loop(like: TrainState) -> TrainState:
-    """The state without the loop's slots, which come from the checkpoint alone."""
+    """Returns the state without the loop's slots, so that they are read from the checkpoint."""
     return like.replace(slots={name: slot for name, slot in like.slots.items() if not name.startswith(LOOP)})
 
 

@@ -1,4 +1,4 @@
-"""Served: whether every callback will see the events that it subscribes to."""
+"""Checks that every callback will see the events that it subscribes to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fxtrain.fold import Composed, as_composed
 
 
 def refuse_unserved(callbacks: Composed, step: Any) -> None:
-    """A callback that would never see an event that it subscribes to is a mistake, found before the first step."""
+    """Raises ValueError before the first step if a callback would never see an event that it subscribes to."""
     folded = as_composed(step).handlers
     for handler in callbacks.handlers:
         for kind in (kind for kind in TRACED if kind in handler.events):

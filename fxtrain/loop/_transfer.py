@@ -1,4 +1,4 @@
-"""Late: numbers that stay on their device until somebody looks at them, and then come together."""
+"""Lazy, batched copies of scalars from a device to the host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fxtrain.core import Logged
 from fxtrain.values import kind_of
 
 _NUMBERS = (float, int, bool)
-_MANY = 256  # mappings nobody looked at, among which one looks for those that are gone
+_MANY = 256  # unread mappings, beyond which dead references are removed
 
 
 class _Lazy(Mapping[str, Any]):
-    """A mapping that is there once somebody looks into it."""
+    """A mapping whose items are computed at the first read."""
 
     __slots__ = ()
 
@@ -43,13 +43,13 @@ class _Lazy(Mapping[str, Any]):
 
 
 class Late(_Lazy):
-    """A mapping whose numbers are on a device until somebody first looks into it; made by ``Together``.
+    """A mapping whose scalars are copied from a device at the first read. Made by ``Together``.
 
     Args:
-        together: What reads it.
-        parts: What is to come to the host.
-        made: From that, on the host, to the mapping.
-        only_numbers: Whether there is nothing but numbers in it, which can be asked without waiting.
+        together: Makes the transfer.
+        parts: Returns the values to copy to the host.
+        made: Makes the mapping from the copied values.
+        only_numbers: Whether all values are scalars. Reading this flag does not wait for the device.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Late(_Lazy):
     ) -> None:
         self.only_numbers = only_numbers
         self._together = together
-        # One after the other; what has been used lets go of what is on the device.
+        # At most one is set. Each is cleared after use, to release its references to device memory.
         self._parts: Callable[[], list[Any]] | None = parts
         self._arrived: Callable[[], dict[str, Any]] | None = None
         self._values: dict[str, Any] = {}
@@ -70,21 +70,21 @@ class Late(_Lazy):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether its numbers have not been sent."""
+        """Whether the copy has not started."""
         return self._parts is not None
 
     def parts(self) -> list[Any]:
-        """What is to come to the host."""
+        """Returns the values to copy to the host."""
         return self._parts() if self._parts is not None else []
 
     def arrives(self, arrived: Callable[[], list[Any]]) -> None:
-        """The parts are on their way, and ``arrived`` waits for them."""
+        """Sets the started copy of the parts, which ``arrived`` waits for."""
         made = self._made
         self._parts, self._arrived = None, lambda: made(arrived())
         del self._made
 
     def send(self) -> None:
-        """Begins to bring its numbers to the host, and those of all others that wait. Does not wait for them."""
+        """Starts an asynchronous copy of its values and of all other unread mappings."""
         if self.is_waiting:
             self._together.send()
 
@@ -93,14 +93,14 @@ class Late(_Lazy):
         if self._arrived is not None:
             self._values, self._arrived = self._arrived(), None
         elif self._parts is not None:
-            self._parts()  # raises what kept it from being sent
+            self._parts()  # raises the error that prevented the copy
         return self._values
 
 
 class Numbers(_Lazy):
-    """Metrics that are on the host, as numbers, which are taken when somebody first looks.
+    """Metrics on the host, converted to Python scalars at the first read.
 
-    To take one beside a step, which has the caches for itself, costs ten times what it costs among others.
+    Conversions are deferred, because they are much slower right after a step, with cold caches, than many in a row.
 
     Args:
         measured: 0-d tensors, or ``fxtrain.metrics`` values, by name.
@@ -119,14 +119,16 @@ class Numbers(_Lazy):
 
 
 class Together:
-    """Makes late mappings, and brings all that somebody still holds to the host in one transfer: when one of them is
-    sent or looked into. An observer that sends a hundred steps and looks into them a little later waits for nothing."""
+    """Makes lazy mappings, and copies all that are still referenced in one transfer once one is sent or read.
+
+    An observer that sends many mappings and reads them a few steps later does not wait for the device.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[weakref.ref[Late]] = []
 
     def metrics(self, measured: Mapping[str, Any]) -> Late:
-        """The metrics of an event, to be looked at as numbers."""
+        """Returns the metrics of an event as lazy Python scalars."""
         names: list[str] = []
 
         def parts() -> list[Any]:
@@ -137,7 +139,7 @@ class Together:
         return self._late(Late(self, parts, lambda numbers: dict(zip(names, numbers, strict=True))))
 
     def log(self, log: Mapping[str, Logged]) -> Late:
-        """What was logged, with numbers, and without what its flag holds back."""
+        """Returns logged values as lazy Python scalars, without those whose flag is false."""
         entries = list(log.values())
 
         def made(numbers: list[Any]) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class Together:
         return late
 
     def send(self) -> None:
-        """Begins to bring to the host all that waits."""
+        """Starts an asynchronous copy of all unread mappings."""
         if not self._waiting:
             return
         held, self._waiting = [late for each in self._waiting if (late := each()) is not None], []
@@ -167,7 +169,7 @@ class Together:
             try:
                 parts = late.parts()
             except Exception:
-                continue  # whoever looks into it will see why
+                continue  # reading the mapping raises the error
             slices.append((late, slice(len(sent), len(sent) + len(parts))))
             sent += parts
         arrived = functools.cache(on_their_way(sent))
@@ -176,8 +178,8 @@ class Together:
 
 
 def numbers_on_host(measured: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Metrics that are on the host, or come there by themselves, as numbers."""
-    # No isinstance, which for a Mapping takes as long as all the rest.
+    """Returns metrics as Python scalars. Lazy mappings are returned unchanged."""
+    # Compares types, because isinstance is slow for a Mapping.
     return measured if type(measured) is Numbers or type(measured) is Late else _numbers(measured)
 
 
@@ -190,7 +192,7 @@ def _numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metrics_at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The numbers, where nobody has to wait for them."""
+    """Returns metrics as Python scalars, or None if that would wait for a device."""
     numbers: dict[str, Any] = {}
     for name, value in measured.items():
         if isinstance(value, Tensor) and value.is_cpu and value.ndim == 0:
@@ -203,7 +205,7 @@ def metrics_at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
-    """What was logged with numbers, and without what its flag holds back, where nobody has to wait for them."""
+    """Returns logged values whose flag holds, scalars as Python scalars, or None if that would wait for a device."""
     shown: dict[str, Logged] = {}
     for name, entry in log.items():
         value, flag = entry.value, entry.when
@@ -216,13 +218,13 @@ def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
 
 
 def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
-    """Begins to bring numbers to the host, in one transfer where they are on a device.
+    """Starts copying scalars to the host, in one transfer per dtype if they are on a device.
 
     Args:
-        values: 0-d tensors, and anything else, which stays as it is.
+        values: 0-d tensors, and any other values, which are passed through.
 
     Returns:
-        What waits for them, and returns all values, with Python numbers in the places of 0-d tensors.
+        A function that waits for the copies and returns all values, with Python scalars in place of 0-d tensors.
     """
     groups: dict[torch.dtype, list[int]] = {}
     for index, value in enumerate(values):
@@ -238,9 +240,9 @@ def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
 
 
 def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Begins to copy tensors to the host; what it returns waits for the copies, and for nothing else.
+    """Starts asynchronous copies to the host. The returned function waits for these copies only.
 
-    Read where they are, tensors of a GPU come only after all that was launched since: the steps that follow.
+    A direct read of a CUDA tensor would wait for all kernels launched since, such as those of later steps.
     """
     if not any(tensor.is_cuda for tensor in tensors):
         copies = [tensor.cpu() for tensor in tensors]
