@@ -313,8 +313,8 @@ def test_an_error_of_the_thread_is_reported_in_a_run_and_what_it_missed_is_writt
     with pytest.warns(RuntimeWarning) as said:
         assert fit(asynchronous(inner)).reason == "reached 20 steps"
     first, second = (str(warning.message) for warning in said)
-    assert first.startswith("Keeping failed at step 3 and is tried again")
-    assert second == "Keeping works again: the points that waited are written."
+    assert first.startswith("Keeping failed at step 3 and will be retried")
+    assert second == "Keeping works again. Queued points were written."
     assert inner.steps()[:5] == [1, 2, 3, 3, 4]
     assert inner.steps()[3:] == list(range(3, 21))
 

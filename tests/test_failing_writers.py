@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_for_a_moment_leaves_no_hole(tmp_path, kind, extra, 
     first, second = messages(said)
     assert "failed at step" in first
     assert "File too large" in first
-    assert second.endswith("works again: the points that waited are written.")
+    assert second.endswith("works again. Queued points were written.")
 
 
 def test_an_event_file_that_could_not_begin_is_begun_later(tmp_path):
@@ -161,10 +161,8 @@ def test_a_writer_that_stays_broken_loses_the_oldest_and_counts_them(monkeypatch
     assert broken.points == [(0, "hparams"), *((step, "train/loss") for step in range(93, 102))]
     assert healthy.steps == list(range(102))
     first, second = messages(said)
-    assert first.startswith("Recorder failed at step 0 and is tried again")
-    assert (
-        second == "Recorder works again: the points that waited are written, but 92 points of steps 1 to 92 are lost."
-    )
+    assert first.startswith("Recorder failed at step 0 and will be retried")
+    assert second == "Recorder works again. Queued points were written, but 92 points of steps 1 to 92 were lost."
 
 
 def test_one_that_never_recovers_says_at_the_end_what_is_lost():
@@ -175,7 +173,7 @@ def test_one_that_never_recovers_says_at_the_end_what_is_lost():
         see(observer, 1, 2, 3)
         observer(None, FitEnd(step=3, reason="done"), NOTHING)
         observer.close()
-    assert messages(said)[1:] == ["Recorder: 3 points of steps 1 to 3 could not be written and are lost."]
+    assert messages(said)[1:] == ["Recorder: 3 points of steps 1 to 3 could not be written and were lost."]
     assert healthy.steps == [1, 2, 3]
 
 
@@ -209,7 +207,7 @@ def test_an_error_of_one_point_costs_that_point_alone():
     first, second = messages(said)
     assert "Picky failed at step 2, whose points are lost" in first
     assert "ValueError: not 2\\x1b[2J" in first
-    assert second == "Picky: 2 points of steps 2 to 4 could not be written and are lost."
+    assert second == "Picky: 2 points of steps 2 to 4 could not be written and were lost."
 
 
 def test_a_broken_writer_is_not_tried_at_each_point(monkeypatch):
@@ -237,7 +235,7 @@ def test_a_rewind_drops_what_waits_beyond_it_and_is_kept_for_the_writer():
         see(observer, 4)
         observer.close()
     assert broken.steps == [1, 2, 3, 4]
-    assert messages(said)[-1] == "Recorder works again: the points that waited are written."
+    assert messages(said)[-1] == "Recorder works again. Queued points were written."
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("bad")])

@@ -365,7 +365,7 @@ def test_media_that_cannot_be_written_is_an_error(tmp_path):
 
 def test_media_says_once_that_it_keeps_no_numbers(tmp_path, recwarn):
     writer = media(tmp_path)
-    with pytest.warns(RuntimeWarning, match="MediaWriter keeps no numbers, and leaves out 'loss'"):
+    with pytest.warns(RuntimeWarning, match="MediaWriter does not store scalars and skips 'loss'"):
         writer.write_scalars(1, {"loss": 1.0, "b": 1.0})
     writer.write_scalars(2, {"loss": 1.0, "b": 1.0})
     assert not recwarn
@@ -419,7 +419,7 @@ def test_console_says_numbers_texts_and_configurations(capsys):
     writer.write(7, values)
     writer.write_hparams({"lr": 0.1, "optim": {"name": "adamw"}})
     writer.write(8, {"empty": Text("")})
-    with pytest.warns(RuntimeWarning, match="ConsoleWriter keeps no histograms"):
+    with pytest.warns(RuntimeWarning, match="ConsoleWriter does not store histograms"):
         writer.write(8, {"h": Histogram(torch.ones(3))})
     writer.write(9, {"none": HParams({})})
     writer.close()

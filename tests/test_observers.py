@@ -142,7 +142,7 @@ def test_what_is_logged_is_written_at_its_own_event():
 
 def test_a_name_that_is_taken_is_an_error_when_it_is_written():
     observer = observers.write(Recorder(), every=2)
-    with pytest.raises(ValueError, match="watcher logged 'train/loss'"):
+    with pytest.raises(ValueError, match=r"expected watcher to log .* got 'train/loss'"):
         observer(None, ended(2), Control(log={"train/loss": Logged(1.0, owner="watcher")}))
 
 

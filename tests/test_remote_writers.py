@@ -289,7 +289,7 @@ def test_mlflow_keeps_every_kind(tmp_path, recwarn):
     for name in ("histogram", "fine"):
         del values[name]
     writer.write(3, values, StepEnd(step=3, metrics={}))
-    with pytest.warns(RuntimeWarning, match="keeps no histograms"):
+    with pytest.warns(RuntimeWarning, match="does not store histograms"):
         writer.write(3, {"h": Histogram(torch.ones(3))})
     writer.close()
     run = client(tmp_path).get_run(identity(tmp_path))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fxtrain.core import describe
 from fxtrain.values._media import Image
 from fxtrain.values._nodes import as_tensor, on_host, register_value
 from fxtrain.values._table import Table
@@ -45,12 +46,12 @@ class ConfusionMatrix:
         counts = as_tensor("ConfusionMatrix", self.counts)
         object.__setattr__(self, "counts", counts)
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not len(counts):
-            raise ValueError(f"ConfusionMatrix takes counts [C, C], and {list(counts.shape)} came.")
+            raise ValueError(f"expected counts of shape [C, C], got {list(counts.shape)}.")
         labels: Sequence[str] = self.labels or [str(index) for index in range(len(counts))]
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-            raise TypeError(f"labels={labels!r}: a name for each class is wanted.")
+            raise TypeError(f"expected labels to be a sequence of strings, one per class, got {describe(labels)}.")
         if len(labels) != len(counts):
-            raise ValueError(f"{len(labels)} labels came for {len(counts)} classes.")
+            raise ValueError(f"expected {len(counts)} labels, one per class, got {len(labels)}.")
         object.__setattr__(self, "labels", tuple(labels))
 
     def table(self) -> Table:

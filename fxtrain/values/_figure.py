@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fxtrain.core import describe
 from fxtrain.values._media import Image
 
 
@@ -35,8 +36,8 @@ class Figure:
 
     def __post_init__(self, figure: Any, dpi: float | None) -> None:
         if not (hasattr(figure, "savefig") and hasattr(figure, "dpi")):
-            remedy = ": axes have it as .figure." if hasattr(figure, "figure") else "."
-            raise TypeError(f"Figure takes a matplotlib figure, and a {type(figure).__name__} came{remedy}")
+            remedy = " Use its .figure." if hasattr(figure, "figure") else ""
+            raise TypeError(f"expected a Matplotlib figure, got {describe(figure)}.{remedy}")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         before, canvas = figure.dpi, figure.canvas

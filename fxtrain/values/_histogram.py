@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from torch import Tensor
 
+from fxtrain.core import describe
 from fxtrain.values._nodes import on_host, register_value
 
 
@@ -38,19 +39,15 @@ class Histogram:
     def __post_init__(self) -> None:
         given = {name: value for name in _HISTOGRAM if (value := getattr(self, name)) is not None}
         if tuple(given) not in (("values",), ("counts", "edges")):
-            came = " and ".join(given) or "nothing"
-            raise ValueError(f"Histogram takes either values, or counts with edges, and {came} came.")
+            names = " and ".join(given) or "nothing"
+            raise ValueError(f"expected Histogram of values, or of counts and edges, got {names}.")
         for name, value in given.items():
             if not isinstance(value, Tensor) or value.is_complex():
-                came = f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-                raise TypeError(f"Histogram({name}=...) takes a tensor of real numbers, and {came} came.")
+                raise TypeError(f"expected {name} of Histogram to be a real tensor, got {describe(value)}.")
         if self.counts is not None and self.edges is not None:
             counts, edges = list(self.counts.shape), list(self.edges.shape)
             if len(counts) != 1 or edges != [counts[0] + 1]:
-                raise ValueError(
-                    f"n buckets have n counts and n + 1 edges, and counts of shape {counts} came with edges of shape "
-                    f"{edges}."
-                )
+                raise ValueError(f"expected counts of shape [n] and edges of shape [n + 1], got {counts} and {edges}.")
 
     def buckets(self, num: int = 30) -> tuple[np.ndarray, np.ndarray]:
         """Returns the counts (float64 [n]) and the edges (float64 [n + 1]) on the host.
@@ -77,7 +74,7 @@ class Histogram:
         assert self.edges is not None
         counts, edges = on_host(self.counts).astype(np.float64), on_host(self.edges).astype(np.float64)
         if not (np.diff(edges) > 0).all():
-            raise ValueError(f"The edges of a histogram increase, and these do not: {edges.tolist()}.")
+            raise ValueError(f"expected edges to increase, got {np.array2string(edges, threshold=8)}.")
         return counts, edges
 
     def spread(self, most: int = 1000) -> np.ndarray:

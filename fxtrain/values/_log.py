@@ -65,8 +65,9 @@ def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping
                 _say_once(
                     writer,
                     kind,
-                    f"{type(writer).__name__} keeps no {KINDS.get(kind, 'numbers')}, and leaves out {name!r} and "
-                    "others like it: add a writer that does, fxtrain.writers.tensorboard or fxtrain.writers.media say.",
+                    f"{type(writer).__name__} does not store {KINDS.get(kind, 'scalars')} and skips {name!r} and "
+                    "similar values. Add a writer that does, such as fxtrain.writers.tensorboard or "
+                    "fxtrain.writers.media.",
                 )
                 continue
             value = make(value)
@@ -146,7 +147,7 @@ _VERBS: Mapping[type[Any], str] = {
 }
 
 
-_CLIPPING = "Set limits= or scale them; later ones of this name are clipped without a warning."
+_CLIPPING = "Set limits= or scale the values. Later values of this name are clipped without a warning."
 
 
 def _say_once(writer: Any, about: Any, message: str) -> None:
@@ -198,8 +199,7 @@ def take_back(writer: Any, step: int) -> None:
         writer.purge(step)
     elif step > 0:
         warnings.warn(
-            f"{type(writer).__name__} has no purge(step), so what it wrote beyond step {step} stays, and will be there "
-            "twice.",
+            f"{type(writer).__name__} has no purge(step), so points after step {step} stay and will be duplicated.",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_positive_int
+from fxtrain.core import check_choice, check_positive_int, describe
 from fxtrain.values._nodes import as_tensor, on_host, register_value
 
 Layout = Literal["HWC", "CHW"]
@@ -91,7 +91,7 @@ class Video:
 
     def __post_init__(self) -> None:
         if not self.fps > 0:
-            raise ValueError(f"fps={self.fps!r}: more than 0 is wanted.")
+            raise ValueError(f"expected fps to be above 0, got {describe(self.fps)}.")
         _check_pixels(self, "Video", inner=4)
 
     @functools.cached_property
@@ -132,10 +132,14 @@ class Audio:
         object.__setattr__(self, "samples", as_tensor("Audio", self.samples))
         shape = list(self.samples.shape)
         if not self.samples.is_floating_point():
-            raise TypeError(f"Audio takes floating samples from -1 to 1, and {self.samples.dtype} came: scale them.")
+            raise TypeError(
+                f"expected Audio samples of a floating-point dtype, got {self.samples.dtype}. Scale them to -1 to 1."
+            )
         check_positive_int("rate", self.rate)
         if len(shape) not in (1, 2, 3) or 0 in shape or (len(shape) > 1 and shape[-1] not in (1, 2)):
-            raise ValueError(f"Audio takes samples [T], [T, C] or [N, T, C] with 1 or 2 channels, and {shape} came.")
+            raise ValueError(
+                f"expected Audio samples of shape [T], [T, C] or [N, T, C] with 1 or 2 channels, got {shape}."
+            )
 
     @functools.cached_property
     def waves(self) -> np.ndarray:
@@ -158,24 +162,23 @@ def _check_pixels(value: Any, name: str, *, inner: int) -> None:
     object.__setattr__(value, "pixels", pixels)
     object.__setattr__(value, "limits", tuple(map(float, value.limits)))
     shape = list(pixels.shape)
-    if value.layout not in ("HWC", "CHW"):
-        raise ValueError(f"layout={value.layout!r}: 'HWC' or 'CHW' is wanted.")
+    check_choice("layout", value.layout, ("HWC", "CHW"))
     if not (pixels.is_floating_point() or pixels.dtype in (torch.uint8, torch.bool)):
         raise TypeError(
-            f"{name} takes uint8, bool or floating pixels, and {str(pixels.dtype).removeprefix('torch.')} came: "
-            "convert them."
+            f"expected {name} pixels of dtype uint8, bool or floating-point, got {pixels.dtype}. Convert them."
         )
     if not value.limits[0] < value.limits[1]:
-        raise ValueError(f"limits={value.limits}: the first, which is black, has to be below the second.")
+        raise ValueError(f"expected limits to increase from black to white, got {value.limits}.")
     frame = "" if inner < 4 else "T, "
     wanted = f"{frame}H, W, C" if value.layout == "HWC" else f"{frame}C, H, W"
     if 0 in shape or len(shape) not in (inner, inner + 1) or (inner > 2 and _channels(value) not in _CHANNELS):
         other = "CHW" if value.layout == "HWC" else "HWC"
         axis = -3 if other == "CHW" else -1
         fits = len(shape) in (inner, inner + 1) and len(shape) > 2 and shape[axis] in _CHANNELS
-        remedy = f"say layout={other!r}." if fits else "reshape them."
+        remedy = f"Pass layout={other!r}." if fits else "Reshape them."
         raise ValueError(
-            f"{name} takes pixels [{wanted}] or [N, {wanted}] with 1, 3 or 4 channels, and {shape} came: {remedy}"
+            f"expected {name} pixels of shape [{wanted}] or [N, {wanted}] with 1, 3 or 4 channels, got {shape}. "
+            f"{remedy}"
         )
 
 
@@ -205,10 +208,8 @@ def _within(value: Any, numbers: np.ndarray, low: float, high: float, what: str)
     name, least, most = type(value).__name__, float(numbers.min()), float(numbers.max())
     beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
     if not beyond <= _OVERSHOOT:
-        remedy = "say what is black and what is white with limits=." if what == "pixels" else "scale them."
-        raise ValueError(
-            f"{name} has {what} from {low:g} to {high:g}, and these go from {least:g} to {most:g}: {remedy}"
-        )
+        remedy = "Set limits= to the values of black and white." if what == "pixels" else "Scale them."
+        raise ValueError(f"expected {name} {what} from {low:g} to {high:g}, got {least:g} to {most:g}. {remedy}")
     if beyond > _ROUNDING:
         value.__dict__[_NOTE] = f"{name} {what} from {least:g} to {most:g} are clipped to {low:g} to {high:g}."
     return numbers.clip(low, high)

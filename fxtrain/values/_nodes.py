@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import register_node
+from fxtrain.core import describe, register_node
 
 
 def register_value(cls: type[Any], *tensors: str) -> None:
@@ -54,8 +54,8 @@ def as_tensor(what: str, value: Any) -> Tensor:
         return torch.from_numpy(np.array(value))
     if isinstance(value, Tensor) and not value.is_complex():
         return value.detach()
-    came = f"a {value.dtype} {type(value).__name__.lower()}" if hasattr(value, "dtype") else f"a {type(value).__name__}"
-    raise TypeError(f"{what} takes a tensor or an array of real numbers, and {came} came.")
+    found = f"a {value.dtype} array" if isinstance(value, np.ndarray) else describe(value)
+    raise TypeError(f"expected a real tensor or array for {what}, got {found}.")
 
 
 def on_host(tensor: Tensor) -> np.ndarray:

@@ -80,7 +80,7 @@ class Outlet:
         finally:
             self._backlog.lose_all()
             if self._backlog.lost:
-                _warn(f"{self._name}: {self._backlog.lost} could not be written and are lost.")
+                _warn(f"{self._name}: {self._backlog.lost} could not be written and were lost.")
             self._backlog, self._fails, self._has_refused = Backlog(), False, False
 
     def take_failure(self) -> Exception | None:
@@ -112,9 +112,9 @@ class Outlet:
 
     def _recovered(self) -> None:
         if self._fails:
-            lost = f", but {self._backlog.lost} are lost" if self._backlog.lost else ""
+            lost = f", but {self._backlog.lost} were lost" if self._backlog.lost else ""
             self._fails, self._backlog.lost = False, Lost()
-            _warn(f"{self._name} works again: the points that waited are written{lost}.")
+            _warn(f"{self._name} works again. Queued points were written{lost}.")
 
     def _failed(self, step: int | None, error: Exception) -> None:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
@@ -123,8 +123,8 @@ class Outlet:
             self._fails, self._failure = True, self._failure or error
             at = "a flush" if step is None else f"step {step}"
             _warn(
-                f"{self._name} failed at {at} and is tried again; up to {MOST_POINTS} points and "
-                f"{MOST_BYTES // 2**20} MiB wait for it. Training and other writers go on. "
+                f"{self._name} failed at {at} and will be retried. Up to {MOST_POINTS} points and "
+                f"{MOST_BYTES // 2**20} MiB are queued for it. Training and other writers continue. "
                 f"{type(error).__name__}: {printable(str(error))}"
             )
 
@@ -135,8 +135,8 @@ class Outlet:
             self._has_refused = True
             lines = printable_lines("".join(traceback.format_exception(error)))
             _warn(
-                f"{self._name} failed at step {call.step}, whose points are lost; more such errors are counted, and "
-                "reported at the end. Training and other writers go on.\n" + "\n".join(lines)
+                f"{self._name} failed at step {call.step}, whose points are lost. Further losses are counted and "
+                "reported at the end. Training and other writers continue.\n" + "\n".join(lines)
             )
 
 

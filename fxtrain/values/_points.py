@@ -34,19 +34,17 @@ class PointCloud:
         points = as_tensor("PointCloud", self.points)
         object.__setattr__(self, "points", points)
         if not points.is_floating_point():
-            raise TypeError(f"PointCloud takes floating points, and {points.dtype} came: convert them.")
+            raise TypeError(f"expected points of a floating-point dtype, got {points.dtype}. Convert them.")
         if points.ndim != 2 or points.shape[1] != 3 or not len(points):
-            raise ValueError(f"PointCloud takes points [N, 3], and {list(points.shape)} came.")
+            raise ValueError(f"expected points of shape [N, 3] with N above 0, got {list(points.shape)}.")
         if self.colors is None:
             return
         colors = as_tensor("PointCloud", self.colors)
         object.__setattr__(self, "colors", colors)
         if colors.dtype != torch.uint8:
-            raise TypeError(f"PointCloud takes uint8 colors, from 0 to 255, and {colors.dtype} came: convert them.")
+            raise TypeError(f"expected colors of dtype uint8, from 0 to 255, got {colors.dtype}. Convert them.")
         if colors.shape != points.shape:
-            raise ValueError(
-                f"PointCloud takes a color for each point, {list(points.shape)}, and {list(colors.shape)} came."
-            )
+            raise ValueError(f"expected colors of shape {list(points.shape)}, one per point, got {list(colors.shape)}.")
 
     def __repr__(self) -> str:
         return f"PointCloud of {len(self.points)} points"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxtrain.core import Control, EvalEnd, Logged, StepEnd
+from fxtrain.core import Control, EvalEnd, Logged, StepEnd, describe
 from fxtrain.values._log import KINDS
 
 
@@ -38,8 +38,8 @@ def published(event: Any, control: Control) -> dict[str, Any]:
     for name, entry in control.log.items():
         if name in named:
             raise ValueError(
-                f"{entry.owner or 'A callback'} logged {name!r}, and that is the name of a metric of "
-                f"{kind.__name__}: log it under another name."
+                f"expected {entry.owner or 'a callback'} to log under a new name, got {name!r}, a metric of "
+                f"{kind.__name__}. Rename it."
             )
         named[name] = _loggable(name, entry)
     return named
@@ -66,10 +66,12 @@ def _loggable(name: str, entry: Logged) -> Any:
     if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.ndim == 0):
         return float(value)
     if isinstance(value, Tensor):
-        remedy = "reduce it to a number, or log Histogram(it), or what else of fxtrain.values it is."
+        remedy = "Reduce it to a scalar, or wrap it, for example in Histogram."
     elif isinstance(value, str):
-        remedy = "log Text(it)."
+        remedy = "Wrap it in Text."
     else:
-        remedy = f"log a number, or one of fxtrain.values: {', '.join(kind.__name__ for kind in KINDS)}."
-    came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise TypeError(f"{entry.owner or 'A callback'} logged {name!r}, which is {came}: {remedy}")
+        remedy = f"Wrap it in one of {', '.join(kind.__name__ for kind in KINDS)}."
+    raise TypeError(
+        f"expected {entry.owner or 'a callback'} to log a scalar or a value of fxtrain.values as {name!r}, got "
+        f"{describe(value)}. {remedy}"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fxtrain.core import describe
 from fxtrain.values._media import Image
 
 Cell = str | bool | int | float | None
@@ -41,13 +42,13 @@ class Table:
 
     def __post_init__(self) -> None:
         if not isinstance(self.columns, Mapping) or not self.columns:
-            raise ValueError(f"Table takes a mapping from names to columns, and {self.columns!r:.60} came.")
+            raise ValueError(f"expected a nonempty mapping from names to columns, got {describe(self.columns)}.")
         columns = {str(name): _column(name, column) for name, column in self.columns.items()}
         lengths = {
             name: len(column.pixels if isinstance(column, Image) else column) for name, column in columns.items()
         }
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The columns of a table are equally long, and these are not: {lengths}.")
+            raise ValueError(f"expected columns of equal length, got {lengths}.")
         object.__setattr__(self, "columns", columns)
 
     def __len__(self) -> int:
@@ -80,21 +81,17 @@ class Table:
 def _column(name: Any, column: Any) -> Any:
     if isinstance(column, Image):
         if column.pixels.ndim != 4:
-            raise ValueError(f"The column {name!r} takes several images, [N, H, W, C], and {column!r} came.")
+            raise ValueError(f"expected column {name!r} to be several images [N, H, W, C], got {column!r}.")
         return column
     if isinstance(column, Tensor | np.ndarray):
         if column.ndim != 1:
-            raise ValueError(f"The column {name!r} is of shape {list(column.shape)}: [N] is wanted.")
+            raise ValueError(f"expected column {name!r} to have shape [N], got {list(column.shape)}.")
         return column.detach() if isinstance(column, Tensor) else column.tolist()
     if isinstance(column, str) or not isinstance(column, Sequence):
-        raise TypeError(
-            f"The column {name!r} is a {type(column).__name__}: a list, a tensor [N] or an Image is wanted."
-        )
+        raise TypeError(f"expected column {name!r} to be a list, a tensor [N] or an Image, got {describe(column)}.")
     for cell in column:
         if not (cell is None or isinstance(cell, str | bool | int | float)):
-            raise TypeError(
-                f"The column {name!r} has {cell!r:.60} in it, and cells are strings, numbers, bools and Nones."
-            )
+            raise TypeError(f"expected strings, numbers, bools and Nones in column {name!r}, got {describe(cell)}.")
     return list(column)
 
 

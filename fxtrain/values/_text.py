@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fxtrain.core import describe
+
 Scalar = bool | int | float
 
 
@@ -25,7 +27,7 @@ class Text:
 
     def __post_init__(self) -> None:
         if not isinstance(self.markdown, str):
-            raise TypeError(f"Text takes a string, and a {type(self.markdown).__name__} came: write Text(str(it)).")
+            raise TypeError(f"expected markdown to be a string, got {describe(self.markdown)}. Convert it with str.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +56,19 @@ class HParams:
             if isinstance(value, Mapping):
                 for key, inner in value.items():
                     if not isinstance(key, str):
-                        raise TypeError(f"{prefix or 'HParams'} has the key {key!r}: the keys are strings.")
+                        raise TypeError(f"expected string keys in {prefix or 'HParams'}, got {describe(key)}.")
                     collect(f"{prefix}/{key}" if prefix else key, inner)
             elif not isinstance(value, str | bool | int | float):
                 raise TypeError(
-                    f"{prefix or 'HParams'} is {value!r}, and a configuration has strings, numbers and bools at its "
-                    "leaves: write it as a string, or leave it out."
+                    f"expected {prefix or 'HParams'} to be a string, number or bool, got {describe(value)}. Convert "
+                    "it to a string, or leave it out."
                 )
             elif prefix in leaves:
-                raise ValueError(f"Two leaves of the configuration are called {prefix!r}: rename one.")
+                raise ValueError(f"expected HParams with distinct names, got {prefix!r} twice. Rename one.")
             else:
                 leaves[prefix] = value
 
         if not isinstance(self.values, Mapping):
-            raise TypeError(f"HParams takes a mapping, and a {type(self.values).__name__} came.")
+            raise TypeError(f"expected HParams of a mapping, got {describe(self.values)}.")
         collect("", self.values)
         return leaves
