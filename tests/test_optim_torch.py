@@ -164,21 +164,30 @@ class Unknown(torch.optim.SGD):
         (
             lambda: optim.from_torch(torch.optim.LBFGS),
             TypeError,
-            "from_torch(LBFGS): it evaluates the loss several times in each step, and a transformation sees one "
-            "gradient. There are ASGD, Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, Muon, NAdam, RAdam, RMSprop, "
-            "Rprop, SGD.",
+            "expected optimizer to be a torch.optim class with a functional form, got LBFGS, which evaluates the loss "
+            "several times per step, while a transformation sees one gradient. There are ASGD, Adadelta, Adafactor, "
+            "Adagrad, Adam, AdamW, Adamax, Muon, NAdam, RAdam, RMSprop, Rprop, SGD.",
         ),
         (
             lambda: optim.from_torch(torch.optim.SparseAdam),
             TypeError,
-            "from_torch(SparseAdam): it is for sparse gradients, and torch.func makes dense ones. There are",
+            "expected optimizer to be a torch.optim class with a functional form, got SparseAdam, which is for sparse "
+            "gradients, while torch.func computes dense ones. There are",
         ),
-        (lambda: optim.from_torch(Unknown), TypeError, "from_torch(Unknown): its steps are not known here. There are"),
-        (lambda: optim.from_torch("adam"), TypeError, "from_torch('adam'): its steps are not known here. There are"),
+        (
+            lambda: optim.from_torch(Unknown),
+            TypeError,
+            "expected optimizer to be a torch.optim class with a functional form, got Unknown. There are",
+        ),
+        (
+            lambda: optim.from_torch("adam"),
+            TypeError,
+            "expected optimizer to be a torch.optim class with a functional form, got 'adam'. There are",
+        ),
         (
             lambda: optim.from_torch(torch.optim.SGD, learning_rate=0.1),
             TypeError,
-            "torch.optim.SGD takes no 'learning_rate'; it takes lr, momentum, dampening, weight_decay, nesterov",
+            "expected an argument of torch.optim.SGD (lr, momentum, dampening, weight_decay, nesterov",
         ),
         (lambda: optim.from_torch(torch.optim.Adam, lr=-1.0), ValueError, "Invalid learning rate: -1.0"),
     ],

@@ -1,4 +1,4 @@
-"""Chains, masks, partitions, skipped updates, injected hyper-parameters, and what is refused with which words."""
+"""Chains, masks, partitions, skipped updates, injected hyperparameters, and the texts of errors."""
 
 import functools
 
@@ -163,11 +163,11 @@ class TestInjectHyperparams:
     def test_a_decay_that_single_precision_cannot_hold_is_refused(self):
         inject = optim.inject_hyperparams
         near = inject(optim.adam)(learning_rate=0.1, b2=0.999999)
-        with pytest.raises(ValueError, match=r"b2=0\.999999: expected a decay rate .*got .*functools\.partial"):
+        with pytest.raises(ValueError, match=r"expected b2 to be a decay rate .*got 0\.999999.*functools\.partial"):
             near.init(PARAMS)
         near.init(tree.map(torch.Tensor.double, PARAMS))
         state = inject(optim.adam)(learning_rate=0.1, b2=0.999).init(PARAMS)
-        with pytest.raises(ValueError, match=r"b2=0\.999999: expected"):
+        with pytest.raises(ValueError, match=r"expected b2 to be a decay rate .*got 0\.999999"):
             optim.set_hyperparams(state, b2=0.999999)
         optim.set_hyperparams(state, learning_rate=0.9999999999999999)
         outside = inject(functools.partial(optim.adam, b2=0.999999))(learning_rate=0.1)
@@ -319,35 +319,43 @@ class TestPrecision:
 
 BAD = {"other": torch.ones(2)}
 REFUSALS = [
-    (lambda: optim.sgd(-0.1), ValueError, "learning_rate=-0.1: zero or more is wanted."),
-    (lambda: optim.sgd(float("nan")), ValueError, "learning_rate=nan: zero or more is wanted."),
-    (lambda: optim.sgd("0.1"), TypeError, "learning_rate='0.1': a number or a 0-d tensor is wanted."),
-    (lambda: optim.sgd(torch.ones(2)), ValueError, "learning_rate is a tensor of shape [2]: a 0-d tensor is wanted."),
+    (lambda: optim.sgd(-0.1), ValueError, "expected learning_rate to be at least 0, got -0.1."),
+    (lambda: optim.sgd(float("nan")), ValueError, "expected learning_rate to be at least 0, got nan."),
+    (
+        lambda: optim.sgd("0.1"),
+        TypeError,
+        "expected learning_rate to be a float or a tensor of shape [], got '0.1'.",
+    ),
+    (
+        lambda: optim.sgd(torch.ones(2)),
+        ValueError,
+        "expected learning_rate to be a float or a tensor of shape [], got a float32 tensor of shape [2].",
+    ),
     (
         lambda: optim.sgd(0.1, nesterov=True),
         ValueError,
-        "nesterov and dampening change the momentum: give momentum as well.",
+        "expected momentum with nesterov or dampening, got None. Pass it, as in momentum=0.9.",
     ),
     (
         lambda: optim.sgd(0.1, momentum=0.9, nesterov=True, dampening=0.1),
         ValueError,
-        "nesterov=True with dampening: Nesterov's momentum is defined without it; leave one out.",
+        "expected nesterov or dampening, got both. Nesterov momentum is defined without dampening.",
     ),
-    (lambda: optim.adam(0.1, b1=1.0), ValueError, "b1=1.0: a decay rate lies in [0, 1)."),
-    (lambda: optim.adamw(0.1, b2=-0.1), ValueError, "b2=-0.1: a decay rate lies in [0, 1)."),
-    (lambda: optim.adamw(0.1, eps=-1e-8), ValueError, "eps=-1e-08: zero or more is wanted."),
-    (lambda: optim.adamw(0.1, weight_decay=-1.0), ValueError, "weight_decay=-1.0: zero or more is wanted."),
+    (lambda: optim.adam(0.1, b1=1.0), ValueError, "expected b1 to be in [0, 1), got 1.0."),
+    (lambda: optim.adamw(0.1, b2=-0.1), ValueError, "expected b2 to be in [0, 1), got -0.1."),
+    (lambda: optim.adamw(0.1, eps=-1e-8), ValueError, "expected eps to be at least 0, got -1e-08."),
+    (lambda: optim.adamw(0.1, weight_decay=-1.0), ValueError, "expected weight_decay to be at least 0, got -1.0."),
     (
         lambda: optim.adam(0.1, nesterov=True, amsgrad=True),
         ValueError,
-        "nesterov=True and amsgrad=True: choose one of them.",
+        "expected nesterov or amsgrad, got both. Choose one.",
     ),
     (
         lambda: optim.rmsprop(0.1, nesterov=True),
         ValueError,
-        "nesterov changes the momentum: give momentum as well.",
+        "expected momentum with nesterov, got None. Pass it, as in momentum=0.9.",
     ),
-    (lambda: optim.clip_by_global_norm(0.0), ValueError, "max_norm=0.0: a number above zero is wanted."),
+    (lambda: optim.clip_by_global_norm(0.0), ValueError, "expected max_norm to be above 0, got 0.0."),
     (
         lambda: optim.apply_if_finite(optim.sgd(0.1), max_consecutive=0),
         ValueError,
@@ -356,131 +364,134 @@ REFUSALS = [
     (
         lambda: optim.muon(0.1, ns_coeffs=(1.0, 2.0)),
         ValueError,
-        "(1.0, 2.0): three coefficients are wanted, or three for each step.",
+        "expected three coefficients, or three per step, got a tuple of (1.0, 2.0).",
     ),
     (
         lambda: optim.scale_by_schedule(0.1),
         TypeError,
-        "scale_by_schedule(0.1): a function of the step is wanted; scale takes a number.",
+        "expected schedule to be a function of the step, got 0.1. For a number, use fx.optim.scale.",
     ),
     (
         lambda: optim.chain(optim.sgd(0.1), 0.1),
         TypeError,
-        "expected argument 1 of chain to be a gradient transformation, got float. Make one by a function of "
-        "fx.optim, such as fx.optim.sgd(0.1).",
+        "expected argument 1 of chain to be a gradient transformation, got 0.1. Build one with fx.optim, such as "
+        "fx.optim.sgd(0.1).",
     ),
     (
         lambda: optim.partition({"a": None}, {}),
         TypeError,
-        "expected transforms['a'] to be a gradient transformation, got NoneType. Make one by a function of fx.optim, "
-        "such as fx.optim.sgd(0.1).",
+        "expected transforms['a'] to be a gradient transformation, got None. Build one with fx.optim, such as "
+        "fx.optim.sgd(0.1).",
     ),
     (
         lambda: optim.chain(optim.sgd(0.1), optim.scale(1.0)).update(ONES, (), PARAMS),
         ValueError,
-        "A chain of 2 transformations got the memory of 0: give it what its own init made.",
+        "expected the state of a chain of 2 transformations, got 0 states. Pass the state from this chain's init.",
     ),
     (
         lambda: one(optim.adam(0.1), BAD),
         ValueError,
-        "['other'] is in updates and not in the optimizer's memory and ['body.bias'] is in the optimizer's memory and "
-        "not in updates: both must have the structure of the parameters given to init.",
+        "expected updates and the optimizer state to have the same structure, got ['other'] only in updates and "
+        "['body.bias'] only in the optimizer state. Pass trees like the parameters given to init.",
     ),
     (
         lambda: one(optim.adam(0.1), {**ONES, "body.bias": torch.ones(3)}),
         ValueError,
-        "updates['body.bias'] has shape [3], and [2] in the optimizer's memory: both must be those of the parameters "
-        "given to init.",
+        "expected updates['body.bias'] to have shape [2] as in the optimizer state, got [3]. Pass trees like the "
+        "parameters given to init.",
     ),
     (
         lambda: one(optim.adafactor(0.1), {"body.bias": torch.ones(2)}),
         ValueError,
-        "['body.weight'] is in the optimizer's memory and not in updates: both must have the structure of the "
-        "parameters given to init.",
+        "expected updates and the optimizer state to have the same structure, got ['body.weight'] only in the "
+        "optimizer state. Pass trees like the parameters given to init.",
     ),
     (
         lambda: optim.apply_updates(PARAMS, {"body.bias": torch.ones(2)}),
         ValueError,
-        "['body.weight'] is in params and not in updates: both must have the structure of the parameters given to "
-        "init.",
+        "expected params and updates to have the same structure, got ['body.weight'] only in params. Pass trees like "
+        "the parameters given to init.",
     ),
     (
         lambda: optim.adamw(0.1).update(ONES, optim.adamw(0.1).init(PARAMS)),
         ValueError,
-        "add_decayed_weights needs the parameters: call update(grads, opt_state, params).",
+        "expected params for add_decayed_weights, got None. Call update(grads, opt_state, params).",
     ),
     (
         lambda: optim.lamb(0.1).update(ONES, optim.lamb(0.1).init(PARAMS)),
         ValueError,
-        "scale_by_trust_ratio needs the parameters: call update(grads, opt_state, params).",
+        "expected params for scale_by_trust_ratio, got None. Call update(grads, opt_state, params).",
     ),
     (
-        lambda: optim.adam(0.1).init({"layer": {"count": torch.tensor(3)}}),
+        lambda: optim.adam(0.1).init({"layer": {"count": torch.tensor(True)}}),
         TypeError,
-        "params['layer']['count'] is int64: an optimizer takes floating and complex tensors, so keep the rest out.",
+        "expected params['layer']['count'] to be a floating-point or complex tensor, got a bool tensor of shape []. "
+        "Leave it out of the parameters.",
     ),
     (
         lambda: optim.adam(0.1).init({"w": 1.0}),
         TypeError,
-        "params['w'] is float: an optimizer takes floating and complex tensors, so keep the rest out.",
+        "expected params['w'] to be a floating-point or complex tensor, got 1.0. Leave it out of the parameters.",
     ),
     (
         lambda: optim.scale_by_muon().init(PARAMS),
         ValueError,
-        "params['body.bias'] has shape [2], and scale_by_muon takes matrices: muon gives the rest to AdamW, and masked "
-        "and partition leave it out.",
+        "expected scale_by_muon to get only matrices, got a float32 tensor of shape [2] at params['body.bias']. Use "
+        "muon, which trains the rest with AdamW, or exclude it by masked or partition.",
     ),
     (
         lambda: one(optim.masked(optim.sgd(0.1), {"body.bias": True})),
         ValueError,
-        "The tree of a mask has nothing at params['body.weight']: a tree like the parameters is wanted, or a function "
-        "(path, leaf).",
+        "expected mask to have a leaf for params['body.weight'], got a tree without it. Pass a tree like the "
+        "parameters, or a function (path, leaf).",
     ),
     (
         lambda: one(optim.masked(optim.sgd(0.1), lambda path, leaf: leaf.ndim)),
         ValueError,
-        "The mask is 1 at params['body.bias']: True or False is wanted.",
+        "expected mask to be True or False at params['body.bias'], got 1.",
     ),
     (
         lambda: one(optim.partition({"a": optim.sgd(0.1)}, lambda path, leaf: "b")),
         ValueError,
-        "params['body.bias'] is labelled 'b', and there are transformations for 'a': add one for it, or set_to_zero() "
-        "to freeze it.",
+        "expected the label of params['body.bias'] to be one of 'a', got 'b'. Add a transformation for it, or "
+        "set_to_zero() to freeze it.",
     ),
     (
         lambda: optim.inject_hyperparams(optim.sgd)(learning_rate=-1.0),
         ValueError,
-        "learning_rate=-1.0: zero or more is wanted.",
+        "expected learning_rate to be at least 0, got -1.0.",
     ),
     (
         lambda: optim.inject_hyperparams(optim.clip_by_global_norm)(1),
         TypeError,
-        "inject_hyperparams(clip_by_global_norm) was given no float, tensor or schedule: name at least one "
-        "hyper-parameter, as in learning_rate=3e-4.",
+        "expected inject_hyperparams(clip_by_global_norm) to get a float, a tensor or a schedule, got none. Pass at "
+        "least one hyperparameter, such as learning_rate=3e-4.",
     ),
     (
         lambda: optim.inject_hyperparams(optim.chain)(optim.sgd(0.1)),
         TypeError,
-        "inject_hyperparams needs a factory whose arguments have names, and transforms has none.",
+        "expected a factory whose arguments can be passed by name, got one with 'transforms', which cannot. Wrap it "
+        "in a function with named arguments.",
     ),
     (
         lambda: optim.set_hyperparams(optim.sgd(0.1).init(PARAMS), learning_rate=0.1),
         ValueError,
-        "No hyper-parameter 'learning_rate' is kept in this optimizer's memory, and there are none: name it in "
-        "inject_hyperparams(...)(...).",
+        "expected a hyperparameter in the optimizer state (it has none), got 'learning_rate'. Inject it: "
+        "fx.optim.inject_hyperparams(factory)(learning_rate=...).",
     ),
     (
         lambda: optim.set_hyperparams(optim.inject_hyperparams(optim.adam)(0.1, b1=0.5).init(PARAMS), lr=0.1),
         ValueError,
-        "No hyper-parameter 'lr' is kept in this optimizer's memory, and there are ['b1', 'learning_rate']: name it in "
-        "inject_hyperparams(...)(...).",
+        "expected a hyperparameter in the optimizer state ('b1', 'learning_rate'), got 'lr'. Inject it: "
+        "fx.optim.inject_hyperparams(factory)(lr=...).",
     ),
     (
         lambda: optim.set_hyperparams(
             optim.inject_hyperparams(optim.sgd)(schedules.constant(0.1)).init(PARAMS), learning_rate=0.1
         ),
         ValueError,
-        "learning_rate follows a schedule: give inject_hyperparams a number instead, to set it.",
+        "expected learning_rate to be a constant, got a hyperparameter that follows a schedule. To set it, pass a "
+        "float to inject_hyperparams.",
     ),
 ]
 

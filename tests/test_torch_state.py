@@ -287,8 +287,8 @@ def test_bfloat16_moments_are_widened_as_the_state_keeps_them():
         (optim.lion(0.1), None, "to have exp_avg, got exp_avg_sq as well"),
         (optim.adam(0.1, amsgrad=True), None, "expected max_exp_avg_sq"),
         (optim.adamax(0.1), None, "expected exp_inf"),
-        (optim.rmsprop(0.1, momentum=0.9), None, "has it after. Use fx.optim.from_torch(torch.optim.RMSprop"),
-        (optim.chain(optim.ema(0.9), optim.sgd(0.1)), None, "got EmaState, which has no counterpart"),
+        (optim.rmsprop(0.1, momentum=0.9), None, "applies it after. Use fx.optim.from_torch(torch.optim.RMSprop"),
+        (optim.chain(optim.ema(0.9), optim.sgd(0.1)), None, "in torch.optim, got EmaState, which has none"),
         (optim.adam(0.1), lambda saved: saved["param_groups"][0].update(params=[0, 1]), "do not fit in number"),
         (
             optim.adam(0.1),

@@ -75,8 +75,7 @@ def find_batch_size(
         start = max(min(_START, limit) // multiple, 1) * multiple
     if start % multiple or start > limit:
         raise ValueError(
-            f"start={start}, the first size that is tried, is to be a multiple of multiple={multiple} and at most "
-            f"limit={limit}."
+            f"expected start to be a multiple of multiple={multiple} and at most limit={limit}, got {start}."
         )
     # Sizes are in units of ``multiple``. Sizes up to ``fits`` fit, and sizes from ``too_large`` on do not.
     largest, size, said = limit // multiple, start // multiple, ""
@@ -90,7 +89,7 @@ def find_batch_size(
         size = min(2 * fits, largest) if too_large > largest else (fits + too_large) // 2
     if not fits:
         raise RuntimeError(
-            f"Not even a batch of {multiple} fits into memory ({said}): make the model smaller, or its numbers."
+            f"Not even a batch of {multiple} fits into memory ({said}). Use a smaller model or a narrower dtype."
         )
     return fits * multiple
 

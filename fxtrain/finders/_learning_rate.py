@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import TrainState, check_int
+from fxtrain.core import TrainState, check_int, did_you_mean
 from fxtrain.data import Exhausted, adapt
 from fxtrain.fold import attach
 from fxtrain.loop._evaluate import to_device
@@ -93,10 +93,10 @@ def lr_finder(
         (True, True)
     """
     if not 0 < low < high < math.inf:
-        raise ValueError(f"low={low!r} and high={high!r}: two rates, 0 < low < high, are wanted.")
+        raise ValueError(f"expected 0 < low < high < inf, got low={low!r} and high={high!r}.")
     check_int("steps", steps, minimum=5)
     if not factor > 1:
-        raise ValueError(f"factor={factor!r}: more than 1 is wanted.")
+        raise ValueError(f"expected factor to be above 1, got {factor!r}.")
     step = step if hasattr(step, "fires") else Step(step)
     state = _with_rate(attach(state, step).copy(), low)
     rates, losses, diverged = [], [], False
@@ -126,8 +126,8 @@ def _with_rate(state: TrainState, rate: float) -> TrainState:
         return state.replace(opt_state=optim.set_hyperparams(state.opt_state, learning_rate=rate))
     except ValueError as error:
         raise ValueError(
-            f"lr_finder sets learning_rate between steps, and cannot here. {error} For example, for init and for "
-            "train_step: tx = fxtrain.optim.inject_hyperparams(fxtrain.optim.adamw)(learning_rate=3e-4)."
+            f"lr_finder cannot set the learning rate: {error} For example, pass to init and train_step: "
+            "tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=3e-4)."
         ) from None
 
 
@@ -144,8 +144,8 @@ def _batches(data: Any, state: TrainState) -> Iterator[Any]:
                     batch = source[position]  # in the next epoch
             except Exhausted:
                 raise ValueError(
-                    f"The data ended after {position - begin} batches: give data that can be read again, or ask for "
-                    "fewer steps."
+                    f"expected a batch for each step, got the end of the data after {position - begin} batches. Pass "
+                    "data that can be read again, or fewer steps."
                 ) from None
             yield batch
             position += 1
@@ -156,7 +156,8 @@ def _batches(data: Any, state: TrainState) -> Iterator[Any]:
 def _measured(output: Any, metric: str) -> float:
     found = metrics.compute(output.metrics)
     if metric not in found:
-        raise KeyError(f"metric={metric!r}: the step measures {', '.join(map(repr, found)) or 'nothing'}; name one.")
+        listed = ", ".join(map(repr, found)) or "it has none"
+        raise KeyError(f"expected a metric of the step ({listed}), got {metric!r}.{did_you_mean(metric, found)}")
     return float(found[metric])
 
 
@@ -181,7 +182,7 @@ def _steepest(rates: list[float], smoothed: list[float]) -> float | None:
 
 
 def _facts(found: LearningRates) -> list[tuple[str, str]]:
-    suggested = "none, as the loss fell nowhere" if found.suggestion is None else f"{found.suggestion:.2g}"
-    end = "the loss diverged" if found.diverged else "the highest rate"
-    rates = f"{len(found.rates)} rates from {found.rates[0]:.2g} to {found.rates[-1]:.2g}, until {end}"
+    suggested = "none, because the loss never fell" if found.suggestion is None else f"{found.suggestion:.2g}"
+    end = "the loss diverged" if found.diverged else "the highest"
+    rates = f"{len(found.rates)} learning rates from {found.rates[0]:.2g} to {found.rates[-1]:.2g}, until {end}"
     return [("suggestion", f"suggestion {suggested}"), ("rates", rates)]

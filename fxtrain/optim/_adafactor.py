@@ -98,7 +98,7 @@ def scale_by_factored_rms(
         rows, columns, whole = (dict(zip(leaf_paths(kept), tree.leaves(kept), strict=True)) for kept in opt_state[1:])
         paths = leaf_paths(updates)
         if {*paths} != {*rows, *whole}:
-            refuse_paths("updates", paths, "the optimizer's memory", [*rows, *whole])
+            refuse_paths("updates", paths, "the optimizer state", [*rows, *whole])
         new: tuple[list[Tensor], ...] = ([], [], [])
         results: list[Tensor] = []
         count = opt_state.count + 1

@@ -333,7 +333,7 @@ def _adam(
     if not amsgrad:
         return scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov)
     if nesterov:
-        raise ValueError("nesterov=True and amsgrad=True: choose one of them.")
+        raise ValueError("expected nesterov or amsgrad, got both. Choose one.")
     return scale_by_amsgrad(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
 
 

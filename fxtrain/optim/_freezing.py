@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.optim._leaves import start_count
 from fxtrain.optim._masking import partition
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation, set_to_zero
@@ -100,7 +101,8 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
             if fnmatch.fnmatchcase(path, pattern):
                 return pattern
         raise ValueError(
-            f"{path!r} matches none of {', '.join(map(repr, transforms))}: add a pattern, such as '*', with its phase."
+            f"expected phases to have a pattern for {path!r}, got {', '.join(map(repr, transforms))}. Add a pattern, "
+            "such as '*', with its phase."
         )
 
     label = cast(Any, torch.compiler).assume_constant_result(matched)  # Dynamo cannot trace fnmatch
@@ -121,4 +123,7 @@ def _during(tx: GradientTransformation, pattern: str, phase: Any) -> GradientTra
             return active_when(tx, lambda count: (count >= start) & (count < end))
         case _:
             pass
-    raise ValueError(f"phases[{pattern!r}] is {phase!r}: its first step, (first, end), or None for never, is wanted.")
+    raise ValueError(
+        f"expected phases[{pattern!r}] to be a first step, (first, end) with first < end, or None for never, got "
+        f"{describe(phase)}."
+    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.core import did_you_mean
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leaves import device_of, start_count, widest
 from fxtrain.optim._nodes import Path, as_code, children, rebuilt
@@ -83,8 +84,8 @@ def inject_hyperparams(
         rest = {name: value for name, value in given.items() if name not in schedules and name not in numbers}
         if not schedules and not numbers:
             raise TypeError(
-                f"inject_hyperparams({getattr(factory, '__name__', factory)}) was given no float, tensor or schedule: "
-                "name at least one hyper-parameter, as in learning_rate=3e-4."
+                f"expected inject_hyperparams({getattr(factory, '__name__', factory)}) to get a float, a tensor or a "
+                "schedule, got none. Pass at least one hyperparameter, such as learning_rate=3e-4."
             )
 
         # Runs the factory's checks of its arguments, because later calls pass tensors, whose values it cannot check.
@@ -137,15 +138,18 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
     for name, value in values.items():
         found = [state.hyperparams[name] for state in states if name in state.hyperparams]
         if any(isinstance(value, Scheduled) for value in found):
-            raise ValueError(f"{name} follows a schedule: give inject_hyperparams a number instead, to set it.")
+            raise ValueError(
+                f"expected {name} to be a constant, got a hyperparameter that follows a schedule. To set it, pass a "
+                "float to inject_hyperparams."
+            )
         for kept in found:
             _refuse_rounded(name, value, _value(kept).dtype)
         if found:
             continue
         names = sorted({name for state in states for name in state.hyperparams})
         raise ValueError(
-            f"No hyper-parameter {name!r} is kept in this optimizer's memory, and there "
-            f"{f'are {names}' if names else 'are none'}: name it in inject_hyperparams(...)(...)."
+            f"expected a hyperparameter in the optimizer state ({', '.join(map(repr, names)) or 'it has none'}), got "
+            f"{name!r}.{did_you_mean(name, names)} Inject it: fx.optim.inject_hyperparams(factory)({name}=...)."
         )
     return _set(opt_state, values)
 
@@ -171,7 +175,10 @@ def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
         elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-            raise TypeError(f"inject_hyperparams needs a factory whose arguments have names, and {name} has none.")
+            raise TypeError(
+                f"expected a factory whose arguments can be passed by name, got one with {name!r}, which cannot. Wrap "
+                "it in a function with named arguments."
+            )
     return given
 
 
@@ -182,7 +189,7 @@ def _refuse_rounded(name: str, value: Any, dtype: torch.dtype) -> None:
     kept = round(value * 2**24) / 2**24  # rounded to the spacing of float32 below 1
     if abs(kept - value) > _ROUNDING * (1 - value):
         raise ValueError(
-            f"{name}={value!r}: expected a decay rate whose distance from 1 is kept in {dtype}, got one that becomes "
+            f"expected {name} to be a decay rate whose distance from 1 fits {dtype}, got {value!r}, which becomes "
             f"{kept!r}. Keep it out of the optimizer state: "
             f"inject_hyperparams(functools.partial(factory, {name}={value!r}))(...)."
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 
 Scalar = float | Tensor
@@ -34,7 +35,7 @@ def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates
             transformation ``name`` or the path.
     """
     if params is None:
-        raise ValueError(f"{name} needs the parameters: call update(grads, opt_state, params).")
+        raise ValueError(f"expected params for {name}, got None. Call update(grads, opt_state, params).")
     return combine(rule, "updates", updates, "params", params)
 
 
@@ -65,7 +66,7 @@ def map_with_memory(
     flat = [tree.flatten(values) for values in (updates, *memory)]
     leaves = flat[0][0]
     for remembered, (kept, _) in zip(memory, flat[1:], strict=True):
-        _refuse_mismatch("updates", updates, leaves, "the optimizer's memory", remembered, kept)
+        _refuse_mismatch("updates", updates, leaves, "the optimizer state", remembered, kept)
     columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
     results = [rule(*row) for row in zip(*columns, strict=True)]
     return tuple(
@@ -206,9 +207,12 @@ def norm(leaf: Tensor) -> Tensor:
 
 def refuse_paths(name: str, paths: list[Path], other_name: str, other_paths: list[Path]) -> None:
     """Raises the error for two trees whose leaves have different paths."""
-    where = [f"{as_code(path)} is in {name} and not in {other_name}" for path in paths if path not in other_paths][:1]
-    where += [f"{as_code(path)} is in {other_name} and not in {name}" for path in other_paths if path not in paths][:1]
-    raise ValueError(f"{' and '.join(where)}: both must have the structure of the parameters given to init.")
+    where = [f"{as_code(path)} only in {name}" for path in paths if path not in other_paths][:1]
+    where += [f"{as_code(path)} only in {other_name}" for path in other_paths if path not in paths][:1]
+    raise ValueError(
+        f"expected {name} and {other_name} to have the same structure, got {' and '.join(where)}. Pass trees like the "
+        "parameters given to init."
+    )
 
 
 def _refuse_mismatch(
@@ -222,16 +226,16 @@ def _refuse_mismatch(
         for path, leaf, other in zip(paths, leaves, other_leaves, strict=True):
             if leaf.shape != other.shape:
                 raise ValueError(
-                    f"{name}{as_code(path)} has shape {list(leaf.shape)}, and {list(other.shape)} in {other_name}: "
-                    "both must be those of the parameters given to init."
+                    f"expected {name}{as_code(path)} to have shape {list(other.shape)} as in {other_name}, got "
+                    f"{list(leaf.shape)}. Pass trees like the parameters given to init."
                 )
 
 
 def _refuse_undifferentiable(path: Path, leaf: Any) -> None:
     if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-        came = str(leaf.dtype).removeprefix("torch.") if isinstance(leaf, Tensor) else type(leaf).__name__
         raise TypeError(
-            f"params{as_code(path)} is {came}: an optimizer takes floating and complex tensors, so keep the rest out."
+            f"expected params{as_code(path)} to be a floating-point or complex tensor, got {describe(leaf)}. Leave it "
+            "out of the parameters."
         )
 
 

@@ -59,14 +59,14 @@ def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar 
     refuse_unless_transformation("tx", tx)
     check_positive_int("period", period)
     if not isinstance(slow_rate, Tensor) and not 0 < slow_rate <= 1:
-        raise ValueError(f"slow_rate={slow_rate!r}: above 0, and up to 1, is wanted.")
+        raise ValueError(f"expected slow_rate to be in (0, 1], got {slow_rate!r}.")
 
     def init(params: Any) -> LookaheadState:
         return LookaheadState(start_count(params), clones(params), tx.init(params))
 
     def update(updates: Any, opt_state: LookaheadState, params: Any = None) -> tuple[Any, LookaheadState]:
         if params is None:
-            raise ValueError("lookahead needs the parameters: call update(grads, opt_state, params).")
+            raise ValueError("expected params for lookahead, got None. Call update(grads, opt_state, params).")
         updates, inner_state = tx.update(updates, opt_state.inner_state, params)
         count = opt_state.count + 1
         meets = count % period == 0

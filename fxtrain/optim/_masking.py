@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.optim._nodes import MaskedNode, as_code, as_name, leaf_paths
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
@@ -100,8 +101,9 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
         for path, label in zip(leaf_paths(values), found, strict=True):
             if label not in transforms:
                 raise ValueError(
-                    f"params{as_code(path)} is labelled {label!r}, and there are transformations for "
-                    f"{', '.join(map(repr, transforms))}: add one for it, or set_to_zero() to freeze it."
+                    f"expected the label of params{as_code(path)} to be one of "
+                    f"{', '.join(map(repr, transforms))}, got {describe(label)}. Add a transformation for it, or "
+                    "set_to_zero() to freeze it."
                 )
         return {label: [other == label for other in found] for label in transforms}
 
@@ -124,10 +126,10 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
 
 
 def _selected(mask: Mask, values: Any) -> list[bool]:
-    found = _of_leaves("a mask", mask, values)
+    found = _of_leaves("mask", mask, values)
     for path, chosen in zip(leaf_paths(values), found, strict=True):
         if not isinstance(chosen, bool):
-            raise ValueError(f"The mask is {chosen!r} at params{as_code(path)}: True or False is wanted.")
+            raise ValueError(f"expected mask to be True or False at params{as_code(path)}, got {describe(chosen)}.")
     return found
 
 
@@ -140,8 +142,8 @@ def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
     for path in paths:
         if path not in by_path:
             raise ValueError(
-                f"The tree of {name} has nothing at params{as_code(path)}: a tree like the parameters is wanted, or a "
-                "function (path, leaf)."
+                f"expected {name} to have a leaf for params{as_code(path)}, got a tree without it. Pass a tree like "
+                "the parameters, or a function (path, leaf)."
             )
     # The tree may have more leaves, because inside another mask only some of the parameters are visible.
     return [by_path[path] for path in paths]

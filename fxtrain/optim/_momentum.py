@@ -100,7 +100,7 @@ def _dampened_trace(
 ) -> GradientTransformation:
     checks.non_negative(dampening=dampening)
     if nesterov:
-        raise ValueError("nesterov=True with dampening: Nesterov's momentum is defined without it; leave one out.")
+        raise ValueError("expected nesterov or dampening, got both. Nesterov momentum is defined without dampening.")
 
     def init(params: Any) -> DampenedTraceState:
         return DampenedTraceState(start_counts(params), zeros(params, dtype=dtype))
@@ -205,7 +205,7 @@ def sgd(
     """
     if momentum is None:
         if nesterov or dampening is not None:
-            raise ValueError("nesterov and dampening change the momentum: give momentum as well.")
+            raise ValueError("expected momentum with nesterov or dampening, got None. Pass it, as in momentum=0.9.")
         return scale_by_learning_rate(learning_rate)
     return chain(
         trace(momentum, nesterov=nesterov, dampening=dampening, accumulator_dtype=accumulator_dtype),

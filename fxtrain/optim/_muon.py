@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int
+from fxtrain.core import check_positive_int, describe
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._adam import adamw
 from fxtrain.optim._decay import add_decayed_weights
@@ -125,8 +125,8 @@ def scale_by_muon(
         for path, leaf in zip(leaf_paths(params), tree.leaves(params), strict=True):
             if leaf.ndim != 2:
                 raise ValueError(
-                    f"params{as_code(path)} has shape {list(leaf.shape)}, and scale_by_muon takes matrices: "
-                    "muon gives the rest to AdamW, and masked and partition leave it out."
+                    f"expected scale_by_muon to get only matrices, got {describe(leaf)} at params{as_code(path)}. Use "
+                    "muon, which trains the rest with AdamW, or exclude it by masked or partition."
                 )
         return ScaleByMuonState(start_counts(params), zeros(params, dtype=mu_dtype))
 
@@ -273,5 +273,5 @@ def _each_step(coefficients: Coefficients, steps: int) -> list[tuple[float, floa
     one_for_all = all(isinstance(number, int | float) for number in coefficients)
     each: Any = [coefficients] * steps if one_for_all else list(coefficients)
     if not each or any(len(triple) != 3 for triple in each):
-        raise ValueError(f"{coefficients!r}: three coefficients are wanted, or three for each step.")
+        raise ValueError(f"expected three coefficients, or three per step, got {describe(coefficients)}.")
     return each

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import register_node
+from fxtrain.core import did_you_mean, register_node
 from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
 
 
@@ -43,7 +43,7 @@ class PerParameter:
         """Returns the scalar of the parameter with this name: []."""
         names = [as_name(path) for path in self.paths]
         if name not in names:
-            raise KeyError(f"expected the name of a parameter, got {name!r}. There are {', '.join(names)}.")
+            raise KeyError(f"expected a parameter among {', '.join(names)}, got {name!r}.{did_you_mean(name, names)}")
         return self.values[names.index(name)]
 
     def replace(self, values: Tensor) -> PerParameter:

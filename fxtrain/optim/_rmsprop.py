@@ -175,7 +175,7 @@ def rmsprop(
         Graves, Generating Sequences With Recurrent Neural Networks, 2013 (centered).
     """
     if nesterov and momentum is None:
-        raise ValueError("nesterov changes the momentum: give momentum as well.")
+        raise ValueError("expected momentum with nesterov, got None. Pass it, as in momentum=0.9.")
     scale = scale_by_stddev if centered else scale_by_rms
     scaled = scale(
         decay=decay, eps=eps, initial_scale=initial_scale, eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction

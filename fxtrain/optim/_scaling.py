@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.core import describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, at_least, map_updates, map_with_params, norm, root_mean_square, start_count
@@ -50,7 +51,10 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
     """
     refuse_foreign("schedule", "a function of the step", schedule, as_schedule=True)
     if not callable(schedule):
-        raise TypeError(f"scale_by_schedule({schedule!r}): a function of the step is wanted; scale takes a number.")
+        raise TypeError(
+            f"expected schedule to be a function of the step, got {describe(schedule)}. For a number, use "
+            "fx.optim.scale."
+        )
 
     def update(updates: Any, opt_state: ScaleByScheduleState, params: Any = None) -> tuple[Any, ScaleByScheduleState]:
         factor: Any = schedule(opt_state.count)

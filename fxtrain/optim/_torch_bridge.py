@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.core import describe, did_you_mean
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._adadelta import scale_by_adadelta
 from fxtrain.optim._adafactor import scale_by_factored_rms
@@ -63,15 +64,19 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -
         refuse_foreign("optimizer", "a class of torch.optim", given)
     refuse_foreign("lr", "a number or a schedule", hyperparameters.get("lr"), as_schedule=True)
     if optimizer not in _RULES:
-        name = getattr(optimizer, "__name__", repr(optimizer))
-        why = _REFUSED.get(name, "its steps are not known here")
+        name = getattr(optimizer, "__name__", describe(optimizer))
+        why = _REFUSED.get(name, "")
         raise TypeError(
-            f"from_torch({name}): {why}. There are {', '.join(sorted(known.__name__ for known in _RULES))}."
+            f"expected optimizer to be a torch.optim class with a functional form, got {name}{why}. There are "
+            f"{', '.join(sorted(known.__name__ for known in _RULES))}."
         )
     defaults = _DEFAULTS[optimizer]
     for name in hyperparameters:
         if name not in defaults:
-            raise TypeError(f"torch.optim.{optimizer.__name__} takes no {name!r}; it takes {', '.join(defaults)}.")
+            raise TypeError(
+                f"expected an argument of torch.optim.{optimizer.__name__} ({', '.join(defaults)}), got {name!r}."
+                f"{did_you_mean(name, defaults)}"
+            )
     _let_torch_check(optimizer, hyperparameters)
     options = {**defaults, **hyperparameters}
     tx = _RULES[optimizer](options)
@@ -205,7 +210,7 @@ def _asgd(options: Options) -> GradientTransformation:
 
     def update(updates: Any, opt_state: AsgdState, params: Any = None) -> tuple[Any, AsgdState]:
         if params is None:
-            raise ValueError("from_torch(ASGD) needs the parameters: call update(grads, opt_state, params).")
+            raise ValueError("expected params for from_torch(ASGD), got None. Call update(grads, opt_state, params).")
         count = opt_state.count.values.to(widest(updates))
         base: Any = rate(opt_state.step) if callable(rate) else rate
         eta = torch.where(opt_state.count.values == 0, base, opt_state.eta.values)
@@ -286,8 +291,8 @@ _RULES: dict[Any, Callable[[Options], GradientTransformation]] = {
 }
 
 _REFUSED = {
-    "LBFGS": "it evaluates the loss several times in each step, and a transformation sees one gradient",
-    "SparseAdam": "it is for sparse gradients, and torch.func makes dense ones",
+    "LBFGS": ", which evaluates the loss several times per step, while a transformation sees one gradient",
+    "SparseAdam": ", which is for sparse gradients, while torch.func computes dense ones",
 }
 
 _FOR_SPEED = ("foreach", "fused", "capturable", "differentiable")

@@ -138,13 +138,13 @@ class _Reader:
         inner = children(node)
         if inner is None:
             raise ValueError(
-                "expected optimizer state that torch.optim has too, got a tensor of another transformation. Load the "
-                "state before it is chained, or start it fresh."
+                "expected optimizer state with a counterpart in torch.optim, got a tensor of a transformation without "
+                "one. Leave this transformation out of tx, or start from fresh optimizer state."
             )
         if inner and hasattr(node, "_fields") and kind.__name__ not in _CONTAINERS:
             raise ValueError(
-                f"expected optimizer state that torch.optim has too, got {kind.__name__}, which has no counterpart. "
-                "Build the optimizer by the expression that fx.init(module, optimizer) prints for the torch optimizer."
+                f"expected optimizer state with a counterpart in torch.optim, got {kind.__name__}, which has none. "
+                "Build tx with the expression in the error of fx.init(module, optimizer)."
             )
         return rebuilt(node, [self.read(child) for _, child in inner])
 
@@ -158,8 +158,8 @@ class _Reader:
             if extra:
                 raise ValueError(
                     f"expected the optimizer state of {name!r} to have {_listed(read - _DERIVED)}, got "
-                    f"{', '.join(extra)} as well. Build the optimizer by the expression that fx.init(module, "
-                    "optimizer) prints for the torch optimizer."
+                    f"{', '.join(extra)} as well. Build tx with the expression in the error of fx.init(module, "
+                    "optimizer)."
                 )
 
     def _stepped(self, node: Any) -> Any:
@@ -167,9 +167,7 @@ class _Reader:
         if field is None:
             return node
         if self._taken.step is None:
-            raise ValueError(
-                "expected the number of updates so far, which schedules read, got none in the state. Pass it as step=."
-            )
+            raise ValueError("expected the number of updates so far, which schedules read, got none. Pass it as step=.")
         return node._replace(**{field: torch.full_like(getattr(node, field), self._taken.step)})
 
     def _field(self, own: Any, key: str) -> Any:
@@ -212,8 +210,8 @@ class _Reader:
         self._read.setdefault(name, set()).add(key)
         if key not in entry:
             raise ValueError(
-                f"expected {key} in the optimizer state of {name!r}, got {_listed(entry)}. Build the optimizer by the "
-                "expression that fx.init(module, optimizer) prints for the torch optimizer."
+                f"expected {key} in the optimizer state of {name!r}, got {_listed(entry)}. Build tx with the "
+                "expression in the error of fx.init(module, optimizer)."
             )
         return entry[key]
 
@@ -225,7 +223,7 @@ class _Reader:
         if len(found) > 1:
             raise ValueError(
                 f"expected one {name} for all parameters, got {sorted(found)} in the parameter groups. Give each group "
-                "a transformation of its own by fx.optim.partition."
+                "its own transformation with fx.optim.partition."
             )
         return torch.full_like(was, found.pop()) if found else was
 
@@ -261,7 +259,7 @@ def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tenso
             return
         known = kind in _STEPS or isinstance(node, _OF_FX) or kind.__name__ in _CONTAINERS
         if hasattr(node, "_fields") and children(node) and not known:
-            raise ValueError(f"expected optimizer state that torch.optim has too, got {kind.__name__}.")
+            raise ValueError(f"expected optimizer state with a counterpart in torch.optim, got {kind.__name__}.")
         for _, child in children(node) or []:
             visit(child)
 
@@ -287,7 +285,7 @@ def _refuse_momentum_of_steps(node: Any) -> None:
     for index, kind in enumerate(kinds):
         if kind in (ScaleByRmsState, ScaleByStddevState) and TraceState in kinds[index + 2 :]:
             raise ValueError(
-                "expected momentum before the learning rate, got fx.optim.rmsprop, which has it after. Use "
+                "expected momentum before the learning rate, got fx.optim.rmsprop, which applies it after. Use "
                 "fx.optim.from_torch(torch.optim.RMSprop, ...)."
             )
 

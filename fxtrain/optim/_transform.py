@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leaves import combine
 
@@ -39,8 +40,8 @@ def refuse_unless_transformation(argument: str, value: Any) -> None:
         return
     refuse_foreign(argument, "a gradient transformation", value)
     raise TypeError(
-        f"expected {argument} to be a gradient transformation, got {type(value).__name__}. "
-        "Make one by a function of fx.optim, such as fx.optim.sgd(0.1)."
+        f"expected {argument} to be a gradient transformation, got {describe(value)}. Build one with fx.optim, such as "
+        "fx.optim.sgd(0.1)."
     )
 
 
@@ -106,8 +107,8 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
         if len(opt_state) != len(transforms):
             raise ValueError(
-                f"A chain of {len(transforms)} transformations got the memory of {len(opt_state)}: "
-                "give it what its own init made."
+                f"expected the state of a chain of {len(transforms)} transformations, got {len(opt_state)} states. "
+                "Pass the state from this chain's init."
             )
         states: list[Any] = []
         for transform, state in zip(transforms, opt_state, strict=True):

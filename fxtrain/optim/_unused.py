@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.optim._accumulation import EveryKState
 from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 from fxtrain.optim._per_parameter import PerParameter
@@ -95,7 +96,7 @@ def _flags(used: Any, grads: Any) -> list[bool]:
         raise ValueError(f"expected used to be a tree like grads, got {as_code(lost) or 'a leaf'} missing in {where}.")
     for path, flag in zip(paths, flags, strict=True):
         if not isinstance(flag, bool):
-            raise ValueError(f"expected True or False at used{as_code(path)}, got {type(flag).__name__}.")
+            raise ValueError(f"expected True or False at used{as_code(path)}, got {describe(flag)}.")
     return flags
 
 
@@ -158,7 +159,7 @@ def _merged(state: Any, part: Any) -> Any:
 
 def _unknown_structure(path: str) -> ValueError:
     return ValueError(
-        f"expected optimizer state that keeps the structure of the parameters, so that a parameter without a gradient "
+        f"expected optimizer state that has the structure of the parameters, so that a parameter without a gradient "
         f"can be left out, got {path}, which changes with the number of parameters. Make it a tree like the parameters "
         "or a PerParameter, or give unused parameters a gradient of zero: train_step(..., unused='zero')."
     )
