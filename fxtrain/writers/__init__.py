@@ -1,4 +1,4 @@
-"""Writers: where what a run publishes is kept. One backend a file; all have the verbs of clu's ``MetricWriter``."""
+"""Writers of the values that a run publishes, one backend per file, with the methods of clu's ``MetricWriter``."""
 
 from fxtrain.writers._asynchronous import asynchronous as asynchronous
 from fxtrain.writers._console import console as console

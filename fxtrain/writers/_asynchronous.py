@@ -1,4 +1,4 @@
-"""Asynchronous: a writer that works behind the run's back."""
+"""A writer that passes values to another writer in a background thread."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fxtrain.writers._interface import Backend
 
 
 def asynchronous(writer: Any, *, size: int = 100) -> AsynchronousWriter:
-    """A writer that hands everything to another one in a thread (clu's ``asynclib.Pool``), in the same order.
+    """A writer that passes everything to another writer in a background thread (clu's ``asynclib.Pool``), in order.
 
-    What is written is first copied to the host, so the run may write over its tensors. The queue has an end: where the
-    other writer is slower than the run for long, the run waits, and nothing is lost. ``flush`` and ``close`` return
-    when all that was written has been handed over. An error of the thread is raised at the next call. Where an observer
-    uses the writer, the thread keeps and retries what the other one misses, as ``observers.write`` does elsewhere.
+    Values are first copied to the host, so the run may reuse its tensors' buffers. The queue is bounded: if the other
+    writer stays slower than the run, the run waits, and nothing is lost. ``flush`` and ``close`` return once everything
+    written before has been passed on. An error in the thread is raised at the next call. If an observer uses the
+    writer, the thread instead queues and retries missed points, as ``observers.write`` does for other writers.
 
     Args:
-        writer: One of ours, or clu's.
-        size: How many calls may wait in the queue.
+        writer: A writer of ``fxtrain.writers``, or clu's.
+        size: The maximum number of queued calls.
 
     Raises:
-        ValueError: If ``size`` is below 1.
+        ValueError: ``size`` is below 1.
 
     Example:
         >>> import pathlib, tempfile
@@ -45,7 +45,7 @@ def asynchronous(writer: Any, *, size: int = 100) -> AsynchronousWriter:
 
 
 class AsynchronousWriter(Backend):
-    """Hands everything to another writer in a thread; made by ``asynchronous``."""
+    """Passes everything to another writer in a thread. Created by ``asynchronous``."""
 
     kinds = frozenset((float, *KINDS))
 
@@ -60,11 +60,11 @@ class AsynchronousWriter(Backend):
 
     @property
     def blocked(self) -> float:
-        """Seconds that callers have waited for room, for copies, and for what they flushed."""
+        """Seconds that callers have waited for queue space, host copies and flushes."""
         return self._blocked
 
     def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
-        # Whether they are in range is found out in the thread as well: here they are copied, and that is all.
+        # Values are only copied here. The thread checks their range.
         began = time.perf_counter()
         own = {name: on_host_copy(value) for name, value in values.items()}
         self._blocked += time.perf_counter() - began
@@ -83,12 +83,12 @@ class AsynchronousWriter(Backend):
         try_all(lambda: self._submit(inner.flush), self._wait)
 
     def close(self) -> None:
-        """Waits for all that was written, and closes the other writer; then the first error is raised."""
+        """Waits for pending writes, closes the other writer, then raises the first error."""
         inner = self._contained or self._writer
         try_all(self._wait, inner.close)
 
     def contain_failures(self) -> None:
-        """Has the thread keep and retry what the other writer misses, in place of raising at a later call."""
+        """Makes the thread queue and retry what the other writer misses, instead of raising at a later call."""
         self._contained = self._contained or Outlet(self._writer)
 
     def take_failure(self) -> Exception | None:
@@ -115,7 +115,7 @@ class AsynchronousWriter(Backend):
             self._blocked += time.perf_counter() - began
 
     def _raising(self, act: Callable[[], Any]) -> None:
-        """Raises what the thread raised as it was, not what the pool makes of it."""
+        """Raises the original exception of the thread instead of the pool's wrapper."""
         from clu import asynclib
 
         try:

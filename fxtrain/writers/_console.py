@@ -1,4 +1,4 @@
-"""Console: numbers and texts as lines that a person reads."""
+"""Scalars, texts and hyperparameters as readable lines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fxtrain.writers._interface import Backend
 
 
 def console(file: TextIO | None = None) -> ConsoleWriter:
-    """A writer of lines to a terminal or a log. Control characters in names and texts are shown as escapes.
+    """A writer of lines to a terminal or a log. Control characters in names and texts are escaped.
 
     Args:
-        file: Where to; standard output by default.
+        file: The output stream. Defaults to standard output.
 
     Example:
         >>> writer = console()
@@ -30,7 +30,7 @@ def console(file: TextIO | None = None) -> ConsoleWriter:
 
 
 class ConsoleWriter(Backend):
-    """Writes lines; made by ``console``."""
+    """Writes lines. Created by ``console``."""
 
     kinds = frozenset((float, Text, HParams))
 

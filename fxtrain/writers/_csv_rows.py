@@ -1,4 +1,4 @@
-"""CSV: numbers as a table that spreadsheets and data frames read."""
+"""Scalars as a CSV table for spreadsheets and data frames."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _FIRST: tuple[str, ...] = ("step", "epoch", "time")
 
 
 def csv(path: str | os.PathLike[str]) -> CsvWriter:
-    """A writer of numbers as one row a step, and a column for each name.
+    """A writer of scalars with one row per step and one column per name.
 
-    What is written for a step later is joined to its row. A name that appears later adds a column, for which rows
-    before it are empty: the file is written anew then, and put in the place of the old one at once. ``epoch`` and
-    ``time`` (seconds of a session) are empty where no event says them.
+    Further values of the last row's step are joined to that row. A new name adds a column, which is empty in earlier
+    rows: the file is then rewritten and replaced atomically. ``epoch`` and ``time`` (seconds of the session) are empty
+    where no event provides them.
 
-    A row is handed to the operating system as it is written, and put on the disk by ``flush``; a failed write leaves no
-    part of a row. A last row that a crash tore, or a power cut filled with zeros, is moved to ``<name>.damaged`` on
-    opening, with a warning; ``purge`` removes the rows beyond a step.
+    A row is passed to the operating system when it is written, and synced to the disk by ``flush``. A failed write
+    leaves no partial row. If a crash tore the last row, or a power cut filled it with zeros, opening the file moves
+    that row to ``<name>.damaged`` with a warning. ``purge`` removes the rows after a step.
 
     Args:
-        path: The file. If it is there already, it goes on.
+        path: The file. An existing file is continued.
 
     Raises:
-        OSError: If the file cannot be written.
-        ValueError: If it is there and is no such table.
+        OSError: The file cannot be written.
+        ValueError: The file exists and is not such a table.
 
     Example:
         >>> import pathlib, tempfile
@@ -52,15 +52,15 @@ def csv(path: str | os.PathLike[str]) -> CsvWriter:
 
 
 class CsvWriter(OneFile):
-    """Writes rows; made by ``csv``."""
+    """Writes rows. Created by ``csv``."""
 
     kinds = frozenset((float,))
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._columns: list[str] = []
-        self._row: dict[str, str] = {}  # the last one, which later values may be joined to,
-        self._begin = 0  # and where in the file it begins
+        self._row: dict[str, str] = {}  # the last row, which later values of its step are joined to
+        self._begin = 0  # its byte offset in the file
         self._opened()
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
@@ -81,7 +81,7 @@ class CsvWriter(OneFile):
         self._row, self._begin = whole, begin
 
     def purge(self, step: int) -> None:
-        """Removes the rows beyond a step, and those that cannot be read."""
+        """Removes the rows after a step, and unreadable rows."""
         self._opened()
         rows = self._rows()
         kept = [row for row in rows if (found := _step(row)) is not None and found <= step]
@@ -93,7 +93,7 @@ class CsvWriter(OneFile):
             return list(DictReader(file))
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        """The whole file anew, in one replacement."""
+        """Rewrites the whole file in one atomic replacement."""
         self.close()
         replace_file(self._path, _lines([columns, *(_in_columns(row, columns) for row in rows)]))
         self._opened()
@@ -109,16 +109,15 @@ class CsvWriter(OneFile):
         return self._file
 
     def _take_up(self, content: bytes) -> None:
-        """Opens the file at the end of its whole rows, and reads the columns, or writes them, and the last row."""
+        """Opens the file at the end of its complete rows. Reads its columns, or writes them, and reads its last row."""
         is_zeros = b"\0" in content and not content.strip(b"\0\r\n")
         rows = 0 if is_zeros else _end_of_header(content)
         header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
         first = _line(list(_FIRST))
-        unfinished = not rows and (
-            is_zeros or first.startswith(content.rstrip(b"\0")[: len(first) - 1])
-        )  # or empty, or zeros
+        # The file is empty, zeros, or the beginning of the first line.
+        unfinished = not rows and (is_zeros or first.startswith(content.rstrip(b"\0")[: len(first) - 1]))
         if not (unfinished or (rows and tuple(header[: len(_FIRST)]) == _FIRST)):
-            # Before anything is removed: it may be somebody's whole file.
+            # Checked before anything is removed, because the file may not belong to a run.
             raise ValueError(
                 f"{self._path} is there, and its columns {header} do not begin with {', '.join(_FIRST)}: it is "
                 "another table. Give another path."
@@ -137,7 +136,7 @@ class CsvWriter(OneFile):
 
 
 def _end_of_header(content: bytes) -> int:
-    """Where the rows begin: after the first line end outside of quotes; 0 if there is none."""
+    """Returns the offset after the first newline outside quotes, where the rows begin, or 0 if there is none."""
     end = content.find(b"\n") + 1
     while end and content.count(b'"', 0, end) % 2:
         end = content.find(b"\n", end) + 1
@@ -165,6 +164,6 @@ def _lines(rows: Iterable[list[str]]) -> bytes:
 
 def _line(row: list[str]) -> bytes:
     buffer = io.StringIO()
-    # Only where rows end with it is a carriage return in a name quoted.
+    # The csv module quotes a carriage return in a name only if rows end with one.
     row_writer(buffer, lineterminator="\r\n").writerow(row)
     return buffer.getvalue().removesuffix("\r\n").encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Encoding: media as the bytes of files."""
+"""Images, videos and sounds encoded as file contents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def png(frame: np.ndarray) -> bytes:
-    """An image, uint8 [H, W, C] with 1, 3 or 4 channels, as a PNG.
+    """Encodes an image, uint8 [H, W, C] with 1, 3 or 4 channels, as a PNG.
 
     Example:
         >>> png(np.zeros((8, 8, 3), np.uint8))[:4]
@@ -22,7 +22,7 @@ def png(frame: np.ndarray) -> bytes:
 
 
 def gif(frames: np.ndarray, fps: float) -> bytes:
-    """A video, uint8 [T, H, W, C], as a GIF that repeats for ever.
+    """Encodes a video, uint8 [T, H, W, C], as a GIF that loops forever. ``fps`` is in frames per second.
 
     Example:
         >>> gif(np.zeros((4, 8, 8, 1), np.uint8), fps=2)[:6]
@@ -32,14 +32,14 @@ def gif(frames: np.ndarray, fps: float) -> bytes:
 
     first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
     buffer = io.BytesIO()
-    # GIF counts in hundredths of a second, and browsers slow down what is below two of them.
+    # GIF durations are in hundredths of a second, and browsers slow down durations below two of them.
     milliseconds = max(round(1000 / fps), 20)
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
     return buffer.getvalue()
 
 
 def wav(samples: np.ndarray, rate: int) -> bytes:
-    """A sound, int16 [T, C], as a WAV file.
+    """Encodes a sound, int16 [T, C], as a WAV file. ``rate`` is in Hz.
 
     Example:
         >>> wav(np.zeros((100, 1), np.int16), 8000)[:4]
@@ -57,7 +57,7 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def numbered(name: str, index: int, count: int) -> str:
-    """The name of one of several; of the only one, the name itself.
+    """Returns the name of one of ``count`` values, or the name itself if there is only one.
 
     Example:
         >>> numbered("samples", 2, 16), numbered("samples", 0, 1)

@@ -1,4 +1,4 @@
-"""The shape of a writer: the verbs of clu's ``MetricWriter``, and what our own have in common."""
+"""The protocol of writers, after clu's ``MetricWriter``, and the base class of the writers in this package."""
 
 from __future__ import annotations
 
@@ -15,91 +15,90 @@ from fxtrain.writers._encoding import numbered
 
 @runtime_checkable
 class Writer(Protocol):
-    """Keeps values by step and name. Names and arguments are those of clu, so a clu writer is one as well.
+    """Stores values by step and name. Names and arguments are those of clu, so clu's writers satisfy it too.
 
-    Two verbs more are used where a writer has them. ``purge(step)`` drops all that lies beyond a step, when a run
-    resumes or goes back; without it, points are doubled. ``write(step, values, event)`` takes all that an event
-    published at once, in place of one verb for each kind.
+    Two optional methods are used if a writer has them. ``purge(step)`` drops everything after a step when a run resumes
+    or rewinds. Without it, points are duplicated. ``write(step, values, event)`` takes everything that an event
+    published in one call, instead of one call per kind.
     """
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes numbers, or 0-d arrays or tensors, by name."""
+        """Writes scalars by name: Python numbers, 0-d arrays or 0-d tensors."""
         ...
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Writes images by name, each uint8 or floating [N, H, W, C]."""
+        """Writes images by name, each uint8 or floating-point [N, H, W, C]."""
         ...
 
     def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Writes videos by name, each uint8 or floating [N, T, H, W, C]."""
+        """Writes videos by name, each uint8 or floating-point [N, T, H, W, C]."""
         ...
 
     def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Writes sounds by name, each floating [N, T, C]."""
+        """Writes sounds by name, each floating-point [N, T, C]. ``sample_rate`` is in Hz."""
         ...
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Writes texts, in Markdown, by name."""
+        """Writes Markdown texts by name."""
         ...
 
     def write_histograms(
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
-        """Writes how the values of arrays are distributed.
+        """Writes the distributions of arrays.
 
         Args:
-            step: Where.
-            arrays: Real arrays or tensors by name. Our own writers take ``fxtrain.values.Histogram`` too.
-            num_buckets: By name, how many buckets to sort the values into; 30 where nothing is said.
+            step: The step of the values.
+            arrays: Real arrays or tensors by name. The writers here also accept ``fxtrain.values.Histogram``.
+            num_buckets: The number of buckets by name. Defaults to 30.
         """
         ...
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Writes what the run was configured with: strings, numbers and bools by name."""
+        """Writes the configuration of the run: strings, numbers and bools by name."""
         ...
 
     def flush(self) -> None:
-        """Puts what was written on the disk."""
+        """Syncs written values to the disk."""
         ...
 
     def close(self) -> None:
-        """Flushes, and lets go of the files. Our own writers open them again if more is written."""
+        """Flushes and closes the files. The writers here reopen them for further values."""
         ...
 
 
 class Backend:
-    """The verbs of clu by one method. A writer says what kinds it keeps, and has ``put``.
+    """Implements clu's methods with one method, ``put``. A subclass defines ``kinds`` and ``put``.
 
-    What it does not keep it is given as something simpler, a table as its text say, or it says once that it leaves
-    such values out.
+    Values of other kinds are converted to a simpler kind, such as tables to texts, or left out with one warning.
     """
 
-    kinds: ClassVar[frozenset[type[Any]]]  # ``float`` stands for numbers
+    kinds: ClassVar[frozenset[type[Any]]]  # ``float`` stands for scalars
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         """Writes values of the writer's own kinds.
 
         Args:
-            step: Where they belong.
-            values: By name, at least one; numbers are ``bool``, ``int`` or ``float``.
-            event: What published them, or None.
+            step: The step of the values.
+            values: At least one value by name. Scalars are ``bool``, ``int`` or ``float``.
+            event: The event that published them, or None.
         """
         raise NotImplementedError
 
     def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
-        """Writes values of any kinds.
+        """Writes values of any kind.
 
         Args:
-            step: Where they belong.
-            values: Numbers, and values of ``fxtrain.values``, by name.
-            event: What published them, if anything did.
+            step: The step of the values.
+            values: Scalars and values of ``fxtrain.values`` by name.
+            event: The event that published them, or None.
         """
         kept = kept_by(self, self.kinds, step, values)
         if kept:
             self.put(int(step), {name: plain_number(value) for name, value in kept.items()}, event)
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes arrays whose meaning somebody else's plugin knows: as histograms, which is what we know of them."""
+        """Writes arrays of third-party plugins as histograms, because their meaning is not known here."""
         self.write_histograms(step, values)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -148,14 +147,14 @@ class Backend:
 
 
 def plain_number(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's."""
+    """Converts scalars of NumPy and torch to Python scalars."""
     if kind_of(value) is not float or isinstance(value, bool | int | float):
         return value
     return value.item() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else float(value)
 
 
 def unwritable(writer: str, path: Path, error: OSError) -> OSError:
-    """The error that says what cannot be written, why, and what to do."""
+    """Returns an error that states what cannot be written and why, and what to do."""
     return OSError(
         f"{writer} cannot write to {path} ({error.strerror or error}): give a path that you may write to, on a disk "
         "that has room."

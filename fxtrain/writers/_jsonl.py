@@ -1,4 +1,4 @@
-"""JSON lines: what each event published, as one line of a file that any tool can read."""
+"""The values of each event as one JSON line, in a file that any tool can read."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
 
 def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
-    """A writer of one JSON object a line. The folder is made if it is not there; what is in the file is kept.
+    """A writer of one JSON object per line. Creates missing folders, and keeps existing lines.
 
         {"event": "StepEnd", "step": 12, "epoch": 0.5, "time": 3.2, "metrics": {"train/loss": 0.7}}
 
-    Each event of a step has one line: what is written for it later is joined to that line. ``epoch`` is null where an
-    epoch's length is unknown, and ``time`` counts the seconds of a session. ``texts``, ``histograms`` (counts and
-    edges), ``tables`` (columns), ``confusion`` (labels and counts) and ``hparams`` are there where there are some.
-    Numbers that JSON does not have are strings, ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float`` reads.
-    What is written by the verbs alone has no event.
+    Each event of a step has one line, and further values of the event are joined to that line. ``epoch`` is null if the
+    length of an epoch is unknown. ``time`` is in seconds of the session. ``texts``, ``histograms`` (counts and edges),
+    ``tables`` (columns), ``confusion`` (labels and counts) and ``hparams`` are present if there are any. Non-finite
+    floats are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float`` can parse. Values written
+    without an event have no ``event``, ``epoch`` and ``time``.
 
-    A line is handed to the operating system as it is written, and put on the disk by ``flush``; a failed write leaves
-    no part of a line. A last line that a crash tore, or a power cut filled with zeros, is moved to
-    ``<name>.damaged`` on opening, with a warning. ``purge`` moves what lies beyond a step to
-    ``<name>.dropped.jsonl``, by one atomic replacement of the file.
+    A line is passed to the operating system when it is written, and synced to the disk by ``flush``. A failed write
+    leaves no partial line. If a crash tore the last line, or a power cut filled it with zeros, opening the file moves
+    that line to ``<name>.damaged`` with a warning. ``purge`` moves the lines after a step to ``<name>.dropped.jsonl``,
+    and replaces the file atomically.
 
     Args:
         path: The file.
 
     Raises:
-        OSError: If the file cannot be written.
+        OSError: The file cannot be written.
 
     Example:
         >>> import pathlib, tempfile
@@ -52,13 +52,13 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
 
 
 class JsonLinesWriter(OneFile):
-    """Writes JSON lines; made by ``jsonl``."""
+    """Writes JSON lines. Created by ``jsonl``."""
 
     kinds = frozenset((float, Text, Histogram, Table, ConfusionMatrix, HParams))
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # The lines of the latest step, which later ones may be joined to, and where in the file they begin.
+        # The lines of the latest step, which further values may be joined to, and their byte offset in the file.
         self._step: int | None = None
         self._latest: dict[Any, dict[str, Any]] = {}
         self._begin = 0
@@ -92,12 +92,12 @@ class JsonLinesWriter(OneFile):
         self._write({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}})
 
     def purge(self, step: int) -> None:
-        """Moves the lines beyond a step, and those that cannot be read, to ``<name>.dropped.jsonl``."""
+        """Moves the lines after a step, and unreadable lines, to ``<name>.dropped.jsonl``."""
         self._opened()
         self.close()
         kept: list[bytes] = []
         dropped: list[bytes] = []
-        # The lines of the step itself stay open, so that a resumed run joins to them what belongs there.
+        # A resumed run may still join values to the lines of the step itself.
         latest: dict[Any, dict[str, Any]] = {}
         begin = size = 0
         with open(self._path, "rb") as file:
@@ -113,7 +113,7 @@ class JsonLinesWriter(OneFile):
                 else:
                     latest, begin = {}, size
         if dropped:
-            # In this order, so that a crash in between loses nothing.
+            # In this order, a crash between the two loses nothing.
             put_file(self._path.with_name(f"{self._path.stem}.dropped{self._path.suffix}"), dropped, "ab")
             replace_file(self._path, b"".join(kept))
         self._opened()
@@ -138,13 +138,13 @@ class JsonLinesWriter(OneFile):
                 self._file = Appendable(self._path)
             except OSError as error:
                 raise unwritable("jsonl", self._path, error) from error
-            # Another writer may have been here in between.
+            # Another writer may have changed the file since.
             self._step, self._latest, self._begin = None, {}, self._file.size
         return self._file
 
 
 def _mend(path: Path) -> None:
-    """Sets aside a last line that has no end."""
+    """Sets aside a last line that has no line end."""
     if not path.exists():
         return
     tail = b""
@@ -160,7 +160,7 @@ def _mend(path: Path) -> None:
 
 
 def _read(line: bytes) -> dict[str, Any] | None:
-    """What a line says, or None where that cannot be read."""
+    """Returns the record of a line, or None if the line is unreadable."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -182,6 +182,6 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _columns(table: Table) -> dict[str, list[Any]]:
-    """The columns, but for images, of which there is only how many they are."""
+    """Returns the columns, with a placeholder for each image."""
     cells = table.cells()
     return {name: cell if isinstance(cell, list) else ["(image)"] * len(cell) for name, cell in cells.items()}

@@ -1,4 +1,4 @@
-"""Media: each image, video, sound, text and table as a file that any program opens."""
+"""Each image, video, sound, text and table as a file in a common format."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fxtrain.writers._encoding import gif, png, wav
 from fxtrain.writers._interface import Backend, unwritable
 
 _STEP = re.compile(r"(\d{8,})(-\d+)?\.(md|png|gif|wav|json|ply)$")
-_UNSAFE = re.compile(r"^[. ]+|[. ]+$|[^\w .()=-]")  # what leaves the folder, is hidden, or a file system refuses
+_UNSAFE = re.compile(r"^[. ]+|[. ]+$|[^\w .()=-]")  # would leave the folder, be hidden, or be rejected by a file system
 
 
 def media(folder: str | os.PathLike[str]) -> MediaWriter:
-    """A writer of files: ``<folder>/<name>/<step>.<kind>``, where a name's ``/`` makes folders.
+    """A writer of files named ``<folder>/<name>/<step>.<kind>``. A ``/`` in a name makes folders.
 
-    What a file system does not take of a name is written as in an address, ``%3F`` for ``?``.
+    Characters that file systems reject are percent-encoded, such as ``%3F`` for ``?``.
 
-    Images are PNG, videos GIF, sounds WAV, texts Markdown; tables and confusion matrices are JSON, and point clouds
-    PLY. Several of one name are numbered, ``00000100-3.png``; so are images in a table, which has their names. Numbers
-    that JSON does not have are strings there, ``"NaN"``.
+    Images are PNG, videos GIF, sounds WAV and texts Markdown. Tables and confusion matrices are JSON, and point clouds
+    PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are images in a table,
+    which contains their file names. Non-finite floats are strings in JSON, such as ``"NaN"``.
 
-    ``flush`` puts the files and their names on the disk. ``purge`` moves what lies beyond a step to
+    ``flush`` syncs the files and their names to the disk. ``purge`` moves the files after a step to
     ``<folder>.dropped``.
 
     Args:
-        folder: Made when there is something to write.
+        folder: The folder, created when there is something to write.
 
     Example:
         >>> import pathlib, tempfile, torch
@@ -48,7 +48,7 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
 
 
 class MediaWriter(Backend):
-    """Writes files; made by ``media``."""
+    """Writes files. Created by ``media``."""
 
     kinds = frozenset((Text, Image, Video, Audio, Table, ConfusionMatrix, PointCloud))
 
@@ -69,18 +69,18 @@ class MediaWriter(Backend):
 
     def _put(self, path: Path, content: bytes) -> None:
         if path.exists():
-            replace_file(path, content)  # what is there may have been synced already
+            replace_file(path, content)  # atomically, because the old file may be synced already
             return
         try:
             path.write_bytes(content)
         except OSError:
             with contextlib.suppress(OSError):
-                path.unlink()  # a part of a picture is none
+                path.unlink()  # a partial file is useless
             raise
         self._unsynced.append(path)
 
     def purge(self, step: int) -> None:
-        """Moves the files beyond a step to ``<folder>.dropped``."""
+        """Moves the files after a step to ``<folder>.dropped``."""
         dropped = self._folder.with_name(f"{self._folder.name}.dropped")
         moved: dict[Path, Path] = {}
         for path in [path for path in self._folder.rglob("*") if path.is_file()]:
@@ -92,13 +92,13 @@ class MediaWriter(Backend):
                 os.replace(path, target)
                 moved[path.parent] = target.parent
         self._unsynced = [path for path in self._unsynced if path.exists()]
-        # In this order, so that a power cut loses none.
+        # In this order, a power cut loses no file.
         for source, target in moved.items():
             sync_folder(target)
             sync_folder(source)
 
     def flush(self) -> None:
-        """Brings the files and their names to the disk."""
+        """Syncs the files and their names to the disk."""
         while self._unsynced:
             path = self._unsynced[-1]
             if path.exists():
@@ -161,7 +161,7 @@ def _ply(cloud: PointCloud) -> bytes:
 
 
 def _safe(name: str) -> Path:
-    """A path below the folder, whatever the name is, and another one for each name."""
+    """Returns a distinct path below the folder for each name."""
     return Path(*(_UNSAFE.sub(_escaped, part) or "%" for part in name.split("/")))
 
 

@@ -1,4 +1,4 @@
-"""MLflow: a run in its tracking store."""
+"""Runs in MLflow's tracking store."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fxtrain.values import HParams, Waiting, kind_of
 from fxtrain.writers._media import MediaWriter
 from fxtrain.writers._remote import RemoteWriter
 
-_METRICS, _PARAMETERS = 1000, 100  # what the store takes in one request,
-_NAME, _LETTERS = 250, 6000  # of a name and of a parameter
+_METRICS, _PARAMETERS = 1000, 100  # the store's limits per request
+_NAME, _LETTERS = 250, 6000  # its limits on the length of a name and of a parameter
 _REFUSED = re.compile(r"[^\w. :-]")
 
 
@@ -26,31 +26,31 @@ def mlflow(
     experiment: str = "fxtrain",
     name: str | None = None,
 ) -> MlflowWriter:
-    """A writer to MLflow. The same folder is the same run there: a resumed session goes on in it.
+    """A writer to MLflow. A resumed session with the same folder continues the same run.
 
-    A thread sends what is written, so training never waits for the server, but for 5 seconds at most in the first flush
-    after it stopped answering. Up to 10,000 points and 64 MiB wait for it and are sent when it answers again; beyond
-    that the oldest are dropped. The end waits at most 20 seconds, or 5 where it does not answer. Each outage, and the
-    number of points that were lost, is a warning. A request that hangs is given up after 10 seconds and sent again,
-    unless ``MLFLOW_HTTP_REQUEST_TIMEOUT`` and ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` say otherwise.
+    A thread sends the values. Training waits for the server only in a flush, for at most 5 seconds, and not again while
+    the server does not answer. Up to 10,000 points and 64 MiB are queued until it answers. Beyond that, the oldest
+    points are dropped. Closing waits for at most 20 seconds, or 5 if the server does not answer. Each outage and the
+    number of lost points cause a warning. A request that hangs is aborted after 10 seconds and retried, unless
+    ``MLFLOW_HTTP_REQUEST_TIMEOUT`` and ``MLFLOW_HTTP_REQUEST_MAX_RETRIES`` set other limits.
 
-    Numbers are metrics, hyper-parameters are parameters, and media are artifacts, the files of ``writers.media``. What
-    was written cannot be taken back: where a session goes back to a step before the last one written, the points in
-    between are there twice, and it says so; nor does MLflow change a parameter. What it does not take of a name becomes
-    ``_``.
+    Scalars become metrics, hyperparameters become parameters, and media become artifacts, with the files of
+    ``writers.media``. MLflow cannot delete points: if a session returns to a step before the last one written, the
+    points in between are duplicated, with a warning. It cannot change parameters either. Characters that it rejects in
+    names become ``_``.
 
     Args:
-        folder: For the run's identity, ``mlflow-run.json``.
-        uri: Of the tracking store: a server's address, ``sqlite:///runs.db`` if the whole of MLflow is installed, or
-            ``file:///folder`` if ``MLFLOW_ALLOW_FILE_STORE`` is ``true``. By default what ``MLFLOW_TRACKING_URI`` says,
-            or MLflow itself.
-        experiment: Made if it is not there.
-        name: The run's name there.
+        folder: The folder of the run's identity, ``mlflow-run.json``.
+        uri: The tracking store: a server's address, ``sqlite:///runs.db`` if all of MLflow is installed, or
+            ``file:///folder`` if ``MLFLOW_ALLOW_FILE_STORE`` is ``true``. Defaults to ``MLFLOW_TRACKING_URI``, or else
+            to MLflow's default.
+        experiment: The experiment, created if it is missing.
+        name: The name of the run in MLflow.
 
     Raises:
-        ImportError: If MLflow is not there.
-        OSError: If the folder cannot be written to.
-        mlflow.exceptions.MlflowException: If it does not take the address.
+        ImportError: MLflow is not installed.
+        OSError: The folder cannot be written to.
+        mlflow.exceptions.MlflowException: MLflow rejects ``uri``.
 
     Example:
         >>> import os, pathlib, tempfile
@@ -71,7 +71,7 @@ def mlflow(
 
 
 class MlflowWriter(RemoteWriter):
-    """Writes to MLflow; made by ``mlflow``. The run is begun, or gone on with, at the first value."""
+    """Writes to MLflow. Created by ``mlflow``. The run is created or continued at the first value."""
 
     service, file = "MLflow", "mlflow-run.json"
     kinds = frozenset((float, HParams)) | MediaWriter.kinds
@@ -135,7 +135,7 @@ class MlflowSession:
         return not isinstance(error, OSError)
 
     def _unknown(self, config: Mapping[str, Any]) -> dict[str, str]:
-        """The parameters that the run does not have yet. It refuses to change one, which is said."""
+        """Returns the parameters that the run does not have yet. Warns about changed ones, which MLflow rejects."""
         known = self._client.get_run(self._run).data.params
         given = {_named(name): str(value)[:_LETTERS] for name, value in config.items()}
         changed = [name for name, value in given.items() if known.get(name, value) != value]
@@ -160,10 +160,10 @@ _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": 10, "MLFLOW_HTTP_REQUEST_MAX_RETRIES":
 
 
 def limit_requests() -> None:
-    """Limits the requests of this thread, which by default wait for minutes.
+    """Limits the duration of this thread's requests, which by default block for minutes.
 
-    MLflow takes its limits from the environment alone, which belongs to the program: its requests elsewhere, and the
-    environment, stay as they are. What the environment does set holds here too.
+    MLflow reads its limits only from the environment, which belongs to the program. Requests of other threads and the
+    environment itself are not changed. Limits that are set in the environment apply here too.
     """
     from mlflow import environment_variables
 
@@ -183,6 +183,6 @@ def _limited_get(get: Callable[[], Any], name: str) -> Callable[[], Any]:
 
 
 def _named(name: str) -> str:
-    """A name that the store takes: a path of letters, digits and ``_-. :``."""
+    """Returns a name that the store accepts: a path of letters, digits and ``_-. :``."""
     parts = [_REFUSED.sub("_", part) for part in name[:_NAME].split("/")]
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)

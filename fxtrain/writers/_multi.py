@@ -1,4 +1,4 @@
-"""Multi: several writers as one."""
+"""Several writers combined into one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fxtrain.writers._interface import Backend
 
 
 def multi(*writers: Any) -> MultiWriter:
-    """One writer that hands everything to each of the given ones, in order.
+    """A writer that passes everything to each of the given writers, in order.
 
-    Each fails alone, as in ``observers.write``: what one misses after an ``OSError`` waits for it and is written later,
-    up to a bound, and every failure and loss is a warning.
+    A failure affects only its writer, as in ``observers.write``: points that a writer misses after an ``OSError`` are
+    queued up to a bound and written later. Each outage and loss causes a warning.
 
     Args:
-        writers: Our own writers, or clu's.
+        writers: Writers of ``fxtrain.writers``, or clu's.
 
     Raises:
-        ValueError: If none is given.
+        ValueError: No writer is given.
 
     Example:
         >>> import tempfile, pathlib
@@ -37,7 +37,7 @@ def multi(*writers: Any) -> MultiWriter:
 
 
 class MultiWriter(Backend):
-    """Several writers as one; made by ``multi``."""
+    """Several writers combined into one. Created by ``multi``."""
 
     kinds = frozenset((float, *KINDS))
 
@@ -58,7 +58,7 @@ class MultiWriter(Backend):
             outlet.flush()
 
     def close(self) -> None:
-        """Closes every one; then the first error is raised."""
+        """Closes all writers, then raises the first error."""
         try_all(*(outlet.close for outlet in self._outlets))
 
     def take_failure(self) -> Exception | None:

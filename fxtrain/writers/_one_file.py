@@ -1,4 +1,4 @@
-"""One file: a writer whose file is as before after a failed write, and on the disk after a flush."""
+"""Files that a failed write leaves unchanged, and the base class of writers to a single file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Appendable:
     """A file that grows by whole records, open from its creation to ``close``.
 
     Args:
-        path: It is made if it is not there; its name reaches the disk.
+        path: The file. If it is missing, it is created and its name is synced to the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,9 +32,9 @@ class Appendable:
         self.put(self.size, record)
 
     def put(self, begin: int, records: bytes) -> None:
-        """Puts records in the place of all from byte ``begin`` on. After an ``OSError`` the file is as it was.
+        """Replaces everything from byte ``begin`` on by ``records``. After an ``OSError`` the file is unchanged.
 
-        What was synced is never written over in place, because a power cut could leave neither.
+        Synced bytes are never overwritten in place, because a power cut could destroy the old and the new ones.
         """
         if begin < self._synced:
             self._replace(begin, records)
@@ -45,7 +45,7 @@ class Appendable:
             if len(records) < len(before):
                 self._file.truncate(begin + len(records))
         except BaseException:
-            # These bytes had room already.
+            # Restoring the old bytes needs no additional disk space.
             with contextlib.suppress(OSError):
                 self._write(begin, before)
                 self._file.truncate(self.size)
@@ -53,13 +53,13 @@ class Appendable:
         self.size = begin + len(records)
 
     def flush(self) -> None:
-        """Brings what was written to the disk."""
+        """Syncs written records to the disk."""
         if self._synced < self.size:
             os.fsync(self._file.fileno())
             self._synced = self.size
 
     def close(self) -> None:
-        """Flushes, and closes the file, even if the flush fails."""
+        """Flushes, and closes the file even if the flush fails."""
         try:
             self.flush()
         finally:
@@ -91,17 +91,17 @@ class Appendable:
 
 
 class OneFile(Backend):
-    """A writer into one file, which is open from the first value on."""
+    """A writer to a single file, which is open from the first value on."""
 
     _file: Appendable | None = None
 
     def flush(self) -> None:
-        """Brings what was written to the disk."""
+        """Syncs written values to the disk."""
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
-        """Flushes, and closes the file."""
+        """Flushes and closes the file."""
         if self._file is not None:
             file, self._file = self._file, None
             file.close()

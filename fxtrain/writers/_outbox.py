@@ -1,4 +1,4 @@
-"""Outbox: calls to a service, sent by a thread, so that a service which is slow or away never stops a run."""
+"""A queue of calls that a thread sends to a service, so that a slow or unreachable service never stops a run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from fxtrain.core._text import printable
 from fxtrain.values._backlog import Backlog, Waiting
 
 FLUSH_SECONDS = 5.0
-"""The longest wait of a flush for the service, and of all flushes while it does not answer."""
+"""The longest wait of a flush, and of all flushes together while the service does not answer."""
 
 CLOSE_SECONDS = 20.0
-"""The longest wait at the end for a service that answers,"""
+"""The longest wait on close if the service answers."""
 
 CLOSE_FAILING_SECONDS = 5.0
-"""and for one that does not."""
+"""The longest wait on close if the service does not answer."""
 
-_TOGETHER = 1000  # calls that are sent in one batch
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between two attempts
+_TOGETHER = 1000  # calls per batch
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts
 
 
 class Session(Protocol):
-    """The calls to a service, each of which may block and raise. They are made by one thread."""
+    """The calls to a service, made by one thread. Each may block and raise."""
 
     def begin(self) -> None:
-        """Begins the run there, or goes on with it."""
+        """Creates or continues the run."""
         ...
 
     def send(self, calls: list[Waiting]) -> None:
@@ -35,22 +35,22 @@ class Session(Protocol):
         ...
 
     def end(self) -> None:
-        """Ends the session: all that was sent is kept by then."""
+        """Ends the session. Everything sent must be stored when this returns."""
         ...
 
     def is_refusal(self, error: Exception) -> bool:
-        """Whether the service refuses these very values, so that sending them again is of no use."""
+        """Returns whether the service rejects these values, so that retrying is useless."""
         ...
 
 
 class Outbox:
-    """Sends calls by a thread, in their order, and again after a failure.
+    """Sends calls in a thread, in order, and retries after a failure.
 
-    At most ``MOST_POINTS`` points and ``MOST_BYTES`` wait. Beyond that the oldest are dropped and counted.
+    At most ``MOST_POINTS`` points and ``MOST_BYTES`` are queued. Beyond that, the oldest are dropped and counted.
 
     Args:
-        service: Its name, for warnings.
-        session: What the thread calls.
+        service: The name of the service, for warnings.
+        session: The calls that the thread makes.
     """
 
     def __init__(self, service: str, session: Session) -> None:
@@ -61,15 +61,15 @@ class Outbox:
         self._closing = self._abandoned = self._ended = False
         self._error: Exception | None = None  # of the last attempt
         self._failure: Exception | None = None  # the first of an outage, until it is taken
-        self._is_late = False  # since a flush that timed out, until all is sent
+        self._is_late = False  # from a flush that timed out until everything is sent
         self._first_lost = True
         self._notes: list[str] = []
-        # A daemon: a request that hangs does not keep the program from ending.
+        # A daemon, so that a request that hangs does not keep the program from exiting.
         self._thread = threading.Thread(target=self._run, name=f"{service} writer", daemon=True)
         self._thread.start()
 
     def add(self, call: Waiting) -> None:
-        """Queues a call. It never waits."""
+        """Queues a call. Never blocks."""
         with self._changed:
             self._backlog.add(call)
             if self._backlog.lost and self._first_lost:
@@ -81,13 +81,13 @@ class Outbox:
             self._changed.notify_all()
 
     def forget_after(self, step: int) -> int:
-        """Drops what waits beyond a step, and returns the last step that is being sent."""
+        """Drops queued points after a step, and returns the last step that is being sent."""
         with self._changed:
             self._backlog.forget_after(step)
             return max((call.step for call in self._sending), default=0)
 
     def flush(self) -> None:
-        """Waits for all to be sent, at most ``FLUSH_SECONDS``, and not while the service is known not to answer."""
+        """Waits until everything is sent, for at most ``FLUSH_SECONDS``, and not while the service does not answer."""
         with self._changed:
             if self._error is None and not self._is_late:
                 self._is_late = not self._changed.wait_for(
@@ -95,7 +95,10 @@ class Outbox:
                 )
 
     def close(self) -> None:
-        """Waits for all to be sent and the session to end, at most ``CLOSE_SECONDS``; what is left is lost."""
+        """Waits until everything is sent and the session has ended, for at most ``CLOSE_SECONDS``.
+
+        Unsent points are lost, and counted in a warning.
+        """
         began = time.monotonic()
         with self._changed:
             self._closing = True
@@ -119,18 +122,18 @@ class Outbox:
                 self._notes.append(f"{self._service} did not confirm the end of the run in time.")
 
     def tell(self, note: str) -> None:
-        """Adds something that a person should know."""
+        """Adds a message for the user."""
         with self._changed:
             self._notes.append(note)
 
     def take_failure(self) -> Exception | None:
-        """Returns the error with which an outage or a refusal began, once."""
+        """Returns the first error of an outage or a refusal, once."""
         with self._changed:
             failure, self._failure = self._failure, None
             return failure
 
     def notes(self) -> list[str]:
-        """Returns what a person should know, once."""
+        """Returns the messages for the user, once."""
         with self._changed:
             notes, self._notes = self._notes, []
             return notes
@@ -139,7 +142,7 @@ class Outbox:
     def _is_sent(self) -> bool:
         return not self._backlog and not self._sending
 
-    # The thread
+    # Run by the thread.
 
     def _run(self) -> None:
         if not self._tried(self._session.begin):
@@ -160,7 +163,7 @@ class Outbox:
                 self._changed.notify_all()
 
     def _sent(self) -> bool:
-        """Sends the batch, or one call of it after the other where one is refused. False if this was abandoned."""
+        """Sends the batch, or its calls one by one if the service rejects it. Returns False if abandoned."""
         calls = self._sending
         parts = [calls]
         while parts:
@@ -181,7 +184,7 @@ class Outbox:
         return True
 
     def _tried(self, act: Callable[[], None], refused: list[Exception] | None = None) -> bool:
-        """Acts until it succeeds, or is refused. False if this was abandoned."""
+        """Retries until the call succeeds or is refused. Returns False if abandoned."""
         pause = _FIRST_PAUSE
         while True:
             error: Exception | None = None

@@ -1,4 +1,4 @@
-"""Remote: what writers to a service have in common. They never wait for it longer than a bound."""
+"""The base class of writers to a service, which block for a bounded time at most."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class When(NamedTuple):
     """When values were written, which may be long before they are sent."""
 
     event: Any
-    milliseconds: int  # since 1970
+    milliseconds: int  # since the Unix epoch
 
 
 class RemoteWriter(Backend):
-    """Writes to a run of a service by a thread. The same folder is the same run: a small file in it has its identity.
+    """Writes to a run of a service from a thread. A small file in the folder has the run's identity.
 
-    A writer says ``service`` and ``file``, and has ``_session``, whose calls the thread makes: ``begin`` goes through
-    ``identified``, and ``send`` calls ``reached`` when it is done.
+    A subclass defines ``service``, ``file`` and ``_session``, whose methods run in the thread. Its ``begin`` must call
+    ``identified``, and its ``send`` must call ``reached`` when it is done.
     """
 
-    service: ClassVar[str]  # what a person calls it
-    file: ClassVar[str]  # has the identity, and the last step written
+    service: ClassVar[str]  # the name in messages
+    file: ClassVar[str]  # the file of the run's identity and the last step written
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -43,24 +43,24 @@ class RemoteWriter(Backend):
             raise unwritable(self.service, folder, error) from error
         self._folder = folder
         self._identity, self._last = self._read()
-        self._record: BinaryIO | None = None  # open while the run is
+        self._record: BinaryIO | None = None  # open during a session
         self._outbox: Outbox | None = None
-        self._current: Session | None = None  # an abandoned one may go on in its thread, and counts no more
+        self._current: Session | None = None  # an abandoned session may still run in its thread, and is ignored
 
     @property
     def identity(self) -> str | None:
-        """Which run of the service the folder is, if it is one yet."""
+        """The service's identifier of the run, or None if there is no run yet."""
         return self._identity
 
     def _session(self) -> Session:
-        """The calls of one session."""
+        """Returns the calls of a new session."""
         raise NotImplementedError
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Refuses names that the service cannot take."""
+        """Raises if the service cannot accept a name."""
 
     def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
-        """Queues values, which the thread sends. It never waits for the service."""
+        """Queues values for the thread. Never waits for the service."""
         kept = kept_by(self, self.kinds, step, values)
         if not kept:
             return
@@ -70,7 +70,7 @@ class RemoteWriter(Backend):
         self._speak()
 
     def purge(self, step: int) -> None:
-        """Drops what was not sent, and says that points are there twice, if some that were sent lie beyond the step."""
+        """Drops unsent points after a step. Warns if points after it were sent, because they will be duplicated."""
         last = self._last
         if self._outbox is not None:
             last = max(last, self._outbox.forget_after(step))
@@ -84,7 +84,7 @@ class RemoteWriter(Backend):
             self._last = step
 
     def flush(self) -> None:
-        """Waits a few seconds at most for what was written to be sent, and not while the service does not answer."""
+        """Waits a few seconds at most for values to be sent, and not while the service does not answer."""
         if self._outbox is not None:
             self._outbox.flush()
             with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ class RemoteWriter(Backend):
             self._speak()
 
     def close(self) -> None:
-        """Ends the session, within a bound. What could not be sent by then is lost, and counted in a warning."""
+        """Ends the session within a bounded time. Unsent points are lost, and counted in a warning."""
         if self._outbox is None:
             return
         outbox = self._outbox
@@ -111,7 +111,7 @@ class RemoteWriter(Backend):
         self._speak(outbox)
 
     def take_failure(self) -> Exception | None:
-        """Returns the error with which an outage or a refusal began, once, for runs that must not go on."""
+        """Returns the first error of an outage or a refusal, once, for runs that require the writer."""
         return None if self._outbox is None else self._outbox.take_failure()
 
     def _opened(self) -> Outbox:
@@ -126,16 +126,16 @@ class RemoteWriter(Backend):
         for note in outbox.notes() if outbox is not None else ():
             warnings.warn(note, RuntimeWarning, stacklevel=3)
 
-    # By the thread
+    # Called by the thread.
 
     def tell(self, note: str) -> None:
-        """Has the next call of a verb warn."""
+        """Makes the next call of a method warn."""
         outbox = self._outbox
         if outbox is not None:
             outbox.tell(note)
 
     def identified(self, session: Session, identity: str) -> None:
-        """Remembers which run of the service this is."""
+        """Stores the identity of the run."""
         if session is not self._current:
             return
         self._identity = identity
@@ -145,12 +145,12 @@ class RemoteWriter(Backend):
             self._record = open(path, "rb+", buffering=0)  # noqa: SIM115 -- open until the writer is closed
         except OSError as error:
             raise unwritable(self.service, path, error) from error
-        # Again, so that it comes before what the service's package has registered itself by now.
+        # Registered again, to run before the exit handlers that the service's package has registered by now.
         atexit.unregister(self.close)
         atexit.register(self.close)
 
     def reached(self, session: Session, calls: list[Waiting]) -> None:
-        """Remembers what was sent, where the next session finds it even if this one is killed."""
+        """Stores the last step sent, where the next session finds it even if this one is killed."""
         if session is not self._current:
             return
         self._last = max(self._last, *(call.step for call in calls))
@@ -163,7 +163,7 @@ class RemoteWriter(Backend):
             self._record.write(self._content())
 
     def _content(self) -> bytes:
-        # Of one length, so that it is written over in place, at the cost of one system call a step.
+        # Of constant length, so that it can be overwritten in place.
         return f'{{"id": {json.dumps(self._identity)}, "step": {self._last:>15}}}\n'.encode()
 
     def _read(self) -> tuple[str | None, int]:

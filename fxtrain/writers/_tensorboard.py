@@ -1,9 +1,9 @@
-"""TensorBoard: event files, made of the protocol buffers of tensorboardX.
+"""TensorBoard event files, made of the protocol buffers of tensorboardX.
 
-tensorboardX's own ``SummaryWriter`` is not used: it hands records to a thread, so that a flush may come before what it
-is to flush; it names files by the second, so that a run which goes back within one overwrites its own file; and one
-record for each number, through a queue, costs four times as much as one record for each step. Its record writer
-buffers, and after a failed write would write the same bytes again.
+tensorboardX's ``SummaryWriter`` is not used, for four reasons. It passes records to a thread, so a flush may run before
+the records that it should flush. It names files by the second, so a run that rewinds within one second overwrites its
+own file. It writes one record per scalar instead of one per step, which is slower. Its record writer buffers, so it
+would write the same bytes again after a failed write.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from fxtrain.writers._encoding import gif, numbered, png, wav
 from fxtrain.writers._interface import unwritable
 from fxtrain.writers._one_file import Appendable, OneFile
 
-_LENGTH_BYTES = 8  # at the beginning of a record, and not zero
+_LENGTH_BYTES = 8  # at the beginning of a record, never all zero
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 
 
 def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
-    """A writer of TensorBoard's event files. The folder is made if it is not there.
+    """A writer of TensorBoard event files. Creates missing folders.
 
-    Each opening begins a file of its own, and so does ``purge``: its first record tells TensorBoard to forget what
-    older files have beyond the step. Nothing on the disk is deleted. Several images of one name become ``name/0``,
-    ``name/1`` and so on; a video is a GIF among them, and tables are texts.
+    Each opening begins a new file, and so does ``purge``: its first record makes TensorBoard ignore older records after
+    the step. Nothing on the disk is deleted. Several images of one name become ``name/0``, ``name/1`` and so on. A
+    video is a GIF among the images, and tables are texts.
 
-    Start TensorBoard on the folder above those of the runs, ``tensorboard --logdir runs``: its tab of hyper-parameters
-    shows a run's last metrics only where the run has a name.
+    Start TensorBoard on the parent of the runs' folders, ``tensorboard --logdir runs``, because its hyperparameters tab
+    shows last metrics only for runs that have a name.
 
     Args:
-        folder: One for each run.
+        folder: The folder of one run.
 
     Raises:
-        OSError: If the folder cannot be made or written to.
+        OSError: The folder cannot be created or written to.
 
     Example:
         >>> import tempfile
@@ -65,7 +65,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> TensorBoardWriter:
 
 
 class TensorBoardWriter(OneFile):
-    """Writes TensorBoard's event files; made by ``tensorboard``. Opens one when there is something to write."""
+    """Writes TensorBoard event files. Created by ``tensorboard``. Opens a file at the first value."""
 
     kinds = frozenset((float, Text, Histogram, Image, Video, Audio, PointCloud, HParams))
 
@@ -75,10 +75,10 @@ class TensorBoardWriter(OneFile):
         from tensorboardX.record_writer import masked_crc32c
 
         self._checksum, self._summaries = masked_crc32c, summary
-        self._event: Any = event_pb2  # their messages are made at run time, unseen by type checkers
+        self._event: Any = event_pb2  # their classes are made at run time, where type checkers cannot see them
         self._message: Any = summary_pb2
         self._folder = folder
-        self._began = math.inf  # when the session's clock was at 0, in seconds since 1970
+        self._began = math.inf  # start of the session's clock, in seconds since the Unix epoch
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         summaries: list[Any] = []
@@ -91,7 +91,10 @@ class TensorBoardWriter(OneFile):
         self._file.append(self._record(wall_time=self._when(event), step=step, summary=summary))
 
     def _when(self, event: Any) -> float:
-        """When something happened: points come after it, several at once, and never before."""
+        """Returns the Unix time of an event, in seconds.
+
+        Points are written after their event, several together, so the smallest delay seen gives the start of the clock.
+        """
         now = time.time()
         if event is None:
             return now
@@ -103,7 +106,7 @@ class TensorBoardWriter(OneFile):
         match value:
             case Text(markdown):
                 (text,) = summaries.text(name, markdown).value
-                text.tag = name  # without the ending that tensorboardX adds, so that a text is called as it was logged
+                text.tag = name  # the name as logged, without the suffix that tensorboardX adds
                 return [text]
             case Histogram():
                 return self._histogram(step, name, value)
@@ -136,13 +139,13 @@ class TensorBoardWriter(OneFile):
                 colors = None if value.colors is None else value.colors.cpu().numpy()[None]
                 return summaries.mesh(name, value.points.float().cpu().numpy()[None], colors, None).value
             case HParams():
-                # The session alone: without the summary of the experiment TensorBoard collects the columns itself,
-                # from all runs, with every scalar's last value as a metric. With it, it would show the columns of
-                # whichever run it finds first, and as they were when that began.
+                # Only the session is written. Without an experiment summary, TensorBoard collects the columns from all
+                # runs, with the last value of every scalar as a metric. With one, it would show the columns of the
+                # first run that it finds, as they were when that run began.
                 _, session, _ = summaries.hparams(value.flat(), {})
                 return session.value
             case _:
-                # Kept as float32, which is what TensorBoard reads.
+                # Stored as float32, which is all that TensorBoard reads.
                 return [message.Value(tag=name, simple_value=float(value))]
 
     def _image(self, tag: str, frame: np.ndarray, encoded: bytes) -> Any:
@@ -161,7 +164,7 @@ class TensorBoardWriter(OneFile):
                 stacklevel=5,
             )
             return []
-        # Without the empty buckets at both ends: TensorBoard draws all that lies between the outermost edges.
+        # Drops empty buckets at both ends, because TensorBoard plots everything between the outermost edges.
         used = np.flatnonzero(counts)
         counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
         middles = (edges[:-1] + edges[1:]) / 2
@@ -177,7 +180,7 @@ class TensorBoardWriter(OneFile):
         ).value
 
     def purge(self, step: int) -> None:
-        """Has TensorBoard forget what lies beyond a step. Costs one more file, unless nothing was ever written."""
+        """Makes TensorBoard ignore everything after a step. Adds a file, unless nothing was ever written."""
         self.close()
         self._began = math.inf
         if self._older():
@@ -188,13 +191,14 @@ class TensorBoardWriter(OneFile):
         return _framed(event.SerializeToString(), self._checksum)
 
     def _open(self, first_step: int | None = None) -> None:
-        # TensorBoard reads files in the order of their names, so the second in a name is later than those before it,
-        # even where several are begun within one or the clock was set back.
+        # TensorBoard reads files in the order of their names, so the second in a name must exceed those of earlier
+        # files, even if several begin within one second or the clock was set back.
         second = max([int(time.time()), *(before + 1 for before in self._older())])
         path = self._folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
         head = [self._record(file_version="brain.Event:2")]
         if first_step is not None:
-            # Twice: TensorBoard takes the first that it sees of a run for its beginning, and forgets nothing then.
+            # Written twice, because TensorBoard takes the first one that it reads as the beginning of the run, and
+            # then ignores no records.
             log = self._event.SessionLog
             head += 2 * [self._record(step=first_step, session_log=log(status=log.START))]
         try:
@@ -212,12 +216,14 @@ class TensorBoardWriter(OneFile):
         self._file = file
 
     def _set_damaged_aside(self) -> None:
-        """Renames event files that begin with zeros, or with nothing, as after a power cut: none can be read."""
+        """Renames event files without a record: empty, or beginning with zeros after a power cut."""
         for path in self._folder.glob("*tfevents*"):
             with open(path, "rb") as file:
                 begin = file.read(_LENGTH_BYTES)
             if len(begin) < _LENGTH_BYTES or not any(begin):
-                target = path.with_name(f"damaged.{path.name.replace('tfevents.', '')}")  # not TensorBoard's any more
+                target = path.with_name(
+                    f"damaged.{path.name.replace('tfevents.', '')}"
+                )  # a name that TensorBoard does not read
                 os.replace(path, target)
                 warnings.warn(
                     f"{path} has no record, as after a crash; it is called {target.name} now.",
@@ -226,11 +232,11 @@ class TensorBoardWriter(OneFile):
                 )
 
     def _older(self) -> list[int]:
-        """The seconds in the names of the event files that are there."""
+        """Returns the seconds in the names of existing event files."""
         return [int(found[1]) for path in self._folder.glob("*tfevents*") if (found := _NAME.match(path.name))]
 
 
 def _framed(record: bytes, checksum: Callable[[bytes], int]) -> bytes:
-    """A record as TFRecord files have it: its length and its bytes, each followed by a checksum."""
+    """Returns a TFRecord: the length and the bytes of a record, each followed by a checksum."""
     length = struct.pack("<Q", len(record))
     return b"".join((length, struct.pack("<I", checksum(length)), record, struct.pack("<I", checksum(record))))

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run on its page, or in files that ``wandb sync`` sends there later."""
+"""Runs of Weights & Biases, online or in files that ``wandb sync`` uploads later."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from fxtrain.writers._encoding import gif, numbered, wav
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
 
-_MOST_BUCKETS = 512  # what wandb takes of one name, or else raises,
-_MOST_MEDIA = 108  # or drops
+_MOST_BUCKETS = 512  # wandb raises beyond this
+_MOST_MEDIA = 108  # wandb drops the rest of a name beyond this
 _LIMITS = {"init_timeout": 10.0, "finish_timeout": CLOSE_SECONDS}
 
 
@@ -43,32 +43,32 @@ def wandb(
     mode: str | None = None,
     **options: Any,
 ) -> WandbWriter:
-    """A writer to Weights & Biases. The same folder is the same run there: a resumed session goes on in it.
+    """A writer to Weights & Biases. A resumed session with the same folder continues the same run.
 
-    A thread hands on what is written, so training never waits for the service, but for 5 seconds at most in a flush.
-    Up to 10,000 points and 64 MiB wait until the run could begin there; beyond that the oldest are dropped. The end
-    waits at most 20 seconds, or 5 where the service does not answer; what wandb had taken by then is in its files, for
-    ``wandb sync``. Each outage, and the number of points that were lost, is a warning. Where the server stays silent,
-    wandb's own process may delay the exit of the program by some 20 seconds more.
+    A thread passes the values to wandb. Training waits for the service only in a flush, for at most 5 seconds. Up to
+    10,000 points and 64 MiB are queued until the run has begun. Beyond that, the oldest points are dropped. Closing
+    waits for at most 20 seconds, or 5 if the service does not answer. Points that wandb has accepted by then are in its
+    files, for ``wandb sync``. Each outage and the number of lost points cause a warning. If the server stays silent,
+    wandb's own process may delay the program's exit by about 20 more seconds.
 
-    The run's step is the value ``step``, which every chart has as its axis. What was written cannot be taken back from
-    a run there: where a session goes back to a step before the last one written, the points in between are there
-    twice, and it says so. Values may have any name but ``step``; ``/`` makes sections.
+    The step of the run is the value ``step``, which is the axis of all charts. Points cannot be deleted from a run: if
+    a session returns to a step before the last one written, the points in between are duplicated, with a warning.
+    Values may have any name except ``step``, and a ``/`` in a name makes sections.
 
-    Offline, each session has files of its own, which one ``wandb sync`` sends in their order. Tables lie where
-    ``WANDB_DATA_DIR`` says until then, so do that on the same machine.
+    Offline, each session has its own files, and one ``wandb sync`` uploads all of them in order. Until then, tables are
+    stored in ``WANDB_DATA_DIR``, so sync on the same machine.
 
     Args:
-        folder: For wandb's files, and for the run's identity, ``wandb-run.json``.
-        project: The project there.
-        name: The run's name there.
-        mode: ``"online"``, ``"offline"`` (files only) or ``"disabled"``; by default what ``WANDB_MODE`` says.
-        options: More for ``wandb.init``: ``entity``, ``group``, ``tags``. It is a run of its own, beside one that the
-            program has begun itself, unless ``reinit`` says otherwise.
+        folder: The folder of wandb's files, and of the run's identity, ``wandb-run.json``.
+        project: The project of the run.
+        name: The name of the run in the project.
+        mode: ``"online"``, ``"offline"`` (files only) or ``"disabled"``. Defaults to ``WANDB_MODE``.
+        options: Further options of ``wandb.init``, such as ``entity``, ``group`` and ``tags``. The run is separate from
+            a run that the program has begun, unless ``reinit`` is given.
 
     Raises:
-        ImportError: If wandb is not there.
-        OSError: If the folder cannot be written to.
+        ImportError: wandb is not installed.
+        OSError: The folder cannot be written to.
 
     Example:
         >>> import tempfile
@@ -84,7 +84,7 @@ def wandb(
 
 
 class WandbWriter(RemoteWriter):
-    """Writes to Weights & Biases; made by ``wandb``. The run is begun, or gone on with, at the first value."""
+    """Writes to Weights & Biases. Created by ``wandb``. The run is created or continued at the first value."""
 
     service, file = "Weights & Biases", "wandb-run.json"
     kinds = frozenset((float, Text, Image, Video, Audio, Histogram, Table, ConfusionMatrix, PointCloud, HParams))
@@ -111,7 +111,7 @@ class WandbSession:
     def begin(self) -> None:
         import wandb
 
-        # Not the run that the program may have begun itself, which init returns by default.
+        # A new run, because init by default returns a run that the program may have begun.
         options = {"reinit": "create_new", **self._options}
         options.setdefault("settings", _settings())
         identity = self._writer.identity
@@ -130,7 +130,7 @@ class WandbSession:
         config = {key: v for value in values.values() if isinstance(value, HParams) for key, v in value.flat().items()}
         if config:
             self._run.config.update(config, allow_val_change=True)
-        # wandb copies files as it logs them, so they have to be there until then.
+        # wandb copies files when it logs them, so they must exist until then.
         with contextlib.ExitStack() as files:
             shown: dict[str, Any] = {}
             for name, value in values.items():
@@ -144,12 +144,12 @@ class WandbSession:
             run.finish()
 
     def is_refusal(self, error: Exception) -> bool:
-        # What reaches its server is wandb's own concern: an error here is one of these values.
+        # wandb itself retries uploads, so an error here comes from the values.
         return not isinstance(error, OSError)
 
 
 def _settings() -> Any:
-    """Limits of wandb's own: it would wait minutes to begin, and for ever to end, also as the program exits."""
+    """Returns limits for wandb, which would block for minutes to begin and forever to end, even at exit."""
     import wandb
 
     known = getattr(wandb.Settings, "model_fields", {})
@@ -158,7 +158,7 @@ def _settings() -> Any:
 
 
 def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
-    """A value as wandb takes it, under one name or several."""
+    """Converts a value to wandb's types, under one name or several."""
     import wandb
 
     match value:
@@ -168,11 +168,11 @@ def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]
         case Image():
             return _panels(name, [_image(frame) for frame in value.frames])
         case Video():
-            # A GIF made here: wandb's own encoder wants two more packages.
+            # Encoded here, because wandb's encoder needs two more packages.
             videos = [io.BytesIO(gif(frames, value.fps)) for frames in value.frames]
             return _panels(name, [wandb.Video(video, format="gif") for video in videos])
         case Audio():
-            # One a name: for a list of them wandb wants another package.
+            # One per name, because wandb needs another package for a list of sounds.
             sounds = [_audio(waves, value.rate, files) for waves in value.waves]
             return {numbered(name, index, len(sounds)): sound for index, sound in enumerate(sounds)}
         case Histogram():
@@ -187,13 +187,13 @@ def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]
                 points = torch.cat([points, value.colors.double().cpu()], 1)
             return {name: wandb.Object3D(points.numpy())}
         case HParams():
-            return {}  # the run's configuration, and no chart
+            return {}  # part of the run's configuration, not a chart
         case _:
             return {name: value}
 
 
 def _panels(name: str, media: list[Any]) -> dict[str, Any]:
-    """Several under one name, and no more than wandb takes."""
+    """Splits media of one name into lists that wandb accepts."""
     begins = range(0, len(media), _MOST_MEDIA)
     return {
         numbered(name, index, len(begins)): media[begin : begin + _MOST_MEDIA] for index, begin in enumerate(begins)
@@ -210,7 +210,7 @@ def _image(frame: np.ndarray) -> Any:
 def _audio(waves: np.ndarray, rate: int, files: contextlib.ExitStack) -> Any:
     import wandb
 
-    # A file of ours: wandb's own encoder wants another package.
+    # Encoded here, because wandb's encoder needs another package.
     file = files.enter_context(tempfile.NamedTemporaryFile(suffix=".wav"))  # noqa: SIM115 -- the stack closes it
     file.write(wav(waves, rate))
     file.flush()
@@ -228,7 +228,7 @@ def _table(table: Table) -> Any:
 
 
 def _fewer(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The histogram with no more buckets than wandb takes: neighbours as one."""
+    """Merges neighboring buckets down to the number that wandb accepts."""
     together = -(-len(counts) // _MOST_BUCKETS)
     first = np.arange(0, len(counts), together)
     return np.add.reduceat(counts, first), np.append(edges[first], edges[-1])
