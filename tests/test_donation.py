@@ -361,7 +361,7 @@ class TestRecompiling:
     def test_warns_with_the_path_and_what_changed(self):
         step, state = self.step(), fx.init(torch.tensor(1.0))
         step(state, {"x": torch.ones(32, 64)})
-        said = r"batch\['x'\]: float32\[32, 64\] on cpu -> float32\[17, 64\] on cpu\. For a last, smaller batch choose"
+        said = r"batch\['x'\]: float32\[32, 64\] on cpu -> float32\[17, 64\] on cpu\. For a smaller last batch, set"
         with pytest.warns(UserWarning, match=said):
             step(state, {"x": torch.ones(17, 64)})
         with warnings.catch_warnings():
@@ -392,5 +392,5 @@ class TestRecompiling:
         assert DONATED.graphs == graphs
 
     def test_the_choice_is_checked(self):
-        with pytest.raises(ValueError, match="'warn', 'error' or 'allow' is wanted"):
+        with pytest.raises(ValueError, match="expected on_recompile to be one of 'warn', 'error', 'allow', got"):
             self.step(on_recompile="never")

@@ -155,7 +155,7 @@ class TestRoute:
             (branches, "if y.sum()", "Python reads the value of a tensor", "inductor, traced with checks"),
             (checks, "assert", "Python reads the value of a tensor", "inductor, traced with checks"),
             (reads, ".item()", "Python reads the value of a tensor", "inductor, traced"),
-            (masks, "y[y >", "the shape of the result depends on values", "inductor, traced"),
+            (masks, "y[y >", "The shape of the result depends on values", "inductor, traced"),
         ],
     )
     def test_of_one_graph_lists_reads_of_values_at_the_users_own_lines(self, loss_fn, part, reason, route):
@@ -273,7 +273,7 @@ class TestShown:
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
         text = repr(found)
         assert text.startswith("Explanation of <step train_step(square), fires Microbatch, Gradients, Updated>\n")
-        assert "\n  route       inductor, traced: the step as one graph\n  graphs      1, without a break\n" in text
+        assert "\n  route       inductor, traced: the step as one graph\n  graphs      1, no breaks\n" in text
         assert "\n  FLOPs       384: addmm 192, mm 192\n" in text
         assert "\n              batch['x']: float32[8, 4] on cpu" in text
         assert found._repr_html_().startswith("<table><caption>Explanation of &lt;step train_step(square)")

@@ -176,13 +176,21 @@ def test_states_are_kept_where_they_are_wanted(keep_every, way):
             TypeError,
             "expected steps_per_call to be a positive int, got True",
         ),
-        (lambda step: fx.compile(problem.eval_step, steps_per_call=2), ValueError, "an evaluation step is called"),
+        (
+            lambda step: fx.compile(problem.eval_step, steps_per_call=2),
+            ValueError,
+            "expected steps_per_call=1 for an evaluation step, got 2",
+        ),
         (
             lambda step: fx.compile(step, steps_per_call=2).many(problem.start(), DATA[:3]),
             ValueError,
-            "3 batches came, and this was compiled for 2 at a time",
+            r"expected 2 batches \(steps_per_call\), got 3",
         ),
-        (lambda step: fx.compile(step, mode="ahead-of-time", dynamic=True), ValueError, "goes another way"),
+        (
+            lambda step: fx.compile(step, mode="ahead-of-time", dynamic=True),
+            ValueError,
+            "expected mode='ahead-of-time' without backend and dynamic",
+        ),
     ],
 )
 def test_mistakes(make, error, said):

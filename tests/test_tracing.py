@@ -210,7 +210,7 @@ class TestCTC:
             with OpaqueCTC():
                 return torch.func.grad(loss)(scores).square().sum()
 
-        with pytest.raises(NotImplementedError, match="first derivatives of ctc_loss"):
+        with pytest.raises(NotImplementedError, match="expected a first derivative of ctc_loss"):
             torch.func.grad(slope)(torch.randn(5, 1, 4).log_softmax(-1))
 
 
@@ -301,7 +301,7 @@ class TestEffects:
             show(loss)
             return loss
 
-        with pytest.warns(UserWarning, match=r"shown as text at .*test_tracing\.py:\d+"):
+        with pytest.warns(UserWarning, match=r"formatted as text at .*test_tracing\.py:\d+"):
             assert explained(loss_fn) == ()
 
     def test_a_model_without_effects_says_nothing(self):

@@ -106,7 +106,7 @@ class _Checked:
                 raise
             except Exception as error:
                 # Sizes may not fit if the values differ.
-                _log.debug("%r for other values:", self._step, exc_info=error)
+                _log.debug("%r failed for other values.", self._step, exc_info=error)
                 break
             found = same.tolist()
             if all(found):
@@ -135,9 +135,7 @@ class _Checked:
     ) -> tuple[Sequence[Tensor], Any]:
         self._numbers += any(place in graph.reads.numbers for graph, place in tried) or not tried
         if len(self._graphs) < _MOST_GRAPHS and self._numbers < _MOST_GRAPHS_BY_NUMBER:
-            _log.info(
-                "%r reads other values: compiling a graph for them, number %d.", self._step, len(self._graphs) + 1
-            )
+            _log.info("%r reads other values. Compiling graph %d for them.", self._step, len(self._graphs) + 1)
             try:
                 new, (output, same) = self.add(leaves, inputs).run(leaves, inputs)
                 if bool(same.all()):

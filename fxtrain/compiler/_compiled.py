@@ -19,7 +19,7 @@ from fxtrain.compiler._pending import Pending
 from fxtrain.compiler._recompile_reasons import advice, batches_of, changes, described, is_other_batch
 from fxtrain.compiler._routes import Routes, routes_to
 from fxtrain.compiler._trace import AHEAD, Artefact
-from fxtrain.core import StepOutput, TrainState, check_positive_int
+from fxtrain.core import StepOutput, TrainState, check_choice, check_positive_int, describe
 from fxtrain.core._frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
@@ -162,7 +162,7 @@ class Compiled:
             ValueError: The number of batches is not ``steps_per_call``.
         """
         if len(batches) != self.steps_per_call:
-            raise ValueError(f"{len(batches)} batches came, and this was compiled for {self.steps_per_call} at a time.")
+            raise ValueError(f"expected {self.steps_per_call} batches (steps_per_call), got {len(batches)}.")
         if self.steps_per_call == 1:
             state, output = self(state, batches[0])
             return state, (output,)
@@ -243,12 +243,19 @@ class Compiled:
         is_declared |= broken is not None and not broken
         if self._graphs and self._on_recompile != "allow" and not is_declared:
             remedy = advice(kinds, self._known, broken)
-            why = f"{self.step!r} is to be compiled again: {changes(kinds, self._known)}. {remedy}"
+            found = changes(kinds, self._known)
             if self._on_recompile == "error":
-                raise RecompileError(f"{why} on_recompile='allow' makes a graph for each.")
+                raise RecompileError(
+                    f"expected inputs for which {self.step!r} is compiled, got others: {found}. {remedy} "
+                    "on_recompile='allow' compiles another graph."
+                )
             # One warning is enough for batches of many sizes.
             if not (is_batch and self._has_warned_of_batches):
-                warnings.warn(f"{why} on_recompile='allow' is silent.", UserWarning, stacklevel=4)
+                warnings.warn(
+                    f"{self.step!r} recompiles: {found}. {remedy} on_recompile='allow' silences this warning.",
+                    UserWarning,
+                    stacklevel=4,
+                )
             self._has_warned_of_batches |= is_batch
 
     def __repr__(self) -> str:
@@ -354,22 +361,24 @@ def compile(  # noqa: A001
         DonatedError: ...
     """
     if isinstance(step, Compiled):
-        raise TypeError(f"{step!r} is compiled already.")
-    if on_recompile not in ("warn", "error", "allow"):
-        raise ValueError(f"on_recompile={on_recompile!r}: 'warn', 'error' or 'allow' is wanted.")
+        raise TypeError(f"expected a step that is not compiled, got {step!r}. Compile its .step for other options.")
+    check_choice("on_recompile", on_recompile, ("warn", "error", "allow"))
     check_positive_int("steps_per_call", steps_per_call)
     pure = step if isinstance(step, Step | EvalFunction) else Step(step)
     if steps_per_call > 1 and isinstance(pure, EvalFunction):
-        raise ValueError("steps_per_call is for steps that train: an evaluation step is called batch by batch.")
+        raise ValueError(
+            f"expected steps_per_call=1 for an evaluation step, got {steps_per_call}. It is called batch by batch."
+        )
     if mode == AHEAD and (backend is not None or dynamic):
         raise ValueError(
-            f"mode={AHEAD!r} goes another way than a backend or dynamic=True, which go through Dynamo: choose one."
+            f"expected mode={AHEAD!r} without backend and dynamic, got backend={describe(backend)}, {dynamic=}. Leave "
+            "these options out, or choose another mode."
         )
     if background and (backend is not None or mode is not None or dynamic):
         raise ValueError(
-            "expected background=True without backend, mode and dynamic, got "
-            f"{backend=}, {mode=}, {dynamic=}. Only graphs of Inductor for one size each are compiled in the "
-            "background: leave these options out, or compile in the foreground."
+            f"expected background=True without backend, mode and dynamic, got backend={describe(backend)}, {mode=}, "
+            f"{dynamic=}. Only Inductor's graphs for fixed sizes are compiled in the background. Leave these options "
+            "out, or compile in the foreground."
         )
     routes = routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph)
 
@@ -393,6 +402,6 @@ def _refuse_sparse(batch: Any) -> None:
         if leaf.layout != torch.strided:
             raise ValueError(
                 f"expected dense tensors in the batch of a compiled step, got {path} with the layout "
-                f"{str(leaf.layout).removeprefix('torch.')}. Give its indices and values as tensors, make it dense, or "
+                f"{str(leaf.layout).removeprefix('torch.')}. Pass its indices and values as tensors, make it dense, or "
                 "leave the step uncompiled."
             )

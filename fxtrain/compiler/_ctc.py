@@ -86,4 +86,6 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
-        raise NotImplementedError("expected first derivatives of ctc_loss, got a derivative of its gradient.")
+        raise NotImplementedError(
+            "expected a first derivative of ctc_loss, got a second one, which is not implemented."
+        )

@@ -18,8 +18,8 @@ from fxtrain.model import CapturedStateError, UnseededError, ValuesNeededError
 from fxtrain.step import EvalFunction, Step
 
 _TOO_MANY_SIZES = (
-    "expected a step in which sizes stay symbols, as dynamic=True asks, got one that reads a size as a number. Dynamo "
-    "made a graph for each size up to its limit, and other sizes run uncompiled from now on. Pad to few sizes with "
+    "expected a step that keeps sizes symbolic (dynamic=True), got one that reads a size as a number. Dynamo compiled "
+    "a graph for each size up to its limit, and other sizes run uncompiled from now on. Pad to few sizes with "
     "fxtrain.data.bucketed."
 )
 

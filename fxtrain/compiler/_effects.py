@@ -46,9 +46,9 @@ def effects_noticed() -> Generator[None]:
             line = _users_line() if threading.get_ident() == thread else None
             if line is not None:
                 raise FileInTraceError(
-                    f"expected a step that reads nothing but its arguments while it is traced, got {file!r} opened at "
-                    f"{line}, which a compiled step would not repeat. Read files before the step and pass tensors in "
-                    "the batch, and write them in an observer."
+                    f"expected a step that opens no files while it is traced, got {file!r} opened at {line}. A "
+                    "compiled step would not repeat this. Read files before the step and pass tensors in the batch. "
+                    "Write files in an observer."
                 )
             return opener(file, *args, **kwargs)
 
@@ -76,8 +76,8 @@ class _Shown(TorchFunctionMode):
             if line is not None:
                 self._warned = True
                 warnings.warn(
-                    f"A tensor is shown as text at {line} while the step is traced: it has no values there, and the "
-                    "line does not run again in later steps. Return what is to be seen as a metric.",
+                    f"A tensor is formatted as text at {line} while the step is traced. It has no values there, and "
+                    "the line does not run again in later steps. Return the tensor as a metric instead.",
                     UserWarning,
                     stacklevel=2,
                 )

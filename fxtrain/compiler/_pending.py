@@ -75,8 +75,8 @@ class Pending:
         processes = _processes()
         if processes > 1:
             raise ValueError(
-                f"expected one process for a step compiled with background=True, got {processes}, which would wait for "
-                "each other forever if one of them has its graph earlier. Leave background=True out."
+                f"expected one process for a step compiled with background=True, got {processes}. Processes that get "
+                "their graphs at different steps would deadlock. Leave out background=True."
             )
         artefact = uncompiled(self._step, entered, batch, in_place=self._options["donate"])
         graph = Graph(self._step, state, batch, artefact, **self._options)
@@ -140,7 +140,7 @@ class Pending:
             return None
         self.seconds += entry.seconds + job.seconds
         if job.error is not None:
-            _log.info("%r failed to compile in the background, and is compiled in the foreground.", self._step)
+            _log.info("%r failed to compile in the background. Compiling it in the foreground.", self._step)
             _log.debug("The error was:", exc_info=job.error)
             return False
         _log.info("Compiled %r in the background in %.1f s.", self._step, entry.seconds + job.seconds)

@@ -31,9 +31,9 @@ def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
         for path in new
         if old.get(path) != new[path]
     ]
-    said += [f"{path} is gone" for path in old if path not in new]
+    said += [f"{path} is missing" for path in old if path not in new]
     shown = ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
-    return shown or "the types of its containers, or the model"
+    return shown or "the types of containers, or the model"
 
 
 def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: Sequence[str] | None = None) -> str:
@@ -47,20 +47,21 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: S
     if broken:
         shown = ", ".join(broken[:_MOST_CONDITIONS])
         return (
-            f"dynamic=True made a graph that holds for {shown}, because the step reads these sizes as numbers. Write "
-            "x.shape[0] in place of len(x). For operators that need numbers, as recurrent layers do, pad to few sizes "
-            "with fxtrain.data.bucketed, which compiles a graph for each without this warning."
+            f"The graph made with dynamic=True requires {shown}, because the step reads these sizes as numbers. Write "
+            "x.shape[0] in place of len(x). For operators that need numbers, such as recurrent layers, pad to few "
+            "sizes with fxtrain.data.bucketed, which compiles a graph for each without this warning."
         )
     paths = {path for each in known for path in {*new, *each} if new.get(path) != each.get(path)}
     if any(path.startswith("state.slots") for path in paths):
-        return "A new callback in the step costs one graph, and one in the loop none."
+        return "A new traced callback recompiles the step once. A new callback of the loop does not."
     if any(path.startswith("batch") for path in paths):
         return (
-            'For a last, smaller batch choose drop_last=True or "pad" where the data is made. For many sizes pad to '
-            "few with fxtrain.data.bucketed, which declares its sizes and compiles without this warning, or compile "
-            "one slower graph for all: fxtrain.compile(step, dynamic=True), which suits batches of graphs too."
+            'For a smaller last batch, set drop_last=True or drop_last="pad" in the data source. For many sizes, pad '
+            "to few with fxtrain.data.bucketed, which declares its sizes and compiles without this warning. Or compile "
+            "one slower graph for all sizes with fxtrain.compile(step, dynamic=True), which suits batches of graphs "
+            "too."
         )
-    return "A step keeps the shapes and dtypes of its state: look at what has changed it between two steps."
+    return "A step keeps the shapes and dtypes of its state. Find what changed the state between two steps."
 
 
 def is_other_batch(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> bool:

@@ -12,12 +12,12 @@ from fxtrain.core._frames import places
 _LONGEST = 300  # characters shown of a line or a reason
 
 VALUE = (
-    "Python reads the value of a tensor here, by if, while, assert, .item(), float() or the like, and a graph is made "
-    "once for all values: use torch.where, or keep the value a tensor."
+    "Python reads the value of a tensor here (if, while, assert, .item(), float() or similar), but one graph serves "
+    "all values. Use torch.where, or keep the value in a tensor."
 )
 SHAPE = (
-    "the shape of the result depends on values here, as with a mask as an index, nonzero or unique, and a graph has "
-    "one shape: use torch.where, or multiply by the mask."
+    "The shape of the result depends on values here (a mask as an index, nonzero, unique or similar), but shapes in a "
+    "graph are fixed. Use torch.where, or multiply by the mask."
 )
 _BY_EXCEPTION = {
     "DataDependentOutputException": VALUE,

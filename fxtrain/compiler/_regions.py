@@ -133,7 +133,11 @@ class _Regions:
         state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
         if len(self._rests) >= _MOST_GRAPHS:
             # As in a mixture of experts in which some get no tokens: each set of unused parameters needs another graph.
-            _log.info("%r has gradients of more than %d kinds: the rest runs uncompiled.", self._step, _MOST_GRAPHS)
+            _log.info(
+                "%r has more than %d kinds of gradients. The rest of the step runs uncompiled for others.",
+                self._step,
+                _MOST_GRAPHS,
+            )
             return uncompiled(rest, state, (batch, found), in_place=self._in_place).run
         return self._compiler(rest, state, (batch, found), in_place=self._in_place).run
 
@@ -141,7 +145,7 @@ class _Regions:
 def _refuse_difference(compiled: Any, plain: Any) -> None:
     """Raises if the compiled loss function's result differs from the uncompiled one by more than rounding."""
     if tree.structure(compiled) != tree.structure(plain):
-        raise RuntimeError("expected the gradients of the uncompiled loss function, got some for other parameters.")
+        raise RuntimeError("expected gradients for the parameters of the uncompiled loss function, got others.")
     if not are_close(compiled, plain):
         raise RuntimeError("expected the values and gradients of the uncompiled loss function, got different ones.")
 
@@ -228,7 +232,7 @@ class _Cut:
         else:
             return None
         if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-            raise NoGradientsError("expected gradients outside of torch.func.vmap, got a call inside it.")
+            raise NoGradientsError("expected a call for gradients outside of torch.func.vmap, got one inside it.")
         values, self._structure = tree.flatten(tuple(arguments))
         places = {id(leaf): place for place, leaf in reversed(list(enumerate(tree.leaves((state, batch)))))}
         self._sources = [places.get(id(value)) for value in values]

@@ -25,7 +25,7 @@ from fxtrain.step import EvalFunction, Step
 _log = logging.getLogger(__name__)
 
 
-_VALUES_CHANGE = Break("Python reads values of tensors, and they differ from batch to batch.")
+_VALUES_CHANGE = Break("Python reads tensor values that differ from batch to batch.")
 
 
 class GraphBreakError(RuntimeError):
@@ -229,16 +229,16 @@ def routes_to(
     regions = Route(
         f"{title}, regions{suffix}",
         functools.partial(around, forward="compiled"),
-        "the loss function in several graphs by torch.compile; the optimizer and the callbacks of the step as one",
+        "the loss function in several graphs by torch.compile, the optimizer and the traced callbacks as one",
         False,
     )
     eager = Route(
         f"{title}, eager forward{suffix}",
         functools.partial(around, forward=None),
-        "the optimizer and the callbacks of the step as one graph; forward and backward passes run uncompiled",
+        "the optimizer and the traced callbacks as one graph, with uncompiled forward and backward passes",
         False,
     )
-    nothing = Route("uncompiled", uncompiled, "nothing: the step runs uncompiled", False)
+    nothing = Route("uncompiled", uncompiled, "nothing, so the step runs uncompiled", False)
     whole = [traced, dynamo] if given is None else [dynamo]
     if given is None and not dynamic:
         whole.insert(1, checked)
@@ -264,16 +264,16 @@ def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options:
 def _fallback(step: Any, found: Break, route: Route) -> str:
     return (
         f"{step!r} cannot be traced as one graph:\n{_lines(found)}"
-        f"Compiled instead: {route.outcome}. The numbers are the same. fx.explain(step, state, batch) lists all such "
-        "places; fx.compile(step, fullgraph=True) makes this an error."
+        f"Compiled instead: {route.outcome}. Results are the same. fx.explain(step, state, batch) lists all such "
+        "places. fx.compile(step, fullgraph=True) makes this an error."
     )
 
 
 def _refused(step: Any, found: Break) -> str:
     return (
-        f"expected a step that is one graph because of fullgraph=True, got {step!r}, which is not one:\n{_lines(found)}"
-        "fx.explain(step, state, batch) lists all such places. Change them, or leave fullgraph=True out to compile "
-        "what can be compiled."
+        f"expected a step that is one graph (fullgraph=True), got {step!r}:\n{_lines(found)}"
+        "fx.explain(step, state, batch) lists all such places. Change them, or leave out fullgraph=True to compile "
+        "only part of the step."
     )
 
 

@@ -88,7 +88,7 @@ class CheckedReads(TorchDispatchMode):
             return value
         number = value.item()
         if isinstance(number, float | complex) and self._depends_on_inputs(tensor):
-            raise UncheckedReadError("expected reads of integers or truth values, got a read of a floating-point one.")
+            raise UncheckedReadError("expected reads of integers or bools, got a read of a floating-point value.")
         if len(self.reads.values) >= _MOST_READS:
             raise UncheckedReadError(f"expected at most {_MOST_READS} reads of values, got more.")
         if not isinstance(number, bool):

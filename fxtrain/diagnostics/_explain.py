@@ -70,7 +70,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         >>> fx.explain(better, state, torch.ones(4, 2), calls=0)
         Explanation of <step train_step(<lambda>), fires Microbatch, Gradients, Updated>
           route       inductor, traced: the step as one graph
-          graphs      1, without a break
+          graphs      1, no breaks
           operations  ...
           FLOPs       32.0: addmm 16.0, mm 16.0
           state       50 B: params 12 B, rest 38 B

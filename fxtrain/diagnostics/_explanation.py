@@ -91,7 +91,7 @@ def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
         ("batch", [size(found.batch_bytes)]),
         ("traffic", [_traffic(found)]),
         ("time", [_time(found)]),
-        ("new graph", [_new_graph(found), *_some(_batch(found.assumed))]),
+        ("recompiles", [_new_graph(found), *_some(_batch(found.assumed))]),
         ("constants", _some([f"{name} = {value}" for name, value in found.constants.items()])),
         ("varied", _some([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()])),
     ]
@@ -105,7 +105,7 @@ def _graphs(found: Explanation) -> str:
     if found.reads:
         return f"{found.graphs}, which depends on values at {lines}:"
     if not found.breaks:
-        return f"{found.graphs}, without a break"
+        return f"{found.graphs}, no breaks"
     return f"{found.graphs or 'none'} of the whole step, {_count(len(found.breaks), 'break')}:"
 
 
@@ -121,11 +121,11 @@ def _flops(found: Explanation) -> str:
         return ""
     total = sum(found.flops.values())
     if not total:
-        return "0 in matrix products, convolutions and attention; others are not counted"
+        return "0 in matmuls, convolutions and attention (others are not counted)"
     parts = sorted(found.flops.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {scaled(count)}" for name, count in parts)
     graph = found.seconds.get("graph")
-    rate = f"; {scaled(total / graph)} a second" if graph else ""
+    rate = f"; {scaled(total / graph)} per second" if graph else ""
     return f"{scaled(total)}: {named}{rate}"
 
 
@@ -137,7 +137,7 @@ def _parts(sizes: Mapping[str, int]) -> str:
 def _traffic(found: Explanation) -> str:
     if found.least_traffic is None or found.most_traffic is None:
         return ""
-    return f"between {size(found.least_traffic)} and {size(found.most_traffic)} read and written a step (estimates)"
+    return f"between {size(found.least_traffic)} and {size(found.most_traffic)} read and written per step (estimates)"
 
 
 def _time(found: Explanation) -> str:
@@ -146,13 +146,13 @@ def _time(found: Explanation) -> str:
         return ""
     named = [f"{part} {_short(spent)} ({spent / total:.0%})" for part, spent in found.seconds.items()]
     first = f"; the first call {_short(found.first_seconds)}" if found.first_seconds is not None else ""
-    return f"{_short(total)} a step: {', '.join(named)}{first}"
+    return f"{_short(total)} per step: {', '.join(named)}{first}"
 
 
 def _new_graph(found: Explanation) -> str:
     return (
-        f"when the structure of state or batch changes, or shape, strides, dtype or device of one of "
-        f"{_count(len(found.assumed), 'leaf', 'leaves')}{'; of the batch:' if _batch(found.assumed) else ''}"
+        f"if the structure of state or batch changes, or the shape, strides, dtype or device of one of "
+        f"{_count(len(found.assumed), 'leaf', 'leaves')}{', in the batch:' if _batch(found.assumed) else ''}"
     )
 
 
