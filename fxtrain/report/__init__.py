@@ -1,4 +1,4 @@
-"""Report: the folder of a run as one page, which opens in a browser without a server and without a network."""
+"""Renders a run folder as one HTML page, which opens in a browser without a server or a network connection."""
 
 from fxtrain.report._page import page as page
 from fxtrain.report._read import read_run as read_run

@@ -1,4 +1,4 @@
-"""Events: what ``observers.record_run`` wrote down, as marks of the page."""
+"""Reads the events written by ``observers.record_run`` and converts them to marks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from fxtrain.report._folder import Folder
 from fxtrain.report._kept import Items
 from fxtrain.report._run import Mark
 
-_MAX_MARKS = 20_000  # of each kind
-_MAX_REASONS = 20  # of one request
+_MAX_MARKS = 20_000  # per kind
+_MAX_REASONS = 20  # per request
 _ASKED = (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped"))
 
 
 class Events:
-    """The marks of a run by kind. Checkpoints that a rewind or a resumed session abandoned are left out."""
+    """The marks of a run, by kind. Checkpoints abandoned by a rewind or a resumed session are omitted.
+
+    Args:
+        folder: The run folder.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -24,7 +28,7 @@ class Events:
         self._marks: dict[str, Items[Mark]] = {}
 
     def read(self, path: str) -> None:
-        """Takes the events of JSON lines."""
+        """Reads events from the JSON Lines file ``path``."""
         for count, content in self._folder.lines(path):
             try:
                 self._take(shapes.mapping(shapes.parsed(content)))
@@ -32,12 +36,12 @@ class Events:
                 self._folder.problems.add(path, f"line {count}: {error}")
 
     def marks(self) -> list[Mark]:
-        """The marks that are kept, in the order in which they were written."""
+        """Returns the retained marks: first all kinds except checkpoints, each in order of time, then checkpoints."""
         saved = [Mark(step, "saved", "checkpoint") for step in self._saved]
         return [mark for items in self._marks.values() for _, mark in items.items] + saved
 
     def counts(self) -> dict[str, int]:
-        """How many marks of each kind there are."""
+        """Returns the number of marks of each kind, including those that were dropped to save memory."""
         counts = {kind: items.count for kind, items in self._marks.items()}
         return counts | ({"saved": len(self._saved)} if self._saved else {})
 
@@ -52,7 +56,7 @@ class Events:
         elif kind == "Interrupted":
             self._mark(step, "interrupted", f"interrupted by {shapes.words(line.get('cause'))}")
         elif kind == "FitBegin" and line.get("resumed"):
-            # What a killed session did after its last checkpoint is done again.
+            # The resumed session repeats the steps that a killed session took after its last checkpoint.
             self._keep_saved(step)
             self._mark(step, "resumed", "a session went on from here")
         asked = shapes.mapping(line.get("asked", {}))
@@ -66,7 +70,7 @@ class Events:
 
     def _mark(self, step: int, kind: str, text: str) -> None:
         items = self._marks.setdefault(kind, Items())
-        # Marks come in the order of time, which a rewind takes back to earlier steps.
+        # Stored by index, because steps decrease after a rewind.
         items.put(items.count, Mark(step, kind, shapes.shortened(text)))
         if items.cost > _MAX_MARKS:
             items.thin()

@@ -1,4 +1,4 @@
-"""Files of a run folder: regular files inside of it, read up to a limit. What cannot be read is noted, not raised."""
+"""Reads regular files inside a run folder, up to a size limit. Errors are recorded instead of raised."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 LONGEST = 2**24
-"""Bytes of a line, or of a file that is read as a whole."""
+"""The largest size in bytes of a line, or of a file that is read as a whole."""
 
-_LARGEST = 2**32  # bytes that are read of a file line by line; a sparse file may claim any size
-_MAX_FILES = 100_000  # of one subfolder, at any depth
+_LARGEST = 2**32  # bytes read from a file of lines, because a sparse file may claim any size
+_MAX_FILES = 100_000  # in one subfolder, at any depth
 _MAX_PROBLEMS = 1000
 _SHOWN_PROBLEMS = 20
 
@@ -26,18 +26,23 @@ _KINDS = (
 
 
 class UnreadableError(Exception):
-    """A file cannot be read; the message is the reason."""
+    """A file cannot be read. The message is the reason."""
 
 
 class Problems:
-    """What could not be read: of each file the first reason, and how many more there are."""
+    """The problems found while reading a folder: for each file the first problem and the number of others."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, int]] = {}
         self._beyond = 0
 
     def add(self, file: str, reason: str) -> None:
-        """Notes a reason. Only the first one of a file is kept, so memory stays bounded."""
+        """Records a problem. Only the first of each file is kept, so memory is bounded.
+
+        Args:
+            file: The path of the file, relative to the folder.
+            reason: The problem.
+        """
         if file in self._found:
             first, count = self._found[file]
             self._found[file] = first, count + 1
@@ -47,7 +52,7 @@ class Problems:
             self._beyond += 1
 
     def lines(self) -> list[str]:
-        """One line for each file, at most twenty, and one that counts the others."""
+        """Returns one line for each of the first twenty files, and a line that counts the others."""
         lines = [
             f"{file}: {reason}" + (f" ({count - 1:,} more in this file)" if count > 1 else "")
             for file, (reason, count) in list(self._found.items())[:_SHOWN_PROBLEMS]
@@ -57,10 +62,10 @@ class Problems:
 
 
 class Folder:
-    """The files of a run folder, by paths relative to it. The folder itself may be behind a symbolic link.
+    """The files of a run folder, addressed by paths relative to it.
 
     Args:
-        path: The folder.
+        path: The folder, or a symbolic link to it.
 
     Raises:
         OSError: If the folder cannot be listed.
@@ -77,7 +82,7 @@ class Folder:
         return os.path.basename(self.root) or self.root
 
     def size(self, path: str) -> int | None:
-        """The bytes of a file, or None if it cannot be read, which is noted."""
+        """Returns the size of a file in bytes. If it cannot be read, records a problem and returns None."""
         try:
             return os.stat(self._checked(path)).st_size
         except (OSError, UnreadableError) as error:
@@ -85,7 +90,12 @@ class Folder:
             return None
 
     def read(self, path: str, limit: int = LONGEST) -> bytes | None:
-        """The content of a file, or None if it cannot be read or is larger than ``limit``, which is noted."""
+        """Returns the content of a file. If it cannot be read, records a problem and returns None.
+
+        Args:
+            path: The path of the file.
+            limit: The largest size accepted, in bytes.
+        """
         try:
             with self._opened(path) as file:
                 content = file.read(limit + 1)
@@ -97,10 +107,13 @@ class Folder:
         return content
 
     def lines(self, path: str) -> Iterator[tuple[int, bytes]]:
-        """The complete lines of a file, numbered from 1. Overlong lines and a last one without an end are noted."""
+        """Yields the complete lines of a file with their numbers, from 1.
+
+        Lines that are too long, and a last line without a line end, are skipped and recorded as problems.
+        """
         try:
             with self._opened(path) as file:
-                # A file that grows while it is read would otherwise have no end.
+                # Stops at the current size, because a file that grows while it is read might never end.
                 yield from self._lines(path, file, min(os.fstat(file.fileno()).st_size, _LARGEST))
                 if file.tell() >= _LARGEST:
                     self.problems.add(path, f"expected at most {_LARGEST:,} bytes, got more")
@@ -124,7 +137,10 @@ class Folder:
             number += ended
 
     def walk(self, path: str) -> Iterator[tuple[str, str]]:
-        """The files below a subfolder, as folder and name. Links to folders and outside are noted and left out."""
+        """Yields the folder and the name of each file below the subfolder ``path``.
+
+        Symbolic links to folders, or to files outside the run folder, are skipped and recorded as problems.
+        """
         if os.path.islink(os.path.join(self.root, path)):
             self.problems.add(path, "expected a folder, got a symbolic link")
             return
@@ -147,7 +163,7 @@ class Folder:
                 self.problems.add(folder, reason(error))
 
     def _leads_to_a_file(self, path: str) -> bool:
-        """Whether a symbolic link may be followed; notes why not."""
+        """Returns whether a symbolic link leads to a regular file in the folder. If not, records a problem."""
         try:
             self._checked(path)
         except (OSError, UnreadableError) as error:
@@ -156,7 +172,10 @@ class Folder:
         return True
 
     def _checked(self, path: str) -> str:
-        """The real path of a regular file inside the folder. Nothing is opened: a device may act on that."""
+        """Returns the real path of a regular file inside the folder, without opening it.
+
+        Opening a device can have side effects.
+        """
         real = os.path.realpath(os.path.join(self.root, path), strict=True)
         if os.path.commonpath((real, self.root)) != self.root:
             raise UnreadableError("expected a file of the run, got a symbolic link that leads outside of its folder")
@@ -164,7 +183,7 @@ class Folder:
         return real
 
     def _opened(self, path: str) -> BinaryIO:
-        # The file may have been replaced since it was checked: a FIFO must not block, nor a link be followed.
+        # The file may be replaced after the check, so the open must not block on a FIFO or follow a link.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(self._checked(path), flags)
         try:
@@ -181,7 +200,7 @@ def _refuse_unless_regular(info: os.stat_result) -> None:
 
 
 def kind_of_file(mode: int) -> str:
-    """What ``st_mode`` says that a file is, in words.
+    """Describes the kind of file that an ``st_mode`` encodes.
 
     Example:
         >>> kind_of_file(stat.S_IFIFO)
@@ -191,5 +210,5 @@ def kind_of_file(mode: int) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why something could not be read or written, without the path."""
+    """Returns the message of an error, without the path that an ``OSError`` includes."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

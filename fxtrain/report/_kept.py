@@ -1,4 +1,4 @@
-"""What is kept of values by name and step, so that memory stays bounded however long a run is."""
+"""Series of values that are downsampled to a memory budget, for runs of any length."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ Curve = tuple[list[int], list[float]]  # steps, increasing, and values
 
 
 class Series(Protocol):
-    """Values by increasing steps, which can be thinned."""
+    """Values at increasing steps, which can be thinned."""
 
     cost: int
 
     def put(self, step: int, value: Any, cost: int) -> None:
-        """Adds a value. One for the last step again replaces that; steps do not go back."""
+        """Adds a value, or replaces the last value if ``step`` is the same.
+
+        Args:
+            step: A step that is not before the last one.
+            value: The value.
+            cost: The memory it uses, in units of the caller.
+
+        Raises:
+            ValueError: If ``step`` is before the last one.
+        """
         ...
 
     def thin(self) -> None:
-        """Drops about half."""
+        """Drops about half of the values."""
         ...
 
 
@@ -28,12 +37,12 @@ _Series = TypeVar("_Series", bound=Series)
 
 
 class Kept(Generic[_Series]):
-    """Series by name, whose costs stay within a budget: when it is exceeded, all of them are thinned.
+    """Series by name within a shared budget. When the total cost exceeds the budget, all series are thinned.
 
     Args:
-        make: Makes an empty series.
-        budget: The most that all series together may cost.
-        names: At most so many series.
+        make: Creates an empty series.
+        budget: The largest total cost.
+        names: The largest number of series.
     """
 
     def __init__(self, make: Callable[[], _Series], *, budget: int, names: int) -> None:
@@ -41,10 +50,16 @@ class Kept(Generic[_Series]):
         self._make, self._budget, self._names, self._cost = make, budget, names, 0
 
     def put(self, name: str, step: int, value: Any, cost: int = 1) -> None:
-        """Adds a value.
+        """Adds a value to the series ``name``.
+
+        Args:
+            name: The series.
+            step: A step that is not before the last one of the series.
+            value: The value.
+            cost: Its share of the budget.
 
         Raises:
-            ValueError: If the step goes back, or there is no room.
+            ValueError: If the step decreases, there are too many names, or the budget is exceeded even after thinning.
         """
         series = self.series.get(name)
         if series is None:
@@ -61,16 +76,16 @@ class Kept(Generic[_Series]):
         for series in self.series.values():
             series.thin()
         self._cost = sum(series.cost for series in self.series.values())
-        # Where thinning gives no room, the other names are kept.
+        # If thinning does not free enough, drop the latest series and keep the others.
         if self._cost > self._budget:
             self._cost -= self.series.pop(latest).cost
             raise ValueError("expected values that fit into memory, got more")
 
 
 class Points:
-    """A curve. Thinning keeps the least and the largest value of each stretch, so that no spike is lost."""
+    """A curve. Thinning keeps the minimum and the maximum of each interval, so that spikes stay visible."""
 
-    _FEWEST = 2000  # more than a page draws
+    _FEWEST = 2000  # more points than the page draws
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -92,10 +107,10 @@ class Points:
 
 
 class Items(Generic[Value]):
-    """Values of any kind. Thinning drops every other one, and never the last.
+    """Values of any type. Thinning drops every second value, but never the last.
 
     Attributes:
-        count: Steps there are in all.
+        count: The number of steps, including those dropped.
     """
 
     def __init__(self) -> None:
@@ -105,7 +120,7 @@ class Items(Generic[Value]):
 
     @property
     def items(self) -> list[tuple[int, Value]]:
-        """The steps and values that are kept, the last one included."""
+        """The retained steps and values, including the last."""
         return [(step, value) for step, value, _ in self._kept]
 
     def put(self, step: int, value: Value, cost: int = 1) -> None:
@@ -115,7 +130,7 @@ class Items(Generic[Value]):
             self._drop_last()
             self.count -= 1
         elif (self.count - 1) % self._stride:
-            self._drop_last()  # it was kept only because it was the last
+            self._drop_last()  # retained only while it was the last
         self._kept.append((step, value, cost))
         self.cost += cost
         self.count += 1
@@ -140,7 +155,12 @@ def _refuse_earlier(step: int, last: int) -> None:
 
 
 def thinned(curve: Curve, most: int) -> Curve:
-    """At most so many points, 4 or more: of each stretch the least and the largest, so that no spike is lost."""
+    """Returns at most ``most`` points: the minimum and the maximum of each of equally long intervals.
+
+    Args:
+        curve: Steps and values.
+        most: The largest number of points, at least 4.
+    """
     steps, values = curve
     if len(steps) <= most:
         return curve
@@ -154,7 +174,11 @@ def thinned(curve: Curve, most: int) -> Curve:
 
 
 def evenly(items: Sequence[Value], most: int) -> list[Value]:
-    """At most so many, spread over all of them, the last one included.
+    """Returns at most ``most`` items, evenly spaced and including the last.
+
+    Args:
+        items: The items to choose from.
+        most: The largest number of items, at least 1.
 
     Example:
         >>> evenly(range(10), 4)

@@ -1,4 +1,4 @@
-"""Markdown of a run's texts as HTML, in which no part of a text is code, a link or an address."""
+"""Renders Markdown from untrusted texts as HTML without scripts, links or external resources."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from markdown_it.common.utils import escapeHtml
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 
-_DEEPEST = 50  # nested blocks; markdown-it drops what is deeper
+_DEEPEST = 50  # nested blocks; markdown-it drops deeper ones
 _BREAK = "<br>"
 
 
 def as_html(markdown: str) -> str:
-    """Renders CommonMark with tables. Line ends are kept, because texts of a run are often no prose.
+    """Renders CommonMark with tables. Line breaks are preserved, because logged texts are often not prose.
 
-    Raw HTML, links and images are shown as they were written: the page loads nothing and leads nowhere. A text that
-    nests more deeply than fifty levels is shown as it was written, too. Time is linear in the length of the text.
+    Raw HTML, links and images are shown as source text, so the page loads nothing. A text with more than fifty levels
+    of nesting is shown as source text too. Time is linear in the length of the text.
 
     Example:
         >>> as_html("# Title\\n\\n**a** <b>")
@@ -29,18 +29,18 @@ def as_html(markdown: str) -> str:
         return _verbatim(markdown)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
-            token.tag = "h4"  # below the title of its card
+            token.tag = "h4"  # one level below the title of the card
     return _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})
 
 
 def _verbatim(text: str) -> str:
-    # HTML ignores a line end right after the tag.
+    # HTML ignores a line break directly after the tag.
     begin = "\n" if text.startswith("\n") else ""
     return f"<pre>{begin}{escapeHtml(text)}</pre>"
 
 
 def _break(state: StateInline, silent: bool) -> bool:
-    """The one tag that is known, because ``fxtrain.values.Table`` writes line ends in cells as it."""
+    """Parses ``<br>``, the only supported tag. ``fxtrain.values.Table`` writes it for line breaks in cells."""
     if not state.src.startswith(_BREAK, state.pos):
         return False
     if not silent:

@@ -1,4 +1,4 @@
-"""Media: the files that ``writers.media`` left, by name and step."""
+"""Finds the files written by ``writers.media``, and reads tables and confusion matrices from them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from fxtrain.report._folder import Folder
 from fxtrain.report._metrics import Metrics
 
 _MEDIUM = re.compile(r"(\d{8,})(?:-(\d+))?\.(png|gif|wav|md|json)", re.ASCII)
-_MAX_TABLES = 1000  # files; only the latest of each name is shown
+_MAX_TABLES = 1000
 
 Files = dict[str, dict[int, list[PurePosixPath]]]
-"""Files by name and step, in the order of steps and numbers."""
+"""Files by name and step, ordered by step and number."""
 
 
 def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, Files]:
-    """Finds images, videos and sounds, and texts; takes tables and matrices into ``metrics``.
+    """Finds media and text files, and adds tables and confusion matrices to ``metrics``.
+
+    Args:
+        folder: The run folder.
+        path: The subfolder of the media, relative to ``folder``.
+        metrics: Receives the tables and confusion matrices.
 
     Returns:
-        Media and texts. Images of tables are left out.
+        The files of images, videos and sounds, without images that belong to tables, and the files of texts.
     """
     media: Files = {}
     texts: Files = {}
@@ -43,12 +48,12 @@ def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, File
 
 
 def _placed(folder: Folder, parent: str, name: str) -> tuple[int, int, str] | None:
-    """The step, number and kind of a file; None for one that the writer did not make."""
+    """Returns the step, number and suffix of a file, or None if ``writers.media`` did not write it."""
     match = _MEDIUM.fullmatch(name)
     if match is None:
         return None
     try:
-        # Steps beyond eight digits and numbers are not padded: names would sort them otherwise.
+        # Parsed for sorting, because numbers and steps of more than eight digits are not padded.
         return shapes.step(int(match[1])), int(match[2] or 0), match[3]
     except ValueError as error:
         folder.problems.add(f"{parent}/{name}", str(error))
@@ -56,12 +61,12 @@ def _placed(folder: Folder, parent: str, name: str) -> tuple[int, int, str] | No
 
 
 def _name(parent: PurePosixPath, path: str) -> str:
-    # A folder has the letters that file systems do not take as %XX.
+    # Folder names encode characters that file systems reject as %XX.
     return urllib.parse.unquote(parent.relative_to(path).as_posix())
 
 
 def _take_tables(folder: Folder, tables: Files, metrics: Metrics) -> set[PurePosixPath]:
-    """Takes tables and matrices; returns the images that are in tables."""
+    """Adds tables and confusion matrices to ``metrics`` and returns the images used in tables."""
     images: set[PurePosixPath] = set()
     for name, steps in tables.items():
         for step, file in ((step, file) for step, files in steps.items() for file in files):

@@ -1,4 +1,4 @@
-"""Metrics: what the writers of JSON lines and of CSV left, line by line, and tables and matrices of media files."""
+"""Reads logged values from JSON Lines, CSV and media files, within a memory budget."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from fxtrain.report._folder import Folder
 from fxtrain.report._kept import Items, Kept, Points
 from fxtrain.report._run import Confusion, Heights, Mark, Table
 
-_MAX_TEXT = 2**16  # characters of a text that are shown
-_MAX_ROWS = 50  # of a table that are shown
-_MAX_NAMES = 2000  # of each kind
-_MAX_POINTS = 2**22  # of all curves together; a point takes 50 to 70 bytes
-_MAX_HEIGHTS = 2**22  # counts and edges of all histograms together
-_MAX_CHARACTERS = 2**24  # of all texts together, and of all marks
+_MAX_TEXT = 2**16  # characters shown of a text
+_MAX_ROWS = 50  # shown of a table
+_MAX_NAMES = 2000  # per kind of value
+_MAX_POINTS = 2**22  # in all curves; a point takes 50 to 70 bytes
+_MAX_HEIGHTS = 2**22  # counts and edges in all histograms
+_MAX_CHARACTERS = 2**24  # in all texts, and in all marks
 _MAX_TABLES = 200
 _MAX_COLUMNS = 50
 _MAX_CELL = 500  # characters
 _MAX_MATRICES = 20
 _MAX_CLASSES = 2000
-_OVERHEAD = 100  # what a text costs besides its characters
-_NO_METRICS = ("step", "epoch", "time")  # columns of a CSV
+_OVERHEAD = 100  # memory cost of a text in addition to its characters
+_NO_METRICS = ("step", "epoch", "time")  # CSV columns that are not metrics
 
 
 class Metrics:
-    """What was logged, by name, in a bounded amount of memory."""
+    """Logged values by name, in bounded memory.
+
+    Args:
+        folder: The run folder.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
@@ -48,7 +52,7 @@ class Metrics:
         }
 
     def read_lines(self, path: str) -> None:
-        """Takes the values of JSON lines."""
+        """Reads values from the JSON Lines file ``path``."""
         for count, content in self._folder.lines(path):
             try:
                 line = shapes.mapping(shapes.parsed(content))
@@ -62,7 +66,7 @@ class Metrics:
                 self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
 
     def read_rows(self, path: str) -> None:
-        """Takes the numbers of a CSV."""
+        """Reads metrics from the CSV file ``path``."""
         rows = csv.reader(content.decode("utf-8", "replace") for _, content in self._folder.lines(path))
         header: list[str] = []
         while True:
@@ -92,7 +96,7 @@ class Metrics:
         for name, value in values.items():
             try:
                 take(shapes.name(name), step, value)
-            except ValueError as error:  # the other values of the line are taken
+            except ValueError as error:  # the other values of the line are still read
                 self._folder.problems.add(path, f"{where} {shapes.named(name)}: {error}")
 
     def _take_number(self, name: str, step: int, value: Any) -> None:
@@ -116,19 +120,19 @@ class Metrics:
         self.take_table(name, step, {"columns": value})
 
     def take_table(self, name: str, step: int, value: Any, beside: PurePosixPath | None = None) -> set[PurePosixPath]:
-        """Takes a table, if it is the latest of its name.
+        """Adds a table, unless there is a later one of the same name.
 
         Args:
-            name: Of the table.
-            step: Where it belongs.
+            name: The name of the table.
+            step: The step of the table.
             value: ``{"columns": {name: cells}}``.
-            beside: The folder of the images that cells may name.
+            beside: The folder of images that cells refer to.
 
         Returns:
-            The images that are in the table.
+            The images in the table.
 
         Raises:
-            ValueError: If it is no table.
+            ValueError: If ``value`` is not a valid table.
         """
         columns = {each: shapes.listed(cells) for each, cells in shapes.mapping(value["columns"]).items()}
         if not columns or len({len(cells) for cells in columns.values()}) > 1:
@@ -152,15 +156,15 @@ class Metrics:
         return images
 
     def take_confusion(self, name: str, step: int, value: Any) -> None:
-        """Takes a confusion matrix, if it is the latest of its name.
+        """Adds a confusion matrix, unless there is a later one of the same name.
 
         Args:
-            name: Of the matrix.
-            step: Where it belongs.
+            name: The name of the matrix.
+            step: The step of the matrix.
             value: ``{"labels": [n], "counts": [n, n]}``.
 
         Raises:
-            ValueError: If it is no such matrix.
+            ValueError: If ``value`` is not a valid confusion matrix.
         """
         found = shapes.mapping(value)
         labels = [shapes.shortened(shapes.words(label), 100) for label in shapes.listed(found.get("labels"))]
@@ -174,7 +178,7 @@ class Metrics:
 
 
 def shortened_text(text: str) -> str:
-    """A text of which the end is left out if it is very long, and says so."""
+    """Returns ``text``, truncated with a note if it is very long."""
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}\n\n({len(text) - _MAX_TEXT:,} more characters)"
 
 

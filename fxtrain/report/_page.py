@@ -1,4 +1,4 @@
-"""Page: a run as one HTML file with all that it shows in it."""
+"""Renders a run as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,30 @@ from fxtrain.report._run import Mark, Run
 from fxtrain.report._samples import Embedded, media, texts
 from fxtrain.report._tables import confusion, tables
 
-_MAX_MARKS = 300  # of each kind, spread over the run
-_MAX_EVENTS = 200  # in words, the latest
-_MAX_FACTS = 1000  # rows of a configuration
+_MAX_MARKS = 300  # per kind, evenly spaced
+_MAX_EVENTS = 200  # rows in the table of events, the latest
+_MAX_FACTS = 1000  # rows in the table of a configuration
 _MAX_SESSIONS = 100
 
 
 def page(run: Run) -> str:
-    """The run as HTML: one file, which needs neither a server nor a network.
+    """Renders a run as one HTML page, which needs neither a server nor a network connection.
 
-    Files that turn out to be damaged are noted in ``run.folder.problems``, and a section at the top of the page says
-    what could not be read.
+    Damaged media files are recorded in ``run.folder.problems``. A section at the top of the page lists all problems.
+
+    Args:
+        run: A run as returned by ``read_run``.
+
+    Returns:
+        The HTML text.
+
+    Example:
+        >>> import pathlib, tempfile, fxtrain.report as report
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "metrics.jsonl").write_text('{"step": 1, "metrics": {"train/loss": 0.5}}\\n')
+        ...     html = report.page(report.read_run(folder))
+        >>> html[:15]
+        '<!doctype html>'
     """
     style, script = (files("fxtrain.report").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     kinds: dict[str, list[Mark]] = {}
@@ -43,11 +56,11 @@ def page(run: Run) -> str:
         "counts": {kind: len(marks) for kind, marks in kinds.items()} | run.counts,
         "histograms": {name: heat(found.items) for name, found in run.histograms.items()},
     }
-    # Within a script "<" could end it, or begin a comment.
+    # Escape "<", which could end the script or begin a comment.
     embedded_data = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     embedded = Embedded(run.folder)
     seen = media(run, embedded) + confusion(run) + tables(run, embedded) + texts(run)
-    # The script draws into the two empty places: first what is looked for first, then what is looked up.
+    # The script draws the main curves into "first", and all other panels into "rest".
     main = f'<div id="tools"></div><div id="first"></div>{seen}<div id="rest"></div>{_story(run)}{_facts(run)}'
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -58,12 +71,15 @@ def page(run: Run) -> str:
         f'<script type="application/json" id="data">{embedded_data}</script>'
         f"<script>{script}</script></body></html>\n"
     )
-    # Names of files and strings of JSON may have surrogates, which no encoding takes.
+    # File names and JSON strings may contain surrogates, which cannot be encoded.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _policy(script: str) -> str:
-    """Allows the page's own script and what is embedded, and nothing else: a text that is taken for code cannot run."""
+    """Returns a content security policy that allows only the page's script and embedded data.
+
+    Even a text that was not escaped could not run as code.
+    """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
@@ -75,9 +91,6 @@ def _problems(run: Run) -> str:
     lines = run.folder.problems.lines() if run.folder is not None else []
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     return section("Could not be read", f"<ul>{items}</ul>" if items else "")
-
-
-# What is read and looked at
 
 
 def _head(run: Run) -> str:
@@ -102,7 +115,7 @@ def _head(run: Run) -> str:
 
 
 def _marks_of_quality(run: Run) -> dict[str, float]:
-    """The lowest of the evaluation's losses, and the highest of what else it measures."""
+    """Returns up to four evaluation metrics: the lowest loss, error or perplexity, and the highest of others."""
     found: dict[str, float] = {}
     for name, (_, values) in sorted(run.curves.items(), key=lambda item: ("loss" not in item[0], item[0])):
         finite = [value for value in values if math.isfinite(value)]
@@ -119,7 +132,7 @@ def _device(environment: Mapping[str, Any]) -> str:
 
 
 def _story(run: Run) -> str:
-    """What happened, of the many savings and improvements only how many they were."""
+    """Returns the section of events. Checkpoints and improvements are only counted, because there are many."""
     told = [mark for mark in run.marks if mark.kind not in ("saved", "improved")]
     rows = [(f"{mark.step:,}", mark.kind, mark.text) for mark in told[-_MAX_EVENTS:]]
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Panels: which curves are drawn together, in which section, and by how many points."""
+"""Groups curves into panels and sections, and converts curves and histograms to JSON data for the page."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fxtrain.core import by_number
 from fxtrain.report._kept import evenly, thinned
 from fxtrain.report._run import Heights, Run
 
-_POINTS = 1000  # of a curve
-_LINES = 8  # of a panel: there are so many colors
-_COLUMNS = 100  # of a heat map
-_ROWS = 40  # of a heat map whose steps had different edges
-_MAX_ROWS = 1000  # of a heat map; a canvas has a limit, and an eye a lower one
+_POINTS = 1000  # per curve
+_LINES = 8  # per panel, which is the number of colors
+_COLUMNS = 100  # in a heat map
+_ROWS = 40  # in a heat map of histograms with different edges
+_MAX_ROWS = 1000  # in a heat map; a canvas has a size limit
 
 FIRST = "Curves"
 
-# A curve is in the first section that has a prefix of its name; what belongs to none is in the first of all.
+# A curve belongs to the first section with a prefix of its name, or to FIRST if there is none.
 _SECTIONS = (
     (FIRST, ()),
     ("Gradients and weights", ("grad_", "update_ratio", "weights/", "train/activations/")),
@@ -28,8 +28,8 @@ _SECTIONS = (
     ("Speed and machine", ("throughput/", "memory/", "system/")),
 )
 
-# Names that differ in one part and are of one unit share a panel. The first group of the pattern is what a curve is
-# called there. A name is tried as it is, and as "<its last part> of <the rest>".
+# Curves of one unit whose names differ in one part share a panel. The first group of the pattern is the curve's label.
+# Patterns are matched against the name, and against "<last part> of <the rest>".
 _TOGETHER = tuple(
     (re.compile(pattern), title)
     for pattern, title in (
@@ -46,11 +46,11 @@ _TOGETHER = tuple(
 
 
 def sections(run: Run) -> list[dict[str, Any]]:
-    """The panels of a run by section: the loss first, then what the evaluations measure."""
+    """Returns the sections of a run with their panels, losses first and then other metrics."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {title: {} for title, _ in _SECTIONS}
     for name in sorted(run.curves, key=_order):
         if name.endswith("/improved_by"):
-            continue  # it is a mark
+            continue  # shown as marks
         title = next((t for t, starts in _SECTIONS if any(name.startswith(s) for s in starts)), FIRST)
         panel, label = _placed(name)
         steps, values = thinned(run.curves[name], _POINTS)
@@ -65,14 +65,17 @@ def sections(run: Run) -> list[dict[str, Any]]:
 
 
 def _order(name: str) -> tuple[Any, ...]:
-    """Losses, other metrics, those that the training alone has, and last the rest; the training's before the other."""
+    """Returns the sort key of a curve: losses, then other metrics of training and evaluation, then all others.
+
+    Of two curves for the same metric, the one of training comes first.
+    """
     prefix, _, metric = name.partition("/")
     measured = prefix in ("train", "eval")
     return not measured, "loss" not in name, "" if measured else prefix, by_number(metric), prefix != "train"
 
 
 def _placed(name: str) -> tuple[str, str]:
-    """The panel that a curve is in, and what it is called there."""
+    """Returns the title of a curve's panel and the curve's label."""
     parent, _, last = name.rpartition("/")
     if last.startswith("gain_"):
         parent, last = f"{parent}/gain", last.removeprefix("gain_")
@@ -95,7 +98,7 @@ def _parts(title: str, series: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _short(value: float) -> float | int | None:
-    """As many digits as can be seen, as each is a byte of the page; None is a gap in the line."""
+    """Rounds a value to visible precision, because each digit is a byte of the page. Returns None if not finite."""
     if not math.isfinite(value):
         return None
     rounded = float(f"{value:.6g}")
@@ -103,7 +106,7 @@ def _short(value: float) -> float | int | None:
 
 
 def heat(found: list[tuple[int, Heights]]) -> dict[str, Any]:
-    """Histograms as a heat map: one column a step, from the lowest bucket that anything is in to the highest."""
+    """Converts histograms to a heat map with one column per step, without empty buckets at both ends."""
     columns = evenly(found, _COLUMNS)
     edges = columns[-1][1].edges
     if len(edges) > _MAX_ROWS or not all(np.array_equal(each.edges, edges) for _, each in columns):
@@ -120,7 +123,7 @@ def heat(found: list[tuple[int, Heights]]) -> dict[str, Any]:
 
 
 def _counted_between(edges: np.ndarray, found: Heights) -> np.ndarray:
-    """The counts between other edges than their own, as if each bucket were evenly filled."""
+    """Returns the counts rebinned to other edges, assuming uniform density within each bucket."""
     if np.array_equal(edges, found.edges):
         return found.counts
     return np.diff(np.interp(edges, found.edges, np.concatenate([[0.0], np.cumsum(found.counts)])))

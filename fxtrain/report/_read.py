@@ -1,4 +1,4 @@
-"""Read: what is in the folder of a run."""
+"""Reads the folder of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxtrain.report._media import Files, read_media
 from fxtrain.report._metrics import Metrics, shortened_text
 from fxtrain.report._run import Run, RunFolderError, Sampled
 
-_SHOWN_TEXTS = 20  # of each name, spread over the run
+_SHOWN_TEXTS = 20  # per name, evenly spaced
 _SHOWN_HISTOGRAMS = 100
 _MAX_SUMMARY = 2**20  # bytes
 _MAX_SESSIONS = 1000
@@ -25,17 +25,27 @@ _FILES = (*_METRICS, "run.json", "events.jsonl", "media")
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Reads the folder of a run, as the writers and observers left it.
+    """Reads the folder of a run, as written by writers and observers.
 
-    It reads ``metrics.jsonl``, or ``metrics.csv`` where that has no numbers; and, where they are, ``run.json`` and
+    Reads ``metrics.jsonl``, or ``metrics.csv`` if the former has no metrics. Also reads ``run.json`` and
     ``events.jsonl`` (``observers.record_run``), ``media`` (``writers.media``), ``summary.txt`` and ``result.json``.
 
-    Nothing in these files raises or blocks. What is damaged, no regular file, or outside of the folder is left out, and
-    ``run.folder.problems`` says what it was. Of long runs, as many values are kept as fit into about a gigabyte: the
-    extremes of curves, and texts and histograms evenly spread.
+    Damaged content never raises or blocks. Files that are damaged, not regular, or outside the folder are skipped and
+    listed in ``run.folder.problems``. Values of long runs are downsampled to about a gigabyte: curves keep their
+    extremes, and texts and histograms are evenly spaced.
+
+    Args:
+        folder: The run folder.
 
     Raises:
-        RunFolderError: If there is no such folder, no run in it, or no value that can be read.
+        RunFolderError: If the folder does not exist, or contains no run or no readable values.
+
+    Example:
+        >>> import pathlib, tempfile, fxtrain.report as report
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pathlib.Path(folder, "metrics.jsonl").write_text('{"step": 1, "metrics": {"train/loss": 0.5}}\\n')
+        ...     report.read_run(folder).curves
+        {'train/loss': ([1], [0.5])}
     """
     try:
         found = Folder(folder)
@@ -96,7 +106,7 @@ def _counted(kind: str, series: Any) -> dict[str, int]:
 
 
 def _texts(folder: Folder, metrics: Metrics, files: Files) -> dict[str, Sampled[str]]:
-    """The texts of the lines, and those of media files for other steps. Of files only those that are shown are read."""
+    """Returns the texts from metrics, and from text files for other steps. Only files that are shown are read."""
     found: dict[str, Sampled[str]] = {}
     for name in {**metrics.texts.series, **files}:
         lines = metrics.texts.series.get(name)
@@ -149,7 +159,7 @@ def _sessions(folder: Folder, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _field(folder: Folder, facts: dict[str, Any], name: str, checked: Callable[[Any], Any]) -> Any:
-    """A field of ``run.json``, or None where it is missing, or damaged, which is noted."""
+    """Returns a validated field of ``run.json``, or None if it is missing or invalid. The latter is a problem."""
     if facts.get(name) is None:
         return None
     try:

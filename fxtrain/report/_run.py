@@ -1,4 +1,4 @@
-"""Run: what the report draws, as values of checked shapes."""
+"""Data structures of a run as shown in the report, with validated types and shapes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Value = TypeVar("Value")
 
 
 class RunFolderError(Exception):
-    """A folder has no run in it, or nothing of it that can be shown. The message is one line."""
+    """A folder does not contain a run that can be shown. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What happened at a step.
+    """An event at a step of a run.
 
     Args:
-        step: Where.
+        step: The step.
         kind: ``"improved"``, ``"saved"``, ``"skipped"``, ``"stopped"``, ``"rewound"``, ``"interrupted"`` or
             ``"resumed"``.
-        text: What is to be said of it.
+        text: A description, such as the reason.
     """
 
     step: int
@@ -36,11 +36,11 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled(Generic[Value]):
-    """Values of one name at some of its steps.
+    """Values of one name at a selection of its steps.
 
     Args:
-        items: Steps, increasing, and values.
-        count: How many steps there are in all.
+        items: Pairs of a step and a value, by increasing steps.
+        count: The number of all steps of the name.
     """
 
     items: list[tuple[int, Value]]
@@ -48,18 +48,18 @@ class Sampled(Generic[Value]):
 
 
 class Heights(NamedTuple):
-    """A histogram: float64 [n] counts between float64 [n + 1] edges."""
+    """A histogram with counts, float64 [n], between edges, float64 [n + 1]."""
 
     counts: np.ndarray
     edges: np.ndarray
 
 
 class Table(NamedTuple):
-    """The latest table of a name. A cell that is a path is an image in the run folder."""
+    """The latest table of a name. A cell with a path is an image in the run folder."""
 
     step: int
-    columns: dict[str, list[Any]]  # the first rows
-    rows: int  # in all
+    columns: dict[str, list[Any]]  # the first rows only
+    rows: int  # of the complete table
 
 
 class Confusion(NamedTuple):
@@ -72,9 +72,23 @@ class Confusion(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """What is in the folder of a run. Steps that a rewind abandoned are not in its curves.
+    """The content of a run folder. Curves do not include steps abandoned by a rewind.
 
-    Paths are relative to ``folder``, which alone opens them.
+    Args:
+        name: The name of the folder.
+        curves: Steps and values of each metric, by name.
+        marks: The events of the run, by increasing step.
+        texts: Logged texts, by name.
+        histograms: Logged histograms, by name.
+        tables: The latest table of each name.
+        confusion: The latest confusion matrix of each name.
+        media: The files of images, videos and sounds, by name and step. Paths are relative to the folder.
+        config: The configuration, as nested dictionaries.
+        sessions: The sessions of the run, oldest first.
+        summary: The output of ``observers.summary``, or an empty string.
+        result: The content of ``result.json``.
+        counts: The number of marks by kind, where ``marks`` is incomplete.
+        folder: Opens the files, and lists those that could not be read.
     """
 
     name: str
@@ -84,10 +98,10 @@ class Run:
     histograms: dict[str, Sampled[Heights]]
     tables: dict[str, Table]
     confusion: dict[str, Confusion]
-    media: dict[str, dict[int, list[PurePosixPath]]]  # images, videos and sounds, by name and step
+    media: dict[str, dict[int, list[PurePosixPath]]]
     config: dict[str, Any]
     sessions: list[dict[str, Any]]
-    summary: str  # the page of observers.summary, if it was written there
+    summary: str
     result: dict[str, Any]
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # of marks by kind, where not all are kept
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
     folder: Folder | None = None

@@ -1,4 +1,4 @@
-"""Samples: images, videos, sounds and texts, as much of them as fits into one page."""
+"""Embeds images, videos, sounds and texts in the page, up to a size limit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fxtrain.report._markdown import as_html
 from fxtrain.report._parts import card, grid, left_out, section, steps
 from fxtrain.report._run import Run
 
-_MAX_STEPS = 8  # of each name, spread over the run
-_MAX_BYTES = 24 * 2**20  # of media in one page
-_MAX_CHARACTERS = 2**20  # of texts in one page; rendering takes seconds for a million
-_MAX_PIXELS = 50_000_000  # of an image; a small file may decode to more than a browser has memory for
+_MAX_STEPS = 8  # per name, evenly spaced
+_MAX_BYTES = 24 * 2**20  # of media per page
+_MAX_CHARACTERS = 2**20  # of texts per page, which bounds the time to render them
+_MAX_PIXELS = 50_000_000  # per image, because a small file may decode to more than a browser's memory
 _MAX_NAMES = 500
 _TYPES = {".png": "image/png", ".gif": "image/gif", ".wav": "audio/wav"}
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -23,10 +23,10 @@ _GIF, _GIF_END = (b"GIF87a", b"GIF89a"), b"\x3b"
 
 
 class Embedded:
-    """Files of the run folder as parts of the page, within a budget of bytes.
+    """Embeds files of the run folder in the page, within a budget of bytes.
 
     Args:
-        folder: Of the run; None for a run that has no files.
+        folder: The run folder, or None for a run without files.
     """
 
     def __init__(self, folder: Folder | None) -> None:
@@ -34,11 +34,16 @@ class Embedded:
         self._left = _MAX_BYTES
 
     def fits(self, paths: list[PurePosixPath]) -> bool:
-        """Whether there is room for all of these."""
+        """Returns whether all of ``paths`` fit into the remaining budget."""
         return self._folder is not None and sum(self._folder.size(str(path)) or 0 for path in paths) <= self._left
 
     def html(self, path: PurePosixPath, largest: int = _MAX_BYTES) -> str | None:
-        """The file as an element, or None if it is larger than ``largest`` or cannot be read, which is noted."""
+        """Returns an HTML element with the content of a file, or None if it is too large or cannot be read.
+
+        Args:
+            path: The path of the file.
+            largest: The largest size to embed, in bytes.
+        """
         size = self._folder.size(str(path)) if self._folder is not None else None
         if self._folder is None or size is None or size > min(largest, self._left):
             return None
@@ -56,7 +61,7 @@ class Embedded:
 
 
 def _problem(suffix: str, content: bytes) -> str:
-    """What is wrong with the content of a file, or nothing. A browser would show an empty box without a reason."""
+    """Returns a problem with the content of a file, or an empty string. A browser would show no reason."""
     size = (0, 0)
     if suffix == ".png":
         whole = content.startswith(_PNG) and content.endswith(_PNG_END)
@@ -75,10 +80,10 @@ def _problem(suffix: str, content: bytes) -> str:
 
 
 def media(run: Run, embedded: Embedded) -> str:
-    """The section of images, videos and sounds."""
+    """Returns the section of images, videos and sounds."""
     chosen = {name: evenly(sorted(run.media[name]), _MAX_STEPS) for name in sorted(run.media)[:_MAX_NAMES]}
     shown: dict[str, dict[int, str]] = {name: {} for name in chosen}
-    # The last of every name comes before the second to last of any, so that none takes the room of all.
+    # Embed the latest step of every name before any earlier one, so that no name uses up the budget.
     for rank in range(1, _MAX_STEPS + 1):
         for name, found in chosen.items():
             paths = run.media[name][found[-rank]] if rank <= len(found) else []
@@ -96,7 +101,7 @@ def media(run: Run, embedded: Embedded) -> str:
 
 
 def texts(run: Run) -> str:
-    """The section of texts."""
+    """Returns the section of texts."""
     left = _MAX_CHARACTERS
     names = sorted(run.texts)[:_MAX_NAMES]
     shown: dict[str, dict[int, str]] = {name: {} for name in names}

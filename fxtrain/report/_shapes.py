@@ -1,4 +1,7 @@
-"""Values from JSON, converted to the shape that the report draws, or refused by a ValueError that shows them."""
+"""Validates JSON values and converts them to the types that the report draws.
+
+Each validator returns the converted value, or raises a ``ValueError`` that describes the value.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,29 @@ from typing import Any
 import numpy as np
 
 MAX_STEP = 2**50
-"""The page draws steps as float64, and the ticks between two of them as well."""
+"""The largest step, which leaves room for exact ticks between steps in float64."""
 
-_IMAGE_OF_TABLE = re.compile(r"\d{8,}-\d+\.png", re.ASCII)  # beside the table, so without a folder
-_MAX_NUMBER = 40  # characters of a number that is written as a string
+_IMAGE_OF_TABLE = re.compile(r"\d{8,}-\d+\.png", re.ASCII)  # in the folder of the table
+_MAX_NUMBER = 40  # characters of a number written as a string
 _MAX_NAME = 1000  # characters
 _MAX_WORDS = 1000  # characters of a value in a table
-_MAX_DEPTH = 20  # of a configuration
-_MAX_COUNT = 2.0**53  # of a bucket or a pair of classes; integers beyond are not exact
+_MAX_DEPTH = 20  # levels of a nested configuration
+_MAX_COUNT = 2.0**53  # larger integers are not exact in float64
 _MAX_EDGE = 1e300  # differences of larger edges overflow
 
 
 def parsed(content: bytes) -> Any:
-    """The JSON value that bytes hold. A letter that a crash tore becomes a replacement character.
+    """Parses JSON. Characters truncated by a crash become replacement characters.
 
     Raises:
-        ValueError: If it is not JSON, or nested too deeply.
+        ValueError: If the content is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(content.decode("utf-8", "replace"))
     except RecursionError:
         raise ValueError("expected JSON, got values nested too deeply") from None
     except ValueError as error:
-        # The message repeats the place. The interpreter's limit of digits has a message of another kind.
+        # error.msg omits the position. A plain ValueError comes from the interpreter's limit on digits.
         what = error.msg if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
         raise ValueError(
             f"expected JSON, got {shortened(content[:40].decode(errors='replace'), 30)!r} ({what})"
@@ -41,10 +44,10 @@ def parsed(content: bytes) -> Any:
 
 
 def decoded(content: bytes) -> str:
-    """Text in UTF-8.
+    """Decodes UTF-8.
 
     Raises:
-        ValueError: If it is not text.
+        ValueError: If the content is not text.
     """
     if b"\0" in content:
         raise ValueError("expected text, got zero bytes")
@@ -55,55 +58,55 @@ def decoded(content: bytes) -> str:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """A JSON object."""
+    """Validates a JSON object."""
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {named(value)}")
     return value
 
 
 def listed(value: Any) -> list[Any]:
-    """A JSON array."""
+    """Validates a JSON array."""
     if not isinstance(value, list):
         raise ValueError(f"expected a list, got {named(value)}")
     return value
 
 
 def step(value: Any) -> int:
-    """A step: a whole number from 0 to ``MAX_STEP``."""
+    """Validates a step, an integer from 0 to ``MAX_STEP``."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_STEP:
         raise ValueError(f"expected a step, a whole number from 0 to 2**50, got {named(value)}")
     return value
 
 
 def number(value: Any) -> float:
-    """A number, as one or as the string that stands for it: JSON has neither NaN nor infinity."""
+    """Converts a number, or a string such as ``"nan"``, because JSON has neither NaN nor infinity."""
     if isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _MAX_NUMBER):
         try:
             return float(value)
         except OverflowError:
             assert isinstance(value, int)
-            return math.inf if value > 0 else -math.inf  # as 1e400 is read
+            return math.inf if value > 0 else -math.inf  # as 1e400 is parsed
         except ValueError:
             pass
     raise ValueError(f"expected a number, got {named(value)}")
 
 
 def text(value: Any) -> str:
-    """A string."""
+    """Validates a string."""
     if not isinstance(value, str):
         raise ValueError(f"expected a string, got {named(value)}")
     return value
 
 
 def name(value: str) -> str:
-    """A name of at most a thousand characters."""
+    """Validates a name of at most a thousand characters."""
     if len(value) > _MAX_NAME:
         raise ValueError(f"expected a name of at most {_MAX_NAME:,} characters, got {len(value):,}")
     return value
 
 
 def seconds(value: Any) -> float:
-    """A finite number that is not negative."""
+    """Converts a duration, a finite number of at least 0."""
     found = number(value)
     if not 0 <= found < math.inf:
         raise ValueError(f"expected seconds, 0 or more, got {found}")
@@ -111,12 +114,12 @@ def seconds(value: Any) -> float:
 
 
 def counts(value: Any) -> np.ndarray:
-    """float64 [n] of finite numbers that are not negative."""
+    """Converts counts to a float64 [n] array with finite values of at least 0."""
     return _between(value, 0.0, _MAX_COUNT, "counts")
 
 
 def edges(value: Any, buckets: int) -> np.ndarray:
-    """float64 [buckets + 1] that increases."""
+    """Converts the edges of ``buckets`` buckets to an increasing float64 [buckets + 1] array."""
     found = _between(value, -_MAX_EDGE, _MAX_EDGE, "edges")
     if len(found) != buckets + 1 or not (np.diff(found) > 0).all():
         raise ValueError(f"expected {buckets + 1} increasing edges of {buckets} buckets, got {named(value)}")
@@ -124,7 +127,7 @@ def edges(value: Any, buckets: int) -> np.ndarray:
 
 
 def square(value: Any, side: int) -> np.ndarray:
-    """float64 [side, side] of counts."""
+    """Converts rows of counts to a float64 [side, side] array."""
     rows = [counts(row) for row in listed(value)]
     if len(rows) != side or any(len(row) != side for row in rows):
         raise ValueError(f"expected {side} rows of {side} counts, got {named(value)}")
@@ -139,12 +142,12 @@ def _between(value: Any, low: float, high: float, what: str) -> np.ndarray:
 
 
 def is_image_of_table(cell: Any) -> bool:
-    """Whether a cell names an image file beside its table."""
+    """Returns whether a cell is the name of an image file in the folder of its table."""
     return isinstance(cell, str) and len(cell) < 256 and _IMAGE_OF_TABLE.fullmatch(cell) is not None
 
 
 def shortened(value: str, most: int = _MAX_WORDS) -> str:
-    """At most so many characters.
+    """Truncates ``value`` to at most ``most`` characters.
 
     Example:
         >>> shortened("abcdefgh", 4)
@@ -154,7 +157,7 @@ def shortened(value: str, most: int = _MAX_WORDS) -> str:
 
 
 def words(value: Any) -> str:
-    """A scalar, or a list of scalars, as text of bounded length.
+    """Returns a scalar or a list of scalars as text of bounded length.
 
     Example:
         >>> words(0.1), words(["train.py", 3]), words([[1]]), words(None)
@@ -170,7 +173,7 @@ def words(value: Any) -> str:
 
 
 def named(value: Any) -> str:
-    """A value in an error message: its type, and itself if it is short."""
+    """Describes a value for an error message, by type or by its shortened text."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
@@ -181,13 +184,13 @@ def named(value: Any) -> str:
 
 
 def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The leaves of nested objects as text, under names joined by ``/``. None is left out.
+    """Yields the leaves of nested objects as text, with their keys joined by ``/``. Skips None.
 
     Example:
         >>> list(flattened({"optim": {"lr": 0.1}, "steps": 5}))
         [('optim/lr', '0.1'), ('steps', '5')]
     """
-    waiting: list[tuple[str, Any, int]] = [("", values, 0)]  # a stack, because recursion has a limit
+    waiting: list[tuple[str, Any, int]] = [("", values, 0)]  # a stack, because recursion depth is limited
     while waiting:
         path, value, depth = waiting.pop()
         if isinstance(value, Mapping) and depth < _MAX_DEPTH:

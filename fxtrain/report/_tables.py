@@ -1,4 +1,4 @@
-"""Tables, and confusion matrices as tables or images."""
+"""Renders tables, and confusion matrices as tables or images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fxtrain.report._run import Confusion, Run
 from fxtrain.report._samples import Embedded
 from fxtrain.writers._encoding import png
 
-_MAX_IMAGE = 2**18  # bytes of an image in a table; a larger one is in the folder only
-_MAX_CLASSES = 32  # of a confusion matrix that is a table; one of more is an image
-_MAX_PAIRS = 20  # of classes that are mixed up
+_MAX_IMAGE = 2**18  # bytes of an image in a table; larger images are not embedded
+_MAX_CLASSES = 32  # confusion matrices with more classes are drawn as images
+_MAX_PAIRS = 20  # most confused pairs of classes
 
 
 def tables(run: Run, embedded: Embedded) -> str:
-    """The section of tables."""
+    """Returns the section of tables."""
 
     def cell(value: Any) -> str:
         if isinstance(value, PurePosixPath):
@@ -36,7 +36,7 @@ def tables(run: Run, embedded: Embedded) -> str:
 
 
 def confusion(run: Run) -> str:
-    """The section of confusion matrices."""
+    """Returns the section of confusion matrices."""
     note = "<p>Rows are what it is, columns what it was taken for.</p>"
     return section(
         "Confusion",
@@ -63,7 +63,7 @@ def _squares(found: Confusion) -> str:
 
 
 def _pixels(found: Confusion) -> str:
-    """One pixel for each pair, and a table of the pairs that are mixed up most often."""
+    """Returns an image with one pixel for each pair of classes, and a table of the most confused pairs."""
     labels, counts = found.labels, found.counts
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
     image = base64.b64encode(png(np.round(255 * (1 - shares[..., None])).astype(np.uint8))).decode()

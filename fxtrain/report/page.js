@@ -1,17 +1,17 @@
 "use strict";
-// Draws the curves. They are drawn at the width there is, and again when it changes, so that text stays readable.
+// Draws curves and histograms at the width of the window, and again when it changes, so that text stays readable.
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["#1f6feb", "#e0731d", "#2f9e44", "#c2255c", "#7048e8", "#0b8f9c", "#a07514", "#868e96"];
-// Of marks at one place the first kind is shown; the others are told with it.
+// Where marks overlap, the sign of the first of these kinds is shown. The tooltip lists all of them.
 const MARKS = {
   stopped: ["#d6336c", "■"], interrupted: ["#d6336c", "‖"], rewound: ["#7048e8", "↶"], skipped: ["#e0731d", "✕"],
   resumed: ["#0b8f9c", "▸"], improved: ["#2f9e44", "●"], saved: ["#868e96", "▴"],
 };
-const LINELESS = ["improved", "saved"]; // there are many of these
+const LINELESS = ["improved", "saved"]; // too frequent for vertical lines
 const HEIGHT = 190, LEFT = 46, RIGHT = 10, TOP = 18, BOTTOM = 20;
-const LONG = 100; // points of a curve that there is something to smooth in
-const LINES = 40; // so many marks may have one
-const LARGEST = 1e300; // of a value that is drawn in its place
+const LONG = 100; // points; shorter curves are not smoothed
+const LINES = 40; // with more marks, no vertical lines are drawn
+const LARGEST = 1e300; // larger values are clamped
 const DENSE = data.sections.some((each) => each.panels.some((panel) => panel.series.some((series) => series.values.length > 4 * LONG)));
 const view = { smooth: DENSE ? 0.8 : 0, log: false, all: false, hidden: new Set() };
 
@@ -34,11 +34,11 @@ const short = (x, digits = 4) => {
   if (size >= 1e-3 && size < 1e4) return String(Number(x.toPrecision(digits)));
   return Number(x.toPrecision(digits)).toExponential().replace("e+", "e");
 };
-// A tick has as many digits as tell it from the next.
+// A tick has enough digits to differ from the next.
 const tickText = (x, step) => short(x, Math.max(1, Math.ceil(Math.log10(Math.abs(x) / step || 1) + 1e-9) + 1));
 const extent = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
 
-// The debiased exponential mean; gaps stay gaps.
+// Bias-corrected exponential moving average. Gaps are preserved.
 function smoothed(values, weight) {
   if (!weight || values.length < LONG) return values;
   let sum = 0, total = 0;
@@ -55,12 +55,12 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999) ?? rough;
   const found = [], begin = Math.ceil(low / step - 1e-9);
-  // Counted, because an index beyond 2**53 would not grow.
+  // Bounded by a counter, because an index beyond 2**53 would not change when incremented.
   for (let i = 0; i <= 2 * count && (begin + i) * step <= high + step * 1e-9; i++) found.push((begin + i) * step);
   return { found: [...new Set(found)], step };
 }
 
-// Where values lie but for the few that are far from all others: a spike would press the rest into a line.
+// The range of values without extreme outliers, which would flatten the rest of the curve.
 function usual(values) {
   const sorted = values.slice().sort((a, b) => a - b), count = sorted.length;
   if (!count) return [0, 1];
@@ -72,7 +72,7 @@ function usual(values) {
   return far > 0 ? [least < low - far ? low : least, most > high + far ? high : most] : [least, most];
 }
 
-// A label below the axis, which does not go beyond the plot.
+// A label below the axis, kept inside the plot.
 const label = (plot, x, y, width, text) => plot.append(svg("text", { x: Math.min(x, width - 3.5 * text.length), y, "text-anchor": "middle" }, text));
 
 let charts = 0;
@@ -162,7 +162,7 @@ function chart(panel) {
   return { box, draw };
 }
 
-// One sign for what lies within its width; checkpoints are ticks at the bottom.
+// Draws one sign for marks that overlap. Checkpoints are ticks at the bottom.
 function marks(plot, x, first, last) {
   const signs = [], saved = [], rank = Object.keys(MARKS);
   const free = (taken, at, room) => taken.every((other) => Math.abs(other - at) >= room) && taken.push(at);
@@ -183,7 +183,7 @@ function marks(plot, x, first, last) {
   }
 }
 
-// Steps go to the right, values up; the stronger, the more of them.
+// Draws a heat map with steps on the x axis, values on the y axis, and counts as opacity.
 function heat(name, found) {
   const box = element("div", "chart");
   box.append(element("h3", "", name));
@@ -240,7 +240,7 @@ data.sections.forEach((each, i) => section(each.title === "Curves" ? beginning :
 section(rest, "Histograms", heats);
 const redraw = () => all.forEach((each) => each.draw());
 
-// Of what was made at several steps, one step at a time.
+// Shows samples of several steps one at a time, selected by a slider.
 for (const steps of document.querySelectorAll(".steps")) {
   const figures = [...steps.children];
   if (figures.length < 2) continue;
@@ -257,7 +257,7 @@ for (const steps of document.querySelectorAll(".steps")) {
   steps.before(choose);
   show();
 }
-// Drawings are smooth; a few pixels made large are not.
+// Large images are scaled smoothly, small ones as pixels.
 for (const image of document.images) image.decode().then(() => image.classList.toggle("large", image.naturalWidth > 128), () => {});
 
 const nav = element("nav", "");
@@ -293,7 +293,7 @@ if (all.length > heats.length) {
   }
 }
 redraw();
-// Drawing changes heights, of which the observer tells as well.
+// The observer also reports height changes caused by drawing, which must not trigger another redraw.
 let width = 0;
 new ResizeObserver(() => {
   if (width === document.body.clientWidth) return;
