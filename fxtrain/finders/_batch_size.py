@@ -78,18 +78,18 @@ def find_batch_size(
             f"expected start to be a multiple of multiple={multiple} and at most limit={limit}, got {start}."
         )
     # Sizes are in units of ``multiple``. Sizes up to ``fits`` fit, and sizes from ``too_large`` on do not.
-    largest, size, said = limit // multiple, start // multiple, ""
+    largest, size, reason = limit // multiple, start // multiple, ""
     fits, too_large = 0, largest + 1
     while too_large - fits > 1:
         problem = _out_of_memory(state, step, make_batch, size * multiple)
         if problem is None:
             fits = size
         else:
-            too_large, said = size, problem
+            too_large, reason = size, problem
         size = min(2 * fits, largest) if too_large > largest else (fits + too_large) // 2
     if not fits:
         raise RuntimeError(
-            f"Not even a batch of {multiple} fits into memory ({said}). Use a smaller model or a narrower dtype."
+            f"Not even a batch of {multiple} fits into memory ({reason}). Use a smaller model or a narrower dtype."
         )
     return fits * multiple
 
@@ -101,11 +101,11 @@ def _out_of_memory(
     try:
         _take_steps(state, step, make_batch, size)
     except Exception as error:
-        said = _said_of_memory(error)
-        if said is None:
+        reason = _out_of_memory_reason(error)
+        if reason is None:
             raise
         # Only the text is kept, because the error's traceback references tensors.
-        return said
+        return reason
     finally:
         gc.collect()
         if state.step.device.type != "cpu":
@@ -123,10 +123,10 @@ def _take_steps(state: TrainState, step: Callable[..., Any], make_batch: Callabl
         torch.accelerator.synchronize(state.step.device)
 
 
-def _said_of_memory(error: BaseException | None) -> str | None:
+def _out_of_memory_reason(error: BaseException | None) -> str | None:
     while error is not None:
-        said = str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in said for part in _OUT_OF_MEMORY):
-            return said.strip().split("\n")[0] or type(error).__name__
+        reason = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in reason for part in _OUT_OF_MEMORY):
+            return reason.strip().split("\n")[0] or type(error).__name__
         error = error.__cause__ or error.__context__
     return None

@@ -39,10 +39,10 @@ class LearningRates:
     diverged: bool
 
     def __repr__(self) -> str:
-        return f"LearningRates: {'; '.join(text for _, text in _facts(self))}"
+        return f"LearningRates: {'; '.join(text for _, text in _rows(self))}"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{label}</th><td>{html.escape(text)}</td></tr>" for label, text in _facts(self))
+        rows = "".join(f"<tr><th>{label}</th><td>{html.escape(text)}</td></tr>" for label, text in _rows(self))
         return f"<table><caption>LearningRates</caption>{rows}</table>"
 
 
@@ -98,14 +98,16 @@ def lr_finder(
     if not factor > 1:
         raise ValueError(f"expected factor to be above 1, got {factor!r}.")
     step = step if hasattr(step, "fires") else Step(step)
-    state = _with_rate(attach(state, step).copy(), low)
+    state = _with_learning_rate(attach(state, step).copy(), low)
     rates, losses, diverged = [], [], False
     batches = _batches(data, state)
     mean = best = first = weight = 0.0
     for rate in np.geomspace(low, high, steps).tolist():
         # Stop requests are cleared, because a stopped state is a fixed point of the step.
-        go_on = state.due._replace(stop=torch.zeros_like(state.due.stop))
-        state, output = step(_with_rate(state.replace(due=go_on), rate), to_device(next(batches), state.step.device))
+        without_stop = state.due._replace(stop=torch.zeros_like(state.due.stop))
+        state, output = step(
+            _with_learning_rate(state.replace(due=without_stop), rate), to_device(next(batches), state.step.device)
+        )
         loss = _measured(output, metric)
         rates.append(rate)
         losses.append(loss)
@@ -121,7 +123,7 @@ def lr_finder(
     return LearningRates(tuple(rates), tuple(losses), tuple(smoothed), _steepest(rates, smoothed), diverged)
 
 
-def _with_rate(state: TrainState, rate: float) -> TrainState:
+def _with_learning_rate(state: TrainState, rate: float) -> TrainState:
     try:
         return state.replace(opt_state=optim.set_hyperparams(state.opt_state, learning_rate=rate))
     except ValueError as error:
@@ -181,7 +183,7 @@ def _steepest(rates: list[float], smoothed: list[float]) -> float | None:
     return rates[steepest] if slopes[steepest] < 0 else None
 
 
-def _facts(found: LearningRates) -> list[tuple[str, str]]:
+def _rows(found: LearningRates) -> list[tuple[str, str]]:
     suggested = "none, because the loss never fell" if found.suggestion is None else f"{found.suggestion:.2g}"
     end = "the loss diverged" if found.diverged else "the highest"
     rates = f"{len(found.rates)} learning rates from {found.rates[0]:.2g} to {found.rates[-1]:.2g}, until {end}"

@@ -70,7 +70,7 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
         )
 
     def update(updates: Any, opt_state: EveryKState, params: Any = None) -> tuple[Any, EveryKState]:
-        wanted = k(opt_state.count) if callable(k) else k
+        required = k(opt_state.count) if callable(k) else k
         seen = opt_state.seen + 1
 
         def rule(grad: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,16 +78,16 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
             return mean, mean
 
         full, mean = map_with_memory(rule, updates, opt_state.mean)
-        complete = seen >= wanted
+        complete = seen >= required
         inner_updates, inner_state = tx.update(full, opt_state.inner_state, params)
         unused = opt_state.unused
-        busy = unused.replace(complete & (unused.values < seen))
-        return where_each(busy, complete, inner_updates, tree.zeros_like(inner_updates)), EveryKState(
+        moved = unused.replace(complete & (unused.values < seen))
+        return where_each(moved, complete, inner_updates, tree.zeros_like(inner_updates)), EveryKState(
             opt_state.count + complete,
             torch.where(complete, 0, seen),
             unused.replace(torch.where(complete, 0, unused.values)),
             tree.where(complete, tree.zeros_like(mean), mean),
-            where_each(busy, complete, inner_state, opt_state.inner_state),
+            where_each(moved, complete, inner_state, opt_state.inner_state),
         )
 
     return GradientTransformation(init, update)

@@ -68,7 +68,7 @@ def inject_hyperparams(
     """
     refuse_foreign("factory", "a function that makes a gradient transformation", factory)
     signature = inspect.signature(factory)
-    left = frozenset(static)
+    never_schedules = frozenset(static)
 
     def build(*args: Any, **kwargs: Any) -> GradientTransformation:
         given = _flat(signature, args, kwargs)
@@ -78,11 +78,13 @@ def inject_hyperparams(
         schedules = {
             name: value
             for name, value in given.items()
-            if callable(value) and not isinstance(value, type) and name not in left
+            if callable(value) and not isinstance(value, type) and name not in never_schedules
         }
-        numbers = {name: value for name, value in given.items() if isinstance(value, float | Tensor)}
-        rest = {name: value for name, value in given.items() if name not in schedules and name not in numbers}
-        if not schedules and not numbers:
+        unscheduled = {name: value for name, value in given.items() if isinstance(value, float | Tensor)}
+        static_arguments = {
+            name: value for name, value in given.items() if name not in schedules and name not in unscheduled
+        }
+        if not schedules and not unscheduled:
             raise TypeError(
                 f"expected inject_hyperparams({getattr(factory, '__name__', factory)}) to get a float, a tensor or a "
                 "schedule, got none. Pass at least one hyperparameter, such as learning_rate=3e-4."
@@ -94,12 +96,12 @@ def inject_hyperparams(
         def init(params: Any) -> InjectHyperparamsState:
             dtype, device = widest(params), device_of(params)
             count = start_count(params)
-            for name, value in numbers.items():
+            for name, value in unscheduled.items():
                 _refuse_rounded(name, value, dtype)
-            hyperparams = {name: _scalar(value, dtype, device) for name, value in numbers.items()}
+            hyperparams = {name: _scalar(value, dtype, device) for name, value in unscheduled.items()}
             scheduled = {name: Scheduled(_scalar(of(count), dtype, device)) for name, of in schedules.items()}
             kept = {**hyperparams, **scheduled}
-            return InjectHyperparamsState(count, kept, factory(**rest, **_values(kept)).init(params))
+            return InjectHyperparamsState(count, kept, factory(**static_arguments, **_values(kept)).init(params))
 
         def update(
             updates: Any, opt_state: InjectHyperparamsState, params: Any = None
@@ -107,7 +109,7 @@ def inject_hyperparams(
             count, kept, inner_state = opt_state
             now = {name: Scheduled(torch.as_tensor(of(count)).to(_value(kept[name]))) for name, of in schedules.items()}
             kept = {**kept, **now}
-            updates, inner_state = factory(**rest, **_values(kept)).update(updates, inner_state, params)
+            updates, inner_state = factory(**static_arguments, **_values(kept)).update(updates, inner_state, params)
             return updates, InjectHyperparamsState(count + 1, kept, inner_state)
 
         return GradientTransformation(init, update)

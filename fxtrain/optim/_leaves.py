@@ -65,8 +65,8 @@ def map_with_memory(
     """
     flat = [tree.flatten(values) for values in (updates, *memory)]
     leaves = flat[0][0]
-    for remembered, (kept, _) in zip(memory, flat[1:], strict=True):
-        _refuse_mismatch("updates", updates, leaves, "the optimizer state", remembered, kept)
+    for state, (kept, _) in zip(memory, flat[1:], strict=True):
+        _refuse_mismatch("updates", updates, leaves, "the optimizer state", state, kept)
     columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
     results = [rule(*row) for row in zip(*columns, strict=True)]
     return tuple(
@@ -87,7 +87,7 @@ def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
         _refuse_undifferentiable(path, leaf)
         return torch.zeros_like(leaf, dtype=leaf.dtype if leaf.is_complex() else dtype)
 
-    return _remember(zero, params)
+    return _map_params(zero, params)
 
 
 def clones(params: Any) -> Any:
@@ -97,7 +97,7 @@ def clones(params: Any) -> Any:
         _refuse_undifferentiable(path, leaf)
         return leaf.clone()
 
-    return _remember(clone, params)
+    return _map_params(clone, params)
 
 
 def real_full(params: Any, value: Scalar = 0.0) -> Any:
@@ -112,7 +112,7 @@ def real_full(params: Any, value: Scalar = 0.0) -> Any:
         blank = torch.zeros_like(leaf, dtype=_real(torch.promote_types(leaf.dtype, torch.float32)))
         return blank + value if isinstance(value, Tensor) or value != 0.0 else blank
 
-    return _remember(full, params)
+    return _map_params(full, params)
 
 
 def start_count(params: Any) -> Tensor:
@@ -239,14 +239,14 @@ def _refuse_undifferentiable(path: Path, leaf: Any) -> None:
         )
 
 
-def _remember(make: Callable[[Path, Any], Tensor], node: Any, path: Path = ()) -> Any:
+def _map_params(make: Callable[[Path, Any], Tensor], node: Any, path: Path = ()) -> Any:
     if node is None:
         # A frozen parameter may be None, which torch's pytrees, and therefore vmap, treat as a leaf.
         return MaskedNode()
     inner = children(node)
     if inner is None:
         return make(path, node)
-    return rebuilt(node, [_remember(make, child, (*path, key)) for key, child in inner])
+    return rebuilt(node, [_map_params(make, child, (*path, key)) for key, child in inner])
 
 
 def _widened(leaves: list[Tensor]) -> list[Tensor]:

@@ -78,7 +78,7 @@ def orthogonalize(
     References:
         Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
     """
-    each = _each_step(coefficients, steps)
+    each = _coefficients_per_step(coefficients, steps)
     x: Tensor = matrix.to(dtype or torch.promote_types(matrix.dtype, torch.float32))
     tall = x.shape[0] > x.shape[1]
     x = x.mH if tall else x
@@ -119,7 +119,7 @@ def scale_by_muon(
     """
     checks.decay_rate(beta=beta)
     checks.non_negative(eps=eps)
-    _each_step(ns_coeffs, ns_steps)
+    _coefficients_per_step(ns_coeffs, ns_steps)
 
     def init(params: Any) -> ScaleByMuonState:
         for path, leaf in zip(leaf_paths(params), tree.leaves(params), strict=True):
@@ -268,7 +268,7 @@ def _labels(mask: Mask) -> Labels:
     return of_leaf if callable(mask) else tree.map(name, mask)
 
 
-def _each_step(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
+def _coefficients_per_step(coefficients: Coefficients, steps: int) -> list[tuple[float, float, float]]:
     check_positive_int("steps", steps)
     one_for_all = all(isinstance(number, int | float) for number in coefficients)
     each: Any = [coefficients] * steps if one_for_all else list(coefficients)

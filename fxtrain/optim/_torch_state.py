@@ -75,7 +75,7 @@ _STEPS: dict[type, str] = {
 }
 """By type: the field that counts updates of the whole optimizer."""
 
-_OF_FX = (EveryKState, ApplyIfFiniteState, ActiveWhenState, LookaheadState)
+_WRAPPERS = (EveryKState, ApplyIfFiniteState, ActiveWhenState, LookaheadState)
 """Wrappers whose own fields have no counterpart in torch and stay unchanged."""
 
 _ADDED_DIMENSIONS = {"row_var": -1, "col_var": -2}
@@ -133,7 +133,7 @@ class _Reader:
         if kind in _STEPS:
             return self._stepped(node)
         _refuse_momentum_of_steps(node)
-        if isinstance(node, _OF_FX):
+        if isinstance(node, _WRAPPERS):
             return node._replace(inner_state=self.read(node.inner_state))
         inner = children(node)
         if inner is None:
@@ -257,7 +257,7 @@ def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tenso
                     found.setdefault(name, {})[key] = wide.detach().clone()
         if kind in _MOMENTS:
             return
-        known = kind in _STEPS or isinstance(node, _OF_FX) or kind.__name__ in _CONTAINERS
+        known = kind in _STEPS or isinstance(node, _WRAPPERS) or kind.__name__ in _CONTAINERS
         if hasattr(node, "_fields") and children(node) and not known:
             raise ValueError(f"expected optimizer state with a counterpart in torch.optim, got {kind.__name__}.")
         for _, child in children(node) or []:

@@ -57,7 +57,7 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
     if not left_out:
         return tx.update(grads, opt_state, params)
     if accumulates(opt_state):
-        return tx.update(grads, _noted(opt_state, left_out), params)
+        return tx.update(grads, _count_unused(opt_state, left_out), params)
     part = _without(params, left_out)
     inside = _narrowed(opt_state, _layout(tx, part), left_out, "opt_state")
     moved, after = tx.update(_without(grads, left_out), inside, part)
@@ -77,14 +77,14 @@ def accumulates(opt_state: Any) -> bool:
     return any(accumulates(child) for _, child in children(opt_state) or ())
 
 
-def _noted(node: Any, left_out: frozenset[Path]) -> Any:
+def _count_unused(node: Any, left_out: frozenset[Path]) -> Any:
     """Returns the state with one more unused step counted for these parameters in each accumulation."""
     if isinstance(node, EveryKState):
         counts = zip(node.unused.paths, node.unused.values.unbind(), strict=True)
         more = torch.stack([count + int(path in left_out) for path, count in counts])
         return node._replace(unused=node.unused.replace(more))
     inner = children(node)
-    return node if inner is None else rebuilt(node, [_noted(child, left_out) for _, child in inner])
+    return node if inner is None else rebuilt(node, [_count_unused(child, left_out) for _, child in inner])
 
 
 def _flags(used: Any, grads: Any) -> list[bool]:
