@@ -135,7 +135,7 @@ class TestValues:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: ema(1.0), "decay=1.0: between 0 and 1"),
+            (lambda: ema(1.0), "expected decay to be between 0 and 1, got 1.0"),
             (lambda: ema(0.5, every=0), "expected every to be a positive int, got 0"),
             (lambda: ema(0.5, start=-1), "expected start to be an int of at least 0, got -1"),
             (lambda: swa(start=1.5), "expected start to be an int of at least 0, got 1.5"),
@@ -147,7 +147,7 @@ class TestValues:
 
     def test_a_view_of_what_is_not_there(self):
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), ema(0.5, name="slow"))
-        with pytest.raises(KeyError, match="no average 'ema'; there is 'slow'"):
+        with pytest.raises(KeyError, match="expected a state with the average 'ema', got one with 'slow'"):
             averaged(state)
 
     @pytest.mark.parametrize("callback", [ema(0.9), ema(0.9, debias=True, warmup=True, every=2), swa(start=1)])

@@ -88,12 +88,12 @@ class TestNanGuard:
         data = [torch.tensor(value) for value in (3.0, 1.0, 0.0)]
         result = fx.fit(start, step, data, callbacks=guard, epochs=1)
         assert result.reason == (
-            "loss or gradients were not finite 2 times in a row; the first was grads['wrong'] at step 3"
+            "loss or gradients were not finite 2 times in a row; first non-finite: grads['wrong'] at step 3"
         )
         assert fx.callbacks.first_not_finite(start.with_slot("nan_guard", guard.init(start))) == ""
 
     def test_validates(self):
-        with pytest.raises(ValueError, match="patience=0"):
+        with pytest.raises(ValueError, match="expected patience to be a positive int, got 0"):
             fx.callbacks.nan_guard(patience=0)
 
 

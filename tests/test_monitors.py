@@ -136,7 +136,10 @@ class TestGradFlow:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"healthy": (2.0, 1.0)}, "healthy=(2.0, 1.0)"), ({"vanishing": 1.0, "exploding": 0.1}, "vanishing=1.0")],
+        [
+            ({"healthy": (2.0, 1.0)}, "two ascending positive gains, got a tuple of (2.0, 1.0)"),
+            ({"vanishing": 1.0, "exploding": 0.1}, "got vanishing=1.0 and exploding=0.1"),
+        ],
     )
     def test_validates(self, options, message):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -200,7 +203,7 @@ class TestHistograms:
         [
             ({"of": "losses"}, "expected of to be one of"),
             ({"sample": 0}, "expected sample to be a positive int"),
-            ({"smallest": 2.0, "largest": 1.0}, "smallest=2.0"),
+            ({"smallest": 2.0, "largest": 1.0}, "got smallest=2.0 and largest=1.0"),
             ({"per_decade": 0}, "expected per_decade to be a positive int"),
         ],
     )

@@ -82,7 +82,7 @@ def test_needs_add_up_and_the_callback_stays_what_it_was():
 
 def test_a_stream_is_not_read_to_find_out():
     batches = iter(problem.data(2))
-    with pytest.raises(KeyError, match="early_stopping watches 'accuracy', and EvalEnd has 'loss', 'mae'"):
+    with pytest.raises(KeyError, match="the metric 'accuracy' at EvalEnd for early_stopping, got 'loss', 'mae'"):
         fit(fx.callbacks.early_stopping("accuracy", patience=1), eval_data=(batch for batch in batches))
 
 

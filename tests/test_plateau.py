@@ -95,15 +95,15 @@ def test_logs_the_value_in_every_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": 1.0}, "factor=1.0: between 0 and 1"),
-        ({"patience": -1}, "patience=-1"),
-        ({"cooldown": 0.5}, "cooldown=0.5"),
-        ({"mode": "up"}, "mode='up'"),
-        ({"min_delta": -1.0}, "min_delta=-1.0"),
+        ({"factor": 1.0}, "expected factor to be between 0 and 1, got 1.0"),
+        ({"patience": -1}, "expected patience to be an int of at least 0, got -1"),
+        ({"cooldown": 0.5}, "expected cooldown to be an int of at least 0, got 0.5"),
+        ({"mode": "up"}, "expected mode to be 'min', 'max' or a function .*, got 'up'"),
+        ({"min_delta": -1.0}, "expected min_delta to be a finite number of at least 0, got -1.0"),
     ],
 )
 def test_validates(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         reduce_on_plateau("loss", **options)
 
 

@@ -94,13 +94,13 @@ def test_so_many_in_a_row_stop():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"watch": "accuracy"}, "watch='accuracy': one of 'loss', 'grad_norm'"),
-        ({"deviations": 0}, "deviations=0"),
-        ({"window": 1}, "window=1"),
-        ({"warmup": 200}, "warmup=200 is more than the 128 values of the window"),
-        ({"rewind": -1}, "rewind=-1"),
-        ({"patience": 0}, "patience=0"),
-        ({"record": 0}, "record=0"),
+        ({"watch": "accuracy"}, "expected watch to be one of 'loss', 'grad_norm', got 'accuracy'"),
+        ({"deviations": 0}, "expected deviations to be positive and finite, got 0"),
+        ({"window": 1}, "expected window to be an int of at least 2, got 1"),
+        ({"warmup": 200}, "expected warmup to be at most window, 128, got 200"),
+        ({"rewind": -1}, "expected rewind to be an int of at least 0, got -1"),
+        ({"patience": 0}, "expected patience to be a positive int, got 0"),
+        ({"record": 0}, "expected record to be a positive int, got 0"),
     ],
 )
 def test_validates(options, message):

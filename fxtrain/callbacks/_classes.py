@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks._predictions import Logits, class_scores
-from fxtrain.core import Control, EvalBegin, EvalEnd, EvalStep, TrainState, check_int
+from fxtrain.core import Control, EvalBegin, EvalEnd, EvalStep, TrainState, check_int, describe
 from fxtrain.fold import Handler, stateful
 from fxtrain.values import ConfusionMatrix, Figure
 
@@ -122,7 +122,7 @@ def curves(
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("curves draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
+        raise ImportError("curves requires matplotlib. Install it: pip install 'fxtrain[plot]'.") from error
 
     def update(state: TrainState, event: Seen, memory: Tensor) -> tuple[Tensor, Control]:
         if isinstance(event, EvalBegin):
@@ -176,7 +176,7 @@ def _drawn(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
 def _check_classes(classes: int, labels: Sequence[str]) -> None:
     check_int("classes", classes, minimum=2)
     if labels and len(labels) != classes:
-        raise ValueError(f"{len(labels)} labels came for {classes} classes.")
+        raise ValueError(f"expected one label for each of the {classes} classes, got {len(labels)} labels.")
 
 
 def _zeros(state: TrainState, *shape: int) -> Tensor:
@@ -191,8 +191,10 @@ def _one_hot(classes: Tensor, count: int) -> Tensor:
 def _truth(name: str, batch: Any, truth: str, classes: int) -> Tensor:
     found = batch.get(truth) if isinstance(batch, Mapping) else None
     if not isinstance(found, Tensor) or found.ndim != 1 or found.is_floating_point():
-        came = f"a {found.dtype} tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
-        raise TypeError(f"{name} wants classes, int64 [N], as batch[{truth!r}], and {came:.80} came: say truth=.")
+        raise TypeError(
+            f"expected classes, int64 [N], as batch[{truth!r}] for {name}, got {describe(found)}. Give their key as "
+            "truth=."
+        )
     return found
 
 

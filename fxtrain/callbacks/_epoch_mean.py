@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import metrics
-from fxtrain.core import Control, EpochEnd, Logged, TrainState, Updated
+from fxtrain.core import Control, EpochEnd, Logged, TrainState, Updated, did_you_mean
 from fxtrain.fold import Handler, slotted
 
 
@@ -48,7 +48,10 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
         for metric in watched:
             if metric not in event.metrics:
                 there = ", ".join(map(repr, event.metrics))
-                raise KeyError(f"epoch_mean averages {metric!r}, and the step measures {there}.")
+                raise KeyError(
+                    f"expected the step metric {metric!r} for epoch_mean, got {there}."
+                    f"{did_you_mean(metric, event.metrics)}"
+                )
         seen = {metric: _average(event.metrics[metric], event.weight) for metric in watched}
         return state.with_slot(name, metrics.merge(memory, seen)), Control()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain.callbacks._monitor import Publish, monitor
 from fxtrain.callbacks._update_stats import NORMS, Moved, layers
-from fxtrain.core import TrainState, check_choice, matching
+from fxtrain.core import TrainState, check_choice, describe, matching
 from fxtrain.fold import Handler
 
 
@@ -131,9 +131,12 @@ def grad_flow(
     """
     least, most = healthy
     if not 0 < least <= most:
-        raise ValueError(f"healthy={healthy!r}: the least and the largest gain are wanted, each above 0.")
+        raise ValueError(f"expected healthy to be two ascending positive gains, got {describe(healthy)}.")
     if not 0 <= vanishing < exploding:
-        raise ValueError(f"vanishing={vanishing!r}, exploding={exploding!r}: 0 <= vanishing < exploding is wanted.")
+        raise ValueError(
+            f"expected 0 <= vanishing < exploding, got vanishing={describe(vanishing)} and "
+            f"exploding={describe(exploding)}."
+        )
 
     def measure(state: TrainState, moved: Moved, before: Any) -> GradFlow:
         norms = moved.norms("grads", "l2", list(layers(state).values()))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.callbacks._monitor import Publish, monitor
 from fxtrain.callbacks._update_stats import KINDS, Moved, leaf_names
-from fxtrain.core import TrainState, check_choice, check_positive_int, matching
+from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching
 from fxtrain.fold import Handler
 from fxtrain.values import Histogram
 
@@ -70,7 +70,10 @@ def histograms(
     check_positive_int("sample", sample)
     check_positive_int("per_decade", per_decade)
     if not 0 < smallest < largest < math.inf:
-        raise ValueError(f"smallest={smallest!r}, largest={largest!r}: 0 < smallest < largest is wanted.")
+        raise ValueError(
+            f"expected 0 < smallest < largest, both finite, got smallest={describe(smallest)} and "
+            f"largest={describe(largest)}."
+        )
     decades = math.log10(largest / smallest)
     steps = max(1, round(decades * per_decade))
 

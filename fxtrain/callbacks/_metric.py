@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import wide_dtype
+from fxtrain.core import describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, needs
 
 Metric = str | Callable[[Mapping[str, Any]], Any]
@@ -47,8 +47,8 @@ def measured(event: Any, metric: Metric, who: str, device: torch.device) -> Tens
         there = ", ".join(map(repr, event.metrics)) or "none"
         source = "eval_step" if type(event).__name__ == "EvalEnd" else "the step"
         raise KeyError(
-            f"{who} watches {metric!r}, and {type(event).__name__} has {there}: let {source} measure it, or name "
-            "one of these."
+            f"expected the metric {metric!r} at {type(event).__name__} for {who}, got {there}."
+            f"{did_you_mean(metric, event.metrics)} Return it from {source}, or name one of these."
         )
     if isinstance(value, bool | int | float):
         return torch.tensor(value, dtype=wide_dtype(device), device=device)
@@ -92,16 +92,22 @@ def direction(mode: str | Better, *, min_delta: float = 0.0, relative: bool = Fa
         ValueError: If an argument is out of range.
     """
     if not (isinstance(min_delta, int | float) and math.isfinite(min_delta) and min_delta >= 0):
-        raise ValueError(f"min_delta={min_delta!r}: a number, 0 or more, is wanted; `mode` says which way is better.")
+        raise ValueError(
+            f"expected min_delta to be a finite number of at least 0, got {describe(min_delta)}. Set the direction "
+            "with mode=."
+        )
     if callable(mode):
         if min_delta or relative:
             raise ValueError(
-                "mode is a function, which says itself by how much a value has to be better: leave out "
-                "min_delta and relative."
+                "expected mode to be 'min' or 'max' with min_delta or relative, got a function. Apply the margin in "
+                "the function, or leave out min_delta and relative."
             )
         return Direction(lambda value, best: mode(value, best.to(value.dtype)), math.nan, math.nan)
     if mode not in ("min", "max"):
-        raise ValueError(f"mode={mode!r}: 'min', 'max' or a function (value, best) -> bool tensor is wanted.")
+        raise ValueError(
+            f"expected mode to be 'min', 'max' or a function (value, best) -> bool tensor, got {describe(mode)}."
+            f"{did_you_mean(mode, ('min', 'max'))}"
+        )
     sign = 1.0 if mode == "min" else -1.0
 
     def better(value: Tensor, best: Tensor) -> Tensor:

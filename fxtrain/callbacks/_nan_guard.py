@@ -75,7 +75,7 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         # Only on a CPU, because on an accelerator the read would synchronize with the device at each step.
         if memory.in_a_row.device.type != "cpu" or int(memory.in_a_row) < patience:
             return Control()
-        return Control(stop=True, reason=f"the first was {first_not_finite(state, name)}")
+        return Control(stop=True, reason=f"first non-finite: {first_not_finite(state, name)}")
 
     return slotted(name, init, on(Gradients | StepEnd, update))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.callbacks._metric import Better, Metric, direction, measured, needing
-from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, wide_dtype
+from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Handler, slotted
 
@@ -74,7 +74,7 @@ def reduce_on_plateau(
         {'learning_rate': tensor(0.5000)}
     """
     if not 0 < factor < 1:
-        raise ValueError(f"factor={factor!r}: between 0 and 1 is wanted.")
+        raise ValueError(f"expected factor to be between 0 and 1, got {describe(factor)}.")
     for argument, value in (("patience", patience), ("cooldown", cooldown)):
         check_int(argument, value, minimum=0)
     if callable(mode):

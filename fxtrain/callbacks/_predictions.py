@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, Control, EvalStep, TrainState, check_int, check_positive_int, ops
+from fxtrain.core import NAMESPACE, Control, EvalStep, TrainState, check_int, check_positive_int, describe, ops
 from fxtrain.fold import Handler, on
 from fxtrain.values import Table
 
@@ -106,10 +106,9 @@ def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:
     """
     found = logits(outputs) if logits is not None else outputs["logits"] if isinstance(outputs, Mapping) else outputs
     if not isinstance(found, Tensor) or found.ndim != 2:
-        came = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
         raise TypeError(
-            f"{name} wants logits [N, C] as the outputs of the evaluation step, and {came} came: let it return (loss, "
-            "logits), with fx.eval_step(measure, outputs=True), or say where they are with logits=."
+            f"expected logits [N, C] in the outputs of the evaluation step for {name}, got {describe(found)}. Return "
+            "(loss, logits) from the function of fx.eval_step(measure, outputs=True), or select them with logits=."
         )
     return found.detach().float().softmax(-1)
 

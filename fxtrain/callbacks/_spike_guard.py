@@ -19,6 +19,7 @@ from fxtrain.core import (
     check_choice,
     check_int,
     check_positive_int,
+    describe,
     wide_dtype,
 )
 from fxtrain.fold import Handler, on, slotted
@@ -86,11 +87,11 @@ def spike_guard(
     """
     check_choice("watch", watch, ("loss", "grad_norm"))
     if not 0 < deviations < math.inf:
-        raise ValueError(f"deviations={deviations!r}: more than 0 is wanted.")
+        raise ValueError(f"expected deviations to be positive and finite, got {describe(deviations)}.")
     check_int("window", window, minimum=2)
     check_int("warmup", warmup, minimum=2)
     if warmup > window:
-        raise ValueError(f"warmup={warmup!r} is more than the {window} values of the window, and so is never over.")
+        raise ValueError(f"expected warmup to be at most window, {window}, got {warmup}.")
     check_int("rewind", rewind, minimum=0)
     check_positive_int("patience", patience)
     check_positive_int("record", record)

@@ -21,6 +21,7 @@ from fxtrain.core import (
     check_choice,
     check_int,
     check_positive_int,
+    describe,
     epochs_taken,
     wide_dtype,
 )
@@ -124,16 +125,16 @@ def early_stopping(
     if overfit_patience is not None:
         check_positive_int("overfit_patience", overfit_patience)
     if not overfit_min_delta >= 0:
-        raise ValueError(f"overfit_min_delta={overfit_min_delta!r}: 0 or more is wanted.")
+        raise ValueError(f"expected overfit_min_delta to be at least 0, got {describe(overfit_min_delta)}.")
     better, worst, sign = direction(mode, min_delta=min_delta, relative=relative)
     if callable(mode) and (good_enough is not None or diverged is not None or overfit_patience is not None):
         raise ValueError(
-            "mode is a function, and good_enough, diverged and overfit_patience need to know which way is worse: "
-            "choose 'min' or 'max', or leave them out."
+            "expected mode to be 'min' or 'max' with good_enough, diverged or overfit_patience, got a function. Choose "
+            "a direction, or leave these arguments out."
         )
     in_memory, checkpointer = restore_best is True, None if isinstance(restore_best, bool) else restore_best
     if checkpointer is not None and not hasattr(checkpointer, "restore"):
-        raise ValueError(f"restore_best={restore_best!r}: True, False or a checkpointer is wanted.")
+        raise ValueError(f"expected restore_best to be True, False or a checkpointer, got {describe(restore_best)}.")
     first = baseline if callable(mode) and baseline is not None else worst
     what = called(metric)
     singular = unit.removesuffix("s") if patience == 1 else unit
@@ -262,8 +263,8 @@ def _harvest(state: TrainState, memory: EarlyStoppingState, checkpointer: Any, w
     step = int(memory.best_step)
     if step not in checkpointer.steps():
         raise ValueError(
-            f"The best {what} was at step {step}, and {checkpointer!r} has deleted its checkpoint: keep it with "
-            "fxtrain.checkpointer(..., best=...), or use restore_best=True."
+            f"expected a checkpoint of step {step}, where {what} was best, got steps {checkpointer.steps()} in "
+            f"{checkpointer!r}. Keep the best one with fxtrain.checkpointer(..., best=...), or use restore_best=True."
         )
     best = checkpointer.restore(state, step=step)
     return state.replace(params=best.params, buffers=best.buffers)
@@ -298,15 +299,15 @@ def time_limit(*, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0
         ...     event = fx.StepEnd(step=step, metrics={}, time=time, previous_time=max(0.0, time - 31))
         ...     state, control = limit(state, event)
         >>> control.reasons("stop")
-        ['the time limit of 60 s is over']
+        ['reached the time limit of 60 s']
     """
     limit = seconds + 60 * minutes + 3600 * hours
     if not (0 < limit < math.inf):
-        raise ValueError(f"time_limit of {limit!r} seconds: more than 0, and less than for ever, is wanted.")
+        raise ValueError(f"expected the time limit to be positive and finite, got {limit:g} s.")
 
     def update(state: TrainState, event: StepEnd, memory: TimeLimitState) -> tuple[TimeLimitState, Control]:
         memory = TimeLimitState(memory.seconds + (event.time - event.previous_time))
-        return memory, Control(stop=memory.seconds >= limit, reason=f"the time limit of {limit:g} s is over")
+        return memory, Control(stop=memory.seconds >= limit, reason=f"reached the time limit of {limit:g} s")
 
     def init(state: TrainState) -> TimeLimitState:
         return TimeLimitState(torch.zeros((), dtype=torch.float64, device=state.step.device))
@@ -334,12 +335,11 @@ def target(metric: Metric, value: float, *, mode: str = "min", at: Any = EvalEnd
         >>> callback(fx.init(torch.nn.Linear(1, 1)), event)[1].reasons("stop")
         ['accuracy reached 0.9']
     """
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode={mode!r}: 'min' or 'max' is wanted.")
+    check_choice("mode", mode, ("min", "max"))
     if not math.isfinite(value):
-        raise ValueError(f"value={value!r}: a finite number is wanted.")
+        raise ValueError(f"expected value to be finite, got {describe(value)}.")
     if at not in (EvalEnd, StepEnd):
-        raise ValueError(f"at={at!r}: EvalEnd or StepEnd is wanted.")
+        raise ValueError(f"expected at to be EvalEnd or StepEnd, got {describe(at)}.")
     sign = 1.0 if mode == "min" else -1.0
     what = called(metric)
 

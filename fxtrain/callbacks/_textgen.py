@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import rng
-from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, check_positive_int
+from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, check_positive_int, describe
 from fxtrain.fold import Handler, on
 from fxtrain.model import view
 from fxtrain.values import Text
@@ -76,20 +76,20 @@ def textgen(
         ['**prompt**', '', '```text', 'once']
     """
     if isinstance(prompts, str) or not prompts:
-        raise TypeError(f"prompts={prompts!r}: a sequence of one string or more is wanted.")
+        raise TypeError(f"expected prompts to be a sequence of at least one string, got {describe(prompts)}.")
     check_positive_int("length", length)
     check_positive_int("max_tokens", max_tokens)
     if top_k is not None:
         check_positive_int("top_k", top_k)
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r}: 0 or more is wanted.")
+        raise ValueError(f"expected temperature to be finite and at least 0, got {describe(temperature)}.")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p!r}: above 0, and at most 1, is wanted.")
+        raise ValueError(f"expected top_p to be above 0 and at most 1, got {describe(top_p)}.")
     encoded = [list(tokenizer.encode(prompt)) for prompt in prompts]
     drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if not tokens:
-            raise ValueError(f"The prompt {prompt!r} has no token: a model goes on from one at least.")
+            raise ValueError(f"expected prompts with at least one token, got {describe(prompt)} with none.")
 
     def callback(state: TrainState, event: LoopEvent) -> tuple[TrainState, Control]:
         parts: list[str] = []
@@ -98,7 +98,12 @@ def textgen(
             key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=event.step, microbatch=index)
             numbers = rng.uniform(key, (max_tokens,)).tolist()
             written = generate(model, tokens, numbers, length=length, device=state.step.device, **drawing)
-            parts += ["**prompt**\n", _verbatim(prompts[index]), "**goes on**\n", _verbatim(tokenizer.decode(written))]
+            parts += [
+                "**prompt**\n",
+                _verbatim(prompts[index]),
+                "**continuation**\n",
+                _verbatim(tokenizer.decode(written)),
+            ]
         return state, Control(log={name: Text("\n".join(parts))})
 
     callback.__name__ = name
@@ -158,10 +163,9 @@ def generate(
 def _last_logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
-        came = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
         raise TypeError(
-            f"textgen calls the model with tokens [1, T] and wants logits [1, T, vocabulary], or something that has "
-            f"them as .logits, and {came} came."
+            "expected logits [1, T, vocabulary] from the model for tokens [1, T], or an object with .logits, got "
+            f"{describe(logits)}."
         )
     return logits[0, -1].float()
 

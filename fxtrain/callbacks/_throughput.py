@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim
-from fxtrain.core import Control, EvalBegin, EvalEnd, StepEnd, TrainState
+from fxtrain.core import Control, EvalBegin, EvalEnd, StepEnd, TrainState, describe
 from fxtrain.fold import Handler, every, stateful
 
 Seen = StepEnd | EvalBegin | EvalEnd
@@ -67,9 +67,9 @@ def throughput(
     given = {"samples": samples, "tokens": tokens, "flops": flops, "peak": peak}
     for argument, value in given.items():
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{argument}={value!r}: a number above 0 is wanted.")
+            raise ValueError(f"expected {argument} to be positive and finite, got {describe(value)}.")
     if peak is not None and flops is None:
-        raise ValueError("A share of the peak needs the operations of a step too: give flops.")
+        raise ValueError("expected flops together with peak, got peak alone. Give the operations of a step as flops=.")
     due = every(50) if publish is None else publish
 
     def update(state: TrainState, event: Seen, memory: ThroughputState) -> tuple[ThroughputState, Control]:
@@ -133,8 +133,8 @@ def lr_monitor(
         if missing:
             names = ", ".join(map(repr, sorted(there))) or "none"
             raise ValueError(
-                f"lr_monitor looks for {missing[0]!r}, and the optimizer keeps {names}: make it with "
-                "fxtrain.optim.inject_hyperparams(factory)(...)."
+                f"expected the hyperparameter {missing[0]!r} in the optimizer state for lr_monitor, got {names}. Make "
+                "the optimizer with fxtrain.optim.inject_hyperparams(factory)(...)."
             )
         chosen = {p: v for p, v in found.items() if not hyperparams or p.rpartition(".")[2] in hyperparams}
         return state, Control(log={f"{name}/{path}": value for path, value in chosen.items()})

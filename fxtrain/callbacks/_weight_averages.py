@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, TrainState, Updated, check_int, check_positive_int, wide_dtype
+from fxtrain.core import Control, TrainState, Updated, check_int, check_positive_int, describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, stateful
 from fxtrain.optim._leaves import Scalar, wide
 
@@ -68,7 +68,7 @@ def ema(
         Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
     """
     if not 0 < decay < 1:
-        raise ValueError(f"decay={decay!r}: between 0 and 1 is wanted.")
+        raise ValueError(f"expected decay to be between 0 and 1, got {describe(decay)}.")
     check_positive_int("every", every)
     check_int("start", start, minimum=0)
 
@@ -138,8 +138,11 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
         KeyError: If the state has no such slot.
     """
     if name not in state.slots or not isinstance(state.slots[name], AveragedState):
-        there = ", ".join(repr(slot) for slot, memory in state.slots.items() if isinstance(memory, AveragedState))
-        raise KeyError(f"The state has no average {name!r}; there {f'is {there}' if there else 'is none'}.")
+        there = [slot for slot, memory in state.slots.items() if isinstance(memory, AveragedState)]
+        raise KeyError(
+            f"expected a state with the average {name!r}, got one with {', '.join(map(repr, there)) or 'none'}."
+            f"{did_you_mean(name, there)}"
+        )
     params, buffers = state.slots[name].average
     live = (state.params, () if buffers == () else state.buffers)
     params, buffers = tree.map(lambda average, now: average.to(now.dtype), (params, buffers), live)

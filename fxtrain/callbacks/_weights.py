@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.callbacks._monitor import Publish, monitor
 from fxtrain.callbacks._update_stats import Moved, leaf_names
-from fxtrain.core import TrainState, check_int, check_positive_int, matching
+from fxtrain.core import TrainState, check_int, check_positive_int, describe, matching
 from fxtrain.fold import Handler
 from fxtrain.values import Text
 
@@ -122,7 +122,7 @@ def update_ratios(
         (1.0, 1)
     """
     if not frozen_below >= 0:
-        raise ValueError(f"frozen_below={frozen_below!r}: 0 or more is wanted.")
+        raise ValueError(f"expected frozen_below to be at least 0, got {describe(frozen_below)}.")
     check_positive_int("patience", patience)
     check_int("worst", worst, minimum=0)
 
