@@ -91,7 +91,7 @@ def set_aside(path: Path, what: str, begin: int = 0) -> None:
         file.truncate(begin)
         os.fsync(file.fileno())
     warnings.warn(
-        f"{path} {what}, as after a crash; its last {len(content)} bytes were moved to {damaged.name}.",
+        f"{path} {what}, possibly after a crash. Its last {len(content)} bytes were moved to {damaged.name}.",
         RuntimeWarning,
         stacklevel=3,
     )

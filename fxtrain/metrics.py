@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import register_node, wide_dtype
+from fxtrain.core import describe, did_you_mean, register_node, wide_dtype
 
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
@@ -58,7 +58,7 @@ class Metric:
     @classmethod
     def from_model_output(cls, *args: Any, **outputs: Any) -> Self:
         """Returns the metric of one batch. A metric takes the outputs that it uses and ignores all others."""
-        raise NotImplementedError(f"{cls.__name__} has no from_model_output: write one.")
+        raise NotImplementedError(f"expected {cls.__name__} to define from_model_output. Add the method.")
 
     def update(self, *args: Any, **outputs: Any) -> Self:
         """Returns this metric merged with that of one more batch."""
@@ -66,11 +66,11 @@ class Metric:
 
     def merge(self, other: Any) -> Self:
         """Returns the metric of the data of both. ``other`` has the same class."""
-        raise NotImplementedError(f"{type(self).__name__} has no merge: write one.")
+        raise NotImplementedError(f"expected {type(self).__name__} to define merge. Add the method.")
 
     def compute(self) -> Any:
         """Returns the value: a tensor of shape [], or a dict of such tensors."""
-        raise NotImplementedError(f"{type(self).__name__} has no compute: write one.")
+        raise NotImplementedError(f"expected {type(self).__name__} to define compute. Add the method.")
 
     @classmethod
     def from_output(cls, name: str) -> type[Self]:
@@ -147,11 +147,12 @@ class Accuracy(Average):
         """
         if logits.shape[:-1] != labels.shape or logits.ndim == 0:
             raise ValueError(
-                f"logits of shape {list(logits.shape)} and labels of shape {list(labels.shape)}: labels have the shape "
-                "of logits without its last dimension, the classes. One-hot labels are turned with .argmax(-1)."
+                "expected logits of shape [..., classes] and labels of shape [...], got logits of shape "
+                f"{list(logits.shape)} and labels of shape {list(labels.shape)}. Convert one-hot labels with "
+                ".argmax(-1)."
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels are {labels.dtype}: the numbers of classes, of an integer dtype, are wanted.")
+            raise TypeError(f"expected labels to be class indices of an integer dtype, got {describe(labels)}.")
         return super().from_model_output(logits.argmax(-1) == labels, mask)
 
 
@@ -313,8 +314,8 @@ def merge(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> dict[str
         kinds = [type(side[name]).__name__ if name in side else "absent" for side in (first, second)]
         if name not in first or name not in second or type(first[name]) is not type(second[name]):
             raise ValueError(
-                f"The metric {name!r} is {kinds[0]} in the first and {kinds[1]} in the second: batches that are merged "
-                "measure the same."
+                f"expected the metric {name!r} to have the same class in both arguments, got {kinds[0]} and "
+                f"{kinds[1]}. Merge batches that measure the same metrics."
             )
     return {name: metric.merge(second[name]) for name, metric in first.items()}
 
@@ -344,7 +345,7 @@ def _flatten(name: str, value: Any, into: dict[str, Tensor]) -> None:
         for key, part in cast(Mapping[str, Any], value).items():
             _flatten(f"{name}/{key}", part, into)
     elif name in into:
-        raise ValueError(f"Two metrics are called {name!r}: rename one of them.")
+        raise ValueError(f"expected distinct metric names, got {name!r} twice. Rename one of them.")
     else:
         into[name] = _scalar(name, value)
 
@@ -352,10 +353,9 @@ def _flatten(name: str, value: Any, into: dict[str, Tensor]) -> None:
 def _scalar(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
-    came = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise TypeError(
-        f"The metric {name!r} is {came}: a tensor of shape [] is wanted, or one of fxtrain.metrics, or one that "
-        "computes a dict of such tensors. Reduce with .mean(), or wrap a number in torch.tensor."
+        f"expected the metric {name!r} to be a tensor of shape [] or one of fxtrain.metrics, got {describe(value)}. "
+        "Reduce a tensor with .mean(), or convert a Python scalar with torch.tensor."
     )
 
 
@@ -381,8 +381,8 @@ def _masked(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return values, torch.ones_like(values)
     if mask.shape != values.shape[: mask.ndim]:
         raise ValueError(
-            f"A mask of shape {list(mask.shape)} does not fit values of shape {list(values.shape)}: it has the values' "
-            "shape, or that of their first dimensions."
+            f"expected a mask with the shape or the leading dimensions of the values, {list(values.shape)}, got shape "
+            f"{list(mask.shape)}."
         )
     kept = (mask != 0).reshape(*mask.shape, *([1] * (values.ndim - mask.ndim))).expand(values.shape)
     return torch.where(kept, values, 0), kept.to(values.dtype)
@@ -399,7 +399,9 @@ def _narrow(value: Tensor) -> Tensor:
 def _from_output(base: Any, name: str) -> Any:
     def from_model_output(cls: Any, **outputs: Any) -> Any:
         if name not in outputs:
-            raise KeyError(f"There is no model output {name!r} among {', '.join(outputs) or 'none'}.")
+            raise KeyError(
+                f"expected the model output {name!r}, got {', '.join(outputs) or 'none'}.{did_you_mean(name, outputs)}"
+            )
         return above(cls, outputs[name], mask=_mask_for(outputs[name], outputs))
 
     above = base.from_model_output.__func__
@@ -431,11 +433,16 @@ def _subclass(base: Any, made: str, from_model_output: Callable[..., Any]) -> An
 @functools.cache
 def _collection(classes: tuple[tuple[str, type[Metric]], ...]) -> type[Collection]:
     if not classes:
-        raise ValueError("A collection of no metrics: name one at least, as in Collection.create(loss=Average).")
+        raise ValueError("expected at least one metric, got none. Name one, as in Collection.create(loss=Average).")
     for name, metric in classes:
         if hasattr(Collection, name):
-            raise ValueError(f"A metric cannot be called {name!r}, which a collection has already: rename it.")
+            raise ValueError(
+                f"expected a metric name that is not an attribute of Collection, got {name!r}. Rename the metric."
+            )
         if not (isinstance(metric, type) and issubclass(metric, Metric)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{name}={metric!r}: a class of metrics is wanted, as Average.from_output({name!r}).")
+            raise TypeError(
+                f"expected {name} to be a subclass of Metric, got {describe(metric)}. Use a class such as "
+                f"Average.from_output({name!r})."
+            )
     space = {"__annotations__": dict(classes), "__module__": __name__, "classes": dict(classes)}
     return type(f"Collection({', '.join(name for name, _ in classes)})", (Collection,), space)

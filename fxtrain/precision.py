@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
-from fxtrain.core import Control, Gradients, TrainState
+from fxtrain.core import Control, Gradients, TrainState, describe, did_you_mean
 from fxtrain.fold import Handler, stateful
 from fxtrain.rng._frames import inlined_only
 
@@ -48,7 +48,7 @@ class LossScale:
 
     def __post_init__(self) -> None:
         if not (self.initial > 0 and self.factor > 1 and self.period >= 1 and 0 < self.floor <= self.initial):
-            raise ValueError(f"A loss scale needs factor > 1, period >= 1 and 0 < floor <= initial, and {self} came.")
+            raise ValueError(f"expected factor > 1, period >= 1 and 0 < floor <= initial, got {self}.")
 
 
 class LossScaleState(NamedTuple):
@@ -103,16 +103,18 @@ class Policy:
         for field in ("param", "compute", "output"):
             dtype = getattr(self, field)
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise TypeError(f"Policy({field}={dtype!r}): a floating torch.dtype is wanted, such as torch.bfloat16.")
+                raise TypeError(
+                    f"expected {field} to be a floating-point dtype such as torch.bfloat16, got {dtype!r:.60}."
+                )
         if self.casts and (self.compute not in HALF or self.param != torch.float32):
             raise ValueError(
-                f"Policy(param={self.param}, compute={self.compute}): autocast computes in bfloat16 or float16, over "
-                "float32 parameters. To keep parameters in another dtype too, give it for both."
+                "expected compute to be torch.bfloat16 or torch.float16 and param to be torch.float32, got "
+                f"compute={self.compute}, param={self.param}. To keep parameters in another dtype, pass it as both."
             )
         if self.loss_scale is not None and self.param != torch.float32:
             raise ValueError(
-                f"Policy(param={self.param}, loss_scale=...): what the scale saves is lost again in gradients of "
-                "that dtype, so float32 parameters are wanted."
+                f"expected param to be torch.float32 with a loss scale, got {self.param}. Small gradients of a "
+                "narrower dtype underflow when they are divided by the scale."
             )
 
     @property
@@ -146,8 +148,8 @@ class Policy:
                 # Dynamo cannot format paths.
                 path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(params, "state.params")[index]
                 raise TypeError(
-                    f"{path} is {leaf.dtype}, and the precision policy keeps parameters in {self.param}: "
-                    f"fxtrain.init(..., dtype={self.param}) casts them."
+                    f"expected {path} to be {self.param}, the precision policy's parameter dtype, got {leaf.dtype}. "
+                    f"Cast the parameters with fxtrain.init(..., dtype={self.param})."
                 )
 
 
@@ -204,8 +206,11 @@ def policy_of(precision: str | Policy | None) -> Policy:
     if isinstance(precision, Policy):
         return precision
     if precision not in _NAMED:
-        names = ", ".join(repr(name) for name in _NAMED if name)
-        raise ValueError(f"precision={precision!r}: choose {names}, or give an fxtrain.Policy.")
+        names = [name for name in _NAMED if name]
+        raise ValueError(
+            f"expected precision to be {', '.join(map(repr, names))}, None or an fxtrain.Policy, got "
+            f"{describe(precision)}.{did_you_mean(precision, names)}"
+        )
     return _NAMED[precision]
 
 
@@ -241,9 +246,9 @@ def loss_scale_of(state: TrainState) -> Tensor:
     """
     if SLOT not in state.slots:
         raise ValueError(
-            f"expected the loss scale of the precision policy in the slot {SLOT!r}, got a state without it. Give the "
-            "hand-written step its callback, fxtrain.precision.dynamic_loss_scale: Step(function, callbacks=...) then "
-            "attaches the slot and moves the scale."
+            f"expected the loss scale of the precision policy in the slot {SLOT!r}, got a state without it. Create the "
+            "hand-written step as Step(function, callbacks=fxtrain.precision.dynamic_loss_scale(policy.loss_scale)), "
+            "which attaches the slot and updates the scale."
         )
     return state.slots[SLOT].scale
 

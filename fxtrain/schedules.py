@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_int, check_positive_int, wide_dtype
+from fxtrain.core import check_choice, check_int, check_positive_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Any], Tensor]
@@ -136,9 +136,12 @@ def exponential(
     check_positive_int("transition_steps", transition_steps)
     check_int("transition_begin", transition_begin, minimum=0)
     if not isinstance(decay_rate, Tensor) and not decay_rate > 0:
-        raise ValueError(f"decay_rate={decay_rate!r}: a factor above 0 is wanted.")
+        raise ValueError(f"expected decay_rate to be positive, got {decay_rate!r}.")
     if end_value is not None and isinstance(decay_rate, Tensor):
-        raise ValueError("end_value needs a decay_rate that is a number: it is a floor below 1, and a ceiling above.")
+        raise ValueError(
+            f"expected decay_rate to be a Python scalar, because end_value is given, got {describe(decay_rate)}. Its "
+            "value decides whether end_value is a lower or an upper bound."
+        )
 
     def value(step: Tensor) -> Any:
         elapsed = _wide((step - transition_begin).clamp(min=0)) / transition_steps
@@ -195,13 +198,12 @@ def piecewise(
         >>> piecewise(1.0, {10: 0.0}, interpolation="linear")(5)
         tensor(0.5000, dtype=torch.float64)
     """
-    if interpolation not in ("constant", "linear", "cosine"):
-        raise ValueError(f"interpolation={interpolation!r}: choose 'constant', 'linear' or 'cosine'.")
+    check_choice("interpolation", interpolation, ("constant", "linear", "cosine"))
     boundaries = [0, *sorted(boundaries_and_scales)]
     values = [init_value]
     for boundary in boundaries[1:]:
         if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 <= boundary < math.inf:
-            raise ValueError(f"expected boundaries to be numbers of steps, 0 or more, got {boundary!r}.")
+            raise ValueError(f"expected boundaries to be non-negative numbers, got {describe(boundary)}.")
         values.append(values[-1] * boundaries_and_scales[boundary])
 
     def between(index: int, step: Tensor) -> Any:
@@ -257,10 +259,13 @@ def one_cycle(
     check_positive_int("transition_steps", transition_steps)
     if not 0 < pct_start < pct_final < 1:
         raise ValueError(
-            f"pct_start={pct_start!r} and pct_final={pct_final!r}: 0 < pct_start < pct_final < 1 is wanted."
+            f"expected 0 < pct_start < pct_final < 1, got pct_start={pct_start!r}, pct_final={pct_final!r}."
         )
     if div_factor <= 0 or final_div_factor <= 0:
-        raise ValueError(f"div_factor={div_factor!r}, final_div_factor={final_div_factor!r}: both are above 0.")
+        raise ValueError(
+            "expected div_factor and final_div_factor to be positive, got "
+            f"div_factor={div_factor!r}, final_div_factor={final_div_factor!r}."
+        )
     scales: dict[float, Value] = {int(pct_start * transition_steps): div_factor}
     if interpolation == "linear":
         scales[int(pct_final * transition_steps)] = 1 / div_factor
@@ -324,8 +329,8 @@ def warmup_cosine_decay(
     check_int("decay_steps", decay_steps, minimum=0)
     if decay_steps <= warmup_steps:
         raise ValueError(
-            f"decay_steps={decay_steps} with warmup_steps={warmup_steps}: decay_steps counts the warmup too, so it is "
-            "the larger of the two."
+            f"expected decay_steps to be larger than warmup_steps={warmup_steps}, got {decay_steps}. It includes the "
+            "warmup."
         )
     alpha = end_value / peak_value if peak_value else 0.0
     decay = cosine(peak_value, decay_steps - warmup_steps, alpha=alpha, exponent=exponent)
@@ -346,14 +351,15 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     """
     if len(schedules) != len(boundaries) + 1:
         raise ValueError(
-            f"{len(schedules)} schedules and {len(boundaries)} boundaries came: a boundary is wanted between each two."
+            f"expected one more schedule than boundaries, got {len(schedules)} schedules and {len(boundaries)} "
+            "boundaries."
         )
     for index, schedule in enumerate(schedules):
         _refuse_unless_schedule(f"schedules[{index}]", schedule)
-    for boundary in boundaries:
-        check_int("a boundary", boundary, minimum=0)
+    for index, boundary in enumerate(boundaries):
+        check_int(f"boundaries[{index}]", boundary, minimum=0)
     if list(boundaries) != sorted(set(boundaries)):
-        raise ValueError(f"boundaries={list(boundaries)}: rising steps are wanted.")
+        raise ValueError(f"expected boundaries to be increasing, got {list(boundaries)}.")
 
     def value(step: Tensor) -> Any:
         found = _float(schedules[0](step), step)
@@ -414,7 +420,7 @@ def _refuse_unless_schedule(argument: str, schedule: Any) -> None:
     refuse_foreign(argument, "a schedule", schedule, as_schedule=True)
     if not callable(schedule):
         raise TypeError(
-            f"expected {argument} to be a function of the step, got {schedule!r}. For a number, use "
+            f"expected {argument} to be a function of the step, got {describe(schedule)}. For a constant, use "
             "fx.schedules.constant."
         )
 

@@ -91,9 +91,9 @@ def check_purity(callback: Fold, state: TrainState, events: Sequence[Any]) -> No
         before, seen = state.copy(), tree.clone(_tensors(event))
         first = composed(state, event)
         second = composed(state, event)
-        assert_equal(state, before, f"purity: the state given at {_name(event)} was changed")
-        assert_equal(_tensors(event), seen, f"purity: the event {_name(event)} was changed")
-        assert_equal(first, second, f"purity: twice the same {_name(event)} gave two results")
+        assert_equal(state, before, f"purity: the input state was modified at {_name(event)}")
+        assert_equal(_tensors(event), seen, f"purity: the event {_name(event)} was modified")
+        assert_equal(first, second, f"purity: two calls with the same {_name(event)} returned different results")
         state = first[0]
 
 
@@ -106,17 +106,15 @@ def check_monotone(callback: Fold, state: TrainState, events: Sequence[Any]) -> 
         events: The events to fold over, in order.
     """
 
-    def asks_for_all(state: TrainState, event: Any) -> tuple[TrainState, Control]:
-        return state, Control(stop=True, reason="asked before")
-
+    earlier = Control(stop=True, reason="requested before")
     composed = compose(callback)
     for event in events:
         state, control = composed(state, event)
-        joined = asks_for_all(state, event)[1] | control
+        joined = earlier | control
         for kind in KINDS:
             lost = set(control.reasons(kind)) - set(joined.reasons(kind))
-            assert not lost, f"monotone control: {lost} was asked as {kind} at {_name(event)}, and was lost"
-        assert "asked before" in joined.reasons("stop"), f"monotone control: a stop was cleared at {_name(event)}"
+            assert not lost, f"monotone control: {kind} requests were lost at {_name(event)}, with the reasons {lost}"
+        assert "requested before" in joined.reasons("stop"), f"monotone control: a stop was lost at {_name(event)}"
 
 
 def check_resume(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
@@ -162,8 +160,8 @@ def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None
             got = tree.map(lambda leaf, index=index: leaf[index], controls)
             for kind in KINDS:
                 assert got.reasons(kind) == expected[time].reasons(kind), (
-                    f"vmap: at {_name(event)} member {index} asked {kind} for {got.reasons(kind)}, "
-                    f"and alone for {expected[time].reasons(kind)}"
+                    f"vmap: expected member {index} to request {kind} for the reasons {expected[time].reasons(kind)} "
+                    f"at {_name(event)}, got {got.reasons(kind)}"
                 )
     for index, (expected, _) in enumerate(wanted):
         own = tree.map(lambda leaf, index=index: leaf[index], batched)
@@ -198,7 +196,8 @@ def assert_equal(got: Any, wanted: Any, what: str) -> None:
     """
     got_paths, wanted_paths = tree.paths(got, "got"), tree.paths(wanted, "got")
     assert got_paths == wanted_paths, (
-        f"{what}: the leaves differ: {sorted(set(got_paths) ^ set(wanted_paths))[:5] or 'in their order'}"
+        f"{what}: expected the same leaves, got differences in "
+        f"{sorted(set(got_paths) ^ set(wanted_paths))[:5] or 'their order'}"
     )
     for path, a, b in zip(got_paths, tree.leaves(got), tree.leaves(wanted), strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -206,7 +205,7 @@ def assert_equal(got: Any, wanted: Any, what: str) -> None:
             same = same and torch.equal(a.isnan(), b.isnan())
         else:
             same = a == b
-        assert same, f"{what}: {path} is {a}, and {b} is wanted"
+        assert same, f"{what}: expected {path} to be {b}, got {a}"
 
 
 def _tensors(event: Any) -> dict[str, Any]:

@@ -177,9 +177,9 @@ def _traced_map(function: Callable[..., Any], node: Any, rest: tuple[Any, ...]) 
     for other in rest:
         other_parts = _take_apart(other)
         if other_parts is None or type(other) is not cast(Any, type(node)) or len(other_parts[0]) != len(children):
-            raise ValueError(f"The trees differ in structure: {node} and {other}.")
+            raise ValueError(f"expected trees of the same structure, got {node} and {other}.")
         if isinstance(other, dict) and _keys(node) != _keys(other):
-            raise ValueError(f"The trees differ in their keys: {_keys(node)} and {_keys(other)}.")
+            raise ValueError(f"expected trees with the same keys, got {_keys(node)} and {_keys(other)}.")
         others.append(other_parts[0])
     new: list[Any] = []
     for i, child in enumerate(children):

@@ -32,9 +32,12 @@ class TestState:
     @pytest.mark.parametrize(
         ("changes", "path"),
         [
-            ({"step": 3}, r"state\.step is a int \(3\)"),
-            ({"params": {"w": [torch.zeros(1), 2.5]}}, r"state\.params\['w'\]\[1\] is a float \(2\.5\)"),
-            ({"slots": {"ema": {"decay": "high"}}}, r"state\.slots\['ema'\]\['decay'\] is a str"),
+            ({"step": 3}, r"expected state\.step to be a tensor, got 3"),
+            ({"params": {"w": [torch.zeros(1), 2.5]}}, r"expected state\.params\['w'\]\[1\] to be a tensor, got 2\.5"),
+            (
+                {"slots": {"ema": {"decay": "high"}}},
+                r"expected state\.slots\['ema'\]\['decay'\] to be a tensor, got 'high'",
+            ),
         ],
     )
     def test_refuses_leaves_that_are_no_tensors_and_names_their_path(self, changes, path):
@@ -44,7 +47,7 @@ class TestState:
             dataclasses.replace(make_state(), **changes)
 
     def test_refuses_fields_that_are_not_there(self):
-        with pytest.raises(TypeError, match="no field 'parameters'; its fields are step, params"):
+        with pytest.raises(TypeError, match=r"field of TrainState \(step, params, .*\), got 'parameters'"):
             make_state(parameters={})
 
     def test_can_be_given_another_model_of_the_same_shape(self):
@@ -127,17 +130,17 @@ class TestControl:
     def test_one_name_logged_twice_is_an_error_that_names_both(self):
         first = fx.Control(log={"lr": 1.0}).owned("monitor")
         second = fx.Control(log={"lr": 2.0}).owned("plateau")
-        with pytest.raises(ValueError, match="'lr' was logged twice at one event, by monitor and by plateau"):
+        with pytest.raises(ValueError, match="got 'lr' from monitor and from plateau"):
             first | second
 
     @pytest.mark.parametrize("flag", [1, "yes", torch.tensor(1.0), torch.tensor([True]), None])
     def test_a_flag_is_a_bool_or_a_bool_tensor_without_dimensions(self, flag):
-        with pytest.raises(TypeError, match="stop takes a bool"):
+        with pytest.raises(TypeError, match="expected stop to be a bool"):
             fx.Control(stop=flag)
 
     @pytest.mark.parametrize("steps", [-1, True, 2.5])
     def test_a_rewind_is_a_number_of_steps(self, steps):
-        with pytest.raises(TypeError, match="rewind takes a number of steps"):
+        with pytest.raises(TypeError, match="expected rewind to be an int of at least 0"):
             fx.Control(rewind=steps)
 
     def test_a_stop_without_a_final_save_wins(self):

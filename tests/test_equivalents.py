@@ -482,7 +482,7 @@ def test_transformations_of_optax_are_read():
         torch.testing.assert_close(updates["w"], torch.tensor(list(map(float, expected["w"]))))
     text = message(lambda: optim.chain(optax.adam(optax.linear_schedule(0.1, 0.0, 10))))
     assert "Build it from fx.optim" in text
-    assert "Use fx.schedules.cosine with the same numbers" in message(
+    assert "Use fx.schedules.cosine with the same values" in message(
         lambda: optim.sgd(optax.cosine_decay_schedule(0.1, 10))
     )
 

@@ -218,7 +218,8 @@ class TestWithTrainable:
     def test_a_pattern_that_matches_nothing(self):
         tx = fx.optim.sgd(0.1)
         with pytest.raises(
-            ValueError, match=r"'head' matches no parameter that can be trained; there are 0\.bias, 0\.weight"
+            ValueError,
+            match=r"expected 'head' to match a parameter that can be trained, got no match among 0\.bias, 0\.weight",
         ):
             fx.with_trainable(fx.init(two_layers(), tx), tx, "head")
 

@@ -381,7 +381,7 @@ class TestErrors:
             fx.fit(problem.start(), problem.step(), iter([]), steps=6)
 
     def test_a_nested_evaluation(self):
-        with pytest.raises(ValueError, match="asked for evaluate at EvalEnd, where it cannot be honoured"):
+        with pytest.raises(ValueError, match="expected requests that are possible at EvalEnd, got evaluate"):
             fit(
                 callbacks=fx.on(fx.EvalEnd, fx.callbacks.evaluate()),
                 eval_step=problem.eval_step,

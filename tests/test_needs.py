@@ -98,5 +98,7 @@ def test_an_evaluation_that_looks_at_values_is_asked_when_it_ends():
 
 
 def test_only_traced_events_have_to_be_fired():
-    with pytest.raises(TypeError, match="'EvalEnd' is none of the traced events: Microbatch, Gradients, Updated"):
+    with pytest.raises(
+        TypeError, match=r"traced event types \(Microbatch, Gradients, Updated\), got the class EvalEnd"
+    ):
         fx.needs(watch, events=[fx.EvalEnd])

@@ -140,39 +140,40 @@ def test_steps_beyond_float32_s_whole_numbers_are_told_apart():
         ),
         (
             lambda: schedules.one_cycle(10, 0.1, pct_start=0.9),
-            "pct_start=0.9 and pct_final=0.85: 0 < pct_start < pct_final < 1 is wanted.",
+            "expected 0 < pct_start < pct_final < 1, got pct_start=0.9, pct_final=0.85.",
         ),
         (
             lambda: schedules.one_cycle(10, 0.1, div_factor=0.0),
-            "div_factor=0.0, final_div_factor=10000.0: both are above 0.",
+            "expected div_factor and final_div_factor to be positive, got div_factor=0.0, final_div_factor=10000.0.",
         ),
         (
             lambda: schedules.exponential(1.0, 10, decay_rate=0.0),
-            "decay_rate=0.0: a factor above 0 is wanted.",
+            "expected decay_rate to be positive, got 0.0.",
         ),
         (
             lambda: schedules.exponential(1.0, 10, decay_rate=torch.tensor(0.5), end_value=0.1),
-            "end_value needs a decay_rate that is a number: it is a floor below 1, and a ceiling above.",
+            "expected decay_rate to be a Python scalar, because end_value is given, got a float32 tensor of shape []. "
+            "Its value decides whether end_value is a lower or an upper bound.",
         ),
         (
             lambda: schedules.warmup_cosine_decay(0.0, 1.0, warmup_steps=10, decay_steps=10),
-            "decay_steps=10 with warmup_steps=10: decay_steps counts the warmup too, so it is the larger of the two.",
+            "expected decay_steps to be larger than warmup_steps=10, got 10. It includes the warmup.",
         ),
         (
             lambda: schedules.piecewise(1.0, {}, interpolation="cubic"),
-            "interpolation='cubic': choose 'constant', 'linear' or 'cosine'.",
+            "expected interpolation to be one of 'constant', 'linear', 'cosine', got 'cubic'.",
         ),
         (
             lambda: schedules.piecewise(1.0, {-1: 0.5}),
-            "expected boundaries to be numbers of steps, 0 or more, got -1.",
+            "expected boundaries to be non-negative numbers, got -1.",
         ),
         (
             lambda: schedules.join([schedules.constant(1.0)], [5]),
-            "1 schedules and 1 boundaries came: a boundary is wanted between each two.",
+            "expected one more schedule than boundaries, got 1 schedules and 1 boundaries.",
         ),
         (
             lambda: schedules.join([schedules.constant(1.0)] * 3, [5, 5]),
-            "boundaries=[5, 5]: rising steps are wanted.",
+            "expected boundaries to be increasing, got [5, 5].",
         ),
     ],
 )

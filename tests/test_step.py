@@ -400,15 +400,19 @@ class TestTracedEvents:
             return state, fx.Control(log={"x": event.loss})
 
         state, step = train(callbacks=[both, other])
-        with pytest.raises(ValueError, match="'x' was logged twice at one event, by <lambda> and by other"):
+        with pytest.raises(ValueError, match="got 'x' from <lambda> and from other"):
             step(state, BATCH)
 
     @pytest.mark.parametrize(
         ("at", "control", "message"),
         [
-            (fx.Gradients, {"evaluate": True}, "asked for evaluate at Gradients, where it cannot be honoured; ask at"),
-            (fx.Updated, {"skip_update": True}, "asked for skip_update at Updated, .*; ask at Microbatch, Gradients"),
-            (fx.Microbatch, {"save": True}, "asked for save at Microbatch"),
+            (fx.Gradients, {"evaluate": True}, "possible at Gradients, got evaluate. Request it at EpochBegin"),
+            (
+                fx.Updated,
+                {"skip_update": True},
+                "possible at Updated, got skip_update. Request it at Microbatch, Gradients",
+            ),
+            (fx.Microbatch, {"save": True}, "possible at Microbatch, got save"),
         ],
     )
     def test_only_what_can_be_honoured_may_be_asked(self, at, control, message):
@@ -421,7 +425,9 @@ class TestTracedEvents:
             return state.replace(params=tree.map(torch.zeros_like, state.params)), fx.Control()
 
         state, step = train(callbacks=writes)
-        with pytest.raises(ValueError, match=r"writes changed state\.params at Gradients; .* write slots only"):
+        with pytest.raises(
+            ValueError, match=r"writes changed state\.params at Gradients: expected writes to slots only"
+        ):
             step(state, BATCH)
 
     @pytest.mark.parametrize("how", ["eager", "compiled", "donating", "by dynamo", "vmapped"])

@@ -29,7 +29,7 @@ def test_compiled_it_refuses_other_keys():
     def add(first, second):
         return tree.map(torch.add, first, second)
 
-    with pytest.raises(Exception, match="differ in their keys"):
+    with pytest.raises(Exception, match="expected trees with the same keys"):
         torch.compile(add, fullgraph=True, backend="eager")({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
 
@@ -39,5 +39,5 @@ def test_while_another_thread_compiles_it_walks_as_ever(monkeypatch):
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
     assert tree.flatten({"a": torch.ones(1)})[1] == structure
-    with pytest.raises(TypeError, match="every leaf of a state is a tensor"):
+    with pytest.raises(TypeError, match=r"expected state\.params\['w'\] to be a tensor"):
         fx.init(torch.nn.Linear(1, 1)).replace(params={"w": 1.0})

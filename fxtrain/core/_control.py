@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fxtrain.core._checks import describe
 from fxtrain.core._pytrees import register_node
 
 Flag = bool | Tensor
@@ -149,8 +150,8 @@ class Control:
         for name, entry in other.log.items():
             if name in self.log:
                 raise ValueError(
-                    f"{name!r} was logged twice at one event, by {_by(self.log[name])} and by {_by(entry)}: "
-                    "log it under another name in one of them."
+                    f"expected each name to be logged once per event, got {name!r} from {_by(self.log[name])} and from "
+                    f"{_by(entry)}. Use another name in one of them."
                 )
         asked = dict(self.requests)
         for kind, reasons in other.requests.items():
@@ -162,7 +163,7 @@ class Control:
         if not self:
             return self
         asked = {
-            kind: {reason or f"asked by {owner}": flag for reason, flag in reasons.items()}
+            kind: {reason or f"requested by {owner}": flag for reason, flag in reasons.items()}
             for kind, reasons in self.requests.items()
         }
         log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
@@ -203,7 +204,7 @@ class Control:
         return isinstance(other, Control) and self.requests == other.requests and self.log == other.log
 
     def __hash__(self) -> int:
-        raise TypeError("A Control holds mappings and tensors, and cannot be hashed.")
+        raise TypeError("unhashable type: 'Control'. It holds mappings and tensors.")
 
     def __repr__(self) -> str:
         shown = [f"{kind}={reasons}" for kind, reasons in self.requests.items()]
@@ -235,12 +236,11 @@ def _ask(asked: dict[str, dict[str, Any]], kind: str, request: Any, reason: str)
 def _check_flag(kind: str, flag: Any) -> None:
     if kind == "rewind":
         if isinstance(flag, bool) or not isinstance(flag, int | Tensor) or (isinstance(flag, int) and flag < 0):
-            raise TypeError(f"rewind takes a number of steps, 0 or more, and got {flag!r}.")
+            raise TypeError(f"expected rewind to be an int of at least 0 or an int tensor, got {describe(flag)}.")
     elif not isinstance(flag, bool) and not (isinstance(flag, Tensor) and flag.dtype == torch.bool and flag.ndim == 0):
-        came = f"a {flag.dtype} tensor of shape {list(flag.shape)}" if isinstance(flag, Tensor) else repr(flag)
         raise TypeError(
-            f"{kind} takes a bool, a bool tensor of shape [], or a mapping from reasons to these, and got {came}: "
-            "compare first (loss < 0.1), and reduce with .any() or .all()."
+            f"expected {kind} to be a bool, a bool tensor of shape [], or a mapping from reasons to these, got "
+            f"{describe(flag)}. Compare first (loss < 0.1), and reduce with .any() or .all()."
         )
 
 
@@ -263,7 +263,7 @@ def _largest(a: int | Tensor, b: int | Tensor) -> int | Tensor:
 
 
 def _by(entry: Logged) -> str:
-    return entry.owner or "a callback without a name"
+    return entry.owner or "an unnamed callback"
 
 
 # Compiled steps and vmap return a Control as a pytree: flags and values are leaves, reasons and names are static.

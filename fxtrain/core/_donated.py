@@ -42,8 +42,8 @@ def bury(state: TrainState, taker: str) -> None:
 
 def _refuse(state: TrainState) -> NoReturn:
     raise DonatedError(
-        f"This state was donated to {state.__dict__['taker']}, which wrote the next one over it: go on with the state "
-        "that the step returned, keep this one with state.copy() before the step, or compile with donate=False."
+        f"expected a live state, got one that was donated to {state.__dict__['taker']}, which reused its buffers. Use "
+        "the state that the step returned, call state.copy() before the step, or compile with donate=False."
     )
 
 

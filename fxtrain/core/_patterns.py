@@ -26,14 +26,15 @@ def matching(names: Sequence[str], patterns: str | Sequence[str] | None, what: s
         >>> matching(["body.w", "head.w"], "tail.*", "parameter")
         Traceback (most recent call last):
         ...
-        ValueError: 'tail.*' matches no parameter; there are body.w, head.w: patterns are those of a shell, as ...
+        ValueError: expected 'tail.*' to match a parameter, got no match among body.w, head.w. Use a shell pattern ...
     """
     chosen = [patterns] if isinstance(patterns, str) else list(patterns or ())
     for pattern in chosen:
         if not fnmatch.filter(names, pattern):
             shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
             raise ValueError(
-                f"{pattern!r} matches no {what}; there are {shown}: patterns are those of a shell, as 'blocks.*.attn'."
+                f"expected {pattern!r} to match a {what}, got no match among {shown}. Use a shell pattern such as "
+                "'blocks.*.attn'."
             )
     return [i for i, name in enumerate(names) if any(fnmatch.fnmatchcase(name, pattern) for pattern in chosen)]
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fxtrain.core._checks import describe, did_you_mean
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 
 _SHOWN = 40  # rows in the repr of a state; one more line sums up the rest
@@ -75,7 +76,7 @@ class TrainState:
         >>> state.replace(params={"weight": 1.0})
         Traceback (most recent call last):
         ...
-        TypeError: state.params['weight'] is a float (1.0), and every leaf of a state is a tensor: write ...
+        TypeError: expected state.params['weight'] to be a tensor, got 1.0. Use torch.tensor(1.0).
     """
 
     step: Tensor
@@ -96,7 +97,10 @@ class TrainState:
         """Returns a new state with some fields replaced. Only the new values are checked."""
         for name, value in changes.items():
             if name not in FIELDS and name != "model":
-                raise TypeError(f"A state has no field {name!r}; its fields are {', '.join(FIELDS)} and model.")
+                fields = (*FIELDS, "model")
+                raise TypeError(
+                    f"expected a field of TrainState ({', '.join(fields)}), got {name!r}.{did_you_mean(name, fields)}"
+                )
             if name != "model":
                 _refuse_non_tensors(name, value)
         return build(type(self), {**_fields(self), **changes})
@@ -168,13 +172,9 @@ def _refuse_non_tensors(field: str, value: Any) -> None:
         return
     accessors = ops.tree_accessors(value, namespace=NAMESPACE)
     accessor, leaf = next((a, x) for a, x in zip(accessors, leaves, strict=True) if not isinstance(x, Tensor))
-    numeric = isinstance(leaf, bool | int | float | complex)
-    shown = f" ({leaf!r})" if numeric else ""
-    remedy = f"write torch.tensor({leaf!r})." if numeric else "keep it outside the state, or make it a tensor."
-    raise TypeError(
-        f"{accessor.codify(f'state.{field}')} is a {type(leaf).__name__}{shown}, "
-        f"and every leaf of a state is a tensor: {remedy}"
-    )
+    is_scalar = isinstance(leaf, bool | int | float | complex)
+    remedy = f"Use torch.tensor({leaf!r})." if is_scalar else "Convert it to a tensor, or keep it outside of the state."
+    raise TypeError(f"expected {accessor.codify(f'state.{field}')} to be a tensor, got {describe(leaf)}. {remedy}")
 
 
 def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:

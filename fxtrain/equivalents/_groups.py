@@ -96,7 +96,7 @@ def _predicate(chosen: list[_Member], others: list[_Member]) -> str:
     if unknown:
         raise NoEquivalentError(
             f"its parameter groups differ, and {len(unknown)} parameters have no names. Pass it to fx.init(module, "
-            "optimizer), which prints the expression with the module's names, or make the optimizer from "
+            "optimizer), which prints the expression with the module's names, or create the optimizer from "
             "module.named_parameters()"
         )
     names, rest = [member.name or "" for member in chosen], [member.name or "" for member in others]

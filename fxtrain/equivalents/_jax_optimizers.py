@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from fxtrain.core import describe
 from fxtrain.equivalents._waves import NoEquivalentError
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -69,26 +70,27 @@ def _parts(init: Any, update: Any) -> list[str | None]:
     if name in _DEFAULTS or name in _FIRST:
         return [_call(name, kept)]
     raise NoEquivalentError(
-        f"the numbers of {name} cannot be read. Build it from fx.optim, where names and arguments are those of optax"
+        f"the arguments of {name} cannot be read. Build it from fx.optim, which has the names and arguments of optax"
     )
 
 
 def _call(name: str, kept: dict[str, Any]) -> str:
     arguments: list[str] = []
     if any(kept.get(dtype) is not None for dtype in ("mu_dtype", "accumulator_dtype")):
-        raise NoEquivalentError(
-            f"{name} keeps its moments in a dtype of JAX. Build it from fx.optim, with torch's dtype"
-        )
+        raise NoEquivalentError(f"{name} keeps its moments in a JAX dtype. Build it from fx.optim with a torch dtype")
     first = _FIRST.get(name)
     for argument in [*([first] if first else []), *_DEFAULTS.get(name, {})]:
         if argument not in kept:
             raise NoEquivalentError(
-                f"the number {argument} of {name} cannot be read. Build it from fx.optim, where names and arguments "
-                "are those of optax"
+                f"the argument {argument} of {name} cannot be read. Build it from fx.optim, which has the names and "
+                "arguments of optax"
             )
         value = kept[argument]
         if not isinstance(value, bool | int | float):
-            raise NoEquivalentError(f"{argument} of {name} is {type(value).__name__}. Build it from fx.optim")
+            raise NoEquivalentError(
+                f"the argument {argument} of {name} is {describe(value)}. Build it from fx.optim, which has the names "
+                "and arguments of optax"
+            )
         if argument == first:
             arguments.append(repr(value))
         elif value != _DEFAULTS[name][argument]:

@@ -66,7 +66,7 @@ def optimizer_class(kind: type) -> str:
 def _of_group(kind: type, options: Options, scheduled: Schedules, *, plain: bool, inject: bool) -> str:
     rate = scheduled.rate or repr(options["lr"])
     if kind is torch.optim.Rprop and (scheduled.rate or inject):
-        raise NoEquivalentError("Rprop reads its learning rate only once. Leave the scheduler out.")
+        raise NoEquivalentError("Rprop uses its learning rate in the first step only. Leave the scheduler out.")
     amsgrad, maximize = options.get("amsgrad", False), options.get("maximize", False)
     rule = _RULES[kind]
     named = rule(options) if rule is not None and plain and not amsgrad and not maximize else None
@@ -266,13 +266,16 @@ def _unknown(kind: type) -> str:
         return _REFUSED[name]
     bases: Sequence[type] = [base for base in kind.__mro__[1:] if base in _RULES]
     if name in _KNOWN:
-        close = f"The closest is {_KNOWN[name]}; compare the defaults. Otherwise write"
+        close = f"The closest is {_KNOWN[name]}, whose defaults may differ. Otherwise implement"
     elif bases:
-        close = f"It derives from torch.optim.{bases[0].__name__}, {optimizer_class(bases[0])}. Otherwise write"
+        close = (
+            f"It derives from torch.optim.{bases[0].__name__}, whose equivalent is {optimizer_class(bases[0])}. "
+            "Otherwise implement"
+        )
     else:
-        close = "Write"
+        close = "Implement"
     return (
-        f"{kind.__module__}.{name} has no exact counterpart. {close} its rule as "
-        "fx.optim.GradientTransformation(init, update): init(params) returns the state, and "
+        f"{kind.__module__}.{name} has no exact counterpart. {close} it as "
+        "fx.optim.GradientTransformation(init, update). init(params) returns the optimizer state, and "
         "update(grads, state, params) returns the updates, which are added to the parameters, and the new state"
     )

@@ -53,14 +53,14 @@ def _attempt(translate: Any, value: Any, model: Any) -> str:
     except NoEquivalentError as error:
         reason = str(error).rstrip(".")
     except AttributeError as error:  # private attributes of schedulers may change
-        reason = f"this version of torch keeps its numbers elsewhere ({error}). Build it from fx.optim and fx.schedules"
+        reason = f"its attributes differ in this version of torch ({error}). Build it from fx.optim and fx.schedules"
     return f"There is no equivalent expression: {reason}."
 
 
 def _optimizer(value: torch.optim.Optimizer, model: Any) -> str:
     advice = f"Use {optimizer(value, model)}."
     if any("initial_lr" in group for group in value.param_groups):
-        advice += "\nA scheduler changes its learning rate: pass the scheduler here to see the schedule as well."
+        advice += "\nA scheduler controls its learning rate. Pass the scheduler here to get the schedule too."
     return advice
 
 
@@ -88,7 +88,7 @@ def _schedule(value: Any, model: Any) -> str:
 
 
 _STEPS = (
-    "Its steps are updates. If scheduler.step() was called once in an epoch, use "
+    "Its steps are optimizer updates. If scheduler.step() was called once per epoch, use "
     "lambda step: schedule(step // updates_per_epoch)."
 )
 
@@ -127,9 +127,9 @@ def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: Any) -> str:
 def _from_optax(value: Any) -> tuple[str, str]:
     if callable(value):
         name = schedule_from_optax(value)
-        return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same numbers."
+        return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same values."
     advice = _attempt(lambda tx, model: f"Use {chained_from_optax(tx)}.", value, None)
-    return "a transformation of optax", advice
+    return "an optax transformation", advice
 
 
 _SCHEDULES = {

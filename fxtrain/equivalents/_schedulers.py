@@ -46,8 +46,8 @@ def schedules(scheduler: Any, group: int) -> Schedules:
     rule = _RULES.get(type(scheduler))
     if rule is None:
         raise NoEquivalentError(
-            f"fx has no counterpart of {type(scheduler).__name__}. Write a function from the step, an int64 tensor of "
-            "shape [], to the learning rate, in tensor operations, and pass it as the learning rate."
+            f"fx has no counterpart of {type(scheduler).__name__}. Write a function that maps the step, an int64 "
+            "tensor of shape [], to the learning rate with tensor operations, and pass it as the learning rate."
         )
     return Schedules(rule(scheduler, base))
 
@@ -119,7 +119,7 @@ def _product(parts: list[Any], group: int) -> str:
         if rule is None or shifted or isinstance(part, lr_scheduler.CosineAnnealingWarmRestarts):
             raise NoEquivalentError(
                 f"a chain with {type(part).__name__}{' and eta_min' if shifted else ''} is not a product of schedules. "
-                "Write a function from the step, an int64 tensor of shape [], to the learning rate."
+                "Write a function that maps the step, an int64 tensor of shape [], to the learning rate."
             )
         factors.append(rule(part, number(part.base_lrs[group]) if index == 0 else 1.0))
     if len(factors) == 1:
@@ -132,7 +132,7 @@ def _one_cycle(scheduler: Any, group: int) -> Schedules:
     ends = [phase["end_step"] for phase in scheduler._schedule_phases]
     if ends[0] <= 0 or ends != sorted(set(ends)):
         raise NoEquivalentError(
-            "the first phase of this OneCycleLR is shorter than a step. Use fx.schedules.cosine from the peak."
+            "a phase of this OneCycleLR is shorter than a step. Use fx.schedules.cosine from the peak."
         )
     shape = "cosine" if scheduler._anneal_func_type == "cos" else "linear"
 
@@ -154,10 +154,10 @@ def _cyclic(scheduler: Any, group: int) -> Schedules:
     up = scheduler.step_ratio * scheduler.total_size
     rising, whole = round(up), round(scheduler.total_size)
     if abs(up - rising) > 1e-6 or whole != scheduler.total_size or not 0 < rising < whole:
-        raise NoEquivalentError("a CyclicLR of fractional steps has no counterpart. Give it whole numbers of steps.")
+        raise NoEquivalentError("a CyclicLR with fractional steps has no counterpart. Use integer step sizes.")
     if scheduler._scale_fn_custom is not None:
         raise NoEquivalentError(
-            "a CyclicLR with scale_fn has no counterpart. Multiply fx.schedules.cycle by your own function of the step."
+            "a CyclicLR with scale_fn has no counterpart. Multiply fx.schedules.cycle by a function of the step."
         )
 
     def triangle(base: float, peak: float) -> str:
@@ -190,7 +190,7 @@ def _lambda(function: Any, base: float) -> str:
         return f"fx.schedules.constant({base!r})"
     called = "your function" if name == "<lambda>" else name
     raise NoEquivalentError(
-        f"LambdaLR multiplies {base!r} by {called}, of which only the code is known. Pass "
-        f"lambda step: {base!r} * factor(step) as the learning rate, where factor takes an int64 tensor of shape [] "
-        "and is written in tensor operations: torch.where for if, torch.clamp for min and max."
+        f"LambdaLR multiplies {base!r} by {called}, which cannot be translated. Pass "
+        f"lambda step: {base!r} * factor(step) as the learning rate. factor takes an int64 tensor of shape [] and uses "
+        "tensor operations: torch.where for if, torch.clamp for min and max."
     )

@@ -44,8 +44,8 @@ def _hard_restarts(base: float, *, num_warmup_steps: int, num_training_steps: in
 def _cycles(steps: int, count: float) -> int:
     if count <= 0 or abs(steps / count - round(steps / count)) > 1e-9:
         raise NoEquivalentError(
-            f"{steps} steps are not {count!r} cycles of whole steps. Choose a number of cycles that divides the steps "
-            "for fx.schedules.cycle."
+            f"{steps} steps cannot be divided into {count!r} cycles of whole steps. Choose a number of cycles that "
+            "divides them, and use fx.schedules.cycle."
         )
     return round(steps / count)
 

@@ -22,8 +22,8 @@ def half_cosine(base: float, steps: int, least: float) -> str:
         return f"fx.schedules.cosine({base!r}, {steps})"
     if base == 0:
         raise NoEquivalentError(
-            f"its cosine rises from 0 to {least!r}. Write a function from the step, an int64 tensor of shape [], to "
-            "the learning rate."
+            f"its cosine rises from 0 to {least!r}. Write a function that maps the step, an int64 tensor of shape [], "
+            "to the learning rate."
         )
     return f"fx.schedules.cosine({base!r}, {steps}, alpha={least / base!r})"
 

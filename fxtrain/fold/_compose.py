@@ -30,6 +30,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     Updated,
+    describe,
 )
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._mistaken import refuse_mistaken
@@ -115,8 +116,8 @@ class Composed:
         for handler in handlers:
             if handler.slot is not None and handler.slot in owners:
                 raise ValueError(
-                    f"{owners[handler.slot].name} and {handler.name} both claim the slot {handler.slot!r}: "
-                    "give one of them another name."
+                    f"expected one callback for the slot {handler.slot!r}, got {owners[handler.slot].name} and "
+                    f"{handler.name}. Give one of them another name."
                 )
             if handler.slot is not None:
                 owners[handler.slot] = handler
@@ -224,9 +225,9 @@ def slotted(
         <callback counter on StepEnd, slot 'counter'>
     """
     if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"expected a non-empty string as the name of a slot, got {name!r}.")
+        raise ValueError(f"expected a non-empty string as the slot's name, got {describe(name)}.")
     if name.startswith(LOOP):
-        raise ValueError(f"expected a slot name that does not begin with {LOOP!r}, which the loop uses, got {name!r}.")
+        raise ValueError(f"expected a slot name without the prefix {LOOP!r}, which the loop reserves, got {name!r}.")
     handler = handler_of(callback)
     return dataclasses.replace(handler, name=label or name, slot=name, init=init)
 
@@ -264,7 +265,7 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
                 return state.with_slot(name, pair[0]), pair[1]
         raise TypeError(
             f"{name}: expected its update to return (content of the slot, control) at {type(event).__name__}, got "
-            f"{_shown(result)}. To request nothing, return the content and Control()."
+            f"{describe(result)}. To request nothing, return the content and Control()."
         )
 
     return slotted(name, init, on(tuple(events), callback))
@@ -319,15 +320,9 @@ def checked(handler: Handler, event: Any, result: Any) -> tuple[TrainState, Cont
         if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
             return pair[0], pair[1]
     raise TypeError(
-        f"{handler.name} returned {_shown(result)} at {type(event).__name__}: a callback returns (state, control); "
-        "to ask for nothing, return state, Control()."
+        f"{handler.name}: expected it to return (state, control) at {type(event).__name__}, got {describe(result)}. "
+        "To request nothing, return state and Control()."
     )
-
-
-def _shown(result: Any) -> str:
-    if isinstance(result, tuple):
-        return f"a tuple of {', '.join(type(part).__name__ for part in typing.cast(tuple[Any, ...], result))}"
-    return "None" if result is None else f"a {type(result).__name__}"
 
 
 def _refuse_unaskable(handler: Handler, kind: type[Any], control: Control) -> None:
@@ -336,8 +331,8 @@ def _refuse_unaskable(handler: Handler, kind: type[Any], control: Control) -> No
         if asked not in possible:
             where = [event.__name__ for event in EVENTS if asked in ASKABLE.get(event, _ONLY_LOG)]
             raise ValueError(
-                f"{handler.name} asked for {asked} at {kind.__name__}, where it cannot be honoured; "
-                f"ask at {', '.join(where)}."
+                f"{handler.name}: expected requests that are possible at {kind.__name__}, got {asked}. Request it at "
+                f"{', '.join(where)}."
             )
 
 
@@ -350,12 +345,15 @@ def _refuse_overreach(handler: Handler, kind: type[Any], before: TrainState, aft
         return
     for field in _FIELDS:
         if field not in _WRITABLE[kind] and not _same(getattr(before, field), getattr(after_, field)):
-            why = (
-                "callbacks of the compiled step write slots only: ask for skip_update, or change it at StepEnd"
+            allowed, remedy = (
+                ("writes to slots only", "Request skip_update, or change it at StepEnd.")
                 if kind in TRACED
-                else "how often it fires depends on interruptions, so nothing may change there: use a trajectory event"
+                else ("no changes", "How often this event fires depends on interruptions, so use a trajectory event.")
             )
-            raise ValueError(f"{handler.name} changed state.{field} at {kind.__name__}; {why}.")
+            raise ValueError(
+                f"{handler.name} changed state.{field} at {kind.__name__}: expected {allowed}, got another value. "
+                f"{remedy}"
+            )
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -370,7 +368,7 @@ def _memory(state: TrainState, name: str) -> Any:
     except KeyError:
         there = ", ".join(repr(slot) for slot in state.slots if not slot.startswith(LOOP)) or "none"
         raise KeyError(
-            f"The state has no slot {name!r} (there are: {there}): call fxtrain.attach(state, callbacks) first."
+            f"expected the state to have the slot {name!r}, got {there}. Call fxtrain.attach(state, callbacks) first."
         ) from None
 
 
@@ -383,11 +381,14 @@ def handler_of(callback: Any) -> Handler:
     refuse_foreign("each callback", "a function (state, event) -> (state, control)", callback)
     if not callable(callback):
         raise TypeError(
-            f"callbacks: expected functions (state, event) -> (state, control), got {callback!r:.60}, "
-            f"a value of type {type(callback).__name__}. Write the function, or use one of fxtrain.callbacks."
+            f"callbacks: expected functions (state, event) -> (state, control), got {describe(callback)}. Write such a "
+            "function, or use one of fxtrain.callbacks."
         )
     if isinstance(callback, type):
-        raise TypeError(f"{callback.__name__} is a class: make an instance of it, and give that.")
+        raise TypeError(
+            "callbacks: expected functions (state, event) -> (state, control), got the class "
+            f"{callback.__name__}. Pass an instance."
+        )
     _refuse_observer(callback)
     return Handler(name_of(callback), typing.cast(Any, callback), frozenset(subscription(callback)))
 

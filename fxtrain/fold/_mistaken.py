@@ -49,8 +49,7 @@ def refuse_mistaken(callback: Any, argument: str) -> None:
     ):
         room = ".".join(module.split(".")[:2])
         raise TypeError(
-            f"{argument}: expected what {room}.{callback.__name__} returns, got the function itself. Call it: "
-            f"{room}.{callback.__name__}(...)."
+            f"{argument}: expected the result of {room}.{callback.__name__}(...), got the function itself. Call it."
         )
     kind: type[Any] = callback if isinstance(callback, type) else type(callback)
     library = next((root for base in kind.__mro__ if (root := base.__module__.partition(".")[0]) in _LIBRARIES), None)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fxtrain.core import TRACED
+from fxtrain.core import TRACED, describe
 from fxtrain.fold._compose import Handler, Needs, handler_of
 
 
@@ -40,12 +40,12 @@ def needs(
         >>> fx.fit(state, step, data, steps=1, callbacks=callback, eval_step=eval_step, eval_data=data)
         Traceback (most recent call last):
         ...
-        ValueError: keep_improving needs the metric 'accuracy' at EvalEnd, and the evaluation measures 'loss': ...
+        ValueError: ...
     """
     for event in events:
         if event not in TRACED:
             names = ", ".join(kind.__name__ for kind in TRACED)
-            raise TypeError(f"{getattr(event, '__name__', event)!r} is none of the traced events: {names}.")
+            raise TypeError(f"expected events to be traced event types ({names}), got {describe(event)}.")
     handler = handler_of(callback)
     old = handler.needs
     return dataclasses.replace(

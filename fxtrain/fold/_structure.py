@@ -12,10 +12,10 @@ from fxtrain import tree
 from fxtrain.core import TrainState
 
 _MODEL = (
-    "Callbacks keep the model: change it between two calls of fit, or give each parameter its phase with "
+    "Callbacks cannot change the model. Change it between two calls of fit, or train parameters in phases with "
     "fxtrain.optim.unfreeze."
 )
-_KEEP = "A run resumes only into the structure it started with, so "
+_KEEP = "A run can only be resumed into the structure that it started with: "
 
 
 def refuse_other_structure(name: str, event: type[Any], before: TrainState, after: TrainState) -> None:
@@ -77,7 +77,7 @@ def _other_slots(name: str, event: type[Any], old: dict[str, Any], new: dict[str
     remedy = (
         "reserve a slot with fxtrain.stateful or fxtrain.slotted, which initialize it before the first step."
         if added
-        else "reset the slot to the content that its init makes."
+        else "reset the slot to its initial content instead."
     )
     return (
         f"{name} {what} state.slots[{slot!r}] at {event.__name__}: expected the slots {slots}, got "
@@ -89,8 +89,8 @@ def _other(name: str, event: type[Any], path: str, old: Any, new: Any) -> str:
     where = f"{name} changed {path} at {event.__name__}"
     if isinstance(new, TrainState) and not isinstance(old, TrainState):
         return (
-            f"{where}: expected {_described(old)}, got a whole TrainState. An update given to fxtrain.stateful returns "
-            "(content of the slot, control) and not (state, control)."
+            f"{where}: expected {_described(old)}, got a TrainState. The update of fxtrain.stateful must return "
+            "(content of the slot, control), not (state, control)."
         )
     was, now = (dict(zip(tree.paths(side, path), tree.leaves(side), strict=True)) for side in (old, new))
     for place in (*was, *now):
@@ -101,7 +101,7 @@ def _other(name: str, event: type[Any], path: str, old: Any, new: Any) -> str:
         else:
             expected, got = _described(was[place]), _described(now[place])
         where = f"{name} changed {place} at {event.__name__}"
-        return f"{where}: expected {expected}, got {got}. {_KEEP}return what was there, or start with what it becomes."
+        return f"{where}: expected {expected}, got {got}. {_KEEP}keep it, or start the run with the new one."
     return (
         f"{where}: expected {tree.structure(old)}, got {tree.structure(new)}. {_KEEP}keep the types of all containers."
     )

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, did_you_mean
 
 
 def name_of(function: Any) -> str:
@@ -46,14 +46,15 @@ def subscription(callback: Any) -> Iterable[type[Any]]:
         parameters = list(inspect.signature(callback).parameters.values())
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"The signature of {name_of(callback)} cannot be read: say what it sees, fxtrain.on(fxtrain.StepEnd, it)."
+            f"{name_of(callback)}: expected a callback with a readable signature, got none. Subscribe it explicitly: "
+            "fxtrain.on(fxtrain.StepEnd, callback)."
         ) from error
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2:
         raise TypeError(
-            f"{name_of(callback)} takes ({', '.join(map(str, parameters))}), which hides what it subscribes to: a "
-            "callback takes (state, event). Put functools.wraps on the wrapper, or write "
-            "fxtrain.on(fxtrain.StepEnd, it)."
+            f"{name_of(callback)}: expected the parameters (state, event), got ({', '.join(map(str, parameters))}). "
+            "Decorate a wrapper with functools.wraps, or subscribe it explicitly: "
+            "fxtrain.on(fxtrain.StepEnd, callback)."
         )
     annotation = positional[1].annotation
     if annotation is inspect.Parameter.empty or annotation is Any or annotation is object:
@@ -131,7 +132,8 @@ def _kinds_byname_of(annotation: str, names: Mapping[str, Any]) -> tuple[type[An
 
 
 def _no_event(name: str) -> TypeError:
+    names = [kind.__name__ for kind in EVENTS]
     return TypeError(
-        f"{name} is no event. Annotate the second parameter with one of these, or a union: "
-        f"{', '.join(kind.__name__ for kind in EVENTS)}."
+        f"expected an event type or a union of event types, got {name}.{did_you_mean(name, names)} The event types are "
+        f"{', '.join(names)}."
     )

@@ -69,7 +69,7 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
     """
     unit, period = _one_of("every", steps=steps, seconds=seconds, epochs=epochs)
     if period <= 0:
-        raise ValueError(f"every({unit}={period!r}): a period is positive.")
+        raise ValueError(f"every: expected {unit} to be positive, got {period!r}.")
     if unit == "steps":
         return Trigger(f"every({period})", lambda event: event.step % period == 0)
     if unit == "seconds":
@@ -93,7 +93,7 @@ def at(*steps: int) -> Trigger:
         [2, 5]
     """
     if not steps:
-        raise ValueError("at() needs at least one step.")
+        raise ValueError("at: expected at least one step, got none.")
 
     def holds(event: Any) -> Flag:
         if isinstance(event.step, Tensor):
@@ -165,16 +165,16 @@ def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:
 def _one_of(function: str, **periods: Any) -> tuple[str, Any]:
     given = {unit: period for unit, period in periods.items() if period is not None}
     if len(given) != 1:
-        came = ", ".join(f"{unit}={period!r}" for unit, period in given.items()) or "nothing"
-        raise ValueError(f"{function} takes one of steps, seconds and epochs, and {came} came.")
+        got = ", ".join(f"{unit}={period!r}" for unit, period in given.items()) or "none"
+        raise ValueError(f"{function}: expected exactly one of steps, seconds and epochs, got {got}.")
     return next(iter(given.items()))
 
 
 def _elapsed(event: Any) -> float:
     if isinstance(event, TRACED):
         raise TypeError(
-            f"{type(event).__name__} has no clock: inside the compiled step count steps, or gate a callback of the "
-            "loop."
+            f"expected an event with a clock, got {type(event).__name__}, which fires inside the step. Count steps, or "
+            "subscribe to a loop event such as StepEnd."
         )
     return event.time
 
@@ -183,7 +183,7 @@ def _epoch(event: Any) -> float:
     if isinstance(event, TRACED) or event.epoch is None:
         raise TypeError(
             f"expected an event with a known epoch length, got {type(event).__name__} without one. Count steps, or "
-            "give data that has a length."
+            "use data that has a length."
         )
     return event.epoch
 
