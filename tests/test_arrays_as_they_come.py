@@ -121,18 +121,18 @@ def test_arrays_on_disk_are_read_in_any_order():
 def test_tables_are_refused(library):
     tables = pytest.importorskip(library)
     table = tables.table({"x": [1.0]}) if library == "pyarrow" else tables.DataFrame({"x": [1.0]})
-    with pytest.raises(TypeError, match=rf"got a \w+ of {library}\. Give its columns as arrays"):
+    with pytest.raises(TypeError, match=rf"got a {library} \w+\. Pass its columns as arrays"):
         batches(table, 1)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (nn.Linear(2, 1), r"got a Linear\. Give the arguments in this order: fit\(state, step, data\)"),
-        (DataLoader, r"got the class DataLoader\. Make an instance"),
-        ("rows.csv", r"got a str\. Read what it names"),
-        ({"train": DataLoader(X)}, r"got a dict\. Choose one, as data\['train'\]"),
-        ({"x": X}, r"got a dict, which holds samples\. Make batches of them"),
+        (nn.Linear(2, 1), r"got a Linear\. Pass the arguments in this order: fit\(state, step, data\)"),
+        (DataLoader, r"got the class DataLoader\. Create an instance"),
+        ("rows.csv", r"got 'rows.csv'\. Load the data first"),
+        ({"train": DataLoader(X)}, r"got a dict with keys 'train'\. Select one: data\['train'\]"),
+        ({"x": X}, r"got a dict with keys 'x', which contains samples\. Batch them"),
     ],
 )
 def test_what_is_no_source_of_batches_is_refused(source, message):
@@ -143,8 +143,8 @@ def test_what_is_no_source_of_batches_is_refused(source, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"x": X.tolist()}, r"got arrays\['x'\]\[0\]\[0\], a float\. Convert it: numpy.asarray"),
-        ({"x": X.astype(np.longdouble)}, r"of dtypes that torch has, got batch\['x'\], an array of float128"),
+        ({"x": X.tolist()}, r"expected arrays\['x'\]\[0\]\[0\] to be .*, got .*\. Convert it with numpy.asarray"),
+        ({"x": X.astype(np.longdouble)}, r"expected batch\['x'\] to have a dtype that torch supports, got float128"),
     ],
 )
 def test_what_is_no_array_of_torch_is_refused(source, message):

@@ -87,11 +87,11 @@ class Boxes:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (Image(), r"got batch\['v'\], a .*Image. Convert it in the dataset or with data.map"),
-        (Boxes(), r"got batch\['v'\], a Boxes with tensors in it. Make the class a dataclass, register it with optree"),
-        ({torch.zeros(1)}, "a set with tensors in it"),
-        (2**70, r"numbers that fit into 64 bits, got 1180591620717411303424 in batch\['v'\]"),
-        (np.zeros(1, np.longdouble), "an array of float128. Convert it"),
+        (Image(), r"expected batch\['v'\] to be .*, got a .*Image. Convert it in the dataset or with data.map"),
+        (Boxes(), r"batch\['v'\] to be a pytree, got a Boxes, .* Make the class a dataclass, register it"),
+        ({torch.zeros(1)}, "got a set, an unregistered class that contains tensors"),
+        (2**70, r"numbers that fit in 64 bits at batch\['v'\], got 1180591620717411303424"),
+        (np.zeros(1, np.longdouble), "supports, got float128. Convert it"),
         (nested(torch.strided), "a nested tensor. .*to_padded_tensor"),
         (nested(torch.jagged), "a nested tensor. .*to_padded_tensor"),
     ],
@@ -309,9 +309,9 @@ def test_lists_of_images_of_different_sizes_train_and_are_weighted_by_their_numb
 
 
 def test_elements_of_a_list_keep_their_kind_and_the_list_its_length():
-    with pytest.raises(ValueError, match=r"batch\['a'\] has 3 elements, and before it had 2"):
+    with pytest.raises(ValueError, match=r"expected batch\['a'\] to have 2 elements as before, got 3"):
         adapt([{"a": [torch.ones(1)] * n} for n in (2, 3, 2)])
-    with pytest.raises(ValueError, match=r"batch\['a'\]\[0\] is a float64 tensor"):
+    with pytest.raises(ValueError, match=r"expected batch\['a'\]\[0\] to be .*, got a float64 tensor"):
         adapt([{"a": [torch.ones(1, dtype=kind)] * 2} for kind in (torch.float32, torch.float64)])
 
 

@@ -153,7 +153,7 @@ def test_an_evaluation_reads_a_changing_source_to_its_end():
 
 def test_without_a_loop_positions_need_epochs_of_one_length():
     data = from_loader(DataLoader(torch.rand(20, 2), batch_sampler=Sampler()))
-    with pytest.raises(ValueError, match="epochs of one length"):
+    with pytest.raises(ValueError, match="all epochs must have equal length"):
         [data[i] for i in range(5)]
 
 

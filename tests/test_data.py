@@ -97,42 +97,42 @@ def test_windows_do_not_overlap_and_begin_elsewhere_each_epoch():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: batches(arrays(3), 4), ValueError, "batch_size=4, and the arrays have 3 rows: there is no full batch"),
-        (lambda: batches([], 4), ValueError, "the dataset has 0 samples: there is no full batch"),
-        (lambda: batches(torch.zeros(0, 2), 1, drop_last=False), ValueError, "the arrays have 0 rows"),
+        (lambda: batches(arrays(3), 4), ValueError, "one batch of batch_size=4, got arrays with 3 rows"),
+        (lambda: batches([], 4), ValueError, "got a dataset with 0 samples"),
+        (lambda: batches(torch.zeros(0, 2), 1, drop_last=False), ValueError, "got arrays with 0 rows"),
         (lambda: batches(arrays(), 0), ValueError, "expected batch_size to be a positive int, got 0"),
         (lambda: batches(arrays(), True), TypeError, "expected batch_size to be a positive int, got True"),
-        (lambda: batches(arrays(), 2, drop_last="no"), ValueError, "drop_last='no': True, False or \"pad\" is wanted"),
+        (lambda: batches(arrays(), 2, drop_last="no"), ValueError, "True, False, 'pad', got 'no'"),
         (
             lambda: batches({"x": torch.zeros(3), "y": (torch.zeros(4),)}, 2),
             ValueError,
-            r"arrays\['x'\] has 3 rows and arrays\['y'\]\[0\] has 4: arrays of one length are wanted",
+            r"arrays of equal length, got 3 rows in arrays\['x'\] and 4 in arrays\['y'\]\[0\]",
         ),
-        (lambda: batches({"x": [1, 2]}, 2), TypeError, r"arrays\['x'\]\[0\], a int. Convert it: numpy"),
-        (lambda: batches({"x": torch.tensor(1)}, 2), ValueError, r"arrays\['x'\] has shape \[\]"),
-        (lambda: batches({}, 2), ValueError, "There is no array"),
-        (lambda: batches(np.array(["a", "b"]), 2)[0], TypeError, "expected a batch with a tensor in it, got array"),
+        (lambda: batches({"x": [1, 2]}, 2), TypeError, r"arrays\['x'\]\[0\] to be .*, got 1. Convert it with numpy"),
+        (lambda: batches({"x": torch.tensor(1)}, 2), ValueError, r"a first dimension .* got shape \[\]"),
+        (lambda: batches({}, 2), ValueError, "expected at least one array, got an empty dict"),
+        (lambda: batches(np.array(["a", "b"]), 2)[0], TypeError, "a batch with at least one tensor, got a ndarray"),
         (lambda: batches(Lines(), 2, shuffle=True), ValueError, "Shuffle the stream itself"),
-        (lambda: batches(Lines(), 2, drop_last="pad"), ValueError, "expected drop_last=True or False"),
-        (lambda: batches(torch.zeros(3), 2, drop_last="pad"), ValueError, 'adds the entry "mask" to each batch'),
-        (lambda: batches({"mask": torch.zeros(3)}, 2, drop_last="pad"), ValueError, 'adds the entry "mask"'),
-        (lambda: batches([1, 2, 3], 2, drop_last="pad")[0], ValueError, 'adds the entry "mask"'),
-        (lambda: batches(["a", "b"], 2)[0], TypeError, r"expected a batch with a tensor in it, got \['b', 'a'\]"),
-        (lambda: windows(torch.arange(10), 4, 2), ValueError, "10 tokens make 1 windows of 4: there is no full batch"),
-        (lambda: windows(torch.arange(3), 4, 2, drop_last=False), ValueError, "3 tokens make 0 windows of 4"),
-        (lambda: windows(torch.zeros(9), 4, 2), ValueError, "tokens are torch.float32 of shape .9.: integers"),
-        (lambda: windows(torch.zeros(9, 1, dtype=torch.int64), 4, 2), ValueError, "integers of shape .n. are wanted"),
+        (lambda: batches(Lines(), 2, drop_last="pad"), ValueError, "drop_last to be True or False for a stream"),
+        (lambda: batches(torch.zeros(3), 2, drop_last="pad"), ValueError, 'dict of arrays without the key "mask"'),
+        (lambda: batches({"mask": torch.zeros(3)}, 2, drop_last="pad"), ValueError, 'without the key "mask"'),
+        (lambda: batches([1, 2, 3], 2, drop_last="pad")[0], ValueError, 'to be a dict without the key "mask"'),
+        (lambda: batches(["a", "b"], 2)[0], TypeError, "a batch with at least one tensor, got a list of length 2"),
+        (lambda: windows(torch.arange(10), 4, 2), ValueError, "got 1 windows of length=4 from 10 tokens"),
+        (lambda: windows(torch.arange(3), 4, 2, drop_last=False), ValueError, "got 0 windows of length=4 from 3"),
+        (lambda: windows(torch.zeros(9), 4, 2), ValueError, r"integers of shape \[n\], got torch.float32 \[9\]"),
+        (lambda: windows(torch.zeros(9, 1, dtype=torch.int64), 4, 2), ValueError, r"got torch.int64 \[9, 1\]"),
         (lambda: windows(torch.arange(9), 0, 2), ValueError, "expected length to be a positive int, got 0"),
-        (lambda: sequence([]), ValueError, "The list of batches is empty"),
-        (lambda: sequence([torch.zeros(2), torch.zeros(3), torch.zeros(2)]), ValueError, "At position 1: batch is"),
-        (lambda: batches(arrays(), 2)[-1], ValueError, "positions start at 0"),
+        (lambda: sequence([]), ValueError, "expected at least one batch, got an empty list"),
+        (lambda: sequence([torch.zeros(2), torch.zeros(3), torch.zeros(2)]), ValueError, "At position 1: expected"),
+        (lambda: batches(arrays(), 2)[-1], ValueError, "a position of at least 0, got -1"),
         (lambda: prefetch([torch.zeros(1)], 0), ValueError, "expected size to be a positive int, got 0"),
-        (lambda: adapt(torch.zeros(3)), TypeError, "expected batches, got a Tensor, which holds samples"),
-        (lambda: adapt({"x": torch.zeros(3)}), TypeError, "expected batches, got a dict, which holds samples"),
+        (lambda: adapt(torch.zeros(3)), TypeError, "expected batches, got a float32 tensor .*, which contains"),
+        (lambda: adapt({"x": torch.zeros(3)}), TypeError, "expected batches, got a dict with keys 'x', which contains"),
         (lambda: adapt(Augmented()), TypeError, r"fxtrain.data.batches\(source, batch_size\), or with a Data"),
-        (lambda: adapt(3), TypeError, "An iterable of batches is wanted, or a function that returns one, and not 3"),
-        (lambda: from_stateful_loader([1]), TypeError, "list has not both: use from_loader or from_iterable"),
-        (lambda: from_loader(DataLoader([1, 2], 4, drop_last=True)), ValueError, "has no batch: with batch_size=4"),
+        (lambda: adapt(3), TypeError, "an iterable of batches, or a function that returns one, got 3"),
+        (lambda: from_stateful_loader([1]), TypeError, "got a list of length 1. Use from_loader or from_iterable"),
+        (lambda: from_loader(DataLoader([1, 2], 4, drop_last=True)), ValueError, "got none with batch_size=4"),
     ],
 )
 def test_errors_before_anything_is_lost(make, error, message):
@@ -146,13 +146,13 @@ def test_errors_before_anything_is_lost(make, error, message):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"x": torch.zeros(4, 2)}, r"has another structure than the batches before: batch\['y'\] missing"),
+        ({"x": torch.zeros(4, 2)}, r"the same structure as in earlier batches, got another: batch\['y'\] missing"),
         ({"x": torch.zeros(4, 2), "z": torch.zeros(4)}, r"batch\['y'\] missing and batch\['z'\] added"),
         (
             {"x": torch.zeros(4, 2), "y": torch.zeros(4, dtype=torch.float64)},
-            r"batch\['y'\] is a float64 tensor of shape \[4\], and before it was a float32 tensor of shape \[4\]: conv",
+            r"'y'\] to be a float32 tensor of shape \[4\] as before, got a float64 tensor of shape \[4\]. Convert",
         ),
-        ({"x": torch.zeros(3, 2), "y": torch.zeros(3)}, r"batch\['x'\] is .* \[3, 2\], and .* \[4, 2\]: .*drop_last="),
+        ({"x": torch.zeros(3, 2), "y": torch.zeros(3)}, r"'x'\] to be .* \[4, 2\] as .* \[3, 2\]\. .*drop_last="),
         (
             {"x": torch.zeros(4, 3), "y": torch.zeros(4)},
             r"fxtrain.data.bucketed, .* fxtrain.data.from_loader\(loader, dynamic=True\)",
@@ -166,7 +166,7 @@ def test_a_batch_is_like_the_others(batch, message):
     with pytest.raises(ValueError, match=message):
         check(batch, like)
     for stream in (from_iterable([like, like, batch, like]), adapt(iter([like, like, batch, like]))):
-        with pytest.raises(ValueError, match=r"^At position 2: |^The batch at position 2 had another number of rows"):
+        with pytest.raises(ValueError, match=r"^At position 2: |^expected the batch at position 2 to have as many"):
             take(stream, range(4))
 
 
@@ -196,7 +196,7 @@ def test_a_short_first_batch_sets_no_example():
 
     data = Sizes()
     take(data, [3, 4])
-    with pytest.raises(ValueError, match=r"At position 5: batch is .* \[2\], and before it was .* \[4\]"):
+    with pytest.raises(ValueError, match=r"At position 5: expected batch to be .* \[4\] as before, got .* \[2\]"):
         data[5]
 
 
@@ -211,7 +211,7 @@ def test_arrays_become_tensors():
     expected = {"a": torch.ones(2, dtype=torch.float64), "b": [torch.arange(3), torch.tensor(1.0)]}
     assert same(batch, {**expected, "c": Encoding(d=torch.zeros(1, dtype=torch.float64))})
     for wrong in ({}, Encoding(d="x")):
-        with pytest.raises(TypeError, match="expected a batch with a tensor in it"):
+        with pytest.raises(TypeError, match="expected a batch with at least one tensor"):
             adapt([wrong])
     # A function of `map` sees what comes, before it is checked.
     assert from_iterable([Encoding(d="four")]).map(lambda b: torch.tensor(len(b["d"])))[0] == 4

@@ -104,19 +104,19 @@ def test_images_and_labels_of_a_dataset_are_tensors():
     assert batch["image"].shape == (2, 3, 4, 5)
     assert batch["image"].dtype == torch.uint8
     assert batch["label"].tolist() == [1, 0]
-    with pytest.raises(TypeError, match=r"got batch\['image'\], a PIL.Image.Image. Convert it in the dataset"):
+    with pytest.raises(TypeError, match=r"'image'\] to be .*, got a PIL.Image.Image. Convert it in the dataset"):
         adapt([{"x": torch.ones(1), "image": pictures[0]}])
 
 
 def test_splits_and_columns_of_different_lengths_are_refused_with_what_to_do(dataset):
     datasets = pytest.importorskip("datasets")
     for use in (adapt, lambda splits: batches(splits, 2)):
-        with pytest.raises(TypeError, match=r"got a DatasetDict with the splits 'train'. Choose one, as dataset\["):
+        with pytest.raises(TypeError, match=r"got a DatasetDict with the splits 'train'. Select one: dataset\["):
             use(datasets.DatasetDict(train=dataset))
-    with pytest.raises(TypeError, match=r"got a Dataset, which holds samples. Make .*data.batches\(source"):
+    with pytest.raises(TypeError, match=r"got a Dataset, which contains samples. Batch .*data.batches\(source"):
         adapt(dataset)
     ragged = datasets.Dataset.from_dict({"ids": [[1], [1, 2], [3]]})
-    with pytest.raises(ValueError, match=r"expected samples of one shape.* Pad them with fxtrain.data.padded"):
+    with pytest.raises(ValueError, match=r"expected samples of equal shape.* Pad them with fxtrain.data.padded"):
         batches(ragged, 3)[0]
 
 

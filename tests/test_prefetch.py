@@ -58,7 +58,7 @@ def test_two_threads_share_the_global_generators():
 
 def test_a_prefetch_inside_a_source_is_refused():
     inner = prefetch(batches(torch.arange(8), 2))
-    with pytest.raises(RuntimeError, match="the two threads would wait for each other: put prefetch around the outer"):
+    with pytest.raises(RuntimeError, match=r"would deadlock the two threads\. Apply prefetch to the outer"):
         from_iterable(inner[position] for position in range(4))[0]
     inner.close()
 

@@ -307,46 +307,46 @@ class Growing(Dataset):
     ("make", "error", "message"),
     [
         (lambda: bucketed([], 2), ValueError, "at least one example, got none"),
-        (lambda: bucketed([[1], []], 2), ValueError, "length 0 in column 'x' at index 1. Filter them out"),
+        (lambda: bucketed([[1], []], 2), ValueError, "length 0 in column 'x' at index 1. Filter empty"),
         (lambda: bucketed([[1], [1, 2, 3]], 2, sizes=[2]), ValueError, "at most 2 positions in an example, got 3 in"),
-        (lambda: bucketed([[1]], 2), ValueError, "expected at least 2 examples, a batch of length 8, got 1"),
+        (lambda: bucketed([[1]], 2), ValueError, "expected at least 2 examples, for a batch of length 8, got 1"),
         (lambda: bucketed([[1]]), ValueError, "batch_size or tokens, got neither"),
         (lambda: bucketed([[1]], 2, tokens=2), ValueError, "batch_size or tokens, got both"),
         (
             lambda: bucketed([[1] * 9], tokens=15),
             ValueError,
-            "tokens=16 or more, for batch_multiple=1 examples of length",
+            "tokens to be at least 16, for batch_multiple=1 examples of length",
         ),
         (lambda: bucketed([[1]], 1, sizes=[4, 2]), ValueError, "ascending lengths without repeats"),
-        (lambda: bucketed([[1]], 1, sizes=0), ValueError, "sizes=0"),
-        (lambda: bucketed([[1]], 1, side="up"), ValueError, "side='up'"),
-        (lambda: bucketed(torch.zeros(3, 2), 1), TypeError, "got Tensor. Rows of one size go to fxtrain.data.batches"),
+        (lambda: bucketed([[1]], 1, sizes=0), ValueError, "sizes to be a positive int, got 0"),
+        (lambda: bucketed([[1]], 1, side="up"), ValueError, "side to be one of 'right', 'left', got 'up'"),
+        (lambda: bucketed(torch.zeros(3, 2), 1), TypeError, "got a float32 .* Pass rows of equal size to"),
         (lambda: bucketed(iter([[1]]), 1), TypeError, "Read it into a list first"),
-        (lambda: bucketed(["ab", "c"], 1), TypeError, "Convert texts to tokens first"),
-        (lambda: bucketed([([1], 0)], 1), TypeError, r"got a tuple of 2. Name its parts: columns=\(...\)"),
-        (lambda: bucketed([{"a": [1], "t": "b"}], 1), TypeError, "in column 't', got a str .*columns="),
-        (lambda: bucketed({"a": [[1]], "b": [1, 2]}, 1), ValueError, "columns of one length, .*'a': 1, 'b': 2"),
-        (lambda: bucketed([[1], [1.0, 2]], 2)[0], ValueError, "one dtype, .* got torch.float32"),
-        (lambda: bucketed({"a": [[1], [1, 2]], "b": [[1, 2], [1]]}, 1), ValueError, "for one mask, got 1 in 'a' and 2"),
-        (lambda: bucketed({"mask": [[1], [1, 2]]}, 1), ValueError, "expected no column 'mask'"),
+        (lambda: bucketed(["ab", "c"], 1), TypeError, "Tokenize texts first"),
+        (lambda: bucketed([([1], 0)], 1), TypeError, r"got a tuple of .*. Name its parts: columns=\(...\)"),
+        (lambda: bucketed([{"a": [1], "t": "b"}], 1), TypeError, "in column 't', got 'b'.*columns="),
+        (lambda: bucketed({"a": [[1]], "b": [1, 2]}, 1), ValueError, "columns of equal length, .*'a': 1, 'b': 2"),
+        (lambda: bucketed([[1], [1.0, 2]], 2)[0], ValueError, "equal dtype, .* got torch.float32"),
+        (lambda: bucketed({"a": [[1], [1, 2]], "b": [[1, 2], [1]]}, 1), ValueError, "got 1 in 'a' and 2 in 'b'"),
+        (lambda: bucketed({"mask": [[1], [1, 2]]}, 1), ValueError, "a mask name that is not a column, got 'mask'"),
         (lambda: bucketed([[1], [1, 2]], 1, lengths=[1]), ValueError, r"integers of shape \[2\]"),
-        (lambda: bucketed([[1], [1, 2]], 1, lengths=[2, 1]), ValueError, "an example of length 2 at index 0"),
-        (lambda: bucketed([[1], [1, 2]], 1, variable=("y",)), ValueError, "a column of 'x', got 'y'"),
+        (lambda: bucketed([[1], [1, 2]], 1, lengths=[2, 1]), ValueError, r"lengths\[0\]=2 to be the length"),
+        (lambda: bucketed([[1], [1, 2]], 1, variable=("y",)), ValueError, "variable to be one of 'x', got 'y'"),
         (
             lambda: bucketed([[1], [1, 2]], 1, value=0.5),
             ValueError,
-            "a value of torch.int64 to pad column 'x' with, got",
+            "a torch.int64 value to pad column 'x', got",
         ),
         (lambda: bucketed(Growing(), 4, sizes=[5])[0], ValueError, "at most 5 positions .* as measured before"),
-        (lambda: packed(Growing(), 9, 1)[0], ValueError, "as measured before, got .* one length whenever"),
+        (lambda: packed(Growing(), 9, 1)[0], ValueError, "as measured before, got .* the same length on each read"),
         (lambda: packed([[1], [1, 2, 3]], 2, 1), ValueError, "at most 2 positions in an example, got 3"),
         (lambda: packed([[1]], 2, 2), ValueError, "at least batch_size=2 rows of length 2, got 1"),
-        (lambda: packed([{"a": [1], "n": 0}], 2, 1), ValueError, r"got \['n'\] with one for a document.*columns="),
-        (lambda: packed([{"segments": [1]}], 2, 1), ValueError, r"expected no columns \['segments'\]"),
+        (lambda: packed([{"a": [1], "n": 0}], 2, 1), ValueError, r"got \['n'\] with a value per document.*columns="),
+        (lambda: packed([{"segments": [1]}], 2, 1), ValueError, r"which packing adds, got \['segments'\]"),
         (lambda: padded([[1]], 2), ValueError, "expected at least batch_size=2 examples, got 1"),
         (lambda: pad([]), ValueError, "at least one example"),
         (lambda: pad([{"n": 1}]), TypeError, "a column of arrays or lists to pad, got none"),
-        (lambda: pad([[1], [2]], mask={"y": "m"}), ValueError, "mask names for columns of .*got one for 'y'"),
+        (lambda: pad([[1], [2]], mask={"y": "m"}), ValueError, "mask to have keys among the columns .*got 'y'"),
     ],
 )
 def test_errors_name_what_is_wrong_and_what_to_do(make, error, message):
@@ -421,7 +421,7 @@ def test_declared_shapes_survive_map_and_prefetch_and_no_others_come():
     assert data.kinds == mapped.kinds == fx.data.prefetch(mapped).kinds == 2
     assert [mapped[index]["x"].shape[1] for index in range(4)] == [1, 1, 3, 3]
     growing = data.map(lambda batch, position: batch["x"][:, : 1 + position], with_position=True)
-    with pytest.raises(ValueError, match=r"At position 2: expected batches of 2 shapes, .* data.map"):
+    with pytest.raises(ValueError, match=r"At position 2: expected the 2 batch shapes .* data.map"):
         [growing[index] for index in range(4)]
     other = data.map(
         lambda batch, position: batch["x"].to([torch.int64, torch.int32][position % 2]), with_position=True

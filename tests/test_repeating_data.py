@@ -76,7 +76,7 @@ def resumed(make, folder, at=5):
 @pytest.mark.parametrize("name", SOURCES)
 def test_other_data_is_found_out(name, tmp_path):
     (message,) = resumed(SOURCES[name], tmp_path)
-    assert "expected batch 4 of the data as it was read before the checkpoint, got another one" in message
+    assert "expected batch 4 of the data to be the same as before the checkpoint, got a different one" in message
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("own")])

@@ -102,7 +102,7 @@ def test_a_stateful_loader_says_what_it_cannot_do(caplog):
     data = from_stateful_loader(stateful("iterable", 0), seed=2)
     found = take(data, range(7))
     snapshot = data.snapshot(7)
-    with pytest.raises(ValueError, match="was made at position 7, and is not for 6"):
+    with pytest.raises(ValueError, match=r"a snapshot of .* at position 6, got one at 7"):
         data.restore(6, snapshot)
     assert not caplog.records
     assert same(data[5], found[5])  # without a snapshot it reads the epoch again
@@ -117,7 +117,7 @@ def test_a_stateful_loader_says_what_it_cannot_do(caplog):
         def state_dict(self):
             return {"i": random.Random()}
 
-    with pytest.raises(ValueError, match="cannot be kept in a checkpoint: let its state_dict, and those of its data"):
+    with pytest.raises(ValueError, match="got one that cannot be read from a checkpoint"):
         from_stateful_loader(StatefulDataLoader(Opaque(), 3)).snapshot(0)
 
 

@@ -107,7 +107,7 @@ def test_a_sampler_that_changes_its_length_is_refused():
             self.append([0])
             return super().__iter__()
 
-    with pytest.raises(ValueError, match="gave 2 batches for epoch 0, and its length is 1"):
+    with pytest.raises(ValueError, match="to yield 1 batches in epoch 0, its length, got 2"):
         from_loader(DataLoader([1, 2], batch_sampler=Growing([[0]])))[0]
 
 
@@ -153,7 +153,7 @@ def test_the_length_of_an_epoch_is_learned_where_it_ends():
     assert data.epoch_length is None
     with pytest.raises(Exhausted) as raised:
         data[3]
-    assert (raised.value.position, str(raised.value)) == (3, "The data ends before position 3.")
+    assert (raised.value.position, str(raised.value)) == (3, "expected a batch at position 3, got the end of the data.")
     assert data.epoch_length == 3
     assert int(data[3]["i"][0]) == 0
     assert int(data[6]["i"][0]) == 0
@@ -168,7 +168,7 @@ def test_an_iterator_serves_once():
         with pytest.raises(Exhausted):
             data[3]
     assert data.epoch_length == 3
-    with pytest.raises(ValueError, match=r"Position 1 has gone by, and the generator can be read only once\. Give wh"):
+    with pytest.raises(ValueError, match=r"to reach position 1, got the generator, which can be read only once\. Pass"):
         data[1]
     with pytest.raises(Exhausted):
         adapt(torch.zeros(2) for i in range(3))[7]
@@ -184,8 +184,8 @@ def uneven(sizes):
     [
         (uneven([3, 2]), r"expected 3 batches in epoch 1 of .*, as many as before, got fewer"),
         (uneven([3, 4, 3]), r"expected 3 batches in epoch 1 of .*, as many as before, got more"),
-        (uneven([0]), "Epoch 0 of .* has no batch: the data is empty, or used up"),
-        (uneven([3, 0]), "Epoch 1 of .* has no batch"),
+        (uneven([0]), "at least one batch in epoch 0 of .*, got none. The data is empty or"),
+        (uneven([3, 0]), "at least one batch in epoch 1 of .*, got none"),
     ],
 )
 def test_epochs_have_one_length(source, message):

@@ -289,11 +289,11 @@ def test_bfloat16_moments_are_widened_as_the_state_keeps_them():
         (optim.adamax(0.1), None, "expected exp_inf"),
         (optim.rmsprop(0.1, momentum=0.9), None, "applies it after. Use fx.optim.from_torch(torch.optim.RMSprop"),
         (optim.chain(optim.ema(0.9), optim.sgd(0.1)), None, "in torch.optim, got EmaState, which has none"),
-        (optim.adam(0.1), lambda saved: saved["param_groups"][0].update(params=[0, 1]), "do not fit in number"),
+        (optim.adam(0.1), lambda saved: saved["param_groups"][0].update(params=[0, 1]), "differ in number"),
         (
             optim.adam(0.1),
             lambda saved: saved["state"][0].update(exp_avg=torch.zeros(2), exp_avg_sq=torch.zeros(2)),
-            "do not fit in number or shape",
+            "differ in number or shape",
         ),
         (
             optim.adam(0.1),
@@ -303,7 +303,7 @@ def test_bfloat16_moments_are_widened_as_the_state_keeps_them():
         (
             optim.adam(0.1),
             lambda saved: saved["state"].update({5: {"step": 1.0, "exp_avg": torch.zeros(3, 3)}}),
-            "got that of 'frozen.weight', which is frozen",
+            "got state for 'frozen.weight', which is frozen",
         ),
     ],
 )
@@ -348,7 +348,7 @@ def test_groups_that_could_be_exchanged_need_names():
     module["b"].weight.grad *= 2
     optimizer.step()
     state = fx.init(module, optim.sgd(0.1, momentum=0.9))
-    with pytest.raises(ValueError, match="Pass their names in its order as names="):
+    with pytest.raises(ValueError, match="Pass their names, in the optimizer's order, as names="):
         fx.load_optimizer_state(state, optimizer)
     names = ["b.weight", "b.bias", "a.weight", "a.bias"]
     state = fx.load_optimizer_state(state, optimizer, names=names)

@@ -154,9 +154,9 @@ def test_optimizer_state_is_of_the_adapter_alone(peft, transformers):
 
 def test_adapter_of_another_configuration_is_refused(peft, transformers, tmp_path):
     path = fx.save_weights(tmp_path / "w", fx.init(adapted(peft, transformers)))
-    with pytest.raises(ValueError, match=r"expected lora_alpha=16 in .*, as the module has it, got 8"):
+    with pytest.raises(ValueError, match=r"expected lora_alpha=16 in .*, as in the module, got 8"):
         fx.load_weights(fx.init(adapted(peft, transformers, lora_alpha=16)), path)
-    with pytest.raises(ValueError, match=r"The folder holds an adapter: give fxtrain.init a module that peft"):
+    with pytest.raises(ValueError, match=r"The folder contains an adapter. Pass a module adapted by peft"):
         fx.load_weights(fx.init(MODELS["tied"](transformers)), path)
 
 
@@ -187,7 +187,7 @@ def test_adapter_of_prompts_is_refused(peft, transformers, tmp_path):
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     module = peft.get_peft_model(MODELS["tied"](transformers), config)
     module.save_pretrained(tmp_path / "w")
-    with pytest.raises(ValueError, match=r"expected an adapter of weights, got a PromptTuningConfig\. Load"):
+    with pytest.raises(ValueError, match=r"expected an adapter with weights, got a PromptTuningConfig\. Load"):
         fx.load_weights(fx.init(module), tmp_path / "w")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from fxtrain.core import describe
 from fxtrain.data._arrays import sequence
 from fxtrain.data._containers import is_graph
 from fxtrain.data._loaders import from_loader
@@ -82,7 +83,7 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
     samples = isinstance(source, Dataset) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
     if isinstance(source, Tensor | np.ndarray | Mapping) or (samples and not isinstance(source, IterableDataset)):
         raise TypeError(
-            f"expected batches, got a {type(source).__name__}, which holds samples. Make batches of them with "
+            f"expected batches, got {describe(source)}, which contains samples. Batch them with "
             "fxtrain.data.batches(source, batch_size), or with a DataLoader."
         )
     return from_iterable(source, seed=seed)
@@ -90,14 +91,14 @@ def adapt(source: Any, *, seed: int = 0) -> Source:
 
 def _refuse_other_kind(source: Any) -> None:
     """Raises for objects that neither hold samples nor yield batches."""
-    kind, remedy = type(source).__name__, ""
+    remedy = ""
     if isinstance(source, type):
-        kind, remedy = f"the class {source.__name__}", "Make an instance."
+        remedy = "Create an instance."
     elif isinstance(source, nn.Module):
-        remedy = "Give the arguments in this order: fit(state, step, data)."
+        remedy = "Pass the arguments in this order: fit(state, step, data)."
     elif isinstance(source, str | bytes | os.PathLike):
-        remedy = "Read what it names, for example with datasets.load_dataset."
+        remedy = "Load the data first, for example with datasets.load_dataset."
     elif isinstance(source, Mapping) and any(isinstance(value, DataLoader | Source) for value in source.values()):
-        remedy = f"Choose one, as data[{next(iter(source))!r}]."
+        remedy = f"Select one: data[{next(iter(source))!r}]."
     if remedy:
-        raise TypeError(f"expected batches, got {kind if isinstance(source, type) else f'a {kind}'}. {remedy}")
+        raise TypeError(f"expected batches, got {describe(source)}. {remedy}")

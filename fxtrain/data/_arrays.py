@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int
+from fxtrain.core import check_choice, check_positive_int, describe
 from fxtrain.data._generators import seeded
 from fxtrain.data._leaves import as_tensors
 from fxtrain.data._likeness import ANY
@@ -49,12 +49,11 @@ class Indexed(Source):
     ) -> None:
         super().__init__(free=ANY if dynamic else 0)
         check_positive_int("batch_size", batch_size)
-        if not (isinstance(drop_last, bool) or drop_last == "pad"):
-            raise ValueError(f'drop_last={drop_last!r}: True, False or "pad" is wanted.')
+        check_choice("drop_last", drop_last, (True, False, "pad"))
         if size == 0 or (drop_last is True and batch_size > size):
             raise ValueError(
-                f"batch_size={batch_size}, and {what}: there is no full batch. Take a smaller batch_size, or keep the "
-                'short batch with drop_last=False or "pad".'
+                f"expected data for at least one batch of batch_size={batch_size}, got {what}. Lower batch_size, or "
+                'keep the short batch with drop_last=False or "pad".'
             )
         self.size = size
         self.batch_size = batch_size
@@ -124,13 +123,12 @@ def batches(
             with seeded(seed, position):
                 return collate(samples(source, items.tolist()))
 
-        size, what = len(source), f"the dataset has {len(source)} samples"
+        size, what = len(source), f"a dataset with {len(source)} samples"
     else:
-        size, what = _common_length(source), f"the arrays have {_common_length(source)} rows"
+        size, what = _common_length(source), f"arrays with {_common_length(source)} rows"
         if drop_last == "pad" and (not isinstance(source, Mapping) or "mask" in source):
             raise ValueError(
-                'drop_last="pad" adds the entry "mask" to each batch: give a dict of arrays, without an entry of that '
-                "name."
+                f'expected a dict of arrays without the key "mask", which drop_last="pad" adds, got {describe(source)}.'
             )
 
         def take(items: np.ndarray, position: int) -> Any:
@@ -184,7 +182,7 @@ def windows(
     check_positive_int("length", length)
     head = as_tensors(tokens[:0]) if len(tokens.shape) == 1 else None
     if head is None or head.dtype == torch.bool or head.is_floating_point() or head.is_complex():
-        raise ValueError(f"tokens are {tokens.dtype} of shape {list(tokens.shape)}: integers of shape [n] are wanted.")
+        raise ValueError(f"expected tokens to be integers of shape [n], got {tokens.dtype} {list(tokens.shape)}.")
     total = len(tokens)
     # Shuffling uses one window less, which leaves room for any offset.
     size = max((total - length) // length if shuffle else (total - 1) // length, 0)
@@ -203,7 +201,7 @@ def windows(
         seed=seed,
         shuffle=shuffle,
         drop_last=drop_last,
-        what=f"{total} tokens make {size} windows of {length}",
+        what=f"{size} windows of length={length} from {total} tokens",
     )
     return data
 
@@ -216,7 +214,7 @@ class Listed(Source):
     def __init__(self, items: Sequence[Any], *, dynamic: bool = False) -> None:
         super().__init__(free=ANY if dynamic else 0)
         if not items:
-            raise ValueError("The list of batches is empty.")
+            raise ValueError("expected at least one batch, got an empty list.")
         self.items = items
         self.epoch_length = len(items)
         # Check all batches now, so that a mismatch raises before the run and not during it.
@@ -262,11 +260,11 @@ def _grouped(
     check_positive_int("batch_size", batch_size)
     if shuffle:
         raise ValueError(
-            "expected shuffle=False for a dataset that is a stream, got shuffle=True. Shuffle the stream itself, as "
-            "dataset.shuffle(...) of datasets or webdataset does."
+            "expected shuffle=False for a stream, got shuffle=True. Shuffle the stream itself, for example with "
+            "dataset.shuffle(...) of datasets or webdataset."
         )
     if not isinstance(drop_last, bool):
-        raise ValueError(f"expected drop_last=True or False for a dataset that is a stream, got {drop_last!r}.")
+        raise ValueError(f"expected drop_last to be True or False for a stream, got {describe(drop_last)}.")
     if has_state(stream):
         loader = StatefulGrouped(stream, batch_size, collate, drop_last)
         return from_stateful_loader(loader, seed=seed, dynamic=dynamic)
@@ -281,18 +279,18 @@ def _is_dataset(source: Any) -> bool:
 def _common_length(source: Any) -> int:
     paths, leaves = tree.paths(source, "arrays"), tree.leaves(source)
     if not leaves:
-        raise ValueError(f"There is no array in {source!r}.")
+        raise ValueError(f"expected at least one array, got {describe(source)}.")
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor | np.ndarray) and not _is_read_lazily(leaf):
             raise TypeError(
-                f"expected tensors, arrays of numpy, or arrays on disk, got {path}, a {type(leaf).__name__}. Convert "
-                "it: numpy.asarray(...)."
+                f"expected {path} to be a tensor, a numpy array or an array on disk, got {describe(leaf)}. Convert it "
+                "with numpy.asarray(...)."
             )
         if len(leaf.shape) == 0:
-            raise ValueError(f"{path} has shape []: its first dimension numbers the items, and it has none.")
+            raise ValueError(f"expected {path} to have a first dimension that indexes items, got shape [].")
         if len(leaf) != len(leaves[0]):
             raise ValueError(
-                f"{paths[0]} has {len(leaves[0])} rows and {path} has {len(leaf)}: arrays of one length are wanted."
+                f"expected arrays of equal length, got {len(leaves[0])} rows in {paths[0]} and {len(leaf)} in {path}."
             )
     as_tensors(tree.map(lambda leaf: leaf[:1], source))  # raises for dtypes that torch lacks
     return len(leaves[0])
@@ -303,7 +301,7 @@ def _refuse_table(source: Any) -> None:
     kind = type(source)
     if kind.__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
         raise TypeError(
-            f"expected arrays or a dataset, got a {kind.__name__} of {kind.__module__.partition('.')[0]}. Give its "
+            f"expected arrays or a dataset, got a {kind.__module__.partition('.')[0]} {kind.__name__}. Pass its "
             "columns as arrays: {name: table[name].to_numpy() for name in names}."
         )
 
@@ -329,7 +327,8 @@ def _rows(leaf: Any, index: np.ndarray) -> Any:
 def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
     if not isinstance(batch, dict) or "mask" in batch:
         raise ValueError(
-            'drop_last="pad" adds the entry "mask" to each batch: make it a dict without an entry of that name.'
+            'expected each batch to be a dict without the key "mask", which drop_last="pad" adds, got '
+            f"{describe(batch)}."
         )
 
     def pad(path: str, leaf: Any) -> Any:
@@ -337,7 +336,7 @@ def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
             return leaf
         if leaf.ndim == 0 or len(leaf) != rows:
             raise ValueError(
-                f"{path} has shape {list(leaf.shape)}, and the batch has {rows} rows: nothing to pad it by."
+                f'expected {path} to have {rows} rows, which drop_last="pad" can pad, got shape {list(leaf.shape)}.'
             )
         return torch.cat([leaf, leaf.new_zeros(batch_size - rows, *leaf.shape[1:])]) if rows < batch_size else leaf
 

@@ -33,8 +33,8 @@ class Aside:
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError(
             f"expected a step that reads tensors, got one that reads {self._path}, which does not enter the step "
-            "because it is not a tensor. Convert it before the step, with data.map or the collate function. Callbacks "
-            "read it in event.batch."
+            "because it is not a tensor. Convert it to a tensor before the step, with data.map or the collate "
+            "function. Callbacks can read it in event.batch."
         )
 
     __getattr__ = __len__ = __iter__ = __contains__ = __call__ = _refuse
@@ -46,7 +46,7 @@ class Aside:
         return Aside(f"{self._path}[{key!r}]")
 
     def __repr__(self) -> str:
-        return f"<{self._path} is kept beside the tensors>"
+        return f"<{self._path}: not a tensor>"
 
 
 def for_step(batch: Any) -> Any:
@@ -56,7 +56,7 @@ def for_step(batch: Any) -> Any:
 
     Example:
         >>> for_step({"x": torch.ones(2), "scale": 0.5, "text": ["a", "b"]})
-        {'x': tensor([1., 1.]), 'scale': tensor(0.5000), 'text': <batch['text'] is kept beside the tensors>}
+        {'x': tensor([1., 1.]), 'scale': tensor(0.5000), 'text': <batch['text']: not a tensor>}
     """
     if torch.compiler.is_dynamo_compiling():
         return batch

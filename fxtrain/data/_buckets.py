@@ -100,7 +100,7 @@ def bucketed(
         mask=mask,
     )
     if (batch_size is None) == (tokens is None):
-        raise ValueError("expected batch_size or tokens, got " + ("neither." if tokens is None else "both."))
+        raise ValueError("expected either batch_size or tokens, got " + ("neither." if tokens is None else "both."))
     check_positive_int("batch_multiple", batch_multiple)
     cut = layout.cut(examples.by_column)
     longest = np.maximum.reduce(list(cut.values()))
@@ -159,8 +159,8 @@ class Bucketed(Ragged):
             kinds += [last] if last not in kinds else []
         if not kinds:
             raise ValueError(
-                f"expected at least {rows[-1]} examples, a batch of length {bounds[-1]}, got {examples.count}. Lower "
-                'batch_size or tokens, or keep a short batch with drop_last=False or "pad".'
+                f"expected at least {rows[-1]} examples, for a batch of length {bounds[-1]}, got {examples.count}. "
+                'Lower batch_size or tokens, or keep a short batch with drop_last=False or "pad".'
             )
         self.drop_last = drop_last
         self._ends = np.cumsum(full)
@@ -236,7 +236,7 @@ def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
 def _checked(sizes: Sequence[int]) -> list[int]:
     found = list(sizes)
     if not found or found != sorted(set(found)):
-        raise ValueError(f"expected sizes as ascending lengths without repeats, got {found}.")
+        raise ValueError(f"expected sizes to be ascending lengths without repeats, got {found}.")
     for size in found:
         check_positive_int("sizes", size)
     return found
@@ -251,7 +251,7 @@ def _rows(length: int, batch_size: int | None, tokens: int | None, batch_multipl
     rows = tokens // length // batch_multiple * batch_multiple
     if not rows:
         raise ValueError(
-            f"expected tokens={batch_multiple * length} or more, for batch_multiple={batch_multiple} examples of "
-            f"length {length}, got {tokens}. Raise tokens, or cut long examples with sizes=(...) and truncate=."
+            f"expected tokens to be at least {batch_multiple * length}, for batch_multiple={batch_multiple} examples "
+            f"of length {length}, got {tokens}. Raise tokens, or cut long examples with sizes=(...) and truncate=."
         )
     return rows

@@ -48,9 +48,9 @@ def checksum(batch: Any) -> int:
 def warn_of_another_batch(index: int, name: str) -> None:
     """Warns that a batch differs from the one read at the same position before the checkpoint."""
     warnings.warn(
-        f"expected batch {index} of {name} as it was read before the checkpoint, got another one. The resumed run "
-        "differs from the uninterrupted one. Make the data repeat itself: derive its random numbers from the index of "
-        "the sample or the epoch, seed its shuffling, or keep its generators in its state_dict.",
+        f"expected batch {index} of {name} to be the same as before the checkpoint, got a different one. The resumed "
+        "run differs from an uninterrupted one. Make the data repeatable: derive random samples from the sample index "
+        "or the epoch, seed the shuffling, or include generators in the state_dict.",
         UserWarning,
         stacklevel=3,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, ops
+from fxtrain.core import NAMESPACE, describe, ops
 from fxtrain.data._containers import open_containers
 
 _NUMBERS = (bool, int, float, complex)
@@ -76,14 +76,14 @@ def _as_tensor(path: str, leaf: Any) -> Any:
         try:
             return torch.tensor(leaf)
         except (OverflowError, RuntimeError, ValueError):
-            raise TypeError(f"expected numbers that fit into 64 bits, got {leaf!r:.60} in {path}.") from None
+            raise TypeError(f"expected numbers that fit in 64 bits at {path}, got {describe(leaf)}.") from None
     if any(hasattr(leaf, name) for name in ("__array__", "__array_interface__", "__dlpack__")):
         return _refuse(path, leaf, "torch.as_tensor(numpy.asarray(leaf))")
     if _holds_tensors(leaf):
         raise TypeError(
-            f"expected a container that is a pytree, got {path}, a {type(leaf).__name__} with tensors in it. Make the "
-            "class a dataclass, register it with optree.register_pytree_node(cls, flatten, unflatten, "
-            'namespace="fxtrain"), or make a dict of it with data.map.'
+            f"expected {path} to be a pytree, got {describe(leaf)}, an unregistered class that contains tensors. Make "
+            "the class a dataclass, register it with optree.register_pytree_node(cls, flatten, unflatten, "
+            'namespace="fxtrain"), or convert it to a dict with data.map.'
         )
     return leaf
 
@@ -91,8 +91,8 @@ def _as_tensor(path: str, leaf: Any) -> Any:
 def _refuse(path: str, leaf: Any, conversion: str) -> NoReturn:
     kind = "nested tensor" if isinstance(leaf, Tensor) else f"{type(leaf).__module__}.{type(leaf).__qualname__}"
     raise TypeError(
-        f"expected tensors, numpy arrays and numbers in a batch, got {path}, a {kind}. Convert it in the dataset or "
-        f"with data.map, for example by {conversion}."
+        f"expected {path} to be a tensor, a numpy array or a number, got a {kind}. Convert it in the dataset or with "
+        f"data.map, for example with {conversion}."
     )
 
 
@@ -109,7 +109,7 @@ def _from_numpy(path: str, leaf: Any) -> Any:
         return torch.as_tensor(leaf if as_it_is else np.array(leaf, order="C"))
     except (TypeError, ValueError):
         raise TypeError(
-            f"expected arrays of dtypes that torch has, got {path}, an array of {leaf.dtype}. Convert it with data.map."
+            f"expected {path} to have a dtype that torch supports, got {leaf.dtype}. Convert it with data.map."
         ) from None
 
 

@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, ops
+from fxtrain.core import NAMESPACE, describe, ops
 from fxtrain.data._aside import for_step
 from fxtrain.data._containers import is_graph
 
 ANY = 64  # the maximum rank of a tensor, so that all dimensions may change size
 
 REMEDY = (
-    "batches are of one shape, so that a step is compiled once. drop_last=True leaves a short batch out, and "
-    'fxtrain.data.batches(..., drop_last="pad") fills it up. For many sizes use '
-    "fxtrain.data.bucketed, which pads to few; or let them change, with dynamic=True in the function that makes the "
-    "source, as fxtrain.data.from_loader(loader, dynamic=True), and in fxtrain.compile(step, dynamic=True)."
+    "Batches must have one shape, so that a step compiles once. Drop a short batch with drop_last=True, or pad it with "
+    'fxtrain.data.batches(..., drop_last="pad"). For many sizes, use fxtrain.data.bucketed, which pads to a few, or '
+    "pass dynamic=True both to the source, as in fxtrain.data.from_loader(loader, dynamic=True), and to "
+    "fxtrain.compile(step, dynamic=True)."
 )
 
 
@@ -45,7 +45,7 @@ def check(batch: Any, like: Any, *, free: int = 0) -> bool:
         >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
         Traceback (most recent call last):
         ...
-        ValueError: batch['x'] is a float32 tensor of shape [3, 2], and before it was a float32 tensor of shape ...
+        ValueError: expected batch['x'] to be a float32 tensor of shape [4, 2] as before, got a float32 tensor ...
     """
     return _is_alike(for_step(batch), for_step(like), free, "batch")
 
@@ -68,7 +68,7 @@ def _is_alike(part: Any, like: Any, free: int, path: str) -> bool:
         here = f"{path}{_path(part, index)}"
         if _is_many(leaf) and _is_many(was):
             if not free and len(leaf) != len(was):
-                raise ValueError(f"{here} has {len(leaf)} elements, and before it had {len(was)}: {REMEDY}")
+                raise ValueError(f"expected {here} to have {len(was)} elements as before, got {len(leaf)}. {REMEDY}")
             _is_alike(leaf[0], was[0], ANY, f"{here}[0]")
             same = same and len(leaf) == len(was)
         elif type(leaf) is type(was):
@@ -121,22 +121,18 @@ def _signature(part: Any) -> Any:
 
 def _refuse_other_kind(leaf: Tensor, was: Tensor, free: int, path: Any) -> None:
     if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[free:] != was.shape[free:]:
-        remedy = "convert it with data.map." if leaf.dtype != was.dtype else REMEDY
-        raise ValueError(f"{path()} is {described(leaf)}, and before it was {described(was)}: {remedy}")
+        remedy = "Convert it with data.map." if leaf.dtype != was.dtype else REMEDY
+        raise ValueError(f"expected {path()} to be {describe(was)} as before, got {describe(leaf)}. {remedy}")
 
 
 def _other_structure(batch: Any, like: Any, path: str) -> ValueError:
     came, was = tree.paths(batch, path), tree.paths(like, path)
     gone, added = [p for p in was if p not in came], [p for p in came if p not in was]
     return ValueError(
-        "The batch has another structure than the batches before: "
+        "expected the same structure as in earlier batches, got another: "
         + " and ".join(
             [f"{', '.join(gone)} missing"] * bool(gone) + [f"{', '.join(added)} added"] * bool(added)
-            or [f"{tree.structure(batch)} where {tree.structure(like)} was"]
+            or [f"{tree.structure(batch)} instead of {tree.structure(like)}"]
         )
-        + ". Give all batches the same structure, with data.map if need be."
+        + ". Give all batches the same structure, for example with data.map."
     )
-
-
-def described(leaf: Tensor) -> str:
-    return f"a {str(leaf.dtype).removeprefix('torch.')} tensor of shape {list(leaf.shape)}"

@@ -63,8 +63,8 @@ class Loaded(Source):
         self.epoch_length = len(loader)
         if self.epoch_length == 0:
             raise ValueError(
-                f"The DataLoader has no batch: with batch_size={loader.batch_size} and drop_last={loader.drop_last}, "
-                "its dataset is too small. Take a smaller batch_size, or drop_last=False."
+                f"expected a DataLoader with at least one batch, got none with batch_size={loader.batch_size} and "
+                f"drop_last={loader.drop_last}. Lower batch_size, or set drop_last=False."
             )
         self._epoch: int | None = None
         self._order: list[Any] = []  # the sample keys of each batch in that epoch
@@ -80,7 +80,7 @@ class Loaded(Source):
         if epoch != self._epoch:
             order = self._order_of(epoch)
             if not order:
-                raise ValueError(f"expected batches in epoch {epoch}, got none from the DataLoader's sampler.")
+                raise ValueError(f"expected the DataLoader's sampler to yield batches in epoch {epoch}, got none.")
             self._order, self._epoch, self._next, self.epoch_length = order, epoch, None, len(order)
 
     def fetch(self, position: int) -> Any:
@@ -113,8 +113,8 @@ class Loaded(Source):
         order = self._order_of(epoch)
         if len(order) != self.epoch_length:
             raise ValueError(
-                f"The DataLoader's sampler gave {len(order)} batches for epoch {epoch}, and its length is "
-                f"{self.epoch_length}: positions need epochs of one length."
+                f"expected the DataLoader's sampler to yield {self.epoch_length} batches in epoch {epoch}, its length, "
+                f"got {len(order)}. Outside of fit, all epochs must have equal length."
             )
         return order
 

@@ -114,8 +114,8 @@ class Packed(Source):
         others = [name for name in examples.first if name not in examples.by_column]
         if others:
             raise ValueError(
-                f"expected columns with a value for each position, got {others} with one for a document. Leave them "
-                f"out: columns={tuple(examples.by_column)!r}."
+                f"expected columns with a value per position, got {others} with a value per document. Exclude them: "
+                f"columns={tuple(examples.by_column)!r}."
             )
         self._layout = layout
         cut = self._layout.cut(examples.by_column)
@@ -150,7 +150,8 @@ class Packed(Source):
         taken = {"segments", "positions"} & {*example}
         if taken:
             raise ValueError(
-                f"expected no columns {sorted(taken)}, which packing adds, got them. Choose columns=(...)."
+                f"expected no column named 'segments' or 'positions', which packing adds, got {sorted(taken)}. Exclude "
+                "them: columns=(...)."
             )
 
     def fetch(self, position: int) -> Any:
@@ -213,6 +214,6 @@ class Packed(Source):
                 if len(columns[name]) != self._whole[item]:
                     raise ValueError(
                         f"expected {self._whole[item]} positions in column {name!r} of document {item}, as measured "
-                        f"before, got {len(columns[name])}. Let a document have one length whenever it is read."
+                        f"before, got {len(columns[name])}. Return the same length on each read."
                     )
         return dict(zip(items.tolist(), found, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive_int
+from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
 from fxtrain.data._ragged import length_of, named
 
 Side = Literal["right", "left"]
@@ -105,7 +105,10 @@ class Layout:
         """The column of each mask, by mask name."""
         for column in self.masks.values():
             if column not in self.variable:
-                raise ValueError(f"expected mask names for columns of {self.variable}, got one for {column!r}.")
+                raise ValueError(
+                    f"expected mask to have keys among the columns {self.variable}, got {column!r}."
+                    f"{did_you_mean(column, self.variable)}"
+                )
 
     def cut(self, lengths: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the lengths by column after truncation.
@@ -128,16 +131,16 @@ class Layout:
         for name, found in lengths.items():
             if not found.all():
                 raise ValueError(
-                    f"expected examples that are not empty, got length 0 in column {name!r} at index {found.argmin()}. "
-                    "Filter them out of the data."
+                    f"expected non-empty examples, got length 0 in column {name!r} at index {found.argmin()}. Filter "
+                    "empty examples out of the data."
                 )
         for name, found in others if self._one_mask else ():
             if not np.array_equal(found, first[1]):
                 at = int(np.flatnonzero(found != first[1])[0])
                 raise ValueError(
-                    f"expected columns of one length in each example, for one mask, got {first[1][at]} in {first[0]!r} "
-                    f"and {found[at]} in {name!r} at index {at}. Name a mask for each: "
-                    f'mask={{"{first[0]}": "{first[0]}_mask", "{name}": "{name}_mask"}}; or leave a column of one size '
+                    f"expected columns that share a mask to have equal lengths, got {first[1][at]} in {first[0]!r} and "
+                    f"{found[at]} in {name!r} at index {at}. Name a mask for each, "
+                    f'mask={{"{first[0]}": "{first[0]}_mask", "{name}": "{name}_mask"}}, or leave a fixed-size column '
                     "out of variable=(...)."
                 )
 
@@ -151,9 +154,7 @@ class Layout:
         columns = list(examples[0])
         taken = next((name for name in self.masks if name in columns), None)
         if taken is not None:
-            raise ValueError(
-                f"expected no column {taken!r}, the name of a mask, got one. Name the mask otherwise: mask=."
-            )
+            raise ValueError(f"expected a mask name that is not a column, got {taken!r}. Choose another name: mask=.")
         made: dict[str, Tensor] = {}
         lengths: dict[str, np.ndarray] = {}
         for name in columns:
@@ -186,13 +187,13 @@ class Layout:
             return made if len(made) == rows else torch.cat([made, made.new_zeros(rows - len(made), *shape)])
         filler, dtype, size = self._values[name], values[0].dtype, shape[0]
         if not dtype.is_floating_point and not dtype.is_complex and torch.tensor(filler).to(dtype).item() != filler:
-            raise ValueError(f"expected a value of {dtype} to pad column {name!r} with, got {filler!r}. Choose value=.")
+            raise ValueError(f"expected a {dtype} value to pad column {name!r}, got {filler!r}. Choose another value=.")
         made = values[0].new_full((rows, *shape), filler)
         for row, value in zip(made, values, strict=False):
             if len(value) > size:
                 raise ValueError(
-                    f"expected at most {size} positions in column {name!r}, as measured before, got {len(value)}. Let "
-                    "an example have one length whenever it is read."
+                    f"expected at most {size} positions in column {name!r}, as measured before, got {len(value)}. "
+                    "Return the same length on each read."
                 )
             (row[: len(value)] if self.side == "right" else row[size - len(value) :]).copy_(value)
         return made
@@ -216,8 +217,8 @@ def _as_tensor(value: Any, name: str) -> Tensor:
             made = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"expected arrays, lists of numbers or numbers in column {name!r}, got a {type(value).__name__} "
-            f"({value!r:.40}). Convert it first, or leave the column out with columns=(...)."
+            f"expected arrays, lists of numbers or numbers in column {name!r}, got {describe(value)}. Convert it "
+            "first, or exclude the column with columns=(...)."
         ) from None
     return made.to(torch.int64) if made.dtype in _WIDE else made
 
@@ -228,8 +229,8 @@ def refuse_unless_alike(values: Sequence[Tensor], name: str, *, is_variable: boo
     for value in values:
         shape, first = (value.shape[1:], like.shape[1:]) if is_variable else (value.shape, like.shape)
         if value.dtype != like.dtype or value.ndim != like.ndim or shape != first:
-            hint = "" if is_variable else " Name the columns that are to be padded: variable=(...)."
-            what = "one dtype, and one shape after the first dimension," if is_variable else "one dtype and shape"
+            hint = "" if is_variable else " Name the columns to pad: variable=(...)."
+            what = "equal dtype, and equal shape after the first dimension," if is_variable else "equal dtype and shape"
             raise ValueError(
                 f"expected arrays of {what} in column {name!r}, got {value.dtype} {list(value.shape)} and "
                 f"{like.dtype} {list(like.shape)}.{hint}"

@@ -93,8 +93,8 @@ class Prefetched(Source):
         position = operator.index(position)
         if is_seeded():
             raise RuntimeError(
-                "A source of batches reads prefetched ones while it makes a batch, and the two threads would wait for "
-                "each other: put prefetch around the outer source."
+                "expected prefetch around the outermost source, got a source that reads prefetched batches while it "
+                "makes a batch, which would deadlock the two threads. Apply prefetch to the outer source."
             )
         if self._reader is None:
             self._wait_for_closed()
@@ -136,7 +136,7 @@ class Prefetched(Source):
                 # Waiting longer would keep an interrupted process alive until its scheduler kills it.
                 self._closed = reader
                 reader.afterwards(self.source.close)
-                _log.info("Prefetch is closed when the batch under way is read, which takes longer than usual.")
+                _log.info("Prefetch closes after the batch in progress, which takes longer than expected.")
                 return
         self._wait_for_closed()
         self.source.close()

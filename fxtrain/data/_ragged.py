@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fxtrain.core import check_choice, describe
 from fxtrain.data._generators import seeded
 from fxtrain.data._samples import samples
 
@@ -50,8 +51,7 @@ class Examples:
             raise ValueError("expected data with at least one example, got none.")
         self.first = self._first()
         for name in variable or ():
-            if name not in self.first:
-                raise ValueError(f"expected a column of {', '.join(map(repr, self.first))}, got {name!r}.")
+            check_choice("variable", name, tuple(self.first))
         self.by_column = self._measured(variable) if lengths is None else self._given(lengths, variable)
         """The length of each example, int64 [n], by variable column."""
         self.lengths: np.ndarray = np.maximum.reduce(list(self.by_column.values()))
@@ -72,15 +72,15 @@ class Examples:
         found = np.asarray(self._source[lengths] if isinstance(lengths, str) else lengths)
         if found.shape != (self.count,) or found.dtype.kind not in "iu":
             raise ValueError(
-                f"expected lengths as integers of shape [{self.count}], one for each example, got {found.dtype} of "
-                f"shape {list(found.shape)}."
+                f"expected lengths to be integers of shape [{self.count}], one per example, got {found.dtype} of shape "
+                f"{list(found.shape)}."
             )
         seen = {name: length_of(value) for name, value in self.first.items()}
         names = variable or [name for name, length in seen.items() if length == found[0]]
         if not names:
             raise ValueError(
-                f"expected an example of length {found[0]} at index 0, as lengths says, got lengths {seen} by column. "
-                "Name the columns whose length varies: variable=(...)."
+                f"expected lengths[0]={found[0]} to be the length of a column of example 0, got columns of lengths "
+                f"{seen}. Name the columns whose length varies: variable=(...)."
             )
         return dict.fromkeys(names, found.astype(np.int64))
 
@@ -88,11 +88,11 @@ class Examples:
         found = _stored_lengths(self._source, list(self.first)) if _is_stored(self._source) else self._scanned()
         for name in variable or ():
             if name not in found:
-                raise TypeError(f"expected arrays or lists in column {name!r}, got {self.first[name]!r:.40}.")
+                raise TypeError(f"expected arrays or lists in column {name!r}, got {describe(self.first[name])}.")
         if not found:
             raise TypeError(
-                f"expected a column of arrays or lists, got {self.first!r:.60}. Convert texts to tokens first, and "
-                "give columns of one size to fxtrain.data.batches."
+                f"expected a column of arrays or lists, got {describe(self.first)}. Tokenize texts first, and pass "
+                "columns of equal size to fxtrain.data.batches."
             )
         varying = {name: each for name, each in found.items() if each.min() != each.max()}
         return {name: found[name] for name in variable} if variable else varying or found
@@ -136,10 +136,10 @@ def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
         return {columns[0] if columns else _BARE: sample}
     if columns is None:
         raise TypeError(
-            f"expected examples that are dicts or arrays, got a tuple of {len(sample)}. Name its parts: columns=(...)."
+            f"expected examples that are dicts or arrays, got {describe(sample)}. Name its parts: columns=(...)."
         )
     if len(columns) != len(sample):
-        raise ValueError(f"expected {len(columns)} parts in an example, as columns names, got {len(sample)}.")
+        raise ValueError(f"expected examples of {len(columns)} parts, the length of columns, got {len(sample)}.")
     return dict(zip(columns, sample, strict=True))
 
 
@@ -153,13 +153,13 @@ def length_of(value: Any) -> int | None:
 def _refuse_unless_ragged(source: Any) -> None:
     if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
-            f"expected a list of arrays, a dict of columns or a map-style dataset, got {type(source).__name__}. Read "
-            "it into a list first, because the lengths of all examples decide the sizes of batches."
+            f"expected a list of arrays, a dict of columns or a map-style dataset, got {describe(source)}. Read it "
+            "into a list first, because the lengths of all examples determine the batch shapes."
         )
     if _is_array(source) or isinstance(source, tuple | str):
         raise TypeError(
-            f"expected a list of arrays, a dict of columns or a map-style dataset, got {type(source).__name__}. Rows "
-            "of one size go to fxtrain.data.batches."
+            f"expected a list of arrays, a dict of columns or a map-style dataset, got {describe(source)}. Pass rows "
+            "of equal size to fxtrain.data.batches."
         )
 
 
@@ -172,7 +172,7 @@ def _count(source: Any) -> int:
         return len(source)
     counts = {name: len(column) for name, column in source.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"expected columns of one length, an entry for each example, got {counts}.")
+        raise ValueError(f"expected columns of equal length, with an entry per example, got {counts}.")
     return next(iter(counts.values()), 0)
 
 

@@ -54,7 +54,7 @@ def collate(samples: list[Any]) -> Any:
         raise
     except ValueError as error:
         raise ValueError(
-            f"expected samples of one structure, got different ones ({error}). Give a collate function."
+            f"expected samples of equal structure, got different ones ({error}). Pass a collate function."
         ) from error
 
 
@@ -75,8 +75,8 @@ def _stacked(samples: list[Any]) -> Any:
         if "equal size" not in str(error):
             raise
         raise _ShapesError(
-            f"expected samples of one shape, which a batch stacks, got different ones ({error}). Pad them with "
-            "fxtrain.data.padded, or give a collate function."
+            f"expected samples of equal shape, to stack them, got different ones ({error}). Pad them with "
+            "fxtrain.data.padded, or pass a collate function."
         ) from error
     except ValueError as error:  # arrays that torch rejects: negative strides or foreign byte order
         raise TypeError(str(error)) from error
@@ -94,7 +94,7 @@ def as_torch(dataset: Any) -> Any:
     if kind in ("DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(map(repr, dataset))
         raise TypeError(
-            f"expected one split of a dataset, got a {kind} with the splits {splits}. Choose one, as "
+            f"expected one split of a dataset, got a {kind} with the splits {splits}. Select one: "
             f"dataset[{next(iter(dataset), 'train')!r}]."
         )
     if kind == "Dataset" and dataset.format["type"] in _UNREADABLE:
@@ -118,7 +118,7 @@ _TIMES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration[")
 
 def _stream_format(dataset: Any) -> str | None:
     formatting = getattr(dataset, "_formatting", None)
-    return getattr(formatting, "format_type", "of its own") if formatting is not None else None
+    return getattr(formatting, "format_type", "custom") if formatting is not None else None
 
 
 def has_state(dataset: Any) -> bool:

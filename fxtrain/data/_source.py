@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.data._aside import for_step
 from fxtrain.data._leaves import as_tensors, map_tensors
-from fxtrain.data._likeness import ANY, REMEDY, check, described
+from fxtrain.data._likeness import ANY, REMEDY, check
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ class Exhausted(IndexError):  # noqa: N818
     """
 
     def __init__(self, position: int) -> None:
-        super().__init__(f"The data ends before position {position}.")
+        super().__init__(f"expected a batch at position {position}, got the end of the data.")
         self.position = position
 
 
@@ -78,7 +79,7 @@ class Source:
 
     def fetch(self, position: int) -> Any:
         """Returns the batch at this position, before conversion and checks."""
-        raise NotImplementedError(f"{type(self).__name__} has no fetch: write one.")
+        raise NotImplementedError(f"expected {type(self).__name__} to define fetch(position), got no such method.")
 
     def close(self) -> None:
         """Releases threads and processes. Reading another batch starts them again."""
@@ -86,14 +87,17 @@ class Source:
     def __getitem__(self, position: int) -> Any:
         position = operator.index(position)
         if position < 0:
-            raise ValueError(f"Position {position}: positions start at 0 and run on through the epochs.")
+            raise ValueError(
+                f"expected a position of at least 0, got {position}. Positions continue across epochs and have no end "
+                "to count from."
+            )
         batch = self.fetch(position)
         if self._short is None and _kind(batch) in self._usual:
             return batch
         batch = as_tensors(batch)
         if not any(isinstance(leaf, Tensor) for leaf in tree.leaves(batch)):
             raise TypeError(
-                f"expected a batch with a tensor in it, got {batch!r:.80}. Make tensors of its contents with data.map."
+                f"expected a batch with at least one tensor, got {describe(batch)}. Convert its contents with data.map."
             )
         self._compare(batch, position)
         return batch
@@ -119,8 +123,8 @@ class Source:
         # A different epoch length means a different epoch, whose positions are counted differently.
         if short == (position - 1, length) and not _ends_epoch(position - 1, length):
             raise ValueError(
-                f"The batch at position {position - 1} had another number of rows than those before, and was not the "
-                f"last of its epoch: {REMEDY}"
+                f"expected the batch at position {position - 1} to have as many rows as those before, because it is "
+                f"not the last of its epoch, got a different number. {REMEDY}"
             )
         if self._like is None:
             self._set_like(batch, position)
@@ -160,8 +164,8 @@ class Source:
             raise ValueError(f"At position {position}: {error}") from None
         if len(self._usual) == self.kinds:
             raise ValueError(
-                f"At position {position}: expected batches of {self.kinds} shapes, as the data source declares, got "
-                f"one more: {tree.map(described, for_step(batch))}. Let data.map change shapes in the same way at each "
+                f"At position {position}: expected the {self.kinds} batch shapes that the source declares, got one "
+                f"more: {tree.map(describe, for_step(batch))}. Make data.map change shapes in the same way at each "
                 "position."
             )
         self._usual.append(_kind(batch))

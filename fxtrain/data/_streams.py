@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fxtrain.core import describe
 from fxtrain.data._checksum import checksum, warn_of_another_batch
 from fxtrain.data._generators import seeded, start_epoch
 from fxtrain.data._likeness import ANY
@@ -123,8 +124,9 @@ class Streamed(Source):
             if self.epoch_length is not None and position >= self.epoch_length:
                 raise Exhausted(position)
             raise ValueError(
-                f"Position {position} has gone by, and {self._name} can be read only once. Give what can be iterated "
-                "again: a list, an object with __iter__, or a generator function without calling it."
+                f"expected an iterable that can be read again, to reach position {position}, got {self._name}, which "
+                "can be read only once. Pass a list, an object with __iter__, or a generator function without calling "
+                "it."
             )
         with seeded(self.seed, epoch, 2):
             self._iterator = self._begin(epoch)
@@ -143,7 +145,10 @@ class Streamed(Source):
             self._index += 1
         self._ended = batch is _END
         if self._ended and self._index == 0:
-            raise ValueError(f"Epoch {self._epoch} of {self._name} has no batch: the data is empty, or used up.")
+            raise ValueError(
+                f"expected at least one batch in epoch {self._epoch} of {self._name}, got none. The data is empty or "
+                "exhausted."
+            )
         if self._ended and (self.epoch_length is None or (self.may_end_anywhere and self._index < self.epoch_length)):
             self.epoch_length = self._index
         length = self.epoch_length
@@ -154,7 +159,7 @@ class Streamed(Source):
     def _other_length(self, more_or_fewer: str, length: int) -> ValueError:
         return ValueError(
             f"expected {length} batches in epoch {self._epoch} of {self._name}, as many as before, got "
-            f"{more_or_fewer}. Give the epoch the same batches whenever it is read."
+            f"{more_or_fewer}. Make each read of an epoch return the same batches."
         )
 
 
@@ -226,7 +231,7 @@ class Stateful(Streamed):
         content = _load(snapshot)
         stood = content["epoch"] * (content["epoch_length"] or 0) + content["index"]
         if stood != position:
-            raise ValueError(f"The snapshot of {self._name} was made at position {stood}, and is not for {position}.")
+            raise ValueError(f"expected a snapshot of {self._name} at position {position}, got one at {stood}.")
         trial, self._trial = content.get("trial"), content.get("trial")
         if trial is not None and not self._tried:
             self._tried = True
@@ -287,7 +292,7 @@ def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Sourc
     """
     iterable = isinstance(source, Iterable)
     if not (iterable or callable(source)):
-        raise TypeError(f"An iterable of batches is wanted, or a function that returns one, and not {source!r:.60}.")
+        raise TypeError(f"expected an iterable of batches, or a function that returns one, got {describe(source)}.")
 
     def begin(epoch: int) -> Iterator[Any]:
         if callable(set_epoch := getattr(source, "set_epoch", None)):
@@ -321,8 +326,8 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
     """
     if not all(callable(getattr(loader, name, None)) for name in ("__iter__", "state_dict", "load_state_dict")):
         raise TypeError(
-            f"A loader with state_dict and load_state_dict is wanted, and {type(loader).__name__} has not both: "
-            "use from_loader or from_iterable."
+            f"expected a loader with state_dict and load_state_dict, got {describe(loader)}. Use from_loader or "
+            "from_iterable."
         )
     return Stateful(loader, seed=seed, dynamic=dynamic)
 
@@ -342,6 +347,6 @@ def _load(snapshot: Tensor) -> dict[str, Any]:
         return torch.load(io.BytesIO(snapshot.cpu().numpy().tobytes()), weights_only=True)
     except Exception as error:
         raise ValueError(
-            "The state of the loader cannot be kept in a checkpoint: let its state_dict, and those of its dataset and "
-            f"sampler, consist of tensors, numbers, strings, lists, dicts and None. ({error})"
+            "expected a loader state of tensors, numbers, strings, lists, dicts and None, got one that cannot be read "
+            f"from a checkpoint ({error}). Change the state_dict of the loader, its dataset or its sampler."
         ) from error

@@ -35,7 +35,7 @@ def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) 
     _refuse_other_configuration(folder / CONFIG, configuration)
     if configuration.is_prompt_learning:  # the file contains prompts that peft computes from parameters
         raise ValueError(
-            f"expected an adapter of weights, got a {type(configuration).__name__}. Load {folder} with "
+            f"expected an adapter with weights, got a {type(configuration).__name__}. Load {folder} with "
             "peft.PeftModel.from_pretrained before fxtrain.init."
         )
     # peft returns the module's tensors under different names, so tensor identity maps one name to the other.
@@ -64,6 +64,6 @@ def _refuse_other_configuration(file: pathlib.Path, here: Any) -> None:
         mine = getattr(mine, "value", mine)
         if key in there and hasattr(here, key) and there[key] != mine:
             raise ValueError(
-                f"expected {key}={mine!r} in {file}, as the module has it, got {there[key]!r}. Make the module with "
-                "that configuration: peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
+                f"expected {key}={mine!r} in {file}, as in the module, got {there[key]!r}. Create the module with that "
+                "configuration: peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
             )

@@ -119,7 +119,7 @@ def load_weights(
     except ValueError as error:
         remedy = "" if any(isinstance(value, Tensor) for value in contents.values()) else listed_entries(contents)
         if (folder / adapters.CONFIG).is_file() and not (module is not None and adapters.is_adapted(module)):
-            remedy = "The folder holds an adapter: give fxtrain.init a module that peft.get_peft_model has adapted."
+            remedy = "The folder contains an adapter. Pass a module adapted by peft.get_peft_model to fxtrain.init."
         raise ValueError(f"{path}: {error}{' ' + remedy if remedy else ''}") from None
     if report:
         return found

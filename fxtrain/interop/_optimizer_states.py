@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import precision, tree
 from fxtrain.checkpoint import CheckpointError
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, describe
 from fxtrain.model import model_of
 from fxtrain.optim._torch_state import Taken, take_over, torch_entries
 
@@ -79,13 +79,13 @@ def load_optimizer_state(
     trained = set(_names(model_of(state).split(state.params)))
     for frozen in sorted(entries.keys() - trained):
         raise ValueError(
-            f"expected optimizer state of trained parameters alone, got that of {frozen!r}, which is frozen or not in "
-            "the model. Train it, fx.with_trainable(state, ...), or remove its entry from the state dict."
+            f"expected optimizer state for trainable parameters only, got state for {frozen!r}, which is frozen or not "
+            "in the model. Unfreeze it with fx.with_trainable(state, ...), or remove its entry from the state dict."
         )
     for lost in sorted(trained - options.keys()):
         raise ValueError(
-            f"expected all trained parameters in the optimizer, got none named {lost!r}. Freeze it, "
-            "fx.with_trainable(state, ...), as the optimizer did, or pass names=."
+            f"expected all trainable parameters in the optimizer, got none named {lost!r}. Freeze it with "
+            "fx.with_trainable(state, ...), or pass names=."
         )
     if step is None:
         step = found.step
@@ -172,7 +172,7 @@ def _file(path: pathlib.Path, entry: str | None) -> _Source:
     if not path.is_dir():
         return _within(_read(path), entry, str(path))
     if not (path / "optimizer.pt").is_file():
-        raise CheckpointError(f"expected optimizer.pt in {path}, as Trainer writes it, got none. Give a file.")
+        raise CheckpointError(f"expected optimizer.pt in {path}, as Trainer writes it, got none. Pass a file.")
     found = _within(_read(path / "optimizer.pt"), entry, str(path / "optimizer.pt"))
     if (path / "scaler.pt").is_file():
         found = found._replace(scaler=_read(path / "scaler.pt"))
@@ -188,11 +188,11 @@ def _read(path: pathlib.Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"expected tensors in {path}, got other Python objects ({str(error).splitlines()[0]}). If its source is "
-            "trusted, read it with torch.load(weights_only=False), and pass the state dict of the optimizer."
+            f"expected tensors in {path}, got other Python objects ({str(error).splitlines()[0]}). If you trust the "
+            "file, read it with torch.load(weights_only=False), and pass the optimizer's state dict."
         ) from None
     except Exception as error:
-        raise CheckpointError(f"{path} could not be read as a checkpoint ({error}).") from error
+        raise CheckpointError(f"expected a checkpoint at {path}, got a file that cannot be read ({error}).") from error
 
 
 def _within(contents: Any, entry: str | None, where: str) -> _Source:
@@ -200,7 +200,7 @@ def _within(contents: Any, entry: str | None, where: str) -> _Source:
     if entry is None and _is_optimizer(contents):
         return _Source(contents)
     if not isinstance(contents, Mapping):
-        raise ValueError(f"expected the state dict of a torch optimizer in {where}, got a {type(contents).__name__}.")
+        raise ValueError(f"expected the state dict of a torch optimizer in {where}, got {describe(contents)}.")
     values = cast(Mapping[str, Any], contents)
     flat = {key: value[0] if _is_single(value) else value for key, value in values.items()}
     found = {key: value for key, value in flat.items() if _is_optimizer(value)}
@@ -208,8 +208,8 @@ def _within(contents: Any, entry: str | None, where: str) -> _Source:
         found = {key: value for key, value in found.items() if key == entry}
     if len(found) != 1:
         raise ValueError(
-            f"expected one state dict of an optimizer in {where}, got {', '.join(map(repr, found)) or 'none'} among "
-            f"{', '.join(map(repr, list(values)[:12]))}. Pass its entry as entry=."
+            f"expected one optimizer state dict in {where}, got {', '.join(map(repr, found)) or 'none'} among the "
+            f"entries {', '.join(map(repr, list(values)[:12]))}. Pass its entry as entry=."
         )
     steps = {step for value in flat.values() if (step := _last_epoch(value)) is not None}
     step = steps.pop() if len(steps) == 1 else values.get("global_step")
@@ -268,7 +268,7 @@ def _named(
         return {key: key for key in keys}
     if names is not None:
         if len(names) != len(keys):
-            raise ValueError(f"expected a name for each of {len(keys)} parameters, got {len(names)} in names.")
+            raise ValueError(f"expected names of {len(keys)} parameters, got {len(names)}.")
         return dict(zip(keys, names, strict=True))
     if all("param_names" in group for group in groups):
         given = [name for group in groups for name in group["param_names"]]
@@ -290,16 +290,16 @@ def _named(
     ]
     if not orders:
         raise ValueError(
-            f"expected the {len(every)} parameters of the model, or its {len(trained)} trained ones, in the order of "
-            f"module.parameters(), got an optimizer of {len(keys)} parameters that do not fit in number or shape. Pass "
-            "their names in its order as names=."
+            f"expected the {len(every)} parameters of the model, or its {len(trained)} trainable ones, in the order of "
+            f"module.parameters(), got an optimizer of {len(keys)} parameters that differ in number or shape. Pass "
+            "their names, in the optimizer's order, as names=."
         )
     if any(order != orders[0] for order in orders):
         one, other = orders[0], next(order for order in orders if order != orders[0])
         differing = next(pair for pair in zip(one, other, strict=True) if pair[0] != pair[1])
         raise ValueError(
-            f"expected one order of parameters that fits the groups of the optimizer, got several: a parameter may be "
-            f"{differing[0]!r} or {differing[1]!r}. Pass the names in its order as names=."
+            f"expected one parameter order that fits the optimizer's groups, got several: a parameter may be "
+            f"{differing[0]!r} or {differing[1]!r}. Pass their names, in the optimizer's order, as names=."
         )
     return dict(zip(keys, orders[0], strict=True))
 

@@ -51,7 +51,9 @@ def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) ->
             )
     except Exception as error:
         name = type(module).__name__
-        raise CheckpointError(f"{folder} could not be loaded by {name}.from_pretrained ({error}).") from error
+        raise CheckpointError(
+            f"expected a folder that {name}.from_pretrained can load, got {folder} ({error})."
+        ) from error
     shapes = {name: torch.Size(there) for name, there, _ in info["mismatched_keys"]}
     absent = {*info["missing_keys"], *shapes}
     values: dict[str, Any] = {name: value for name, value in made.state_dict().items() if name not in absent}

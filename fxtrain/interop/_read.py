@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.checkpoint import CheckpointError
+from fxtrain.core import describe
 
 _STEMS = (
     *("model", "diffusion_pytorch_model", "open_clip_model", "adapter_model"),
@@ -40,7 +41,7 @@ def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> M
     if file.is_dir():
         file = _weights_in(file)
     if not file.is_file():
-        raise CheckpointError(f"expected a file or a folder of weights, got {file}, which is not there.")
+        raise CheckpointError(f"expected a file or a folder of weights, got {file}, which does not exist.")
     contents = _read_shards(file) if file.name.endswith(".index.json") else _read_file(file)
     return contents if entry is None else _entry(file, contents, entry)
 
@@ -52,7 +53,7 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
                 return folder / f"{stem}{suffix}"
     there = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
     raise CheckpointError(
-        f"expected a folder with weights, such as model.safetensors, got {folder} with {there}. Give a file."
+        f"expected a folder with weights, such as model.safetensors, got {folder} with {there}. Pass a file."
     )
 
 
@@ -67,11 +68,11 @@ def _read_shards(index: pathlib.Path) -> dict[str, Any]:
         if pathlib.PurePath(name).name != name:
             raise CheckpointError(f"expected shards in the folder of {index}, got {name!r}.")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"expected all shards of {index}, got none at {name}.")
+            raise CheckpointError(f"expected all shards of {index}, got no file {name}.")
         found.update(_read_file(index.parent / name))
     lost = [name for name in places if name not in found]
     if lost:
-        raise CheckpointError(f"expected {lost[0]!r} in {places[lost[0]]}, as {index} says, got no such tensor.")
+        raise CheckpointError(f"expected {lost[0]!r} in {places[lost[0]]}, as listed in {index}, got no such tensor.")
     return found
 
 
@@ -85,13 +86,13 @@ def _read_file(file: pathlib.Path) -> Any:
         contents = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"expected tensors in {file}, got other Python objects ({str(error).splitlines()[0]}). If its source is "
-            "trusted, read it with torch.load(weights_only=False), and give the state dict to fxtrain.load_state_dict."
+            f"expected tensors in {file}, got other Python objects ({str(error).splitlines()[0]}). If you trust the "
+            "file, read it with torch.load(weights_only=False), and pass the state dict to fxtrain.load_state_dict."
         ) from None
     except Exception as error:
-        raise CheckpointError(f"{file} could not be read as weights ({error}).") from error
+        raise CheckpointError(f"expected weights in {file}, got a file that cannot be read ({error}).") from error
     if not isinstance(contents, Mapping):
-        raise CheckpointError(f"expected a state dict in {file}, got a {type(contents).__name__}.")
+        raise CheckpointError(f"expected a state dict in {file}, got {describe(contents)}.")
     return contents
 
 
@@ -108,4 +109,4 @@ def listed_entries(contents: Mapping[str, Any]) -> str:
         for key, value in contents.items()
         if isinstance(value, Mapping) and any(isinstance(leaf, Tensor) for leaf in value.values())
     ]
-    return f"Entries with tensors are {', '.join(found)}: pass one as entry=." if found else ""
+    return f"Entries with tensors: {', '.join(found)}. Pass one as entry=." if found else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._unfinished import clear_abandoned, unfinished_folder
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
 from fxtrain.model import model_of, refuse_writes, versions
 from fxtrain.model._named import Named
@@ -57,7 +57,7 @@ def save_weights(
     """
     folder = pathlib.Path(path)
     if folder.exists():
-        raise CheckpointError(f"{folder} is there already, and weights are never overwritten: choose another name.")
+        raise CheckpointError(f"expected a new folder, got {folder}, which exists. Choose another name.")
     model, before = model_of(state), versions(state.params)
     try:
         make_folder(folder.parent)
@@ -78,7 +78,9 @@ def save_weights(
             unfinished.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        raise CheckpointError(f"{folder} could not be written ({error}). Make room, or give another folder.") from error
+        raise CheckpointError(
+            f"expected a folder that can be written, got {folder} ({error}). Free disk space, or choose another folder."
+        ) from error
     return folder
 
 
@@ -86,7 +88,7 @@ def _converted(convert: Callable[[Any], Any], copied: Any) -> Any:
     found = convert(copied)
     leaves = tree.leaves(found)
     if not leaves or not all(isinstance(leaf, nn.Module | Tensor) for leaf in leaves):
-        raise TypeError(f"expected convert to return a module, got a {type(found).__name__}. Return what is written.")
+        raise TypeError(f"expected convert to return a module, got {describe(found)}. Return the module to write.")
     return found
 
 
@@ -118,7 +120,7 @@ def _write(modules: Any, folder: pathlib.Path) -> None:
         if not isinstance(value, Tensor) or value.dtype == torch.complex128:
             kind = str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(
-                f"expected tensors that safetensors holds, got {kind} at {name}. Write them with "
+                f"expected tensors that safetensors can store, got {kind} at {name}. Save them with "
                 "torch.save(fxtrain.state_dict(state), path)."
             )
         if name not in metadata:
