@@ -126,8 +126,8 @@ def _refuse_other_kind(leaf: Tensor, was: Tensor, free: int, path: Any) -> None:
 
 
 def _other_structure(batch: Any, like: Any, path: str) -> ValueError:
-    came, was = tree.paths(batch, path), tree.paths(like, path)
-    gone, added = [p for p in was if p not in came], [p for p in came if p not in was]
+    found, was = tree.paths(batch, path), tree.paths(like, path)
+    gone, added = [p for p in was if p not in found], [p for p in found if p not in was]
     return ValueError(
         "expected the same structure as in earlier batches, got another: "
         + " and ".join(
