@@ -179,7 +179,7 @@ def test_flush_waits_for_all_that_was_written(tmp_path):
     assert inner.steps() == [0, 1, 2, 3, 4, 5]
 
 
-NOTE = "It was raised in the thread of an asynchronous writer, after the call that caused it."
+NOTE = "Raised in the thread of an asynchronous writer, after the call that caused it."
 
 
 def settled(writer):

@@ -78,7 +78,7 @@ def test_csv_names_may_have_anything_in_them(tmp_path):
 def test_csv_takes_epoch_and_time_from_values_and_refuses_a_step(tmp_path):
     writer = csv(tmp_path / "a.csv")
     writer.write(1, {"epoch": 7}, StepEnd(step=1, position=5, epoch_length=10, time=3.0, metrics={}))
-    with pytest.raises(ValueError, match=r"has the step in its column 'step': log this under another name"):
+    with pytest.raises(ValueError, match=r"expected names other than 'step', the step column of"):
         writer.write_scalars(2, {"step": 9, "loss": 1.0})
     writer.close()
     assert table(tmp_path / "a.csv") == [{"step": "1", "epoch": "7", "time": "3.0"}]
@@ -122,7 +122,7 @@ def test_csv_mends_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
 def test_csv_leaves_another_table_as_it_is(tmp_path, content, recwarn):
     path = tmp_path / "a.csv"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.csv is there, and its columns .* is another table. Give another path"):
+    with pytest.raises(ValueError, match=r"expected the columns of .*a.csv to begin with .* Use another path"):
         csv(path)
     assert path.read_bytes() == content
     assert not recwarn
@@ -236,7 +236,7 @@ def test_csv_has_exactly_one_row_for_each_step(tmp_path_factory, sessions):
 
 def test_csv_that_cannot_be_written_is_an_error_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"csv cannot write to .*file.a.csv \(.*give a path that you may write to"):
+    with pytest.raises(OSError, match=r"csv cannot write to .*file.a.csv \(.*Use a writable path"):
         csv(tmp_path / "file" / "a.csv")
     with pytest.raises(OSError, match="Is a directory"):
         csv(tmp_path)
@@ -359,7 +359,7 @@ def test_media_purge_moves_what_lies_beyond_a_step(tmp_path):
 
 def test_media_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"media cannot write to .*file.text \(.*give a path that you may write to"):
+    with pytest.raises(OSError, match=r"media cannot write to .*file.text \(.*Use a writable path"):
         media(tmp_path / "file").write_texts(1, {"text": "t"})
 
 

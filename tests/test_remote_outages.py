@@ -160,7 +160,7 @@ def test_an_outage_from_the_beginning_blocks_nothing_and_is_counted(tmp_path, se
     assert time.monotonic() - began - training < 3.0
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 100
     found = messages(said)
-    assert found[0].startswith("MLflow does not answer; points wait, and are sent when it does.")
+    assert found[0].startswith("MLflow does not answer. Points are queued and sent when it does.")
     assert found[-1].startswith("MLflow: 100 points of steps 1 to 100 were not sent and are lost (")
     assert len(found) == 2
 
@@ -188,7 +188,7 @@ def test_what_was_written_in_an_outage_arrives_once_and_in_order_when_it_is_over
     assert server.status == "FINISHED"
     first, second = messages(said)
     assert first.startswith("MLflow does not answer")
-    assert second == "MLflow answers again: what waited is sent."
+    assert second == "MLflow answers again. Queued points were sent."
 
 
 def test_more_than_the_bound_is_dropped_and_counted(tmp_path, server, monkeypatch):
@@ -205,7 +205,7 @@ def test_more_than_the_bound_is_dropped_and_counted(tmp_path, server, monkeypatc
     assert server.steps == list(range(82, 101))
     assert server.params == {"lr": "0.1"}
     found = messages(said)
-    assert any(message.startswith("MLflow does not keep up: points from step 20 on") for message in found)
+    assert any(message.startswith("MLflow does not keep up. From step 20 on") for message in found)
     assert found[-1] == "MLflow: 81 points of steps 1 to 81 were not sent and are lost."
 
 
@@ -218,7 +218,7 @@ def test_values_that_the_server_refuses_cost_themselves_alone(tmp_path, server):
         writer.close()
     assert server.steps == [1, 2, 4, 6, 7]
     found = messages(said)
-    assert found[0].startswith("MLflow refused the points of step 3, which are lost: RestException: ")
+    assert found[0].startswith("MLflow rejected the points of step 3, which are lost: RestException: ")
     assert found[-1] == "MLflow: 2 points of steps 3 to 5 were not sent and are lost."
 
 
@@ -235,7 +235,7 @@ def test_a_rewind_in_an_outage_sends_no_point_twice(tmp_path, server, recwarn):
     server.goes("works")
     writer.close()
     assert sorted(set(server.steps)) in ([1, 2, 3], [1, 2, 3, 4])
-    doubled = any("takes nothing back" in str(warning.message) for warning in recwarn)
+    doubled = any("cannot delete points" in str(warning.message) for warning in recwarn)
     assert doubled == (server.steps != [1, 2, 3])
 
 

@@ -124,5 +124,5 @@ class AsynchronousWriter(Backend):
         except asynclib.AsyncError as error:
             cause = error.__cause__
         assert cause is not None
-        cause.add_note("It was raised in the thread of an asynchronous writer, after the call that caused it.")
+        cause.add_note("Raised in the thread of an asynchronous writer, after the call that caused it.")
         raise cause

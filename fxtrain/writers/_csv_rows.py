@@ -65,7 +65,7 @@ class CsvWriter(OneFile):
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
         if "step" in values:
-            raise ValueError(f"{self._path} has the step in its column 'step': log this under another name.")
+            raise ValueError(f"expected names other than 'step', the step column of {self._path}. Rename the value.")
         self._opened()
         row: dict[str, str] = {}
         if event is not None:
@@ -119,8 +119,8 @@ class CsvWriter(OneFile):
         if not (unfinished or (rows and tuple(header[: len(_FIRST)]) == _FIRST)):
             # Checked before anything is removed, because the file may not belong to a run.
             raise ValueError(
-                f"{self._path} is there, and its columns {header} do not begin with {', '.join(_FIRST)}: it is "
-                "another table. Give another path."
+                f"expected the columns of {self._path} to begin with {', '.join(_FIRST)}, got "
+                f"{', '.join(header):.60}. Use another path."
             )
         size = content.rfind(b"\n") + 1 if rows else 0
         if size < len(content):

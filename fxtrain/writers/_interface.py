@@ -156,6 +156,5 @@ def plain_number(value: Any) -> Any:
 def unwritable(writer: str, path: Path, error: OSError) -> OSError:
     """Returns an error that states what cannot be written and why, and what to do."""
     return OSError(
-        f"{writer} cannot write to {path} ({error.strerror or error}): give a path that you may write to, on a disk "
-        "that has room."
+        f"{writer} cannot write to {path} ({error.strerror or error}). Use a writable path, on a disk with free space."
     )

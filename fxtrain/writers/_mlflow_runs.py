@@ -66,7 +66,7 @@ def mlflow(
     try:
         from mlflow import MlflowClient
     except ImportError as error:
-        raise ImportError("MLflow is not there: pip install 'fxtrain[mlflow]'.") from error
+        raise ImportError("writers.mlflow needs MLflow. Install it with pip install 'fxtrain[mlflow]'.") from error
     return MlflowWriter(Path(folder), MlflowClient(uri), experiment, name)
 
 
@@ -141,8 +141,8 @@ class MlflowSession:
         changed = [name for name, value in given.items() if known.get(name, value) != value]
         if changed:
             self._writer.tell(
-                f"MLflow changes no parameter of a run, so it still has {', '.join(changed)} as first written: begin a "
-                "new run, in another folder, to have it right there."
+                f"MLflow cannot change parameters of a run, so it keeps the first values of {', '.join(changed)}. "
+                "Start a new run in another folder to record the new values."
             )
         return {name: value for name, value in given.items() if name not in known}
 

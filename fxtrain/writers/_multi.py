@@ -32,7 +32,7 @@ def multi(*writers: Any) -> MultiWriter:
         '{"step": 1, "metrics": {"loss": 0.5}}\\n'
     """
     if not writers:
-        raise ValueError("multi() has nothing to write to: give it at least one writer.")
+        raise ValueError("expected at least one writer, got none. Pass writers to multi.")
     return MultiWriter(writers)
 
 

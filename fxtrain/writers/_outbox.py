@@ -75,8 +75,8 @@ class Outbox:
             if self._backlog.lost and self._first_lost:
                 self._first_lost = False
                 self._notes.append(
-                    f"{self._service} does not keep up: points from step {call.step} on push out the oldest that wait, "
-                    "which are counted, and reported at the end."
+                    f"{self._service} does not keep up. From step {call.step} on, new points replace the oldest queued "
+                    "ones. Lost points are counted and reported at the end."
                 )
             self._changed.notify_all()
 
@@ -200,13 +200,13 @@ class Outbox:
                         refused.append(error)
                     if self._error is not None:
                         self._error = None
-                        self._notes.append(f"{self._service} answers again: what waited is sent.")
+                        self._notes.append(f"{self._service} answers again. Queued points were sent.")
                     return True
                 if self._error is None:
                     self._failure = self._failure or error
                     self._notes.append(
-                        f"{self._service} does not answer; points wait, and are sent when it does. Training goes on. "
-                        f"{_short(error)}"
+                        f"{self._service} does not answer. Points are queued and sent when it does. "
+                        f"Training continues. {_short(error)}"
                     )
                 self._error = error
                 self._changed.notify_all()
@@ -219,8 +219,8 @@ class Outbox:
         self._failure = self._failure or error
         if not self._backlog.lost:
             self._notes.append(
-                f"{self._service} refused the points of step {call.step}, which are lost: {_short(error)}. More such "
-                "points are counted, and reported at the end."
+                f"{self._service} rejected the points of step {call.step}, which are lost: {_short(error)}. Further "
+                "losses are counted and reported at the end."
             )
         self._backlog.lost.add(call.step, call.points)
 

@@ -76,8 +76,8 @@ class RemoteWriter(Backend):
             last = max(last, self._outbox.forget_after(step))
         if last > step:
             warnings.warn(
-                f"{self.service} takes nothing back: what it has of steps {step + 1} to {last} stays, and will be "
-                "there twice.",
+                f"{self.service} cannot delete points, so those of steps {step + 1} to {last} stay and will be "
+                "duplicated.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -174,7 +174,7 @@ class RemoteWriter(Backend):
             known = json.loads(path.read_bytes())
             return str(known["id"]), int(known.get("step", 0))
         except (ValueError, KeyError, TypeError, AttributeError):
-            set_aside(path, f"does not say which run of {self.service} the folder is, so a new one begins")
+            set_aside(path, f"does not identify a run of {self.service}, so a new run begins")
             path.unlink()
             return None, 0
         except OSError as error:

@@ -159,7 +159,7 @@ class TensorBoardWriter(OneFile):
         counts, edges = histogram.buckets()
         if not counts.sum():
             warnings.warn(
-                f"The histogram {name!r} of step {step} has no finite value and is not written.",
+                f"{name!r} of step {step} is not written: expected a histogram with finite values, got none.",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -226,7 +226,7 @@ class TensorBoardWriter(OneFile):
                 )  # a name that TensorBoard does not read
                 os.replace(path, target)
                 warnings.warn(
-                    f"{path} has no record, as after a crash; it is called {target.name} now.",
+                    f"{path} contains no record, as after a crash, and was renamed to {target.name}.",
                     RuntimeWarning,
                     stacklevel=5,
                 )

@@ -79,7 +79,7 @@ def wandb(
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise ImportError("wandb is not there: pip install 'fxtrain[wandb]'.") from error
+        raise ImportError("writers.wandb needs wandb. Install it with pip install 'fxtrain[wandb]'.") from error
     return WandbWriter(Path(folder), {"project": project, "name": name, "mode": mode, **options})
 
 
@@ -95,7 +95,7 @@ class WandbWriter(RemoteWriter):
 
     def check(self, values: Mapping[str, Any]) -> None:
         if "step" in values:
-            raise ValueError("wandb has the run's step as 'step', the axis of its charts: log it under another name.")
+            raise ValueError("expected names other than 'step', the axis of wandb's charts. Rename the value.")
 
     def _session(self) -> WandbSession:
         return WandbSession(self, self._folder, self._options)
