@@ -46,7 +46,7 @@ def _guarded(given: list[str]) -> int:
 
 def _run(given: list[str]) -> int:
     if given and given[0] in COMMANDS:
-        return importlib.import_module(f"fxtrain.cli.{given[0]}").main(given[1:])
+        return importlib.import_module(f"fxtrain.cli._{given[0]}").main(given[1:])
     asked_for_help = not given or given[0] in ("-h", "--help")
     out = sys.stdout if asked_for_help else sys.stderr
     if not asked_for_help:
