@@ -11,7 +11,6 @@ from fxtrain.report._folder import Folder
 from fxtrain.report._metrics import Metrics
 
 _MEDIUM = re.compile(r"(\d{8,})(?:-(\d+))?\.(png|gif|wav|md|json)", re.ASCII)
-_MAX_TABLES = 1000
 
 Files = dict[str, dict[int, list[PurePosixPath]]]
 """Files by name and step, ordered by step and number."""
