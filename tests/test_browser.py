@@ -184,7 +184,7 @@ class TestReport:
         assert {"rewound", "resumed", "improved", "saved", "stopped"} <= set(shown)
         sections = browser.value("[...document.querySelectorAll('h2')].map(title => title.textContent)")
         assert sections[:5] == ["Curves", "Samples", "Confusion", "Tables", "Texts"]
-        assert sections[-2:] == ["What happened", "Summary"]
+        assert sections[-2:] == ["Events", "Summary"]
         browser.wait_for("[...document.images].every(image => image.complete)")
         assert browser.value("document.images.length") > 50
         assert browser.value("[...document.images].every(image => image.naturalWidth > 0)")

@@ -46,7 +46,7 @@ def measured(folder, losses, **more):
 
 def test_a_folder_that_is_missing_or_has_no_run_is_said(tmp_path):
     with pytest.raises(
-        RunFolderError, match=r"expected a run folder, got .*nothing \(No such file or directory\). Give"
+        RunFolderError, match=r"expected a run folder, got .*nothing \(No such file or directory\)\. Check the path"
     ):
         read_run(tmp_path / "nothing")
     with pytest.raises(RunFolderError, match=r"got none of metrics.jsonl, .* Write metrics with .*writers.jsonl"):
@@ -55,10 +55,10 @@ def test_a_folder_that_is_missing_or_has_no_run_is_said(tmp_path):
 
 def test_a_run_that_has_written_nothing_yet_is_said(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(RunFolderError, match=r"expected values in .*, got files without any\. Wait"):
+    with pytest.raises(RunFolderError, match=r"expected logged values in .*, got none\. Wait"):
         read_run(tmp_path)
     observers.record_run(tmp_path)(None, FitBegin(step=0), Control())
-    assert "no end was written: it is running, or was killed" in page(read_run(tmp_path))
+    assert "running or killed: no end was recorded" in page(read_run(tmp_path))
 
 
 def test_lines_that_a_crash_tore_are_left_out(tmp_path):
@@ -157,7 +157,7 @@ def test_what_a_killed_session_saved_beyond_its_resumption_is_not_marked(tmp_pat
     run = read_run(tmp_path)
     assert marked(run) == [(4, "resumed"), (4, "saved")]
     html = page(run)
-    assert html.count("no end was written") == 1
+    assert html.count("no end was recorded") == 1
     assert "<dt>sessions</dt><dd>2</dd>" in html
 
 
@@ -415,7 +415,7 @@ def test_a_step_again_replaces_its_value_and_one_before_is_refused():
 def test_what_does_not_fit_is_left_out_and_the_rest_kept():
     kept = Kept(Items, budget=100, names=9)
     kept.put("a", 1, "a", 60)
-    with pytest.raises(ValueError, match="expected values that fit into memory"):
+    with pytest.raises(ValueError, match="expected values within the memory budget"):
         kept.put("b", 1, "b", 60)
     kept.put("c", 1, "c", 40)
     assert set(kept.series) == {"a", "c"}
@@ -428,7 +428,7 @@ def test_what_could_not_be_read_is_said_at_the_top(tmp_path):
     run = read_run(tmp_path)
     assert run.curves == {"train/loss": ([1, 2], [3.0, 2.0])}
     line = "metrics.jsonl: line 2, metrics '&lt;b&gt;': expected a number, got a list of 0 (1 more in this file)"
-    assert f"<h2>Could not be read</h2><ul><li>{line}</li></ul>".replace("'", "&#x27;") in page(run)
+    assert f"<h2>Problems</h2><ul><li>{line}</li></ul>".replace("'", "&#x27;") in page(run)
 
 
 # The command
@@ -446,8 +446,8 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err == (
-        f"fxtrain report: expected a run folder, got {tmp_path / 'nothing'} (No such file or directory). Give the "
-        "folder of a run.\n"
+        f"fxtrain report: expected a run folder, got {tmp_path / 'nothing'} (No such file or directory). Check the "
+        "path.\n"
     )
     measured(tmp_path, {1: 1.0})
     page = tmp_path / "no" / "page.html"

@@ -153,7 +153,7 @@ def report(folder, capsys):
 
 def unread(text):
     """The lines that say what could not be read."""
-    found = re.search(r"<h2>Could not be read</h2><ul>(.*?)</ul>", text, re.DOTALL)
+    found = re.search(r"<h2>Problems</h2><ul>(.*?)</ul>", text, re.DOTALL)
     return re.findall("<li>(.*?)</li>", found[1], re.DOTALL) if found else []
 
 

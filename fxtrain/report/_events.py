@@ -58,7 +58,7 @@ class Events:
         elif kind == "FitBegin" and line.get("resumed"):
             # The resumed session repeats the steps that a killed session took after its last checkpoint.
             self._keep_saved(step)
-            self._mark(step, "resumed", "a session went on from here")
+            self._mark(step, "resumed", "a session resumed here")
         asked = shapes.mapping(line.get("asked", {}))
         for request, mark in _ASKED:
             if request in asked:

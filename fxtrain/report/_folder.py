@@ -133,7 +133,7 @@ class Folder:
                 overlong = True
                 self.problems.add(path, f"line {number}: expected at most {LONGEST:,} bytes, got more")
             elif not overlong:
-                self.problems.add(path, f"line {number}: expected a complete line, got its beginning")
+                self.problems.add(path, f"line {number}: expected a complete line, got a partial one")
             number += ended
 
     def walk(self, path: str) -> Iterator[tuple[str, str]]:
@@ -178,7 +178,7 @@ class Folder:
         """
         real = os.path.realpath(os.path.join(self.root, path), strict=True)
         if os.path.commonpath((real, self.root)) != self.root:
-            raise UnreadableError("expected a file of the run, got a symbolic link that leads outside of its folder")
+            raise UnreadableError("expected a file in the run folder, got a symbolic link to another place")
         _refuse_unless_regular(os.stat(real))
         return real
 

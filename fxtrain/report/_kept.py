@@ -64,7 +64,9 @@ class Kept(Generic[_Series]):
         series = self.series.get(name)
         if series is None:
             if len(self.series) >= self._names or cost > self._budget:
-                raise ValueError(f"expected at most {self._names:,} names, and values that fit into memory, got more")
+                raise ValueError(
+                    f"expected at most {self._names:,} names and values within the memory budget, got more"
+                )
             series = self.series[name] = self._make()
         before = series.cost
         series.put(step, value, cost)
@@ -79,7 +81,7 @@ class Kept(Generic[_Series]):
         # If thinning does not free enough, drop the latest series and keep the others.
         if self._cost > self._budget:
             self._cost -= self.series.pop(latest).cost
-            raise ValueError("expected values that fit into memory, got more")
+            raise ValueError("expected values within the memory budget, got more")
 
 
 class Points:

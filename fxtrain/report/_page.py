@@ -90,7 +90,7 @@ def _policy(script: str) -> str:
 def _problems(run: Run) -> str:
     lines = run.folder.problems.lines() if run.folder is not None else []
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    return section("Could not be read", f"<ul>{items}</ul>" if items else "")
+    return section("Problems", f"<ul>{items}</ul>" if items else "")
 
 
 def _head(run: Run) -> str:
@@ -100,7 +100,7 @@ def _head(run: Run) -> str:
     step = max((steps[-1] for steps, _ in run.curves.values()), default=0)
     facts = {
         "step": f"{step:,}",
-        "how it ended": reason,
+        "status": reason,
         "time": duration(seconds) if 0 < seconds < math.inf else "",
         "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
         "device": _device(last.get("environment", {})),
@@ -148,7 +148,7 @@ def _story(run: Run) -> str:
     if len(told) > _MAX_EVENTS:
         notes.append(f"These are the last {_MAX_EVENTS} of {len(told):,} events.")
     note = f"<p>{' '.join(notes)}</p>" if notes else ""
-    return section("What happened", note + (table(("step", "what", "why"), rows, "story") if rows else ""))
+    return section("Events", note + (table(("step", "event", "reason"), rows, "story") if rows else ""))
 
 
 def _facts(run: Run) -> str:
@@ -156,7 +156,7 @@ def _facts(run: Run) -> str:
     if run.summary:
         parts.append(f'<div class="wide"><pre>{html.escape(run.summary)}</pre></div>')
     if run.sessions:
-        heads = ("began", "from step", "ended", "at step", "why")
+        heads = ("began", "from step", "ended", "at step", "reason")
         rows = [
             (_when(each.get("began")), each.get("from_step"), _when(each.get("ended")), each.get("to_step"), _end(each))
             for each in run.sessions[-_MAX_SESSIONS:]
@@ -178,7 +178,7 @@ def _fact_table(values: Mapping[str, Any]) -> str:
 
 
 def _end(session: Mapping[str, Any]) -> str:
-    return session.get("reason") or "no end was written: it is running, or was killed"
+    return session.get("reason") or "running or killed: no end was recorded"
 
 
 def _when(time: str | None) -> str:

@@ -51,7 +51,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         found = Folder(folder)
     except (OSError, ValueError) as error:
         raise RunFolderError(
-            f"expected a run folder, got {os.fspath(folder)!s} ({reason(error)}). Give the folder of a run."
+            f"expected a run folder, got {os.fspath(folder)!s} ({reason(error)}). Check the path."
         ) from None
     metrics, events = Metrics(found), Events(found)
     if "metrics.jsonl" in found.names:
@@ -91,13 +91,13 @@ def _why_nothing(folder: Folder) -> str:
     problems = folder.problems.lines()
     if problems:
         said = "; ".join(problems[:3])
-        return f"expected a run in {folder.root}, got nothing that can be read ({said}). Restore these files."
+        return f"expected a run in {folder.root}, got only unreadable files ({said}). Restore these files."
     if folder.names.isdisjoint(_FILES):
         return (
             f"expected a run in {folder.root}, got none of {', '.join(_FILES)}. Write metrics with "
             "fxtrain.observers.write(fxtrain.writers.jsonl(folder / 'metrics.jsonl'))."
         )
-    return f"expected values in {folder.root}, got files without any. Wait until the run has written its first ones."
+    return f"expected logged values in {folder.root}, got none. Wait until the run has logged its first values."
 
 
 def _counted(kind: str, series: Any) -> dict[str, int]:

@@ -73,7 +73,7 @@ def _problem(suffix: str, content: bytes) -> str:
         riff = content[:4] == b"RIFF" and content[8:12] == b"WAVE"
         whole = riff and int.from_bytes(content[4:8], "little") + 8 <= len(content)
     if not whole:
-        return f"expected a complete {suffix[1:].upper()} file, got another one or a part"
+        return f"expected a complete {suffix[1:].upper()} file, got a truncated or different one"
     if size[0] * size[1] > _MAX_PIXELS:
         return f"expected at most {_MAX_PIXELS:,} pixels, got {size[0]:,} x {size[1]:,}"
     return ""

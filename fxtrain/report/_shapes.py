@@ -37,7 +37,7 @@ def parsed(content: bytes) -> Any:
         raise ValueError("expected JSON, got values nested too deeply") from None
     except ValueError as error:
         # error.msg omits the position. A plain ValueError comes from the interpreter's limit on digits.
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "a number with too many digits"
         raise ValueError(
             f"expected JSON, got {shortened(content[:40].decode(errors='replace'), 30)!r} ({what})"
         ) from None
@@ -54,7 +54,7 @@ def decoded(content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected text in UTF-8, got other bytes at {error.start:,}") from None
+        raise ValueError(f"expected text in UTF-8, got an invalid byte at {error.start:,}") from None
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def listed(value: Any) -> list[Any]:
 def step(value: Any) -> int:
     """Validates a step, an integer from 0 to ``MAX_STEP``."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_STEP:
-        raise ValueError(f"expected a step, a whole number from 0 to 2**50, got {named(value)}")
+        raise ValueError(f"expected a step, an integer from 0 to 2**50, got {named(value)}")
     return value
 
 

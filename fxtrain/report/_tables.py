@@ -37,7 +37,7 @@ def tables(run: Run, embedded: Embedded) -> str:
 
 def confusion(run: Run) -> str:
     """Returns the section of confusion matrices."""
-    note = "<p>Rows are what it is, columns what it was taken for.</p>"
+    note = "<p>Rows are true classes, columns are predicted classes.</p>"
     return section(
         "Confusion",
         grid(
@@ -71,4 +71,4 @@ def _pixels(found: Confusion) -> str:
     most = [divmod(int(place), len(counts)) for place in np.argsort(-wrong, axis=None, kind="stable")[:_MAX_PAIRS]]
     rows = [(labels[row], labels[column], f"{wrong[row, column]:g}") for row, column in most if wrong[row, column]]
     drawn = f'<img class="matrix" alt="confusion matrix" src="data:image/png;base64,{image}">'
-    return drawn + (table(("it is", "taken for", "times"), rows) if rows else "")
+    return drawn + (table(("true class", "predicted class", "count"), rows) if rows else "")
