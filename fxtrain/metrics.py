@@ -174,7 +174,12 @@ class Sum(Metric):
 
     @classmethod
     def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
-        """Returns the sum of one batch, with arguments as for ``Average``."""
+        """Returns the sum of one batch.
+
+        Args:
+            values: Any shape and dtype.
+            mask: The shape of ``values`` or of its leading dimensions. False, or 0, excludes a value.
+        """
         values, _kept = _masked(values, mask)
         return cls(values.sum())
 
@@ -208,7 +213,12 @@ class Std(Metric):
 
     @classmethod
     def from_model_output(cls, values: Tensor, mask: Tensor | None = None, **_: Any) -> Self:
-        """Returns the statistics of one batch, with arguments as for ``Average``."""
+        """Returns the statistics of one batch.
+
+        Args:
+            values: Any shape and dtype.
+            mask: The shape of ``values`` or of its leading dimensions. False, or 0, excludes a value.
+        """
         values, kept = _masked(values, mask)
         count = kept.sum()
         some = count.clamp(min=1)

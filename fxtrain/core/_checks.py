@@ -20,7 +20,15 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _MAX_REPR
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    """Raises unless ``value`` is an int of at least 1. See ``check_int``.
+    """Raises unless ``value`` is an int of at least 1.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+
+    Raises:
+        TypeError: ``value`` is not an int.
+        ValueError: ``value`` is smaller than 1.
 
     Example:
         >>> check_positive_int("every", 0)
@@ -73,7 +81,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         ...
         ValueError: expected unit to be one of 'steps', 'epochs', got 'step'. Did you mean 'steps'?
     """
-    # Equality alone accepts 1 for True.
+    # Types are compared too, because 1 == True.
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return
     listed = ", ".join(map(repr, choices))
@@ -82,6 +90,10 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def did_you_mean(name: Any, names: Iterable[Any]) -> str:
     """Returns `` Did you mean 'x'?`` for the nearest spelling among ``names``, or an empty string.
+
+    Args:
+        name: The name that was given. Values that are not strings have no suggestion.
+        names: The names that exist.
 
     Example:
         >>> did_you_mean("los", ["loss", "accuracy"]), did_you_mean("los", ["accuracy"])

@@ -106,7 +106,12 @@ class TrainState:
         return build(type(self), {**_fields(self), **changes})
 
     def with_slot(self, name: str, memory: Any) -> Self:
-        """Returns a new state whose slot ``name`` holds ``memory``, a pytree of tensors."""
+        """Returns a new state with the content of one slot replaced.
+
+        Args:
+            name: The slot's name. The slot is added if it does not exist.
+            memory: The new content, a pytree of tensors.
+        """
         _refuse_non_tensors(f"slots[{name!r}]", memory)
         return build(type(self), {**_fields(self), "slots": {**self.slots, name: memory}})
 
