@@ -223,17 +223,17 @@ def dynamic_loss_scale(scale: LossScale) -> Handler:
             good_steps=torch.tensor(0, device=state.step.device),
         )
 
-    def update(state: TrainState, event: Gradients, memory: LossScaleState) -> tuple[LossScaleState, Control]:
+    def update(state: TrainState, event: Gradients, old: LossScaleState) -> tuple[LossScaleState, Control]:
         finite = all_finite(event.grads)
-        grown = memory.good_steps + 1 >= scale.period
-        up = torch.where(grown, memory.scale * scale.factor, memory.scale)
-        down = (memory.scale / scale.factor).clamp(min=scale.floor)
-        moved = LossScaleState(
+        grows = old.good_steps + 1 >= scale.period
+        up = torch.where(grows, old.scale * scale.factor, old.scale)
+        down = (old.scale / scale.factor).clamp(min=scale.floor)
+        new = LossScaleState(
             # An infinite scale would never become finite again.
-            scale=torch.where(finite, torch.where(up.isfinite(), up, memory.scale), down),
-            good_steps=torch.where(finite & ~grown, memory.good_steps + 1, 0),
+            scale=torch.where(finite, torch.where(up.isfinite(), up, old.scale), down),
+            good_steps=torch.where(finite & ~grows, old.good_steps + 1, 0),
         )
-        return moved, Control(skip_update=~finite, reason="gradients overflowed at this loss scale")
+        return new, Control(skip_update=~finite, reason="gradients overflowed at this loss scale")
 
     return stateful(SLOT, init, update)
 

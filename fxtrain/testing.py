@@ -194,10 +194,10 @@ def assert_equal(got: Any, wanted: Any, what: str) -> None:
     Raises:
         AssertionError: The message names the first leaf that differs.
     """
-    got_paths, wanted_paths = tree.paths(got, "got"), tree.paths(wanted, "got")
-    assert got_paths == wanted_paths, (
+    got_paths, expected_paths = tree.paths(got, "got"), tree.paths(wanted, "got")
+    assert got_paths == expected_paths, (
         f"{what}: expected the same leaves, got differences in "
-        f"{sorted(set(got_paths) ^ set(wanted_paths))[:5] or 'their order'}"
+        f"{sorted(set(got_paths) ^ set(expected_paths))[:5] or 'their order'}"
     )
     for path, a, b in zip(got_paths, tree.leaves(got), tree.leaves(wanted), strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 
 # The flag has this name since torch 2.2. There is no public way to set it.
-_FLAG = "_is_compiling_flag"
+_FLAG_NAME = "_is_compiling_flag"
 
 
-class _Answer:
+class _ThreadFlag:
     """The flag during a trace: True in threads that trace, its previous value in all others."""
 
     def __init__(self, otherwise: bool) -> None:
         self.otherwise = otherwise
 
     def __bool__(self) -> bool:
-        return self.otherwise or _here.depth > 0
+        return self.otherwise or _thread.depth > 0
 
     def __eq__(self, other: object) -> bool:
         return bool(self) == other
@@ -49,33 +49,33 @@ class _Answer:
         return repr(bool(self))
 
 
-class _Here(threading.local):
+class _ThreadState(threading.local):
     depth = 0
 
 
-_here = _Here()
+_thread = _ThreadState()
 _LOADER: Any = importlib.machinery.SourceFileLoader
 _EXECUTE: Callable[..., None] = _LOADER.exec_module
 _lock = threading.Lock()
-_tracing = 0  # open `compiling` blocks in all threads
-_answer: _Answer | None = None
+_open_traces = 0  # open `compiling` blocks in all threads
+_thread_flag: _ThreadFlag | None = None
 
 
-def _outside_of_traces(execute: Callable[..., None]) -> Callable[..., None]:
+def _suspending_traces(execute: Callable[..., None]) -> Callable[..., None]:
     """Wraps a loader's ``exec_module`` so that this thread's trace is suspended while a module executes."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
     def execute_outside(loader: Any, module: Any) -> None:
-        if not _here.depth:
+        if not _thread.depth:
             return execute(loader, module)
-        depth, _here.depth = _here.depth, 0
+        depth, _thread.depth = _thread.depth, 0
         try:
             functions = torch._C.DisableTorchFunction()  # pyright: ignore[reportPrivateUsage]
             with _disable_current_modes(), functions, temporarily_clear_interpreter_stack():
                 return execute(loader, module)
         finally:
-            _here.depth = depth
+            _thread.depth = depth
 
     return execute_outside
 
@@ -94,24 +94,24 @@ def compiling() -> Generator[None]:
         >>> torch.compiler.is_compiling()
         False
     """
-    global _tracing, _answer
+    global _open_traces, _thread_flag
     flags = torch.compiler.__dict__
     with _lock:
-        if not _tracing:
-            _answer = _Answer(bool(flags[_FLAG]))
-            flags[_FLAG] = _answer
-            _LOADER.exec_module = _outside_of_traces(_EXECUTE)
-        _tracing += 1
-    _here.depth += 1
+        if not _open_traces:
+            _thread_flag = _ThreadFlag(bool(flags[_FLAG_NAME]))
+            flags[_FLAG_NAME] = _thread_flag
+            _LOADER.exec_module = _suspending_traces(_EXECUTE)
+        _open_traces += 1
+    _thread.depth += 1
     try:
         yield
     finally:
-        _here.depth -= 1
+        _thread.depth -= 1
         with _lock:
-            _tracing -= 1
+            _open_traces -= 1
             # Dynamo may have replaced the flag in another thread meanwhile. It restores this object when it is done,
             # and the object has the original flag's value in every thread once no trace is running.
-            if not _tracing:
+            if not _open_traces:
                 _LOADER.exec_module = _EXECUTE
-                if _answer is not None and flags[_FLAG] is _answer:
-                    flags[_FLAG] = _answer.otherwise
+                if _thread_flag is not None and flags[_FLAG_NAME] is _thread_flag:
+                    flags[_FLAG_NAME] = _thread_flag.otherwise

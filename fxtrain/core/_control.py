@@ -84,20 +84,20 @@ class Control:
         final_save: bool = True,
     ) -> Control:
         # The fast path: most callbacks request nothing at most events.
-        unasked = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
-        if unasked and type(rewind) is int and rewind == 0 and not log:
-            return _NOTHING
-        asked: dict[str, dict[str, Any]] = {}
+        is_empty = stop is False is end_epoch is evaluate is save is skip_batch is skip_update
+        if is_empty and type(rewind) is int and rewind == 0 and not log:
+            return _EMPTY
+        requests: dict[str, dict[str, Any]] = {}
         flags = {"stop": stop, "end_epoch": end_epoch, "evaluate": evaluate, "save": save}
         for kind, request in {**flags, "skip_batch": skip_batch, "skip_update": skip_update}.items():
             if request is not False:
-                _ask(asked, kind, request, reason)
+                _add_request(requests, kind, request, reason)
         if type(rewind) is not int or rewind:
-            _ask(asked, "rewind", rewind, reason)
-        if not final_save and "stop" in asked:
-            asked["unsaved"] = asked["stop"]
+            _add_request(requests, "rewind", rewind, reason)
+        if not final_save and "stop" in requests:
+            requests["unsaved"] = requests["stop"]
         logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
-        return _filled(asked, logged)
+        return _control_of(requests, logged)
 
     @property
     def stop(self) -> Mapping[str, Flag]:
@@ -153,36 +153,36 @@ class Control:
                     f"expected each name to be logged once per event, got {name!r} from {_by(self.log[name])} and from "
                     f"{_by(entry)}. Use another name in one of them."
                 )
-        asked = dict(self.requests)
+        requests = dict(self.requests)
         for kind, reasons in other.requests.items():
-            asked[kind] = _unite(kind, asked[kind], reasons) if kind in asked else reasons
-        return _filled(asked, {**self.log, **other.log})
+            requests[kind] = _unite(kind, requests[kind], reasons) if kind in requests else reasons
+        return _control_of(requests, {**self.log, **other.log})
 
     def owned(self, owner: str) -> Control:
         """Returns the same requests, with ``owner`` filled in where a value has no owner or a request no reason."""
         if not self:
             return self
-        asked = {
+        requests = {
             kind: {reason or f"requested by {owner}": flag for reason, flag in reasons.items()}
             for kind, reasons in self.requests.items()
         }
         log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
-        return _filled(asked, log)
+        return _control_of(requests, log)
 
     def given(self, condition: Tensor) -> Control:
         """Returns the same requests, each also gated by ``condition`` (bool [])."""
-        asked = {
+        requests = {
             kind: {
                 reason: condition * flag if kind == "rewind" else condition & flag for reason, flag in reasons.items()
             }
             for kind, reasons in self.requests.items()
         }
         log = {k: Logged(v.value, condition & v.when, v.owner) for k, v in self.log.items()}
-        return _filled(asked, log)
+        return _control_of(requests, log)
 
     def with_log(self, log: Mapping[str, Logged]) -> Control:
         """Returns the same requests with ``log`` as their log."""
-        return _filled(self.requests, log)
+        return _control_of(self.requests, log)
 
     def any(self, kind: str) -> Flag:
         """Whether any reason of this kind holds: a bool, or a bool tensor of shape [] if one of the flags is."""
@@ -197,8 +197,8 @@ class Control:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default, copy and pickle call the class without arguments and fill the result, which is the shared
-        # _NOTHING here.
-        return _filled, (self.requests, self.log)
+        # _EMPTY here.
+        return _control_of, (self.requests, self.log)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Control) and self.requests == other.requests and self.log == other.log
@@ -213,24 +213,24 @@ class Control:
         return f"Control({', '.join(shown)})"
 
 
-def _filled(asked: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
+def _control_of(requests: dict[str, dict[str, Any]], log: Mapping[str, Logged]) -> Control:
     control = object.__new__(Control)
-    object.__setattr__(control, "requests", asked)
+    object.__setattr__(control, "requests", requests)
     object.__setattr__(control, "log", log)
     return control
 
 
-_NOTHING = _filled({}, {})
+_EMPTY = _control_of({}, {})
 
 
-def _ask(asked: dict[str, dict[str, Any]], kind: str, request: Any, reason: str) -> None:
+def _add_request(requests: dict[str, dict[str, Any]], kind: str, request: Any, reason: str) -> None:
     items = cast(dict[str, Any], request) if isinstance(request, Mapping) else {reason: request}
     for flag in items.values():
         _check_flag(kind, flag)
     # A Python False requests nothing, so it is dropped. A tensor stays, because its value is not read here.
     flags = {name: flag for name, flag in items.items() if isinstance(flag, Tensor) or flag}
     if flags:
-        asked[kind] = flags
+        requests[kind] = flags
 
 
 def _check_flag(kind: str, flag: Any) -> None:
@@ -270,26 +270,26 @@ def _by(entry: Logged) -> str:
 
 
 def _flatten(control: Control) -> tuple[list[Any], Any]:
-    asked = control.requests
+    requests = control.requests
     entries = list(control.log.values())
     children = [
-        [list(reasons.values()) for reasons in asked.values()],
+        [list(reasons.values()) for reasons in requests.values()],
         [entry.value for entry in entries],
         [entry.when for entry in entries],
     ]
-    kinds = tuple((kind, tuple(reasons)) for kind, reasons in asked.items())
+    kinds = tuple((kind, tuple(reasons)) for kind, reasons in requests.items())
     return children, (kinds, tuple((name, entry.owner) for name, entry in control.log.items()))
 
 
 def _unflatten(context: Any, children: Any) -> Control:
     kinds, names = context
     flags, values, whens = children
-    asked = {
+    requests = {
         kind: dict(zip(reasons, flags_of_kind, strict=True))
         for (kind, reasons), flags_of_kind in zip(kinds, flags, strict=True)
     }
     log = {name: Logged(value, when, owner) for (name, owner), value, when in zip(names, values, whens, strict=True)}
-    return _filled(asked, log)
+    return _control_of(requests, log)
 
 
 register_node(Control, _flatten, _unflatten)

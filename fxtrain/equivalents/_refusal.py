@@ -28,8 +28,8 @@ def described(value: Any, model: Any, *, as_schedule: bool) -> tuple[str, str] |
 
 def _described(value: Any, model: Any) -> tuple[str, str] | None:
     match value:
-        case _ if _within(value) is not None:
-            return _described(_within(value), model)
+        case _ if _unwrapped(value) is not None:
+            return _described(_unwrapped(value), model)
         case lr_scheduler.ReduceLROnPlateau():
             return _name(type(value)), _attempt(_plateau, value, model)
         case lr_scheduler.LRScheduler():
@@ -150,14 +150,14 @@ _SCHEDULES = {
 }
 
 
-def _within(value: Any) -> Any:
+def _unwrapped(value: Any) -> Any:
     """Returns the scheduler, or else the optimizer, in a list, a dict, or a wrapper of accelerate or Lightning."""
     if type(value).__module__.partition(".")[0] in _WRAPPERS:
         return getattr(value, "optimizer", None) or getattr(value, "scheduler", None)
     if type(value) not in (list, tuple, dict):
         return None
     parts: list[Any] = list(value.values() if isinstance(value, dict) else value)
-    parts = [inner if (inner := _within(part)) is not None else part for part in parts]
+    parts = [inner if (inner := _unwrapped(part)) is not None else part for part in parts]
     ranked = [
         part for kind in (lr_scheduler.LRScheduler, torch.optim.Optimizer) for part in parts if isinstance(part, kind)
     ]
@@ -165,7 +165,7 @@ def _within(value: Any) -> Any:
 
 
 def _bare(optimizer: Any) -> Any:
-    inner = _within(optimizer)
+    inner = _unwrapped(optimizer)
     return optimizer if inner is None else inner
 
 

@@ -143,7 +143,7 @@ class Composed:
                     refuse_other_structure(handler.name, kind, before, state)
             if control.requests or control.log:  # faster than `if control`
                 handler = self.table[kind][index]
-                _refuse_unaskable(handler, kind, control)
+                _refuse_impossible_requests(handler, kind, control)
                 total = total | control.owned(handler.name)
         return state, total
 
@@ -247,9 +247,9 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
 
     Example:
         >>> import torch, fxtrain as fx
-        >>> def count(state, event: fx.StepEnd, memory):
-        ...     return memory + 1, fx.Control(log={"steps seen": memory + 1})
-        >>> stateful("counter", lambda state: torch.tensor(0), count)
+        >>> def update(state, event: fx.StepEnd, count):
+        ...     return count + 1, fx.Control(log={"steps seen": count + 1})
+        >>> stateful("counter", lambda state: torch.tensor(0), update)
         <callback counter on StepEnd, slot 'counter'>
     """
 
@@ -258,7 +258,7 @@ def stateful(name: str, init: Callable[[TrainState], Any], update: Callable[...,
     function: Callable[..., Any] = update.function if isinstance(update, Handler) else update
 
     def callback(state: TrainState, event: Any) -> tuple[TrainState, Control]:
-        result = function(state, event, _memory(state, name))
+        result = function(state, event, _slot_content(state, name))
         if isinstance(result, tuple):
             pair = typing.cast(tuple[Any, ...], result)
             if len(pair) == 2 and isinstance(pair[1], Control):
@@ -325,13 +325,13 @@ def checked(handler: Handler, event: Any, result: Any) -> tuple[TrainState, Cont
     )
 
 
-def _refuse_unaskable(handler: Handler, kind: type[Any], control: Control) -> None:
+def _refuse_impossible_requests(handler: Handler, kind: type[Any], control: Control) -> None:
     possible = ASKABLE.get(kind, _ONLY_LOG)
-    for asked in control.kinds:
-        if asked not in possible:
-            where = [event.__name__ for event in EVENTS if asked in ASKABLE.get(event, _ONLY_LOG)]
+    for request in control.kinds:
+        if request not in possible:
+            where = [event.__name__ for event in EVENTS if request in ASKABLE.get(event, _ONLY_LOG)]
             raise ValueError(
-                f"{handler.name}: expected requests that are possible at {kind.__name__}, got {asked}. Request it at "
+                f"{handler.name}: expected requests that are possible at {kind.__name__}, got {request}. Request it at "
                 f"{', '.join(where)}."
             )
 
@@ -340,11 +340,11 @@ _WRITABLE = {**dict.fromkeys(TRACED, ("slots",)), **dict.fromkeys(SESSION, ())}
 _FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))
 
 
-def _refuse_overreach(handler: Handler, kind: type[Any], before: TrainState, after_: TrainState) -> None:
+def _refuse_overreach(handler: Handler, kind: type[Any], before: TrainState, after: TrainState) -> None:
     if kind not in _WRITABLE or kind is FitEnd:
         return
     for field in _FIELDS:
-        if field not in _WRITABLE[kind] and not _same(getattr(before, field), getattr(after_, field)):
+        if field not in _WRITABLE[kind] and not _same(getattr(before, field), getattr(after, field)):
             allowed, remedy = (
                 ("writes to slots only", "Request skip_update, or change it at StepEnd.")
                 if kind in TRACED
@@ -362,7 +362,7 @@ def _same(first: Any, second: Any) -> bool:
     return len(leaves) == len(others) and all(leaf is other for leaf, other in zip(leaves, others, strict=True))
 
 
-def _memory(state: TrainState, name: str) -> Any:
+def _slot_content(state: TrainState, name: str) -> Any:
     try:
         return state.slots[name]
     except KeyError:

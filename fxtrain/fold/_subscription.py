@@ -21,7 +21,11 @@ def name_of(function: Any) -> str:
 
 
 def takes(function: Any, count: int) -> bool:
-    """Whether ``function`` can be called with ``count`` positional arguments; True if its signature is unreadable.
+    """Whether a function accepts this many positional arguments. True if its signature cannot be read.
+
+    Args:
+        function: Any callable.
+        count: The number of arguments.
 
     Example:
         >>> takes(lambda state, event: None, 2), takes(lambda state, event: None, 3)
@@ -85,7 +89,7 @@ def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type
         TypeError: If the annotation names no event.
     """
     if isinstance(annotation, str):
-        return _kinds_byname_of(annotation, names or {})
+        return _kinds_of_text(annotation, names or {})
     if isinstance(annotation, typing.TypeVar):
         annotation = annotation.__bound__
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
@@ -98,7 +102,7 @@ def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type
     return found
 
 
-def _kinds_byname_of(annotation: str, names: Mapping[str, Any]) -> tuple[type[Any], ...]:
+def _kinds_of_text(annotation: str, names: Mapping[str, Any]) -> tuple[type[Any], ...]:
     # Parsed and looked up by name, never evaluated, because names imported only for type checkers do not exist at run
     # time.
     def read(node: ast.expr) -> tuple[type[Any], ...]:
@@ -110,7 +114,7 @@ def _kinds_byname_of(annotation: str, names: Mapping[str, Any]) -> tuple[type[An
             case ast.Subscript(slice=part):
                 return read(part)
             case ast.Constant(value=str(inner)):
-                return _kinds_byname_of(inner, names)
+                return _kinds_of_text(inner, names)
             case ast.Name(id=name) | ast.Attribute(attr=name):
                 return look_up(name)
             case _:
