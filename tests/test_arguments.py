@@ -46,9 +46,9 @@ def of(library, name, **methods):
         ((STATE, STATE, [BATCH]), r"got a value of type TrainState\. Give the arguments in this order"),
         ((STATE, TX, [BATCH]), r"got a value of type GradientTransformation\. Give the arguments"),
         ((STATE, torch.optim.SGD([BATCH]), [BATCH]), r"got a value of type SGD\. Make a step: fxtrain.train_step"),
-        ((STATE, loss_fn, [BATCH]), r"got the loss function loss_fn \(.*test_arguments.py:\d+\)\. Make a step of it"),
-        ((STATE, nn.Linear(2, 1), [BATCH]), r"got the module Linear\. Make a step of a loss function"),
-        ((STATE, lambda state: state, [BATCH]), r"got <lambda>\(state\) \(.*\)\. Let it take these two"),
+        ((STATE, loss_fn, [BATCH]), r"got the loss function loss_fn \(.*test_arguments.py:\d+\)\. Make a step from it"),
+        ((STATE, nn.Linear(2, 1), [BATCH]), r"got a Linear\. Make a step from a loss function"),
+        ((STATE, lambda state: state, [BATCH]), r"got <lambda>\(state\) \(.*\)\. Define it with these two"),
         ((STATE, EVAL_STEP, [BATCH]), r"a step that trains, got <eval_step\(loss_fn\)>, which evaluates"),
         ((STATE, fx.compile(EVAL_STEP), [BATCH]), r"a step that trains, got .*, which evaluates"),
     ],
@@ -123,7 +123,7 @@ def test_arguments_of_evaluate_step_and_compile_are_refused():
         fx.evaluate(EVAL_STEP, STATE, [BATCH])
     with pytest.raises(TypeError, match="which trains"):
         fx.evaluate(STATE, STEP, [BATCH])
-    with pytest.raises(TypeError, match=r"first argument of train_step\(loss_fn\), got a value of type Linear"):
+    with pytest.raises(TypeError, match=r"first argument of train_step\(loss_fn\), got a Linear"):
         STEP(nn.Linear(2, 1), BATCH)
     with pytest.raises(TypeError, match="got the loss function loss_fn"):
         fx.compile(loss_fn)
@@ -132,13 +132,13 @@ def test_arguments_of_evaluate_step_and_compile_are_refused():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.DataParallel(nn.Linear(2, 1)), r"got model, made by DataParallel\. Give the module itself, .* as .module"),
+        (nn.DataParallel(nn.Linear(2, 1)), r"got model, made by DataParallel\. Give the module itself, the .module"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 1))), "got model.0, made by DataParallel"),
         (type("FSDPLinear", (type("FSDPModule", (), {}), nn.Linear), {})(2, 1), r"FSDPModule\. .* without fully_shard"),
-        (STATE, "got a TrainState. It is a state already"),
-        (nn.Linear, r"got model, the class Linear\. Make an instance: Linear\(...\)"),
-        (nn.Linear(2, 1).parameters(), r"got model, a value of type generator\. Give the module itself"),
-        (loss_fn, r"got model, a value of type function\. Give the module that the loss function calls"),
+        (STATE, "got a TrainState, which is already initialized"),
+        (nn.Linear, r"got the class Linear at model\. Make an instance: Linear\(...\)"),
+        (nn.Linear(2, 1).parameters(), r"got a generator at model\. Give the module itself"),
+        (loss_fn, r"got the function loss_fn at model\. Give the module that the loss function calls"),
     ],
 )
 def test_what_is_no_plain_module_is_refused_by_init(model, message):
@@ -148,7 +148,7 @@ def test_what_is_no_plain_module_is_refused_by_init(model, message):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_part_that_is_compiled_by_jit_is_refused_by_init():
-    with pytest.raises(TypeError, match=r"got model.0, a module compiled by torch.jit"):
+    with pytest.raises(TypeError, match=r"got model.0, compiled by torch.jit"):
         fx.init(nn.Sequential(torch.jit.script(nn.Linear(2, 1))), TX)
 
 

@@ -248,16 +248,16 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("function", "error", "message"),
         [
-            (lambda s, b: s, TypeError, r"a step returns \(state, fxtrain\.StepOutput\(metrics\)\)"),
+            (lambda s, b: s, TypeError, r"to return \(state, fxtrain\.StepOutput\(metrics\)\)"),
             (
                 lambda s, b: (s.replace(params=tree.map(torch.Tensor.double, s.params)), fx.StepOutput({})),
                 ValueError,
-                r"changed state\.params\['0\.bias'\] from a float32 .* to a float64",
+                r"got a float64 .* at state\.params\['0\.bias'\], which was a float32",
             ),
             (
                 lambda s, b: (s.replace(params={name + "_": p for name, p in s.params.items()}), fx.StepOutput({})),
                 ValueError,
-                r"removed state\.params\['0\.bias'\]",
+                r"got one without state\.params\['0\.bias'\]",
             ),
             (
                 lambda s, b: (s.replace(params=dict.fromkeys(s.params, 1.0)), fx.StepOutput({})),

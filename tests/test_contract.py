@@ -108,7 +108,7 @@ def test_what_takes_a_model_and_a_batch_is_a_loss_function(accepted):
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (annotated, r"annotated\(model\) \(.*test_contract.py:\d+\)\. Let it take the model and the batch"),
+        (annotated, r"annotated\(model\) \(.*test_contract.py:\d+\)\. Define it with the parameters \(model, batch\)"),
         (
             with_third,
             r"with_third\(model, batch, scale\) \(.*\)\. Bind the others: functools.partial\(with_third, scale=",
@@ -118,8 +118,8 @@ def test_what_takes_a_model_and_a_batch_is_a_loss_function(accepted):
         (by_keyword, r"by_keyword\(\*, model, batch\) .* lambda model, batch: by_keyword\(model=model, batch=batch\)"),
         (Trainer().of_batch, r"of_batch\(batch\) .*\. Take the model as the first parameter"),
         (LightningModule(2, 3).training_step, r"training_step\(batch, batch_idx\) .*\. Take the model as the first"),
-        (LightningModule(2, 3), "the LightningModule LightningModule. Give it to fxtrain.init, and make a function of"),
-        (Trainer.loss, r"loss\(self, model, batch\) .*, a method without its object. Give the method of an instance"),
+        (LightningModule(2, 3), "the LightningModule LightningModule. Give it to fxtrain.init, and turn its"),
+        (Trainer.loss, r"loss\(self, model, batch\) .*, an unbound method. Give the method of an instance"),
         (Trainer, "the class Trainer. Give an instance"),
         (nn.CrossEntropyLoss, r"the class CrossEntropyLoss\. Make an instance, .* criterion = CrossEntropyLoss\(\)"),
         (
@@ -131,7 +131,7 @@ def test_what_takes_a_model_and_a_batch_is_a_loss_function(accepted):
         (F.cross_entropy, r"cross_entropy\(input, target, .* batch: cross_entropy\(model\(batch\[\"x\"\]\), batch"),
         (awaited, r"the async function awaited\(model, batch\) .* without async"),
         (yielded, r"the generator function yielded\(model, batch\) .*\. Return the loss"),
-        ("loss", "a value of type str. Give the function itself"),
+        ("loss", "'loss'. Give the function itself"),
         (None, "None. Give the function itself"),
     ],
 )
@@ -161,7 +161,7 @@ def as_array(model, batch):
 
 
 HIDDEN = [OPTIMIZER]
-BY_TORCH = r"Leave zero_grad\(\), backward\(\) and step\(\) out: the step computes the gradients"
+BY_TORCH = r"Remove zero_grad\(\), backward\(\) and step\(\): the step computes the gradients"
 
 
 @pytest.mark.parametrize("differentiate", ["auto", "autograd"])
@@ -178,7 +178,7 @@ BY_TORCH = r"Leave zero_grad\(\), backward\(\) and step\(\) out: the step comput
             r"with_scaler .* reads the gradient scaler self.scaler .* give the step precision=\"fp16\"",
         ),
         (with_hidden_optimizer, rf"calls step\(\) of an optimizer \(SGD\)\. {BY_TORCH}"),
-        (as_array, r"as_array .*, got a value of type ndarray\. Return the tensor itself"),
+        (as_array, r"as_array .*, got a ndarray\. Return the tensor itself"),
     ],
 )
 def test_parts_of_a_training_loop_in_a_loss_function_are_refused(habit, message, differentiate):
@@ -193,7 +193,7 @@ def test_parts_of_a_training_loop_in_a_loss_function_are_refused(habit, message,
 def test_a_backward_pass_of_the_loss_that_is_returned_is_refused():
     step = fx.train_step(with_backward, TX)
     with pytest.raises(
-        TypeError, match=r"whose backward pass ran already at .*test_contract.py:\d+\. Leave loss.backw"
+        TypeError, match=r"whose backward pass already ran at .*test_contract.py:\d+\. Remove loss.backw"
     ):
         step(fx.init(NET, TX), BATCH)
 
@@ -205,5 +205,5 @@ def test_an_optimizer_of_torch_makes_steps_elsewhere():
 
 
 def test_names_of_metrics_are_strings():
-    with pytest.raises(TypeError, match="names of metrics to be strings, got 0 from"):
+    with pytest.raises(TypeError, match=r"metric names of .* to be strings, got 0"):
         fx.gradients(lambda model, batch: (loss_fn(model, batch), {0: torch.tensor(1.0)}))(fx.init(NET), BATCH)

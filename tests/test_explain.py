@@ -336,6 +336,6 @@ class TestConstants:
         def draw(model, batch):
             return square(model, batch) * random.random()
 
-        for loss_fn, said in ((clock, "a read of time.time()"), (draw, "draws from Python's random module")):
+        for loss_fn, said in ((clock, "a read of time.time()"), (draw, "samples from Python's random module")):
             found = explain(fx.train_step(loss_fn, TX), start(), BATCH, calls=0)
             assert said in found.breaks[0].reason

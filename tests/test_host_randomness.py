@@ -162,7 +162,7 @@ class TestRefused:
         for step in (fx.train_step(loss_fn, tx), fx.eval_step(loss_fn)):
             state = fx.init(Drops(DRAWS[name]), tx)
             with pytest.raises(
-                RuntimeError, match=f"expected loss_fn to draw .* got draws from {wanted}, which a comp"
+                RuntimeError, match=f"expected loss_fn to take .* got samples from {wanted}, which a comp"
             ):
                 fx.compile(step, backend=backend)(state, X)
         assert states() == before
@@ -202,7 +202,7 @@ class TestRefused:
         ):
             state = fx.init(module)
             for run in (fx.gradients(function), fx.eval_step(function)):
-                with pytest.raises(RuntimeError, match=rf"got draws from {name} \({kind}\)"):
+                with pytest.raises(RuntimeError, match=rf"got samples from {name} \({kind}\)"):
                     run(state, X)
 
     def test_a_generator_of_its_own_that_is_not_used_is_fine(self):

@@ -64,7 +64,7 @@ class TestErrors:
             call(fx.init(seeded(Writes)), X)
         text = str(caught.value)
         assert text.startswith(
-            "expected the module '1' (Writes) to compute with tensors of dtypes that fit, got float32"
+            "expected the module '1' (Writes) to compute with tensors of matching dtypes, got float32"
         )
         assert "and bfloat16 at " in text
         assert "test_kept_precision.py:" in text

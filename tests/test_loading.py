@@ -127,8 +127,8 @@ def test_error_proposes_the_renaming_that_fits(wrap, code):
     given = wrap(module.state_dict())
     state = fx.init(Net())
     for strict in (True, False):
-        message = refused("no name fits", state, given, strict=strict)
-        assert f"Pass {code}, with which all names fit." in message
+        message = refused("no name matches", state, given, strict=strict)
+        assert f"Pass {code}, with which all names match." in message
     loaded = eval(f"fx.load_state_dict(state, given, {code})", {"fx": fx, "state": state, "given": given})
     testing.assert_equal(loaded.params, fx.init(module).params, "the parameters")
 
@@ -136,13 +136,13 @@ def test_error_proposes_the_renaming_that_fits(wrap, code):
 def test_weights_of_a_submodule_and_of_an_outer_module():
     torch.manual_seed(0)
     module = Net()
-    message = refused("no name fits", fx.init(Net()), module.body.state_dict())
-    assert "Pass rename={'': 'body.'} and strict=False, with which 7 of 9 names fit." in message
+    message = refused("no name matches", fx.init(Net()), module.body.state_dict())
+    assert "Pass rename={'': 'body.'} and strict=False, with which 7 of 9 names match." in message
     loaded = fx.load_state_dict(fx.init(Net()), module.body.state_dict(), rename={"": "body."}, where="body.*")
     assert torch.equal(loaded.params["body.0.weight"], module.body[0].weight)
 
-    message = refused("no name fits", fx.init(module.body), module.state_dict())
-    assert "Pass rename={'body.': ''} and strict=False, with which 7 of 7 names fit." in message
+    message = refused("no name matches", fx.init(module.body), module.state_dict())
+    assert "Pass rename={'body.': ''} and strict=False, with which 7 of 7 names match." in message
     rename = {"body.": "", "head.": None}
     loaded = fx.load_state_dict(fx.init(Net().body), module.state_dict(), rename=rename)
     assert torch.equal(loaded.params["0.weight"], module.body[0].weight)
@@ -187,7 +187,7 @@ def test_changed_head_is_skipped_by_choice():
     message = refused(r"head\.weight: expected \[3, 4\], got \[5, 4\]", state, module.state_dict())
     assert "Pass ignore_mismatched_sizes=True" in message
     refused(r"head\.weight: expected", state, module.state_dict(), strict=False)
-    with pytest.warns(UserWarning, match=r"Of another shape \(2\): head\.weight \[5, 4\] for \[3, 4\], head\.bias"):
+    with pytest.warns(UserWarning, match=r"With another shape \(2\): head\.weight \[5, 4\] for \[3, 4\], head\.bias"):
         loaded = fx.load_state_dict(state, module.state_dict(), ignore_mismatched_sizes=True)
     assert torch.equal(loaded.params["body.0.weight"], module.body[0].weight)
 
@@ -293,7 +293,7 @@ def test_extra_state_that_a_state_does_not_hold_is_refused():
     module = Extra(2, 1)
     module.version = 2
     refused(
-        r"own _extra_state, \{'version': 1\}, got \{'version': 2\}\. .* before fxtrain\.init",
+        r"_extra_state to be the model's, \{'version': 1\}, got \{'version': 2\}\. .* before fxtrain\.init",
         fx.init(Extra(2, 1)),
         module.state_dict(),
     )
@@ -311,12 +311,12 @@ def test_part_is_a_submodule_or_an_entry():
     assert torch.equal(loaded.params["g"][0]["body.0.weight"], body[0].weight)
     loaded = fx.load_state_dict(state, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}, part="d.e")
     assert not loaded.params["d.e"]["weight"].any()
-    refused(r"path of a submodule, got part='g\.7'. There are 0, 1\.", state, {}, part="g.7")
-    message = refused("no name fits", fx.init(module), prefixed("module.", body.state_dict()), part="body")
-    assert "Pass rename={'module.': ''}, with which all names fit." in message
+    refused(r"path of a submodule, got 'g\.7'. Choose from 0, 1\.", state, {}, part="g.7")
+    message = refused("no name matches", fx.init(module), prefixed("module.", body.state_dict()), part="body")
+    assert "Pass rename={'module.': ''}, with which all names match." in message
 
 
 def test_nested_state_dict_is_found_by_its_name():
     given = {"epoch": 3, "state_dict": nn.Linear(2, 1).state_dict()}
-    message = refused("no name fits", fx.init(nn.Linear(2, 1)), given)
+    message = refused("no name matches", fx.init(nn.Linear(2, 1)), given)
     assert re.search(r"unexpected \(2\): epoch, state_dict", message)

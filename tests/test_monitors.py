@@ -362,5 +362,5 @@ class TestTap:
         with pytest.raises(ValueError, match=r"expected 'nobody' to match a module, got no match among 0, 1"):
             fx.gradients(fx.tap(problem.loss_fn, "nobody", activation_stats))(state, batch)
         twice = fx.tap(fx.tap(problem.loss_fn, "0", activation_stats), "0", activation_stats)
-        with pytest.raises(ValueError, match="choose another prefix"):
+        with pytest.raises(ValueError, match="Choose another prefix"):
             fx.gradients(twice)(state, batch)

@@ -178,7 +178,7 @@ class TestTrainStep:
         state = fx.init(Routed(), tx)
         after, _ = fx.train_step(routed_loss, tx, unused="zero")(state, {"x": torch.ones(2, 2)})
         assert float(after.params["never"][1]) == pytest.approx(0.99)
-        with pytest.raises(ValueError, match="expected unused='keep' or 'zero', got 'skip'"):
+        with pytest.raises(ValueError, match="expected unused to be one of 'keep', 'zero', got 'skip'"):
             fx.train_step(routed_loss, tx, unused="skip")
 
 

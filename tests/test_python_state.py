@@ -213,7 +213,7 @@ STATEFUL = {
     Nested: r"model\.stats\['layers'\]\[0\]\['calls'\] \(0 before",
     InAnObject: r"model\.tally\.calls \(0 before",
     InSlots: r"model\.tally\.calls \(0 before",
-    OnlyFirst: r"model\.first \(True before a call, False after it.*a second call then returns something else",
+    OnlyFirst: r"model\.first \(True before a call, False after it.*a second call then returns another result",
     Toggle: r"model\.odd \(False before a call, True after it, False",
     WritesInto: r"model\.memory \(None before",
     HooksPileUp: r"model\.inner\._forward_hooks\[",
@@ -274,7 +274,7 @@ class TestRefused:
                 self.inner.weight = nn.Parameter(self.inner.weight * 0.5)
                 return y
 
-        with pytest.raises(RuntimeError, match=r"another tensor in the place of model\.inner\.weight"):
+        with pytest.raises(RuntimeError, match=r"a new tensor assigned to model\.inner\.weight"):
             losses(Replaces())
 
     def test_writing_into_a_tensor_that_is_no_buffer(self):
@@ -289,7 +289,7 @@ class TestRefused:
         state = fx.init(Plain())
         for run in (lambda: fx.eval_step(loss_fn)(state, X), lambda: fx.view(state)(X)):
             with pytest.raises(
-                RuntimeError, match=r"got a write in place \(add_\) to model\.total\. Register it as a buffer"
+                RuntimeError, match=r"got an in-place write \(add_\) to model\.total\. Register it as a buffer"
             ):
                 run()
 
@@ -575,7 +575,7 @@ class TestSharing:
                 return 0.0
 
         fx.gradients(loss_fn)(fx.init(Hides()), X)
-        with pytest.raises(RuntimeError, match=r"got model\.scale from an object that holds it besides"):
+        with pytest.raises(RuntimeError, match=r"got model\.scale through another reference"):
             fx.gradients(loss_fn)(fx.init(Uses()), X)
 
     def test_a_buffer_that_is_a_parameter_follows_it(self):

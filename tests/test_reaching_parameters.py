@@ -60,11 +60,11 @@ class TestNoneReached:
         ("loss_fn", "cause"),
         [
             (by_global, "instead of OUTSIDE"),
-            (without_model, "Call the model that the loss function is given, outside"),
-            (detached, r"trained\. \.detach\(\) at .*parameters.py:27 cuts the loss off"),
-            (without_grad, r"trained\. linear at .*parameters.py:15 runs under torch.no_grad\(\)\. Take"),
-            (by_inference, r"trained\. linear at .*parameters.py:15 runs under torch.inference_mode\(\)\. Take"),
-            (read_as_number, r"trained\. \.item\(\) at .*parameters.py:36 cuts the loss off"),
+            (without_model, "Call the model that is passed to the loss function, outside"),
+            (detached, r"trained\. \.detach\(\) at .*parameters.py:27 detaches the loss"),
+            (without_grad, r"trained\. linear at .*parameters.py:15 runs under torch.no_grad\(\)\. Move"),
+            (by_inference, r"trained\. linear at .*parameters.py:15 runs under torch.inference_mode\(\)\. Move"),
+            (read_as_number, r"trained\. \.item\(\) at .*parameters.py:36 detaches the loss"),
             (accuracy, r"trained\. argmax at .* has no gradient\. Compute"),
             (outside_parameter, "instead of OUTSIDE"),
         ],
@@ -75,7 +75,7 @@ class TestNoneReached:
         step = fx.train_step(loss_fn, tx)
         for _ in range(2):
             with pytest.raises(
-                ValueError, match=rf"got one from {loss_fn.__name__} \(.*\) that reaches none, .*{cause}"
+                ValueError, match=rf"got one from {loss_fn.__name__} \(.*\) that depends on none, .*{cause}"
             ):
                 step(state, X)
 
@@ -86,20 +86,20 @@ class TestNoneReached:
         def loss_fn(model, batch):
             return module(batch).square().mean()
 
-        with pytest.raises(ValueError, match="Call the model that the loss function is given instead of module, which"):
+        with pytest.raises(ValueError, match="the loss function instead of module, which it captures, outside"):
             fx.train_step(loss_fn, tx)(state, X)
         with pytest.raises(ValueError, match="instead of OUTSIDE"):
             fx.train_step(by_global, tx)(state, X)
 
     def test_ends_fit_before_its_first_step(self):
         state, tx = start()
-        with pytest.raises(ValueError, match="reaches none"):
+        with pytest.raises(ValueError, match="depends on none"):
             fx.fit(state, fx.train_step(by_global, tx), [X], epochs=5)
 
     @pytest.mark.parametrize("backend", [None, "eager"])
     def test_compiled(self, backend):
         state, tx = start()
-        with pytest.raises(ValueError, match=r"got one from by_global \(.*\) that reaches none"):
+        with pytest.raises(ValueError, match=r"got one from by_global \(.*\) that depends on none"):
             fx.compile(fx.train_step(by_global, tx), backend=backend)(state, X)
 
     def test_by_torch_compile_itself(self):
@@ -122,17 +122,17 @@ class TestNoneReached:
         state, tx = start(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
         step = fx.train_step(lambda model, batch: model[0](batch).sum(), tx)
         step(state, X)
-        with pytest.raises(ValueError, match="reaches none"):
+        with pytest.raises(ValueError, match="depends on none"):
             step(fx.with_trainable(state, tx, "1.*"), X)
 
     def test_accumulated(self):
         state, tx = start()
-        with pytest.raises(ValueError, match="reaches none"):
+        with pytest.raises(ValueError, match="depends on none"):
             fx.train_step(by_global, tx, accumulate=2)(state, X)
 
     def test_under_vmap(self):
         state, tx = start()
-        with pytest.raises(ValueError, match="reaches none"):
+        with pytest.raises(ValueError, match="depends on none"):
             torch.vmap(fx.train_step(by_global, tx), (None, 0))(state, X[None])
 
 
@@ -226,7 +226,7 @@ class TestAssigningData:
         step = fx.Step(by_hand) if backend == "uncompiled" else fx.compile(by_hand, backend=backend)
         if frozen:
             with pytest.raises(
-                RuntimeError, match=r"got state\.params\['slow'\]\['weight'\] from before it\. Carry on"
+                RuntimeError, match=r"got state\.params\['slow'\]\['weight'\] from before it\. Use state"
             ):
                 step(state, X)
             fx.eval_step(self.follows)(state, X)

@@ -112,7 +112,7 @@ def test_a_tuple_of_a_model_is_refused():
 
 
 def test_an_output_without_a_loss_is_refused():
-    with pytest.raises(TypeError, match=r"got a value of type BaseOutput\. .* compute it from the outputs of a model"):
+    with pytest.raises(TypeError, match=r"got a BaseOutput with keys 'y'\. .* or compute it"):
         fx.gradients(lambda model, batch: BaseOutput(y=model(**batch).logits))(STATE, BATCH)
 
 

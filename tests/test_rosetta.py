@@ -93,7 +93,10 @@ def test_a_context_is_around_each_step_and_evaluation():
     testing.assert_equal(result.last.params, alone.last.params, "parameters")
 
 
-@pytest.mark.parametrize(("step", "context", "message"), [(3, print, "3 is no step"), (print, 3, "3 is not called")])
+@pytest.mark.parametrize(
+    ("step", "context", "message"),
+    [(3, print, "expected a step, got 3"), (print, 3, "function that makes a context, got 3")],
+)
 def test_what_cannot_be_wrapped_is_refused(step, context, message):
     with pytest.raises(TypeError, match=message):
         fx.wrap_step(step, context)

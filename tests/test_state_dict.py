@@ -118,7 +118,7 @@ def test_partial_load_warns_with_counts():
 def test_load_where_no_name_fits_is_refused():
     good = nn.Linear(2, 3).state_dict()
     for given in ({f"module.{name}": value for name, value in good.items()}, {}):
-        with pytest.raises(ValueError, match=r"no name fits:\n  missing \(2\): weight, bias"):
+        with pytest.raises(ValueError, match=r"no name matches:\n  missing \(2\): weight, bias"):
             fx.load_state_dict(fx.init(nn.Linear(2, 3)), given, strict=False)
 
 

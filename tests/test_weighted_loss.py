@@ -139,7 +139,7 @@ class TestAccumulation:
             return fx.weighted(loss, 2) if bool((batch["labels"] == -100).any()) else loss
 
         state, step = train(loss_fn=sometimes, accumulate=2)
-        with pytest.raises(ValueError, match="every microbatch to have a weight or none"):
+        with pytest.raises(ValueError, match="all microbatches or none to have a weight"):
             step(state, texts([6, 3]))
 
 
@@ -222,11 +222,11 @@ class TestWeights:
 
     @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
     def test_numbers_below_zero_are_refused(self, weight):
-        with pytest.raises(ValueError, match="expected a weight of 0 or more, got"):
+        with pytest.raises(ValueError, match="expected a finite weight of 0 or more, got"):
             fx.weighted(torch.tensor(1.0), weight)
 
     @pytest.mark.parametrize("weight", [torch.ones(2), "3", torch.tensor(1j)])
     def test_other_values_are_refused(self, weight):
         state, step = train(loss_fn=lambda model, batch: fx.weighted(model(batch["ids"]).mean(), weight))
-        with pytest.raises(TypeError, match=r"the weight that <lambda> .* gives to fxtrain\.weighted .*, got a"):
+        with pytest.raises(TypeError, match=r"the weight that <lambda> .* gives to fxtrain\.weighted .*, got "):
             step(state, UNEQUAL)

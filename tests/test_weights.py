@@ -162,7 +162,7 @@ def test_prefixes_of_wrappers_are_renamed_in_a_line(tmp_path, prefix, entry):
     wrapped = {prefix + name: value for name, value in module.state_dict().items()}
     torch.save(wrapped if entry is None else {entry: wrapped, "epoch": 1, "callbacks": {}}, tmp_path / "last.ckpt")
     state = fx.init(Net())
-    with pytest.raises(ValueError, match=re.escape(f"Pass rename={{{prefix!r}: ''}}, with which all names fit.")):
+    with pytest.raises(ValueError, match=re.escape(f"Pass rename={{{prefix!r}: ''}}, with which all names match.")):
         fx.load_weights(state, tmp_path / "last.ckpt", entry=entry)
     loaded = fx.load_weights(state, tmp_path / "last.ckpt", entry=entry, rename={prefix: ""})
     testing.assert_equal(fx.state_dict(loaded), dict(module.state_dict()), "the weights")

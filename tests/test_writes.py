@@ -270,7 +270,7 @@ class TestMomentumEncoders:
         module = nn.Embedding(5, 3, max_norm=0.1)
         state, tokens = fx.init(module), torch.tensor([0, 1, 4])
         before = state.copy()
-        with pytest.raises(RuntimeError, match=r"a write in place \(embedding\) to model\.weight"):
+        with pytest.raises(RuntimeError, match=r"an in-place write \(embedding\) to model\.weight"):
             fx.gradients(squares)(state, tokens)
         testing.assert_equal(state, before, "the state")
 
@@ -393,9 +393,9 @@ class TestCapturedTensors:
     @pytest.mark.parametrize("name", captures())
     @pytest.mark.parametrize("route", ["func", "autograd"])
     def test_are_refused_by_name(self, name, route):
-        with pytest.raises(RuntimeError, match=rf"got a write in place .*{name}\. Register it as a buffer"):
+        with pytest.raises(RuntimeError, match=rf"got an in-place write .*{name}\. Register it as a buffer"):
             ours(nn.Linear(4, 2).double(), captures()[name], data(1), route)
-        with pytest.raises(RuntimeError, match=rf"got a write in place .*{name}\. Register it as a buffer"):
+        with pytest.raises(RuntimeError, match=rf"got an in-place write .*{name}\. Register it as a buffer"):
             fx.eval_step(captures()[name])(fx.init(nn.Linear(4, 2).double()), data()[0])
 
     @pytest.mark.parametrize("route", ["traced", "dynamo"])

@@ -18,7 +18,7 @@ from fxtrain.compiler._quiet import quietly
 from fxtrain.compiler._recompile_reasons import described
 from fxtrain.compiler._routes import Choice
 from fxtrain.compiler._trace import Run
-from fxtrain.core import TrainState, check_int
+from fxtrain.core import TrainState, check_int, describe
 from fxtrain.data import for_step
 from fxtrain.diagnostics._breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.diagnostics._counts import counted, trace
@@ -26,7 +26,6 @@ from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import attach
 from fxtrain.loop._evaluate import to_device
 from fxtrain.model import ValuesNeededError, captured
-from fxtrain.step._returned import described as described_value
 
 _WARM = 3  # warm-up calls before the measured ones
 
@@ -212,7 +211,7 @@ def _constants(step: Any) -> dict[str, str]:
 
 def _told(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return described_value(value)
+        return describe(value)
     if isinstance(value, torch.nn.Module):
         return f"a module of type {type(value).__name__}"
     return reprlib.repr(value)

@@ -290,8 +290,8 @@ class Model(Layout):
                 self._caches |= odd.keys()
         if versions(tensor_arguments) != before_arguments:
             raise RuntimeError(
-                f"expected {who} to write into its arguments by functions of torch, got a write that was not seen "
-                "before it happened. Write into a clone."
+                f"expected {who} to write into its arguments with torch functions only, got a write that bypassed "
+                "them. Write into a clone."
             )
         return Called(
             finished, self._grouped(after, itertools.repeat({})), self._grouped(written, itertools.repeat({}))
@@ -391,7 +391,7 @@ def model_of(state: TrainState) -> Model:
         ValueError: If the state has none.
     """
     if state.model is None:
-        raise ValueError("This state has no model: make it with fxtrain.init(module, tx).")
+        raise ValueError("expected a state with a model, got one without. Create it with fxtrain.init(module, tx).")
     return state.model
 
 

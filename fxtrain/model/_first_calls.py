@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import reprlib
 import types
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
+from fxtrain.core import describe
 from fxtrain.model._comparison import are_close
 from fxtrain.model._contents import are_alike
 from fxtrain.model._template import DELETED, Template
@@ -158,10 +158,10 @@ def refuse_state(
     if is_traced():
         raise ValuesNeededError(
             f"expected tensors with values for the first call of {who}, whose modules write the attributes "
-            f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before it is traced."
+            f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before tracing it."
         )
     if not are_close(output, repeated, unit=1.0, integers=False):
-        raise refusal(changed, before, first, second, "a second call then returns something else")
+        raise refusal(changed, before, first, second, "a second call then returns another result")
 
 
 def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tensor], names: Collection[str]) -> None:
@@ -185,14 +185,15 @@ def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tenso
                 continue
             if name is None:
                 raise RuntimeError(
-                    f"expected the parameters that init found, got a new one, {template.path(slot)}, which {who} made "
-                    "and the next call would lose. Make all parameters before fxtrain.init: run the module once."
+                    f"expected {who} to use the parameters from fxtrain.init, got a new one, {template.path(slot)}, "
+                    "which the next call would lose. Create all parameters before fxtrain.init, for example by running "
+                    "the module once."
                 )
             raise RuntimeError(
-                f"expected {who} to read parameters, got another tensor in the place of {template.path(slot)}, which "
-                "the next call would lose. Compute the new value in the step, and give it to "
-                "state.replace(params=...). Keep a copy that follows the weights, such as a momentum encoder, in "
-                "buffers, or let fxtrain.callbacks.ema average it."
+                f"expected {who} to only read parameters, got a new tensor assigned to {template.path(slot)}, which "
+                "the next call would lose. Compute the new value in the step, and pass it to "
+                "state.replace(params=...). Keep an average of the weights, such as a momentum encoder, in buffers, or "
+                "use fxtrain.callbacks.ema."
             )
     hooked = [template.path(name) for name in names if getattr(tensors[name], "_post_accumulate_grad_hooks", None)]
     if hooked:
@@ -203,8 +204,8 @@ def hooks_refused(paths: Iterable[str]) -> NotImplementedError:
     """Returns the error for parameters with hooks."""
     return NotImplementedError(
         f"expected parameters without hooks, got hooks on {', '.join(paths)} (register_hook or "
-        "register_post_accumulate_grad_hook), which a step would not run, as it computes gradients as values. Remove "
-        "them, and change gradients in the optimizer's chain or in a callback of fx.Gradients."
+        "register_post_accumulate_grad_hook), which a step does not run. Remove them, and change gradients in the "
+        "optimizer's chain or in a callback on fx.Gradients."
     )
 
 
@@ -240,22 +241,19 @@ def _refusal(
     if not buffers.isdisjoint(paths):
         return RuntimeError(
             f"expected a module whose buffers keep their names, shapes and dtypes, got {named}. {who} is part of a "
-            "pure step, whose state has one structure. Register the buffer in __init__ with its final shape and "
-            "dtype, or run the module once on a batch before fxtrain.init, as observers of quantization need."
+            "pure step, whose state has a fixed structure. Register the buffer in __init__ with its final shape and "
+            "dtype, or run the module once on a batch before fxtrain.init, as quantization observers require."
         )
     return RuntimeError(
         f"expected a module whose Python attributes do not depend on earlier calls, got {named}. {who} is part of a "
-        "pure step, which puts attributes back after each call. Keep what must last in a buffer, "
+        "pure step, which restores attributes after each call. Keep persistent values in a buffer, "
         "self.register_buffer(name, tensor), and assign to it in forward."
     )
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    if isinstance(value, type):
-        return f"a {value.__name__}"
-    return reprlib.repr(value)
+    # The value of a container is its type.
+    return f"a {value.__name__}" if isinstance(value, type) else describe(value)
 
 
 @contextlib.contextmanager
@@ -273,8 +271,8 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
         yield
     if reads.found:
         raise RuntimeError(
-            f"expected {who} to reach parameters and buffers through modules, got {empty[min(reads.found)]} from an "
-            "object that holds it besides, where it has no values. Read it as an attribute of its module."
+            f"expected {who} to read parameters and buffers from their modules, got {empty[min(reads.found)]} through "
+            "another reference, which has no values. Read it as an attribute of its module."
         )
 
 

@@ -58,15 +58,15 @@ class Following:
             for (name, generator), state in zip(self._generators, states, strict=True):
                 if host.state_of(generator) != state:
                     kind = type(generator).__name__
-                    what = f"draws from {name} ({kind}), whose numbers depend on what was drawn before"
+                    what = f"samples from {name} ({kind}), which depend on earlier samples"
                     raise _refusal(self._who, what)
             moved = host.moved(before)
             self.moved = bool(moved)
             if moved and self._seed is None:
                 raise _refusal(
                     self._who,
-                    f"draws from {' and '.join(moved)}, which a compiled step would repeat at each call and vmap for "
-                    "each member",
+                    f"samples from {' and '.join(moved)}, which a compiled step would repeat at each call and vmap "
+                    "would share between members",
                 )
 
 
@@ -77,9 +77,9 @@ def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
         yield
     if read:
         raise UnseededError(
-            f"expected {name_of(function)} to read nothing but its arguments while it is traced, got a read of "
-            f"{read[0]}, which a compiled step would repeat at each call. Measure time outside of the step, and pass a "
-            "time or a random number that the step needs in the batch."
+            f"expected {name_of(function)} to read only its arguments while it is traced, got a read of {read[0]}, "
+            "whose value a compiled step would repeat at each call. Measure time outside the step, and pass times and "
+            "random seeds in the batch."
         )
 
 
@@ -96,6 +96,6 @@ def generators_in(function: Callable[..., Any]) -> list[tuple[str, Any]]:
 
 def _refusal(who: str, what: str) -> UnseededError:
     return UnseededError(
-        f"expected {who} to draw random numbers from the run's seed alone, got {what}. Draw with torch's functions "
-        "(torch.rand, torch.bernoulli), which follow the seed, or in the data, and pass the numbers in."
+        f"expected {who} to take random samples from the run's seed only, got {what}. Use torch's functions "
+        "(torch.rand, torch.bernoulli), which follow the seed, or sample in the data and pass the samples in the batch."
     )

@@ -109,10 +109,10 @@ def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, p
         for place, leaf in zip(leaf_paths(memory), tree.leaves(memory), strict=True):
             if id(leaf) in fresh:
                 raise ValueError(
-                    f"{caller}: expected parameters trained from the optimizer's first update on, got "
+                    f"{caller}: expected parameters trained since the optimizer's first update, got "
                     f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
                     f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
-                    f"counts for each phase, count by fxtrain.optim.start_counts, or {remedy}."
+                    f"counts for each phase, count with fxtrain.optim.start_counts, or {remedy}."
                 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import Due, TrainState
+from fxtrain.core import Due, TrainState, describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.model._architecture import Model
 from fxtrain.optim import GradientTransformation
@@ -55,7 +55,7 @@ def init(
     _refuse_unusable(model)
     _refuse_overlaps(model)
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise TypeError(f"seed={seed!r}: an integer of 64 bits is wanted.")
+        raise TypeError(f"expected seed to be a 64-bit int, got {describe(seed)}.")
     architecture = Model(model)
     params, buffers = architecture.memory(model)
     params = tree.map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), params)
@@ -89,13 +89,15 @@ def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
     if not isinstance(tx, Mapping):
         refuse_foreign("tx", "a gradient transformation", tx, model)
         raise TypeError(
-            f"expected tx to be a gradient transformation or a dict of them, got {type(tx).__name__}. Make one by a "
+            f"expected tx to be a gradient transformation or a dict of them, got {describe(tx)}. Make one with a "
             "function of fx.optim, such as fx.optim.adamw(1e-3)."
         )
     if not isinstance(params, Mapping) or set(tx) != set(params):
         refuse_foreign("tx", "a gradient transformation", dict(tx), model)
-        came = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f"tx has transformations for {sorted(tx)}, and the model has {came}: give one for each.")
+        keys = sorted(params) if isinstance(params, Mapping) else "none"
+        raise ValueError(
+            f"expected tx to have the keys of the model ({keys}), got {sorted(tx)}. Give one transformation for each."
+        )
     models: Any = model if isinstance(model, Mapping) else {}
     return {name: init_optimizer(each, params[name], models.get(name)) for name, each in tx.items()}
 
@@ -103,21 +105,23 @@ def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
 def _refuse_unusable(model: Any) -> None:
     if isinstance(model, TrainState):
         raise TypeError(
-            "expected a module or a pytree of modules and tensors, got a TrainState. It is a state already."
+            "expected a module or a pytree of modules and tensors, got a TrainState, which is already initialized."
         )
     for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
         if not isinstance(leaf, nn.Module | Tensor):
             raise TypeError(
-                f"expected modules, tensors, or a pytree of them, got {path}, {_described(leaf)}. {_module_of(leaf)}"
+                f"expected modules, tensors, or a pytree of them, got {describe(leaf)} at {path}. {_module_of(leaf)}"
             )
         if isinstance(leaf, Tensor):
             continue
         if any(nn.parameter.is_lazy(value) for value in (*leaf.parameters(), *leaf.buffers())):
-            raise TypeError(f"{path} is lazy, so its shapes are not known yet: run it once on a batch first.")
+            raise TypeError(
+                f"expected modules with known shapes, got lazy parameters in {path}. Run it once on a batch first."
+            )
         if isinstance(leaf, torch.jit.ScriptModule) or hasattr(leaf, "_orig_mod"):
             raise TypeError(
-                f"{path} is compiled already ({type(leaf).__name__}): give init the module itself, and compile the "
-                "step, fxtrain.compile(step)."
+                f"expected uncompiled modules, got a compiled one ({type(leaf).__name__}) at {path}. Give the original "
+                "module, and compile the step: fxtrain.compile(step)."
             )
         for name, part in leaf.named_modules():
             _refuse_wrapper(f"{path}.{name}" if name else path, part)
@@ -130,19 +134,15 @@ def _refuse_wrapper(path: str, module: nn.Module) -> None:
     """Raises for wrappers that distribute a module, and for TorchScript modules."""
     found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _PARALLEL), None)
     if found is not None:
-        itself = "without fully_shard" if found == "FSDPModule" else "itself, which the wrapper has as .module"
+        itself = "without fully_shard" if found == "FSDPModule" else "itself, the .module of the wrapper"
         raise TypeError(
-            f"expected a module that is not distributed, got {path}, made by {found}. Give the module {itself}."
+            f"expected modules that are not distributed, got {path}, made by {found}. Give the module {itself}."
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
-            f"expected modules of Python code, got {path}, a module compiled by torch.jit ({type(module).__name__}). "
-            "Give the original module, and compile the step, fxtrain.compile(step)."
+            f"expected uncompiled modules, got {path}, compiled by torch.jit ({type(module).__name__}). Give the "
+            "original module, and compile the step: fxtrain.compile(step)."
         )
-
-
-def _described(leaf: Any) -> str:
-    return f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a value of type {type(leaf).__name__}"
 
 
 def _module_of(leaf: Any) -> str:
@@ -165,9 +165,8 @@ def _refuse_overlaps(model: Any) -> None:
     for start, end, path, trained in sorted(filter(None, (_span(path, value) for path, value in tensors.values()))):
         if start < last_end and (trained or last_trained):
             raise ValueError(
-                f"expected parameters in memory of their own, got {last_path} and {path} in the same memory, which a "
-                "state would hold apart. Tie them by assigning one Parameter to both modules, or make one of them a "
-                "copy, .clone()."
+                f"expected parameters that do not share memory, got {last_path} and {path}, which overlap. Tie them by "
+                "assigning one Parameter to both modules, or copy one of them with .clone()."
             )
         if end > last_end:
             last_path, last_end, last_trained = path, end, trained

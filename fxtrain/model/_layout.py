@@ -52,8 +52,8 @@ class Layout:
         if wrt is not None:
             entries = self.template if isinstance(self.template, Mapping) else {}
             if wrt not in entries:
-                there = f"has {', '.join(map(repr, entries))}" if entries else "is no dict"
-                raise ValueError(f"wrt={wrt!r} names an entry of a dict of modules, and the model {there}.")
+                there = f"has the keys {', '.join(map(repr, entries))}" if entries else "is not a dict"
+                raise ValueError(f"expected wrt to be a key of a dict of modules, got {wrt!r}. The model {there}.")
             mask, params = mask[wrt], params[wrt]
         return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), mask, params)
 

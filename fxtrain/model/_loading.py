@@ -54,12 +54,12 @@ class Loaded:
             lines.append(f"Not in the model ({len(self.unexpected)}): {shown(self.unexpected)}.")
         if self.mismatched:
             shapes = [f"{name} {list(there)} for {list(here)}" for name, (there, here) in self.mismatched.items()]
-            lines.append(f"Of another shape ({len(shapes)}): {shown(shapes)}.")
+            lines.append(f"With another shape ({len(shapes)}): {shown(shapes)}.")
         if lines:
             kept = len(self.missing) + len(self.mismatched)
             warnings.warn(
                 f"Loaded {len(self.loaded)} of {len(self.loaded) + kept} names of the model, and kept the state's "
-                f"values of the others. {' '.join(lines)}",
+                f"values for the others. {' '.join(lines)}",
                 UserWarning,
                 stacklevel=stacklevel + 1,
             )
@@ -79,7 +79,7 @@ def load(
     """Implements ``load_state_dict``, which documents the arguments and errors."""
     if any(leaf.is_meta for leaf in tree.leaves((state.params, state.buffers))):
         raise ValueError(
-            "expected a state with values, got one on the meta device. Make it on another device to load into it."
+            "expected a state with values, got one on the meta device. Create it on another device to load into it."
         )
     params = tree.clone(state.params)
     report: dict[str, Any] = {}
@@ -170,8 +170,8 @@ def _refuse_extra_state(here: Mapping[str, Any], values: Mapping[str, Any]) -> N
     for name, value in values.items():
         if name.rpartition(".")[2] == EXTRA_STATE and name in here and not _is_same(here[name], value):
             raise ValueError(
-                f"expected the model's own {name}, {reprlib.repr(here[name])}, got {reprlib.repr(value)}. A state does "
-                "not hold it: load it into the module before fxtrain.init."
+                f"expected {name} to be the model's, {reprlib.repr(here[name])}, got {reprlib.repr(value)}. A state "
+                "does not contain it. Load it into the module before fxtrain.init."
             )
 
 
@@ -200,7 +200,7 @@ def _shapes_differ(mismatched: Mapping[str, tuple[torch.Size, torch.Size]]) -> s
     lines = [f"{name}: expected {list(here)}, got {list(there)}" for name, (there, here) in mismatched.items()]
     return (
         f"expected the shapes of the model, got others in the state dict:\n{_listed(lines)}\n"
-        "Pass ignore_mismatched_sizes=True to keep the state's values of these."
+        "Pass ignore_mismatched_sizes=True to keep the state's values for these."
     )
 
 
@@ -226,18 +226,18 @@ def _names_differ(
     ]
     if loaded:
         head = "expected the names of the model, got others in the state dict:"
-        remedy = f"Pass strict=False to load the {len(loaded)} names that fit."
+        remedy = f"Pass strict=False to load the {len(loaded)} names that match."
     else:
-        head = "expected the names of the model, got a state dict of which no name fits:"
-        remedy = "Rename them with rename, from prefixes in the state dict to prefixes of the model."
+        head = "expected the names of the model, got a state dict in which no name matches:"
+        remedy = "Pass rename, a mapping from prefixes in the state dict to prefixes of the model."
     proposal = proposed(here, values)
     if proposal is not None:
         code, count = proposal
         whole = count == len(here) and count == len(values)
         remedy = (
-            f"Pass {code}, with which all names fit."
+            f"Pass {code}, with which all names match."
             if whole
-            else f"Pass {code} and strict=False, with which {count} of {len(here)} names fit."
+            else f"Pass {code} and strict=False, with which {count} of {len(here)} names match."
         )
     return f"{head}\n{_listed(lines)}\n{remedy}"
 

@@ -65,7 +65,9 @@ class Named:
         for path, value in self._walk((), given):
             name = ".".join(map(str, path))
             if name in found:
-                raise ValueError(f"expected one value for each name, got two for {name!r} in the state dict.")
+                raise ValueError(
+                    f"expected one value for each name, got two for {name!r} in the state dict. Rename a key."
+                )
             found[name] = value
         return found
 
@@ -133,7 +135,7 @@ def at(modules: Any, part: str) -> Any:
         fitting = [key for key in children if rest == key or rest.startswith(f"{key}.")]
         if not fitting:
             raise ValueError(
-                f"expected the path of a submodule, got part={part!r}. There are {shown(list(children), 8)}."
+                f"expected part to be the path of a submodule, got {part!r}. Choose from {shown(list(children), 8)}."
             )
         # Dict keys may contain dots.
         key = max(fitting, key=len)

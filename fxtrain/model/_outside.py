@@ -107,7 +107,7 @@ class Outside:
         if grown:
             warnings.warn(
                 f"{who} adds to {', '.join(grown)} while it is traced, and a compiled step does not repeat that. "
-                "Return what is to be kept as a metric, or append in an observer.",
+                "Return the value as a metric, or append it in an observer.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -116,10 +116,10 @@ class Outside:
         if not again:
             return True
         raise CapturedStateError(
-            f"expected {who} to change nothing outside of the state, got changes of {', '.join(changed[:_SHOWN])}, "
-            "which a compiled step would not repeat, and no checkpoint holds. Keep what must last in a buffer, "
-            "self.register_buffer(name, tensor), or in a slot of a callback, read the step from the batch, or leave "
-            "the step uncompiled."
+            f"expected {who} to change nothing outside the state, got changes of {', '.join(changed[:_SHOWN])}, which "
+            "a compiled step would not repeat and a checkpoint would not contain. Keep persistent values in a buffer, "
+            "self.register_buffer(name, tensor), or in a slot of a callback. Pass a step counter in the batch. Or "
+            "leave the step uncompiled."
         )
 
 
@@ -149,8 +149,8 @@ def traced_apart(
     if outside.refuse_changes(who, reads.found, again=seen.has_seen_like(function)):
         seen.add(function)
         raise ValuesNeededError(
-            f"expected {who} to change nothing outside of the state while it is traced. Call the step once "
-            "uncompiled, which fills its caches, before it is traced."
+            f"expected {who} to change nothing outside the state while it is traced, got changes. Call the step once "
+            "uncompiled before tracing it, to fill its caches."
         )
     return result
 

@@ -36,6 +36,6 @@ def refuse_writes(who: str, values: Any, before: list[int], root: str) -> None:
     changed = zip(tree.paths(values, root), before, versions(values), strict=True)
     path = next(path for path, was, now in changed if was != now)
     raise RuntimeError(
-        f"{who} wrote into {path} in place, and so changed a state that others may hold: compute a new value, and "
-        "give it to state.replace; what a module writes at each call is a buffer."
+        f"expected {who} to leave its state unchanged, got an in-place write to {path}. Compute a new value, and pass "
+        "it to state.replace. Register a tensor that a module writes at each call as a buffer."
     )

@@ -54,7 +54,7 @@ def recompute_statistics(
         key = rng.key(state.seed, stream=rng.Stream.SAMPLE, step=state.step, microbatch=index)
         buffers = model.call(state.params, buffers, counting, batch, index == 0, train=True, key=key).buffers
     if index < 0:
-        raise ValueError("There is no batch to compute statistics of.")
+        raise ValueError("expected at least one batch, got none. Give some of the training data.")
     return state.replace(buffers=buffers)
 
 

@@ -41,8 +41,8 @@ def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
     if twice:
         both = [old for old, new in found.items() if new == twice[0]]
         raise ValueError(
-            f"expected rename to keep names apart, got {twice[0]!r} for each of {shown(both)}. Rename all but one of "
-            "them to None, which leaves them out."
+            f"expected rename to give distinct names, got {twice[0]!r} for each of {shown(both)}. Rename all but one "
+            "of them to None, which leaves them out."
         )
     return found
 

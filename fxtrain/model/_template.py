@@ -193,8 +193,8 @@ class Template:
         for path, tensor, version in self._tensors:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"expected a call to leave tensors outside the state as they are, got a write in place to {path}. "
-                    "Register it as a buffer: what a call writes into a buffer is part of the next state."
+                    f"expected a call to leave tensors outside the state unchanged, got an in-place write to {path}. "
+                    "Register it as a buffer, which is part of the state."
                 )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
@@ -230,8 +230,8 @@ def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
         return _copied(root, memo)
     except Exception as error:
         raise TypeError(
-            f"The module cannot be copied ({error}), and init copies its code to leave yours as it was: "
-            "remove locks, open files and hooks that close over them from it."
+            f"expected modules that copy.deepcopy can copy, got the error: {str(error).rstrip('.')}. Remove locks, "
+            "open files and hooks that close over them from the modules."
         ) from error
 
 

@@ -127,15 +127,14 @@ class Writes:
         raise WriteError(
             f"expected {self._who} to leave trained parameters to the optimizer, got {_described(write)} {name}. Call "
             "requires_grad_(False) before fxtrain.init on parameters that the forward pass updates, such as those of a "
-            "momentum encoder: they are state like buffers then. Apply a constraint to trained parameters after the "
-            "step, by state.replace(params=...)."
+            "momentum encoder. Apply constraints on trained parameters after the step, with state.replace(params=...)."
         )
 
     def _refuse_captured(self, name: str, write: str) -> None:
         raise WriteError(
-            f"expected {self._who} to write into nothing outside of the state, got {_described(write)} {name}. "
-            "Register it as a buffer of the model, return the value as a metric, or keep it in a slot of a callback. "
-            "Give fxtrain.init a module that updates itself together with the model."
+            f"expected {self._who} to write into nothing outside the state, got {_described(write)} {name}. Register "
+            "it as a buffer of the model, return the value as a metric, or keep it in a slot of a callback. If it "
+            "belongs to another module, give that to fxtrain.init together with the model."
         )
 
 
@@ -144,7 +143,7 @@ def _notice(frozen: bool, _: str) -> None:
 
 
 def _described(write: str) -> str:
-    return "an assignment to .data of" if write == "data" else f"a write in place ({write}) to"
+    return "an assignment to .data of" if write == "data" else f"an in-place write ({write}) to"
 
 
 def copies(values: Any) -> Any:

@@ -59,6 +59,5 @@ def refuse_lost(who: str, old: list[tuple[str, Tensor]], params: Any) -> None:
     if lost is not None:
         raise RuntimeError(
             f"expected {who} to return a state with the frozen parameters that its forward pass wrote, got {lost} from "
-            "before it. Carry on what it wrote: state = found.carried(state), where found is what fxtrain.gradients "
-            "returned."
+            "before it. Use state = found.carried(state), where found is the result of fxtrain.gradients."
         )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fxtrain.core import describe
 from fxtrain.fold._subscription import name_of
 from fxtrain.model._captured import captured
 
@@ -61,14 +62,14 @@ def refuse_unless_step(function: Any) -> None:
         return
     remedy = ""
     if not callable(function) or isinstance(function, type | nn.Module):
-        what = _described(function)
-        remedy = "Make a step of a loss function: fxtrain.train_step(loss_fn, tx)."
+        what = describe(function)
+        remedy = "Make a step from a loss function: fxtrain.train_step(loss_fn, tx)."
     elif takes_model(function):
         what = f"the loss function {place_of(function)}"
-        remedy = "Make a step of it: fxtrain.train_step(loss_fn, tx)."
+        remedy = "Make a step from it: fxtrain.train_step(loss_fn, tx)."
     elif not _takes_two(function):
         what = f"{name_of(function)}{_signature(function)}{_line(function)}"
-        remedy = "Let it take these two arguments."
+        remedy = "Define it with these two parameters."
     if remedy:
         raise TypeError(f"expected step to be a function (state, batch) -> (state, output), got {what}. {remedy}")
 
@@ -99,7 +100,7 @@ def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
             raise _optimizer_refused(function, f"reads the optimizer {name} ({kind})")
         if isinstance(value, torch.amp.GradScaler):
             raise ContractError(
-                f"expected {place_of(function)} to compute a loss alone, got one that reads the gradient scaler "
+                f"expected {place_of(function)} to only compute a loss, got one that reads the gradient scaler "
                 f'{name} ({kind}). Return the loss itself, and give the step precision="fp16".'
             )
     thread = threading.get_ident()
@@ -123,15 +124,15 @@ def backward_refused(who: str, where: str) -> ContractError:
         where: The line, as `` at file:line``, or an empty string.
     """
     return ContractError(
-        f"expected {who} to return a loss that can be differentiated, got one whose backward pass ran already{where}. "
-        "Leave loss.backward() out: the step computes the gradients and gives them to its optimizer."
+        f"expected {who} to return a loss that can be differentiated, got one whose backward pass already ran{where}. "
+        "Remove loss.backward(): the step computes the gradients and passes them to the optimizer."
     )
 
 
 def _optimizer_refused(function: Callable[..., Any], what: str) -> ContractError:
     return ContractError(
-        f"expected {place_of(function)} to compute a loss alone, got one that {what}. Leave zero_grad(), backward() "
-        "and step() out: the step computes the gradients, and updates with the tx that train_step is given."
+        f"expected {place_of(function)} to only compute a loss, got one that {what}. Remove zero_grad(), backward() "
+        "and step(): the step computes the gradients and applies the tx given to train_step."
     )
 
 
@@ -163,7 +164,7 @@ def _is_plainly_a_loss(function: Any) -> bool:
 def _fault_of_loss(function: Any) -> tuple[str, str] | None:
     """Returns a description of an invalid loss function and a fix, or None if it may be valid."""
     if isinstance(function, type) or not callable(function):
-        return _described(function), _remedy_for_class(function)
+        return describe(function), _remedy_for_class(function)
     if isinstance(function, nn.Module):
         return _fault_of_module(function)
     target = function if _code(function) is not None else type(function).__call__
@@ -173,10 +174,10 @@ def _fault_of_loss(function: Any) -> tuple[str, str] | None:
     if inspect.iscoroutinefunction(target) or inspect.isasyncgenfunction(target):
         return f"the async function {shown}", "Write it without async."
     if inspect.isgeneratorfunction(target):
-        return f"the generator function {shown}", "Return the loss in place of yielding it."
+        return f"the generator function {shown}", "Return the loss instead of yielding it."
     first = _first_names(function)
     if first[:1] == ["self"]:
-        return f"{shown}, a method without its object", "Give the method of an instance."
+        return f"{shown}, an unbound method", "Give the method of an instance."
     fault = _fault_of_names(function, first)
     if fault is not None:
         return shown, fault
@@ -191,9 +192,9 @@ def _fault_of_names(function: Any, first: list[str]) -> str | None:
     if len(first) > 1 and first[0] not in _MODELS and first[1] in _MODELS:
         return f"Swap the parameters: ({first[1]}, {first[0]})."
     if first and first[0] in _BATCHES:
-        return "Take the model as the first parameter, and call it: its weights are those of the state."
+        return "Take the model as the first parameter, and call it. It has the weights of the state."
     if len(first) > 1 and first[0] in _PREDICTIONS:
-        return f'Call it on what the model returns: lambda model, batch: {name}(model(batch["x"]), batch["y"]).'
+        return f'Call it on the output of the model: lambda model, batch: {name}(model(batch["x"]), batch["y"]).'
     return None
 
 
@@ -206,11 +207,11 @@ def _remedy_for_signature(function: Any, first: list[str]) -> str:
     ]
     beyond = [parameter.name for parameter in required if parameter.name not in first[:2]]
     if len(first) < 2 and {"model", "batch"} <= {parameter.name for parameter in required}:
-        return f"Let it take them by position: lambda model, batch: {name_of(function)}(model=model, batch=batch)."
+        return f"Pass them by keyword: lambda model, batch: {name_of(function)}(model=model, batch=batch)."
     if len(first) >= 2 and beyond:
         given = ", ".join(f"{name}=..." for name in beyond)
         return f"Bind the others: functools.partial({name_of(function)}, {given})."
-    return "Let it take the model and the batch."
+    return "Define it with the parameters (model, batch)."
 
 
 def _fault_of_module(module: nn.Module) -> tuple[str, str] | None:
@@ -219,7 +220,7 @@ def _fault_of_module(module: nn.Module) -> tuple[str, str] | None:
     if hasattr(module, "training_step"):
         return (
             f"the LightningModule {kind}" if _is_lightning(module) else f"the module {kind}",
-            "Give it to fxtrain.init, and make a function of its training_step that calls model in place of self.",
+            "Give it to fxtrain.init, and turn its training_step into a function that calls model instead of self.",
         )
     if type(module).__module__.startswith("torch.nn.modules.loss") or (
         first and first[0] in _PREDICTIONS and len(first) > 1
@@ -250,14 +251,6 @@ def _remedy_for_class(function: Any) -> str:
             'lambda model, batch: criterion(model(batch["x"]), batch["y"]).'
         )
     return "Give an instance, or one of its methods."
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, nn.Module):
-        return f"the module {type(value).__name__}"
-    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _takes_two(function: Any) -> bool:

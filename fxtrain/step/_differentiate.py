@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import check_choice
 from fxtrain.core._frames import places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._forward import is_forward_wrapped
@@ -54,8 +55,7 @@ class Differentiation:
     """
 
     def __init__(self, way: Differentiate, who: str) -> None:
-        if way not in get_args(Differentiate):
-            raise ValueError(f"expected differentiate='auto', 'func' or 'autograd', got {way!r}.")
+        check_choice("differentiate", way, get_args(Differentiate))
         self._way, self._who = way, who
         # Whether a reentrant checkpoint needs a backward pass to all leaves.
         self._whole = False
@@ -74,8 +74,8 @@ class Differentiation:
         nested = not dynamo and _is_differentiated(trainable)
         if nested and self._way == "autograd":
             raise ValueError(
-                f"expected gradients of {self._who} outside of torch.func.vmap, torch.func.grad and torch.autograd, "
-                "got differentiate='autograd' inside one of them, whose derivatives would be lost. Choose "
+                f"expected gradients of {self._who} outside torch.func.vmap, torch.func.grad and torch.autograd, got "
+                "differentiate='autograd' inside one of them, whose derivatives would be lost. Choose "
                 "differentiate='func'."
             )
         if self._way == "func" or nested or dynamo:
@@ -106,14 +106,17 @@ class Differentiation:
             self._refuse_passing(refusal, objective, trainable)
         self._way = "autograd"
         warnings.warn(
-            f"{self._who} is differentiated by torch.autograd from now on, as torch.func refuses it{_where(refusal)}: "
-            f"{_reason(refusal)} The numbers are the same. Give differentiate='autograd' to choose this from the "
-            "start.",
+            f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
+            f"{_where(refusal)}: {_reason(refusal)} The gradients are the same. Pass differentiate='autograd' to use "
+            "it from the start.",
             UserWarning,
             stacklevel=2,
         )
         if is_traced():
-            raise ValuesNeededError(f"The trace of {self._who} holds two forward passes. Trace it again.")
+            raise ValuesNeededError(
+                f"expected one forward pass of {self._who} in the trace, got a second one by torch.autograd. Trace it "
+                "again."
+            )
         return found
 
     @staticmethod
@@ -289,4 +292,4 @@ def _where(error: Exception) -> str:
     """Returns the innermost line of the user's code, and that of the library it calls, if any."""
     found = [frame for frame in places(traceback.extract_tb(error.__traceback__)) if frame is not None]
     lines = [f"{frame.filename}:{frame.lineno}" for frame in found]
-    return f" at {', by way of '.join(lines)}" if lines else ""
+    return f" at {', through '.join(lines)}" if lines else ""

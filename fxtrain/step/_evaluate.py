@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from fxtrain import rng
-from fxtrain.core import StepOutput, TrainState
+from fxtrain.core import StepOutput, TrainState, describe
 from fxtrain.data import for_step
 from fxtrain.fold._subscription import name_of
 from fxtrain.precision import Policy, policy_of
 from fxtrain.step._contract import place_of, refuse_unless_loss
 from fxtrain.step._forward import forward
-from fxtrain.step._returned import described, measured
+from fxtrain.step._returned import measured
 from fxtrain.step._step import on_device
 from fxtrain.step._weights import Weighted
 
@@ -75,7 +75,7 @@ def eval_step(
             if not isinstance(result, tuple) or isinstance(result, Weighted) or len(result) != 2:
                 raise TypeError(
                     f"expected {place_of(measure)} to return a pair (metrics, outputs) because of outputs=True, got "
-                    f"{described(result)}. Return both, or leave outputs=True away."
+                    f"{describe(result)}. Return both, or remove outputs=True."
                 )
             result, extra = result
         metrics, weight = measured(measure, result)

@@ -182,9 +182,9 @@ def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exc
     if policy.casts or policy.param in HALF:
         remedy = f"Cast the tensors to one dtype, or keep the module in float32: {_keeping(policy, name or '*')}."
     else:
-        remedy = "Cast the batch or the tensors there, or the parameters by fxtrain.init(..., dtype=...)."
+        remedy = "Cast the batch, the tensors on that line, or the parameters with fxtrain.init(..., dtype=...)."
     return RuntimeError(
-        f"expected {where} to compute with tensors of dtypes that fit, got {' and '.join(dtypes)} at "
+        f"expected {where} to compute with tensors of matching dtypes, got {' and '.join(dtypes)} at "
         f"{frame.f_code.co_filename}:{line}: {str(error).rstrip('.')}. {remedy}"
     )
 

@@ -161,7 +161,7 @@ def gradients(
                     loss, measured, weight = loss_and_metrics(loss_fn, result)
                     if torch.compiler.is_dynamo_compiling() and _is_unreached(loss, trainable):
                         raise ValueError(
-                            "expected a loss that depends on a trainable parameter, got one that reaches none"
+                            "expected a loss that depends on a trainable parameter, got one that depends on none"
                         )
                     metrics = policy.cast_output({"loss": loss, **measured})
                     loss = metrics["loss"]
@@ -174,7 +174,9 @@ def gradients(
 
         trainable = model.split(state.params, wrt)
         if not tree.leaves(trainable):
-            raise ValueError("Nothing to train: no parameter is floating or complex and requires gradients.")
+            raise ValueError(
+                "expected a trainable parameter, got none. Make a floating or complex parameter require gradients."
+            )
         model.refuse_hooks()
         reached = model.first_calls(("reached", wrt))
         is_first = not torch.compiler.is_dynamo_compiling() and reached.draws(loss_fn) is None

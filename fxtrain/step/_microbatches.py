@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, ops
+from fxtrain.core import NAMESPACE, describe, ops
 from fxtrain.data._containers import holds_graph
 from fxtrain.metrics import Metric
 from fxtrain.step._gradients import Gradient
-from fxtrain.step._returned import described
 
 
 def microbatches(batch: Any, count: int) -> list[Any]:
@@ -44,7 +43,7 @@ def microbatches(batch: Any, count: int) -> list[Any]:
     # Dynamo cannot trace the search for graphs.
     if not torch.compiler.is_dynamo_compiling() and holds_graph(batch):
         raise ValueError(
-            f"accumulate={count}: expected a batch of tensors [examples, ...], got a graph, which cannot be cut. Take "
+            f"accumulate={count}: expected a batch of tensors [examples, ...], got a graph, which cannot be split. Use "
             "accumulate=1 and a smaller batch size in its loader."
         )
     examples = _common_size(batch, count)
@@ -106,8 +105,8 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
     """
     if (total.weight is None) != (part.weight is None):
         raise ValueError(
-            "expected every microbatch to have a weight or none to have one, got both. Return fxtrain.weighted from "
-            "all paths of the loss function."
+            "expected all microbatches or none to have a weight, got both kinds. Return fxtrain.weighted from all "
+            "paths of the loss function."
         )
     weight = share = None
     if total.weight is not None and part.weight is not None:
@@ -164,10 +163,11 @@ def _common_size(batch: Any, count: int) -> int:
     for index, leaf in enumerate(leaves):
         if size % count or (_has_examples(leaf) and leaf.shape[0] != size):
             # Dynamo cannot trace the formatting of paths.
-            path = "a leaf" if torch.compiler.is_dynamo_compiling() else tree.paths(batch, "batch")[index]
+            is_traced = torch.compiler.is_dynamo_compiling()
+            place = "in the batch" if is_traced else f"at {tree.paths(batch, 'batch')[index]}"
             raise ValueError(
-                f"accumulate={count}: expected tensors with one first dimension that {count} divides, the examples, "
-                f"got {path}, {described(leaf)}. Choose another batch size; keep a tensor without examples outside of "
-                "the batch, or give it a first dimension of 1, which all microbatches share."
+                f"accumulate={count}: expected tensors with the same first dimension, divisible by {count}, got "
+                f"{describe(leaf)} {place}. Choose another batch size. Keep a tensor without examples outside the "
+                "batch, or give it a first dimension of 1, which all microbatches share."
             )
     return size

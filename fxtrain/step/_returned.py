@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fxtrain.core import wide_dtype
+from fxtrain.core import describe, wide_dtype
 from fxtrain.metrics import Metric
 from fxtrain.step._contract import ContractError, place_of
 from fxtrain.step._weights import Weighted
 
 _TUPLE = (
-    "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. "
-    "Other outputs are left out."
+    "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. Leave out other outputs."
 )
 
 
@@ -59,8 +58,8 @@ def loss_and_metrics(function: Any, result: Any) -> Returned:
         )
     if "loss" in metrics:
         raise ValueError(
-            f"expected metrics with names other than the loss's own, got a metric named 'loss' from "
-            f"{place_of(function)}. Rename it."
+            f"expected metrics of {place_of(function)} with names other than 'loss', got a metric named 'loss'. Rename "
+            "it."
         )
     return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
 
@@ -101,33 +100,19 @@ def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]
     for name, value in metrics.items():
         if not isinstance(name, str):
             raise ContractError(
-                f"expected names of metrics to be strings, got {name!r} from {place_of(function)}. Name the metric."
+                f"expected the metric names of {place_of(function)} to be strings, got {describe(name)}. Rename the "
+                "metric."
             )
         if _is_metric(value):
             continue
-        remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave out what is no measurement."
+        remedy = "Reduce it, or leave it out." if isinstance(value, Tensor) else "Leave it out."
         if isinstance(value, int | float):
             remedy = "Return the tensor itself, without .item() or float(), or wrap a number in torch.tensor."
         raise ContractError(
             f"expected the metric {name!r} of {place_of(function)} to be a 0-d tensor or one of fxtrain.metrics, got "
-            f"{described(value)}. {remedy}"
+            f"{describe(value)}. {remedy}"
         )
     return dict(metrics)
-
-
-def described(value: Any) -> str:
-    """Returns a short description of a value for an error message.
-
-    Example:
-        >>> import torch
-        >>> described((torch.zeros(2), None, 1.0))
-        'a tuple of (a float32 tensor of shape [2], None, a value of type float)'
-    """
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    if isinstance(value, tuple):
-        return f"a tuple of ({', '.join(described(part) for part in value)})"
-    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _is_metric(value: Any) -> bool:
@@ -149,8 +134,8 @@ def _taken_from_output(value: Any) -> Any:
 
 def _shown(result: Any, loss: Any) -> str:
     if loss is result or isinstance(result, tuple):
-        return described(result)
-    return f"a {type(result).__name__} whose loss is {described(loss)}"
+        return describe(result)
+    return f"a {type(result).__name__} whose loss is {describe(loss)}"
 
 
 def _remedy(result: Any, loss: Any) -> str:
@@ -160,7 +145,7 @@ def _remedy(result: Any, loss: Any) -> str:
             return "Reduce the loss of each example with .mean()."
         return "Compute the loss in a floating dtype."
     if loss is None and result is not None:
-        return "The model computes no loss without labels: give them to it, or compute the loss from its outputs."
+        return "The model computes no loss without labels. Pass labels, or compute the loss from its outputs."
     if loss is None:
         return "End the function with return loss."
     if isinstance(loss, Awaitable):
@@ -172,7 +157,7 @@ def _remedy(result: Any, loss: Any) -> str:
     if isinstance(loss, tuple | list):
         return _remedy_for_several(loss)
     if isinstance(loss, Mapping):
-        return "Give a dict of metrics its loss under the name 'loss'; compute it from the outputs of a model."
+        return "Give a dict of metrics the loss under the name 'loss', or compute it from the outputs of the model."
     return "Compute the loss from it."
 
 
@@ -195,5 +180,5 @@ def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:
         return torch.full((), weight, dtype=wide, device=loss.device)
     raise ContractError(
         f"expected the weight that {place_of(function)} gives to fxtrain.weighted to be a number or a real 0-d tensor, "
-        f"got {described(weight)}. Count the items of the batch, as (labels != -100).sum()."
+        f"got {describe(weight)}. Count the items of the batch, as in (labels != -100).sum()."
     )

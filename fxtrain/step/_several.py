@@ -34,7 +34,7 @@ class Several(Step):
 
     def __call__(self, state: TrainState, batch: Sequence[Any]) -> tuple[TrainState, Any]:
         if len(batch) != self.count:
-            raise ValueError(f"{len(batch)} batches came, and steps_per_call={self.count}.")
+            raise ValueError(f"expected steps_per_call={self.count} batches, got {len(batch)}.")
         outputs: list[StepOutput] = []
         for each in batch:
             state, output = self.step(state, each)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, Due, StepOutput, TrainState
+from fxtrain.core import TRACED, Control, Due, StepOutput, TrainState, describe
 from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach
 from fxtrain.fold._subscription import name_of
 from fxtrain.model import refuse_writes, versions
 from fxtrain.step._carried import noted, refuse_lost
 from fxtrain.step._contract import refuse_unless_step
-from fxtrain.step._returned import described
 
 
 class Step:
@@ -70,8 +69,8 @@ class Step:
         unknown = self.fires - set(TRACED)
         if unknown:
             raise ValueError(
-                f"fires={sorted(kind.__name__ for kind in unknown)}: a step fires "
-                f"{', '.join(kind.__name__ for kind in TRACED)}, and nothing else."
+                f"expected fires to contain only {', '.join(kind.__name__ for kind in TRACED)}, got "
+                f"{', '.join(sorted(kind.__name__ for kind in unknown))}."
             )
         self._name = name_of(function)
         # Names of the slots that enter the compiled graph.
@@ -109,7 +108,7 @@ class Step:
             missing = self.enters.difference(state.slots)
         except AttributeError:
             raise TypeError(
-                f"expected a TrainState as the first argument of {self._name}, got {described(state)}. Call it as "
+                f"expected a TrainState as the first argument of {self._name}, got {describe(state)}. Call it as "
                 "step(state, batch), with a state from fxtrain.init(module, tx)."
             ) from None
         if not missing:
@@ -146,7 +145,7 @@ def _checked(name: str, result: Any) -> tuple[TrainState, StepOutput]:
         and isinstance(result[1], StepOutput)
     ):
         return result
-    raise TypeError(f"{name} returned {described(result)}: a step returns (state, fxtrain.StepOutput(metrics)).")
+    raise TypeError(f"expected {name} to return (state, fxtrain.StepOutput(metrics)), got {describe(result)}.")
 
 
 def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
@@ -159,7 +158,10 @@ def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
     if torch.compiler.is_dynamo_compiling():
         # Dynamo cannot trace the formatting of paths. Keys that differ raise in tree.where.
         if not alike:
-            raise ValueError(f"{name} changed a shape or a dtype of its state: call it uncompiled to see where.")
+            raise ValueError(
+                f"expected {name} to keep the shapes and dtypes of its state, got others. Call it uncompiled to see "
+                "where."
+            )
         return
     if alike and old_structure == new_structure:
         return
@@ -167,16 +169,18 @@ def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
     after = dict(zip(tree.paths(new, "state"), new_leaves, strict=True))
     for path in (*before, *after):
         was, came = before.get(path), after.get(path)
-        if was is None or came is None:
+        if came is None:
+            raise ValueError(f"expected {name} to keep the structure of its state, got one without {path}.")
+        if was is None:
             raise ValueError(
-                f"{name} {'added' if was is None else 'removed'} {path}: a step keeps the structure of its state. "
-                "Give the step a callback that keeps it in a slot: Step(..., callbacks=)."
+                f"expected {name} to keep the structure of its state, got one with {path}. Keep new values in a slot "
+                "of a callback: Step(..., callbacks=)."
             )
         if was.shape != came.shape or was.dtype != came.dtype:
             raise ValueError(
-                f"{name} changed {path} from {described(was)} to {described(came)}: a step keeps shapes and dtypes."
+                f"expected {name} to keep shapes and dtypes, got {describe(came)} at {path}, which was {describe(was)}."
             )
     raise ValueError(
-        f"{name} changed the structure of its state, though every leaf is where it was: a step keeps the model, and "
-        "the types of all containers."
+        f"expected {name} to keep the model and the types of all containers in its state, got others with the same "
+        "leaves."
     )

@@ -71,7 +71,9 @@ def tap(
         loss, metrics, weight = loss_and_metrics(loss_fn, result)
         twice = sorted(seen.keys() & metrics.keys())
         if twice:
-            raise ValueError(f"The loss measures {twice[0]!r}, and so does tap: choose another prefix.")
+            raise ValueError(
+                f"expected a loss without metrics that tap measures, got {twice[0]!r} from both. Choose another prefix."
+            )
         return (loss if weight is None else weighted(loss, weight)), {**metrics, **seen}
 
     return tapped

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim, tree
-from fxtrain.core import TRACED, Control, Gradients, Microbatch, StepOutput, TrainState, Updated, check_positive_int
+from fxtrain.core import (
+    TRACED,
+    Control,
+    Gradients,
+    Microbatch,
+    StepOutput,
+    TrainState,
+    Updated,
+    check_choice,
+    check_positive_int,
+    describe,
+)
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import as_composed, compose
 from fxtrain.fold._subscription import name_of
@@ -20,7 +31,6 @@ from fxtrain.step._contract import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate
 from fxtrain.step._gradients import gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches
-from fxtrain.step._returned import described
 from fxtrain.step._step import Step
 
 
@@ -80,11 +90,10 @@ def train_step(
     if not isinstance(tx, optim.GradientTransformation):
         refuse_foreign("tx", "a gradient transformation", tx)
         raise TypeError(
-            f"tx is {described(tx)}: one gradient transformation is wanted. For several, fxtrain.optim.partition makes "
-            "one of them, or write the step by hand, from fxtrain.gradients and fxtrain.step.apply_gradients."
+            f"expected tx to be a gradient transformation, got {describe(tx)}. Combine several with "
+            "fxtrain.optim.partition, or write the step with fxtrain.gradients and fxtrain.step.apply_gradients."
         )
-    if unused not in ("keep", "zero"):
-        raise ValueError(f"expected unused='keep' or 'zero', got {unused!r}.")
+    check_choice("unused", unused, ("keep", "zero"))
     check_positive_int("accumulate", accumulate)
     policy = policy_of(precision)
     folded = as_composed(callbacks)

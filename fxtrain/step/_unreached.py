@@ -29,17 +29,17 @@ def unreached(
     """
     what = "a trainable parameter" if wrt is None else f"a trainable parameter of the entry {wrt!r}"
     return ValueError(
-        f"expected a loss that depends on {what}, got one from {place_of(function)} that reaches none, so nothing "
+        f"expected a loss that depends on {what}, got one from {place_of(function)} that depends on none, so nothing "
         f"would be trained. {_cause(run) or _general_remedy(function)}"
     )
 
 
 def _general_remedy(function: Callable[..., Any]) -> str:
     modules = [name for name, value in captured(function) if isinstance(value, nn.Module)]
-    instead = f" instead of {', '.join(modules)}, which it takes from outside" if modules else ""
+    instead = f" instead of {', '.join(modules)}, which it captures" if modules else ""
     return (
-        f"Call the model that the loss function is given{instead}, outside of torch.no_grad() and without .detach() or "
-        ".item()."
+        f"Call the model that is passed to the loss function{instead}, outside torch.no_grad() and without .detach() "
+        "or .item()."
     )
 
 
@@ -91,16 +91,16 @@ _COPIES = ("detach", "detach_", "__get__", *_TO_PYTHON)
 def _cut_by(func: Any) -> str:
     name, line = func.__name__, _line_of_users()
     if torch.is_inference_mode_enabled():
-        return f"{name}{line} runs under torch.inference_mode(). Take the forward pass out of it."
+        return f"{name}{line} runs under torch.inference_mode(). Move the forward pass out of it."
     if not torch.is_grad_enabled():
-        return f"{name}{line} runs under torch.no_grad(). Take the forward pass out of it."
+        return f"{name}{line} runs under torch.no_grad(). Move the forward pass out of it."
     if name == "__get__":
         name = f".{getattr(func.__self__, '__name__', 'data')}"
     elif name in _COPIES:
         name = f".{name}()"
     if name.startswith("."):
-        return f"{name}{line} cuts the loss off from the parameters. Leave it out."
-    return f"{name}{line} has no gradient. Compute the loss from its inputs, with a function that has one."
+        return f"{name}{line} detaches the loss from the parameters. Remove it."
+    return f"{name}{line} has no gradient. Compute the loss with a differentiable function."
 
 
 def _line_of_users() -> str:

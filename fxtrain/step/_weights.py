@@ -47,5 +47,5 @@ def weighted(loss: Any, weight: Tensor | float) -> Weighted:
         (tensor(2.), tensor(3., dtype=torch.float64))
     """
     if isinstance(weight, int | float) and not 0 <= weight < math.inf:
-        raise ValueError(f"expected a weight of 0 or more, got {weight!r}. Give the number of items in the batch.")
+        raise ValueError(f"expected a finite weight of 0 or more, got {weight!r}. Count the items of the batch.")
     return Weighted(loss, weight)

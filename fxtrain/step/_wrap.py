@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from fxtrain.core import describe
+
 
 class Wrapped:
     """A step whose calls run inside a context. Made by ``wrap_step``. All other attributes are those of the step."""
@@ -53,7 +55,12 @@ def wrap_step(step: Any, context: Callable[[], AbstractContextManager[Any]]) -> 
         1
     """
     if not callable(step):
-        raise TypeError(f"{step!r} is no step: give what train_step, eval_step or compile returned.")
+        raise TypeError(
+            f"expected a step, got {describe(step)}. Give the result of train_step, eval_step or fxtrain.compile."
+        )
     if not callable(context):
-        raise TypeError(f"{context!r} is not called: give what makes a context for each step, lambda: context(...).")
+        raise TypeError(
+            f"expected context to be a function that makes a context, got {describe(context)}. Give "
+            "lambda: context(...)."
+        )
     return Wrapped(step, context)
