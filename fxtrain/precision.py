@@ -76,7 +76,8 @@ class Policy:
 
     Raises:
         TypeError: If a dtype is not a floating-point dtype.
-        ValueError: If autocast does not support ``compute`` with ``param``.
+        ValueError: If autocast does not support ``compute`` with ``param``, or if ``loss_scale`` is given and ``param``
+            is not float32.
 
     Example:
         >>> Policy(compute=torch.bfloat16).param

@@ -22,7 +22,7 @@ def needs(
     Args:
         callback: ``(state, event) -> (state, control)``.
         eval_metrics: Names of evaluation metrics. They are checked by running the evaluation step on fake tensors or,
-            if that fails, at the first evaluation.
+            if that is not possible, at the first evaluation.
         slots: Slots that are kept by other callbacks.
         events: Traced events that the step must fire, in addition to those that the callback subscribes to.
 
