@@ -76,8 +76,8 @@ def compiler(monkeypatch):
     until = time.monotonic() + A_WHILE
     while not worker.is_idle() and time.monotonic() < until:
         time.sleep(0.001)
-    if worker._under_way is not None:
-        worker._under_way.close()
+    if worker._current_job is not None:
+        worker._current_job.close()
 
 
 def assert_same(ours, theirs, **tolerance):

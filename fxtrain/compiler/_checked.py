@@ -30,9 +30,9 @@ _log = logging.getLogger(__name__)
 Otherwise = Callable[[TrainState, Any], Artefact]
 """Compiles the step for a state and a batch by a later route. The artefact returns a new state."""
 
-_MOST_GRAPHS = 8
+_MAX_GRAPHS = 8
 # A number that has changed twice is assumed to change with every batch.
-_MOST_GRAPHS_BY_NUMBER = 2
+_MAX_NUMBER_CHANGES = 2
 
 
 def compile_checked(
@@ -84,7 +84,7 @@ class _Checked:
         self._otherwise: Otherwise = otherwise
         self._other: Artefact | None = None
         self._graphs: list[_Graph] = []
-        self._numbers = 0  # how often a number (not a bool) has changed
+        self._number_changes = 0  # how often a number (not a bool) has changed
 
     def add(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Graph:
         """Compiles the graph for the values that these tensors lead to."""
@@ -99,7 +99,7 @@ class _Checked:
 
     def __call__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
         tried: list[tuple[_Graph, int]] = []  # graphs with the index of the first value that differs
-        while (graph := self._next(tried)) is not None:
+        while (graph := self._candidate(tried)) is not None:
             try:
                 new, (output, same) = graph.run(leaves, inputs)
             except (torch.OutOfMemoryError, MemoryError):
@@ -114,9 +114,9 @@ class _Checked:
                 self._graphs.insert(0, graph)
                 return new, output
             tried.append((graph, found.index(False)))
-        return self._differing(tried, leaves, inputs)
+        return self._run_for_new_values(tried, leaves, inputs)
 
-    def _next(self, tried: list[tuple[_Graph, int]]) -> _Graph | None:
+    def _candidate(self, tried: list[tuple[_Graph, int]]) -> _Graph | None:
         """Returns the first graph that may hold for these values, or None.
 
         Its values agree with those of each tried graph up to the first difference, and differ from them there.
@@ -130,11 +130,11 @@ class _Checked:
                 return graph
         return None
 
-    def _differing(
+    def _run_for_new_values(
         self, tried: list[tuple[_Graph, int]], leaves: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Any]:
-        self._numbers += any(place in graph.reads.numbers for graph, place in tried) or not tried
-        if len(self._graphs) < _MOST_GRAPHS and self._numbers < _MOST_GRAPHS_BY_NUMBER:
+        self._number_changes += any(place in graph.reads.numbers for graph, place in tried) or not tried
+        if len(self._graphs) < _MAX_GRAPHS and self._number_changes < _MAX_NUMBER_CHANGES:
             _log.info("%r reads other values. Compiling graph %d for them.", self._step, len(self._graphs) + 1)
             try:
                 new, (output, same) = self.add(leaves, inputs).run(leaves, inputs)

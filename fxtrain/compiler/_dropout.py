@@ -38,13 +38,13 @@ def with_draws_together(graph: Any) -> Any:
     """
     if written_over(graph):
         return graph
-    numbers = _merge_numbers(graph)
+    integer_nodes = _merge_counter_nodes(graph)
     order = {node: index for index, node in enumerate(graph.nodes)}
     alike = collections.defaultdict[str, dict[int, _Draw]](dict)
-    for node in filter(_takes_site, numbers):
-        draw = _draw_from(node, numbers, order)
+    for node in filter(_takes_site, integer_nodes):
+        draw = _draw_from(node, integer_nodes, order)
         if draw is not None:
-            alike[_all_but_site(draw)][node.args[1]] = draw
+            alike[_signature_without_site(draw)][node.args[1]] = draw
     for draws in alike.values():
         for sites in _progressions(draws):
             if len(sites) > 1:
@@ -52,32 +52,32 @@ def with_draws_together(graph: Any) -> Any:
     return graph
 
 
-def _merge_numbers(graph: Any) -> dict[Any, None]:
+def _merge_counter_nodes(graph: Any) -> dict[Any, None]:
     """Returns all nodes computed only from integer constants and RNG counters, with duplicates merged.
 
     Each mask repeats the computations on its counter and key, which become duplicates here.
     """
-    numbers, known, of_sites = dict[Any, None](), dict[Any, Any](), set[Any]()
+    integer_nodes, known, of_sites = dict[Any, None](), dict[Any, Any](), set[Any]()
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.is_floating_point():
             continue
         if node.op == "placeholder":
             if not value.ndim:
-                numbers[node] = None
+                integer_nodes[node] = None
             continue
-        if not _is_plain(node) or any(other not in numbers for other in node.all_input_nodes):
+        if not _is_plain(node) or any(other not in integer_nodes for other in node.all_input_nodes):
             continue
         first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         is_of_site = _takes_site(node) or not of_sites.isdisjoint(node.all_input_nodes)
         # Outputs of the graph must not share memory, and masks must not share operations that depend on the site.
         if first is node or is_of_site or graph.output_node() in node.users:
-            numbers[node] = None
+            integer_nodes[node] = None
             of_sites.update([node] if is_of_site else [])
         else:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-    return numbers
+    return integer_nodes
 
 
 def _is_plain(node: Any) -> bool:
@@ -91,7 +91,7 @@ def _takes_site(node: Any) -> bool:
     return node.target == torch.ops.aten.bitwise_xor.Scalar
 
 
-def _draw_from(taking: Any, numbers: Mapping[Any, None], order: Mapping[Any, int]) -> _Draw | None:
+def _draw_from(taking: Any, integer_nodes: Mapping[Any, None], order: Mapping[Any, int]) -> _Draw | None:
     """Returns the operations that depend on ``taking``, up to the first one that meets data.
 
     None if they do not generate a mask.
@@ -99,7 +99,7 @@ def _draw_from(taking: Any, numbers: Mapping[Any, None], order: Mapping[Any, int
     nodes, seen, todo = dict[Any, None](), {taking}, [(order[taking], taking)]
     while todo:
         _, node = heapq.heappop(todo)
-        if node not in numbers:
+        if node not in integer_nodes:
             outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
             is_mask = all(node.meta["val"].itemsize == 1 for node in outputs)
             return _Draw(list(nodes), outputs, node) if is_mask and sum(map(_takes_site, nodes)) == 1 else None
@@ -111,14 +111,14 @@ def _draw_from(taking: Any, numbers: Mapping[Any, None], order: Mapping[Any, int
     return None
 
 
-def _all_but_site(draw: _Draw) -> str:
+def _signature_without_site(draw: _Draw) -> str:
     names = {node: f"#{index}" for index, node in enumerate(draw.nodes)}
 
-    def told(node: Any) -> str:
+    def as_text(node: Any) -> str:
         arguments = node.args[:1] if _takes_site(node) else node.args
         return repr((node.target, torch.fx.map_arg((arguments, node.kwargs), lambda other: names.get(other, other))))
 
-    return repr((list(map(told, draw.nodes)), [names[node] for node in draw.outputs]))
+    return repr((list(map(as_text, draw.nodes)), [names[node] for node in draw.outputs]))
 
 
 def _progressions(sites: Iterable[int]) -> list[range]:
@@ -152,8 +152,8 @@ def _draw_together(graph: Any, draws: Sequence[_Draw], sites: range, order: Mapp
         return [made[node] for node in model.outputs]
 
     def all_of_them(*values: Tensor) -> list[Tensor]:
-        numbers = torch.arange(sites.start, sites.stop, sites.step, device=examples[0].device)
-        return torch.vmap(one, (0, *[None] * len(values)))(numbers, *values)
+        site_numbers = torch.arange(sites.start, sites.stop, sites.step, device=examples[0].device)
+        return torch.vmap(one, (0, *[None] * len(values)))(site_numbers, *values)
 
     with examples[0].fake_mode:
         body: Any = make_fx(all_of_them)(*examples).graph

@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain.core._frames import is_of_users
 
-_SHOWN = frozenset(("__repr__", "__str__", "__format__"))
+_FORMATTERS = frozenset(("__repr__", "__str__", "__format__"))
 # These modules open source files for tracebacks and imports, which is harmless.
 _READERS_OF_CODE = frozenset(("linecache", "tokenize", "inspect", "traceback", "importlib", "warnings", "logging"))
 _LOADERS = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (np,))
-_PASSED = ("torch.serialization", "torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
+_PASSED_MODULES = ("torch.serialization", "torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
 
 
 class FileInTraceError(RuntimeError):
@@ -57,13 +57,13 @@ def effects_noticed() -> Generator[None]:
     before = builtins.open, io.open, os.open
     builtins.open, io.open, os.open = map(refusing, before)
     try:
-        with _Shown():
+        with _FormattingWarning():
             yield
     finally:
         builtins.open, io.open, os.open = before
 
 
-class _Shown(TorchFunctionMode):
+class _FormattingWarning(TorchFunctionMode):
     """Warns the first time that a tensor is formatted as text."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Shown(TorchFunctionMode):
         self._warned = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._warned and func.__name__ in _SHOWN:
+        if not self._warned and func.__name__ in _FORMATTERS:
             line = _users_line()
             if line is not None:
                 self._warned = True
@@ -105,4 +105,4 @@ def _is_passed(module: str, file: str) -> bool:
     True for data loaders, the standard library and torch function modes.
     """
     is_package = f"{os.sep}site-packages{os.sep}" in file
-    return module in _PASSED or module.startswith("fxtrain.") or file.startswith(_LOADERS) or not is_package
+    return module in _PASSED_MODULES or module.startswith("fxtrain.") or file.startswith(_LOADERS) or not is_package

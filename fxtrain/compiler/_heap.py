@@ -8,8 +8,8 @@ import os
 
 # From malloc.h. glibc accepts no larger mmap threshold than 2**25, and always maps larger blocks.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MOST_TO_KEEP, _LARGEST_BLOCK = 2**31 - 1, 2**25
-_OF_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_MAX_KEPT_BYTES, _MAX_BLOCK_BYTES = 2**31 - 1, 2**25
+_USER_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 @functools.cache
@@ -20,12 +20,12 @@ def keep_freed_memory() -> None:
     page and fill it with zeros again. Variables from malloc's manual page take precedence: with
     ``MALLOC_TRIM_THRESHOLD_=131072`` the default stays. Other allocators are not affected.
     """
-    if any(name in os.environ for name in _OF_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if any(name in os.environ for name in _USER_VARIABLES) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         # Not Linux, or another C library.
         return
-    mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
-    mallopt(_TRIM_THRESHOLD, _MOST_TO_KEEP)
+    mallopt(_MMAP_THRESHOLD, _MAX_BLOCK_BYTES)
+    mallopt(_TRIM_THRESHOLD, _MAX_KEPT_BYTES)

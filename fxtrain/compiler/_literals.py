@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdRef
 
 _FACTORIES = (torch.arange, torch.tensor)
-_MOST_VALUES = 4096
+_MAX_VALUES = 4096
 _READS = ("tolist", "item")
 
 
@@ -51,7 +51,7 @@ class KnownLiterals(TorchFunctionMode):
             for part, value in zip(made, parts, strict=True):
                 self._add(part, value)
             return made
-        if func in _FACTORIES and _is_literal((args, kwargs)) and made.numel() <= _MOST_VALUES:
+        if func in _FACTORIES and _is_literal((args, kwargs)) and made.numel() <= _MAX_VALUES:
             with _disable_current_modes():
                 self._add(made, func(*args, **{**kwargs, "device": "cpu"}))
         return made

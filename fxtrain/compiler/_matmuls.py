@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fxtrain.compiler._operators import linear, once
 
-_LEAST = 4_000_000  # minimum FLOPs of a matmul for oneDNN
-_FULL_WIDTH = 26  # the first AMD family that executes 512-bit vectors at full width
+_MIN_ONEDNN_FLOPS = 4_000_000
+_FIRST_FULL_WIDTH_FAMILY = 26  # the first AMD family that executes 512-bit vectors at full width
 
 
 def with_faster_products(graph: Any) -> Any:
@@ -47,7 +47,7 @@ def with_faster_products(graph: Any) -> Any:
             if _pays() and _is_large(x.meta["val"], other.meta["val"]):
                 product = _by_onednn(graph, x, other, bias)
             elif bias is not None:
-                product = _bias_apart(graph, x, other, bias)
+                product = _with_separate_bias(graph, x, other, bias)
             else:
                 continue
         product.meta.update(node.meta)
@@ -66,7 +66,7 @@ def _by_onednn(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     return graph.call_function(linear(), (x, weight, bias))
 
 
-def _bias_apart(graph: Any, x: Any, other: Any, bias: Any) -> Any:
+def _with_separate_bias(graph: Any, x: Any, other: Any, bias: Any) -> Any:
     aten = torch.ops.aten
     product = graph.call_function(aten.mm.default, (x, other))
     product.meta["val"] = x.meta["val"] @ other.meta["val"]
@@ -79,7 +79,7 @@ def _is_exact(x: Tensor, other: Tensor) -> bool:
 
 
 def _is_large(x: Tensor, other: Tensor) -> bool:
-    return x.dtype == torch.float32 and 2 * x.shape[0] * x.shape[1] * other.shape[1] >= _LEAST
+    return x.dtype == torch.float32 and 2 * x.shape[0] * x.shape[1] * other.shape[1] >= _MIN_ONEDNN_FLOPS
 
 
 @functools.cache
@@ -92,4 +92,4 @@ def _pays() -> bool:
 def _is_full_width(processor: str) -> bool:
     """Whether the text of /proc/cpuinfo describes such an AMD processor."""
     family = re.search(r"^cpu family\s*: (\d+)$", processor, re.MULTILINE)
-    return "AuthenticAMD" in processor and family is not None and int(family[1]) >= _FULL_WIDTH
+    return "AuthenticAMD" in processor and family is not None and int(family[1]) >= _FIRST_FULL_WIDTH_FAMILY

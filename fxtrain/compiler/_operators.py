@@ -48,7 +48,7 @@ def expm1() -> Any:
         def number(value: float) -> Any:
             return ops.constant(value, torch.float64)
 
-        x = ops.maximum(ops.to_dtype(x, torch.float64), number(_LEAST_EXPONENT))
+        x = ops.maximum(ops.to_dtype(x, torch.float64), number(_MIN_EXPONENT))
         x = ops.mul(x, number(0.5**_DOUBLINGS))
         series = number(1 / math.factorial(_TERMS))
         for power in reversed(range(1, _TERMS)):
@@ -65,7 +65,7 @@ def expm1() -> Any:
     return torch.ops.fxtrain.expm1.default
 
 
-_LEAST_EXPONENT = -750.0  # exp of less is 0 in float64
+_MIN_EXPONENT = -750.0  # exp of less is 0 in float64
 _DOUBLINGS, _TERMS = 16, 7  # exact to 1e-14
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import TrainState
 
-# Shown in a message.
-_MOST_CONDITIONS = 3
+_MAX_SHOWN_CONDITIONS = 3
 
 
 def described(state: TrainState, batch: Any) -> dict[str, str]:
@@ -26,13 +25,13 @@ def described(state: TrainState, batch: Any) -> dict[str, str]:
 def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
     """Describes how ``new`` differs from the most similar entry of ``known``."""
     old = min(known, key=lambda each: sum(each.get(path) != kind for path, kind in new.items()))
-    said = [
+    differences = [
         f"{path} is new" if path not in old else f"{path}: {old[path]} -> {new[path]}"
         for path in new
         if old.get(path) != new[path]
     ]
-    said += [f"{path} is missing" for path in old if path not in new]
-    shown = ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
+    differences += [f"{path} is missing" for path in old if path not in new]
+    shown = ", ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
     return shown or "the types of containers, or the model"
 
 
@@ -45,7 +44,7 @@ def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: S
         broken: The conditions of a graph of symbolic sizes that are not met, as code.
     """
     if broken:
-        shown = ", ".join(broken[:_MOST_CONDITIONS])
+        shown = ", ".join(broken[:_MAX_SHOWN_CONDITIONS])
         return (
             f"The graph made with dynamic=True requires {shown}, because the step reads these sizes as numbers. Write "
             "x.shape[0] in place of len(x). For operators that need numbers, such as recurrent layers, pad to few "

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from fxtrain.core._frames import places
 
-_LONGEST = 300  # characters shown of a line or a reason
+_MAX_CHARACTERS = 300  # of a line or a reason
 
 VALUE = (
     "Python reads the value of a tensor here (if, while, assert, .item(), float() or similar), but one graph serves "
@@ -60,7 +60,7 @@ def refusal(error: BaseException) -> Break:
     """Returns the place and the explanation of an error from a tracer or a compiler."""
     text = str(error)
     reason = _BY_EXCEPTION.get(type(error).__name__)
-    reason = reason or next((said for part, said in _BY_MESSAGE.items() if part in text), None)
+    reason = reason or next((known for part, known in _BY_MESSAGE.items() if part in text), None)
     # Dynamo analyzes the step without running it, and attaches the stack of that code to the error.
     frames = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
     return break_at(frames, reason or f"{type(error).__name__}: {first_line(text)}")
@@ -79,7 +79,7 @@ def break_at(frames: Iterable[traceback.FrameSummary], reason: str) -> Break:
 def first_line(text: str) -> str:
     """Returns the first non-empty line of a message, shortened."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "torch gives no reason.")
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    return line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}..."
 
 
 def _place(frame: traceback.FrameSummary) -> str:

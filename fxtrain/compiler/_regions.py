@@ -30,7 +30,7 @@ from fxtrain.step._interception import Find, intercepted
 
 _log = logging.getLogger(__name__)
 
-_MOST_GRAPHS = 8  # kinds of gradients; for further kinds the rest of the step runs uncompiled
+_MAX_GRADIENT_KINDS = 8  # for further kinds, the rest of the step runs uncompiled
 
 
 class NoGradientsError(RuntimeError):
@@ -68,7 +68,7 @@ def compile_in_regions(
         artefact = uncompiled(step, state, batch, in_place=False, wrap=wrap)
         if wrap is not None:
             _, output = artefact.run(tree.leaves(state), tree.leaves(batch))
-            _refuse_difference(output, step(state, batch))
+            _check_close(output, step(state, batch))
         return artefact
     compiler = functools.partial(compile_traced, mode=mode, backend=backend)
     regions = _Regions(step, state, batch, compiler, wrap, in_place=in_place)
@@ -110,9 +110,9 @@ class _Regions:
             with forward_by(self._wrap):
                 gradient = find(state, batch, index)
             if plain is not None:
-                _refuse_difference(gradient, plain)
+                _check_close(gradient, plain)
             # The rest may overwrite leaves in place before it reads the gradients, so the two must not share memory.
-            found.append(_apart(gradient, (*leaves, *inputs)))
+            found.append(_copy_aliases(gradient, (*leaves, *inputs)))
             key = (*key, _kind(found[-1]))
         rest = self._rests.get(key)
         if rest is None:
@@ -131,18 +131,18 @@ class _Regions:
     def _rest(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Sequence[Any]) -> Run:
         rest = _Rest(self._step)
         state, batch = tree.unflatten(self._state, leaves), tree.unflatten(self._batch, inputs)
-        if len(self._rests) >= _MOST_GRAPHS:
+        if len(self._rests) >= _MAX_GRADIENT_KINDS:
             # As in a mixture of experts in which some get no tokens: each set of unused parameters needs another graph.
             _log.info(
                 "%r has more than %d kinds of gradients. The rest of the step runs uncompiled for others.",
                 self._step,
-                _MOST_GRAPHS,
+                _MAX_GRADIENT_KINDS,
             )
             return uncompiled(rest, state, (batch, found), in_place=self._in_place).run
         return self._compiler(rest, state, (batch, found), in_place=self._in_place).run
 
 
-def _refuse_difference(compiled: Any, plain: Any) -> None:
+def _check_close(compiled: Any, plain: Any) -> None:
     """Raises if the compiled loss function's result differs from the uncompiled one by more than rounding."""
     if tree.structure(compiled) != tree.structure(plain):
         raise RuntimeError("expected gradients for the parameters of the uncompiled loss function, got others.")
@@ -280,7 +280,7 @@ def _kind(gradient: Any) -> tuple[Any, ...]:
     return structure, tuple((leaf.shape, leaf.dtype, leaf.stride(), leaf.device) for leaf in leaves)
 
 
-def _apart(gradient: Any, given: Sequence[Any]) -> Any:
+def _copy_aliases(gradient: Any, given: Sequence[Any]) -> Any:
     """Returns the gradient with copies of leaves that share memory with ``given`` or with each other."""
     taken = {leaf.untyped_storage()._cdata for leaf in given if isinstance(leaf, Tensor)}
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from fxtrain.compiler._operators import expm1, once
 from fxtrain.compiler._writes import memory_of, written_over
 
-_MANY = 8  # minimum elements per scalar, as many as in a vector
+_MIN_ELEMENTS_PER_SCALAR = 8  # the elements of a vector
 
 # Calls of the C library, which take longer than reading a scalar from memory.
-_LONG = frozenset(
+_EXPENSIVE = frozenset(
     (
         *("exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "pow", "sigmoid", "tanh"),
         *("acos", "asin", "atan", "atan2", "cos", "cosh", "erf", "erfc", "sin", "sinh", "tan"),
     )
 )
-_SAME_NUMBERS = frozenset(
+_VALUE_PRESERVING = frozenset(
     ("_to_copy", "_unsafe_view", "clone", "expand", "permute", "squeeze", "transpose", "unsqueeze", "view")
 )
 
@@ -37,17 +37,21 @@ def with_scalars_once(graph: Any) -> Any:
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    long, written = set[Any](), written_over(graph)
+    expensive_nodes, written = set[Any](), written_over(graph)
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.device.type != "cpu" or not _is_elementwise(node.target):
             continue
         # A float64 scalar in a loop over float32 elements halves its vector width.
         is_double = value.dtype == torch.float64 and value.numel() == 1
-        if not is_double and node.target._opname not in _LONG and long.isdisjoint(node.all_input_nodes):
+        if not is_double and node.target._opname not in _EXPENSIVE and expensive_nodes.isdisjoint(node.all_input_nodes):
             continue
-        long.add(node)
-        readers = [user for user in node.users if _picks(user) or _size(user) >= _MANY * max(value.numel(), 1)]
+        expensive_nodes.add(node)
+        readers = [
+            user
+            for user in node.users
+            if _picks(user) or _size(user) >= _MIN_ELEMENTS_PER_SCALAR * max(value.numel(), 1)
+        ]
         if not readers or memory_of(value) in written:
             continue
         with graph.inserting_after(node):
@@ -101,7 +105,7 @@ def _is_of_counts(node: Any) -> bool:
 def _is_elementwise(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return torch.Tag.pointwise in target.tags or target._opname in _SAME_NUMBERS
+    return torch.Tag.pointwise in target.tags or target._opname in _VALUE_PRESERVING
 
 
 def _picks(node: Any) -> bool:

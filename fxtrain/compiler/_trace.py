@@ -114,7 +114,7 @@ def trace_step(
         new: list[Tensor] = tree.leaves(moved)
         outputs, output_structure = tree.flatten(output)
         changed = [index for index, leaf in enumerate(new) if leaf is not old[index]]
-        values = _apart([*(new[index] for index in changed), *outputs], tensors)
+        values = _copy_aliases([*(new[index] for index in changed), *outputs], tensors)
         if not in_place:
             return values
         for index, value in zip(changed, values, strict=False):
@@ -199,7 +199,7 @@ def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[s
     from torch._inductor import config
 
     options: dict[str, Any] = {} if mode in (None, AHEAD) else dict(inductor.list_mode_options(mode))
-    if _is_torch_alone(graph):
+    if _has_known_operators_only(graph):
         options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
     if _is_better_channels_first(graph, examples):
         options["layout_optimization"] = False
@@ -215,7 +215,7 @@ def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callab
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
     artefact: Any = inductor.compile(graph, fakes, options=options)
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
-    bare = None if constants is not None or has_autocast else _bare(artefact, outputs)
+    bare = None if constants is not None or has_autocast else _unwrapped(artefact, outputs)
     return bare or (lambda tensors: artefact(*tensors))
 
 
@@ -227,11 +227,11 @@ def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[...,
     return lambda tensors: made(*tensors)
 
 
-def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
+def _unwrapped(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None:
     """Returns Inductor's function without AOTAutograd's wrappers, or None if it cannot be found.
 
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
-    none of this: ``_apart`` copies views, and Inductor itself writes leaves in place.
+    none of this: ``_copy_aliases`` copies views, and Inductor itself writes leaves in place.
     """
     from torch._inductor.output_code import CompiledFxGraph
 
@@ -262,7 +262,7 @@ def _bare(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] | None
     return run
 
 
-def _is_torch_alone(graph: Any) -> bool:
+def _has_known_operators_only(graph: Any) -> bool:
     """Whether all operators are torch's or fxtrain's.
 
     An operator from elsewhere may return other sizes than its fake implementation declares.
@@ -294,7 +294,7 @@ def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def _apart(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def _copy_aliases(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Returns the values with copies of those that share memory with an input or with another value."""
     taken = set(map(memory_of, inputs))
     out: list[Tensor] = []

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 aten = torch.ops.aten
 
-_MOST_READS = 256
-_LONGEST_LIST = 64
+_MAX_READS = 256
+_MAX_LIST_LENGTH = 64
 
 
 class UncheckedReadError(RuntimeError):
@@ -89,8 +89,8 @@ class CheckedReads(TorchDispatchMode):
         number = value.item()
         if isinstance(number, float | complex) and self._depends_on_inputs(tensor):
             raise UncheckedReadError("expected reads of integers or bools, got a read of a floating-point value.")
-        if len(self.reads.values) >= _MOST_READS:
-            raise UncheckedReadError(f"expected at most {_MOST_READS} reads of values, got more.")
+        if len(self.reads.values) >= _MAX_READS:
+            raise UncheckedReadError(f"expected at most {_MAX_READS} reads of values, got more.")
         if not isinstance(number, bool):
             self.reads.numbers.add(len(self.reads.values))
         self.reads.values.append(number)
@@ -149,7 +149,7 @@ class _Conversions(TorchFunctionMode):
     """Converts tensors to Python values one element at a time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist and args[0].numel() <= _LONGEST_LIST:
+        if func is Tensor.tolist and args[0].numel() <= _MAX_LIST_LENGTH:
             return _listed(args[0])
         if func is Tensor.__bool__ and args[0].numel() == 1 and args[0].dtype != torch.bool:
             return bool(args[0] != 0)

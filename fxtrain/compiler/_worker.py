@@ -21,10 +21,10 @@ import torch
 
 from fxtrain.compiler._quiet import without_logs
 
-_PATIENCE = 2.0  # seconds to wait for a job at the end of the process
+_EXIT_TIMEOUT_SECONDS = 2.0
 
 _turn = threading.RLock()
-_under_way: Job | None = None
+_current_job: Job | None = None
 
 
 def turn() -> threading.RLock:
@@ -34,7 +34,7 @@ def turn() -> threading.RLock:
 
 def is_idle() -> bool:
     """Whether a new job can start."""
-    return _under_way is None or _under_way.is_over
+    return _current_job is None or _current_job.is_over
 
 
 class Job:
@@ -46,7 +46,7 @@ class Job:
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
-        global _under_way
+        global _current_job
         self.result: Any = None
         self.error: Exception | None = None
         self.seconds = 0.0
@@ -55,11 +55,11 @@ class Job:
         self._grad_enabled = torch.is_grad_enabled()
         # The options of torch's compilers are context variables.
         run = contextvars.copy_context().run
-        if _under_way is not None:
-            _under_way.close()
+        if _current_job is not None:
+            _current_job.close()
         self._restore: Callable[[], None] | None = _inline_nested_calls()
         self._thread = threading.Thread(target=run, args=(self._run,), name="fxtrain-compile", daemon=True)
-        _under_way = self
+        _current_job = self
         _leave_at_exit()
         self._thread.start()
 
@@ -70,9 +70,9 @@ class Job:
 
     def close(self) -> None:
         """Restores the setting that the job changed. Call it once the job is over."""
-        global _under_way
-        if _under_way is self:
-            _under_way = None  # a reference would keep the result alive
+        global _current_job
+        if _current_job is self:
+            _current_job = None  # a reference would keep the result alive
         restore, self._restore = self._restore, None
         if restore is not None:
             restore()
@@ -80,7 +80,7 @@ class Job:
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            with _turn, _lock_of_dynamo(), _generators_left_alone(), without_logs(), _current(self._device):
+            with _turn, _lock_of_dynamo(), _without_generator_resets(), without_logs(), _current(self._device):
                 torch.set_grad_enabled(self._grad_enabled)
                 self.result = self._function()
         except Exception as error:
@@ -99,11 +99,11 @@ class Job:
         if self.is_over or identity is None:
             return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(identity), ctypes.py_object(SystemExit))
-        self._thread.join(_PATIENCE)
+        self._thread.join(_EXIT_TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager
-def _generators_left_alone() -> Generator[None]:
+def _without_generator_resets() -> Generator[None]:
     """Ignores resets of torch's generators in this thread.
 
     Compilers restore the generators when they finish, which would undo the progress of other threads.
@@ -157,15 +157,15 @@ def _leave_at_exit() -> None:
 
 
 def _leave() -> None:
-    if _under_way is not None:
-        _under_way.leave()
+    if _current_job is not None:
+        _current_job.leave()
 
 
-def _forget() -> None:
+def _reset_after_fork() -> None:
     # A forked child has no such thread, so nothing would release the lock.
-    global _turn, _under_way
-    _turn, _under_way = threading.RLock(), None
+    global _turn, _current_job
+    _turn, _current_job = threading.RLock(), None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_reset_after_fork)

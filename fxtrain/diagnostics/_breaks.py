@@ -33,7 +33,7 @@ class _Watch(TorchDispatchMode):
         self.breaks: list[Break] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reason = next((said for tag, said in _BY_TAG.items() if tag in func.tags), None)
+        reason = next((explanation for tag, explanation in _BY_TAG.items() if tag in func.tags), None)
         if reason is not None:
             self.breaks.append(break_at(traceback.extract_stack(), reason))
         return func(*args, **(kwargs or {}))

@@ -27,7 +27,7 @@ from fxtrain.fold import attach
 from fxtrain.loop._evaluate import to_device
 from fxtrain.model import ValuesNeededError, captured
 
-_WARM = 3  # warm-up calls before the measured ones
+_WARMUP_CALLS = 3
 
 
 def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: int = 30) -> Explanation:
@@ -171,10 +171,10 @@ def _compiled(
         first, state = _call(compiled, state, batch)
     written = metrics.generated_kernel_count - kernels if "inductor" in like.how else None
     whole_seconds: list[float] = []
-    for _ in range(_WARM + calls):
+    for _ in range(_WARMUP_CALLS + calls):
         spent, state = _call(compiled, state, batch)
         whole_seconds.append(spent)
-    whole, graph = float(np.median(whole_seconds[_WARM:])), float(np.median(graph_seconds[1 + _WARM :]))
+    whole, graph = float(np.median(whole_seconds[_WARMUP_CALLS:])), float(np.median(graph_seconds[1 + _WARMUP_CALLS :]))
     return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written, compiled._routes.choice
 
 
@@ -206,10 +206,10 @@ def _constants(step: Any) -> dict[str, str]:
     found = {
         name: value for name, value in captured(step.function) if not type(value).__module__.startswith("fxtrain.")
     }
-    return {name: _told(value) for name, value in sorted(found.items())}
+    return {name: _as_text(value) for name, value in sorted(found.items())}
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return describe(value)
     if isinstance(value, torch.nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fxtrain.compiler._refusals import Break
 from fxtrain.observers._figures import scaled, size
 
-_SHOWN = 6  # leaves or breaks shown before the rest is counted
+_MAX_SHOWN_LINES = 6
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -84,16 +84,16 @@ class Explanation:
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
     rows = [
         ("route", [f"{found.how}: {found.outcome}", found.cause and f"because of {found.cause}"]),
-        ("graphs", [_graphs(found), *_some(list(map(str, found.breaks or found.reads)))]),
+        ("graphs", [_graphs(found), *_shortened(list(map(str, found.breaks or found.reads)))]),
         ("operations", [_operations(found)]),
         ("FLOPs", [_flops(found)]),
         ("state", [_parts(found.state_bytes)]),
         ("batch", [size(found.batch_bytes)]),
         ("traffic", [_traffic(found)]),
         ("time", [_time(found)]),
-        ("recompiles", [_new_graph(found), *_some(_batch(found.assumed))]),
-        ("constants", _some([f"{name} = {value}" for name, value in found.constants.items()])),
-        ("varied", _some([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()])),
+        ("recompiles", [_new_graph(found), *_shortened(_batch(found.assumed))]),
+        ("constants", _shortened([f"{name} = {value}" for name, value in found.constants.items()])),
+        ("varied", _shortened([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()])),
     ]
     return [(label, [text for text in texts if text]) for label, texts in rows if any(texts)]
 
@@ -160,8 +160,10 @@ def _batch(assumed: Mapping[str, str]) -> list[str]:
     return [f"{path}: {kind}" for path, kind in assumed.items() if path.startswith("batch")]
 
 
-def _some(texts: list[str]) -> list[str]:
-    return texts[:_SHOWN] + ([f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else [])
+def _shortened(texts: list[str]) -> list[str]:
+    return texts[:_MAX_SHOWN_LINES] + (
+        [f"and {len(texts) - _MAX_SHOWN_LINES} more"] if len(texts) > _MAX_SHOWN_LINES else []
+    )
 
 
 def _lines(label: str, texts: list[str]) -> list[str]:
