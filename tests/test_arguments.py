@@ -29,28 +29,28 @@ def of(library, name, **methods):
     [
         (
             (nn.Linear(2, 1), STEP, [BATCH]),
-            r"TrainState .*, got a value of type Linear\. Make one .*fxtrain.init\(module",
+            r"TrainState .*, got a Linear\. Make one .*fxtrain.init\(module",
         ),
-        ((dict(nn.Linear(2, 1).state_dict()), STEP, [BATCH]), r"got a value of type dict\. .*load_state_dict\(fxtrain"),
-        ((RESULT, STEP, [BATCH]), r"got a value of type Result\. Continue from .* result.last"),
-        ((fx.init, STEP, [BATCH]), r"got a value of type function\. Call it, .*init \(.*init.py:\d+\)"),
+        ((dict(nn.Linear(2, 1).state_dict()), STEP, [BATCH]), r"got a dict with keys .*load_state_dict\(fxtrain"),
+        ((RESULT, STEP, [BATCH]), r"got a Result\. Continue from .* result.last"),
+        ((fx.init, STEP, [BATCH]), r"got the function init\. If init \(.*init.py:\d+\) returns a TrainState, call it"),
         (
             (STEP, STATE, [BATCH]),
-            r"the first argument of fit\(state, step, data\), got a value of type Step\. .* this order",
+            r"the first argument of fit\(state, step, data\), got the function train_step\(loss_fn\)\. .* this order",
         ),
-        (([BATCH], STEP, STATE), r"got a value of type list\. .* this order"),
+        (([BATCH], STEP, STATE), r"got a list of length 1\. .* this order"),
         (
             (STATE, [BATCH], STEP),
-            r"second argument of fit\(state, step, data\), got a value of type list\. .* this order",
+            r"second argument of fit\(state, step, data\), got a list of length 1\. .* this order",
         ),
-        ((STATE, STATE, [BATCH]), r"got a value of type TrainState\. Give the arguments in this order"),
-        ((STATE, TX, [BATCH]), r"got a value of type GradientTransformation\. Give the arguments"),
-        ((STATE, torch.optim.SGD([BATCH]), [BATCH]), r"got a value of type SGD\. Make a step: fxtrain.train_step"),
+        ((STATE, STATE, [BATCH]), r"got a TrainState\. Give the arguments in this order"),
+        ((STATE, TX, [BATCH]), r"got a GradientTransformation.*\. Give the arguments"),
+        ((STATE, torch.optim.SGD([BATCH]), [BATCH]), r"got a SGD\. Make a step: fxtrain.train_step"),
         ((STATE, loss_fn, [BATCH]), r"got the loss function loss_fn \(.*test_arguments.py:\d+\)\. Make a step from it"),
         ((STATE, nn.Linear(2, 1), [BATCH]), r"got a Linear\. Make a step from a loss function"),
         ((STATE, lambda state: state, [BATCH]), r"got <lambda>\(state\) \(.*\)\. Define it with these two"),
-        ((STATE, EVAL_STEP, [BATCH]), r"a step that trains, got <eval_step\(loss_fn\)>, which evaluates"),
-        ((STATE, fx.compile(EVAL_STEP), [BATCH]), r"a step that trains, got .*, which evaluates"),
+        ((STATE, EVAL_STEP, [BATCH]), r"a training step, got <eval_step\(loss_fn\)>, which evaluates"),
+        ((STATE, fx.compile(EVAL_STEP), [BATCH]), r"a training step, got .*, which evaluates"),
     ],
 )
 def test_arguments_of_fit_in_another_place_are_refused(arguments, message):
@@ -62,9 +62,9 @@ def test_arguments_of_fit_in_another_place_are_refused(arguments, message):
     ("options", "message"),
     [
         ({"eval_step": STEP}, r"expected eval_step from fxtrain.eval_step, got <step .*>, which trains"),
-        ({"eval_step": fx.compile(STEP)}, r"got .*, which trains\. Make it by fxtrain.eval_step\(loss_fn\)"),
-        ({"eval_step": loss_fn}, r"got the function loss_fn \(.*\)\. Make it by fxtrain.eval_step\(loss_fn\)"),
-        ({"eval_step": nn.Linear(2, 1)}, r"got a value of type Linear"),
+        ({"eval_step": fx.compile(STEP)}, r"got .*, which trains\. Make one: fxtrain.eval_step\(loss_fn\)"),
+        ({"eval_step": loss_fn}, r"got the function loss_fn \(.*\)\. Make one: fxtrain.eval_step\(loss_fn\)"),
+        ({"eval_step": nn.Linear(2, 1)}, r"got a Linear"),
         ({"eval_step": EVAL_STEP, "eval_when": 10}, r"a trigger as eval_when, got 10\. Make one: fxtrain.every\(100\)"),
         ({"checkpointer": "runs/1"}, r"a checkpointer, got the path 'runs/1'\. .*fxtrain.checkpointer\('runs/1'\)"),
         ({"checkpointer": fx.checkpointer}, r"a checkpointer, got checkpointer itself\. Call it"),
@@ -118,7 +118,7 @@ def test_a_single_observer_needs_no_list():
 
 def test_arguments_of_evaluate_step_and_compile_are_refused():
     with pytest.raises(
-        TypeError, match=r"first argument of evaluate\(state, eval_step, data\), got a value of type Eval"
+        TypeError, match=r"first argument of evaluate\(state, eval_step, data\), got the function eval_step"
     ):
         fx.evaluate(EVAL_STEP, STATE, [BATCH])
     with pytest.raises(TypeError, match="which trains"):

@@ -241,5 +241,5 @@ class TestInARun:
         assert int(saved.step) == 2
 
     def test_a_view_needs_an_evaluation(self):
-        with pytest.raises(ValueError, match="eval_view says how to evaluate"):
+        with pytest.raises(ValueError, match="expected eval_step and eval_data with eval_view, got neither"):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=1, eval_view=averaged)

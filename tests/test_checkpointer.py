@@ -179,7 +179,10 @@ class TestErrors:
         checkpoints = fx.checkpointer(tmp_path, background=False)
         seen = []
         monkeypatch.setattr(folders, "write", no_room)
-        with pytest.warns(RuntimeWarning, match="failed too"), pytest.raises(fx.CheckpointError, match="no room"):
+        with (
+            pytest.warns(RuntimeWarning, match="Ending the run after an error raised another"),
+            pytest.raises(fx.CheckpointError, match="no room"),
+        ):
             fx.fit(
                 problem.start(),
                 problem.step(),

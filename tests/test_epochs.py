@@ -122,7 +122,7 @@ class TestEndEpoch:
         def end(state, event: fx.StepEnd):
             return state, fx.Control(end_epoch=True)
 
-        with pytest.raises(ValueError, match="expected data that knows its epoch length"):
+        with pytest.raises(ValueError, match="expected data with a known epoch length"):
             fit(callbacks=end, epochs=2)
 
     def test_in_a_later_epoch_of_a_stream_ends_it(self):

@@ -311,7 +311,7 @@ def test_a_run_that_a_required_writer_ends_saves_its_last_state(tmp_path):
             observers=[breaks, observers.required(observers.write(broken, flush_seconds=0.0))],
             checkpointer=fx.checkpointer(tmp_path / "run"),
         )
-    assert not any("While ending after an error" in message for message in messages(said))
+    assert not any("Ending the run after an error" in message for message in messages(said))
     restored = fx.checkpointer(tmp_path / "run").restore(problem.start())
     assert int(restored.step) == 3
 
@@ -322,7 +322,7 @@ def test_a_writer_that_fails_as_it_is_closed_does_not_cost_the_result():
             raise OSError("stuck")
 
     healthy = Recorder()
-    with pytest.warns(RuntimeWarning, match="The observer Write failed as it was closed"):
+    with pytest.warns(RuntimeWarning, match=r"The observer Write failed in close\(\)"):
         result = fx.fit(
             problem.start(),
             problem.step(),

@@ -28,34 +28,34 @@ def fit(callbacks, **options):
         (
             fx.needs(watch, eval_metrics=["accuracy"]),
             {},
-            "watch needs the metric 'accuracy' at EvalEnd, and the evaluation measures 'loss', 'mae': let eval_step",
+            "the metric 'accuracy' at EvalEnd for watch, got 'loss', 'mae'. Return it from eval_step",
         ),
         (
             fx.callbacks.early_stopping("accuracy", mode="max", patience=1),
             {},
-            "early_stopping needs the metric 'accuracy' at EvalEnd, and the evaluation measures 'loss', 'mae'",
+            "the metric 'accuracy' at EvalEnd for early_stopping, got 'loss', 'mae'",
         ),
-        (fx.callbacks.reduce_on_plateau("f1"), {}, "reduce_on_plateau needs the metric 'f1' at EvalEnd"),
-        (fx.callbacks.target("f1", 0.9), {}, "target f1 needs the metric 'f1' at EvalEnd"),
+        (fx.callbacks.reduce_on_plateau("f1"), {}, "the metric 'f1' at EvalEnd for reduce_on_plateau"),
+        (fx.callbacks.target("f1", 0.9), {}, "the metric 'f1' at EvalEnd for target f1"),
         (
             fx.when(fx.every(2), fx.callbacks.target("f1", 0.9)),
             {},
-            r"target f1 when every\(2\) needs the metric 'f1' at EvalEnd",
+            r"the metric 'f1' at EvalEnd for target f1 when every\(2\)",
         ),
         (
             fx.callbacks.target("loss", 0.9),
             {"eval_step": None, "eval_data": None},
-            "target loss needs the metric 'loss' at EvalEnd, and there is no evaluation: give fit an eval_step",
+            "the metric 'loss' at EvalEnd for target loss, got no evaluation. Give fit an eval_step",
         ),
         (
             fx.needs(watch, slots=["ema"]),
             {},
-            "watch needs the slot 'ema', and the state has none: give fit",
+            "expected the slot 'ema' in the state for watch, got none. Give fit",
         ),
         (
             fx.needs(watch, events=[fx.Gradients]),
             {"step": fx.Step(problem.step().function)},
-            "watch needs Gradients, and of the events inside the step this one fires none: say what a hand-written",
+            "a step that fires Gradients for watch, got one that fires none. Declare the events of a hand-written",
         ),
     ],
 )

@@ -84,8 +84,8 @@ class TestRewind:
             return state, fx.Control(rewind=1 if event.step == 3 else 0)
 
         result = fit(callbacks=always, keep_every=2, rewind_limit=2)
-        assert result.reason == "went back to step 2 3 times, and it did not help"
+        assert result.reason == "rewound to step 2 3 times, more than rewind_limit=2 allows"
 
     def test_without_a_state_that_old_the_run_stops(self):
         result = fit(callbacks=rewind_once(at=2, steps=1))
-        assert result.reason == "a rewind of 1 steps was asked for at step 2, and no state that old is kept"
+        assert result.reason == "a rewind of 1 steps was requested at step 2, but no retained state is that old"

@@ -101,7 +101,7 @@ def test_a_save_at_the_begin_of_a_session_is_no_target(tmp_path):
 
     options = {"checkpointer": fx.checkpointer(tmp_path), "callbacks": [save, rewind]}
     result = fx.fit(problem.start(), problem.step(), problem.data(), steps=6, **options)
-    assert result.reason == "a rewind of 1 steps was asked for at step 4, and no state that old is kept"
+    assert result.reason == "a rewind of 1 steps was requested at step 4, but no retained state is that old"
     assert options["checkpointer"].steps() == [0, 4]
 
 
@@ -123,7 +123,7 @@ def test_snapshots_that_are_gone_are_no_targets_of_a_run_continued_in_memory():
     first = fx.fit(problem.start(), problem.step(), problem.data(), steps=4, **options)
     assert first.last.slots["loop/snapshots"].tolist() == [0, 2]
     second = fx.fit(first.last, problem.step(), problem.data(), steps=8, **options)
-    assert second.reason == "a rewind of 3 steps was asked for at step 6, and no state that old is kept"
+    assert second.reason == "a rewind of 3 steps was requested at step 6, but no retained state is that old"
 
 
 def test_the_folder_holds_no_more_snapshots_than_are_listed(tmp_path):

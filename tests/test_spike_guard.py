@@ -192,4 +192,4 @@ class TestTheWayBack:
     def test_without_a_kept_state_it_stops_and_says_so(self):
         guard = spike_guard(warmup=4, window=8, rewind=2)
         result = fx.fit(problem.start(), problem.step(callbacks=guard), bad_at(6), epochs=1, callbacks=guard)
-        assert result.reason == "a rewind of 2 steps was asked for at step 7, and no state that old is kept"
+        assert result.reason == "a rewind of 2 steps was requested at step 7, but no retained state is that old"

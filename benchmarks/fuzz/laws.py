@@ -22,15 +22,15 @@ _EXITS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
 _IN_CHECKPOINTS = (STOP_REASONS, BATCH, DATA)  # slots that a state has while it is saved
 _LOSING = ("kill", "leave", "exit", "error")
 _EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
-_STOPPED_BEFORE = "it had been stopped before this session began"
+_STOPPED_BEFORE = "stopped before this session began"
 _REFUSED = (
-    "expected data that knows its epoch length",  # where an end of an epoch, or a count of epochs, is asked for
+    "expected data with a known epoch length",  # where an end of an epoch, or a count of epochs, is asked for
     "expected an event with a known epoch length",
     "expected a step within",  # so many epochs, of which a callback ends or skips each
 )
 
 _EXPECTED_WARNINGS = (
-    "A save was asked for and nothing is saved",
+    "expected a checkpointer for a save requested by a callback",
     "'set_vital' is deprecated",  # torchdata, of torch
     "os.fork() was called",  # JAX, where another test has imported it
     "may differ in the last bits (compiled by",  # sessions that alternate

@@ -122,7 +122,7 @@ class _Machine:
         if self._program.saves and not self._is_unsaved and self._has_stepped and self._saved != event.step:
             return [f"the last save was of step {self._saved}"]
         reason = dict(event.fields)["reason"]
-        if self._ended or self._program.lag or "no state that old is kept" in reason:
+        if self._ended or self._program.lag or "no retained state is that old" in reason:
             return []
         is_over = self._has_moved and event.position % self._program.batches == 0
         found = ["the epoch is over, and did not end"] if is_over and not unknown_length(self._program) else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, describe
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._contract import place_of, refuse_unless_step, takes_model
 
@@ -30,14 +30,14 @@ def refuse_unless_state(state: Any, order: str) -> None:
     """
     if not isinstance(state, TrainState):
         raise TypeError(
-            f"expected a TrainState as the first argument of {order}, got {_of_type(state)}. {_state_of(state)}"
+            f"expected a TrainState as the first argument of {order}, got {describe(state)}. {_state_of(state)}"
         )
     leaves = tree.leaves(state)
     empty = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_meta), None)
     if empty is not None:
         raise ValueError(
             f"expected a state with values, got {tree.paths(state, 'state')[empty]} on the meta device, where tensors "
-            "have none. Give the module memory before fxtrain.init, module.to_empty(device=...), and its weights."
+            "have none. Materialize the module before fxtrain.init: module.to_empty(device=...), then load its weights."
         )
     if torch.is_autocast_enabled(state.step.device.type):
         raise ValueError(
@@ -52,11 +52,11 @@ def refuse_unless_trains(step: Any) -> None:
         optimizer = isinstance(step, torch.optim.Optimizer)
         remedy = "Make a step: fxtrain.train_step(loss_fn, tx)." if optimizer else _ORDER
         raise TypeError(
-            f"expected a step as the second argument of fit(state, step, data), got {_of_type(step)}. {remedy}"
+            f"expected a step as the second argument of fit(state, step, data), got {describe(step)}. {remedy}"
         )
     if isinstance(getattr(step, "step", step), EvalFunction):
         raise TypeError(
-            f"expected a step that trains, got {step!r}, which evaluates. Make it by fxtrain.train_step(loss_fn, tx), "
+            f"expected a training step, got {step!r}, which evaluates. Make one with fxtrain.train_step(loss_fn, tx), "
             "and give this one as eval_step=."
         )
     if not hasattr(step, "fires"):
@@ -66,14 +66,14 @@ def refuse_unless_trains(step: Any) -> None:
 def refuse_unless_evaluates(eval_step: Any) -> None:
     """Raises TypeError unless ``eval_step`` is an evaluation step. The message says how to make one."""
     if not callable(eval_step) or isinstance(eval_step, type | nn.Module | TrainState):
-        what = _of_type(eval_step)
+        what = describe(eval_step)
     elif isinstance(getattr(eval_step, "step", eval_step), Step):
         what = f"{eval_step!r}, which trains"
     elif takes_model(eval_step):
         what = f"the function {place_of(eval_step)}"
     else:
         return
-    raise TypeError(f"expected eval_step from fxtrain.eval_step, got {what}. Make it by fxtrain.eval_step(loss_fn).")
+    raise TypeError(f"expected eval_step from fxtrain.eval_step, got {what}. Make one: fxtrain.eval_step(loss_fn).")
 
 
 def refuse_unless_checkpointer(checkpointer: Any) -> None:
@@ -101,11 +101,5 @@ def _state_of(value: Any) -> str:
     if isinstance(value, Mapping) and all(isinstance(leaf, Tensor) for leaf in value.values()):
         return "Load the weights into one: fxtrain.load_state_dict(fxtrain.init(module, tx), weights)."
     if inspect.isfunction(value):
-        return f"Call it, if it makes one, as fxtrain.init(module, tx) does: got {place_of(value)}."
-    return "Make one by fxtrain.init(module, tx), and give the arguments in this order."
-
-
-def _of_type(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return "None" if value is None else f"a value of type {type(value).__name__}"
+        return f"If {place_of(value)} returns a TrainState, call it, as in fxtrain.init(module, tx)."
+    return "Make one with fxtrain.init(module, tx), and give the arguments in this order."

@@ -89,7 +89,7 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
         yield Measured(index, batch, output, total)
         index += 1
     if index == 0:
-        raise ValueError("The evaluation data is empty: there is nothing to measure.")
+        raise ValueError("expected evaluation data with at least one batch, got none. Check what the source yields.")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -118,7 +118,7 @@ def _weight(batch: Any, index: int) -> Tensor | int:
         raise ValueError(
             f"Evaluation batch {index}: expected one first dimension, the batch size that weights the averages, got "
             f'{_two_sizes(batch)}. Give the batch a 1-d "mask" of its examples, keep tensors without a batch dimension '
-            "out of it, or return metrics with weights of their own from eval_step, as "
+            "out of it, or return metrics with their own weights from eval_step, such as "
             "fxtrain.metrics.Average.from_model_output(losses)."
         )
     return sizes.pop() if sizes else 1

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int
+from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int, describe
 from fxtrain.fold import Handler, as_composed, compose, on
 from fxtrain.loop._arguments import refuse_unless_checkpointer, refuse_unless_evaluates
 from fxtrain.loop._emitter import Moment
@@ -198,7 +198,7 @@ def _plan(
     **others: Any,
 ) -> Plan:
     if epochs is None and steps is None:
-        raise ValueError("How long? Give epochs=, steps= or both.")
+        raise ValueError("expected epochs, steps or both, got neither. Give the length of the run.")
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None:
             check_int(name, value, minimum=0)
@@ -209,21 +209,21 @@ def _plan(
     check_choice("lag", lag, (None, 0, 1))
     if (eval_step is None) != (eval_data is None):
         missing = "eval_data" if eval_data is None else "eval_step"
-        raise ValueError(f"Evaluation needs eval_step and eval_data, and {missing} is missing.")
+        raise ValueError(f"expected eval_step and eval_data together, got no {missing}. Give both or neither.")
     for name, value in (("eval_when", eval_when), ("eval_view", eval_view)):
         if value is not None and eval_step is None:
-            raise ValueError(f"{name} says how to evaluate, and there is no eval_step and eval_data to do it with.")
+            raise ValueError(f"expected eval_step and eval_data with {name}, got neither. Give both, or omit {name}.")
     if eval_step is not None:
         refuse_unless_evaluates(eval_step)
     if eval_when is not None and not callable(eval_when):
         raise TypeError(
-            f"expected a trigger as eval_when, got {eval_when!r:.60}. Make one: fxtrain.every(100), or "
+            f"expected a trigger as eval_when, got {describe(eval_when)}. Make one: fxtrain.every(100), or "
             "fxtrain.every(epochs=1)."
         )
     refuse_unless_checkpointer(checkpointer)
     check_choice("resume", resume, (True, False))
     if resume and checkpointer is None:
-        raise ValueError("resume=True goes on from a checkpoint, and no checkpointer is given.")
+        raise ValueError("expected a checkpointer with resume=True, got None. Give fxtrain.checkpointer(folder).")
     if not isinstance(observers, Iterable):
         observers = (observers,)
     folded = as_composed(callbacks)

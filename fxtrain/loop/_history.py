@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fxtrain.core import by_number
+from fxtrain.core import by_number, did_you_mean
 from fxtrain.core._text import printable
 
 _NUMBERS = (int, float)
@@ -68,7 +68,9 @@ class History(Mapping[str, Series]):
 
     def __getitem__(self, name: str) -> Series:
         if name not in self._points:
-            raise KeyError(f"{name!r} was not published; there are {', '.join(map(repr, self)) or 'no curves'}.")
+            raise KeyError(
+                f"expected a published name, got {name!r}.{did_you_mean(name, self)} Published: {self._published()}."
+            )
         steps, values = self._points[name]
         return Series(np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64))
 
@@ -104,7 +106,7 @@ class History(Mapping[str, Series]):
         try:
             import matplotlib.pyplot as plt  # pyplot, because it registers how notebooks display figures
         except ImportError as error:
-            raise ImportError("plot draws with matplotlib, which is not there: pip install 'fxtrain[plot]'.") from error
+            raise ImportError("plot requires matplotlib. Install it: pip install 'fxtrain[plot]'.") from error
         panels = self._panels(patterns)
         columns = min(len(panels), 3)
         rows = -(-len(panels) // columns)
@@ -125,12 +127,18 @@ class History(Mapping[str, Series]):
         for pattern in patterns or ("*",):
             matching = fnmatch.filter(self, pattern)
             if not matching:
-                raise KeyError(f"No curve is called {pattern!r}; there are {', '.join(map(repr, self)) or 'none'}.")
+                raise KeyError(
+                    f"expected a pattern of published names, got {pattern!r}, which matches none. Published: "
+                    f"{self._published()}."
+                )
             for name in sorted(matching, key=by_number):
                 names = panels.setdefault(_shared(name), [])
                 if name not in names:
                     names.append(name)
         return sorted(panels.values(), key=lambda names: len(names) == 1)
+
+    def _published(self) -> str:
+        return ", ".join(map(repr, self)) or "nothing"
 
     def _draw(self, axes: Any, names: list[str], *, lowest: bool) -> None:
         # Evaluations have few points, so draw them last, on top.

@@ -222,8 +222,8 @@ def _deliver_pending() -> None:
     kind = _pending.pop()
     code = 128 + kind
     _log.warning(
-        "Training does not start: this process received %s in an earlier session, which it ended with a save. The "
-        "process exits with code %d. To end it earlier, look at result.exit_code after each fit. To go on after %s, "
+        "Training does not start, because this process received %s in an earlier session, which ended with a save. The "
+        "process exits with code %d. To exit earlier, check result.exit_code after each fit. To continue after %s, "
         "install a handler for it before fit.",
         *(kind.name, code, kind.name),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxtrain import tree
-from fxtrain.core import LOOP, TRACED, TrainState
+from fxtrain.core import LOOP, TRACED, TrainState, did_you_mean
 from fxtrain.fold import Composed
 
 
@@ -24,27 +24,28 @@ def refuse_unprovided(
             if event not in step.fires:
                 fires = ", ".join(kind.__name__ for kind in TRACED if kind in step.fires) or "none"
                 raise ValueError(
-                    f"{handler.name} needs {event.__name__}, and of the events inside the step this one fires {fires}: "
-                    "say what a hand-written step fires, fxtrain.Step(function, callbacks=..., fires=...)."
+                    f"expected a step that fires {event.__name__} for {handler.name}, got one that fires {fires}. "
+                    "Declare the events of a hand-written step: fxtrain.Step(function, callbacks=..., fires=...)."
                 )
         for slot in handler.needs.slots:
             if slot not in state.slots:
                 there = ", ".join(repr(slot) for slot in state.slots if not slot.startswith(LOOP)) or "none"
                 raise ValueError(
-                    f"{handler.name} needs the slot {slot!r}, and the state has {there}: give fit the callback that "
-                    "keeps it too."
+                    f"expected the slot {slot!r} in the state for {handler.name}, got {there}. Give fit the callback "
+                    "that keeps it."
                 )
         for metric in handler.needs.eval_metrics:
             if eval_step is None:
                 raise ValueError(
-                    f"{handler.name} needs the metric {metric!r} at EvalEnd, and there is no evaluation: give fit an "
+                    f"expected the metric {metric!r} at EvalEnd for {handler.name}, got no evaluation. Give fit an "
                     "eval_step and eval_data."
                 )
             measured = _measured(eval_step, state, eval_data) if measured is None else measured
             if measured and metric not in measured:
                 raise ValueError(
-                    f"{handler.name} needs the metric {metric!r} at EvalEnd, and the evaluation measures "
-                    f"{', '.join(map(repr, measured))}: let eval_step measure it, or name one of these."
+                    f"expected the metric {metric!r} at EvalEnd for {handler.name}, got "
+                    f"{', '.join(map(repr, measured))}.{did_you_mean(metric, measured)} Return it from eval_step, or "
+                    "name one of these."
                 )
 
 

@@ -123,7 +123,7 @@ class Publisher:
         except Exception as error:
             if getattr(observer, "required", False):
                 raise
-            _report(observer, "failed as it was closed", error)
+            _report(observer, "failed in close()", error)
 
     def _shown(self, event: Any, control: Control) -> tuple[Any, Control]:
         """Returns the event and its requests as observers see them."""
@@ -196,7 +196,7 @@ class Publisher:
         self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
         with contextlib.suppress(Exception):
             _close(observer)
-        _report(observer, f"failed at {at} and is dropped; training goes on", error)
+        _report(observer, f"failed at {at} and is dropped, and training continues", error)
 
 
 def _report(observer: Callable[..., None], what: str, error: Exception) -> None:

@@ -84,8 +84,8 @@ class Requests:
         now, eval_step = self._now, self._plan.eval_step
         if eval_step is None:
             raise ValueError(
-                "An evaluation was asked for, and fit was given no eval_step and eval_data: give both, or take away "
-                "the callback that asks."
+                "expected eval_step and eval_data for an evaluation requested by a callback, got neither. Give both to "
+                "fit, or remove the callback."
             )
         # An interrupted evaluation is rolled back and stays due.
         root = now.branch()
@@ -121,16 +121,16 @@ class Requests:
         now, epoch = self._now, self._now.epoch
         if not epoch.length:
             raise ValueError(
-                "expected data that knows its epoch length where a callback requests end_epoch, got data that is still "
-                "in its first epoch. Give data that has a length."
+                "expected data with a known epoch length for the request end_epoch, got data of unknown length in its "
+                "first epoch. Give data that has a length."
             )
         if now.position < epoch.start + epoch.length:
             now.move_to(epoch.start + epoch.length)
         self._empty_epochs = 0 if now.step > self._step_of_last_epoch else self._empty_epochs + 1
         if self._empty_epochs >= _MAX_EMPTY_EPOCHS:
             raise ValueError(
-                f"expected a step within {_MAX_EMPTY_EPOCHS} epochs, got none: a callback skips every batch or ends "
-                "every epoch before its first step. Let it stop the run instead."
+                f"expected a step within {_MAX_EMPTY_EPOCHS} epochs, got none. A callback skips every batch or ends "
+                "every epoch before its first step. Request a stop there instead."
             )
         self._step_of_last_epoch = now.step
         following = Epoch(epoch.done + 1, start=now.position, length=self._data.epoch_length or epoch.length)
@@ -180,7 +180,7 @@ class Requests:
         target = self._snapshots.newest_until(now.step - steps, now)
         now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
         if target is None:
-            now.stop(f"a rewind of {steps} steps was asked for at step {now.step}, and no state that old is kept")
+            now.stop(f"a rewind of {steps} steps was requested at step {now.step}, but no retained state is that old")
             return
         to_step = int(target.step)
         times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
@@ -206,5 +206,5 @@ class Requests:
         self._snapshots.roll_back(now)
         # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
         now.set(stop=stop, unsaved=unsaved, save=self._plan.checkpointer is not None)
-        if times[to_step] > self._plan.rewind_limit:
-            now.stop(f"went back to step {to_step} {times[to_step]} times, and it did not help")
+        if times[to_step] > (limit := self._plan.rewind_limit):
+            now.stop(f"rewound to step {to_step} {times[to_step]} times, more than rewind_limit={limit} allows")

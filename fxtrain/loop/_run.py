@@ -192,7 +192,7 @@ class Run:
         if (out_of_steps or out_of_epochs) and now.unread:
             now.read_flags()
         if now.due["stop"]:
-            self.reason = "; ".join(dict.fromkeys(now.why)) or "it had been stopped before this session began"
+            self.reason = "; ".join(dict.fromkeys(now.why)) or "stopped before this session began"
         elif out_of_steps:
             self.reason = f"reached {plan.steps} steps"
         elif out_of_epochs:
@@ -222,8 +222,8 @@ class Run:
         now = self._now
         if taken := self._root.is_taken:
             error.add_note(
-                "The step had taken the memory of the state before it, and the callbacks have not seen all of the "
-                "state after it: neither is saved. Resume from the last checkpoint."
+                "The state before the step was donated, and not all callbacks have seen the state after it, so neither "
+                "is saved. Resume from the last checkpoint."
             )
         else:
             # Roll back, because some callbacks may not have seen the latest event.
@@ -234,7 +234,7 @@ class Run:
             if not taken:
                 yield from self._requests.save_last()
         except Exception as error:  # the first error is the one to raise
-            warnings.warn(f"While ending after an error, this failed too: {error!r}.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"Ending the run after an error raised another: {error!r}.", RuntimeWarning, stacklevel=2)
 
     # Steps
 

@@ -73,7 +73,7 @@ class Saving:
         """
         if self._checkpointer is None:
             warnings.warn(
-                "A save was asked for and nothing is saved, because fit was given no checkpointer: give "
+                "expected a checkpointer for a save requested by a callback, got None, so nothing is saved. Give fit "
                 "checkpointer=fxtrain.checkpointer(folder).",
                 UserWarning,
                 stacklevel=2,

@@ -16,27 +16,27 @@ def refuse_unserved(callbacks: Composed, step: Any) -> None:
             if kind not in step.fires:
                 fires = ", ".join(kind.__name__ for kind in TRACED if kind in step.fires) or "none"
                 raise ValueError(
-                    f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and of these events "
-                    f"this step fires {fires}: use fxtrain.train_step(..., callbacks=), or say what a hand-written "
-                    "step fires, fxtrain.Step(function, callbacks=..., fires=...)."
+                    f"expected a step that fires {kind.__name__} for {handler.name}, got one that fires {fires}. Use "
+                    "fxtrain.train_step(..., callbacks=), or declare the events of a hand-written step: "
+                    "fxtrain.Step(function, callbacks=..., fires=...)."
                 )
             if handler not in folded:
                 raise ValueError(
-                    f"{handler.name} subscribes to {kind.__name__}, which fires inside the step, and the step was "
-                    "built without it: make the callback once, and give it to train_step(..., callbacks=) and to fit."
+                    f"expected a step built with {handler.name}, which subscribes to {kind.__name__} inside the step, "
+                    "got one without it. Make the callback once, and give it to both train_step(callbacks=) and fit."
                 )
     for handler in folded:
         outside = [kind.__name__ for kind in handler.events if kind not in TRACED]
         if outside and handler not in callbacks.handlers:
             raise ValueError(
-                f"{handler.name} was given to the step, and subscribes to {', '.join(sorted(outside))} too, which "
-                "the loop fires: make the callback once, and give it to fit(..., callbacks=) as well."
+                f"expected {handler.name} in the callbacks of fit, because it subscribes to "
+                f"{', '.join(sorted(outside))}, got it in the step alone. Make the callback once, and give it to both "
+                "train_step(callbacks=) and fit."
             )
     count = getattr(step, "steps_per_call", 1)
     between = [handler.name for handler in callbacks.handlers if StepBegin in handler.events]
     if count > 1 and between:
         raise ValueError(
-            f"{between[0]} subscribes to StepBegin, where it may ask to skip the batch, and with "
-            f"steps_per_call={count} steps are taken {count} at a time: subscribe to StepEnd, or compile with "
-            "steps_per_call=1."
+            f"expected no callback on StepBegin with steps_per_call={count}, got {between[0]}. Subscribe to StepEnd "
+            "or compile with steps_per_call=1."
         )
