@@ -237,5 +237,5 @@ class TestRecompute:
         assert {m.momentum for m in state.model._training.modules() if hasattr(m, "momentum")} == {0.1}
 
     def test_nothing_to_compute_of(self):
-        with pytest.raises(ValueError, match="no batch"):
+        with pytest.raises(ValueError, match="at least one batch, got none"):
             fx.recompute_statistics(problem.start(), [])

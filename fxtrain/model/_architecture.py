@@ -168,10 +168,10 @@ class Model(Layout):
             first.add(function, draws=True)
         examine = check and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
-        draw = Following(key, function, compare=examine, generators=generators)
-        result = call(draw, examine=examine)
+        seeding = Following(key, function, compare=examine, generators=generators)
+        result = call(seeding, examine=examine)
         if examine:
-            first.add(function, draws=draw.moved)
+            first.add(function, draws=seeding.moved)
         return result
 
     def first_calls(self, kind: Hashable) -> FirstCalls:
@@ -217,7 +217,7 @@ class Model(Layout):
         args: tuple[Any, ...],
         train: bool,
         key: rng.Key | None,
-        draw: Callable[[], AbstractContextManager[None]],
+        seeding: Callable[[], AbstractContextManager[None]],
         *,
         inside: Inside | None,
         finish: Callable[[Any], Any] | None,
@@ -252,7 +252,7 @@ class Model(Layout):
                 arguments=() if self._copies_arguments else tree.leaves(args),
                 captured=lambda: [*template.tensors(), *(tensors_in(function) if examine else ())],
             )
-            with draw(), _functional(key, writes), watch(), self._entered(inside, train):
+            with seeding(), _functional(key, writes), watch(), self._entered(inside, train):
                 output = forward_of(function)(model, *given)
                 finished = finish(output)
             return template.apart(output), template.apart(finished)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxtrain.core._frames import is_of_users
 
 # Maximum depth of the calls that are followed.
-_DEEPEST = 3
+_MAX_DEPTH = 3
 
 
 def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
@@ -32,7 +32,7 @@ def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         [('scale', 2.0)]
     """
     for owner, name, value in reads(function):
-        if not _is_ours(owner) and not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        if not _is_of_fxtrain(owner) and not isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
             yield name, value
 
 
@@ -40,7 +40,7 @@ def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors that a function captures, with their names. Modules and containers are searched."""
     seen: set[int] = set()
     todo = list(captured(function))[::-1]
-    while todo and len(seen) < _MOST_PARTS:
+    while todo and len(seen) < _MAX_SEARCHED_VALUES:
         name, part = todo.pop()
         if id(part) in seen:
             continue
@@ -59,13 +59,13 @@ def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
         return [(f"{name}[{key!r}]", value) for key, value in part.items()]
     if isinstance(part, list | tuple | set | frozenset | collections.deque):
         return [(f"{name}[{index}]", value) for index, value in enumerate(part)]
-    if isinstance(part, type | types.ModuleType | types.FunctionType) or _is_ours(part):
+    if isinstance(part, type | types.ModuleType | types.FunctionType) or _is_of_fxtrain(part):
         return []
     return [(f"{name}.{key}", value) for key, value in getattr(part, "__dict__", {}).items()]
 
 
 # Maximum number of values that are searched for tensors.
-_MOST_PARTS = 4096
+_MAX_SEARCHED_VALUES = 4096
 
 
 def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -98,20 +98,20 @@ def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
     todo: list[tuple[Any, int]] = [(function, 0)]
     while todo:
         part, depth = todo.pop()
-        if id(part) in seen or depth > _DEEPEST:
+        if id(part) in seen or depth > _MAX_DEPTH:
             continue
         seen.add(id(part))
         for name, value in _read(part):
-            if _is_code(value) or (_is_ours(value) and callable(value)):
-                todo.append((value, depth if _is_ours(part) else depth + 1))
+            if _is_code(value) or (_is_of_fxtrain(value) and callable(value)):
+                todo.append((value, depth if _is_of_fxtrain(part) else depth + 1))
             else:
                 yield part, name, value
 
 
-def _is_ours(part: Any) -> bool:
+def _is_of_fxtrain(part: Any) -> bool:
     """Whether this is code of fxtrain, such as a step around a loss function."""
     if isinstance(part, types.FunctionType):
-        return part.__code__.co_filename.startswith(_ours())
+        return part.__code__.co_filename.startswith(_fxtrain_folder())
     return type(part).__module__.startswith("fxtrain.")
 
 
@@ -126,7 +126,7 @@ def _read(part: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(part.__self__, nn.Module | type):
             yield from ((f"self.{name}", value) for name, value in getattr(part.__self__, "__dict__", {}).items())
     elif isinstance(part, types.FunctionType):
-        if not is_of_users(part.__code__.co_filename) and not _is_ours(part):
+        if not is_of_users(part.__code__.co_filename) and not _is_of_fxtrain(part):
             return
         for name, cell in zip(part.__code__.co_freevars, part.__closure__ or (), strict=True):
             if cell != types.CellType():
@@ -137,7 +137,7 @@ def _read(part: Any) -> Iterator[tuple[str, Any]]:
         names = part.__code__.co_varnames[: part.__code__.co_argcount]
         yield from zip(reversed(names), reversed(part.__defaults__ or ()), strict=False)
         yield from (part.__kwdefaults__ or {}).items()
-    elif _is_ours(part):
+    elif _is_of_fxtrain(part):
         yield from getattr(part, "__dict__", {}).items()
     elif not isinstance(part, nn.Module) and callable(part):
         yield "", types.MethodType(type(part).__call__, part)
@@ -157,5 +157,5 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
 
 
 @functools.cache
-def _ours() -> str:
+def _fxtrain_folder() -> str:
     return os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

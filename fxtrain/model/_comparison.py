@@ -13,8 +13,8 @@ from fxtrain import tree
 from fxtrain.rng._tracing import unwatched
 
 # Absolute tolerance in rounding errors of the largest element, because elements that cancel to zero keep such errors.
-_NOISE = 128
-_DEEPEST = 16
+_MAX_ROUNDING_ERRORS = 128
+_MAX_DEPTH = 16
 
 
 def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = True) -> bool:
@@ -61,7 +61,7 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     for leaf in tree.leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif depth < _DEEPEST:
+        elif depth < _MAX_DEPTH:
             for part in _parts(leaf):
                 yield from tensors_in(part, depth + 1)
 
@@ -86,5 +86,5 @@ def _is_close(one: Tensor, two: Tensor, unit: float, largest: float, integers: b
     if not one.is_floating_point() and not one.is_complex():
         return not integers or torch.equal(one, two)
     eps = torch.finfo(one.dtype).eps
-    absolute = eps**0.5 * max(unit, _size(two)) + min(_NOISE * eps, eps**0.5 / 8) * largest
+    absolute = eps**0.5 * max(unit, _size(two)) + min(_MAX_ROUNDING_ERRORS * eps, eps**0.5 / 8) * largest
     return torch.allclose(one, two, rtol=eps**0.5, atol=absolute, equal_nan=True)

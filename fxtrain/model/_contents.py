@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from fxtrain.rng import _host as host
 
 # Attributes of a module that a call fills from the state.
-_TENSORS = ("_parameters", "_buffers")
+_TENSOR_ATTRIBUTES = ("_parameters", "_buffers")
 _ATOMS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, Tensor, torch.Generator)
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 # Longer lists and dicts are compared as a whole, without a path for each element.
-_MANY_ELEMENTS = 4096
+_MAX_LISTED_ELEMENTS = 4096
 
 
 class Contents:
@@ -42,14 +42,14 @@ class Contents:
         self.containers: list[Any] = []
         self.tensors: list[tuple[str, Tensor]] = []
         self.generators: list[tuple[str, Any, Any]] = []
-        for path, part in _walk(roots, owned, memory=True):
+        for path, part in _walk(roots, owned, with_tensors=True):
             if isinstance(part, Tensor):
                 self.tensors.append((path, part))
                 continue
             if (state := host.state_of(part)) is not None:
                 self.generators.append((path, part, state))
                 continue
-            values = _values(part)
+            values = _container_of(part)
             if values is not part:
                 self._slots += [(part, _slots(part))] if _slots(part) else []
             if isinstance(values, dict | list | set | collections.deque):
@@ -86,7 +86,7 @@ class Contents:
             now.update(before)
         for now in self._empty:
             if now:
-                _base(now).clear(now)
+                _builtin_type(now).clear(now)
         for now, before in self._others:
             refill(now, before)
         for _, generator, state in self.generators:
@@ -109,7 +109,7 @@ def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, 
         for name, value in _children(path, part):
             if not _is_walked(value, owned):
                 found[name] = _frozen(value)
-        if isinstance(part, set | frozenset) or (_is_container(part) and len(part) > _MANY_ELEMENTS):
+        if isinstance(part, set | frozenset) or (_is_container(part) and len(part) > _MAX_LISTED_ELEMENTS):
             found[f"{path} (elements)"] = tuple(part)
     return found
 
@@ -127,24 +127,26 @@ def are_alike(value: Any, other: Any, read: Collection[int] = ()) -> bool:
         return False
     if isinstance(value, types.FunctionType):
         return value.__code__ is other.__code__
-    if isinstance(value, _COMPARED):
+    if isinstance(value, _COMPARED_BY_VALUE):
         return value == other or value != value
     return not isinstance(value, type)
 
 
-_COMPARED = (
+_COMPARED_BY_VALUE = (
     *(bool, int, float, complex, str, bytes, tuple, type, np.generic),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 
 
-def _walk(roots: Mapping[str, nn.Module], owned: Collection[int], *, memory: bool = False) -> Iterator[tuple[str, Any]]:
+def _walk(
+    roots: Mapping[str, nn.Module], owned: Collection[int], *, with_tensors: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Yields each container, module, owned object and tensor below the roots once, with its path.
 
     Args:
         roots: Modules by path.
         owned: Ids of the plain objects to search.
-        memory: Whether to include parameters and buffers, and the dicts that hold them.
+        with_tensors: Whether to include parameters and buffers, and the dicts that hold them.
     """
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = list(roots.items())[::-1]
@@ -158,8 +160,8 @@ def _walk(roots: Mapping[str, nn.Module], owned: Collection[int], *, memory: boo
             todo += [child for child in _children(path, part) if _is_walked(child[1], owned) or _is_kept(child[1])][
                 ::-1
             ]
-        if memory and isinstance(part, nn.Module):
-            for name in _TENSORS:
+        if with_tensors and isinstance(part, nn.Module):
+            for name in _TENSOR_ATTRIBUTES:
                 yield f"{path}.{name}", vars(part)[name]
                 todo += [(f"{path}.{key}", value) for key, value in vars(part)[name].items() if value is not None]
 
@@ -170,13 +172,13 @@ def _children(path: str, part: Any) -> Iterator[tuple[str, Any]]:
             if name == "_modules":
                 for inner, module in value.items():
                     yield f"{path}.{inner}", module
-            if name not in _TENSORS:
+            if name not in _TENSOR_ATTRIBUTES:
                 yield f"{path}.{name}", value
     elif isinstance(part, dict):
-        for key, value in part.items() if len(part) <= _MANY_ELEMENTS else ():
+        for key, value in part.items() if len(part) <= _MAX_LISTED_ELEMENTS else ():
             yield f"{path}[{key!r}]" if isinstance(key, str | int) else f"{path}[<{type(key).__name__}>]", value
     elif isinstance(part, list | tuple | collections.deque):
-        for index, value in enumerate(part if len(part) <= _MANY_ELEMENTS else ()):
+        for index, value in enumerate(part if len(part) <= _MAX_LISTED_ELEMENTS else ()):
             yield f"{path}[{index}]", value
     elif isinstance(part, types.MethodType):
         yield f"{path}.__self__", part.__self__
@@ -207,7 +209,7 @@ def _is_kept(value: Any) -> bool:
     return isinstance(value, Tensor) or host.state_of(value) is not None
 
 
-def _values(part: Any) -> Any:
+def _container_of(part: Any) -> Any:
     """Returns the container of a part's contents: the part itself, or its ``__dict__``."""
     return part if _is_container(part) else getattr(part, "__dict__", None)
 
@@ -216,10 +218,10 @@ def _slots(part: Any) -> dict[str, Any]:
     if _is_container(part) or isinstance(part, nn.Module | types.MethodType | functools.partial):
         return {}
     names = [name for cls in type(part).__mro__ for name in _names(cls.__dict__.get("__slots__", ()))]
-    return {name: getattr(part, name) for name in names if name not in _NO_VALUES and hasattr(part, name)}
+    return {name: getattr(part, name) for name in names if name not in _IGNORED_SLOTS and hasattr(part, name)}
 
 
-_NO_VALUES = ("__dict__", "__weakref__")
+_IGNORED_SLOTS = ("__dict__", "__weakref__")
 
 
 def _names(slots: Any) -> tuple[str, ...]:
@@ -240,7 +242,7 @@ def _frozen(value: Any) -> Any:
     return value if state is None else ("generator", repr(state))
 
 
-def _base(values: Any) -> Any:
+def _builtin_type(values: Any) -> Any:
     """Returns the built-in type of a container, because a subclass may override the methods that restore it."""
     return next(
         kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind)
@@ -261,7 +263,7 @@ def refill(now: Any, before: Any) -> None:
         now: The container.
         before: Its elements: a dict if it is one, otherwise a collection.
     """
-    base = _base(now)
+    base = _builtin_type(now)
     if isinstance(before, dict):
         if len(now) == len(before) and all(key in now and base.__getitem__(now, key) is before[key] for key in before):
             return

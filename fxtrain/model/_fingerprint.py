@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-_MEMORY = ("_parameters", "_buffers", "_modules")
-_PLAIN = (
+_IGNORED_ATTRIBUTES = ("_parameters", "_buffers", "_modules")
+_COMPARED_BY_VALUE = (
     *(bool, int, float, complex, str, bytes, type(None), type),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(types.FunctionType, types.BuiltinFunctionType),
@@ -23,9 +23,9 @@ def fingerprint(root: nn.Module) -> Hashable:
     Settings that cannot be compared by value equal only themselves.
     """
     # Number of each tensor by id, in order of first occurrence. Tied tensors have the same.
-    places: dict[int, int] = {}
+    first_seen: dict[int, int] = {}
     tensors = [
-        (name, tuple(value.shape), value.dtype, places.setdefault(id(value), len(places)))
+        (name, tuple(value.shape), value.dtype, first_seen.setdefault(id(value), len(first_seen)))
         for named in (root.named_parameters, root.named_buffers)
         for name, value in named(remove_duplicate=False)
     ]
@@ -40,11 +40,13 @@ class _Itself:
 
 
 def _settings(attributes: Mapping[str, Any]) -> Hashable:
-    return tuple((name, _comparable(value)) for name, value in sorted(attributes.items()) if name not in _MEMORY)
+    return tuple(
+        (name, _comparable(value)) for name, value in sorted(attributes.items()) if name not in _IGNORED_ATTRIBUTES
+    )
 
 
 def _comparable(value: Any) -> Hashable:
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _COMPARED_BY_VALUE):
         return type(value), value
     if isinstance(value, list | tuple):
         return type(value), tuple(map(_comparable, value))

@@ -29,7 +29,7 @@ from fxtrain.rng._frames import inlined_only
 from fxtrain.rng._tracing import is_traced, unrecorded
 
 # Maximum number of attributes named in an error.
-_SHOWN = 3
+_MAX_NAMED = 3
 
 
 class ValuesNeededError(RuntimeError):
@@ -53,7 +53,7 @@ class FirstCalls:
         if alive is not None and alive() is part:
             return draws
         count, draws = self._codes.get(_code(function), (0, False))
-        return draws if count >= _ENOUGH else None
+        return draws if count >= _MAX_CHECKED_PER_CODE else None
 
     def has_seen_like(self, function: Callable[..., Any]) -> bool:
         """Returns whether a function with the same code has passed."""
@@ -67,7 +67,7 @@ class FirstCalls:
             draws: Whether it sampled from Python's or numpy's generator.
         """
         key, part = _identity(function)
-        if len(self._seen) >= _MOST:
+        if len(self._seen) >= _MAX_ENTRIES:
             self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
         try:
             alive: Callable[[], Any] = weakref.ref(part)
@@ -79,9 +79,9 @@ class FirstCalls:
 
 
 # Number of functions with the same code that are checked.
-_ENOUGH = 8
+_MAX_CHECKED_PER_CODE = 8
 # Number of entries at which those of deleted functions are dropped.
-_MOST = 64
+_MAX_ENTRIES = 64
 
 
 def _same(part: Any) -> Any:
@@ -158,7 +158,7 @@ def refuse_state(
     if is_traced():
         raise ValuesNeededError(
             f"expected tensors with values for the first call of {who}, whose modules write the attributes "
-            f"{', '.join(changed[:_SHOWN])}, got a trace. Call the step once uncompiled before tracing it."
+            f"{', '.join(changed[:_MAX_NAMED])}, got a trace. Call the step once uncompiled before tracing it."
         )
     if not are_close(output, repeated, unit=1.0, integers=False):
         raise refusal(changed, before, first, second, "a second call then returns another result")
@@ -231,12 +231,14 @@ def _refusal(
     second: dict[str, Any],
     also: str,
 ) -> RuntimeError:
-    def told(path: str) -> str:
+    def change(path: str) -> str:
         values = [_shown(values[path]) if path in values else "missing" for values in (before, first)]
         third = f", {_shown(second[path]) if path in second else 'missing'} after a second one" if second else ""
         return f"{path} ({values[0]} before a call, {values[1]} after it{third})"
 
-    named = "; ".join(map(told, paths[:_SHOWN])) + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+    named = "; ".join(map(change, paths[:_MAX_NAMED])) + (
+        f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+    )
     named += f": {also}" if also else ""
     if not buffers.isdisjoint(paths):
         return RuntimeError(
@@ -294,8 +296,8 @@ class Reads(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_OF_VALUES = frozenset(("data", "grad", "T", "mT", "H", "mH", "real", "imag"))
-_OF_SHAPES = frozenset(
+_ATTRIBUTES_WITH_VALUES = frozenset(("data", "grad", "T", "mT", "H", "mH", "real", "imag"))
+_SHAPE_FUNCTIONS = frozenset(
     (
         *("size", "dim", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device", "__len__"),
         *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "__hash__"),
@@ -318,5 +320,5 @@ _OF_SHAPES = frozenset(
 def _reads_shape_only(func: Any) -> bool:
     name = func.__name__
     if name == "__get__":
-        return func.__self__.__name__ not in _OF_VALUES
-    return name in _OF_SHAPES
+        return func.__self__.__name__ not in _ATTRIBUTES_WITH_VALUES
+    return name in _SHAPE_FUNCTIONS

@@ -50,11 +50,11 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     """
     leaves, structure = tree.flatten(state.params)
     names = [as_name(path) for path in leaf_paths(state.params)]
-    able = [name for name, leaf in zip(names, leaves, strict=True) if _can_be_trained(leaf)]
+    able = [name for name, leaf in zip(names, leaves, strict=True) if _is_differentiable(leaf)]
     chosen = {able[i] for i in matching(able, parameters, "parameter that can be trained")}
     narrowed = model_of(state).training_only(tree.unflatten(structure, [name in chosen for name in names]))
     fresh = init_optimizer(tx, narrowed.split(state.params))
-    opt_state = _carried(state.opt_state, fresh)
+    opt_state = _with_old_values(state.opt_state, fresh)
     refuse_shared_counts(
         opt_state,
         {id(leaf) for leaf in tree.leaves(fresh)},
@@ -64,11 +64,11 @@ def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) 
     return state.replace(model=narrowed, opt_state=opt_state)
 
 
-def _can_be_trained(leaf: Tensor) -> bool:
+def _is_differentiable(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def _carried(old: Any, fresh: Any) -> Any:
+def _with_old_values(old: Any, fresh: Any) -> Any:
     """Returns the fresh optimizer state, with values of the old one wherever they fit."""
     if isinstance(fresh, PerParameter):
         return fresh.updated(old) if isinstance(old, PerParameter) and _is_like(old.values, fresh.values, 1) else fresh
@@ -76,7 +76,7 @@ def _carried(old: Any, fresh: Any) -> Any:
     if inner is None:
         return old if isinstance(old, Tensor) and _is_like(old, fresh) else fresh
     kept = dict(children(old) or ())
-    return rebuilt(fresh, [_carried(kept.get(key), child) for key, child in inner])
+    return rebuilt(fresh, [_with_old_values(kept.get(key), child) for key, child in inner])
 
 
 def _is_like(old: Tensor, new: Tensor, first_dim: int = 0) -> bool:
@@ -103,10 +103,10 @@ def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, p
     ages = [age for name in names if isinstance(age := fields.get(name), Tensor) and _is_count(age)]
     if not any(bool(age.any()) for age in ages):
         return
-    for name, memory in fields.items():
-        if name in _WRAPPED or isinstance(memory, Tensor):
+    for name, subtree in fields.items():
+        if name in _INNER_STATE_FIELDS or isinstance(subtree, Tensor):
             continue
-        for place, leaf in zip(leaf_paths(memory), tree.leaves(memory), strict=True):
+        for place, leaf in zip(leaf_paths(subtree), tree.leaves(subtree), strict=True):
             if id(leaf) in fresh:
                 raise ValueError(
                     f"{caller}: expected parameters trained since the optimizer's first update, got "
@@ -117,7 +117,7 @@ def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, p
 
 
 # Fields for the states of inner transformations, which have their own counts.
-_WRAPPED = ("inner_state", "inner_states")
+_INNER_STATE_FIELDS = ("inner_state", "inner_states")
 
 
 def _is_count(leaf: Tensor) -> bool:

@@ -52,7 +52,7 @@ def init(
         >>> sorted(state.params), int(state.step)
         (['bias', 'weight'], 0)
     """
-    _refuse_unusable(model)
+    _refuse_other_leaves(model)
     _refuse_overlaps(model)
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
         raise TypeError(f"expected seed to be a 64-bit int, got {describe(seed)}.")
@@ -102,7 +102,7 @@ def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
     return {name: init_optimizer(each, params[name], models.get(name)) for name, each in tx.items()}
 
 
-def _refuse_unusable(model: Any) -> None:
+def _refuse_other_leaves(model: Any) -> None:
     if isinstance(model, TrainState):
         raise TypeError(
             "expected a module or a pytree of modules and tensors, got a TrainState, which is already initialized."
@@ -110,7 +110,7 @@ def _refuse_unusable(model: Any) -> None:
     for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):
         if not isinstance(leaf, nn.Module | Tensor):
             raise TypeError(
-                f"expected modules, tensors, or a pytree of them, got {describe(leaf)} at {path}. {_module_of(leaf)}"
+                f"expected modules, tensors, or a pytree of them, got {describe(leaf)} at {path}. {_remedy_for(leaf)}"
             )
         if isinstance(leaf, Tensor):
             continue
@@ -127,12 +127,12 @@ def _refuse_unusable(model: Any) -> None:
             _refuse_wrapper(f"{path}.{name}" if name else path, part)
 
 
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_DISTRIBUTED_CLASSES = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def _refuse_wrapper(path: str, module: nn.Module) -> None:
     """Raises for wrappers that distribute a module, and for TorchScript modules."""
-    found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _PARALLEL), None)
+    found = next((base.__name__ for base in type(module).__mro__ if base.__name__ in _DISTRIBUTED_CLASSES), None)
     if found is not None:
         itself = "without fully_shard" if found == "FSDPModule" else "itself, the .module of the wrapper"
         raise TypeError(
@@ -145,7 +145,7 @@ def _refuse_wrapper(path: str, module: nn.Module) -> None:
         )
 
 
-def _module_of(leaf: Any) -> str:
+def _remedy_for(leaf: Any) -> str:
     """Returns the last sentence of the error: how to get a module from the leaf."""
     if isinstance(leaf, type):
         return f"Make an instance: {leaf.__name__}(...)."
@@ -162,7 +162,9 @@ def _refuse_overlaps(model: Any) -> None:
             for name, value in (*leaf.named_parameters(), *leaf.named_buffers()):
                 tensors.setdefault(id(value), (f"{path}.{name}", value))
     last_path, last_end, last_trained = "", 0, False
-    for start, end, path, trained in sorted(filter(None, (_span(path, value) for path, value in tensors.values()))):
+    for start, end, path, trained in sorted(
+        filter(None, (_memory_range(path, value) for path, value in tensors.values()))
+    ):
         if start < last_end and (trained or last_trained):
             raise ValueError(
                 f"expected parameters that do not share memory, got {last_path} and {path}, which overlap. Tie them by "
@@ -172,7 +174,7 @@ def _refuse_overlaps(model: Any) -> None:
             last_path, last_end, last_trained = path, end, trained
 
 
-def _span(path: str, value: Tensor) -> tuple[int, int, str, bool] | None:
+def _memory_range(path: str, value: Tensor) -> tuple[int, int, str, bool] | None:
     """Returns a tensor's memory range, or None if it is empty or has gaps in which other tensors may lie."""
     plain = value.layout == torch.strided and not value.is_meta and type(value) in (Tensor, nn.Parameter)
     if not plain or not value.numel():

@@ -18,7 +18,7 @@ from fxtrain.model._architecture import model_of
 from fxtrain.model._named import EXTRA_STATE, Named
 from fxtrain.model._renaming import Rename, proposed, renamed, shown
 
-_SHOWN_LINES = 8
+_MAX_LINES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +243,8 @@ def _names_differ(
 
 
 def _listed(lines: Sequence[str]) -> str:
-    more = [f"and {len(lines) - _SHOWN_LINES} more"] if len(lines) > _SHOWN_LINES else []
-    return "\n".join(f"  {line}" for line in [*lines[:_SHOWN_LINES], *more])
+    more = [f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+    return "\n".join(f"  {line}" for line in [*lines[:_MAX_LINES], *more])
 
 
 def _dtype(dtype: torch.dtype) -> str:

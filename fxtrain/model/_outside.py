@@ -74,13 +74,13 @@ class Outside:
             if not _is_same(now, place.value, read):
                 changed.append(place.name)
             elif place.elements is not None and not _is_intact(now, place.elements, read):
-                (grown if _is_log(now, place.elements) else changed).append(place.name)
+                (grown if _only_gained_elements(now, place.elements) else changed).append(place.name)
         return changed, grown
 
     def put_back(self) -> None:
         """Restores all values, and clears caches that gained entries. Appended log entries stay."""
         for place in self._places:
-            if place.elements is not None and not _is_log(place.value, place.elements):
+            if place.elements is not None and not _only_gained_elements(place.value, place.elements):
                 refill(place.value, place.elements)
             if place.read() is not place.value:
                 place.write(place.value)
@@ -116,10 +116,10 @@ class Outside:
         if not again:
             return True
         raise CapturedStateError(
-            f"expected {who} to change nothing outside the state, got changes of {', '.join(changed[:_SHOWN])}, which "
-            "a compiled step would not repeat and a checkpoint would not contain. Keep persistent values in a buffer, "
-            "self.register_buffer(name, tensor), or in a slot of a callback. Pass a step counter in the batch. Or "
-            "leave the step uncompiled."
+            f"expected {who} to change nothing outside the state, got changes of {', '.join(changed[:_MAX_NAMED])}, "
+            "which a compiled step would not repeat and a checkpoint would not contain. Keep persistent values in a "
+            "buffer, self.register_buffer(name, tensor), or in a slot of a callback. Pass a step counter in the "
+            "batch. Or leave the step uncompiled."
         )
 
 
@@ -159,31 +159,31 @@ _CONTAINERS = (list, dict, set, deque)
 _CONSTANTS = (type, types.ModuleType, nn.Module)
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 # Maximum number of names in an error.
-_SHOWN = 3
+_MAX_NAMED = 3
 
 
 def _found(
     function: Callable[..., Any], modules: Iterable[nn.Module]
 ) -> Iterator[tuple[str, Any, Any, tuple[Callable[[], Any], Callable[[Any], None]]]]:
     """Yields the name of each value, a key of its place, the value, and functions that read and write the place."""
-    yield from _of_functions([function])
-    classes = {cls for module in modules for cls in type(module).__mro__ if _is_users(cls)}
+    yield from _found_in_functions([function])
+    classes = {cls for module in modules for cls in type(module).__mro__ if _is_user_defined(cls)}
     for cls in classes:
         for name, value in list(vars(cls).items()):
             if not name.startswith("__") and not isinstance(value, _DESCRIPTORS):
                 yield f"{cls.__qualname__}.{name}", (id(cls), name), value, _attribute(cls, name)
-        yield from _of_functions([value for value in vars(cls).values() if isinstance(value, types.FunctionType)])
+        yield from _found_in_functions([value for value in vars(cls).values() if isinstance(value, types.FunctionType)])
 
 
 _DESCRIPTORS = (types.FunctionType, property, classmethod, staticmethod)
 
 
-def _of_functions(functions: Iterable[Any]) -> Iterator[tuple[str, Any, Any, Any]]:
+def _found_in_functions(functions: Iterable[Any]) -> Iterator[tuple[str, Any, Any, Any]]:
     for function in functions:
         for owner, name, value in reads(function):
             if isinstance(owner, types.FunctionType):
                 yield name, *_variable(owner, name, value)
-            if not isinstance(value, (*_CONTAINERS, *_CONSTANTS, *_SCALARS, Tensor)) and _is_users(type(value)):
+            if not isinstance(value, (*_CONTAINERS, *_CONSTANTS, *_SCALARS, Tensor)) and _is_user_defined(type(value)):
                 for key, part in list(getattr(value, "__dict__", {}).items()):
                     yield f"{name}.{key}", (id(value), key), part, _attribute(value, key)
 
@@ -203,7 +203,7 @@ def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any]
     return lambda: getattr(owner, name, None), lambda value: setattr(owner, name, value)
 
 
-def _is_users(cls: type) -> bool:
+def _is_user_defined(cls: type) -> bool:
     codes = (getattr(value, "__code__", None) for value in vars(cls).values())
     return any(code is not None and is_of_users(code.co_filename) for code in codes)
 
@@ -230,7 +230,7 @@ def _is_intact(now: Any, before: Any, read: Collection[int]) -> bool:
     )
 
 
-def _is_log(now: Any, before: Any) -> bool:
+def _only_gained_elements(now: Any, before: Any) -> bool:
     """Returns whether elements other than tensors were added, and nothing else changed."""
     if isinstance(now, dict) or len(now) <= len(before):
         return False

@@ -42,7 +42,7 @@ def recompute_statistics(
     model, buffers = model_of(state), state.buffers
 
     def counting(modules: Any, batch: Any, first: bool) -> Any:
-        for norm in _norms(modules):
+        for norm in _batch_norms(modules):
             # None selects a cumulative mean. The attribute is restored after the call.
             norm.momentum = None
             if first:
@@ -58,7 +58,7 @@ def recompute_statistics(
     return state.replace(buffers=buffers)
 
 
-def _norms(modules: Any) -> list[Any]:
+def _batch_norms(modules: Any) -> list[Any]:
     roots = [leaf for leaf in tree.leaves(modules) if isinstance(leaf, nn.Module)]
     kinds = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
     return [module for root in roots for module in root.modules() if isinstance(module, kinds) and module.training]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 Rename = Mapping[str, str | None] | Callable[[str], str | None] | None
 
 # Parts of names added by wrappers: torch.compile, DDP and DataParallel, FSDP, activation checkpointing.
-_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPER_PARTS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
@@ -66,22 +66,22 @@ def proposed(names: Collection[str], given: Collection[str]) -> tuple[str, int] 
     candidates: list[tuple[str, list[str]]] = []
     # Names are paired by their longest common suffix, as in "module.layers.0.bias" and "net.layers.0.bias". A suffix of
     # two names maps to None.
-    by_end: dict[str, str | None] = {}
+    by_suffix: dict[str, str | None] = {}
     for name in wanted:
-        for end in _ends(name):
-            by_end[end] = None if end in by_end else name
-    by_end.update({name: name for name in wanted})
+        for end in _suffixes(name):
+            by_suffix[end] = None if end in by_suffix else name
+    by_suffix.update({name: name for name in wanted})
     prefixes: Counter[tuple[str, str]] = Counter()
     for name in given:
-        for end in _ends(name):
-            match = by_end.get(end)
+        for end in _suffixes(name):
+            match = by_suffix.get(end)
             if match is not None:
                 prefixes[name[: len(name) - len(end)], match[: len(match) - len(end)]] += 1
                 break
     for (old, new), _ in prefixes.most_common(4):
         if old != new:
             candidates.append((f"rename={{{old!r}: {new!r}}}", [_replaced(name, {old: new}) or "" for name in given]))
-    for part in _WRAPPERS:
+    for part in _WRAPPER_PARTS:
         if any(f".{part}" in name for name in given):
             code = f"rename=lambda name: name.replace({part!r}, '')"
             candidates.append((code, [name.replace(part, "") for name in given]))
@@ -104,7 +104,7 @@ def _replaced(name: str, prefixes: Mapping[str, str | None]) -> str | None:
     return None if new is None else new + name[len(longest) :]
 
 
-def _ends(name: str) -> list[str]:
+def _suffixes(name: str) -> list[str]:
     """Returns the suffixes of a name that start at a part of it, the longest (the name) first."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]

@@ -68,8 +68,8 @@ class Writes:
     ) -> None:
         self._who, self._trained, self._frozen, self._clones = who, trained, frozen, clones
         self._buffers, self._arguments, self._captured = buffers, arguments, captured
-        self._table: dict[int, Callable[[str], None]] | None = None
-        self._memories = {name: memory_of(value) for name, value in clones.items()}
+        self._actions: dict[int, Callable[[str], None]] | None = None
+        self._storages = {name: memory_of(value) for name, value in clones.items()}
         self.written: set[str] = set()
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -89,13 +89,13 @@ class Writes:
 
     def refuse(self, name: str, target: Tensor) -> None:
         """Raises as ``__call__`` does if the torch function ``name`` must not write ``target``."""
-        decide = self._watched().get(memory_of(target))
+        decide = self._actions_by_storage().get(memory_of(target))
         if decide is not None:
             decide(name)
 
     def watches(self, tensor: Tensor) -> bool:
         """Returns whether writes into the tensor's storage are refused or recorded."""
-        return memory_of(tensor) in self._watched()
+        return memory_of(tensor) in self._actions_by_storage()
 
     def owns(self, tensor: Tensor) -> bool:
         """Returns whether the tensor is a clone that the function may write."""
@@ -104,24 +104,24 @@ class Writes:
 
     def apart(self, name: str, value: Tensor) -> Tensor:
         """Returns a clone's value after the call, in separate storage: ``p.data = q.data`` makes two share one."""
-        return value if memory_of(value) == self._memories.get(name) else value.clone()
+        return value if memory_of(value) == self._storages.get(name) else value.clone()
 
-    def _watched(self) -> Mapping[int, Callable[[str], None]]:
-        if self._table is None:
+    def _actions_by_storage(self) -> Mapping[int, Callable[[str], None]]:
+        if self._actions is None:
             table: dict[int, Callable[[str], None]] = {}
             for name, value in self._captured():
                 table[memory_of(value)] = functools.partial(self._refuse_captured, name)
             for value in self._arguments:
                 if isinstance(value, Tensor):
-                    table[memory_of(value)] = functools.partial(_notice, False)
+                    table[memory_of(value)] = functools.partial(_raise_noticed, False)
             for value in self._frozen():
-                table[memory_of(value)] = functools.partial(_notice, True)
+                table[memory_of(value)] = functools.partial(_raise_noticed, True)
             for name, value in self._trained():
                 table[memory_of(value)] = functools.partial(self._refuse_trained, name)
-            for name, memory in self._memories.items():
+            for name, memory in self._storages.items():
                 table[memory] = lambda _, name=name: self.written.add(name)
-            self._table = table
-        return self._table
+            self._actions = table
+        return self._actions
 
     def _refuse_trained(self, name: str, write: str) -> None:
         raise WriteError(
@@ -138,7 +138,7 @@ class Writes:
         )
 
 
-def _notice(frozen: bool, _: str) -> None:
+def _raise_noticed(frozen: bool, _: str) -> None:
     raise WriteNoticed(frozen=frozen)
 
 
@@ -167,13 +167,13 @@ def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
     # Without the name of an overload.
     name = name.partition(".")[0]
     if name.endswith("__"):
-        return (args[0],) if name in _DUNDERS else ()
+        return (args[0],) if name in _IN_PLACE_OPERATORS else ()
     if name.endswith("_"):
         if name in _NO_WRITES:
             return ()
         return [leaf for leaf in tree.leaves((args[:1], kwargs.get("tensor"))) if isinstance(leaf, Tensor)]
-    if name in _STATISTICS:
-        at, training = _STATISTICS[name]
+    if name in _NORMS_WITH_STATISTICS:
+        at, training = _NORMS_WITH_STATISTICS[name]
         if kwargs.get(training, False):
             given = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
             return [leaf for leaf in given if isinstance(leaf, Tensor)][:at]
@@ -189,7 +189,7 @@ def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
     return [leaf for leaf in tree.leaves(written) if isinstance(leaf, Tensor)] if written else ()
 
 
-_DUNDERS = frozenset(
+_IN_PLACE_OPERATORS = frozenset(
     f"__{name}__"
     for name in (
         *("setitem", "iadd", "isub", "imul", "itruediv", "idiv", "ifloordiv", "imod", "ipow"),
@@ -197,7 +197,7 @@ _DUNDERS = frozenset(
     )
 )
 _NO_WRITES = frozenset(("requires_grad_", "retain_grad_", "share_memory_", "rename_", "detach_"))
-_STATISTICS = {"batch_norm": (2, "training"), "instance_norm": (2, "use_input_stats")}
+_NORMS_WITH_STATISTICS = {"batch_norm": (2, "training"), "instance_norm": (2, "use_input_stats")}
 _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
 
 

@@ -44,7 +44,7 @@ def refuse_unless_loss(function: Any, argument: str = "loss_fn") -> None:
     Raises:
         TypeError: Names the function, its line and a fix.
     """
-    if torch.compiler.is_dynamo_compiling() or _is_plainly_a_loss(function):
+    if torch.compiler.is_dynamo_compiling() or _is_plain_loss_function(function):
         return
     found = _fault_of_loss(function)
     if found is not None:
@@ -81,7 +81,7 @@ def takes_model(function: Any) -> bool:
         >>> takes_model(lambda model, batch: None), takes_model(lambda state, batch: None)
         (True, False)
     """
-    return not _MODELS.isdisjoint(_first_names(function)[:1])
+    return not _MODEL_NAMES.isdisjoint(_positional_names(function)[:1])
 
 
 @contextlib.contextmanager
@@ -91,7 +91,7 @@ def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
     Raises:
         ContractError: On entry if the function reads one by name, and inside before a torch optimizer makes a step.
     """
-    names = _names_in(function)
+    names = _names_used_by(function)
     for name, value in captured(function):
         kind = type(value).__name__
         if name.startswith("self.") and name.removeprefix("self.") not in names:
@@ -136,16 +136,16 @@ def _optimizer_refused(function: Callable[..., Any], what: str) -> ContractError
     )
 
 
-_MODELS = frozenset(("model", "net", "network", "module", "m"))
-_BATCHES = frozenset(("batch", "data", "inputs"))
-_PREDICTIONS = frozenset(
+_MODEL_NAMES = frozenset(("model", "net", "network", "module", "m"))
+_BATCH_NAMES = frozenset(("batch", "data", "inputs"))
+_PREDICTION_NAMES = frozenset(
     ("input", "output", "outputs", "logits", "pred", "preds", "predictions", "prediction", "y_pred", "y_hat", "target")
 )
-_MARKS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_COROUTINE | inspect.CO_GENERATOR
-_MARKS |= inspect.CO_ASYNC_GENERATOR
+_UNUSUAL_FLAGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_COROUTINE | inspect.CO_GENERATOR
+_UNUSUAL_FLAGS |= inspect.CO_ASYNC_GENERATOR
 
 
-def _is_plainly_a_loss(function: Any) -> bool:
+def _is_plain_loss_function(function: Any) -> bool:
     """Whether this is a plain function of two parameters with usual names. Cheap, for steps that make one per call."""
     if type(function) is not types.FunctionType:
         return False
@@ -153,9 +153,9 @@ def _is_plainly_a_loss(function: Any) -> bool:
     return (
         code.co_argcount == 2
         and not code.co_kwonlyargcount
-        and not code.co_flags & _MARKS
-        and code.co_varnames[0] not in _BATCHES
-        and code.co_varnames[0] not in _PREDICTIONS
+        and not code.co_flags & _UNUSUAL_FLAGS
+        and code.co_varnames[0] not in _BATCH_NAMES
+        and code.co_varnames[0] not in _PREDICTION_NAMES
         and code.co_varnames[0] != "self"
         and not hasattr(function, "__wrapped__")
     )
@@ -175,7 +175,7 @@ def _fault_of_loss(function: Any) -> tuple[str, str] | None:
         return f"the async function {shown}", "Write it without async."
     if inspect.isgeneratorfunction(target):
         return f"the generator function {shown}", "Return the loss instead of yielding it."
-    first = _first_names(function)
+    first = _positional_names(function)
     if first[:1] == ["self"]:
         return f"{shown}, an unbound method", "Give the method of an instance."
     fault = _fault_of_names(function, first)
@@ -189,11 +189,11 @@ def _fault_of_loss(function: Any) -> tuple[str, str] | None:
 def _fault_of_names(function: Any, first: list[str]) -> str | None:
     """Returns a fix for a function whose parameter names are not those of a model and a batch, or None."""
     name = name_of(function)
-    if len(first) > 1 and first[0] not in _MODELS and first[1] in _MODELS:
+    if len(first) > 1 and first[0] not in _MODEL_NAMES and first[1] in _MODEL_NAMES:
         return f"Swap the parameters: ({first[1]}, {first[0]})."
-    if first and first[0] in _BATCHES:
+    if first and first[0] in _BATCH_NAMES:
         return "Take the model as the first parameter, and call it. It has the weights of the state."
-    if len(first) > 1 and first[0] in _PREDICTIONS:
+    if len(first) > 1 and first[0] in _PREDICTION_NAMES:
         return f'Call it on the output of the model: lambda model, batch: {name}(model(batch["x"]), batch["y"]).'
     return None
 
@@ -216,20 +216,20 @@ def _remedy_for_signature(function: Any, first: list[str]) -> str:
 
 def _fault_of_module(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module).__name__
-    first = _first_names(module.forward)
+    first = _positional_names(module.forward)
     if hasattr(module, "training_step"):
         return (
             f"the LightningModule {kind}" if _is_lightning(module) else f"the module {kind}",
             "Give it to fxtrain.init, and turn its training_step into a function that calls model instead of self.",
         )
     if type(module).__module__.startswith("torch.nn.modules.loss") or (
-        first and first[0] in _PREDICTIONS and len(first) > 1
+        first and first[0] in _PREDICTION_NAMES and len(first) > 1
     ):
         return (
             f"the module {kind}, which compares predictions with targets",
             'Call it in a function: lambda model, batch: criterion(model(batch["x"]), batch["y"]).',
         )
-    if _takes_two(module.forward) and first[:1] and first[0] in _MODELS:
+    if _takes_two(module.forward) and first[:1] and first[0] in _MODEL_NAMES:
         return None
     return (
         f"the module {kind}",
@@ -268,7 +268,7 @@ def _parameters(function: Any) -> inspect.Signature:
     return inspect.signature(function, follow_wrapped=False)
 
 
-def _first_names(function: Any) -> list[str]:
+def _positional_names(function: Any) -> list[str]:
     """Returns the names of the positional parameters."""
     try:
         parameters = _parameters(function).parameters.values()
@@ -301,7 +301,7 @@ def _code(function: Any) -> types.CodeType | None:
     return code if isinstance(code, types.CodeType) else None
 
 
-def _names_in(function: Any) -> frozenset[str]:
+def _names_used_by(function: Any) -> frozenset[str]:
     """Returns the names of the globals and attributes that a function uses."""
     code = _code(function)
     return frozenset(code.co_names) if code is not None else frozenset()

@@ -28,19 +28,19 @@ Objective = Callable[[Any, Find, bool], tuple[Tensor, Any, Any]]
 """Maps the trainable parameters, a function that runs the backward pass, and whether to detach all other inputs to the
 value, the results of the backward pass, and a pytree of auxiliary tensors."""
 
-_REFUSALS = (
+_REJECTIONS = (
     "autograd.Function with functorch transforms",
     "functorch transform. This is unsupported",
     "don't yet support saved tensor hooks",
 )
 """Parts of the messages with which torch.func rejects a function, independently of values."""
 
-_BACKWARD = "backward() called inside a functorch transform"
-_OUTSIDE = "would mutate a captured Tensor"
-_REENTRANT = "use_reentrant=True, torch.utils.checkpoint is incompatible"
+_BACKWARD_ERROR = "backward() called inside a functorch transform"
+_CAPTURED_WRITE_ERROR = "would mutate a captured Tensor"
+_REENTRANT_ERROR = "use_reentrant=True, torch.utils.checkpoint is incompatible"
 
 # Maximum number of characters of an error that a warning quotes.
-_LONGEST_REASON = 200
+_MAX_REASON_LENGTH = 200
 
 
 class Differentiation:
@@ -58,7 +58,7 @@ class Differentiation:
         check_choice("differentiate", way, get_args(Differentiate))
         self._way, self._who = way, who
         # Whether a reentrant checkpoint needs a backward pass to all leaves.
-        self._whole = False
+        self._to_all_leaves = False
 
     def __call__(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
         """Returns the result of ``by_func`` or ``by_autograd``.
@@ -90,25 +90,25 @@ class Differentiation:
             raise
         except Exception as error:
             # torch.autograd would allow the write.
-            if _OUTSIDE in str(error):
+            if _CAPTURED_WRITE_ERROR in str(error):
                 raise
-            refusal = error
+            rejection = error
         try:
             found = self._by_autograd(objective, trainable)
         except ContractError:
             raise
         except Exception as error:
-            if _BACKWARD in str(refusal):
-                raise backward_refused(self._who, _where(refusal)) from error
+            if _BACKWARD_ERROR in str(rejection):
+                raise backward_refused(self._who, _where(rejection)) from error
             # The function fails both ways, so it is wrong itself. A rejection by torch.func hides its own error.
-            raise (error if _is_refusal(refusal) else refusal) from None
-        if not _is_refusal(refusal):
-            self._refuse_passing(refusal, objective, trainable)
+            raise (error if _is_rejection(rejection) else rejection) from None
+        if not _is_rejection(rejection):
+            self._raise_if_transient(rejection, objective, trainable)
         self._way = "autograd"
         warnings.warn(
             f"{self._who} is differentiated by torch.autograd from now on, because torch.func rejected it"
-            f"{_where(refusal)}: {_reason(refusal)} The gradients are the same. Pass differentiate='autograd' to use "
-            "it from the start.",
+            f"{_where(rejection)}: {_reason(rejection)} The gradients are the same. Pass differentiate='autograd' to "
+            "use it from the start.",
             UserWarning,
             stacklevel=2,
         )
@@ -120,7 +120,7 @@ class Differentiation:
         return found
 
     @staticmethod
-    def _refuse_passing(error: Exception, objective: Objective, trainable: Any) -> None:
+    def _raise_if_transient(error: Exception, objective: Objective, trainable: Any) -> None:
         """Raises ``error`` if it was transient, such as a failed read, and not a rejection by torch.func."""
         try:
             by_func(objective, trainable)
@@ -130,11 +130,11 @@ class Differentiation:
 
     def _by_autograd(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
         try:
-            return by_autograd(objective, trainable, whole=self._whole)
+            return by_autograd(objective, trainable, whole=self._to_all_leaves)
         except RuntimeError as error:
-            if self._whole or _REENTRANT not in str(error):
+            if self._to_all_leaves or _REENTRANT_ERROR not in str(error):
                 raise
-        self._whole = True
+        self._to_all_leaves = True
         return by_autograd(objective, trainable, whole=True)
 
 
@@ -279,13 +279,13 @@ def _is_differentiated(values: Any) -> bool:
     return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(values))
 
 
-def _is_refusal(error: Exception) -> bool:
-    return any(part in str(error) for part in _REFUSALS)
+def _is_rejection(error: Exception) -> bool:
+    return any(part in str(error) for part in _REJECTIONS)
 
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return f"{text[:_LONGEST_REASON]}..." if len(text) > _LONGEST_REASON else text
+    return f"{text[:_MAX_REASON_LENGTH]}..." if len(text) > _MAX_REASON_LENGTH else text
 
 
 def _where(error: Exception) -> str:

@@ -54,7 +54,7 @@ def forward(
     if policy.keep:
         params, buffers = _kept(policy, params), _kept(policy, buffers)
         inside = functools.partial(_in_float32, policy, state.step.device)
-    with policy.autocast(state.step.device), _naming(model, policy, train):
+    with policy.autocast(state.step.device), _naming_module(model, policy, train):
         called = model.call(
             params, buffers, function, batch, train=train, key=key, check=True, finish=finish, inside=inside
         )
@@ -131,20 +131,20 @@ def _float32_forward(policy: Policy, device_type: str, forward: Callable[..., An
     )
 
 
-_ABOUT_DTYPES = re.compile(
+_DTYPE_ERROR = re.compile(
     r"dtype|scalar type|data type|Input type|result type|not implemented for '(BFloat16|Half|Float|Double)'"
 )
-_NAMES = {"bfloat16": "bfloat16", "half": "float16", "float16": "float16", "float": "float32", "float32": "float32"}
-_NAMES |= {"double": "float64", "float64": "float64"}
+_DTYPES = {"bfloat16": "bfloat16", "half": "float16", "float16": "float16", "float": "float32", "float32": "float32"}
+_DTYPES |= {"double": "float64", "float64": "float64"}
 
 
 @contextlib.contextmanager
-def _naming(model: Model, policy: Policy, train: bool) -> Iterator[None]:
+def _naming_module(model: Model, policy: Policy, train: bool) -> Iterator[None]:
     """Names the module in errors about dtypes that do not match."""
     try:
         yield
     except RuntimeError as error:
-        if torch.compiler.is_dynamo_compiling() or not _ABOUT_DTYPES.search(str(error)):
+        if torch.compiler.is_dynamo_compiling() or not _DTYPE_ERROR.search(str(error)):
             raise
         found = _innermost(error, model.named_modules(train=train))
         if found is None:
@@ -173,7 +173,7 @@ def _owner(frame: FrameType) -> Any:
 
 def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exception) -> RuntimeError:
     said = re.findall(r"\b(?:c10::)?(BFloat16|Half|[Ff]loat(?:16|32|64)?|[Dd]ouble|bfloat16)\b", str(error))
-    dtypes = dict.fromkeys(_NAMES[dtype.lower()] for dtype in said)
+    dtypes = dict.fromkeys(_DTYPES[dtype.lower()] for dtype in said)
     if len(dtypes) < 2:
         read = (value for value in frame.f_locals.values() if isinstance(value, Tensor) and value.is_floating_point())
         dtypes |= dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in read)

@@ -74,13 +74,13 @@ class Gradient:
         return moved.replace(params=model_of(state).carry(state.params, self.written))
 
 
-_CHILDREN = ("loss", "metrics", "grads", "buffers", "weight", "written")
+_FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written")
 
 
 def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
     leaves, structure = tree.flatten(gradient.used)
     # torch's pytree treats None as a leaf. An empty tuple has no leaves.
-    children = [() if (value := getattr(gradient, name)) is None else value for name in _CHILDREN]
+    children = [() if (value := getattr(gradient, name)) is None else value for name in _FIELDS]
     return children, (tuple(leaves), structure)
 
 
@@ -91,7 +91,7 @@ def _unflatten(used: Any, children: Sequence[Any]) -> Gradient:
     return Gradient(loss, metrics, grads, buffers, used, None if isinstance(weight, tuple) else weight, written)
 
 
-register_node(Gradient, _flatten, _unflatten, fields=_CHILDREN)
+register_node(Gradient, _flatten, _unflatten, fields=_FIELDS)
 
 
 def gradients(
@@ -159,7 +159,7 @@ def gradients(
             def finish(result: Any) -> tuple[Tensor, Any, Any]:
                 with policy.backward(state.step.device):
                     loss, measured, weight = loss_and_metrics(loss_fn, result)
-                    if torch.compiler.is_dynamo_compiling() and _is_unreached(loss, trainable):
+                    if torch.compiler.is_dynamo_compiling() and _depends_on_none(loss, trainable):
                         raise ValueError(
                             "expected a loss that depends on a trainable parameter, got one that depends on none"
                         )
@@ -228,7 +228,7 @@ def _run_again(objective: Objective, trainable: Any, look: Callable[[Tensor], No
     by_autograd(watched, trainable)
 
 
-def _is_unreached(loss: Tensor, trainable: Any) -> bool:
+def _depends_on_none(loss: Tensor, trainable: Any) -> bool:
     # Some versions of Dynamo do not track requires_grad inside torch.func, hence the first test. A parameter of an
     # outside module requires a gradient that torch.func does not compute, but a sum with it does not, hence "+ 0".
     return (tree.leaves(trainable)[0] + 0).requires_grad and not (loss + 0).requires_grad

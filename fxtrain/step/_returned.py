@@ -13,7 +13,7 @@ from fxtrain.metrics import Metric
 from fxtrain.step._contract import ContractError, place_of
 from fxtrain.step._weights import Weighted
 
-_TUPLE = (
+_REMEDY_FOR_TUPLES = (
     "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. Leave out other outputs."
 )
 
@@ -54,7 +54,7 @@ def loss_and_metrics(function: Any, result: Any) -> Returned:
     if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.is_floating_point():
         raise ContractError(
             f"expected {place_of(function)} to return a 0-d floating tensor, alone or with a dict of metrics, got "
-            f"{_shown(result, loss)}. {_remedy(result, loss)}"
+            f"{_described_result(result, loss)}. {_remedy(result, loss)}"
         )
     if "loss" in metrics:
         raise ValueError(
@@ -132,7 +132,7 @@ def _taken_from_output(value: Any) -> Any:
     return value if isinstance(value, Tensor | nn.Module) else getattr(value, "loss", value)
 
 
-def _shown(result: Any, loss: Any) -> str:
+def _described_result(result: Any, loss: Any) -> str:
     if loss is result or isinstance(result, tuple):
         return describe(result)
     return f"a {type(result).__name__} whose loss is {describe(loss)}"
@@ -167,7 +167,7 @@ def _remedy_for_several(parts: Sequence[Any]) -> str:
         return "Return the loss first: return loss, metrics."
     if isinstance(parts, list) and len(parts) == 2 and isinstance(parts[1], Mapping):
         return "Return a tuple: return loss, metrics."
-    return _TUPLE
+    return _REMEDY_FOR_TUPLES
 
 
 def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:

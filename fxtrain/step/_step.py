@@ -119,7 +119,7 @@ class Step:
         """Returns the part of the state that enters the compiled graph, without slots that only the loop uses."""
         if self.enters.issuperset(state.slots):
             return state
-        return state.replace(slots={name: memory for name, memory in state.slots.items() if name in self.enters})
+        return state.replace(slots={name: slot for name, slot in state.slots.items() if name in self.enters})
 
     def __repr__(self) -> str:
         fires = ", ".join(kind.__name__ for kind in TRACED if kind in self.fires) or "nothing"
@@ -133,8 +133,8 @@ def on_device(control: Control | None, device: torch.device) -> Control:
         control: Requests with bools or tensors. None stands for no requests.
         device: Device of the flags that are not tensors yet.
     """
-    asked = Control() if control is None else control
-    return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), asked)
+    requests = Control() if control is None else control
+    return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), requests)
 
 
 def _checked(name: str, result: Any) -> tuple[TrainState, StepOutput]:

@@ -107,7 +107,7 @@ def train_step(
         for index, microbatch in enumerate(microbatches(batch, accumulate)):
             part = find(before, microbatch, index)
             before = part.carried(before)
-            state, asked = folded(
+            state, requests = folded(
                 state,
                 Microbatch(
                     step=number,
@@ -118,13 +118,13 @@ def train_step(
                     weight=part.weight,
                 ),
             )
-            control = _followed(control, asked)
+            control = _merged(control, requests)
             found = part if found is None else joined(found, part)
         assert found is not None
         found = averaged(found, accumulate)
         loss, measured, grads, weight = found.loss, found.metrics, found.grads, found.weight
-        state, asked = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads, weight=weight))
-        control = _followed(control, asked)
+        state, requests = folded(state, Gradients(step=number, loss=loss, metrics=measured, grads=grads, weight=weight))
+        control = _merged(control, requests)
 
         used = found.used if unused == "keep" else None
         carried = state.replace(params=before.params, buffers=before.buffers)
@@ -132,14 +132,14 @@ def train_step(
         skip = control.any("skip_update")
         # Not torch.tensor(...), which would become an input of the graph even if it is unused.
         skipped = skip if isinstance(skip, Tensor) else torch.full_like(number, skip, dtype=torch.bool)
-        state = _where_not(skipped, moved, state) if "skip_update" in control.kinds else moved
-        state, asked = folded(
+        state = _unless(skipped, moved, state) if "skip_update" in control.kinds else moved
+        state, requests = folded(
             state,
             Updated(
                 step=number, loss=loss, metrics=measured, grads=grads, updates=updates, skipped=skipped, weight=weight
             ),
         )
-        return state, StepOutput(measured, _followed(control, asked), weight=weight)
+        return state, StepOutput(measured, _merged(control, requests), weight=weight)
 
     step.__name__ = f"train_step({name_of(loss_fn)})"
     step.__doc__ = loss_fn.__doc__
@@ -182,26 +182,26 @@ def apply_gradients(
     """
     model = model_of(state)
     trainable = model.split(state.params, wrt)
-    memory = state.opt_state if wrt is None else state.opt_state[wrt]
-    updates, memory = optim.update_used(tx, grads, memory, trainable, used)
+    tx_state = state.opt_state if wrt is None else state.opt_state[wrt]
+    updates, tx_state = optim.update_used(tx, grads, tx_state, trainable, used)
     moved = optim.apply_updates(trainable, updates)
-    if not all(tree.leaves(used)) and not accumulates(memory):
+    if not all(tree.leaves(used)) and not accumulates(tx_state):
         moved = tree.map(lambda use, old, new: new if use else old, used, trainable, moved)
     params = model.merge(state.params, moved, wrt)
-    opt_state = memory if wrt is None else {**state.opt_state, wrt: memory}
+    opt_state = tx_state if wrt is None else {**state.opt_state, wrt: tx_state}
     return state.replace(params=params, opt_state=opt_state), updates
 
 
-def _followed(control: Control, asked: Control) -> Control:
+def _merged(control: Control, requests: Control) -> Control:
     """Merges the requests of two successive events. If a callback logs a name twice, the later value is kept."""
     again = {
-        name for name, entry in asked.log.items() if name in control.log and control.log[name].owner == entry.owner
+        name for name, entry in requests.log.items() if name in control.log and control.log[name].owner == entry.owner
     }
     kept = {name: entry for name, entry in control.log.items() if name not in again}
-    return control.with_log(kept) | asked
+    return control.with_log(kept) | requests
 
 
-def _where_not(skipped: Tensor, moved: TrainState, state: TrainState) -> TrainState:
+def _unless(skipped: Tensor, moved: TrainState, state: TrainState) -> TrainState:
     kept = tree.where(
         skipped, (state.params, state.opt_state, state.buffers), (moved.params, moved.opt_state, moved.buffers)
     )

@@ -60,7 +60,7 @@ class _Cuts(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         # Keeps the tensors alive, so that no id is reused.
-        self._kept: list[Any] = []
+        self._alive: list[Any] = []
         self._cuts: dict[int, str] = {}
         self._to_python = ""
 
@@ -75,17 +75,17 @@ class _Cuts(TorchFunctionMode):
         output = func(*args, **kwargs)
         outputs = [leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)]
         cut = next((self._cuts[id(leaf)] for leaf in inputs if id(leaf) in self._cuts), "")
-        if func.__name__ in _TO_PYTHON and (before or cut):
+        if func.__name__ in _TO_PYTHON_VALUE and (before or cut):
             self._to_python = cut or _cut_by(func)
         elif outputs and not any(leaf.requires_grad for leaf in outputs) and (before or cut):
-            self._kept += outputs
+            self._alive += outputs
             cut = cut or _cut_by(func)
             self._cuts |= {id(leaf): cut for leaf in outputs}
         return output
 
 
-_TO_PYTHON = ("item", "tolist", "numpy", "__float__", "__int__", "__array__")
-_COPIES = ("detach", "detach_", "__get__", *_TO_PYTHON)
+_TO_PYTHON_VALUE = ("item", "tolist", "numpy", "__float__", "__int__", "__array__")
+_DETACHING = ("detach", "detach_", "__get__", *_TO_PYTHON_VALUE)
 
 
 def _cut_by(func: Any) -> str:
@@ -96,7 +96,7 @@ def _cut_by(func: Any) -> str:
         return f"{name}{line} runs under torch.no_grad(). Move the forward pass out of it."
     if name == "__get__":
         name = f".{getattr(func.__self__, '__name__', 'data')}"
-    elif name in _COPIES:
+    elif name in _DETACHING:
         name = f".{name}()"
     if name.startswith("."):
         return f"{name}{line} detaches the loss from the parameters. Remove it."
