@@ -30,10 +30,20 @@ def test_example_resumes_bitwise(tmp_path, monkeypatch):
     (example,) = blocks("python")
     (added,) = re.findall(r"Add\n`(checkpointer=[^`]*)`", README)
     data, training = example.split("result = fx.fit(")
-    resumable = training.replace("epochs=40", f"epochs=4, {added}")
-    whole, resumed = {}, {}
-    exec(data + "result = fx.fit(" + training.replace("epochs=40", "epochs=4"), whole)
-    exec(data + "result = fx.fit(" + resumable.replace("epochs=4", "steps=77"), {})
+    training = training.replace("epochs=40", "epochs=4")
+    resumable = training.replace("epochs=4", f"epochs=4, {added}").replace("callbacks=[", "callbacks=[crash, ")
+
+    def crash(state, event: fx.StepEnd):
+        if event.step == crashing_step:
+            raise RuntimeError("crash")
+        return state, fx.Control()
+
+    whole, resumed = {}, {"crash": crash}
+    exec(data + "result = fx.fit(" + training, whole)
+    crashing_step = 77
+    with pytest.raises(RuntimeError, match="crash"):
+        exec(data + "result = fx.fit(" + resumable, {"crash": crash})
+    crashing_step = None
     exec(data + "result = fx.fit(" + resumable, resumed)
     testing.assert_equal(resumed["result"].last, whole["result"].last, "resumed run")
 
