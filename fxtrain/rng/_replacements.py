@@ -222,8 +222,7 @@ def bernoulli_(source: Source, tensor: Tensor, p: float | Tensor = 0.5) -> Tenso
 
 
 def random_(source: Source, tensor: Tensor, *bounds: int | None, **named: int | None) -> Tensor:
-    # (), (to) or (from, to), each by position or keyword. Without `to`, up to the largest integer below which the dtype
-    # represents all others.
+    # (), (to) or (from, to), each by position or keyword. `to` defaults to the dtype's largest count, inclusive.
     low, high = (0, *bounds) if len(bounds) == 1 else bounds or (named.get("from") or 0, named.get("to"))
     if high is None:
         high = samplers.largest_count(tensor.dtype) + 1

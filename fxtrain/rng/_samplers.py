@@ -30,6 +30,11 @@ def bits(
         site: The sampling call for this key, 0 to 2^24 - 1. Two calls with one site return the same samples.
         width: 32 or 64.
         device: The device of the result. Defaults to the key's.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> rng.bits(rng.key(0), [3])
+        tensor([1601156873,  227098468, 1326587777])
     """
     if width == 32:
         return _fill(key, shape, site, device, 4, lambda *words: words)
@@ -146,6 +151,11 @@ def exponential(
         rate: The inverse of the mean, above 0.
         dtype: float64, float32, float16 or bfloat16.
         device: The device of the result. Defaults to the key's.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> rng.exponential(rng.key(0), [3], rate=2.0)
+        tensor([0.4934, 1.4699, 0.5874])
     """
     form = form_of(dtype)
     if not rate > 0.0:
@@ -252,6 +262,11 @@ def categorical(key: Key, logits: Tensor, *, site: int = 0) -> Tensor:
         key: The position in the run.
         logits: float [..., categories].
         site: The sampling call for this key, 0 to 2^24 - 1.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> rng.categorical(rng.key(0), torch.tensor([[0.0, 3.0], [3.0, 0.0]]))
+        tensor([1, 0])
     """
     return multinomial(key, logits.softmax(-1), num_samples=1, site=site).squeeze(-1)
 

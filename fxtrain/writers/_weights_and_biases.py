@@ -144,7 +144,7 @@ class WandbSession:
             run.finish()
 
     def is_refusal(self, error: Exception) -> bool:
-        # wandb itself retries uploads, so an error here comes from the values.
+        # wandb handles uploads in its own process, so an error here comes from the values.
         return not isinstance(error, OSError)
 
 
