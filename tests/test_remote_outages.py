@@ -188,7 +188,7 @@ def test_what_was_written_in_an_outage_arrives_once_and_in_order_when_it_is_over
     assert server.status == "FINISHED"
     first, second = messages(said)
     assert first.startswith("MLflow does not answer")
-    assert second == "MLflow answers again. Queued points were sent."
+    assert second == "MLflow answers again. Queued points are being sent."
 
 
 def test_more_than_the_bound_is_dropped_and_counted(tmp_path, server, monkeypatch):

@@ -200,7 +200,7 @@ class Outbox:
                         refused.append(error)
                     if self._error is not None:
                         self._error = None
-                        self._notes.append(f"{self._service} answers again. Queued points were sent.")
+                        self._notes.append(f"{self._service} answers again. Queued points are being sent.")
                     return True
                 if self._error is None:
                     self._failure = self._failure or error
