@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _LOCKS: dict[int, threading.RLock] = {}  # by process, because a forked worker must not inherit a held lock
-_MT19937 = 625 * 4  # bytes of NumPy's Mersenne Twister: 624 words and the position
+_MT19937_BYTES = 625 * 4  # bytes of NumPy's Mersenne Twister: 624 words and the position
 _GENERATORS: list[Any] = []  # one bit generator per nesting depth of ``seeded``
 
 
@@ -83,7 +83,7 @@ def mark() -> Mark | None:
     try:
         bits = _numpy().get_bit_generator()
         known = type(bits) is np.random.MT19937
-        words = ctypes.string_at(bits.ctypes.state_address, _MT19937) if known else None
+        words = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES) if known else None
         return Mark(random.getstate(), bits, words, _spare_normal())
     finally:
         lock.release()
@@ -105,7 +105,7 @@ def rewind_if_moved(before: Mark) -> bool:
         return False
     random.setstate(before.python)
     if before.words is not None:
-        ctypes.memmove(before.bits.ctypes.state_address, before.words, _MT19937)
+        ctypes.memmove(before.bits.ctypes.state_address, before.words, _MT19937_BYTES)
     _numpy().set_state({**_numpy().get_state(legacy=False), **before.spare})
     return True
 
@@ -182,7 +182,7 @@ def _readable(state: Any) -> Any:
 def _numpy_seeded(seed: int) -> Iterator[None]:
     # Exchanges the bit generator, because reading and writing its state converts 624 words to Python integers. NumPy
     # samples normals in pairs and caches the second outside the bit generator. An exchange discards it.
-    theirs, spare = _numpy().get_bit_generator(), _spare_normal()
+    original, spare = _numpy().get_bit_generator(), _spare_normal()
     if len(_GENERATORS) < _here.depth:
         _GENERATORS.append(np.random.MT19937())
     _numpy().set_bit_generator(_GENERATORS[_here.depth - 1])
@@ -190,22 +190,22 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _numpy().set_bit_generator(theirs)
+        _numpy().set_bit_generator(original)
         if spare["has_gauss"]:
             _numpy().set_state({**_numpy().get_state(legacy=False), **spare})
 
 
 def _spare_normal() -> dict[str, Any]:
     """Returns the part of NumPy's state that is outside its bit generator."""
-    numpys, theirs, stand_in = _numpy().mtrand._rand, _numpy().get_bit_generator(), _stand_in()
-    stand_in.stands_for, stand_in.thread = theirs, threading.get_ident()
+    global_state, original, stand_in = _numpy().mtrand._rand, _numpy().get_bit_generator(), _stand_in()
+    stand_in.stands_for, stand_in.thread = original, threading.get_ident()
     with contextlib.suppress(AttributeError):  # without this private attribute, get_state reads all words
-        numpys._bit_generator = stand_in
+        global_state._bit_generator = stand_in
     try:
         state = _numpy().get_state(legacy=False)
     finally:
         with contextlib.suppress(AttributeError):
-            numpys._bit_generator = theirs
+            global_state._bit_generator = original
     return {name: state[name] for name in ("has_gauss", "gauss")}
 
 

@@ -116,9 +116,9 @@ def randn_like(source: Source, input: Tensor, **options: Any) -> Tensor:
     return _factory(source, samplers.normal, input.shape, _like(input, options))
 
 
-def randint(source: Source, *numbers: Any, **options: Any) -> Tensor:
+def randint(source: Source, *arguments: Any, **options: Any) -> Tensor:
     # (high, size) or (low, high, size), each by position or keyword.
-    rest = list(numbers)
+    rest = list(arguments)
     size = options.pop("size") if "size" in options else rest.pop()
     high = options.pop("high") if "high" in options else rest.pop()
     low = rest.pop() if rest else options.pop("low", 0)

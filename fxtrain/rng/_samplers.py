@@ -340,10 +340,10 @@ def indicator(
         raise ValueError(f"expected p to be between 0 and 1, got {p}.")
     below = round(p * 2.0**32)
 
-    def number(word: Tensor) -> Tensor:
+    def sample(word: Tensor) -> Tensor:
         return (word - below >> 63).to(torch.int8).neg()
 
-    return _fill(key, shape, site, device, 4, lambda *words: [number(word) for word in words])
+    return _fill(key, shape, site, device, 4, lambda *words: [sample(word) for word in words])
 
 
 def cauchy(
@@ -397,15 +397,15 @@ def _fill(
     site: int,
     device: torch.device | str | None,
     per_block: int,
-    numbers: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
+    samples_of: Callable[[Tensor, Tensor, Tensor, Tensor], Sequence[Tensor]],
 ) -> Tensor:
-    """Fills the shape with the ``per_block`` samples that ``numbers`` computes from each block of four words."""
+    """Fills the shape with the ``per_block`` samples that ``samples_of`` computes from each block of four words."""
     count = 1
     for size in shape:  # torch.Size(shape).numel() would specialize symbolic sizes
         count *= size
     where = key.seed.device if device is None else torch.device(device)
     words = blocks(key, -(-count // per_block), site=site, device=where)
-    return torch.stack(list(numbers(*words)), -1).flatten()[:count].reshape(shape)
+    return torch.stack(list(samples_of(*words)), -1).flatten()[:count].reshape(shape)
 
 
 def _integers(key: Key, shape: Sequence[int], site: int, device: torch.device | str | None, form: Form) -> Tensor:

@@ -15,7 +15,7 @@ from fxtrain.values._text import HParams, Text
 
 MOST_POINTS = 10_000
 MOST_BYTES = 2**26
-_NUMBER_BYTES = 64  # approximate size of a scalar with its name
+_SCALAR_BYTES = 64  # approximate size of a scalar with its name
 
 
 class Waiting(NamedTuple):
@@ -153,10 +153,10 @@ def _leaf_on_host(leaf: Any) -> Any:
 
 def _size(value: Any) -> int:
     if isinstance(value, Text):
-        return _NUMBER_BYTES + len(value.markdown)
+        return _SCALAR_BYTES + len(value.markdown)
     if isinstance(value, Table):
         return sum(map(_size, value.columns.values()))
     if isinstance(value, list):
-        return _NUMBER_BYTES * len(value)
+        return _SCALAR_BYTES * len(value)
     leaves = ops.tree_leaves(value, namespace=NAMESPACE)
-    return _NUMBER_BYTES + sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor | np.ndarray))
+    return _SCALAR_BYTES + sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor | np.ndarray))

@@ -62,7 +62,7 @@ def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping
         if kind not in kinds:
             make = next((make for simpler, make in _SIMPLER.get(kind, ()) if simpler in kinds), None)
             if make is None:
-                _say_once(
+                _warn_once(
                     writer,
                     kind,
                     f"{type(writer).__name__} does not store {KINDS.get(kind, 'scalars')} and skips {name!r} and "
@@ -76,7 +76,7 @@ def kept_by(writer: Any, kinds: frozenset[type[Any]], step: int, values: Mapping
                 if type(part) in _ON_HOST:
                     _ON_HOST[type(part)](part)
                     if (clipped := note_of_clipping(part)) is not None:
-                        _say_once(writer, f"clipped {name}", f"{name!r} of step {step}: {clipped} {_CLIPPING}")
+                        _warn_once(writer, f"clipped {name}", f"{name!r} of step {step}: {clipped} {_CLIPPING}")
         except ValueError as error:
             warnings.warn(f"{name!r} of step {step} is not written: {error}", RuntimeWarning, stacklevel=3)
             continue
@@ -150,10 +150,10 @@ _VERBS: Mapping[type[Any], str] = {
 _CLIPPING = "Set limits= or scale the values. Later values of this name are clipped without a warning."
 
 
-def _say_once(writer: Any, about: Any, message: str) -> None:
-    told: set[Any] = getattr(writer, "__dict__", {}).setdefault("_left_out", set())
-    if about not in told:
-        told.add(about)
+def _warn_once(writer: Any, about: Any, message: str) -> None:
+    warned: set[Any] = getattr(writer, "__dict__", {}).setdefault("_left_out", set())
+    if about not in warned:
+        warned.add(about)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 

@@ -170,15 +170,14 @@ def _check_pixels(value: Any, name: str, *, inner: int) -> None:
     if not value.limits[0] < value.limits[1]:
         raise ValueError(f"expected limits to increase from black to white, got {value.limits}.")
     frame = "" if inner < 4 else "T, "
-    wanted = f"{frame}H, W, C" if value.layout == "HWC" else f"{frame}C, H, W"
+    axes = f"{frame}H, W, C" if value.layout == "HWC" else f"{frame}C, H, W"
     if 0 in shape or len(shape) not in (inner, inner + 1) or (inner > 2 and _channels(value) not in _CHANNELS):
         other = "CHW" if value.layout == "HWC" else "HWC"
         axis = -3 if other == "CHW" else -1
         fits = len(shape) in (inner, inner + 1) and len(shape) > 2 and shape[axis] in _CHANNELS
         remedy = f"Pass layout={other!r}." if fits else "Reshape them."
         raise ValueError(
-            f"expected {name} pixels of shape [{wanted}] or [N, {wanted}] with 1, 3 or 4 channels, got {shape}. "
-            f"{remedy}"
+            f"expected {name} pixels of shape [{axes}] or [N, {axes}] with 1, 3 or 4 channels, got {shape}. {remedy}"
         )
 
 
@@ -203,16 +202,16 @@ def _frames(value: Any) -> np.ndarray:
     return np.ascontiguousarray(found.astype(np.uint8))
 
 
-def _within(value: Any, numbers: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
+def _within(value: Any, data: np.ndarray, low: float, high: float, what: str) -> np.ndarray:
     """Clips values that are slightly out of range, and leaves a note for ``note_of_clipping`` on ``value``."""
-    name, least, most = type(value).__name__, float(numbers.min()), float(numbers.max())
+    name, least, most = type(value).__name__, float(data.min()), float(data.max())
     beyond = max(low - least, most - high) / (high - low)  # NaN compares as false below
     if not beyond <= _OVERSHOOT:
         remedy = "Set limits= to the values of black and white." if what == "pixels" else "Scale them."
         raise ValueError(f"expected {name} {what} from {low:g} to {high:g}, got {least:g} to {most:g}. {remedy}")
     if beyond > _ROUNDING:
         value.__dict__[_NOTE] = f"{name} {what} from {least:g} to {most:g} are clipped to {low:g} to {high:g}."
-    return numbers.clip(low, high)
+    return data.clip(low, high)
 
 
 def note_of_clipping(value: Any) -> str | None:

@@ -23,16 +23,16 @@ def register_value(cls: type[Any], *tensors: str) -> None:
     others = [field.name for field in dataclasses.fields(cls) if field.name not in tensors]
 
     def flatten(value: Any) -> tuple[list[Any], Any]:
-        there = tuple(name for name in tensors if getattr(value, name) is not None)
-        return [getattr(value, name) for name in there], (there, tuple(getattr(value, name) for name in others))
+        present = tuple(name for name in tensors if getattr(value, name) is not None)
+        return [getattr(value, name) for name in present], (present, tuple(getattr(value, name) for name in others))
 
     def unflatten(context: Any, children: Any) -> Any:
         # Bypasses __init__ and its checks, because transforms put other objects in place of tensors.
-        there, rest = context
+        present, rest = context
         value = object.__new__(cls)
         for name in tensors:
             object.__setattr__(value, name, None)
-        for name, child in (*zip(there, children, strict=True), *zip(others, rest, strict=True)):
+        for name, child in (*zip(present, children, strict=True), *zip(others, rest, strict=True)):
             object.__setattr__(value, name, child)
         return value
 

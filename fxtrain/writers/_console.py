@@ -38,8 +38,8 @@ class ConsoleWriter(Backend):
         self._file = file
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
-        numbers = {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
-        lines = [_line(step, numbers)] if numbers else []
+        scalars = {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
+        lines = [_line(step, scalars)] if scalars else []
         for name, value in values.items():
             if isinstance(value, Text):
                 lines.append(f"step {step} | {printable(name)}:")
@@ -58,9 +58,9 @@ class ConsoleWriter(Backend):
         self.flush()
 
 
-def _line(step: int, numbers: Mapping[str, Any]) -> str:
+def _line(step: int, scalars: Mapping[str, Any]) -> str:
     shown = [
         f"{printable(name)} {value:.6g}" if isinstance(value, float) else f"{printable(name)} {value}"
-        for name, value in numbers.items()
+        for name, value in scalars.items()
     ]
     return " | ".join([f"step {step}", *shown])

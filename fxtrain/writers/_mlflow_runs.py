@@ -14,9 +14,9 @@ from fxtrain.values import HParams, Waiting, kind_of
 from fxtrain.writers._media import MediaWriter
 from fxtrain.writers._remote import RemoteWriter
 
-_METRICS, _PARAMETERS = 1000, 100  # the store's limits per request
-_NAME, _LETTERS = 250, 6000  # its limits on the length of a name and of a parameter
-_REFUSED = re.compile(r"[^\w. :-]")
+_MAX_METRICS, _MAX_PARAMETERS = 1000, 100  # the store's limits per request
+_MAX_NAME, _MAX_PARAMETER = 250, 6000  # its limits on the length of a name and of a parameter
+_REJECTED = re.compile(r"[^\w. :-]")
 
 
 def mlflow(
@@ -106,17 +106,17 @@ class MlflowSession:
             shown: dict[str, Any] = {}
             for name, value in (call.values or {}).items():
                 if kind_of(value) is float:
-                    metrics.append(Metric(_named(name), float(value), call.event.milliseconds, call.step))
+                    metrics.append(Metric(_accepted_name(name), float(value), call.event.milliseconds, call.step))
                 elif isinstance(value, HParams):
                     config |= value.flat()
                 else:
                     shown[name] = value
             media += [(call.step, shown)] if shown else []
-        for begin in range(0, len(metrics), _METRICS):
-            self._client.log_batch(self._run, metrics=metrics[begin : begin + _METRICS])
-        parameters = [Param(name, value) for name, value in self._unknown(config).items()] if config else []
-        for begin in range(0, len(parameters), _PARAMETERS):
-            self._client.log_batch(self._run, params=parameters[begin : begin + _PARAMETERS])
+        for begin in range(0, len(metrics), _MAX_METRICS):
+            self._client.log_batch(self._run, metrics=metrics[begin : begin + _MAX_METRICS])
+        parameters = [Param(name, value) for name, value in self._new_parameters(config).items()] if config else []
+        for begin in range(0, len(parameters), _MAX_PARAMETERS):
+            self._client.log_batch(self._run, params=parameters[begin : begin + _MAX_PARAMETERS])
         if media:
             with tempfile.TemporaryDirectory() as files:
                 for step, named in media:
@@ -134,10 +134,10 @@ class MlflowSession:
             return error.get_http_status_code() in (400, 404, 409, 413, 422)
         return not isinstance(error, OSError)
 
-    def _unknown(self, config: Mapping[str, Any]) -> dict[str, str]:
+    def _new_parameters(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Returns the parameters that the run does not have yet. Warns about changed ones, which MLflow rejects."""
         known = self._client.get_run(self._run).data.params
-        given = {_named(name): str(value)[:_LETTERS] for name, value in config.items()}
+        given = {_accepted_name(name): str(value)[:_MAX_PARAMETER] for name, value in config.items()}
         changed = [name for name, value in given.items() if known.get(name, value) != value]
         if changed:
             self._writer.tell(
@@ -182,7 +182,7 @@ def _limited_get(get: Callable[[], Any], name: str) -> Callable[[], Any]:
     return limited
 
 
-def _named(name: str) -> str:
+def _accepted_name(name: str) -> str:
     """Returns a name that the store accepts: a path of letters, digits and ``_-. :``."""
-    parts = [_REFUSED.sub("_", part) for part in name[:_NAME].split("/")]
+    parts = [_REJECTED.sub("_", part) for part in name[:_MAX_NAME].split("/")]
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)

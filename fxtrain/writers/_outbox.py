@@ -19,7 +19,7 @@ CLOSE_SECONDS = 20.0
 CLOSE_FAILING_SECONDS = 5.0
 """The longest wait on close if the service does not answer."""
 
-_TOGETHER = 1000  # calls per batch
+_MAX_BATCH_CALLS = 1000
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between attempts
 
 
@@ -154,7 +154,7 @@ class Outbox:
                     return
                 if not self._backlog:
                     break
-                self._sending = [self._backlog.pop() for _ in range(min(len(self._backlog), _TOGETHER))]
+                self._sending = [self._backlog.pop() for _ in range(min(len(self._backlog), _MAX_BATCH_CALLS))]
             if not self._sent():
                 return
         if self._tried(self._session.end):

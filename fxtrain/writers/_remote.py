@@ -67,7 +67,7 @@ class RemoteWriter(Backend):
         self.check(kept)
         call = waiting(step, {name: plain_number(value) for name, value in kept.items()})
         self._opened().add(call._replace(event=When(event, int(1000 * time.time()))))
-        self._speak()
+        self._warn_notes()
 
     def purge(self, step: int) -> None:
         """Drops unsent points after a step. Warns if points after it were sent, because they will be duplicated."""
@@ -88,10 +88,10 @@ class RemoteWriter(Backend):
         if self._outbox is not None:
             self._outbox.flush()
             with contextlib.suppress(OSError):
-                self._remember()
+                self._store_record()
                 if self._record is not None:
                     os.fsync(self._record.fileno())
-            self._speak()
+            self._warn_notes()
 
     def close(self) -> None:
         """Ends the session within a bounded time. Unsent points are lost, and counted in a warning."""
@@ -102,13 +102,13 @@ class RemoteWriter(Backend):
         outbox.close()
         self._outbox = self._current = None
         with contextlib.suppress(OSError):
-            self._remember()
+            self._store_record()
             if self._record is not None:
                 os.fsync(self._record.fileno())
         if self._record is not None:
             self._record.close()
             self._record = None
-        self._speak(outbox)
+        self._warn_notes(outbox)
 
     def take_failure(self) -> Exception | None:
         """Returns the first error of an outage or a refusal, once, for runs that require the writer."""
@@ -121,7 +121,7 @@ class RemoteWriter(Backend):
             atexit.register(self.close)
         return self._outbox
 
-    def _speak(self, outbox: Outbox | None = None) -> None:
+    def _warn_notes(self, outbox: Outbox | None = None) -> None:
         outbox = outbox or self._outbox
         for note in outbox.notes() if outbox is not None else ():
             warnings.warn(note, RuntimeWarning, stacklevel=3)
@@ -155,9 +155,9 @@ class RemoteWriter(Backend):
             return
         self._last = max(self._last, *(call.step for call in calls))
         with contextlib.suppress(OSError):
-            self._remember()
+            self._store_record()
 
-    def _remember(self) -> None:
+    def _store_record(self) -> None:
         if self._record is not None:
             self._record.seek(0)
             self._record.write(self._content())

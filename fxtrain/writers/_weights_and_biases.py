@@ -30,8 +30,8 @@ from fxtrain.writers._encoding import gif, numbered, wav
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
 
-_MOST_BUCKETS = 512  # wandb raises beyond this
-_MOST_MEDIA = 108  # wandb drops the rest of a name beyond this
+_MAX_BUCKETS = 512  # wandb raises beyond this
+_MAX_MEDIA = 108  # wandb drops the rest of a name beyond this
 _LIMITS = {"init_timeout": 10.0, "finish_timeout": CLOSE_SECONDS}
 
 
@@ -134,7 +134,7 @@ class WandbSession:
         with contextlib.ExitStack() as files:
             shown: dict[str, Any] = {}
             for name, value in values.items():
-                shown |= _shown(name, value, files)
+                shown |= _as_wandb(name, value, files)
             if shown:
                 self._run.log({"step": step, **shown})
 
@@ -157,7 +157,7 @@ def _settings() -> Any:
     return wandb.Settings(**limits)
 
 
-def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
+def _as_wandb(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]:
     """Converts a value to wandb's types, under one name or several."""
     import wandb
 
@@ -176,7 +176,7 @@ def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]
             sounds = [_audio(waves, value.rate, files) for waves in value.waves]
             return {numbered(name, index, len(sounds)): sound for index, sound in enumerate(sounds)}
         case Histogram():
-            return {name: wandb.Histogram(np_histogram=_fewer(*value.buckets()))}
+            return {name: wandb.Histogram(np_histogram=_merge_buckets(*value.buckets()))}
         case Table():
             return {name: _table(value)}
         case ConfusionMatrix():
@@ -194,10 +194,8 @@ def _shown(name: str, value: Any, files: contextlib.ExitStack) -> dict[str, Any]
 
 def _panels(name: str, media: list[Any]) -> dict[str, Any]:
     """Splits media of one name into lists that wandb accepts."""
-    begins = range(0, len(media), _MOST_MEDIA)
-    return {
-        numbered(name, index, len(begins)): media[begin : begin + _MOST_MEDIA] for index, begin in enumerate(begins)
-    }
+    begins = range(0, len(media), _MAX_MEDIA)
+    return {numbered(name, index, len(begins)): media[begin : begin + _MAX_MEDIA] for index, begin in enumerate(begins)}
 
 
 def _image(frame: np.ndarray) -> Any:
@@ -227,8 +225,8 @@ def _table(table: Table) -> Any:
     return wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
 
 
-def _fewer(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _merge_buckets(counts: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Merges neighboring buckets down to the number that wandb accepts."""
-    together = -(-len(counts) // _MOST_BUCKETS)
-    first = np.arange(0, len(counts), together)
+    group = -(-len(counts) // _MAX_BUCKETS)
+    first = np.arange(0, len(counts), group)
     return np.add.reduceat(counts, first), np.append(edges[first], edges[-1])
