@@ -96,7 +96,7 @@ def test_csv_mends_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
     whole = WHOLE[:cut].rfind(b"\n") + 1 if cut >= HEADER else 0
     assert [str(w.message) for w in recwarn] == (
         [
-            f"{path} ended in the middle of a row, as after a crash; its last {cut - whole} bytes "
+            f"{path} ended in the middle of a row, possibly after a crash. Its last {cut - whole} bytes "
             "were moved to a.csv.damaged."
         ]
         if cut > whole

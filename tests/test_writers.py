@@ -233,7 +233,7 @@ def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
     torn = cut - (WHOLE[:cut].rfind(b"\n") + 1)
     assert [str(w.message) for w in recwarn] == (
         [
-            f"{path} ended in the middle of a line, as after a crash; its last {torn} bytes "
+            f"{path} ended in the middle of a line, possibly after a crash. Its last {torn} bytes "
             "were moved to a.jsonl.damaged."
         ]
         if torn
@@ -247,7 +247,7 @@ def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
 def test_jsonl_mends_a_torn_line_longer_than_a_block(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(WHOLE + b'{"step": 4, "texts": {"t": "' + b"x" * 200_000)
-    with pytest.warns(RuntimeWarning, match="its last 200028 bytes"):
+    with pytest.warns(RuntimeWarning, match="Its last 200028 bytes"):
         jsonl(path).close()
     assert path.read_bytes() == WHOLE
 

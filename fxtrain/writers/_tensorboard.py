@@ -226,7 +226,7 @@ class TensorBoardWriter(OneFile):
                 )  # a name that TensorBoard does not read
                 os.replace(path, target)
                 warnings.warn(
-                    f"{path} contains no record, as after a crash, and was renamed to {target.name}.",
+                    f"{path} contains no record, possibly after a crash, and was renamed to {target.name}.",
                     RuntimeWarning,
                     stacklevel=5,
                 )
