@@ -162,13 +162,13 @@ class Keyed(Dataset[Any]):
 
 
 def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]:
-    """Yields the batches of one epoch, with states of the loader's generators that no other reader advances.
+    """Yields the batches of one epoch, and isolates the loader's generators from other users.
 
     Args:
         loader: The loader to iterate over.
         epoch: Index of the epoch.
         seed: Any int.
-        read: The epoch that the loader has just read to its end, if any. Updated in place.
+        read: Contains the index of the last epoch, if the loader was read to its end. Updated in place.
     """
     iterator, states = None, []
     follows = read == [epoch - 1]

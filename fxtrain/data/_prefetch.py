@@ -158,9 +158,7 @@ class Prefetched(Source):
 
 
 class StatefulPrefetched(Prefetched):
-    """``Prefetched`` for sources with snapshots. The thread takes a snapshot after each batch, before it reads the
-    next.
-    """
+    """``Prefetched`` for sources with snapshots, which the thread takes after each batch, before it reads the next."""
 
     def snapshot(self, position: int) -> Tensor:
         """Returns the snapshot for ``restore`` at ``position``, taken before the source read further ahead."""
@@ -198,7 +196,7 @@ class Reader:
         self._thread.start()
 
     def jump(self, position: int | None) -> None:
-        """Discards the ready batches and continues at ``position``. None stops reading, and waits until the thread is
+        """Discards the ready batches and continues at ``position``. None stops reading and waits for the thread to be
         idle.
         """
         with self._changed:
@@ -276,7 +274,7 @@ def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
                 batch, copied = _copied(batch, device, stream)
             elif device is not None:
                 batch = map_tensors(lambda leaf: leaf.to(device), batch)
-        except BaseException as raised:  # raised in the consumer's thread
+        except BaseException as raised:  # raised again in the consumer's thread
             error = raised
         # In an epoch that exceeds its expected length, positions count from its start.
         goes_on = length is not None and data.epoch_length is None

@@ -60,8 +60,17 @@ class Source:
 
     Args:
         free: Number of leading dimensions that may change size in any batch: usually 0, or ``ANY``.
-        kinds: Number of batch shapes, if it is known. If there are several, a compiled step compiles a graph for each,
-            without a warning. None if unknown.
+        kinds: Number of batch shapes, or None if unknown. If there are several, a compiled step compiles a graph for
+            each, without a warning.
+
+    Example:
+        >>> class Squares(Source):
+        ...     epoch_length = 3
+        ...
+        ...     def fetch(self, position):
+        ...         return {"x": torch.tensor([position % 3]) ** 2}
+        >>> Squares()[2]
+        {'x': tensor([4])}
     """
 
     epoch_length: int | None

@@ -47,7 +47,7 @@ class Streamed(Source):
         self.can_be_left, self.can_jump = not once, False
         self._iterator: Iterator[Any] | None = None
         self._begun = False  # whether an iterator was ever started
-        self._epoch = 0  # the iterator's
+        self._epoch = 0  # the epoch of the iterator
         self._index = 0  # number of batches read from the iterator
         self._ended = False  # whether the iterator is exhausted
         self._announced: int | None = None  # the epoch passed to begin_epoch, if any
@@ -195,7 +195,8 @@ class Stateful(Streamed):
         if self._trial is not None:
             return super().fetch(position)
         self._seek(position)
-        if self._batches < max(1, getattr(self.loader, "num_workers", 0)):  # wait until each worker has made one
+        # No trial until each worker has made a batch.
+        if self._batches < max(1, getattr(self.loader, "num_workers", 0)):
             return super().fetch(position)
         before = copy.deepcopy(self._state())
         batch = super().fetch(position)
@@ -220,10 +221,10 @@ class Stateful(Streamed):
         return snapshot
 
     def restore(self, position: int, snapshot: Tensor) -> None:
-        """Continues at ``position``, as the source that made the snapshot did.
+        """Continues at ``position``, exactly like the source that made the snapshot.
 
-        The first call also rereads an earlier batch from its own snapshot. If it differs, a warning says that the
-        loader is not repeatable.
+        The first call also rereads an earlier batch, from the state saved before it. If the batch differs, a warning
+        says that the loader is not repeatable.
 
         Raises:
             ValueError: If the snapshot was taken at another position.
@@ -323,6 +324,29 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
 
     Raises:
         TypeError: If the loader lacks one of the two methods.
+
+    Example:
+        >>> class Counter:
+        ...     index = 0
+        ...
+        ...     def __iter__(self):
+        ...         while self.index < 3:
+        ...             self.index += 1
+        ...             yield torch.tensor([self.index])
+        ...         self.index = 0
+        ...
+        ...     def state_dict(self):
+        ...         return {"index": self.index}
+        ...
+        ...     def load_state_dict(self, state):
+        ...         self.index = state["index"]
+        >>> data = from_stateful_loader(Counter())
+        >>> data[0], data[1]
+        (tensor([1]), tensor([2]))
+        >>> resumed = from_stateful_loader(Counter())
+        >>> resumed.restore(2, data.snapshot(2))
+        >>> resumed[2]
+        tensor([3])
     """
     if not all(callable(getattr(loader, name, None)) for name in ("__iter__", "state_dict", "load_state_dict")):
         raise TypeError(

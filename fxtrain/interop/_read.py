@@ -36,6 +36,14 @@ def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> M
     Raises:
         CheckpointError: If there are no weights, or they cannot be read.
         ValueError: If ``entry`` does not name a state dict.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"model": {"weight": torch.ones(2)}}, f"{folder}/last.pt")
+        ...     contents = read_weights(f"{folder}/last.pt", entry="model")
+        >>> contents
+        {'weight': tensor([1., 1.])}
     """
     file = pathlib.Path(path)
     if file.is_dir():
