@@ -67,10 +67,10 @@ def for_step(batch: Any) -> Any:
     def enter(accessor: Any, part: Any) -> Any:
         return part if isinstance(part, Tensor) else Aside(accessor.codify("batch"))
 
-    return ops.tree_map_with_accessor(enter, batch, is_leaf=_is_beside, namespace=NAMESPACE)
+    return ops.tree_map_with_accessor(enter, batch, is_leaf=_has_no_tensor, namespace=NAMESPACE)
 
 
-def _is_beside(part: Any) -> bool:
+def _has_no_tensor(part: Any) -> bool:
     """Whether a part of a batch contains values but no tensor."""
     if isinstance(part, Tensor):
         return False
@@ -80,20 +80,20 @@ def _is_beside(part: Any) -> bool:
     return bool(leaves) and not any(isinstance(leaf, Tensor) for leaf in leaves)
 
 
-class _Place:
+class _PlaceholderPath:
     """A placeholder's path, as part of the tree structure. All paths compare equal, so elements of a list match."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Place)
+        return isinstance(other, _PlaceholderPath)
 
     def __hash__(self) -> int:
-        return hash(_Place)
+        return hash(_PlaceholderPath)
 
     def __repr__(self) -> str:
         return self.path
 
 
-register_node(Aside, lambda aside: ((), _Place(aside._path)), lambda place, _: Aside(place.path))
+register_node(Aside, lambda aside: ((), _PlaceholderPath(aside._path)), lambda place, _: Aside(place.path))

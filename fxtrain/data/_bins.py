@@ -28,7 +28,7 @@ class Bins:
     """
 
     def __init__(self, counts: Mapping[int, int], capacity: int) -> None:
-        kinds = _filled(counts, capacity)
+        kinds = _best_fit_decreasing(counts, capacity)
         self._contents = [tuple(contents.items()) for contents, _ in kinds]
         self._ends = np.cumsum([rows for _, rows in kinds])
         self.count = int(self._ends[-1]) if kinds else 0
@@ -51,7 +51,7 @@ class Bins:
         ]
 
 
-def _filled(counts: Mapping[int, int], capacity: int) -> list[tuple[dict[int, int], int]]:
+def _best_fit_decreasing(counts: Mapping[int, int], capacity: int) -> list[tuple[dict[int, int], int]]:
     """Returns the kinds of rows: the number of documents of each length in a row, and the number of such rows."""
     by_space: dict[int, list[tuple[dict[int, int], int]]] = {}
     spaces: list[int] = []  # the keys of by_space, ascending
@@ -62,7 +62,7 @@ def _filled(counts: Mapping[int, int], capacity: int) -> list[tuple[dict[int, in
             if at == len(spaces):
                 held = min(capacity // length, left)
                 rows = left // held
-                _put(by_space, spaces, capacity - held * length, {length: held}, rows)
+                _insert(by_space, spaces, capacity - held * length, {length: held}, rows)
                 left -= rows * held
                 continue
             space = spaces[at]
@@ -71,14 +71,14 @@ def _filled(counts: Mapping[int, int], capacity: int) -> list[tuple[dict[int, in
                 del by_space[space], spaces[at]
             held = min(space // length, left)
             rows = min(left // held, there)
-            _put(by_space, spaces, space - held * length, {**contents, length: held}, rows)
+            _insert(by_space, spaces, space - held * length, {**contents, length: held}, rows)
             if rows < there:
-                _put(by_space, spaces, space, contents, there - rows)
+                _insert(by_space, spaces, space, contents, there - rows)
             left -= rows * held
     return [kind for space in spaces for kind in by_space[space]]
 
 
-def _put(
+def _insert(
     by_space: dict[int, list[tuple[dict[int, int], int]]],
     spaces: list[int],
     space: int,

@@ -15,7 +15,7 @@ from fxtrain.data._padding import Layout, Side
 from fxtrain.data._ragged import Examples, Lengths
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.
-_CANDIDATES = 512
+_MAX_CANDIDATES = 512
 
 
 def bucketed(
@@ -166,7 +166,7 @@ class Bucketed(Ragged):
         self._ends = np.cumsum(full)
         epoch_length = int(self._ends[-1]) + (rest > 0 and drop_last is not True)
         self._order = Order(epoch_length, seed=mix(seed, 1), shuffle=shuffle)
-        self._left: tuple[int, list[np.ndarray]] | None = None  # a cache of carried-over examples, for one epoch
+        self._cache: tuple[int, list[np.ndarray]] | None = None  # the carried-over examples of one epoch
         super().__init__(examples, layout, lengths, sizes=kinds, epoch_length=epoch_length, seed=seed)
 
     def choose(self, epoch: int, index: int) -> Choice:
@@ -175,18 +175,18 @@ class Bucketed(Ragged):
         rows = self._rows[bucket]
         start = (number - (int(self._ends[bucket - 1]) if bucket else 0)) * rows
         stop = min(start + rows, self._carried[bucket] + len(self._members[bucket]))
-        items = self._items(epoch, bucket, start, stop, self._handed_on(epoch)[bucket])
+        items = self._items(epoch, bucket, start, stop, self._carried_over(epoch)[bucket])
         return Choice(items, len(items) if self.drop_last is False else rows, self._sizes[bucket])
 
-    def _handed_on(self, epoch: int) -> list[np.ndarray]:
+    def _carried_over(self, epoch: int) -> list[np.ndarray]:
         """Returns, for each bucket, the examples carried over from shorter buckets."""
-        if self._left is None or self._left[0] != epoch:
+        if self._cache is None or self._cache[0] != epoch:
             found = [np.empty(0, np.int64)]
             for bucket, members in enumerate(self._members[:-1]):
                 stop = self._carried[bucket] + len(members)
                 found.append(self._items(epoch, bucket, stop - self._carried[bucket + 1], stop, found[-1]))
-            self._left = (epoch, found)
-        return self._left[1]
+            self._cache = (epoch, found)
+        return self._cache[1]
 
     def _items(self, epoch: int, bucket: int, start: int, stop: int, first: np.ndarray) -> np.ndarray:
         """Returns a slice of a bucket's examples: first those carried over from shorter buckets, then its own."""
@@ -210,7 +210,7 @@ def least_padding(lengths: np.ndarray, count: int, multiple: int) -> list[int]:
     """
     check_positive_int("sizes", count)
     check_positive_int("multiple", multiple)
-    step = multiple * -(-int(lengths.max()) // (multiple * _CANDIDATES))
+    step = multiple * -(-int(lengths.max()) // (multiple * _MAX_CANDIDATES))
     candidates, inverse = np.unique(-(-lengths // step) * step, return_inverse=True)
     members = np.concatenate([[0], np.cumsum(np.bincount(inverse))])
     # cost[j]: padded positions of all examples up to candidate j, if j is the last of the bounds chosen so far.

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxtrain import tree
 
 # Of a leaf larger than 1 MiB, only 256 chunks of 4096 bytes are read.
-_CHUNKS, _CHUNK = 256, 4096
+_CHUNK_COUNT, _CHUNK_BYTES = 256, 4096
 
 
 def checksum(batch: Any) -> int:
@@ -63,7 +63,7 @@ def _is_numeric(leaf: Any) -> bool:
 def _bytes(leaf: Tensor) -> Tensor:
     """Returns the bytes to hash, uint8 [n] on the host."""
     flat = leaf.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-    if len(flat) > _CHUNKS * _CHUNK:
-        pieces = len(flat) // _CHUNKS
-        flat = flat[: pieces * _CHUNKS].view(_CHUNKS, pieces)[:, :_CHUNK]
+    if len(flat) > _CHUNK_COUNT * _CHUNK_BYTES:
+        pieces = len(flat) // _CHUNK_COUNT
+        flat = flat[: pieces * _CHUNK_COUNT].view(_CHUNK_COUNT, pieces)[:, :_CHUNK_BYTES]
     return flat.cpu().contiguous()

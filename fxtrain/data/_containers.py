@@ -242,8 +242,8 @@ class StoreEntry(optree.PyTreeEntry):
         return f"{node}.{name}" if key is None else f"{node}[{key!r}].{name}"
 
 
-_OF_STORES = ("_mapping", "_parent", "_key")
-_NUMBERS_OF_STORES = ("_num_graphs",)
+_STORE_INTERNALS = ("_mapping", "_parent", "_key")
+_STORE_COUNTS = ("_num_graphs",)
 
 
 def _graph_parts(data: Any) -> Parts:
@@ -252,10 +252,10 @@ def _graph_parts(data: Any) -> Parts:
     numbers: dict[tuple[int, str], Any] = {}
     shell = copy.copy(data)
     for index, store in enumerate(shell.stores):
-        beside = {name: value for name, value in store.__dict__.items() if name not in _OF_STORES}
+        beside = {name: value for name, value in store.__dict__.items() if name not in _STORE_INTERNALS}
         for held, entries in ((store._mapping, dict(store._mapping)), (store.__dict__, beside)):
             for name, value in entries.items():
-                is_public = held is not store.__dict__ or name in _NUMBERS_OF_STORES
+                is_public = held is not store.__dict__ or name in _STORE_COUNTS
                 if is_public and _is_count(value):
                     numbers[index, name] = value
                 elif value is not None:

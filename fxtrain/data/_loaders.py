@@ -72,7 +72,7 @@ class Loaded(Source):
         self._pool = self._workers()
         self._iterator: Iterator[Any] | None = None
         self._next: int | None = None
-        if _has_own_samplers(loader):
+        if _has_custom_samplers(loader):
             self.begin_epoch = self._begin_epoch
 
     def _begin_epoch(self, epoch: int, length: int) -> None:
@@ -198,7 +198,7 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def _has_own_samplers(loader: DataLoader[Any]) -> bool:
+def _has_custom_samplers(loader: DataLoader[Any]) -> bool:
     """Whether the loader has custom samplers, which may yield a different number of batches in each epoch."""
     samplers = loader.batch_sampler, loader.sampler
     return any(not type(part).__module__.startswith("torch.utils.data") for part in samplers if part is not None)

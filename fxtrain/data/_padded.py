@@ -17,7 +17,7 @@ from fxtrain.data._ragged import Examples, Lengths
 from fxtrain.data._source import Source
 
 # With more shapes, compiling a graph for each no longer pays off.
-_FEW = 16
+_MAX_COMPILED_SHAPES = 16
 
 
 class Padding(NamedTuple):
@@ -75,7 +75,7 @@ class Ragged(Source):
         epoch_length: int,
         seed: int,
     ) -> None:
-        few = len(sizes) <= _FEW
+        few = len(sizes) <= _MAX_COMPILED_SHAPES
         super().__init__(free=0 if few else ANY, kinds=len(sizes) if few else None)
         self.examples, self.layout, self.lengths = examples, layout, lengths
         self.sizes = tuple(sizes)

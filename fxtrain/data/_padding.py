@@ -14,8 +14,8 @@ from fxtrain.data._ragged import length_of, named
 
 Side = Literal["right", "left"]
 
-_WIDE = (torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
-_IGNORED = {"labels": -100}  # ignored by cross_entropy and transformers models
+_WIDENED_DTYPES = (torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64)
+_DEFAULT_VALUES = {"labels": -100}  # ignored by cross_entropy and transformers models
 
 
 def pad(
@@ -201,8 +201,8 @@ class Layout:
 
 def _value(value: float | Mapping[str, float], name: str) -> float:
     if isinstance(value, Mapping):
-        return value.get(name, _IGNORED.get(name, 0))
-    return value or _IGNORED.get(name, 0)
+        return value.get(name, _DEFAULT_VALUES.get(name, 0))
+    return value or _DEFAULT_VALUES.get(name, 0)
 
 
 def _as_tensor(value: Any, name: str) -> Tensor:
@@ -220,7 +220,7 @@ def _as_tensor(value: Any, name: str) -> Tensor:
             f"expected arrays, lists of numbers or numbers in column {name!r}, got {describe(value)}. Convert it "
             "first, or exclude the column with columns=(...)."
         ) from None
-    return made.to(torch.int64) if made.dtype in _WIDE else made
+    return made.to(torch.int64) if made.dtype in _WIDENED_DTYPES else made
 
 
 def refuse_unless_alike(values: Sequence[Tensor], name: str, *, is_variable: bool) -> None:

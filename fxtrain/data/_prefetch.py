@@ -22,7 +22,7 @@ from fxtrain.rng._host import is_seeded
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 2.0  # seconds to wait for the batch in progress when closing
+_CLOSE_TIMEOUT = 2.0  # seconds to wait for the batch in progress when closing
 
 
 def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
@@ -99,14 +99,14 @@ class Prefetched(Source):
         if self._reader is None:
             self._wait_for_closed()
             self._reader = Reader(_reading(self.source, self.device), self.size)
-            self._unused = weakref.finalize(self, self._reader.stop, _PATIENCE)  # on garbage collection or exit
+            self._unused = weakref.finalize(self, self._reader.stop, _CLOSE_TIMEOUT)  # on garbage collection or exit
             self._expected = None
         if position != self._expected:
             self._reader.jump(position)
         self._expected = None
         item = self._reader.take()
         self.epoch_length = item.epoch_length
-        self._took(position, item)
+        self._keep_snapshot(position, item)
         if item.error is not None:
             raise item.error
         self._expected = item.follows
@@ -132,7 +132,7 @@ class Prefetched(Source):
         if self._reader is not None:
             self._unused.detach()
             reader, self._reader = self._reader, None
-            if not reader.stop(_PATIENCE):
+            if not reader.stop(_CLOSE_TIMEOUT):
                 # Waiting longer would keep an interrupted process alive until its scheduler kills it.
                 self._closed = reader
                 reader.afterwards(self.source.close)
@@ -147,7 +147,7 @@ class Prefetched(Source):
             self._closed.stop()
             self._closed = None
 
-    def _took(self, position: int, item: Item) -> None:
+    def _keep_snapshot(self, position: int, item: Item) -> None:
         pass
 
     def _pause(self) -> None:
@@ -173,7 +173,7 @@ class StatefulPrefetched(Prefetched):
         self.source.restore(position, snapshot)
         self.epoch_length = self.source.epoch_length
 
-    def _took(self, position: int, item: Item) -> None:
+    def _keep_snapshot(self, position: int, item: Item) -> None:
         self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
 
 

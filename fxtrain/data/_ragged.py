@@ -17,8 +17,8 @@ from fxtrain.data._samples import samples
 Lengths = Sequence[int] | np.ndarray | Tensor | str
 """Int [n], or the name of the column that contains them."""
 
-_ROWS_AT_ONCE = 4096  # rows of a datasets.Dataset to measure per read
-_BARE = "x"  # the column name of unnamed examples, as in ``windows``
+_ROWS_PER_READ = 4096  # rows of a datasets.Dataset to measure per read
+_UNNAMED_COLUMN = "x"  # the column name of unnamed examples, as in ``windows``
 
 
 class Examples:
@@ -133,7 +133,7 @@ def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
     if isinstance(sample, Mapping):
         return dict(sample) if columns is None else {name: sample[name] for name in columns}
     if not isinstance(sample, tuple):
-        return {columns[0] if columns else _BARE: sample}
+        return {columns[0] if columns else _UNNAMED_COLUMN: sample}
     if columns is None:
         raise TypeError(
             f"expected examples that are dicts or arrays, got {describe(sample)}. Name its parts: columns=(...)."
@@ -186,8 +186,8 @@ def _stored_lengths(source: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     measure = importlib.import_module("pyarrow.compute")  # installed with datasets, not required by fxtrain
     tables = source.with_format("arrow")
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(source), _ROWS_AT_ONCE):
-        table = tables[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(source), _ROWS_PER_READ):
+        table = tables[start : start + _ROWS_PER_READ]
         for name in names:
             if "list" in str(table[name].type).split("<")[0]:
                 found = measure.fill_null(measure.list_value_length(table[name]), 0)

@@ -97,22 +97,22 @@ def as_torch(dataset: Any) -> Any:
             f"expected one split of a dataset, got a {kind} with the splits {splits}. Select one: "
             f"dataset[{next(iter(dataset), 'train')!r}]."
         )
-    if kind == "Dataset" and dataset.format["type"] in _UNREADABLE:
+    if kind == "Dataset" and dataset.format["type"] in _REPLACED_FORMATS:
         names = dataset.format["columns"]
-        with_times = [name for name in names if any(part in repr(dataset.features[name]) for part in _TIMES)]
+        with_times = [name for name in names if any(part in repr(dataset.features[name]) for part in _TIME_TYPES)]
         if not with_times:
             return dataset.with_format("torch", columns=names)
         others = [name for name in names if name not in with_times]
         return dataset.select_columns(names).with_format("torch", columns=others, output_all_columns=True)
-    if kind == "IterableDataset" and _stream_format(dataset) in _UNREADABLE:
+    if kind == "IterableDataset" and _stream_format(dataset) in _REPLACED_FORMATS:
         return dataset.with_format("torch")
     return dataset
 
 
-_UNREADABLE = (None, "arrow", "polars", "jax", "tensorflow")
+_REPLACED_FORMATS = (None, "arrow", "polars", "jax", "tensorflow")
 """Formats of ``datasets`` that are replaced by the torch format."""
 
-_TIMES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration[")
+_TIME_TYPES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration[")
 """Substrings of the types that the torch format cannot convert."""
 
 

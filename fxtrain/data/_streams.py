@@ -176,19 +176,19 @@ class Stateful(Streamed):
         self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
         self._start_of_dataset = copy.deepcopy(self._dataset.state_dict()) if self._dataset is not None else None
         self._readable = False  # whether a snapshot was loaded successfully
-        self._counted: int | None = None  # the epoch, as counted by persistent workers
+        self._worker_epoch: int | None = None  # the epoch, as counted by persistent workers
         self._batches = 0  # number of batches read since the iterator was started
         self._trial: dict[str, Any] | None = None  # a loader state, and the checksum of the batch after it
-        self._tried = False  # whether a snapshot's trial was checked
+        self._trial_checked = False
 
     def _start(self, epoch: int) -> Iterator[Any]:
         follows = self._ended and epoch == self._epoch + 1
         if self._begun and not follows and self._dataset is not None:
             self._dataset.load_state_dict(copy.deepcopy(self._start_of_dataset))
         start_epoch(self.loader, epoch, self.seed)
-        if getattr(self.loader, "persistent_workers", False) and not (follows and self._counted == self._epoch):
+        if getattr(self.loader, "persistent_workers", False) and not (follows and self._worker_epoch == self._epoch):
             end_persistent(self.loader)
-        self._counted, self._batches = epoch, 0
+        self._worker_epoch, self._batches = epoch, 0
         return started(self.loader, Seeds(self.seed, epoch))
 
     def fetch(self, position: int) -> Any:
@@ -234,8 +234,8 @@ class Stateful(Streamed):
         if stood != position:
             raise ValueError(f"expected a snapshot of {self._name} at position {position}, got one at {stood}.")
         trial, self._trial = content.get("trial"), content.get("trial")
-        if trial is not None and not self._tried:
-            self._tried = True
+        if trial is not None and not self._trial_checked:
+            self._trial_checked = True
             self._continue_from(trial["state"])
             at = self._position
             if checksum(self._read()) != trial["checksum"]:
@@ -261,7 +261,7 @@ class Stateful(Streamed):
             self._iterator = started(self.loader, Seeds(self.seed, epoch))
         self._begun, self._epoch, self._index, self._batches = True, epoch, state["index"], 0
         self._ended, self.epoch_length = state["ended"], state["epoch_length"]
-        self._counted = None if self._ended else epoch  # at its end, the loader has already started the next
+        self._worker_epoch = None if self._ended else epoch  # at its end, the loader has already started the next
 
     def close(self) -> None:
         super().close()

@@ -26,8 +26,8 @@ from torch.utils.data._utils import signal_handling
 from fxtrain.data._generators import seed_process
 
 # Windows has no SIGUSR1.
-_OUTLIVED = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
-_PATIENCE = 2.0
+_SURVIVED_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
+_SHUTDOWN_TIMEOUT = 2.0
 
 
 def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
@@ -48,7 +48,7 @@ def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
     iterator = None
     # Workers inherit the signal mask, so a signal during their startup is delivered after their handlers are set.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    init, context = Init(loader.worker_init_fn, seeds, _OUTLIVED - before), _context_of(loader)
+    init, context = Init(loader.worker_init_fn, seeds, _SURVIVED_SIGNALS - before), _context_of(loader)
     try:
         # Block signals while torch's loader starts its workers, because an interrupt would leave them half started.
         # torchdata's loader also waits for its workers and rereads batches, which is too long to block signals.
@@ -72,7 +72,7 @@ def ended(iterator: Any) -> None:
     if not workers:
         return
     # Torch waits up to five seconds for each worker in turn.
-    killer = threading.Timer(_PATIENCE, _kill, (iterator, workers))
+    killer = threading.Timer(_SHUTDOWN_TIMEOUT, _kill, (iterator, workers))
     killer.daemon = True
     killer.start()
     try:
@@ -110,9 +110,9 @@ class Init(NamedTuple):
 
     def __call__(self, worker_id: int) -> None:
         if self.unblock is not None:
-            for kind in _OUTLIVED:
+            for kind in _SURVIVED_SIGNALS:
                 # A handler instead of SIG_IGN, because a dataset's subprocesses would inherit SIG_IGN.
-                signal.signal(kind, _outlive)
+                signal.signal(kind, _ignore_signal)
                 signal.siginterrupt(kind, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.unblock)
         if self.init is not None:
@@ -121,7 +121,7 @@ class Init(NamedTuple):
             _seed_fetches(self.seeds, worker_id)
 
 
-def _outlive(number: int, frame: FrameType | None) -> None:
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
     pass
 
 
@@ -168,7 +168,7 @@ def _replaced(loader: DataLoader[Any], **settings: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OUTLIVED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SURVIVED_SIGNALS)
     try:
         yield
     finally:
@@ -214,7 +214,7 @@ def _start_helpers(loader: DataLoader[Any]) -> None:
     method = context.get_start_method()
     if method == "fork":
         return
-    kinds = _OUTLIVED - {signal.SIGINT, signal.SIGTERM}  # the resource tracker ignores these two by default
+    kinds = _SURVIVED_SIGNALS - {signal.SIGINT, signal.SIGTERM}  # the resource tracker ignores these two by default
     before = signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
     try:
         resource_tracker.ensure_running()

@@ -12,7 +12,7 @@ from torch import nn
 
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."  # added to names in files by transformers' own adapters
-_DECIDING = (  # settings, besides weights, that affect the outputs of an adapter
+_OUTPUT_SETTINGS = (  # settings, besides weights, that affect the outputs of an adapter
     *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
 )
 
@@ -59,7 +59,7 @@ def _refuse_other_configuration(file: pathlib.Path, here: Any) -> None:
     if not file.is_file():
         return
     there = json.loads(file.read_text())
-    for key in _DECIDING:
+    for key in _OUTPUT_SETTINGS:
         mine = getattr(here, key, None)
         mine = getattr(mine, "value", mine)
         if key in there and hasattr(here, key) and there[key] != mine:

@@ -309,10 +309,10 @@ def _shapes(value: Mapping[str, Any]) -> tuple[torch.Size, ...]:
     moments = {key: moment for key, moment in value.items() if isinstance(moment, Tensor)}
     if "row_var" in moments and "col_var" in moments:
         return (torch.Size((*moments["row_var"].shape[:-1], moments["col_var"].shape[-1])),)
-    return tuple({moment.shape for key, moment in moments.items() if key not in _NUMBERS})[:1]
+    return tuple({moment.shape for key, moment in moments.items() if key not in _SCALAR_ENTRIES})[:1]
 
 
-_NUMBERS = ("step", "mu", "eta", "mu_product")
+_SCALAR_ENTRIES = ("step", "mu", "eta", "mu_product")
 
 # Names of parameters that Trainer does not decay.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
