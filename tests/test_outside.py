@@ -96,13 +96,13 @@ def train(module, loss_fn=squares, *, compiled=True, steps=3):
 
 @pytest.mark.parametrize("name", losses_from_outside())
 def test_state_of_a_loss_is_refused_when_compiled(name):
-    with pytest.raises(RuntimeError, match=rf"got changes of {name}, which a compiled step would not repeat"):
+    with pytest.raises(RuntimeError, match=rf"got changes to {name}, which a compiled step would not repeat"):
         train(nn.Linear(2, 1), losses_from_outside()[name])
 
 
 @pytest.mark.parametrize(("kind", "name"), [(OfTheClass, r"OfTheClass\.calls"), (OfAGlobal, "CALLS")])
 def test_state_of_a_module_is_refused_when_compiled(kind, name):
-    with pytest.raises(RuntimeError, match=rf"got changes of {name}, which a compiled step would not repeat"):
+    with pytest.raises(RuntimeError, match=rf"got changes to {name}, which a compiled step would not repeat"):
         train(kind())
 
 

@@ -22,7 +22,7 @@ def fingerprint(root: nn.Module) -> Hashable:
 
     Settings that cannot be compared by value equal only themselves.
     """
-    # Number of each tensor by id, in order of first occurrence. Tied tensors have the same.
+    # Index of the first occurrence of each tensor, by id. Tied tensors share it.
     first_seen: dict[int, int] = {}
     tensors = [
         (name, tuple(value.shape), value.dtype, first_seen.setdefault(id(value), len(first_seen)))

@@ -116,7 +116,7 @@ class Outside:
         if not again:
             return True
         raise CapturedStateError(
-            f"expected {who} to change nothing outside the state, got changes of {', '.join(changed[:_MAX_NAMED])}, "
+            f"expected {who} to change nothing outside the state, got changes to {', '.join(changed[:_MAX_NAMED])}, "
             "which a compiled step would not repeat and a checkpoint would not contain. Keep persistent values in a "
             "buffer, self.register_buffer(name, tensor), or in a slot of a callback. Pass a step counter in the "
             "batch. Or leave the step uncompiled."

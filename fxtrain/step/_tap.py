@@ -72,7 +72,8 @@ def tap(
         twice = sorted(seen.keys() & metrics.keys())
         if twice:
             raise ValueError(
-                f"expected a loss without metrics that tap measures, got {twice[0]!r} from both. Choose another prefix."
+                f"expected names of metrics that differ between the loss and tap, got {twice[0]!r} from both. "
+                "Choose another prefix."
             )
         return (loss if weight is None else weighted(loss, weight)), {**metrics, **seen}
 
