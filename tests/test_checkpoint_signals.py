@@ -131,7 +131,7 @@ def session(folder, *lines, slow=0.0):
     """Runs lines in a process of its own, in which a write takes ``slow`` seconds. Returns it and its duration."""
     code = [
         "import os, signal, sys, time, torch, fxtrain as fx",
-        "from fxtrain.checkpoint import contents",
+        "from fxtrain.checkpoint import _contents as contents",
         "whole = contents.Snapshot.parts",
         f"contents.Snapshot.parts = lambda self: time.sleep({slow}) or whole(self)",
         "state, checkpoints = fx.init(torch.nn.Linear(1, 1)), fx.checkpointer(sys.argv[1])",
@@ -155,7 +155,7 @@ class TestExit:
         script = tmp_path / "script.py"
         script.write_text(
             "import multiprocessing, sys, time, torch, fxtrain as fx\n"
-            "from fxtrain.checkpoint import contents\n"
+            "from fxtrain.checkpoint import _contents as contents\n"
             "whole = contents.Snapshot.parts\n"
             "contents.Snapshot.parts = lambda self: time.sleep(0.3) or whole(self)\n"
             "def child(folder):\n"
