@@ -29,17 +29,17 @@ class Direct:
     def __init__(self, state: Any) -> None:
         self.leaves, self.structure = dense_leaves(state)
         self.places = places(self.leaves)
-        self._computed: Any = None
+        self._ready_event: Any = None
         device = next((leaf.device for leaf in self.leaves if leaf.device.type == "cuda"), None)
         if device is not None:
             # The writer thread copies on its own stream, which does not wait for kernels on this thread's stream.
-            self._computed = torch.cuda.Event()
-            self._computed.record(torch.cuda.current_stream(device))
+            self._ready_event = torch.cuda.Event()
+            self._ready_event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
         """Blocks until the device has computed the leaves."""
-        if self._computed is not None:
-            self._computed.synchronize()
+        if self._ready_event is not None:
+            self._ready_event.synchronize()
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
         """Yields the index and the bytes of each leaf, in file order."""
@@ -64,18 +64,18 @@ class Snapshot:
         self._targets: list[Tensor] = []
         self._kinds: Any = ()  # the kinds of leaves that the buffer fits
         self._device: torch.device | None = None  # the GPU that leaves are copied from, if any
-        self._copied: Any = None  # a CUDA event recorded after the asynchronous copies to the host
+        self._copy_event: Any = None  # a CUDA event recorded after the asynchronous copies to the host
 
     def reserve(self, state: Any) -> None:
         """Allocates a buffer that fits states with the shapes and dtypes of ``state``."""
-        self._fit(dense_leaves(state)[0])
+        self._prepare(dense_leaves(state)[0])
 
     def take(self, state: Any) -> None:
         """Copies the leaves. Afterwards they may be changed, or donated to a step on the same stream."""
         leaves, self.structure = tree.flatten(state)
         if _kinds(leaves) != self._kinds:  # leaves of equal kinds have already been checked
             leaves, self.structure = dense_leaves(state)
-            self._fit(leaves)
+            self._prepare(leaves)
         # Not torch.no_grad(): an exception from a signal handler could leave gradients disabled.
         leaves = [leaf.detach() if leaf.requires_grad else leaf for leaf in leaves]
         try:
@@ -86,13 +86,13 @@ class Snapshot:
             for target, leaf in zip(self._targets, leaves, strict=True):
                 target.reshape(-1).view(torch.uint8).copy_(leaf.contiguous().reshape(-1).view(torch.uint8))
         if self._device is not None:
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(self._device))
+            self._copy_event = torch.cuda.Event()
+            self._copy_event.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """Blocks until all leaves are on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._copy_event is not None:
+            self._copy_event.synchronize()
 
     def parts(self) -> Iterator[tuple[int, memoryview]]:
         """Yields the index and the bytes of each leaf, in file order."""
@@ -105,7 +105,7 @@ class Snapshot:
         """Returns the value of one 0-d integer leaf."""
         return int(self._targets[index])
 
-    def _fit(self, leaves: Sequence[Tensor]) -> None:
+    def _prepare(self, leaves: Sequence[Tensor]) -> None:
         # An exception may interrupt this at any line. Until it is complete, _kinds must match no leaves.
         self._kinds = ()
         self.places = places(leaves)

@@ -11,7 +11,7 @@ from fxtrain.checkpoint._retention import Entry
 from fxtrain.checkpoint._unfinished import UNFINISHED
 from fxtrain.disk import sync_folder
 
-_GONE = ".deleted-"
+_DELETED = ".deleted-"
 
 
 class Deletion:
@@ -26,19 +26,19 @@ class Deletion:
 
     def __init__(self, folder: pathlib.Path, warnings: collections.deque[str]) -> None:
         self._folder, self._warnings = folder, warnings
-        self._told: set[pathlib.Path] = set()
+        self._warned: set[pathlib.Path] = set()
 
     def delete(self, entries: Iterable[Entry]) -> None:
         """Deletes the checkpoints in ``entries``."""
         for entry in entries:
             # Renamed first, because an interrupted deletion must not leave a partial checkpoint under a valid name.
-            gone = entry.path.with_name(f"{_GONE}{entry.path.name}")
+            renamed = entry.path.with_name(f"{_DELETED}{entry.path.name}")
             try:
                 if entry.path.is_symlink():
                     raise OSError("a symbolic link")
-                entry.path.rename(gone)
+                entry.path.rename(renamed)
                 sync_folder(self._folder)
-                shutil.rmtree(gone)
+                shutil.rmtree(renamed)
             except OSError as error:
                 self.warn_once(
                     entry.path,
@@ -47,12 +47,12 @@ class Deletion:
 
     def warn_once(self, path: pathlib.Path, text: str) -> None:
         """Queues the warning ``text``, unless there was one for the same path."""
-        if path not in self._told:
-            self._told.add(path)
+        if path not in self._warned:
+            self._warned.add(path)
             self._warnings.append(text)
 
     def clear(self) -> None:
         """Deletes partly written and partly deleted checkpoints. Requires the folder lock, so no writer is active."""
-        for pattern in (f"{UNFINISHED}*-step-*", f"{_GONE}*"):
+        for pattern in (f"{UNFINISHED}*-step-*", f"{_DELETED}*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)

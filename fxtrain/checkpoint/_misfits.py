@@ -37,11 +37,11 @@ def misfits(
     more = f"\n  ... and {len(problems) - _SHOWN_PATHS} more" if len(problems) > _SHOWN_PATHS else ""
     shown = "\n".join(problems[:_SHOWN_PATHS])
     remedies = [
-        *_lora(names),
-        *_dtypes(unlike, left_over),
-        *_trained(names, unlike, left_over),
-        *_fresh(names, selected, unlike, left_over),
-        *_slots(names, unlike, left_over),
+        *_lora_remedies(names),
+        *_dtype_remedies(unlike, left_over),
+        *_trainable_remedies(names, unlike, left_over),
+        *_fresh_remedies(names, selected, unlike, left_over),
+        *_slot_remedies(names, unlike, left_over),
     ] or ["Create `like` with the same model, optimizer and callbacks as the checkpoint."]
     return (
         f"expected the paths, shapes and dtypes of `like`, got others in {path}:\n{shown}{more}\n{' '.join(remedies)} "
@@ -49,7 +49,7 @@ def misfits(
     )
 
 
-def _lora(names: Names) -> list[str]:
+def _lora_remedies(names: Names) -> list[str]:
     here, there = (any(_LORA in name for name in side.values()) for side in (names.here, names.there))
     if here == there:
         return []
@@ -63,7 +63,7 @@ def _lora(names: Names) -> list[str]:
     return [f"Only {adapted} has LoRA parameters. {way}"]
 
 
-def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence[Part]) -> list[str]:
+def _dtype_remedies(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence[Part]) -> list[str]:
     """Returns the remedy if only dtypes differ."""
     kinds = [(part.kind.split("["), source.kind.split("[")) for part, _, source in unlike if source is not None]
     if left_over or len(kinds) < len(unlike) or any(here[1:] != there[1:] for here, there in kinds):
@@ -75,7 +75,9 @@ def _dtypes(unlike: Sequence[tuple[Part, str, Part | None]], left_over: Sequence
     ]
 
 
-def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
+def _slot_remedies(
+    names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]
+) -> list[str]:
     """Returns the remedy if only slots differ, in values such as a vector of statistics over all parameters."""
     parts = (*(part for part, _, _ in unlike), *left_over)
     slots = {part.keys[1] for part in parts if part.keys[:1] == ("slots",) and names.of(part) is None}
@@ -87,7 +89,9 @@ def _slots(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_o
     ]
 
 
-def _trained(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]) -> list[str]:
+def _trainable_remedies(
+    names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left_over: Iterable[Part]
+) -> list[str]:
     """Returns the remedy if both sides have the same parameters but train different ones."""
     missing = [part for part, _, source in unlike if source is None]
     one_sided = [*missing, *left_over]
@@ -107,7 +111,7 @@ def _trained(names: Names, unlike: Iterable[tuple[Part, str, Part | None]], left
     ]
 
 
-def _fresh(
+def _fresh_remedies(
     names: Names,
     selected: Iterable[Part],
     unlike: Iterable[tuple[Part, str, Part | None]],

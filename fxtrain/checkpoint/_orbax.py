@@ -53,7 +53,7 @@ def to_orbax(path: str | os.PathLike[str], tree: Any) -> pathlib.Path:
     """
     with tempfile.TemporaryDirectory() as folder:
         ours = save(pathlib.Path(folder) / "tree", tree)
-        _work("write", ours, pathlib.Path(path))
+        _run_worker("write", ours, pathlib.Path(path))
     return pathlib.Path(path)
 
 
@@ -73,7 +73,7 @@ def from_orbax(
     """
     with tempfile.TemporaryDirectory() as folder:
         ours = pathlib.Path(folder) / "tree"
-        _work("read", ours, pathlib.Path(path))
+        _run_worker("read", ours, pathlib.Path(path))
         return read(ours, like, where=_same_keys(ours, like) if where is None else where, device=device).state
 
 
@@ -89,7 +89,7 @@ def _same_keys(path: pathlib.Path, like: Any) -> dict[str, str]:
     }
 
 
-def _work(verb: str, ours: pathlib.Path, theirs: pathlib.Path) -> None:
+def _run_worker(verb: str, ours: pathlib.Path, theirs: pathlib.Path) -> None:
     worker = pathlib.Path(__file__).with_name("_orbax_worker.py")
     command = [sys.executable, "-P", str(worker), verb, str(ours), str(theirs.absolute())]
     done = subprocess.run(

@@ -42,7 +42,7 @@ def read(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     place = next((at for at in (theirs, theirs / "default") if (at / "_METADATA").exists()), theirs)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.metadata(place)
-        wanted = _mapped(getattr(found.item_metadata, "tree", found.item_metadata))
+        wanted = _restore_args(getattr(found.item_metadata, "tree", found.item_metadata))
         tree = checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=wanted))
     ours.mkdir()
     leaves = [(entries, np.ascontiguousarray(leaf), list(np.shape(leaf))) for entries, leaf in _flattened(tree, [])]
@@ -76,12 +76,12 @@ def _nested(leaves: list[tuple[list[list[Any]], np.ndarray]]) -> Any:
     return {str(key): _nested(group) for key, group in groups.items()}
 
 
-def _mapped(metadata: Any) -> Any:
+def _restore_args(metadata: Any) -> Any:
     """Returns restore arguments that request numpy arrays, because JAX truncates 64-bit dtypes to 32 bits."""
     if isinstance(metadata, dict):
-        return {key: _mapped(value) for key, value in metadata.items()}
+        return {key: _restore_args(value) for key, value in metadata.items()}
     if isinstance(metadata, list | tuple):
-        return [_mapped(value) for value in metadata]
+        return [_restore_args(value) for value in metadata]
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 

@@ -97,9 +97,9 @@ def match(path: pathlib.Path, like: Any, stored: Mapping[str, Leaf], where: Wher
         and not {part.path, part.leaf} & used
         and part.path not in one_sided
     ]
-    _refuse_unlike(path, names, found, left_over)
-    _refuse_nameless(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
-    _refuse_abstract_rest(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
+    _refuse_misfits(path, names, found, left_over)
+    _refuse_unnamed_elements(path, {part.leaf for part in here if is_fresh(part) and part.element is not None}, found)
+    _refuse_unrestored_meta(path, like, {part.path for part, _, _ in found} | {part.leaf for part, _, _ in found})
     outdated = [name for name, own in extra.items() if any(map(is_fresh, own))]
     partly_fresh = {part.keys[1] for part in here if part.keys[:1] == ("slots",) and is_fresh(part)}
     shared = {
@@ -219,7 +219,7 @@ def _index(part: Part) -> tuple[int, ...]:
     return () if part.element is None else (part.element,)
 
 
-def _refuse_unlike(
+def _refuse_misfits(
     path: pathlib.Path,
     names: Names,
     found: Sequence[tuple[Part, str, Part | None]],
@@ -230,7 +230,7 @@ def _refuse_unlike(
         raise CheckpointError(misfits(path, names, [part for part, _, _ in found], unlike, left_over))
 
 
-def _refuse_nameless(
+def _refuse_unnamed_elements(
     path: pathlib.Path, partly_fresh: Collection[str], found: Iterable[tuple[Part, str, Part | None]]
 ) -> None:
     for part, target, _ in found:
@@ -241,7 +241,7 @@ def _refuse_nameless(
             )
 
 
-def _refuse_abstract_rest(path: pathlib.Path, like: Any, chosen: Collection[str]) -> None:
+def _refuse_unrestored_meta(path: pathlib.Path, like: Any, chosen: Collection[str]) -> None:
     leaves: dict[str, Tensor] = dict(
         zip(tree.paths(like, root_of(tree.structure(like))), tree.leaves(like), strict=True)
     )

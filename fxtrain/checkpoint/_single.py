@@ -30,7 +30,7 @@ from fxtrain.core._checks import check_choice
 from fxtrain.disk import make_folder
 from fxtrain.model._freezing import refuse_shared_counts
 
-_LARGE = 2**20  # bytes; reading smaller leaves in a thread does not pay
+_MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
 
 Tree = TypeVar("Tree")
 Extra = Literal["keep", "drop"]
@@ -66,22 +66,22 @@ class Restoration:
         Args:
             stacklevel: As for ``warnings.warn``, counted from the caller of this method.
         """
-        said = [f"the slot {name!r} is not in the checkpoint and is initialized" for name in self.missing]
+        lines = [f"the slot {name!r} is not in the checkpoint and is initialized" for name in self.missing]
         kept = [name for name in self.extra if name in self.state.slots]
-        said += [f"the slot {name!r} is only in the checkpoint and is kept" for name in kept]
-        said += [
+        lines += [f"the slot {name!r} is only in the checkpoint and is kept" for name in kept]
+        lines += [
             f"the slot {name!r} is only in the checkpoint, holds values of fresh parameters, and is dropped (attach "
             "its callback to `like` to restore its other values)"
             for name in self.outdated
         ]
-        said += [
+        lines += [
             f"the slot {name!r} is restored with counts that fresh parameters share (to reset it, leave it out of "
             "`like` and use extra='drop')"
             for name in self.shared
         ]
-        said += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
-        if said:
-            warnings.warn(f"{self.path}: {'; '.join(said)}.", UserWarning, stacklevel=stacklevel + 1)
+        lines += [f"the resumed run may differ in the last bits ({line})" for line in self.different]
+        if lines:
+            warnings.warn(f"{self.path}: {'; '.join(lines)}.", UserWarning, stacklevel=stacklevel + 1)
 
 
 def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
@@ -244,8 +244,8 @@ def read(
             state = state.replace(slots={**state.slots, **kept})
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
-    missing, added = _of_callbacks(matched.missing), _of_callbacks(matched.extra)
-    outdated, shared = _of_callbacks(matched.outdated), _of_callbacks(matched.shared)
+    missing, added = _callback_slots(matched.missing), _callback_slots(matched.extra)
+    outdated, shared = _callback_slots(matched.outdated), _callback_slots(matched.shared)
     return Restoration(state, path, missing, added, outdated, shared, different, manifest["environment"])
 
 
@@ -259,7 +259,7 @@ def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:
     )
 
 
-def _of_callbacks(slots: Iterable[str]) -> list[str]:
+def _callback_slots(slots: Iterable[str]) -> list[str]:
     return [name for name in slots if not name.startswith(LOOP)]
 
 
@@ -279,19 +279,19 @@ def _read_leaves(
     """
     found = list(like)
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        under_way: list[concurrent.futures.Future[None]] = []
+        futures: list[concurrent.futures.Future[None]] = []
         for index, source in enumerate(sources):
             if source is None:
                 continue
             if isinstance(source, Elements):
                 found[index] = _read_elements(file, like[index], source)
                 continue
-            found[index], memory = _room(source)
-            if source["bytes"] < _LARGE:
+            found[index], memory = _allocate(source)
+            if source["bytes"] < _MIN_THREADED_BYTES:
                 file.read_into(memory, source)
             else:
-                under_way.append(pool.submit(file.read_into, memory, source))
-        for future in under_way:
+                futures.append(pool.submit(file.read_into, memory, source))
+        for future in futures:
             future.result()
     return [
         read if read is leaf else read.to(target if leaf.is_meta else leaf.device)
@@ -311,12 +311,12 @@ def _read_elements(file: Leaves, like: Tensor, elements: Elements) -> Tensor:
 
 
 def _read_leaf(file: Leaves, row: Leaf, device: torch.device) -> Tensor:
-    leaf, memory = _room(row)
+    leaf, memory = _allocate(row)
     file.read_into(memory, row)
     return leaf.to(device)
 
 
-def _room(row: Leaf) -> tuple[Tensor, memoryview]:
+def _allocate(row: Leaf) -> tuple[Tensor, memoryview]:
     # Each leaf has a separate allocation, because results of kernels can depend bitwise on the alignment of inputs.
     try:
         leaf = torch.empty(row["shape"], dtype=dtype_of(row["dtype"]), device="cpu")

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from multiprocessing import util
 
-_RECHECK = 1.0  # seconds between checks in a wait, in case another waiter consumed the notification
+_RECHECK_SECONDS = 1.0  # a wait checks again, because another waiter may have consumed the notification
 
 
 class Writer:
@@ -41,13 +41,13 @@ class Writer:
         while self._jobs:
             if not self._running.locked():
                 self._start()
-            self._news.acquire(timeout=_RECHECK)
+            self._job_done.acquire(timeout=_RECHECK_SECONDS)
 
     def _reset(self) -> None:
         self._jobs: collections.deque[Callable[[], None]] = collections.deque()
         self._running = _thread.allocate_lock()  # held by the thread that runs jobs
-        self._news = _thread.allocate_lock()  # released after each job
-        self._news.acquire()
+        self._job_done = _thread.allocate_lock()  # released after each job
+        self._job_done.acquire()
 
     def _start(self) -> None:
         _finish_at_exit()
@@ -66,8 +66,8 @@ class Writer:
                         self._jobs[0]()
                     finally:
                         self._jobs.popleft()
-                        if self._news.locked():
-                            self._news.release()
+                        if self._job_done.locked():
+                            self._job_done.release()
             finally:
                 self._running.release()
 

@@ -12,7 +12,7 @@ from fxtrain.report._run import Mark
 
 _MAX_MARKS = 20_000  # per kind
 _MAX_REASONS = 20  # per request
-_ASKED = (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped"))
+_REQUESTS = (("skip_update", "skipped"), ("skip_batch", "skipped"), ("stop", "stopped"))
 
 
 class Events:
@@ -31,7 +31,7 @@ class Events:
         """Reads events from the JSON Lines file ``path``."""
         for count, content in self._folder.lines(path):
             try:
-                self._take(shapes.mapping(shapes.parsed(content)))
+                self._add(shapes.mapping(shapes.parsed(content)))
             except ValueError as error:
                 self._folder.problems.add(path, f"line {count}: {error}")
 
@@ -45,7 +45,7 @@ class Events:
         counts = {kind: items.count for kind, items in self._marks.items()}
         return counts | ({"saved": len(self._saved)} if self._saved else {})
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _add(self, line: dict[str, Any]) -> None:
         step, kind = shapes.step(line.get("step")), line.get("event")
         if kind == "Saved":
             self._saved.append(step)
@@ -60,7 +60,7 @@ class Events:
             self._keep_saved(step)
             self._mark(step, "resumed", "a session resumed here")
         asked = shapes.mapping(line.get("asked", {}))
-        for request, mark in _ASKED:
+        for request, mark in _REQUESTS:
             if request in asked:
                 reasons = [shapes.words(each) for each in shapes.listed(asked[request])[:_MAX_REASONS]]
                 self._mark(step, mark, "; ".join(reasons))

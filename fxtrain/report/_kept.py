@@ -87,7 +87,7 @@ class Kept(Generic[_Series]):
 class Points:
     """A curve. Thinning keeps the minimum and the maximum of each interval, so that spikes stay visible."""
 
-    _FEWEST = 2000  # more points than the page draws
+    _MIN_POINTS = 2000  # more points than the page draws
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -96,7 +96,7 @@ class Points:
 
     def put(self, step: int, value: float, cost: int = 1) -> None:
         if self.steps and step <= self.steps[-1]:
-            _refuse_earlier(step, self.steps[-1])
+            _check_not_before(step, self.steps[-1])
             self.values[-1] = value
         else:
             self.steps.append(step)
@@ -104,7 +104,7 @@ class Points:
             self.cost += 1
 
     def thin(self) -> None:
-        self.steps, self.values = thinned((self.steps, self.values), max(len(self.steps) // 2, self._FEWEST))
+        self.steps, self.values = thinned((self.steps, self.values), max(len(self.steps) // 2, self._MIN_POINTS))
         self.cost = len(self.steps)
 
 
@@ -128,7 +128,7 @@ class Items(Generic[Value]):
     def put(self, step: int, value: Value, cost: int = 1) -> None:
         last = self._kept[-1] if self._kept else None
         if last is not None and step <= last[0]:
-            _refuse_earlier(step, last[0])
+            _check_not_before(step, last[0])
             self._drop_last()
             self.count -= 1
         elif (self.count - 1) % self._stride:
@@ -151,7 +151,7 @@ class Items(Generic[Value]):
         self.cost = sum(cost for *_, cost in self._kept)
 
 
-def _refuse_earlier(step: int, last: int) -> None:
+def _check_not_before(step: int, last: int) -> None:
     if step < last:
         raise ValueError(f"expected a step after {last}, got {step}")
 

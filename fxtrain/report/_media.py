@@ -10,7 +10,7 @@ from fxtrain.report import _shapes as shapes
 from fxtrain.report._folder import Folder
 from fxtrain.report._metrics import Metrics
 
-_MEDIUM = re.compile(r"(\d{8,})(?:-(\d+))?\.(png|gif|wav|md|json)", re.ASCII)
+_MEDIA_NAME = re.compile(r"(\d{8,})(?:-(\d+))?\.(png|gif|wav|md|json)", re.ASCII)
 
 Files = dict[str, dict[int, list[PurePosixPath]]]
 """Files by name and step, ordered by step and number."""
@@ -32,7 +32,9 @@ def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, File
     tables: Files = {}
     kinds = {"md": texts, "json": tables}
     found = sorted(
-        (parent, *place, name) for parent, name in folder.walk(path) if (place := _placed(folder, parent, name))
+        (parent, *place, name)
+        for parent, name in folder.walk(path)
+        if (place := _step_number_suffix(folder, parent, name))
     )
     for parent, step, _, kind, file in found:
         name = _name(PurePosixPath(parent), path)
@@ -46,9 +48,9 @@ def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, File
     return media, texts
 
 
-def _placed(folder: Folder, parent: str, name: str) -> tuple[int, int, str] | None:
+def _step_number_suffix(folder: Folder, parent: str, name: str) -> tuple[int, int, str] | None:
     """Returns the step, number and suffix of a file, or None if ``writers.media`` did not write it."""
-    match = _MEDIUM.fullmatch(name)
+    match = _MEDIA_NAME.fullmatch(name)
     if match is None:
         return None
     try:

@@ -61,7 +61,7 @@ def page(run: Run) -> str:
     embedded = Embedded(run.folder)
     seen = media(run, embedded) + confusion(run) + tables(run, embedded) + texts(run)
     # The script draws the main curves into "first", and all other panels into "rest".
-    main = f'<div id="tools"></div><div id="first"></div>{seen}<div id="rest"></div>{_story(run)}{_facts(run)}'
+    main = f'<div id="tools"></div><div id="first"></div>{seen}<div id="rest"></div>{_events(run)}{_summary(run)}'
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
@@ -105,7 +105,7 @@ def _head(run: Run) -> str:
         "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
         "device": _device(last.get("environment", {})),
     }
-    facts |= {name: f"{value:.4g}" for name, value in _marks_of_quality(run).items()}
+    facts |= {name: f"{value:.4g}" for name, value in _best_metrics(run).items()}
     rows = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
         for name, value in facts.items()
@@ -114,7 +114,7 @@ def _head(run: Run) -> str:
     return f"<header><h1>{html.escape(run.name)}</h1><dl>{rows}</dl></header>"
 
 
-def _marks_of_quality(run: Run) -> dict[str, float]:
+def _best_metrics(run: Run) -> dict[str, float]:
     """Returns up to four evaluation metrics: the lowest loss, error or perplexity, and the highest of others."""
     found: dict[str, float] = {}
     for name, (_, values) in sorted(run.curves.items(), key=lambda item: ("loss" not in item[0], item[0])):
@@ -131,10 +131,10 @@ def _device(environment: Mapping[str, Any]) -> str:
     return f"{device}, {threads} thread{'s' * (threads != '1')}" if device == "cpu" and threads else device
 
 
-def _story(run: Run) -> str:
+def _events(run: Run) -> str:
     """Returns the section of events. Checkpoints and improvements are only counted, because there are many."""
-    told = [mark for mark in run.marks if mark.kind not in ("saved", "improved")]
-    rows = [(f"{mark.step:,}", mark.kind, mark.text) for mark in told[-_MAX_EVENTS:]]
+    events = [mark for mark in run.marks if mark.kind not in ("saved", "improved")]
+    rows = [(f"{mark.step:,}", mark.kind, mark.text) for mark in events[-_MAX_EVENTS:]]
     notes: list[str] = []
     for kind, one, many in (
         ("saved", "checkpoint was saved", "checkpoints were saved"),
@@ -145,13 +145,13 @@ def _story(run: Run) -> str:
             count = run.counts.get(kind, len(steps))
             what = f"{count:,} {many}, the last one" if count > 1 else f"One {one},"
             notes.append(f"{what} at step {steps[-1]:,}.")
-    if len(told) > _MAX_EVENTS:
-        notes.append(f"These are the last {_MAX_EVENTS} of {len(told):,} events.")
+    if len(events) > _MAX_EVENTS:
+        notes.append(f"These are the last {_MAX_EVENTS} of {len(events):,} events.")
     note = f"<p>{' '.join(notes)}</p>" if notes else ""
     return section("Events", note + (table(("step", "event", "reason"), rows, "story") if rows else ""))
 
 
-def _facts(run: Run) -> str:
+def _summary(run: Run) -> str:
     parts: list[str] = []
     if run.summary:
         parts.append(f'<div class="wide"><pre>{html.escape(run.summary)}</pre></div>')

@@ -12,16 +12,16 @@ from fxtrain.core import by_number
 from fxtrain.report._kept import evenly, thinned
 from fxtrain.report._run import Heights, Run
 
-_POINTS = 1000  # per curve
-_LINES = 8  # per panel, which is the number of colors
-_COLUMNS = 100  # in a heat map
-_ROWS = 40  # in a heat map of histograms with different edges
-_MAX_ROWS = 1000  # in a heat map; a canvas has a size limit
+_MAX_CURVE_POINTS = 1000
+_MAX_PANEL_CURVES = 8  # the number of colors in the script
+_MAX_HEATMAP_COLUMNS = 100
+_REBINNED_HEATMAP_ROWS = 40  # where histograms have different edges
+_MAX_HEATMAP_ROWS = 1000  # a canvas has a size limit
 
 FIRST = "Curves"
 
 # A curve belongs to the first section with a prefix of its name, or to FIRST if there is none.
-_SECTIONS = (
+_SECTION_PREFIXES = (
     (FIRST, ()),
     ("Gradients and weights", ("grad_", "update_ratio", "weights/", "train/activations/")),
     ("Guards", ("nan_guard/", "spike_guard/", "early_stopping/", "reduce_on_plateau/")),
@@ -30,7 +30,7 @@ _SECTIONS = (
 
 # Curves of one unit whose names differ in one part share a panel. The first group of the pattern is the curve's label.
 # Patterns are matched against the name, and against "<last part> of <the rest>".
-_TOGETHER = tuple(
+_SHARED_PANELS = tuple(
     (re.compile(pattern), title)
     for pattern, title in (
         (r"train/activations/(.+)/([^/]+)", r"activations: \2"),
@@ -47,18 +47,18 @@ _TOGETHER = tuple(
 
 def sections(run: Run) -> list[dict[str, Any]]:
     """Returns the sections of a run with their panels, losses first and then other metrics."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {title: {} for title, _ in _SECTIONS}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {title: {} for title, _ in _SECTION_PREFIXES}
     for name in sorted(run.curves, key=_order):
         if name.endswith("/improved_by"):
             continue  # shown as marks
-        title = next((t for t, starts in _SECTIONS if any(name.startswith(s) for s in starts)), FIRST)
-        panel, label = _placed(name)
-        steps, values = thinned(run.curves[name], _POINTS)
+        title = next((t for t, starts in _SECTION_PREFIXES if any(name.startswith(s) for s in starts)), FIRST)
+        panel, label = _panel_and_label(name)
+        steps, values = thinned(run.curves[name], _MAX_CURVE_POINTS)
         found[title].setdefault(panel, []).append(
-            {"name": label, "steps": steps, "values": [_short(value) for value in values]}
+            {"name": label, "steps": steps, "values": [_rounded(value) for value in values]}
         )
     return [
-        {"title": title, "panels": [part for panel, series in panels.items() for part in _parts(panel, series)]}
+        {"title": title, "panels": [part for panel, series in panels.items() for part in _split(panel, series)]}
         for title, panels in found.items()
         if panels
     ]
@@ -74,22 +74,22 @@ def _order(name: str) -> tuple[Any, ...]:
     return not measured, "loss" not in name, "" if measured else prefix, by_number(metric), prefix != "train"
 
 
-def _placed(name: str) -> tuple[str, str]:
+def _panel_and_label(name: str) -> tuple[str, str]:
     """Returns the title of a curve's panel and the curve's label."""
     parent, _, last = name.rpartition("/")
     if last.startswith("gain_"):
         parent, last = f"{parent}/gain", last.removeprefix("gain_")
-    for pattern, title in _TOGETHER:
+    for pattern, title in _SHARED_PANELS:
         for written in (name, f"{last} of {parent}"):
             if fits := pattern.fullmatch(written):
                 return fits.expand(title), fits[1]
     return name, name
 
 
-def _parts(title: str, series: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if len(series) <= _LINES:
+def _split(title: str, series: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if len(series) <= _MAX_PANEL_CURVES:
         return [{"title": title, "series": series}]
-    count = math.ceil(len(series) / _LINES)
+    count = math.ceil(len(series) / _MAX_PANEL_CURVES)
     each = math.ceil(len(series) / count)
     return [
         {"title": f"{title}, {index + 1} of {count}", "series": series[index * each : (index + 1) * each]}
@@ -97,7 +97,7 @@ def _parts(title: str, series: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _short(value: float) -> float | int | None:
+def _rounded(value: float) -> float | int | None:
     """Rounds a value to visible precision, because each digit is a byte of the page. Returns None if not finite."""
     if not math.isfinite(value):
         return None
@@ -107,22 +107,22 @@ def _short(value: float) -> float | int | None:
 
 def heat(found: list[tuple[int, Heights]]) -> dict[str, Any]:
     """Converts histograms to a heat map with one column per step, without empty buckets at both ends."""
-    columns = evenly(found, _COLUMNS)
+    columns = evenly(found, _MAX_HEATMAP_COLUMNS)
     edges = columns[-1][1].edges
-    if len(edges) > _MAX_ROWS or not all(np.array_equal(each.edges, edges) for _, each in columns):
+    if len(edges) > _MAX_HEATMAP_ROWS or not all(np.array_equal(each.edges, edges) for _, each in columns):
         low, high = min(each.edges[0] for _, each in columns), max(each.edges[-1] for _, each in columns)
-        edges = np.linspace(low, high, _ROWS + 1)
-    counts = np.stack([_counted_between(edges, each) for _, each in columns])
+        edges = np.linspace(low, high, _REBINNED_HEATMAP_ROWS + 1)
+    counts = np.stack([_rebinned(edges, each) for _, each in columns])
     used = np.flatnonzero(counts.sum(0))
     first, last = (int(used[0]), int(used[-1])) if used.size else (0, len(edges) - 2)
     return {
         "steps": [step for step, _ in columns],
-        "counts": [[_short(count) for count in row] for row in counts[:, first : last + 1].tolist()],
-        "edges": [_short(edge) for edge in edges[first : last + 2].tolist()],
+        "counts": [[_rounded(count) for count in row] for row in counts[:, first : last + 1].tolist()],
+        "edges": [_rounded(edge) for edge in edges[first : last + 2].tolist()],
     }
 
 
-def _counted_between(edges: np.ndarray, found: Heights) -> np.ndarray:
+def _rebinned(edges: np.ndarray, found: Heights) -> np.ndarray:
     """Returns the counts rebinned to other edges, assuming uniform density within each bucket."""
     if np.array_equal(edges, found.edges):
         return found.counts

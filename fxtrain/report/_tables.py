@@ -41,13 +41,15 @@ def confusion(run: Run) -> str:
     return section(
         "Confusion",
         grid(
-            card(titled(name, found.step), note + (_squares if len(found.labels) <= _MAX_CLASSES else _pixels)(found))
+            card(
+                titled(name, found.step), note + (_as_table if len(found.labels) <= _MAX_CLASSES else _as_image)(found)
+            )
             for name, found in sorted(run.confusion.items())
         ),
     )
 
 
-def _squares(found: Confusion) -> str:
+def _as_table(found: Confusion) -> str:
     rows = ""
     for label, row in zip(found.labels, found.counts.tolist(), strict=True):
         total = max(sum(row), 1e-12)
@@ -62,7 +64,7 @@ def _squares(found: Confusion) -> str:
     return f'<div class="wide"><table class="confusion"><tr><th></th>{heads}</tr>{rows}</table></div>'
 
 
-def _pixels(found: Confusion) -> str:
+def _as_image(found: Confusion) -> str:
     """Returns an image with one pixel for each pair of classes, and a table of the most confused pairs."""
     labels, counts = found.labels, found.counts
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
