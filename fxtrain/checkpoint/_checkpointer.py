@@ -376,7 +376,7 @@ def checkpointer(
     check_choice("on_error", on_error, ("raise", "warn"))
     path = pathlib.Path(folder)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"expected folder to be a folder, got the file {path}. Choose another path.")
+        raise ValueError(f"expected folder to be a directory, got the file {path}. Choose another path.")
     return Checkpointer(
         path, Policy(keep, keep_every, best, mode), background=background, on_error=on_error, overwrite=overwrite
     )
