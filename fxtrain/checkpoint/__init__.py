@@ -7,15 +7,23 @@ and checksum of each leaf, and the environment that a resumed run needs to be bi
 exchange trees with JAX programs. ``fxtrain.state_dict`` and ``fxtrain.load_state_dict`` exchange weights with torch.
 """
 
-from fxtrain.checkpoint._checkpointer import Checkpointer as Checkpointer
+from fxtrain.checkpoint._checkpointer import Checkpointer, checkpointer
 from fxtrain.checkpoint._checkpointer import Committed as Committed
 from fxtrain.checkpoint._checkpointer import Save as Save
-from fxtrain.checkpoint._checkpointer import checkpointer as checkpointer
-from fxtrain.checkpoint._errors import CheckpointError as CheckpointError
-from fxtrain.checkpoint._errors import DamagedError as DamagedError
-from fxtrain.checkpoint._orbax import from_orbax as from_orbax
-from fxtrain.checkpoint._orbax import to_orbax as to_orbax
-from fxtrain.checkpoint._retention import Role as Role
-from fxtrain.checkpoint._single import Restoration as Restoration
-from fxtrain.checkpoint._single import restore as restore
-from fxtrain.checkpoint._single import save as save
+from fxtrain.checkpoint._errors import CheckpointError, DamagedError
+from fxtrain.checkpoint._orbax import from_orbax, to_orbax
+from fxtrain.checkpoint._retention import Role
+from fxtrain.checkpoint._single import Restoration, restore, save
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "DamagedError",
+    "Restoration",
+    "Role",
+    "checkpointer",
+    "from_orbax",
+    "restore",
+    "save",
+    "to_orbax",
+]

@@ -1,6 +1,12 @@
 """Compiles a step into one graph and calls it with little dispatch overhead."""
 
-from fxtrain.compiler._compiled import Compiled as Compiled
-from fxtrain.compiler._compiled import RecompileError as RecompileError
+from fxtrain.compiler._compiled import Compiled, RecompileError
 from fxtrain.compiler._compiled import compile as compile  # noqa: A004
-from fxtrain.compiler._routes import GraphBreakError as GraphBreakError
+from fxtrain.compiler._routes import GraphBreakError
+
+__all__ = [
+    "Compiled",
+    "GraphBreakError",
+    "RecompileError",
+    "compile",
+]

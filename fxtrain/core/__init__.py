@@ -7,11 +7,10 @@ from fxtrain.core._checks import describe as describe
 from fxtrain.core._checks import did_you_mean as did_you_mean
 from fxtrain.core._compiling import compiling as compiling
 from fxtrain.core._control import KINDS as KINDS
-from fxtrain.core._control import Control as Control
+from fxtrain.core._control import Control, Logged
 from fxtrain.core._control import Flag as Flag
-from fxtrain.core._control import Logged as Logged
 from fxtrain.core._donated import Donated as Donated
-from fxtrain.core._donated import DonatedError as DonatedError
+from fxtrain.core._donated import DonatedError
 from fxtrain.core._donated import bury as bury
 from fxtrain.core._dtypes import wide_dtype as wide_dtype
 from fxtrain.core._epochs import Epoch as Epoch
@@ -20,31 +19,30 @@ from fxtrain.core._events import EVENTS as EVENTS
 from fxtrain.core._events import SESSION as SESSION
 from fxtrain.core._events import TRACED as TRACED
 from fxtrain.core._events import TRAJECTORY as TRAJECTORY
-from fxtrain.core._events import EpochBegin as EpochBegin
-from fxtrain.core._events import EpochEnd as EpochEnd
-from fxtrain.core._events import EvalBegin as EvalBegin
-from fxtrain.core._events import EvalEnd as EvalEnd
-from fxtrain.core._events import EvalStep as EvalStep
-from fxtrain.core._events import Event as Event
-from fxtrain.core._events import FitBegin as FitBegin
-from fxtrain.core._events import FitEnd as FitEnd
-from fxtrain.core._events import Gradients as Gradients
-from fxtrain.core._events import Interrupted as Interrupted
-from fxtrain.core._events import LoopEvent as LoopEvent
-from fxtrain.core._events import Microbatch as Microbatch
-from fxtrain.core._events import Restored as Restored
-from fxtrain.core._events import Rewound as Rewound
-from fxtrain.core._events import Saved as Saved
-from fxtrain.core._events import StepBegin as StepBegin
-from fxtrain.core._events import StepEnd as StepEnd
-from fxtrain.core._events import Updated as Updated
+from fxtrain.core._events import (
+    EpochBegin,
+    EpochEnd,
+    EvalBegin,
+    EvalEnd,
+    EvalStep,
+    Event,
+    FitBegin,
+    FitEnd,
+    Gradients,
+    Interrupted,
+    LoopEvent,
+    Microbatch,
+    Restored,
+    Rewound,
+    Saved,
+    StepBegin,
+    StepEnd,
+    Updated,
+)
 from fxtrain.core._events import event_of as event_of
 from fxtrain.core._patterns import by_number as by_number
 from fxtrain.core._patterns import matching as matching
-from fxtrain.core._protocols import Callback as Callback
-from fxtrain.core._protocols import Observer as Observer
-from fxtrain.core._protocols import StepFn as StepFn
-from fxtrain.core._protocols import StepOutput as StepOutput
+from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
 from fxtrain.core._pytrees import NAMESPACE as NAMESPACE
 from fxtrain.core._pytrees import NODES as NODES
 from fxtrain.core._pytrees import ops as ops
@@ -58,4 +56,33 @@ from fxtrain.core._slots import REWINDS as REWINDS
 from fxtrain.core._slots import SNAPSHOTS as SNAPSHOTS
 from fxtrain.core._slots import STOP_REASONS as STOP_REASONS
 from fxtrain.core._state import Due as Due
-from fxtrain.core._state import TrainState as TrainState
+from fxtrain.core._state import TrainState
+
+__all__ = [
+    "Callback",
+    "Control",
+    "DonatedError",
+    "EpochBegin",
+    "EpochEnd",
+    "EvalBegin",
+    "EvalEnd",
+    "EvalStep",
+    "Event",
+    "FitBegin",
+    "FitEnd",
+    "Gradients",
+    "Interrupted",
+    "Logged",
+    "LoopEvent",
+    "Microbatch",
+    "Observer",
+    "Restored",
+    "Rewound",
+    "Saved",
+    "StepBegin",
+    "StepEnd",
+    "StepFn",
+    "StepOutput",
+    "TrainState",
+    "Updated",
+]

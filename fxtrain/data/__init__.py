@@ -15,24 +15,37 @@ are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynam
 """
 
 from fxtrain.data._adapt import adapt as adapt
-from fxtrain.data._arrays import batches as batches
-from fxtrain.data._arrays import sequence as sequence
-from fxtrain.data._arrays import windows as windows
+from fxtrain.data._arrays import batches, sequence, windows
 from fxtrain.data._aside import Aside as Aside
 from fxtrain.data._aside import for_step as for_step
-from fxtrain.data._buckets import bucketed as bucketed
+from fxtrain.data._buckets import bucketed
 from fxtrain.data._checksum import checksum as checksum
 from fxtrain.data._leaves import map_tensors as map_tensors
 from fxtrain.data._likeness import check as check
-from fxtrain.data._loaders import from_loader as from_loader
-from fxtrain.data._packing import packed as packed
-from fxtrain.data._padded import padded as padded
-from fxtrain.data._padding import pad as pad
-from fxtrain.data._prefetch import prefetch as prefetch
-from fxtrain.data._segments import attention_mask as attention_mask
-from fxtrain.data._segments import next_tokens as next_tokens
-from fxtrain.data._source import Batches as Batches
+from fxtrain.data._loaders import from_loader
+from fxtrain.data._packing import packed
+from fxtrain.data._padded import padded
+from fxtrain.data._padding import pad
+from fxtrain.data._prefetch import prefetch
+from fxtrain.data._segments import attention_mask, next_tokens
+from fxtrain.data._source import Batches, Source
 from fxtrain.data._source import Exhausted as Exhausted
-from fxtrain.data._source import Source as Source
-from fxtrain.data._streams import from_iterable as from_iterable
-from fxtrain.data._streams import from_stateful_loader as from_stateful_loader
+from fxtrain.data._streams import from_iterable, from_stateful_loader
+
+__all__ = [
+    "Batches",
+    "Source",
+    "attention_mask",
+    "batches",
+    "bucketed",
+    "from_iterable",
+    "from_loader",
+    "from_stateful_loader",
+    "next_tokens",
+    "packed",
+    "pad",
+    "padded",
+    "prefetch",
+    "sequence",
+    "windows",
+]

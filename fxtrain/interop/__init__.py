@@ -29,8 +29,15 @@ Restore parts of fxtrain checkpoints::
     fx.restore(path, like=state, where="state.*['encoder.*']")  # a submodule with its optimizer state
 """
 
-from fxtrain.interop._load import load_weights as load_weights
-from fxtrain.interop._optimizer_states import load_optimizer_state as load_optimizer_state
-from fxtrain.interop._optimizer_states import optimizer_state_dict as optimizer_state_dict
-from fxtrain.interop._read import read_weights as read_weights
-from fxtrain.interop._save import save_weights as save_weights
+from fxtrain.interop._load import load_weights
+from fxtrain.interop._optimizer_states import load_optimizer_state, optimizer_state_dict
+from fxtrain.interop._read import read_weights
+from fxtrain.interop._save import save_weights
+
+__all__ = [
+    "load_optimizer_state",
+    "load_weights",
+    "optimizer_state_dict",
+    "read_weights",
+    "save_weights",
+]

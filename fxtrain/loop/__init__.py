@@ -26,9 +26,15 @@ With ``steps_per_call=k``, k steps are one dispatch: ``StepBegin`` fires k times
 events fire, and then ``StepEnd`` fires k times, with the state after all k steps.
 """
 
-from fxtrain.loop._evaluate import evaluate as evaluate
-from fxtrain.loop._fit import Result as Result
-from fxtrain.loop._fit import fit as fit
-from fxtrain.loop._fit import steps as steps
-from fxtrain.loop._history import History as History
-from fxtrain.loop._history import Series as Series
+from fxtrain.loop._evaluate import evaluate
+from fxtrain.loop._fit import Result, fit, steps
+from fxtrain.loop._history import History, Series
+
+__all__ = [
+    "History",
+    "Result",
+    "Series",
+    "evaluate",
+    "fit",
+    "steps",
+]

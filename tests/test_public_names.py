@@ -1,0 +1,50 @@
+"""help() of each package is its table of contents."""
+
+import importlib
+import inspect
+import pathlib
+import pydoc
+
+import pytest
+
+import fxtrain
+
+ROOT = pathlib.Path(fxtrain.__file__).parent
+DOORS = sorted(
+    path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("cli", "equivalents")
+)
+MODULES = ["metrics", "precision", "schedules", "testing", "tree"]
+
+
+def public(module):
+    if hasattr(module, "__all__"):
+        return {name: getattr(module, name) for name in module.__all__}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+@pytest.fixture(params=["", *DOORS, *MODULES])
+def module(request):
+    return importlib.import_module(f"fxtrain.{request.param}".rstrip("."))
+
+
+def test_help_lists_each_public_function(module):
+    page = pydoc.plain(pydoc.render_doc(module))
+    functions = [name for name, value in public(module).items() if inspect.isfunction(value)]
+    assert not [name for name in functions if f"    {name}(" not in page]
+
+
+def test_public_names_have_docstrings(module):
+    documented = [value for value in public(module).values() if inspect.isfunction(value) or inspect.isclass(value)]
+    assert not [value for value in documented if not value.__doc__]
+
+
+def test_optimizer_states_are_private():
+    assert not [name for name in fxtrain.optim.__all__ if name.endswith("State")]
+
+
+def test_public_types_of_results_are_at_the_top():
+    assert {"Compiled", "Composed", "History", "Result", "Trigger"} <= set(fxtrain.__all__)
