@@ -45,7 +45,7 @@ def of(library, name, **methods):
         ),
         ((STATE, STATE, [BATCH]), r"got a TrainState\. Give the arguments in this order"),
         ((STATE, TX, [BATCH]), r"got a GradientTransformation.*\. Give the arguments"),
-        ((STATE, torch.optim.SGD([BATCH]), [BATCH]), r"got a SGD\. Make a step: fxtrain.train_step"),
+        ((STATE, torch.optim.SGD([BATCH]), [BATCH]), r"got an SGD\. Make a step: fxtrain.train_step"),
         ((STATE, loss_fn, [BATCH]), r"got the loss function loss_fn \(.*test_arguments.py:\d+\)\. Make a step from it"),
         ((STATE, nn.Linear(2, 1), [BATCH]), r"got a Linear\. Make a step from a loss function"),
         ((STATE, lambda state: state, [BATCH]), r"got <lambda>\(state\) \(.*\)\. Define it with these two"),

@@ -226,7 +226,7 @@ class TestGradients:
             (lambda y: None, TypeError, "got None. End the function with return loss"),
             (lambda y: 1.0, TypeError, r"got 1\.0\. Return the tensor itself, without \.item\(\)"),
             (lambda y: np.float64(1.0), TypeError, r"got .*1\.0.*\. .* without \.item\(\)"),
-            (lambda y: y.sum().long(), TypeError, r"got a int64 tensor of shape \[\]\. .* floating dtype"),
+            (lambda y: y.sum().long(), TypeError, r"got an int64 tensor of shape \[\]\. .* floating dtype"),
             (
                 lambda y: (y.sum(), y),
                 TypeError,
@@ -236,7 +236,7 @@ class TestGradients:
             (lambda y: [y.sum()], TypeError, r"got a list of length 1\. Return the loss"),
             (lambda y: {"mae": y.sum()}, TypeError, "got a dict with keys 'mae'. .* under the name 'loss'"),
             (lambda y: {"loss": y}, TypeError, r"got a dict whose loss is a float32 tensor of shape \[4, 1\]"),
-            (lambda y: nn.MSELoss(), TypeError, r"got a MSELoss\. Call an instance .* MSELoss\(\)\("),
+            (lambda y: nn.MSELoss(), TypeError, r"got an MSELoss\. Call an instance .* MSELoss\(\)\("),
             (
                 lambda y: (y.sum(), {"error": 1.0}),
                 TypeError,

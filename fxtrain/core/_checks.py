@@ -119,7 +119,7 @@ def describe(value: Any) -> str:
     """
     kind: str = type(value).__name__
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+        return f"{_with_article(str(value.dtype).removeprefix('torch.'))} tensor of shape {list(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return _REPR.repr(value)
     if isinstance(value, functools.partial):
@@ -140,4 +140,6 @@ def describe(value: Any) -> str:
 
 
 def _with_article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'AEIOUaeio' else 'a'} {kind}"
+    # Abbreviations are spelled aloud: an MSELoss, an ndarray.
+    is_spelled = kind[:2].isupper() or kind.startswith("nd")
+    return f"{'an' if kind[0].lower() in ('aefhilmnorsx' if is_spelled else 'aeio') else 'a'} {kind}"
