@@ -208,8 +208,9 @@ def _torch_node(spec: Any, children: Sequence[Any]) -> Any:
 
 
 class Shell:
-    """A graph object without its tensors. Two shells are equal if their class, attribute names and Python numbers are
-    equal.
+    """A graph object without its tensors, as the static part of a pytree node.
+
+    Two shells are equal if their class, attribute names and Python numbers are equal.
 
     Args:
         data: The graph object, with None in place of each child.

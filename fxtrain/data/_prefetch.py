@@ -196,9 +196,7 @@ class Reader:
         self._thread.start()
 
     def jump(self, position: int | None) -> None:
-        """Discards the ready batches and continues at ``position``. None stops reading and waits for the thread to be
-        idle.
-        """
+        """Discards the ready batches and continues at ``position``. None waits until the thread is idle."""
         with self._changed:
             self._jumps += 1
             self._ready.clear()

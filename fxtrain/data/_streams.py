@@ -306,8 +306,7 @@ def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Sourc
 
 
 def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
-    """Returns the batches of a loader with ``state_dict`` and ``load_state_dict``, such as torchdata's
-    ``StatefulDataLoader``.
+    """Returns the batches of a loader with a ``state_dict``, such as torchdata's ``StatefulDataLoader``.
 
     The source has ``snapshot(position)`` and ``restore(position, snapshot)``, so a run resumes without rereading
     batches. Any other jump reads from the start of the epoch, and logs a warning.
@@ -357,9 +356,7 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
 
 
 def free_dimensions(loader: Any, dynamic: bool) -> int:
-    """Returns how many leading dimensions of a loader's batches may change: the rows, if each worker ends with a short
-    batch.
-    """
+    """Returns how many leading dimensions may change: one if each worker ends with a short batch, so that rows vary."""
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     short = iterable and getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "drop_last", False)
     return ANY if dynamic else int(short)

@@ -64,8 +64,7 @@ def load_weights(
     cast: bool = False,
     report: bool = False,
 ) -> TrainState | Loaded:
-    """Returns ``state`` with the weights from a file or a folder. Everything else is unchanged, including optimizer
-    state.
+    """Returns ``state`` with the weights from a file or a folder, and with everything else unchanged.
 
     A folder written by the module's own library is loaded as that library loads it: ``from_pretrained`` of transformers
     and diffusers converts layouts and names, and a peft adapter is loaded into the module's active adapter only.
