@@ -1,4 +1,4 @@
-"""A browser without a window, for pages that only a browser can judge. It is told what to do over a pair of pipes."""
+"""A headless Chromium for tests of HTML pages, driven through the DevTools protocol over a pair of pipes."""
 
 import base64
 import contextlib
@@ -22,11 +22,11 @@ needs_chromium = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def chromium():
-    """A Chromium process, as the ``Browser`` that speaks with it."""
+    """Starts a Chromium process and yields the ``Browser`` that controls it."""
     our_reads, its_writes = os.pipe()
     its_reads, our_writes = os.pipe()
 
-    def as_three_and_four():  # where Chromium looks for its pipes
+    def as_three_and_four():  # Chromium expects its pipes at file descriptors 3 and 4
         reads, writes = os.dup(its_reads), os.dup(its_writes)
         os.dup2(reads, 3)
         os.dup2(writes, 4)
@@ -59,7 +59,7 @@ def chromium():
 
 
 class Browser:
-    """One tab. ``errors`` is what the page said on its console, and what it could not load, since ``open``."""
+    """One tab. ``errors`` lists console errors and warnings and failed loads since ``open``."""
 
     def __init__(self, reads, writes):
         self._reads, self._writes = reads, writes
@@ -81,7 +81,7 @@ class Browser:
         self.wait_for("document.readyState === 'complete'")
 
     def value(self, expression):
-        """What an expression of JavaScript is, a promise awaited."""
+        """Returns the value of a JavaScript expression. Awaits promises."""
         found = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")

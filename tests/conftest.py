@@ -1,4 +1,4 @@
-"""One thread: bitwise claims hold for one thread count, and two cores are shared."""
+"""Settings and fixtures of all tests. One thread, because bitwise equality holds for a fixed number of threads."""
 
 import signal
 
@@ -9,13 +9,13 @@ from fxtrain.loop import _interrupts as interrupts
 
 torch.set_num_threads(1)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the tests run in the background of a shell
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores SIGINT in its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _quiet_generator():
-    """No test may depend on the global generator, or leave it moved."""
+    """Restores the state of the global generator after each test."""
     before = torch.random.get_rng_state()
     yield
     torch.random.set_rng_state(before)
@@ -23,14 +23,14 @@ def _quiet_generator():
 
 @pytest.fixture(autouse=True)
 def _no_pending_signal():
-    """A test that ends a run by SIGTERM must not end the next test."""
+    """Clears pending signals, because SIGTERM in one test would also end the next one."""
     yield
     interrupts._pending.clear()
 
 
 @pytest.fixture
 def own_handler():
-    """A SIGTERM handler of the program's own, so that sessions after SIGTERM go on. Returns what it has received."""
+    """Installs a user handler for SIGTERM, so later sessions still start. Returns the list of received signals."""
     received = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     yield received
@@ -39,7 +39,7 @@ def own_handler():
 
 @pytest.fixture
 def double():
-    """Float64 by default: torch.optim keeps its counts, and what it derives from them, in the default dtype."""
+    """Float64 as the default dtype, because torch.optim stores counts and values derived from them in it."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -1,4 +1,4 @@
-"""One small training problem that has everything: dropout, batch norm, a schedule, momentum."""
+"""One small training problem with dropout, batch norm, a schedule and momentum, shared by most tests."""
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ eval_step = fx.eval_step(loss_fn)
 
 
 class Together:
-    """Several steps at a time, uncompiled: everything that the loop needs of a compiled step."""
+    """An uncompiled multi-step: the interface that the loop requires of a compiled step."""
 
     def __init__(self, step, count):
         self.step, self.steps_per_call = step, count
@@ -64,7 +64,7 @@ def fit(state=None, step=None, **options):
 
 
 def recorder(into):
-    """An observer that writes down what fires."""
+    """Returns an observer that appends all events to ``into``."""
 
     def record(state, event, control):
         into.append(event)
@@ -77,7 +77,7 @@ def state_with(*callbacks):
 
 
 def adder(name, amount):
-    """A stateful callback that does not commute with its like: memory = 2 * (what the first slot has) + amount."""
+    """A stateful callback that does not commute with other adders: new slot = 2 * (sum of all slots) + amount."""
 
     def update(state, event: fx.StepEnd, memory):
         seen = sum(state.slots.values())

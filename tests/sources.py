@@ -1,4 +1,4 @@
-"""Sources of all kinds to read, and what it means to read the same."""
+"""Data sources of all kinds, and assertions that two of them yield equal batches."""
 
 import functools
 import random
@@ -28,7 +28,7 @@ def equal(first, second):
 
 
 def take(data, positions):
-    """The batches at these positions; where an epoch of unknown length ends, it is asked again, as the loop does."""
+    """Returns the batches at ``positions``. Reads again after ``Exhausted``, as the loop does at an epoch's end."""
     found = []
     for position in positions:
         try:
@@ -60,7 +60,7 @@ def arrays(count=23):
 
 
 class Augmented(Dataset):
-    """Each sample carries random numbers from all global generators. Counts the samples that are read."""
+    """Each sample contains random values from all global generators. Counts the samples read."""
 
     def __init__(self, count=23):
         self.count, self.reads = count, 0
@@ -79,7 +79,7 @@ class AtOnce(Augmented):
 
 
 class Rows:
-    """Can be iterated again. Counts the batches that are read."""
+    """A reiterable source. Counts the batches read."""
 
     def __init__(self, count=5, random_rows=False):
         self.count, self.reads, self.random_rows = count, 0, random_rows

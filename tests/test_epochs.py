@@ -1,4 +1,4 @@
-"""Epochs: counted in the state, whatever the data knows of its length and however the run is cut."""
+"""Epochs of data with known and unknown length: boundaries, resume, early ends and changes of the batch size."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from fxtrain.data import batches, prefetch
 
 
 class Stream:
-    """Batches of unknown number, the same at each iteration."""
+    """A source without a length that yields the same batches in each iteration."""
 
     def __init__(self, count=3):
         self.count = count
@@ -38,7 +38,7 @@ def fit(data=None, *, state=None, step=None, fired=None, **options):
 
 @pytest.mark.parametrize("data", [Stream, lambda: prefetch(Stream())], ids=["stream", "prefetched"])
 @pytest.mark.parametrize("steps_per_call", [1, 2, 4, 5])
-def test_resumed_stream_equals_whole_run_wherever_it_is_cut(tmp_path, steps_per_call, data):
+def test_resumed_stream_equals_whole_run_for_every_cut(tmp_path, steps_per_call, data):
     step = problem.Together(problem.step(), steps_per_call)
     whole_fired = []
     whole = fit(data(), step=step, epochs=3, fired=whole_fired)
@@ -51,14 +51,14 @@ def test_resumed_stream_equals_whole_run_wherever_it_is_cut(tmp_path, steps_per_
         assert fired == whole_fired
 
 
-def test_finished_run_over_a_stream_takes_no_step_when_resumed(tmp_path):
+def test_resume_of_finished_stream_run_takes_no_step(tmp_path):
     options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True, "epochs": 2}
     steps = [int(fit(**options).last.step) for _ in range(4)]
     assert steps == [6, 6, 6, 6]
 
 
 @pytest.mark.parametrize("kind", [fx.StepEnd, fx.EpochEnd, fx.EpochBegin])
-def test_signal_around_the_end_of_a_stream_leaves_a_checkpoint_that_resumes(tmp_path, kind):
+def test_run_interrupted_at_end_of_stream_resumes(tmp_path, kind):
     whole = fit(epochs=3).last
 
     def interrupt(state, event, control):
@@ -70,13 +70,13 @@ def test_signal_around_the_end_of_a_stream_leaves_a_checkpoint_that_resumes(tmp_
     testing.assert_equal(fit(resume=True, **options).last, whole, f"interrupted at {kind.__name__}")
 
 
-def test_first_epoch_of_a_stream_ends_with_an_evaluation():
+def test_first_epoch_of_stream_ends_with_evaluation():
     fired = []
     fit(epochs=2, fired=fired, eval_step=problem.eval_step, eval_data=problem.data(1))
     assert [step for kind, step, _ in fired if kind == "EvalEnd"] == [3, 6]
 
 
-def test_epoch_whose_last_batch_is_skipped_ends_with_an_evaluation():
+def test_epoch_with_skipped_last_batch_ends_with_evaluation():
     def skip(state, event: fx.StepBegin):
         return state, fx.Control(skip_batch=event.position == 2)
 
@@ -86,7 +86,7 @@ def test_epoch_whose_last_batch_is_skipped_ends_with_an_evaluation():
     assert [step for kind, step, _ in fired if kind == "EvalEnd"] == [2, 5]
 
 
-def test_generator_object_cannot_serve_a_second_epoch(tmp_path):
+def test_generator_object_is_rejected_for_second_epoch(tmp_path):
     options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
     assert int(fit(iter(Stream()), epochs=1, **options).last.step) == 3
     assert int(fit(iter(Stream()), epochs=1, **options).last.step) == 3
@@ -97,7 +97,7 @@ def test_generator_object_cannot_serve_a_second_epoch(tmp_path):
 class TestEndEpoch:
     @pytest.mark.parametrize("kind", [fx.EpochBegin, fx.StepBegin])
     @pytest.mark.parametrize("limit", [{"epochs": 3}, {"epochs": 3, "steps": 5}])
-    def test_at_the_first_moment_of_an_epoch_leaves_out_that_epoch(self, kind, limit):
+    def test_end_epoch_at_first_event_skips_the_epoch(self, kind, limit):
         def end(state, event):
             return state, fx.Control(end_epoch=event.position == 3)
 
@@ -110,7 +110,7 @@ class TestEndEpoch:
         assert taken == [1, 2, 3, 7, 8, 9][: 5 if "steps" in limit else 6]
 
     @pytest.mark.parametrize("request_", ["end_epoch", "skip_batch"])
-    def test_of_every_epoch_is_an_error_and_no_endless_run(self, request_):
+    def test_run_without_any_step_is_rejected(self, request_):
         def never(state, event: fx.StepBegin):
             return state, fx.Control(**{request_: True})
 
@@ -118,21 +118,21 @@ class TestEndEpoch:
             fit(problem.data(), callbacks=never, steps=5)
         assert fit(problem.data(), callbacks=never, epochs=5).reason == "finished 5 epochs"
 
-    def test_in_the_first_epoch_of_a_stream_is_an_error(self):
+    def test_end_epoch_is_rejected_in_first_epoch_of_stream(self):
         def end(state, event: fx.StepEnd):
             return state, fx.Control(end_epoch=True)
 
         with pytest.raises(ValueError, match="expected data with a known epoch length"):
             fit(callbacks=end, epochs=2)
 
-    def test_in_a_later_epoch_of_a_stream_ends_it(self):
+    def test_end_epoch_ends_later_epoch_of_stream(self):
         def end(state, event: fx.StepEnd):
             return state, fx.Control(end_epoch=event.step == 4)
 
         assert int(fit(callbacks=end, epochs=3).last.step) == 7
 
 
-class TestAnotherBatchSize:
+class TestBatchSizeChange:
     def rows(self, batch_size):
         inputs = torch.arange(24.0)[:, None] / 24
         return batches({"x": inputs, "y": inputs * 2}, batch_size, shuffle=False)
@@ -143,7 +143,7 @@ class TestAnotherBatchSize:
         return fit(data, state=state or fx.init(torch.nn.Linear(1, 1), tx), step=step, **options)
 
     @pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4), (4, 5)])
-    def test_begins_with_the_next_epoch(self, tmp_path, before, after):
+    def test_new_batch_size_starts_with_next_epoch(self, tmp_path, before, after):
         options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
         first = self.fit(self.rows(before), epochs=2, **options)
         seen, fired = [], []
@@ -159,12 +159,12 @@ class TestAnotherBatchSize:
         in_memory = self.fit(self.rows(after), state=first.last, epochs=3)
         testing.assert_equal(in_memory.last, again.last, "continued in memory")
 
-    def test_inside_an_epoch_is_refused(self):
+    def test_new_batch_size_is_rejected_within_epoch(self):
         first = self.fit(self.rows(4), steps=8)
         with pytest.raises(ValueError, match="because 2 of the current epoch are consumed, got 3"):
             self.fit(self.rows(8), state=first.last, epochs=3)
 
-    def test_a_stop_that_waits_for_epochs_counts_on(self):
+    def test_patience_in_epochs_continues_across_batch_sizes(self):
         worse = fx.eval_step(lambda model, batch: {"loss": batch["x"].sum() * 0 + 1.0})
         stopping = fx.callbacks.early_stopping("loss", patience=3, unit="epochs")
         options = {"eval_step": worse, "eval_data": self.rows(24), "callbacks": stopping}
@@ -174,7 +174,7 @@ class TestAnotherBatchSize:
         assert int(second.last.step) == 2 * 6 + 2 * 3
 
 
-def test_events_count_epochs_across_a_change_of_length():
+def test_event_epoch_accounts_for_changed_epoch_length():
     event = fx.StepEnd(step=9, position=15, epochs_done=2, epoch_start=12, epoch_length=6, metrics={})
     assert event.epoch == 2.5
     assert fx.every(epochs=0.5)(event)
@@ -182,6 +182,6 @@ def test_events_count_epochs_across_a_change_of_length():
     assert fx.after(epochs=2)(event)
 
 
-def test_slot_names_of_the_loop_are_reserved():
+def test_slot_names_with_loop_prefix_are_reserved():
     with pytest.raises(ValueError, match="expected a slot name that does not begin with 'loop/'"):
         fx.stateful("loop/epoch", lambda state: torch.tensor(0), lambda state, event: (state, fx.Control()))

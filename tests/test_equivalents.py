@@ -1,4 +1,4 @@
-"""The expressions in errors for optimizers and schedulers of other libraries evaluate to the same numbers."""
+"""Errors for optimizers and schedulers of other libraries propose fxtrain expressions with identical results."""
 
 import functools
 import importlib
@@ -102,19 +102,19 @@ TABLE = [(name, options) for name, cases in OPTIMIZERS.items() for options in ca
 
 
 @pytest.mark.parametrize(("name", "options"), TABLE, ids=[f"{name} {options}" for name, options in TABLE])
-def test_optimizer_in_error_takes_the_same_steps(name, options, double):
+def test_proposed_optimizer_takes_the_same_steps(name, options, double):
     module = net()
     optimizer = getattr(torch.optim, name)(module.parameters(), **options)
     assert_same_steps(evaluated(message(lambda: fx.init(module, optimizer))), module, optimizer)
 
 
-def test_muon_in_error_takes_the_same_steps(double):
+def test_proposed_muon_takes_the_same_steps(double):
     module = nn.Linear(3, 4, bias=False, dtype=torch.float64)
     optimizer = torch.optim.Muon(module.parameters(), lr=0.1, nesterov=False)
     assert_same_steps(evaluated(message(lambda: fx.init(module, optimizer))), module, optimizer)
 
 
-def test_every_optimizer_of_torch_has_an_equivalent_or_a_reason():
+def test_error_for_every_torch_optimizer_proposes_an_equivalent():
     kinds = {
         kind
         for kind in vars(torch.optim).values()
@@ -127,7 +127,7 @@ def test_every_optimizer_of_torch_has_an_equivalent_or_a_reason():
             assert isinstance(evaluated(text), optim.GradientTransformation)
 
 
-def test_betas_and_decay_are_printed_as_numbers():
+def test_proposed_expression_contains_betas_and_weight_decay():
     module = net(torch.float32)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95))
     for call in (
@@ -175,13 +175,13 @@ def test_parameter_groups_become_masks_and_partitions(groups, kind, double):
     assert_same_steps(evaluated(message(lambda: fx.init(module, optimizer))), module, optimizer)
 
 
-def test_groups_that_differ_only_in_decay_become_a_mask():
+def test_groups_differing_only_in_weight_decay_become_mask():
     module = net()
     text = message(lambda: fx.init(module, torch.optim.AdamW(no_decay(module), lr=0.01)))
     assert expression(text) == "fx.optim.adamw(0.01, weight_decay=0.1, mask=lambda path, leaf: leaf.ndim > 1)"
 
 
-def test_groups_without_names_say_where_names_are_known():
+def test_error_for_unnamed_groups_suggests_init():
     module = net()
     optimizer = torch.optim.SGD(GROUPS["one module apart"](module), lr=0.1)
     text = message(lambda: fx.optim.chain(optimizer))
@@ -196,7 +196,7 @@ def test_groups_without_names_say_where_names_are_known():
     assert "path.startswith('head.')" in message(lambda: fx.optim.chain(named))
 
 
-def test_optimizers_in_a_dict_of_modules_are_named_by_their_module():
+def test_parameter_paths_include_key_of_module():
     modules = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}
     params = [value for module in modules.values() for value in module.parameters()]
     optimizer = torch.optim.SGD([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], lr=0.1)
@@ -328,7 +328,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedule_in_error_has_the_same_values(name):
+def test_proposed_schedule_has_the_same_values(name):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
     scheduler = SCHEDULERS[name](optimizer)
     text = message(lambda: optim.adamw(scheduler))
@@ -359,7 +359,7 @@ def test_scheduler_with_cycled_momentum_takes_the_same_steps(kind, options, doub
     assert_same_steps(evaluated(message(lambda: fx.init(module, scheduler))), module, optimizer, scheduler)
 
 
-def test_scheduler_of_groups_takes_the_same_steps(double):
+def test_scheduler_with_parameter_groups_takes_the_same_steps(double):
     module = net()
     optimizer = torch.optim.AdamW(GROUPS["scattered"](module), lr=0.1)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -369,7 +369,7 @@ def test_scheduler_of_groups_takes_the_same_steps(double):
     assert_same_steps(tx, module, optimizer, scheduler)
 
 
-def test_plateau_becomes_a_callback_and_an_injected_rate():
+def test_plateau_scheduler_becomes_callback_and_injected_learning_rate():
     module = net(torch.float32)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.3, patience=2, threshold_mode="abs")
@@ -407,7 +407,7 @@ def test_plateau_becomes_a_callback_and_an_injected_rate():
         lambda tx, rate: fx.fit(fx.init(nn.Linear(1, 1)), None, [], callbacks=[tx], steps=1),
     ],
 )
-def test_every_entrance_names_the_equivalent(call):
+def test_every_public_function_proposes_the_equivalent(call):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     text = message(lambda: call(optimizer, lr_scheduler.StepLR(optimizer, 10)))
     assert text.startswith("expected ")
@@ -429,7 +429,7 @@ class Accelerated(torch.optim.Optimizer):
         lambda optimizer, scheduler: [Accelerated(optimizer), scheduler],
     ],
 )
-def test_what_lightning_and_accelerate_return_is_unpacked(pack):
+def test_lightning_and_accelerate_containers_are_unpacked(pack):
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     text = message(lambda: fx.init(module, pack(optimizer, lr_scheduler.StepLR(optimizer, 10))))
@@ -459,13 +459,13 @@ class Lion(torch.optim.Optimizer):
         (Lion, "The closest is fx.optim.lion(lr, weight_decay=...)"),
     ],
 )
-def test_optimizers_without_an_equivalent_say_what_to_do(kind, words):
+def test_error_without_equivalent_says_what_to_do(kind, words):
     text = message(lambda: fx.init(nn.Linear(1, 1), kind([nn.Parameter(torch.zeros(1))])))
     assert "There is no equivalent expression" in text
     assert words in text
 
 
-def test_transformations_of_optax_are_read():
+def test_optax_transformations_become_equivalents():
     import jax.numpy as jnp
     import optax
 
@@ -487,6 +487,6 @@ def test_transformations_of_optax_are_read():
     )
 
 
-def test_anything_else_passes():
+def test_other_values_are_not_rejected():
     for value in (None, 1, 0.1, torch.tensor(1.0), "adamw", optim.sgd(0.1), fx.schedules.constant(1.0), nn.Linear):
         refuse_foreign("tx", TRANSFORMATION, value)

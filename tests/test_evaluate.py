@@ -1,4 +1,4 @@
-"""Averages of an evaluation: what weights each batch, and batches whose size cannot be known."""
+"""Averages of an evaluation: batch weights from batch sizes and masks, and batches of ambiguous size."""
 
 from collections import UserDict, namedtuple
 
@@ -52,7 +52,7 @@ AGREE = {
 
 
 @pytest.mark.parametrize("kind", AGREE)
-def test_batches_are_weighted_by_the_dimension_that_their_tensors_share(kind):
+def test_batches_are_weighted_by_shared_first_dimension(kind):
     assert fx.evaluate(STATE, MEAN, batches(AGREE[kind])) == {"mean": 1.0}
 
 
@@ -70,21 +70,21 @@ DISAGREE = {
 
 
 @pytest.mark.parametrize("kind", DISAGREE)
-def test_a_batch_whose_tensors_disagree_is_refused_with_their_paths(kind):
+def test_batch_of_ambiguous_size_is_rejected_with_paths(kind):
     make, message = DISAGREE[kind]
     with pytest.raises(ValueError, match=rf"Evaluation batch 0: expected .*{message}.*1-d \"mask\".*Average"):
         fx.evaluate(STATE, MEAN, batches(make))
 
 
 @pytest.mark.parametrize("kind", DISAGREE)
-def test_metrics_with_weights_of_their_own_need_no_batch_size(kind):
+def test_weighted_metrics_need_no_batch_size(kind):
     own = fx.eval_step(lambda model, batch: {"mean": Average.from_model_output(tensor_of(batch).mean(1))})
     assert fx.evaluate(STATE, own, batches(DISAGREE[kind][0])) == {"mean": 1.0}
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int64, torch.float64])
 @pytest.mark.parametrize("make", [dict, UserDict, Padded, Record])
-def test_a_mask_counts_its_examples_whatever_else_the_batch_has(make, kind):
+def test_mask_gives_number_of_examples_in_batch(make, kind):
     def padded(x):
         return make(x=torch.cat([x, x.new_zeros(3, 3)]), mask=torch.tensor([1] * len(x) + [0] * 3).to(kind))
 
@@ -95,7 +95,7 @@ def test_a_mask_counts_its_examples_whatever_else_the_batch_has(make, kind):
     assert fx.evaluate(STATE, fx.eval_step(measure), batches(padded)) == {"mean": 1.0}
 
 
-def test_a_mask_of_weights_is_summed():
+def test_fractional_mask_gives_sum_as_batch_weight():
     data = [
         {"x": torch.tensor([1.0, 3.0]), "mask": torch.tensor([0.5, 0.25]), "class_weights": torch.ones(10)},
         {"x": torch.tensor([5.0, 0.0]), "mask": torch.tensor([2.0, 0.0]), "class_weights": torch.ones(10)},
@@ -104,7 +104,7 @@ def test_a_mask_of_weights_is_summed():
     assert fx.evaluate(STATE, mean, data)["x"] == pytest.approx((0.5 + 0.75 + 10) / 2.75)
 
 
-def test_class_weights_do_not_weight_the_batches():
+def test_class_weights_are_not_used_as_batch_weights():
     data = [
         {"class_weights": torch.ones(10), "loss": torch.zeros(8)},
         {"class_weights": torch.ones(10), "loss": torch.ones(2)},
@@ -115,12 +115,12 @@ def test_class_weights_do_not_weight_the_batches():
         fx.evaluate(STATE, fx.eval_step(lambda model, batch: {"loss": batch["loss"].mean()}), data)
 
 
-def test_numbers_alone_count_once_for_each_batch():
+def test_scalar_batches_have_equal_weight():
     once = fx.eval_step(lambda model, batch: {"x": batch})
     assert fx.evaluate(STATE, once, [torch.tensor(1.0), torch.tensor(3.0)]) == {"x": 2.0}
 
 
-def test_a_run_refuses_it_too():
+def test_fit_rejects_evaluation_batch_of_ambiguous_size():
     tx = fx.optim.sgd(0.1)
     state = fx.init({"w": torch.tensor(1.0)}, tx)
     step = fx.train_step(lambda model, batch: model["w"] * batch["x"].mean(), tx)
@@ -129,12 +129,12 @@ def test_a_run_refuses_it_too():
         fx.fit(state, step, data, eval_step=MEAN, eval_data=data, epochs=1)
 
 
-def test_the_average_of_float64_is_not_rounded():
+def test_evaluation_average_keeps_float64_precision():
     data = [torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
     assert fx.evaluate(STATE, MEAN, data)["mean"] == pytest.approx(1.0 + 5e-13, rel=1e-15, abs=0)
 
 
-def test_epoch_means_of_float64_are_not_rounded():
+def test_epoch_mean_keeps_float64_precision():
     tx = fx.optim.sgd(0.0)
     mean = fx.callbacks.epoch_mean()
     step = fx.train_step(lambda model, batch: model["w"] * batch, tx, callbacks=mean)

@@ -1,4 +1,4 @@
-"""Every callback at once: cut at every step and resumed, a run ends where the whole run ends, on every leaf."""
+"""All callbacks combined: a run cut at any step and resumed ends with the same state as an uninterrupted run."""
 
 import problem
 import pytest
@@ -18,7 +18,7 @@ def transform():
 
 
 def callbacks():
-    """Those of the step, and all."""
+    """Returns the callbacks of the step, and all callbacks."""
     traced = fx.compose(
         cb.nan_guard(),
         cb.spike_guard("grad_norm", deviations=3.0, window=6, warmup=3, rewind=1),
@@ -47,7 +47,7 @@ def callbacks():
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def run(request):
-    """The function from a folder and a number of steps to the result."""
+    """Returns a function (folder, steps) that runs the training and returns the result of fit."""
     traced, together = callbacks()
     loss_fn = fx.tap(problem.loss_fn, "2", cb.activation_stats)
     step = fx.train_step(loss_fn, transform(), callbacks=traced)
@@ -72,7 +72,7 @@ def run(request):
     return run
 
 
-def test_resumed_at_every_step(run, tmp_path):
+def test_run_resumed_after_any_step_equals_whole_run(run, tmp_path):
     whole = run(tmp_path / "whole", STEPS)
     assert whole.reason == f"reached {STEPS} steps"
     for cut in range(1, STEPS):
@@ -80,7 +80,7 @@ def test_resumed_at_every_step(run, tmp_path):
         testing.assert_equal(run(tmp_path / str(cut), STEPS).last, whole.last, f"cut after {cut}")
 
 
-def test_all_of_them_had_something_to_do(run, tmp_path):
+def test_every_callback_was_active(run, tmp_path):
     result = run(tmp_path, STEPS)
     slots, history = result.last.slots, result.history
     assert int(slots["spike_guard"].count) > 3

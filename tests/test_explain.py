@@ -1,4 +1,4 @@
-"""Explain: the numbers that can be worked out by hand, breaks at the lines of users, and that nothing moves."""
+"""diagnostics.explain: FLOPs, bytes, times, compile route, graph breaks and constants. Leaves its inputs unchanged."""
 
 import inspect
 import random
@@ -26,7 +26,7 @@ def square(model, batch):
 
 
 def line(function, part):
-    """The number of the line of a function in which something is written."""
+    """Returns the line number at which ``part`` appears in a function."""
     lines, first = inspect.getsourcelines(function)
     return first + next(index for index, text in enumerate(lines) if part in text)
 
@@ -34,10 +34,10 @@ def line(function, part):
 BATCH = {"x": torch.ones(8, 4)}
 
 
-class TestNumbers:
-    def test_flops_of_a_linear_layer(self):
+class TestCounts:
+    def test_flops_of_linear_layer(self):
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
-        # Forward: 8 x 4 times 4 x 3. Backward: the gradient of the weight, 3 x 8 times 8 x 4; none of the input.
+        # Forward: [8, 4] @ [4, 3]. Backward: the weight's gradient, [3, 8] @ [8, 4]. The input needs no gradient.
         assert found.flops == {"addmm": 2 * 8 * 4 * 3, "mm": 2 * 3 * 8 * 4}
 
     def test_flops_of_attention(self):
@@ -48,10 +48,10 @@ class TestNumbers:
         state, batch = start(torch.nn.Linear(16, 16)), {"x": torch.ones(16, 16)}
         found = explain(fx.train_step(attend, TX), state, batch, calls=0)
         attention = {name: count for name, count in found.flops.items() if "attention" in name or "bmm" in name}
-        forward = 2 * 2 * (2 * 8 * 8 * 16)  # two products for each of two heads
-        assert sum(attention.values()) >= 3 * forward  # backward takes twice as much, or more where it recomputes
+        forward = 2 * 2 * (2 * 8 * 8 * 16)  # two matmuls for each of two heads
+        assert sum(attention.values()) >= 3 * forward  # backward costs twice as much, or more with recomputation
 
-    def test_bytes_of_the_state_and_its_parts(self):
+    def test_state_bytes_add_up_over_parts(self):
         state = problem.start()
         found = explain(problem.step(), state, problem.data()[0], calls=0)
         assert sum(found.state_bytes.values()) == sum(leaf.nbytes for leaf in tree.leaves(state))
@@ -59,7 +59,7 @@ class TestNumbers:
         assert found.state_bytes["opt_state"] > 2 * found.state_bytes["params"]
         assert found.batch_bytes == 8 * 4 * 4 + 8 * 4
 
-    def test_traffic_of_a_step_that_copies(self):
+    def test_traffic_includes_reads_and_writes(self):
         @fx.Step
         def halve(state, batch):
             return state.replace(params=state.params * 0.5), fx.StepOutput({"loss": batch.mean()})
@@ -70,19 +70,19 @@ class TestNumbers:
         assert 4000 + 4000 + 2000 <= found.least_traffic <= 4000 + 4000 + 2000 + rest
         assert found.most_traffic > found.least_traffic
 
-    def test_operations_are_those_of_the_graph(self):
+    def test_operations_grow_with_the_graph(self):
         few = explain(fx.train_step(square, TX), start(), BATCH, calls=0).operations
         more = explain(fx.train_step(square, TX, accumulate=2), start(), BATCH, calls=0).operations
         assert 0 < few < more
 
-    def test_all_that_a_graph_assumes_is_listed(self):
+    def test_assumptions_list_every_leaf(self):
         state, step = start(), fx.train_step(square, TX)
         found = explain(step, state, BATCH, calls=0)
         assert found.assumed["batch['x']"] == "float32[8, 4] on cpu"
         assert len(found.assumed) == len(tree.leaves(state)) + 1
         assert found.varied == {}
 
-    def test_what_varied_is_told(self):
+    def test_varied_shapes_are_listed(self):
         state, step = start(), fx.compile(fx.train_step(square, TX), backend="eager", on_recompile="allow")
         step(state, {"x": torch.ones(5, 4)})
         found = explain(step, state, BATCH, calls=0)
@@ -91,7 +91,7 @@ class TestNumbers:
 
 
 class TestTime:
-    def test_the_parts_are_measured_on_the_compiled_step(self):
+    def test_compiled_step_has_call_and_graph_times(self):
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=5)
         assert set(found.seconds) == {"calling", "graph"}
         assert all(spent > 0 for spent in found.seconds.values())
@@ -99,7 +99,7 @@ class TestTime:
         assert 0 < found.kernels <= found.operations
         assert (found.graphs, found.breaks) == (1, ())
 
-    def test_a_slow_graph_has_the_larger_share(self):
+    def test_slow_graph_raises_graph_time(self):
         def slow(graph, inputs):
             def run(*args):
                 torch.ones(300, 300) @ torch.ones(300, 300)
@@ -111,7 +111,7 @@ class TestTime:
         found = explain(fx.compile(fx.train_step(square, TX), backend=slow), start(), BATCH, calls=15).seconds
         assert found["graph"] > quick["graph"]
 
-    def test_without_calls_nothing_is_compiled(self):
+    def test_zero_calls_compile_nothing(self):
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
         assert (found.seconds, found.first_seconds, found.kernels) == ({}, None, None)
 
@@ -158,7 +158,7 @@ class TestRoute:
             (masks, "y[y >", "The shape of the result depends on values", "inductor, traced"),
         ],
     )
-    def test_of_one_graph_lists_reads_of_values_at_the_users_own_lines(self, loss_fn, part, reason, route):
+    def test_one_graph_route_lists_value_reads_at_user_lines(self, loss_fn, part, reason, route):
         step = fx.compile(fx.train_step(loss_fn, TX))
         found = explain(step, start(), BATCH, calls=0)
         (only,) = found.reads
@@ -169,12 +169,12 @@ class TestRoute:
         assert f"\n  route       {route}: the step as one graph" in repr(found)
         assert ("which each call checks" in repr(found)) == ("checks" in route)
         assert str(only) in repr(found)
-        assert len(step.possible) > 1  # the step itself has not chosen
+        assert len(step.possible) > 1  # the step itself has chosen no route yet
 
-    def test_of_several_graphs_is_named_before_the_first_call_and_after_it(self, capfd):
+    def test_regions_route_is_the_same_before_and_after_first_call(self, capfd):
         step = fx.compile(fx.train_step(branches, TX), backend="eager")
         before = explain(step, start(), BATCH, calls=0)
-        with pytest.warns(UserWarning, match="cannot be traced as one graph"):  # explaining has not spent it
+        with pytest.warns(UserWarning, match="cannot be traced as one graph"):  # explain has not suppressed the warning
             step(start(), BATCH)
         after = explain(step, start(), BATCH, calls=0)
         assert step.how == before.how == after.how == "eager, regions"
@@ -182,20 +182,20 @@ class TestRoute:
         assert f"because of {before.cause}" in repr(before)
         assert capfd.readouterr().err == ""
 
-    def test_where_none_leads(self):
+    def test_route_is_none_if_fullgraph_fails(self):
         step = fx.train_step(by_numpy, TX, differentiate="autograd")
         found = explain(fx.compile(step, fullgraph=True), start(), BATCH, calls=0)
         assert found.how == "none"
         assert "fullgraph=True" in found.cause
 
-    def test_that_the_first_call_finds_is_told_without_a_warning(self, recwarn):
+    def test_route_found_by_first_call_causes_no_warning(self, recwarn):
         found = explain(fx.compile(fx.train_step(square, TX), backend="eager"), start(), BATCH, calls=1)
         assert (found.how, found.outcome.split(",")[0]) == ("eager", "the step as one graph by torch.compile")
         assert not [warning for warning in recwarn if "cannot be traced" in str(warning.message)]
 
 
 class TestBreaks:
-    def test_a_step_of_several_graphs_is_measured_uncompiled(self):
+    def test_step_without_graphs_is_timed_uncompiled(self):
         found = explain(fx.train_step(by_numpy, TX, differentiate="autograd"), start(), BATCH, calls=2)
         (only,) = found.breaks
         assert only.where == f"{__file__}:{line(by_numpy, 'numpy()')} in by_numpy"
@@ -204,20 +204,20 @@ class TestBreaks:
         assert (found.flops, found.operations, found.reads) == (None, None, ())
         assert str(only) in repr(found)
 
-    def test_every_break_is_found_at_once(self):
+    def test_all_breaks_are_listed(self):
         found = explain(fx.train_step(two, TX), start(), BATCH, calls=0)
         scale, mask = (each.code for each in found.breaks or found.reads)
         assert scale.startswith("scale = float(")
         assert mask.startswith("return y[y > ")
 
-    def test_a_read_in_a_callback(self):
+    def test_value_read_in_callback_is_located(self):
         def look(state, event: fx.Gradients):
             return state, fx.Control(skip_update=bool(event.loss > 0), reason="positive")
 
         (only,) = explain(fx.train_step(square, TX, callbacks=look), start(), BATCH, calls=0).reads
         assert only.where.endswith("in look")
 
-    def test_dynamo_counts_where_the_backend_is_its_own(self):
+    def test_breaks_are_counted_for_dynamo_backends(self):
         found = explain(fx.compile(fx.train_step(square, TX), backend="eager"), start(), BATCH, calls=0)
         assert (found.graphs, found.breaks) == (1, ())
         found = explain(fx.compile(fx.train_step(branches, TX), backend="eager"), start(), BATCH, calls=0)
@@ -225,20 +225,20 @@ class TestBreaks:
         assert only.where == f"{__file__}:{line(branches, 'if y.sum()')} in branches"
         assert "Python reads the value of a tensor here" in only.reason
 
-    def test_a_mistake_is_raised_in_its_own_words(self):
+    def test_error_in_loss_function_is_raised_unchanged(self):
         def wrong(model, batch):
             return model(batch["y"]).mean()
 
         with pytest.raises(KeyError, match="'y'"):
             explain(fx.train_step(wrong, TX), start(), BATCH)
 
-    def test_a_break_nowhere_of_the_users(self):
+    def test_break_without_user_code_shows_reason_only(self):
         assert str(Break("because")) == "because"
 
 
-class TestPure:
+class TestPurity:
     @pytest.mark.parametrize("how", ["uncompiled", "compiled", "donated", "refused"])
-    def test_nothing_that_was_given_moves(self, how):
+    def test_explain_leaves_inputs_unchanged(self, how):
         state, batch = problem.start(), problem.data()[0]
         step = problem.step() if how != "refused" else fx.train_step(lambda m, b: branches(m, b), problem.transform())
         if how in ("compiled", "donated"):
@@ -253,23 +253,23 @@ class TestPure:
         assert torch.equal(torch.random.get_rng_state(), generator)
         assert getattr(step, "graphs", 0) == 0
 
-    def test_a_copy_of_a_compiled_step_has_graphs_of_its_own(self):
+    def test_copied_step_compiles_separate_graphs(self):
         state, step = start(), fx.compile(fx.train_step(square, TX), backend="eager", on_recompile="error")
         step(state, BATCH)
         copied = anew(step)
         for size in (2, 3):
-            copied(state, {"x": torch.ones(size, 4)})  # silently
+            copied(state, {"x": torch.ones(size, 4)})  # recompiles without an error
         assert (step.graphs, copied.graphs) == (1, 2)
         testing.assert_equal(copied(state, BATCH)[0], step(state, BATCH)[0], "the state")
 
-    def test_slots_need_not_be_there(self):
+    def test_missing_slots_are_attached(self):
         step = problem.step(callbacks=fx.callbacks.epoch_mean("loss"))
         found = explain(step, problem.start(), problem.data()[0], calls=0)
         assert found.state_bytes["slots"] > 0
 
 
-class TestShown:
-    def test_a_page_in_words_and_in_html(self):
+class TestDisplay:
+    def test_repr_and_html_list_all_fields(self):
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
         text = repr(found)
         assert text.startswith("Explanation of <step train_step(square), fires Microbatch, Gradients, Updated>\n")
@@ -279,17 +279,17 @@ class TestShown:
         assert found._repr_html_().startswith("<table><caption>Explanation of &lt;step train_step(square)")
         assert "<td>384: addmm 192, mm 192</td>" in found._repr_html_()
 
-    def test_it_is_frozen(self):
+    def test_explanation_is_frozen(self):
         found = explain(fx.train_step(square, TX), start(), BATCH, calls=0)
         with pytest.raises(AttributeError):
             found.graphs = 2
 
-    def test_an_evaluation_step(self):
+    def test_evaluation_step_is_explained(self):
         found = explain(problem.eval_step, problem.start(), problem.data()[0], calls=0)
         assert set(found.flops) == {"addmm"}
         assert not any("opt_state" in path for path in found.assumed)
 
-    def test_what_it_refuses(self):
+    def test_negative_calls_are_rejected(self):
         with pytest.raises(ValueError, match="expected calls to be an int of at least 0, got -1"):
             explain(fx.train_step(square, TX), start(), BATCH, calls=-1)
 
@@ -298,7 +298,7 @@ SCALE = 2.0
 
 
 class TestConstants:
-    def test_values_of_closures_globals_and_defaults_are_listed(self):
+    def test_constants_include_closures_globals_and_defaults(self):
         weight, teacher = torch.ones(3), torch.nn.Linear(4, 3)
 
         def scaled(y):
@@ -318,7 +318,7 @@ class TestConstants:
         assert "\n  constants   SCALE = 2.0\n" in repr(found)
         assert explain(fx.train_step(square, TX), start(), BATCH, calls=0).constants == {}
 
-    def test_of_a_step_written_by_hand_and_of_evaluation(self):
+    def test_constants_of_custom_and_evaluation_steps_are_listed(self):
         factor = 0.5
 
         def by_hand(state, batch):
@@ -329,7 +329,7 @@ class TestConstants:
         evaluation = fx.eval_step(lambda model, batch: square(model, batch) * factor)
         assert explain(evaluation, start(), BATCH, calls=0).constants == {"factor": "0.5"}
 
-    def test_a_clock_and_a_draw_are_breaks(self):
+    def test_clock_reads_and_random_samples_are_breaks(self):
         def clock(model, batch):
             return square(model, batch) * time.time()
 

@@ -1,4 +1,4 @@
-"""Writers that fail: alone, for a moment without a hole, for good with a count of what is lost."""
+"""Failing writers: isolation from other writers, recovery without missing points, and counts of lost points."""
 
 # ruff: noqa: PT012, PT031 -- warnings of a whole run
 import contextlib
@@ -23,7 +23,7 @@ LONG = "x" * 50
 
 
 class Recorder:
-    """A writer that remembers; it fails while ``error`` is set."""
+    """A writer that records its points. It raises ``error`` while that is set."""
 
     def __init__(self):
         self.points, self.error, self.calls = [], None, 0
@@ -62,7 +62,7 @@ def see(observer, *steps):
 
 @contextlib.contextmanager
 def full_disk(room):
-    """No file grows beyond ``room`` bytes: what fits of a write is written, and then it fails."""
+    """Limits every file to ``room`` bytes. A write beyond that is cut short and fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
@@ -96,7 +96,7 @@ LOCAL = {
 @pytest.mark.parametrize("together", [False, True], ids=["write", "multi"])
 @pytest.mark.parametrize("extra", range(0, 60, 13))
 @pytest.mark.parametrize("kind", LOCAL)
-def test_a_disk_that_is_full_for_a_moment_leaves_no_hole(tmp_path, kind, extra, together):
+def test_temporarily_full_disk_loses_no_points(tmp_path, kind, extra, together):
     make, read = LOCAL[kind]
     (tmp_path / kind).mkdir()
     healthy, writer = Recorder(), make(tmp_path / kind)
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_for_a_moment_leaves_no_hole(tmp_path, kind, extra, 
     assert second.endswith("works again. Queued points were written.")
 
 
-def test_an_event_file_that_could_not_begin_is_begun_later(tmp_path):
+def test_failed_start_of_event_file_is_retried(tmp_path):
     writer = writers.tensorboard(tmp_path)
     observer = observers.write(writer)
     with pytest.warns(RuntimeWarning, match="TensorBoardWriter works again"):
@@ -130,7 +130,7 @@ def test_an_event_file_that_could_not_begin_is_begun_later(tmp_path):
     assert curve(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-def test_media_that_a_full_disk_refused_are_written_later(tmp_path):
+def test_failed_media_write_is_retried(tmp_path):
     writer = writers.media(tmp_path / "media")
     observer = observers.write(writer)
     pixels = torch.rand(8, 8)
@@ -138,7 +138,7 @@ def test_media_that_a_full_disk_refused_are_written_later(tmp_path):
     with pytest.warns(RuntimeWarning, match="MediaWriter works again"):
         with full_disk(10):
             observer(None, *ended(1, picture=Image(pixels)))
-            pixels.zero_()  # the run reuses the memory
+            pixels.zero_()  # a run may reuse the buffer in place
         observer.close()
     import numpy as np
     import PIL.Image
@@ -147,7 +147,7 @@ def test_media_that_a_full_disk_refused_are_written_later(tmp_path):
     assert (np.array(PIL.Image.open(path)) == expected[0, ..., 0]).all()
 
 
-def test_a_writer_that_stays_broken_loses_the_oldest_and_counts_them(monkeypatch):
+def test_full_backlog_drops_and_counts_oldest_points(monkeypatch):
     monkeypatch.setattr(backlog, "MOST_POINTS", 10)
     broken, healthy = Recorder(), Recorder()
     observer = observers.write(broken, healthy, hparams={"lr": 0.1})
@@ -165,7 +165,7 @@ def test_a_writer_that_stays_broken_loses_the_oldest_and_counts_them(monkeypatch
     assert second == "Recorder works again. Queued points were written, but 92 points of steps 1 to 92 were lost."
 
 
-def test_one_that_never_recovers_says_at_the_end_what_is_lost():
+def test_lost_points_are_reported_at_end_of_run():
     broken, healthy = Recorder(), Recorder()
     broken.error = OSError("gone")
     observer = observers.write(broken, healthy)
@@ -177,7 +177,7 @@ def test_one_that_never_recovers_says_at_the_end_what_is_lost():
     assert healthy.steps == [1, 2, 3]
 
 
-def test_a_large_backlog_is_bounded_by_its_bytes(monkeypatch):
+def test_backlog_is_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(backlog, "MOST_BYTES", 10_000)
     broken = Recorder()
     observer = observers.write(broken)
@@ -191,7 +191,7 @@ def test_a_large_backlog_is_bounded_by_its_bytes(monkeypatch):
     assert broken.points[-1] == (20, "note")
 
 
-def test_an_error_of_one_point_costs_that_point_alone():
+def test_invalid_point_is_lost_alone():
     class Picky(Recorder):
         def write(self, step, values, event):
             if step in (2, 4):
@@ -210,7 +210,7 @@ def test_an_error_of_one_point_costs_that_point_alone():
     assert second == "Picky: 2 points of steps 2 to 4 could not be written and were lost."
 
 
-def test_a_broken_writer_is_not_tried_at_each_point(monkeypatch):
+def test_broken_writer_is_not_retried_at_every_point(monkeypatch):
     monkeypatch.setattr(outlet, "_RETRY_SECONDS", math.inf)
     broken = Recorder()
     broken.error = OSError("gone")
@@ -222,7 +222,7 @@ def test_a_broken_writer_is_not_tried_at_each_point(monkeypatch):
         observer.close()
 
 
-def test_a_rewind_drops_what_waits_beyond_it_and_is_kept_for_the_writer():
+def test_rewind_truncates_backlog_and_is_queued():
     broken = Recorder()
     observer = observers.write(broken)
     see(observer, 1, 2, 3)
@@ -240,7 +240,7 @@ def test_a_rewind_drops_what_waits_beyond_it_and_is_kept_for_the_writer():
 
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("bad")])
 @pytest.mark.parametrize("wrap", [lambda writer: writer, writers.multi, writers.asynchronous])
-def test_a_required_observer_still_raises(error, wrap):
+def test_required_observer_raises_writer_errors(error, wrap):
     broken, healthy = Recorder(), Recorder()
     observer = observers.required(observers.write(healthy, wrap(broken)))
     broken.error = error
@@ -250,7 +250,7 @@ def test_a_required_observer_still_raises(error, wrap):
     assert healthy.steps[0] == 1
 
 
-def test_observers_that_share_a_writer_keep_the_order_of_steps():
+def test_shared_writer_receives_points_in_step_order():
     broken = Recorder()
     write, gauge = observers.write(broken), observers.memory(broken, every=1)
     with pytest.warns(RuntimeWarning) as said:
@@ -266,7 +266,7 @@ def test_observers_that_share_a_writer_keep_the_order_of_steps():
     assert len(messages(said)) == 2
 
 
-def test_a_flush_that_keeps_failing_is_said_once_and_its_recovery_too():
+def test_repeated_flush_failure_warns_once():
     broken = Recorder()
     observer = observers.write(broken)
 
@@ -283,7 +283,7 @@ def test_a_flush_that_keeps_failing_is_said_once_and_its_recovery_too():
     assert broken.steps == [1, 2, 3, 4, 5]
 
 
-def test_hparams_survive_a_failure(tmp_path):
+def test_hparams_are_written_after_recovery(tmp_path):
     path = tmp_path / "a.jsonl"
     writer = writers.jsonl(path)
     observer = observers.write(writer, hparams={"lr": LONG})
@@ -295,7 +295,7 @@ def test_hparams_survive_a_failure(tmp_path):
     assert json.loads(path.read_text().splitlines()[0])["hparams"] == HParams({"lr": LONG}).flat()
 
 
-def test_a_run_that_a_required_writer_ends_saves_its_last_state(tmp_path):
+def test_run_ended_by_required_writer_saves_last_state(tmp_path):
     broken = Recorder()
 
     def breaks(state, event: fx.StepEnd, control):
@@ -316,7 +316,7 @@ def test_a_run_that_a_required_writer_ends_saves_its_last_state(tmp_path):
     assert int(restored.step) == 3
 
 
-def test_a_writer_that_fails_as_it_is_closed_does_not_cost_the_result():
+def test_failure_in_close_does_not_lose_result():
     class Unclosable(Recorder):
         def close(self):
             raise OSError("stuck")

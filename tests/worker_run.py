@@ -1,4 +1,4 @@
-"""A run to send signals to: python worker_run.py FOLDER START_METHOD WHERE LOADER. It prints "ready" at WHERE."""
+"""A run that receives signals: python worker_run.py FOLDER START_METHOD WHERE LOADER. Prints "ready" at WHERE."""
 
 import multiprocessing
 import sys
