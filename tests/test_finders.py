@@ -1,4 +1,4 @@
-"""Finders: what they find is right, and the state they were given is bitwise what it was."""
+"""Finders of the batch size and the learning rate: their results, and that the given state stays bitwise unchanged."""
 
 import gc
 import math
@@ -17,7 +17,7 @@ from fxtrain.finders import find_batch_size, lr_finder
 
 @pytest.fixture(scope="module", autouse=True)
 def _only_what_is_new_is_searched():
-    """The finder collects garbage after each size, which among all that the tests have imported takes half a second."""
+    """Freezes existing objects, because the finder collects garbage per size and all imports make that slow."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -46,14 +46,14 @@ def batch(size):
 
 
 def find(largest, error=None, **options):
-    """What is found, and the sizes that were tried, where ``largest`` fits."""
+    """Returns the batch size found and the sizes tried, if sizes up to ``largest`` fit."""
     state, step = linear()
     limited = Limited(step, largest, error or OUT_OF_MEMORY)
     return find_batch_size(state, limited, batch, **options), limited.tried
 
 
 class Unchanged:
-    """That all leaves are the very tensors that they were, unwritten, with the bits they had."""
+    """Asserts that all leaves are the same tensor objects, not written to and bitwise equal."""
 
     def __init__(self, state):
         self.state, self.leaves = state, tree.leaves(state)
@@ -68,7 +68,7 @@ class Unchanged:
 
 
 class Limited:
-    """A step that runs out of memory above a size, as ``error`` says."""
+    """A step that raises ``error`` for batches above a size."""
 
     def __init__(self, step, size, error):
         self.step, self.size, self.error = step, size, error
@@ -86,11 +86,11 @@ class Limited:
 class TestBatchSize:
     @pytest.mark.parametrize("largest", [1, 2, 3, 15, 16, 17, 37, 63, 64])
     @pytest.mark.parametrize("start", [None, 1, 8, 64])
-    def test_it_is_the_largest_that_fits(self, largest, start):
+    def test_finds_largest_size_that_fits(self, largest, start):
         found, _ = find(largest, start=start, limit=64)
         assert found == largest
 
-    def test_it_doubles_and_then_halves(self):
+    def test_search_doubles_then_bisects(self):
         assert find(21) == (21, [8, 16, 32, 24, 20, 22, 21])
         assert find(5) == (5, [8, 4, 6, 5])
         assert find(3, limit=2) == (2, [2])
@@ -110,10 +110,10 @@ class TestBatchSize:
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         ],
     )
-    def test_all_ways_to_run_out_of_memory(self, error):
+    def test_out_of_memory_errors_are_recognized(self, error):
         assert find(5, error, limit=8)[0] == 5
 
-    def test_a_failure_to_allocate_of_torch_itself(self):
+    def test_allocation_error_in_make_batch_is_recognized(self):
         def make(size):
             torch.empty(2**60 if size > 3 else 1, dtype=torch.uint8)
             return batch(size)
@@ -124,12 +124,12 @@ class TestBatchSize:
         with pytest.raises(RuntimeError, match="boom"):
             find(2, RuntimeError("boom"))
 
-    def test_where_nothing_fits(self):
+    def test_error_if_batch_of_one_does_not_fit(self):
         with pytest.raises(RuntimeError, match=r"Not even a batch of 1 fits into memory \(CUDA out of memory"):
             find(0)
 
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_the_state_is_as_it_was_and_nothing_is_left(self, compiled):
+    def test_batch_size_search_leaves_state_unchanged_and_frees_batches(self, compiled):
         state, step = problem.start(), problem.step()
         made = []
 
@@ -148,14 +148,14 @@ class TestBatchSize:
         assert not any(ref() is not None for ref in made)
         assert not compiled or called.graphs == 0
 
-    def test_slots_of_the_step_need_not_be_there(self):
+    def test_missing_slots_of_step_are_attached(self):
         step = problem.step(callbacks=fx.callbacks.epoch_mean("loss"))
         assert step.callbacks.slots
         found = find_batch_size(problem.start(), step, lambda size: problem.data(count=1, size=size)[0], limit=2)
         assert found == 2
 
     @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the memory of a process")
-    def test_a_real_limit_on_a_cpu(self):
+    def test_process_memory_limit_is_respected(self):
         code = (
             "import resource, torch, fxtrain as fx\n"
             "from fxtrain.finders import find_batch_size\n"
@@ -170,10 +170,10 @@ class TestBatchSize:
             "                      limit=2**26))\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        # One row takes 32 bytes in the batch, and some more for what is computed of it: 2**28 bytes hold 8 Mi / k rows.
+        # A row takes 32 bytes in the batch and more for activations, so fewer than 2**28 / 32 = 2**23 rows fit.
         assert 2**18 <= int(done.stdout) < 2**23
 
-    def test_what_it_refuses(self):
+    def test_invalid_batch_size_options_are_rejected(self):
         with pytest.raises(ValueError, match="expected limit to be a positive int, got 0"):
             find_batch_size(problem.start(), problem.step(), batch, limit=0)
         with pytest.raises(ValueError, match=r"expected start to be a multiple of multiple=8 .*, got 12\."):
@@ -183,7 +183,7 @@ class TestBatchSize:
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    def test_on_cuda(self):
+    def test_cuda_memory_limit_is_respected(self):
         tx = fx.optim.sgd(0.1)
         state = fx.init(torch.nn.Linear(1024, 1024).cuda(), tx)
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
@@ -199,7 +199,7 @@ class TestBatchSize:
 
 class TestLearningRate:
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_the_state_is_bitwise_untouched(self, compiled):
+    def test_learning_rate_search_leaves_state_unchanged(self, compiled):
         state, step = injected()
         before = Unchanged(state)
         called = fx.compile(step, backend="eager", donate=True, on_recompile="error") if compiled else step
@@ -208,21 +208,21 @@ class TestLearningRate:
         assert len(found.rates) <= 20
         assert not compiled or called.graphs == 1
 
-    def test_it_is_a_function(self):
+    def test_learning_rate_search_is_deterministic(self):
         state, step = injected()
         assert lr_finder(state, step, problem.data(), steps=20) == lr_finder(state, step, problem.data(), steps=20)
 
-    def test_the_rates_are_those_that_the_steps_used(self):
+    def test_reported_rates_are_those_used_by_steps(self):
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx)
-        step = fx.train_step(lambda model, batch: model["w"] * batch.mean(), tx)  # moves by the rate
+        step = fx.train_step(lambda model, batch: model["w"] * batch.mean(), tx)  # each step subtracts the rate
         found = lr_finder(state, step, [torch.ones(1)], low=1e-3, high=1e1, steps=5, factor=math.inf)
         assert found.rates == pytest.approx([1e-3, 1e-2, 1e-1, 1e0, 1e1])
         assert found.losses == pytest.approx([0, -1e-3, -1.1e-2, -1.11e-1, -1.111])
 
     @pytest.mark.parametrize("curvature", [1e-2, 1.0, 1e2])
-    def test_the_suggestion_follows_the_curvature(self, curvature):
-        # Gradient descent on c w^2 / 2 falls for rates below 2 / c, and no faster than at 1 / c.
+    def test_suggestion_scales_with_curvature(self, curvature):
+        # Gradient descent on c w^2 / 2 converges for learning rates below 2 / c, and fastest at 1 / c.
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(1.0)}, tx)
         step = fx.train_step(lambda model, batch: curvature * model["w"].square() / 2 * batch.mean(), tx)
@@ -231,14 +231,14 @@ class TestLearningRate:
         assert 0.01 / curvature < found.suggestion < 2 / curvature
         assert 2 / curvature < found.rates[-1] < 1e3 / curvature
 
-    def test_it_stops_where_the_loss_diverges(self):
+    def test_search_stops_if_loss_diverges(self):
         state, step = injected(fx.optim.sgd)
         found = lr_finder(state, step, problem.data(), high=1e6, steps=100)
         assert found.diverged
         assert len(found.rates) == len(found.losses) < 100
         assert found.suggestion < found.rates[-1] / 10
 
-    def test_it_ends_at_the_highest_rate_otherwise(self):
+    def test_search_ends_at_highest_rate_without_divergence(self):
         state, step = injected()
         found = lr_finder(state, step, problem.data(), low=1e-6, high=1e-4, steps=10)
         assert not found.diverged
@@ -246,7 +246,7 @@ class TestLearningRate:
         assert found.rates[0] == pytest.approx(1e-6)
         assert found.rates[-1] == pytest.approx(1e-4)
 
-    def test_a_loss_that_is_not_finite_ends_it(self):
+    def test_search_stops_at_non_finite_loss(self):
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx)
         step = fx.train_step(lambda model, batch: (model["w"] + 1).log() * batch.mean(), tx)
@@ -255,7 +255,7 @@ class TestLearningRate:
         assert not math.isfinite(found.losses[-1])
         assert all(map(math.isfinite, found.smoothed))
 
-    def test_nothing_is_suggested_where_nothing_falls(self):
+    def test_no_suggestion_if_loss_never_falls(self):
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx)
         step = fx.train_step(lambda model, batch: model["w"].square() * 0 + batch.mean(), tx)
@@ -263,7 +263,7 @@ class TestLearningRate:
         assert (found.suggestion, found.diverged) == (None, False)
         assert "none, because the loss never fell" in repr(found)
 
-    def test_a_negative_loss_is_no_divergence(self):
+    def test_negative_loss_is_not_divergence(self):
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(1.0)}, tx)
         step = fx.train_step(lambda model, batch: model["w"].square() - 100 * batch.mean(), tx)
@@ -271,7 +271,7 @@ class TestLearningRate:
         assert not found.diverged
         assert 0.01 < found.suggestion <= 0.5
 
-    def test_a_stop_of_the_step_does_not_freeze_it(self):
+    def test_stop_request_of_step_is_ignored(self):
         def stop(state, event: fx.Gradients):
             return state, fx.Control(stop=event.step > 2, reason="enough")
 
@@ -281,7 +281,7 @@ class TestLearningRate:
         losses = lr_finder(state, step, problem.data()[:1], low=1e-2, high=1e-1, steps=8).losses
         assert len(set(losses)) == 8
 
-    def test_another_metric(self):
+    def test_metric_option_selects_the_metric(self):
         state, step = injected()
         assert lr_finder(state, step, problem.data(), steps=5, metric="mae").losses[0] != pytest.approx(
             lr_finder(state, step, problem.data(), steps=5).losses[0]
@@ -289,7 +289,7 @@ class TestLearningRate:
         with pytest.raises(KeyError, match=r"expected a metric of the step \('loss', 'mae'\), got 'acc'"):
             lr_finder(state, step, problem.data(), metric="acc")
 
-    def test_a_rate_that_cannot_be_set_is_an_error(self):
+    def test_error_if_learning_rate_cannot_be_set(self):
         with pytest.raises(
             ValueError, match=r"lr_finder cannot set the learning rate: .* got 'learning_rate'\. .*inject_hyperp"
         ):
@@ -298,7 +298,7 @@ class TestLearningRate:
         with pytest.raises(ValueError, match=r"lr_finder cannot set the learning rate: .* follows a schedule"):
             lr_finder(fx.init(problem.module(), tx), fx.train_step(problem.loss_fn, tx), problem.data())
 
-    def test_what_it_refuses(self):
+    def test_invalid_learning_rate_options_are_rejected(self):
         state, step = injected()
         for wrong in ({"low": 0.0}, {"low": 1.0, "high": 0.1}, {"high": math.inf}):
             with pytest.raises(ValueError, match="expected 0 < low < high"):
@@ -310,7 +310,7 @@ class TestLearningRate:
         with pytest.raises(ValueError, match="got the end of the data after 3 batches"):
             lr_finder(state, step, iter(problem.data()), steps=10)
 
-    def test_data_goes_on_through_epochs_from_where_the_state_is(self):
+    def test_search_reads_data_from_position_of_state(self):
         seen = []
 
         def loss_fn(model, batch):
@@ -322,7 +322,7 @@ class TestLearningRate:
         lr_finder(state, fx.train_step(loss_fn, tx), [torch.full((1,), float(i)) for i in range(3)], steps=5)
         assert seen == [1.0, 2.0, 0.0, 1.0, 2.0]
 
-    def test_it_is_shown_in_words(self):
+    def test_repr_and_html_summarize_learning_rates(self):
         state, step = injected()
         found = lr_finder(state, step, problem.data(), low=1e-6, high=1e-2, steps=20)
         assert repr(found) == (

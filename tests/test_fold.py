@@ -1,4 +1,4 @@
-"""The fold: subscription by annotation, order, associativity, slots, triggers, and what is refused."""
+"""The fold of callbacks: subscription by annotation, order, associativity, slots, triggers and rejected callbacks."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def hiding(function):
         (fx.on(fx.Saved, hiding(plain)), {fx.Saved}),
     ],
 )
-def test_the_annotation_is_the_subscription(callback, events):
+def test_annotation_determines_subscribed_events(callback, events):
     assert set(fx.compose(callback).table) == set(events)
 
 
-def test_real_annotations_subscribe_too():
+def test_evaluated_annotation_determines_subscribed_events():
     namespace = {"fx": fx}
     exec("def real(state, event: fx.StepEnd | fx.EvalEnd):\n    return state, fx.Control()", namespace)
     assert set(fx.compose(namespace["real"]).table) == {fx.StepEnd, fx.EvalEnd}
@@ -131,24 +131,24 @@ def no_event(state, event: int):
         (3, r"expected functions \(state, event\) -> \(state, control\), got 3\."),
     ],
 )
-def test_what_hides_or_misnames_its_events_is_refused(callback, message):
+def test_callback_with_invalid_signature_is_rejected(callback, message):
     with pytest.raises(TypeError, match=message):
         fx.compose(callback)
 
 
 class TestFold:
-    def test_each_callback_sees_the_state_left_by_those_before_it(self):
+    def test_callback_receives_state_of_preceding_callback(self):
         first, second = adder("a", 1), adder("b", 10)
         state, _ = fx.compose(first, second)(state_with(first, second), events[0])
         assert int(state.slots["a"]) == 2 * (1 + 1) + 1
         assert int(state.slots["b"]) == 2 * (5 + 1) + 10
 
     @given(st.lists(st.integers(-3, 3), min_size=3, max_size=3))
-    def test_is_associative(self, amounts):
+    def test_composition_is_associative(self, amounts):
         callbacks = [adder(name, amount) for name, amount in zip("abc", amounts, strict=True)]
         testing.check_associativity(*callbacks, fx.init(torch.nn.Linear(1, 1)), events)
 
-    def test_nothing_short_circuits(self):
+    def test_stop_request_does_not_skip_later_callbacks(self):
         seen = []
 
         def stop(state, event: fx.StepEnd):
@@ -164,12 +164,12 @@ class TestFold:
         assert control.reasons("stop") == ["first"]
         assert control.reasons("save") == ["requested by later"]
 
-    def test_an_unsubscribed_event_returns_the_very_state(self):
+    def test_unsubscribed_event_returns_the_same_state_object(self):
         state = state_with()
         assert fx.compose(by_name)(state, fx.EpochEnd(step=1))[0] is state
         assert fx.compose()(state, events[0]) == (state, fx.Control())
 
-    def test_the_repr_is_the_table(self):
+    def test_repr_shows_table_of_subscriptions(self):
         stopping = fx.callbacks.early_stopping("loss", patience=2, restore_best=True)
         assert repr(fx.compose(stopping, fx.when(fx.every(3), fx.callbacks.save()))) == (
             "2 callbacks\n"
@@ -179,7 +179,7 @@ class TestFold:
             "  slots: 'early_stopping'"
         )
 
-    def test_two_that_claim_one_slot_are_an_error_that_names_both(self):
+    def test_duplicate_slot_name_is_rejected(self):
         with pytest.raises(ValueError, match="expected one callback for the slot 'a', got a and a"):
             fx.compose(adder("a", 1), adder("a", 2))
 
@@ -187,7 +187,7 @@ class TestFold:
         ("returned", "came"),
         [(None, "None"), (1, "1"), ((1, 2, 3), r"a tuple of \(1, 2, 3\)"), ("state", "'state'")],
     )
-    def test_a_callback_returns_a_state_and_a_control(self, returned, came):
+    def test_callback_must_return_state_and_control(self, returned, came):
         def wrong(state, event: fx.StepEnd):
             return returned
 
@@ -203,14 +203,14 @@ class TestFold:
             (fx.FitEnd(step=1, reason=""), fx.Control(save=True), "Request it at EpochBegin"),
         ],
     )
-    def test_what_cannot_be_honoured_is_refused(self, event, control, where):
+    def test_request_impossible_at_event_is_rejected(self, event, control, where):
         def asks(state, _):
             return state, control
 
         with pytest.raises(ValueError, match=rf"asks: expected requests that are possible at \w+, got \w+\. {where}"):
             fx.compose(fx.on(type(event), asks))(state_with(), event)
 
-    def test_session_events_change_nothing_but_the_harvest(self):
+    def test_session_events_change_only_the_final_state(self):
         def changes(state, _):
             return state.replace(params={}), fx.Control()
 
@@ -223,7 +223,7 @@ class TestFold:
         harvest, _ = fx.compose(fx.on(fx.FitEnd, zeroes))(state_with(), fx.FitEnd(step=0, reason=""))
         assert not any(leaf.any() for leaf in tree.leaves(harvest.params))
 
-    def test_traced_events_change_slots_only(self):
+    def test_traced_events_change_only_slots(self):
         def changes(state, _):
             return state.replace(params={}), fx.Control()
 
@@ -233,21 +233,21 @@ class TestFold:
 
 
 class TestSlots:
-    def test_attach_initialises_what_is_missing_and_keeps_the_rest(self):
+    def test_attach_initializes_missing_slots_and_keeps_others(self):
         state = state_with(adder("a", 1)).with_slot("a", torch.tensor(5)).with_slot("old", torch.tensor(9))
         state = fx.attach(state, [adder("a", 1), adder("b", 1)])
         assert {name: int(memory) for name, memory in state.slots.items()} == {"a": 5, "old": 9, "b": 1}
 
-    def test_attach_shares_no_memory_with_the_parameters(self):
+    def test_attached_slot_shares_no_memory_with_parameters(self):
         average = fx.stateful("ema", lambda state: state.params, lambda state, event, memory: (memory, fx.Control()))
         state = fx.attach(fx.init(torch.nn.Linear(2, 2)), average)
         assert state.slots["ema"]["weight"].data_ptr() != state.params["weight"].data_ptr()
 
-    def test_a_missing_slot_says_to_attach(self):
+    def test_error_for_missing_slot_suggests_attach(self):
         with pytest.raises(KeyError, match=r"expected the state to have the slot 'a', got none\. Call fxtrain\.attach"):
             fx.compose(adder("a", 1))(fx.init(torch.nn.Linear(1, 1)), events[0])
 
-    def test_an_update_may_be_subscribed_outright(self):
+    def test_update_may_be_subscribed_with_on(self):
         def count(state, event, memory):
             return memory + 1, fx.Control()
 
@@ -255,7 +255,7 @@ class TestSlots:
         assert set(fx.compose(counter).table) == {fx.StepEnd}
         assert int(fx.compose(counter)(state_with(counter), events[0])[0].slots["n"]) == 1
 
-    def test_names_are_not_empty(self):
+    def test_empty_slot_name_is_rejected(self):
         with pytest.raises(ValueError, match="non-empty string"):
             fx.stateful("", lambda state: torch.tensor(0), lambda state, event, memory: (memory, fx.Control()))
 
@@ -281,10 +281,10 @@ class TestTriggers:
             (fx.every(3) & (lambda event: event.step > 5), [6, 9, 12]),
         ],
     )
-    def test_hold_at_these_steps(self, trigger, steps):
+    def test_triggers_fire_at_expected_steps(self, trigger, steps):
         assert steps_where(trigger, epoch_length=5) == steps
 
-    def test_seconds_are_crossings_and_need_no_memory(self):
+    def test_every_seconds_fires_when_period_is_crossed(self):
         times = [0.0, 4.0, 9.9, 10.0, 10.5, 31.0, 39.0]
         held = [
             now
@@ -294,27 +294,27 @@ class TestTriggers:
         assert held == [10.0, 31.0]
 
     @given(st.integers(1, 7), st.integers(1, 60))
-    def test_every_holds_once_a_period(self, period, count):
+    def test_every_fires_once_per_period(self, period, count):
         assert len(steps_where(fx.every(period), count)) == count // period
 
     @pytest.mark.parametrize("arguments", [{}, {"steps": 1, "seconds": 2.0}])
-    def test_exactly_one_period(self, arguments):
+    def test_every_requires_exactly_one_period(self, arguments):
         with pytest.raises(ValueError, match="every: expected exactly one of steps, seconds and epochs"):
             fx.every(**arguments)
 
     @pytest.mark.parametrize("arguments", [{"steps": 0}, {"seconds": -1.0}])
-    def test_a_period_is_positive(self, arguments):
+    def test_period_must_be_positive(self, arguments):
         with pytest.raises(ValueError, match=r"every: expected \w+ to be positive"):
             fx.every(**arguments)
 
-    def test_say_what_an_event_does_not_know(self):
+    def test_trigger_rejects_event_without_clock_or_epoch_length(self):
         gradients = fx.Gradients(step=torch.tensor(1), loss=torch.tensor(0.0), metrics={}, grads={})
         with pytest.raises(TypeError, match="expected an event with a clock, got Gradients"):
             fx.every(seconds=1)(gradients)
         with pytest.raises(TypeError, match="expected an event with a known epoch length, got StepEnd"):
             fx.every(epochs=1)(fx.StepEnd(step=1, metrics={}))
 
-    def test_gate_a_traced_callback_by_a_tensor(self):
+    def test_when_gates_traced_callback_by_tensor(self):
         def update(state, event: fx.Gradients, memory):
             return memory + 1, fx.Control(stop=True, reason="r", log={"x": memory})
 
@@ -328,18 +328,18 @@ class TestTriggers:
         assert int(state.slots["n"]) == 2
         assert reasons == [[], ["r"], [], ["r"], []]
 
-    def test_gate_all_of_a_composition(self):
+    def test_when_gates_whole_composition(self):
         both = fx.when(fx.at(2), fx.compose(adder("a", 1), fx.callbacks.save()))
         state = state_with(both)
         assert both(state, events[0])[0] is state
         assert both(state, events[1])[1].reasons("save")
 
 
-def test_no_annotation_sees_neither_traced_nor_session_events():
+def test_unannotated_callback_skips_traced_and_session_events():
     assert not set(fx.compose(plain).table) & {*TRACED, *SESSION}
 
 
-def test_laws_find_a_callback_that_breaks_them():
+def test_check_laws_detects_impure_callbacks():
     hidden = []
 
     def impure(state, event: fx.StepEnd, memory):

@@ -1,4 +1,4 @@
-"""A callback keeps the structure of the state it is given."""
+"""Callbacks that change the structure of the state are rejected with the path of the changed leaf."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ STRUCTURES = {
 
 
 class TestStructure:
-    """A slot, and every other field, keeps the structure that a resume restores into."""
+    """Slots and all other fields keep the structure into which a resume restores."""
 
     @pytest.mark.parametrize("change", STRUCTURES)
-    def test_a_slot_that_changes_is_refused_at_the_event(self, change):
+    def test_changed_slot_structure_is_rejected_at_event(self, change):
         update, message = STRUCTURES[change]
         callback = kept(ONE, update)
         where = re.escape("kept changed state.slots['kept']" + message.split(" at StepEnd")[0])
         with pytest.raises(ValueError, match=where + " at StepEnd" + message.split(" at StepEnd")[1]):
             fx.compose(callback)(state_with(callback), events[0])
 
-    def test_an_update_that_returns_the_state_is_named(self):
+    def test_update_returning_the_state_is_rejected(self):
         def count(state, event: fx.StepEnd, memory):
             return state.with_slot("n", memory + 1), fx.Control()
 
@@ -70,7 +70,7 @@ class TestStructure:
             fx.compose(counter)(state_with(counter), events[0])
 
     @pytest.mark.parametrize("returned", [None, torch.tensor(1), (torch.tensor(1),), (torch.tensor(1), None)])
-    def test_an_update_returns_a_pair_with_a_control(self, returned):
+    def test_update_must_return_slot_and_control(self, returned):
         counter = fx.stateful("n", lambda state: torch.tensor(0), fx.on(fx.StepEnd, lambda *_: returned))
         with pytest.raises(
             TypeError, match=r"n: expected its update to return \(content of the slot, control\) at StepEnd"
@@ -78,7 +78,7 @@ class TestStructure:
             fx.compose(counter)(state_with(counter), events[0])
 
     @pytest.mark.parametrize("field", ["params", "buffers", "opt_state", "step", "position", "seed"])
-    def test_other_fields_keep_their_leaves_too(self, field):
+    def test_changed_leaf_of_other_field_is_rejected(self, field):
         def halve(state, event: fx.StepEnd):
             changed = tree.map(lambda leaf: leaf[None], getattr(state, field))
             return state.replace(**{field: changed}), fx.Control()
@@ -90,7 +90,7 @@ class TestStructure:
         ):
             fx.compose(halve)(state, events[0])
 
-    def test_a_slot_added_or_removed_by_hand(self):
+    def test_slot_added_or_removed_by_callback_is_rejected(self):
         def adds(state, event: fx.StepEnd):
             return state.with_slot("mine", torch.tensor(0)), fx.Control()
 
@@ -102,7 +102,7 @@ class TestStructure:
         with pytest.raises(ValueError, match=r"removes removed state\.slots\['a'\] at StepEnd"):
             fx.compose(removes)(state_with(adder("a", 1)), events[0])
 
-    def test_the_model_stays(self):
+    def test_changed_model_is_rejected(self):
         tx = fx.optim.sgd(0.1)
 
         def narrows(state, event: fx.EpochEnd):
@@ -111,14 +111,14 @@ class TestStructure:
         with pytest.raises(ValueError, match=r"narrows changed state\.model at EpochEnd.*fxtrain\.optim\.unfreeze"):
             fx.compose(narrows)(fx.init(torch.nn.Linear(1, 1), tx), fx.EpochEnd(step=1))
 
-    def test_fit_end_keeps_the_structure_too(self):
+    def test_changed_structure_at_fit_end_is_rejected(self):
         def drops(state, event: fx.FitEnd):
             return state.replace(params={}), fx.Control()
 
         with pytest.raises(ValueError, match=r"drops changed state\.params\['bias'\] at FitEnd"):
             fx.compose(drops)(state_with(), fx.FitEnd(step=0, reason=""))
 
-    def test_a_traced_callback_is_named(self):
+    def test_error_names_the_traced_callback(self):
         def grows(state, event: fx.Updated, memory):
             return torch.cat([memory, event.loss[None]]), fx.Control()
 
@@ -131,7 +131,7 @@ class TestStructure:
         with pytest.raises(ValueError, match=r"losses changed state\.slots\['losses'\] at Updated: .*\[0\].*\[1\]"):
             fx.compile(step)(state, torch.ones(1, 1))
 
-    def test_behind_a_traced_trigger_too(self):
+    def test_changed_slot_behind_traced_trigger_is_rejected(self):
         def grows(state, event: fx.Updated, memory):
             return (memory, memory), fx.Control()
 
@@ -141,7 +141,7 @@ class TestStructure:
         with pytest.raises(ValueError, match=r"n changed state\.slots\['n'\]"):
             step(fx.attach(fx.init(torch.nn.Linear(1, 1), tx), callback), torch.ones(1, 1))
 
-    def test_what_keeps_its_structure_passes(self):
+    def test_update_with_unchanged_structure_passes(self):
         def update(old):
             return Count(old.n + 1, {"b": [old.rest["b"][0] + 1], "a": old.rest["a"] * 2})
 

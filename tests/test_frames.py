@@ -1,4 +1,4 @@
-"""Modes of the library around functions that torch.compile cuts into several graphs."""
+"""Torch function modes of fxtrain around functions that torch.compile splits into several graphs."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def no_compiled_frames():
 
 
 @pytest.mark.parametrize("mode", [lambda: rng.functional(rng.key(0)), _Float32, lambda: Reads([]), _Cuts])
-def test_a_graph_of_one_operation_is_not_used_for_another(mode):
+def test_compiled_frame_is_not_reused_for_another_operation(mode):
     def function(x):
         return uncompiled(x)
 
@@ -33,7 +33,7 @@ def test_a_graph_of_one_operation_is_not_used_for_another(mode):
     torch.testing.assert_close(found, uncompiled(x))
 
 
-def test_calls_are_inlined_while_tracing():
+def test_traced_random_samples_equal_uncompiled_ones():
     def function(x):
         return torch.nn.functional.dropout(x, 0.5)
 
@@ -45,5 +45,5 @@ def test_calls_are_inlined_while_tracing():
     assert torch.equal(found, expected)
 
 
-def test_this_torch_has_the_interface():
+def test_installed_torch_supports_modes_below_compile():
     assert is_safe_below_compile()

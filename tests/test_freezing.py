@@ -1,4 +1,4 @@
-"""Which parameters move, and when: masked in one graph, and partitioned with a graph for each phase."""
+"""Frozen parameters: unfreeze masks updates in a single graph, and with_trainable compiles a graph for each phase."""
 
 import problem
 import pytest
@@ -81,7 +81,7 @@ COMPOSED = {
 
 class TestUnfreeze:
     @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor"])
-    def test_unfrozen_parameters_step_as_torchs_do(self, name):
+    def test_unfrozen_parameters_match_torch_optim(self, name):
         frozen, options = 2000, {"lr": 0.01}
         make = getattr(torch.optim, name)
         tx = fx.optim.unfreeze(fx.optim.from_torch(make, **options), {"head": 0, "body": frozen})
@@ -100,9 +100,9 @@ class TestUnfreeze:
             torch.testing.assert_close(params["body"], theirs.detach(), rtol=1e-6, atol=0)
 
 
-class TestPhases:
+class TestUnfreezePhases:
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_each_in_its_own_time(self, compiled):
+    def test_parameters_change_only_in_their_phase(self, compiled):
         tx = fx.optim.unfreeze(fx.optim.adam(0.1), {"2.*": 0, "0.weight": (1, 3), "*": None})
         step = fx.train_step(loss_fn, tx)
         step = fx.compile(step, on_recompile="error") if compiled else step
@@ -114,7 +114,7 @@ class TestPhases:
         head, both = ["2.bias", "2.weight"], ["0.weight", "2.bias", "2.weight"]
         assert found == [head, both, both, head]
 
-    def test_the_memory_of_what_is_frozen_waits(self):
+    def test_optimizer_state_starts_with_first_unfrozen_step(self):
         tx = fx.optim.unfreeze(fx.optim.adam(0.1), {"*": 2})
         state, step = fx.init(two_layers(), tx), fx.train_step(loss_fn, tx)
         for _ in range(2):
@@ -125,13 +125,13 @@ class TestPhases:
         testing.assert_equal(state.params, begun.params, "the first step that moves it")
 
     @pytest.mark.parametrize("phase", [-1, (3, 3), (2, 1), "soon", True, 1.5])
-    def test_a_phase_that_is_none(self, phase):
+    def test_invalid_phase_is_rejected(self, phase):
         with pytest.raises(
             ValueError, match=r"expected phases\['a\*'\] to be a first step, \(first, end\) .*, or None"
         ):
             fx.optim.unfreeze(fx.optim.sgd(0.1), {"a*": phase})
 
-    def test_a_parameter_that_nobody_named(self):
+    def test_parameter_without_phase_is_rejected(self):
         with pytest.raises(
             ValueError, match=r"expected phases to have a pattern for '0\.bias', got '2\.\*'\. Add a pattern"
         ):
@@ -139,7 +139,7 @@ class TestPhases:
 
 
 class TestWithTrainable:
-    def test_phases(self):
+    def test_trainable_selection_limits_updates_and_optimizer_state(self):
         tx = fx.optim.rmsprop(0.1)
         step = fx.compile(fx.train_step(loss_fn, tx), on_recompile="allow")
         state = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
@@ -150,7 +150,7 @@ class TestWithTrainable:
         assert moved(thawed, step(thawed, BATCH)[0]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
         assert step.graphs == 2
 
-    def test_a_shared_count_refuses_a_parameter_that_begins_later(self):
+    def test_later_parameter_is_rejected_if_count_is_shared(self):
         tx = counted_in_a_dict()
         head = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
         fx.with_trainable(head, tx, "*")  # before the first update
@@ -162,7 +162,7 @@ class TestWithTrainable:
         testing.assert_equal(again.opt_state, tx.init(state.params), "the restarted optimizer")
 
     @pytest.mark.parametrize("name", THAWED)
-    def test_thawed_parameters_step_as_torchs_do(self, name, double):
+    def test_thawed_parameters_match_torch_optim(self, name, double):
         make, tx = THAWED[name]
         head, body = two_layers().double(), two_layers().double()
         state = fx.with_trainable(fx.init(head, tx), tx, "2.*")
@@ -183,7 +183,7 @@ class TestWithTrainable:
             torch.testing.assert_close(state.params[path], value.detach(), rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("name", COMPOSED)
-    def test_compositions_thaw(self, name):
+    def test_composed_transformations_update_thawed_parameters(self, name):
         tx = COMPOSED[name]()
         state, step = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*"), fx.train_step(loss_fn, tx)
         for _ in range(4):
@@ -191,16 +191,16 @@ class TestWithTrainable:
         after, _ = step(fx.with_trainable(state, tx, "*"), BATCH)
         assert moved(state, after) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
-    def test_a_parameter_that_joins_in_the_midst_of_an_accumulation(self):
+    def test_parameter_thawed_during_accumulation_is_divided_by_microbatches(self):
         tx = fx.optim.every_k(fx.optim.sgd(0.1), 2)
         step = fx.train_step(loss_fn, tx)
         state, _ = step(fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*"), BATCH)
         after, _ = step(fx.with_trainable(state, tx, "*"), BATCH)
         grads = fx.gradients(loss_fn)(fx.with_trainable(state, tx, "*"), BATCH).grads
-        expected = state.params["0.weight"] - 0.1 * grads["0.weight"] / 2  # as torch divides by the microbatches
+        expected = state.params["0.weight"] - 0.1 * grads["0.weight"] / 2  # the mean counts both microbatches
         torch.testing.assert_close(after.params["0.weight"], expected)
 
-    def test_what_the_optimizer_remembers_stays(self):
+    def test_with_trainable_keeps_optimizer_state_of_trainable_parameters(self):
         tx = fx.optim.sgd(0.1, momentum=0.9)
         state, _ = fx.train_step(loss_fn, tx)(fx.init(two_layers(), tx), BATCH)
         narrowed = fx.with_trainable(state, tx, ["2.*", "0.bias"])
@@ -209,13 +209,13 @@ class TestWithTrainable:
         assert new
         assert all(leaf is old[path] for path, leaf in new.items())
 
-    def test_in_a_run(self):
+    def test_fit_trains_only_selected_parameters(self):
         tx = problem.transform()
         state = fx.with_trainable(problem.start(), tx, "4.*")
         result = fx.fit(state, problem.step(), problem.data(), epochs=1)
         assert moved(state, result.last) == ["4.bias", "4.weight"]
 
-    def test_a_pattern_that_matches_nothing(self):
+    def test_pattern_without_match_is_rejected(self):
         tx = fx.optim.sgd(0.1)
         with pytest.raises(
             ValueError,
@@ -224,8 +224,8 @@ class TestWithTrainable:
             fx.with_trainable(fx.init(two_layers(), tx), tx, "head")
 
 
-class TestRecompute:
-    def test_statistics_are_means_over_the_batches(self):
+class TestRecomputeStatistics:
+    def test_recomputed_statistics_are_means_over_batches(self):
         state = problem.start()
         after = fx.recompute_statistics(state, problem.data(), lambda model, batch: model(batch["x"]))
         inside = [batch["x"] @ state.params["0.weight"].T + state.params["0.bias"] for batch in problem.data()]
@@ -236,6 +236,6 @@ class TestRecompute:
         testing.assert_equal(after.params, state.params, "parameters")
         assert {m.momentum for m in state.model._training.modules() if hasattr(m, "momentum")} == {0.1}
 
-    def test_nothing_to_compute_of(self):
+    def test_empty_data_is_rejected(self):
         with pytest.raises(ValueError, match="at least one batch, got none"):
             fx.recompute_statistics(problem.start(), [])

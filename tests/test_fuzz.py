@@ -1,6 +1,7 @@
-"""Random programs, run whole, cut, resumed and resumed once more, obey the laws; and the harness notices where not.
+"""Random training programs, run whole, cut and resumed, obey the laws of benchmarks.fuzz, and violations are detected.
 
-A few hundred; ``python -m benchmarks.fuzz`` runs thousands. A failure prints the smallest program that fails alike.
+These tests run a few hundred programs. ``python -m benchmarks.fuzz`` runs thousands. A failure prints the smallest
+program that fails in the same way.
 """
 
 import pytest
@@ -39,13 +40,13 @@ def test_random_compiled_programs_obey_the_laws(seed):
     refuse_failure(draw.draw(seed, compiled=True), seconds=0.0)
 
 
-def test_a_seed_draws_one_program_and_its_text_reproduces_it():
+def test_program_is_determined_by_seed_and_by_its_repr():
     for seed in range(200):
         program = draw.draw(seed)
         assert program == draw.draw(seed) == eval(repr(program))
 
 
-def test_programs_are_of_all_kinds():
+def test_random_programs_cover_all_kinds():
     programs = [draw.draw(seed) for seed in range(1000)]
     for field in ("source", "evaluate", "steps_per_call", "lag", "donate", "writers", "saves", "observed"):
         assert len({getattr(program, field) for program in programs}) > 1, field
@@ -60,7 +61,7 @@ CUT = Program(
 )
 
 
-def test_memory_outside_of_the_state_is_noticed(monkeypatch):
+def test_callback_state_outside_slots_is_detected(monkeypatch):
     def forgetful():
         seen = []
 
@@ -77,7 +78,7 @@ def test_memory_outside_of_the_state_is_noticed(monkeypatch):
     assert {line.partition(":")[0] for line in problems} >= {"state", "events", "history", "jsonl", "csv"}
 
 
-def test_a_changed_input_is_noticed(monkeypatch):
+def test_modified_input_state_is_detected(monkeypatch):
     def writes():
         def update(state, event: fx.FitBegin):
             GIVEN[-1].params["0.bias"].add_(1.0)
@@ -95,7 +96,7 @@ def test_a_changed_input_is_noticed(monkeypatch):
 GIVEN = []
 
 
-def test_an_endless_program_is_ended(monkeypatch):
+def test_endless_program_is_stopped(monkeypatch):
     def never_moves():
         return lambda state, event: (state, fx.Control())
 
@@ -105,7 +106,7 @@ def test_an_endless_program_is_ended(monkeypatch):
     assert "HungError: more than 20 events" in problem
 
 
-def test_illegal_orders_are_noticed():
+def test_illegal_event_order_is_detected():
     program = Program(epochs=2, evaluate="2")
     whole = check.whole_session(program)
     assert not order.problems(whole.events, program, is_whole=True)
@@ -114,12 +115,12 @@ def test_illegal_orders_are_noticed():
         without = whole.events[:index] + whole.events[index + 1 :]
         assert order.problems(without, program, is_whole=True), f"without {whole.events[index]}"
         if whole.events[index].kind == "Saved":
-            continue  # which may be told of any number of saves
+            continue  # Saved may be repeated
         twice = whole.events[: index + 1] + whole.events[index:]
         assert order.problems(twice, program, is_whole=True), f"twice {whole.events[index]}"
 
 
-def test_shrinking_keeps_what_matters():
+def test_shrinking_keeps_cause_of_failure():
     def fails(program):
         return program.lag == 1 and any(ask.kind == "stop" for ask in program.asks)
 

@@ -1,7 +1,7 @@
-"""Optimizers against optax and ``torch.optim`` in float64, on random trees, options, gradients and chains.
+"""Optimizers match optax and ``torch.optim`` in float64 on random trees, options, gradients and chains.
 
-``FXTRAIN_FUZZ=5000 pytest tests/test_fuzz_optim.py`` tries that many cases of each. Hypothesis prints the smallest case
-that fails, with the blob that reproduces it.
+``FXTRAIN_FUZZ=5000 pytest tests/test_fuzz_optim.py`` runs 5000 cases per test. Hypothesis prints the smallest failing
+case and the blob that reproduces it.
 """
 
 import os
@@ -25,7 +25,7 @@ many = settings(max_examples=CASES, deadline=None, print_blob=True)
 
 Pair = namedtuple("Pair", ["first", "second"])
 
-# Few shapes, because jax compiles each operation once for each shape.
+# Few shapes, because jax compiles each operation once per shape.
 shape = st.sampled_from([(), (3,), (2, 3), (2, 3, 2), (0,), (1, 1)])
 trees = st.recursive(
     shape.map(np.empty),
@@ -55,7 +55,7 @@ def mask_for_optax(params):
 
 
 def gradients(generator, like):
-    """Gradients of many sizes, some of them zero."""
+    """Returns gradients of random magnitude, sometimes all zero."""
     size = 10.0 ** generator.integers(-4, 3)
     kept = generator.random() < 0.9
 
@@ -67,7 +67,7 @@ def gradients(generator, like):
 
 @st.composite
 def pieces(draw):
-    """A transformation, ours and optax's."""
+    """Draws a pair of equivalent transformations: fxtrain's and optax's."""
     kind = draw(st.sampled_from(sorted(PIECES)))
     return PIECES[kind](draw)
 
@@ -88,7 +88,7 @@ def _rms(draw):
     ours = optim.scale_by_stddev if centered else optim.scale_by_rms
     theirs = optax.scale_by_stddev if centered else optax.scale_by_rms
     if centered:
-        start, e = 1.0, 0.5  # the difference of two averages of one gradient is rounding alone
+        start, e = 1.0, 0.5  # the variance of a single gradient is rounding error, so eps must dominate
     return (
         ours(decay=d, eps=e, initial_scale=start, eps_in_sqrt=inside, bias_correction=corrected),
         theirs(d, e, start, eps_in_sqrt=inside, bias_correction=corrected),
@@ -150,7 +150,7 @@ PIECES = {
 
 
 def with_means(tx, k):
-    """``tx`` of the mean of each k gradients. ``optax.MultiSteps`` takes the mean in float32."""
+    """Applies ``tx`` to the mean of every k gradients. ``optax.MultiSteps`` computes that mean in float32."""
 
     def update(grads, opt_state, params):
         inner, seen = opt_state
@@ -191,7 +191,7 @@ def as_tensors(values):
 @pytest.mark.slow
 @many
 @given(like=trees, seed=seeds, data=st.data())
-def test_random_chains_are_optaxs(like, seed, data):
+def test_random_chains_match_optax(like, seed, data):
     generator = np.random.default_rng(seed)
     chosen = data.draw(st.lists(pieces(), min_size=1, max_size=4))
     ours, theirs = wrapped(data.draw, optim.chain(*[a for a, _ in chosen]), optax.chain(*[b for _, b in chosen]))
@@ -209,7 +209,7 @@ def test_random_chains_are_optaxs(like, seed, data):
                 tree.paths(updates, "updates"), tree.leaves(updates), jax.tree.leaves(their_updates), strict=True
             ):
                 np.testing.assert_allclose(got.numpy(), np.asarray(wanted), rtol=1e-10, atol=1e-12, err_msg=path)
-            # Both go on from one point, as a sign or a clipped value would turn a rounding into a step.
+            # Both continue from the same parameters, because a sign or a clip could amplify a rounding error to a step.
             params = as_tensors(jax.tree.map(np.asarray, optax.apply_updates(their_params, their_updates)))
             their_params = jax.tree.map(jnp.asarray, tree.map(lambda leaf: leaf.numpy(), params))
 
@@ -271,18 +271,18 @@ TORCH = {
 
 @pytest.fixture(autouse=True)
 def double():
-    """torch.optim keeps its counts, and what it derives from them, in the default dtype."""
+    """Float64 as the default dtype, because torch.optim stores counts and values derived from them in it."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_random_options_are_torchs(name):
+def test_random_options_match_torch_optim(name):
     @settings(max_examples=2 * CASES, deadline=None, print_blob=True)
     @given(like=trees, seed=seeds, options=st.fixed_dictionaries({}, optional=TORCH[name]))
     def check(like, seed, options):
-        if name == "Adafactor":  # torch's own divides by the number of elements
+        if name == "Adafactor":  # torch's Adafactor divides by the number of elements
             like = jax.tree.map(lambda leaf: leaf if leaf.size else np.empty(3), like)
         generator = np.random.default_rng(seed)
         tx = optim.from_torch(getattr(torch.optim, name), **options)

@@ -1,4 +1,4 @@
-"""Two modules, two optimizers and a step written by hand: it compiles, stops, saves and resumes as any other."""
+"""A GAN with two modules, two optimizers and a custom step: it compiles, stops early, saves and resumes."""
 
 import itertools
 import math
@@ -12,12 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fxtrain as fx
 from fxtrain import testing
 
-NOISE, SIZE = 16, 128  # a stream of our own, and examples in a batch
+NOISE, SIZE = 16, 128  # RNG stream of the noise, batch size
 TX = {"generator": fx.optim.adam(2e-3, b1=0.5), "discriminator": fx.optim.adam(2e-3, b1=0.5)}
 
 
 def ring(count, seed=0):
-    """Batches of points around eight places on a circle."""
+    """Returns batches of points around eight centers on a circle."""
     generator = torch.Generator().manual_seed(seed)
     angle = torch.randint(0, 8, (count, SIZE), generator=generator) * (2 * math.pi / 8)
     places = torch.stack([angle.cos(), angle.sin()], -1)
@@ -48,7 +48,7 @@ def generator_loss(model, batch):
 
 
 def moved(state, name, grads):
-    """The state with one of the two modules moved."""
+    """Returns the state after an optimizer update of one module."""
     updates, memory = TX[name].update(grads, state.opt_state[name], state.params[name])
     return state.replace(
         params={**state.params, name: fx.optim.apply_updates(state.params[name], updates)},
@@ -68,7 +68,7 @@ def gan_step(state, real):
 
 @fx.eval_step
 def measure(model, real):
-    """The energy distance between what is generated and what is real: 0 only where they are distributed alike."""
+    """The energy distance between generated and real points: 0 only for equal distributions."""
     made = model["generator"](torch.randn(real.shape[0], 4))
     spread = torch.cdist(made, made).mean() + torch.cdist(real, real).mean()
     return {"distance": 2 * torch.cdist(made, real).mean() - spread}
@@ -87,7 +87,7 @@ def run(state, steps, step=gan_step, **options):
     )
 
 
-def test_learns_the_ring_in_one_graph():
+def test_compiled_gan_learns_ring_in_one_graph():
     def stop_when_good(state, event: fx.EvalEnd):
         return state, fx.Control(stop=event.metrics["distance"] < 0.03, reason="as good as the ring")
 
@@ -104,7 +104,7 @@ def test_learns_the_ring_in_one_graph():
     assert float((made.norm(dim=-1) - 1).abs().median()) < 0.15
 
 
-def test_one_step_is_that_of_autograd():
+def test_gan_step_matches_autograd_and_torch_optim():
     state, real = start(), ring(1)[0]
     new, output = fx.Step(gan_step)(state, real)
     noise = fx.rng.normal(fx.rng.key(state.seed, stream=NOISE, step=state.step), (SIZE, 4))
@@ -121,7 +121,7 @@ def test_one_step_is_that_of_autograd():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_resumes_to_the_bit(tmp_path, compiled):
+def test_gan_resumes_bitwise(tmp_path, compiled):
     step = fx.compile(gan_step, backend="aot_eager") if compiled else gan_step
     callbacks = fx.compose(
         fx.callbacks.early_stopping("distance", patience=9), fx.when(fx.every(40), fx.callbacks.save())

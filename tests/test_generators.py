@@ -1,4 +1,4 @@
-"""Generators: seeded for a while, and then as they were."""
+"""Temporary seeds for the global generators of torch, Python and numpy, whose states are restored afterwards."""
 
 import random
 
@@ -20,7 +20,7 @@ def numpys_own():
     np.random.set_bit_generator(generator)
 
 
-def test_numbers_are_a_function_of_the_seeds():
+def test_random_samples_are_determined_by_seeds():
     found = []
     for numbers in ((1, 2), (1, 2), (2, 1)):
         with seeded(*numbers):
@@ -29,9 +29,9 @@ def test_numbers_are_a_function_of_the_seeds():
     assert all(one != other for one, other in zip(found[1], found[2], strict=True))
 
 
-@pytest.mark.parametrize("before", [0, 1, 2])  # of two normal numbers that are drawn at once, one is kept
+@pytest.mark.parametrize("before", [0, 1, 2])  # normal samples are generated in pairs, and the second is cached
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64])
-def test_generators_go_on_as_if_nothing_had_been(kind, before):
+def test_generators_continue_after_temporary_seed(kind, before):
     found = []
     for interrupted in (False, True):
         torch.manual_seed(3)
@@ -46,7 +46,7 @@ def test_generators_go_on_as_if_nothing_had_been(kind, before):
     assert found[0] == found[1]
 
 
-def test_numpys_words_are_not_read_which_takes_longer_than_all_else():
+def test_seeded_does_not_read_the_slow_numpy_state():
     class Unread(np.random.MT19937):
         @property
         def state(self):
@@ -60,7 +60,7 @@ def test_numpys_words_are_not_read_which_takes_longer_than_all_else():
         np.random.get_state()
 
 
-def test_one_in_another_leaves_it_where_it_was():
+def test_nested_seed_leaves_outer_generators_unchanged():
     with seeded(1):
         first = drawn(), drawn()
     with seeded(1):
