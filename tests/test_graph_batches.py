@@ -1,4 +1,4 @@
-"""Graphs of torch_geometric as batches: their sizes change from one to the next, and their class stays."""
+"""torch_geometric graphs as batches: they vary in size and keep their class."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def problem(loss=loss_fn, **options):
     return module, fx.init(module, TX), fx.train_step(loss, TX, **options)
 
 
-def test_a_loader_of_graphs_trains_as_a_plain_loop():
+def test_training_on_graph_loader_matches_plain_loop():
     module, state, step = problem()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     for _ in range(2):
@@ -77,7 +77,7 @@ def test_a_loader_of_graphs_trains_as_a_plain_loop():
         lambda: prefetch(loaders.DataLoader(graphs(), 4, shuffle=True), device="cpu"),
     ],
 )
-def test_graphs_are_addressed_by_position(make):
+def test_graph_batches_are_read_by_position(make):
     whole = take(make(), range(7))
     assert_same(take(make(), range(4, 7)), whole[4:])
     assert type(whole[0]).__name__ == "DataBatch"
@@ -85,7 +85,7 @@ def test_graphs_are_addressed_by_position(make):
     assert isinstance(whole[0].name, list)
 
 
-def test_an_evaluation_weights_by_the_number_of_graphs():
+def test_evaluation_weights_batches_by_number_of_graphs():
     _, state, _ = problem()
     measure = fx.eval_step(loss_fn)
     each = [float(measure(state, batch).metrics["loss"]) for batch in loaders.DataLoader(graphs(), 1)]
@@ -93,7 +93,7 @@ def test_an_evaluation_weights_by_the_number_of_graphs():
     assert found == pytest.approx(sum(each) / 10, rel=1e-5)
 
 
-def test_a_loss_may_take_a_batch_apart_and_change_it():
+def test_loss_may_split_and_modify_its_batch():
     def loss(model, data):
         data.x = data.x * 2
         parts = [loss_fn(model, geometric_data.Batch.from_data_list([part])) for part in data.to_data_list()]
@@ -108,7 +108,7 @@ def test_a_loss_may_take_a_batch_apart_and_change_it():
     assert batch.x.equal(x)
 
 
-def test_a_single_graph_is_one_batch():
+def test_single_graph_is_one_batch():
     def loss(model, data):
         return (model.conv(data.x, data.edge_index)[: data.num_nodes] * data.mask[:, None]).square().mean()
 
@@ -118,7 +118,7 @@ def test_a_single_graph_is_one_batch():
     assert fx.evaluate(state, fx.eval_step(loss), [graph])["loss"] > 0
 
 
-def test_graphs_of_several_kinds_of_nodes():
+def test_heterogeneous_graphs_train_and_are_checked():
     data = geometric_data.HeteroData()
     data["a"].x, data["b"].x = torch.ones(4, 3), torch.ones(5, 3)
     data["a", "to", "b"].edge_index = torch.tensor([[0, 1, 2], [1, 2, 3]])
@@ -136,7 +136,7 @@ def test_graphs_of_several_kinds_of_nodes():
         check(other, data)
 
 
-def test_graphs_keep_their_attributes_and_are_not_cut():
+def test_missing_attributes_and_microbatches_of_graphs_are_rejected():
     first, second = graphs(2)
     del second.edge_index
     with pytest.raises(ValueError, match=r"structure as in earlier batches, .*: batch.*edge_index.* missing"):
@@ -146,7 +146,7 @@ def test_graphs_keep_their_attributes_and_are_not_cut():
         step(state, next(iter(loaders.DataLoader(graphs(), 4))))
 
 
-def test_a_compiled_step_takes_graphs_of_many_sizes_with_dynamic():
+def test_dynamic_compiled_step_accepts_graphs_of_many_sizes():
     _, state, step = problem()
     compiled = fx.compile(step, dynamic=True, backend="aot_eager", on_recompile="error")
     data = list(loaders.DataLoader(graphs(9), 3))

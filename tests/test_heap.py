@@ -1,4 +1,4 @@
-"""What a compiled step frees on the CPU stays with the process, unless its user says otherwise."""
+"""A compiled step keeps freed CPU memory in the process, unless the user configures malloc otherwise."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50)
 
 
 def faults_a_step(**variables):
-    """How often a step had the system map a page."""
+    """Returns the number of page faults per step."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env={**environment, **variables}, capture_output=True, text=True, check=True
@@ -40,6 +40,6 @@ def faults_a_step(**variables):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_no_step_has_memory_mapped_anew_unless_the_user_chose_so():
+def test_steps_reuse_freed_pages_by_default():
     assert faults_a_step() < 50
-    assert faults_a_step(MALLOC_TRIM_THRESHOLD_="131072") > 500  # of 4 KiB: some of the step's ten megabytes
+    assert faults_a_step(MALLOC_TRIM_THRESHOLD_="131072") > 500  # pages of 4 KiB: a part of the step's 10 MB

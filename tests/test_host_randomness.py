@@ -1,4 +1,4 @@
-"""Numbers from Python's and numpy's generators in a model or a loss: a function of the seed, or refused by name."""
+"""Random samples from Python and numpy in a model or a loss: determined by the seed, or rejected with an error."""
 
 import datetime
 import functools
@@ -25,7 +25,7 @@ DRAWS = {"numpy": np.random.rand, "Python": random.random, "numpy's normal": np.
 
 
 class Drops(nn.Linear):
-    """A layer that is dropped at random, as LayerDrop does it."""
+    """A layer with a random scale, similar to LayerDrop."""
 
     def __init__(self, draw=random.random):
         super().__init__(2, 1)
@@ -45,7 +45,7 @@ def run(draw, *, seed=0, steps=3, resume_at=None):
     state, found = fx.init(Drops(draw), tx, seed=seed), []
     step = fx.train_step(loss_fn, tx, accumulate=2)
     for index in range(steps):
-        if index == resume_at:  # as a new process would
+        if index == resume_at:  # a resumed process also builds the step again
             step = fx.train_step(loss_fn, tx, accumulate=2)
         np.random.seed(index)
         random.seed(index)
@@ -68,13 +68,13 @@ def _generators():
 
 class TestUncompiled:
     @pytest.mark.parametrize("name", DRAWS)
-    def test_numbers_follow_the_seed(self, name):
+    def test_samples_are_determined_by_seed(self, name):
         draw = DRAWS[name]
         found = run(draw)
         assert run(draw) == run(draw, resume_at=1) == found
         assert run(draw, seed=1) != found
 
-    def test_numbers_differ_by_step_and_microbatch(self):
+    def test_samples_differ_by_step_and_microbatch(self):
         seen = []
 
         def draw():
@@ -82,10 +82,10 @@ class TestUncompiled:
             return seen[-1]
 
         run(draw)
-        assert len(set(seen)) == 6  # 3 steps of 2 microbatches; nothing is called twice
+        assert len(set(seen)) == 6  # 3 steps of 2 microbatches, and one sample for each
 
     @pytest.mark.parametrize("name", DRAWS)
-    def test_global_generators_are_neither_read_nor_moved(self, name):
+    def test_global_generators_are_left_unchanged(self, name):
         draw = DRAWS[name]
         state, tx = fx.init(Drops(draw)), fx.optim.sgd(0.1)
         step, evaluation = fx.train_step(loss_fn, tx), fx.eval_step(loss_fn)
@@ -99,7 +99,7 @@ class TestUncompiled:
                 fx.view(state)(torch.ones(1, 3))
         assert states() == before
 
-    def test_evaluation_and_views_follow_the_seed(self):
+    def test_samples_of_evaluation_and_views_are_determined_by_seed(self):
         state = fx.init(Drops(np.random.rand))
         evaluation, view = fx.eval_step(loss_fn), fx.view(state)
         first = evaluation(state, X).metrics["loss"]
@@ -111,7 +111,7 @@ class TestUncompiled:
         moved = state.replace(position=state.position + 1)
         assert not torch.equal(evaluation(moved, X).metrics["loss"], first)
 
-    def test_a_model_without_modules_is_seeded(self):
+    def test_samples_without_modules_are_determined_by_seed(self):
         def noisy(model, batch):
             return (model["w"] * np.random.rand()).square()
 
@@ -120,7 +120,7 @@ class TestUncompiled:
         assert float(find(state, None).loss) == float(find(state, None).loss)
 
     @pytest.mark.parametrize("name", DRAWS)
-    def test_a_draw_that_begins_at_a_later_step_follows_the_seed(self, name):
+    def test_samples_first_taken_at_a_later_step_are_determined_by_seed(self, name):
         def losses(seed_of_process):
             class Late(nn.Linear):
                 def forward(self, x):
@@ -140,7 +140,7 @@ class TestUncompiled:
 
         assert losses(1) == losses(2)
 
-    def test_what_does_not_draw_is_not_seeded_after_its_first_call(self, monkeypatch):
+    def test_step_without_samples_is_not_seeded_after_first_call(self, monkeypatch):
         tx = fx.optim.sgd(0.1)
         state, step = fx.init(nn.Linear(2, 1), tx), fx.train_step(loss_fn, tx)
         step(state, X)
@@ -152,10 +152,10 @@ class TestUncompiled:
         step(state, X)
 
 
-class TestRefused:
+class TestRejected:
     @pytest.mark.parametrize("name", ["numpy", "Python"])
     @pytest.mark.parametrize("backend", [None, "eager"])
-    def test_a_draw_in_a_compiled_step(self, name, backend):
+    def test_samples_in_compiled_step_are_rejected(self, name, backend):
         tx = fx.optim.sgd(0.1)
         wanted = {"numpy": r"numpy\.random", "Python": "Python's random module"}[name]
         before = states()
@@ -167,7 +167,7 @@ class TestRefused:
                 fx.compile(step, backend=backend)(state, X)
         assert states() == before
 
-    def test_a_draw_under_vmap_over_seeds(self):
+    def test_samples_under_vmap_over_seeds_are_rejected(self):
         tx = fx.optim.sgd(0.1)
         states = [fx.init(Drops(), tx, seed=seed) for seed in (0, 1)]
         stacked = fx.tree.map(lambda *leaves: torch.stack(leaves), *states)
@@ -179,7 +179,7 @@ class TestRefused:
         [np.random.default_rng(0), random.Random(0), np.random.RandomState(0)],
         ids=lambda generator: type(generator).__name__,
     )
-    def test_a_generator_of_its_own(self, generator):
+    def test_samples_from_private_generator_are_rejected(self, generator):
         kind = type(generator).__name__
         draw = generator.random if not isinstance(generator, np.random.RandomState) else generator.rand
         module = nn.Linear(2, 1)
@@ -205,12 +205,12 @@ class TestRefused:
                 with pytest.raises(RuntimeError, match=rf"got samples from {name} \({kind}\)"):
                     run(state, X)
 
-    def test_a_generator_of_its_own_that_is_not_used_is_fine(self):
+    def test_unused_private_generator_is_accepted(self):
         module = nn.Linear(2, 1)
         module.generator = np.random.default_rng(0)
         fx.gradients(loss_fn)(fx.init(module), X)
 
-    def test_a_view_leaves_the_generator_of_a_module(self):
+    def test_view_leaves_generator_of_module_unchanged(self):
         module = Drops()
         module.generator = np.random.default_rng(0)
         module.draw = module.generator.random
@@ -219,13 +219,13 @@ class TestRefused:
 
 
 class TestClocks:
-    """A clock that is read while a step is traced would stand still."""
+    """Clock reads are rejected in compiled steps, because tracing would turn the time into a constant."""
 
     @pytest.mark.parametrize("backend", [None, "eager"])
     @pytest.mark.parametrize(
         "read", [lambda: time.time(), lambda: time.perf_counter(), lambda: monotonic()], ids=["time", "other", "name"]
     )
-    def test_are_refused_in_a_compiled_step(self, read, backend):
+    def test_clock_read_in_compiled_step_is_rejected(self, read, backend):
         def timed(model, batch):
             return loss_fn(model, batch) * read()
 
@@ -245,7 +245,7 @@ class TestClocks:
     )
 
     @pytest.mark.parametrize("text", READS)
-    def test_and_what_the_system_draws_are_noticed(self, text):
+    def test_other_clocks_and_system_randomness_are_detected(self, text):
         names = {
             **vars(time),
             "Random": random.Random,
@@ -262,10 +262,10 @@ class TestClocks:
             read()
             assert isinstance(datetime.datetime(2020, 1, 1), datetime.datetime)
             assert time.strftime("%Y", time.gmtime(0)) == "1970"
-        assert found  # more than once where a draw is repeated
+        assert found  # possibly several reads, because some generators sample repeatedly
         assert (datetime.datetime, os.urandom, time.localtime, random.Random) == real
 
-    def test_a_generator_with_a_seed_is_no_read(self):
+    def test_seeded_generator_is_not_reported(self):
         with reads_noticed(random.Random) as found:
             first, second = random.Random(1), random.Random(x=1)
 
@@ -279,9 +279,9 @@ class TestClocks:
         assert first.random() == second.random() == Own(1).random()
         assert not found
 
-    def test_may_be_read_uncompiled_and_by_libraries(self):
+    def test_clock_reads_in_uncompiled_steps_and_libraries_are_accepted(self):
         def logs(model, batch):
-            logging.getLogger("fxtrain.test").warning("now")  # which reads the time
+            logging.getLogger("fxtrain.test").warning("now")  # logging reads the time
             return loss_fn(model, batch)
 
         tx = fx.optim.sgd(0.1)

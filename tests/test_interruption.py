@@ -1,4 +1,4 @@
-"""Whatever interrupts a run, and wherever, it changes nothing of where the run ends."""
+"""Runs interrupted by signals, errors or step limits at any event: a resume ends with the uninterrupted run's state."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ def loop_counter():
 
 
 def everything(tmp_path, **options):
-    """A run in which all kinds of requests are honoured, over two epochs and a half."""
+    """Options of a run over almost three epochs with requests of many kinds."""
     callbacks = fx.compose(
         fx.callbacks.early_stopping("loss", patience=50, restore_best=True),
         fx.callbacks.epoch_mean("loss", "mae"),
@@ -52,7 +52,7 @@ def everything(tmp_path, **options):
 
 
 def signature(events):
-    """What two runs must agree on: everything but the clock."""
+    """Returns the parts of events on which two runs must agree: everything except times."""
     told = []
     for event, control in events:
         if isinstance(event, TRAJECTORY):
@@ -63,14 +63,14 @@ def signature(events):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing interrupts, and what was told of it."""
+    """The result and the event signature of an uninterrupted run."""
     events = []
     observe = fx.observers.required(lambda state, event, control: events.append((event, control)))
     result = fit(**everything(tmp_path_factory.mktemp("whole"), observers=[observe]))
     return result, signature(events)
 
 
-def test_wherever_a_signal_comes_the_resumed_run_ends_the_same(tmp_path, whole):
+def test_run_resumed_after_signal_at_any_event_equals_whole_run(tmp_path, whole):
     result, told = whole
     for cut in range(len(told)):
         folder, seen = tmp_path / str(cut), []
@@ -87,12 +87,12 @@ def test_wherever_a_signal_comes_the_resumed_run_ends_the_same(tmp_path, whole):
         resumed = fit(**everything(folder, observers=[fx.observers.required(observe)]))
         testing.assert_equal(resumed.last, result.last, f"interrupted at moment {cut}, {told[cut][0]}")
         testing.assert_equal(resumed.state, result.state, f"harvest after an interrupt at {cut}")
-        # An evaluation that was cut short is told again from its beginning; nothing else is told twice.
+        # A resume repeats an interrupted evaluation from its first event. No other event is repeated.
         unique = [moment for moment, _ in itertools.groupby(sorted(map(repr, signature(seen))))]
         assert unique == sorted(map(repr, told))
 
 
-def test_wherever_a_callback_fails_nothing_is_lost(tmp_path, whole):
+def test_run_resumed_after_callback_error_at_any_event_equals_whole_run(tmp_path, whole):
     result, told = whole
     for cut in range(len(told)):
         folder, count = tmp_path / str(cut), itertools.count()
@@ -108,7 +108,7 @@ def test_wherever_a_callback_fails_nothing_is_lost(tmp_path, whole):
         testing.assert_equal(fit(**options).last, result.last, f"failed at moment {cut}, {told[cut][0]}")
 
 
-def test_an_epoch_of_unknown_length_ends_once_wherever_the_run_is_cut(tmp_path):
+def test_epoch_of_unknown_length_ends_once_for_every_cut(tmp_path):
     def batches():
         yield from problem.data()
 
@@ -142,7 +142,7 @@ def test_an_epoch_of_unknown_length_ends_once_wherever_the_run_is_cut(tmp_path):
     assert told(tmp_path / "end", 8)[1] == epochs[2:]
 
 
-def test_a_second_signal_ends_at_once():
+def test_second_signal_raises_keyboard_interrupt():
     def twice(state, event, control):
         if isinstance(event, fx.StepEnd):
             os.kill(os.getpid(), signal.SIGINT)
@@ -153,7 +153,7 @@ def test_a_second_signal_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_finished_run_does_nothing_when_resumed(tmp_path):
+def test_resume_of_finished_run_takes_no_step(tmp_path):
     def stop(state, event: fx.StepEnd):
         return state, fx.Control(stop=event.step == 2, reason="two")
 
@@ -164,10 +164,10 @@ def test_a_finished_run_does_nothing_when_resumed(tmp_path):
     assert [type(event).__name__ for event in fired] == ["FitBegin", "Restored", "FitEnd"]
     assert again.reason == "two"
     testing.assert_equal(again.last, first.last, "a finished run, resumed")
-    assert int(fit(first.last, steps=4).last.step) == 4  # in memory it goes on where it is asked to
+    assert int(fit(first.last, steps=4).last.step) == 4  # a run continued in memory takes the requested steps
 
 
-def test_a_save_that_waits_for_an_evaluation_stays_due(tmp_path):
+def test_save_waiting_for_interrupted_evaluation_is_made_on_resume(tmp_path):
     def interrupt(state, event, control):
         if isinstance(event, fx.EvalStep):
             os.kill(os.getpid(), signal.SIGINT)
@@ -186,7 +186,7 @@ def test_a_save_that_waits_for_an_evaluation_stays_due(tmp_path):
     assert options["checkpointer"].best() == 2
 
 
-def test_a_callback_added_at_a_resume_starts_from_the_restored_state(tmp_path):
+def test_slot_added_on_resume_starts_from_restored_state(tmp_path):
     checkpoints = fx.checkpointer(tmp_path)
     counter = traced_counter()
     first = fit(steps=2, callbacks=counter, step=problem.step(callbacks=counter), checkpointer=checkpoints)
@@ -207,7 +207,7 @@ def test_a_callback_added_at_a_resume_starts_from_the_restored_state(tmp_path):
         ({"precision": "bf16"}, "precision: .* compute unchanged, .* at the save, .* compute bfloat16, .* now"),
     ],
 )
-def test_a_resume_with_another_step_warns(tmp_path, change, warned):
+def test_resume_with_different_step_options_warns(tmp_path, change, warned):
     options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
     fit(step=problem.step(accumulate=2), steps=2, **options)
     with pytest.warns(UserWarning, match=warned):
