@@ -1,4 +1,4 @@
-"""Signals: noted, acted upon within a step where the state is whole, and never in the middle of what counts."""
+"""Signal handling: ends a run between steps, saves, leaves a compilation, and sets the exit code of the process."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ def fit(**options):
 
 
 def send(*kinds, after=fx.StepEnd, step=2):
-    """An observer that sends this process signals."""
+    """Returns an observer that sends signals to this process."""
 
     def observe(state, event, control):
         if isinstance(event, after) and event.step == step:
@@ -29,7 +29,7 @@ def send(*kinds, after=fx.StepEnd, step=2):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_was_ignored_stays_ignored(kind):
+def test_ignored_signal_does_not_end_run(kind):
     before = signal.signal(kind, signal.SIG_IGN)
     try:
         result = fit(observers=[send(kind)])
@@ -41,7 +41,7 @@ def test_a_signal_that_was_ignored_stays_ignored(kind):
 @pytest.mark.parametrize(
     ("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)]
 )
-def test_one_signal_ends_the_run_with_a_last_save(tmp_path, kind, code):
+def test_signal_ends_run_with_final_save(tmp_path, kind, code):
     checkpoints = fx.checkpointer(tmp_path)
     before = signal.getsignal(kind)
     result = fit(observers=[send(kind)], checkpointer=checkpoints)
@@ -50,19 +50,19 @@ def test_one_signal_ends_the_run_with_a_last_save(tmp_path, kind, code):
     assert signal.getsignal(kind) is before
 
 
-def test_asked_to_end_twice_it_still_saves(tmp_path):
+def test_repeated_termination_signals_keep_final_save(tmp_path):
     checkpoints = fx.checkpointer(tmp_path)
     result = fit(observers=[send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM)], checkpointer=checkpoints)
     assert result.reason == "interrupted by SIGUSR1"
     assert checkpoints.steps() == [2]
 
 
-def test_ctrl_c_after_another_signal_ends_at_once():
+def test_ctrl_c_after_another_signal_raises_keyboard_interrupt():
     with pytest.raises(KeyboardInterrupt):
         fit(observers=[send(signal.SIGTERM, signal.SIGINT)])
 
 
-def test_a_signal_that_the_program_handles_is_left_to_it(tmp_path):
+def test_signal_with_user_handler_does_not_end_run(tmp_path):
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     try:
@@ -74,35 +74,35 @@ def test_a_signal_that_the_program_handles_is_left_to_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
-def test_no_session_begins_after_the_process_was_asked_to_end(kind, caplog):
+def test_no_session_starts_after_termination_signal(kind, caplog):
     assert fit(observers=[send(kind)]).exit_code == 128 + kind
     started = []
     with pytest.raises(SystemExit) as ended:
         fit(observers=[lambda state, event, control: started.append(event)])
     assert (ended.value.code, started) == (128 + kind, [])
     assert f"received {kind.name} in an earlier session" in caplog.text
-    assert fit().exit_code == 0  # delivered once, as the signal itself would be
+    assert fit().exit_code == 0  # SystemExit is raised once per signal
 
 
-def test_steps_does_not_begin_after_the_process_was_asked_to_end():
+def test_steps_does_not_start_after_termination_signal():
     fit(observers=[send(signal.SIGTERM)])
     with pytest.raises(SystemExit):
         fx.steps(problem.start(), problem.step(), problem.data(), steps=6)
 
 
-def test_a_signal_in_the_last_moment_is_in_the_exit_code_and_kept_for_the_next_session():
+def test_signal_at_fit_end_sets_exit_code_and_ends_next_session():
     result = fit(observers=[send(signal.SIGTERM, after=fx.FitEnd, step=6)])
     assert (result.exit_code, result.reason) == (128 + signal.SIGTERM, "reached 6 steps")
     with pytest.raises(SystemExit, match="143"):
         fit()
 
 
-def test_ctrl_c_ends_one_session_and_the_next_begins():
+def test_session_after_ctrl_c_starts():
     assert fit(observers=[send(signal.SIGINT)]).exit_code == 130
     assert fit().exit_code == 0
 
 
-def test_the_programs_own_handler_is_called_once_the_run_is_saved(tmp_path):
+def test_user_handler_is_called_after_final_save(tmp_path):
     checkpoints, heard = fx.checkpointer(tmp_path), []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append((number, checkpoints.steps())))
     try:
@@ -113,7 +113,7 @@ def test_the_programs_own_handler_is_called_once_the_run_is_saved(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_ends_a_run_inside_a_run_and_the_outer_one():
+def test_signal_ends_nested_and_outer_run():
     def inner(state, event: fx.StepEnd, control):
         if event.step == 1:
             assert fit(observers=[send(signal.SIGTERM, step=3)]).reason == "interrupted by SIGTERM"
@@ -125,7 +125,7 @@ def test_a_signal_ends_a_run_inside_a_run_and_the_outer_one():
 
 
 class Slow:
-    """A compiler that a signal comes to, and that would take for ever."""
+    """A slow compiler that sends SIGTERM to this process while it compiles."""
 
     def __init__(self, calls=0):
         self.finished, self.calls = False, calls
@@ -135,13 +135,13 @@ class Slow:
             self.calls -= 1
             return graph
         os.kill(os.getpid(), signal.SIGTERM)
-        for _ in range(1000):  # the handler runs in between
+        for _ in range(1000):  # Python runs the handler between bytecodes
             pass
         self.finished = True
         return graph
 
 
-def test_a_compilation_is_left_at_once_and_the_state_before_it_saved(tmp_path, own_handler):
+def test_signal_during_compilation_saves_state_before_the_step(tmp_path, own_handler):
     torch._dynamo.reset()
     slow = Slow()
     checkpoints = fx.checkpointer(tmp_path)
@@ -155,7 +155,7 @@ def test_a_compilation_is_left_at_once_and_the_state_before_it_saved(tmp_path, o
     testing.assert_equal(resumed.last, whole.last, "resumed after a compilation was left")
 
 
-def test_the_compilation_of_an_evaluation_too_and_it_stays_due(tmp_path, own_handler):
+def test_signal_during_compilation_of_evaluation_keeps_it_due(tmp_path, own_handler):
     torch._dynamo.reset()
     slow = Slow()
     options = {
@@ -176,7 +176,7 @@ def test_the_compilation_of_an_evaluation_too_and_it_stays_due(tmp_path, own_han
     assert [step for kind, step in seen if kind == "EvalEnd"] == [2, 4, 6]
 
 
-def test_compiling_elsewhere_is_none_of_its_business():
+def test_signal_does_not_interrupt_compilation_in_observer():
     torch._dynamo.reset()
     slow = Slow()
     compiled = torch.compile(lambda x: x + 1, backend=slow)
@@ -218,7 +218,7 @@ sys.exit(result.exit_code)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["", "inductor"])
-def test_torchs_own_compiler_is_left(tmp_path, backend):
+def test_signal_interrupts_inductor_compilation(tmp_path, backend):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), backend]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "compiling\n"

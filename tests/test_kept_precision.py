@@ -1,4 +1,4 @@
-"""Models that break a precision policy: errors that name the module, and modules kept in float32."""
+"""Modules incompatible with a precision policy: errors that name the module, and the option to keep it in float32."""
 
 import copy
 
@@ -16,7 +16,7 @@ X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
 
 class Writes(nn.Module):
-    """Writes what a product gives, in the dtype of the policy, into a float32 tensor."""
+    """Writes the result of a matmul, in the policy's compute dtype, into a float32 tensor."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ def start(model, *, dtype=None, **options):
 class TestErrors:
     @pytest.mark.parametrize("differentiate", ["auto", "func", "autograd"])
     @pytest.mark.parametrize("make", [fx.gradients, fx.eval_step])
-    def test_module_line_dtypes_and_remedy_are_named(self, make, differentiate):
+    def test_error_names_module_line_dtypes_and_remedy(self, make, differentiate):
         options = {"differentiate": differentiate} if make is fx.gradients else {}
         call = make(loss_fn, precision="bf16", **options)
         with pytest.raises(RuntimeError) as caught:
@@ -70,21 +70,21 @@ class TestErrors:
         assert "test_kept_precision.py:" in text
         assert text.endswith("precision=fxtrain.Policy(compute=torch.bfloat16, keep=('1',)).")
 
-    def test_modules_of_a_tree_are_named_by_their_keys(self):
+    def test_error_names_module_in_tree_by_key(self):
         call = fx.gradients(lambda model, batch: loss_fn(model["body"], batch), precision="bf16")
         with pytest.raises(RuntimeError, match=r"expected the module 'body\.1' \(Writes\)"):
             call(fx.init({"head": nn.Linear(1, 1), "body": seeded(Writes)}), X)
 
-    def test_parameters_in_half_precision(self):
+    def test_error_for_half_precision_parameters_names_module(self):
         state, step = start(seeded(Widens), dtype=HALF, **PURE)
         with pytest.raises(RuntimeError, match=r"module '1\.inner' \(Linear\) .* float32 and bfloat16 .*'1\.inner',"):
             step(state, X.to(HALF))
 
-    def test_without_a_policy_the_batch_is_to_be_cast(self):
+    def test_error_without_policy_suggests_casting_the_batch(self):
         with pytest.raises(RuntimeError, match=r"module '0' \(Linear\) .*float64 and float32 .* Cast the batch"):
             fx.gradients(loss_fn)(fx.init(seeded()), X.double())
 
-    def test_other_errors_are_left_as_they_are(self):
+    def test_unrelated_errors_are_raised_unchanged(self):
         with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied"):
             fx.gradients(loss_fn, precision="bf16")(fx.init(seeded()), X[:, :2])
 
@@ -104,7 +104,7 @@ class TestKeep:
         assert float(new.buffers["1.calls"]) == 1.0
         assert new.buffers["1.calls"].dtype == HALF
 
-    def test_parameters_in_half_precision(self):
+    def test_kept_modules_see_float32_copies_of_half_precision_parameters(self):
         seen = []
 
         class Looks(Widens):
@@ -121,7 +121,7 @@ class TestKeep:
         assert not torch.equal(new.params["3.bias"], state.params["3.bias"])
 
     @pytest.mark.parametrize("options", [{"compute": HALF}, PURE], ids=["autocast", "pure"])
-    def test_compiled_and_vmapped_it_is_the_same(self, options):
+    def test_compiled_and_vmapped_steps_keep_modules_in_float32(self, options):
         dtype = options.get("param")
         state, step = start(seeded(Widens), dtype=dtype, keep="1", **options)
         batch = X.to(dtype or torch.float32)
@@ -130,29 +130,29 @@ class TestKeep:
             torch.compile(step, fullgraph=True, backend="eager"),
             fx.compile(step, backend="eager"),
         ):
-            for _ in range(2):  # what Dynamo leaves on the module does not matter to the next call
+            for _ in range(2):  # attributes that Dynamo sets on the module must not affect the second call
                 got = compiled(copy.deepcopy(state), batch)
                 torch.testing.assert_close(tree.leaves(got), tree.leaves(want))
         got = step(state, batch)
         torch.testing.assert_close(tree.leaves(got), tree.leaves(want), rtol=0, atol=0)
         got = torch.vmap(step, (None, 0))(state, batch[None])
         one = tree.map(lambda leaf: leaf[0], got[0].params)
-        torch.testing.assert_close(one, want[0].params, rtol=0.02, atol=2e-3)  # sums in bfloat16 in another order
+        torch.testing.assert_close(one, want[0].params, rtol=0.02, atol=2e-3)  # bfloat16 sums depend on their order
 
-    def test_patterns_that_match_nothing_are_refused(self):
+    def test_keep_pattern_without_match_is_rejected(self):
         state, step = start(seeded(Widens), compute=HALF, keep="*.wo")
         with pytest.raises(
             ValueError, match=r"expected '\*\.wo' to match a module, got no match among 0, 1, 1\.inner, 2"
         ):
             step(state, X)
 
-    def test_policy_says_what_it_keeps(self):
+    def test_policy_description_lists_kept_modules(self):
         assert fx.Policy(keep="a").keep == ("a",)
         assert fx.Policy(keep=["a", "b"]).described.endswith(", a b in float32")
         assert hash(fx.Policy(keep=["a"])) == hash(fx.Policy(keep="a"))
 
 
-def test_models_of_bfloat16_train_as_in_a_plain_loop():
+def test_bfloat16_model_matches_plain_loop():
     batches = [(X * scale).to(HALF) for scale in (1.0, 0.5, 2.0)]
     model = seeded(nn.Tanh, lambda: nn.LayerNorm(4)).to(HALF)
     state, step = fx.init(model, TX), fx.train_step(loss_fn, TX)
@@ -166,7 +166,7 @@ def test_models_of_bfloat16_train_as_in_a_plain_loop():
         torch.testing.assert_close(found.loss, loss.detach(), rtol=0, atol=0)
         torch.testing.assert_close(found.grads, {n: p.grad for n, p in model.named_parameters()}, rtol=0, atol=0)
         optimizer.step()
-    # torch.optim rounds a parameter's update once, and a chain of transformations its product too.
+    # torch.optim rounds each update once. A chain of transformations also rounds the scaled gradient.
     torch.testing.assert_close(state.params, {n: p.detach() for n, p in model.named_parameters()}, rtol=0.01, atol=2e-3)
 
 
@@ -179,7 +179,7 @@ def test_models_of_bfloat16_train_as_in_a_plain_loop():
         lambda x: torch.layer_norm(input=x, normalized_shape=(4,)),
     ],
 )
-def test_keyword_inputs_of_norms_are_cast_too(softmax):
+def test_keyword_inputs_of_softmax_and_norms_are_cast(softmax):
     dtypes = []
 
     def measure(model, batch):

@@ -1,4 +1,4 @@
-"""The layout is the theory: imports point down only, and importing fxtrain costs what torch costs."""
+"""The package layout: imports only from lower layers, short documented files, and a fast import of fxtrain."""
 
 import ast
 import os
@@ -61,13 +61,13 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
+def test_module_imports_only_lower_layers(path):
     here = room(path)
     for there in imports(path):
         assert there == here or RANK[there] < RANK[here], f"{here} (layer {RANK[here]}) imports {there}"
 
 
-def test_every_file_has_its_room_and_is_one_idea():
+def test_every_file_has_a_layer_a_docstring_and_at_most_500_lines():
     assert {room(path) for path in FILES} == set(RANK)
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 500, f"{path.name} is past 500 lines"
@@ -75,14 +75,14 @@ def test_every_file_has_its_room_and_is_one_idea():
 
 
 def run(code):
-    # As installed packages are: with their bytecode cached, which some environments forbid.
+    # Installed packages have cached bytecode, but some environments disable writing it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     ).stdout
 
 
-def test_importing_loads_nothing_heavy():
+def test_import_loads_no_heavy_dependency():
     loaded = run("import sys, fxtrain; print(*sorted({name.split('.')[0] for name in sys.modules}))")
     assert not set(HEAVY) & set(loaded.split())
 
@@ -98,22 +98,22 @@ print(between - began, time.perf_counter() - between)
 
 
 @pytest.mark.slow
-def test_importing_costs_at_most_a_tenth_over_torch():
-    run("import fxtrain")  # the first warms the file cache
+def test_import_takes_at_most_a_tenth_of_torch_import():
+    run("import fxtrain")  # warms up the file cache
     alone: list[float] = []
     ours: list[float] = []
     for _ in range(10):
         first, second = map(float, run(TIMED).split())
         alone.append(first)
         ours.append(second)
-        # The fastest of each: what else the machine does, to caches and clocks say, only adds.
+        # Minima are compared, because other load on the machine only adds time.
         if len(ours) >= 3 and min(ours) <= 0.10 * min(alone):
             return
     pytest.fail(f"{min(ours) / min(alone):.3f} of the import of torch")
 
 
-def test_modules_of_packages_are_private():
-    # A public one would be hidden by a function of its name: the package is the door to both.
+def test_modules_in_packages_are_private():
+    # A function exported under the same name would shadow a public module.
     assert not list(ROOT.glob("*/[!_]*.py"))
     for name in {room(path) for path in FILES}:
         assert isinstance(getattr(fxtrain, name, fxtrain), types.ModuleType), f"fxtrain.{name} is no module"

@@ -1,4 +1,4 @@
-"""Weights of other programs: names, shapes and dtypes that differ are skipped, renamed or cast only by choice."""
+"""load_state_dict with weights of other programs: renaming, skipping and casting are explicit options."""
 
 import re
 import warnings
@@ -75,7 +75,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
-def test_every_kind_of_module_comes_back(make):
+def test_every_kind_of_module_round_trips(make):
     torch.manual_seed(0)
     one, other = fx.init(make()), fx.init(make())
     weights = fx.state_dict(one)
@@ -83,7 +83,7 @@ def test_every_kind_of_module_comes_back(make):
     testing.assert_equal(fx.state_dict(loaded), weights, "the weights")
 
 
-def test_deprecated_weight_norm_trains_as_in_a_plain_loop():
+def test_deprecated_weight_norm_matches_plain_loop():
     torch.manual_seed(0)
     module = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.randn(8, 3).double()
@@ -99,7 +99,7 @@ def test_deprecated_weight_norm_trains_as_in_a_plain_loop():
         torch.testing.assert_close(state.params[name], value.detach(), rtol=0, atol=1e-12)
 
 
-def test_weight_norm_of_older_versions_is_taken_by_the_parametrization():
+def test_deprecated_weight_norm_loads_into_parametrization():
     torch.manual_seed(0)
     old, new = nn.utils.weight_norm(nn.Linear(3, 2)), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
     state = fx.load_state_dict(fx.init(new), old.state_dict())
@@ -122,7 +122,7 @@ def test_weight_norm_of_older_versions_is_taken_by_the_parametrization():
     ],
     ids=["DDP", "compiled", "DDP of compiled", "compiled parts"],
 )
-def test_error_proposes_the_renaming_that_fits(wrap, code):
+def test_error_proposes_matching_rename(wrap, code):
     module = Net()
     given = wrap(module.state_dict())
     state = fx.init(Net())
@@ -133,7 +133,7 @@ def test_error_proposes_the_renaming_that_fits(wrap, code):
     testing.assert_equal(loaded.params, fx.init(module).params, "the parameters")
 
 
-def test_weights_of_a_submodule_and_of_an_outer_module():
+def test_weights_of_submodule_and_outer_module_load_with_rename():
     torch.manual_seed(0)
     module = Net()
     message = refused("no name matches", fx.init(Net()), module.body.state_dict())
@@ -148,7 +148,7 @@ def test_weights_of_a_submodule_and_of_an_outer_module():
     assert torch.equal(loaded.params["0.weight"], module.body[0].weight)
 
 
-def test_rename_is_checked():
+def test_invalid_rename_is_rejected():
     state, given = fx.init(nn.Linear(2, 1)), nn.Linear(2, 1).state_dict()
     refused(
         r"prefixes of names in the state dict, got 'modul\.'\. The names are weight, bias",
@@ -159,7 +159,7 @@ def test_rename_is_checked():
     refused("got 'weight' for each of weight, bias", state, given, rename=lambda name: "weight")
 
 
-def test_report_has_full_lists():
+def test_report_lists_all_names():
     torch.manual_seed(0)
     module = Net(classes=5)
     given = {**module.state_dict(), **{f"more.{i}": torch.ones(1) for i in range(9)}}
@@ -176,13 +176,13 @@ def test_report_has_full_lists():
     testing.assert_equal(found.state.params["head.weight"], state.params["head.weight"], "the head")
 
 
-def test_unexpected_names_are_those_of_the_state_dict():
+def test_unexpected_names_are_reported_before_renaming():
     given = {**prefixed("module.", nn.Linear(2, 1).state_dict()), "module.more": torch.ones(1)}
     found = fx.load_state_dict(fx.init(nn.Linear(2, 1)), given, rename={"module.": ""}, strict=False, report=True)
     assert found.unexpected == ["module.more"]
 
 
-def test_changed_head_is_skipped_by_choice():
+def test_mismatched_shapes_are_skipped_only_on_request():
     module, state = Net(classes=5), fx.init(Net())
     message = refused(r"head\.weight: expected \[3, 4\], got \[5, 4\]", state, module.state_dict())
     assert "Pass ignore_mismatched_sizes=True" in message
@@ -192,7 +192,7 @@ def test_changed_head_is_skipped_by_choice():
     assert torch.equal(loaded.params["body.0.weight"], module.body[0].weight)
 
 
-def test_where_restricts_what_is_loaded_and_compared():
+def test_where_restricts_loading_and_checks():
     torch.manual_seed(0)
     module, state = Net(classes=5), fx.init(Net())
     with warnings.catch_warnings():
@@ -207,7 +207,7 @@ def test_where_restricts_what_is_loaded_and_compared():
     refused(r"unexpected \(1\): body\.more", state, {**module.state_dict(), "body.more": torch.ones(1)}, where="body.*")
 
 
-def test_dtypes_are_cast_by_choice():
+def test_dtypes_are_cast_only_on_request():
     torch.manual_seed(0)
     module = Net().double()
     refused(r"head\.bias: expected float32, got float64\n(.*\n)*Pass cast=True", fx.init(Net()), module.state_dict())
@@ -216,7 +216,7 @@ def test_dtypes_are_cast_by_choice():
     assert torch.equal(found.state.params["head.bias"], module.head.bias.float())
 
 
-def test_casts_that_lose_more_than_precision_are_refused():
+def test_casts_that_change_values_are_rejected():
     state = fx.init({"real": torch.ones(2), "small": torch.ones(2, dtype=torch.uint8)})
     good = fx.state_dict(state)
     refused(
@@ -234,31 +234,31 @@ def test_casts_that_lose_more_than_precision_are_refused():
 
 
 class TestTies:
-    def test_one_name_is_enough(self):
+    def test_one_name_loads_all_tied_names(self):
         weight = torch.randn(5, 3)
         for name in ("embed.weight", "head.weight"):
             found = fx.load_state_dict(fx.init(TiedNet()), {name: weight}, report=True)
             assert found.loaded == ["embed.weight", "head.weight"]
             assert torch.equal(found.state.params["embed.weight"], weight)
 
-    def test_different_values_are_refused(self):
+    def test_different_values_for_tied_names_are_rejected(self):
         state = fx.init(TiedNet())
         given = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
         refused(r"equal values for embed\.weight and head\.weight, which the model ties", state, given)
         loaded = fx.load_state_dict(state, given, rename={"head.": None})
         assert not loaded.params["embed.weight"].any()
 
-    def test_equal_values_with_nan_are_taken(self):
+    def test_equal_tied_values_with_nan_are_accepted(self):
         weight = torch.full((5, 3), torch.nan)
         loaded = fx.load_state_dict(fx.init(TiedNet()), {"embed.weight": weight, "head.weight": weight.clone()})
         assert loaded.params["embed.weight"].isnan().all()
 
-    def test_skipped_shape_of_a_tied_tensor_is_listed_once(self):
+    def test_mismatched_tied_tensor_is_reported_once(self):
         given = {"head.weight": torch.zeros(7, 3)}
         found = fx.load_state_dict(fx.init(TiedNet()), given, ignore_mismatched_sizes=True, report=True)
         assert (found.loaded, found.missing, list(found.mismatched)) == ([], [], ["head.weight"])
 
-    def test_ties_between_modules(self):
+    def test_ties_between_modules_are_loaded(self):
         one, other = nn.Linear(2, 3), nn.Linear(2, 3)
         other.weight = one.weight
         state = fx.init({"a": one, "b": other})
@@ -267,7 +267,7 @@ class TestTies:
         testing.assert_equal(fx.state_dict(loaded)["b"]["weight"], torch.ones(3, 2), "the tied weight")
 
 
-def test_a_tree_takes_names_with_paths():
+def test_tree_accepts_flat_names_with_paths():
     torch.manual_seed(0)
     modules = {"g": Net(), "d": [nn.Linear(2, 3), torch.ones(2)]}
     weights = fx.state_dict(fx.init(modules))
@@ -280,7 +280,7 @@ def test_a_tree_takes_names_with_paths():
     refused(r"unexpected \(1\): d\.2", fx.init(modules), {**weights, "d": [*weights["d"], torch.ones(1)]})
 
 
-def test_extra_state_that_a_state_does_not_hold_is_refused():
+def test_different_extra_state_is_rejected():
     class Extra(nn.Linear):
         version = 1
 
@@ -299,7 +299,7 @@ def test_extra_state_that_a_state_does_not_hold_is_refused():
     )
 
 
-def test_part_is_a_submodule_or_an_entry():
+def test_part_selects_submodule_or_tree_entry():
     torch.manual_seed(0)
     module, body = Net(), Net().body
     found = fx.load_state_dict(fx.init(module), body.state_dict(), part="body", report=True)
@@ -316,7 +316,7 @@ def test_part_is_a_submodule_or_an_entry():
     assert "Pass rename={'module.': ''}, with which all names match." in message
 
 
-def test_nested_state_dict_is_found_by_its_name():
+def test_error_for_nested_state_dict_lists_its_name():
     given = {"epoch": 3, "state_dict": nn.Linear(2, 1).state_dict()}
     message = refused("no name matches", fx.init(nn.Linear(2, 1)), given)
     assert re.search(r"unexpected \(2\): epoch, state_dict", message)

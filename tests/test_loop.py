@@ -1,4 +1,4 @@
-"""The loop: its order, what it honours and when."""
+"""The training loop: order of events, ownership of the state, requests, observers and errors."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ def kinds(moments):
 
 
 class TestOrder:
-    def test_is_exactly_this(self, tmp_path):
+    def test_events_fire_in_documented_order(self, tmp_path):
         fired = []
 
         def traced(state, event: fx.Microbatch | fx.Gradients | fx.Updated):
@@ -61,7 +61,7 @@ class TestOrder:
         ]
         assert result.reason == "loss has not improved for 2 evaluations"
 
-    def test_the_table_in_the_documentation_names_every_event(self):
+    def test_loop_docstring_lists_every_event(self):
         from fxtrain import loop
 
         for kind in EVENTS:
@@ -89,7 +89,7 @@ class TestOrder:
         fit(step=step, callbacks=[traced], observers=[recorder([]), observe], resume=True, **options)
         assert set(seen) == set(EVENTS)
 
-    def test_a_step_has_one_number(self):
+    def test_all_events_of_a_step_have_the_same_step_number(self):
         numbers = {}
 
         def note(state, event: fx.StepBegin | fx.Gradients | fx.Updated | fx.StepEnd):
@@ -101,14 +101,14 @@ class TestOrder:
 
 
 class TestOwnership:
-    def test_the_given_state_stays_and_a_cell_runs_twice(self):
+    def test_fit_leaves_given_state_unchanged(self):
         state = problem.start()
         before = state.copy()
         first, second = fit(state), fit(state)
         testing.assert_equal(state, before, "the state given to fit")
         testing.assert_equal(first.last, second.last, "the second run")
 
-    def test_steps_is_driven_by_hand(self):
+    def test_steps_yields_all_events_and_can_be_left_early(self):
         moments = fx.steps(problem.start(), problem.step(), problem.data(), epochs=1)
         assert kinds(moments) == ["FitBegin", "EpochBegin", *["StepBegin", "StepEnd"] * 3, "EpochEnd", "FitEnd"]
         losses = []
@@ -121,19 +121,19 @@ class TestOwnership:
         assert len(losses) == 2
         assert int(state.step) == 2
 
-    def test_a_result_continues_to_where_one_run_ends(self):
+    def test_continued_run_equals_single_run(self):
         whole = fit(steps=6)
         part = fit(fit(steps=2).last, steps=6)
         testing.assert_equal(part.last, whole.last, "two runs in a row")
 
-    def test_the_global_generator_is_neither_read_nor_moved(self):
+    def test_global_generator_is_not_used(self):
         before = torch.random.get_rng_state()
         first = fit()
         assert torch.equal(before, torch.random.get_rng_state())
         torch.manual_seed(99)
         testing.assert_equal(fit().last, first.last, "another global seed")
 
-    def test_callbacks_come_go_and_move_between_two_fits(self):
+    def test_slots_persist_if_callbacks_change_between_runs(self):
         def counter(name):
             return fx.stateful(
                 name, lambda state: torch.tensor(0), lambda state, event, memory: (memory + 1, fx.Control())
@@ -145,18 +145,18 @@ class TestOwnership:
 
 
 class TestRequests:
-    def test_a_save_holds_what_stands_after_the_fold(self, tmp_path):
+    def test_save_contains_updates_of_later_callbacks(self, tmp_path):
         def late(state, event: fx.StepEnd, memory):
             return memory + event.step, fx.Control()
 
         late = fx.stateful("late", lambda state: torch.tensor(0), late)
         checkpoints = fx.checkpointer(tmp_path, keep=None)
-        callbacks = [fx.when(fx.every(2), fx.callbacks.save()), late]  # the save is asked for before the update
+        callbacks = [fx.when(fx.every(2), fx.callbacks.save()), late]  # the save request precedes the update
         result = fit(callbacks=callbacks, checkpointer=checkpoints, steps=5)
         for step in (2, 4, 5):
             assert int(checkpoints.restore(result.last, step=step).slots["late"]) == sum(range(step + 1))
 
-    def test_a_save_waits_for_the_evaluation_of_its_step(self, tmp_path):
+    def test_save_contains_metrics_of_evaluation_at_same_step(self, tmp_path):
         saved = []
         fit(
             callbacks=fx.when(fx.every(2), fx.callbacks.save()),
@@ -173,7 +173,7 @@ class TestRequests:
         ]
 
     @pytest.mark.parametrize("unsaved", [False, True])
-    def test_a_stop_ends_the_run_with_or_without_a_last_save(self, tmp_path, unsaved):
+    def test_stop_ends_run_with_or_without_final_save(self, tmp_path, unsaved):
         def stop(state, event: fx.StepEnd):
             return state, fx.Control(stop=event.metrics["loss"] < 9, reason="low enough", final_save=not unsaved)
 
@@ -183,7 +183,7 @@ class TestRequests:
         assert int(result.last.step) == 1
         assert checkpoints.steps() == ([] if unsaved else [1])
 
-    def test_a_later_callback_cannot_clear_a_stop(self):
+    def test_later_callback_cannot_clear_stop(self):
         def stop(state, event: fx.StepEnd):
             return state, fx.Control(stop=True, reason="first")
 
@@ -192,7 +192,7 @@ class TestRequests:
 
         assert fit(callbacks=[stop, objects]).reason == "first"
 
-    def test_a_skipped_batch_moves_the_data_and_not_the_step(self):
+    def test_skipped_batch_advances_position_but_not_step(self):
         def skip(state, event: fx.StepBegin):
             return state, fx.Control(skip_batch=event.position in (1, 3))
 
@@ -201,7 +201,7 @@ class TestRequests:
         assert (int(result.last.step), int(result.last.position)) == (3, 5)
         assert [e.position for e in steps if isinstance(e, fx.StepEnd)] == [1, 3, 5]
 
-    def test_an_epoch_can_be_ended_early(self):
+    def test_end_epoch_ends_epoch_early(self):
         def end(state, event: fx.StepEnd):
             return state, fx.Control(end_epoch=event.step == 1)
 
@@ -211,14 +211,14 @@ class TestRequests:
         assert ends == [(1, 1.0), (4, 2.0)]
         assert int(result.last.step) == 4
 
-    def test_before_a_step_a_stop_takes_no_step(self):
+    def test_stop_at_step_begin_prevents_the_step(self):
         def stop(state, event: fx.StepBegin):
             return state, fx.Control(stop=event.step == 3, reason="enough")
 
         result = fit(callbacks=stop)
         assert (int(result.last.step), int(result.last.position)) == (2, 2)
 
-    def test_a_traced_stop_is_a_fixed_point_so_reading_it_late_changes_nothing(self):
+    def test_traced_stop_read_one_step_late_gives_same_state(self):
         def stop(state, event: fx.Updated, memory):
             return memory + 1, fx.Control(stop=event.step == 3, reason="three")
 
@@ -235,7 +235,7 @@ class TestRequests:
         assert int(late.last.step) == 3
         testing.assert_equal(late.last, at_once.last, "flags read one step late")
 
-    def test_a_stop_of_the_loop_may_be_read_late_too(self):
+    def test_loop_stop_read_one_step_late_gives_same_state(self):
         def stop(state, event: fx.StepEnd):
             return state, fx.Control(stop=event.metrics["loss"] < 9, reason="low")
 
@@ -245,8 +245,8 @@ class TestRequests:
 
     @pytest.mark.parametrize("where", ["inside", "StepEnd", "StepBegin", "EvalEnd", "EpochEnd"])
     @pytest.mark.parametrize("request_", ["none", "skip_batch", "end_epoch", "evaluate", "save", "rewind", "stop"])
-    def test_what_is_requested_after_an_unread_stop_changes_nothing(self, tmp_path, where, request_):
-        stopped = torch.tensor(True)  # a tensor, as a flag on a device
+    def test_requests_after_unread_stop_are_ignored(self, tmp_path, where, request_):
+        stopped = torch.tensor(True)  # a tensor is read late, as a flag on a device is
 
         def stop(state, event, memory):
             asked = fx.Control(stop=stopped & (event.step == 3), reason="three")
@@ -278,17 +278,17 @@ class TestRequests:
         assert at_once.reason == late.reason == "three"
         testing.assert_equal(late.last, at_once.last, "flags read one step late")
 
-    def test_saving_without_a_checkpointer_says_so(self):
+    def test_save_without_checkpointer_warns(self):
         with pytest.warns(UserWarning, match="expected a checkpointer .*, so nothing is saved"):
             fit(callbacks=fx.callbacks.save(), steps=1)
 
-    def test_evaluating_without_the_means_is_an_error(self):
+    def test_evaluation_request_without_eval_step_is_rejected(self):
         with pytest.raises(ValueError, match="expected eval_step and eval_data for an evaluation requested"):
             fit(callbacks=fx.callbacks.evaluate())
 
 
 class TestObservers:
-    def test_one_that_fails_is_reported_and_dropped(self):
+    def test_failing_observer_is_reported_and_dropped(self):
         calls = []
 
         def broken(state, event, control):
@@ -300,14 +300,14 @@ class TestObservers:
         assert len(calls) == 1
         assert int(result.last.step) == 6
 
-    def test_a_required_one_ends_the_run(self):
+    def test_failing_required_observer_ends_run(self):
         def broken(state, event, control):
             raise OSError("the disk is gone")
 
         with pytest.raises(OSError, match="the disk is gone"):
             fit(observers=[fx.observers.required(broken)])
 
-    def test_sees_numbers_and_only_what_is_published(self):
+    def test_observer_receives_published_scalars_only(self):
         def logs(state, event: fx.StepEnd):
             even = torch.tensor(event.step % 2 == 0)
             return state, fx.Control(log={"even": fx.Logged(torch.tensor(float(event.step)), when=even)})
@@ -320,7 +320,7 @@ class TestObservers:
         fit(callbacks=logs, observers=[observe], steps=2)
         assert seen == [(1, float, {}), (2, float, {"even": 2.0})]
 
-    def test_is_closed_after_an_error_too(self):
+    def test_observer_is_closed_after_error(self):
         closed = []
 
         class Closing:
@@ -354,36 +354,36 @@ class TestErrors:
             ),
         ],
     )
-    def test_come_before_the_first_step(self, options, message):
+    def test_invalid_arguments_are_rejected_before_first_step(self, options, message):
         with pytest.raises(ValueError, match=message):
             fit(**options)
 
-    def test_a_step_that_does_not_fire_what_is_subscribed_to(self):
+    def test_step_without_subscribed_events_is_rejected(self):
         def plain_step(state, batch):
             return state, fx.StepOutput({})
 
         with pytest.raises(ValueError, match="fires Gradients for nan_guard, got one that fires none"):
             fit(step=plain_step, callbacks=fx.callbacks.nan_guard())
 
-    def test_a_traced_callback_with_a_part_in_the_loop_needs_both(self):
+    def test_traced_callback_with_loop_events_is_required_in_fit(self):
         with pytest.raises(ValueError, match=r"expected epoch_mean in the callbacks of fit, because .* EpochEnd"):
             fit(step=problem.step(callbacks=fx.callbacks.epoch_mean()))
 
     @pytest.mark.parametrize(
         "option", [{"keep": 0}, {"keep_every": 0}, {"keep_every": 1.5}, {"rewind_limit": -1}, {"lag": 2}], ids=str
     )
-    def test_an_option_out_of_its_range(self, option):
+    def test_option_out_of_range_is_rejected(self, option):
         (name,) = option
         with pytest.raises((TypeError, ValueError), match=name):
             fit(**option)
 
-    def test_data_that_ends_too_soon(self):
+    def test_data_with_too_few_batches_is_rejected(self):
         with pytest.raises(ValueError, match="expected data for 6 steps, got 3 batches"):
             fx.fit(problem.start(), problem.step(), iter(problem.data()), steps=6)
         with pytest.raises(ValueError, match="data is empty"):
             fx.fit(problem.start(), problem.step(), iter([]), steps=6)
 
-    def test_a_nested_evaluation(self):
+    def test_evaluation_request_at_eval_end_is_rejected(self):
         with pytest.raises(ValueError, match="expected requests that are possible at EvalEnd, got evaluate"):
             fit(
                 callbacks=fx.on(fx.EvalEnd, fx.callbacks.evaluate()),
@@ -392,7 +392,7 @@ class TestErrors:
             )
 
 
-def test_evaluate_averages_by_the_size_of_each_batch():
+def test_evaluate_weights_batches_by_size():
     mean = fx.eval_step(lambda model, batch: {"mean": batch.mean()})
     state = fx.init(torch.nn.ReLU())
     batches = [torch.zeros(6, 2), torch.full((2, 2), 4.0)]
@@ -401,13 +401,13 @@ def test_evaluate_averages_by_the_size_of_each_batch():
         assert fx.evaluate(state, mean, batches) == {"mean": 1.0}
 
 
-def test_evaluate_does_not_count_rows_that_fill_up_a_batch():
+def test_evaluate_excludes_padding_rows():
     data = fx.data.batches({"x": torch.tensor([1.0, 1.0, 4.0])}, 2, shuffle=False, drop_last="pad")
     mean = fx.eval_step(lambda model, batch: {"x": (batch["x"] * batch["mask"]).sum() / batch["mask"].sum()})
     assert fx.evaluate(fx.init(torch.nn.ReLU()), mean, data) == {"x": 2.0}
 
 
-def test_evaluate_leaves_the_state_and_reads_its_weights():
+def test_evaluate_uses_weights_of_state_and_leaves_it_unchanged():
     state = problem.start()
     before = state.copy()
     first = fx.evaluate(state, problem.eval_step, problem.data())
@@ -417,5 +417,5 @@ def test_evaluate_leaves_the_state_and_reads_its_weights():
     assert fx.evaluate(zero, problem.eval_step, problem.data()) != first
 
 
-def test_traced_events_are_those_the_step_fires():
+def test_train_step_fires_all_traced_events():
     assert problem.step().fires == set(TRACED)
