@@ -1,4 +1,4 @@
-"""Examples of different lengths: each comes once an epoch, in batches of declared sizes, and means the same."""
+"""Padding, bucketing and packing: each example occurs once per epoch, in declared sizes, and keeps its loss."""
 
 import collections
 import functools
@@ -23,7 +23,7 @@ from fxtrain.data._buckets import least_padding
 
 
 def texts(lengths):
-    """Texts whose tokens are their own numbers, from 1 on."""
+    """Texts of consecutive token ids, starting at 1, so that each token is unique."""
     ends = np.cumsum(lengths)
     return [list(range(end - length + 1, end + 1)) for end, length in zip(ends, lengths, strict=True)]
 
@@ -33,7 +33,7 @@ def same(a, b):
 
 
 def seen(batches):
-    """The texts in the rows of batches, in order."""
+    """The texts in the rows of batches, in order and without padding."""
     return [tuple(row[mask].tolist()) for batch in batches for row, mask in zip(batch["x"], batch["mask"], strict=True)]
 
 
@@ -47,7 +47,7 @@ DROP = st.sampled_from([True, False, "pad"])
 
 @given(LENGTHS, st.integers(1, 6), st.booleans(), DROP, st.integers(1, 5), st.sampled_from([1, 8]), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_buckets_hold_each_text_once_an_epoch_in_the_sizes_declared(
+def test_buckets_yield_each_text_once_per_epoch_in_declared_sizes(
     lengths, rows, by_tokens, drop_last, sizes, multiple, shuffle
 ):
     found = texts(lengths)
@@ -75,7 +75,7 @@ def test_buckets_hold_each_text_once_an_epoch_in_the_sizes_declared(
 
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([False, "pad"]), st.sampled_from([None, "split"]), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_packing_loses_no_text_and_mixes_none(lengths, rows, drop_last, truncate, shuffle):
+def test_packing_keeps_each_text_in_one_segment(lengths, rows, drop_last, truncate, shuffle):
     found, length = texts(lengths), 13 if truncate else 40
     data = packed(found, length, rows, truncate=truncate, shuffle=shuffle, seed=5, drop_last=drop_last)
     pieces = collections.Counter(tuple(text[at : at + length]) for text in found for at in range(0, len(text), length))
@@ -99,7 +99,7 @@ def test_packing_loses_no_text_and_mixes_none(lengths, rows, drop_last, truncate
 
 
 @pytest.mark.parametrize("drop_last", [True, "pad"])
-def test_packed_rows_left_over_are_dropped_or_filled(drop_last):
+def test_leftover_packed_rows_are_dropped_or_padded(drop_last):
     found = texts([5, 4, 3, 3, 2, 2, 1])
     rows = packed(found, 6, 1, shuffle=False).epoch_length
     data = packed(found, 6, rows - 1, drop_last=drop_last)
@@ -113,7 +113,7 @@ def test_packed_rows_left_over_are_dropped_or_filled(drop_last):
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.integers(12, 20))
 @settings(max_examples=60, deadline=None)
-def test_bins_are_those_of_best_fit_decreasing(lengths, capacity):
+def test_bins_match_best_fit_decreasing(lengths, capacity):
     spaces = []
     for length in sorted(lengths, reverse=True):
         fitting = [at for at, space in enumerate(spaces) if space >= length]
@@ -131,7 +131,7 @@ def test_bins_are_those_of_best_fit_decreasing(lengths, capacity):
 
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_chosen_bounds_pad_least(lengths, count, multiple):
+def test_chosen_bounds_minimize_padding(lengths, count, multiple):
     def padded_to(bounds):
         return sum(min(bound for bound in bounds if bound >= length) for length in lengths)
 
@@ -145,7 +145,7 @@ def test_chosen_bounds_pad_least(lengths, count, multiple):
     assert padded_to(bounds) == best
 
 
-def test_padded_batches_are_as_long_as_their_longest_text():
+def test_padded_batches_have_the_length_of_their_longest_text():
     generator = random.Random(0)
     found = texts([generator.randint(1, 30) for _ in range(41)])
     for drop_last, last in ((True, None), (False, 1), ("pad", 8)):
@@ -180,7 +180,7 @@ def digest(name, queue):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_position_is_one_batch_in_any_order_and_process(name):
+def test_batch_depends_only_on_its_position_and_seed(name):
     data, again = made(name), made(name)
     positions = list(range(2 * data.epoch_length))
     forward = [data[position] for position in positions]
@@ -198,7 +198,7 @@ def test_a_position_is_one_batch_in_any_order_and_process(name):
     prefetched.close()
 
 
-# What examples may be
+# Example formats
 
 
 class Tokens(Dataset):
@@ -209,7 +209,7 @@ class Tokens(Dataset):
         return {"input_ids": list(range(1, index + 2)), "labels": list(range(index + 1)), "score": float(index)}
 
 
-def test_sources_of_examples_agree():
+def test_all_example_formats_yield_equal_batches():
     rows = [Tokens()[index] for index in range(4)]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     arrow = pytest.importorskip("datasets").Dataset.from_dict(columns)
@@ -241,7 +241,7 @@ def test_sources_of_examples_agree():
     }
 
 
-def test_a_stored_dataset_is_measured_without_reading_it(monkeypatch):
+def test_stored_dataset_is_measured_without_reading_rows(monkeypatch):
     datasets = pytest.importorskip("datasets")
     arrow = datasets.Dataset.from_dict({"ids": [[1, 2], [3]] * 50, "label": [0, 1] * 50})
     read = []
@@ -251,7 +251,7 @@ def test_a_stored_dataset_is_measured_without_reading_it(monkeypatch):
     assert len([key for key in read if not isinstance(key, slice)]) <= 1
 
 
-def test_columns_of_different_length_have_masks_of_their_own():
+def test_columns_of_different_lengths_have_separate_masks():
     pairs = {"source": texts([3, 9, 4, 8]), "target": texts([2, 4, 4, 3]), "class": torch.arange(4)}
     masks = {"source": "source_mask", "target": "target_mask"}
     data = bucketed(pairs, 2, sizes=(4, 10), mask=masks, shuffle=False)
@@ -264,7 +264,7 @@ def test_columns_of_different_length_have_masks_of_their_own():
     assert batch["target"].shape == (2, 2)
 
 
-def test_signals_keep_their_channels_and_dtypes():
+def test_signals_keep_channels_and_dtypes():
     signals = [np.full((length, 2), length, np.float32) for length in (3, 1, 2)]
     batch = pad(signals, side="left", value=-1)
     assert batch["x"].shape == (3, 3, 2)
@@ -276,7 +276,7 @@ def test_signals_keep_their_channels_and_dtypes():
     assert packed(signals, 4, 1, shuffle=False)[0]["x"].shape == (1, 4, 2)
 
 
-def test_long_texts_are_cut_on_the_side_asked_for():
+def test_long_texts_are_truncated_on_the_given_side():
     found = [[1, 2, 3, 4], [5]]
     assert pad(found, max_length=2, truncate="right")["x"].tolist() == [[1, 2], [5, 0]]
     assert pad(found, max_length=2, truncate="left")["x"].tolist() == [[3, 4], [5, 0]]
@@ -284,13 +284,13 @@ def test_long_texts_are_cut_on_the_side_asked_for():
     assert packed(found, 3, 1, truncate="split", shuffle=False, drop_last=False)[0]["x"].tolist() == [[1, 2, 3]]
 
 
-def test_a_loader_takes_pad_as_its_collation():
+def test_pad_works_as_collate_fn():
     loader = DataLoader(Tokens(), 2, collate_fn=functools.partial(pad, multiple=4))
     assert [batch["input_ids"].shape for batch in loader] == [(2, 4), (2, 4)]
 
 
 class Growing(Dataset):
-    """Examples that are longer each time they are read."""
+    """Examples that get longer with each read."""
 
     def __init__(self):
         self.reads = 0
@@ -349,16 +349,16 @@ class Growing(Dataset):
         (lambda: pad([[1], [2]], mask={"y": "m"}), ValueError, "mask to have keys among the columns .*got 'y'"),
     ],
 )
-def test_errors_name_what_is_wrong_and_what_to_do(make, error, message):
+def test_invalid_arguments_raise_with_the_remedy(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-# What it means for a model
+# Losses of a model
 
 
 class Tiny(nn.Module):
-    """One block of a transformer."""
+    """A transformer with one block."""
 
     def __init__(self):
         super().__init__()
@@ -374,7 +374,7 @@ class Tiny(nn.Module):
 
 
 def loss_of(model, batch):
-    """The sum over tokens, and their number."""
+    """The loss summed over tokens, and the token count."""
     segments = batch.get("segments", batch["mask"])
     targets = next_tokens(batch["x"], segments)
     logits = model(batch["x"], attention_mask(segments), batch.get("positions"))
@@ -382,7 +382,7 @@ def loss_of(model, batch):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_loss_of_an_epoch_is_that_of_its_texts_one_by_one(name):
+def test_epoch_loss_and_gradient_equal_the_sum_over_single_texts(name):
     torch.manual_seed(0)
     model = Tiny().double()
     generator = random.Random(2)
@@ -398,7 +398,7 @@ def test_the_loss_of_an_epoch_is_that_of_its_texts_one_by_one(name):
     assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_masks_for_attention_are_block_diagonal_and_never_empty():
+def test_attention_masks_are_block_diagonal_without_empty_rows():
     segments = torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]])
     for causal in (True, False):
         mask = attention_mask(segments, causal=causal)
@@ -415,7 +415,7 @@ def test_masks_for_attention_are_block_diagonal_and_never_empty():
     assert targets.tolist() == [[1, -100, 3, -100, -100], [6, 7, 8, 9, -100]]
 
 
-def test_declared_shapes_survive_map_and_prefetch_and_no_others_come():
+def test_map_and_prefetch_keep_declared_shapes_and_refuse_others():
     data = bucketed(texts([2, 4, 2, 4]), 1, sizes=(2, 4), shuffle=False)
     mapped = data.map(lambda batch: {"x": batch["x"][:, 1:]})
     assert data.kinds == mapped.kinds == fx.data.prefetch(mapped).kinds == 2

@@ -1,4 +1,4 @@
-"""Gradients reach the parameters: a loss that depends on none, and hooks that would not run, are errors."""
+"""Errors for losses that depend on no parameter, parameter hooks that would not run, and assignments to ``.data``."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def start(module=None, rate=0.1):
     return fx.init(module or nn.Linear(2, 1), tx), tx
 
 
-class TestNoneReached:
+class TestLossWithoutParameters:
     @pytest.mark.parametrize(
         ("loss_fn", "cause"),
         [
@@ -70,7 +70,7 @@ class TestNoneReached:
         ],
     )
     @pytest.mark.filterwarnings("ignore:by_inference is differentiated")
-    def test_is_an_error_at_each_step_until_it_is_mended(self, loss_fn, cause):
+    def test_each_step_raises_and_names_the_cause(self, loss_fn, cause):
         state, tx = start()
         step = fx.train_step(loss_fn, tx)
         for _ in range(2):
@@ -79,7 +79,7 @@ class TestNoneReached:
             ):
                 step(state, X)
 
-    def test_names_the_module_that_is_called_instead(self):
+    def test_error_names_the_captured_module(self):
         module = nn.Linear(2, 1)
         state, tx = start(module)
 
@@ -91,24 +91,24 @@ class TestNoneReached:
         with pytest.raises(ValueError, match="instead of OUTSIDE"):
             fx.train_step(by_global, tx)(state, X)
 
-    def test_ends_fit_before_its_first_step(self):
+    def test_fit_raises_before_the_first_step(self):
         state, tx = start()
         with pytest.raises(ValueError, match="depends on none"):
             fx.fit(state, fx.train_step(by_global, tx), [X], epochs=5)
 
     @pytest.mark.parametrize("backend", [None, "eager"])
-    def test_compiled(self, backend):
+    def test_compiled_step_raises(self, backend):
         state, tx = start()
         with pytest.raises(ValueError, match=r"got one from by_global \(.*\) that depends on none"):
             fx.compile(fx.train_step(by_global, tx), backend=backend)(state, X)
 
-    def test_by_torch_compile_itself(self):
+    def test_torch_compile_raises(self):
         state, tx = start()
         torch.compile(fx.train_step(squares, tx), fullgraph=True, backend="eager")(state, X)
         with pytest.raises(Exception, match="ValueError"):
             torch.compile(fx.train_step(by_global, tx), fullgraph=True, backend="eager")(state, X)
 
-    def test_of_one_entry(self):
+    def test_wrt_of_an_unused_entry_raises(self):
         state = fx.init({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
 
         def loss_fn(model, batch):
@@ -118,26 +118,26 @@ class TestNoneReached:
         with pytest.raises(ValueError, match="a trainable parameter of the entry 'b'"):
             fx.gradients(loss_fn, wrt="b")(state, X)
 
-    def test_of_those_that_are_trained(self):
+    def test_loss_of_only_frozen_parameters_raises(self):
         state, tx = start(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
         step = fx.train_step(lambda model, batch: model[0](batch).sum(), tx)
         step(state, X)
         with pytest.raises(ValueError, match="depends on none"):
             step(fx.with_trainable(state, tx, "1.*"), X)
 
-    def test_accumulated(self):
+    def test_accumulating_step_raises(self):
         state, tx = start()
         with pytest.raises(ValueError, match="depends on none"):
             fx.train_step(by_global, tx, accumulate=2)(state, X)
 
-    def test_under_vmap(self):
+    def test_vmapped_step_raises(self):
         state, tx = start()
         with pytest.raises(ValueError, match="depends on none"):
             torch.vmap(fx.train_step(by_global, tx), (None, 0))(state, X[None])
 
 
-class TestZeroGradientsAreNumbers:
-    def test_of_a_dead_unit_a_product_with_zero_and_a_threshold(self):
+class TestZeroGradients:
+    def test_zero_gradients_of_used_parameters_are_allowed(self):
         module = nn.Linear(2, 1)
         with torch.no_grad():
             module.bias.fill_(-1e6)
@@ -151,7 +151,7 @@ class TestZeroGradientsAreNumbers:
             new, _ = fx.train_step(loss_fn, tx)(state, X)
             assert torch.equal(new.params["weight"], state.params["weight"])
 
-    def test_one_parameter_of_many_is_enough(self):
+    def test_loss_of_one_parameter_among_many_is_allowed(self):
         state, tx = start(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
         new, _ = fx.train_step(lambda model, batch: by_global(model, batch) + model[1].bias.sum(), tx)(state, X)
         assert not torch.equal(new.params["1.bias"], state.params["1.bias"])
@@ -160,7 +160,7 @@ class TestZeroGradientsAreNumbers:
 class TestHooksOnParameters:
     @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
     @pytest.mark.parametrize("backend", ["uncompiled", None, "eager"])
-    def test_are_refused_by_name_at_the_first_step(self, kind, backend):
+    def test_first_step_refuses_hooks_by_parameter_name(self, kind, backend):
         module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         getattr(module[1].weight, kind)(lambda value: None)
         state, tx = start(module)
@@ -169,13 +169,13 @@ class TestHooksOnParameters:
         with pytest.raises(NotImplementedError, match=r"got hooks on state\.params\['1\.weight'\] \(register_hook or"):
             step(state, X)
 
-    def test_of_a_bare_tensor(self):
+    def test_hooks_of_a_bare_tensor_are_refused(self):
         weight = torch.ones(2, requires_grad=True)
         weight.register_hook(lambda grad: grad * 0)
         with pytest.raises(NotImplementedError, match=r"state\.params\['w'\]"):
             fx.gradients(lambda model, batch: model["w"].sum())(fx.init({"w": weight}), X)
 
-    def test_of_frozen_parameters_and_in_evaluation_do_not_matter(self):
+    def test_hooks_of_frozen_parameters_and_in_evaluation_are_allowed(self):
         module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         module[0].weight.register_hook(lambda grad: grad)
         state, tx = start(module)
@@ -187,7 +187,7 @@ class TestHooksOnParameters:
         state, tx = start(module)
         fx.train_step(squares, tx)(state, X)
 
-    def test_registered_in_a_call_run_or_are_refused(self):
+    def test_hooks_registered_in_a_call_run_or_are_refused(self):
         def zeroed(model, batch):
             model.weight.register_hook(lambda grad: grad * 0)
             return squares(model, batch)
@@ -204,7 +204,7 @@ class TestHooksOnParameters:
 
 
 class TestAssigningData:
-    """Frozen parameters carry it on; a trained one would lose it, and change a state that others hold."""
+    """A frozen parameter carries the new value over to the next state. A trained one would lose it."""
 
     @staticmethod
     def follows(model, batch):
@@ -214,7 +214,7 @@ class TestAssigningData:
 
     @pytest.mark.parametrize("backend", ["uncompiled", "eager"])
     @pytest.mark.parametrize("frozen", [True, False])
-    def test_is_never_lost(self, backend, frozen):
+    def test_assignment_in_a_loss_is_never_silently_lost(self, backend, frozen):
         modules = {"fast": nn.Linear(2, 1), "slow": nn.Linear(2, 1).requires_grad_(not frozen)}
         state = fx.init(modules)
         before = state.copy()
@@ -236,14 +236,14 @@ class TestAssigningData:
                     run(state, X)
         testing.assert_equal(state, before, "the state")
 
-    def test_in_a_view_is_refused(self):
+    def test_assignment_in_a_view_is_refused(self):
         state = fx.init(nn.Linear(2, 1))
         before = state.copy()
         with pytest.raises(RuntimeError, match=r"\.data of model\.weight"):
             fx.view(state).double()
         testing.assert_equal(state, before, "the state")
 
-    def test_by_module_to_where_it_is_already_changes_nothing(self):
+    def test_module_to_its_current_device_and_dtype_changes_nothing(self):
         def moved(model, batch):
             return squares(model.to(batch.device, batch.dtype), batch)
 

@@ -1,4 +1,4 @@
-"""The README: its example, its commands and the names it points to."""
+"""The README's example, commands and references to names."""
 
 import pathlib
 import re
@@ -54,12 +54,12 @@ def test_ci_runs_the_test_command():
     assert tests.strip() in (ROOT / ".ci/run").read_text()
 
 
-def test_length():
+def test_readme_has_at_most_90_lines():
     assert len(README.splitlines()) <= 90
 
 
 @pytest.mark.parametrize("name", re.findall(r"help\((?:fx|fxtrain)\.([\w.]+)\)", README))
-def test_names_exist(name):
+def test_referenced_names_are_documented(name):
     found = fx
     for part in name.split("."):
         found = getattr(found, part)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: its source and its story."""
+"""Records in a run's folder: its source, by ``record_code``, and its sessions and events, by ``record_run``."""
 
 import json
 import os
@@ -51,28 +51,28 @@ def source(tmp_path):
 
 
 def recorded(folder, source, step=0):
-    """What one session leaves: its line, and what its archive holds."""
+    """Records the source in one session; returns its line and the archived files."""
     observers.record_code(folder, source=source)(None, FitBegin(step=step), NOTHING)
     line = lines(folder / "code" / "sessions.jsonl")[-1]
     with zipfile.ZipFile(folder / "code" / line["archive"]) as archive:
         return line, {name: archive.read(name).decode() for name in archive.namelist()}
 
 
-def test_without_a_repository_source_is_told_by_its_ending(tmp_path, source):
+def test_source_outside_a_repository_is_selected_by_suffix(tmp_path, source):
     line, files = recorded(tmp_path / "run", source)
     assert list(files) == ["just.py", "pack/config.yaml", "pack/model.py", "train.py"]
     assert files["pack/model.py"] == "x = 1\n"
     assert set(line) == {"step", "archive"}
 
 
-def test_in_a_repository_it_is_what_git_knows_and_source_that_it_would_add(tmp_path, source):
+def test_source_in_a_repository_is_tracked_files_and_unignored_source(tmp_path, source):
     git(source, "init", "-q")
     (source / ".gitignore").write_text("venv\nignored.py\n")
     (source / "ignored.py").write_text("")
     (source / "gone.py").write_text("")
     git(source, "add", "train.py", "data.bin", ".gitignore", ".hidden", "gone.py", "big.py")
     line, files = recorded(tmp_path / "run", source)
-    assert set(line) == {"step", "archive"}  # there is no commit yet
+    assert set(line) == {"step", "archive"}  # no commit yet
     git(source, "commit", "-qm", "first")
     (source / "gone.py").unlink()
     (source / "train.py").write_text("print(2)\n")
@@ -89,7 +89,7 @@ def test_in_a_repository_it_is_what_git_knows_and_source_that_it_would_add(tmp_p
     assert recorded(tmp_path / "run", source)[0]["changed"] is False
 
 
-def test_a_part_of_a_repository_is_recorded_alone(tmp_path, source):
+def test_subfolder_of_a_repository_is_recorded_alone(tmp_path, source):
     git(source, "init", "-q")
     git(source, "add", "pack", "train.py")
     git(source, "commit", "-qm", "first")
@@ -99,7 +99,7 @@ def test_a_part_of_a_repository_is_recorded_alone(tmp_path, source):
     assert line["changed"] is False
 
 
-def test_the_same_source_is_archived_once_and_each_session_has_a_line(tmp_path, source):
+def test_unchanged_source_is_archived_once_with_a_line_per_session(tmp_path, source):
     run = tmp_path / "run"
     first, _ = recorded(run, source)
     os.utime(source / "train.py", (0, 0))
@@ -114,14 +114,14 @@ def test_the_same_source_is_archived_once_and_each_session_has_a_line(tmp_path, 
     assert len(lines(run / "code" / "sessions.jsonl")) == 3
 
 
-def test_a_file_that_moved_is_other_source(tmp_path, source):
+def test_moved_file_changes_the_archive(tmp_path, source):
     before, _ = recorded(tmp_path / "run", source)
     (source / "train.py").rename(source / "main.py")
     assert recorded(tmp_path / "run", source)[0]["archive"] != before["archive"]
 
 
 @pytest.mark.parametrize("with_git", [False, True])
-def test_the_run_folder_inside_the_source_is_no_source(source, with_git):
+def test_run_folder_inside_the_source_is_excluded(source, with_git):
     if with_git:
         git(source, "init", "-q")
         git(source, "add", "train.py", "pack", "just.py", "big.py", ".env", ".hidden", "venv", "data.bin")
@@ -135,30 +135,30 @@ def test_the_run_folder_inside_the_source_is_no_source(source, with_git):
     assert second.get("changed", False) is False
 
 
-def test_a_run_folder_that_is_or_holds_the_source_leaves_out_its_archives(source):
+def test_archives_are_excluded_if_the_run_folder_contains_the_source(source):
     for run in (source, source.parent):
         first, files = recorded(run, source)
         assert "train.py" in files
         assert recorded(run, source, step=1)[0]["archive"] == first["archive"]
 
 
-def test_an_archive_is_compressed_and_unpacks_as_it_was(tmp_path, source):
+def test_archive_is_compressed_and_keeps_file_modes(tmp_path, source):
     (source / "train.py").chmod(0o755)
     line, _ = recorded(tmp_path / "run", source)
     path = tmp_path / "run" / "code" / line["archive"]
-    assert path.stat().st_size < 10_000  # of more than a megabyte
+    assert path.stat().st_size < 10_000  # from over a megabyte of source
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("train.py").external_attr >> 16 & 0o777 == 0o755
     assert not list(path.parent.glob("*.tmp"))
 
 
-def test_without_git_source_is_recorded_all_the_same(tmp_path, source, monkeypatch):
+def test_source_is_recorded_without_git(tmp_path, source, monkeypatch):
     git(source, "init", "-q")
     monkeypatch.setenv("PATH", "")
     assert "train.py" in recorded(tmp_path / "run", source)[1]
 
 
-def test_a_source_that_is_no_folder_is_refused(tmp_path):
+def test_missing_source_folder_is_refused(tmp_path):
     with pytest.raises(NotADirectoryError, match="is no folder: give the one that has the code"):
         observers.record_code(tmp_path, source=tmp_path / "missing")
 
@@ -167,7 +167,7 @@ def test_a_source_that_is_no_folder_is_refused(tmp_path):
 
 
 class Story:
-    """A run's folder, and what is told there."""
+    """The records in a run's folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -216,7 +216,7 @@ def fit(story, state=None, *, callbacks=(), steps=4, also=(), **options):
     )
 
 
-def test_a_plain_run_without_anything_else_tells_its_story(story):
+def test_plain_run_records_its_session_and_environment(story):
     fit(story)
     (session,) = story.sessions
     environment = session["environment"]
@@ -233,7 +233,7 @@ def test_a_plain_run_without_anything_else_tells_its_story(story):
     assert (story.events[0]["total_steps"], story.events[0]["resumed"]) == (4, False)
 
 
-def test_what_callbacks_asked_for_is_told_with_their_reasons(story, tmp_path):
+def test_callback_requests_are_recorded_with_reasons(story, tmp_path):
     def skip(state, event: fx.Gradients):
         return state, Control(skip_update=event.step == 2, reason="a bad gradient")
 
@@ -252,7 +252,7 @@ def test_what_callbacks_asked_for_is_told_with_their_reasons(story, tmp_path):
     assert saved == [(3, True), (5, True)]
 
 
-def test_a_rewind_is_told_once_with_what_was_asked_at_it(story):
+def test_rewind_is_recorded_once_with_its_requests(story):
     def back(state, event: fx.StepEnd | fx.Rewound):
         if isinstance(event, fx.Rewound):
             return state, Control(stop=event.times == 2, reason="again")
@@ -266,7 +266,7 @@ def test_a_rewind_is_told_once_with_what_was_asked_at_it(story):
     assert story.asked()[0] == ("StepEnd", 5, {"rewind": ["a spike"]})
 
 
-def test_an_exception_in_a_run_is_how_it_ended(story):
+def test_exception_is_recorded_as_the_reason_of_the_end(story):
     def boom(state, event: fx.StepEnd):
         if event.step == 3:
             raise ValueError("boom")
@@ -279,7 +279,7 @@ def test_an_exception_in_a_run_is_how_it_ended(story):
     assert story.names == ["FitBegin", "Interrupted"]
 
 
-def test_a_signal_is_how_a_run_ended_and_is_told_once(story):
+def test_signal_is_recorded_once_as_the_reason_of_the_end(story):
     import signal
 
     def interrupt(state, event: fx.StepEnd):
@@ -292,7 +292,7 @@ def test_a_signal_is_how_a_run_ended_and_is_told_once(story):
     assert story.names == ["FitBegin", "Interrupted", "FitEnd"]
 
 
-def test_a_resumed_run_adds_a_session(story, tmp_path):
+def test_resumed_run_adds_a_session(story, tmp_path):
     made = {"callbacks": (), "checkpointer": fx.checkpointer(tmp_path / "checkpoints")}
     fit(story, steps=2, **made)
     fit(story, steps=5, resume=True, **made)
@@ -302,15 +302,15 @@ def test_a_resumed_run_adds_a_session(story, tmp_path):
     assert story.events[4]["missing"] == []
 
 
-def test_a_session_that_was_killed_has_no_end_and_the_next_one_goes_on(story):
+def test_killed_session_has_no_end_and_the_next_is_appended(story):
     observing = [story.observer({"lr": 0.1})]
     for _, event, _ in fx.steps(problem.start(), problem.step(), problem.data(), steps=5, observers=observing):
         if isinstance(event, StepEnd) and event.step == 3:
-            break  # nothing more happens in it
+            break  # before FitEnd, as a killed process does
     (killed,) = story.sessions
     assert set(killed) == {"began", "from_step", "environment"}
     with open(story.folder / "events.jsonl", "a") as file:
-        file.write('{"event": "StepEnd", "st')  # and the crash tore a line
+        file.write('{"event": "StepEnd", "st')  # torn by the crash
     fit(story)
     assert story.sessions[0] == killed
     assert story.sessions[1]["reason"] == "reached 4 steps"
@@ -320,7 +320,7 @@ def test_a_session_that_was_killed_has_no_end_and_the_next_one_goes_on(story):
     assert [json.loads(line)["event"] for line in (text[0], *text[2:])] == ["FitBegin", "FitBegin", "FitEnd"]
 
 
-def test_requests_that_only_a_device_knows_wait_and_keep_their_order(story):
+def test_requests_on_a_device_are_read_lazily_and_keep_their_order(story):
     class OnDevice(torch.Tensor):
         is_cpu = False
         reads = 0
@@ -349,7 +349,7 @@ def test_requests_that_only_a_device_knows_wait_and_keep_their_order(story):
     assert story.events[-1]["step"] == 102
 
 
-def test_nothing_is_written_twice(story):
+def test_each_event_is_written_once(story):
     observer = observers.record_run(story.folder)
     seen = (
         FitBegin(step=0),
@@ -370,7 +370,7 @@ def test_nothing_is_written_twice(story):
     assert not list(story.folder.glob("*.tmp"))
 
 
-def test_a_configuration_is_copied_and_the_last_one_given_counts(story):
+def test_config_is_copied_and_the_latest_one_is_kept(story):
     config = {"lr": 0.1, "layers": [1, 2]}
     observer = observers.record_run(story.folder, config)
     config["layers"].append(object())
@@ -398,14 +398,14 @@ def circular():
         (circular(), "Circular reference"),
     ],
 )
-def test_a_configuration_that_json_cannot_hold_is_refused(tmp_path, config, says):
+def test_config_that_json_cannot_represent_is_refused(tmp_path, config, says):
     with pytest.raises(TypeError, match=rf"config is written as JSON, which it cannot be: .*{says}.*\. Give numbers"):
         observers.record_run(tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{torn", "\0" * 50, '{"config": 1, "sessions": 3}', "[]"])
-def test_a_damaged_record_is_set_aside_and_the_story_begins_again(story, content):
+def test_damaged_record_is_set_aside_and_replaced(story, content):
     story.folder.mkdir(parents=True)
     (story.folder / "run.json").write_text(content)
     with pytest.warns(RuntimeWarning, match=r"run.json is not what record_run wrote, so the story begins again"):
@@ -414,14 +414,14 @@ def test_a_damaged_record_is_set_aside_and_the_story_begins_again(story, content
     assert (story.folder / "run.json.damaged").read_text() == content
 
 
-def test_zeros_at_the_end_of_the_events_are_cut(story):
+def test_trailing_zeros_of_events_are_truncated(story):
     story.folder.mkdir(parents=True)
     (story.folder / "events.jsonl").write_bytes(b'{"event": "FitEnd"}\n' + b"\0" * 100)
     fit(story)
     assert story.names == ["FitEnd", "FitBegin", "FitEnd"]
 
 
-def test_a_disk_that_is_full_for_a_moment_costs_no_event(story):
+def test_temporarily_full_disk_loses_no_event(story):
     from test_failing_writers import full_disk
 
     observer = observers.record_run(story.folder)
@@ -438,7 +438,7 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_event(story):
     assert len(said) == 1
 
 
-def test_a_full_disk_counts_the_events_that_are_lost_and_stops_a_run_that_requires_them(story):
+def test_full_disk_counts_lost_events_and_fails_a_required_observer(story):
     from test_failing_writers import full_disk
 
     with full_disk(5):
@@ -451,7 +451,7 @@ def test_a_full_disk_counts_the_events_that_are_lost_and_stops_a_run_that_requir
             story.observer()(None, FitBegin(step=0), NOTHING)
 
 
-def test_an_archive_of_which_a_power_cut_left_the_name_is_written_again(tmp_path, source):
+def test_archive_emptied_by_a_power_cut_is_rewritten(tmp_path, source):
     run = tmp_path / "run"
     line, files = recorded(run, source)
     (run / "code" / line["archive"]).write_bytes(b"")
@@ -462,7 +462,7 @@ def test_an_archive_of_which_a_power_cut_left_the_name_is_written_again(tmp_path
     assert len(lines(run / "code" / "sessions.jsonl")) == 2
 
 
-def test_the_report_reads_what_was_recorded(story):
+def test_report_reads_the_recorded_run(story):
     from fxtrain.report._read import read_run
 
     def back(state, event: fx.StepEnd | fx.Rewound):

@@ -1,4 +1,4 @@
-"""Nothing hurts a checkpoint: killed anywhere, damaged anyhow, on any bad disk. The harness is in benchmarks."""
+"""Checkpoints survive kills, power cuts, damaged files and failing disks. The harness is in benchmarks/reliability."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture
 def run(tmp_path):
-    """A row of the table for a system, from a process of its own."""
+    """Returns a function that runs a row of the table for a system in a subprocess."""
 
     def run(row, system="fxtrain", *options):
         command = [sys.executable, "-m", "benchmarks.reliability", "--rows", row, "--systems", system, *options]
@@ -49,22 +49,22 @@ def nothing_is_lost(cell):
 
 
 class TestWhole:
-    def test_killed_before_each_call_of_saving_and_deleting(self, run):
-        cell = run("R3", "fxtrain", "--every", "3")  # all of them, over 400: python -m benchmarks.reliability --full
+    def test_kill_before_any_call_of_save_and_delete_loses_nothing(self, run):
+        cell = run("R3", "fxtrain", "--every", "3")  # --full runs all calls, over 400
         nothing_is_lost(cell)
         assert cell["tried"] > 130
 
-    def test_a_run_that_is_killed_ends_as_if_nothing_had_happened(self, run):
+    def test_killed_run_resumes_to_the_same_result(self, run):
         cell = run("R4")
         nothing_is_lost(cell)
         assert cell["tried"] >= 10
 
-    def test_all_is_synced_before_anything_older_goes(self, run):
+    def test_save_is_synced_before_older_ones_are_deleted(self, run):
         cell = run("R11")
         nothing_is_lost(cell)
         assert cell["tried"] >= 10
 
-    def test_a_power_cut_leaves_every_save_that_was_reported(self, run):
+    def test_power_cut_keeps_every_reported_save(self, run):
         cell = run("R12")
         nothing_is_lost(cell)
         assert cell["tried"] > 400
@@ -77,55 +77,55 @@ class TestVerified:
         assert cell["tried"] == cell["detected"] == 150
 
     @pytest.mark.parametrize("row", ["R6", "R7"])
-    def test_what_is_damaged_or_does_not_fit_is_never_silent(self, run, row):
+    def test_damage_and_mismatches_are_never_silent(self, run, row):
         cell = run(row)
         nothing_is_lost(cell)
         assert cell["tried"] == cell["detected"] > 0
 
-    def test_every_kind_of_leaf_and_key_comes_back(self, run):
+    def test_every_kind_of_leaf_and_key_is_restored(self, run):
         cell = run("R13")
         nothing_is_lost(cell)
         assert cell["tried"] > 20
 
 
 class TestAlive:
-    def test_what_happens_after_save_returned_never_reaches_the_file(self, run):
+    def test_changes_after_save_returned_never_reach_the_file(self, run):
         cell = run("R8")
         nothing_is_lost(cell)
         assert cell["tried"] > 20
 
-    def test_a_bad_disk_is_told_and_hurts_nothing(self, run):
+    def test_failing_disk_is_reported_and_loses_nothing(self, run):
         cell = run("R9")
         nothing_is_lost(cell)
         assert cell["tried"] > 30
-        # From a call on that only removes, say, a full disk hurts nobody, and nothing is to be told.
+        # Not all faults are reported, because some are harmless: a full disk does not affect calls that remove files.
         assert cell["detected"] > cell["tried"] / 2
 
 
-class TestTheHarness:
-    """It finds what is there to find."""
+class TestHarness:
+    """The harness detects the losses of a writer without atomic saves and checksums."""
 
-    def test_a_file_that_is_written_over_is_lost_by_a_kill(self, run):
+    def test_kill_loses_a_file_overwritten_in_place(self, run):
         cell = run("R3", "torch.save", "--every", "3")
         assert cell["lost"] > 0
         assert any("last is listed and cannot be restored" in note for note in cell["notes"])
 
-    def test_a_file_without_checksums_returns_other_values(self, run):
+    def test_flipped_bits_without_checksums_restore_wrong_values(self, run):
         cell = run("R5", "torch.save", "--flips", "20")
         assert cell["lost"] > 0
         assert cell["tried"] == 20
 
-    def test_a_file_that_is_written_over_is_lost_on_a_bad_disk(self, run):
+    def test_failing_disk_loses_a_file_overwritten_in_place(self, run):
         assert run("R9", "torch.save")["lost"] > 0
 
-    def test_equal_is_to_the_bit(self):
+    def test_equality_is_bitwise(self):
         values = values_of(1)
         assert same(values, {name: value.clone() for name, value in values.items()})
         assert not same(values, {**values, "bias": values["bias"].double()})
         assert not same({"x": torch.tensor(0.0)}, {"x": torch.tensor(-0.0)})
         assert same({"x": torch.tensor(torch.nan)}, {"x": torch.tensor(torch.nan)})
 
-    def test_a_table(self):
+    def test_table_shows_the_counts_of_a_cell(self):
         cell = Cell(detected=0)
         cell.add([], detected=True)
         cell.add(["gone"], detected=False, at="call 7")
@@ -137,7 +137,7 @@ class TestTheHarness:
 
 
 def _save(number, *, older=None):
-    """The log of one save that is right."""
+    """The log of one correct save."""
     new, root = f"/w/run/.new-{number}", "/w/run"
     calls = [Call("note", "begin")]
     if older is None:
@@ -157,36 +157,36 @@ LOG = [*_save(1), *_save(2, older=1), *_save(3, older=2)]
 
 
 class TestUnsynced:
-    def test_a_log_that_is_right(self):
+    def test_correct_log_passes(self):
         assert unsynced(LOG) == []
 
     @pytest.mark.parametrize("index", [index for index, call in enumerate(LOG) if call.name == "sync"])
-    def test_no_sync_can_be_left_out(self, index):
+    def test_each_missing_sync_is_detected(self, index):
         assert unsynced(LOG[:index] + LOG[index + 1 :])
 
     @pytest.mark.parametrize("file", ["leaves", "manifest"])
-    def test_a_write_after_the_sync(self, file):
+    def test_write_after_sync_is_detected(self, file):
         index = LOG.index(Call("sync", f"/w/run/.new-2/{file}"))
         assert unsynced([*LOG[:index], LOG[index], LOG[index - 1], *LOG[index + 1 :]])
 
-    def test_the_older_goes_first(self):
+    def test_early_deletion_of_an_older_save_is_detected(self):
         gone = LOG.index(Call("rename", "/w/run/1", "/w/run/.gone-1"))
         committed = LOG.index(Call("rename", "/w/run/.new-2", "/w/run/2"))
         log = [*LOG[: committed + 1], *LOG[gone:]]
         assert unsynced(log)[0] == "save 2: 1, which is older, goes by rename, and run is not synced"
 
-    def test_it_says_what_was_not_synced(self):
+    def test_message_names_the_unsynced_file(self):
         log = [call for call in LOG if call != Call("sync", "/w/run/.new-2/leaves")]
         assert unsynced(log) == ["save 2: .new-2 is renamed, and leaves is not synced"]
 
-    def test_a_file_that_is_written_over_in_place(self):
+    def test_overwriting_in_place_is_detected(self):
         write = [Call("note", "begin"), Call("truncate", "/w/last"), Call("write", "/w/last"), Call("sync", "/w/last")]
         log = [*write, Call("sync", "/w"), Call("note", "committed"), *write, Call("note", "committed")]
         assert unsynced(log) == ["save 2: last, which is older, is written over in place"]
 
 
 def _run(number):
-    """The log of one save into a folder that another writer has made."""
+    """The log of one correct save. The first save also creates the run's folder."""
     new, root = f"/w/run/.new-{number}", "/w/run"
     calls = [Call("mkdir", "/w"), Call("mkdir", root)] if number == 0 else []
     calls += [Call("sync", "/"), Call("sync", "/w")] if number == 0 else []
@@ -201,25 +201,25 @@ RUN = [*_run(0), *_run(1)]
 
 
 class TestPowerCut:
-    def test_a_log_that_is_right(self):
+    def test_correct_log_passes(self):
         assert losses(RUN, "") == (len(RUN), [])
 
     @pytest.mark.parametrize("index", [index for index, call in enumerate(RUN) if call.name == "sync"])
-    def test_no_sync_can_be_left_out(self, index):
+    def test_each_missing_sync_is_detected(self, index):
         assert losses(RUN[:index] + RUN[index + 1 :], "")[1]
 
-    def test_a_write_after_the_sync(self):
+    def test_write_after_sync_is_detected(self):
         index = RUN.index(Call("sync", "/w/run/.new-1/leaves.bin"))
         assert losses([*RUN[:index], RUN[index], RUN[index - 1], *RUN[index + 1 :]], "")[1]
 
-    def test_the_older_is_deleted_first(self):
+    def test_early_deletion_of_an_older_save_is_detected(self):
         gone = Call("rename", "/w/run/00000000-step-000000001", "/w/run/.gone")
         log = [*_run(0), gone, Call("sync", "/w/run"), *_run(1)]
         assert losses(log, "")[1]
 
 
 class TestChildren:
-    def test_what_a_child_tells_is_here_however_it_ends(self):
+    def test_failing_child_returns_its_messages_and_error(self):
         def ends_badly(tell):
             tell({"step": 3})
             raise RuntimeError("no")
@@ -229,12 +229,12 @@ class TestChildren:
         assert not outcome.killed
         assert re.search(r"RuntimeError: no", outcome.error)
 
-    def test_a_child_that_is_killed(self):
+    def test_killed_child_returns_its_messages(self):
         outcome = children.in_child(lambda tell: [tell(1), __import__("time").sleep(60)], kill_after=0.2)
         assert outcome == children.Outcome([1], killed=True, error="")
 
 
-def test_the_log_is_read():
+def test_shim_log_is_parsed():
     assert shim.parse("create\t/w/a\t\nrename\t/w/a\t/w/b\n") == [
         Call("create", "/w/a"),
         Call("rename", "/w/a", "/w/b"),

@@ -1,6 +1,5 @@
-"""A service that refuses, fails or stays silent: training goes on, points wait and arrive later, the end is bounded."""
+"""Outages of a remote service: training continues, queued points are sent later, and the run ends in bounded time."""
 
-# ruff: noqa: PT031 -- warnings of a whole session
 # ruff: noqa: PT012, PT031 -- warnings of a whole session
 import http.server
 import json
@@ -28,7 +27,7 @@ OUTAGES = ["refuses", "fails", "is silent"]
 
 
 class Server:
-    """An MLflow server, as far as the writer asks for it, that can be away in several ways."""
+    """An MLflow server with the endpoints that the writer calls, and with several kinds of outages."""
 
     def __init__(self):
         self.how, self.metrics, self.params, self.status, self.refused = "works", [], {}, None, set()
@@ -70,7 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 time.sleep(0.01)
             self.close_connection = True
             return
-        if server.how == "refuses":  # on a connection that was open
+        if server.how == "refuses":  # a connection opened before the outage
             self.close_connection = True
             return
         if server.how == "fails":
@@ -144,7 +143,7 @@ def wait_until(holds, seconds=20):
 
 
 @pytest.mark.parametrize("how", OUTAGES)
-def test_an_outage_from_the_beginning_blocks_nothing_and_is_counted(tmp_path, server, how):
+def test_initial_outage_blocks_nothing_and_lost_points_are_counted(tmp_path, server, how):
     server.goes(how)
     healthy = writers.jsonl(tmp_path / "a.jsonl")
     observer = observers.write(opened(tmp_path, server), healthy)
@@ -166,7 +165,7 @@ def test_an_outage_from_the_beginning_blocks_nothing_and_is_counted(tmp_path, se
 
 
 @pytest.mark.parametrize("how", OUTAGES)
-def test_what_was_written_in_an_outage_arrives_once_and_in_order_when_it_is_over(tmp_path, server, how):
+def test_points_of_an_outage_are_sent_once_and_in_order_afterwards(tmp_path, server, how):
     writer = opened(tmp_path, server)
     with pytest.warns(RuntimeWarning) as said:
         for step in range(1, 6):
@@ -191,7 +190,7 @@ def test_what_was_written_in_an_outage_arrives_once_and_in_order_when_it_is_over
     assert second == "MLflow answers again. Queued points are being sent."
 
 
-def test_more_than_the_bound_is_dropped_and_counted(tmp_path, server, monkeypatch):
+def test_points_beyond_the_queue_limit_are_dropped_and_counted(tmp_path, server, monkeypatch):
     monkeypatch.setattr(backlog, "MOST_POINTS", 20)
     server.goes("fails")
     writer = opened(tmp_path, server)
@@ -209,7 +208,7 @@ def test_more_than_the_bound_is_dropped_and_counted(tmp_path, server, monkeypatc
     assert found[-1] == "MLflow: 81 points of steps 1 to 81 were not sent and are lost."
 
 
-def test_values_that_the_server_refuses_cost_themselves_alone(tmp_path, server):
+def test_rejected_points_do_not_affect_others(tmp_path, server):
     server.refused = {3, 5}
     writer = opened(tmp_path, server)
     with pytest.warns(RuntimeWarning) as said:
@@ -222,7 +221,7 @@ def test_values_that_the_server_refuses_cost_themselves_alone(tmp_path, server):
     assert found[-1] == "MLflow: 2 points of steps 3 to 5 were not sent and are lost."
 
 
-def test_a_rewind_in_an_outage_sends_no_point_twice(tmp_path, server, recwarn):
+def test_rewind_in_an_outage_sends_no_point_twice(tmp_path, server, recwarn):
     writer = opened(tmp_path, server)
     writer.write_scalars(1, {"loss": 1.0})
     writer.flush()
@@ -239,7 +238,7 @@ def test_a_rewind_in_an_outage_sends_no_point_twice(tmp_path, server, recwarn):
     assert doubled == (server.steps != [1, 2, 3])
 
 
-def test_an_outage_ends_a_run_that_requires_the_writer(tmp_path, server):
+def test_outage_fails_a_required_writer(tmp_path, server):
     server.goes("fails")
     observer = observers.required(observers.write(opened(tmp_path, server)))
     with pytest.warns(RuntimeWarning), pytest.raises(Exception, match=r"failed with exception|500"):
@@ -250,7 +249,7 @@ def test_an_outage_ends_a_run_that_requires_the_writer(tmp_path, server):
         observer.close()
 
 
-def test_tensors_are_sent_as_they_were_written(tmp_path, server, monkeypatch):
+def test_tensors_are_sent_with_their_values_at_the_write(tmp_path, server, monkeypatch):
     server.goes("fails")
     sent = []
 
@@ -272,7 +271,7 @@ def test_tensors_are_sent_as_they_were_written(tmp_path, server, monkeypatch):
     assert sent == [[expected]]
 
 
-def test_the_limits_hold_for_the_writers_thread_alone(tmp_path, server, monkeypatch):
+def test_request_limits_apply_only_to_the_thread_of_the_writer(tmp_path, server, monkeypatch):
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 
     before = dict(os.environ)
@@ -327,8 +326,8 @@ RUN = """
 @pytest.mark.slow
 @pytest.mark.parametrize("how", OUTAGES)
 @pytest.mark.parametrize("kind", ["mlflow", "wandb"])
-def test_a_run_ends_within_the_bound_at_a_signal(tmp_path, kind, how):
-    """By the real bounds, in a program of its own, whose exit counts too."""
+def test_signal_in_an_outage_ends_a_run_in_bounded_time(tmp_path, kind, how):
+    """Uses the real limits in a subprocess, so that the time of its exit is included."""
     server = Server()
     server.goes(how)
     environment = {

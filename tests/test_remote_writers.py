@@ -1,4 +1,4 @@
-"""Runs of Weights & Biases and MLflow are read back from their files; nothing goes over a network."""
+"""Runs of Weights & Biases and MLflow, read back from their files without network access."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from fxtrain.writers import mlflow
 
 @pytest.fixture(autouse=True)
 def at_home(tmp_path, monkeypatch):
-    """Both keep to the test's folder, and ask no network."""
+    """Confines both packages to the test's folder, without network access."""
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -42,7 +42,7 @@ POINTS, COLORS = torch.arange(12.0).reshape(4, 3), torch.arange(12, dtype=torch.
 
 
 def everything():
-    """A value of every kind, and some more."""
+    """Values of every kind, some in several variants."""
     return {
         "train/loss": 0.5,
         "n": 3,
@@ -76,7 +76,7 @@ def wandb(folder):
 
 
 def records(folder):
-    """What wandb keeps of each session, in order. Its own process ends the files a moment after a run is finished."""
+    """The records of each session, in order. Waits for wandb's process, which completes files after a run ends."""
     deadline = time.monotonic() + 20
     while True:
         sessions = logs(folder)
@@ -87,7 +87,7 @@ def records(folder):
 
 
 def logs(folder):
-    """The records of its files, in the format of LevelDB's log."""
+    """Parses wandb's files, which are in the format of LevelDB's log, into records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     sessions = []
@@ -102,7 +102,7 @@ def logs(folder):
             _, length, kind = struct.unpack("<IHB", data[place : place + 7])
             part += data[place + 7 : place + 7 + length]
             place += 7 + length
-            if kind in (1, 4):  # whole, or the last part
+            if kind in (1, 4):  # a whole record, or its last part
                 found.append(Record.FromString(part))
                 part = b""
         sessions.append(found)
@@ -110,7 +110,7 @@ def logs(folder):
 
 
 def rows(session):
-    """The rows of the history."""
+    """The history of a session, with nested keys as nested dicts."""
     made = []
     for record in session:
         if record.WhichOneof("record_type") == "history":
@@ -129,7 +129,7 @@ def identities(sessions):
     return [r.run.run_id for session in sessions for r in session if r.WhichOneof("record_type") == "run"]
 
 
-def test_wandb_keeps_every_kind(tmp_path):
+def test_wandb_stores_every_kind_of_value(tmp_path):
     writer = wandb(tmp_path / "new" / "run")
     writer.write(3, everything(), StepEnd(step=3, metrics={}))
     writer.close()
@@ -178,7 +178,7 @@ def test_wandb_keeps_every_kind(tmp_path):
     assert metrics["*"].step_metric == "step"
 
 
-def test_wandb_goes_on_with_a_run_and_says_what_stays(tmp_path, recwarn):
+def test_wandb_continues_a_run_and_warns_of_points_that_remain(tmp_path, recwarn):
     writer = wandb(tmp_path)
     writer.purge(0)
     for step in (1, 2, 3, 3):
@@ -204,7 +204,7 @@ def test_wandb_goes_on_with_a_run_and_says_what_stays(tmp_path, recwarn):
     assert len([w for w in recwarn if w.category is RuntimeWarning]) == 0
 
 
-def test_wandb_runs_beside_another_and_goes_on_after_close(tmp_path):
+def test_wandb_supports_concurrent_runs_and_writes_after_close(tmp_path):
     import wandb as package
 
     theirs = package.init(dir=str(tmp_path / "theirs"), project="other", mode="offline")
@@ -223,7 +223,7 @@ def test_wandb_runs_beside_another_and_goes_on_after_close(tmp_path):
     assert len(set(identities(records(tmp_path / "a") + records(tmp_path / "b")))) == 2
 
 
-def test_wandb_takes_any_name_and_more_images_than_it_shows(tmp_path):
+def test_wandb_accepts_any_name_and_splits_many_images(tmp_path):
     writer = wandb(tmp_path)
     name = 'a "name", with: all/chäracters?\n'
     writer.write(
@@ -240,7 +240,7 @@ def test_wandb_takes_any_name_and_more_images_than_it_shows(tmp_path):
         assert files in (files / row[text]["path"]).resolve().parents
 
 
-def test_a_run_remembers_its_last_step_when_it_is_killed_and_lets_the_program_end(tmp_path):
+def test_last_step_of_a_wandb_run_survives_kill_and_exit(tmp_path):
     script = """
         import os, sys
         from fxtrain.writers import wandb
@@ -283,7 +283,7 @@ def points(folder, name):
     return [(m.step, m.value) for m in client(folder).get_metric_history(identity(folder), name)]
 
 
-def test_mlflow_keeps_every_kind(tmp_path, recwarn):
+def test_mlflow_stores_every_kind_of_value(tmp_path, recwarn):
     writer = opened(tmp_path, experiment="mine", name="first")
     values = everything()
     for name in ("histogram", "fine"):
@@ -311,7 +311,7 @@ def test_mlflow_keeps_every_kind(tmp_path, recwarn):
     assert (folder / "text" / "00000003.md").read_text() == "a < b\nwörld"
 
 
-def test_mlflow_goes_on_with_a_run_and_says_what_stays(tmp_path, recwarn):
+def test_mlflow_continues_a_run_and_warns_of_points_that_remain(tmp_path, recwarn):
     writer = opened(tmp_path)
     for step in (1, 2, 3, 3):
         writer.write_scalars(step, {"loss": float(step)})
@@ -335,7 +335,7 @@ def test_mlflow_goes_on_with_a_run_and_says_what_stays(tmp_path, recwarn):
     assert json.loads((tmp_path / "run" / "mlflow-run.json").read_text())["step"] == 2
 
 
-def test_mlflow_keeps_a_parameter_as_first_written_and_says_so(tmp_path, recwarn):
+def test_mlflow_warns_that_a_changed_parameter_keeps_its_first_value(tmp_path, recwarn):
     writer = opened(tmp_path)
     writer.write_hparams({"lr": 0.1, "long": "x" * 7000, **{f"p{index}": index for index in range(250)}})
     writer.write_hparams({"lr": 0.1, "long": "x" * 7000})
@@ -348,7 +348,7 @@ def test_mlflow_keeps_a_parameter_as_first_written_and_says_so(tmp_path, recwarn
     assert (parameters["lr"], parameters["new"], parameters["p249"], len(parameters)) == ("0.1", "1", "249", 253)
 
 
-def test_mlflow_takes_any_name(tmp_path):
+def test_mlflow_accepts_any_name(tmp_path):
     names = ['a "name", with: all/chäracters?\n', "../../up", "/absolute", "a//b", "end/", "l" * 300]
     writer = opened(tmp_path)
     writer.write(1, {**dict.fromkeys(names[:-1], 0.5), names[-1]: 1.0})
@@ -365,7 +365,7 @@ def test_mlflow_takes_any_name(tmp_path):
 
 
 @pytest.mark.parametrize("make", [writers.wandb, mlflow])
-def test_a_folder_that_cannot_be_used_is_an_error_at_once(tmp_path, make):
+def test_unwritable_folder_raises_at_creation(tmp_path, make):
     options = {"uri": tmp_path.as_uri()} if make is mlflow else {}
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):
@@ -375,7 +375,7 @@ def test_a_folder_that_cannot_be_used_is_an_error_at_once(tmp_path, make):
 
 @pytest.mark.parametrize("content", ["", "[]", '{"id": "x', "\0" * 40])
 @pytest.mark.parametrize("make", [writers.wandb, mlflow])
-def test_a_damaged_identity_is_set_aside_and_a_new_run_begins(tmp_path, make, content):
+def test_damaged_identity_is_set_aside_and_a_new_run_begins(tmp_path, make, content):
     options = {"uri": tmp_path.as_uri()} if make is mlflow else {}
     for name in ("wandb-run.json", "mlflow-run.json"):
         (tmp_path / name).write_text(content)
@@ -386,7 +386,7 @@ def test_a_damaged_identity_is_set_aside_and_a_new_run_begins(tmp_path, make, co
     assert damaged.read_text() == content
 
 
-def test_neither_is_imported_before_it_is_used():
+def test_wandb_and_mlflow_are_imported_lazily():
     script = "import fxtrain, fxtrain.writers, sys; print([m for m in ('wandb', 'mlflow') if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert told.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Data that does not repeat itself is found out when a run is resumed."""
+"""Resuming a run warns if its data differs from the data before the checkpoint."""
 
 import random
 import warnings
@@ -15,7 +15,7 @@ from fxtrain.data import checksum
 
 
 class OwnGenerator(Dataset):
-    """Draws from a generator of its own, which begins again in each process."""
+    """Samples from a private generator that restarts in each process."""
 
     def __init__(self):
         self.rng = np.random.default_rng(0)
@@ -35,7 +35,7 @@ class ByIndex(OwnGenerator):
 
 
 def shuffled(seed):
-    """A function that returns batches in an order of its own."""
+    """Returns a function that yields batches in an order seeded by ``seed()``."""
 
     def stream():
         rng = random.Random(seed())
@@ -74,24 +74,24 @@ def resumed(make, folder, at=5):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_other_data_is_found_out(name, tmp_path):
+def test_changed_data_warns_on_resume(name, tmp_path):
     (message,) = resumed(SOURCES[name], tmp_path)
     assert "expected batch 4 of the data to be the same as before the checkpoint, got a different one" in message
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("own")])
-def test_other_data_is_found_out_between_epochs(name, tmp_path):
+def test_changed_data_warns_on_resume_between_epochs(name, tmp_path):
     (message,) = resumed(SOURCES[name], tmp_path, at=8)
     assert "expected batch 7 of the data" in message
 
 
 @pytest.mark.parametrize("at", [1, 5, 8, 9])
 @pytest.mark.parametrize("name", REPEATING)
-def test_data_that_repeats_itself_is_not_warned_about(name, at, tmp_path):
+def test_repeatable_data_resumes_without_warning(name, at, tmp_path):
     assert not resumed(REPEATING[name], tmp_path, at)
 
 
-def test_the_state_does_not_depend_on_whether_it_was_saved(tmp_path):
+def test_saving_does_not_change_the_state(tmp_path):
     options = {"steps": 4, "checkpointer": fx.checkpointer(tmp_path)}
     saved = fx.fit(problem.start(), problem.step(), problem.data(), **options)
     plain = fx.fit(problem.start(), problem.step(), problem.data(), steps=4)
@@ -100,7 +100,7 @@ def test_the_state_does_not_depend_on_whether_it_was_saved(tmp_path):
     testing.assert_equal(again.last, plain.last, "resumed")
 
 
-def test_a_state_restored_by_hand_is_compared_too(tmp_path):
+def test_changed_data_warns_after_a_restore_by_hand(tmp_path):
     checkpoints = fx.checkpointer(tmp_path)
     fx.fit(problem.start(), problem.step(), problem.data(8), steps=3, checkpointer=checkpoints)
     state = checkpoints.restore(problem.start())
@@ -108,7 +108,7 @@ def test_a_state_restored_by_hand_is_compared_too(tmp_path):
         fx.fit(state, problem.step(), problem.data(8, seed=1), steps=4)
 
 
-def test_checksums_see_every_value_of_small_leaves_and_pieces_of_large_ones():
+def test_checksums_cover_small_leaves_and_samples_of_large_ones():
     seen = set()
     for index in range(7):
         batch = torch.zeros(7, dtype=torch.bfloat16)

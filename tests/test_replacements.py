@@ -1,4 +1,4 @@
-"""`rng.functional`: torch's own functions draw from a key, the same numbers in every mode."""
+"""``rng.functional``: torch's random functions sample from a key, with equal results in every mode."""
 
 import math
 
@@ -113,7 +113,7 @@ CASES = {
     "Categorical.sample": lambda: torch.distributions.Categorical(logits=X).sample(),
     "Exponential.rsample": lambda: torch.distributions.Exponential(X.exp()).rsample(),
 }
-IN_PLACE = {  # of a tensor of the caller's: vmap refuses that where only the key is batched
+IN_PLACE = {  # on a captured tensor, which vmap refuses if only the key is batched
     "F.dropout in place": lambda: F.dropout(X * 1, 0.3, inplace=True),
     "torch.dropout_": lambda: torch.dropout_(X * 1, 0.3, True),
     "torch.alpha_dropout_": lambda: torch.alpha_dropout_(X * 1, 0.3, True),
@@ -131,7 +131,7 @@ def _draw(names, seed):
 
 
 @pytest.mark.parametrize("name", [*CASES, *IN_PLACE])
-def test_replaced_functions_depend_on_the_key_alone(name):
+def test_replaced_functions_depend_only_on_the_key(name):
     with rng.untouched():
         drawn, again, other = (_draw([name], torch.tensor(seed))[name] for seed in (17, 17, 18))
     assert torch.equal(drawn, again)
@@ -141,14 +141,14 @@ def test_replaced_functions_depend_on_the_key_alone(name):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", CASES)
-def test_vmap_gives_each_member_the_numbers_it_would_draw_alone(name):
+def test_vmapped_samples_equal_single_samples(name):
     members = vmap(lambda seed: _draw([name], seed)[name])(SEEDS)
     for member, seed in zip(members, SEEDS, strict=True):
         assert torch.equal(member, _draw([name], seed)[name])
 
 
-def test_dynamo_sees_every_replaced_function():
-    """One graph; its operations run as in eager mode, so nothing may differ by a bit."""
+def test_dynamo_traces_every_replaced_function():
+    """The graph runs the operations of eager mode, so results are bitwise equal."""
     names = [*CASES, *IN_PLACE]
     with rng.untouched():
         drawn = torch.compile(_draw, fullgraph=True, backend="eager")(names, SEED)
@@ -156,11 +156,11 @@ def test_dynamo_sees_every_replaced_function():
         assert torch.equal(drawn[name], expected), name
 
 
-# Exponentials, logarithms and sums of torch's own, which Inductor rounds in its own way; all others are bitwise. Its
-# fractional_max_pool3d differs from the eager one by whole numbers, given the same samples.
+# Inductor rounds exponentials, logarithms and sums of torch differently. All other results are bitwise equal, except
+# those of fractional_max_pool3d, which differ by integers for equal samples and are therefore not compared.
 ROUNDED = ("attention", "Attention", "gumbel", "Transformer", "log_normal")
 FEW = ("F.dropout", "torch.randn", "attention, mask")
-EACH = (  # arithmetic once: the other names lead to one of these, which the tests above see
+EACH = (  # one name per implementation; the tests above cover the other names of each
     *("F.dropout", "F.dropout bfloat16", "nn.Dropout2d", "torch.alpha_dropout", "torch.feature_alpha_dropout"),
     *("attention", "attention, mask", "nn.MultiheadAttention", "nn.TransformerEncoderLayer"),
     *("F.gumbel_softmax hard", "F.rrelu", "F.fractional_max_pool2d"),
@@ -183,7 +183,7 @@ def _views_dtypes_under_vmap():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.skipif(not _views_dtypes_under_vmap(), reason="this torch's Dynamo cannot reinterpret bits under vmap")
 @pytest.mark.parametrize("names", [FEW, pytest.param(EACH, marks=pytest.mark.slow)], ids=["few", "each"])
-def test_inductor_gives_the_same_numbers_alone_and_vmapped(names):
+def test_inductor_samples_equal_eager_ones_alone_and_vmapped(names):
     def alone_and_vmapped(seed, seeds):
         return _draw(FEW, seed), vmap(lambda member: _draw(names, member))(seeds)
 
@@ -197,7 +197,7 @@ def test_inductor_gives_the_same_numbers_alone_and_vmapped(names):
         torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_neither_seeds_nor_steps_nor_sites_recompile():
+def test_seeds_steps_and_sites_do_not_recompile():
     graphs = []
 
     def backend(graph, _):
@@ -214,7 +214,7 @@ def test_neither_seeds_nor_steps_nor_sites_recompile():
     assert len(graphs) == 1
 
 
-def test_a_mode_around_a_compiled_function_reaches_into_it():
+def test_mode_applies_inside_a_compiled_function():
     def draw(x):
         return F.dropout(x, 0.5) + torch.randn_like(x)
 
@@ -226,10 +226,10 @@ def test_a_mode_around_a_compiled_function_reaches_into_it():
             assert torch.equal(compiled(X), expected)
 
 
-# What each replacement means.
+# Semantics of each replacement.
 
 
-def test_each_call_draws_from_the_next_site():
+def test_each_call_samples_from_the_next_site():
     key = rng.key(4)
     with rng.functional(key):
         drawn = [torch.rand(5), F.dropout(torch.ones(5), 0.5, training=False), torch.rand(5), torch.randn(3)]
@@ -251,7 +251,7 @@ def test_contexts_nest():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_dropout_keeps_and_scales(dtype):
+def test_dropout_scales_the_expected_share_of_elements(dtype):
     x = torch.ones(MANY, dtype=dtype)
     with rng.functional(rng.key(0)):
         dropped = F.dropout(x, 0.3)
@@ -260,7 +260,7 @@ def test_dropout_keeps_and_scales(dtype):
     assert abs((dropped > 0).sum().item() - 0.7 * MANY) < 4 * math.sqrt(0.21 * MANY)
 
 
-def test_dropout_at_its_edges():
+def test_dropout_handles_edge_cases():
     x = torch.tensor([1.0, math.nan, -math.inf])
     with rng.functional(rng.key(0)):
         assert F.dropout(x, 0.5, training=False) is x
@@ -292,7 +292,7 @@ def test_alpha_dropout_keeps_mean_and_variance():
     assert abs(dropped.var() - 1.0) < 0.02
 
 
-def test_the_gradient_flows_through_the_same_mask():
+def test_gradient_uses_the_mask_of_the_forward_pass():
     def loss(x):
         with rng.functional(rng.key(0)):
             dropped = F.dropout(x, 0.4)
@@ -316,7 +316,7 @@ def test_the_gradient_flows_through_the_same_mask():
     ],
     ids=["plain", "bool", "float", "causal", "scale", "grouped", "blind"],
 )
-def test_attention_without_a_drop_is_that_of_torch(arguments, dtype):
+def test_attention_with_negligible_dropout_matches_torch(arguments, dtype):
     query = QUERY.to(dtype)
     key = query[:, :1] if "enable_gqa" in arguments else query
     given = {name: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()}
@@ -343,8 +343,8 @@ def test_attention_dropout_is_unbiased():
     assert error.abs().max() < 4.5
 
 
-def test_an_unchanged_module_in_a_step():
-    """Eager, compiled and vmapped, a transformer layer has one loss and one gradient for a key."""
+def test_transformer_layer_agrees_in_eager_compiled_and_vmapped_steps():
+    """An unmodified layer computes the same loss and gradient for a key in each mode."""
     parameters = dict(ENCODER.named_parameters())
 
     def step(parameters, seed, x):
@@ -364,7 +364,7 @@ def test_an_unchanged_module_in_a_step():
     assert not torch.equal(members[1][0], members[1][1])
 
 
-def test_what_draws_nothing_stays_as_it_is():
+def test_modules_without_random_calls_are_unchanged():
     module = ENCODER.eval()
     with rng.functional(rng.key(0)):
         drawn = module(X), F.scaled_dot_product_attention(QUERY, QUERY, QUERY)
@@ -375,7 +375,7 @@ def test_what_draws_nothing_stays_as_it_is():
     ENCODER.train()
 
 
-def test_modules_are_initialised_as_by_torch():
+def test_initialization_follows_the_distributions_of_torch():
     with rng.functional(rng.key(0)), rng.untouched():
         layer = nn.Linear(1000, 300)
         truncated = nn.init.trunc_normal_(torch.empty(20000), std=2.0, a=-1.0, b=3.0)
@@ -387,7 +387,7 @@ def test_modules_are_initialised_as_by_torch():
     assert scipy.stats.kstest(truncated.double().numpy(), scipy.stats.truncnorm(-0.5, 1.5, scale=2.0).cdf).pvalue > 1e-3
 
 
-def test_what_is_computed_again_draws_the_same_numbers():
+def test_recomputed_activations_use_the_same_samples():
     layer = _module(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU()))
 
     def block(x):
@@ -399,7 +399,7 @@ def test_what_is_computed_again_draws_the_same_numbers():
     assert torch.equal(*expected, *torch.autograd.grad(recomputed, layer[0].weight))
 
 
-# What cannot be replaced.
+# Functions without a replacement.
 
 REFUSED = {
     "poisson": lambda: torch.poisson(X.abs()),
@@ -419,13 +419,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_replaced_is_refused_by_name(name):
+def test_functions_without_replacement_are_refused_by_name(name):
     with rng.functional(rng.key(0)), rng.untouched(), pytest.raises(NotImplementedError, match=name):
         REFUSED[name]()
 
 
 @pytest.mark.parametrize("name", ["poisson", "_standard_gamma", "rand.default"])
-def test_it_is_refused_while_tracing_too(name):
+def test_functions_without_replacement_are_refused_while_tracing(name):
     @torch.compile(fullgraph=True, backend="eager")
     def draw(seed):
         with rng.functional(rng.key(seed)):
@@ -447,12 +447,12 @@ def test_every_seeded_function_of_torch_is_replaced_or_refused():
     }
     assert len(seeded) > 40
     public = {name for name in seeded if any(hasattr(home, name) for home in (torch, torch.Tensor, torch._C._nn))}
-    # Kernels of attention and recurrence that users reach through the functions above.
+    # Kernels of attention and recurrence are reached through the functions above.
     kernels = {name for name in public if name.startswith("_") and ("attention" in name or "rnn" in name)}
     assert public - known - kernels - {"miopen_rnn", "rrelu_with_noise_functional"} == set()
 
 
-def test_untouched_names_the_generator_that_moved():
+def test_untouched_names_the_used_generator():
     with pytest.raises(RuntimeError, match="default generator of cpu to stay unused"), rng.untouched():
         torch.rand(1)
     with pytest.raises(RuntimeError, match="default generator of cpu to stay unused"), rng.untouched():

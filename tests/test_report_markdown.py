@@ -1,4 +1,4 @@
-"""Markdown in the report: drawn safely, and in linear time."""
+"""Markdown in the report: rendered safely and in linear time."""
 
 import re
 import time
@@ -26,11 +26,11 @@ from fxtrain.values import Table
         ("", ""),
     ],
 )
-def test_markdown(markdown, found):
+def test_markdown_renders_as_html(markdown, found):
     assert as_html(markdown).replace(">\n", ">") == found
 
 
-def test_the_markdown_of_a_table_is_that_table():
+def test_markdown_of_a_table_renders_as_that_table():
     table = Table({"name": ["a|b", "<i>", "two\nlines"], "n": [1, 0.5, None]})
     rows = [("a|b", "1"), ("&lt;i&gt;", "0.5"), ("two<br>lines", "")]
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -59,7 +59,7 @@ SAFE |= {"thead", "tbody", "tr", "th", "td"}
         "&lt;script&gt; &#60;script&#62; \\<b>",
     ],
 )
-def test_no_markdown_is_code_or_leads_anywhere(markdown):
+def test_markdown_renders_without_scripts_and_links(markdown):
     html = as_html(markdown)
     assert set(re.findall(r"</?([a-z0-9]+)", html)) <= SAFE
     assert not re.search(r"<[^>]*(href|src|on\w+)=", html)
@@ -71,12 +71,12 @@ HOSTILE_MARKDOWN += ("- a\n* b\n", "[a]: b\n", "a***b__", "**a*", "> a\nb\n", "\
 
 
 @pytest.mark.parametrize("part", HOSTILE_MARKDOWN)
-def test_markdown_takes_linear_time(part):
+def test_markdown_renders_in_linear_time(part):
     begin = time.process_time()
     as_html(part * (40_000 // len(part)))
-    assert time.process_time() - begin < 5  # quadratic time would be minutes
+    assert time.process_time() - begin < 5  # quadratic time would take minutes
 
 
-def test_markdown_that_nests_too_deeply_is_shown_as_it_is():
+def test_deeply_nested_markdown_is_shown_verbatim():
     assert as_html(200 * "> " + "said") == f"<pre>{200 * '&gt; '}said</pre>"
     assert "<pre>" not in as_html(20 * "> " + "said")
