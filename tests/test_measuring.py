@@ -1,4 +1,4 @@
-"""Rates and hyper-parameters: exact numbers from a clock that is given."""
+"""Throughput and hyperparameter monitors: exact values under a fake clock."""
 
 import math
 
@@ -27,7 +27,7 @@ def logged(callback, events, state=None):
 
 
 class TestThroughput:
-    def test_rates_since_it_was_published_last(self):
+    def test_rates_cover_steps_since_last_publication(self):
         callback = throughput(samples=8, tokens=80, flops=1e6, peak=4e6, publish=fx.every(3))
         first, second = logged(callback, [step_end(i, 0.5 * i, data_wait=0.1) for i in range(1, 7)])
         assert first == pytest.approx(
@@ -42,7 +42,7 @@ class TestThroughput:
         )
         assert second == pytest.approx(first)
 
-    def test_the_first_step_of_a_session_is_left_out(self):
+    def test_first_step_of_session_is_excluded(self):
         (found,) = logged(throughput(publish=fx.every(1)), [step_end(1, 0.5)])
         assert all(math.isnan(value) for value in found.values())
 
@@ -55,18 +55,18 @@ class TestThroughput:
             ({"peak": 1e12}, "expected flops together with peak"),
         ],
     )
-    def test_validates(self, options, message):
+    def test_invalid_options_are_rejected(self, options, message):
         with pytest.raises(ValueError, match=message):
             throughput(**options)
 
-    def test_the_laws_hold(self):
+    def test_throughput_obeys_callback_laws(self):
         testing.check_laws(
             throughput(samples=8, publish=fx.every(2)),
             fx.init({"w": torch.tensor(1.0)}),
             [step_end(i, 0.5 * i) for i in range(1, 6)],
         )
 
-    def test_in_a_run(self):
+    def test_fit_publishes_rates(self):
         times = iter(range(10_000))
         callback = throughput(samples=8, publish=fx.every(2))
         result = fx.fit(
@@ -83,7 +83,7 @@ class TestThroughput:
 
 
 class TestLrMonitor:
-    def test_schedules_among_them(self):
+    def test_scheduled_values_are_published(self):
         tx = fx.optim.inject_hyperparams(fx.optim.adamw)(
             learning_rate=fx.schedules.linear(1.0, 0.0, transition_steps=4), weight_decay=0.1
         )
@@ -94,7 +94,7 @@ class TestLrMonitor:
         assert result.history["hyperparams/learning_rate"].values == pytest.approx([0.75, 0.25])
         assert result.history["hyperparams/weight_decay"].values == pytest.approx([0.1, 0.1])
 
-    def test_some_of_them(self):
+    def test_only_selected_hyperparameters_are_published(self):
         tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=0.5, weight_decay=0.1)
         state = fx.init({"w": torch.tensor(1.0)}, tx)
         found = logged(lr_monitor(hyperparams=("weight_decay",)), [step_end(1, 0.5)], state)
@@ -107,14 +107,14 @@ class TestLrMonitor:
             (fx.optim.inject_hyperparams(fx.optim.sgd)(0.1), "expected .* 'momentum' .*, got 'learning_rate'"),
         ],
     )
-    def test_what_is_not_there(self, tx, message):
+    def test_missing_hyperparameter_is_rejected(self, tx, message):
         names = ("momentum",) if "momentum" in message else ()
         with pytest.raises(ValueError, match=message):
             logged(lr_monitor(hyperparams=names), [step_end(1, 0.5)], fx.init({"w": torch.tensor(1.0)}, tx))
 
 
 class TestRankZero:
-    def test_acts_in_one_process(self, monkeypatch):
+    def test_only_rank_zero_observer_runs(self, monkeypatch):
         seen = []
 
         def watch(state, event: fx.StepEnd, control):
@@ -129,7 +129,7 @@ class TestRankZero:
             assert seen == wanted
 
 
-def test_evaluations_between_steps_do_not_count():
+def test_throughput_excludes_evaluation_time():
     callback = fx.compose(throughput(samples=8, publish=fx.every(3)))
     state = fx.attach(problem.start(), callback)
     events = [

@@ -1,4 +1,4 @@
-"""Metrics: they merge like the data they have seen, and agree with clu where clu is right."""
+"""Metrics: merging matches one pass over all data, and values match clu except where clu is inaccurate."""
 
 import functools
 import math
@@ -43,7 +43,7 @@ BATCHES = st.lists(st.floats(-1e6, 1e6, width=32), max_size=6).map(lambda x: tor
 @pytest.mark.parametrize("cls", SIMPLE)
 @given(a=BATCHES, b=BATCHES, c=BATCHES)
 @settings(max_examples=40, deadline=None)
-def test_merge_is_associative_with_empty_as_its_unit(cls, a, b, c):
+def test_merge_is_associative_with_empty_as_identity(cls, a, b, c):
     a, b, c = (of(cls, values) for values in (a, b, c))
     assert close(a.merge(b).merge(c), a.merge(b.merge(c)), 1e-9)
     assert close(a.merge(cls.empty()), a)
@@ -53,7 +53,7 @@ def test_merge_is_associative_with_empty_as_its_unit(cls, a, b, c):
 @pytest.mark.parametrize("cls", [Average, Std, Sum])
 @given(a=BATCHES, b=BATCHES)
 @settings(max_examples=40, deadline=None)
-def test_merge_commutes(cls, a, b):
+def test_merge_is_commutative(cls, a, b):
     a, b = of(cls, a), of(cls, b)
     assert all(map(torch.equal, tree.leaves(a.merge(b)), tree.leaves(b.merge(a))))
 
@@ -64,7 +64,7 @@ REFERENCE = {Average: np.mean, Std: np.std, Sum: np.sum}
 @pytest.mark.parametrize("cls", list(REFERENCE))
 @given(parts=st.lists(BATCHES, min_size=1, max_size=6))
 @settings(max_examples=40, deadline=None)
-def test_merging_is_the_same_as_having_seen_all(cls, parts):
+def test_merged_batches_match_one_pass(cls, parts):
     metric = functools.reduce(lambda total, values: total.update(values), parts, cls.empty())
     together = torch.cat(parts).double().numpy()
     expected = REFERENCE[cls](together) if len(together) or cls is Sum else math.nan
@@ -72,7 +72,7 @@ def test_merging_is_the_same_as_having_seen_all(cls, parts):
 
 
 @pytest.mark.parametrize("cls", [*SIMPLE, Accuracy])
-def test_nothing_is_nan_and_no_error(cls):
+def test_empty_metric_computes_without_error(cls):
     value = cls.empty().compute()
     assert (value.shape, value.dtype) == ((), torch.float32)
     assert bool(value.isnan()) == (cls in NAN_WHEN_EMPTY)
@@ -89,9 +89,9 @@ def clu_collection(monkeypatch):
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from clu import metrics as clu  # here and not above: it takes seconds
+    from clu import metrics as clu  # imported lazily, because it takes seconds
 
-    # clu's Std calls it with an argument that newer versions of JAX do not have.
+    # clu's Std passes a_min, which newer versions of JAX lack.
     monkeypatch.setattr(jax.numpy, "clip", lambda x, a_min: jax.numpy.maximum(x, a_min))
     return clu.Collection.create(
         loss=clu.Average.from_output("loss"),
@@ -117,7 +117,7 @@ OURS = Collection.create(
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("value_of", ["example", "batch"])
-def test_parity_with_clu(clu_collection, masked, value_of):
+def test_metrics_match_clu(clu_collection, masked, value_of):
     ours, total = OURS.empty(), clu_collection.empty()
     for seed in range(12):
         outputs = batch(seed)
@@ -135,7 +135,7 @@ def test_parity_with_clu(clu_collection, masked, value_of):
 
 
 @pytest.mark.parametrize("offset", [1e4, 1e6])
-def test_std_is_right_under_an_offset_where_clu_is_not(clu_collection, offset):
+def test_std_is_accurate_under_large_offset(clu_collection, offset):
     ours, total, seen = Std.empty(), clu_collection.empty(), []
     for seed in range(12):
         outputs = batch(seed, offset=offset)
@@ -148,7 +148,7 @@ def test_std_is_right_under_an_offset_where_clu_is_not(clu_collection, offset):
     assert abs(float(total.compute()["deviation"]) - right) > 0.05 * right
 
 
-def test_sums_lose_nothing_where_float32_would_stand_still():
+def test_sums_exceed_float32_precision():
     ones = Average(torch.tensor(2.0**24, dtype=torch.float64), torch.tensor(2.0**24, dtype=torch.float64))
     for _ in range(3):
         ones = ones.update(torch.tensor(1.0))
@@ -156,14 +156,14 @@ def test_sums_lose_nothing_where_float32_would_stand_still():
     assert float(of(Std, torch.tensor([1e9, 1e9 + 1], dtype=torch.float64)).compute()) == pytest.approx(0.5)
 
 
-# What goes in and comes out
+# Inputs and results
 
 
 @pytest.mark.parametrize(
     ("shape", "mask"),
     [((4,), (4,)), ((4, 3), (4,)), ((4, 3), (4, 3)), ((4, 3, 2), (4, 3)), ((4, 3), ())],
 )
-def test_a_mask_fits_the_first_dimensions(shape, mask):
+def test_mask_broadcasts_over_leading_dimensions(shape, mask):
     values = torch.randn(shape)
     kept = torch.rand(mask) < 0.5
     chosen = values[kept.reshape(*mask, *[1] * (len(shape) - len(mask))).expand(shape)].double()
@@ -174,7 +174,7 @@ def test_a_mask_fits_the_first_dimensions(shape, mask):
         assert close(of(cls, values, kept.float()), of(cls, values, kept))
 
 
-def test_the_last_value_is_of_the_last_batch_that_has_any():
+def test_last_value_skips_empty_batches():
     first, last = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 6.0])
     metric = of(LastValue, first).merge(of(LastValue, last, torch.tensor([True, False])))
     assert float(metric.compute()) == 5.0
@@ -182,7 +182,7 @@ def test_the_last_value_is_of_the_last_batch_that_has_any():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
-def test_any_dtype_is_accumulated_wide_and_comes_out_as_the_default(dtype):
+def test_accumulation_is_wide_and_result_has_default_dtype(dtype):
     values = torch.tensor([1, 0, 1, 1]).to(dtype)
     for cls, expected in ((Average, 0.75), (Sum, 3.0), (Std, math.sqrt(3) / 4)):
         value = of(cls, values).compute()
@@ -197,7 +197,7 @@ def test_any_dtype_is_accumulated_wide_and_comes_out_as_the_default(dtype):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_metric_keeps_no_graph():
+def test_metrics_are_detached_from_autograd():
     loss = torch.ones(3, requires_grad=True) * 2
     assert not any(leaf.requires_grad for leaf in tree.leaves([of(cls, loss) for cls in SIMPLE]))
     assert not any(leaf.requires_grad for leaf in tree.leaves(metrics.lift({"loss": loss.sum()}, 1)))
@@ -251,15 +251,15 @@ def test_a_metric_keeps_no_graph():
         (lambda: Metric.from_model_output(), NotImplementedError, "expected Metric to define from_model_output"),
     ],
 )
-def test_errors(make, error, message):
+def test_invalid_input_is_rejected(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-# Classes made on the way
+# Derived and custom classes
 
 
-def test_made_classes_are_made_once_and_named():
+def test_derived_classes_are_cached_and_named():
     assert Average.from_output("loss") is Average.from_output("loss")
     assert Average.from_fun(doubled) is Average.from_fun(doubled)
     assert Collection.create(a=Sum) is Collection.create(a=Sum)
@@ -268,7 +268,7 @@ def test_made_classes_are_made_once_and_named():
     assert repr(OURS) == "<class 'fxtrain.metrics.Collection(loss, deviation, last, accuracy, doubled)'>"
 
 
-def test_a_mask_of_a_function_comes_before_that_of_the_outputs():
+def test_mask_from_function_overrides_mask_of_outputs():
     outputs = {"x": torch.tensor([1.0, 2.0, 3.0]), "mask": torch.tensor([True, True, False])}
     for function, expected in (
         (lambda x, **_: x, 1.5),
@@ -282,7 +282,7 @@ def test_a_mask_of_a_function_comes_before_that_of_the_outputs():
     assert float(chained.from_model_output(**outputs).compute()) == 1.0
 
 
-def test_a_metric_of_ones_own():
+def test_custom_metrics_compose():
     class GeometricMean(Average):
         @classmethod
         def from_model_output(cls, values, mask=None, **_):
@@ -319,7 +319,7 @@ def test_a_metric_of_ones_own():
 # lift, merge, compute
 
 
-def test_averages_are_weighted_and_names_are_joined():
+def test_averages_are_weighted_and_nested_names_joined():
     nested = Collection.create(inner=OURS, sum=Sum.from_output("loss"))
     first = {"loss": torch.tensor(1.0, dtype=torch.bfloat16), "all": nested.from_model_output(**batch(0))}
     second = {"loss": torch.tensor(4.0, dtype=torch.bfloat16), "all": nested.from_model_output(**batch(1))}
@@ -335,12 +335,12 @@ def test_averages_are_weighted_and_names_are_joined():
 
 @given(value=st.floats(width=32), weight=st.integers(1, 2**29))
 @settings(max_examples=60, deadline=None)
-def test_what_is_lifted_comes_back_bit_for_bit(value, weight):
+def test_lifted_value_is_restored_exactly(value, weight):
     value = torch.tensor(value, dtype=torch.float32)
     assert torch.equal(metrics.compute(metrics.lift({"x": value}, weight))["x"], value) or bool(value.isnan())
 
 
-def test_a_batch_of_no_weight_does_not_count_even_if_it_is_nan():
+def test_zero_weight_batch_is_ignored_even_if_nan():
     total = metrics.merge(metrics.lift({"x": torch.tensor(3.0)}, 2), metrics.lift({"x": torch.tensor(torch.nan)}, 0))
     assert float(metrics.compute(total)["x"]) == 3.0
     weight = torch.tensor(2.0)
@@ -363,7 +363,7 @@ def step(total, scale, outputs):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_metrics_live_inside_a_compiled_step(backend):
+def test_metrics_run_inside_a_compiled_step(backend):
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     ours, theirs = OURS.empty(), OURS.empty()
     for seed in range(3):
@@ -374,7 +374,7 @@ def test_metrics_live_inside_a_compiled_step(backend):
     assert close(ours, theirs, 1e-6)
 
 
-def test_a_batch_of_metrics_is_the_metrics_one_by_one():
+def test_vmapped_metrics_match_single_ones():
     members = [batch(seed) for seed in range(3)]
     stacked = tree.map(lambda *leaves: torch.stack(leaves), *members)
     scales = torch.arange(1.0, 4.0)

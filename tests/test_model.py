@@ -1,4 +1,4 @@
-"""The functional model: the module as it is, with a state's memory; nothing that a call does is kept."""
+"""The functional model: calls match the original module on the values of a state, and have no side effects."""
 
 import copy
 import threading
@@ -14,7 +14,7 @@ from fxtrain import rng, testing, tree
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the head's, and a method beside ``forward``."""
+    """An embedding whose weight is tied to the head, with a method besides ``forward``."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Tied(nn.Module):
 
 
 class Parts(nn.Module):
-    """A list, a dict and a plain attribute of parts, and buffers of all kinds."""
+    """A list and a dict of submodules, a plain parameter, and buffers of all kinds."""
 
     def __init__(self):
         super().__init__()
@@ -102,9 +102,9 @@ def close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-class TestIsTheModule:
+class TestMatchesModule:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_gradients_and_buffers_are_those_of_autograd(self, kind):
+    def test_gradients_and_buffers_match_autograd(self, kind):
         module, batch = example(kind)
         found = gradient(fx.init(module), batch)
         loss_fn(module, batch).backward()
@@ -112,12 +112,12 @@ class TestIsTheModule:
         close(found.buffers, dict(module.named_buffers()))
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_view_is_the_module_in_eval_mode(self, kind):
+    def test_view_matches_module_in_eval_mode(self, kind):
         module, batch = example(kind)
         view = fx.view(fx.init(module))
         close(view(batch), module.eval()(batch).detach())
 
-    def test_inside_a_loss_everything_of_the_module_can_be_used(self):
+    def test_loss_can_use_methods_and_parameters(self):
         module, tokens = example("tied")
 
         def everything(model, batch):
@@ -130,7 +130,7 @@ class TestIsTheModule:
 
 
 class TestInit:
-    def test_the_module_stays_as_it_was(self):
+    def test_original_module_is_unchanged(self):
         module = problem.module()
         module[0].weight.requires_grad_(False)
         module[1].eval()
@@ -151,14 +151,14 @@ class TestInit:
         assert module[0].weight.device.type == "cpu"
         assert len(calls) == 4  # the copy keeps the hooks
 
-    def test_shares_no_memory_with_the_module_nor_among_its_leaves(self):
+    def test_state_leaves_share_no_memory(self):
         module = Parts()
         state = fx.init(module, fx.optim.adamw(1e-3))
         leaves = [*tree.leaves(state), *module.parameters(), *module.buffers()]
         assert len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves)
         assert not any(leaf.requires_grad for leaf in tree.leaves(state))
 
-    def test_weights_are_not_copied_into_the_architecture(self, monkeypatch):
+    def test_architecture_is_on_meta_device(self, monkeypatch):
         def copy_without_memory(self, memo):
             assert self.is_meta, "a weight was copied"
             return nn.Parameter(torch.empty_like(self))
@@ -170,7 +170,7 @@ class TestInit:
             assert values
             assert {value.device.type for value in values} == {"meta"}
 
-    def test_dtype_and_device(self):
+    def test_dtype_and_device_are_applied(self):
         module = Parts()
         module.register_parameter("counts", nn.Parameter(torch.arange(2), requires_grad=False))
         state = fx.init(module, fx.optim.adamw(1e-3), dtype=torch.bfloat16)
@@ -183,7 +183,7 @@ class TestInit:
         state = fx.init(Parts(), fx.optim.adamw(1e-3), device="meta")
         assert {leaf.device.type for leaf in tree.leaves(state)} == {"meta"}
 
-    def test_buffers_that_are_not_saved_are_in_the_state(self):
+    def test_non_persistent_buffers_are_in_the_state(self):
         module, batch = example("parts and buffers")
         state, step = fx.init(module, fx.optim.sgd(0.1)), fx.train_step(loss_fn, fx.optim.sgd(0.1))
         for _ in range(3):
@@ -202,18 +202,18 @@ class TestInit:
             ),
         ],
     )
-    def test_what_is_no_model_is_refused(self, make, message):
+    def test_non_models_are_rejected(self, make, message):
         with pytest.raises(TypeError, match=message):
             fx.init(make())
 
-    def test_a_module_that_cannot_be_copied_is_refused(self):
+    def test_uncopyable_module_is_rejected(self):
         module = nn.Linear(1, 1)
         module.lock = threading.Lock()
         with pytest.raises(TypeError, match=r"expected modules that copy.deepcopy can copy, .*lock.*\. Remove locks"):
             fx.init(module)
 
     @pytest.mark.parametrize("seed", [1.0, True, None, 2**63])
-    def test_a_seed_is_an_integer(self, seed):
+    def test_non_integer_seed_is_rejected(self, seed):
         with pytest.raises(TypeError, match="expected seed to be a 64-bit int"):
             fx.init(nn.Linear(1, 1), seed=seed)
 
@@ -225,13 +225,13 @@ class TestInit:
             ({"a": fx.optim.sgd(0.1), "b": 0.1}, TypeError, "got 0.1"),
         ],
     )
-    def test_what_is_no_transformation_is_refused(self, tx, error, message):
+    def test_non_transformations_are_rejected(self, tx, error, message):
         with pytest.raises(error, match=message):
             fx.init({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}, tx)
 
 
 class TestSharedMemory:
-    """A state would hold apart what changes together in torch."""
+    """Overlapping tensors change together in torch, but a state would copy them apart."""
 
     @staticmethod
     def pair(change):
@@ -252,11 +252,11 @@ class TestSharedMemory:
         ],
         ids=["same", "transposed", "part", "buffer"],
     )
-    def test_of_a_parameter_is_refused(self, change, names):
+    def test_overlapping_parameter_is_rejected(self, change, names):
         with pytest.raises(ValueError, match=f"got ({names}), which overlap.*assigning one Parameter"):
             fx.init(self.pair(change))
 
-    def test_side_by_side_and_of_frozen_ones_is_fine(self):
+    def test_disjoint_frozen_and_tied_parameters_are_accepted(self):
         memory = torch.arange(8.0)
 
         def beside(a, b):
@@ -277,9 +277,9 @@ class TestSharedMemory:
             fx.init(self.pair(change))
 
 
-class TestWhatIsTrained:
+class TestTrainableParameters:
     @pytest.mark.parametrize("tx", [problem.transform(), fx.optim.from_torch(torch.optim.Adam, lr=0.1)])
-    def test_frozen_parameters_stay_and_the_optimizer_has_no_memory_of_them(self, tx):
+    def test_frozen_parameters_are_unchanged_and_have_no_optimizer_state(self, tx):
         module = problem.module()
         module[0].requires_grad_(False)
         state = fx.init(module, tx)
@@ -290,7 +290,7 @@ class TestWhatIsTrained:
         for name, value in new.params.items():
             assert torch.equal(value, state.params[name]) == name.startswith("0."), name
 
-    def test_integer_parameters_stay(self):
+    def test_integer_parameters_are_unchanged(self):
         module = nn.Linear(2, 1)
         module.register_parameter("counts", nn.Parameter(torch.arange(2), requires_grad=False))
         tx = fx.optim.adamw(0.1)
@@ -307,7 +307,7 @@ class TestWhatIsTrained:
         both = torch.vmap(step, (0, None))(tree.map(lambda leaf: torch.stack([leaf] * 2), state), torch.tensor(1.0))
         assert both[0].params["w"].tolist() == [-5.0, -5.0]
 
-    def test_tied_weights_are_one_leaf_and_stay_tied(self):
+    def test_tied_weights_are_one_leaf(self):
         module, tokens = example("tied")
         tx = fx.optim.sgd(0.5)
         state = fx.init(module, tx)
@@ -317,7 +317,7 @@ class TestWhatIsTrained:
         assert torch.equal(view.embed.weight, view.head.weight)
         assert not torch.equal(view.embed.weight, module.embed.weight)
 
-    def test_a_dict_of_modules_may_share_parameters_and_modules(self):
+    def test_dict_of_modules_may_share_parameters_and_modules(self):
         first, second = seeded(lambda: (nn.Linear(3, 3), nn.Linear(3, 3)))
         second.weight = first.weight
         modules = {"first": first, "second": second, "again": first}
@@ -337,26 +337,26 @@ class TestWhatIsTrained:
         close(found["again"], {"weight": first.weight.grad, "bias": first.bias.grad})
         close(found["second"], {"bias": second.bias.grad})
 
-    def test_nothing_to_train_is_an_error(self):
+    def test_model_without_trainable_parameters_is_rejected(self):
         state = fx.init(nn.Linear(1, 1).requires_grad_(False))
         with pytest.raises(ValueError, match="expected a trainable parameter, got none"):
             gradient(state, torch.ones(1, 1))
 
 
 class TestModes:
-    def test_a_module_given_in_eval_mode_is_trained_in_train_mode(self):
+    def test_module_in_eval_mode_trains_in_train_mode(self):
         module = problem.module().eval()
         found = fx.gradients(problem.loss_fn)(fx.init(module), problem.data()[0])
         assert int(found.buffers["1.num_batches_tracked"]) == 1
         assert not module.training
 
-    def test_single_parts_in_eval_mode_stay_so(self):
+    def test_submodule_in_eval_mode_stays_in_eval_mode(self):
         module = problem.module()
         module[1].eval()
         found = fx.gradients(problem.loss_fn)(fx.init(module), problem.data()[0])
         assert int(found.buffers["1.num_batches_tracked"]) == 0
 
-    def test_train_and_eval(self):
+    def test_dropout_follows_the_mode_of_the_view(self):
         x = torch.ones(100)
         state = fx.init(nn.Dropout(0.5))
         assert torch.equal(fx.view(state)(x), x)
@@ -364,8 +364,8 @@ class TestModes:
         assert torch.equal(fx.eval_step(lambda model, batch: model(batch).sum())(state, x).metrics["loss"], x.sum())
 
 
-class TestNothingIsKept:
-    def test_buffers_are_threaded_and_the_input_state_stays(self):
+class TestPurity:
+    def test_buffers_are_threaded_and_input_state_is_unchanged(self):
         module, tx = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)), fx.optim.sgd(0.1)
         state, step = fx.init(module, tx), fx.train_step(problem.loss_fn, tx, accumulate=2)
         first, second = problem.data(2)
@@ -376,7 +376,7 @@ class TestNothingIsKept:
             module(part)
         close(after.buffers, dict(module.named_buffers()))
 
-    def test_what_a_call_stores_on_the_module_is_gone(self):
+    def test_attributes_set_by_a_call_are_discarded(self):
         class Stores(nn.Linear):
             def forward(self, x):
                 self.last = super().forward(x)
@@ -393,7 +393,7 @@ class TestNothingIsKept:
             fx.view(state).last  # noqa: B018
 
     @pytest.mark.parametrize("write", [lambda p: p.detach().zero_(), lambda p: p.data.zero_()])
-    def test_writing_into_a_parameter_is_an_error(self, write):
+    def test_writing_into_a_parameter_is_rejected(self, write):
         def writes(model, batch):
             write(model.weight)
             return model(batch).sum()
@@ -402,7 +402,7 @@ class TestNothingIsKept:
         with pytest.raises(RuntimeError, match=r"got an in-place write \(zero_\) to model\.weight"):
             fx.train_step(writes, tx)(fx.init(nn.Linear(1, 1), tx), torch.ones(1, 1))
 
-    def test_an_error_inside_leaves_the_model_whole(self):
+    def test_model_is_usable_after_an_error(self):
         module, batch = example("sequence")
         state = fx.init(module)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -411,9 +411,9 @@ class TestNothingIsKept:
 
 
 class TestRandomness:
-    """One seed gives one run, whatever the mode; the global generator has no part in it."""
+    """A seed determines the run in every mode, independently of the global generator."""
 
-    def test_is_the_same_eager_compiled_and_vmapped(self):
+    def test_random_samples_match_eager_compiled_and_vmapped(self):
         def loss_fn(model, batch):
             x = model(batch) + torch.randn_like(batch) + torch.rand(batch.shape[0], 1) + torch.normal(0.0, 1.0, (4,))
             return F.dropout(x, 0.3).square().mean()
@@ -433,7 +433,7 @@ class TestRandomness:
             close(tree.map(lambda leaf, index=index: leaf[index], together.params), state.params)
         assert alone[0][1].metrics["loss"] != alone[1][1].metrics["loss"]
 
-    def test_differs_by_step_microbatch_and_seed_and_not_by_the_global_generator(self):
+    def test_random_samples_depend_only_on_step_microbatch_and_seed(self):
         model, batch = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), torch.ones(32, 2)
         state = fx.init(model)
         find = fx.gradients(lambda model, batch: model(batch).square().mean())
@@ -447,7 +447,7 @@ class TestRandomness:
         torch.manual_seed(99)
         assert torch.equal(find(state, batch).loss, losses["first"])
 
-    def test_each_microbatch_draws_its_own_numbers(self):
+    def test_microbatches_get_different_random_samples(self):
         losses, tx = [], fx.optim.sgd(0.1)
 
         def watch(state, event: fx.Microbatch):
@@ -458,7 +458,7 @@ class TestRandomness:
         step(fx.init(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), tx), torch.ones(96, 2))
         assert len(set(losses)) == 3
 
-    def test_what_has_no_replacement_is_refused_by_name(self):
+    def test_unsupported_random_operation_is_named(self):
         state = fx.init(nn.Linear(1, 1))
         with pytest.raises(NotImplementedError, match="poisson"):
             fx.gradients(lambda model, batch: torch.poisson(batch).mean())(state, torch.ones(2))
@@ -468,7 +468,7 @@ class TestView:
     def start(self):
         return fx.init(seeded(Parts))
 
-    def test_reaches_any_method_part_and_parameter(self):
+    def test_view_reaches_methods_submodules_and_parameters(self):
         module, tokens = example("tied")
         view = fx.view(fx.init(module))
         close(view.score(tokens), module.score(tokens).detach())
@@ -483,14 +483,14 @@ class TestView:
         testing.assert_equal(dict(view.named_parameters()), fx.init(module).params, "named_parameters")
         testing.assert_equal(dict(view.state_dict()), dict(module.state_dict()), "state_dict")
 
-    def test_reaches_into_a_dict_of_modules(self):
+    def test_view_indexes_a_dict_of_modules(self):
         first, second = nn.Linear(2, 2), nn.Linear(2, 2)
         view = fx.view(fx.init({"a": first, "b": {"c": second}, "t": torch.tensor(3.0)}))
         x = torch.ones(1, 2)
         close(view["b"]["c"](view["a"](x)), second(first(x)).detach())
         assert float(view["t"]) == 3.0
 
-    def test_nothing_it_does_is_kept(self):
+    def test_calls_of_a_view_leave_the_state_unchanged(self):
         state = self.start()
         before = state.copy()
         view = fx.view(state, train=True)
@@ -501,14 +501,14 @@ class TestView:
         with pytest.raises(RuntimeError, match=r"a call of the view .* an in-place write .* to model\.layers\.0\."):
             view.layers[0].reset_parameters()
 
-    def test_draws_the_same_numbers_again_and_others_from_another_key(self):
+    def test_random_samples_of_a_view_depend_only_on_key_and_step(self):
         state, x = fx.init(nn.Dropout(0.5)), torch.ones(64)
         view = fx.view(state, train=True)
         assert torch.equal(view(x), view(x))
         assert not torch.equal(view(x), fx.view(state, train=True, key=rng.key(1))(x))
         assert not torch.equal(view(x), fx.view(state.replace(step=state.step + 1), train=True)(x))
 
-    def test_serves_as_a_teacher_inside_a_loss(self):
+    def test_view_works_as_teacher_inside_a_loss(self):
         module, batch = example("sequence")
         state = fx.init(module)
         teacher = state.copy()
@@ -518,12 +518,12 @@ class TestView:
 
         assert float(fx.gradients(distil)(state, batch).loss) == 0.0
 
-    def test_has_an_error_of_the_module_itself(self):
+    def test_missing_attribute_error_names_the_module_class(self):
         view = fx.view(self.start())
         with pytest.raises(AttributeError, match="'Parts' object has no attribute 'missing'"):
             view.missing  # noqa: B018
         assert repr(view) == "View of Model(Parts) at step 0"
 
-    def test_needs_a_model(self):
+    def test_state_without_model_is_rejected(self):
         with pytest.raises(ValueError, match="expected a state with a model, got one without"):
             fx.view(self.start().replace(model=None))

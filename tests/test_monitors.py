@@ -1,4 +1,4 @@
-"""Monitors inside the step: exact values, what is published when, gates, laws, and resume."""
+"""Monitors inside the step: exact values, publication, gating, callback laws, and resume."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def loss_fn(model, batch):
 
 
 def after_a_step(monitor, scale=10.0, steps=1):
-    """The state after steps whose gradients are (3, -4), (scale,) and (0,)."""
+    """Returns the state after steps with gradients (3, -4), (scale,) and (0,)."""
     tx = fx.optim.sgd(RATE)
     step = fx.train_step(loss_fn, tx, callbacks=monitor)
     state = fx.attach(fx.init(START, tx), monitor)
@@ -37,7 +37,7 @@ def published(monitor, state, step=1):
 
 
 def updated(step, values, skipped=False):
-    """An event of a model with one parameter [2]."""
+    """Returns an Updated event of a model with one parameter of shape [2]."""
     loss = torch.tensor(0.0)
     grads = {"w": torch.tensor(values)}
     return fx.Updated(
@@ -60,7 +60,7 @@ class TestGradNorms:
             ("mean", [3.5, 10, 0], 17 / 4),
         ],
     )
-    def test_each_norm(self, norm, layers, total):
+    def test_norms_have_exact_values(self, norm, layers, total):
         monitor = grad_norms(norm=norm, layer="s*")
         log = published(monitor, after_a_step(monitor))
         assert {name: float(value) for name, value in log.items()} == pytest.approx(
@@ -73,7 +73,7 @@ class TestGradNorms:
             }
         )
 
-    def test_layers_are_modules_in_the_order_of_their_definition(self):
+    def test_layers_follow_module_definition_order(self):
         module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(11)])
         monitor, tx = grad_norms(), fx.optim.sgd(0.1)
         step = fx.train_step(lambda model, batch: model(batch).sum(), tx, callbacks=monitor)
@@ -82,10 +82,10 @@ class TestGradNorms:
         state, _ = step(state, torch.ones(1, 2))
         wanted = [
             torch.cat([found[f"{i}.weight"].flatten(), found[f"{i}.bias"]]).norm() for i in range(11)
-        ]  # and not 0, 1, 10, 2, ...
+        ]  # not in lexicographic order (0, 1, 10, 2, ...)
         torch.testing.assert_close(state.slots["grad_norm"].values.layers, torch.stack(wanted))
 
-    def test_what_two_monitors_want_is_computed_once(self, monkeypatch):
+    def test_shared_reductions_are_computed_once(self, monkeypatch):
         from fxtrain.callbacks import _update_stats as statistics
 
         calls = []
@@ -97,14 +97,14 @@ class TestGradNorms:
         both(state, updated(1, [3.0, 4.0]))
         assert calls == ["squares"]
 
-    def test_a_pattern_that_matches_nothing(self):
+    def test_unmatched_layer_pattern_is_rejected(self):
         monitor = grad_norms(layer="no.*")
         with pytest.raises(
             ValueError, match=r"expected 'no\.\*' to match a layer, got no match among first, second, third"
         ):
             published(monitor, after_a_step(monitor))
 
-    def test_validates(self):
+    def test_invalid_options_are_rejected(self):
         with pytest.raises(ValueError, match="expected norm to be one of 'l2', 'l1', 'linf', 'mean', got 'l3'"):
             grad_norms(norm="l3")
         with pytest.raises(ValueError, match="expected every to be a positive int"):
@@ -112,12 +112,12 @@ class TestGradNorms:
 
 
 class TestGradFlow:
-    def test_gains_and_counts(self):
+    def test_gains_and_counts_have_exact_values(self):
         monitor = grad_flow(exploding=9.0, layer="first")
         log = {
             name.partition("/")[2]: float(value) for name, value in published(monitor, after_a_step(monitor)).items()
         }
-        # Norms 5, 10 and 0: gains 0.5, and infinite, which is no number to average.
+        # Norms 5, 10 and 0 give the gains 0.5 and infinity. Infinity is excluded from the mean.
         assert log == {
             "gain_mean": 0.5,
             "gain_min": 0.5,
@@ -130,7 +130,7 @@ class TestGradFlow:
             "gain/first": 0.5,
         }
 
-    def test_one_layer_has_no_gain(self):
+    def test_single_layer_has_no_gain(self):
         monitor = grad_flow()
         state = fx.attach(fx.init({"w": torch.ones(2)}), monitor)
         state, _ = fx.compose(monitor)(state, updated(1, [3.0, 4.0]))
@@ -143,13 +143,13 @@ class TestGradFlow:
             ({"vanishing": 1.0, "exploding": 0.1}, "got vanishing=1.0 and exploding=0.1"),
         ],
     )
-    def test_validates(self, options, message):
+    def test_invalid_options_are_rejected(self, options, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             grad_flow(**options)
 
 
 class TestWeights:
-    def test_stats(self):
+    def test_weight_stats_have_exact_values(self):
         monitor = weight_stats(parameter="first")
         state = after_a_step(monitor)  # first is (1, 2) - 0.5 (3, -4) = (-0.5, 4)
         log = {name: float(value) for name, value in published(monitor, state).items()}
@@ -158,7 +158,7 @@ class TestWeights:
         assert log["weights/first/norm"] == pytest.approx(math.sqrt(16.25))
         assert log["weights/first/max"] == 4.0
 
-    def test_update_ratios(self):
+    def test_update_ratios_have_exact_values(self):
         monitor = update_ratios(parameter="*", patience=2, worst=2)
         state = after_a_step(monitor, steps=2)
         log = published(monitor, state, step=2)
@@ -168,7 +168,7 @@ class TestWeights:
         assert int(log["update_ratio/frozen"]) == 1
         assert log["update_ratio/worst"].markdown.splitlines() == ["- `second`: 0.833", f"- `first`: {first:.3g}"]
 
-    def test_a_skipped_step_freezes_nothing(self):
+    def test_skipped_step_does_not_count_as_frozen(self):
         monitor = fx.compose(update_ratios(patience=1))
         state = fx.attach(fx.init({"w": torch.ones(2)}), monitor)
         state, _ = monitor(state, updated(1, [3.0, 4.0], skipped=True))
@@ -176,13 +176,13 @@ class TestWeights:
         assert state.slots["update_ratio"].values.ratios.tolist() == [0.0]
 
     @pytest.mark.parametrize("options", [{"patience": 0}, {"frozen_below": -1.0}, {"worst": -1}])
-    def test_validates(self, options):
+    def test_invalid_options_are_rejected(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             update_ratios(**options)
 
 
 class TestHistograms:
-    def test_counts_of_a_stated_sample(self):
+    def test_counts_cover_a_strided_sample(self):
         values = torch.linspace(-1, 1, 10_000)
         monitor = fx.compose(histograms("weights", every=1, sample=100, smallest=0.1, largest=1.0, per_decade=1))
         state = fx.attach(fx.init({"w": values}), monitor)
@@ -193,7 +193,7 @@ class TestHistograms:
         assert state.slots["histograms/weights"].values.counts.tolist() == [wanted]
         assert int(state.slots["histograms/weights"].values.seen) == 100
 
-    def test_published_as_a_histogram(self):
+    def test_counts_are_published_as_histogram(self):
         monitor = histograms(every=1, parameter="first")
         log = published(monitor, after_a_step(monitor))
         counts, edges = log["histograms/grads/first"].buckets()
@@ -209,7 +209,7 @@ class TestHistograms:
             ({"per_decade": 0}, "expected per_decade to be a positive int"),
         ],
     )
-    def test_validates(self, options, message):
+    def test_invalid_options_are_rejected(self, options, message):
         with pytest.raises(ValueError, match=message):
             histograms(**options)
 
@@ -224,15 +224,15 @@ def everything(every=1):
     )
 
 
-class TestWhen:
-    def test_what_is_of_another_step_is_not_published(self):
+class TestPublication:
+    def test_stale_measurements_are_not_published(self):
         monitor = grad_norms(every=2, publish=fx.every(1))
         state = after_a_step(monitor, steps=3)
         assert int(state.slots["grad_norm"].step) == 2
         assert not published(monitor, state, step=3)
         assert published(monitor, after_a_step(monitor, steps=2), step=2)
 
-    def test_a_save_at_any_step_holds_what_belongs_to_it(self, tmp_path):
+    def test_save_has_measurements_of_its_step(self, tmp_path):
         trigger = fx.every(2)
         monitor = grad_flow(publish=trigger)
         step = problem.step(callbacks=monitor)
@@ -245,7 +245,7 @@ class TestWhen:
             assert int(folder.restore(result.last, step=number).slots["grad_flow"].step) == number
 
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_a_gate_measures_what_measuring_always_does(self, compiled):
+    def test_gated_measurements_match_ungated_ones(self, compiled):
         def states(every):
             monitor = everything(every)
             step = problem.step(callbacks=monitor)
@@ -262,7 +262,7 @@ class TestWhen:
                     testing.assert_equal(gated.slots[name], memory, name)
             assert int(gated.slots["grad_norm"].step) == (number // 2 * 2 or -1)
 
-    def test_members_of_an_ensemble(self):
+    def test_vmapped_measurements_match_single_ones(self):
         monitor = grad_norms(every=2)
         step = problem.step(callbacks=monitor)
         one = fx.attach(problem.start(), monitor)
@@ -286,14 +286,14 @@ class TestWhen:
         lambda: histograms("updates", every=2),
     ],
 )
-def test_the_laws_hold(make):
+def test_monitors_obey_callback_laws(make):
     events = [updated(step, [float(step), -2.0], step == 3) for step in range(1, 5)]
     events.append(fx.StepEnd(step=4, metrics={}))
     testing.check_laws(make(), fx.init({"w": torch.tensor([1.0, -3.0])}), events)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_resumed_at_every_step(compiled, tmp_path):
+def test_resumed_run_matches_uninterrupted_run(compiled, tmp_path):
     monitors = everything(every=2)
     step = problem.step(callbacks=monitors)
     step = fx.compile(step) if compiled else step
@@ -309,7 +309,7 @@ def test_resumed_at_every_step(compiled, tmp_path):
 
 class TestTap:
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_activations(self, compiled):
+    def test_activation_stats_have_exact_values(self, compiled):
         module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
 
         def loss_fn(model, batch):
@@ -332,13 +332,13 @@ class TestTap:
         assert len(output.metrics) == 9
         assert not any(part._forward_hooks for part in module.modules())
 
-    def test_gradients_are_those_without_it(self):
+    def test_tap_leaves_gradients_unchanged(self):
         state, batch = problem.start(), problem.data()[0]
         plain = fx.gradients(problem.loss_fn)(state, batch)
         tapped = fx.gradients(fx.tap(problem.loss_fn, "*", activation_stats))(state, batch)
         testing.assert_equal(tapped.grads, plain.grads, "gradients")
 
-    def test_no_hook_is_left_on_the_state_s_own_modules(self):
+    def test_hooks_are_removed_after_an_error(self):
         state = problem.start()
 
         def fails(model, batch):
@@ -348,7 +348,7 @@ class TestTap:
             fx.gradients(fx.tap(fails, "*", activation_stats))(state, problem.data()[0])
         assert not any(part._forward_hooks for part in state.model._training.modules())
 
-    def test_dicts_of_modules(self):
+    def test_tap_reaches_into_dicts_of_modules(self):
         state = fx.init({"a": nn.Linear(1, 1), "b": nn.Sequential(nn.Tanh())})
 
         def loss_fn(model, batch):
@@ -357,7 +357,7 @@ class TestTap:
         found = fx.gradients(fx.tap(loss_fn, "b.0", lambda y: y.amax(), prefix="out"))(state, torch.ones(1, 1))
         assert sorted(found.metrics) == ["loss", "out/b.0"]
 
-    def test_errors(self):
+    def test_unmatched_pattern_and_duplicate_names_are_rejected(self):
         state, batch = problem.start(), problem.data()[0]
         with pytest.raises(ValueError, match=r"expected 'nobody' to match a module, got no match among 0, 1"):
             fx.gradients(fx.tap(problem.loss_fn, "nobody", activation_stats))(state, batch)

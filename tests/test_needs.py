@@ -1,4 +1,4 @@
-"""What callbacks say they need is there before the first step, or the run does not begin."""
+"""Requirements declared by callbacks are checked before the first step."""
 
 import problem
 import pytest
@@ -59,20 +59,20 @@ def fit(callbacks, **options):
         ),
     ],
 )
-def test_what_is_missing_is_named(callback, options, message):
+def test_missing_requirement_is_named(callback, options, message):
     TAKEN.clear()
     with pytest.raises(ValueError, match=message):
         fit(callback, observers=[counted], **options)
     assert not TAKEN
 
 
-def test_what_is_there_is_enough():
+def test_run_with_all_requirements_finishes():
     average = fx.callbacks.ema(0.9)
     callback = fx.compose(average, fx.needs(watch, eval_metrics=["loss"], slots=["ema"], events=[fx.Updated]))
     assert fit(callback, step=problem.step(callbacks=average)).reason == "finished 1 epoch"
 
 
-def test_needs_add_up_and_the_callback_stays_what_it_was():
+def test_needs_accumulate_and_callback_is_unchanged():
     once = fx.needs(watch, slots=["a"])
     twice = fx.needs(once, slots=["b"], eval_metrics=["loss"])
     assert (once.needs.slots, twice.needs.slots) == (("a",), ("a", "b"))
@@ -80,13 +80,13 @@ def test_needs_add_up_and_the_callback_stays_what_it_was():
     assert twice(state, fx.EvalEnd(step=1, metrics={})) == (state, fx.Control())
 
 
-def test_a_stream_is_not_read_to_find_out():
+def test_eval_stream_is_not_consumed_by_the_check():
     batches = iter(problem.data(2))
     with pytest.raises(KeyError, match="the metric 'accuracy' at EvalEnd for early_stopping, got 'loss', 'mae'"):
         fit(fx.callbacks.early_stopping("accuracy", patience=1), eval_data=(batch for batch in batches))
 
 
-def test_an_evaluation_that_looks_at_values_is_asked_when_it_ends():
+def test_data_dependent_evaluation_is_checked_when_it_ends():
     def looking(model, batch):
         loss, metrics = problem.loss_fn(model, batch)
         return {"loss": loss, "seen": torch.tensor(float(loss.item() > 0)), **metrics}
@@ -97,7 +97,7 @@ def test_an_evaluation_that_looks_at_values_is_asked_when_it_ends():
     )
 
 
-def test_only_traced_events_have_to_be_fired():
+def test_only_traced_events_are_accepted():
     with pytest.raises(
         TypeError, match=r"traced event types \(Microbatch, Gradients, Updated\), got the class EvalEnd"
     ):

@@ -1,4 +1,4 @@
-"""help() of each package is its table of contents."""
+"""Public names: help() of each package lists and documents its functions."""
 
 import importlib
 import inspect
@@ -42,9 +42,9 @@ def test_public_names_have_docstrings(module):
     assert not [value for value in documented if not value.__doc__]
 
 
-def test_optimizer_states_are_private():
+def test_optimizer_states_are_not_exported():
     assert not [name for name in fxtrain.optim.__all__ if name.endswith("State")]
 
 
-def test_public_types_of_results_are_at_the_top():
+def test_result_types_are_exported_at_the_top_level():
     assert {"Compiled", "Composed", "History", "Result", "Trigger"} <= set(fxtrain.__all__)
