@@ -1,4 +1,7 @@
-"""Text, samples, predictions, matrices and curves: what is logged is a function of the state and the event."""
+"""Media callbacks: generated text, samples, predictions, confusion matrices and curves.
+
+What they log depends only on the state and the event.
+"""
 
 import re
 
@@ -36,27 +39,27 @@ def generated(state, step=10, **options):
 
 
 class TestTextgen:
-    def test_the_same_step_writes_the_same_and_another_step_or_seed_another(self):
+    def test_text_depends_only_on_step_and_seed(self):
         state = language_model()
         assert generated(state) == generated(state)
         assert generated(state) != generated(state, step=11)
         assert generated(state) != generated(state.replace(seed=state.seed + 1))
 
-    def test_each_prompt_has_numbers_of_its_own(self):
+    def test_equal_prompts_get_different_random_samples(self):
         callback = cb.textgen(["a", "a"], Bytes(), length=8, max_tokens=20)
         _, control = callback(language_model(), fx.EvalEnd(step=1, metrics={}))
         first, second = control.log["textgen"].value.markdown.split("**prompt**")[1:]
         assert first.strip() != second.strip()
 
-    def test_it_stops_at_a_stop_token_which_is_not_shown(self):
+    def test_stop_token_ends_text_and_is_hidden(self):
         model = nn.Sequential(nn.Embedding(256, 256), nn.Identity())
         with torch.no_grad():
-            model[0].weight.copy_(100 * torch.eye(256).roll(1, 1))  # after a comes b, after b comes c
+            model[0].weight.copy_(100 * torch.eye(256).roll(1, 1))  # the next token is the token plus 1
         callback = cb.textgen(["a"], Bytes(), length=8, max_tokens=9, temperature=0, stop=[ord("e")])
         _, control = callback(fx.init(model), fx.EvalEnd(step=1, metrics={}))
         assert "\nbcd\n" in control.log["textgen"].value.markdown
 
-    def test_a_model_whose_output_has_logits_serves(self):
+    def test_output_object_with_logits_is_accepted(self):
         class Output(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -68,24 +71,24 @@ class TestTextgen:
         assert "```text\ndef \n```" in generated(fx.init(Output()))
 
     @pytest.mark.parametrize("prompt", ["def ", "**a** # `b`\n\n- c", "```python\nx", "a `````` b"])
-    def test_prompts_are_shown_as_they_are(self, prompt):
+    def test_prompts_are_escaped_in_markdown(self, prompt):
         callback = cb.textgen([prompt], Bytes(), length=8, max_tokens=1, stop=range(256))
         _, control = callback(language_model(), fx.EvalEnd(step=1, metrics={}))
         shown = as_html(control.log["textgen"].value.markdown)
         assert re.findall("<pre>(.*?)</pre>", shown, re.DOTALL) == [prompt, ""]
 
-    def test_a_model_that_gives_no_logits_is_an_error_that_says_what_came(self):
+    def test_non_logits_output_is_rejected(self):
         with pytest.raises(TypeError, match=r"expected logits \[1, T, vocabulary\].*tensor of shape \[1, 4\]"):
             generated(fx.init(nn.Sequential(nn.Embedding(256, 1), nn.Flatten())))
 
     @pytest.mark.parametrize(
         "options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}]
     )
-    def test_options_out_of_range_are_refused(self, options):
+    def test_out_of_range_options_are_rejected(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             generated(language_model(), **options)
 
-    def test_prompts_are_several_and_not_empty(self):
+    def test_string_and_empty_prompts_are_rejected(self):
         with pytest.raises(TypeError, match="a sequence of at least one string, got 'def'"):
             cb.textgen("def", Bytes(), length=8)
         with pytest.raises(ValueError, match="expected prompts with at least one token, got '' with none"):
@@ -108,15 +111,15 @@ class TestDraw:
             ({"top_k": 3, "top_p": 0.6}, [0.625, 0.375, 0, 0]),
         ],
     )
-    def test_numbers_spread_over_the_unit_interval_draw_each_token_by_its_share(self, options, shares):
+    def test_token_frequencies_match_probabilities(self, options, shares):
         given = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-        order = torch.tensor([2, 0, 3, 1])  # a vocabulary in another order than that of likelihood
+        order = torch.tensor([2, 0, 3, 1])  # the vocabulary is not sorted by probability
         drawn = [draw(self.LOGITS[order], (i + 0.5) / 4000, **given) for i in range(4000)]
         found = np.bincount(order[drawn].numpy(), minlength=4) / 4000
         assert np.abs(found - shares).max() < 1e-3
 
 
-def test_a_run_that_is_resumed_writes_the_same_texts(tmp_path):
+def test_resumed_run_generates_same_texts(tmp_path):
     tx = fx.optim.sgd(0.5)
     module = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256))
     step = fx.train_step(
@@ -151,7 +154,7 @@ def test_a_run_that_is_resumed_writes_the_same_texts(tmp_path):
     assert parts == whole
 
 
-def test_samples_are_a_function_of_seed_and_step():
+def test_samples_depend_only_on_seed_and_step():
     def noise(model, key):
         return {"noise": Image(fx.rng.uniform(key, (2, 4, 4, 1))), "mean": model(torch.ones(1, 1)).mean()}
 
@@ -173,7 +176,7 @@ CLASSES = 4
 
 
 def evaluated(callback, batches):
-    """What is logged over one evaluation of batches of logits and truths."""
+    """Runs one evaluation over batches of logits and labels, and returns the state and the logged values."""
     composed = fx.compose(callback)
     state = fx.attach(fx.init(nn.Linear(1, 1)), composed)
     log = {}
@@ -195,7 +198,7 @@ def scored(seed, count=64, sure=1.5):
     return logits, truth, {}
 
 
-def test_a_confusion_matrix_counts_every_example_of_one_evaluation():
+def test_confusion_matrix_counts_each_example_of_an_evaluation():
     batches = [scored(seed) for seed in range(5)]
     _, log = evaluated(cb.confusion_matrix(CLASSES, labels=list("abcd")), batches)
     truth = torch.cat([batch[1] for batch in batches])
@@ -208,7 +211,7 @@ def test_a_confusion_matrix_counts_every_example_of_one_evaluation():
     assert again["confusion_matrix"].counts.sum() == 64
 
 
-def test_rows_that_only_fill_up_a_batch_are_not_counted():
+def test_padding_rows_are_not_counted():
     logits, truth, _ = scored(0)
     mask = torch.arange(64) < 10
     _, log = evaluated(cb.confusion_matrix(CLASSES), [(logits, truth, {"mask": mask})])
@@ -218,7 +221,7 @@ def test_rows_that_only_fill_up_a_batch_are_not_counted():
     assert log["curves/auc"] == wanted["curves/auc"]
 
 
-def test_areas_are_those_of_scikit_learn():
+def test_areas_under_curves_match_scikit_learn():
     batches = [scored(seed, 500) for seed in range(4)]
     _, log = evaluated(cb.curves(CLASSES, bins=20_000), batches)
     truth = torch.cat([batch[1] for batch in batches]).numpy()
@@ -231,14 +234,14 @@ def test_areas_are_those_of_scikit_learn():
     assert "curves/precision_recall" in log
 
 
-def test_a_class_that_does_not_occur_has_no_curve():
+def test_absent_class_has_no_area():
     logits, _, _ = scored(0)
     _, log = evaluated(cb.curves(CLASSES), [(logits, torch.zeros(64, dtype=torch.int64), {})])
     assert "curves/auc" not in log
     assert "curves/roc" in log
 
 
-def test_predictions_are_a_table_of_the_first_examples():
+def test_predictions_table_has_first_examples():
     def show(batch):
         assert len(batch["x"]) == 3
         return Image(batch["x"])
@@ -270,7 +273,7 @@ def test_predictions_are_a_table_of_the_first_examples():
         (cb.predictions(lambda batch: [1] * 3), None, {"y": torch.zeros(3).long()}, "outputs=True"),
     ],
 )
-def test_what_an_evaluation_does_not_give_is_said(callback, outputs, batch, says):
+def test_missing_evaluation_data_is_named(callback, outputs, batch, says):
     composed = fx.compose(callback)
     state = fx.attach(fx.init(nn.Linear(1, 1)), composed)
     with pytest.raises(TypeError, match=says):
@@ -278,7 +281,7 @@ def test_what_an_evaluation_does_not_give_is_said(callback, outputs, batch, says
 
 
 @pytest.mark.parametrize("make", [cb.confusion_matrix, cb.curves])
-def test_classes_and_labels_fit(make):
+def test_invalid_classes_and_labels_are_rejected(make):
     with pytest.raises(ValueError, match="expected classes to be an int of at least 2, got 1"):
         make(1)
     with pytest.raises(ValueError, match="expected one label for each of the 2 classes, got 3 labels"):
@@ -294,12 +297,12 @@ def events_of_an_evaluation():
     return [fx.EvalBegin(step=7), *steps, fx.EvalEnd(step=7, metrics={})]
 
 
-def test_the_laws_hold_for_a_confusion_matrix():
+def test_confusion_matrix_obeys_callback_laws():
     testing.check_laws(cb.confusion_matrix(CLASSES), fx.init(nn.Linear(1, 1)), events_of_an_evaluation())
 
 
 @pytest.mark.parametrize("cut", range(6))
-def test_an_evaluation_may_be_saved_and_restored_in_its_middle(cut, tmp_path):
+def test_evaluation_resumes_from_a_save_in_its_middle(cut, tmp_path):
     composed = fx.compose(cb.confusion_matrix(CLASSES), cb.curves(CLASSES))
     start = fx.attach(fx.init(nn.Linear(1, 1)), composed)
     events = events_of_an_evaluation()

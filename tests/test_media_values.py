@@ -1,4 +1,4 @@
-"""Images, videos, sounds, tables, figures, matrices, points: what is taken and refused, and what comes to the host."""
+"""Media values (images, videos, audio, tables, figures, matrices, points): validation, host data and conversion."""
 
 import numpy as np
 import pytest
@@ -23,10 +23,10 @@ class TestImage:
             (np.zeros((4, 5, 3), np.uint8), "HWC", (1, 4, 5, 3)),
         ],
     )
-    def test_shapes(self, pixels, layout, shape):
+    def test_image_frames_have_shape_nhwc(self, pixels, layout, shape):
         assert Image(pixels, layout).frames.shape == shape
 
-    def test_values_are_those_of_the_pixels_in_each_layout_and_dtype(self):
+    def test_frames_match_pixels_in_each_layout_and_dtype(self):
         wanted = (GRADIENT * 255).round().to(torch.uint8).numpy()
         assert (Image(GRADIENT).frames[0] == wanted).all()
         assert (Image(GRADIENT.movedim(-1, 0), "CHW").frames[0] == wanted).all()
@@ -45,29 +45,29 @@ class TestImage:
             (torch.zeros(5, 5), "WHC", "expected layout to be one of 'HWC', 'CHW', got 'WHC'"),
         ],
     )
-    def test_other_shapes_are_refused_at_once(self, pixels, layout, says):
+    def test_unsupported_shapes_are_rejected_on_construction(self, pixels, layout, says):
         with pytest.raises(ValueError, match=says):
             Image(pixels, layout)
 
     @pytest.mark.parametrize(
         "pixels", [torch.zeros(4, 4, dtype=torch.int64), [[0.0]], torch.zeros(4, 4).to(torch.cfloat)]
     )
-    def test_other_dtypes_are_refused_at_once(self, pixels):
+    def test_unsupported_dtypes_are_rejected_on_construction(self, pixels):
         with pytest.raises(TypeError, match=r"expected .*Image"):
             Image(pixels)
 
     @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
-    def test_what_is_out_of_range_is_said_with_the_range_that_came(self, value):
+    def test_out_of_range_error_has_the_pixel_range(self, value):
         with pytest.raises(ValueError, match=f"pixels from 0 to 1, got {value:g} to {value:g}"):
             _ = Image(torch.full((2, 2), value)).frames
         with pytest.raises(ValueError, match="expected limits to increase"):
             Image(torch.zeros(2, 2), limits=(1, 1))
 
-    def test_a_little_beyond_the_range_is_rounding(self):
+    def test_rounding_errors_beyond_limits_are_accepted(self):
         assert Image(torch.tensor([[1.0005, -0.0005]])).frames.reshape(-1).tolist() == [255, 0]
 
 
-def test_videos_have_their_frames_second():
+def test_video_frames_are_the_second_dimension():
     pixels = torch.rand(2, 6, 3, 4, 5)
     video = Video(pixels, "CHW", fps=4)
     assert video.frames.shape == (2, 6, 4, 5, 3)
@@ -79,7 +79,7 @@ def test_videos_have_their_frames_second():
         Video(torch.zeros(4, 5, 3))
 
 
-def test_sounds_go_from_minus_one_to_one():
+def test_audio_range_is_minus_one_to_one():
     assert Audio(torch.tensor([0.0, 1.0, -1.0]), 8000).waves.tolist() == [[[0], [32767], [-32767]]]
     assert Audio(torch.zeros(2, 10, 2), 8000).waves.shape == (2, 10, 2)
     with pytest.raises(ValueError, match="from -1 to 1, got 0 to 2"):
@@ -92,7 +92,7 @@ def test_sounds_go_from_minus_one_to_one():
         Audio(torch.zeros(10), 0)
 
 
-def test_tables_have_columns_of_one_length_and_of_what_can_be_shown():
+def test_table_columns_have_equal_length_and_displayable_cells():
     table = Table({"x": Image(torch.zeros(2, 4, 4, 1)), "name": ["a|b", None], "score": torch.tensor([0.5, 2.0])})
     assert len(table) == 2
     assert table.markdown().splitlines()[2] == "| (image) | a&#124;b | 0.5 |"
@@ -108,7 +108,7 @@ def test_tables_have_columns_of_one_length_and_of_what_can_be_shown():
     assert Table({"a": list(range(60))}).markdown().endswith("and 10 more rows")
 
 
-def test_a_figure_is_drawn_when_it_is_made():
+def test_figure_is_rendered_on_construction():
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(2, 1), dpi=50)
@@ -124,11 +124,11 @@ def test_a_figure_is_drawn_when_it_is_made():
         Figure(axes)
 
 
-def test_a_confusion_matrix_is_square_and_its_rows_are_the_truth():
+def test_confusion_matrix_is_square_with_true_classes_as_rows():
     matrix = ConfusionMatrix(torch.tensor([[3, 1], [0, 4]]), ("cat", "dog"))
     assert matrix.table().columns["dog"] == [1, 4]
     pixels = matrix.image().frames[0]
-    assert pixels[2, 2].sum() > pixels[26, 26].sum()  # three of four are lighter than four of four
+    assert pixels[2, 2].sum() > pixels[26, 26].sum()  # a share of 3/4 is lighter than a share of 4/4
     for counts, labels, says in [
         (torch.zeros(2, 3), (), r"got \[2, 3\]"),
         (torch.zeros(2, 2), ("a",), "expected 2 labels, one per class, got 1"),
@@ -137,7 +137,7 @@ def test_a_confusion_matrix_is_square_and_its_rows_are_the_truth():
             ConfusionMatrix(counts, labels)
 
 
-def test_points_have_three_coordinates_and_a_color_each():
+def test_point_cloud_shapes_and_color_dtype_are_checked():
     PointCloud(np.zeros((5, 3)), torch.zeros(5, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[N, 3\].* got \[5, 2\]"):
         PointCloud(torch.zeros(5, 2))
@@ -157,7 +157,7 @@ def test_points_have_three_coordinates_and_a_color_each():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_values_of_tensors_are_pytrees_that_come_out_of_a_compiled_step(value):
+def test_tensor_values_survive_tree_map_and_compilation(value):
     again = tree.map(lambda leaf: leaf * 1, value)
     assert type(again) is type(value)
     assert repr(again) == repr(value)
@@ -165,7 +165,7 @@ def test_values_of_tensors_are_pytrees_that_come_out_of_a_compiled_step(value):
     assert repr(step(value)) == repr(value)
 
 
-def test_an_array_that_is_filled_anew_does_not_change_what_was_logged():
+def test_logged_image_is_a_copy_of_its_array():
     pixels = np.zeros((4, 4), np.float32)
     image = Image(pixels)
     pixels[:] = 1
@@ -173,10 +173,10 @@ def test_an_array_that_is_filled_anew_does_not_change_what_was_logged():
 
 
 class Numbers:
-    """A writer that keeps numbers alone."""
+    """A stand-in for a writer that stores only scalars."""
 
 
-def test_what_a_writer_cannot_keep_becomes_simpler_or_is_said_once():
+def test_unsupported_values_are_converted_or_warned_about_once():
     table, matrix = Table({"a": [1]}), ConfusionMatrix(torch.ones(2, 2))
     texts = kept_by(Numbers(), frozenset((float, fx.values.Text)), 1, {"t": table, "m": matrix, "x": 1.0})
     assert {name: type(value).__name__ for name, value in texts.items()} == {"t": "Text", "m": "Text", "x": "float"}
@@ -189,7 +189,7 @@ def test_what_a_writer_cannot_keep_becomes_simpler_or_is_said_once():
     assert len(said) == 1
 
 
-def test_what_another_writer_of_the_run_keeps_is_left_out_without_a_word(tmp_path, recwarn):
+def test_no_warning_if_another_writer_stores_the_value(tmp_path, recwarn):
     both = fx.writers.csv(tmp_path / "a.csv"), fx.writers.media(tmp_path / "media")
     observer = fx.observers.write(*both)
     image = Image(torch.zeros(2, 2))
@@ -200,7 +200,7 @@ def test_what_another_writer_of_the_run_keeps_is_left_out_without_a_word(tmp_pat
         alone(None, fx.StepEnd(step=1, metrics={"loss": 1.0}), fx.Control(log={"picture": image}))
 
 
-def test_what_is_out_of_range_is_left_out_and_the_rest_is_kept():
+def test_out_of_range_value_is_skipped_and_others_kept():
     values = {"bad": Image(torch.full((2, 2), 7.0)), "good": Image(torch.zeros(2, 2))}
     with pytest.warns(RuntimeWarning, match="'bad' of step 3 is not written: expected Image pixels from 0 to 1"):
         assert list(kept_by(Numbers(), frozenset((Image,)), 3, values)) == ["good"]
@@ -215,11 +215,11 @@ def test_what_is_out_of_range_is_left_out_and_the_rest_is_kept():
         (Audio(torch.tensor([1.1, -1.2]), 10), lambda v: v.waves.reshape(-1).tolist(), [32767, -32767]),
     ],
 )
-def test_what_is_slightly_out_of_range_is_clipped(value, read, expected):
+def test_slightly_out_of_range_values_are_clipped(value, read, expected):
     assert read(value) == expected
 
 
-def test_clipping_is_said_once_for_each_name_of_a_run(tmp_path, recwarn):
+def test_clipping_warns_once_per_name_and_run(tmp_path, recwarn):
     pair = fx.writers.media(tmp_path / "a"), fx.writers.media(tmp_path / "b")
     observer = fx.observers.write(*pair)
     table = Table({"look": Image(torch.full((2, 2, 2, 1), 1.05))})

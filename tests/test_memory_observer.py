@@ -1,4 +1,4 @@
-"""Memory: that the readings are those of this process, once for each step, and purged where a run goes back."""
+"""The memory observer: readings match this process, one point per step, and later points are purged on a rewind."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import torch
 import fxtrain as fx
 from fxtrain import observers, writers
 
-memory_module = importlib.import_module("fxtrain.observers._memory")  # the package has the function by this name
+memory_module = importlib.import_module("fxtrain.observers._memory")
 NOTHING = fx.Control()
 
 
@@ -35,7 +35,7 @@ def fit(*seeing, steps=9, **options):
     return fx.fit(problem.start(), problem.step(), problem.data(), steps=steps, observers=seeing, **options)
 
 
-def test_a_reading_at_the_multiples_and_at_the_end():
+def test_memory_is_read_every_n_steps_and_at_the_end():
     kept = Recorder()
     fit(observers.memory(kept, every=4))
     assert [step for step, _ in kept.points] == [4, 8, 9]
@@ -44,7 +44,7 @@ def test_a_reading_at_the_multiples_and_at_the_end():
     assert kept.verbs == [("purge", 0), "close"]
 
 
-def test_the_host_memory_is_that_of_this_process():
+def test_host_memory_follows_process_allocations():
     kept = Recorder()
     seen = observers.memory(kept, every=1)
     size = 256 * 2**20
@@ -62,7 +62,7 @@ def test_the_host_memory_is_that_of_this_process():
     assert during["memory/host_peak_mib"] >= 0.95 * during["memory/host_resident_mib"]
 
 
-def test_it_shares_a_writer_with_write(tmp_path):
+def test_memory_and_write_share_a_writer(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = writers.jsonl(path)
     fit(observers.write(writer), observers.memory(writer, every=2), steps=5)
@@ -75,19 +75,19 @@ def test_it_shares_a_writer_with_write(tmp_path):
     assert "memory/host_peak_mib" in end["metrics"]
 
 
-def test_what_lies_beyond_is_dropped_where_a_run_goes_back():
+def test_rewind_purges_later_readings():
     kept = Recorder()
     seen = observers.memory(kept, every=2)
     seen(None, fx.FitBegin(step=6), NOTHING)
     seen(None, fx.StepEnd(step=8, metrics={}), NOTHING)
     seen(None, fx.Rewound(step=8, from_step=8, to_step=4, abandoned=range(4, 8), times=1), NOTHING)
-    seen(None, fx.FitEnd(step=4, reason="done"), NOTHING)  # nothing has happened since the step it went back to
+    seen(None, fx.FitEnd(step=4, reason="done"), NOTHING)  # no step ran since the rewind
     seen(None, fx.FitEnd(step=5, reason="done"), NOTHING)
     assert kept.verbs == [("purge", 6), ("purge", 4)]
     assert [step for step, _ in kept.points] == [8, 5]
 
 
-def test_a_run_that_fails_is_read_once_at_its_end():
+def test_failed_run_is_read_once_at_its_end():
     kept = Recorder()
 
     def fail(state, event: fx.StepBegin):
@@ -101,7 +101,7 @@ def test_a_run_that_fails_is_read_once_at_its_end():
     assert kept.verbs[-1] == "close"
 
 
-def test_the_device_is_read_from_its_allocator(monkeypatch):
+def test_device_memory_is_read_from_allocator(monkeypatch):
     counts = {"allocated_bytes.all.current": 3 * 2**20, "allocated_bytes.all.peak": 5 * 2**20}
     asked = []
     monkeypatch.setattr(torch.accelerator, "memory_stats", lambda device: asked.append(device) or counts)
@@ -110,7 +110,7 @@ def test_the_device_is_read_from_its_allocator(monkeypatch):
     assert memory_module._device(torch.device("cpu")) == {}
 
 
-def test_every_writer_is_closed_though_one_fails():
+def test_all_writers_are_closed_even_if_one_fails():
     class Failing(Recorder):
         def close(self):
             raise OSError("disk full")
@@ -121,7 +121,7 @@ def test_every_writer_is_closed_though_one_fails():
     assert kept.verbs == ["close"]
 
 
-def test_what_it_refuses(monkeypatch):
+def test_missing_writers_bad_interval_and_unsupported_platform_are_rejected(monkeypatch):
     with pytest.raises(ValueError, match=r"memory\(\) has nothing to write to"):
         observers.memory()
     with pytest.raises(ValueError, match="expected every to be a positive int, got 0"):
@@ -133,7 +133,7 @@ def test_what_it_refuses(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_peak_of_the_device_on_cuda():
+def test_cuda_peak_is_between_allocated_and_reserved():
     kept = Recorder()
     state = fx.init(problem.module().cuda(), problem.transform())
     fx.fit(state, problem.step(), problem.data(), steps=2, observers=[observers.memory(kept, every=1)])

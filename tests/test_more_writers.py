@@ -1,4 +1,4 @@
-"""Rows of a CSV file, media as files, and lines of a console are read back as any program would read them."""
+"""The csv, media and console writers: their output is read back with independent libraries."""
 
 import csv as reference
 import io
@@ -25,14 +25,14 @@ from fxtrain.writers._encoding import gif, png, wav
 
 
 def table(path):
-    """The rows, as csv reads them, of what has a value in them."""
+    """Reads the rows with the csv module, without empty cells."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(reference.DictReader(file))
-    assert all(None not in row and None not in row.values() for row in rows)  # none is longer or shorter
+    assert all(None not in row and None not in row.values() for row in rows)  # all rows have the header's length
     return [{name: cell for name, cell in row.items() if cell} for row in rows]
 
 
-def test_csv_has_a_row_for_each_step_and_a_column_for_each_name(tmp_path):
+def test_csv_has_one_row_per_step_and_one_column_per_name(tmp_path):
     path = tmp_path / "new" / "a.csv"
     writer = csv(path)
     event = StepEnd(step=12, position=5, epoch_length=10, time=3.25, metrics={})
@@ -49,7 +49,7 @@ def test_csv_has_a_row_for_each_step_and_a_column_for_each_name(tmp_path):
     writer.close()
 
 
-def test_csv_numbers_that_are_not_finite_and_large_ones_come_back(tmp_path):
+def test_csv_round_trips_non_finite_and_large_scalars(tmp_path):
     values = {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1e-300, "e": 2**70, "f": 0.1 + 0.2}
     writer = csv(tmp_path / "a.csv")
     writer.write_scalars(1, values)
@@ -63,7 +63,7 @@ def test_csv_numbers_that_are_not_finite_and_large_ones_come_back(tmp_path):
 NAMES = ["a,b", 'say "x"', "two\nlines", "\r", " spaced ", "wörld", "", "=1+1", '"']
 
 
-def test_csv_names_may_have_anything_in_them(tmp_path):
+def test_csv_names_may_have_any_characters(tmp_path):
     for count, name in enumerate(NAMES):
         writer = csv(tmp_path / "a.csv")
         writer.purge(count)
@@ -75,7 +75,7 @@ def test_csv_names_may_have_anything_in_them(tmp_path):
     ]
 
 
-def test_csv_takes_epoch_and_time_from_values_and_refuses_a_step(tmp_path):
+def test_csv_values_may_set_epoch_but_not_step(tmp_path):
     writer = csv(tmp_path / "a.csv")
     writer.write(1, {"epoch": 7}, StepEnd(step=1, position=5, epoch_length=10, time=3.0, metrics={}))
     with pytest.raises(ValueError, match=r"expected names other than 'step', the step column of"):
@@ -89,7 +89,7 @@ HEADER = WHOLE.index(b"1,,,")
 
 
 @pytest.mark.parametrize("cut", range(len(WHOLE) + 1))
-def test_csv_mends_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
+def test_csv_repairs_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
     path = tmp_path / "a.csv"
     path.write_bytes(WHOLE[:cut])
     writer = csv(path)
@@ -102,7 +102,7 @@ def test_csv_mends_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
         if cut > whole
         else []
     )
-    writer.write_scalars(3, {"loss": 9.5})  # joined, if there is such a row
+    writer.write_scalars(3, {"loss": 9.5})  # merged into the row of step 3, if there is one
     writer.write_scalars(9, {"new": 1})
     writer.close()
     found = table(path)
@@ -119,7 +119,7 @@ def test_csv_mends_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
     "content",
     [b"a,b\n1,2\n", b"a,b\n1,2", b"text", b"step;epoch;time\n", b"\xff\xfe\0", b"step,time,epoch\n1,2,3\n", b"\n"],
 )
-def test_csv_leaves_another_table_as_it_is(tmp_path, content, recwarn):
+def test_csv_rejects_a_foreign_table_unchanged(tmp_path, content, recwarn):
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"expected the columns of .*a.csv to begin with .* Use another path"):
@@ -128,7 +128,7 @@ def test_csv_leaves_another_table_as_it_is(tmp_path, content, recwarn):
     assert not recwarn
 
 
-def test_csv_goes_on_with_a_file_that_a_spreadsheet_saved(tmp_path):
+def test_csv_appends_to_a_file_saved_by_a_spreadsheet(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'step,epoch,time,loss\r\n1,,,"1.5"\r\n2,,,2.5\r\n')
     writer = csv(path)
@@ -146,7 +146,7 @@ def filled(path, steps=5):
 
 
 @pytest.mark.parametrize("reopened", [False, True])
-def test_csv_purge_removes_rows_and_joins_to_the_last(tmp_path, reopened):
+def test_csv_purge_removes_later_rows(tmp_path, reopened):
     path = tmp_path / "a.csv"
     writer = filled(path)
     if reopened:
@@ -162,7 +162,7 @@ def test_csv_purge_removes_rows_and_joins_to_the_last(tmp_path, reopened):
     assert path.read_text() == "step,epoch,time,loss,eval\n"
 
 
-def test_csv_purge_removes_what_cannot_be_read(tmp_path):
+def test_csv_purge_removes_unreadable_rows(tmp_path):
     path = tmp_path / "a.csv"
     filled(path, 2).close()
     path.write_bytes(path.read_bytes() + b"\0\0\0\0\n\xff,,,\n1.5,,,\n,,,\n3,,,3.0\n")
@@ -172,7 +172,7 @@ def test_csv_purge_removes_what_cannot_be_read(tmp_path):
     assert [row["step"] for row in table(path)] == ["1", "2", "3"]
 
 
-def test_csv_writes_everything_anew_once_a_put_and_only_then(tmp_path, monkeypatch):
+def test_csv_rewrites_the_file_only_for_new_columns_and_purges(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("fxtrain.writers._csv_rows.replace_file", lambda *a: (calls.append(1), replace_file(*a)))
     writer = filled(tmp_path / "a.csv")
@@ -186,7 +186,7 @@ def test_csv_writes_everything_anew_once_a_put_and_only_then(tmp_path, monkeypat
     writer.close()
 
 
-def test_csv_survives_a_crash_at_the_commit_of_a_rewrite(tmp_path, monkeypatch):
+def test_csv_survives_a_crash_during_a_rewrite(tmp_path, monkeypatch):
     path = tmp_path / "a.csv"
     writer = filled(path)
     before = path.read_bytes()
@@ -215,7 +215,7 @@ def test_csv_survives_a_crash_at_the_commit_of_a_rewrite(tmp_path, monkeypatch):
         max_size=6,
     )
 )
-def test_csv_has_exactly_one_row_for_each_step(tmp_path_factory, sessions):
+def test_csv_has_one_row_per_step_after_restarts_and_purges(tmp_path_factory, sessions):
     path = tmp_path_factory.mktemp("law") / "a.csv"
     expected, last, writer = {}, 0, csv(path)
     for number, (back, steps, name, reopened) in enumerate(sessions):
@@ -234,7 +234,7 @@ def test_csv_has_exactly_one_row_for_each_step(tmp_path_factory, sessions):
     assert table(path) == list(expected.values())
 
 
-def test_csv_that_cannot_be_written_is_an_error_at_once(tmp_path):
+def test_csv_rejects_an_unwritable_path_on_construction(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"csv cannot write to .*file.a.csv \(.*Use a writable path"):
         csv(tmp_path / "file" / "a.csv")
@@ -252,7 +252,7 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_media_are_files_that_any_program_opens(tmp_path):
+def test_media_files_are_readable_by_other_programs(tmp_path):
     folder = tmp_path / "new" / "media"
     cloud, colors = (
         torch.tensor([[0.5, -1.25, 1e-8], [1, 2, 3]]),
@@ -326,7 +326,7 @@ def test_media_are_files_that_any_program_opens(tmp_path):
         np.testing.assert_array_equal(rows[:, 3:], colors.numpy()[:, : len(properties) - 3])
 
 
-def test_media_names_never_leave_the_folder_nor_share_a_file(tmp_path):
+def test_media_names_map_to_distinct_files_inside_the_directory(tmp_path):
     given = ["../../x", "/absolute", "..", ".", "", "a//b", "a/", "a", "a/../b", "b?", "b*", "b_", "%3F", "b%3F", ".b"]
     given += ["trailing.", "trailing ", "trailing", "c:\\d", "nul\0", "wörld/ü", "...", " "]
     writer = media(tmp_path / "inside" / "media")
@@ -339,7 +339,7 @@ def test_media_names_never_leave_the_folder_nor_share_a_file(tmp_path):
     assert (tmp_path / "inside" / "media" / "wörld" / "ü" / "00000001.md").exists()
 
 
-def test_media_purge_moves_what_lies_beyond_a_step(tmp_path):
+def test_media_purge_moves_files_of_later_steps(tmp_path):
     folder = tmp_path / "media"
     writer = media(folder)
     writer.purge(0)
@@ -357,13 +357,13 @@ def test_media_purge_moves_what_lies_beyond_a_step(tmp_path):
     assert (tmp_path / "media.dropped" / "a" / "text" / "00000002.md").read_text() == "again"
 
 
-def test_media_that_cannot_be_written_is_an_error(tmp_path):
+def test_media_rejects_an_unwritable_path(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"media cannot write to .*file.text \(.*Use a writable path"):
         media(tmp_path / "file").write_texts(1, {"text": "t"})
 
 
-def test_media_says_once_that_it_keeps_no_numbers(tmp_path, recwarn):
+def test_media_warns_once_about_scalars(tmp_path, recwarn):
     writer = media(tmp_path)
     with pytest.warns(RuntimeWarning, match="MediaWriter does not store scalars and skips 'loss'"):
         writer.write_scalars(1, {"loss": 1.0, "b": 1.0})
@@ -377,7 +377,7 @@ def test_media_says_once_that_it_keeps_no_numbers(tmp_path, recwarn):
 
 @settings(deadline=None, max_examples=30)
 @given(channels=st.sampled_from([1, 3, 4]), height=st.integers(1, 9), width=st.integers(1, 9), seed=st.integers(0, 99))
-def test_a_png_has_every_pixel(channels, height, width, seed):
+def test_png_round_trips_every_pixel(channels, height, width, seed):
     frame = np.random.default_rng(seed).integers(0, 256, (height, width, channels)).astype(np.uint8)
     found = np.array(PIL.Image.open(io.BytesIO(png(frame))))
     np.testing.assert_array_equal(found.reshape(frame.shape), frame)
@@ -385,7 +385,7 @@ def test_a_png_has_every_pixel(channels, height, width, seed):
 
 @pytest.mark.parametrize(("fps", "milliseconds"), [(0.5, 2000), (8, 120), (30, 30), (1000, 20)])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_gif_has_every_frame_even_if_two_are_alike(fps, milliseconds, channels):
+def test_gif_has_every_frame_even_if_equal(fps, milliseconds, channels):
     frames = np.zeros((5, 8, 8, channels), np.uint8)
     frames[3:] = 255
     moving = PIL.Image.open(io.BytesIO(gif(frames, fps)))
@@ -399,11 +399,11 @@ def test_a_gif_has_every_frame_even_if_two_are_alike(fps, milliseconds, channels
         assert shown == [0, 0, 0, 255, 255]
 
 
-def test_a_gif_of_one_frame_is_one_as_well():
+def test_gif_may_have_one_frame():
     assert PIL.Image.open(io.BytesIO(gif(np.zeros((1, 4, 4, 3), np.uint8), 8))).n_frames == 1
 
 
-def test_a_wav_has_every_sample():
+def test_wav_round_trips_every_sample():
     samples = np.random.default_rng(0).integers(-32768, 32768, (77, 2)).astype(np.int16)
     with wave.open(io.BytesIO(wav(samples, 44100))) as sound:
         np.testing.assert_array_equal(np.frombuffer(sound.readframes(100), "<i2").reshape(-1, 2), samples)
@@ -412,7 +412,7 @@ def test_a_wav_has_every_sample():
 # Console
 
 
-def test_console_says_numbers_texts_and_configurations(capsys):
+def test_console_prints_scalars_texts_and_hparams(capsys):
     writer = console()
     table = Table({"word": ["cat"], "n": [1]})
     values = {"loss": 0.123456789, "n": 3, "flag": True, "nan": float("nan"), "said": Text("one\n\ntwo"), "t": table}
@@ -441,7 +441,7 @@ def test_console_says_numbers_texts_and_configurations(capsys):
     ]
 
 
-def test_console_writes_to_a_file_that_it_does_not_close(tmp_path):
+def test_console_leaves_its_file_open(tmp_path):
     with open(tmp_path / "log.txt", "w") as file:
         writer = console(file)
         writer.write_scalars(1, {"loss": torch.tensor(0.5)})
@@ -456,7 +456,7 @@ HOSTILE = "a\x1b[2J\x07\x9b\x7f\n\u202eb\ud800"
 SHOWN = "a\\x1b[2J\\x07\\x9b\\x7f\\n\\u202eb\\ud800"
 
 
-def test_console_escapes_what_acts_on_a_terminal(capsys):
+def test_console_escapes_terminal_control_characters(capsys):
     writer = console()
     writer.write(1, {HOSTILE: 1.0, f"{HOSTILE}!": Text(f"one\t{HOSTILE}\r\ntwo\x0c\n")})
     writer.write_hparams({HOSTILE: HOSTILE})
@@ -474,7 +474,7 @@ def test_console_escapes_what_acts_on_a_terminal(capsys):
     ]
 
 
-def test_console_writes_to_a_file_that_lacks_a_letter():
+def test_console_escapes_characters_outside_the_file_encoding():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console(file).write_texts(1, {"a": "wörld"})
     file.flush()
@@ -484,7 +484,7 @@ def test_console_writes_to_a_file_that_lacks_a_letter():
 # Disk
 
 
-def test_a_file_is_replaced_as_a_whole_and_one_left_by_a_crash_is_in_nobodys_way(tmp_path):
+def test_replace_file_is_atomic_and_ignores_leftovers(tmp_path):
     (tmp_path / "a.tmp").write_bytes(b"torn")
     replace_file(tmp_path / "a", b"one")
     replace_file(tmp_path / "a", b"two")

@@ -1,4 +1,4 @@
-"""What observers do to the world: the points they write, what they subscribe to, what they import."""
+"""Observers: the points they write, the events they subscribe to, and the modules they import."""
 
 import functools
 import io
@@ -49,7 +49,7 @@ def ended(step, **metrics):
 
 
 class Recorder:
-    """A writer that remembers."""
+    """A writer that stores its points and calls in lists."""
 
     def __init__(self):
         self.points, self.verbs = [], []
@@ -84,7 +84,7 @@ def written(*events, **options):
         ({"every": 9}, [(5, 3)]),
     ],
 )
-def test_each_step_has_its_part_in_one_point(options, points):
+def test_each_step_contributes_to_one_point(options, points):
     assert written(*map(ended, range(1, 6)), **options) == [("StepEnd", *point) for point in points]
 
 
@@ -93,7 +93,7 @@ def test_each_step_has_its_part_in_one_point(options, points):
     [Interrupted(step=3, cause="SIGTERM"), FitEnd(step=3, reason="done"), None],
     ids=lambda event: type(event).__name__ if event else "before a save",
 )
-def test_an_interval_ends_early_where_a_run_may_end(event):
+def test_interval_ends_early_before_an_interruption_or_save(event):
     recorder = Recorder()
     observer = observers.write(recorder, every=5)
     see(observer, *map(ended, (1, 2, 3)))
@@ -107,7 +107,7 @@ def test_an_interval_ends_early_where_a_run_may_end(event):
     assert recorder.points[1:] == [("StepEnd", 5, "train/loss", 4.5)]
 
 
-def test_the_mean_is_over_the_steps_that_measured():
+def test_mean_covers_only_steps_with_the_metric():
     recorder = Recorder()
     see(observers.write(recorder, every=3), ended(1, a=1.0), ended(2, a=2.0, b=5.0), ended(3, a=6.0, c=math.nan))
     a, b, c = recorder.points
@@ -119,7 +119,7 @@ def test_the_mean_is_over_the_steps_that_measured():
     assert math.isnan(c[3])
 
 
-def test_what_is_logged_is_written_at_its_own_event():
+def test_logged_values_are_written_at_their_event():
     recorder = Recorder()
     observer = observers.write(recorder, every=2, hparams={"optim": {"lr": 0.1}})
     observer(None, FitBegin(step=0), NOTHING)
@@ -140,16 +140,16 @@ def test_what_is_logged_is_written_at_its_own_event():
     ]
 
 
-def test_a_name_that_is_taken_is_an_error_when_it_is_written():
+def test_duplicate_name_is_rejected_when_written():
     observer = observers.write(Recorder(), every=2)
     with pytest.raises(ValueError, match=r"expected watcher to log .* got 'train/loss'"):
         observer(None, ended(2), Control(log={"train/loss": Logged(1.0, owner="watcher")}))
 
 
-def test_writers_are_purged_and_flushed_when_it_matters():
+def test_writers_are_purged_and_flushed_at_the_right_events():
     recorder = Recorder()
     observer = observers.write(recorder, flush_seconds=2.0)
-    see(observer, FitBegin(step=0), *map(ended, (1, 2, 3)))  # a second each
+    see(observer, FitBegin(step=0), *map(ended, (1, 2, 3)))  # each step takes one second
     assert recorder.verbs == ["purge 0", "flush"]
     for event in (
         EvalEnd(step=3, metrics={}),
@@ -165,7 +165,7 @@ def test_writers_are_purged_and_flushed_when_it_matters():
     assert recorder.verbs[-1] == "flush"
 
 
-def test_a_rewind_takes_back_what_is_not_yet_written_too():
+def test_rewind_drops_pending_points():
     recorder = Recorder()
     observer = observers.write(recorder, every=4)
     rewound = Rewound(step=7, from_step=7, to_step=5, abandoned=range(5, 7), times=1)
@@ -174,12 +174,12 @@ def test_a_rewind_takes_back_what_is_not_yet_written_too():
     see(observer, ended(6, loss=60.0), ended(7, loss=70.0), ended(8, loss=80.0))
     assert recorder.points == [
         ("StepEnd", 4, "train/loss", 2.5),
-        ("Rewound", 5, "why", Text("a spike")),  # where the curves go on
+        ("Rewound", 5, "why", Text("a spike")),  # at the step rewound to
         ("StepEnd", 8, "train/loss", (5 + 60 + 70 + 80) / 4),
     ]
 
 
-def test_metrics_are_not_read_before_they_are_written():
+def test_metrics_are_read_lazily():
     class Device(Mapping):
         reads = 0
 
@@ -203,7 +203,7 @@ def test_metrics_are_not_read_before_they_are_written():
         assert Device.reads == reads
 
 
-def test_close_writes_the_rest_and_closes_every_writer():
+def test_close_writes_pending_points_and_closes_all_writers():
     class Failing(Recorder):
         def close(self):
             raise OSError("disk full")
@@ -234,7 +234,7 @@ def test_close_writes_the_rest_and_closes_every_writer():
         (lambda: observers.summary(depth=0), "expected depth to be a positive int, got 0"),
     ],
 )
-def test_what_observers_refuse(make, says):
+def test_invalid_options_are_rejected(make, says):
     with pytest.raises((TypeError, ValueError), match=re.escape(says)):
         make()
 
@@ -244,8 +244,8 @@ ENDINGS = st.sampled_from(["end", "crash", "rewind"])
 
 @settings(deadline=None, max_examples=40)
 @given(parts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), ENDINGS), min_size=1, max_size=6))
-def test_one_point_for_each_step_whatever_the_run_went_through(tmp_path_factory, parts):
-    """Sessions that end, crash and resume, rewinds: the file ends up as that of one uninterrupted run."""
+def test_file_has_one_point_per_step_after_crashes_and_rewinds(tmp_path_factory, parts):
+    """After any mix of crashes, resumes and rewinds, the file matches that of an uninterrupted run."""
     path = tmp_path_factory.mktemp("law") / "metrics.jsonl"
     last, observer, expected, previous, saves = 0, None, {}, "end", [0]
     for number, (back, steps, ending) in enumerate(parts):
@@ -281,7 +281,7 @@ def test_one_point_for_each_step_whatever_the_run_went_through(tmp_path_factory,
 # required, subscription, laziness
 
 
-def test_required_marks_and_passes_everything_on():
+def test_required_marks_the_observer_and_forwards_calls():
     seen = []
 
     class Watch:
@@ -309,14 +309,14 @@ def test_required_marks_and_passes_everything_on():
     observers.required(fails).close()
 
 
-def test_each_observer_subscribes_to_what_it_needs():
+def test_observers_subscribe_only_to_needed_events():
     assert tuple(subscription(observers.summary())) == (FitBegin,)
     assert StepEnd in subscription(observers.progress())
     assert {StepEnd, Rewound, FitBegin, EvalEnd} <= set(subscription(observers.write(Recorder())))
 
 
 @pytest.mark.parametrize("wrap", [lambda observer: observer, observers.required])
-def test_what_is_logged_at_an_event_that_writing_does_not_see_is_written(wrap):
+def test_values_logged_at_unsubscribed_events_are_written(wrap):
     def note(state, event: fx.StepBegin):
         return state, Control(log={"begun": event.step} if event.step == 2 else None)
 
@@ -328,7 +328,7 @@ def test_what_is_logged_at_an_event_that_writing_does_not_see_is_written(wrap):
     assert [point for point in recorder.points if point[2] == "begun"] == [("StepBegin", 2, "begun", 2)]
 
 
-def test_nothing_heavy_is_imported_and_summary_starts_no_backend_of_jax():
+def test_heavy_imports_are_lazy_and_summary_starts_no_jax_backend():
     code = """if True:
         import sys
         from fxtrain import observers, writers, values
@@ -365,12 +365,12 @@ class CallbackObject:
         (functools.partial(callback_on_step_ends), "callback_on_step_ends"),
     ],
 )
-def test_a_callback_among_observers_is_an_error(given, name):
+def test_callback_among_observers_is_rejected(given, name):
     with pytest.raises(TypeError, match=rf"observers: expected .*, got {name}, .* Pass it in callbacks="):
         run_with(observers=[lambda state, event, control: None, given])
 
 
-def test_what_is_no_observer_is_an_error():
+def test_non_observer_is_rejected():
     with pytest.raises(TypeError, match=r"got <lambda>, .* Give it these three parameters"):
         run_with(observers=[lambda event: None])
     run_with(observers=[lambda state, event, control=None: None, lambda *given: None][:1])
@@ -389,6 +389,6 @@ def observer_of_step_ends(state, event: StepEnd, control):
         (lambda folder: fx.on(StepEnd, observer_of_step_ends), "observer_of_step_ends"),
     ],
 )
-def test_an_observer_among_callbacks_is_an_error(tmp_path, make, name):
+def test_observer_among_callbacks_is_rejected(tmp_path, make, name):
     with pytest.raises(TypeError, match=rf"callbacks: expected .*, got {name}, .* Pass it in observers="):
         run_with(callbacks=[make(tmp_path)])

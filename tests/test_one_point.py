@@ -1,4 +1,4 @@
-"""A run that is killed, resumed and sent back has exactly one point for each step, whoever wrote it."""
+"""Every writer has exactly one point per step after a run was killed, resumed and rewound."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ STEPS = 60
 
 
 def session(folder, pause=0.0):
-    """One session of the run, which goes back once, from step 33."""
+    """Runs one session. The run rewinds once, at step 33."""
 
     def back(state, event: fx.StepEnd | fx.Rewound, went):
         if isinstance(event, fx.Rewound):
@@ -53,7 +53,7 @@ def session(folder, pause=0.0):
                 fx.observers.write(
                     writers.tensorboard(folder / "tensorboard"),
                     writers.csv(folder / "metrics.csv"),
-                    writers.jsonl(folder / "metrics.jsonl"),  # the last: what it has, the others have
+                    writers.jsonl(folder / "metrics.jsonl"),  # last, so the other writers already have its points
                 )
             ),
             slow,
@@ -62,7 +62,7 @@ def session(folder, pause=0.0):
 
 
 def points(folder):
-    """By writer and curve, the steps that have a point, in the order in which they are read."""
+    """Returns the points of each curve and writer as (step, value), in the order of the file."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -79,7 +79,7 @@ def points(folder):
 
 
 @pytest.mark.slow
-def test_killed_twice_resumed_twice_and_sent_back_once(tmp_path):
+def test_curves_have_one_point_per_step_after_kills_and_a_rewind(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     code = (
         "import pathlib, torch; from test_one_point import session; torch.set_num_threads(1); "
