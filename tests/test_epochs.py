@@ -110,7 +110,7 @@ class TestEndEpoch:
         assert taken == [1, 2, 3, 7, 8, 9][: 5 if "steps" in limit else 6]
 
     @pytest.mark.parametrize("request_", ["end_epoch", "skip_batch"])
-    def test_run_without_any_step_is_rejected(self, request_):
+    def test_endless_skipping_is_rejected(self, request_):
         def never(state, event: fx.StepBegin):
             return state, fx.Control(**{request_: True})
 

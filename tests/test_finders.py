@@ -17,7 +17,7 @@ from fxtrain.finders import find_batch_size, lr_finder
 
 @pytest.fixture(scope="module", autouse=True)
 def _only_what_is_new_is_searched():
-    """Freezes existing objects, because the finder collects garbage per size and all imports make that slow."""
+    """Excludes imported objects from garbage collection, because the finder collects garbage after each size."""
     gc.freeze()
     yield
     gc.unfreeze()

@@ -155,7 +155,7 @@ class TestWithTrainable:
         head = fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*")
         fx.with_trainable(head, tx, "*")  # before the first update
         state, _ = fx.train_step(loss_fn, tx)(head, BATCH)
-        fx.with_trainable(state, tx, "2.weight")  # fewer parameters keep what they have
+        fx.with_trainable(state, tx, "2.weight")  # a smaller selection keeps its optimizer state
         with pytest.raises(ValueError, match=r"got '0\.\w+' after 1 updates, .*fxtrain\.optim\.start_counts"):
             fx.with_trainable(state, tx, "*")
         again = fx.with_trainable(state.replace(opt_state=()), tx, "*")
@@ -191,7 +191,7 @@ class TestWithTrainable:
         after, _ = step(fx.with_trainable(state, tx, "*"), BATCH)
         assert moved(state, after) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
-    def test_parameter_thawed_during_accumulation_is_divided_by_microbatches(self):
+    def test_parameter_thawed_during_accumulation_gets_mean_gradient(self):
         tx = fx.optim.every_k(fx.optim.sgd(0.1), 2)
         step = fx.train_step(loss_fn, tx)
         state, _ = step(fx.with_trainable(fx.init(two_layers(), tx), tx, "2.*"), BATCH)

@@ -89,7 +89,7 @@ class TestUncompiled:
         draw = DRAWS[name]
         state, tx = fx.init(Drops(draw)), fx.optim.sgd(0.1)
         step, evaluation = fx.train_step(loss_fn, tx), fx.eval_step(loss_fn)
-        np.random.normal()  # numpy keeps the second of a pair
+        np.random.normal()  # numpy caches the second sample of each pair
         before = states()
         for _ in range(2):
             step(state.replace(opt_state=fx.init(Drops(draw), tx).opt_state), X)

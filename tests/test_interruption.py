@@ -92,7 +92,7 @@ def test_run_resumed_after_signal_at_any_event_equals_whole_run(tmp_path, whole)
         assert unique == sorted(map(repr, told))
 
 
-def test_run_resumed_after_callback_error_at_any_event_equals_whole_run(tmp_path, whole):
+def test_run_resumed_after_error_at_any_event_equals_whole_run(tmp_path, whole):
     result, told = whole
     for cut in range(len(told)):
         folder, count = tmp_path / str(cut), itertools.count()

@@ -89,7 +89,7 @@ class TestOrder:
         fit(step=step, callbacks=[traced], observers=[recorder([]), observe], resume=True, **options)
         assert set(seen) == set(EVENTS)
 
-    def test_all_events_of_a_step_have_the_same_step_number(self):
+    def test_events_of_step_share_step_number(self):
         numbers = {}
 
         def note(state, event: fx.StepBegin | fx.Gradients | fx.Updated | fx.StepEnd):
