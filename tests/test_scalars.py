@@ -1,4 +1,4 @@
-"""The compiled step computes numbers for many elements once, and the same in every loop."""
+"""Scalars that many elements read are computed once per compiled step, with the same value in every loop."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ AVERAGES = {
 
 
 def read_by_vectors(function, *arguments):
-    """The float64 scalars that operations on vectors read in a traced graph, after the pass."""
+    """Returns the float64 scalars that vector operations of a traced graph read after the pass."""
     traced = make_fx(function, tracing_mode="fake")(*arguments)
     graph = with_scalars_once(traced.graph)
     return [
@@ -30,13 +30,13 @@ def read_by_vectors(function, *arguments):
         for node in graph.nodes
         if isinstance(value := node.meta.get("val"), torch.Tensor) and value.numel() > 1
         for source in node.all_input_nodes
-        if isinstance(source.meta["val"], torch.Tensor)  # and not the numbers of a vector, which is kept
+        if isinstance(source.meta["val"], torch.Tensor)  # not a list of outputs
         if source.meta["val"].dtype == torch.float64 or (source.meta["val"].numel() == 1 and _is_derived(source))
     ]
 
 
 def _is_derived(node):
-    """Whether a scalar is computed of float64 ones where it is read."""
+    """Whether a scalar is computed from float64 scalars in the loop that reads it."""
     if node.op != "call_function" or "once" in str(node.target):
         return False
     sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], torch.Tensor)]
@@ -44,7 +44,7 @@ def _is_derived(node):
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_a_schedule_is_computed_once(name):
+def test_schedule_is_computed_once_per_step(name):
     tx = optim.adamw(RATES[name], weight_decay=0.1)
     params = {"w": torch.ones(64)}
 
@@ -73,14 +73,14 @@ def corrections(count, decay, weights):
 
 
 @pytest.mark.slow
-def test_bias_corrections_are_as_exact_as_uncompiled_ones_in_every_loop():
+def test_compiled_bias_corrections_are_as_precise_as_eager():
     count = torch.tensor([0, 1, 2, 5, 10, 100, 1000, 10**4, 10**6, 2**40, -5])
     weights = torch.linspace(-1, 1, 11)
     graph = make_fx(corrections, tracing_mode="fake")(count, torch.tensor(0.5), weights)
     with_exact_corrections(graph.graph)
     graph.recompile()
     replaced = [node.target.namespace for node in graph.graph.nodes if "expm1" in str(node.target)]
-    assert replaced == ["fxtrain", "fxtrain", "aten"]  # what is computed of weights is left to Inductor
+    assert replaced == ["fxtrain", "fxtrain", "aten"]  # expm1 of weights is left to Inductor
     compiled = torch._inductor.compile(graph, [count, torch.tensor(0.5), weights])
     for decay in (0.999, 0.9, 0.5, 1e-30):
         given = count, torch.tensor(decay).log(), weights
@@ -91,7 +91,7 @@ def test_bias_corrections_are_as_exact_as_uncompiled_ones_in_every_loop():
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-def test_the_share_of_an_average_is_computed_once(name):
+def test_update_weight_of_an_average_is_computed_once(name):
     state = fx.attach(fx.init({"w": torch.ones(64)}), AVERAGES[name])
 
     def update(memory, params, step):

@@ -1,4 +1,4 @@
-"""Schedules are optax's of the same meaning, on tensors and on ints, batched and compiled."""
+"""Schedules equal those of optax, for steps that are tensors, ints, batched or compiled."""
 
 import math
 
@@ -75,7 +75,7 @@ STEPS = (0, 1, 4, 9, 10, 11, 19, 20, 27, 49, 50, 59, 60, 76, 79, 80, 90, 200)
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_schedule_is_optax_s(name):
+def test_schedule_equals_optax(name):
     ours, theirs = PAIRS[name]
     with jax.enable_x64(True):
         expected = [float(theirs(step)) for step in STEPS]
@@ -88,15 +88,15 @@ def test_a_schedule_is_optax_s(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_schedule_gives_a_float64_scalar(name):
+def test_schedule_returns_a_float64_scalar(name):
     for step in (3, torch.tensor(3)):
         value = PAIRS[name][0](step)
         assert (value.dtype, value.shape) == (torch.float64, torch.Size([]))
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_an_advancing_step_makes_no_new_graph(name):
-    torch._dynamo.reset()  # All schedules share one code object, which has room for few graphs.
+def test_new_step_does_not_recompile(name):
+    torch._dynamo.reset()  # All schedules share one code object, and Dynamo limits the graphs of a code object.
     counter = CompileCounter()
     compiled = torch.compile(PAIRS[name][0], fullgraph=True, backend=counter)
     for step in range(0, 60, 7):
@@ -105,20 +105,20 @@ def test_an_advancing_step_makes_no_new_graph(name):
     assert counter.frame_count <= 1
 
 
-def test_a_value_may_be_a_tensor_and_be_batched():
+def test_schedule_of_a_tensor_value_can_be_vmapped():
     peaks = torch.tensor([0.1, 1.0])
     found = torch.func.vmap(lambda peak: schedules.warmup(schedules.cosine(peak, 90), 10)(55))(peaks)
     torch.testing.assert_close(found, peaks.double() * 0.5)
 
 
-def test_inverse_sqrt_after_its_timescale_of_warmup_is_the_transformer_s():
+def test_inverse_sqrt_with_warmup_equals_the_transformer_schedule():
     schedule = schedules.warmup(schedules.inverse_sqrt(0.5, 100), 100)
     for step in (1, 50, 100, 101, 400, 10_000):
         assert float(schedule(step)) == pytest.approx(0.5 * 100**0.5 * min(step**-0.5, step * 100**-1.5), rel=1e-6)
 
 
-def test_steps_beyond_float32_s_whole_numbers_are_told_apart():
-    # 2**24 + 1 is no float32: what is counted is the distance from the beginning.
+def test_transition_begin_beyond_float32_integers_is_exact():
+    # float32 cannot represent 2**24 + 1, so the difference from transition_begin must be taken in integers.
     schedule = schedules.linear(0.0, 1.0, transition_steps=4, transition_begin=2**24)
     assert [float(schedule(2**24 + step)) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -177,7 +177,7 @@ def test_steps_beyond_float32_s_whole_numbers_are_told_apart():
         ),
     ],
 )
-def test_what_makes_no_schedule_is_refused(make, message):
+def test_invalid_schedule_arguments_are_refused(make, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         make()
     assert str(caught.value) == message
@@ -210,6 +210,6 @@ EXACT = {
 
 @pytest.mark.parametrize("step", [16_777_203, 16_777_216, 16_777_217, 16_777_219, 16_777_299])
 @pytest.mark.parametrize("name", EXACT)
-def test_steps_beyond_what_float32_counts(name, step):
+def test_steps_beyond_float32_integers_are_exact(name, step):
     make, wanted = EXACT[name]
     assert float(make()(torch.tensor(step))) == pytest.approx(wanted(step), rel=2e-7, abs=1e-15)

@@ -1,4 +1,4 @@
-"""The guard against spikes: what is one, what happens to it, and the way back around it."""
+"""Spike guard: detection of spikes, skipped updates, and rewinds past the batches that caused them."""
 
 import statistics
 
@@ -19,7 +19,7 @@ def gradients(step, loss):
 
 
 def skipped(losses, **options):
-    """The numbers of the steps that are skipped."""
+    """Returns the steps whose updates are skipped."""
     guard = fx.compose(spike_guard(**options))
     state = fx.attach(fx.init({"w": torch.tensor(1.0)}), guard)
     found = []
@@ -49,31 +49,31 @@ def by_hand(losses, *, deviations, window, warmup):
     [
         ([1.0, 1.1, 0.9, 1.0, 50.0, 1.0], [5]),
         ([1.0, 1.1, 0.9, 1.0, 50.0, 60.0, 1.0], [5, 6]),
-        ([1.0, 50.0, 1.0, 1.0, 1.0], []),  # too early to tell
-        ([NAN, 1.0, INF, 1.0, -INF], [1, 3, 5]),  # what is not finite is one at once
-        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.1, 0.0], []),  # better is never a spike
-        ([1.0, 1.0, 1.0, 1.0, 1.0], []),  # nor is the same
-        ([1.0, 1.0, 1.0, 1.0, 1.005], []),  # six times a thousandth is left to what has no spread
+        ([1.0, 50.0, 1.0, 1.0, 1.0], []),  # during warmup
+        ([NAN, 1.0, INF, 1.0, -INF], [1, 3, 5]),  # non-finite losses are spikes even during warmup
+        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.1, 0.0], []),  # a lower loss is never a spike
+        ([1.0, 1.0, 1.0, 1.0, 1.0], []),  # a constant loss is never a spike
+        ([1.0, 1.0, 1.0, 1.0, 1.005], []),  # without spread, the tolerance is 6 * 0.001 of the median
         ([1.0, 1.0, 1.0, 1.0, 1.007], [5]),
         ([0.0, 0.0, 0.0, 0.0, 0.1], [5]),
         ([-5.0, -5.1, -4.9, -5.0, -1.0, -5.0], [5]),
-        ([1.0, 2.0, 1.0, 2.0, 6.0, 5.9, 6.2], [5]),  # above 1.5 + 6 * 1.4826 * 0.5 = 5.948; then above 10.9
+        ([1.0, 2.0, 1.0, 2.0, 6.0, 5.9, 6.2], [5]),  # the limit is 1.5 + 6 * 1.4826 * 0.5 = 5.948, then 10.9
     ],
 )
-def test_what_is_a_spike(losses, wanted):
+def test_spikes_are_detected(losses, wanted):
     assert skipped(losses, warmup=4, window=8) == wanted
     assert by_hand(losses, deviations=6.0, warmup=4, window=8) == wanted
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_as_by_hand_over_many_steps(seed):
+def test_detection_equals_the_reference_over_many_steps(seed):
     generator = torch.Generator().manual_seed(seed)
     losses = (torch.randn(200, generator=generator).exp() ** 2).tolist()
     options = {"deviations": 4.0, "window": 15, "warmup": 6}
     assert skipped(losses, patience=100, **options) == by_hand(losses, **options)
 
 
-def test_the_gradient_norm():
+def test_gradient_norm_spike_skips_the_update():
     guard = fx.compose(spike_guard("grad_norm", warmup=2, window=2))
     state = fx.attach(fx.init({"w": torch.tensor(1.0)}), guard)
     for step, size in enumerate([-1.0, 1.1, -30.0], start=1):
@@ -81,7 +81,7 @@ def test_the_gradient_norm():
     assert control.reasons("skip_update") == ["a spike of the gradient norm"]
 
 
-def test_so_many_in_a_row_stop():
+def test_consecutive_spikes_stop_the_run():
     guard = fx.compose(spike_guard(warmup=2, window=4, patience=3))
     state = fx.attach(fx.init({"w": torch.tensor(1.0)}), guard)
     stops = []
@@ -103,13 +103,13 @@ def test_so_many_in_a_row_stop():
         ({"record": 0}, "expected record to be a positive int, got 0"),
     ],
 )
-def test_validates(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         spike_guard(**options)
 
 
 @pytest.mark.parametrize("options", [{}, {"rewind": 2}])
-def test_the_laws_hold(options):
+def test_guard_obeys_the_callback_laws(options):
     guard = spike_guard(warmup=2, window=3, record=2, **options)
     events = [gradients(step, loss) for step, loss in enumerate([1.0, 2.0, 1.5, 40.0, NAN, 1.0], start=1)]
     if options:
@@ -121,7 +121,7 @@ def test_the_laws_hold(options):
 
 
 def bad_at(*positions):
-    """Data in which these batches, of ten, make a loss a hundred times larger."""
+    """Returns ten batches, with targets scaled by 100 at the given positions."""
     batches = [
         {"x": batch["x"], "y": batch["y"] * (100.0 if index in positions else 1.0)}
         for index, batch in enumerate(problem.data(10))
@@ -130,7 +130,7 @@ def bad_at(*positions):
 
 
 def steps_without(positions, count=10):
-    """The state after the steps of the other batches, where those at ``positions`` are skipped."""
+    """Returns the state after ``count`` steps that skip the updates at ``positions``."""
     step, state = problem.step(callbacks=skip_at(positions)), problem.start()
     for index in range(count):
         state, _ = step(state, bad_at(*positions)[index])
@@ -144,9 +144,9 @@ def skip_at(positions):
     return fx.compose(skip)
 
 
-class TestTheWayBack:
+class TestRewind:
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_leaves_out_the_batches_that_made_spikes(self, compiled):
+    def test_skips_the_batches_that_caused_spikes(self, compiled):
         guard = spike_guard(warmup=4, window=8, rewind=2)
         step = problem.step(callbacks=guard)
         step = fx.compile(step) if compiled else step
@@ -165,10 +165,10 @@ class TestTheWayBack:
         assert memory.banned[memory.banned >= 0].tolist() == [6]
         for name, value in steps_without([6]).params.items():
             if compiled and name == "0.bias":
-                continue  # the batch norm behind it takes it away: its gradient is rounding, which Adam makes a step
+                continue  # batch norm cancels this bias: its gradient is rounding error, which Adam scales up
             torch.testing.assert_close(result.last.params[name], value, rtol=1e-4 if compiled else 0, atol=1e-6)
 
-    def test_resumed_at_every_step_ends_as_the_whole_run(self, tmp_path):
+    def test_resume_at_any_step_equals_the_uninterrupted_run(self, tmp_path):
         guard = spike_guard(warmup=4, window=8, rewind=2)
         step = problem.step(callbacks=guard)
         callbacks = fx.compose(guard, fx.callbacks.save())
@@ -189,7 +189,7 @@ class TestTheWayBack:
             )
             testing.assert_equal(again.last, whole.last, f"cut after {cut}")
 
-    def test_without_a_kept_state_it_stops_and_says_so(self):
+    def test_missing_snapshot_stops_the_run_with_a_reason(self):
         guard = spike_guard(warmup=4, window=8, rewind=2)
         result = fx.fit(problem.start(), problem.step(callbacks=guard), bad_at(6), epochs=1, callbacks=guard)
         assert result.reason == "a rewind of 2 steps was requested at step 7, but no retained state is that old"

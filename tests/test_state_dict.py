@@ -1,4 +1,4 @@
-"""State dicts: any module's, read into a state and back, exactly."""
+"""State dicts of modules, loaded into a state and read back exactly."""
 
 import problem
 import pytest
@@ -40,7 +40,7 @@ class Tied(nn.Module):
     ],
     ids=["batch norm", "tied", "transformer", "lstm", "parametrized"],
 )
-def test_there_and_back(make):
+def test_state_dict_round_trip_is_exact(make):
     torch.manual_seed(0)
     module, other = make(), make()
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_there_and_back(make):
     testing.assert_equal(state, before, "the given state")
 
 
-def test_what_is_given_out_shares_no_memory():
+def test_returned_state_dict_shares_no_memory():
     state = problem.start()
     before = state.copy()
     for value in fx.state_dict(state).values():
@@ -67,7 +67,7 @@ def test_what_is_given_out_shares_no_memory():
     testing.assert_equal(state, before, "the state")
 
 
-def test_the_rest_of_the_state_stays():
+def test_load_keeps_optimizer_state_and_seed():
     tx = fx.optim.adam(0.1)
     state = fx.init(problem.module(), tx, seed=3)
     loaded = fx.load_state_dict(state, problem.module().state_dict())
@@ -75,7 +75,7 @@ def test_the_rest_of_the_state_stays():
     assert int(loaded.seed) == 3
 
 
-def test_a_tree_of_modules():
+def test_tree_of_modules_round_trips():
     torch.manual_seed(0)
     modules = {"generator": nn.Linear(2, 3), "critic": nn.Linear(3, 1), "scale": torch.ones(2)}
     given = {"generator": nn.Linear(2, 3).state_dict(), "critic": nn.Linear(3, 1).state_dict(), "scale": torch.zeros(2)}
@@ -85,7 +85,7 @@ def test_a_tree_of_modules():
         testing.assert_equal(got, dict(value) if isinstance(value, dict) else value, name)
 
 
-def test_what_differs_is_refused():
+def test_mismatched_state_dicts_are_refused():
     state = fx.init(nn.Linear(2, 3))
     good = nn.Linear(2, 3).state_dict()
     with pytest.raises(
@@ -115,7 +115,7 @@ def test_partial_load_warns_with_counts():
     assert "Not in the model (2): head, tail" in str(warning.message)
 
 
-def test_load_where_no_name_fits_is_refused():
+def test_load_without_matching_names_is_refused():
     good = nn.Linear(2, 3).state_dict()
     for given in ({f"module.{name}": value for name, value in good.items()}, {}):
         with pytest.raises(ValueError, match=r"no name matches:\n  missing \(2\): weight, bias"):
@@ -136,7 +136,7 @@ def test_load_into_modules_without_weights_is_silent(recwarn):
     assert not recwarn.list
 
 
-def test_an_abstract_state_has_no_memory_to_load_into():
+def test_load_into_a_meta_state_is_refused():
     with torch.device("meta"):
         state = fx.init(nn.Linear(2, 3))
     with pytest.raises(ValueError, match="on the meta device"):

@@ -1,4 +1,4 @@
-"""Loaders that keep their own place: their snapshots travel with the checkpoints."""
+"""Stateful loaders: snapshots of the iterator state resume a run exactly."""
 
 import random
 
@@ -12,7 +12,7 @@ from fxtrain.data import Exhausted, from_loader, from_stateful_loader, prefetch
 
 
 class Counting(IterableDataset):
-    """An iterable dataset that torchdata can put back."""
+    """An iterable dataset whose state torchdata can restore."""
 
     def __init__(self, count=11, noise=True):
         self.count, self.i, self.noise = count, 0, noise
@@ -31,7 +31,7 @@ class Counting(IterableDataset):
 
 
 def stateful(kind, workers):
-    # Samples that an iterable dataset draws in a worker depend on those before it, whose generator torchdata forgets.
+    # Random samples of an iterable dataset in a worker cannot resume, because torchdata does not save its generator.
     source = Counting(noise=workers == 0) if kind == "iterable" else Augmented(11)
     options = {"shuffle": True} if kind == "map" else {}
     return StatefulDataLoader(source, 3, drop_last=True, num_workers=workers, **options)
@@ -51,7 +51,7 @@ def assert_snapshots(kind, workers, positions, wrap):
         resumed = wrap(stateful(kind, workers))
         resumed.restore(position, snapshot)
         assert_same(take(resumed, range(position, stop)), found[position:])
-        resumed.restore(position, snapshot)  # and so does a rewind
+        resumed.restore(position, snapshot)  # a second restore, as in a rewind
         assert_same(take(resumed, range(position, stop)), found[position:])
         resumed.close()
 
@@ -68,24 +68,24 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrap", list(WRAPPED))
 @pytest.mark.parametrize("kind", ["map", "iterable"])
-def test_a_stateful_loader_continues_from_a_snapshot(kind, wrap, caplog):
+def test_stateful_loader_continues_from_a_snapshot(kind, wrap, caplog):
     assert_snapshots(kind, 0, range(9), WRAPPED[wrap])
     assert not caplog.records
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map", "iterable"])
-def test_a_stateful_loader_with_workers_continues_from_a_snapshot(kind):
+def test_stateful_loader_with_workers_continues_from_a_snapshot(kind):
     assert_snapshots(kind, 2, (0, 2, 4), WRAPPED["alone"])
 
 
 @pytest.mark.parametrize("kind", ["map", "iterable"])
-def test_a_stateful_loader_can_be_read_without_snapshots(kind):
+def test_stateful_loader_resumes_without_snapshots(kind):
     assert_resumes(lambda: from_stateful_loader(stateful(kind, 0), seed=2), range(8), 8)
 
 
 @pytest.mark.parametrize("wrap", list(WRAPPED))
-def test_a_snapshot_at_the_end_that_was_just_found(wrap):
+def test_snapshot_after_the_end_keeps_the_epoch_length(wrap):
     data = WRAPPED[wrap](stateful("iterable", 0))
     take(data, range(3))
     with pytest.raises(Exhausted):
@@ -98,16 +98,16 @@ def test_a_snapshot_at_the_end_that_was_just_found(wrap):
     resumed.close()
 
 
-def test_a_stateful_loader_says_what_it_cannot_do(caplog):
+def test_stateful_loader_refuses_invalid_snapshots_and_logs_rereads(caplog):
     data = from_stateful_loader(stateful("iterable", 0), seed=2)
     found = take(data, range(7))
     snapshot = data.snapshot(7)
     with pytest.raises(ValueError, match=r"a snapshot of .* at position 6, got one at 7"):
         data.restore(6, snapshot)
     assert not caplog.records
-    assert same(data[5], found[5])  # without a snapshot it reads the epoch again
+    assert same(data[5], found[5])  # without a snapshot, the epoch is read from its start
     assert "Reading 2 batches again to reach position 5" in caplog.text
-    at_next_epoch = data.snapshot(9)  # nor need it stand there
+    at_next_epoch = data.snapshot(9)  # not the current position
     resumed = from_stateful_loader(stateful("iterable", 0), seed=2)
     resumed.restore(9, at_next_epoch)
     assert_same(take(resumed, range(9, 13)), take(data, range(9, 13)))
@@ -139,7 +139,7 @@ class KeepsGenerator(OwnGenerator):
 
 
 def mixed(samples):
-    """A collation that draws random numbers too."""
+    """Collates samples and adds random values."""
     batch = torch.utils.data.default_collate(samples)
     return {**batch, "mixed": torch.rand(2)}
 
@@ -165,7 +165,7 @@ def resume(make, start, stop):
 
 @pytest.mark.parametrize("start", [pytest.param(start, marks=pytest.mark.slow) for start in (1, 3, 4, 6)] + [5])
 @pytest.mark.parametrize("persistent", [False, True])
-def test_augmentation_in_workers_is_resumed(start, persistent):
+def test_augmentation_in_workers_resumes_exactly(start, persistent):
     def make():
         options = {"shuffle": True, "num_workers": 2, "persistent_workers": persistent, "collate_fn": mixed}
         return StatefulDataLoader(Augmented(12), 3, **options)
@@ -176,13 +176,13 @@ def test_augmentation_in_workers_is_resumed(start, persistent):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_that_does_not_repeat_itself_is_warned_about(workers):
+def test_nondeterministic_loader_warns(workers):
     with pytest.warns(UserWarning, match=f"expected batch {max(1, workers)} of the StatefulDataLoader"):
         resume(lambda: StatefulDataLoader(OwnGenerator(), 3, num_workers=workers), 6, 7)
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 8, 9])
-def test_a_generator_that_the_dataset_keeps_is_resumed(start, recwarn):
+def test_generator_in_the_dataset_state_resumes_exactly(start, recwarn):
     def make():
         return StatefulDataLoader(KeepsGenerator(), 3, shuffle=True)
 
@@ -190,14 +190,14 @@ def test_a_generator_that_the_dataset_keeps_is_resumed(start, recwarn):
     assert not [warning for warning in recwarn if "expected batch" in str(warning.message)]
 
 
-def test_workers_that_draw_in_sequence_are_warned_about():
+def test_sequential_random_samples_in_workers_warn():
     with pytest.warns(UserWarning, match="expected batch 2 of the StatefulDataLoader"):
         resume(lambda: StatefulDataLoader(Counting(24), 3, num_workers=2), 4, 5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["map", "iterable"])
-def test_persistent_workers_draw_by_epoch_wherever_reading_starts(kind):
+def test_persistent_workers_are_seeded_by_epoch_from_any_start(kind):
     def make():
         source = Lines(24) if kind == "iterable" else Augmented(12)
         loader = DataLoader(source, 3, num_workers=2, persistent_workers=True, drop_last=True)

@@ -1,4 +1,4 @@
-"""Steps: what a step is, what it tells the callbacks inside it, and when it keeps what it was given."""
+"""Steps: their contract, the events they fire, and the cases in which they keep the state unchanged."""
 
 import functools
 
@@ -27,7 +27,7 @@ def squares(model, batch):
 
 
 def train(loss_fn=squares, tx=None, module=None, **options):
-    """A state and a step of it, with their slots attached."""
+    """Returns a state and its step, with the slots attached."""
     tx = tx or fx.optim.sgd(0.1)
     step = fx.train_step(loss_fn, tx, **options)
     return fx.attach(fx.init(module or linear(), tx), step), step
@@ -37,7 +37,7 @@ BATCH = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [2.0, 0.0]])
 
 
 class TestStep:
-    def test_counts_and_moves_on_whatever_the_function_does(self):
+    def test_step_and_position_advance_by_one(self):
         @fx.Step
         def strange(state, batch):
             return state.replace(step=state.step - 7, position=state.position + 100), fx.StepOutput({"seen": batch})
@@ -102,7 +102,7 @@ class TestStep:
             (lambda state: (fx.StepOutput({}), state), "a tuple of"),
         ],
     )
-    def test_another_result_is_refused(self, returned, message):
+    def test_wrong_return_values_are_refused(self, returned, message):
         def by_hand(state, batch):
             return returned(state)
 
@@ -136,14 +136,14 @@ class TestStep:
             (lambda s: {"model": None}, "by_hand to keep the model"),
         ],
     )
-    def test_a_changed_structure_shape_or_dtype_is_refused_by_path(self, change, message):
+    def test_changed_structure_shape_or_dtype_is_refused_by_path(self, change, message):
         def by_hand(state, batch):
             return state.replace(**change(state)), fx.StepOutput({})
 
         with pytest.raises(ValueError, match=message):
             fx.Step(by_hand)(fx.init(linear()), None)
 
-    def test_writing_into_the_state_is_refused_by_path(self):
+    def test_in_place_write_to_the_state_is_refused_by_path(self):
         def by_hand(state, batch):
             state.params["weight"].add_(1.0)
             return state, fx.StepOutput({})
@@ -151,7 +151,7 @@ class TestStep:
         with pytest.raises(RuntimeError, match=r"by_hand .* got an in-place write to state\.params\['weight'\]"):
             fx.Step(by_hand)(fx.init(linear()), None)
 
-    def test_fires_traced_events_only(self):
+    def test_untraced_events_in_fires_are_refused(self):
         with pytest.raises(ValueError, match=r"fires to contain only Microbatch, Gradients, Updated, got StepEnd"):
             fx.Step(lambda state, batch: None, fires=[fx.StepEnd])
 
@@ -159,7 +159,7 @@ class TestStep:
 class TestStopped:
     """A stopped state is a fixed point of the step."""
 
-    def test_every_leaf_stays_to_the_bit_and_nothing_is_asked(self):
+    def test_keeps_every_leaf_bitwise_and_requests_nothing(self):
         def asks(state, event: fx.Updated, memory):
             return memory + 1, fx.Control(stop=event.step >= 2, reason="two", log={"count": memory})
 
@@ -176,7 +176,7 @@ class TestStopped:
         assert [control.reasons("stop") for control in controls] == [[], ["two"], [], [], []]
         assert [bool(control.log["count"].when) for control in controls] == [True, True, False, False, False]
 
-    def test_a_hand_written_step_is_one_too(self):
+    def test_hand_written_step_keeps_a_stopped_state(self):
         step = fx.Step(lambda state, batch: (state.replace(params=state.params / 0.0), fx.StepOutput({})))
         state = fx.init(torch.tensor(1.0))
         state = state.replace(due=state.due._replace(stop=torch.tensor(True)))
@@ -196,15 +196,15 @@ class TestGradients:
             (linear(), "a key of a dict of modules, got 'c'. The model is not a dict"),
         ],
     )
-    def test_an_entry_that_is_not_there_is_an_error(self, module, message):
+    def test_unknown_wrt_entry_is_refused(self, module, message):
         with pytest.raises(ValueError, match=message):
             fx.gradients(squares, wrt="c")(fx.init(module), BATCH)
 
-    def test_a_state_without_a_model_is_an_error(self):
+    def test_state_without_a_model_is_refused(self):
         with pytest.raises(ValueError, match="expected a state with a model, got one without"):
             fx.gradients(squares)(fx.init(linear()).replace(model=None), BATCH)
 
-    def test_works_where_gradients_are_switched_off(self):
+    def test_works_under_no_grad_and_inference_mode(self):
         state = fx.init(linear())
         wanted = fx.gradients(squares)(state, BATCH)
         with torch.no_grad():
@@ -251,7 +251,7 @@ class TestGradients:
             ),
         ],
     )
-    def test_what_is_no_loss_is_refused(self, returned, error, message):
+    def test_invalid_losses_are_refused(self, returned, error, message):
         def bad(model, batch):
             return returned(model(batch))
 
@@ -260,7 +260,7 @@ class TestGradients:
 
 
 class TestApplyGradients:
-    def test_moves_one_entry_past_its_frozen_parameters(self):
+    def test_updates_only_trainable_parameters_of_one_entry(self):
         tx = {"a": fx.optim.adam(0.1), "b": fx.optim.sgd(0.1)}
         modules = {"a": linear(), "b": linear()}
         modules["a"].bias.requires_grad_(False)
@@ -274,7 +274,7 @@ class TestApplyGradients:
 
 
 class TestTrainStep:
-    def test_is_the_step_of_torch(self):
+    def test_equals_the_plain_torch_loop(self):
         module, data = problem.module(), problem.data()
         for part in (module[1], module[3]):
             part.eval()
@@ -301,7 +301,7 @@ class TestTrainStep:
         torch.testing.assert_close(parts.params, whole.params, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(told_of_parts.metrics, told.metrics, rtol=1e-12, atol=1e-14)
 
-    def test_metrics_are_averaged_or_merged(self):
+    def test_accumulated_metrics_are_averaged_or_merged(self):
         def loss_fn(model, batch):
             error = model(batch).abs()
             return error.mean(), {"mae": error.mean(), "all": metrics.Std.from_model_output(error)}
@@ -318,12 +318,12 @@ class TestTrainStep:
             (torch.tensor(4.0), r"got a float32 tensor .* at batch\."),
         ],
     )
-    def test_a_batch_that_cannot_be_cut_is_an_error(self, batch, message):
+    def test_indivisible_batch_is_refused(self, batch, message):
         state, step = train(accumulate=2)
         with pytest.raises(ValueError, match=message):
             step(state, batch)
 
-    def test_leaves_without_examples_are_shared_by_all_microbatches(self):
+    def test_leaves_without_a_batch_dimension_are_shared(self):
         seen = []
 
         def loss_fn(model, batch):
@@ -337,7 +337,7 @@ class TestTrainStep:
         del batch["name"]
         assert seen == [{**batch, "x": torch.Size([2, 2]), "mask": torch.Size([1, 3])}] * 2
 
-    def test_texts_are_cut_with_the_tensors_beside_them(self):
+    def test_lists_are_split_like_the_tensors(self):
         texts, places = ["a", "b", "c", "d"], ({"at": 1}, None, {"at": 3}, {"at": 4})
         batch = {"x": torch.arange(4), "text": texts, "more": {"places": places}, "classes": ["dog", "cat"], "n": "all"}
         first, second = fx.step.microbatches(batch, 2)
@@ -347,18 +347,18 @@ class TestTrainStep:
         assert first["n"] == second["n"] == "all"
 
     @pytest.mark.parametrize("accumulate", [0, -1, 1.5, True])
-    def test_accumulate_is_a_whole_number(self, accumulate):
+    def test_invalid_accumulate_is_refused(self, accumulate):
         with pytest.raises((TypeError, ValueError), match="expected accumulate to be a positive int"):
             fx.train_step(squares, fx.optim.sgd(0.1), accumulate=accumulate)
 
     @pytest.mark.parametrize("tx", [None, {"a": fx.optim.sgd(0.1)}, torch.optim.SGD])
-    def test_takes_one_transformation(self, tx):
+    def test_invalid_transformation_is_refused(self, tx):
         with pytest.raises(TypeError, match="gradient transformation"):
             fx.train_step(squares, tx)
 
 
 class TestTracedEvents:
-    def test_carry_what_they_say(self):
+    def test_fields_match_the_step(self):
         seen = []
 
         def record(state, event: fx.Microbatch | fx.Gradients | fx.Updated):
@@ -396,7 +396,7 @@ class TestTracedEvents:
         _, output = step(state, BATCH)
         assert torch.equal(output.control.log["loss seen"].value, output.metrics["loss"])
 
-    def test_what_is_logged_again_stands_and_two_callbacks_share_no_name(self):
+    def test_last_log_wins_and_name_conflicts_are_refused(self):
         def log(at):
             return fx.on(at, lambda state, event: (state, fx.Control(log={"x": event.loss, type(event).__name__: 1.0})))
 
@@ -425,12 +425,12 @@ class TestTracedEvents:
             (fx.Microbatch, {"save": True}, "possible at Microbatch, got save"),
         ],
     )
-    def test_only_what_can_be_honoured_may_be_asked(self, at, control, message):
+    def test_unsupported_requests_are_refused(self, at, control, message):
         state, step = train(callbacks=fx.on(at, lambda state, event: (state, fx.Control(**control))))
         with pytest.raises(ValueError, match=message):
             step(state, BATCH)
 
-    def test_callbacks_write_slots_only(self):
+    def test_callback_that_writes_outside_slots_is_refused(self):
         def writes(state, event: fx.Gradients):
             return state.replace(params=tree.map(torch.zeros_like, state.params)), fx.Control()
 
@@ -441,7 +441,7 @@ class TestTracedEvents:
             step(state, BATCH)
 
     @pytest.mark.parametrize("how", ["eager", "compiled", "donating", "by dynamo", "vmapped"])
-    def test_a_slot_that_was_not_attached_is_attached_at_entry(self, how):
+    def test_missing_slot_is_attached_by_the_step(self, how):
         def counts(state, event: fx.Updated, memory):
             return memory + state.params["weight"].sum(), fx.Control()
 
@@ -464,12 +464,12 @@ class TestTracedEvents:
         testing.assert_equal(tree.structure(kept), tree.structure(second), "structure")
         torch.testing.assert_close(tree.leaves(got), tree.leaves(wanted))
         assert bare.slots == {}
-        assert bool(tree.leaves(bare.params)[0].isfinite().all())  # its memory was not donated
+        assert bool(tree.leaves(bare.params)[0].isfinite().all())  # its buffers were not donated
 
 
 class TestSkippedUpdate:
     @pytest.mark.parametrize("at", [fx.Microbatch, fx.Gradients])
-    def test_keeps_parameters_optimizer_and_buffers_and_moves_the_rest(self, at):
+    def test_keeps_parameters_optimizer_state_and_buffers(self, at):
         def skip_the_second(state, event, memory):
             flag = (event.step == 2) & torch.tensor(getattr(event, "index", 0) == 0)
             return memory + 1, fx.Control(skip_update=flag, reason="the second")
@@ -494,13 +494,13 @@ class TestSkippedUpdate:
         assert int(third.slots["count"]) == 3 * per_step
         assert seen == [False, True, False]
 
-    def test_costs_nothing_where_nobody_can_ask_for_it(self, monkeypatch):
+    def test_adds_no_select_without_a_skipping_callback(self, monkeypatch):
         calls = []
         original = tree.where
         monkeypatch.setattr(tree, "where", lambda *args: calls.append(1) or original(*args))
         state, step = train()
         step(state, BATCH)
-        assert len(calls) == 1  # the fixed point of a stopped state
+        assert len(calls) == 1  # the select for a stopped state
 
 
 def _annotated(function, kind):
@@ -509,7 +509,7 @@ def _annotated(function, kind):
 
 
 class TestEvalStep:
-    def test_measures_in_eval_mode_and_changes_nothing(self):
+    def test_runs_in_eval_mode_without_changing_the_state(self):
         state, batch = problem.start(), problem.data()[0]
         before = state.copy()
         module = problem.module().eval()
@@ -520,7 +520,7 @@ class TestEvalStep:
         assert output.outputs is None
         assert repr(problem.eval_step) == "<eval_step(loss_fn)>"
 
-    def test_passes_outputs_on(self):
+    def test_returns_outputs(self):
         step = fx.eval_step(lambda model, batch: ({"size": model(batch).sum()}, {"y": model(batch)}), outputs=True)
         output = step(fx.init(linear()), BATCH)
         assert list(output.metrics) == ["size"]
@@ -534,6 +534,6 @@ class TestEvalStep:
             (lambda model, batch: model(batch).sum(), True, r"to return a pair \(metrics, outputs\) .*, got a float32"),
         ],
     )
-    def test_what_is_no_measurement_is_refused(self, measure, outputs, message):
+    def test_invalid_return_values_are_refused(self, measure, outputs, message):
         with pytest.raises(TypeError, match=message):
             fx.eval_step(measure, outputs=outputs)(fx.init(linear()), BATCH)

@@ -1,4 +1,4 @@
-"""Several steps in one graph: what they compute, and how a run made of them differs from one of single steps."""
+"""Multi-step calls: several steps in one graph, with the results and events of single steps."""
 
 import problem
 import pytest
@@ -7,7 +7,7 @@ import torch
 import fxtrain as fx
 
 K = 4
-DATA = problem.data(8, seed=3)  # two calls make an epoch
+DATA = problem.data(8, seed=3)  # two calls per epoch
 
 
 def same(first, second):
@@ -23,7 +23,7 @@ def taken(step, state, batches):
 
 
 def counting(stop_at=None):
-    """In the step: counts its calls, and stops at one."""
+    """Returns a traced callback that counts its calls and stops at ``stop_at``."""
 
     def update(state, event: fx.Updated, memory):
         stop = event.step == stop_at if stop_at is not None else False
@@ -34,7 +34,7 @@ def counting(stop_at=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
-def test_as_so_many_single_steps_bitwise(donate):
+def test_multi_step_call_equals_single_steps_bitwise(donate):
     callbacks = counting()
     step = problem.step(callbacks=callbacks)
     state = fx.attach(problem.start(), callbacks)
@@ -47,7 +47,7 @@ def test_as_so_many_single_steps_bitwise(donate):
 
 
 @pytest.mark.slow
-def test_a_compiled_run():
+def test_compiled_multi_step_run_equals_single_steps():
     step = problem.step()
     plain = fx.fit(problem.start(), fx.compile(step), DATA, epochs=1)
     together = fx.fit(problem.start(), fx.compile(step, steps_per_call=2, on_recompile="error"), DATA, epochs=1)
@@ -68,13 +68,13 @@ def run(steps_per_call, callbacks=(), data=DATA, **options):
 
 
 def ordered(seen):
-    """Without the beginnings of steps, which come together."""
+    """Drops ``StepBegin`` events, which are emitted together for all steps of a call."""
     return [moment for moment in seen if moment[0] != "StepBegin"]
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 8, 9])
 @pytest.mark.parametrize("limit", [{"epochs": 2}, {"steps": 13}])
-def test_a_run_has_the_events_of_single_steps(k, limit):
+def test_multi_step_run_emits_the_events_of_single_steps(k, limit):
     plain, plain_seen = run(1, **{"epochs": None, **limit})
     together, seen = run(k, **{"epochs": None, **limit})
     assert ordered(seen) == ordered(plain_seen)
@@ -86,7 +86,7 @@ def test_a_run_has_the_events_of_single_steps(k, limit):
 
 
 class Streamed:
-    """An iterable that nobody knows the length of."""
+    """An iterable without a length."""
 
     def __init__(self, count):
         self.count = count
@@ -96,7 +96,7 @@ class Streamed:
 
 
 @pytest.mark.parametrize("count", [6, 8])
-def test_where_nobody_knows_how_long_an_epoch_is(count):
+def test_unknown_epoch_length_gives_the_events_of_single_steps(count):
     plain, plain_seen = run(1, data=Streamed(count), epochs=2)
     together, seen = run(K, data=Streamed(count), epochs=2)
     assert ordered(seen) == ordered(plain_seen)
@@ -104,7 +104,7 @@ def test_where_nobody_knows_how_long_an_epoch_is(count):
 
 
 @pytest.mark.parametrize("stop_at", range(1, 10))
-def test_a_stop_inside_takes_no_step_after_it(stop_at):
+def test_stop_inside_a_call_skips_its_remaining_steps(stop_at):
     callbacks = counting(stop_at)
     result, seen = run(K, callbacks)
     assert result.reason == f"it is step {stop_at}"
@@ -113,7 +113,7 @@ def test_a_stop_inside_takes_no_step_after_it(stop_at):
     assert same(result.last.params, run(1, callbacks)[0].last.params)
 
 
-def test_what_a_callback_of_the_loop_asks_for_comes_after_all_of_them(tmp_path):
+def test_requests_at_step_end_apply_after_the_whole_call(tmp_path):
     def save(state, event: fx.StepEnd):
         return state, fx.Control(save=event.step == 2, reason="it is step 2")
 
@@ -123,7 +123,7 @@ def test_what_a_callback_of_the_loop_asks_for_comes_after_all_of_them(tmp_path):
     assert result.reason == f"reached {K} steps"
 
 
-def test_an_interrupted_run_ends_where_the_whole_one_does(tmp_path):
+def test_resume_after_interrupt_equals_the_uninterrupted_run(tmp_path):
     whole, _ = run(K)
 
     def interrupt(state, event: fx.StepEnd, control):
@@ -150,7 +150,7 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(tmp_path):
 
 
 @pytest.mark.parametrize(("keep_every", "way"), [(4, (8, 4)), (3, (7, 6))])
-def test_states_are_kept_where_they_are_wanted(keep_every, way):
+def test_rewind_returns_to_a_snapshot_at_keep_every(keep_every, way):
     went = []
 
     def go_back(state, event: fx.StepEnd):
@@ -193,12 +193,12 @@ def test_states_are_kept_where_they_are_wanted(keep_every, way):
         ),
     ],
 )
-def test_mistakes(make, error, said):
+def test_invalid_arguments_are_refused(make, error, said):
     with pytest.raises(error, match=said):
         make(problem.step())
 
 
-def test_a_callback_between_steps_is_refused():
+def test_callback_on_step_begin_is_refused():
     def skip(state, event: fx.StepBegin):
         return state, fx.Control(skip_batch=event.step == 2)
 
@@ -206,13 +206,13 @@ def test_a_callback_between_steps_is_refused():
         run(K, skip)
 
 
-def test_one_at_a_time_is_many_too():
+def test_many_accepts_one_step_per_call():
     state, (output,) = fx.compile(problem.step(), backend="eager").many(problem.start(), DATA[:1])
     assert int(state.step) == 1
     assert "loss" in output.metrics
 
 
-def test_what_is_left_of_an_epoch_is_taken_singly(monkeypatch):
+def test_remainder_of_an_epoch_runs_as_single_steps(monkeypatch):
     calls = []
     many, one = problem.Together.many, problem.Together.__call__
     monkeypatch.setattr(problem.Together, "many", lambda self, *given: (calls.append(3), many(self, *given))[1])

@@ -1,4 +1,4 @@
-"""Stopping rules: at which evaluation each stops, and why, by tables that were written by hand from the semantics."""
+"""Stopping rules: the evaluation at which each stops, and its reason, from tables written by hand."""
 
 import math
 
@@ -22,7 +22,7 @@ def evaluations(values, every=10, epoch_length=20):
 
 
 def stop_of(callback, events, state=None):
-    """Which event it first stops at, counted from 1, and the first reason; None if it never does."""
+    """Returns the index of the first stopping event, counted from 1, and its first reason, or None."""
     composed = fx.compose(callback)
     state = fx.attach(fx.init(torch.nn.Linear(1, 1)) if state is None else state, composed)
     for number, event in enumerate(events, start=1):
@@ -38,7 +38,7 @@ def number_of(callback, values, **options):
     return stop and stop[0]
 
 
-PATIENCE = [  # no check of finiteness, so that NaNs are seen as what they are: no improvement
+PATIENCE = [  # with check_finite=False, so that NaN counts as no improvement
     ({"patience": 1}, [3, 2, 1, 0], None),
     ({"patience": 1}, [3, 4], 2),
     ({"patience": 1}, [3, 3], 2),  # a tie is no improvement
@@ -53,7 +53,7 @@ PATIENCE = [  # no check of finiteness, so that NaNs are seen as what they are: 
     ({"patience": 2, "min_delta": 0.5}, [3, 2.6, 2.4, 2, 1.8], None),
     ({"patience": 1, "mode": "max"}, [1, 2, 3, 2.9], 4),
     ({"patience": 2, "mode": "max", "min_delta": 1.0}, [0, 1, 0.5], 3),
-    ({"patience": 2, "baseline": 1.0}, [3, 2], 2),  # never beat the baseline
+    ({"patience": 2, "baseline": 1.0}, [3, 2], 2),  # never better than the baseline
     ({"patience": 2, "baseline": 1.0}, [3, 0.9, 1, 0.8, 1, 1], 6),
     ({"patience": 1, "mode": "max", "baseline": 0.5}, [0.4], 1),
 ]
@@ -66,12 +66,12 @@ RELATIVE = [
     ({"mode": "max"}, [10, 10.5, 11], 3),
     ({"mode": "max"}, [10, 11.5, 12.9, 14.3], None),
     ({"mode": "max"}, [-10, -9.5, -8.5, -7], None),
-    ({}, [0, -0.0, 0], 3),  # of nothing a tenth is nothing, and a tie is no improvement
+    ({}, [0, -0.0, 0], 3),  # a tenth of 0 is 0, and a tie is no improvement
     ({}, [INF, 5, 4.9, 4.8], 4),
     ({}, [NAN, NAN, 1], 2),
     ({"mode": "max"}, [NAN, 1, 1.05, 1.09], 4),
 ]
-STEPS = [  # an evaluation each 10 steps
+STEPS = [  # one evaluation per 10 steps
     (5, [1, 2], 2),
     (10, [1, 2], 2),
     (11, [1, 2], None),
@@ -85,7 +85,7 @@ STEPS = [  # an evaluation each 10 steps
     (20, [NAN, 1, NAN, NAN], 4),
     (1, [3, 2, 1], None),
 ]
-EPOCHS = [  # an evaluation each 10 batches, an epoch of 20
+EPOCHS = [  # one evaluation per 10 batches, 20 batches per epoch
     (1, [1, 2, 2], 3),
     (1, [1, 2, 0], None),
     (1, [1, 2, 0, 1, 1], 5),
@@ -99,7 +99,7 @@ EPOCHS = [  # an evaluation each 10 batches, an epoch of 20
     (3, [1] * 6, None),
 ]
 START = [
-    ({"start_from": 2, "patience": 1}, [1, 2, 3], None),  # the third is the first that is watched, and the best so far
+    ({"start_from": 2, "patience": 1}, [1, 2, 3], None),  # watching starts at the third, which is the best so far
     ({"start_from": 2, "patience": 1}, [0, 0, 3, 4], 4),
     ({"start_from": 2, "patience": 2}, [0, 0, 3, 4], None),
     ({"start_from": 2, "patience": 2}, [0, 0, 3, 4, 5], 5),
@@ -155,50 +155,50 @@ FINITE = [
 
 class TestEarlyStopping:
     @pytest.mark.parametrize(("options", "values", "stop"), PATIENCE)
-    def test_patience(self, options, values, stop):
+    def test_stops_after_patience_evaluations(self, options, values, stop):
         assert number_of(early_stopping("loss", check_finite=False, **options), values) == stop
 
     @pytest.mark.parametrize(("options", "values", "stop"), RELATIVE)
-    def test_a_relative_difference(self, options, values, stop):
+    def test_relative_min_delta_scales_with_the_best(self, options, values, stop):
         rule = early_stopping("loss", patience=2, min_delta=0.1, relative=True, check_finite=False, **options)
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("patience", "values", "stop"), STEPS)
-    def test_patience_in_steps(self, patience, values, stop):
+    def test_patience_counts_steps(self, patience, values, stop):
         rule = early_stopping("loss", patience=patience, unit="steps", check_finite=False)
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("patience", "values", "stop"), EPOCHS)
-    def test_patience_in_epochs(self, patience, values, stop):
+    def test_patience_counts_epochs(self, patience, values, stop):
         rule = early_stopping("loss", patience=patience, unit="epochs", check_finite=False)
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("options", "values", "stop"), START)
-    def test_begins_where_it_is_told(self, options, values, stop):
+    def test_start_from_delays_watching(self, options, values, stop):
         assert number_of(early_stopping("loss", check_finite=False, **options), values) == stop
 
     @pytest.mark.parametrize(("mode", "value", "values", "stop"), GOOD)
-    def test_good_enough(self, mode, value, values, stop):
+    def test_good_enough_value_stops(self, mode, value, values, stop):
         rule = early_stopping("loss", patience=99, mode=mode, good_enough=value, check_finite=False)
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("mode", "value", "values", "stop"), DIVERGED)
-    def test_diverged(self, mode, value, values, stop):
+    def test_diverged_value_stops(self, mode, value, values, stop):
         rule = early_stopping("loss", patience=99, mode=mode, diverged=value, check_finite=False)
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("values", "stop"), FINITE)
-    def test_not_finite(self, values, stop):
+    def test_non_finite_value_stops(self, values, stop):
         assert number_of(early_stopping("loss", patience=99), values) == stop
 
     @pytest.mark.parametrize(("dtype", "stop"), [(torch.float64, None), (torch.float32, 3)])
-    def test_float64_is_compared_in_float64(self, dtype, stop):
+    def test_float64_metrics_are_compared_in_float64(self, dtype, stop):
         values = [1.0, 1.0 - 1e-12, 1.0 - 2e-12, 1.0 - 3e-12]
         events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(v, dtype=dtype)}) for i, v in enumerate(values)]
         found = stop_of(early_stopping("loss", patience=2), events)
         assert (found and found[0]) == stop
 
-    def test_float64_evaluations_reach_it_in_float64(self):
+    def test_float64_evaluation_keeps_its_precision(self):
         tx = fx.optim.sgd(1e-12)
         step = fx.train_step(lambda model, batch: model["w"] * batch, tx)
         data = [torch.tensor(1.0, dtype=torch.float64)]
@@ -208,11 +208,11 @@ class TestEarlyStopping:
         result = fx.fit(state, step, data, callbacks=rule, eval_step=evaluate, eval_data=data, epochs=5)
         assert result.reason == "finished 5 epochs"
 
-    def test_a_threshold_is_compared_as_precisely_as_the_metric(self):
+    def test_threshold_is_rounded_to_the_dtype_of_the_metric(self):
         events = [fx.EvalEnd(step=1, metrics={"accuracy": torch.tensor(0.9)})]
         assert stop_of(early_stopping("accuracy", patience=9, mode="max", good_enough=0.9), events)[0] == 1
 
-    def test_a_function_says_what_is_better(self):
+    def test_mode_function_decides_improvement(self):
         def nearer_to_one(value, best):
             return best.isnan() | ((value - 1).abs() < (best - 1).abs())
 
@@ -220,7 +220,7 @@ class TestEarlyStopping:
         assert number_of(rule, [3, -0.5, 0.8, 1.1, 1.1, 0.9]) == 6
         assert number_of(early_stopping(lambda metrics: metrics["loss"].abs(), patience=1), [-3, 2, -1, -2]) == 4
 
-    def test_in_a_state_that_has_run_before_waiting_begins_now(self):
+    def test_patience_starts_at_the_current_step(self):
         state = fx.init(torch.nn.Linear(1, 1)).replace(step=torch.tensor(1000), position=torch.tensor(1000))
         events = [
             fx.EvalEnd(step=s, position=s, epoch_length=10, metrics={"loss": torch.tensor(NAN)}) for s in (1010, 1020)
@@ -230,7 +230,7 @@ class TestEarlyStopping:
         rule = early_stopping("loss", patience=2, unit="epochs", check_finite=False)
         assert stop_of(rule, events, Epoch(done=100, start=1000, length=10).into(state))[0] == 2
 
-    def test_each_cause_has_its_reason(self):
+    def test_each_stop_has_its_reason(self):
         rule = early_stopping("loss", patience=1, good_enough=0.1, diverged=10.0)
         for values, reason in (
             ([1.0, 1.0], "loss has not improved for 1 evaluation"),
@@ -246,7 +246,7 @@ class TestEarlyStopping:
                 reasons = control.reasons("stop")
             assert reason in reasons
 
-    def test_it_logs_what_it_knows(self):
+    def test_best_and_waited_are_logged(self):
         composed = fx.compose(early_stopping("loss", patience=3))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), composed)
         logs = []
@@ -275,15 +275,15 @@ class TestEarlyStopping:
             ({"patience": 1, "restore_best": "disk"}, "expected restore_best to be True, .*, got 'disk'"),
         ],
     )
-    def test_validates(self, options, message):
+    def test_invalid_options_are_refused(self, options, message):
         with pytest.raises((TypeError, ValueError), match=message):
             early_stopping("loss", **options)
 
-    def test_epochs_of_unknown_length(self):
+    def test_unknown_epoch_length_is_refused(self):
         with pytest.raises(ValueError, match="expected data with a known epoch length"):
             number_of(early_stopping("loss", patience=1, unit="epochs"), [1.0], epoch_length=None)
 
-    def test_a_metric_that_is_not_measured_names_those_that_are(self):
+    def test_unknown_metric_error_lists_the_metrics(self):
         with pytest.raises(KeyError, match="expected the metric 'acc' at EvalEnd for early_stopping, got 'loss'"):
             number_of(early_stopping("acc", patience=1), [1.0])
 
@@ -302,17 +302,17 @@ def trained(losses, number):
     ]
 
 
-OVERFIT = [  # training losses since the evaluation before, and the evaluation's
-    ([([1], 2), ([1], 3), ([1], 4)], 3),  # gaps 1, 2, 3: two in a row are growth
+OVERFIT = [  # per round: the training losses since the last evaluation, and the evaluation's loss
+    ([([1], 2), ([1], 3), ([1], 4)], 3),  # gaps 1, 2, 3 grow twice in a row
     ([([1], 2), ([1], 3), ([1], 3)], None),
     ([([1], 2), ([1], 2), ([1], 2)], None),
     ([([3], 2), ([2], 2), ([1], 2)], 3),
     ([([1], 2), ([1], 3), ([2], 3), ([1], 3), ([1], 4)], 5),
     ([([1, 3], 3), ([1, 1], 3), ([0, 0], 3)], 3),
-    ([([1], 2), ([1], 3), ([], 9), ([1], 4)], 4),  # without training in between nothing has drifted
-    ([([1], 2), ([1], NAN), ([1], 4), ([1], 5)], None),  # what is compared with a NaN has not grown
-    ([([1], 2), ([NAN, 1], 3), ([1], 4)], 3),  # a step that a guard skipped says nothing
-    ([([1], 2), ([1], 2.1), ([1], 2.2)], None),  # each less than min_delta
+    ([([1], 2), ([1], 3), ([], 9), ([1], 4)], 4),  # a round without training steps has no gap
+    ([([1], 2), ([1], NAN), ([1], 4), ([1], 5)], None),  # a comparison with NaN is no growth
+    ([([1], 2), ([NAN, 1], 3), ([1], 4)], 3),  # non-finite losses, as of skipped steps, are ignored
+    ([([1], 2), ([1], 2.1), ([1], 2.2)], None),  # each growth is below min_delta
     ([([1], 2), ([1], 2.3), ([1], 2.6)], 3),
     ([([2], 1), ([2], 1.5), ([2], 2)], 3),
 ]
@@ -320,7 +320,7 @@ OVERFIT = [  # training losses since the evaluation before, and the evaluation's
 
 class TestOverfitting:
     @pytest.mark.parametrize(("rounds", "stop"), OVERFIT)
-    def test_stops_where_the_gap_grows(self, rounds, stop):
+    def test_growing_gap_stops(self, rounds, stop):
         rule = fx.compose(
             early_stopping("loss", patience=99, check_finite=False, overfit_patience=2, overfit_min_delta=0.25)
         )
@@ -335,7 +335,7 @@ class TestOverfitting:
                 stopped = number
         assert stopped == stop
 
-    def test_a_larger_metric_that_is_better_mirrors_it(self):
+    def test_gap_is_mirrored_for_mode_max(self):
         rule = fx.compose(early_stopping("loss", patience=99, mode="max", overfit_patience=1))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), rule)
         reasons = []
@@ -346,7 +346,7 @@ class TestOverfitting:
             reasons = control.reasons("stop")
         assert reasons == ["the gap between loss and the training loss grew 1 evaluations in a row"]
 
-    def test_in_a_run(self):
+    def test_gap_is_measured_in_a_run(self):
         rule = early_stopping("loss", patience=99, overfit_patience=99)
         step = problem.step(callbacks=rule)
         result = fx.fit(
@@ -365,7 +365,7 @@ class TestOverfitting:
 
 class TestRestoreBest:
     def run(self, restore_best, baseline=None, callbacks=(), **options):
-        # The metric is best in the middle: a rate far too large then leads away.
+        # The metric is best after the first step, because the learning rate overshoots the minimum.
         tx = fx.optim.sgd(0.75)
         step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
         rule = early_stopping("far", patience=99, baseline=baseline, restore_best=restore_best)
@@ -381,16 +381,16 @@ class TestRestoreBest:
             **options,
         )
 
-    def test_from_memory(self):
+    def test_best_is_restored_from_memory(self):
         result = self.run(True)
         # w: 1.5, 0.75, 1.125, 0.9375, 1.03125
         assert float(result.state.params["w"]) == 1.5
         assert float(result.last.params["w"]) == 1.03125
 
-    def test_a_baseline_that_nothing_beats_still_has_a_best(self):
+    def test_unreached_baseline_still_restores_the_best(self):
         assert float(self.run(True, baseline=0.01).state.params["w"]) == 1.5
 
-    def test_from_the_best_checkpoint(self, tmp_path):
+    def test_best_is_restored_from_the_checkpoint(self, tmp_path):
         checkpointer = fx.checkpointer(tmp_path, best="far")
         result = self.run(checkpointer, checkpointer=checkpointer)
         assert float(result.state.params["w"]) == 1.5
@@ -398,7 +398,7 @@ class TestRestoreBest:
         assert result.last.slots["early_stopping"].kept == ()
         assert 1 in checkpointer.steps()
 
-    def test_a_best_checkpoint_that_is_gone(self, tmp_path):
+    def test_missing_best_checkpoint_is_refused(self, tmp_path):
         checkpointer = fx.checkpointer(tmp_path, keep=1)
         with pytest.raises(ValueError, match=r"expected a checkpoint of step 1, where far was best, got steps"):
             self.run(checkpointer, checkpointer=checkpointer, callbacks=[fx.callbacks.save()])
@@ -412,7 +412,7 @@ class TestTimeLimit:
             (10, [4, 8, 9.9], None),
             (10, [10], 1),
             (10, [0, 0, 0], None),
-            (10, [4, 8, 1, 3], 4),  # a second session begins: 8 and 3 are over
+            (10, [4, 8, 1, 3], 4),  # the first session took 8 s, so 3 s of the second exceed the limit
             (10, [9, 0.5, 0.9, 1], 4),
             (0.5, [0.6], 1),
             (3600, [3599, 3600], 2),
@@ -420,7 +420,7 @@ class TestTimeLimit:
             (10, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 10),
         ],
     )
-    def test_over_all_sessions(self, limit, times, stop):
+    def test_limit_covers_all_sessions(self, limit, times, stop):
         events, before = [], 0.0
         for step, time in enumerate(times, start=1):
             before = before if time >= before else 0.0
@@ -429,7 +429,7 @@ class TestTimeLimit:
         found = stop_of(time_limit(seconds=limit), events)
         assert (found and found[0]) == stop
 
-    def test_in_a_run_that_is_resumed(self, tmp_path):
+    def test_limit_continues_after_a_resume(self, tmp_path):
         clock = iter(range(10**6))
         options = {
             "callbacks": time_limit(seconds=40),
@@ -443,7 +443,7 @@ class TestTimeLimit:
         assert int(second.last.step) < 99
 
     @pytest.mark.parametrize("given", [{}, {"seconds": -1}, {"hours": INF}, {"minutes": NAN}])
-    def test_validates(self, given):
+    def test_invalid_limits_are_refused(self, given):
         with pytest.raises(ValueError, match="expected the time limit to be positive and finite"):
             time_limit(**given)
 
@@ -464,10 +464,10 @@ class TestTarget:
             ("max", -1.0, [-2, -1], 2),
         ],
     )
-    def test_stops_where_it_is_reached(self, mode, value, values, stop):
+    def test_reached_target_stops(self, mode, value, values, stop):
         assert number_of(target("loss", value, mode=mode), values) == stop
 
-    def test_of_a_step(self):
+    def test_target_of_a_step_metric_stops(self):
         events = [fx.StepEnd(step=n, metrics={"loss": torch.tensor(value)}) for n, value in ((1, 2.0), (2, 0.5))]
         assert stop_of(target("loss", 1.0, at=fx.StepEnd), events) == (2, "loss reached 1")
         with pytest.raises(KeyError, match="expected the metric 'acc' at StepEnd for target, got 'loss'"):
@@ -481,7 +481,7 @@ class TestTarget:
             ({"value": 1.0, "at": fx.EpochEnd}, "expected at to be EvalEnd or StepEnd, got the class EpochEnd"),
         ],
     )
-    def test_validates(self, options, message):
+    def test_invalid_options_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
             target("loss", **options)
 
@@ -502,5 +502,5 @@ class TestTarget:
         (target("loss", 1.0), evaluations([3.0, 0.5])),
     ],
 )
-def test_the_laws_hold(callback, events):
+def test_rules_obey_the_callback_laws(callback, events):
     testing.check_laws(callback, fx.init(torch.nn.Linear(1, 1)), events)

@@ -1,4 +1,4 @@
-"""Loaders and iterables: what can only be read in its order, resumed anywhere."""
+"""Loaders and iterables: sources that can only be read in order, resumed at any position."""
 
 import numpy as np
 import pytest
@@ -44,22 +44,22 @@ def loaders(workers):
 
 
 @pytest.mark.parametrize("name", list(loaders(0)))
-def test_a_loader_resumes_anywhere(name):
+def test_loader_resumes_at_any_position(name):
     assert_resumes(lambda: from_loader(loaders(0)[name], seed=3), range(13), 13)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(loaders(0)))
-def test_a_loader_with_workers_resumes_and_workers_change_no_order(name):
+def test_loader_with_workers_resumes_in_the_same_order(name):
     assert_resumes(lambda: from_loader(loaders(2)[name], seed=3), (4, 7), 12)
-    if not name.startswith(("iterable", "unsized")):  # those can only be read from the start, by workers as they are
+    if not name.startswith(("iterable", "unsized")):  # their order depends on the number of workers
         assert_same(
             take(from_loader(loaders(2)[name], seed=3), range(7)), take(from_loader(loaders(0)[name], seed=3), range(7))
         )
 
 
 @pytest.mark.parametrize("name", ["shuffled", "generator", "weighted", "iterable", "unsized with generator"])
-def test_orders_of_a_loader_depend_on_seed_and_epoch_and_move_nothing(name):
+def test_loader_order_depends_only_on_seed_and_epoch(name):
     loader = loaders(0)[name]
     generators = [g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None]
     before = [generator.get_state() for generator in generators]
@@ -70,13 +70,13 @@ def test_orders_of_a_loader_depend_on_seed_and_epoch_and_move_nothing(name):
     assert same(data[length], take(from_loader(loaders(0)[name], seed=3), [length])[0])
     assert all(map(torch.equal, before, [generator.get_state() for generator in generators]))
     again, found = from_loader(loader, seed=3), take(data, range(4))
-    for position, batch in enumerate(found):  # whoever else uses them
+    for position, batch in enumerate(found):  # other uses of the generators do not change the order
         assert same(again[position], batch)
         [torch.rand(3, generator=generator) for generator in generators]
     assert len({str(batch) for batch in found}) == 4
 
 
-def test_a_loader_jumps_without_reading(caplog):
+def test_loader_seeks_without_reading(caplog):
     dataset = Augmented(10_000)
     data = from_loader(DataLoader(dataset, 5, shuffle=True))
     data[3 * data.epoch_length + 1500]
@@ -84,7 +84,7 @@ def test_a_loader_jumps_without_reading(caplog):
     assert not caplog.records
 
 
-def test_a_loader_with_a_set_epoch_is_told():
+def test_set_epoch_of_the_sampler_is_called():
     class Told(torch.utils.data.Sampler):
         epoch = None
 
@@ -101,7 +101,7 @@ def test_a_loader_with_a_set_epoch_is_told():
     assert [int(data[position][0]) for position in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_sampler_that_changes_its_length_is_refused():
+def test_sampler_of_changing_length_is_refused():
     class Growing(list):
         def __iter__(self):
             self.append([0])
@@ -125,7 +125,7 @@ class Offset(Augmented):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_a_worker_init_fn_finds_the_dataset(context):
+def test_worker_init_fn_can_change_the_dataset(context):
     loader = DataLoader(Offset(8), 4, num_workers=1, worker_init_fn=initialise, multiprocessing_context=context)
     data = from_loader(loader)
     assert data[1].tolist() == [12, 13, 14, 15]
@@ -133,12 +133,12 @@ def test_a_worker_init_fn_finds_the_dataset(context):
 
 
 @pytest.mark.parametrize("random_rows", [False, True])
-def test_an_iterable_resumes_and_says_what_it_costs(random_rows, caplog):
+def test_iterable_resumes_and_logs_rereads(random_rows, caplog):
     assert_resumes(lambda: from_iterable(Rows(random_rows=random_rows), seed=1), range(13), 13)
     caplog.clear()
     source = Rows()
     assert from_iterable(source)[13]["i"][0] == 3
-    assert source.reads == 5 + 4  # the first epoch, to learn its length, and then the third as far as needed
+    assert source.reads == 5 + 4  # one epoch to learn its length, then the start of the third
     assert [record.getMessage() for record in caplog.records] == [
         "Reading 13 batches again to reach position 13, because the Rows can only be read from its start.",
         "Reading 3 batches again to reach position 13, because the Rows can only be read from its start.",
@@ -147,7 +147,7 @@ def test_an_iterable_resumes_and_says_what_it_costs(random_rows, caplog):
     assert len(caplog.records) == 2
 
 
-def test_the_length_of_an_epoch_is_learned_where_it_ends():
+def test_epoch_length_is_learned_at_the_first_end():
     data = from_iterable(Rows(3))
     take(data, range(3))
     assert data.epoch_length is None
@@ -159,7 +159,7 @@ def test_the_length_of_an_epoch_is_learned_where_it_ends():
     assert int(data[6]["i"][0]) == 0
 
 
-def test_an_iterator_serves_once():
+def test_iterator_is_read_only_once():
     data = adapt(torch.full((2,), i) for i in range(3))
     assert [int(data[i][0]) for i in range(2)] == [0, 1]
     data.close()
@@ -188,12 +188,12 @@ def uneven(sizes):
         (uneven([3, 0]), "at least one batch in epoch 1 of .*, got none"),
     ],
 )
-def test_epochs_have_one_length(source, message):
+def test_epochs_of_different_lengths_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         take(from_iterable(source), range(8))
 
 
-def test_a_source_that_fails_is_begun_again():
+def test_iterable_restarts_after_an_error():
     class Flaky(Rows):
         fails = 1
 
@@ -213,7 +213,7 @@ def test_a_source_that_fails_is_begun_again():
 
 
 class Countdown:
-    """Somebody else's batches."""
+    """A third-party source of batches."""
 
     epoch_length = 4
     closed = False
@@ -225,7 +225,7 @@ class Countdown:
         self.closed = True
 
 
-def test_adapt_takes_what_there_is():
+def test_adapt_accepts_every_kind_of_source():
     ready = batches(arrays(), 2)
     assert adapt(ready) is ready
     foreign = Countdown()

@@ -1,4 +1,4 @@
-"""The page that a summary prints."""
+"""The page printed by the summary observer."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def facts(page, title):
 
 
 def rows_of(page, title="modules"):
-    """A table's cells; the first ones keep their indentation."""
+    """Returns the cells of a table, with the indentation of the first column."""
     lines = [line for line in panels(page).get(title, []) if line.startswith("| ")]
     cells = [[cell[1:-1] for cell in line.split("|")[1:-1]] for line in lines]
     return [[first.rstrip(), *(cell.strip() for cell in rest)] for first, *rest in cells]
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Language(nn.Module):
-    """Nested, with tied and frozen parameters and a buffer."""
+    """A nested model with tied and frozen parameters and a buffer."""
 
     def __init__(self, blocks=2):
         super().__init__()
@@ -64,7 +64,7 @@ class Language(nn.Module):
         self.norm.requires_grad_(False)
 
 
-def test_summary_is_one_readable_page(monkeypatch):
+def test_summary_page_is_complete(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(fx.schedules.cosine(1e-2, 100)))
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
@@ -114,7 +114,7 @@ def test_summary_is_one_readable_page(monkeypatch):
     )
 
 
-def test_the_device_is_told_as_torch_tells_it():
+def test_device_panel_matches_torch():
     told = facts(printed(fx.init(nn.Linear(1, 1))), "device")
     assert told["device"] == "cpu"
     assert told["threads"] == str(torch.get_num_threads())
@@ -125,7 +125,7 @@ def test_the_device_is_told_as_torch_tells_it():
 # Modules
 
 
-def test_modules_come_in_the_order_of_the_model_each_with_all_that_is_in_it():
+def test_module_rows_keep_model_order_and_include_children():
     page = printed(fx.init(Language()), depth=3)
     assert [row[:5] for row in rows_of(page)[1:]] == [
         ["(model)", "Language", "26", "100.0%", "some"],
@@ -140,26 +140,26 @@ def test_modules_come_in_the_order_of_the_model_each_with_all_that_is_in_it():
 
 
 @pytest.mark.parametrize(("depth", "deepest"), [(1, 0), (2, 1), (3, 2), (9, 2)])
-def test_modules_are_shown_down_to_a_depth(depth, deepest):
+def test_depth_limits_the_module_rows(depth, deepest):
     names = [row[0] for row in rows_of(printed(fx.init(Language()), depth))[2:]]
     assert max((len(name) - len(name.lstrip())) // 2 - 1 for name in names) == deepest
 
 
-def test_tied_parameters_count_once_and_are_named():
+def test_tied_parameters_are_counted_once_and_named():
     page = printed(fx.init(Language()))
     assert facts(page, "model")["parameters"] == "26 in 7 tensors: 22 trainable, 4 frozen"
     assert facts(page, "model")["tied"] == "head.weight is embed.weight"
     assert [row[0] for row in rows_of(page, "tensors")[1:]].count("embed.weight") == 1
 
 
-def test_a_module_that_is_used_twice_counts_once():
+def test_shared_module_is_counted_once():
     shared = nn.Linear(2, 2)
     page = printed(fx.init(nn.ModuleDict({"a": shared, "b": shared})))
     assert [row[:3] for row in rows_of(page)[2:]] == [["  a", "Linear", "6"]]
     assert facts(page, "model")["tied"] == "b.weight is a.weight, b.bias is a.bias"
 
 
-def test_what_is_frozen_later_is_frozen_here():
+def test_parameters_frozen_by_with_trainable_are_shown_as_frozen():
     tx = fx.optim.sgd(0.1)
     state = fx.with_trainable(fx.init(Language(), tx), tx, "blocks.0.*")
     page = printed(state)
@@ -169,7 +169,7 @@ def test_what_is_frozen_later_is_frozen_here():
     assert facts(printed(fx.init(frozen)), "model")["parameters"] == "2 in 2 tensors, all frozen"
 
 
-def test_several_dtypes_are_counted():
+def test_parameters_are_counted_by_dtype():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     module[0].to(torch.bfloat16)
     page = printed(fx.init(module))
@@ -177,13 +177,13 @@ def test_several_dtypes_are_counted():
     assert [row[-1] for row in rows_of(page)[1:]] == ["bfloat16, float32", "bfloat16", "float32"]
 
 
-def test_a_model_without_parameters_has_no_tables():
+def test_model_without_parameters_has_no_tables():
     page = printed(fx.init(nn.ReLU()))
     assert facts(page, "model") == {"parameters": "0 in 0 tensors", "state": "38 B: the rest 38 B"}
     assert not {"modules", "tensors", "training"} & set(panels(page))
 
 
-def test_parameters_without_a_module_are_shown_by_their_names():
+def test_parameters_without_a_module_are_shown_by_name():
     params = {"encoder": {"w": torch.zeros(3), "b": torch.zeros(1)}, "scale": torch.zeros(())}
     page = printed(fx.init(params))
     header, *rows = rows_of(page)
@@ -193,14 +193,14 @@ def test_parameters_without_a_module_are_shown_by_their_names():
     assert "modules" not in panels(printed(fx.init({"w": torch.zeros(2)})))
 
 
-def test_a_state_without_a_model_says_nothing_of_what_is_trainable():
+def test_state_without_a_model_omits_trainable_counts():
     page = printed(fx.init(nn.Linear(3, 2)).replace(model=None))
     assert facts(page, "model")["parameters"] == "8 in 2 tensors"
     assert "modules" not in panels(page)
     assert len(rows_of(page, "tensors")) == 3
 
 
-def test_several_modules_are_parts_of_one_model():
+def test_tree_of_modules_is_shown_as_one_model():
     tx = fx.optim.adam(1e-3)
     state = fx.init({"G": nn.Linear(2, 2), "D": Language()}, {"G": tx, "D": tx})
     page = printed(state, depth=1)
@@ -212,7 +212,7 @@ def test_several_modules_are_parts_of_one_model():
     assert facts(page, "model")["tied"] == "D.head.weight is D.embed.weight"
 
 
-def test_a_summary_changes_nothing():
+def test_summary_does_not_change_the_state():
     state = fx.init(Language(), fx.optim.adam(1e-3))
     before = state.copy()
     printed(state)
@@ -220,7 +220,7 @@ def test_a_summary_changes_nothing():
     assert all(map(torch.equal, fx.tree.leaves(state), fx.tree.leaves(before)))
 
 
-# Big models
+# Large models
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_summary_changes_nothing():
         (1, ["  (and 4 more)"]),
     ],
 )
-def test_a_big_model_is_shown_in_less_detail(rows, names):
+def test_large_model_is_shown_in_less_detail(rows, names):
     page = printed(fx.init(Language(12)), rows=rows)
     assert [row[0] for row in rows_of(page)[1:]] == names
     if rows == 15:
@@ -241,32 +241,32 @@ def test_a_big_model_is_shown_in_less_detail(rows, names):
     assert rows > 3 or rows_of(page)[-1][-4] == {3: "76", 1: "86"}[rows]
 
 
-def test_layers_that_differ_in_more_than_their_number_keep_their_rows():
+def test_only_identical_layers_are_merged():
     module = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 2), nn.Conv1d(1, 1, 1)])
     rows = rows_of(printed(fx.init(module), rows=4))[2:]
     assert [row[:3] for row in rows] == [["  *", "2 x Linear", "4"], ["  2", "Linear", "4"], ["  3", "Conv1d", "2"]]
 
 
-def test_groups_of_parameters_without_a_module_are_alike_too():
+def test_identical_parameter_groups_are_merged():
     params = {"layers": [{"w": torch.zeros(2), "b": torch.zeros(1)} for _ in range(6)]}
     rows = rows_of(printed(fx.init(params), rows=4))[1:]
     assert [row[:3] for row in rows] == [["(model)", "", "18"], ["  layers", "", "18"], ["    *", "6 alike", "18"]]
 
 
-def test_a_model_of_many_tensors_side_by_side_is_cut():
+def test_long_tensor_table_is_truncated():
     state = fx.init(nn.ParameterDict({name: torch.zeros(2) for name in "abcdef"}))
     rows = rows_of(printed(state, rows=3), "tensors")
     assert [(row[0], row[-1]) for row in rows[1:]] == [("a", "2"), ("b", "2"), ("(and 4 more)", "8")]
 
 
-def test_names_that_are_very_long_are_cut_in_their_middle():
+def test_long_names_are_truncated_in_the_middle():
     name = "a" * 100 + "z" * 100
     page = printed(fx.init(nn.ModuleDict({name: nn.Linear(1, 1)})))
     assert f"|   {'a' * 22}...{'z' * 22} |" in page
     assert max(map(len, page.splitlines())) < 120
 
 
-def test_lines_of_many_facts_are_wrapped():
+def test_long_panel_lines_are_wrapped():
     state = fx.init(nn.Linear(1, 1))
     for number in range(30):
         state = state.with_slot(f"callback_{number}", torch.zeros(number))
@@ -280,7 +280,7 @@ def test_lines_of_many_facts_are_wrapped():
 # Runs
 
 
-def test_a_run_that_goes_on_says_from_where():
+def test_resumed_run_shows_its_start():
     state = fx.init(nn.Linear(1, 1)).replace(step=torch.tensor(1040))
     page = printed(state, position=1040, epoch_length=100, total_epochs=20, resumed=True)
     assert facts(page, "run") == {"length": "20 epochs", "begins": "after step 1,040, resumed", "seed": "0"}
@@ -289,7 +289,7 @@ def test_a_run_that_goes_on_says_from_where():
     assert facts(printed(fx.init(nn.Linear(1, 1)), total_steps=1), "run")["length"] == "1 step"
 
 
-def test_processes_that_have_not_met_are_told_from_the_environment(monkeypatch):
+def test_process_count_is_read_from_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     page = printed(fx.init(nn.Linear(1, 1)))
@@ -298,7 +298,7 @@ def test_processes_that_have_not_met_are_told_from_the_environment(monkeypatch):
     assert printed(fx.init(nn.Linear(1, 1))) == ""
 
 
-def test_a_real_run_writes_its_page_into_its_folder(tmp_path):
+def test_fit_writes_the_page_to_a_file(tmp_path):
     path = tmp_path / "run" / "summary.txt"
     tx = fx.optim.sgd(0.1)
     step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
@@ -314,10 +314,10 @@ def test_a_real_run_writes_its_page_into_its_folder(tmp_path):
     assert path.read_text().endswith("+\n")
 
 
-# Where it goes
+# Output
 
 
-def test_standard_output_gets_plain_text_and_a_terminal_boxes(monkeypatch, capsys):
+def test_pipe_gets_plain_text_and_terminal_gets_boxes(monkeypatch, capsys):
     import rich
 
     monkeypatch.delenv("FORCE_COLOR", raising=False)
@@ -337,7 +337,7 @@ def test_standard_output_gets_plain_text_and_a_terminal_boxes(monkeypatch, capsy
             assert shown == plain
 
 
-def test_without_clu_it_says_so_and_shows_the_rest(monkeypatch):
+def test_missing_clu_omits_only_the_tables(monkeypatch):
     monkeypatch.setitem(sys.modules, "clu", None)
     page = printed(fx.init(nn.Linear(1, 1)))
     assert panels(page)["modules"][0].startswith("(no table, as clu cannot be imported: ")
@@ -345,7 +345,7 @@ def test_without_clu_it_says_so_and_shows_the_rest(monkeypatch):
     assert facts(page, "model")["parameters"] == "2 in 2 tensors, all trainable"
 
 
-def test_names_of_parameters_reach_the_terminal_escaped(capsys):
+def test_parameter_names_are_escaped_in_the_terminal(capsys):
     state = fx.init({"a\x1b[2J\n\u202e": torch.zeros(2)}, fx.optim.sgd(0.1))
     observers.summary()(state, FitBegin(step=0), Control())
     text = capsys.readouterr().out
