@@ -1,4 +1,4 @@
-"""The arguments of fit, evaluate, init and compile: what users pass by habit is refused with what to pass instead."""
+"""Wrong arguments of fit, evaluate, init and compile raise errors that name the correction."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def of(library, name, **methods):
         ((STATE, fx.compile(EVAL_STEP), [BATCH]), r"a training step, got .*, which evaluates"),
     ],
 )
-def test_arguments_of_fit_in_another_place_are_refused(arguments, message):
+def test_fit_rejects_misplaced_arguments(arguments, message):
     with pytest.raises(TypeError, match=message):
         fx.fit(*arguments, epochs=1)
 
@@ -71,7 +71,7 @@ def test_arguments_of_fit_in_another_place_are_refused(arguments, message):
         ({"resume": "runs/1"}, "expected resume to be one of True, False, got 'runs/1'"),
     ],
 )
-def test_options_of_fit_of_another_kind_are_refused(options, message):
+def test_fit_rejects_options_of_wrong_type(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fx.fit(STATE, STEP, [BATCH], epochs=1, eval_data=[BATCH] if "eval_step" in options else None, **options)
 
@@ -97,12 +97,12 @@ def test_options_of_fit_of_another_kind_are_refused(options, message):
         ),
     ],
 )
-def test_callbacks_of_other_libraries_and_uncalled_factories_are_refused(callback, message):
+def test_fit_rejects_foreign_callbacks_and_uncalled_factories(callback, message):
     with pytest.raises(TypeError, match=message):
         fx.fit(STATE, STEP, [BATCH], epochs=1, callbacks=[callback])
 
 
-def test_an_observer_that_was_not_called_is_refused():
+def test_fit_rejects_uncalled_observer_factories():
     for observer in (fx.observers.progress, fx.observers.memory):
         with pytest.raises(
             TypeError, match=rf"observers: expected the result of fxtrain.observers.{observer.__name__}"
@@ -110,13 +110,13 @@ def test_an_observer_that_was_not_called_is_refused():
             fx.fit(STATE, STEP, [BATCH], epochs=1, observers=[observer])
 
 
-def test_a_single_observer_needs_no_list():
+def test_single_observer_needs_no_list():
     seen = []
     fx.fit(STATE, STEP, [BATCH], epochs=1, observers=lambda state, event, control: seen.append(event))
     assert seen
 
 
-def test_arguments_of_evaluate_step_and_compile_are_refused():
+def test_evaluate_step_and_compile_reject_wrong_arguments():
     with pytest.raises(
         TypeError, match=r"first argument of evaluate\(state, eval_step, data\), got the function eval_step"
     ):
@@ -141,18 +141,18 @@ def test_arguments_of_evaluate_step_and_compile_are_refused():
         (loss_fn, r"got the function loss_fn at model\. Give the module that the loss function calls"),
     ],
 )
-def test_what_is_no_plain_module_is_refused_by_init(model, message):
+def test_init_requires_plain_module(model, message):
     with pytest.raises(TypeError, match=message):
         fx.init(model, TX)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_part_that_is_compiled_by_jit_is_refused_by_init():
+def test_init_rejects_jit_submodule():
     with pytest.raises(TypeError, match=r"got model.0, compiled by torch.jit"):
         fx.init(nn.Sequential(torch.jit.script(nn.Linear(2, 1))), TX)
 
 
-def test_a_state_without_values_is_refused_by_fit():
+def test_fit_rejects_state_on_meta_device():
     state = fx.init(nn.Linear(2, 1, device="meta"), TX)
     with pytest.raises(ValueError, match=r"expected a state with values, got state.step on the meta device"):
         fx.fit(state, STEP, [BATCH], epochs=1)
@@ -161,7 +161,7 @@ def test_a_state_without_values_is_refused_by_fit():
         fx.fit(state, STEP, [BATCH], epochs=1)
 
 
-def test_autocast_around_fit_is_refused():
+def test_fit_rejects_surrounding_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(ValueError, match=r'outside of torch.autocast, got a call inside. Give precision="bf16"'):
             fx.fit(STATE, STEP, [BATCH], epochs=1)
@@ -179,7 +179,7 @@ def test_autocast_around_fit_is_refused():
     ],
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_what_surrounds_fit_changes_no_number(surrounding):
+def test_surrounding_context_does_not_change_fit(surrounding):
     with surrounding():
         found = fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).last
     torch.testing.assert_close(

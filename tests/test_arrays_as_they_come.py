@@ -1,4 +1,4 @@
-"""Arrays as they come: memory layouts, byte orders, structured arrays and arrays on disk, against a plain loop."""
+"""Array inputs (memory layouts, byte orders, structured arrays, arrays on disk) train as in a plain PyTorch loop."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ WANTED = by_a_plain_loop()
 
 
 class Samples(Dataset):
-    """Rows of arrays, which a collate function stacks."""
+    """A map-style dataset whose rows the collate function stacks."""
 
     def __init__(self, change):
         self.x, self.y = change(X), change(Y)
@@ -62,7 +62,7 @@ def structured(x, y):
 
 
 class OnDisk:
-    """An array that is read as those of h5py are: in rising order, each row once."""
+    """Mimics an h5py dataset, which accepts only strictly increasing indices."""
 
     def __init__(self, values):
         self.values, self.shape, self.dtype = values, values.shape, values.dtype
@@ -89,7 +89,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_memory_layouts(layout):
+def test_every_memory_layout_trains_equally(layout):
     change = LAYOUTS[layout]
     before = change(X).copy()
     sources = (
@@ -102,14 +102,14 @@ def test_memory_layouts(layout):
     assert (change(X) == before).all()
 
 
-def test_structured_arrays_are_dicts_of_their_fields():
+def test_structured_array_becomes_dict_of_fields():
     rows = structured(X, Y)
     assert adapt([rows])[0]["x"].equal(torch.tensor(X))
     for source in ([rows[i : i + 4] for i in (0, 4, 8)], batches(rows, 4, shuffle=False)):
         torch.testing.assert_close(trained(source), WANTED, rtol=0, atol=1e-7)
 
 
-def test_arrays_on_disk_are_read_in_any_order():
+def test_disk_array_supports_shuffled_reads():
     torch.testing.assert_close(
         trained(batches({"x": OnDisk(X), "y": OnDisk(Y)}, 4, shuffle=False)), WANTED, rtol=0, atol=1e-7
     )
@@ -118,7 +118,7 @@ def test_arrays_on_disk_are_read_in_any_order():
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
-def test_tables_are_refused(library):
+def test_tables_are_rejected(library):
     tables = pytest.importorskip(library)
     table = tables.table({"x": [1.0]}) if library == "pyarrow" else tables.DataFrame({"x": [1.0]})
     with pytest.raises(TypeError, match=rf"got a {library} \w+\. Pass its columns as arrays"):
@@ -135,7 +135,7 @@ def test_tables_are_refused(library):
         ({"x": X}, r"got a dict with keys 'x', which contains samples\. Batch them"),
     ],
 )
-def test_what_is_no_source_of_batches_is_refused(source, message):
+def test_adapt_rejects_non_batch_sources(source, message):
     with pytest.raises(TypeError, match=f"expected batches, {message}"):
         adapt(source)
 
@@ -147,6 +147,6 @@ def test_what_is_no_source_of_batches_is_refused(source, message):
         ({"x": X.astype(np.longdouble)}, r"expected batch\['x'\] to have a dtype that torch supports, got float128"),
     ],
 )
-def test_what_is_no_array_of_torch_is_refused(source, message):
+def test_batches_rejects_unsupported_arrays(source, message):
     with pytest.raises(TypeError, match=message):
         batches(source, 4)

@@ -1,4 +1,4 @@
-"""Behind the run's back: everything arrives, in order, as it was when it was written, and no error is lost."""
+"""The asynchronous writer keeps the order and values of its calls, and reports every error of its thread."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def lines(path):
 
 
 class Keeping(Backend):
-    """Notes what it is asked, once it is allowed to; fails at some steps."""
+    """Records calls, each after ``go`` is set, and fails at the steps in ``fail``."""
 
     kinds = frozenset((float, *KINDS))
 
@@ -61,7 +61,7 @@ class Keeping(Backend):
         return [what[1] for what in self.asked if what[0] == "put"]
 
 
-def test_everything_is_done_in_the_order_in_which_it_was_asked():
+def test_calls_run_in_order_on_one_thread():
     inner = Keeping()
     writer = asynchronous(inner)
     inner.go.clear()
@@ -81,7 +81,7 @@ def test_everything_is_done_in_the_order_in_which_it_was_asked():
     assert len(inner.threads - {threading.current_thread()}) == 1
 
 
-def test_what_is_written_over_after_the_call_is_written_as_it_was():
+def test_values_are_copied_when_written():
     inner = Keeping()
     writer = asynchronous(inner)
     inner.go.clear()
@@ -124,11 +124,11 @@ def test_what_is_written_over_after_the_call_is_written_as_it_was():
     assert (written["looks"].cells()["look"] == 128).all()
 
 
-def test_what_is_out_of_range_is_found_out_in_the_thread():
+def test_range_check_runs_in_writer_thread():
     inner = Keeping()
     writer = asynchronous(inner)
     inner.go.clear()
-    writer.purge(0)  # holds the thread until the flush
+    writer.purge(0)  # blocks the thread until ``go`` is set
     writer.write_images(1, {"bad": torch.full((4, 4), 7.0), "good": torch.zeros(4, 4)})
     inner.flush = lambda: None
     with warnings.catch_warnings(record=True) as caught:
@@ -139,7 +139,7 @@ def test_what_is_out_of_range_is_found_out_in_the_thread():
     assert list(inner.asked[1][2]) == ["good"]
 
 
-def test_the_caller_waits_where_the_queue_is_full():
+def test_full_queue_blocks_caller():
     inner = Keeping()
     writer = asynchronous(inner, size=2)
     inner.go.clear()
@@ -159,7 +159,7 @@ def test_the_caller_waits_where_the_queue_is_full():
     assert writer.blocked - before > 0.15
 
 
-def test_flush_waits_for_all_that_was_written(tmp_path):
+def test_flush_waits_for_pending_writes(tmp_path):
     class Slow(Keeping):
         def put(self, step, values, event):
             time.sleep(0.02)
@@ -183,7 +183,7 @@ NOTE = "Raised in the thread of an asynchronous writer, after the call that caus
 
 
 def settled(writer):
-    """Waits until the thread has nothing to do, past the writer's own verbs, which would raise."""
+    """Waits until the queue is empty, without the writer's own methods, which would raise."""
     deadline = time.monotonic() + 30
     while writer._pool.queue_length and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -199,7 +199,7 @@ def settled(writer):
     ],
     ids=["write", "purge", "flush", "close"],
 )
-def test_an_error_of_the_thread_is_raised_once_at_the_next_call(act):
+def test_thread_error_is_raised_once_by_next_call(act):
     inner = Keeping(fail=(1,))
     writer = asynchronous(inner)
     writer.write_scalars(1, {"a": 1.0})
@@ -211,11 +211,12 @@ def test_an_error_of_the_thread_is_raised_once_at_the_next_call(act):
     assert "put" in [frame.name for frame in caught.traceback]
     writer.write_scalars(4, {"a": 1.0})
     writer.close()
-    assert [step for step in inner.steps() if step != 3] == [1, 4]  # what was asked with the error was done as well
+    # The call that raised the error was still carried out.
+    assert [step for step in inner.steps() if step != 3] == [1, 4]
     assert inner.asked[-1] == ("close",)
 
 
-def test_of_several_errors_the_first_is_raised_first_and_all_are_logged(caplog):
+def test_multiple_errors_are_raised_in_order_and_logged(caplog):
     inner = Keeping(fail=(1, 2))
     writer = asynchronous(inner)
     inner.go.clear()
@@ -232,7 +233,7 @@ def test_of_several_errors_the_first_is_raised_first_and_all_are_logged(caplog):
     writer.close()
 
 
-def test_of_an_error_and_one_of_the_other_writers_close_the_first_is_raised():
+def test_write_error_is_raised_before_close_error():
     class Unclosable(Keeping):
         def close(self):
             raise ValueError("stuck")
@@ -246,13 +247,13 @@ def test_of_an_error_and_one_of_the_other_writers_close_the_first_is_raised():
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, None])
-def test_a_size_that_is_none_is_refused(size):
+def test_invalid_queue_size_is_rejected(size):
     with pytest.raises((TypeError, ValueError), match="expected size to be a positive int"):
         asynchronous(Keeping(), size=size)
 
 
 class Reluctant(Keeping):
-    """One that is slower than the run."""
+    """A backend that is slower than the run."""
 
     def __init__(self, path):
         super().__init__()
@@ -281,13 +282,13 @@ def losses(path):
     return [(line["step"], line["metrics"]["train/loss"]) for line in lines(path) if line["event"] == "StepEnd"]
 
 
-def test_a_run_writes_the_same_with_and_without(tmp_path):
+def test_asynchronous_run_writes_same_points(tmp_path):
     fit(jsonl(tmp_path / "a.jsonl"), asynchronous(Reluctant(tmp_path / "b.jsonl"), size=3))
     assert len(losses(tmp_path / "a.jsonl")) == 20
     assert losses(tmp_path / "a.jsonl") == losses(tmp_path / "b.jsonl")
 
 
-def test_an_exception_in_a_run_loses_nothing_that_was_written(tmp_path):
+def test_exception_in_run_loses_no_points(tmp_path):
     def failing(batches):
         yield from batches * 4
         raise RuntimeError("no more")
@@ -299,7 +300,7 @@ def test_an_exception_in_a_run_loses_nothing_that_was_written(tmp_path):
     assert losses(tmp_path / "a.jsonl") == losses(tmp_path / "b.jsonl")
 
 
-def test_an_error_of_the_thread_is_reported_in_a_run_and_what_it_missed_is_written_later():
+def test_failed_point_is_reported_and_retried():
     inner = Keeping(fail=(3,))
     put = inner.put
 
@@ -319,7 +320,7 @@ def test_an_error_of_the_thread_is_reported_in_a_run_and_what_it_missed_is_writt
     assert inner.steps()[3:] == list(range(3, 21))
 
 
-def test_an_error_of_the_thread_ends_a_run_that_requires_the_writer():
+def test_thread_error_ends_run_of_required_writer():
     observer = fx.observers.required(fx.observers.write(asynchronous(Keeping(fail=(3,)))))
     with pytest.warns(RuntimeWarning), pytest.raises(OSError, match="full at 3"):
         fx.fit(problem.start(), problem.step(), problem.data(), steps=20, observers=[observer])
@@ -359,7 +360,7 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize(("how", "code"), [("terminated", 143), ("left", 5)])
-def test_a_signal_and_the_end_of_the_program_lose_nothing(tmp_path, how, code):
+def test_signal_and_program_exit_lose_no_points(tmp_path, how, code):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path / "a.jsonl"), how, os.path.dirname(__file__)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == code, ended.stderr
@@ -368,7 +369,7 @@ def test_a_signal_and_the_end_of_the_program_lose_nothing(tmp_path, how, code):
 
 @pytest.fixture
 def logging_writer(monkeypatch):
-    """clu's LoggingWriter, past its package, which imports TensorFlow."""
+    """clu's ``LoggingWriter``, loaded without its package, which imports TensorFlow."""
     package = types.ModuleType("clu.metric_writers")
     package.__path__ = [f"{importlib.util.find_spec('clu').submodule_search_locations[0]}/metric_writers"]
     for name in [name for name in sys.modules if name.startswith("clu.metric_writers")]:
@@ -379,7 +380,7 @@ def logging_writer(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_a_writer_of_clu_works_as_ours(tmp_path, logging_writer, caplog):
+def test_clu_writer_is_accepted(tmp_path, logging_writer, caplog):
     writer = asynchronous(multi(logging_writer, jsonl(tmp_path / "a.jsonl")))
     alone = asynchronous(logging_writer)
     with caplog.at_level("INFO", logger="absl"):

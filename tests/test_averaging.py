@@ -1,4 +1,4 @@
-"""Averages of weights: exact values, what counts as an update, and evaluation that never touches the live weights."""
+"""Weight averages: exact values, skipped steps, and evaluation of the average while the live weights train."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def updated(step, skipped=False):
 
 
 def averages(callback, first, values, skipped=()):
-    """The averaged parameter after each step, whose parameter then was ``values[i]``."""
+    """Returns the averaged parameter after each step, given the values of the live parameter."""
     composed = fx.compose(callback)
     state = fx.attach(fx.init({"w": torch.tensor(float(first))}), composed)
     seen = []
@@ -44,14 +44,14 @@ class TestValues:
             ({"debias": True}, [8, 8, 0], [8, 8, 24 / 7]),  # (0.125 8 + 0.25 8 + 0.5 0) / 0.875
             ({"debias": True}, [8, 0, 0], [8, 8 / 3, 8 / 7]),
             ({"every": 2}, [8, 8, 0, 0], [0, 4, 4, 2]),
-            ({"start": 2}, [8, 6, 2, 2], [8, 6, 4, 3]),  # until then the parameters themselves
+            ({"start": 2}, [8, 6, 2, 2], [8, 6, 4, 3]),  # before the start, the parameters themselves
             ({"start": 1, "every": 2}, [8, 6, 2, 2], [8, 7, 7, 4.5]),
             ({"start": 2, "debias": True}, [8, 6, 2, 4], [8, 6, 2, 10 / 3]),
             ({"warmup": True}, [10, 10], [9, 9 + 9 / 11]),  # decays of 1/10 and 2/11
             ({"warmup": True, "every": 2}, [10, 10, 10, 10], [0, 9, 9, 9 + 9 / 11]),
         ],
     )
-    def test_ema(self, options, values, wanted):
+    def test_ema_values(self, options, values, wanted):
         assert averages(ema(0.5, **options), 0, values) == pytest.approx(wanted, rel=1e-6)
 
     @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ class TestValues:
             ({"start": 1, "every": 3}, [3, 5, 7, 9, 1, 3], [3, 3, 7, 7, 7, 5]),
         ],
     )
-    def test_swa(self, options, values, wanted):
+    def test_swa_values(self, options, values, wanted):
         assert averages(swa(**options), 0, values) == pytest.approx(wanted, rel=1e-6)
 
     @pytest.mark.parametrize("callback", [ema(0.5), ema(0.5, debias=True), swa(start=0)])
-    def test_a_skipped_step_is_no_update(self, callback):
+    def test_skipped_step_does_not_update_average(self, callback):
         with_skips = averages(callback, 0, [8, 100, 4, 100], skipped=(2, 4))
         assert with_skips[0] == with_skips[1]
         assert with_skips[2] == with_skips[3]
         assert [with_skips[0], with_skips[2]] == averages(callback, 0, [8, 4])
 
-    def test_leaves_that_are_no_numbers_to_average_are_copied(self):
+    def test_integer_buffers_are_copied(self):
         composed = fx.compose(ema(0.5, buffers=True))
         module = torch.nn.BatchNorm1d(2)
         state = fx.attach(fx.init(module), composed)
@@ -85,7 +85,7 @@ class TestValues:
         assert seen.buffers["running_mean"].tolist() == [2.0, 2.0]
         assert int(seen.buffers["num_batches_tracked"]) == 7
 
-    def test_half_precision_and_complex(self):
+    def test_half_precision_and_complex_parameters(self):
         composed = fx.compose(ema(0.5))
         params = {"half": torch.tensor(4.0, dtype=torch.bfloat16), "complex": torch.tensor(2.0 + 4.0j)}
         state = fx.attach(fx.init(tree.zeros_like(params)), composed)
@@ -97,7 +97,7 @@ class TestValues:
     @pytest.mark.parametrize("decay", [0.9, 0.999, 0.9999, 0.999999, 0.99999999])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("options", [{}, {"debias": True}, {"warmup": True}])
-    def test_the_share_of_a_new_value_is_exact(self, decay, dtype, options):
+    def test_weight_of_new_value_is_exact(self, decay, dtype, options):
         composed = fx.compose(ema(decay, **options))
         state = fx.attach(fx.init({"w": torch.zeros(2, dtype=dtype)}), composed)
         average, weight = 0.0, 0.0
@@ -113,7 +113,7 @@ class TestValues:
         assert averaged(state).params["w"].tolist() == pytest.approx([average] * 2, rel=rel, abs=0)
 
     @pytest.mark.parametrize("count", [10**6, 2**24 + 1, 10**9])
-    def test_a_mean_of_many_still_moves(self, count):
+    def test_swa_still_updates_after_many_steps(self, count):
         composed = fx.compose(swa(start=0))
         state = fx.attach(fx.init({"w": torch.zeros(2)}), composed)
         memory = state.slots["swa"]._replace(count=torch.tensor(count))
@@ -122,7 +122,7 @@ class TestValues:
         assert averaged(state, "swa").params["w"].tolist() == pytest.approx([1 / (count + 1)] * 2, rel=1e-6, abs=0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_does_not_stall(self, dtype):
+    def test_half_precision_average_does_not_stall(self, dtype):
         composed = fx.compose(ema(0.999))
         state = fx.attach(fx.init({"w": torch.ones(2, dtype=dtype)}), composed)
         state = state.replace(params={"w": torch.full((2,), 2.0, dtype=dtype)})
@@ -141,30 +141,30 @@ class TestValues:
             (lambda: swa(start=1.5), "expected start to be an int of at least 0, got 1.5"),
         ],
     )
-    def test_validates(self, make, message):
+    def test_arguments_are_validated(self, make, message):
         with pytest.raises((TypeError, ValueError), match=message):
             make()
 
-    def test_a_view_of_what_is_not_there(self):
+    def test_missing_average_is_named(self):
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), ema(0.5, name="slow"))
         with pytest.raises(KeyError, match="expected a state with the average 'ema', got one with 'slow'"):
             averaged(state)
 
     @pytest.mark.parametrize("callback", [ema(0.9), ema(0.9, debias=True, warmup=True, every=2), swa(start=1)])
-    def test_the_laws_hold(self, callback):
+    def test_callback_laws_hold(self, callback):
         events = [updated(step, step == 3) for step in range(1, 6)]
         testing.check_laws(callback, fx.init(torch.nn.Linear(2, 1)), events)
 
 
-class TestInARun:
-    def test_once_a_step_and_never_a_microbatch(self):
+class TestRun:
+    def test_average_updates_once_per_step_not_per_microbatch(self):
         average = ema(0.5)
         step = problem.step(callbacks=average, accumulate=2)
         state, _ = step(fx.attach(problem.start(), average), problem.data()[0])
         assert int(state.slots["ema"].count) == 1
 
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_resumed_at_every_step(self, compiled, tmp_path):
+    def test_resume_at_every_step_is_exact(self, compiled, tmp_path):
         average = fx.compose(ema(0.9, warmup=True, buffers=True), swa(start=3, every=2))
         step = problem.step(callbacks=average)
         step = fx.compile(step) if compiled else step
@@ -178,7 +178,7 @@ class TestInARun:
             ).last
             testing.assert_equal(again, whole, f"cut after {cut}")
 
-    def test_evaluates_the_average_and_trains_and_saves_the_live_weights(self, tmp_path):
+    def test_eval_view_evaluates_average_and_saves_live_weights(self, tmp_path):
         average = ema(0.5)
         step = problem.step(callbacks=average)
         options = {
@@ -197,7 +197,7 @@ class TestInARun:
             checkpointer=folders[1],
             **options,
         )
-        # The last evaluation's metrics are in the state; all else is alike.
+        # The states differ only in the metrics of the last evaluation.
         mine, other = (
             dataclasses.replace(state, slots={"ema": state.slots["ema"]}) for state in (viewed.last, live.last)
         )
@@ -209,7 +209,7 @@ class TestInARun:
         testing.assert_equal(saved.params, viewed.last.params, "the checkpoint")
 
     @pytest.mark.parametrize("batch", range(problem.BATCHES))
-    def test_an_evaluation_that_is_interrupted_saves_the_live_weights(self, batch, tmp_path):
+    def test_interrupted_evaluation_saves_live_weights(self, batch, tmp_path):
         average = ema(0.5)
         step = problem.step(callbacks=average)
         live = {}
@@ -240,6 +240,6 @@ class TestInARun:
         testing.assert_equal(saved.params, live["params"], "the checkpoint")
         assert int(saved.step) == 2
 
-    def test_a_view_needs_an_evaluation(self):
+    def test_eval_view_requires_evaluation(self):
         with pytest.raises(ValueError, match="expected eval_step and eval_data with eval_view, got neither"):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=1, eval_view=averaged)

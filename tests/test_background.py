@@ -1,4 +1,4 @@
-"""Compilation in the background: steps run uncompiled until their graph is ready, and as compiled ones from then on."""
+"""Background compilation: steps run uncompiled until their graph is ready, then switch to it."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from fxtrain.compiler import _worker as worker
 from fxtrain.data import bucketed
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
-A_WHILE = 30.0  # seconds after which a test fails in place of waiting on
+A_WHILE = 30.0  # seconds until a waiting test fails
 
 
 def loss_fn(model, batch):
@@ -39,7 +39,7 @@ def batch(number, rows=8):
 
 
 class Compiler:
-    """In the place of Inductor: begins when it is called, and returns when it is allowed to."""
+    """Replaces Inductor. A compilation in another thread blocks until ``finish``."""
 
     def __init__(self):
         self.begun, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
@@ -57,7 +57,7 @@ class Compiler:
         return lambda tensors: graph(*tensors)
 
     def finish(self):
-        """Lets the job that has begun return, and waits for its end."""
+        """Lets the running job return, and waits for its end."""
         assert self.begun.acquire(timeout=A_WHILE)
         self.allowed.release()
         until = time.monotonic() + A_WHILE
@@ -88,7 +88,7 @@ def assert_same(ours, theirs, **tolerance):
 
 class TestSwitching:
     @pytest.mark.parametrize("donate", [False, True])
-    def test_steps_equal_eager_before_and_after_the_graph_takes_over(self, compiler, donate):
+    def test_steps_equal_eager_before_and_after_switch(self, compiler, donate):
         step = fx.train_step(loss_fn, TX)
         compiled, plain, ours = fx.compile(step, background=True, donate=donate), start(), start()
         for number in range(8):
@@ -104,7 +104,7 @@ class TestSwitching:
         (thread,) = compiler.threads
         assert thread is not threading.main_thread()
 
-    def test_a_donated_state_is_donated_while_steps_run_uncompiled(self, compiler):
+    def test_uncompiled_steps_donate(self, compiler):
         compiled, state = fx.compile(fx.train_step(loss_fn, TX), background=True, donate=True), start()
         kept = state.params["0.weight"]
         before = kept.clone()
@@ -117,7 +117,7 @@ class TestSwitching:
         after, _ = compiled(after, batch(1))
         assert after.params["0.weight"].data_ptr() == held
 
-    def test_evaluation_steps_too(self, compiler):
+    def test_evaluation_switches_to_graph(self, compiler):
         measure = fx.eval_step(lambda model, batch: {"loss": loss_fn(model, batch)})
         compiled, state = fx.compile(measure, background=True), start()
         data = [batch(number) for number in range(4)]
@@ -128,7 +128,7 @@ class TestSwitching:
         assert fx.evaluate(state, compiled, data) == pytest.approx(expected, rel=1e-6)
         assert (compiled.graphs, compiled.uncompiled_steps) == (1, 4)
 
-    def test_several_steps_in_a_call(self, compiler):
+    def test_multi_step_calls_switch_to_graph(self, compiler):
         step = fx.train_step(loss_fn, TX)
         compiled, plain, ours = fx.compile(step, background=True, steps_per_call=2), start(), start()
         for number in range(0, 6, 2):
@@ -143,7 +143,7 @@ class TestSwitching:
 
 class TestOtherThreads:
     def begun(self, compiler, monkeypatch, during):
-        """A step whose graph is being compiled by a thread that is inside of a context."""
+        """Returns a step whose graph a thread is compiling within the context ``during``, and its state."""
         inside = threading.Event()
 
         def stub(graph, *_):
@@ -158,15 +158,15 @@ class TestOtherThreads:
         assert inside.wait(A_WHILE)
         return compiled, state
 
-    def test_the_generator_of_torch_goes_on_as_they_left_it(self, compiler, monkeypatch):
-        """Inductor puts it back to where it was when a compilation began."""
+    def test_compilation_does_not_rewind_torch_generator(self, compiler, monkeypatch):
+        """Inductor restores the generator to its state before the compilation."""
         self.begun(compiler, monkeypatch, torch._dynamo.utils.preserve_rng_state)
         torch.rand(3)
         left = torch.get_rng_state()
         compiler.finish()
         assert torch.equal(torch.get_rng_state(), left)
 
-    def test_functions_compiled_by_dynamo_can_be_called(self, compiler, monkeypatch):
+    def test_dynamo_functions_run_during_compilation(self, compiler, monkeypatch):
         doubled = torch.compile(lambda x: x * 2, backend="eager")
         doubled(torch.ones(2))
 
@@ -183,14 +183,14 @@ class TestOtherThreads:
         compiled(state, batch(2))
         assert torch._dynamo.config.error_on_nested_fx_trace == before
 
-    def test_options_of_inductor_reach_the_job(self, compiler, monkeypatch):
+    def test_inductor_options_reach_background_job(self, compiler, monkeypatch):
         seen = []
         during = lambda: seen.append(inductor.epilogue_fusion) or contextlib.nullcontext()  # noqa: E731
         with inductor.patch(epilogue_fusion=not inductor.epilogue_fusion):
             self.begun(compiler, monkeypatch, during)
         assert seen == [not inductor.epilogue_fusion]
 
-    def test_a_compilation_in_the_foreground_waits_for_its_turn(self, compiler, monkeypatch):
+    def test_foreground_compilation_waits_for_background_job(self, compiler, monkeypatch):
         self.begun(compiler, monkeypatch, contextlib.nullcontext)
         threading.Timer(0.3, compiler.allowed.release).start()
         measure = fx.compile(fx.eval_step(lambda model, batch: {"loss": loss_fn(model, batch)}))
@@ -200,7 +200,7 @@ class TestOtherThreads:
 
 
 class TestSizes:
-    def test_each_size_is_compiled_once_in_the_order_of_its_first_batch(self, compiler):
+    def test_each_size_compiles_once_in_order_of_first_batch(self, compiler):
         compiled, state = fx.compile(fx.train_step(loss_fn, TX), background=True, on_recompile="error"), start()
         compiled.expect(3)
         for rows in (12, 9, 15, 9):
@@ -217,7 +217,7 @@ class TestSizes:
         assert (compiled.graphs, compiled.uncompiled_steps) == (3, ran)
         assert not any(thread is threading.main_thread() for thread in compiler.threads)
 
-    def test_a_size_that_no_source_declares_is_refused_or_warned_of_as_in_the_foreground(self, compiler):
+    def test_undeclared_size_warns_or_raises(self, compiler):
         refusing = fx.compile(fx.train_step(loss_fn, TX), background=True, on_recompile="error")
         state, _ = refusing(start(), batch(0))
         with pytest.raises(RuntimeError, match="expected inputs for which"):
@@ -228,7 +228,7 @@ class TestSizes:
             state, _ = warning(state, batch(0, 9))
         assert caught[0].filename == __file__
 
-    def test_a_run_over_buckets_publishes_what_is_pending(self, compiler):
+    def test_bucketed_run_publishes_pending_graphs(self, compiler):
         data = bucketed([[1.0] * (1 + number % 9) for number in range(24)], 3, sizes=3, multiple=4)
         step = fx.train_step(lambda model, batch: (model["w"] * batch["x"]).square().mean(), TX)
         compiled, state = fx.compile(step, background=True, on_recompile="error"), fx.init({"w": torch.tensor(1.0)}, TX)
@@ -244,8 +244,8 @@ class TestSizes:
         assert result.history["compile/pending"].values.tolist() == [len(data.sizes) - 1]
 
 
-class TestRefusals:
-    def test_what_the_compiler_refuses_takes_the_next_route_in_the_foreground(self, compiler):
+class TestErrors:
+    def test_failed_compilation_falls_back_to_next_route(self, compiler):
         compiler.error = NotImplementedError("no such kernel")
         step = fx.train_step(loss_fn, TX)
         compiled, plain, ours = fx.compile(step, background=True), start(), start()
@@ -253,7 +253,7 @@ class TestRefusals:
             plain, _ = step(plain, batch(number))
             ours, _ = compiled(ours, batch(number))
         compiler.finish()
-        compiled._routes._routes[2] = compiled._routes._routes[-1]  # uncompiled, in the place of Dynamo
+        compiled._routes._routes[2] = compiled._routes._routes[-1]  # uncompiled instead of Dynamo
         with pytest.warns(UserWarning, match="cannot be traced as one graph") as caught:
             ours, _ = compiled(ours, batch(2))
         assert len(caught) == 1
@@ -261,7 +261,7 @@ class TestRefusals:
         ours, _ = compiled(ours, batch(3))
         assert (compiled.how, compiled.graphs, compiled.pending, compiled.uncompiled_steps) == ("uncompiled", 1, 0, 2)
 
-    def test_an_error_that_does_not_come_again_leads_to_a_graph(self, compiler):
+    def test_transient_compiler_error_is_retried(self, compiler):
         compiler.error = OSError("the disk is full")
         compiled, state = fx.compile(fx.train_step(loss_fn, TX), background=True, on_recompile="error"), start()
         for number in range(2):
@@ -272,23 +272,23 @@ class TestRefusals:
         assert (compiled.graphs, compiled.pending, compiled.uncompiled_steps) == (1, 0, 2)
         assert [thread is threading.main_thread() for thread in compiler.threads] == [False, True]
 
-    def test_fullgraph_refuses_what_cannot_be_one_graph(self, compiler):
+    def test_fullgraph_rejects_graph_break(self, compiler):
         def branching(model, batch):
             loss = loss_fn(model, batch)
             return loss * 2 if loss > 1 else loss
 
         compiled, state = fx.compile(fx.train_step(branching, TX), background=True, fullgraph=True), start()
-        del compiled._routes._routes[1:]  # Dynamo, which takes seconds to refuse it
+        del compiled._routes._routes[1:]  # without Dynamo, which takes seconds to reject the step
         state, _ = compiled(state, batch(0))
         with pytest.raises(RuntimeError, match="expected a step that is one graph"):
             compiled(state, batch(1))
 
-    def test_a_mistake_of_the_step_is_raised_in_its_own_words(self, compiler):
+    def test_step_error_is_raised_unchanged(self, compiler):
         compiled = fx.compile(fx.train_step(lambda model, batch: model(batch["z"]), TX), background=True)
         with pytest.raises(KeyError, match="z"):
             compiled(start(), batch(0))
 
-    def test_a_step_that_counts_outside_of_its_state(self, compiler):
+    def test_step_with_python_counter_is_rejected(self, compiler):
         calls = 0
 
         def counting(model, batch):
@@ -303,11 +303,11 @@ class TestRefusals:
         assert not compiler.rows
 
     @pytest.mark.parametrize("options", [{"backend": "eager"}, {"mode": "ahead-of-time"}, {"dynamic": True}])
-    def test_options_of_the_foreground(self, options):
+    def test_foreground_options_are_rejected(self, options):
         with pytest.raises(ValueError, match="expected background=True without"):
             fx.compile(fx.train_step(loss_fn, TX), background=True, **options)
 
-    def test_several_processes(self, monkeypatch):
+    def test_multiple_processes_are_rejected(self, monkeypatch):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.raises(ValueError, match="expected one process"):
@@ -319,7 +319,7 @@ class TestResume:
         data = [batch(number) for number in range(4)]
         return fx.fit(start(), step, data, steps=steps, checkpointer=fx.checkpointer(folder), **options)
 
-    def test_says_that_other_steps_ran_uncompiled(self, compiler, tmp_path):
+    def test_warns_about_different_uncompiled_steps(self, compiler, tmp_path):
         def compiled():
             return fx.compile(fx.train_step(loss_fn, TX), background=True)
 
@@ -327,12 +327,12 @@ class TestResume:
         with pytest.warns(UserWarning, match="uncompiled steps: 3 at the save, 0 now"):
             self.run(compiled(), tmp_path, 5, resume=True)
 
-    def test_says_that_the_saved_run_was_compiled_in_the_foreground(self, compiler, tmp_path):
+    def test_warns_about_foreground_compilation_at_save(self, compiler, tmp_path):
         self.run(fx.compile(fx.train_step(loss_fn, TX)), tmp_path, 3)
         with pytest.warns(UserWarning, match="inductor, traced at the save, inductor, traced, in the background now"):
             self.run(fx.compile(fx.train_step(loss_fn, TX), background=True), tmp_path, 5, resume=True)
 
-    def test_is_silent_where_no_step_ran_uncompiled_since(self, compiler, tmp_path):
+    def test_does_not_warn_without_new_uncompiled_steps(self, compiler, tmp_path):
         step = fx.compile(fx.train_step(loss_fn, TX), background=True)
         state = start()
         for number in range(2):
@@ -389,7 +389,7 @@ signal.raise_signal(signal.SIGINT)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("code", "expected"), [(PENDING_STEP, 11), (PENDING_JOB, -signal.SIGINT)])
-def test_a_process_does_not_wait_for_what_is_pending_and_a_forked_one_compiles_by_itself(code, expected):
+def test_pending_compilation_does_not_block_exit_or_fork(code, expected):
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "begun\n", process.stderr.read()
@@ -400,7 +400,7 @@ def test_a_process_does_not_wait_for_what_is_pending_and_a_forked_one_compiles_b
 
 
 @pytest.mark.slow
-def test_inductor_in_a_thread_leaves_eager_steps_and_the_generator_as_they_are():
+def test_inductor_thread_leaves_eager_steps_and_generator_unchanged():
     def loss(model, batch):
         return (model["w"] * F.dropout(batch, 0.5)).square().mean()
 

@@ -1,4 +1,4 @@
-"""What a batch may hold: tensors for the step, in containers of any library, and values kept beside them."""
+"""Contents of a batch: tensors in containers of any library, and values such as text that stay outside the step."""
 
 import collections
 import dataclasses
@@ -42,7 +42,7 @@ def mixed(index=0):
     }
 
 
-def test_text_stays_with_the_batch_and_numbers_become_tensors():
+def test_text_stays_in_batch_and_scalars_become_tensors():
     batch = adapt([mixed(3)])[0]
     assert batch["text"] == ["row 12", "row 13", "row 14", "row 15"]
     assert batch["meta"][1]["when"] == datetime.date(2026, 1, 4)
@@ -64,7 +64,7 @@ def test_text_stays_with_the_batch_and_numbers_become_tensors():
         (1j, torch.tensor(1j)),
     ],
 )
-def test_numbers_are_tensors_in_data_and_step(value, tensor):
+def test_data_and_step_convert_scalars_to_tensors(value, tensor):
     for found in (adapt([{"x": torch.ones(1), "n": value}])[0]["n"], for_step({"n": value})["n"]):
         assert found.equal(tensor)
         assert found.dtype == tensor.dtype
@@ -96,7 +96,7 @@ class Boxes:
         (nested(torch.jagged), "a nested tensor. .*to_padded_tensor"),
     ],
 )
-def test_values_that_hold_numbers_in_another_form_are_refused_by_path(value, message):
+def test_unsupported_value_is_rejected_with_path(value, message):
     for make in (lambda batch: adapt([batch]), for_step):
         with pytest.raises(TypeError, match=message):
             make({"x": torch.zeros(1), "v": value})
@@ -106,7 +106,7 @@ def test_values_that_hold_numbers_in_another_form_are_refused_by_path(value, mes
     "read", [str, len, bool, list, hash, lambda t: t == "a", lambda t: t[0] == "a", lambda t: t.upper()]
 )
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
-def test_a_loss_that_reads_text_is_refused_compiled_or_not(read, kind):
+def test_loss_that_reads_text_is_rejected(read, kind):
     def reads(model, batch):
         read(batch["text"])
         return loss_fn(model, batch)
@@ -117,7 +117,7 @@ def test_a_loss_that_reads_text_is_refused_compiled_or_not(read, kind):
         step(state, mixed())
 
 
-def test_text_that_changes_does_not_recompile():
+def test_changed_text_does_not_recompile():
     state, step = problem()
     compiled = fx.compile(step, on_recompile="error")
     found = fx.fit(state, compiled, [mixed(i) for i in range(3)], epochs=2)
@@ -138,7 +138,7 @@ def test_callbacks_see_the_whole_batch():
     assert seen == ["row 0", "row 4", "row 8"]
 
 
-def test_a_batch_that_the_loss_changes_is_whole_at_the_next_epoch():
+def test_loss_cannot_modify_stored_batch():
     def pops(model, batch):
         batch["x"] = batch["x"] * 2
         return (model(batch["x"]) - batch.pop("y")).square().mean()
@@ -150,7 +150,7 @@ def test_a_batch_that_the_loss_changes_is_whole_at_the_next_epoch():
     assert data[0]["x"].equal(torch.ones(2, 2))
 
 
-def test_prefetch_and_evaluation_take_text():
+def test_prefetch_and_evaluate_accept_text():
     state, step = problem()
     rows = [mixed(i) for i in range(2)]
     measure = fx.eval_step(loss_fn)
@@ -161,13 +161,13 @@ def test_prefetch_and_evaluation_take_text():
     assert int(result.last.step) == 4
 
 
-def test_only_tensors_are_moved_to_a_device():
+def test_prefetch_moves_only_tensors():
     batch = prefetch([mixed(1)], device="meta")[0]
     assert {batch[name].device.type for name in ("x", "y", "scale")} == {"meta"}
     assert batch["text"] == mixed(1)["text"]
 
 
-def test_checksums_see_text_paths_and_dates():
+def test_checksum_covers_text_paths_and_dates():
     values = [mixed(0), mixed(1)]
     assert checksum(mixed(0)) == checksum(values[0]) != checksum(values[1])
     for name in ("text", "names", "meta"):
@@ -206,7 +206,7 @@ class Named(NamedTuple):
 
 
 class Encoding(collections.UserDict):
-    """As a tokenizer's batches, which have attributes beside their entries."""
+    """Mimics a tokenizer's batch encoding, with attributes besides the entries."""
 
     def __init__(self, data, encodings=None):
         super().__init__(data)
@@ -219,7 +219,7 @@ class Encoding(collections.UserDict):
 
 
 class Attributes(dict):
-    """A dictionary whose entries are attributes too."""
+    """A dictionary whose entries are also attributes."""
 
     def __init__(self, **entries):
         super().__init__(**entries)
@@ -248,7 +248,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("name", list(CONTAINERS))
-def test_a_container_keeps_its_class_in_data_and_step(name):
+def test_container_class_is_preserved(name):
     make = CONTAINERS[name]
     rows = [make(torch.full((4, 2), float(i)), np.ones((4, 1), np.float32), ["a"] * 4) for i in range(2)]
     seen = []
@@ -269,7 +269,7 @@ def test_a_container_keeps_its_class_in_data_and_step(name):
     assert fx.evaluate(state, fx.eval_step(loss), rows)["loss"] > 0
 
 
-def test_dictionaries_of_the_standard_library_are_containers():
+def test_standard_library_dicts_are_containers():
     entries = {"x": torch.ones(4, 2), "y": torch.ones(4, 1)}
     state, step = problem()
     expected, _ = step(state, entries)
@@ -279,7 +279,7 @@ def test_dictionaries_of_the_standard_library_are_containers():
         assert checksum(adapt([make(entries)])[0])
 
 
-# Lists of things of different sizes
+# Lists of tensors of different sizes
 
 
 def detection(index, count=2):
@@ -295,7 +295,7 @@ def detection_loss(model, batch):
 
 
 @pytest.mark.parametrize("make", [list, tuple])
-def test_lists_of_images_of_different_sizes_train_and_are_weighted_by_their_number(make):
+def test_evaluation_weights_image_lists_by_length(make):
     rows = [tuple(make(part) for part in detection(i)) for i in range(3)]
     rows.append(tuple(make(part) for part in detection(3, count=1)))
     state, step = problem(detection_loss)
@@ -308,7 +308,7 @@ def test_lists_of_images_of_different_sizes_train_and_are_weighted_by_their_numb
     assert fx.evaluate(state, measure, rows)["loss"] == pytest.approx(mean)
 
 
-def test_elements_of_a_list_keep_their_kind_and_the_list_its_length():
+def test_changed_list_length_or_dtype_is_rejected():
     with pytest.raises(ValueError, match=r"expected batch\['a'\] to have 2 elements as before, got 3"):
         adapt([{"a": [torch.ones(1)] * n} for n in (2, 3, 2)])
     with pytest.raises(ValueError, match=r"expected batch\['a'\]\[0\] to be .*, got a float64 tensor"):
@@ -323,7 +323,7 @@ def test_packed_sequences_train():
     assert type(for_step(rows[0])) is type(rows[0])
 
 
-def test_sparse_tensors_train_uncompiled_and_are_refused_compiled():
+def test_sparse_tensors_train_only_uncompiled():
     batch = {"a": torch.eye(2).to_sparse(), "x": torch.ones(2, 2)}
     state, step = problem(lambda model, batch: (batch["a"] @ model(batch["x"])).square().mean())
     assert int(fx.fit(state, step, [batch], steps=2).last.step) == 2
@@ -331,17 +331,17 @@ def test_sparse_tensors_train_uncompiled_and_are_refused_compiled():
         fx.compile(step)(state, batch)
 
 
-def test_columns_of_text_are_batched_with_the_arrays():
+def test_text_columns_are_batched_with_arrays():
     data = batches({"x": torch.arange(4.0), "text": np.array(list("abcd"))}, 2, shuffle=False)
     assert data[1]["text"].tolist() == ["c", "d"]
 
 
-def test_a_column_of_text_may_be_none_in_a_whole_batch():
+def test_text_column_may_be_all_none():
     rows = [{"x": torch.ones(2), "text": text} for text in (["a", None], [None, None], ["a", "b"])]
     assert adapt(rows)[1]["text"] == [None, None]
     assert tree.structure(for_step(rows[0])) == tree.structure(for_step(rows[1]))
 
 
-def test_leaves_of_a_placeholder_are_none():
+def test_placeholder_has_no_leaves():
     assert tree.leaves(for_step({"text": ["a", None], "x": torch.ones(1)})) == [torch.ones(1)]
     assert for_step(None) is None

@@ -1,4 +1,4 @@
-"""Pages in a browser: the report of a run with every kind of value in it, and TensorBoard's own of the same run."""
+"""The HTML report and TensorBoard show every kind of value of a run, rendered in a browser."""
 
 import contextlib
 import json
@@ -25,7 +25,8 @@ LABELS = tuple(map(str, range(10)))
 CONFIG = {"batch": 64, "optim": {"name": "adam", "learning_rate": 3e-3}, "clip": 1.0, "augment": False}
 
 
-NOT_FINITE, FAR_OFF, CUT, STEPS = 33, 80, 60, 160  # positions of two batches, and steps of the two sessions
+# Positions of the two spoiled batches, and the last steps of the two sessions.
+NOT_FINITE, FAR_OFF, CUT, STEPS = 33, 80, 60, 160
 
 
 class Net(nn.Module):
@@ -57,7 +58,7 @@ def loss_fn(model, batch):
 
 
 def made(model, key):
-    """What the model makes, one value of each kind."""
+    """Returns one value of each kind."""
     filters = model.conv.weight
     filters = (filters - filters.amin()) / (filters.amax() - filters.amin())
     canvas = Canvas(figsize=(4, 3))
@@ -78,7 +79,7 @@ def made(model, key):
 
 
 def train(folder, *, steps, resume=False):
-    """A session on scikit-learn's digits, with a batch of NaN and one far off, and all that is written of it."""
+    """Trains on scikit-learn's digits with a NaN batch and an outlier batch, and writes all outputs to ``folder``."""
     tx = fx.optim.chain(
         fx.optim.clip_by_global_norm(1.0),
         fx.optim.inject_hyperparams(fx.optim.adam)(learning_rate=fx.schedules.cosine(3e-3, 400)),
@@ -143,11 +144,11 @@ def train(folder, *, steps, resume=False):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of two sessions, its page in it."""
+    """The folder of a run of two sessions, with its report."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     folder.mkdir()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* does not store ", RuntimeWarning)  # no writer here keeps all kinds
+        warnings.filterwarnings("ignore", ".* does not store ", RuntimeWarning)  # no writer stores every kind
         assert train(folder, steps=CUT).reason == f"reached {CUT} steps"
         assert train(folder, steps=STEPS, resume=True).reason == "accuracy reached 0.84"
     assert cli.main(["report", str(folder)]) == 0
@@ -170,10 +171,10 @@ def report(run):
 
 @needs_chromium
 class TestReport:
-    def test_it_draws_every_panel_with_its_marks_and_shows_every_image(self, browser, report):
+    def test_all_panels_marks_and_images_are_shown(self, browser, report):
         browser.open(report)
         titles = browser.value("[...document.querySelectorAll('.chart h3')].map(title => title.textContent)")
-        assert titles[:3] == ["loss", "accuracy", "curves"]  # what is looked for first
+        assert titles[:3] == ["loss", "accuracy", "curves"]  # the most important ones first
         assert {"hyperparams/learning_rate", "grad_flow: layers", "grad_norm by layer", "grad_norm"} < set(titles)
         assert {"nan_guard/skipped", "throughput/samples_per_second", "histograms/weights/out.weight"} < set(titles)
         assert browser.value("document.querySelectorAll('.chart svg').length") == len(titles)
@@ -194,10 +195,10 @@ class TestReport:
 
     @pytest.mark.parametrize("width", [360, 390, 800, 1200])
     @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-    def test_nothing_is_wider_than_the_window(self, browser, report, width, dark):
+    def test_page_fits_window_width(self, browser, report, width, dark):
         browser.open(report, width=width, dark=dark)
         assert browser.value("document.documentElement.scrollWidth") <= width
-        # What is cut off has a bar to scroll it by, and is text in columns.
+        # Elements in ``.wide`` may overflow, because they scroll.
         beyond = (
             "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
         )
@@ -206,12 +207,12 @@ class TestReport:
         assert (background == "rgb(255, 255, 255)") is not dark
         assert browser.errors == []
 
-    def test_its_tools_change_what_is_drawn(self, browser, report):
+    def test_tools_change_charts(self, browser, report):
         browser.open(report)
         path = "document.querySelector('.chart path').getAttribute('d')"
         before = browser.value(path)
         browser.value("document.querySelectorAll('#tools input[type=checkbox]')[1].click()")
-        assert browser.value(path) != before  # with the outlier the rest is pressed to the bottom
+        assert browser.value(path) != before  # the outlier rescales the axis
         marks = "document.querySelectorAll('.mark.improved').length"
         assert browser.value(marks) > 0
         find = "[...document.querySelectorAll('#tools label')].find(label => label.textContent.includes('improved'))"
@@ -232,7 +233,7 @@ class TestReport:
         assert re.match(r"train [\d.]+ at step \d+\neval ", browser.value("document.querySelector('.tip').textContent"))
         assert browser.errors == []
 
-    def test_a_run_of_hostile_names_and_extreme_values_is_drawn_and_runs_nothing(self, browser, tmp_path):
+    def test_hostile_names_and_extreme_values_run_no_code(self, browser, tmp_path):
         bad = "</script><img src=x onerror=window.taken=1><script>window.taken=1</script>"
         rows = {0: (1e308, 1e300), 1: (-1e308, 1.000001e300), 2: (5e-324, "NaN"), 2**50 - 1: ("NaN", 0), 2**50: (3, -1)}
         with open(tmp_path / "metrics.jsonl", "w") as file:
@@ -256,7 +257,7 @@ class TestReport:
         assert browser.value("window.taken === undefined")
         assert browser.errors == []
 
-    def test_its_policy_runs_no_code_but_its_own(self, browser, tmp_path):
+    def test_content_policy_blocks_injected_code(self, browser, tmp_path):
         html = page(Run("run", {"loss": ([1, 2], [1.0, 2.0])}, [], {}, {}, {}, {}, {}, {}, [], "", {}))
         taken = "<script>window.taken = 1</script><img src=x onerror='window.taken = 1'>"
         (tmp_path / "page.html").write_text(html.replace("</main>", f"</main>{taken}"))
@@ -265,7 +266,7 @@ class TestReport:
         assert browser.value("window.taken === undefined")
         assert len(browser.errors) >= 2
 
-    def test_a_long_run_is_drawn_at_once(self, browser, tmp_path):
+    def test_long_run_is_drawn_quickly(self, browser, tmp_path):
         steps = list(range(1, 100_001))
         curves = {f"grad_norm/layer{i}": (steps, [(step * 7919 % 1000) / 1000 for step in steps]) for i in range(20)}
         marks = [Mark(step, kind, "so it was") for step in steps[::100] for kind in ("saved", "improved", "skipped")]
@@ -283,7 +284,7 @@ class TestReport:
 
 @contextlib.contextmanager
 def tensorboard_of(folder):
-    """TensorBoard's server on a free port, as its address."""
+    """Starts TensorBoard on a free port and yields its address."""
     options = ["--logdir", str(folder), "--port", "0", "--host", "127.0.0.1", "--load_fast", "false"]
     command = [sys.executable, "-m", "tensorboard.main", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -316,7 +317,7 @@ def board(run):
     pytest.importorskip("tensorboard")
     with tensorboard_of(run.parent) as address:
         end = time.monotonic() + 60
-        while "curves/auc" not in asked(address, "scalars/tags").get(NAME, {}):  # of the last event
+        while "curves/auc" not in asked(address, "scalars/tags").get(NAME, {}):  # a tag of the last event
             assert time.monotonic() < end, "TensorBoard has not read the run."
             time.sleep(0.2)
         yield address
@@ -324,7 +325,7 @@ def board(run):
 
 @pytest.mark.slow
 class TestTensorBoard:
-    def test_it_has_values_of_every_kind_under_their_names(self, board):
+    def test_every_kind_of_value_has_its_tags(self, board):
         def tags(kind):
             return set(asked(board, f"{kind}/tags")[NAME])
 
@@ -335,15 +336,15 @@ class TestTensorBoard:
         assert tags("audio") == {"samples/tone"}
         assert tags("mesh") == {"samples/embedding"}
 
-    def test_a_run_that_went_back_and_was_resumed_has_one_point_a_step(self, board):
+    def test_rewound_and_resumed_run_has_one_point_per_step(self, board):
         points = asked(board, f"scalars/scalars?run={NAME}&tag=train/loss")
         steps = [step for _, step, _ in points]
         assert steps == list(range(1, steps[-1] + 1))
         assert steps[-1] > FAR_OFF
 
-    def test_histograms_are_as_wide_as_what_is_in_them(self, board):
+    def test_histogram_range_fits_values(self, board):
         (*_, (_, _, buckets)) = asked(board, f"histograms/histograms?run={NAME}&tag=histograms/weights/out.weight")
-        assert -1 <= buckets[0][0] < 0 < buckets[-1][1] <= 1  # they are counted from -100 to 100
+        assert -1 <= buckets[0][0] < 0 < buckets[-1][1] <= 1  # the bins span -100 to 100
 
     def test_texts_and_tables_are_rendered(self, board):
         (*_, note) = asked(board, f"text/text?run={NAME}&tag=samples/note")
@@ -353,7 +354,7 @@ class TestTensorBoard:
         (*_, table) = asked(board, f"text/text?run={NAME}&tag=predictions")
         assert "<th>confidence</th>" in table["text"]
 
-    def test_hyper_parameters_stand_beside_the_last_metrics(self, board):
+    def test_hyperparameters_are_listed_with_last_metrics(self, board):
         statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
         request = {"experimentName": "", "allowedStatuses": statuses, "colParams": [], "startIndex": 0, "sliceSize": 9}
         (group,) = asked(board, "hparams/session_groups", request)["sessionGroups"]
@@ -374,8 +375,8 @@ class TestTensorBoard:
             ("hparams", ["optim/learning_rate", "adam", "eval/accuracy"]),
         ],
     )
-    def test_its_tabs_show_them(self, browser, board, tab, texts):
-        # In components within components, of which each has a document of its own.
+    def test_tabs_show_values(self, browser, board, tab, texts):
+        # TensorBoard nests components, each with its own shadow root.
         everything = (
             "(function all(node) { return [...node.childNodes].map(child => child.nodeType === 3 ? child.data : "
             "(child.shadowRoot ? all(child.shadowRoot) : '') + all(child)).join('') })(document.body)"

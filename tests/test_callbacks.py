@@ -1,4 +1,4 @@
-"""The first callbacks: exact behaviour by tables written by hand, the laws, and a resume at every step."""
+"""Early stopping, the NaN guard and epoch means against values computed by hand, and the laws of callbacks."""
 
 import math
 
@@ -17,7 +17,7 @@ def evaluations(values, name="loss"):
 
 
 class TestEarlyStopping:
-    def test_the_harvest_has_the_best_weights_and_the_run_keeps_its_own(self):
+    def test_restore_best_changes_only_final_state(self):
         callback = fx.compose(fx.callbacks.early_stopping("loss", patience=9, restore_best=True))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
         for value, event in zip([5.0, 1.0, 7.0], evaluations([0.5, 0.1, 0.3]), strict=True):
@@ -28,7 +28,7 @@ class TestEarlyStopping:
         assert float(harvest.params["weight"]) == 1.0
         assert int(harvest.slots["early_stopping"].best_step) == int(state.step)
 
-    def test_without_any_evaluation_the_harvest_is_the_last_state(self):
+    def test_final_state_is_last_without_evaluation(self):
         callback = fx.compose(fx.callbacks.early_stopping("loss", patience=1, restore_best=True))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
         harvest, _ = callback(state, fx.FitEnd(step=0, reason=""))
@@ -57,7 +57,7 @@ class TestNanGuard:
             (3, [NAN, NAN, 1.0, NAN, NAN, NAN], [1, 2, 4, 5, 6], 6),
         ],
     )
-    def test_skips_and_stops_exactly_here(self, patience, losses, skips, stop):
+    def test_skipped_and_stopping_steps_are_exact(self, patience, losses, skips, stop):
         guard = fx.compose(fx.callbacks.nan_guard(patience=patience))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), guard)
         skipped, stopped = [], None
@@ -68,7 +68,7 @@ class TestNanGuard:
         assert (skipped, stopped) == (skips, stop)
         assert int(state.slots["nan_guard"].skipped) == len(skips)
 
-    def test_a_run_survives_a_bad_batch(self):
+    def test_run_survives_nan_batch(self):
         batches = problem.data()
         batches[1] = {**batches[1], "y": batches[1]["y"] * NAN}
         guard = fx.callbacks.nan_guard(patience=2)
@@ -77,7 +77,7 @@ class TestNanGuard:
         assert all(leaf.isfinite().all() for leaf in result.state.buffers.values())
         assert result.history["nan_guard/skipped"].values.tolist() == [0, 1, 1, 1, 2, 2]
 
-    def test_names_the_first_gradient_that_was_not_finite(self):
+    def test_first_non_finite_gradient_is_named(self):
         def loss_fn(model, batch):
             return batch * model["fine"] + (batch - 2).sqrt() * model["wrong"]
 
@@ -92,12 +92,12 @@ class TestNanGuard:
         )
         assert fx.callbacks.first_not_finite(start.with_slot("nan_guard", guard.init(start))) == ""
 
-    def test_validates(self):
+    def test_patience_is_validated(self):
         with pytest.raises(ValueError, match="expected patience to be a positive int, got 0"):
             fx.callbacks.nan_guard(patience=0)
 
 
-def test_epoch_mean_is_the_mean_over_each_epoch():
+def test_epoch_mean_averages_each_epoch():
     mean = fx.callbacks.epoch_mean("loss", "mae")
     result = fx.fit(problem.start(), problem.step(callbacks=mean), problem.data(), callbacks=mean, epochs=3)
     for name in ("loss", "mae"):
@@ -108,7 +108,7 @@ def test_epoch_mean_is_the_mean_over_each_epoch():
         fx.fit(problem.start(), problem.step(callbacks=other), problem.data(), callbacks=other, steps=1)
 
 
-def test_epoch_mean_of_skipped_batches_logs_nothing():
+def test_epoch_mean_of_skipped_epoch_is_not_logged():
     mean = fx.callbacks.epoch_mean("loss")
 
     def skip(state, event: fx.StepBegin):
@@ -145,6 +145,6 @@ LAWS = {
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_the_laws_hold(name):
+def test_callback_laws_hold(name):
     make, events = LAWS[name]
     testing.check_laws(make(), fx.init(torch.nn.Linear(2, 1)), events)

@@ -1,4 +1,4 @@
-"""Epochs whose number of batches changes, as with a sampler that fills batches up to a number of tokens."""
+"""Epochs with a changing number of batches, as from a sampler that fills batches up to a token budget."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TX = fx.optim.adam(0.1)
 
 
 class Sampler:
-    """Makes another number of batches in each epoch."""
+    """Yields a different number of batches in each epoch."""
 
     epoch = 0
 
@@ -30,7 +30,7 @@ class Sampler:
 
 
 class Stream(IterableDataset):
-    """Gives another number of samples in each epoch, with random numbers in them."""
+    """Yields a different number of samples in each epoch, with random noise."""
 
     epoch = 0
 
@@ -43,7 +43,7 @@ class Stream(IterableDataset):
 
 
 class Shrinking(Stream):
-    """Keeps where it is in its state. Its epochs only get shorter."""
+    """A stateful stream whose epochs get shorter."""
 
     start = 0
 
@@ -102,7 +102,7 @@ def train(make, **options):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_every_epoch_is_read_to_its_end_and_the_run_resumes_to_the_bit(kind, tmp_path):
+def test_epochs_are_read_completely_and_resume_bitwise(kind, tmp_path):
     make, sizes = KINDS[kind]
     whole, seen, ends = train(make)
     assert ends == [sum(sizes[: i + 1]) for i in range(5)]
@@ -115,7 +115,7 @@ def test_every_epoch_is_read_to_its_end_and_the_run_resumes_to_the_bit(kind, tmp
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream", "stateful", "prefetched stream"])
-def test_several_steps_at_a_time_end_where_the_epoch_does(kind):
+def test_multi_step_stops_at_epoch_end(kind):
     make, sizes = KINDS[kind]
     whole, _, _ = train(make)
     ends = []
@@ -130,7 +130,7 @@ def test_several_steps_at_a_time_end_where_the_epoch_does(kind):
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream", "prefetched sampler", "prefetched stream"])
-def test_a_rewind_over_epochs_of_different_lengths_reads_the_same_batches(kind):
+def test_rewind_across_epochs_reads_same_batches(kind):
     make, _ = KINDS[kind]
 
     def back(state, event: fx.StepEnd):
@@ -143,7 +143,7 @@ def test_a_rewind_over_epochs_of_different_lengths_reads_the_same_batches(kind):
     assert result.reason
 
 
-def test_an_evaluation_reads_a_changing_source_to_its_end():
+def test_evaluation_reads_whole_source():
     measure = fx.eval_step(lambda model, batch: {"rows": torch.tensor(1.0), "first": batch[:, 0].mean()})
     for kind in ("sampler", "stream"):
         data = KINDS[kind][0]()
@@ -151,12 +151,12 @@ def test_an_evaluation_reads_a_changing_source_to_its_end():
             assert fx.evaluate(start(), measure, data)["rows"] == 1
 
 
-def test_without_a_loop_positions_need_epochs_of_one_length():
+def test_indexing_requires_equal_epochs():
     data = from_loader(DataLoader(torch.rand(20, 2), batch_sampler=Sampler()))
     with pytest.raises(ValueError, match="all epochs must have equal length"):
         [data[i] for i in range(5)]
 
 
-def test_a_stateful_loader_that_grows_is_refused():
+def test_growing_stateful_loader_is_rejected():
     with pytest.raises(ValueError, match=r"expected 2 batches in epoch 2 of .*, as many as before, got more"):
         fx.fit(start(), STEP, StatefulDataLoader(Stream(), 2, drop_last=True), epochs=4)
