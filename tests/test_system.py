@@ -1,4 +1,4 @@
-"""What the machine did during a run, in the run's folder."""
+"""System observer: utilization of the machine, written at intervals during a run."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def lines(path):
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
-def test_the_machine_is_watched_every_so_many_steps_and_at_the_end(tmp_path):
+def test_utilization_is_written_at_intervals_and_at_the_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
     step, data = problem.step(), problem.data()
     observing = lambda: {"observers": [observers.required(observers.system(writers.jsonl(path), every=3))]}  # noqa: E731
@@ -31,15 +31,15 @@ def test_the_machine_is_watched_every_so_many_steps_and_at_the_end(tmp_path):
     assert [line["step"] for line in lines(path)] == [3, 6, 7, 9]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fx.fit(problem.start(), step, data, steps=3, **observing())  # the same folder from the beginning
+        fx.fit(problem.start(), step, data, steps=3, **observing())  # a new run in the same folder
     assert [line["step"] for line in lines(path)] == [3]
 
 
-def test_its_numbers_are_plausible(tmp_path):
+def test_values_are_plausible(tmp_path):
     path = tmp_path / "metrics.jsonl"
     observer = observers.system(writers.jsonl(path), every=1)
     for step in (1, 2):
-        end = time.monotonic() + 0.2  # time is counted in hundredths of a second
+        end = time.monotonic() + 0.2  # CPU time has a resolution of 10 ms
         while time.monotonic() < end:
             torch.ones(300, 300) @ torch.ones(300, 300)
         observer(problem.start(), StepEnd(step=step, metrics={}), NOTHING)
@@ -54,7 +54,7 @@ def test_its_numbers_are_plausible(tmp_path):
         assert not [name for name in found if name.startswith("gpu")]
 
 
-def test_what_the_system_does_not_tell_is_left_out(tmp_path, monkeypatch):
+def test_unavailable_values_are_omitted(tmp_path, monkeypatch):
     import psutil
 
     path = tmp_path / "metrics.jsonl"
@@ -69,7 +69,7 @@ def test_what_the_system_does_not_tell_is_left_out(tmp_path, monkeypatch):
     }
 
 
-def test_a_gpu_is_told_in_percent_watts_and_degrees(tmp_path, monkeypatch):
+def test_gpu_values_are_in_percent_watts_and_celsius(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     for name, value in {"utilization": 80, "memory_usage": 40, "power_draw": 350_000, "temperature": 60}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -83,7 +83,7 @@ def test_a_gpu_is_told_in_percent_watts_and_degrees(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_system_needs_a_writer_and_a_period(tmp_path):
+def test_missing_writer_and_invalid_period_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"system\(\) has nothing to write to"):
         observers.system()
     with pytest.raises(ValueError, match="expected every to be a positive int, got 0"):

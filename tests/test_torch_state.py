@@ -1,4 +1,4 @@
-"""Optimizer states of torch, taken over and given back: further steps are torch's."""
+"""Optimizer states of ``torch.optim``, loaded and converted back: further steps equal those of torch."""
 
 import json
 
@@ -15,7 +15,7 @@ BEFORE, AFTER = 3, 4
 
 
 class Net(nn.Module):
-    """Tied weights, a frozen parameter and one that is never used."""
+    """A model with tied weights, a frozen parameter and an unused parameter."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def made(case, params):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_further_steps_are_those_of_torch(case, double):
+def test_steps_after_loading_equal_torch(case, double):
     module = net()
     optimizer = made(case, module.parameters())
     tx = optim.from_torch(type(optimizer), **CASES[case])
@@ -108,7 +108,7 @@ def test_further_steps_are_those_of_torch(case, double):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_torch_continues_where_the_state_is(case, double):
+def test_torch_continues_from_the_converted_state(case, double):
     module = net()
     tx = optim.from_torch(getattr(torch.optim, case.partition(" ")[0]), **CASES[case])
     state = trained(fx.init(module, tx), tx, range(BEFORE))
@@ -119,7 +119,7 @@ def test_torch_continues_where_the_state_is(case, double):
     assert_same(trained(state, tx, range(BEFORE, BEFORE + AFTER)), module)
 
 
-def test_muon_continues_both_ways(double):
+def test_muon_state_converts_both_ways(double):
     module = nn.Linear(3, 4, bias=False, dtype=torch.float64)
     optimizer = torch.optim.Muon(module.parameters(), lr=0.1)
 
@@ -144,7 +144,7 @@ def test_muon_continues_both_ways(double):
     torch.testing.assert_close(state.params["weight"], module.weight.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_complex_parameters_are_taken_over(double):
+def test_state_of_complex_parameters_converts_both_ways(double):
     module = nn.Linear(2, 2, bias=False, dtype=torch.complex128)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     tx = optim.from_torch(torch.optim.Adam, lr=0.1)
@@ -168,7 +168,7 @@ def test_complex_parameters_are_taken_over(double):
     torch.testing.assert_close(state.params["weight"], module.weight.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_counts_are_those_of_each_parameter():
+def test_update_counts_are_per_parameter():
     module = net(torch.float32)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
     plain_loop(module, optimizer, range(BEFORE))
@@ -178,7 +178,7 @@ def test_counts_are_those_of_each_parameter():
     assert ("frozen.weight",) not in count.paths
 
 
-def test_momentum_buffers_of_none_begin_at_the_next_gradient(double):
+def test_missing_momentum_buffers_start_at_the_next_gradient(double):
     module = net()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, dampening=0.3)
     saved = optimizer.state_dict()
@@ -199,7 +199,7 @@ def decay_groups(module):
 
 
 @pytest.mark.parametrize("container", ["file", "entry", "trainer", "lightning"])
-def test_checkpoints_with_groups_and_a_schedule_continue(container, double, tmp_path):
+def test_checkpoint_with_groups_and_schedule_continues(container, double, tmp_path):
     module = net()
     optimizer = torch.optim.AdamW(decay_groups(module), lr=0.01)
     scheduler = lr_scheduler.StepLR(optimizer, 2, 0.5)
@@ -227,7 +227,7 @@ def test_checkpoints_with_groups_and_a_schedule_continue(container, double, tmp_
     assert_same(trained(state, tx, range(BEFORE, BEFORE + AFTER)), module)
 
 
-def test_groups_of_a_partition_continue_both_ways(double):
+def test_partition_groups_convert_both_ways(double):
     module = net()
     groups = [
         {"params": list(module.hidden.named_parameters("hidden")), "lr": 0.1},
@@ -254,7 +254,7 @@ def test_groups_of_a_partition_continue_both_ways(double):
     assert_same(trained(state, tx, range(BEFORE, BEFORE + AFTER)), module)
 
 
-def test_injected_rates_are_those_of_the_groups(double):
+def test_injected_hyperparameters_equal_those_of_the_groups(double):
     module = net()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, betas=(0.8, 0.9))
     plain_loop(module, optimizer, range(BEFORE))
@@ -265,7 +265,7 @@ def test_injected_rates_are_those_of_the_groups(double):
     assert_same(trained(state, tx, range(BEFORE, BEFORE + AFTER)), module)
 
 
-def test_bfloat16_moments_are_widened_as_the_state_keeps_them():
+def test_bfloat16_second_moments_are_widened_to_float32():
     module = net(torch.bfloat16)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
     plain_loop(module, optimizer, range(BEFORE))
@@ -307,7 +307,7 @@ def test_bfloat16_moments_are_widened_as_the_state_keeps_them():
         ),
     ],
 )
-def test_states_that_do_not_fit_are_refused_by_name(tx, change, words):
+def test_mismatched_optimizer_states_are_refused_by_name(tx, change, words):
     module = net(torch.float32)
     optimizer = torch.optim.Adam(module.parameters())
     plain_loop(module, optimizer, range(1))
@@ -320,7 +320,7 @@ def test_states_that_do_not_fit_are_refused_by_name(tx, change, words):
     assert words in str(caught.value)
 
 
-def test_loss_scale_of_a_checkpoint_is_taken_over(tmp_path):
+def test_loss_scale_is_loaded_from_a_checkpoint(tmp_path):
     module = net(torch.float32)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     scaler = {
@@ -338,7 +338,7 @@ def test_loss_scale_of_a_checkpoint_is_taken_over(tmp_path):
     assert [float(leaf) for leaf in fx.tree.leaves(state.slots)] == [1024.0, 7.0]
 
 
-def test_groups_that_could_be_exchanged_need_names():
+def test_ambiguous_groups_require_names():
     module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     optimizer = torch.optim.SGD(
         [{"params": module["b"].parameters()}, {"params": module["a"].parameters()}], lr=0.1, momentum=0.9
@@ -355,7 +355,7 @@ def test_groups_that_could_be_exchanged_need_names():
     assert float(state.opt_state[0].trace["b.weight"][0, 0]) == 2.0
 
 
-def test_adapters_of_peft_continue():
+def test_optimizer_state_of_a_peft_adapter_continues():
     import_without_operators()
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

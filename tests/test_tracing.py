@@ -1,4 +1,4 @@
-"""Tracing: what code of models sees while a step is traced, and that a graph computes what the step does."""
+"""Tracing: model code behaves as expected under a trace, and the graph computes the same as the step."""
 
 import builtins
 import importlib
@@ -33,7 +33,7 @@ AS_LIBRARIES_ASK = [
 
 
 class Masked(nn.Module):
-    """Skips a mask that hides nothing, as the models of transformers do."""
+    """Skips a mask of ones, as models of transformers do."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class TestIsCompiling:
             assert bool(ask()) is True
         assert ask() is False
 
-    def test_is_put_back_after_an_error(self):
+    def test_is_restored_after_an_error(self):
         with pytest.raises(ZeroDivisionError), compiling():
             raise ZeroDivisionError
         assert torch.compiler.is_compiling() is False
@@ -83,7 +83,7 @@ class TestIsCompiling:
         assert seen == [False, True, False]
         assert torch.compiler.is_compiling() is False
 
-    def test_that_another_session_restores_late_is_false(self):
+    def test_is_false_after_a_late_restore_by_another_session(self):
         before = torch.compiler._is_compiling_flag
         with compiling():
             covered = torch.compiler._is_compiling_flag
@@ -93,7 +93,7 @@ class TestIsCompiling:
         assert not torch.compiler.is_compiling()
         torch.compiler._is_compiling_flag = before
 
-    def test_lets_a_model_that_reads_its_mask_be_one_graph(self):
+    def test_guarded_read_of_a_mask_keeps_one_graph(self):
         step, state, batch = masked()
         compiled = fx.compile(step, backend="aot_eager")
         found, expected = compiled(state, batch), step(state, batch)
@@ -105,7 +105,7 @@ class TestIsCompiling:
 
 class TestImports:
     @pytest.mark.parametrize("by_name", [False, True])
-    def test_inside_of_a_step_make_tensors_with_values(self, tmp_path, monkeypatch, by_name):
+    def test_import_inside_a_step_creates_tensors_with_values(self, tmp_path, monkeypatch, by_name):
         name = f"constants_of_a_step_{int(by_name)}"
         (tmp_path / f"{name}.py").write_text("import torch\nSCALES = torch.tensor([1.0, 2.0]).cumsum(0)\n")
         monkeypatch.syspath_prepend(tmp_path)
@@ -127,7 +127,7 @@ class TestImports:
 
 
 def grown(dim):
-    """A head's keys after an empty cache, and a view that needs them dense."""
+    """Returns a function that concatenates keys to an empty cache, and views the result as a dense tensor."""
     return lambda empty, keys: torch.cat([empty, keys.transpose(1, 2)], dim=dim).view(4, 8, 3)
 
 
@@ -143,20 +143,20 @@ class TestConcatenations:
             (lambda empty, x: torch.cat([empty.double(), x]), [(0,), (3,)], False),
         ],
     )
-    def test_with_empty_tensors_are_dense_copies(self, function, shapes, replaced):
+    def test_concatenation_with_empty_tensors_is_dense(self, function, shapes, replaced):
         given = [torch.randn(shape) for shape in shapes]
         graph = make_fx(function, tracing_mode="fake")(*given)
         with_dense_concatenations(graph.graph)
         graph.recompile()
         assert ("aten.cat" not in graph.code) == replaced
-        # What Inductor makes of a graph before it writes code.
+        # Inductor applies these decompositions before it generates code.
         lowered = make_fx(graph, decomposition_table=select_decomp_table(), tracing_mode="fake")(*given)
         expected = function(*given)
         for found in (graph(*given), lowered(*given)):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
             assert found.stride() == expected.stride()
 
-    def test_of_sizes_that_depend_on_values_are_left_as_they_are(self):
+    def test_data_dependent_sizes_are_unchanged(self):
         def function(x):
             return torch.cat([x[x > 0], x[x < 0]])
 
@@ -168,11 +168,11 @@ class TestConcatenations:
 
 
 class TestCTC:
-    """The loss as one operator, which takes lengths from the batch."""
+    """CTC loss as one opaque operator, with lengths from the batch."""
 
     @pytest.mark.parametrize("zero_infinity", [False, True])
     @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-    def test_equals_that_of_torch_for_all_lengths(self, reduction, zero_infinity):
+    def test_equals_torch_for_all_lengths(self, reduction, zero_infinity):
         def loss_fn(scores, *given):
             with OpaqueCTC():
                 scores = scores.log_softmax(-1)
@@ -190,19 +190,19 @@ class TestCTC:
             torch.testing.assert_close(graph(scores, *given), expected, equal_nan=True)
 
     @pytest.mark.parametrize("lengths", [([7, 6, 5], [2, 1, 1]), (torch.tensor([7, 6, 5]), torch.tensor([2, 1, 1]))])
-    def test_takes_joined_targets_and_lengths_as_lists(self, lengths):
+    def test_accepts_concatenated_targets_and_lists_of_lengths(self, lengths):
         scores = torch.randn(7, 3, 5).log_softmax(-1)
         with OpaqueCTC():
             found = F.ctc_loss(scores, torch.tensor([1, 2, 3, 4]), *lengths)
         torch.testing.assert_close(found, F.ctc_loss(scores, torch.tensor([1, 2, 3, 4]), *lengths))
 
-    def test_takes_one_example(self):
+    def test_accepts_an_unbatched_example(self):
         given = torch.randn(7, 5).log_softmax(-1), torch.tensor([1, 2]), torch.tensor(7), torch.tensor(2)
         with OpaqueCTC():
             found = F.ctc_loss(*given, reduction="none")
         torch.testing.assert_close(found, F.ctc_loss(*given, reduction="none"))
 
-    def test_refuses_second_derivatives(self):
+    def test_second_derivatives_are_refused(self):
         def loss(scores):
             return F.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([5]), torch.tensor([2]))
 
@@ -215,7 +215,7 @@ class TestCTC:
 
 
 def explained(loss_fn):
-    """The breaks and the reads of values of a step whose trace runs without values."""
+    """Returns the graph breaks and value reads of a step that is traced without values."""
     tx = fx.optim.sgd(0.1)
     state = fx.init(nn.Linear(4, 4), tx)
     found = fx.explain(fx.train_step(loss_fn, tx), state, torch.randn(3, 4), calls=0)
@@ -223,7 +223,7 @@ def explained(loss_fn):
 
 
 class TestLiterals:
-    def test_are_lists_of_the_same_numbers(self):
+    def test_tolist_of_literals_is_constant(self):
         def loss_fn(model, batch):
             axes = torch.arange(0, batch.ndim).tolist()
             return model(batch).square().mean(dim=axes) * torch.tensor([2.0, 3.0])[1:].mul(1).sum() * axes[1]
@@ -236,7 +236,7 @@ class TestLiterals:
         torch.testing.assert_close(found, tree.leaves(step(state, batch)), rtol=0, atol=0)
 
     @pytest.mark.parametrize("differentiate", ["func", "autograd"])
-    def test_are_known_in_rows_and_at_both_ways_of_differentiation(self, differentiate):
+    def test_nested_literals_are_constant_in_both_differentiations(self, differentiate):
         def loss_fn(model, batch):
             ((one, two), (three, four)) = torch.tensor([[0.5, 2.0], [3.0, 4.0]]).tolist()
             return model(batch).square().mean() * (one + two * three - four)
@@ -255,13 +255,13 @@ class TestLiterals:
             lambda batch: torch.tensor([1.0, 2.0]).copy_(batch[0, :2]).tolist()[0],
         ],
     )
-    def test_that_depend_on_data_stay_reads_of_values(self, read):
+    def test_tolist_of_data_stays_a_read(self, read):
         assert explained(lambda model, batch: model(batch).square().mean() * read(batch)) != ()
 
 
 class TestEffects:
     @pytest.mark.parametrize("load", [np.load, lambda path: torch.load(path.with_suffix(".pt"))])
-    def test_files_are_refused_with_the_line(self, tmp_path, load):
+    def test_file_access_is_refused_with_its_line(self, tmp_path, load):
         np.save(tmp_path / "scale.npy", np.ones(1))
         torch.save(torch.ones(1), tmp_path / "scale.pt")
         opened = (builtins.open, io.open)
@@ -275,7 +275,7 @@ class TestEffects:
         assert (builtins.open, io.open) == opened
 
     @pytest.mark.parametrize("write", [lambda path: path.read_text(), lambda path: path.write_text("seen")])
-    def test_files_through_pathlib_are_refused(self, tmp_path, write):
+    def test_pathlib_access_is_refused(self, tmp_path, write):
         path = tmp_path / "notes.txt"
         path.write_text("before")
 
@@ -287,7 +287,7 @@ class TestEffects:
             loss_fn(lambda batch: batch, torch.ones(2))
         assert path.read_text() == "before"
 
-    def test_of_other_threads_are_left_alone(self, tmp_path):
+    def test_file_access_in_other_threads_is_allowed(self, tmp_path):
         with effects_noticed():
             thread = threading.Thread(target=(tmp_path / "other").write_text, args=("written",))
             thread.start()
@@ -295,7 +295,7 @@ class TestEffects:
         assert (tmp_path / "other").read_text() == "written"
 
     @pytest.mark.parametrize("show", [print, str, repr])
-    def test_a_print_is_said_with_the_line(self, show):
+    def test_print_of_a_tensor_warns_with_its_line(self, show):
         def loss_fn(model, batch):
             loss = model(batch).square().mean()
             show(loss)
@@ -304,7 +304,7 @@ class TestEffects:
         with pytest.warns(UserWarning, match=r"formatted as text at .*test_tracing\.py:\d+"):
             assert explained(loss_fn) == ()
 
-    def test_a_model_without_effects_says_nothing(self):
+    def test_model_without_effects_does_not_warn(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert explained(lambda model, batch: model(batch).square().mean()) == ()

@@ -1,4 +1,4 @@
-"""Trees: the walk inside the compiler is that outside of it, and neither knows of the other."""
+"""Trees: flatten, unflatten and map give the same results in eager and in compiled code."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def a_tree():
     return {"b": torch.ones(2), "a": [torch.zeros(1), ()], "empty": {}, "none": None, "state": fx.init({})}
 
 
-def test_compiled_it_walks_as_uncompiled():
+def test_compiled_traversal_equals_eager():
     def walk(values):
         leaves, structure = tree.flatten(values)
         doubled = tree.unflatten(structure, [leaf * 2 for leaf in leaves])
@@ -25,7 +25,7 @@ def test_compiled_it_walks_as_uncompiled():
     assert all(map(torch.equal, compiled_leaves, wanted_leaves))
 
 
-def test_compiled_it_refuses_other_keys():
+def test_compiled_map_refuses_different_keys():
     def add(first, second):
         return tree.map(torch.add, first, second)
 
@@ -33,8 +33,8 @@ def test_compiled_it_refuses_other_keys():
         torch.compile(add, fullgraph=True, backend="eager")({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
 
-def test_while_another_thread_compiles_it_walks_as_ever(monkeypatch):
-    # The flag is one for the process: prefetching goes on while the first step compiles.
+def test_flatten_works_while_another_thread_compiles(monkeypatch):
+    # The flag is global, and prefetching continues while the first step compiles.
     structure = tree.structure({"a": torch.ones(1)})
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()

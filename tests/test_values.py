@@ -1,4 +1,4 @@
-"""What can be logged, what an event publishes, and how it reaches a writer."""
+"""Logged values: their validation, their publication by events, and their delivery to writers."""
 
 import numpy as np
 import optree
@@ -35,19 +35,19 @@ EDGES = torch.tensor([0.0, 1.0, 2.0])
         (lambda: HParams({"a/b": 1, "a": {"b": 2}}), ValueError, "distinct names, got 'a/b' twice"),
     ],
 )
-def test_what_a_value_refuses(make, error, says):
+def test_invalid_values_are_refused(make, error, says):
     with pytest.raises(error) as caught:
         make()
     assert says in str(caught.value)
 
 
-def test_hparams_keep_order_types_and_empty_branches_out():
+def test_flat_hparams_keep_order_and_types_without_empty_branches():
     nested = {"b": True, "a": {"y": 1, "x": {"deep": "s"}, "none": {}}, "c": 0.5}
     assert list(HParams(nested).flat().items()) == [("b", True), ("a/y", 1), ("a/x/deep", "s"), ("c", 0.5)]
 
 
 @given(st.lists(st.floats(width=32), max_size=50), st.integers(1, 40))
-def test_every_finite_value_falls_into_one_bucket(values, num):
+def test_every_finite_value_is_in_one_bucket(values, num):
     counts, edges = Histogram(torch.tensor(values)).buckets(num)
     finite = [value for value in values if np.isfinite(value)]
     assert counts.sum() == len(finite)
@@ -59,12 +59,12 @@ def test_every_finite_value_falls_into_one_bucket(values, num):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32, torch.bool])
-def test_a_histogram_of_any_real_dtype_and_shape(dtype):
+def test_histogram_accepts_any_real_dtype_and_shape(dtype):
     values = torch.tensor([[0, 1], [1, 1]], dtype=dtype)
     assert Histogram(values.requires_grad_(values.is_floating_point())).buckets(2)[0].tolist() == [1, 3]
 
 
-def test_given_buckets_stay_as_they_are_and_must_increase():
+def test_given_buckets_are_kept_and_must_increase():
     counts, edges = Histogram(counts=torch.tensor([3, 0]), edges=EDGES).buckets(7)
     assert (counts.tolist(), edges.tolist()) == ([3.0, 0.0], [0.0, 1.0, 2.0])
     with pytest.raises(ValueError, match="expected edges to increase"):
@@ -72,7 +72,7 @@ def test_given_buckets_stay_as_they_are_and_must_increase():
 
 
 @pytest.mark.parametrize("histogram", [Histogram(EDGES), Histogram(counts=torch.ones(2), edges=EDGES)], ids=repr)
-def test_a_histogram_is_a_pytree_node_for_optree_and_torch(histogram):
+def test_histogram_is_a_pytree_node_for_optree_and_torch(histogram):
     for flatten, unflatten in (
         (lambda x: optree.tree_flatten(x, namespace=NAMESPACE), optree.tree_unflatten),
         (torch_pytree.tree_flatten, lambda spec, leaves: torch_pytree.tree_unflatten(leaves, spec)),
@@ -83,7 +83,7 @@ def test_a_histogram_is_a_pytree_node_for_optree_and_torch(histogram):
         assert np.array_equal(again.buckets()[0], histogram.buckets()[0])
 
 
-def test_a_histogram_leaves_the_compiled_step_and_vmap():
+def test_compiled_and_vmapped_steps_return_histograms():
     def step(state, batch):
         counts = torch.stack([(batch < 1).sum(), (batch >= 1).sum()])
         log = {"all": Histogram(2 * batch), "split": Histogram(counts=counts, edges=EDGES.clone())}
@@ -98,7 +98,7 @@ def test_a_histogram_leaves_the_compiled_step_and_vmap():
     assert split(torch.stack([batch, batch + 1])).counts.tolist() == [[1, 2], [0, 3]]
 
 
-def test_what_events_publish():
+def test_events_publish_metrics_and_logs():
     log = Control(log={"lr": 0.1, "note": Text("hello"), "steps": np.float32(3), "t": torch.tensor(2.0)})
     expected = {"lr": 0.1, "note": Text("hello"), "steps": 3.0, "t": 2.0}
     assert published(StepEnd(step=1, metrics={"loss": 2.0}), log) == {"train/loss": 2.0, **expected}
@@ -115,20 +115,20 @@ def test_what_events_publish():
         (None, "as 'x', got None. Wrap it in one of Text, "),
     ],
 )
-def test_what_cannot_be_published(value, says):
+def test_unpublishable_values_are_refused(value, says):
     with pytest.raises(TypeError) as caught:
         published(EvalBegin(step=1), Control(log={"x": Logged(value, owner="watcher")}))
     assert str(caught.value).startswith("expected watcher to log")
     assert says in str(caught.value)
 
 
-def test_a_logged_value_may_not_take_the_name_of_a_metric():
+def test_logged_name_of_a_metric_is_refused():
     with pytest.raises(ValueError, match=r"expected watcher to log .* got 'train/loss', a metric of StepEnd"):
         published(StepEnd(step=1, metrics={"loss": 2.0}), Control(log={"train/loss": Logged(1.0, owner="watcher")}))
 
 
 class Recorder:
-    """A writer with clu's verbs and no others."""
+    """A writer with only the methods of clu's writers."""
 
     def __init__(self):
         self.calls = []
@@ -139,7 +139,7 @@ class Recorder:
         return lambda *args: self.calls.append((name, *args))
 
 
-def test_each_kind_goes_to_its_verb_and_nothing_to_no_verb():
+def test_each_kind_is_written_by_its_method():
     writer = Recorder()
     hand_over(writer, 7, {})
     assert writer.calls == []
@@ -149,11 +149,11 @@ def test_each_kind_goes_to_its_verb_and_nothing_to_no_verb():
     assert scalars == ("write_scalars", 7, {"a": 1.0, "e": 2})
     assert texts == ("write_texts", 7, {"b": "*b*"})
     assert histograms[:2] == ("write_histograms", 7)
-    assert histograms[2]["c"].tolist() == [0.0, 1.0, 2.0]  # a plain array, as clu's writers take it
+    assert histograms[2]["c"].tolist() == [0.0, 1.0, 2.0]  # a plain array, as clu's writers expect
     assert hparams == ("write_hparams", {"lr": 1})
 
 
-def test_a_writer_that_cannot_purge_says_so_where_it_matters():
+def test_writer_without_purge_warns_past_step_0():
     take_back(Recorder(), 0)
     with pytest.warns(RuntimeWarning, match=r"Recorder has no purge.*after step 5"):
         take_back(Recorder(), 5)

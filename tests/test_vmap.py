@@ -1,4 +1,4 @@
-"""A batch of states equals the states one by one."""
+"""A vmapped step over stacked states equals the step of each state."""
 
 import problem
 import torch
@@ -9,7 +9,7 @@ from fxtrain import tree
 
 
 def members(state, count=3):
-    """As many states of one architecture, with parameters and seeds of their own."""
+    """Returns ``count`` states of one architecture, with different parameters and seeds."""
     made = []
     for index in range(count):
         key = fx.rng.key(100 + index)
@@ -29,14 +29,14 @@ def member(states, index):
     return tree.map(lambda leaf: leaf[index], states)
 
 
-def test_with_dropout_batch_norm_accumulation_and_callbacks():
+def test_vmapped_step_equals_single_steps():
     def stops(state, event: fx.Updated, memory):
         flag = (state.seed == 1) & (event.step == 2)
         return memory + event.loss, fx.Control(stop=flag, reason="the second member", log={"total": memory})
 
     callback = fx.stateful("total", lambda state: torch.tensor(0.0), stops)
     callbacks = [fx.callbacks.nan_guard(), callback]
-    # Not Adam: the gradient of a bias before batch norm is rounding, and Adam makes steps of full length of it.
+    # SGD, because the gradient of a bias before batch norm is rounding error, which Adam would scale up.
     tx = fx.optim.sgd(0.1, momentum=0.9)
     step = fx.train_step(problem.loss_fn, tx, accumulate=2, callbacks=callbacks)
     state = fx.attach(fx.init(problem.module(), tx), step)
@@ -54,7 +54,7 @@ def test_with_dropout_batch_norm_accumulation_and_callbacks():
     assert [int(state.step) for state in alone] == [3, 2, 3]
 
 
-def test_draws_each_members_own_numbers():
+def test_members_have_independent_dropout():
     tx = fx.optim.sgd(0.0)
     state = fx.init(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), tx)
     step = fx.train_step(lambda model, batch: (model(batch) * torch.arange(4.0)).sum(), tx)
@@ -64,7 +64,7 @@ def test_draws_each_members_own_numbers():
     assert len(set(losses.tolist())) > 1
 
 
-def test_evaluates():
+def test_vmapped_evaluation_equals_single_evaluations():
     states = members(problem.start())
     batch = problem.data()[0]
     together = torch.vmap(problem.eval_step, (0, None))(stack(states), batch).metrics

@@ -1,4 +1,4 @@
-"""How weights and gradients were distributed during a run."""
+"""Watch callback: histograms of weights, gradients and updates during a run."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_watch_writes_histograms_of_weights_and_gradients(tmp_path):
     assert weights[3] != weights[6]
 
 
-def test_watch_looks_at_what_it_is_told_to(tmp_path):
+def test_watch_selects_kinds_and_parameters(tmp_path):
     found = watched(tmp_path, fx.callbacks.watch("updates", every=2, parameter="4.*", sample=3), steps=2)
     assert set(found) == {"histograms/updates/4.bias", "histograms/updates/4.weight"}
     assert sum(found["histograms/updates/4.weight"][2]["counts"]) == 3

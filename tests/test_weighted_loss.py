@@ -1,4 +1,4 @@
-"""Weighted losses: means over unequal microbatches, batches and steps are the mean over all items."""
+"""Weighted losses: means over unequal microbatches, batches and steps equal the mean over all items."""
 
 import problem
 import pytest
@@ -19,7 +19,7 @@ def module():
 
 
 def texts(lengths, size=6, seed=0):
-    """A batch of texts: labels are -100 past each text's length."""
+    """Returns a batch of texts, with labels of -100 past the length of each text."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (len(lengths), size), generator=generator)
     labels = torch.randint(VOCABULARY, (len(lengths), size), generator=generator)
@@ -29,7 +29,7 @@ def texts(lengths, size=6, seed=0):
 def loss_fn(model, batch):
     logits, labels = model(batch["ids"]), batch["labels"]
     kept = labels != -100
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)  # nan where nothing is kept
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)  # NaN if no label is kept
     right = ((logits.argmax(-1) == labels) & kept).sum(dtype=loss.dtype) / kept.sum()
     return fx.weighted(loss, kept.sum()), {"accuracy": right, "tokens": metrics.Sum.from_model_output(kept)}
 
@@ -66,7 +66,7 @@ class TestAccumulation:
         close(told.weight, expected.weight)
         assert int(told.weight) == int((batch["labels"] != -100).sum())
 
-    def test_the_mean_of_means_is_another(self):
+    def test_unweighted_mean_of_means_differs(self):
         state, _ = train()
         _, unweighted = train(loss_fn=lambda model, batch: loss_fn(model, batch)[0].loss, accumulate=4)
         _, weighted = train(accumulate=4)
@@ -84,14 +84,14 @@ class TestAccumulation:
             close(after.params, wanted.params)
             close((told.metrics, told.weight), (expected.metrics, expected.weight))
 
-    def test_compiled_by_dynamo(self):
+    def test_dynamo_equals_eager(self):
         tx = fx.optim.sgd(0.1)
         state, parts = fx.init({"w": torch.ones(2)}, tx), fx.train_step(masked_squares, tx, accumulate=2)
         batch = {"x": torch.randn(4, 2), "mask": torch.tensor([1.0, 1.0, 1.0, 0.0])}
         compiled = torch.compile(parts, fullgraph=True, backend="eager")
         torch.testing.assert_close(tree.leaves(compiled(state, batch)), tree.leaves(parts(state, batch)))
 
-    def test_vmapped(self):
+    def test_vmapped_equals_single_states(self):
         state, step = train(accumulate=4)
         states = tree.map(lambda leaf: torch.stack([leaf] * 2), state)
         batches = tree.map(lambda a, b: torch.stack([a, b]), UNEQUAL, PADDED)
@@ -100,7 +100,7 @@ class TestAccumulation:
             close(tree.map(lambda leaf, index=index: leaf[index], got), step(state, batch))
 
     @pytest.mark.parametrize("accumulate", [1, 4])
-    def test_nothing_to_learn_from_gives_zeros(self, accumulate):
+    def test_total_weight_of_zero_gives_zeros(self, accumulate):
         state, step = train(fx.optim.sgd(0.1), accumulate=accumulate)
         after, told = step(state, EMPTY)
         testing.assert_equal(after.params, state.params, "parameters")
@@ -115,14 +115,14 @@ class TestAccumulation:
             assert {leaf.dtype for leaf in tree.leaves(moved)} == {dtype}
             torch.testing.assert_close(*moved, rtol=tolerance, atol=tolerance)
 
-    def test_a_loss_scale_changes_nothing(self):
+    def test_loss_scaling_does_not_change_the_update(self):
         state = fx.init(module().float(), fx.optim.sgd(0.1))
         policy = fx.Policy(compute=torch.float16, loss_scale=fx.precision.LossScale())
         steps = [fx.train_step(loss_fn, fx.optim.sgd(0.1), accumulate=4, precision=p) for p in (policy, None)]
         moved = [step(fx.attach(state, step), PADDED)[0].params for step in steps]
         torch.testing.assert_close(*moved, rtol=1e-2, atol=1e-3)
 
-    def test_callbacks_see_weights(self):
+    def test_events_carry_weights(self):
         seen = []
 
         def record(state, event: fx.Microbatch | fx.Gradients | fx.Updated):
@@ -133,7 +133,7 @@ class TestAccumulation:
         step(state, PADDED)
         assert seen == [11, 0, 5, 1, 17, 17]
 
-    def test_only_some_microbatches_with_a_weight_are_refused(self):
+    def test_weights_on_only_some_microbatches_are_refused(self):
         def sometimes(model, batch):
             loss = model(batch["ids"]).mean()
             return fx.weighted(loss, 2) if bool((batch["labels"] == -100).any()) else loss
@@ -143,8 +143,8 @@ class TestAccumulation:
             step(state, texts([6, 3]))
 
 
-class TestByHand:
-    def test_a_gradient_carries_its_weight(self):
+class TestMeanGradient:
+    def test_weighted_microbatches_equal_the_whole_batch(self):
         state, _ = train()
         find = fx.gradients(loss_fn)
         parts = fx.step.microbatches(UNEQUAL, 4)
@@ -152,7 +152,7 @@ class TestByHand:
         wanted = find(state, UNEQUAL)
         close((got.loss, got.grads, got.weight), (wanted.loss, wanted.grads, wanted.weight))
 
-    def test_without_weights_all_count_alike(self):
+    def test_unweighted_microbatches_count_equally(self):
         state = fx.init(problem.module().double())
         find, batch = fx.gradients(problem.loss_fn), tree.map(torch.Tensor.double, problem.data()[0])
         parts = [find(state, part) for part in fx.step.microbatches(batch, 2)]
@@ -173,7 +173,7 @@ class TestMeans:
         assert got == pytest.approx(wanted, rel=1e-12)
         assert wanted["tokens"] == 13
 
-    def test_evaluation_in_fit_and_epoch_means(self):
+    def test_fit_evaluation_and_epoch_mean_are_weighted(self):
         mean = fx.callbacks.epoch_mean("loss", "accuracy")
         state, step = train(fx.optim.sgd(0.0), callbacks=mean)
         data = [texts([6, 6], seed=1), texts([1, 0], seed=2), texts([0, 0], seed=3)]
@@ -184,7 +184,7 @@ class TestMeans:
             assert last[f"eval/{name}"] == pytest.approx(wanted[name], rel=1e-12)
             assert last[f"epoch/{name}"] == pytest.approx(wanted[name], rel=1e-12)
 
-    def test_a_padded_last_batch_counts_its_examples(self):
+    def test_padded_batch_is_weighted_by_its_examples(self):
         x = torch.arange(6, dtype=torch.float64)[:, None]
 
         data = fx.data.batches({"x": x}, 4, drop_last="pad", shuffle=False)
@@ -206,7 +206,7 @@ class TestMeans:
         assert (int(memory.count), int(memory.spikes)) == (2, 0)
         assert float(memory.window[:2].min()) > 1.0
 
-    def test_a_tapped_loss_keeps_its_weight(self):
+    def test_tapped_loss_keeps_its_weight(self):
         state, _ = train()
         tapped = fx.tap(loss_fn, "2", lambda y: y.abs().mean())
         found = fx.gradients(tapped)(state, UNEQUAL)
@@ -216,17 +216,17 @@ class TestMeans:
 
 class TestWeights:
     @pytest.mark.parametrize("weight", [3, 3.0, torch.tensor(3), torch.tensor(3.0), torch.tensor(True) * 3])
-    def test_numbers_and_tensors(self, weight):
+    def test_scalars_and_tensors_are_accepted(self, weight):
         state, step = train(loss_fn=lambda model, batch: fx.weighted(model(batch["ids"]).mean(), weight))
         assert float(step(state, UNEQUAL)[1].weight) == 3.0
 
     @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf")])
-    def test_numbers_below_zero_are_refused(self, weight):
+    def test_negative_and_non_finite_weights_are_refused(self, weight):
         with pytest.raises(ValueError, match="expected a finite weight of 0 or more, got"):
             fx.weighted(torch.tensor(1.0), weight)
 
     @pytest.mark.parametrize("weight", [torch.ones(2), "3", torch.tensor(1j)])
-    def test_other_values_are_refused(self, weight):
+    def test_weights_of_other_types_are_refused(self, weight):
         state, step = train(loss_fn=lambda model, batch: fx.weighted(model(batch["ids"]).mean(), weight))
         with pytest.raises(TypeError, match=r"the weight that <lambda> .* gives to fxtrain\.weighted .*, got "):
             step(state, UNEQUAL)

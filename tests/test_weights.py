@@ -1,4 +1,4 @@
-"""Weights in files: read from what other programs write, and written as what they read."""
+"""Weight files: loads files of other libraries, and saves files that they can load."""
 
 import pathlib
 import re
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:Fut
 
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
-def test_saved_weights_come_back(make, tmp_path):
+def test_saved_weights_load_exactly(make, tmp_path):
     torch.manual_seed(0)
     state = fx.init(make())
     path = fx.save_weights(tmp_path / "w", state)
@@ -34,7 +34,7 @@ def test_safetensors_loads_tied_weights_into_a_module(tmp_path):
     assert torch.equal(module.head.weight, state.params["embed.weight"])
 
 
-def test_module_writes_its_own_folder(tmp_path):
+def test_save_pretrained_of_the_module_is_used(tmp_path):
     class Pretrained(Net):
         def save_pretrained(self, folder):
             torch.save(self.state_dict(), f"{folder}/pytorch_model.bin")
@@ -45,7 +45,7 @@ def test_module_writes_its_own_folder(tmp_path):
 
 
 class Converting(Net):
-    """Like a model of transformers: its folder has other names, and its class converts them."""
+    """Like a model of transformers, whose class converts the names in its folder."""
 
     base_model_prefix, config = "body", {}
 
@@ -69,7 +69,7 @@ class Converting(Net):
         }
 
 
-def test_folder_is_loaded_as_from_pretrained_converts_it(tmp_path):
+def test_folder_is_converted_by_from_pretrained(tmp_path):
     torch.manual_seed(0)
     state = fx.init(Converting())
     path = fx.save_weights(tmp_path / "w", state)
@@ -80,7 +80,7 @@ def test_folder_is_loaded_as_from_pretrained_converts_it(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_part_of_a_model_is_loaded_as_from_pretrained_converts_it(tmp_path):
+def test_part_of_a_model_is_converted_by_from_pretrained(tmp_path):
     torch.manual_seed(0)
     saved = fx.init(Converting())
     path = fx.save_weights(tmp_path / "w", saved)
@@ -90,14 +90,14 @@ def test_part_of_a_model_is_loaded_as_from_pretrained_converts_it(tmp_path):
     )
 
 
-def test_folder_that_from_pretrained_refuses_is_named(tmp_path):
+def test_folder_refused_by_from_pretrained_is_an_error(tmp_path):
     torch.save({"old.weight": torch.ones(1, dtype=torch.float64)}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(fx.CheckpointError, match=r"a folder that Converting.from_pretrained can load"):
         fx.load_weights(fx.init(Converting()), tmp_path)
 
 
-def test_what_from_pretrained_does_not_load_is_named(tmp_path):
+def test_mismatches_of_from_pretrained_are_reported(tmp_path):
     torch.manual_seed(0)
     state = fx.init(Converting())
     given = {**Net(5).state_dict(), "extra": torch.ones(1)}
@@ -111,7 +111,7 @@ def test_what_from_pretrained_does_not_load_is_named(tmp_path):
     assert torch.equal(found.state.params["head.weight"], state.params["head.weight"])
 
 
-def test_converted_weights_are_those_of_the_returned_module(tmp_path):
+def test_convert_saves_the_returned_module(tmp_path):
     torch.manual_seed(0)
     state = fx.init(TiedNet())
     before = state.copy()
@@ -130,14 +130,14 @@ def test_converted_weights_are_those_of_the_returned_module(tmp_path):
     assert torch.equal(loaded.params["0.weight"], state.params["embed.weight"] + 1)
 
 
-def test_adapter_folder_needs_an_adapted_module(tmp_path):
+def test_adapter_folder_requires_an_adapted_module(tmp_path):
     torch.save({"layer.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"The folder contains an adapter. Pass a module adapted by peft"):
         fx.load_weights(fx.init(Net()), tmp_path)
 
 
-def test_averaged_weights_are_saved_as_those_of_a_view(tmp_path):
+def test_view_of_averaged_weights_is_saved(tmp_path):
     torch.manual_seed(0)
     state = fx.attach(fx.init(Net()), fx.callbacks.ema(0.5))
     slot = state.slots["ema"]
@@ -156,7 +156,7 @@ def test_averaged_weights_are_saved_as_those_of_a_view(tmp_path):
     [("module.", None), ("_orig_mod.", None), ("_orig_mod.module.", None), ("model.", "state_dict")],
     ids=["DataParallel", "torch.compile", "both", "Lightning"],
 )
-def test_prefixes_of_wrappers_are_renamed_in_a_line(tmp_path, prefix, entry):
+def test_wrapper_prefixes_are_removed_by_rename(tmp_path, prefix, entry):
     torch.manual_seed(0)
     module = Net()
     wrapped = {prefix + name: value for name, value in module.state_dict().items()}
@@ -170,7 +170,7 @@ def test_prefixes_of_wrappers_are_renamed_in_a_line(tmp_path, prefix, entry):
     testing.assert_equal(back, wrapped, "the weights under the wrapper's names")
 
 
-def test_shards_are_read_by_their_index(tmp_path):
+def test_shards_are_read_from_their_index(tmp_path):
     import json
 
     from safetensors.torch import save_file
@@ -191,7 +191,7 @@ def test_shards_are_read_by_their_index(tmp_path):
         fx.load_weights(fx.init(Net()), tmp_path)
 
 
-def test_nested_checkpoints_name_their_entry(tmp_path):
+def test_error_for_a_nested_checkpoint_lists_its_entries(tmp_path):
     module = nn.Linear(2, 1)
     torch.save({"epoch": 3, "state_dict": module.state_dict()}, tmp_path / "last.ckpt")
     state = fx.init(nn.Linear(2, 1))
@@ -217,7 +217,7 @@ def test_unreadable_files_are_refused(tmp_path):
             fx.load_weights(state, tmp_path / name)
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_by_a_failed_save(tmp_path):
+def test_failed_save_overwrites_nothing_and_leaves_no_files(tmp_path):
     fx.save_weights(tmp_path / "w", fx.init(nn.Linear(2, 1)))
     with pytest.raises(fx.CheckpointError, match="which exists"):
         fx.save_weights(tmp_path / "w", fx.init(nn.Linear(2, 1)))

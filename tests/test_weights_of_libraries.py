@@ -1,4 +1,4 @@
-"""Folders of transformers, diffusers, peft, timm and open_clip: loaded and written as these libraries do."""
+"""Folders of transformers, diffusers, peft, timm and open_clip, loaded and saved as these libraries do."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ MODELS = {
 
 
 def different(state):
-    """The state with other weights."""
+    """Returns the state with different weights."""
     return state.replace(params=tree.map(lambda leaf: leaf + 1, state.params))
 
 
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_pretrained_folder_loads_as_from_pretrained_does(transformers, make, shards, tmp_path):
+def test_pretrained_folder_loads_like_from_pretrained(transformers, make, shards, tmp_path):
     torch.manual_seed(0)
     module = make(transformers)
     module.save_pretrained(tmp_path / "w", **({"max_shard_size": "2KB"} if shards else {}))
@@ -55,7 +55,7 @@ def test_pretrained_folder_loads_as_from_pretrained_does(transformers, make, sha
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_from_pretrained_loads_what_was_saved(transformers, make, tmp_path):
+def test_from_pretrained_loads_saved_weights(transformers, make, tmp_path):
     torch.manual_seed(0)
     state = fx.init(make(transformers))
     path = fx.save_weights(tmp_path / "w", state)
@@ -64,7 +64,7 @@ def test_from_pretrained_loads_what_was_saved(transformers, make, tmp_path):
     testing.assert_equal(fx.load_weights(different(state), path).params, state.params, "what comes back")
 
 
-def test_body_of_another_model_loads_with_a_fresh_head(transformers, tmp_path):
+def test_pretrained_body_loads_with_a_new_head(transformers, tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(**TEXT)
     transformers.BertModel(config).save_pretrained(tmp_path / "w")
@@ -78,7 +78,7 @@ def test_body_of_another_model_loads_with_a_fresh_head(transformers, tmp_path):
     assert all(torch.equal(found.state.params[f"bert.{name}"], body[name]) for name in ("pooler.dense.weight",))
 
 
-def test_part_loads_as_from_pretrained_does(transformers, tmp_path):
+def test_part_loads_like_from_pretrained(transformers, tmp_path):
     torch.manual_seed(0)
     backbone = transformers.ViTModel(transformers.ViTConfig(**VISION))
     backbone.save_pretrained(tmp_path / "w")
@@ -89,7 +89,7 @@ def test_part_loads_as_from_pretrained_does(transformers, tmp_path):
     assert torch.equal(found.state.params["head.bias"], module["head"].bias + 1)
 
 
-def test_head_for_other_classes_is_named(transformers, tmp_path):
+def test_head_with_another_class_count_is_reported(transformers, tmp_path):
     torch.manual_seed(0)
     transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=5)).save_pretrained(
         tmp_path / "w"
@@ -102,7 +102,7 @@ def test_head_for_other_classes_is_named(transformers, tmp_path):
     assert torch.equal(found.state.params["classifier.weight"], state.params["classifier.weight"])
 
 
-def test_float32_folder_into_bfloat16_model_is_cast_by_choice(transformers, tmp_path):
+def test_cast_loads_a_float32_folder_into_a_bfloat16_model(transformers, tmp_path):
     torch.manual_seed(0)
     module = MODELS["renamed"](transformers)
     module.save_pretrained(tmp_path / "w")
@@ -129,7 +129,7 @@ def adapted(peft, transformers, seed=0, **options):
     return peft.get_peft_model(base, peft.LoraConfig(**{"r": 2, **options}))
 
 
-def test_adapter_comes_back_alone(peft, transformers, tmp_path):
+def test_adapter_is_saved_and_loaded_alone(peft, transformers, tmp_path):
     state = fx.init(adapted(peft, transformers), fx.optim.adamw(0.1))
     path = fx.save_weights(tmp_path / "w", state)
     other = different(state)
@@ -145,14 +145,14 @@ def test_adapter_comes_back_alone(peft, transformers, tmp_path):
     testing.assert_equal(fx.load_weights(other, tmp_path / "theirs").params, found.state.params, "written by peft")
 
 
-def test_optimizer_state_is_of_the_adapter_alone(peft, transformers):
+def test_optimizer_state_covers_only_the_adapter(peft, transformers):
     state = fx.init(adapted(peft, transformers), fx.optim.adamw(0.1))
     paths = tree.paths(state.opt_state, "opt_state")
     assert paths
     assert all("lora_" in path or "modules_to_save" in path for path in paths if "mu" in path or "nu" in path)
 
 
-def test_adapter_of_another_configuration_is_refused(peft, transformers, tmp_path):
+def test_adapter_with_another_configuration_is_refused(peft, transformers, tmp_path):
     path = fx.save_weights(tmp_path / "w", fx.init(adapted(peft, transformers)))
     with pytest.raises(ValueError, match=r"expected lora_alpha=16 in .*, as in the module, got 8"):
         fx.load_weights(fx.init(adapted(peft, transformers, lora_alpha=16)), path)
@@ -165,7 +165,7 @@ def test_adapter_of_another_configuration_is_refused(peft, transformers, tmp_pat
     [{"use_dora": True}, {"bias": "all"}, {"trainable_token_indices": [1, 2]}, {"modules_to_save": ["embed_tokens"]}],
     ids=str,
 )
-def test_kinds_of_adapters_come_back(peft, transformers, tmp_path, options):
+def test_adapter_variants_round_trip(peft, transformers, tmp_path, options):
     module = adapted(peft, transformers, **options).eval()
     path = fx.save_weights(tmp_path / "w", fx.init(module))
     state = fx.load_weights(fx.init(adapted(peft, transformers, **options)), path)
@@ -173,7 +173,7 @@ def test_kinds_of_adapters_come_back(peft, transformers, tmp_path, options):
     assert torch.equal(fx.view(state)(tokens).logits, module(tokens).logits)
 
 
-def test_adapter_that_transformers_has_added_comes_back(peft, transformers, tmp_path):
+def test_adapter_added_by_transformers_round_trips(peft, transformers, tmp_path):
     torch.manual_seed(0)
     module = MODELS["tied"](transformers)
     module.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -183,7 +183,7 @@ def test_adapter_that_transformers_has_added_comes_back(peft, transformers, tmp_
     assert all(torch.equal(found.state.params[name], state.params[name]) for name in found.loaded)
 
 
-def test_adapter_of_prompts_is_refused(peft, transformers, tmp_path):
+def test_prompt_adapter_is_refused(peft, transformers, tmp_path):
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     module = peft.get_peft_model(MODELS["tied"](transformers), config)
     module.save_pretrained(tmp_path / "w")
@@ -191,7 +191,7 @@ def test_adapter_of_prompts_is_refused(peft, transformers, tmp_path):
         fx.load_weights(fx.init(module), tmp_path / "w")
 
 
-def test_merged_weights_give_the_outputs_of_the_adapter(peft, transformers, tmp_path):
+def test_merged_weights_give_the_outputs_of_the_adapted_model(peft, transformers, tmp_path):
     module = adapted(peft, transformers).eval()
     state = fx.init(module)
     before = state.copy()
@@ -200,10 +200,10 @@ def test_merged_weights_give_the_outputs_of_the_adapter(peft, transformers, tmp_
     merged = transformers.LlamaForCausalLM.from_pretrained(path).eval()
     tokens = torch.arange(6)[None]
     assert torch.allclose(merged(tokens).logits, module(tokens).logits, atol=1e-5)
-    fx.save_weights(tmp_path / "again", state)  # the state's own module was not merged
+    fx.save_weights(tmp_path / "again", state)  # the module of the state was not merged
 
 
-def test_resumed_lora_run_ends_the_same(peft, transformers, tmp_path):
+def test_resumed_lora_run_equals_the_uninterrupted_run(peft, transformers, tmp_path):
     tx, data = fx.optim.adamw(0.1), [torch.arange(6)[None] + i for i in range(4)]
 
     def loss_fn(model, batch):
@@ -219,7 +219,7 @@ def test_resumed_lora_run_ends_the_same(peft, transformers, tmp_path):
         fx.restore(path, like=fx.init(MODELS["tied"](transformers), tx))
 
 
-def test_diffusers_folder(tmp_path):
+def test_diffusers_folder_round_trips(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     options = {"block_out_channels": (4, 4), "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 4}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
@@ -233,7 +233,7 @@ def test_diffusers_folder(tmp_path):
     testing.assert_equal(dict(loaded.state_dict()), dict(module.state_dict()), "a folder for diffusers")
 
 
-def test_timm_folder(tmp_path):
+def test_timm_folder_loads(tmp_path):
     timm = pytest.importorskip("timm")
     module = timm.create_model("resnet10t", num_classes=2)
     timm.models.save_for_hf(module, tmp_path / "w", model_config=None)
@@ -241,7 +241,7 @@ def test_timm_folder(tmp_path):
     testing.assert_equal(fx.state_dict(state), dict(module.state_dict()), "a folder of timm")
 
 
-def test_open_clip_folder(tmp_path):
+def test_open_clip_folder_loads(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     from safetensors.torch import save_file
 
