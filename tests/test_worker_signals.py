@@ -1,4 +1,4 @@
-"""Signals to a run whose data comes from worker processes: to the process alone, or to all of its group."""
+"""Signals to a run with data worker processes, sent to the main process or to its process group."""
 
 import itertools
 import multiprocessing
@@ -17,12 +17,12 @@ import fxtrain as fx
 from fxtrain.data import from_loader
 
 PROGRAM = pathlib.Path(__file__).with_name("worker_run.py")
-SECONDS = 30  # far more than an end takes, and far less than a hang
-GRACE = 5  # in which helpers of multiprocessing notice on a busy machine that their parent has ended
+SECONDS = 30  # far longer than a shutdown, and far shorter than a hang
+GRACE = 5  # for helpers of multiprocessing to exit after their parent, on a busy machine
 
 
 def members(session):
-    """The processes of a session that still run."""
+    """Returns the running processes of a session."""
     found = []
     for folder in pathlib.Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -36,7 +36,7 @@ def members(session):
 
 
 def lasting(session):
-    """The processes of a session that outlive its first one by more than helpers of multiprocessing take to end."""
+    """Returns the processes of a session that still run after the grace period."""
     until = time.monotonic() + GRACE
     while (left := members(session)) and time.monotonic() < until:
         time.sleep(0.05)
@@ -44,7 +44,7 @@ def lasting(session):
 
 
 def end(tmp_path, method, where, kind, number, *, group):
-    """Sends a signal once the program says that it is where it should be."""
+    """Sends a signal when the program is ready, and checks that it saves and exits."""
     command = [sys.executable, str(PROGRAM), str(tmp_path / "run"), method, where, kind]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -63,7 +63,7 @@ def end(tmp_path, method, where, kind, number, *, group):
 
 
 @pytest.mark.parametrize("where", ["step", "wait"])
-def test_a_signal_to_the_group_ends_in_a_save(tmp_path, where):
+def test_signal_to_the_group_saves_and_exits(tmp_path, where):
     end(tmp_path, "fork", where, "plain", signal.SIGTERM, group=True)
 
 
@@ -76,7 +76,7 @@ ALL = itertools.product(
     enumerate(SIGNALS),
     enumerate([True, False]),
 )
-# One in fifteen, so that each value meets most values of the others.
+# One in fifteen, which combines every value with most values of the other parameters.
 COMBINATIONS = [
     tuple(value for _, value in values)
     for values in ALL
@@ -86,12 +86,12 @@ COMBINATIONS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "where", "kind", "number", "group"), COMBINATIONS)
-def test_workers_do_not_change_how_a_signal_ends_a_run(tmp_path, method, where, kind, number, group):
+def test_signal_to_a_run_with_workers_saves_and_exits(tmp_path, method, where, kind, number, group):
     end(tmp_path, method, where, kind, number, group=group)
 
 
 class Hanging(Dataset):
-    """Its first batch is made at once, and the others never."""
+    """Returns the examples of the first batch immediately, and hangs on all others."""
 
     def __len__(self):
         return 8
@@ -103,7 +103,7 @@ class Hanging(Dataset):
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_that_hang_are_ended(persistent):
+def test_close_terminates_hanging_workers(persistent):
     data = from_loader(DataLoader(Hanging(), 2, num_workers=2, persistent_workers=persistent))
     assert data[0].equal(torch.tensor([0.0, 1.0]))
     workers = data._iterator._workers
@@ -130,12 +130,12 @@ sys.exit(3)
 """
 
 
-def test_workers_that_hang_do_not_hang_the_end_of_the_process():
+def test_hanging_workers_do_not_block_process_exit():
     ended = subprocess.run([sys.executable, "-c", UNENDED], capture_output=True, text=True, timeout=SECONDS)
     assert (ended.returncode, ended.stderr) == (3, "")
 
 
-def test_the_loaders_own_settings_are_left_as_they_were():
+def test_loader_settings_and_signal_mask_are_unchanged():
     loader = DataLoader(Hanging(), 2, num_workers=1)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     data = from_loader(loader)
@@ -178,19 +178,19 @@ sys.exit(result.exit_code)
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path, first):
+def test_second_ctrl_c_does_not_wait_for_a_save(tmp_path, first):
     command = [sys.executable, "-c", SAVING, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline().endswith("writing\n")
             process.send_signal(first)
             time.sleep(1)
-            assert process.poll() is None  # once is not enough
+            assert process.poll() is None  # the first signal waits for the save
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=SECONDS)
         finally:
             process.kill()
-    assert process.returncode == -signal.SIGINT, err  # a shell says 130
+    assert process.returncode == -signal.SIGINT, err  # a shell reports 130
     assert not fx.checkpointer(tmp_path).steps()
 
 
@@ -216,7 +216,7 @@ sys.exit(fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, data, steps=9, checkpo
 
 
 @pytest.mark.slow
-def test_a_thread_that_reads_for_long_does_not_delay_the_end(tmp_path):
+def test_slow_reader_thread_does_not_delay_process_exit(tmp_path):
     command = [sys.executable, "-c", SLOW_THREAD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -230,7 +230,7 @@ def test_a_thread_that_reads_for_long_does_not_delay_the_end(tmp_path):
     assert fx.checkpointer(tmp_path).steps() in ([0], [1])  # the first step may have waited for the thread
 
 
-def test_the_programs_own_sigchld_handler_still_hears_of_children():
+def test_sigchld_handler_of_the_program_is_still_called():
     heard = []
     before = signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
 
@@ -252,7 +252,7 @@ def test_the_programs_own_sigchld_handler_still_hears_of_children():
     assert (result.exit_code, heard) == (130, [signal.SIGCHLD])
 
 
-def test_a_process_forked_in_a_session_is_ended_by_its_parent():
+def test_forked_child_ignores_sigint_and_obeys_sigterm():
     context = multiprocessing.get_context("fork")
     exits = []
 
@@ -276,7 +276,7 @@ def test_a_process_forked_in_a_session_is_ended_by_its_parent():
     assert exits == [None, -signal.SIGTERM]
 
 
-def test_an_error_of_the_data_after_a_signal_is_met_at_the_resume(tmp_path):
+def test_data_error_after_a_signal_still_saves(tmp_path):
     class Interrupted:
         epoch_length = 9
 

@@ -1,4 +1,4 @@
-"""Writing at intervals, and numbers that come to the host together."""
+"""Write observer: intervals between writes, and batched transfers of scalars to the host."""
 
 import math
 
@@ -17,7 +17,7 @@ from fxtrain.values import Image, Text
 
 
 class Recorder:
-    """A writer that remembers."""
+    """A writer that records its points."""
 
     def __init__(self):
         self.points = []
@@ -49,18 +49,18 @@ def written(events, **options):
 
 
 @pytest.mark.parametrize(("reduce", "value"), [("mean", 3.0), ("last", 2.0), ("min", 1.0), ("max", 6.0)])
-def test_what_is_written_of_an_interval(reduce, value):
+def test_interval_is_reduced_to_one_value(reduce, value):
     steps = [end(1, 6.0), end(2, 1.0), end(3, 2.0)]
     assert written(steps, every=3, reduce=reduce) == [(3, "train/loss", value)]
 
 
 @pytest.mark.parametrize("reduce", ["mean", "min", "max"])
-def test_a_nan_within_an_interval_is_not_hidden(reduce):
+def test_nan_within_an_interval_is_written(reduce):
     ((_, _, value),) = written([end(1, 1.0), end(2, math.nan), end(3, 2.0)], every=3, reduce=reduce)
     assert math.isnan(value)
 
 
-def test_no_logged_value_is_lost_between_two_writes_and_all_are_in_the_order_of_steps():
+def test_logged_values_between_writes_are_kept_in_step_order():
     steps = [end(step, 1.0, count=step, note=Text(str(step))) for step in range(1, 6)]
     points = written([*steps, (fx.EvalEnd(step=5, metrics={"loss": 9.0}), fx.Control())], every=4)
     assert [step for step, name, _ in points if name == "count"] == [1, 2, 3, 4, 5]
@@ -70,19 +70,19 @@ def test_no_logged_value_is_lost_between_two_writes_and_all_are_in_the_order_of_
     assert before == sorted(before)
 
 
-def test_each_kind_may_have_a_period_of_its_own_and_the_latest_is_written():
+def test_each_kind_is_written_at_its_period_with_its_latest_value():
     def picture(step):
         return Image(torch.full((2, 2), step / 10))
 
     steps = [end(step, float(step), picture=picture(step), note=Text(str(step))) for step in range(1, 8)]
     points = written(steps, every={"images": 3, "metrics": 2})
     shown = [(step, value.frames[0, 0, 0, 0]) for step, name, value in points if name == "picture"]
-    assert shown == [(3, 77), (6, 153), (7, 178)]  # the rest comes at the end
+    assert shown == [(3, 77), (6, 153), (7, 178)]  # the last one is written by close
     assert [step for step, name, _ in points if name == "note"] == [1, 2, 3, 4, 5, 6, 7]
     assert [step for step, name, _ in points if name == "train/loss"] == [2, 4, 6, 7]
 
 
-def test_what_waits_is_a_copy():
+def test_pending_images_are_copies():
     pixels = torch.zeros(2, 2)
     recorder = Recorder()
     observer = observers.write(recorder, every={"images": 10})
@@ -101,7 +101,7 @@ def steps_of(recorder):
     return [step for step, name, _ in recorder.points if name == "train/loss"]
 
 
-def test_points_are_handed_over_together_at_64_of_them_or_after_a_second():
+def test_points_are_written_at_64_or_after_a_second():
     recorder = Recorder()
     observer = observers.write(recorder, every=2)
     seen = []
@@ -122,7 +122,7 @@ def test_points_are_handed_over_together_at_64_of_them_or_after_a_second():
     ],
     ids=["something large", "an evaluation", "something logged elsewhere", "a save", "the end"],
 )
-def test_points_are_handed_over_before(follows):
+def test_pending_points_are_written_before_other_events(follows):
     recorder = Recorder()
     observer = observers.write(recorder)
     for step in (1, 2, 3):
@@ -134,8 +134,8 @@ def test_points_are_handed_over_before(follows):
     assert steps == sorted(steps)
 
 
-def test_what_a_checkpoint_leaves_behind_is_written_before_it_is_saved(tmp_path, monkeypatch):
-    """Killed at any moment after a save, a run that resumes from it lacks no point."""
+def test_points_are_written_before_a_checkpoint_is_saved(tmp_path, monkeypatch):
+    """A run that is killed after a save and resumed from it has all points."""
     recorder, found = Recorder(), []
     checkpointer = fx.checkpointer(tmp_path)
     save = checkpointer.save
@@ -164,17 +164,17 @@ def test_what_a_checkpoint_leaves_behind_is_written_before_it_is_saved(tmp_path,
         ({"images": 0}, r"every\['images'\]=0"),
     ],
 )
-def test_periods_that_are_refused(every, says):
+def test_invalid_periods_are_refused(every, says):
     with pytest.raises(ValueError, match=says):
         observers.write(Recorder(), every=every)
 
 
-# What is on a device
+# Transfers from a device
 
 
 @pytest.fixture
 def transfers(monkeypatch):
-    """How many numbers each transfer brought to the host."""
+    """The number of scalars in each transfer to the host."""
     counts = []
     real = late_numbers.on_their_way
 
@@ -191,7 +191,7 @@ def average(value):
     return fx.metrics.Average.from_model_output(values=torch.tensor([value]))
 
 
-def test_all_that_waits_comes_with_the_first_that_is_looked_at(transfers):
+def test_first_read_transfers_all_pending_values(transfers):
     together = Together()
     several = [together.metrics({"loss": average(float(i)), "n": torch.tensor(i)}) for i in range(5)]
     log = together.log({"on": Logged(torch.tensor(7.0)), "off": Logged(torch.tensor(8.0), when=torch.tensor(False))})
@@ -202,7 +202,7 @@ def test_all_that_waits_comes_with_the_first_that_is_looked_at(transfers):
     assert transfers == [5 * 2 + 4]
 
 
-def test_what_nobody_holds_any_more_is_not_read(transfers):
+def test_released_values_are_not_transferred(transfers):
     together = Together()
     for i in range(1000):
         kept = together.metrics({"n": torch.tensor(i)})
@@ -210,7 +210,7 @@ def test_what_nobody_holds_any_more_is_not_read(transfers):
     assert transfers == [1]
 
 
-def test_one_that_cannot_be_read_fails_where_it_is_looked_at():
+def test_invalid_metric_raises_only_when_read():
     together = Together()
     good, bad = together.metrics({"n": torch.tensor(1)}), together.metrics({"n": torch.zeros(3)})
     assert dict(good) == {"n": 1}
@@ -218,21 +218,21 @@ def test_one_that_cannot_be_read_fails_where_it_is_looked_at():
         dict(bad)
 
 
-def test_the_points_of_many_steps_are_one_transfer(transfers):
+def test_points_of_many_steps_use_one_transfer(transfers):
     recorder, history = Recorder(), History()
     publish = Publisher([observers.write(recorder, every=10)], history, torch.device("cuda"))
     for step in range(1, 21):
-        # Which is not a number at once, as one on a device is not.
+        # Like a scalar on a device, an average is read later.
         mean = fx.metrics.Average.from_model_output(values=torch.tensor([float(step)]))
         publish(None, fx.StepEnd(step=step, time=0.0, metrics={"loss": mean, "mean": mean}), fx.Control())
     assert transfers == []
     publish.close()
     assert [step for step, name, _ in recorder.points if name == "train/mean"] == [10, 20]
     assert history["train/mean"].values.tolist() == list(range(1, 21))
-    assert transfers == [20 * 2]  # of each step, for the writer and the history alike
+    assert transfers == [20 * 2]  # two scalars per step, shared by the writer and the history
 
 
-def test_numbers_are_on_their_way_while_the_next_points_are_taken(monkeypatch):
+def test_transfer_overlaps_with_the_next_points(monkeypatch):
     acts = []
     real = late_numbers.on_their_way
 
@@ -262,7 +262,7 @@ def test_numbers_are_on_their_way_while_the_next_points_are_taken(monkeypatch):
 
 
 class OnDevice(torch.Tensor):
-    """Memory of the host that says it is another device's."""
+    """A host tensor that claims to be on a device."""
 
     is_cpu = False
 
@@ -270,7 +270,7 @@ class OnDevice(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def test_numbers_of_a_device_keep_their_kinds():
+def test_scalars_of_a_device_keep_their_types():
     given = [torch.tensor(value).as_subclass(OnDevice) for value in (True, 0.5, 3, 2**60, False)]
     found = on_their_way([given[0], "text", torch.zeros(3), *given[1:], torch.tensor(7)])()
     assert [value for value in found if not isinstance(value, torch.Tensor)] == [True, "text", 0.5, 3, 2**60, False, 7]
@@ -279,7 +279,7 @@ def test_numbers_of_a_device_keep_their_kinds():
     ]
 
 
-def test_the_history_has_every_step_whether_or_not_somebody_watches():
+def test_history_has_every_step_with_and_without_observers():
     def watched(state, event: fx.StepEnd, control):
         pass
 

@@ -1,4 +1,4 @@
-"""What is written is read back from the files: event files record by record, JSON line by line."""
+"""Writers: written values are read back from event files and JSON lines."""
 
 import importlib.util
 import inspect
@@ -27,7 +27,7 @@ from fxtrain.writers._tensorboard import TensorBoardWriter
 
 
 def records(path):
-    """The events of one file; the checksums are checked."""
+    """Returns the events of one file, and verifies their checksums."""
     data, place, events = path.read_bytes(), 0, []
     while place < len(data):
         header = data[place : place + 8]
@@ -41,8 +41,10 @@ def records(path):
 
 
 def shown(folder):
-    """The summaries that TensorBoard shows, as (step, value), by its rule: the files in the order of their names;
-    the start of a session forgets what was at its step and beyond."""
+    """Returns the summaries that TensorBoard shows, as (step, value).
+
+    It reads files in the order of their names. A session start discards the points at its step and later.
+    """
     kept = []
     for path in sorted(folder.glob("*tfevents*")):
         events = records(path)
@@ -81,7 +83,7 @@ def test_tensorboard_scalars_and_texts_are_read_back(tmp_path):
     assert text.metadata.plugin_data.plugin_name == "text"
 
 
-def test_tensorboard_one_record_holds_the_scalars_of_a_step(tmp_path):
+def test_tensorboard_scalars_of_a_step_share_a_record(tmp_path):
     writer = tensorboard(tmp_path)
     writer.write_scalars(1, {"a": 1.0, "b": 2.0})
     writer.close()
@@ -116,7 +118,7 @@ def test_tensorboard_hparams_are_read_back(tmp_path):
     assert session.hparams["nesterov"].bool_value is True
 
 
-def test_tensorboard_flush_puts_everything_in_the_file(tmp_path):
+def test_tensorboard_flush_writes_all_points(tmp_path):
     writer = tensorboard(tmp_path)
     for step in range(50):
         writer.write_scalars(step, {"loss": float(step)})
@@ -125,10 +127,10 @@ def test_tensorboard_flush_puts_everything_in_the_file(tmp_path):
     writer.close()
 
 
-def test_tensorboard_purge_doubles_no_point_within_one_second(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)  # tensorboardX would overwrite its own file
+def test_tensorboard_purges_within_one_second_duplicate_no_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)  # tensorboardX would overwrite its file
     writer = tensorboard(tmp_path)
-    for begin in (0, 5, 3, 8):  # the run goes back three times
+    for begin in (0, 5, 3, 8):  # the run rewinds three times
         writer.purge(begin)
         for step in range(begin + 1, 11):
             writer.write_scalars(step, {"loss": float(100 * begin + step)})
@@ -140,7 +142,7 @@ def test_tensorboard_purge_doubles_no_point_within_one_second(tmp_path, monkeypa
     ]
 
 
-def test_tensorboard_resumes_twice_even_if_the_clock_was_set_back(tmp_path, monkeypatch):
+def test_tensorboard_resumes_after_the_clock_was_set_back(tmp_path, monkeypatch):
     for session, (begin, now) in enumerate([(0, 1_700_000_900), (4, 1_700_000_500), (6, 1_700_000_100)]):
         monkeypatch.setattr(time, "time", lambda now=now: float(now))
         writer = tensorboard(tmp_path)
@@ -151,7 +153,7 @@ def test_tensorboard_resumes_twice_even_if_the_clock_was_set_back(tmp_path, monk
     assert curve(tmp_path, "session") == [(s, 0.0 if s <= 4 else 1.0 if s <= 6 else 2.0) for s in range(1, 9)]
 
 
-def test_tensorboard_begins_no_file_without_need_and_opens_again_after_close(tmp_path):
+def test_tensorboard_creates_files_lazily_and_reopens_after_close(tmp_path):
     writer = tensorboard(tmp_path)
     writer.purge(0)
     writer.flush()
@@ -168,7 +170,7 @@ def test_tensorboard_begins_no_file_without_need_and_opens_again_after_close(tmp
 # JSON lines
 
 
-def test_jsonl_holds_all_that_an_event_published(tmp_path):
+def test_jsonl_line_has_all_values_of_an_event(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     writer = jsonl(path)
     event = StepEnd(step=12, position=5, epoch_length=10, time=3.25, metrics={})
@@ -196,7 +198,7 @@ def test_jsonl_holds_all_that_an_event_published(tmp_path):
     writer.close()
 
 
-def test_jsonl_verbs_of_one_step_share_a_line(tmp_path):
+def test_jsonl_calls_of_one_step_share_a_line(tmp_path):
     writer = jsonl(tmp_path / "a.jsonl")
     writer.write_hparams({"lr": 0.1})
     writer.write_scalars(1, {"loss": np.float32(0.5), "acc": torch.tensor(0.25)})
@@ -211,7 +213,7 @@ def test_jsonl_verbs_of_one_step_share_a_line(tmp_path):
     ]
 
 
-def test_jsonl_numbers_that_json_lacks_are_strings_that_float_reads(tmp_path):
+def test_jsonl_non_finite_values_are_strings(tmp_path):
     writer = jsonl(tmp_path / "a.jsonl")
     writer.write_scalars(1, {"a": float("nan"), "b": float("inf"), "c": torch.tensor(-float("inf"))})
     writer.close()
@@ -225,7 +227,7 @@ WHOLE = b"".join(b'{"step": %d, "metrics": {"loss": %d.5}}\n' % (n, n) for n in 
 
 
 @pytest.mark.parametrize("cut", range(len(WHOLE) + 1))
-def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
+def test_jsonl_repairs_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
     path = tmp_path / "a.jsonl"
     path.write_bytes(WHOLE[:cut])
     writer = jsonl(path)
@@ -244,7 +246,7 @@ def test_jsonl_mends_a_line_torn_at_any_byte(tmp_path, cut, recwarn):
     assert [line["step"] for line in lines(path)] == [*range(1, whole + 1), 9]
 
 
-def test_jsonl_mends_a_torn_line_longer_than_a_block(tmp_path):
+def test_jsonl_repairs_a_torn_line_longer_than_a_block(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(WHOLE + b'{"step": 4, "texts": {"t": "' + b"x" * 200_000)
     with pytest.warns(RuntimeWarning, match="Its last 200028 bytes"):
@@ -261,7 +263,7 @@ def filled(path, steps=5):
     return writer
 
 
-def test_jsonl_purge_moves_what_lies_beyond_a_step(tmp_path):
+def test_jsonl_purge_moves_later_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     writer = filled(path)
     before = path.read_bytes().splitlines(keepends=True)
@@ -278,7 +280,7 @@ def test_jsonl_purge_moves_what_lies_beyond_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("reopened", [False, True])
-def test_jsonl_joins_to_a_line_of_the_step_that_a_run_resumes_at(tmp_path, reopened):
+def test_jsonl_merges_into_the_line_of_the_resumed_step(tmp_path, reopened):
     path = tmp_path / "a.jsonl"
     writer = filled(path, steps=4)
     if reopened:
@@ -311,7 +313,7 @@ def test_jsonl_purge_survives_a_crash_at_its_commit(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(path)] == [1, 2, 2]
 
 
-def test_jsonl_purge_keeps_configurations_and_moves_what_cannot_be_read(tmp_path):
+def test_jsonl_purge_keeps_hparams_and_moves_unreadable_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"hparams": {"lr": 0.1}}\n\0\0\0\n[1]\n' + WHOLE)
     writer = jsonl(path)
@@ -341,10 +343,10 @@ def test_jsonl_has_one_line_for_each_event_and_step(tmp_path_factory, sessions):
     assert found == list(expected.items())
 
 
-# Together
+# Several writers
 
 
-def test_multi_reaches_every_writer_with_every_verb(tmp_path):
+def test_multi_forwards_every_method_to_every_writer(tmp_path):
     writer = multi(tensorboard(tmp_path / "tb"), multi(jsonl(tmp_path / "a.jsonl"), jsonl(tmp_path / "b.jsonl")))
     publish(writer, FitBegin(step=0), {"config": HParams({"lr": 0.1})})
     publish(writer, StepEnd(step=1, metrics={}), {"loss": 1.0})
@@ -376,7 +378,7 @@ def test_multi_closes_every_writer_and_then_raises_the_first_error(tmp_path):
 
 
 @pytest.mark.parametrize("make", [tensorboard, lambda path: jsonl(path / "a.jsonl")])
-def test_a_path_that_cannot_be_written_is_an_error_at_once(tmp_path, make):
+def test_unwritable_path_is_refused_on_creation(tmp_path, make):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to .*file.* \(Not a directory|File exists"):
         make(tmp_path / "file" / "folder")
@@ -386,7 +388,7 @@ def test_a_path_that_cannot_be_written_is_an_error_at_once(tmp_path, make):
 
 @pytest.fixture
 def clu_writers(monkeypatch):
-    """clu's writers, past its package, which imports TensorFlow."""
+    """Imports clu's writers without their package, which imports TensorFlow."""
     package = types.ModuleType("clu.metric_writers")
     package.__path__ = [f"{importlib.util.find_spec('clu').submodule_search_locations[0]}/metric_writers"]
     for name in [name for name in sys.modules if name.startswith("clu.metric_writers")]:
@@ -397,7 +399,7 @@ def clu_writers(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_the_verbs_are_those_of_clu(clu_writers):
+def test_method_signatures_equal_those_of_clu(clu_writers):
     theirs = clu_writers("interface").MetricWriter
     verbs = [name for name in vars(Writer) if name.startswith("write_") or name in ("flush", "close")]
     assert len(verbs) == 9
@@ -407,7 +409,7 @@ def test_the_verbs_are_those_of_clu(clu_writers):
             assert [(p.name, p.default) for p in inspect.signature(getattr(writer, verb)).parameters.values()] == wanted
 
 
-def test_clu_writers_work_as_ours_and_ours_inside_theirs(tmp_path, clu_writers, caplog):
+def test_clu_writers_and_ours_are_interchangeable(tmp_path, clu_writers, caplog):
     theirs = clu_writers("logging_writer").LoggingWriter()
     assert isinstance(theirs, Writer)
     both = clu_writers("multi_writer").MultiWriter([theirs, jsonl(tmp_path / "a.jsonl"), tensorboard(tmp_path / "tb")])

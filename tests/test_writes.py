@@ -1,4 +1,4 @@
-"""Writes in place: a momentum encoder is part of the state, a batch keeps its values, and all else is refused."""
+"""In-place writes: kept for momentum encoders, made on a copy for batches, and refused for captured tensors."""
 
 import copy
 import importlib
@@ -16,7 +16,7 @@ ROUTES = ["func", "autograd", "traced", "dynamo", "regions", "eager forward"]
 
 
 def compiled(step, route, monkeypatch):
-    """The step by a route; graphs are interpreted, so that Inductor takes no time."""
+    """Returns the step compiled by a route. Graphs are interpreted, because Inductor is slow."""
     if route in ("func", "autograd"):
         return step
     if route == "traced":
@@ -37,7 +37,7 @@ def data(count=4):
 
 
 def plain(module, loss_fn, batches):
-    """An ordinary loop, on a copy."""
+    """Trains a copy of the module in a plain PyTorch loop."""
     module = copy.deepcopy(module)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1)
     losses = []
@@ -73,7 +73,7 @@ def squares(model, batch):
 
 
 def each(write):
-    """An update that writes each pair of parameters."""
+    """Returns an update that applies ``write`` to each pair of parameters."""
 
     def update(module):
         for slow, fast in zip(module.slow.parameters(), module.fast.parameters(), strict=True):
@@ -122,7 +122,7 @@ UPDATES = {
 
 
 class Momentum(nn.Module):
-    """Two encoders as in BYOL, with a queue as in MoCo, and batch norms in both."""
+    """Two encoders with batch norm as in BYOL, and a queue as in MoCo."""
 
     def __init__(self, update=UPDATES["mul_add"], *, late=False):
         super().__init__()
@@ -150,7 +150,7 @@ class Momentum(nn.Module):
 
 
 class Small(nn.Module):
-    """The least of it, for compilers."""
+    """A minimal momentum encoder, which compiles fast."""
 
     def __init__(self, update):
         super().__init__()
@@ -168,7 +168,7 @@ class Small(nn.Module):
 class TestMomentumEncoders:
     @pytest.mark.parametrize("update", UPDATES)
     @pytest.mark.parametrize("route", ["func", "autograd"])
-    def test_every_way_to_write(self, update, route):
+    def test_every_kind_of_write_equals_the_plain_loop(self, update, route):
         module = Momentum(UPDATES[update])
         assert_same(*ours(module, squares, data(), route), *plain(module, squares, data()))
 
@@ -179,12 +179,12 @@ class TestMomentumEncoders:
             pytest.param("dynamo", "mul_add", marks=pytest.mark.slow),
         ],
     )
-    def test_every_route(self, route, update, monkeypatch):
+    def test_every_route_equals_the_plain_loop(self, route, update, monkeypatch):
         module = Small(UPDATES[update])
         assert_same(*ours(module, squares, data(), route, monkeypatch), *plain(module, squares, data()))
 
     @pytest.mark.parametrize("route", ["func", "autograd"])
-    def test_after_the_forward_pass_and_in_the_loss(self, route):
+    def test_writes_after_the_forward_pass_and_in_the_loss_are_kept(self, route):
         def updates(model, batch):
             with torch.no_grad():
                 model.update(model)
@@ -193,20 +193,20 @@ class TestMomentumEncoders:
         module = Momentum(UPDATES["data"], late=True)
         assert_same(*ours(module, updates, data(), route), *plain(module, updates, data()))
 
-    def test_a_hard_copy_is_apart_from_what_it_copies(self):
+    def test_hard_copy_shares_no_storage(self):
         module = Momentum(each(lambda slow, fast: setattr(slow, "data", fast.data)))
         state, _ = ours(module, squares, data(1), "autograd")
         leaves = fx.tree.leaves(state.params)
         assert len({leaf.untyped_storage()._cdata for leaf in leaves}) == len(leaves)
 
-    def test_a_replaced_parameter(self):
+    def test_replaced_parameter_equals_the_plain_loop(self):
         def replaced(module):
             module.slow[0].weight = nn.Parameter(0.9 * module.slow[0].weight + 0.1 * module.fast[0].weight, False)
 
         module = Momentum(replaced)
         assert_same(*ours(module, squares, data()), *plain(module, squares, data()))
 
-    def test_one_that_is_first_written_at_a_later_step(self):
+    def test_first_write_at_a_later_step_is_kept(self):
         class Late(Momentum):
             def forward(self, x):
                 self.late = int(self.place) == 0
@@ -215,10 +215,10 @@ class TestMomentumEncoders:
         module = Late()
         assert_same(*ours(module, squares, data(), "autograd"), *plain(module, squares, data()))
 
-    def test_microbatches_write_one_after_another(self):
+    def test_microbatches_see_earlier_writes(self):
         module = Small(UPDATES["mul_add"])
         state, _ = ours(module, squares, data(1), accumulate=2)
-        for part in data(1)[0].split(3):  # the second sees what the first wrote
+        for part in data(1)[0].split(3):  # the second part reads the writes of the first
             (squares(module, part) / 2).backward()
         with torch.no_grad():
             for parameter in module.fast.parameters():
@@ -236,14 +236,14 @@ class TestMomentumEncoders:
         run(tmp_path / "cut", 3)
         testing.assert_equal(run(tmp_path / "cut", 6).params, whole.params, "params")
 
-    def test_evaluation_and_views_keep_nothing(self):
+    def test_writes_in_evaluation_and_views_are_discarded(self):
         state = fx.init(Momentum())
         before = state.copy()
         fx.eval_step(squares)(state, data()[0])
         fx.view(state, train=True)(data()[0])
         testing.assert_equal(state, before, "the state")
 
-    def test_an_ensemble_updates_each_member(self):
+    def test_vmapped_step_writes_each_member(self):
         tx = fx.optim.sgd(0.1)
         step, state = fx.train_step(squares, tx), fx.init(Small(UPDATES["data"]), tx)
         batches = torch.stack(data(2))
@@ -254,7 +254,7 @@ class TestMomentumEncoders:
 
     @pytest.mark.parametrize("route", ["func", "autograd", "traced"])
     @pytest.mark.parametrize("update", ["data", "data_copy", "mul_add", "foreach"])
-    def test_a_trained_one_is_refused_before_it_is_written(self, update, route, monkeypatch):
+    def test_write_to_a_trained_parameter_is_refused(self, update, route, monkeypatch):
         module = Momentum(UPDATES[update])
         module.slow.requires_grad_(True)
         tx = fx.optim.sgd(0.1)
@@ -266,7 +266,7 @@ class TestMomentumEncoders:
             step(state, data()[0])
         testing.assert_equal(state, before, "the state")
 
-    def test_an_embedding_that_renormalizes_its_weight_is_refused(self):
+    def test_embedding_with_max_norm_is_refused(self):
         module = nn.Embedding(5, 3, max_norm=0.1)
         state, tokens = fx.init(module), torch.tensor([0, 1, 4])
         before = state.copy()
@@ -295,17 +295,17 @@ def a_view(model, batch):
 
 
 class TestBatches:
-    """A batch keeps its values for its owner; the function that writes into it has a copy."""
+    """Functions write into a copy of the batch, so the batch of the caller keeps its values."""
 
     @pytest.mark.parametrize("loss_fn", [masks, scales_data, activates, a_view])
     @pytest.mark.parametrize("route", ["func", "autograd"])
-    def test_every_way_to_write(self, loss_fn, route):
+    def test_every_kind_of_write_equals_the_plain_loop(self, loss_fn, route):
         module, batches = nn.Linear(4, 2).double(), data()
         assert_same(*ours(module, loss_fn, batches, route), *plain(module, loss_fn, data()))
         testing.assert_equal(batches, data(), "the batches")
 
     @pytest.mark.parametrize("route", ROUTES[2:])
-    def test_every_route(self, route, monkeypatch):
+    def test_every_route_equals_the_plain_loop(self, route, monkeypatch):
         def writes(model, batch):
             batch.mul_(0.5)
             return squares(model, batch)
@@ -314,13 +314,13 @@ class TestBatches:
         assert_same(*ours(module, writes, batches, route, monkeypatch), *plain(module, writes, data()))
         testing.assert_equal(batches, data(), "the batches")
 
-    def test_in_evaluation_and_in_a_module(self):
+    def test_evaluation_and_in_place_modules_keep_the_batch(self):
         state, batch = fx.init(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2).double())), data()[0]
         for run in (fx.eval_step(squares), fx.view, fx.gradients(squares)):
             run(state)(batch) if run is fx.view else run(state, batch)
             testing.assert_equal(batch, data()[0], "the batch")
 
-    def test_requires_grad_of_a_batch_is_no_write(self):
+    def test_requires_grad_of_a_batch_makes_no_copy(self):
         def penalty(model, batch):
             batch.requires_grad_()
             return torch.autograd.grad(model(batch).sum(), batch, create_graph=True)[0].square().sum()
@@ -341,7 +341,7 @@ TOTAL = torch.zeros(())
 
 
 def captures():
-    """Loss functions that write into a tensor from outside, by the name in the error."""
+    """Returns loss functions that write into a captured tensor, by the name in the error."""
     total, many, holder, norm = torch.zeros(()), {"a": [torch.zeros(())]}, Holder(), nn.BatchNorm1d(4).double()
 
     def closure(model, batch):
@@ -392,14 +392,14 @@ def captures():
 class TestCapturedTensors:
     @pytest.mark.parametrize("name", captures())
     @pytest.mark.parametrize("route", ["func", "autograd"])
-    def test_are_refused_by_name(self, name, route):
+    def test_writes_are_refused_by_name(self, name, route):
         with pytest.raises(RuntimeError, match=rf"got an in-place write .*{name}\. Register it as a buffer"):
             ours(nn.Linear(4, 2).double(), captures()[name], data(1), route)
         with pytest.raises(RuntimeError, match=rf"got an in-place write .*{name}\. Register it as a buffer"):
             fx.eval_step(captures()[name])(fx.init(nn.Linear(4, 2).double()), data()[0])
 
     @pytest.mark.parametrize("route", ["traced", "dynamo"])
-    def test_at_the_first_compiled_step(self, route, monkeypatch):
+    def test_writes_are_refused_at_the_first_compiled_step(self, route, monkeypatch):
         with pytest.raises(RuntimeError, match="to total"):
             ours(nn.Linear(4, 2).double(), captures()["total"], data(1), route, monkeypatch)
         assert not TOTAL.any()
