@@ -1,4 +1,4 @@
-"""What holds of every transformation: purity, kept structure and dtypes, vmap, one graph, devices."""
+"""Laws of every gradient transformation: purity, preserved structure and dtypes, vmap, one graph, devices."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_update_is_pure(tx):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-def test_structure_shapes_and_dtypes_are_kept(tx, dtype):
+def test_structure_shapes_and_dtypes_are_preserved(tx, dtype):
     params = draw(0, dtype)
     state = tx.init(params)
     updates, new = tx.update(draw(1, dtype), state, params)
@@ -105,21 +105,21 @@ def test_structure_shapes_and_dtypes_are_kept(tx, dtype):
     assert all(leaf.isfinite().all() for leaf in tree.leaves((updates, new)))
 
 
-def test_half_precision_stays_near_the_exact_trajectory(tx):
+def test_half_precision_stays_near_exact_trajectory(tx):
     exact, _ = run(tx, draw(0, torch.float64), grads=lambda seed: draw(seed, torch.bfloat16))
     half, _ = run(tx, draw(0, torch.bfloat16), grads=lambda seed: draw(seed, torch.bfloat16))
-    # One rounding of parameter and update at each of four steps: 2^-8 relative to parameters of up to 3.
+    # Parameter and update are rounded in each of four steps, by up to 2^-8 relative to parameters of up to 3.
     assert_close(tree.map(lambda leaf: leaf.double(), half), exact, rtol=0.02, atol=0.06)
 
 
-def test_the_memory_is_tensors_that_share_no_storage(tx):
+def test_optimizer_state_is_tensors_without_shared_storage(tx):
     params = draw(0)
     leaves = [*tree.leaves(params), *tree.leaves(tx.init(params))]
     assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     assert len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == len(leaves)
 
 
-def test_a_batch_of_optimizers_is_the_optimizers_one_by_one(tx, request):
+def test_vmapped_optimizers_match_single_ones(tx, request):
     params, states = draw(0, batch=(3,)), []
     batched, batched_state = params, torch.func.vmap(tx.init)(params)
     for step in range(1, 4):
@@ -131,12 +131,12 @@ def test_a_batch_of_optimizers_is_the_optimizers_one_by_one(tx, request):
             return tree.map(lambda leaf: leaf[member].clone(), values)
 
         states.append(run(tx, pick(params), 3, grads=lambda seed: pick(draw(seed, batch=(3,)))))
-    # Batched products of bfloat16 are rounded elsewhere; a step of torch's Muon is 1e-3.
+    # Batched bfloat16 matmuls round differently. A step of torch's Muon is 1e-3.
     tolerance = {"rtol": 0, "atol": 5e-4} if "torch muon" in request.node.name else {}
     assert_close((batched, batched_state), tree.map(lambda *leaves: torch.stack(leaves), *states), **tolerance)
 
 
-def test_it_compiles_to_one_graph_that_serves_every_step(tx):
+def test_update_compiles_to_one_graph_for_all_steps(tx):
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(tx.update, fullgraph=True, backend=counter)
@@ -146,7 +146,7 @@ def test_it_compiles_to_one_graph_that_serves_every_step(tx):
     assert_close(start(draw(0)), tx.init(draw(0)))
 
 
-def test_it_works_in_place_of_nothing_and_on_empty_tensors(tx):
+def test_empty_trees_and_empty_tensors_are_accepted(tx):
     updates, state = tx.update({}, tx.init({}), {})
     assert updates == {}
     assert layout(state) == layout(tx.init({}))
@@ -157,14 +157,14 @@ def test_it_works_in_place_of_nothing_and_on_empty_tensors(tx):
     assert all(leaf.isfinite().all() for leaf in tree.leaves((updates, state)))
 
 
-def test_everything_lives_where_the_parameters_live(tx):
+def test_updates_and_state_are_on_the_parameters_device(tx):
     params = tree.map(lambda leaf: leaf.to("meta"), draw(0))
     updates, state = tx.update(params, tx.init(params), params)
     assert {leaf.device for leaf in tree.leaves((updates, state, tx.init(params)))} == {torch.device("meta")}
 
 
 def test_frozen_parameters_may_be_none_and_batched(tx):
-    # What torch's own pytrees, and so vmap, take for a leaf must not stand in the memory.
+    # None is a leaf to torch's pytrees and vmap, so it must not occur in the optimizer state.
     params = {**draw(0, batch=(2,)), "layer.weight": None}
     state = torch.func.vmap(lambda stack: tx.init({"layer.weight": None, "stack": stack}))(params["stack"])
 
@@ -176,7 +176,7 @@ def test_frozen_parameters_may_be_none_and_batched(tx):
     assert layout(torch.func.vmap(update)(params["stack"], state)) == layout((params["stack"], state))
 
 
-def test_a_chain_compiled_by_inductor_is_the_eager_one():
+def test_inductor_compiled_chain_matches_eager():
     torch._dynamo.reset()
     tx = optim.chain(
         optim.clip_by_global_norm(1.0),
@@ -188,7 +188,7 @@ def test_a_chain_compiled_by_inductor_is_the_eager_one():
     assert_close(run(tx, draw(0), update=compiled), run(tx, draw(0)))
 
 
-def test_a_compiled_batch_is_the_batch():
+def test_compiled_vmap_matches_eager_vmap():
     torch._dynamo.reset()
     tx = FACTORIES["muon"]()
     params = draw(0, batch=(3,))
@@ -202,8 +202,8 @@ def test_a_compiled_batch_is_the_batch():
     assert_close(compiled(grads, state, params), update(grads, state, params))
 
 
-def test_gradients_flow_through_an_update():
-    # The step of a step, as in meta-learning: the derivative by the learning rate.
+def test_gradients_flow_through_update():
+    # Differentiates by the learning rate, as in meta-learning.
     tx = optim.adam(0.1, eps_root=1e-8)
     params = torch.tensor([1.0, -2.0])
 
@@ -220,8 +220,8 @@ def test_gradients_flow_through_an_update():
     ("name", "leaves"),
     [("sgd", 0), ("adam", 3), ("adamw", 4), ("lion", 1), ("momentum", 1), ("adafactor", 3), ("muon", 6)],
 )
-def test_the_memory_is_no_larger_than_needed(name, leaves):
-    """Leaves for one matrix, and for muon for a vector too: each costs time at every step."""
+def test_optimizer_state_has_no_extra_leaves(name, leaves):
+    """Counts the leaves for one matrix (for muon also a vector), because each leaf costs time in every step."""
     made = {
         "sgd": optim.sgd(0.1),
         "adam": optim.adam(0.1),

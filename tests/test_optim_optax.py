@@ -1,4 +1,4 @@
-"""Where optax has a transformation of the same name, its trajectories are ours."""
+"""Transformations with a counterpart in optax follow the same trajectories."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def _matrices(path, leaf):
 
 
 def jitted(tx):
-    # Control flow that is not compiled once would be compiled at every step.
+    # Without jit, JAX would recompile the control flow in every step.
     return optax.GradientTransformation(tx.init, jax.jit(tx.update))
 
 
@@ -134,14 +134,14 @@ PAIRS = {
         ),
     ),
 }
-# Both compute these schedules, or the decay of the factored average, in float32.
+# Both libraries compute these schedules, or the decay of the factored average, in float32.
 SINGLE = {"a chain", "injected", "factored rms", "adafactor", "adafactor, bare", "decay on a schedule"}
 TRIPLES = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
 SHAPES = {"bias": (7,), "conv": (5, 2, 4), "matrix": (4, 6), "scalar": ()}
 
 
 def trajectories(ours, theirs, *, shapes=SHAPES, dtype=np.float64, poison=()):
-    """Both optimizers' parameters over the steps, from one start and with one sequence of gradients."""
+    """Yields the parameters of both optimizers after each step, with equal starts and gradients."""
     generator = np.random.default_rng(0)
 
     def draw():
@@ -175,17 +175,17 @@ def assert_same(pairs, rtol):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_trajectories_are_optax_s(name):
+def test_trajectories_match_optax(name):
     poison = (3, 10, 11, 12, 13) if name == "apply_if_finite" else ()
     assert_same(trajectories(*PAIRS[name], poison=poison), rtol=1e-6 if name in SINGLE else 1e-11)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw", "lamb", "rmsprop, all of it", "adagrad", "global norm"])
-def test_complex_trajectories_are_optax_s(name):
+def test_complex_trajectories_match_optax(name):
     assert_same(trajectories(*PAIRS[name], dtype=np.complex128), rtol=1e-11)
 
 
-def test_split_parts_are_optax_s():
+def test_split_real_and_imaginary_matches_optax():
     ours = optim.split_real_and_imaginary(optim.adamw(0.01, weight_decay=0.1))
     theirs = optax.contrib.split_real_and_imaginary(optax.adamw(0.01, weight_decay=0.1))
     assert_same(trajectories(ours, theirs, dtype=np.complex128), rtol=1e-11)
@@ -195,8 +195,8 @@ def test_split_parts_are_optax_s():
     ("shape", "options"),
     [((6, 4), {}), ((4, 6), {"nesterov": False}), ((5, 5), {"consistent_rms": 0.2}), ((6, 4), {"ns_coeffs": TRIPLES})],
 )
-def test_muon_s_trajectories_are_optax_s_of_the_transposed(shape, options):
-    # optax's matrices are [in, out] and torch's are [out, in]; an orthogonalised transpose is the transpose.
+def test_muon_matches_optax_on_transposed_matrices(shape, options):
+    # Matrices are [in, out] in optax and [out, in] in torch. Orthogonalization commutes with transposition.
     shapes = {"bias": (7,), "matrix": shape}
     ours = optim.muon(0.02, weight_decay=0.1, ns_steps=len(TRIPLES), **options)
     theirs = optax.contrib.muon(0.02, weight_decay=0.1, ns_steps=len(TRIPLES), **options)

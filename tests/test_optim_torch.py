@@ -1,4 +1,4 @@
-"""The trajectories of ``torch.optim``: by ``from_torch`` for all of it, and by our own names where they match."""
+"""``from_torch`` and the equivalent fxtrain optimizers follow the trajectories of ``torch.optim``."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def draw(seed, shapes, dtype=torch.float64):
 
 
 def trajectories(tx, make, *, shapes=SHAPES, dtype=torch.float64, scheduler=None):
-    """Parameters over the steps, ours and those that the optimizer changes in place."""
+    """Yields the parameters of the transformation and of the torch optimizer after each step."""
     params = draw(0, shapes, dtype)
     theirs = tree.clone(params)
     optimizer = make(list(theirs.values()))
@@ -81,7 +81,7 @@ def shapes_for(name):
 
 
 @pytest.mark.parametrize(("name", "options"), TABLE, ids=IDS)
-def test_from_torch_keeps_the_numbers(name, options, double):
+def test_from_torch_matches_torch(name, options, double):
     kind = getattr(torch.optim, name)
     pairs = trajectories(
         optim.from_torch(kind, **options), lambda params: kind(params, **options), shapes=shapes_for(name)
@@ -118,12 +118,12 @@ def test_from_torch_treats_complex_parameters_as_pairs(name, double):
         ("Rprop", optim.rprop(0.1), {"lr": 0.1}),
     ],
 )
-def test_our_names_with_torch_s_meanings(name, tx, options, double):
+def test_fxtrain_optimizers_match_torch(name, tx, options, double):
     assert_same(trajectories(tx, lambda params: getattr(torch.optim, name)(params, **options)), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Adafactor"])
-def test_the_learning_rate_may_be_a_schedule(name, double):
+def test_from_torch_accepts_a_learning_rate_schedule(name, double):
     kind = getattr(torch.optim, name)
     tx = optim.from_torch(kind, lr=lambda step: 0.1 * 0.9 ** step.double(), weight_decay=0.1)
     pairs = trajectories(
@@ -135,21 +135,21 @@ def test_the_learning_rate_may_be_a_schedule(name, double):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_from_torch_agrees_in_single_precision(name):
+def test_from_torch_matches_torch_in_single_precision(name):
     kind = getattr(torch.optim, name)
     pairs = trajectories(optim.from_torch(kind), kind, shapes=shapes_for(name), dtype=torch.float32)
-    # Muon's products are in bfloat16: a last bit of a direction is 4e-3 of a step, and a step is 1e-3.
+    # Muon's matmuls are in bfloat16, so a direction is accurate to 4e-3, and a step is 1e-3.
     assert_same(pairs, 2e-4 if name == "Muon" else 1e-5)
 
 
-def test_injected_from_torch(double):
+def test_injected_from_torch_matches_torch(double):
     options = {"lr": 0.01, "weight_decay": 0.1}
     tx = optim.inject_hyperparams(optim.from_torch)(torch.optim.AdamW, **options)
     assert sorted(tx.init({"w": torch.ones(2)}).hyperparams) == ["lr", "weight_decay"]
     assert_same(trajectories(tx, lambda params: torch.optim.AdamW(params, **options)), 1e-12)
 
 
-def test_flags_for_speed_are_accepted():
+def test_performance_flags_are_accepted():
     tx = optim.from_torch(torch.optim.AdamW, lr=1e-3, fused=True, foreach=False, capturable=True)
     assert len(tree.leaves(tx.init({"a": torch.ones(2), "b": torch.ones(2)}))) == 5
 
@@ -192,13 +192,13 @@ class Unknown(torch.optim.SGD):
         (lambda: optim.from_torch(torch.optim.Adam, lr=-1.0), ValueError, "Invalid learning rate: -1.0"),
     ],
 )
-def test_what_cannot_be_taken_from_torch_is_refused(call, error, message):
+def test_unsupported_torch_optimizers_are_rejected(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(message)
 
 
-def test_a_schedule_from_fxtrain():
+def test_from_torch_accepts_an_fxtrain_schedule():
     tx = optim.from_torch(torch.optim.SGD, lr=schedules.linear(1.0, 0.0, transition_steps=2))
     params = torch.tensor(1.0)
     state, rates = tx.init(params), []

@@ -20,7 +20,7 @@ def normal(seed, shapes):
 
 
 @pytest.mark.parametrize(("name", "options"), TABLE, ids=IDS)
-def test_parameters_used_sometimes_step_as_torchs_do(name, options, double):
+def test_sometimes_used_parameters_match_torch(name, options, double):
     kind, shapes = getattr(torch.optim, name), MATRICES if name == "Muon" else VECTORS
     tx, params = optim.from_torch(kind, **options), normal(0, shapes)
     theirs = {name: value.clone() for name, value in params.items()}
@@ -45,7 +45,7 @@ def without(values, path):
 
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name != "every k"])
-def test_the_rest_is_updated_as_if_the_unused_were_not_there(name):
+def test_unused_parameters_do_not_affect_the_others(name):
     tx, path = FACTORIES[name](), "layer.weight"
     params = draw(0)
     rest = without(params, path)
@@ -63,12 +63,12 @@ def test_the_rest_is_updated_as_if_the_unused_were_not_there(name):
     for place, (old, new) in kept.items():
         if f"'{path}'" in place:
             assert torch.equal(old, new), place
-    # A state that saw both kinds of steps goes on for all.
+    # After both kinds of steps, the state still accepts an update of all parameters.
     updates, state = optim.update_used(tx, draw(9), state, params, tree.map(lambda _: True, params))
     assert all(leaf.isfinite().all() for leaf in tree.leaves((updates, state)))
 
 
-def test_it_is_one_graph_and_vmapped():
+def test_update_used_compiles_to_one_graph_and_vmaps():
     tx = FACTORIES["chain"]()
     params, used = draw(0), tree.map(lambda _: True, draw(0)) | {"scale": False}
 
@@ -89,7 +89,7 @@ def test_it_is_one_graph_and_vmapped():
     assert set(updates) == set(SHAPES)
 
 
-def test_an_accumulation_keeps_the_gradients_of_earlier_steps():
+def test_accumulation_keeps_gradients_of_earlier_steps():
     tx = optim.every_k(optim.sgd(1.0), 2)
     params = {"always": torch.tensor(0.0), "once": torch.tensor(0.0)}
     state = tx.init(params)
@@ -100,7 +100,7 @@ def test_an_accumulation_keeps_the_gradients_of_earlier_steps():
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop", "Adafactor"])
-def test_an_accumulation_leaves_what_none_of_its_steps_used_as_torch_does(kind, double):
+def test_accumulation_skips_unused_parameters_as_in_torch(kind, double):
     torch.manual_seed(0)
     options = {"momentum": 0.9, "weight_decay": 0.1} if kind == "SGD" else {"weight_decay": 0.1}
     module, make = Routed(), getattr(torch.optim, kind)
@@ -138,7 +138,7 @@ def routed_loss(model, batch):
 
 class TestTrainStep:
     @pytest.mark.parametrize("differentiate", ["func", "autograd"])
-    def test_a_model_whose_batches_use_other_layers_trains_as_in_torch(self, differentiate, double):
+    def test_routed_model_trains_as_in_torch(self, differentiate, double):
         torch.manual_seed(0)
         module, tx = Routed(), optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(0.1, weight_decay=0.1))
         state = fx.init(module, tx)
@@ -149,7 +149,7 @@ class TestTrainStep:
             state, _ = step(state, batch)
             optimizer.zero_grad()
             routed_loss(module, batch).backward()
-            # In torch's own function 1e-6 is added to the norm.
+            # torch's clip_grad_norm_ adds 1e-6 to the norm, so the clipping is written out.
             norm = torch.stack([p.grad.square().sum() for p in module.parameters() if p.grad is not None]).sum().sqrt()
             for parameter in module.parameters():
                 if parameter.grad is not None:
@@ -160,7 +160,7 @@ class TestTrainStep:
         assert state.opt_state[1][0].count["never"] == 0
         assert state.opt_state[1][0].count["sometimes.bias"] == 2
 
-    def test_a_traced_step_keeps_them_too(self):
+    def test_traced_step_keeps_unused_parameters(self):
         tx = optim.adamw(0.1, weight_decay=0.1)
         state = fx.init(Routed(), tx)
         step = fx.train_step(routed_loss, tx)
@@ -173,7 +173,7 @@ class TestTrainStep:
         traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tree.leaves(state))
         testing.assert_equal(tree.unflatten(structure, traced(*tree.leaves(state))), eager, "the traced step")
 
-    def test_zero_gradients_on_request(self):
+    def test_unused_zero_applies_weight_decay(self):
         tx = optim.adamw(0.1, weight_decay=0.1)
         state = fx.init(Routed(), tx)
         after, _ = fx.train_step(routed_loss, tx, unused="zero")(state, {"x": torch.ones(2, 2)})
@@ -183,7 +183,7 @@ class TestTrainStep:
 
 
 class TestHandWritten:
-    def test_a_dict_of_its_own(self):
+    def test_dict_state_is_split_by_parameter(self):
         def init(params):
             return {"m": {name: torch.zeros_like(value) for name, value in params.items()}}
 
@@ -198,7 +198,7 @@ class TestHandWritten:
         assert state["m"]["idle"].tolist() == [0, 0]
         assert state["m"]["busy"].tolist() == [1, 1]
 
-    def test_a_state_that_reads_values_as_it_begins(self):
+    def test_init_may_read_parameter_values(self):
         def init(params):
             return {"size": torch.tensor(sum(leaf.sum().item() for leaf in tree.leaves(params)))}
 
@@ -215,7 +215,7 @@ class TestHandWritten:
             lambda params: {"all": torch.zeros(sum(leaf.numel() for leaf in tree.leaves(params)))},
         ],
     )
-    def test_a_state_in_the_order_of_the_leaves_is_refused(self, init):
+    def test_state_without_parameter_structure_is_rejected(self, init):
         tx = optim.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
         params = {"busy": torch.ones(2), "idle": torch.ones(2)}
         with pytest.raises(ValueError, match="expected optimizer state that has the structure of the parameters"):
@@ -232,7 +232,7 @@ class TestHandWritten:
         ),
     ],
 )
-def test_a_wrong_tree_of_used_parameters_is_refused(used, message):
+def test_mismatched_used_tree_is_rejected(used, message):
     params = {"a": torch.ones(1), "b": torch.ones(1)}
     tx = optim.adam(0.1)
     with pytest.raises(ValueError, match=message):
@@ -250,7 +250,7 @@ def test_apply_gradients_keeps_unused_parameters_bitwise():
     testing.assert_equal(after.opt_state[0].mu["idle"], state.opt_state[0].mu["idle"], "momenta")
 
 
-def test_a_count_is_read_by_name():
+def test_counts_are_indexed_by_dotted_path():
     count = optim.start_counts({"a": torch.ones(1), "b": {"c": torch.ones(1)}})
     assert int((count + 1)["b.c"]) == 1
     with pytest.raises(KeyError, match=r"expected a parameter among a, b\.c, got 'd'\."):

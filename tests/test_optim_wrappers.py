@@ -1,4 +1,4 @@
-"""Chains, masks, partitions, skipped updates, injected hyperparameters, and the texts of errors."""
+"""Optimizer wrappers: chains, masks, partitions, skipped updates, injected hyperparameters, and error messages."""
 
 import functools
 
@@ -20,21 +20,21 @@ def one(tx, grads=ONES, params=PARAMS):
 
 
 class TestChain:
-    def test_is_each_in_turn(self):
+    def test_chain_applies_transformations_in_order(self):
         a, b = optim.clip_by_global_norm(1.0), optim.sgd(0.1)
         first = one(a)
         torch.testing.assert_close(one(optim.chain(a, b)), one(b, first))
 
-    def test_of_nothing_is_the_identity(self):
+    def test_empty_chain_is_the_identity(self):
         assert one(optim.chain()) is ONES
 
-    def test_needs_no_parameters_where_none_are_used(self):
+    def test_chain_needs_params_only_if_a_member_does(self):
         tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adam(0.1))
         updates, _ = tx.update(ONES, tx.init(PARAMS))
         assert tree.structure(updates) == tree.structure(ONES)
 
     @given(st.lists(st.sampled_from(["scale", "trace", "clip", "adam"]), max_size=5), st.integers(0, 5))
-    def test_is_associative(self, names, cut):
+    def test_chain_is_associative(self, names, cut):
         parts = [
             {
                 "scale": optim.scale(0.5),
@@ -57,20 +57,20 @@ class TestMasked:
             lambda path, leaf: path.split(".")[0] == "head",
         ],
     )
-    def test_passes_what_is_left_out(self, mask):
+    def test_excluded_leaves_pass_unchanged(self, mask):
         tx = optim.masked(optim.chain(optim.scale(2.0), optim.trace(0.9)), mask)
         state = tx.init(PARAMS)
         assert [leaf.shape for leaf in tree.leaves(state)] == [(2, 2)]
         updates = one(tx)
         torch.testing.assert_close(updates, {**ONES, "head.weight": torch.full((2, 2), 2.0)})
 
-    def test_predicates_see_dotted_paths_and_leaves(self):
+    def test_predicates_get_dotted_paths_and_leaves(self):
         seen = []
         nested = {"a": {"b.c": torch.ones(2)}, "d": [torch.ones(3, 1), (torch.ones(()),)]}
         optim.masked(optim.identity(), lambda path, leaf: bool(seen.append((path, tuple(leaf.shape))))).init(nested)
         assert seen == [("a.b.c", (2,)), ("d.0", (3, 1)), ("d.1.0", ())]
 
-    def test_of_all_is_the_inner_and_of_none_the_identity(self):
+    def test_full_mask_is_the_inner_and_empty_mask_the_identity(self):
         tx = optim.adam(0.1)
         torch.testing.assert_close(one(optim.masked(tx, lambda path, leaf: True)), one(tx))
         torch.testing.assert_close(one(optim.masked(tx, lambda path, leaf: False)), ONES)
@@ -84,14 +84,14 @@ class TestMasked:
             "head.weight": 1.0,
         }
 
-    def test_norms_are_of_the_chosen_alone(self):
+    def test_norms_cover_only_masked_leaves(self):
         updates = one(optim.masked(optim.clip_by_global_norm(1.0), lambda path, leaf: leaf.ndim == 1))
         assert float(updates["body.bias"].norm()) == pytest.approx(1.0)
         torch.testing.assert_close(updates["body.weight"], ONES["body.weight"])
 
 
 class TestPartition:
-    def test_each_leaf_is_seen_by_its_own(self):
+    def test_leaves_are_updated_by_their_label(self):
         tx = optim.partition(
             {"head": optim.sgd(1.0), "body": optim.sgd(0.1), "frozen": optim.set_to_zero()},
             {"body.bias": "frozen", "body.weight": "body", "head.weight": "head"},
@@ -99,7 +99,7 @@ class TestPartition:
         rates = {name: -float(value.flatten()[0]) for name, value in one(tx).items()}
         assert rates == {"body.bias": 0.0, "body.weight": pytest.approx(0.1), "head.weight": 1.0}
 
-    def test_keeps_memory_for_each_label(self):
+    def test_each_label_has_optimizer_state_for_its_leaves(self):
         tx = optim.partition(
             {"adam": optim.adam(0.1), "sgd": optim.sgd(0.1)},
             lambda path, leaf: "adam" if leaf.ndim == 1 else "sgd",
@@ -108,7 +108,7 @@ class TestPartition:
         assert len(tree.leaves(states["adam"])) == 3
         assert len(tree.leaves(states["sgd"])) == 0
 
-    def test_muon_leaves_an_embedding_to_adamw_if_told_so(self):
+    def test_muon_mask_assigns_embeddings_to_adamw(self):
         tx = optim.muon(0.1, muon_mask={"body.bias": False, "body.weight": True, "head.weight": False})
         states = tx.init(PARAMS).inner_states
         assert [tree.leaves(states[label][0].mu)[0].shape for label in ("muon", "adam")] == [(2, 2), (2,)]
@@ -116,7 +116,7 @@ class TestPartition:
 
 
 class TestApplyIfFinite:
-    def test_skips_counts_and_gives_in(self):
+    def test_non_finite_updates_are_skipped_up_to_the_limit(self):
         tx = optim.apply_if_finite(optim.sgd(0.1, momentum=0.9), max_consecutive=2)
         state = tx.init(PARAMS)
         _, state = tx.update(ONES, state, PARAMS)
@@ -133,7 +133,7 @@ class TestApplyIfFinite:
         assert (int(state.notfinite_count), int(state.total_notfinite)) == (0, 2)
         assert updates["body.bias"].isfinite().all()
 
-    def test_each_member_of_a_batch_is_skipped_by_itself(self):
+    def test_vmapped_members_are_skipped_individually(self):
         tx = optim.apply_if_finite(optim.sgd(1.0), max_consecutive=5)
         grads = torch.tensor([1.0, float("inf"), 2.0])
         updates, state = torch.func.vmap(tx.update)(grads, torch.func.vmap(tx.init)(grads))
@@ -142,11 +142,11 @@ class TestApplyIfFinite:
 
 
 class TestInjectHyperparams:
-    def test_the_numbers_are_the_factory_s(self):
+    def test_injected_updates_match_the_factory(self):
         given = {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.1}
         torch.testing.assert_close(one(optim.inject_hyperparams(optim.adamw)(**given)), one(optim.adamw(**given)))
 
-    def test_keeps_what_was_given_and_nothing_else(self):
+    def test_only_given_hyperparameters_are_injected(self):
         tx = optim.inject_hyperparams(optim.muon)(
             0.1, ns_steps=3, muon_mask=lambda path, leaf: leaf.ndim == 2, adam_b1=0.8, weight_decay=torch.tensor(0.1)
         )
@@ -154,13 +154,13 @@ class TestInjectHyperparams:
         assert sorted(state.hyperparams) == ["adam_b1", "learning_rate", "weight_decay"]
         assert {(v.dtype, v.shape) for v in state.hyperparams.values()} == {(torch.float32, torch.Size([]))}
 
-    def test_is_as_precise_as_the_parameters(self):
+    def test_hyperparameters_have_parameter_precision(self):
         params = tree.map(torch.Tensor.double, PARAMS)
         tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
         assert float(tx.init(params).hyperparams["learning_rate"]) == 0.1
         torch.testing.assert_close(one(tx, params, params), one(optim.sgd(0.1), params, params), rtol=0, atol=0)
 
-    def test_a_decay_that_single_precision_cannot_hold_is_refused(self):
+    def test_decay_rate_beyond_single_precision_is_rejected(self):
         inject = optim.inject_hyperparams
         near = inject(optim.adam)(learning_rate=0.1, b2=0.999999)
         with pytest.raises(ValueError, match=r"expected b2 to be a decay rate .*got 0\.999999.*functools\.partial"):
@@ -174,12 +174,12 @@ class TestInjectHyperparams:
         assert sorted(outside.init(PARAMS).hyperparams) == ["learning_rate"]
         torch.testing.assert_close(one(outside), one(optim.adam(0.1, b2=0.999999)))
 
-    def test_a_tensor_of_the_user_s_is_copied(self):
+    def test_hyperparameter_tensors_are_copied(self):
         rate = torch.tensor(0.1)
         state = optim.inject_hyperparams(optim.sgd)(learning_rate=rate).init(PARAMS)
         assert state.hyperparams["learning_rate"].data_ptr() != rate.data_ptr()
 
-    def test_a_schedule_is_shown_and_followed(self):
+    def test_scheduled_values_are_stored_and_applied(self):
         schedule = schedules.linear(1.0, 0.0, transition_steps=2)
         tx = optim.inject_hyperparams(optim.sgd)(learning_rate=schedule)
         state, rates, shown = tx.init(PARAMS), [], []
@@ -189,7 +189,7 @@ class TestInjectHyperparams:
             shown.append(float(optim.get_hyperparams(state)["learning_rate"]))
         assert rates == shown == [1.0, 0.5, 0.0]
 
-    def test_setting_finds_every_place(self):
+    def test_set_hyperparams_reaches_nested_states(self):
         inject = optim.inject_hyperparams
         tx = optim.chain(
             optim.clip_by_global_norm(1.0),
@@ -208,11 +208,11 @@ class TestInjectHyperparams:
             "[1][2][0]['b'].learning_rate": 0.01,
             "b1": 0.5,
         }
-        assert float(optim.get_hyperparams(state)["b1"]) == pytest.approx(0.8)  # the old one is as it was
+        assert float(optim.get_hyperparams(state)["b1"]) == pytest.approx(0.8)  # the input state is unchanged
         assert tree.structure(new) == tree.structure(state)
         assert len({leaf.data_ptr() for leaf in tree.leaves(new)}) == len(tree.leaves(new))
 
-    def test_a_batch_may_be_set_at_once_or_member_by_member(self):
+    def test_set_hyperparams_works_on_vmapped_states(self):
         tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
         states = torch.func.vmap(tx.init)(torch.ones(3))
         together = optim.set_hyperparams(states, learning_rate=0.5)
@@ -223,7 +223,7 @@ class TestInjectHyperparams:
         updates, _ = torch.func.vmap(tx.update)(torch.ones(3), single)
         assert updates.tolist() == [-1.0, -2.0, -3.0]
 
-    def test_a_new_value_makes_no_new_graph(self):
+    def test_new_value_does_not_recompile(self):
         torch._dynamo.reset()
         tx = optim.inject_hyperparams(optim.adamw)(learning_rate=0.1, weight_decay=0.1)
         counter = CompileCounter()
@@ -236,7 +236,7 @@ class TestInjectHyperparams:
             torch.testing.assert_close(updates, expected)
         assert counter.frame_count == 1
 
-    def test_setting_works_inside_of_a_compiled_function(self):
+    def test_set_hyperparams_works_inside_a_compiled_function(self):
         torch._dynamo.reset()
         tx = optim.chain(optim.inject_hyperparams(optim.sgd)(learning_rate=0.1))
 
@@ -248,7 +248,7 @@ class TestInjectHyperparams:
             state = compiled(tx.init(PARAMS), torch.tensor(loss))
             assert float(optim.get_hyperparams(state)["learning_rate"]) == pytest.approx(rate)
 
-    def test_no_new_graph_as_a_schedule_advances(self):
+    def test_advancing_schedule_does_not_recompile(self):
         torch._dynamo.reset()
         tx = optim.adamw(schedules.warmup_cosine_decay(0.0, 1.0, warmup_steps=2, decay_steps=9))
         counter = CompileCounter()
@@ -261,8 +261,8 @@ class TestInjectHyperparams:
 
 
 class TestPrecision:
-    def test_second_moments_outlast_bfloat16(self):
-        # Kept in bfloat16, v stops growing once its hundredth part is below its last bit.
+    def test_second_moments_do_not_stall_in_bfloat16(self):
+        # In bfloat16 the second moment stops growing once an increment is below half of its last bit.
         params = torch.ones(4, dtype=torch.bfloat16)
         tx = optim.scale_by_adam(b2=0.999)
         state = tx.init(params)
@@ -272,31 +272,31 @@ class TestPrecision:
         assert float(state.nu[0]) == pytest.approx(1 - 0.999**2000, rel=1e-3)
 
     def test_small_gradients_survive_float16(self):
-        grads = torch.tensor([1e-5, 0.0], dtype=torch.float16)  # whose square, and the usual eps, are zero there
+        grads = torch.tensor([1e-5, 0.0], dtype=torch.float16)  # its square and the default eps underflow
         updates = one(optim.adam(0.1), grads, grads)
         assert updates.dtype == torch.float16
         assert updates.tolist() == pytest.approx([-0.1, 0.0], rel=1e-2)
 
-    def test_moments_are_kept_in_the_dtype_asked_for(self):
+    def test_first_moments_have_the_given_dtype(self):
         params = {"real": torch.ones(2), "complex": torch.ones(2, dtype=torch.complex64)}
         state = optim.scale_by_adam(mu_dtype=torch.bfloat16).init(params)
         assert [leaf.dtype for leaf in tree.leaves(state.mu)] == [torch.complex64, torch.bfloat16]
         assert [leaf.dtype for leaf in tree.leaves(state.nu)] == [torch.float32, torch.float32]
 
-    def test_a_learning_rate_of_more_bits_does_not_widen(self):
+    def test_double_learning_rate_does_not_promote_updates(self):
         for rate in (torch.tensor(0.1, dtype=torch.float64), lambda step: torch.tensor(0.1, dtype=torch.float64)):
             assert {leaf.dtype for leaf in one(optim.sgd(rate)).values()} == {torch.float32}
             scalar = torch.tensor(1.0)
             assert one(optim.sgd(rate), scalar, scalar).dtype == torch.float32
 
-    def test_the_count_corrects_the_first_steps_in_single_precision(self):
+    def test_bias_correction_is_accurate_in_single_precision(self):
         params = torch.ones(1)
         tx = optim.scale_by_adam(b2=0.999999, eps=0.0)
         updates, _ = tx.update(params, tx.init(params))
         torch.testing.assert_close(updates, params, rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("b2", [0.999, 0.9999, 0.999999])
-    def test_radam_rectifies_in_single_precision_as_in_double(self, b2):
+    def test_radam_rectification_is_accurate_in_single_precision(self, b2):
         seen = {}
         for dtype in (torch.float32, torch.float64):
             params = torch.ones(3, dtype=dtype)
@@ -308,7 +308,7 @@ class TestPrecision:
         assert seen[torch.float32] == pytest.approx(seen[torch.float64], rel=1e-5, abs=0)
 
     @pytest.mark.parametrize("count", [10**7, 10**9, 10**10])
-    def test_adafactor_still_averages_after_many_steps(self, count):
+    def test_adafactor_decay_is_accurate_after_many_steps(self, count):
         params = torch.ones(3)
         tx = optim.scale_by_factored_rms()
         state = tx.init(params)
@@ -497,7 +497,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), REFUSALS, ids=[message[:60] for _, _, message in REFUSALS])
-def test_what_is_refused_is_told_why(call, error, message):
+def test_error_messages_are_exact(call, error, message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message

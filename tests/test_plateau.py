@@ -1,4 +1,4 @@
-"""Hyper-parameters changed between steps: when, to what, and that no graph is made anew."""
+"""Callbacks that change hyperparameters between steps: exact timing and values, without recompilation."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ def evaluations(values):
 
 
 def rates(callback, values):
-    """The learning rate after each evaluation."""
+    """Returns the learning rate after each evaluation."""
     composed = fx.compose(callback)
     state = fx.attach(fx.init(torch.nn.Linear(1, 1), transform()), composed)
     seen = []
@@ -45,7 +45,7 @@ TABLE = [
     ({"patience": 0, "cooldown": 2}, [3, 3, 3, 3, 3], [1, 0.5, 0.5, 0.5, 0.25]),
     ({"patience": 1, "cooldown": 1}, [3, 3, 3, 3, 3, 3], [1, 1, 0.5, 0.5, 0.5, 0.25]),
     ({"patience": 0, "minimum": 0.3}, [3, 3, 3, 3], [1, 0.5, 0.3, 0.3]),
-    ({"patience": 0, "minimum": 2.0}, [3, 3], [1, 1]),  # what is below it is not raised
+    ({"patience": 0, "minimum": 2.0}, [3, 3], [1, 1]),  # a value below the minimum is not raised
     ({"patience": 0, "mode": "max"}, [1, 2, 2, 3], [1, 1, 0.5, 0.5]),
     ({"patience": 0, "min_delta": 0.5, "relative": False}, [3, 2.6, 2.4], [1, 0.5, 0.5]),
     ({"patience": 0, "min_delta": 0.1}, [10, 9.5, 8.9], [1, 0.5, 0.5]),
@@ -56,14 +56,14 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("options", "values", "wanted"), TABLE)
-def test_reduces_exactly_here(options, values, wanted):
+def test_learning_rate_is_reduced_at_exact_evaluations(options, values, wanted):
     assert rates(reduce_on_plateau("loss", factor=0.5, **options), values) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("patience", [0, 1, 2])
 @pytest.mark.parametrize("cooldown", [0, 1, 3])
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_as_torch_does(patience, cooldown, mode):
+def test_reduce_on_plateau_matches_torch(patience, cooldown, mode):
     values = torch.rand(40, generator=torch.Generator().manual_seed(patience + 10 * cooldown)).tolist()
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -78,7 +78,7 @@ def test_as_torch_does(patience, cooldown, mode):
     assert rates(rule, values) == pytest.approx(wanted)
 
 
-def test_logs_the_value_in_every_place():
+def test_new_value_is_logged():
     tx = optim.chain(
         optim.inject_hyperparams(optim.add_decayed_weights)(weight_decay=0.1),
         transform(),
@@ -102,26 +102,26 @@ def test_logs_the_value_in_every_place():
         ({"min_delta": -1.0}, "expected min_delta to be a finite number of at least 0, got -1.0"),
     ],
 )
-def test_validates(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         reduce_on_plateau("loss", **options)
 
 
-def test_a_hyperparameter_that_is_not_kept():
+def test_missing_hyperparameter_is_rejected():
     composed = fx.compose(reduce_on_plateau("loss"))
     state = fx.attach(fx.init(torch.nn.Linear(1, 1), optim.sgd(0.1)), composed)
     with pytest.raises(ValueError, match=r"expected a hyperparameter in the optimizer state .*, got 'learning_rate'"):
         composed(state, evaluations([1])[0])
 
 
-def test_the_laws_hold():
+def test_hyperparameter_callbacks_obey_callback_laws():
     state = fx.init(torch.nn.Linear(1, 1), transform(momentum=0.9))
     testing.check_laws(reduce_on_plateau("loss", patience=1, factor=0.5), state, evaluations([3, 3, 3, 2, NAN, 2]))
     steps = [fx.EpochBegin(step=0), *(fx.StepEnd(step=step, metrics={}) for step in (1, 2, 3))]
     testing.check_laws(schedule_hyperparam("momentum", lambda step: 1 / (2.0 + step)), state, steps)
 
 
-class TestInARun:
+class TestInFit:
     def compiled(self, tx):
         return fx.compile(fx.train_step(problem.loss_fn, tx), backend="eager", on_recompile="error")
 
@@ -130,17 +130,17 @@ class TestInARun:
         options = {"eval_step": problem.eval_step, "eval_data": problem.data(), "eval_when": fx.every(1), **options}
         return fx.fit(fx.init(problem.module(), tx), step, problem.data(), steps=steps, callbacks=callback, **options)
 
-    def test_without_a_new_graph(self):
+    def test_reduction_does_not_recompile(self):
         result = self.run(reduce_on_plateau("loss", patience=0, factor=0.5, mode="max"), transform(learning_rate=0.1))
         assert float(optim.get_hyperparams(result.last.opt_state)["learning_rate"]) < 0.1
 
-    def test_a_schedule_is_at_each_step_what_the_optimizer_would_compute(self):
+    def test_scheduled_callback_matches_optimizer_schedule(self):
         schedule = fx.schedules.cosine(0.1, 6)
         inside = self.run((), transform(learning_rate=schedule))
         outside = self.run(schedule_hyperparam("learning_rate", schedule), transform(learning_rate=0.1))
         testing.assert_equal(outside.last.params, inside.last.params, "the run")
 
-    def test_resumed_at_every_step(self, tmp_path):
+    def test_resumed_run_matches_uninterrupted_run(self, tmp_path):
         callback = fx.compose(
             reduce_on_plateau("loss", patience=1, factor=0.5),
             schedule_hyperparam("momentum", fx.schedules.linear(0.9, 0.5, transition_steps=12)),
