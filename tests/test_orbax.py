@@ -1,4 +1,4 @@
-"""Exchange with JAX: its programs read what we write, we read what they wrote, and no JAX comes into this process."""
+"""Orbax checkpoints are exchanged with JAX in both directions without importing JAX into this process."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ def _no_jax_comes_in():
 
 
 @pytest.mark.parametrize("kind", ["tree", "manager"])
-def test_what_jax_wrote(tmp_path, kind):
+def test_checkpoints_written_by_jax_are_read(tmp_path, kind):
     run(WRITES, tmp_path / "jax", kind)
     path = tmp_path / "jax" if kind == "tree" else tmp_path / "jax" / "5"
     like = {
@@ -76,7 +76,7 @@ def test_what_jax_wrote(tmp_path, kind):
         fx.checkpoint.from_orbax(path, like={"params": {"dense": {"kernel": torch.zeros(9)}}})
 
 
-def test_what_jax_reads(tmp_path):
+def test_exported_state_is_read_by_jax(tmp_path):
     state = fx.init(problem.module(), fx.optim.adam(0.1), seed=3)
     path = fx.checkpoint.to_orbax(tmp_path / "jax", state)
     read = json.loads(run(READS, path))
@@ -95,11 +95,11 @@ def test_what_jax_reads(tmp_path):
         ({}, "the tree is empty"),
     ],
 )
-def test_what_orbax_would_lose_is_refused(tmp_path, tree_, said):
+def test_trees_that_orbax_would_corrupt_are_rejected(tmp_path, tree_, said):
     with pytest.raises(fx.CheckpointError, match=f"expected Orbax to write .*{said}"):
         fx.checkpoint.to_orbax(tmp_path / "jax", tree_)
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_directory_without_checkpoint_is_rejected(tmp_path):
     with pytest.raises(fx.CheckpointError, match="expected Orbax to read"):
         fx.checkpoint.from_orbax(tmp_path, like={"a": torch.ones(1)})

@@ -1,7 +1,7 @@
-"""A power cut at any moment keeps only what was synced: what a checkpoint covers is there, and a new session starts.
+"""Power cuts: points covered by a checkpoint survive, and a new session continues from the remaining files.
 
-``os.fsync`` is the one call by which anything reaches the disk here, so what a cut leaves changes at its calls alone.
-Each call is recorded, and the folder that would be left before and after each is laid out and used by a new session.
+The tests model a disk that data reaches only through ``os.fsync``, so the state after a power cut changes only at these
+calls. For the moments before and after each call, they lay out the remaining directory and run a new session in it.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ STEPS = 8
 
 
 class Disk:
-    """What would be there after a power cut, below a folder that was there before."""
+    """Models the contents of an existing directory after a power cut."""
 
     def __init__(self, root):
         self.root = root
-        self.contents = {}  # of files, by inode: as last synced
-        self.names = {os.stat(root).st_ino: {}}  # of folders, by inode: as last synced
-        self.unsynced = {}  # of files that exist, by inode: their sizes now, for cuts that keep names and sizes
+        self.contents = {}  # synced contents of files by inode
+        self.names = {os.stat(root).st_ino: {}}  # synced entries of directories by inode
+        self.unsynced = {}  # current sizes of files by inode
 
     def sync(self, descriptor):
         path = pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -49,7 +49,7 @@ class Disk:
         return other
 
     def lay_out(self, target, lost):
-        """Makes the folder that is left. A file whose name was synced and whose content was not has ``lost`` in it."""
+        """Writes the remaining directory. A file with a synced name and unsynced content contains ``lost``."""
         self._lay_out(os.stat(self.root).st_ino, target, lost)
 
     def _lay_out(self, inode, target, lost):
@@ -61,7 +61,7 @@ class Disk:
                 (target / name).write_bytes(self.contents.get(inner, lost))
 
     def keep_names(self):
-        """The other extreme: every name has reached the disk, and no content that was not synced."""
+        """Marks all names as synced, but no further content, as the other extreme of a power cut."""
         for folder in (self.root, *(path for path in self.root.rglob("*") if path.is_dir())):
             entries = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(folder)}
             self.names[os.stat(folder).st_ino] = entries
@@ -70,7 +70,7 @@ class Disk:
 
 @contextlib.contextmanager
 def watched(disk, monkeypatch):
-    """Yields the list of what is left at each moment, with what is promised by then."""
+    """Yields a list of (disk, last saved step) per moment, and the dict that holds the saved step."""
     moments, promised = [], {"step": 0}
     real = os.fsync
 
@@ -117,7 +117,7 @@ KINDS = {
 
 
 def session(folder, kind, begin, promised=None, *, offset=0.0):
-    """Steps with evaluations and saves. A save that is reported promises all points until it."""
+    """Runs steps with evaluations and saves. A completed save promises that all earlier points are on disk."""
     observer = observers.write(KINDS[kind][0](folder))
     log = {}
     observer(None, FitBegin(step=begin, time=0.0), NOTHING)
@@ -138,13 +138,13 @@ def session(folder, kind, begin, promised=None, *, offset=0.0):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("lost", [b"", b"\0" * 100, b"\0\n\0"], ids=["empty", "zeros", "a line of zeros"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_save_covers_is_there_and_the_run_goes_on(tmp_path, monkeypatch, kind, lost):
+def test_saved_points_survive_a_power_cut(tmp_path, monkeypatch, kind, lost):
     root = tmp_path / "disk"
     root.mkdir()
     with watched(Disk(root), monkeypatch) as (moments, promised):
         session(root, kind, 0, promised)
     assert {step for _, step in moments} == {0, *SAVES}
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes its time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # real syncs are slow
     for index, (disk, saved) in enumerate(moments):
         left = tmp_path / f"left{index}"
         disk.lay_out(left, lost)
@@ -155,8 +155,8 @@ def test_what_a_save_covers_is_there_and_the_run_goes_on(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_resumed_session_keeps_what_was_synced_before_it(tmp_path, monkeypatch, kind):
-    """It drops lines, joins to the last one, and adds columns: each by a replacement that is whole."""
+def test_resumed_session_keeps_synced_points(tmp_path, monkeypatch, kind):
+    """Dropped lines, merged lines and added columns each replace the file atomically."""
     root = tmp_path / "disk"
     root.mkdir()
     disk = Disk(root)
@@ -165,7 +165,7 @@ def test_a_resumed_session_keeps_what_was_synced_before_it(tmp_path, monkeypatch
     with watched(disk, monkeypatch) as (moments, promised):
         promised["step"] = 3
         session(root, kind, 3, promised)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes its time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # real syncs are slow
     for index, (disk, saved) in enumerate(moments):
         left = tmp_path / f"left{index}"
         disk.lay_out(left, b"")
@@ -179,7 +179,7 @@ def test_a_resumed_session_keeps_what_was_synced_before_it(tmp_path, monkeypatch
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("lost", [b"", b"\0" * 100], ids=["empty", "zeros"])
-def test_the_record_of_a_run_starts_again_whatever_a_cut_left(tmp_path, monkeypatch, lost):
+def test_run_record_continues_after_a_power_cut(tmp_path, monkeypatch, lost):
     root = tmp_path / "disk"
     root.mkdir()
     source = tmp_path / "source"
@@ -198,7 +198,7 @@ def test_the_record_of_a_run_starts_again_whatever_a_cut_left(tmp_path, monkeypa
 
     with watched(Disk(root), monkeypatch) as (moments, promised):
         record(root, promised)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which takes its time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # real syncs are slow
     for index, (disk, saved) in enumerate(moments):
         left = tmp_path / f"left{index}"
         disk.lay_out(left, lost)
@@ -215,8 +215,8 @@ def test_the_record_of_a_run_starts_again_whatever_a_cut_left(tmp_path, monkeypa
         assert archive.stat().st_size > 0
 
 
-def test_a_power_cut_that_tears_synced_lines_apart_would_be_seen(tmp_path, monkeypatch):
-    """The model itself: without the sync of the folder's name nothing is left."""
+def test_disk_model_drops_files_without_a_directory_sync(tmp_path, monkeypatch):
+    """Checks the disk model itself: a synced file is lost if its directory was not synced."""
     root = tmp_path / "disk"
     root.mkdir()
     disk = Disk(root)

@@ -1,4 +1,4 @@
-"""Reading ahead: nothing but the time changes."""
+"""Prefetching: same batches and errors as without it, and its threads end."""
 
 import gc
 import subprocess
@@ -37,16 +37,16 @@ pytestmark = pytest.mark.usefixtures("_no_threads_left")
 @pytest.mark.parametrize("device", [None, "cpu"])
 @given(positions=st.lists(st.integers(0, 13), min_size=1, max_size=8))
 @settings(max_examples=15, deadline=None)
-def test_prefetch_changes_nothing(size, device, positions):
+def test_prefetch_leaves_batches_unchanged(size, device, positions):
     data = prefetch(indexed_sources()["dataset"], size, device=device)
     assert_same([data[position] for position in positions], [in_order("dataset")[position] for position in positions])
     assert_same([data[position] for position in range(14)], in_order("dataset"))
     data.close()
-    assert same(data[3], in_order("dataset")[3])  # and begins anew
+    assert same(data[3], in_order("dataset")[3])  # reopens after close
     data.close()
 
 
-def test_two_threads_share_the_global_generators():
+def test_two_prefetch_threads_share_global_generators():
     for _ in range(5):
         sources = [prefetch(indexed_sources()["dataset"], 3), prefetch(indexed_sources()["loader"], 3)]
         for position in range(14):
@@ -56,7 +56,7 @@ def test_two_threads_share_the_global_generators():
             data.close()
 
 
-def test_a_prefetch_inside_a_source_is_refused():
+def test_prefetch_inside_a_source_is_rejected():
     inner = prefetch(batches(torch.arange(8), 2))
     with pytest.raises(RuntimeError, match=r"would deadlock the two threads\. Apply prefetch to the outer"):
         from_iterable(inner[position] for position in range(4))[0]
@@ -64,7 +64,7 @@ def test_a_prefetch_inside_a_source_is_refused():
 
 
 @pytest.mark.slow
-def test_a_worker_does_not_inherit_a_lock():
+def test_worker_process_does_not_inherit_a_held_lock():
     held, done = threading.Event(), threading.Event()
 
     def hold():
@@ -83,7 +83,7 @@ def test_a_worker_does_not_inherit_a_lock():
     data.close()
 
 
-def test_prefetch_reads_ahead_so_far_and_no_farther():
+def test_prefetch_reads_exactly_size_batches_ahead():
     asked = []
     data = prefetch(batches(torch.arange(100), 1).map(lambda b, at: asked.append(at) or b, with_position=True), 3)
     data[0]
@@ -101,7 +101,7 @@ def failing(batch, position):
     return batch
 
 
-def test_an_error_comes_up_at_its_position_with_its_traceback():
+def test_error_is_raised_at_its_position_with_its_traceback():
     data = prefetch(batches(torch.arange(100), 1).map(failing, with_position=True), 4)
     take(data, range(2))
     for _ in range(2):
@@ -112,11 +112,11 @@ def test_an_error_comes_up_at_its_position_with_its_traceback():
     data.close()
 
 
-def test_prefetch_knows_no_more_than_its_batches_did():
+def test_epoch_length_is_unknown_until_the_end_is_read():
     data = prefetch(from_iterable(Rows(3)), 4)
     for position in range(3):
         data[position]
-        time.sleep(0.02)  # the thread has found the end by now
+        time.sleep(0.02)  # the thread reaches the end during this time
         assert data.epoch_length is None
     with pytest.raises(Exhausted):
         data[3]
@@ -125,7 +125,7 @@ def test_prefetch_knows_no_more_than_its_batches_did():
     data.close()
 
 
-def test_a_prefetch_that_is_forgotten_ends_its_thread():
+def test_deleted_prefetch_ends_its_thread():
     data = prefetch(batches(torch.arange(100), 1))
     data[0]
     assert len(threads()) == 1
@@ -135,7 +135,7 @@ def test_a_prefetch_that_is_forgotten_ends_its_thread():
 
 
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "raise KeyboardInterrupt"])
-def test_the_interpreter_exits_while_a_thread_reads(end):
+def test_interpreter_exits_during_a_read(end):
     program = (
         "import time, torch\nfrom fxtrain.data import batches, prefetch\n"
         "data = prefetch(batches(torch.arange(100), 1).map(lambda b: time.sleep(0.05) or b))\ndata[0]\n" + end
@@ -147,7 +147,7 @@ def test_the_interpreter_exits_while_a_thread_reads(end):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_prefetch_copies_to_a_device():
+def test_prefetch_copies_to_device():
     plain = batches({"x": torch.randn(4096, 256)}, 512)
     data = prefetch(plain, 3, device="cuda")
     for position in range(40):
@@ -157,7 +157,7 @@ def test_prefetch_copies_to_a_device():
     data.close()
 
 
-def test_a_long_read_does_not_delay_close_and_the_source_is_closed_after_it():
+def test_close_does_not_wait_for_a_read():
     go, events = threading.Event(), []
 
     class Slow(Source):
@@ -177,6 +177,6 @@ def test_a_long_read_does_not_delay_close_and_the_source_is_closed_after_it():
     data.close()
     assert events == [0]
     threading.Timer(0.2, go.set).start()
-    assert data[2] == 2  # waits for the thread before
+    assert data[2] == 2  # waits for the previous thread
     assert events[:4] == [0, 1, "closed", 2]
     data.close()

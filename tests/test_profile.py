@@ -1,4 +1,4 @@
-"""Profile: which steps are recorded, what is written, and that it is over when it is over."""
+"""The profile observer: recorded steps, written files, and cleanup of the profiler."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def is_running():
     return torch._C._autograd._profiler_enabled()
 
 
-def test_exactly_the_active_steps_are_recorded(tmp_path):
+def test_only_active_steps_are_recorded(tmp_path):
     seen = observers.profile(tmp_path / "new" / "folder", wait=2, warmup=1, active=3)
     fit(seen)
     trace, table = seen.files
@@ -34,7 +34,7 @@ def test_exactly_the_active_steps_are_recorded(tmp_path):
     assert "train step" in table.read_text()
 
 
-def test_it_ends_itself_while_the_run_goes_on(tmp_path):
+def test_profiler_stops_after_active_steps(tmp_path):
     running = {}
 
     def watch(state, event: fx.StepEnd, control):
@@ -44,7 +44,7 @@ def test_it_ends_itself_while_the_run_goes_on(tmp_path):
     assert running == {1: False, 2: True, 3: True, 4: False, 5: False, 6: False, 7: False}
 
 
-def test_the_costliest_operations_come_first(tmp_path):
+def test_operations_are_sorted_by_cost(tmp_path):
     seen = observers.profile(tmp_path, wait=0, warmup=1, active=2)
     fit(seen, steps=3)
     shares = [float(share) for share in re.findall(r"^\s*aten::\S+\s+([\d.]+)%", seen.files[1].read_text(), re.M)]
@@ -52,7 +52,7 @@ def test_the_costliest_operations_come_first(tmp_path):
     assert shares == sorted(shares, reverse=True)
 
 
-def test_memory_of_operations_is_in_the_table(tmp_path):
+def test_memory_option_adds_a_table_column(tmp_path):
     for memory in (False, True):
         seen = observers.profile(tmp_path / str(memory), wait=0, warmup=1, active=1, memory=memory)
         fit(seen, steps=2)
@@ -60,7 +60,7 @@ def test_memory_of_operations_is_in_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["stop", "error", "abandoned"])
-def test_a_run_that_ends_early_leaves_what_was_recorded(tmp_path, how):
+def test_early_end_writes_recorded_steps(tmp_path, how):
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=50)
 
     def end(state, event: fx.StepEnd):
@@ -79,7 +79,7 @@ def test_a_run_that_ends_early_leaves_what_was_recorded(tmp_path, how):
             fit(seen, callbacks=end)
     else:
         fit(seen, callbacks=end)
-    last = 4 if how == "error" else 5  # observers do not see the event whose fold failed
+    last = 4 if how == "error" else 5  # an event whose callback fails is not sent to observers
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         f"steps-3-to-{last}.operations.txt",
         f"steps-3-to-{last}.trace.json",
@@ -89,7 +89,7 @@ def test_a_run_that_ends_early_leaves_what_was_recorded(tmp_path, how):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_run_that_is_too_short_says_so(tmp_path, steps):
+def test_too_short_run_warns(tmp_path, steps):
     seen = observers.profile(tmp_path, wait=2, warmup=1, active=1)
     with pytest.warns(RuntimeWarning, match=rf"ended after {steps} steps?, and recording begins after 3"):
         fit(seen, steps=steps)
@@ -97,7 +97,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path, steps):
     assert not is_running()
 
 
-def test_a_second_run_begins_anew(tmp_path):
+def test_second_run_records_again(tmp_path):
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=2)
     first = fit(seen, steps=5)
     assert [path.name for path in seen.files] == ["steps-3-to-4.trace.json", "steps-3-to-4.operations.txt"]
@@ -106,7 +106,7 @@ def test_a_second_run_begins_anew(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_second_run_begins_anew_where_the_first_was_never_closed(tmp_path):
+def test_second_run_records_again_without_close(tmp_path):
     seen = observers.profile(tmp_path, wait=0, warmup=1, active=2)
     seen(None, fx.FitBegin(step=0), fx.Control())
     for step in (1, 2):
@@ -118,7 +118,7 @@ def test_a_second_run_begins_anew_where_the_first_was_never_closed(tmp_path):
     assert len(ranges(seen.files[0], "train step")) == 2
 
 
-def test_a_batch_that_is_skipped_is_no_step(tmp_path):
+def test_skipped_batches_are_not_counted(tmp_path):
     def skip(state, event: fx.StepBegin):
         return state, fx.Control(skip_batch=event.position % 2 == 0, reason="even")
 
@@ -128,7 +128,7 @@ def test_a_batch_that_is_skipped_is_no_step(tmp_path):
     assert not is_running()
 
 
-def test_a_failure_leaves_no_profiler_running(tmp_path):
+def test_failure_stops_the_profiler(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(RuntimeWarning, match="Profile failed at FitBegin"):
         fit(observers.profile(tmp_path / "file"), steps=1)
@@ -144,7 +144,7 @@ def test_a_failure_leaves_no_profiler_running(tmp_path):
     assert not is_running()
 
 
-def test_what_it_refuses(tmp_path):
+def test_invalid_options_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="expected warmup to be a positive int, got 0"):
         observers.profile(tmp_path, warmup=0)
     with pytest.raises(ValueError, match="expected active to be a positive int"):
@@ -155,7 +155,7 @@ def test_what_it_refuses(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_snapshot_of_the_memory_on_cuda(tmp_path):
+def test_cuda_memory_snapshot_is_written(tmp_path):
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=2, memory=True)
     state = fx.init(problem.module().cuda(), problem.transform())
     fx.fit(state, problem.step(), problem.data(), steps=6, observers=[seen])

@@ -1,4 +1,4 @@
-"""The progress panel: on a terminal, in a notebook, in a file; and the pace that it tells."""
+"""The progress observer: output on a terminal, in a notebook and in a file, and the pace of the run."""
 
 import contextlib
 import functools
@@ -43,7 +43,7 @@ def ended(step, **metrics):
 
 
 class Terminal(io.StringIO):
-    """A terminal, which can tell what stands on it."""
+    """A terminal that interprets escape sequences and returns its screen."""
 
     def isatty(self):
         return True
@@ -82,7 +82,7 @@ def terminal(monkeypatch):
 
 
 def attached(terminal):
-    """Standard output and error are this terminal."""
+    """Redirects standard output and error to this terminal."""
     stack = contextlib.ExitStack()
     stack.enter_context(contextlib.redirect_stdout(terminal))
     stack.enter_context(contextlib.redirect_stderr(terminal))
@@ -90,7 +90,10 @@ def attached(terminal):
 
 
 def run(*, evaluated=True, reason="reached 20 steps"):
-    """A run of 20 steps of 2 s, of which a quarter waits for data, after 30 s of compiling; two evaluations of 3 s."""
+    """Yields the events of 20 steps.
+
+    Compilation takes 30 s, a step 2 s (0.5 s of them waiting for data), and each of two evaluations 3 s.
+    """
     time = 30.0
 
     def at(kind, step, **fields):
@@ -113,7 +116,7 @@ def bits(metrics):
     return metrics["loss"] / math.log(2)
 
 
-def test_lines_are_written_where_the_output_is_no_terminal():
+def test_plain_file_gets_lines():
     file = io.StringIO()
     shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, seconds=100, file=file)
     see(shown, *run())
@@ -138,14 +141,14 @@ def test_lines_are_written_where_the_output_is_no_terminal():
     )
 
 
-def test_lines_come_every_so_many_seconds_as_well():
+def test_lines_are_written_every_n_seconds():
     file = io.StringIO()
     shown = observers.progress(seconds=3.0, file=file)
     see(shown, *(StepEnd(step=step, time=float(step), metrics={"loss": 1.0}) for step in range(1, 9)))
     assert re.findall(r"step (\d)", file.getvalue()) == ["1", "4", "7"]
 
 
-def test_a_panel_changes_in_place_on_a_terminal(terminal):
+def test_terminal_panel_updates_in_place(terminal):
     shown = observers.progress(rate=("tokens", 1000), extra={"bits": bits}, file=terminal)
     screens = {}
     for event in run():
@@ -177,7 +180,7 @@ def test_a_panel_changes_in_place_on_a_terminal(terminal):
     assert terminal.cursor_is_shown
 
 
-def test_what_is_printed_stands_above_the_panel(terminal):
+def test_printed_text_appears_above_the_panel(terminal):
     with attached(terminal):
         shown = observers.progress(file=terminal)
         for event in run(evaluated=False):
@@ -193,7 +196,7 @@ def test_what_is_printed_stands_above_the_panel(terminal):
     assert len(terminal.screen) == 9
 
 
-def test_what_is_printed_to_a_file_stays_there(terminal):
+def test_redirected_output_is_not_captured(terminal):
     output = io.StringIO()
     with attached(terminal), contextlib.redirect_stdout(output):
         shown = observers.progress(file=terminal)
@@ -204,7 +207,7 @@ def test_what_is_printed_to_a_file_stays_there(terminal):
 
 
 @pytest.mark.parametrize("how", ["close", "failure"])
-def test_the_terminal_is_as_it_was_after_an_exception(terminal, how):
+def test_terminal_is_restored_after_an_exception(terminal, how):
     with attached(terminal):
         shown = observers.progress(file=terminal)
         see(shown, FitBegin(step=0), ended(1))
@@ -220,7 +223,7 @@ def test_the_terminal_is_as_it_was_after_an_exception(terminal, how):
         shown.close()
 
 
-def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):
+def test_dumb_terminal_gets_lines(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     shown = observers.progress(file=terminal)
     see(shown, *run(evaluated=False))
@@ -229,7 +232,7 @@ def test_a_dumb_terminal_gets_lines(terminal, monkeypatch):
 
 
 class Cell:
-    """The output of a notebook's cell, as ``IPython.display`` reaches it: what is shown there now, and how often."""
+    """A notebook cell behind ``IPython.display``: stores the displayed data and counts the updates."""
 
     def __init__(self, monkeypatch):
         import rich
@@ -254,7 +257,7 @@ class Cell:
         self.shown[index], self.count = data, self.count + 1
 
 
-def test_a_notebook_shows_a_panel_that_changes_in_place_without_widgets(monkeypatch, capsys):
+def test_notebook_panel_updates_in_place_without_widgets(monkeypatch, capsys):
     cell = Cell(monkeypatch)
     shown = observers.progress()
     with warnings.catch_warnings():
@@ -276,7 +279,7 @@ def test_a_notebook_shows_a_panel_that_changes_in_place_without_widgets(monkeypa
     assert capsys.readouterr().out == ""
 
 
-def test_in_a_notebook_notes_are_printed_and_a_file_gets_lines(monkeypatch, capsys):
+def test_notebook_prints_notes_and_file_gets_lines(monkeypatch, capsys):
     cell, file = Cell(monkeypatch), io.StringIO()
     see(observers.progress(), FitBegin(step=0), ended(1), Interrupted(step=1, cause="ValueError: <b>"))
     assert capsys.readouterr().out == "interrupted at step 1: ValueError: <b>\n"
@@ -287,7 +290,7 @@ def test_in_a_notebook_notes_are_printed_and_a_file_gets_lines(monkeypatch, caps
 
 
 class Untouched(Mapping):
-    """Metrics that nobody may look at."""
+    """Metrics that raise an error when read."""
 
     def __getitem__(self, name):
         raise AssertionError("looked at")
@@ -295,7 +298,7 @@ class Untouched(Mapping):
     __iter__ = __len__ = None
 
 
-def test_of_several_processes_that_of_rank_0_shows(monkeypatch):
+def test_only_rank_0_shows_progress(monkeypatch):
     file = io.StringIO()
     made_before = observers.progress(file=file)
     monkeypatch.setenv("RANK", "1")
@@ -310,12 +313,12 @@ def test_of_several_processes_that_of_rank_0_shows(monkeypatch):
     assert file.getvalue().count("\n") == 32
 
 
-def test_the_rank_is_that_of_the_process_group(monkeypatch):
+def test_rank_is_read_from_the_process_group(monkeypatch):
     from torch import distributed
 
     from fxtrain.observers._rank_zero import rank
 
-    monkeypatch.setenv("RANK", "")  # as some launchers leave it
+    monkeypatch.setenv("RANK", "")  # some launchers set an empty RANK
     assert rank() == 0
     monkeypatch.setenv("RANK", "3")
     assert rank() == 3
@@ -323,7 +326,7 @@ def test_the_rank_is_that_of_the_process_group(monkeypatch):
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         assert rank() == 0
-        observer = print  # any function is one
+        observer = print  # any function is an observer
         assert observers.rank_zero(observer) is observer
     finally:
         distributed.destroy_process_group()
@@ -342,7 +345,7 @@ TWO = """if True:
 """
 
 
-def test_two_processes_do_not_write_amidst_each_other(tmp_path, capsys):
+def test_only_rank_0_of_two_processes_writes(tmp_path, capsys):
     where = f"file://{tmp_path}/meeting"
     command = [sys.executable, "-c", f"rank, where = 1, {where!r}\n{TWO}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
@@ -354,7 +357,7 @@ def test_two_processes_do_not_write_amidst_each_other(tmp_path, capsys):
     assert re.search(r"step 3/3 \| epoch 3.00 \| loss .*\nended: reached 3 steps", shown)
 
 
-def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
+def test_resume_rewind_and_interruption_are_shown():
     file = io.StringIO()
     shown = observers.progress(file=file)
     see(
@@ -377,7 +380,7 @@ def test_a_run_that_goes_back_is_resumed_or_interrupted_says_so():
     )
 
 
-def test_one_observer_serves_one_run_after_another(terminal):
+def test_observer_is_reusable_for_another_run(terminal):
     with attached(terminal):
         shown = observers.progress(file=terminal)
         for _ in range(2):
@@ -388,14 +391,14 @@ def test_one_observer_serves_one_run_after_another(terminal):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", "0.2500 at step 3"), ("max", "0.9000 at step 2")])
-def test_the_best_is_the_first_of_the_best(mode, best):
+def test_first_of_equal_best_values_is_shown(mode, best):
     file = io.StringIO()
     shown = observers.progress(metrics=(), best="score", mode=mode, file=file)
     see(shown, *(EvalEnd(step=i, metrics={"score": s}) for i, s in enumerate([0.5, math.nan, 0.9, 0.25, 0.9, 0.25])))
     assert file.getvalue().splitlines()[-1].endswith(f"best score {best}")
 
 
-def test_a_metric_that_is_not_there_is_an_error_at_the_first_step():
+def test_missing_metric_is_rejected_at_the_first_step():
     with pytest.raises(KeyError, match=r"progress is to show 'acc', and the step measures 'loss': name some of these"):
         see(observers.progress(metrics=("loss", "acc"), file=io.StringIO()), ended(1))
     with pytest.raises(KeyError, match="typo"):
@@ -404,7 +407,7 @@ def test_a_metric_that_is_not_there_is_an_error_at_the_first_step():
         observers.progress(metrics="loss")
 
 
-def test_pace_leaves_out_compiling_evaluations_and_saves():
+def test_pace_excludes_compilation_evaluations_and_saves():
     pace, time = Pace(10.0), 100.0
     for step in range(1, 50):
         pace.step(StepEnd(step=step, time=time, data_wait=0.05, metrics={"loss": 3.0}, total_steps=100))
@@ -415,13 +418,13 @@ def test_pace_leaves_out_compiling_evaluations_and_saves():
     assert pace.rate == pytest.approx(2.0)
     assert pace.waiting == pytest.approx(0.1)
     assert pace.metrics == {"loss": pytest.approx(3.0)}
-    # 51 steps are left, and of 48 intervals 9 had an evaluation in them.
+    # 51 steps are left, and 9 of 48 intervals contain an evaluation.
     now = StepEnd(step=49, time=time - 0.5, metrics={}, total_steps=100)
     assert pace.remaining(now) == pytest.approx(51 * (48 * 0.5 + 9 * 7) / 48)
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 100), st.floats(-1e3, 1e3)), min_size=1, max_size=400))
-def test_pace_is_the_weighted_mean_it_says(steps):
+def test_pace_metrics_are_exponentially_weighted_means(steps):
     pace, time, weights = Pace(10.0), 0.0, []
     for number, (seconds, value) in enumerate(steps):
         time += seconds
@@ -431,7 +434,7 @@ def test_pace_is_the_weighted_mean_it_says(steps):
     assert pace.metrics["x"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
 
 
-def test_pace_shows_a_value_that_is_not_finite_and_forgets_it():
+def test_pace_shows_non_finite_values_only_once():
     pace = Pace(10.0)
     pace.step(ended(1, loss=2.0))
     pace.step(ended(2, loss=math.nan))
@@ -440,10 +443,10 @@ def test_pace_shows_a_value_that_is_not_finite_and_forgets_it():
     assert pace.metrics["loss"] == pytest.approx(2.0)
 
 
-def test_pace_knows_nothing_before_it_can():
+def test_pace_is_unknown_without_elapsed_time():
     pace = Pace(10.0)
     pace.step(StepEnd(step=1, metrics={}, total_steps=3))
-    pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # a clock that stands still
+    pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # no time elapsed
     assert (pace.rate, pace.waiting, pace.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (None, None, None)
 
 
@@ -452,7 +455,7 @@ SHOWN = "a[red]\\x1b[2J\\x07\\x9b\\x7f\\n\\u202eb\\ud800\\u2028[/]:smile:"
 
 
 @pytest.mark.parametrize("kind", [Terminal, io.StringIO])
-def test_names_and_reasons_reach_the_terminal_escaped(kind, monkeypatch):
+def test_names_and_reasons_are_escaped(kind, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
     file = kind()
     shown = observers.progress((HOSTILE,), best=HOSTILE, rate=(HOSTILE, 1), extra={HOSTILE: lambda m: 1.0}, file=file)
@@ -475,7 +478,7 @@ def test_names_and_reasons_reach_the_terminal_escaped(kind, monkeypatch):
     assert f"best {SHOWN}" in text
 
 
-def test_a_terminal_that_lacks_a_letter_is_no_error():
+def test_characters_outside_the_file_encoding_are_escaped():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     see(observers.progress(("wörld",), file=file), ended(1, wörld=1.0))
     file.flush()
