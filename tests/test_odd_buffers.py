@@ -1,4 +1,4 @@
-"""Buffers that a forward pass adds, reshapes or removes: caches are made again, all else is refused."""
+"""Buffers that a forward pass adds, reshapes or removes: caches are recomputed, all others are rejected."""
 
 import importlib
 
@@ -24,7 +24,7 @@ class Base(nn.Module):
 
 
 class Registers(Base):
-    """As ALiBi does in x-transformers."""
+    """Registers a buffer in the first call, as ALiBi does in x-transformers."""
 
     def forward(self, x):
         if getattr(self, "table", None) is None:
@@ -49,7 +49,7 @@ class WasNone(Base):
 
 
 class Grows(Base):
-    """As rotary tables do."""
+    """Replaces a buffer by a longer one, as rotary tables do."""
 
     def start(self):
         self.register_buffer("table", torch.zeros(0, 1), persistent=False)
@@ -70,7 +70,7 @@ class Casts(Base):
 
 
 class GrowsLater(Base):
-    """Which only a longer batch shows."""
+    """Replaces a buffer only for a batch longer than three rows."""
 
     def start(self):
         self.register_buffer("table", torch.arange(3.0)[:, None], persistent=False)
@@ -193,7 +193,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize(("route", "way"), [("eager", "func"), ("eager", "autograd"), ("traced", "func")])
-def test_a_cache_trains_as_in_a_plain_loop(kind, route, way, interpreted):
+def test_cached_buffer_trains_as_in_plain_torch(kind, route, way, interpreted):
     state, losses = train(kind(), [X] * 3, route, way)
     assert losses == pytest.approx(plain(kind(), [X] * 3))
     assert state.buffers.keys() == dict(kind().named_buffers()).keys()
@@ -201,14 +201,14 @@ def test_a_cache_trains_as_in_a_plain_loop(kind, route, way, interpreted):
 
 
 @pytest.mark.parametrize("route", ["eager", "traced"])
-def test_a_cache_that_grows_with_a_later_batch(route, interpreted):
+def test_cached_buffer_may_grow_with_a_later_batch(route, interpreted):
     batches = [X, torch.cat([X, X]), X, torch.cat([X, X])]
     assert train(GrowsLater(), batches, route)[1] == pytest.approx(plain(GrowsLater(), batches))
 
 
 @pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("way", ["func", "autograd"])
-def test_a_state_is_refused_by_name(kind, way):
+def test_stateful_buffer_is_rejected_by_name(kind, way):
     with pytest.raises(RuntimeError, match=rf"buffers keep their names.* got {STATES[kind]}.* before fxtrain\.init"):
         train(kind(), [X], way=way)
     with pytest.raises(RuntimeError, match=STATES[kind]):
@@ -216,18 +216,18 @@ def test_a_state_is_refused_by_name(kind, way):
 
 
 @pytest.mark.parametrize("kind", [Counts, Collects])
-def test_at_the_first_compiled_step(kind, interpreted):
+def test_stateful_buffer_is_rejected_at_first_compiled_step(kind, interpreted):
     with pytest.raises(RuntimeError, match=STATES[kind]):
         train(kind(), [X], "traced")
 
 
-def test_an_observer_that_ran_once_trains():
+def test_quantization_observer_trains_after_one_call():
     module = Observes()
     module(X)
     assert train(module, [X] * 3)[1] == pytest.approx(plain(module, [X] * 3))
 
 
-def test_an_observer_of_one_shape_is_threaded():
+def test_fixed_shape_observer_buffer_is_threaded():
     class Whole(Observes):
         def start(self):
             self.observer = MinMaxObserver()
@@ -238,7 +238,7 @@ def test_an_observer_of_one_shape_is_threaded():
     assert float(state.buffers["observer.max_val"]) == 9.0
 
 
-def test_alibi_of_x_transformers():
+def test_x_transformers_alibi_trains_as_in_plain_torch():
     transformers = pytest.importorskip("x_transformers")
     torch.manual_seed(0)
     module = transformers.Encoder(dim=8, depth=1, heads=2, attn_dim_head=4, alibi_pos_bias=True)

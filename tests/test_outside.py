@@ -1,4 +1,4 @@
-"""Python values from outside: a compiled step that would change them is refused, and caches are filled first."""
+"""Python values outside the state: compiled steps that change them are rejected, except for caches and logs."""
 
 import functools
 import importlib
@@ -95,19 +95,19 @@ def train(module, loss_fn=squares, *, compiled=True, steps=3):
 
 
 @pytest.mark.parametrize("name", losses_from_outside())
-def test_state_of_a_loss_is_refused_when_compiled(name):
+def test_stateful_loss_is_rejected_when_compiled(name):
     with pytest.raises(RuntimeError, match=rf"got changes to {name}, which a compiled step would not repeat"):
         train(nn.Linear(2, 1), losses_from_outside()[name])
 
 
 @pytest.mark.parametrize(("kind", "name"), [(OfTheClass, r"OfTheClass\.calls"), (OfAGlobal, "CALLS")])
-def test_state_of_a_module_is_refused_when_compiled(kind, name):
+def test_class_and_global_state_is_rejected_when_compiled(kind, name):
     with pytest.raises(RuntimeError, match=rf"got changes to {name}, which a compiled step would not repeat"):
         train(kind())
 
 
 @pytest.mark.parametrize("name", losses_from_outside())
-def test_an_uncompiled_step_runs_as_a_plain_loop(name):
+def test_uncompiled_stateful_loss_matches_plain_torch(name):
     loss_fn = losses_from_outside()[name]
     torch.manual_seed(0)
     module = nn.Linear(2, 1)
@@ -122,7 +122,7 @@ def test_an_uncompiled_step_runs_as_a_plain_loop(name):
     assert found == pytest.approx(wanted)
 
 
-def test_the_last_activation_of_a_forward_hook_is_no_state():
+def test_activation_stored_by_forward_hook_is_accepted():
     module, seen = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), {}
     module[0].register_forward_hook(lambda part, inputs, output: seen.__setitem__("last", output))
 
@@ -132,7 +132,7 @@ def test_the_last_activation_of_a_forward_hook_is_no_state():
     assert train(module, penalized) == pytest.approx(train(module, penalized, compiled=False))
 
 
-def test_a_cache_holds_values_and_no_traces():
+def test_caches_hold_real_tensors():
     tables = {}
 
     class Cached(OfTheClass):
@@ -151,7 +151,7 @@ def test_a_cache_holds_values_and_no_traces():
     assert found == pytest.approx(train(module, compiled=False))
 
 
-def test_a_log_warns_that_it_is_not_repeated():
+def test_write_only_log_warns():
     log = []
 
     def logs(model, batch):

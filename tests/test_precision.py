@@ -1,4 +1,4 @@
-"""Precision: what is kept, computed and reported in which dtype, and a loss scale that finds its own size."""
+"""Precision policies: dtypes of parameters, computation and outputs, and dynamic loss scaling."""
 
 import problem
 import pytest
@@ -20,7 +20,7 @@ def module(*parts):
 
 
 def start(precision, loss_fn=problem.loss_fn, tx=SGD, **options):
-    """A state and a step of it, with their slots attached."""
+    """Returns a state with attached slots, and its step."""
     step = fx.train_step(loss_fn, tx, precision=precision, **options)
     return fx.attach(fx.init(module(), tx), step), step
 
@@ -37,7 +37,7 @@ def close(got, wanted):
 
 
 class TestPolicy:
-    def test_names(self):
+    def test_names_map_to_policies(self):
         assert policy_of("bf16") == fx.Policy(compute=torch.bfloat16)
         assert policy_of("fp16") == fx.Policy(compute=torch.float16, loss_scale=LossScale())
         assert policy_of("fp32") == fx.Policy(param=torch.float32, output=torch.float32)
@@ -73,12 +73,12 @@ class TestPolicy:
             (lambda: LossScale(initial=0.5), ValueError, r"floor <= initial, .*initial=0\.5"),
         ],
     )
-    def test_what_makes_no_sense_is_refused(self, make, error, message):
+    def test_invalid_policies_are_rejected(self, make, error, message):
         with pytest.raises(error, match=message):
             make()
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-    def test_parameters_of_another_dtype_are_refused_by_path(self, precision):
+    def test_parameters_of_wrong_dtype_are_rejected_by_path(self, precision):
         state, step = start(precision)
         state = state.replace(params={**state.params, "0.weight": state.params["0.weight"].double()})
         with pytest.raises(
@@ -89,7 +89,7 @@ class TestPolicy:
 
 class TestCompute:
     @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-    def test_products_are_computed_in_it_and_everything_kept_is_float32(self, precision):
+    def test_matmuls_use_compute_dtype_and_state_is_float32(self, precision):
         seen = {}
 
         def loss_fn(model, batch):
@@ -114,8 +114,8 @@ class TestCompute:
         }
         assert not torch.equal(new.params["0.weight"], state.params["0.weight"])
 
-    def test_gradients_are_those_of_autocast(self):
-        reference = module(nn.Identity())  # on a CPU, autocast alone leaves a norm in half precision
+    def test_gradients_match_autocast(self):
+        reference = module(nn.Identity())  # without a norm, which autocast on CPU would run in half precision
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss, _ = problem.loss_fn(reference, BATCH)
         loss.backward()
@@ -126,7 +126,7 @@ class TestCompute:
         torch.testing.assert_close(found.grads, exact, rtol=0.05, atol=0.02)
 
     @pytest.mark.parametrize("part", [nn.LayerNorm(8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8), nn.Softmax(-1)], ids=repr)
-    def test_vmapped_it_is_the_same(self, part):
+    def test_vmapped_step_matches_single_step(self, part):
         step = fx.train_step(problem.loss_fn, SGD, precision="bf16")
         state = fx.init(module(part), SGD)
         wanted = step(state, BATCH)
@@ -136,7 +136,7 @@ class TestCompute:
             torch.testing.assert_close(tree.leaves(one), tree.leaves(wanted), rtol=0.02, atol=2e-3)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_compiled_it_is_the_same_and_in_the_graph(self, precision):
+    def test_compiled_step_matches_eager_and_casts_in_the_graph(self, precision):
         state, step = start(precision)
         found = set()
 
@@ -148,7 +148,7 @@ class TestCompute:
         close(fx.compile(step, backend=aot_autograd(fw_compiler=read))(state, BATCH), step(state, BATCH))
         assert found == {policy_of(precision).compute}
 
-    def test_compiled_and_vmapped_it_is_the_same(self):
+    def test_compiled_vmapped_step_matches_eager(self):
         state, step = start("fp16")
         states = tree.map(lambda leaf: torch.stack([leaf] * 2), state)
 
@@ -157,20 +157,20 @@ class TestCompute:
 
         close(torch.compile(batched, fullgraph=True, backend="eager")(states, BATCH), batched(states, BATCH))
 
-    def test_evaluation_too(self):
+    def test_eval_step_uses_compute_dtype(self):
         step = fx.eval_step(
             lambda model, b: {"half": torch.tensor(model(b["x"]).dtype == torch.bfloat16)}, precision="bf16"
         )
         assert bool(step(fx.init(module()), BATCH).metrics["half"])
 
-    def test_parameters_may_be_kept_in_half_as_well(self):
+    def test_parameters_may_be_bfloat16(self):
         policy = fx.Policy(param=torch.bfloat16, output=torch.float32)
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), SGD, precision=policy)
         state, output = step(fx.init(module(), SGD, dtype=torch.bfloat16), BATCH["x"].bfloat16())
         assert {leaf.dtype for leaf in tree.leaves(state.params)} == {torch.bfloat16}
         assert output.metrics["loss"].dtype == torch.float32
 
-    def test_without_a_policy_nothing_is_cast(self):
+    def test_double_model_stays_double_without_a_policy(self):
         state = fx.init(module().double(), SGD)
         batch = tree.map(torch.Tensor.double, BATCH)
         new, output = fx.train_step(problem.loss_fn, SGD)(state, batch)
@@ -178,7 +178,7 @@ class TestCompute:
 
 
 class TestLossScale:
-    def test_gradients_that_vanish_in_half_are_found(self):
+    def test_tiny_gradients_survive_float16(self):
         def tiny(model, batch):
             return model(batch["x"]).mean() * 1e-8
 
@@ -204,7 +204,7 @@ class TestLossScale:
         torch.testing.assert_close(tree.map(lambda a, b: (a + b) / 2, *seen[:2]), seen[2])
 
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_overflow_skips_and_halves_and_calm_doubles(self, compiled):
+    def test_scale_halves_on_overflow_and_doubles_after_period(self, compiled):
         state, step = start(scaled(initial=2.0**22, period=2))
         step = fx.compile(step, backend="eager") if compiled else step
         scales, moved = [], []
@@ -229,7 +229,7 @@ class TestLossScale:
         assert any(moved)
         assert all(leaf.isfinite().all() for leaf in tree.leaves(state.params))
 
-    def test_never_falls_below_the_floor_and_never_overflows_itself(self):
+    def test_scale_stays_between_floor_and_float32_maximum(self):
         handler = dynamic_loss_scale(LossScale(initial=2.0**127, period=1, floor=2.0**126))
         state = fx.attach(fx.init(torch.tensor(1.0)), handler)
 
@@ -242,7 +242,7 @@ class TestLossScale:
             assert float(state.slots["loss_scale"].scale.log2()) == scale
             assert bool(control.any("skip_update")) == (value != 1.0)
 
-    def test_each_member_of_a_batch_of_runs_has_its_own(self):
+    def test_vmapped_runs_have_separate_scales(self):
         state, step = start(scaled(initial=2.0**4, period=100))
         states = tree.map(lambda leaf: torch.stack([leaf] * 2), state)
         memory = states.slots["loss_scale"]
@@ -250,7 +250,7 @@ class TestLossScale:
         states, _ = torch.vmap(step, (0, None))(states, BATCH)
         assert states.slots["loss_scale"].scale.log2().tolist() == [4.0, 29.0]
 
-    def test_is_saved_and_resumed(self, tmp_path):
+    def test_scale_is_saved_and_resumed(self, tmp_path):
         def run(steps, **options):
             _, step = start(scaled(initial=2.0**22, period=2))
             return fx.fit(fx.init(module(), SGD), step, [BATCH], steps=steps, **options).last
@@ -261,12 +261,12 @@ class TestLossScale:
         testing.assert_equal(run(10, checkpointer=checkpoints, resume=True), whole, "resumed")
         assert float(whole.slots["loss_scale"].scale) < 2.0**22
 
-    def test_a_state_without_it_says_what_to_do(self):
+    def test_state_without_loss_scale_is_rejected(self):
         step = fx.gradients(problem.loss_fn, precision="fp16")
         with pytest.raises(ValueError, match=r"in the slot 'loss_scale', got a state without it\. .* callbacks="):
             step(fx.init(module(), SGD), BATCH)
 
-    def test_stands_beside_other_guards(self):
+    def test_loss_scale_combines_with_nan_guard(self):
         state, step = start(scaled(initial=2.0**22), callbacks=fx.callbacks.nan_guard(patience=100))
         state, output = step(state, BATCH)
         assert set(output.control.reasons("skip_update")) == {

@@ -1,4 +1,4 @@
-"""Python state of modules: what a call writes on them is gone, and what a second call would read is refused."""
+"""Python state of modules: attributes set by a call are discarded, and state read by a later call is rejected."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ BACKENDS = ["eager", pytest.param("traced", marks=pytest.mark.slow), "dynamo"]
 
 
 class Base(nn.Module):
-    """A linear layer, and what a test adds to it."""
+    """A linear layer, extended by each test."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ def loss_fn(model, batch):
 
 
 def losses(module, *, loss_fn=loss_fn, backend="eager", steps=4, rate=0.0):
-    """The losses of some steps at a learning rate of 0, which are one number for a pure module."""
+    """Returns the losses of some steps. At the default learning rate of 0 they are equal for a pure module."""
     tx = fx.optim.sgd(rate)
     step = fx.train_step(loss_fn, tx)
     if backend != "eager":
@@ -61,7 +61,7 @@ class HooksOnce(Base):
 
 
 class Caches(Base):
-    """What libraries write: caches, flags, the last attention, statistics for inspection."""
+    """Writes attributes that libraries write: caches, flags, the last output, statistics for inspection."""
 
     def start(self):
         self.table, self.last, self.initialized, self.options = None, None, False, {"seen": set(), "shapes": []}
@@ -93,7 +93,7 @@ class CounterOfTheClass(Base):
 
 
 class Threshold(Base):
-    """Neither the first nor the second output shows it."""
+    """Has state that affects neither the first nor the second output."""
 
     def start(self):
         self.calls = 0
@@ -167,7 +167,7 @@ class InSlots(InAnObject):
 
 
 class OnlyFirst(Base):
-    """A flag that stays where the first call put it, and that the second call reads."""
+    """Has a flag that the first call sets and the second call reads."""
 
     def start(self):
         self.first = True
@@ -220,26 +220,26 @@ STATEFUL = {
 }
 
 
-class TestRefused:
+class TestRejected:
     @pytest.mark.parametrize("kind", STATEFUL)
-    def test_state_that_a_second_call_reads(self, kind):
+    def test_state_read_by_a_second_call_is_rejected(self, kind):
         with pytest.raises(RuntimeError, match=rf"{STATEFUL[kind]}.*self\.register_buffer"):
             losses(kind())
 
     @pytest.mark.parametrize("backend", BACKENDS[1:])
     @pytest.mark.parametrize("kind", [Counter, Hidden, OnlyFirst])
-    def test_at_the_first_compiled_step(self, kind, backend):
+    def test_state_is_rejected_at_the_first_compiled_step(self, kind, backend):
         with pytest.raises(RuntimeError, match=STATEFUL[kind]):
             losses(kind(), backend=backend)
 
-    def test_again_at_the_next_try(self):
+    def test_state_is_rejected_again_on_retry(self):
         tx = fx.optim.sgd(0.1)
         state, step = fx.init(Counter(), tx), fx.train_step(loss_fn, tx)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="0 before a call, 1 after it"):
                 step(state, X)
 
-    def test_in_evaluation_and_accumulation_and_by_part(self):
+    def test_state_is_rejected_in_evaluation_accumulation_and_partial_gradients(self):
         modules = {"body": nn.Sequential(nn.Linear(2, 2), Counter()), "rest": nn.Linear(1, 1)}
 
         def both(model, batch):
@@ -254,7 +254,7 @@ class TestRefused:
         with pytest.raises(RuntimeError, match=r"model\.calls"):
             fx.train_step(loss_fn, tx, accumulate=3)(fx.init(Counter(), tx), X)
 
-    def test_a_new_parameter(self):
+    def test_new_parameter_is_rejected(self):
         class Lazy(Base):
             def start(self):
                 self.head = None
@@ -267,7 +267,7 @@ class TestRefused:
         with pytest.raises(RuntimeError, match=r"got a new one, model\.head\.weight, .* before fxtrain\.init"):
             losses(Lazy())
 
-    def test_another_parameter_in_the_place_of_one(self):
+    def test_replaced_parameter_is_rejected(self):
         class Replaces(Base):
             def forward(self, x):
                 y = self.inner(x)
@@ -277,7 +277,7 @@ class TestRefused:
         with pytest.raises(RuntimeError, match=r"a new tensor assigned to model\.inner\.weight"):
             losses(Replaces())
 
-    def test_writing_into_a_tensor_that_is_no_buffer(self):
+    def test_in_place_write_to_unregistered_tensor_is_rejected(self):
         class Plain(Base):
             def start(self):
                 self.total = torch.zeros(())
@@ -300,23 +300,23 @@ class TestHarmless:
         [
             (HooksOnce, "eager"),
             (Caches, "eager"),
-            (Caches, "dynamo"),  # which cannot register hooks
+            (Caches, "dynamo"),  # Dynamo cannot register hooks
             pytest.param(HooksOnce, "traced", marks=pytest.mark.slow),
             pytest.param(Caches, "traced", marks=pytest.mark.slow),
         ],
     )
-    def test_every_step_has_the_same_loss(self, kind, backend):
+    def test_caches_and_one_time_hooks_keep_the_loss(self, kind, backend):
         wanted = float(loss_fn(kind(), X).detach())
         assert losses(kind(), backend=backend) == pytest.approx([wanted] * 4)
 
-    def test_a_list_that_the_loss_clears(self):
+    def test_list_cleared_by_the_loss_is_accepted(self):
         def loss_fn(model, batch):
             model.history.clear()
             return model(batch).square().mean()
 
         assert len(set(losses(Grows(), loss_fn=loss_fn))) == 1
 
-    def test_the_second_call_is_made_at_the_first_step_only(self):
+    def test_check_runs_only_at_the_first_step(self):
         calls = []
 
         class Counted(Caches):
@@ -330,7 +330,7 @@ class TestHarmless:
         assert (first, len(calls) - first) == (2, 5)
 
     @pytest.mark.parametrize("per_call", ["gradients", "function"])
-    def test_nor_where_a_step_makes_its_functions_at_each_call(self, per_call):
+    def test_check_is_not_repeated_for_functions_created_per_call(self, per_call):
         calls = []
 
         class Counted(Caches):
@@ -349,7 +349,7 @@ class TestHarmless:
         compiled = fx.compile(by_hand, backend="eager")
         assert float(compiled(state, X)[1].metrics["loss"]) == pytest.approx(losses(Caches(), steps=1)[0])
 
-    def test_a_module_that_writes_nothing_is_called_once(self):
+    def test_pure_module_is_not_checked_by_a_second_call(self):
         calls = []
 
         class Counted(Base):
@@ -360,7 +360,7 @@ class TestHarmless:
         losses(Counted(), steps=3)
         assert len(calls) == 3
 
-    def test_random_numbers_are_the_same_in_the_second_call(self):
+    def test_check_repeats_the_random_samples(self):
         class Drops(Caches):
             def forward(self, x):
                 return super().forward(nn.functional.dropout(x, 0.5))
@@ -368,12 +368,12 @@ class TestHarmless:
         assert len(set(losses(Drops()))) > 1
 
 
-class TestPutBack:
-    """After every call the modules are what they were."""
+class TestRestoration:
+    """Every call leaves the modules unchanged."""
 
     @staticmethod
     def contents(module):
-        """All that is reached from the attributes, by identity; containers by their elements."""
+        """Returns the identities of all objects reachable from the attributes, with the elements of containers."""
 
         def seen(value):
             if isinstance(value, nn.Module):
@@ -386,7 +386,7 @@ class TestPutBack:
 
         return seen(module)
 
-    def test_after_calls_of_all_kinds(self):
+    def test_modules_are_restored_after_calls_and_errors(self):
         def writes(model, batch):
             y = loss_fn(model, batch)
             model.inner.register_forward_hook(lambda *_: None)
@@ -417,7 +417,7 @@ class TestPutBack:
         torch.vmap(lambda x: fx.view(state)(x))(X[None])
         assert list(map(self.contents, modules)) == before
 
-    def test_after_compiled_calls(self):
+    def test_modules_are_restored_after_compiled_calls(self):
         tx = fx.optim.sgd(0.1)
         state = fx.init(Caches(), tx)
         before = self.contents(state.model._training)
@@ -426,7 +426,7 @@ class TestPutBack:
             state, _ = step(state, X)
             assert self.contents(state.model._training) == before
 
-    def test_containers_that_a_function_returns_keep_what_it_put_there(self):
+    def test_returned_containers_keep_their_contents(self):
         class Reports(Base):
             def start(self):
                 self.metrics = {}
@@ -456,7 +456,7 @@ class TestPutBack:
         gc.collect()
         assert not [ref for ref in seen if ref() is not None]
 
-    def test_dicts_that_forbid_it_are_put_back(self):
+    def test_dicts_without_update_and_clear_are_restored(self):
         class Strict(dict):
             def update(self, *_):
                 raise NotImplementedError
@@ -475,7 +475,7 @@ class TestPutBack:
         fx.view(state)(X)
         assert fx.view(state).strict == {"a": 1}
 
-    def test_objects_of_the_program_are_left_alone(self):
+    def test_global_objects_are_not_restored(self):
         import logging
 
         class Logs(Base):
@@ -490,7 +490,7 @@ class TestPutBack:
         assert logging.getLogger("fxtrain.test").level == 17
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
-    def test_copies_of_a_state_have_modules_of_their_own(self, copied):
+    def test_copied_states_have_separate_modules(self, copied):
         first = fx.init(Caches())
         fx.eval_step(loss_fn)(first, X)
         state = copied(first)
@@ -502,7 +502,7 @@ class TestPutBack:
 
 
 class TestSharing:
-    def test_one_module_under_two_names_tied_to_a_third(self):
+    def test_shared_and_tied_modules_train_as_in_torch(self):
         class Shared(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -534,7 +534,7 @@ class TestSharing:
         torch.testing.assert_close(output.metrics["loss"], loss.detach())
         torch.testing.assert_close(wanted.params["embed.weight"], module.embed.weight.detach())
 
-    def test_parameters_in_lists_and_dicts_are_those_of_the_state(self):
+    def test_parameters_in_lists_and_dicts_are_replaced(self):
         class Listed(Base):
             def start(self):
                 self.weights = [self.inner.weight]
@@ -553,7 +553,7 @@ class TestSharing:
         for template in (state.model._training, state.model._evaluating):
             assert template.get_submodule("0").weights[0].is_meta
 
-    def test_a_parameter_without_values_is_refused(self):
+    def test_parameter_hidden_in_an_object_is_rejected(self):
         class Holder:
             def __init__(self, scale):
                 self.scale = {"deep": ((scale,),)}
@@ -578,7 +578,7 @@ class TestSharing:
         with pytest.raises(RuntimeError, match=r"got model\.scale through another reference"):
             fx.gradients(loss_fn)(fx.init(Uses()), X)
 
-    def test_a_buffer_that_is_a_parameter_follows_it(self):
+    def test_buffer_aliasing_a_parameter_gets_gradients(self):
         class Aliased(Base):
             def start(self):
                 self.register_buffer("alias", self.inner.weight)
@@ -589,7 +589,7 @@ class TestSharing:
         found = fx.gradients(loss_fn)(fx.init(Aliased()), X)
         assert float(found.grads["inner.weight"].abs().sum()) > 0
 
-    def test_a_call_inside_a_call_starts_from_clean_modules(self):
+    def test_nested_call_starts_from_clean_modules(self):
         state = fx.init(Caches())
         seen = []
 
@@ -603,9 +603,9 @@ class TestSharing:
             return {"ratio": (outside / inside)[0, 0]}
 
         assert float(fx.eval_step(nested)(state, X).metrics["ratio"]) == pytest.approx(7.0)
-        assert seen == ["outer"] * 2  # the check of the first call makes a second one
+        assert seen == ["outer"] * 2  # the purity check calls it twice
 
-    def test_threads_wait_for_one_another(self):
+    def test_concurrent_threads_do_not_interfere(self):
         state = fx.init(Caches())
         wanted, wrong = fx.view(state)(X), []
 
