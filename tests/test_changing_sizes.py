@@ -1,4 +1,4 @@
-"""Compiled steps and batches of several sizes: declared ones compile in silence, others lead to a remedy."""
+"""Compiled steps with batches of several sizes: declared sizes compile silently, others warn and name a remedy."""
 
 import random
 import warnings
@@ -19,7 +19,7 @@ TX = fx.optim.adam(1e-2)
 
 
 class Reader(nn.Module):
-    """Predicts the next token from the mean of those before."""
+    """Predicts the next token from the mean of the tokens up to it."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def start():
 
 
 @pytest.mark.parametrize("on_recompile", ["warn", "error"])
-def test_declared_sizes_compile_once_each_without_a_warning(on_recompile):
+def test_declared_sizes_compile_once_without_warning(on_recompile):
     data = bucketed(texts(), 3, sizes=3, multiple=4, drop_last=False)
     assert len(data.sizes) > 2
     step = fx.compile(fx.train_step(loss_fn, TX), backend="eager", donate=True, on_recompile=on_recompile)
@@ -60,7 +60,7 @@ def test_declared_sizes_compile_once_each_without_a_warning(on_recompile):
     torch.testing.assert_close(compiled.last.params, eager.last.params, rtol=1e-5, atol=1e-6)
 
 
-def test_sizes_that_nobody_declared_lead_to_one_hint():
+def test_undeclared_sizes_warn_once():
     step = fx.compile(fx.train_step(loss_fn, TX), backend="eager", donate=True)
     batches = [pad([text]) for text in ([1, 2], [1, 2, 3], [1, 2, 3, 4])]
     with pytest.warns(UserWarning, match="recompiles") as caught:
@@ -73,7 +73,7 @@ def test_sizes_that_nobody_declared_lead_to_one_hint():
         fx.fit(start(), refusing, fx.data.sequence(batches, dynamic=True), epochs=1)
 
 
-def test_a_declaration_covers_batches_and_no_change_of_the_state():
+def test_declared_sizes_do_not_cover_state_changes():
     data = bucketed(texts(), 3, sizes=3, multiple=4)
     step = fx.compile(fx.train_step(loss_fn, TX), backend="eager", on_recompile="error")
     step.expect(data.kinds)
@@ -82,7 +82,7 @@ def test_a_declaration_covers_batches_and_no_change_of_the_state():
         step(start().replace(params={**start().params, "more": torch.ones(1)}), data[0])
 
 
-def test_a_run_over_buckets_resumes_bitwise_in_the_middle_of_an_epoch(tmp_path):
+def test_bucketed_run_resumes_bitwise_mid_epoch(tmp_path):
     data, step = bucketed(texts(), tokens=24, sizes=3, multiple=4, drop_last="pad"), fx.train_step(loss_fn, TX)
     whole = fx.fit(start(), step, data, steps=data.epoch_length + 5)
     options = {"checkpointer": fx.checkpointer(tmp_path)}
@@ -93,7 +93,7 @@ def test_a_run_over_buckets_resumes_bitwise_in_the_middle_of_an_epoch(tmp_path):
         assert torch.equal(value, rest.last.params[name])
 
 
-def test_several_steps_in_a_call_take_batches_of_several_sizes_one_by_one():
+def test_multi_step_accepts_mixed_sizes():
     data = bucketed(texts(), 3, sizes=3, multiple=4)
     together = fx.compile(fx.train_step(loss_fn, TX), backend="eager", steps_per_call=2, on_recompile="error")
     found = fx.fit(start(), together, data, epochs=2)
@@ -102,7 +102,7 @@ def test_several_steps_in_a_call_take_batches_of_several_sizes_one_by_one():
 
 
 class Dropping(Reader):
-    """``Reader`` with dropout and a linear layer on three axes, which torch.func cuts by their sizes."""
+    """``Reader`` with dropout and a linear layer on a 3-d input, which torch.func splits by its sizes."""
 
     def __init__(self):
         super().__init__()
@@ -118,13 +118,13 @@ def of_length(length, rows=3):
 
 @pytest.fixture
 def without_inductor(monkeypatch):
-    """Graphs of the tracer run as they are: compiling them takes most of a minute."""
+    """Runs traced graphs without Inductor, which takes most of a minute."""
     compiled = compile_traced
     monkeypatch.setattr(routes, "compile_traced", lambda *a, **k: compiled(*a, **{**k, "backend": "eager"}))
 
 
 @pytest.mark.parametrize(("backend", "donate"), [(None, True), ("eager", False)])
-def test_dynamic_sizes_are_one_graph_equal_to_the_uncompiled_step(without_inductor, backend, donate):
+def test_dynamic_sizes_share_one_graph_equal_to_eager(without_inductor, backend, donate):
     count = CompileCounterWithBackend("eager")
     step = fx.train_step(loss_fn, TX)
     compiled = fx.compile(step, backend=backend and count, dynamic=True, donate=donate, on_recompile="error")
@@ -141,7 +141,7 @@ def test_dynamic_sizes_are_one_graph_equal_to_the_uncompiled_step(without_induct
     torch.testing.assert_close(found.params, expected.params, rtol=0, atol=0)
 
 
-def test_dynamic_sizes_make_one_more_graph_for_a_batch_of_one_row(without_inductor):
+def test_dynamic_sizes_add_one_graph_for_single_rows(without_inductor):
     step = fx.compile(fx.train_step(loss_fn, TX), dynamic=True, on_recompile="error")
     state = start()
     for rows in (3, 1, 4, 1, 2):
@@ -149,14 +149,14 @@ def test_dynamic_sizes_make_one_more_graph_for_a_batch_of_one_row(without_induct
     assert step.graphs == 2
 
 
-def test_dynamic_sizes_take_batches_of_any_strides(without_inductor):
+def test_dynamic_sizes_accept_any_strides(without_inductor):
     step = fx.train_step(lambda model, batch: (model["w"] * batch).mean(), TX)
     compiled, state = fx.compile(step, dynamic=True, on_recompile="error"), fx.init({"w": torch.tensor(1.0)}, TX)
     for batch in (torch.randn(3, 4), torch.randn(5, 2).t(), torch.randn(4, 9)[:, ::3]):
         torch.testing.assert_close(compiled(state, batch)[1].metrics, step(state, batch)[1].metrics)
 
 
-def test_a_size_that_dynamic_cannot_free_is_named(without_inductor):
+def test_specialized_size_is_named(without_inductor):
     def read(model, batch):
         return (model["w"] * batch["x"]).mean() * int(batch["x"].shape[1])
 
@@ -168,7 +168,7 @@ def test_a_size_that_dynamic_cannot_free_is_named(without_inductor):
     assert output.metrics["loss"] == 5
 
 
-def test_sizes_beyond_the_limit_of_dynamo_run_uncompiled():
+def test_sizes_beyond_dynamo_limit_run_uncompiled():
     def fixed(model, batch):
         return (model["w"] * batch).mean() * {size: size for size in range(2, 40)}[batch.shape[0]]
 
@@ -180,7 +180,7 @@ def test_sizes_beyond_the_limit_of_dynamo_run_uncompiled():
     assert len(caught) == 1
 
 
-def test_a_run_publishes_its_graphs_and_its_share_of_padding():
+def test_run_publishes_graphs_and_padding():
     data = bucketed(texts(), 3, sizes=3, multiple=4, drop_last=False, seed=1)
     step, begun = fx.compile(fx.train_step(lambda m, b: (m["w"] * b["x"]).mean(), TX), backend="eager"), []
 
@@ -207,7 +207,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_prefetched_run_resumes_bitwise_in_the_middle_of_a_later_epoch(name, tmp_path):
+def test_prefetched_run_resumes_bitwise_in_later_epoch(name, tmp_path):
     def loss(model, batch):
         targets = next_tokens(batch["x"], batch.get("segments", batch["mask"]))
         value = F.cross_entropy(F.dropout(model(batch["x"]), 0.2).flatten(0, 1), targets.flatten())
@@ -230,7 +230,7 @@ def test_a_prefetched_run_resumes_bitwise_in_the_middle_of_a_later_epoch(name, t
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_tensor_at_two_places_of_the_first_batch_is_two_inputs(without_inductor, dynamic):
+def test_repeated_tensor_in_batch_is_two_inputs(without_inductor, dynamic):
     step = fx.train_step(lambda model, batch: (model["w"] * batch["x"] - batch["y"]).sum(), TX)
     compiled, state = fx.compile(step, dynamic=dynamic, on_recompile="error"), fx.init({"w": torch.tensor(1.0)}, TX)
     same = torch.ones(2, 3)
@@ -238,7 +238,7 @@ def test_a_tensor_at_two_places_of_the_first_batch_is_two_inputs(without_inducto
         assert compiled(state, batch)[1].metrics["loss"] == step(state, batch)[1].metrics["loss"]
 
 
-def test_a_tensor_at_two_places_of_the_first_batch_is_two_inputs_around_a_forward_pass():
+def test_repeated_tensor_in_batch_is_two_inputs_of_regions():
     step = fx.train_step(lambda model, batch: (model["w"] * batch["x"]).sum() - batch["y"].sum(), TX)
     state, same = fx.init({"w": torch.tensor(1.0)}, TX), torch.ones(2, 3)
     first, other = {"x": same, "y": same}, {"x": torch.ones(2, 3), "y": torch.zeros(2, 3)}

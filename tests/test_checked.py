@@ -1,4 +1,4 @@
-"""Steps as graphs for the values that they read: each call checks these, and other values lead elsewhere."""
+"""Graphs specialized on the values that a step reads: each call checks these values, and others use another graph."""
 
 import random
 import warnings
@@ -129,7 +129,7 @@ def start():
 
 
 class Checked:
-    """A step by ``compile_checked``, and by itself where that has no graph."""
+    """A step compiled by ``compile_checked``, with the uncompiled step as its fallback."""
 
     def __init__(self, loss_fn, **options):
         self.step = fx.train_step(loss_fn, TX, **options)
@@ -158,7 +158,7 @@ def assert_same(ours, theirs):
 
 class TestEqualsEager:
     @pytest.mark.parametrize("loss_fn", LOSSES)
-    def test_over_batches_that_lead_elsewhere(self, loss_fn):
+    def test_batches_with_different_branches(self, loss_fn):
         checked = Checked(loss_fn)
         plain = ours = start()
         for number in (0, 1, 2, 1, 0, 3):
@@ -166,17 +166,17 @@ class TestEqualsEager:
             ours, output = checked(ours, batch(number))
             assert_same(output.metrics, expected.metrics)
         assert_same(ours, plain)
-        assert len(checked.graphs) + checked.calls >= 2  # or the batches were no test
+        assert len(checked.graphs) + checked.calls >= 2  # otherwise all batches took the same branch
 
     @pytest.mark.parametrize("options", [{"differentiate": "autograd"}, {"accumulate": 2}])
-    def test_with_other_ways_of_differentiation_and_microbatches(self, options):
+    def test_autograd_and_microbatches(self, options):
         checked = Checked(by_branch, **options)
         for number in range(3):
             assert_same(checked(start(), examples(number)), checked.step(start(), examples(number)))
         assert len(checked.graphs) >= 2
         assert checked.calls == 0
 
-    def test_of_an_evaluation(self):
+    def test_evaluation(self):
         measure = fx.eval_step(by_branch)
         artefact = compile_checked(
             measure, start(), batch(0), mode=None, in_place=False, backend="eager", otherwise=pytest.fail
@@ -185,7 +185,7 @@ class TestEqualsEager:
             _, output = artefact.run(tree.leaves(start()), tree.leaves(batch(number)))
             assert_same(output.metrics, measure(start(), batch(number)).metrics)
 
-    def test_in_mixed_precision_as_the_values_are_computed(self):
+    def test_mixed_precision(self):
         def loss_fn(model, batch):
             with torch.autocast("cpu", torch.bfloat16):
                 found = model(batch["x"])
@@ -200,7 +200,7 @@ class TestEqualsEager:
 
 
 class TestGraphs:
-    def test_are_made_once_for_each_value(self):
+    def test_one_graph_per_value(self):
         checked = Checked(by_branch)
         for number in (0, 1, 0, 1, 1):
             checked(start(), batch(number))
@@ -208,28 +208,28 @@ class TestGraphs:
         assert checked.calls == 0
 
     @pytest.mark.parametrize(("loss_fn", "numbers"), [(by_length, (0, 1, 2, 3)), (by_place, (0, 2, 4, 6))])
-    def test_end_where_numbers_keep_changing(self, loss_fn, numbers):
+    def test_changing_values_stop_new_graphs(self, loss_fn, numbers):
         checked = Checked(loss_fn)
         for number in numbers:
             assert_same(checked(start(), batch(number)), checked.step(start(), batch(number)))
         assert (len(checked.graphs), checked.calls) == (2, 1)
 
     @pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: float(x.max()), lambda x: x[0].tolist()[1]])
-    def test_are_not_made_for_numbers_that_change_with_each_batch(self, read):
+    def test_float_reads_are_rejected(self, read):
         with pytest.raises(RuntimeError, match="floating-point"):
             Checked(lambda model, batch: cross_entropy(model, batch) * read(batch["x"]))
 
     @pytest.mark.parametrize("draw", [random.random, np.random.rand])
-    def test_are_not_made_for_random_numbers_of_the_host(self, draw):
+    def test_host_random_samples_are_rejected(self, draw):
         with pytest.raises(UncheckedReadError, match="random"):
             Checked(lambda model, batch: by_branch(model, batch) * float(draw()))
 
     @pytest.mark.parametrize("read", [lambda x: x.numpy().sum(), lambda x: x.detach().cpu().numpy()[0, 0]])
-    def test_are_not_made_for_arrays(self, read):
+    def test_numpy_reads_are_rejected(self, read):
         with pytest.raises((RuntimeError, TypeError)):
             Checked(lambda model, batch: cross_entropy(model, batch) * float(read(batch["x"])))
 
-    def test_leave_batch_and_state_alone_where_a_step_writes_before_a_read(self):
+    def test_write_before_read_leaves_batch_unchanged(self):
         given = batch(0)
         kept = tree.clone(given)
 
@@ -243,7 +243,7 @@ class TestGraphs:
 
 
 class TestErrors:
-    def test_of_the_step_are_raised_when_values_lead_there(self):
+    def test_error_in_branch_is_raised(self):
         def loss_fn(model, batch):
             if batch["y"].max() > 2:
                 raise ValueError("expected labels below 3")
@@ -259,8 +259,8 @@ class TestErrors:
 
 
 class TestRoute:
-    def test_is_taken_by_itself_and_left_where_values_keep_changing(self, monkeypatch):
-        # The graphs by Inductor are as those above: here it only has to be fast.
+    def test_checked_route_ends_when_values_keep_changing(self, monkeypatch):
+        # Eager graphs suffice here and are fast, because the tests above compare results.
         from fxtrain.compiler import _routes as routes
         from fxtrain.compiler import _trace as traced
 

@@ -1,4 +1,4 @@
-"""One checkpoint: exact to the bit, verified, refused where it does not fit, restored in part."""
+"""Single checkpoints: bitwise exactness, verification, mismatched states and partial restores."""
 
 import warnings
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Memory(NamedTuple):
     inner: dict
 
 
-# Every dtype that a dense tensor can have; quantized ones have a scale beside their numbers, and are refused.
+# Every dtype of dense tensors. Quantized tensors also have a scale, so they are rejected.
 DTYPES = sorted(
     {
         value
@@ -43,7 +43,7 @@ def alike(got, wanted):
 
 class TestExact:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_every_dtype_comes_back_to_the_bit(self, tmp_path, dtype):
+    def test_every_dtype_is_restored_bitwise(self, tmp_path, dtype):
         raw = torch.randint(0, 256, (7 * 16,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         leaf = (raw % 2).bool() if dtype == torch.bool else raw.view(dtype)
         state, like = a_state(x=leaf), a_state(x=torch.empty_like(leaf))
@@ -71,7 +71,7 @@ class TestExact:
             *("channels last", "parameter"),
         ],
     )
-    def test_every_layout_comes_back(self, tmp_path, leaf):
+    def test_every_layout_is_restored_bitwise(self, tmp_path, leaf):
         wanted = leaf.detach().resolve_conj().resolve_neg()
         back = fx.restore(fx.save(tmp_path / "c", a_state(x=leaf)), like=a_state(x=leaf)).slots["x"]
         assert alike(back, wanted)
@@ -80,7 +80,7 @@ class TestExact:
             assert alike(checkpoints.restore(a_state(x=leaf)).slots["x"], wanted)
 
     @pytest.mark.parametrize("kind", ["quantized", "sparse", "nested", "meta"])
-    def test_what_has_no_plain_bytes_is_refused_by_its_path(self, tmp_path, kind):
+    def test_non_dense_tensor_is_rejected_with_path(self, tmp_path, kind):
         leaf = {
             "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
             "sparse": lambda: torch.eye(2).to_sparse(),
@@ -93,7 +93,7 @@ class TestExact:
             fx.save(tmp_path / "c", a_state(x=leaf))
         assert not (tmp_path / "c").exists()
 
-    def test_any_tree_of_tensors(self, tmp_path):
+    def test_any_tree_of_tensors_is_restored(self, tmp_path):
         tree_ = {"a": [torch.ones(2), (torch.zeros(1), {})], 7: torch.tensor(True)}
         back = fx.restore(fx.save(tmp_path / "c", tree_), like=tree.zeros_like(tree_))
         testing.assert_equal(back, tree_, "a tree")
@@ -101,13 +101,13 @@ class TestExact:
         with pytest.raises(fx.CheckpointError, match=r"expected a dense tensor at tree\['a'\], got 1\.0"):
             fx.save(tmp_path / "d", {"a": 1.0})
 
-    def test_tied_modules_and_empty_optimizers(self, tmp_path):
+    def test_tied_weights_and_empty_optimizer_are_restored(self, tmp_path):
         module = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 2), "head": torch.nn.Linear(2, 3, bias=False)})
         module["head"].weight = module["embed"].weight
         state = fx.init(module, seed=1)
         testing.assert_equal(fx.restore(fx.save(tmp_path / "c", state), like=state), state, "a tied state")
 
-    def test_dotted_integer_and_nested_keys_stay_apart(self, tmp_path):
+    def test_dotted_integer_and_nested_keys_stay_distinct(self, tmp_path):
         slots = {
             "a.b": torch.tensor(1),
             "a": {"b": torch.tensor(2)},
@@ -117,7 +117,7 @@ class TestExact:
         state = a_state(**slots)
         testing.assert_equal(fx.restore(fx.save(tmp_path / "c", state), like=state), state, "keys")
 
-    def test_a_whole_state_of_a_run(self, tmp_path):
+    def test_state_with_callback_slots_is_restored(self, tmp_path):
         stopping = fx.callbacks.early_stopping("loss", patience=3, restore_best=True)
         state = fx.attach(problem.start(), stopping)
         testing.assert_equal(fx.restore(fx.save(tmp_path / "c", state), like=state), state, "a state")
@@ -130,7 +130,7 @@ class TestExact:
 
 
 class TestVerified:
-    def test_each_bit_of_every_file_is_watched(self, tmp_path):
+    def test_every_flipped_bit_is_detected(self, tmp_path):
         like = {"a": torch.arange(3, dtype=torch.int16), "b": torch.zeros(2, dtype=torch.bool)}
         path = fx.save(tmp_path / "c", like)
         for file in path.iterdir():
@@ -145,7 +145,7 @@ class TestVerified:
         testing.assert_equal(fx.restore(path, like=like), like, "the undamaged one")
 
     @pytest.mark.parametrize("file", ["leaves.bin", "manifest.jsonl"])
-    def test_a_file_that_is_cut_grown_or_gone(self, tmp_path, file):
+    def test_truncated_extended_or_missing_file_is_detected(self, tmp_path, file):
         path = fx.save(tmp_path / "c", a_state())
         content = (path / file).read_bytes()
         for changed in (content[:-1], content[:10], b"", content + b"0", content + b"\n"):
@@ -156,16 +156,16 @@ class TestVerified:
         with pytest.raises(fx.checkpoint.DamagedError, match=f"expected a checkpoint at .*, got no {file} in it"):
             fx.restore(path, like=a_state())
 
-    def test_a_folder_that_is_no_checkpoint(self, tmp_path):
+    def test_folder_without_manifest_is_rejected(self, tmp_path):
         with pytest.raises(fx.CheckpointError, match=r"expected a checkpoint at .*, got no manifest\.jsonl in it"):
             fx.restore(tmp_path, like=a_state())
 
-    def test_never_overwrites(self, tmp_path):
+    def test_save_never_overwrites(self, tmp_path):
         fx.save(tmp_path / "c", a_state())
         with pytest.raises(fx.CheckpointError, match="never overwritten"):
             fx.save(tmp_path / "c", a_state())
 
-    def test_a_negative_step_is_refused(self, tmp_path):
+    def test_negative_step_is_rejected(self, tmp_path):
         state = a_state().replace(step=torch.tensor(-1))
         with pytest.raises(fx.CheckpointError, match="expected a state of step 0 or more, got step -1"):
             fx.save(tmp_path / "c", state)
@@ -174,14 +174,14 @@ class TestVerified:
         with pytest.raises(fx.CheckpointError, match="expected a state of step 0 or more, got step -1"):
             checkpoints.close()
 
-    def test_a_folder_that_cannot_be_written(self, tmp_path):
+    def test_unwritable_folder_is_rejected(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(fx.CheckpointError, match="expected a writable folder for the checkpoint"):
             fx.save(tmp_path / "file" / "c", a_state())
 
 
-class TestFit:
-    def test_another_shape_dtype_or_name_is_refused_with_both_sides(self, tmp_path):
+class TestMismatch:
+    def test_mismatched_leaves_are_listed(self, tmp_path):
         path = fx.save(tmp_path / "c", a_state(x={"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}))
         like = a_state(x={"a": torch.zeros(5), "b": torch.zeros(3, dtype=torch.float64), "d": torch.zeros(1)})
         with pytest.raises(fx.CheckpointError) as caught:
@@ -192,12 +192,12 @@ class TestFit:
         assert "state.slots['x']['d']: expected float32[1], got none" in message
         assert "state.slots['x']['c']: expected none, got float32[1]" in message
 
-    def test_another_model_is_refused(self, tmp_path):
+    def test_different_model_is_rejected(self, tmp_path):
         path = fx.save(tmp_path / "c", fx.init(torch.nn.Linear(2, 3)))
         with pytest.raises(fx.CheckpointError, match=r"state\.params\['weight'\]: expected float32\[3, 5\]"):
             fx.restore(path, like=fx.init(torch.nn.Linear(5, 3)))
 
-    def test_a_missing_slot_stays_and_an_extra_one_is_kept(self, tmp_path):
+    def test_missing_slot_is_initialized_and_extra_slot_is_kept(self, tmp_path):
         memory = Memory(torch.tensor(4), {"w": torch.ones(2)})
         path = fx.save(tmp_path / "1", a_state(old=memory, plain={"x": [torch.tensor(1), torch.tensor(2)]}))
         with pytest.warns(
@@ -206,13 +206,13 @@ class TestFit:
             back = fx.restore(path, like=a_state(new=torch.tensor(7)))
         assert int(back.slots["new"]) == 7
         assert int(back.slots["plain"]["x"][1]) == 2
-        # The callback of the extra slot comes back two checkpoints later, and finds what it had.
+        # The callback of the extra slot returns two checkpoints later and gets its state back.
         like = a_state(old=Memory(torch.tensor(0), {"w": torch.zeros(2)}))
         with pytest.warns(UserWarning, match="'new' is only in the checkpoint and is kept"):
             again = fx.restore(fx.save(tmp_path / "2", back), like=like)
         testing.assert_equal(again.slots["old"], memory, "a slot that nobody claimed for a while")
 
-    def test_an_extra_slot_is_dropped_by_choice(self, tmp_path):
+    def test_extra_slot_can_be_dropped(self, tmp_path):
         path = fx.save(tmp_path / "c", a_state(old=torch.tensor(1)))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -221,8 +221,8 @@ class TestFit:
             fx.restore(path, like=a_state(), extra="lose")
 
 
-class TestPart:
-    def test_parameters_alone(self, tmp_path):
+class TestPartialRestore:
+    def test_parameters_only(self, tmp_path):
         path = fx.save(tmp_path / "c", fx.init(problem.module(), fx.optim.adam(0.1), seed=5))
         like = fx.init(problem.module(), fx.optim.sgd(0.1, momentum=0.9))
         back = fx.restore(path, like=like, where="state.params")
@@ -237,7 +237,7 @@ class TestPart:
         back = fx.restore(path, like=like, where=["state.seed", "state.slots['mine']"])
         assert (int(back.seed), int(back.slots["mine"]), int(back.slots["other"])) == (5, 3, 0)
 
-    def test_under_other_names(self, tmp_path):
+    def test_renamed_paths(self, tmp_path):
         average = {name: value + 1 for name, value in problem.start().params.items()}
         path = fx.save(tmp_path / "c", problem.start().replace(slots={"average": {"params": average}}))
         where = {"state.params": "state.slots['average']['params']"}
@@ -247,13 +247,13 @@ class TestPart:
         assert torch.equal(back.params["0.weight"], average["0.weight"])
         assert torch.equal(back.params["0.bias"], problem.start().params["0.bias"])
 
-    def test_a_tree_from_a_state(self, tmp_path):
+    def test_tree_from_state(self, tmp_path):
         state = problem.start()
         path = fx.save(tmp_path / "c", state)
         params = fx.restore(path, like=tree.zeros_like(state.params), where={"tree": "state.params"})
         testing.assert_equal(params, state.params, "parameters as a tree")
 
-    def test_a_path_where_nothing_is(self, tmp_path):
+    def test_unmatched_path_is_rejected(self, tmp_path):
         path = fx.save(tmp_path / "c", a_state())
         with pytest.raises(
             fx.CheckpointError, match=r"expected where='state\.param' to match a path of `like`, got only state"
@@ -264,14 +264,14 @@ class TestPart:
         ):
             fx.restore(path, like=a_state(), where={"state.params": "state.slots['ema']"})
 
-    def test_what_does_not_fit_is_refused_in_a_part_too(self, tmp_path):
+    def test_mismatched_part_is_rejected(self, tmp_path):
         path = fx.save(tmp_path / "c", fx.init(torch.nn.Linear(2, 3)))
         with pytest.raises(fx.CheckpointError, match=r"weight'\]: expected float32\[3, 5\], got"):
             fx.restore(path, like=fx.init(torch.nn.Linear(5, 3)), where="state.params")
 
 
-class TestAbstract:
-    def test_shapes_and_dtypes_are_enough(self, tmp_path):
+class TestAbstractState:
+    def test_state_on_meta_device_is_sufficient(self, tmp_path):
         state = problem.start(seed=4)
         path = fx.save(tmp_path / "c", state)
         with torch.device("meta"):
@@ -284,13 +284,13 @@ class TestAbstract:
             result.last.params, fx.fit(state, problem.step(), problem.data(), steps=2).last.params, "trained on"
         )
 
-    def test_a_state_that_is_taken_to_the_meta_device(self, tmp_path):
+    def test_state_moved_to_meta_device_is_sufficient(self, tmp_path):
         state = problem.start(seed=4)
         path = fx.save(tmp_path / "c", state)
         abstract = tree.map(lambda leaf: leaf.to("meta"), state)
         testing.assert_equal(fx.restore(path, like=abstract), state, "restored like an abstract state")
 
-    def test_what_would_stay_without_a_value_is_refused(self, tmp_path):
+    def test_leaf_without_value_is_rejected(self, tmp_path):
         path = fx.save(tmp_path / "c", a_state())
         abstract = tree.map(lambda leaf: leaf.to("meta"), a_state(new=torch.ones(2)))
         with pytest.raises(fx.CheckpointError, match=r"expected values for state\.slots\['new'\], got none"):

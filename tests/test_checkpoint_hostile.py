@@ -1,4 +1,4 @@
-"""Whatever is in a checkpoint's folder, a restore returns a verified state or raises a CheckpointError."""
+"""Restores from damaged or forged checkpoint folders return a verified state or raise CheckpointError."""
 
 import copy
 import errno
@@ -33,7 +33,7 @@ def saved(folder, *steps):
 
 
 def rewrite(path, change):
-    """Changes the lines of a manifest, given as JSON, and makes its checksum again."""
+    """Changes the JSON lines of a manifest and recomputes its checksum."""
     file = path / "manifest.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()][:-1]
     lines = change(lines) or lines
@@ -45,7 +45,7 @@ def put(file, text):
 
 
 class TestForged:
-    """Manifests with a valid checksum that no version has written."""
+    """Manifests with a valid checksum and invalid content."""
 
     @pytest.mark.parametrize(
         ("what", "change"),
@@ -77,7 +77,7 @@ class TestForged:
             "a format number": lambda head, row: head.update(format="2"),
         }.items(),
     )
-    def test_wrong_fact_is_named(self, tmp_path, what, change):
+    def test_invalid_field_is_named(self, tmp_path, what, change):
         (path,) = saved(tmp_path, 1)
 
         def apply(lines):
@@ -87,13 +87,13 @@ class TestForged:
         with pytest.raises(DamagedError, match=rf"manifest\.jsonl is damaged: expected .*({what.strip()}).*, got "):
             fx.restore(path, like=problem.start())
 
-    def test_two_rows_of_one_path(self, tmp_path):
+    def test_duplicate_path_is_rejected(self, tmp_path):
         (path,) = saved(tmp_path, 1)
         rewrite(path, lambda lines: [*lines, lines[-1]])
         with pytest.raises(DamagedError, match="expected a unique path"):
             fx.restore(path, like=problem.start())
 
-    def test_another_format_is_no_damage(self, tmp_path):
+    def test_other_format_is_not_damage(self, tmp_path):
         (path,) = saved(tmp_path, 1)
         rewrite(path, lambda lines: lines[0].update(format=1))
         with pytest.raises(
@@ -120,20 +120,20 @@ class TestForged:
         ],
         ids=lambda text: f"{text[:14]!r} {len(text)}",
     )
-    def test_text_that_is_no_manifest(self, tmp_path, text):
+    def test_invalid_manifest_text_is_damage(self, tmp_path, text):
         (path,) = saved(tmp_path, 1)
         put(path / "manifest.jsonl", text)
         with pytest.raises(DamagedError, match=r"manifest\.jsonl is damaged: expected"):
             fx.restore(path, like=problem.start())
 
-    def test_manifest_of_another_checkpoint(self, tmp_path):
+    def test_manifest_of_other_checkpoint_is_damage(self, tmp_path):
         _, second, third = saved(tmp_path, 1, 2, 3)
         third.rename(tmp_path / "away")
         second.rename(third)
         with pytest.warns(UserWarning, match=r"expected a manifest with the sequence of the folder's name, got 1"):
             assert int(fx.checkpointer(tmp_path).restore(problem.start()).step) == 1
 
-    def test_renamed_by_its_owner(self, tmp_path):
+    def test_renamed_checkpoint_can_be_restored(self, tmp_path):
         (path,) = saved(tmp_path, 1)
         path.rename(tmp_path / "final")
         assert int(fx.restore(tmp_path / "final", like=problem.start()).step) == 1
@@ -148,7 +148,7 @@ VALUES = [
 
 
 def places(value, path=()):
-    """The paths of all values in JSON."""
+    """Yields the paths of all values in a JSON document."""
     yield path
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
@@ -231,14 +231,14 @@ def fuzz(tmp_path, count, seed):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mutated_manifests_end_in_a_state_or_a_checkpoint_error(tmp_path):
+def test_mutated_manifests_restore_or_raise_checkpoint_error(tmp_path):
     outcomes = fuzz(tmp_path, 600, seed=1)
     assert outcomes[False] > 400
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_many_mutated_manifests_end_in_a_state_or_a_checkpoint_error(tmp_path):
+def test_many_mutated_manifests_restore_or_raise_checkpoint_error(tmp_path):
     assert fuzz(tmp_path, 5_000, seed=2)[False] > 3_000
 
 
@@ -256,7 +256,7 @@ def a_folder(file):
 def a_socket(file):
     server = socket.socket(socket.AF_UNIX)
     before = os.getcwd()
-    os.chdir(file.parent)  # a socket's path is short
+    os.chdir(file.parent)  # because the length of a socket's path is limited
     try:
         server.bind(file.name)
     finally:
@@ -281,14 +281,14 @@ def a_sparse_file(file):
     os.truncate(file, 2**42)
 
 
-class TestOddFiles:
+class TestSpecialFiles:
     @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize(
         "kind",
         [a_fifo, a_folder, a_socket, a_device, a_loop, a_dangling_link, a_sparse_file],
         ids=lambda kind: kind.__name__,
     )
-    def test_is_damage(self, tmp_path, file, kind):
+    def test_special_file_is_damage(self, tmp_path, file, kind):
         _, newest = saved(tmp_path, 1, 2)
         (newest / file).unlink()
         kept = kind(newest / file)
@@ -300,19 +300,19 @@ class TestOddFiles:
             kept.close()
 
     @pytest.mark.parametrize("kind", [a_fifo, a_folder, a_loop, a_dangling_link, lambda path: path.write_text("x")])
-    def test_in_the_place_of_a_checkpoint(self, tmp_path, kind):
+    def test_special_file_replacing_checkpoint_is_skipped(self, tmp_path, kind):
         (path,) = saved(tmp_path, 1)
         kind(path.with_name(path.name.replace("00000000-", "00000001-").replace("step-000000001", "step-000000002")))
         with pytest.warns(UserWarning, match="and step 1 is restored"):
             assert int(fx.checkpointer(tmp_path).restore(problem.start()).step) == 1
 
 
-class TestNoAnswer:
-    """A disk that does not answer says nothing about what is on it."""
+class TestReadErrors:
+    """A failed read does not prove that a checkpoint is damaged."""
 
     @pytest.mark.parametrize("file", FILES)
     @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
-    def test_newest_is_refused_and_keeps_its_name(self, tmp_path, monkeypatch, file, code):
+    def test_open_error_raises_and_keeps_checkpoint(self, tmp_path, monkeypatch, file, code):
         _, newest = saved(tmp_path, 1, 2)
         whole = os.open
 
@@ -341,7 +341,7 @@ class TestNoAnswer:
             assert not isinstance(caught.value, DamagedError)
         assert newest.exists()
 
-    def test_in_the_middle_of_a_file(self, tmp_path, monkeypatch):
+    def test_error_mid_file_raises_and_keeps_checkpoint(self, tmp_path, monkeypatch):
         _, newest = saved(tmp_path, 1, 2)
 
         def fails(*arguments):
@@ -353,7 +353,7 @@ class TestNoAnswer:
         assert not isinstance(caught.value, DamagedError)
         assert newest.exists()
 
-    def test_best_whose_metrics_cannot_be_read_is_not_deleted(self, tmp_path, monkeypatch):
+    def test_best_with_unreadable_metrics_is_not_deleted(self, tmp_path, monkeypatch):
         with fx.checkpointer(tmp_path, keep=1, best="loss") as checkpoints:
             for step, loss in ((1, 0.1), (2, 0.5)):
                 checkpoints.save(at(step), {"loss": loss})
@@ -378,7 +378,7 @@ class TestNoAnswer:
             checkpoints.save(at(4), {"loss": 0.4})
             assert checkpoints.steps() == [1, 4]
 
-    def test_folder_that_cannot_be_listed(self, tmp_path, monkeypatch):
+    def test_unlistable_folder_is_rejected(self, tmp_path, monkeypatch):
         saved(tmp_path, 1)
 
         def fails(self):
@@ -390,7 +390,7 @@ class TestNoAnswer:
 
 
 class TestLockFile:
-    def test_link_to_a_file_of_another_owner_is_refused(self, tmp_path):
+    def test_symbolic_link_is_rejected(self, tmp_path):
         (tmp_path / "diary").write_text("dear diary")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".lock").symlink_to(tmp_path / "diary")
@@ -398,20 +398,20 @@ class TestLockFile:
             fx.checkpointer(tmp_path / "run").save(at(1))
         assert (tmp_path / "diary").read_text() == "dear diary"
 
-    def test_file_with_other_content_is_refused(self, tmp_path):
+    def test_file_with_other_content_is_rejected(self, tmp_path):
         (tmp_path / ".lock").write_text("dear diary")
         with pytest.raises(fx.CheckpointError, match="got a file with other content"):
             fx.checkpointer(tmp_path).save(at(1))
         assert (tmp_path / ".lock").read_text() == "dear diary"
 
     @pytest.mark.parametrize("kind", [a_fifo, a_folder])
-    def test_what_is_no_file_is_refused(self, tmp_path, kind):
+    def test_special_file_is_rejected(self, tmp_path, kind):
         kind(tmp_path / ".lock")
         with pytest.raises(fx.CheckpointError, match=r"expected a writable folder at|not a regular file"):
             fx.checkpointer(tmp_path).save(at(1))
 
     @pytest.mark.parametrize("content", ["", "process 1 on there\n", "proc", "\0\0\0\0"])
-    def test_what_an_ended_writer_has_left_is_taken(self, tmp_path, content):
+    def test_stale_lock_is_taken(self, tmp_path, content):
         (tmp_path / ".lock").write_text(content)
         with fx.checkpointer(tmp_path) as checkpoints:
             checkpoints.save(at(1))
@@ -419,7 +419,7 @@ class TestLockFile:
 
 
 class TestUndeletable:
-    """An old checkpoint that cannot be deleted costs space, and not the run."""
+    """A failed deletion of an old checkpoint wastes space, but does not end the run."""
 
     def run(self, tmp_path):
         with warnings.catch_warnings(record=True) as caught:
@@ -431,7 +431,7 @@ class TestUndeletable:
                     checkpoints.save(at(step))
         return [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)]
 
-    def test_link_is_kept_and_told_once(self, tmp_path):
+    def test_link_is_kept_with_one_warning(self, tmp_path):
         (path,) = saved(tmp_path / "run", 1)
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere")
@@ -443,7 +443,7 @@ class TestUndeletable:
 
     @pytest.mark.parametrize("call", ["pathlib.Path.rename", "shutil.rmtree"])
     @pytest.mark.parametrize("code", [errno.EBUSY, errno.EPERM, errno.EACCES, errno.EIO])
-    def test_each_is_told_once(self, tmp_path, monkeypatch, call, code):
+    def test_failed_deletion_warns_once(self, tmp_path, monkeypatch, call, code):
         saved(tmp_path, 1)
         whole = pathlib.Path.rename if call.endswith("rename") else shutil.rmtree
 
@@ -457,7 +457,7 @@ class TestUndeletable:
         assert "expected to delete the expired checkpoint" in told
         assert fx.checkpointer(tmp_path).latest() == 14
 
-    def test_run_goes_on(self, tmp_path, monkeypatch):
+    def test_run_continues_after_failed_deletion(self, tmp_path, monkeypatch):
         def fails(path, *arguments, ignore_errors=False, **options):
             if not ignore_errors:
                 raise OSError(errno.EBUSY, "Device or resource busy", str(path))

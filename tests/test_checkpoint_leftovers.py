@@ -1,4 +1,4 @@
-"""What killed writers leave is deleted by the next one; what a living one writes, and what is not ours, is not."""
+"""The next save deletes leftovers of killed writers, and keeps files of running writers and other owners."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def writer(tmp_path):
         process.kill()
 
 
-def test_killed_save_is_cleared_by_the_next_one(tmp_path, writer):
+def test_next_save_deletes_leftovers_of_killed_save(tmp_path, writer):
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     assert len(unfinished(tmp_path)) == 1
@@ -46,22 +46,22 @@ def test_killed_save_is_cleared_by_the_next_one(tmp_path, writer):
     assert unfinished(tmp_path) == []
 
 
-def test_living_save_is_left_alone(tmp_path, writer):
+def test_running_save_is_left_alone(tmp_path, writer):
     before = unfinished(tmp_path)
     fx.save(tmp_path / "second", problem.start())
-    fx.save(tmp_path / "first", problem.start())  # of the same name: the one that ends first is there
+    fx.save(tmp_path / "first", problem.start())  # same name: the save that finishes first wins
     assert unfinished(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", [".unfinished-thesis", ".unfinished-first-12", ".unfinished-first-0123abcd"])
-def test_folder_of_another_owner_is_left_alone(tmp_path, name):
+def test_foreign_folder_is_left_alone(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "chapter.txt").write_text("x")
     fx.save(tmp_path / "first", problem.start())
     assert (tmp_path / name / "chapter.txt").exists()
 
 
-def test_file_and_link_of_that_name_are_left_alone(tmp_path):
+def test_file_and_link_with_unfinished_name_are_left_alone(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / ".unfinished-a-01234567").write_text("x")
     (tmp_path / ".unfinished-b-01234567").symlink_to(tmp_path / "data")
@@ -70,7 +70,7 @@ def test_file_and_link_of_that_name_are_left_alone(tmp_path):
     assert (tmp_path / "data").exists()
 
 
-def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_save_leaves_no_files(tmp_path, monkeypatch):
     def no_room(*arguments):
         raise OSError("No space left on device")
 
@@ -80,10 +80,10 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_names_above_are_synced_whoever_made_them(tmp_path, monkeypatch):
-    """A power cut takes names that were not synced, and a folder without a name is lost with all that is in it."""
+def test_all_parent_folders_are_synced(tmp_path, monkeypatch):
+    """Power loss removes directory entries that were not synced, with everything below them."""
     run = tmp_path / "runs" / "1"
-    run.mkdir(parents=True)  # by a writer of metrics, say
+    run.mkdir(parents=True)  # for example by a metrics writer
     (tmp_path / "link").symlink_to(run)
     synced, whole = [], disk.sync_folder
     for module in (disk, folders):
@@ -100,7 +100,7 @@ def test_all_names_above_are_synced_whoever_made_them(tmp_path, monkeypatch):
     assert run.parent in synced
 
 
-def test_disk_that_fails_to_sync_a_name_is_an_error(tmp_path, monkeypatch):
+def test_failed_folder_sync_is_an_error(tmp_path, monkeypatch):
     def fails(folder):
         raise OSError(5, "Input/output error")
 
@@ -118,7 +118,7 @@ def test_disk_that_fails_to_sync_a_name_is_an_error(tmp_path, monkeypatch):
         {"a": [torch.tensor(1)], "b": (torch.tensor(2), torch.tensor(3))},
     ],
 )
-def test_slot_without_its_callback_comes_back_as_it_was(tmp_path, slot):
+def test_orphaned_slot_is_restored_unchanged(tmp_path, slot):
     state = problem.start().replace(slots={"x": slot})
     with pytest.warns(UserWarning, match="only in the checkpoint"):
         without = fx.restore(fx.save(tmp_path / "1", state), like=problem.start())
@@ -126,7 +126,7 @@ def test_slot_without_its_callback_comes_back_as_it_was(tmp_path, slot):
     fx.tree.map(lambda got, wanted: torch.testing.assert_close(got, wanted), back.slots["x"], slot)
 
 
-def test_odd_rows_become_no_tree():
+def test_inconsistent_rows_are_not_rebuilt():
     rows = [([], torch.tensor(1)), ([["key", "a"]], torch.tensor(2))]
     assert isinstance(unclaimed.rebuild(rows), unclaimed.Unclaimed)
     rows = [([["index", 0]] * 5000, torch.tensor(1)), ([["index", 1]], torch.tensor(2))]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, of a session, and for rewinds: what each is counted for, and how long it stays."""
+"""Roles of checkpoints (trajectory, session, snapshot): their retention, listing, and use for resume and rewind."""
 
 import problem
 import pytest
@@ -12,7 +12,7 @@ def at(step, **changes):
 
 
 def saved(folder, saves, **policy):
-    """Saves steps: 10 for the trajectory, "10s" where a session ended, "10r" for rewinds."""
+    """Saves steps with the role trajectory (``10``), session (``"10s"``) or snapshot (``"10r"``)."""
     checkpoints = fx.checkpointer(folder, **policy)
     roles = {"s": "session", "r": "snapshot"}
     for save in saves:
@@ -33,7 +33,7 @@ def present(folder):
 
 
 class TestSession:
-    def test_stays_while_it_is_one_of_the_newest(self, tmp_path):
+    def test_kept_only_while_newest(self, tmp_path):
         checkpoints = saved(tmp_path, [10, "13s"], keep=1)
         assert checkpoints.steps() == [10, 13]
         assert checkpoints.latest() == 13
@@ -43,7 +43,7 @@ class TestSession:
         assert checkpoints.steps() == [20]
         checkpoints.close()
 
-    def test_stays_while_only_snapshots_are_newer(self, tmp_path):
+    def test_kept_while_only_snapshots_are_newer(self, tmp_path):
         assert saved(tmp_path, [10, "13s", "15r"]).latest() == 13
         assert present(tmp_path) == ["10", "13s", "15r"]
 
@@ -56,19 +56,19 @@ class TestSession:
         assert [name for name in present(tmp_path / "often") if name[-1] != "s"] == present(tmp_path / "whole")
         assert often.best() == whole.best()
 
-    def test_of_the_same_step_does_not_replace_the_regular_one(self, tmp_path):
+    def test_same_step_does_not_replace_trajectory_checkpoint(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20, "20s", 30], keep=2)
         assert present(tmp_path) == ["20", "20s", "30"]
         checkpoints.save(at(40))
         checkpoints.close()
         assert present(tmp_path) == ["30", "40"]
 
-    def test_is_no_target_of_a_rewind(self, tmp_path):
+    def test_is_not_a_rewind_target(self, tmp_path):
         checkpoints = saved(tmp_path, [10, "13s"])
         assert checkpoints.newest_until(15) == 10
         assert int(checkpoints.read_newest_until(15, problem.start()).state.step) == 10
 
-    def test_is_resumed_from(self, tmp_path):
+    def test_is_resumable(self, tmp_path):
         saved(tmp_path, [10, "13s"]).close()
         assert int(fx.checkpointer(tmp_path).restore(problem.start()).step) == 13
 
@@ -84,7 +84,7 @@ class TestSnapshot:
             checkpoints.restore(problem.start(), step=12)
         assert int(checkpoints.restore(problem.start()).step) == 10
 
-    def test_is_read_by_its_step(self, tmp_path):
+    def test_is_read_by_step(self, tmp_path):
         checkpoints = saved(tmp_path, [10, "12r", "14r"])
         assert checkpoints.snapshots() == {12, 14}
         assert int(checkpoints.read_snapshot(12, problem.start()).state.step) == 12
@@ -92,7 +92,7 @@ class TestSnapshot:
         assert checkpoints.newest_until(13) == 10
         assert checkpoints.read_newest_until(13, problem.start(), newer_than=10) is None
 
-    def test_that_is_damaged_is_set_aside(self, tmp_path):
+    def test_damaged_snapshot_is_set_aside(self, tmp_path):
         checkpoints = saved(tmp_path, [10, "12r"])
         (path,) = tmp_path.glob("*-snapshot-step-*")
         (path / "leaves.bin").write_bytes(b"")
@@ -100,7 +100,7 @@ class TestSnapshot:
             assert checkpoints.read_snapshot(12, problem.start()) is None
         checkpoints.close()
 
-    def test_is_kept_until_its_owner_says_so(self, tmp_path):
+    def test_is_kept_until_retain_snapshots(self, tmp_path):
         checkpoints = saved(tmp_path, ["2r", "4r", "6r", 7, "8r", 9], keep=1)
         assert present(tmp_path) == ["2r", "4r", "6r", "8r", "9"]
         checkpoints.retain_snapshots([6, 8])
@@ -110,12 +110,12 @@ class TestSnapshot:
         checkpoints.close()
         assert present(tmp_path) == ["9"]
 
-    def test_is_written_without_a_copy_of_the_state(self, tmp_path):
+    def test_is_written_without_copying_state(self, tmp_path):
         checkpoints = saved(tmp_path, ["2r"])
         assert checkpoints._snapshot._buffer.nbytes == 0
         checkpoints.close()
 
-    def test_alone_is_no_checkpoint_to_resume_from(self, tmp_path):
+    def test_is_not_resumable(self, tmp_path):
         saved(tmp_path, ["2r"]).close()
         checkpoints = fx.checkpointer(tmp_path)
         assert not checkpoints.has_any()
@@ -125,21 +125,21 @@ class TestSnapshot:
         with pytest.raises(fx.CheckpointError, match="another run"):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=1, checkpointer=fx.checkpointer(tmp_path))
 
-    def test_of_the_same_step_replaces_the_older_one(self, tmp_path):
+    def test_same_step_replaces_older_snapshot(self, tmp_path):
         saved(tmp_path, ["2r", "4r", 4, 2, "4r"], keep=None)
         assert present(tmp_path) == ["2r", "4", "2", "4r"]
 
-    def test_needs_a_session(self, tmp_path):
+    def test_retain_snapshots_requires_writing_session(self, tmp_path):
         with pytest.raises(fx.CheckpointError, match="expected a session that saves to"):
             fx.checkpointer(tmp_path).retain_snapshots([])
 
-    def test_role_is_checked(self, tmp_path):
+    def test_role_is_validated(self, tmp_path):
         with pytest.raises(ValueError, match=r"expected role to be one of .*, got 'best'"):
             fx.checkpointer(tmp_path).save(at(1), role="best")
 
 
 class TestTimeline:
-    def test_deletion_does_not_bring_back_what_a_rewind_abandoned(self, tmp_path):
+    def test_deletion_does_not_restore_abandoned_steps(self, tmp_path):
         checkpoints = saved(tmp_path, [5, 10, 20, 30], keep=1, keep_every=20)
         for step in (10, 35, 36, 37):
             checkpoints.save(at(step))
@@ -147,13 +147,13 @@ class TestTimeline:
         assert checkpoints.newest_until(34) == 10
         assert 20 in checkpoints.steps()
 
-    def test_each_of_two_rewinds_stays_known(self, tmp_path):
+    def test_two_rewinds_are_both_respected(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20, 30, 10, 20, 10, 45, 46, 47], keep=1, keep_every=30)
         assert checkpoints.newest_until(44) == 10
 
 
 class TestRewindToDamage:
-    def test_falls_back_to_the_next_older_target(self, tmp_path):
+    def test_falls_back_to_older_target(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20, 30])
         (path,) = tmp_path.glob("*-step-000000020")
         (path / "leaves.bin").write_bytes(b"")
@@ -163,7 +163,7 @@ class TestRewindToDamage:
         assert checkpoints.steps() == [10, 30]
         checkpoints.close()
 
-    def test_none_that_can_be_read_is_none(self, tmp_path):
+    def test_returns_none_without_readable_target(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20, 30])
         for path in tmp_path.glob("*-step-*"):
             (path / "leaves.bin").write_bytes(b"")
@@ -172,7 +172,7 @@ class TestRewindToDamage:
         checkpoints.close()
 
     @pytest.mark.filterwarnings("ignore:.*It is kept as unreadable")
-    def test_run_goes_on_from_the_older_target(self, tmp_path):
+    def test_run_continues_from_older_target(self, tmp_path):
         def rewind_once(state, event: fx.StepEnd):
             if event.step == 8 and "seen" not in state.slots:
                 (path,) = tmp_path.glob("*-step-000000006")

@@ -1,4 +1,4 @@
-"""No exception from a signal handler, at any point of a call, damages a checkpoint or leaves a write untracked."""
+"""Exceptions from signal handlers, at any point of a call, damage no checkpoint and leave no write untracked."""
 
 import subprocess
 import sys
@@ -12,16 +12,16 @@ from fxtrain.checkpoint import _contents as contents
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a finalizer
 
-# The frames in which the exception is raised: ours, and those of Python's libraries that may hold a lock.
+# Frames in which the exception is raised: those of fxtrain, and of standard libraries that may hold a lock.
 WATCHED = ("fxtrain/checkpoint/", "concurrent/futures/", "threading.py", "multiprocessing/util.py", "contextlib.py")
 
 
 class FromHandler(BaseException):
-    """What a signal handler raises."""
+    """Raised by a signal handler."""
 
 
 class Tracer:
-    """Counts the lines, or the instructions too, of the watched frames in this thread, and raises at number ``at``."""
+    """Counts lines (and instructions) of watched frames in this thread, and raises at count ``at``."""
 
     def __init__(self, at=None, *, instructions=True):
         self.at, self.count, self.instructions = at, 0, instructions
@@ -55,7 +55,7 @@ def at(step):
 
 @pytest.fixture(autouse=True)
 def slow_writes(monkeypatch):
-    """A write is still under way when the next call is made. The disk itself is not waited for."""
+    """Delays writes so that they overlap the next call, and disables fsync."""
     whole = contents.Snapshot.parts
 
     def parts(self):
@@ -87,7 +87,7 @@ CALLS = {
 
 
 def trial(folder, name, point, instructions):
-    """Runs one call, interrupted at a point, and uses the checkpointer again. Returns how many points there were."""
+    """Interrupts one call at ``point``, then uses the checkpointer again. Returns the number of points."""
     follows, call = CALLS[name]
     checkpoints = prepared(folder, waits=name == "a save") if follows else fx.checkpointer(folder, keep=None)
     with Tracer(point, instructions=instructions) as tracer:
@@ -95,7 +95,7 @@ def trial(folder, name, point, instructions):
     for step in (3, 4):
         checkpoints.save(at(step))
     checkpoints.close()
-    with fx.checkpointer(folder) as other:  # the lock is free, and all that is there is whole
+    with fx.checkpointer(folder) as other:  # the lock is free, and every checkpoint is intact
         steps = other.steps()
         for step in steps:
             restored = other.restore(LIKE, step=step)
@@ -115,20 +115,20 @@ def interrupted_everywhere(tmp_path, name, stride, *, instructions):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_exception_damages_nothing(tmp_path, name):
+def test_exception_damages_no_checkpoint(tmp_path, name):
     interrupted_everywhere(tmp_path, name, 61, instructions=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(("instructions", "stride"), [(False, 1), (True, 7)], ids=["lines", "instructions"])
-def test_an_exception_at_any_line_damages_nothing(tmp_path, name, instructions, stride):
+def test_exception_at_any_line_damages_no_checkpoint(tmp_path, name, instructions, stride):
     interrupted_everywhere(tmp_path, name, stride, instructions=instructions)
     assert torch.is_grad_enabled()
 
 
 def session(folder, *lines, slow=0.0):
-    """Runs lines in a process of its own, in which a write takes ``slow`` seconds. Returns it and its duration."""
+    """Runs lines in a subprocess whose writes take ``slow`` seconds. Returns the result and its duration."""
     code = [
         "import os, signal, sys, time, torch, fxtrain as fx",
         "from fxtrain.checkpoint import _contents as contents",
@@ -145,13 +145,13 @@ def session(folder, *lines, slow=0.0):
 
 
 class TestExit:
-    def test_save_is_finished_before_the_process_ends(self, tmp_path):
+    def test_exit_waits_for_save(self, tmp_path):
         done, _ = session(tmp_path, "checkpoints.save(state)", slow=0.3)
         assert done.returncode == 0, done.stderr
         assert fx.checkpointer(tmp_path).steps() == [0]
 
     @pytest.mark.parametrize("method", ["fork", "spawn"])
-    def test_save_is_finished_before_a_child_of_multiprocessing_ends(self, tmp_path, method):
+    def test_multiprocessing_child_waits_for_save(self, tmp_path, method):
         script = tmp_path / "script.py"
         script.write_text(
             "import multiprocessing, sys, time, torch, fxtrain as fx\n"
@@ -168,7 +168,7 @@ class TestExit:
         subprocess.run([sys.executable, script, tmp_path / "run"], check=True)
         assert fx.checkpointer(tmp_path / "run").steps() == [0]
 
-    def test_second_interrupt_does_not_wait_for_the_disk(self, tmp_path):
+    def test_interrupted_exit_does_not_wait_for_save(self, tmp_path):
         done, seconds = session(
             tmp_path,
             "checkpoints.save(state), checkpoints.wait()",
@@ -181,7 +181,7 @@ class TestExit:
         assert seconds < 40
         assert fx.checkpointer(tmp_path).steps() == [0]
 
-    def test_interrupt_that_was_caught_does_not_lose_a_save(self, tmp_path):
+    def test_caught_interrupt_does_not_lose_save(self, tmp_path):
         done, _ = session(
             tmp_path,
             "try: os.kill(os.getpid(), signal.SIGINT), time.sleep(60)",

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: kept by policy, written behind the run's back, read back from whatever is left."""
+"""Checkpoints of a run: retention, background writes, errors, locking and recovery from damage."""
 
 import os
 import subprocess
@@ -43,32 +43,32 @@ class TestPolicy:
             ({"keep": 1, "best": "loss", "mode": "max"}, [30, 50]),
         ],
     )
-    def test_keeps_by_policy(self, tmp_path, policy, kept):
+    def test_retention_follows_policy(self, tmp_path, policy, kept):
         losses = [(10, 3.0), (20, 1.0), (30, 5.0), (40, None), (50, float("nan"))]
         checkpoints = saved(tmp_path / "run", losses, **policy)
         assert checkpoints.steps() == kept
         assert checkpoints.latest() == 50
-        again = fx.checkpointer(tmp_path / "run", **policy)  # a process that has not written the metrics itself
+        again = fx.checkpointer(tmp_path / "run", **policy)  # a new process reads the metrics from disk
         assert again.best() == checkpoints.best()
         if "best" in policy:
             assert checkpoints.best() == (30 if policy.get("mode") == "max" else 20)
         assert len(folders_of(tmp_path / "run")) == len(kept)
 
-    def test_after_going_back_a_later_save_is_not_swallowed(self, tmp_path):
+    def test_repeated_step_after_rewind_replaces_checkpoint(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20, 15])
         assert checkpoints.latest() == 15
         checkpoints.save(at(15, seed=torch.tensor(5)))
         assert int(checkpoints.restore(problem.start(), step=15).seed) == 5
         assert checkpoints.steps() == [15, 20]
 
-    def test_what_a_rewind_left_behind_is_not_on_the_way(self, tmp_path):
+    def test_rewind_ignores_abandoned_steps(self, tmp_path):
         checkpoints = saved(tmp_path, [5, 10, 20, 30, 10, 35], keep=None)
         assert checkpoints.newest_until(34) == 10
         assert checkpoints.newest_until(35) == 35
         assert checkpoints.newest_until(9) == 5
         assert checkpoints.newest_until(4) is None
 
-    def test_what_was_not_committed_is_not_listed_and_cleared_away(self, tmp_path):
+    def test_uncommitted_folders_are_unlisted_and_deleted(self, tmp_path):
         checkpoints = saved(tmp_path, [10])
         left = [tmp_path / ".unfinished-00000001-step-000000020-1", tmp_path / ".deleted-00000000-step-000000001"]
         for path in left:
@@ -81,7 +81,7 @@ class TestPolicy:
         assert not any(path.exists() for path in left)
         assert (tmp_path / "999").exists()
 
-    def test_says_what_is_there(self, tmp_path):
+    def test_errors_and_repr_list_saved_steps(self, tmp_path):
         checkpoints = saved(tmp_path, [10])
         with pytest.raises(fx.CheckpointError, match=r"expected a checkpoint of step 11 in .*, got steps 10"):
             checkpoints.restore(problem.start(), step=11)
@@ -90,11 +90,11 @@ class TestPolicy:
         assert repr(checkpoints).endswith("steps 10)")
 
     @pytest.mark.parametrize("arguments", [{"keep": 0}, {"keep_every": 0}, {"mode": "least"}, {"on_error": "ignore"}])
-    def test_validates(self, tmp_path, arguments):
+    def test_arguments_are_validated(self, tmp_path, arguments):
         with pytest.raises(ValueError, match=f"expected {next(iter(arguments))} to be "):
             fx.checkpointer(tmp_path, **arguments)
 
-    def test_another_environment_is_told(self, tmp_path):
+    def test_different_environment_warns(self, tmp_path):
         checkpoints = saved(tmp_path, [10])
         (path,) = folders_of(tmp_path)
         manifest = manifests.read_manifest(path)
@@ -106,17 +106,17 @@ class TestPolicy:
 
 
 class TestBackground:
-    def test_what_happens_to_the_state_after_save_does_not_reach_the_disk(self, tmp_path):
+    def test_saved_state_ignores_later_writes(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path, keep=None)
         for step in range(1, 9):
             state = at(step)
             wanted = state.copy()
             checkpoints.save(state)
-            for leaf in fx.tree.leaves(state):  # as a step does that was given the state's memory
+            for leaf in fx.tree.leaves(state):  # as a donating step does
                 leaf.zero_()
             testing.assert_equal(checkpoints.restore(problem.start(), step=step), wanted, "the saved state")
 
-    def test_saving_does_not_wait_for_the_disk(self, tmp_path, monkeypatch):
+    def test_save_does_not_wait_for_disk(self, tmp_path, monkeypatch):
         go_on, write = threading.Event(), folders.write
         monkeypatch.setattr(folders, "write", lambda *args: go_on.wait() and write(*args))
         checkpoints = fx.checkpointer(tmp_path)
@@ -131,7 +131,7 @@ class TestBackground:
         assert checkpoints.committed() == []
         checkpoints.close()
 
-    def test_the_buffer_is_used_again(self, tmp_path):
+    def test_snapshot_buffer_is_reused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         checkpoints.reserve(at(1))
         buffer = checkpoints._snapshot._buffer.data_ptr()
@@ -145,7 +145,7 @@ class TestBackground:
         )
         checkpoints.close()
 
-    def test_only_a_state_has_a_step(self, tmp_path):
+    def test_save_requires_train_state(self, tmp_path):
         with pytest.raises(TypeError, match=r"expected state to be a TrainState, got an? .*dict.*\. fxtrain\.save"):
             fx.checkpointer(tmp_path).save({"a": torch.ones(1)})
 
@@ -155,7 +155,7 @@ def no_room(*args):
 
 
 class TestErrors:
-    def test_surface_at_the_next_call(self, tmp_path, monkeypatch):
+    def test_error_is_raised_by_next_call(self, tmp_path, monkeypatch):
         checkpoints = saved(tmp_path, [1])
         with monkeypatch.context() as broken:
             broken.setattr(folders, "write", no_room)
@@ -167,7 +167,7 @@ class TestErrors:
         assert checkpoints.steps() == [1, 2]
         checkpoints.close()
 
-    def test_are_warnings_by_choice(self, tmp_path, monkeypatch):
+    def test_errors_can_be_warnings(self, tmp_path, monkeypatch):
         checkpoints = fx.checkpointer(tmp_path, on_error="warn")
         monkeypatch.setattr(folders, "write", no_room)
         checkpoints.save(at(1))
@@ -175,7 +175,7 @@ class TestErrors:
             assert checkpoints.latest() is None
         checkpoints.close()
 
-    def test_reach_the_run_at_its_next_event(self, tmp_path, monkeypatch):
+    def test_error_ends_run_at_next_event(self, tmp_path, monkeypatch):
         checkpoints = fx.checkpointer(tmp_path, background=False)
         seen = []
         monkeypatch.setattr(folders, "write", no_room)
@@ -195,7 +195,7 @@ class TestErrors:
         assert seen.count("StepEnd") == 2
         assert seen[-1] == "Interrupted"
 
-    def test_a_run_goes_on_by_choice_and_tries_again_at_its_end(self, tmp_path, monkeypatch):
+    def test_run_continues_after_warning_and_saves_at_end(self, tmp_path, monkeypatch):
         checkpoints, write, calls = fx.checkpointer(tmp_path, on_error="warn"), folders.write, []
 
         def fails_at_first(*args):
@@ -214,7 +214,7 @@ class TestErrors:
             )
         assert checkpoints.steps() == [4]
 
-    def test_a_folder_that_cannot_be_made_is_found_out_before_the_first_step(self, tmp_path):
+    def test_unwritable_folder_fails_before_first_step(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(fx.CheckpointError, match=r"expected a writable folder at .* Make it writable"):
             fx.fit(
@@ -225,7 +225,7 @@ class TestErrors:
                 checkpointer=fx.checkpointer(tmp_path / "file" / "run"),
             )
 
-    def test_a_folder_that_vanishes_is_not_made_anew(self, tmp_path):
+    def test_vanished_folder_is_not_recreated(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path / "run")
         checkpoints.save(at(1))
         checkpoints.wait()
@@ -234,13 +234,13 @@ class TestErrors:
             fx.CheckpointError, match=r"the folder that this run has been saving to, got another one or none"
         ):
             checkpoints.save(at(2))
-        (tmp_path / "run").mkdir()  # the empty place that a file system was mounted on
+        (tmp_path / "run").mkdir()  # an unmounted file system leaves its empty mount point
         with pytest.raises(fx.CheckpointError, match="the folder that this run has been saving to"):
             checkpoints.save(at(2))
         checkpoints.close()
 
 
-def test_no_jax_comes_into_the_process(tmp_path):
+def test_checkpoints_do_not_import_jax(tmp_path):
     code = (
         "import sys, torch, fxtrain as fx\n"
         "tx = fx.optim.sgd(0.1)\n"
@@ -255,26 +255,26 @@ def test_no_jax_comes_into_the_process(tmp_path):
 
 
 class TestLock:
-    def test_a_second_writer_is_refused(self, tmp_path):
+    def test_second_writer_is_rejected(self, tmp_path):
         first, second = fx.checkpointer(tmp_path), fx.checkpointer(tmp_path)
         first.save(at(1))
         first.wait()
         with pytest.raises(fx.CheckpointError, match=f"got a lock held by process {os.getpid()} on"):
             second.save(at(2))
-        assert second.steps() == [1]  # who reads needs no lock
+        assert second.steps() == [1]  # reading needs no lock
         first.close()
         second.restore(problem.start())
         second.save(at(2))
         assert second.steps() == [1, 2]
         second.close()
 
-    def test_in_another_process_too_and_a_killed_one_holds_nothing(self, tmp_path):
+    def test_lock_excludes_other_process_until_it_is_killed(self, tmp_path):
         code = (
             "import os, signal, sys, torch, fxtrain as fx\n"
             "checkpoints = fx.checkpointer(sys.argv[1])\n"
             "checkpoints.save(fx.init(torch.nn.Linear(1, 1)))\n"
             "checkpoints.wait()\n"
-            "if os.fork() == 0: os.execlp('sleep', 'sleep', '60')\n"  # as a worker that outlives its parent
+            "if os.fork() == 0: os.execlp('sleep', 'sleep', '60')\n"  # a worker that outlives its parent
             "worker = os.fork()\n"
             "if worker == 0: signal.pause()\n"
             "print(worker, flush=True)\n"
@@ -288,7 +288,7 @@ class TestLock:
             other.kill()
             other.wait()
             try:
-                os.kill(worker, 0)  # it is alive
+                os.kill(worker, 0)  # the worker is alive
                 mine.restore(fx.init(torch.nn.Linear(1, 1)))
                 mine.save(at(1))
                 mine.close()
@@ -296,7 +296,7 @@ class TestLock:
                 os.kill(worker, 9)
         assert mine.steps() == [0, 1]
 
-    def test_a_run_lets_go_at_its_end(self, tmp_path):
+    def test_run_releases_lock_at_end(self, tmp_path):
         for steps in (2, 4):
             checkpoints = fx.checkpointer(tmp_path)
             fx.fit(problem.start(), problem.step(), problem.data(), steps=steps, checkpointer=checkpoints, resume=True)
@@ -308,7 +308,7 @@ def damage(path):
 
 
 class TestDamage:
-    def test_a_damaged_newest_is_set_aside_and_the_next_older_one_restored(self, tmp_path):
+    def test_damaged_newest_is_set_aside_and_older_one_restored(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20, 30])
         for path in folders_of(tmp_path)[1:]:
             damage(path)
@@ -320,7 +320,7 @@ class TestDamage:
         checkpoints.close()
         assert [path.name[:8] for path in folders_of(tmp_path)] == ["00000000", "00000003", "unreadab", "unreadab"]
 
-    def test_none_that_can_be_read_is_an_error_and_stays_one(self, tmp_path):
+    def test_no_readable_checkpoint_is_a_repeated_error(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20])
         before = [path.name for path in folders_of(tmp_path)]
         for path in folders_of(tmp_path):
@@ -330,21 +330,21 @@ class TestDamage:
                 fx.fit(problem.start(), problem.step(), problem.data(), steps=3, checkpointer=checkpoints, resume=True)
         assert [path.name for path in folders_of(tmp_path)] == before
 
-    def test_what_was_set_aside_is_no_reason_to_begin_anew(self, tmp_path):
+    def test_resume_rejects_folder_with_only_unreadable_checkpoints(self, tmp_path):
         checkpoints = saved(tmp_path, [10])
         (path,) = folders_of(tmp_path)
         path.rename(tmp_path / f"unreadable-{path.name}")
         with pytest.raises(fx.CheckpointError, match="was set aside earlier as unreadable"):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=3, checkpointer=checkpoints, resume=True)
 
-    def test_one_that_was_asked_for_is_not_replaced(self, tmp_path):
+    def test_damaged_requested_step_is_an_error(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20])
         damage(folders_of(tmp_path)[1])
         with pytest.raises(fx.CheckpointError, match="damaged"):
             checkpoints.restore(problem.start(), step=20)
         assert checkpoints.steps() == [10, 20]
 
-    def test_a_state_that_does_not_fit_sets_nothing_aside(self, tmp_path):
+    def test_mismatched_state_sets_nothing_aside(self, tmp_path):
         checkpoints = saved(tmp_path, [10, 20])
         with pytest.raises(fx.CheckpointError, match="got others in"):
             checkpoints.restore(fx.init(torch.nn.Linear(1, 1)))

@@ -1,4 +1,4 @@
-"""The command line as a process: pipes that close, disks that are full, terminals that are narrow, signals."""
+"""The command line as a process: closed pipes, full disks, narrow terminals and signals."""
 
 import json
 import os
@@ -37,36 +37,36 @@ def fxtrain(*arguments):
 
 
 @pytest.mark.parametrize("arguments", [("report", "RUN"), ("--help",), ("lm", "--help"), ("nothing",)])
-def test_a_reader_that_goes_away_is_no_error(run, arguments):
+def test_closed_pipe_is_not_an_error(run, arguments):
     arguments = [run if each == "RUN" else each for each in arguments]
-    # The reader is gone before anything is written.
+    # The reader exits before the first write.
     done = shell(f"{{ sleep 0.2; {fxtrain(*arguments)} 2>&1; echo $? > {run}/code; }} | true")
     assert (done.stdout, done.stderr) == ("", "")
     assert (run / "code").read_text() == ("2\n" if arguments == ["nothing"] else "0\n")
     assert (run / "report.html").exists() == (arguments[0] == "report")
 
 
-def test_a_full_disk_behind_standard_output_is_an_error_of_one_line(run):
+def test_full_disk_is_a_one_line_error(run):
     done = shell(f"{fxtrain('report', run)} > /dev/full")
     assert done.returncode == 1
     assert done.stderr == "fxtrain: expected to write to standard output, got No space left on device.\n"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_streams_that_are_closed_from_the_beginning(run, closed):
+def test_closed_streams_are_tolerated(run, closed):
     done = shell(f"{fxtrain('report', run)} {closed}")
     assert done.returncode == 0
     assert (run / "report.html").exists()
 
 
-def test_a_path_that_the_terminal_cannot_show_is_escaped(run):
+def test_unprintable_path_is_escaped(run):
     folder = run.rename(run.with_name("läuft"))
     done = shell(fxtrain("report", folder), PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0
     assert done.stdout.endswith("/l\\xe4uft/report.html\n")
 
 
-def test_a_message_is_one_line_whatever_the_path_is(tmp_path, capsys):
+def test_control_characters_in_path_are_escaped(tmp_path, capsys):
     folder = tmp_path / "a\nb\x1b[31m"
     folder.mkdir()
     assert cli.main(["report", str(folder)]) == 2
@@ -77,7 +77,7 @@ def test_a_message_is_one_line_whatever_the_path_is(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "", "/dev/null", "/dev/null/a", "/proc/self/mem"])
 @pytest.mark.parametrize("option", ["run", "--out"])
-def test_a_path_that_is_none(run, tmp_path, monkeypatch, capsys, path, option):
+def test_invalid_path_is_a_one_line_error(run, tmp_path, monkeypatch, capsys, path, option):
     monkeypatch.chdir(tmp_path)
     code = cli.main(["report", path] if option == "run" else ["report", str(run), "--out", path])
     captured = capsys.readouterr()
@@ -89,14 +89,14 @@ def test_a_path_that_is_none(run, tmp_path, monkeypatch, capsys, path, option):
         assert captured.err.count("\n") == 1
 
 
-def test_a_page_goes_through_a_pipe(run):
+def test_report_can_be_written_to_pipe(run):
     done = shell(f"{fxtrain('report', run, '--out')} >(cat >&2)")
     assert done.returncode == 0
     assert done.stderr.startswith("<!doctype html>")
     assert done.stderr.endswith("</html>\n")
 
 
-def test_a_pipe_that_nobody_reads_is_an_error(run, tmp_path, capsys):
+def test_pipe_without_reader_is_an_error(run, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert cli.main(["report", str(run), "--out", str(tmp_path / "pipe")]) == 1
     assert "expected a place for the page" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_a_pipe_that_nobody_reads_is_an_error(run, tmp_path, capsys):
 @pytest.mark.parametrize("columns", [0, 1, 2, 10])
 @pytest.mark.parametrize("arguments", [("--help",), ("lm", "--help"), ("report", "--help"), ("lm", "--nothing")])
 @pytest.mark.timeout(60)
-def test_help_in_a_narrow_terminal(monkeypatch, capsys, columns, arguments):
+def test_help_works_in_narrow_terminal(monkeypatch, capsys, columns, arguments):
     monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.main(list(arguments)) == (2 if "--nothing" in arguments else 0)
     captured = capsys.readouterr()
@@ -114,7 +114,7 @@ def test_help_in_a_narrow_terminal(monkeypatch, capsys, columns, arguments):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--runs", "x"), ("a", "b"), ("--out",)])
-def test_arguments_that_a_command_does_not_have(capsys, arguments):
+def test_unknown_arguments_are_rejected(capsys, arguments):
     assert cli.main(["report", *arguments]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -126,14 +126,14 @@ def test_replaced_streams_are_left_alone(capsys):
     assert failures == []
 
 
-# The main job
+# Training
 
 TEXT = pathlib.Path(json.__file__).read_text() * 4
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--length", "16", "--batch-size", "4", "--no-compile"]
 
 
 @pytest.mark.slow
-def test_training_goes_on_when_its_reader_has_read_enough(tmp_path):
+def test_training_continues_after_pipe_closes(tmp_path):
     (tmp_path / "text.py").write_text(TEXT)
     command = fxtrain("lm", "--text", "text.py", "--steps", 3, *SMALL)
     done = shell(f"cd {tmp_path} && {{ {command}; echo $? > code; }} | head -1")
@@ -145,7 +145,7 @@ def test_training_goes_on_when_its_reader_has_read_enough(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_have_their_exit_codes(tmp_path, number, code):
+def test_signal_sets_exit_code(tmp_path, number, code):
     (tmp_path / "text.py").write_text(TEXT)
     command = [*FXTRAIN, "lm", "--text", "text.py", "--steps", "100000", *SMALL]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
