@@ -1,4 +1,4 @@
-"""The baselines against the formulas, counted by hand."""
+"""The compression baselines against their formulas, computed one count at a time."""
 
 import lzma
 import math
@@ -18,7 +18,7 @@ def as_bytes(text: bytes) -> torch.Tensor:
 
 
 def brute_force(train: bytes):
-    """p(byte, context) by modified Kneser-Ney, one count at a time."""
+    """Returns ``p(byte, context)`` of modified Kneser-Ney smoothing, computed one count at a time."""
     trigrams = Counter(train[i : i + 3] for i in range(len(train) - 2))
     bigrams = Counter(gram[1:] for gram in trigrams)
     unigrams = Counter(gram[1:] for gram in bigrams)
@@ -64,7 +64,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("train", TEXTS)
 @pytest.mark.parametrize("validation", [b"a", b"ab", b"the abracadabra \xff\x00 mat"])
-def test_trigram_is_modified_kneser_ney(train, validation):
+def test_trigram_bits_equal_modified_kneser_ney(train, validation):
     p = brute_force(train)
     bits = [-math.log2(p(c, validation[max(0, i - 2) : i])) for i, c in enumerate(validation)]
     assert trigram_bits(as_bytes(train), as_bytes(validation)) == pytest.approx(sum(bits) / len(bits), rel=1e-5)
@@ -79,17 +79,17 @@ def test_smoothed_counts_are_probabilities(rows):
     assert (p > 0).all()
 
 
-def test_unigram_on_uniform_bytes_is_eight_bits():
+def test_unigram_of_uniform_bytes_is_eight_bits():
     uniform = torch.arange(256, dtype=torch.uint8).repeat(3)
     assert unigram_bits(uniform, uniform) == 8.0
 
 
-def test_unigram_counts_with_one_added():
+def test_unigram_uses_add_one_smoothing():
     wanted = -(3 * math.log2(4 / 260) + math.log2(1 / 260)) / 4
     assert unigram_bits(as_bytes(b"aaab"), as_bytes(b"aaac")) == pytest.approx(wanted)
 
 
-def test_a_text_without_structure_compresses_to_eight_bits():
+def test_random_bytes_compress_to_eight_bits():
     noise = torch.randint(256, (1 << 16,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert unigram_bits(noise, noise) == pytest.approx(8, abs=0.01)
     assert xz_bits(noise) == pytest.approx(8, abs=0.02)
@@ -97,12 +97,12 @@ def test_a_text_without_structure_compresses_to_eight_bits():
     assert 7.99 < trigram_bits(noise, held_out) < 9
 
 
-def test_trigram_knows_what_unigram_cannot():
+def test_trigram_uses_context():
     train, validation = as_bytes(b"0123456789" * 100), as_bytes(b"3456789012" * 10)
     assert unigram_bits(train, validation) == pytest.approx(math.log2(10), abs=0.4)
     assert trigram_bits(train, validation) < 0.1
 
 
-def test_xz_is_what_lzma_makes_of_it():
+def test_xz_bits_equal_lzma():
     text = b"the same line again\n" * 1000
     assert xz_bits(as_bytes(text)) == len(lzma.compress(text, preset=9)) * 8 / len(text)

@@ -1,4 +1,4 @@
-"""What is read, how it is cut, and what is said where there is nothing to read."""
+"""The text corpus: selection of files, the split, and errors without readable text."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ def text_of(tensor: torch.Tensor) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """100 files of 10 lines, in three folders, and a few things that are no text."""
+    """A tree with 100 text files of 10 lines, and with files that are not text."""
     for i in range(100):
         path = tmp_path / f"part{i % 3}" / f"file{i:02}.txt"
         path.parent.mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_is_read_in_order_and_split_by_file(folder):
+def test_folder_is_read_in_order_and_split_by_file(folder):
     corpus = read_corpus(str(folder))
     assert corpus.files == 100
     assert list(corpus.names) == sorted(corpus.names)
@@ -50,7 +50,7 @@ def test_a_folder_is_read_in_order_and_split_by_file(folder):
     )
 
 
-def test_the_split_depends_on_relative_paths_and_nothing_else(folder, tmp_path_factory):
+def test_split_depends_only_on_relative_paths(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "copy"
     folder.rename(elsewhere)
     (elsewhere / "again").mkdir()
@@ -62,14 +62,14 @@ def test_the_split_depends_on_relative_paths_and_nothing_else(folder, tmp_path_f
     assert torch.equal(moved.validation, corpus.validation)
 
 
-def test_a_new_file_moves_few_others(folder):
+def test_new_file_keeps_most_of_split(folder):
     before = text_of(read_corpus(str(folder)).validation).splitlines()
     (folder / "part0" / "new.txt").write_text("line of file xx\n" * 10)
     after = text_of(read_corpus(str(folder)).validation).splitlines()
     assert len(set(before) & set(after)) >= 4
 
 
-def test_the_digest_is_of_the_two_parts(folder):
+def test_digest_covers_both_parts(folder):
     corpus = read_corpus(str(folder))
     parts = (
         struct.pack("<QQ", len(corpus.train), len(corpus.validation)),
@@ -82,7 +82,7 @@ def test_the_digest_is_of_the_two_parts(folder):
 
 
 @pytest.mark.parametrize("text", [b"A line of text.\n" * 500, b"no line ends " * 600, b"x"])
-def test_one_file_is_split_by_position(tmp_path, text):
+def test_single_file_is_split_by_position(tmp_path, text):
     (tmp_path / "one.txt").write_bytes(text)
     corpus = read_corpus(str(tmp_path / "one.txt"))
     assert corpus.names == ("one.txt",)
@@ -96,7 +96,7 @@ def test_one_file_is_split_by_position(tmp_path, text):
     assert corpus.description.endswith(": the end of it")
 
 
-def test_a_few_large_files_are_each_split_by_position(tmp_path):
+def test_few_large_files_are_split_by_position(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text(f"{name}\n" * 1000)
     corpus = read_corpus(str(tmp_path))
@@ -104,7 +104,7 @@ def test_a_few_large_files_are_each_split_by_position(tmp_path):
     assert corpus.description.endswith(": the end of each file")
 
 
-def test_no_large_file_becomes_the_validation(tmp_path):
+def test_large_file_stays_in_training(tmp_path):
     (tmp_path / "large").write_text("large\n" * 1000)
     for i in range(100):
         (tmp_path / f"small{i}").write_text("small\n" * 20)
@@ -122,7 +122,7 @@ def test_no_large_file_becomes_the_validation(tmp_path):
         ("**/**/c*", ["deep/c.txt"]),
     ],
 )
-def test_a_glob_takes_the_files_that_match(tmp_path, pattern, wanted):
+def test_glob_selects_matching_files(tmp_path, pattern, wanted):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep.txt").mkdir()
     for name in ("a.txt", "b.txt", "deep/c.txt", "deep/d.md"):
@@ -131,7 +131,7 @@ def test_a_glob_takes_the_files_that_match(tmp_path, pattern, wanted):
     assert list(corpus.names) == wanted
 
 
-def test_a_path_that_exists_is_no_glob(tmp_path):
+def test_existing_path_is_not_a_glob(tmp_path):
     (tmp_path / "what[1].txt").write_text("text\n")
     assert read_corpus(str(tmp_path / "what[1].txt")).names == ("what[1].txt",)
 
@@ -141,7 +141,7 @@ def test_latin_1_is_text(tmp_path):
     assert read_corpus(str(tmp_path / "old.txt")).files == 1
 
 
-def test_the_standard_library_is_the_default():
+def test_default_corpus_is_standard_library():
     corpus = read_corpus()
     assert corpus.description.startswith("the Python 3.")
     assert corpus.files > 300
@@ -191,7 +191,7 @@ def make_folder_of_binaries(path):
         (os.mkfifo, "{path} is neither a file nor a folder: copy what it gives to a file first."),
     ],
 )
-def test_what_is_said_where_there_is_no_text(tmp_path, make, wanted):
+def test_missing_text_is_reported(tmp_path, make, wanted):
     path = tmp_path / "given"
     make(path)
     with pytest.raises(CorpusError) as caught:
@@ -200,12 +200,12 @@ def test_what_is_said_where_there_is_no_text(tmp_path, make, wanted):
 
 
 @pytest.mark.parametrize("text", ["", "a" * 5000, "a\0b", "~nobody-of-this-name/text"])
-def test_what_is_no_path_is_said_to_be_missing(text):
+def test_invalid_path_is_reported_as_missing(text):
     with pytest.raises(CorpusError, match=r"^There is no file or folder '.*': check the path, or leave --text out\.$"):
         read_corpus(text)
 
 
-def test_what_is_said_where_no_file_matches(tmp_path):
+def test_unmatched_glob_is_reported(tmp_path):
     with pytest.raises(CorpusError) as caught:
         read_corpus(f"{tmp_path}/*.txt")
     assert str(caught.value) == (
@@ -213,14 +213,14 @@ def test_what_is_said_where_no_file_matches(tmp_path):
     )
 
 
-def test_what_is_said_where_a_file_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_file_is_reported(tmp_path, monkeypatch):
     path = tmp_path / "secret.txt"
     path.write_text("text\n")
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.open", refuse)  # root may read anything
+    monkeypatch.setattr("pathlib.Path.open", refuse)  # root can read any file
     with pytest.raises(CorpusError) as caught:
         read_corpus(str(path))
     assert str(caught.value) == f"{path} cannot be read (Permission denied): give a file that can."
@@ -228,7 +228,7 @@ def test_what_is_said_where_a_file_cannot_be_read(tmp_path, monkeypatch):
         read_corpus(str(tmp_path))
 
 
-def test_what_is_said_where_there_is_no_standard_library(tmp_path, monkeypatch):
+def test_missing_standard_library_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(
         CorpusError, match=r"^There is no source of the Python 3\.\d+ standard library on this machine: "
@@ -236,7 +236,7 @@ def test_what_is_said_where_there_is_no_standard_library(tmp_path, monkeypatch):
         read_corpus()
 
 
-def test_what_is_said_where_there_is_too_much(tmp_path, monkeypatch):
+def test_oversized_text_is_reported(tmp_path, monkeypatch):
     assert LARGEST == 2**30
     monkeypatch.setattr("fxtrain.cli._corpus.LARGEST", 150_000)
     for name in "ab":
@@ -263,7 +263,7 @@ def test_what_is_said_where_there_is_too_much(tmp_path, monkeypatch):
         (65, 9, None),
     ],
 )
-def test_what_is_said_where_the_text_is_too_short(tmp_path, train, validation, wanted):
+def test_short_text_is_reported(tmp_path, train, validation, wanted):
     (tmp_path / "one.txt").write_text("text\n")
     corpus = dataclasses.replace(
         read_corpus(str(tmp_path)),

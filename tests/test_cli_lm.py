@@ -1,4 +1,4 @@
-"""The main job as a person runs it: what it says, what it leaves, Ctrl-C, resume, and what it refuses."""
+"""The ``fxtrain lm`` command: output, run folder, interruption, resume and rejected arguments."""
 
 import concurrent.futures
 import dataclasses
@@ -42,8 +42,10 @@ def run(*arguments, cwd):
 
 
 def checkpoint(folder):
-    """The checksums of all leaves of the newest checkpoint, by path: what bitwise equality is decided by. The seconds
-    that ``throughput`` has counted are left out, which no two runs have alike."""
+    """Returns the checksums of the newest checkpoint's leaves by path.
+
+    Excludes the seconds counted by ``throughput``, because they differ between runs.
+    """
     newest = sorted((folder / "checkpoints").glob("[0-9]*"))[-1]
     clocks = ("throughput'].seconds", "throughput'].waited", "throughput'].evaluating")
     leaves = read_manifest(newest)["leaves"]
@@ -56,7 +58,7 @@ def only_run(folder):
 
 
 @pytest.mark.slow
-def test_trains_reports_and_resumes_to_the_bit(tmp_path, text):
+def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
     options = ["--text", str(text), "--steps", "60", "--no-compile", "--dropout", "0.1", *SMALL]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
@@ -112,7 +114,7 @@ def test_trains_reports_and_resumes_to_the_bit(tmp_path, text):
         (["--resume", "nowhere"], "expected the folder of a run for --resume, got nowhere (No such file or directory)"),
     ],
 )
-def test_refuses_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_arguments_are_rejected_before_start(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert main(["lm", *arguments]) == 2
     captured = capsys.readouterr()
@@ -121,7 +123,7 @@ def test_refuses_before_anything_starts(tmp_path, monkeypatch, capsys, arguments
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_text_too_short_for_a_batch(tmp_path, monkeypatch, capsys):
+def test_text_shorter_than_batch_is_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("hello\n" * 20)
     assert main(["lm", "--text", "short.txt"]) == 2
@@ -130,7 +132,7 @@ def test_a_text_too_short_for_a_batch(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_its_options_and_its_text(tmp_path, monkeypatch, capsys, text):
+def test_resume_rejects_changed_options_and_text(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     assert main(["lm", "--text", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
     folder = only_run(tmp_path)
@@ -141,14 +143,14 @@ def test_a_resumed_run_keeps_its_options_and_its_text(tmp_path, monkeypatch, cap
     assert "The text is not the one" in capsys.readouterr().err
 
 
-def test_says_what_commands_there_are(capsys):
+def test_main_lists_commands(capsys):
     assert main([]) == 0
     assert "lm      train a small byte-level transformer" in capsys.readouterr().out
     assert main(["lim"]) == 2
     assert "expected a command, got 'lim'" in capsys.readouterr().err
 
 
-# Folders of runs
+# Run folders
 
 
 class AtOneTime(datetime.datetime):
@@ -157,7 +159,7 @@ class AtOneTime(datetime.datetime):
         return cls(2024, 5, 17, 12, 30, 45)
 
 
-def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_same_second_get_distinct_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("fxtrain.cli._run_folder.datetime.datetime", AtOneTime)
     found = [make_folder(tmp_path / "runs", {"number": number}) for number in range(3)]
     names = ["lm-20240517-123045", "lm-20240517-123045-2", "lm-20240517-123045-3"]
@@ -165,7 +167,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     assert [json.loads((folder / "config.json").read_text())["number"] for folder in found] == [0, 1, 2]
 
 
-def test_runs_that_start_at_the_same_moment_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_concurrent_runs_get_distinct_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("fxtrain.cli._run_folder.datetime.datetime", AtOneTime)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda number: make_folder(tmp_path, {"number": number}), range(64)))
@@ -181,7 +183,7 @@ def refused(capsys, code, *arguments):
     return captured.err
 
 
-def test_a_place_for_runs_that_cannot_be_written_to(tmp_path, monkeypatch, capsys, text):
+def test_unwritable_runs_folder_is_rejected(tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for runs in ("file", "file/runs", "/proc/runs", "a" * 5000):
@@ -192,7 +194,7 @@ def test_a_place_for_runs_that_cannot_be_written_to(tmp_path, monkeypatch, capsy
 
 @pytest.fixture
 def started(tmp_path, monkeypatch, text):
-    """The folder of a run that has no checkpoint yet."""
+    """The folder of a run without a checkpoint."""
     monkeypatch.chdir(tmp_path)
     options = {**dataclasses.asdict(lm.Options()), "text": "text.py", "steps": 1, "compile": False, "runs": "runs"}
     options |= {"layers": 1, "width": 16, "heads": 2, "length": 16, "batch_size": 4}
@@ -213,7 +215,7 @@ def changed(path, **options):
     ["", "{", "[]", "{}", "null", '{"options": []}', '{"options": {}}', "\0" * 100, "[" * 10_000, '{"corpus": 3}'],
     ids=lambda content: content[:12],
 )
-def test_a_damaged_configuration(started, capsys, content):
+def test_damaged_config_is_rejected(started, capsys, content):
     (started / "config.json").write_text(content)
     assert "is damaged" in refused(capsys, 1, "--resume", str(started))
 
@@ -231,18 +233,18 @@ def test_a_damaged_configuration(started, capsys, content):
         ({"runs": ["a"]}, "expected a value of the option runs in config.json, got a list of 1"),
     ],
 )
-def test_a_configuration_of_other_options(started, capsys, options, message):
+def test_config_with_wrong_options_is_rejected(started, capsys, options, message):
     changed(started / "config.json", **options)
     assert message in refused(capsys, 1, "--resume", str(started))
 
 
-def test_a_configuration_whose_values_are_out_of_range(started, capsys):
+def test_config_with_out_of_range_value_is_rejected(started, capsys):
     changed(started / "config.json", steps=0)
     assert "--steps is 0" in refused(capsys, 2, "--resume", str(started))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
-def test_a_configuration_that_is_no_file(started, capsys, kind):
+def test_special_config_file_is_rejected(started, capsys, kind):
     path = started / "config.json"
     path.unlink()
     {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to(path)}[kind]()
@@ -250,13 +252,13 @@ def test_a_configuration_that_is_no_file(started, capsys, kind):
 
 
 @pytest.mark.parametrize("place", ["text.py", "", "nothing/at/all", "text.py/below", "a" * 5000])
-def test_a_place_that_has_no_run_to_resume(tmp_path, monkeypatch, capsys, text, place):
+def test_resume_rejects_path_without_run(tmp_path, monkeypatch, capsys, text, place):
     monkeypatch.chdir(tmp_path)
     assert "expected the folder of a run for --resume, got" in refused(capsys, 2, "--resume", place)
 
 
 @pytest.mark.slow
-def test_a_run_without_a_checkpoint_begins_at_its_first_step(started, capsys):
+def test_resume_without_checkpoint_starts_at_first_step(started, capsys):
     assert main(["lm", "--resume", str(started)]) == 0
     captured = capsys.readouterr()
     assert captured.err == f"No checkpoint is in {started} yet: the run begins at its first step.\n"

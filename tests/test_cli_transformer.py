@@ -1,4 +1,4 @@
-"""The transformer: shapes, causality, ties, and sampling as a function."""
+"""The transformer of ``fxtrain lm``: shapes, causality, tied weights, initialization and vmap."""
 
 import math
 
@@ -27,7 +27,7 @@ def loss_of(model: nn.Module, params: dict, tokens: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("length", [1, 7, 16])
-def test_logits_have_a_row_for_each_token(dtype, length):
+def test_logits_have_one_row_per_token(dtype, length):
     tokens = random_tokens(3, length)
     logits = make()(tokens.to(dtype))
     assert logits.shape == (3, length, 256)
@@ -36,7 +36,7 @@ def test_logits_have_a_row_for_each_token(dtype, length):
 
 
 @pytest.mark.parametrize("changed", range(16))
-def test_later_bytes_change_no_earlier_logits(changed):
+def test_attention_is_causal(changed):
     model = make()
     tokens = random_tokens(1, 16)
     other = tokens.clone()
@@ -46,19 +46,20 @@ def test_later_bytes_change_no_earlier_logits(changed):
     assert (before[:, changed:] != after[:, changed:]).flatten(2).any(-1).all()
 
 
-def test_a_prefix_has_the_logits_that_it_has_in_the_whole():
+def test_prefix_logits_equal_full_logits():
     model, tokens = make(), random_tokens(2, 16)
     torch.testing.assert_close(model(tokens[:, :9]), model(tokens)[:, :9])
 
 
-def test_positions_are_relative_only_in_what_attention_compares():
+def test_positions_enter_only_through_attention():
     model = make()
     logits = model(torch.tensor([[7] * 16, [7, 8] * 8]))
-    torch.testing.assert_close(logits[0], logits[0, :1].expand(16, 256))  # nothing to tell the positions apart
+    # Equal tokens make positions indistinguishable.
+    torch.testing.assert_close(logits[0], logits[0, :1].expand(16, 256))
     assert not torch.allclose(logits[1, 2], logits[1, 4])
 
 
-def test_embedding_and_head_are_one_parameter():
+def test_embedding_and_head_share_one_parameter():
     model = make()
     assert model.head.weight is model.embedding.weight
     names = dict(model.named_parameters())
@@ -66,10 +67,10 @@ def test_embedding_and_head_are_one_parameter():
     assert "head.weight" not in names
     both = grad(lambda params: loss_of(model, params, random_tokens(2, 16)))({**names})
     unused = [byte for byte in range(256) if byte not in random_tokens(2, 16)]
-    assert both["embedding.weight"][unused].abs().sum() > 0  # through the head alone
+    assert both["embedding.weight"][unused].abs().sum() > 0  # only through the head
 
 
-def test_the_global_generator_is_neither_read_nor_moved():
+def test_init_ignores_global_generator():
     before = torch.random.get_rng_state()
     torch.manual_seed(1)
     moved = torch.random.get_rng_state()
@@ -84,7 +85,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
 
 
-def test_it_starts_by_knowing_nothing():
+def test_initial_loss_is_near_uniform():
     model = make(Config(layers=3, width=64, heads=2, length=64))
     loss = loss_of(model, dict(model.named_parameters()), random_tokens(8, 65))
     assert math.log2(256) <= loss.item() / math.log(2) < 9.5
@@ -92,7 +93,7 @@ def test_it_starts_by_knowing_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # attention has no batching rule on a CPU
-def test_members_of_an_ensemble_equal_models_one_by_one():
+def test_vmapped_ensemble_equals_single_models():
     model, tokens = make(), random_tokens(2, 17)
     members = [{name: p.detach() for name, p in make(seed=seed).named_parameters()} for seed in range(3)]
     gradient = grad(lambda params: loss_of(model, params, tokens))
@@ -102,7 +103,7 @@ def test_members_of_an_ensemble_equal_models_one_by_one():
             torch.testing.assert_close(together[name][i], wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_its_gradient_is_one_graph():
+def test_gradient_compiles_to_one_graph():
     model, tokens = make(), random_tokens(2, 17)
     step = torch.compile(grad(lambda p: loss_of(model, p, tokens)), fullgraph=True, backend="aot_eager")
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -111,7 +112,7 @@ def test_its_gradient_is_one_graph():
         torch.testing.assert_close(gradient, wanted[name])
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_is_active_only_in_training():
     model, tokens = make(Config(layers=1, width=16, heads=1, length=8, dropout=0.5)), random_tokens(1, 8)
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
@@ -132,7 +133,7 @@ def test_dropout_acts_in_training_only():
         ({"dropout": float("nan")}, "dropout is nan, and a probability below 1 was wanted."),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(wrong, wanted):
+def test_invalid_config_is_rejected(wrong, wanted):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         Config(**wrong)
     assert str(caught.value) == wanted

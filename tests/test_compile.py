@@ -1,4 +1,4 @@
-"""Compile: one graph for a whole run, with the numbers of the uncompiled step."""
+"""Compiled steps: one graph for a whole run, with the results of the uncompiled step."""
 
 import re
 
@@ -21,7 +21,7 @@ BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slo
 
 @pytest.fixture(autouse=True)
 def _fresh_caches():
-    """What ``torch.compile`` takes directly shares one cache in torch, with room for 8 graphs."""
+    """Clears the cache shared by direct calls of ``torch.compile``, because it holds only 8 graphs."""
     torch._dynamo.reset()
 
 
@@ -30,7 +30,7 @@ def counting():
 
 
 def inputs(counter):
-    """The shapes of the tensors that enter the only graph."""
+    """Returns the shapes of the input tensors of the only graph."""
     (graph,) = counter.graphs
     return [tuple(node.meta["example_value"].shape) for node in graph.graph.nodes if node.op == "placeholder"]
 
@@ -40,8 +40,10 @@ def close(got, wanted):
 
 
 def everything():
-    """A step with accumulation, traced callbacks and metrics; a momentum optimizer, whose steps follow from the
-    gradients' size, as the gradient of a bias before batch norm is nothing but rounding."""
+    """Returns a state and a step with accumulation, traced callbacks, metrics and a momentum optimizer.
+
+    An adaptive optimizer would amplify the gradient of a bias before batch norm, which is only rounding noise.
+    """
 
     def watch(state, event: fx.Microbatch | fx.Gradients | fx.Updated, memory):
         control = fx.Control(log={f"loss at {type(event).__name__}": event.loss})
@@ -62,7 +64,7 @@ def everything():
 
 class TestEqualsEager:
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_torch_takes_the_raw_step_whole(self, backend):
+    def test_torch_compiles_step_as_full_graph(self, backend):
         state, step = everything()
         compiled = torch.compile(step, fullgraph=True, backend=backend)
         wanted = state
@@ -75,7 +77,7 @@ class TestEqualsEager:
         state = state.replace(due=state.due._replace(stop=torch.tensor(True)))
         testing.assert_equal(compiled(state, batch)[0], state, "a stopped state")
 
-    def test_a_hand_written_function_of_the_pieces(self):
+    def test_hand_written_step(self):
         find, tx = fx.gradients(problem.loss_fn), fx.optim.sgd(0.1)
 
         def by_hand(state, batch):
@@ -98,7 +100,7 @@ class TestEqualsEager:
         output = fx.compile(problem.eval_step, backend="aot_eager")(state, batch)
         close(dict(output.metrics), dict(wanted.metrics))
 
-    def test_frozen_and_tied_parameters_and_a_dict_of_modules(self):
+    def test_frozen_and_tied_parameters_in_dict_of_modules(self):
         first, second = nn.Linear(4, 4), nn.Linear(4, 4)
         second.weight = first.weight
         second.bias.requires_grad_(False)
@@ -112,7 +114,7 @@ class TestEqualsEager:
         close(fx.compile(step, backend="eager")(state, batch), step(state, batch))
 
     @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-    def test_a_batch_of_runs(self, backend):
+    def test_vmapped_runs(self, backend):
         state, step = everything()
         states = tree.map(
             lambda *leaves: torch.stack(leaves), *[state.replace(seed=state.seed + index) for index in range(3)]
@@ -127,7 +129,7 @@ class TestEqualsEager:
 
 
 class TestOneGraph:
-    def test_over_a_run_with_everything_that_interrupts_one(self, tmp_path):
+    def test_evaluations_saves_and_resumes_do_not_recompile(self, tmp_path):
         train, evaluation = counting(), counting()
         step = fx.compile(problem.step(), backend=train)
         options = {
@@ -168,9 +170,9 @@ class TestOneGraph:
         assert not {(977,), (983,)} & set(inputs(train))
         leaves = tree.leaves((last.replace(slots={}), problem.data()[0]))
         assert len(inputs(train)) <= len(leaves)
-        assert len(inputs(evaluation)) < len(tree.leaves((last.params, last.buffers))) + 6  # no optimizer
+        assert len(inputs(evaluation)) < len(tree.leaves((last.params, last.buffers))) + 6  # without optimizer state
 
-    def test_slots_of_traced_callbacks_enter_and_come_back(self):
+    def test_only_slots_of_traced_callbacks_enter_graph(self):
         def keeps(state, event: fx.Updated, memory):
             return memory + 1, fx.Control()
 
@@ -186,7 +188,7 @@ class TestOneGraph:
         assert float(state.slots["inside"][0]) == 1.0
         assert state.slots["outside"] is outside
 
-    def test_injected_hyperparameters_change_and_the_graph_does_not(self):
+    def test_changed_hyperparameters_do_not_recompile(self):
         counter = counting()
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         step = fx.compile(fx.train_step(problem.loss_fn, tx), backend=counter)
@@ -200,7 +202,7 @@ class TestOneGraph:
         assert sizes[0] > sizes[2]
 
     @pytest.mark.parametrize(("dynamic", "graphs"), [(False, 3), (True, 1)])
-    def test_another_size_is_another_graph_unless_sizes_are_dynamic(self, dynamic, graphs):
+    def test_new_size_recompiles_unless_dynamic(self, dynamic, graphs):
         counter, tx = counting(), fx.optim.sgd(0.1)
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         state, compiled = fx.init(nn.Linear(2, 1), tx), fx.compile(step, backend=counter, dynamic=dynamic)
@@ -208,7 +210,7 @@ class TestOneGraph:
             close(compiled(state, torch.ones(size, 2)), step(state, torch.ones(size, 2)))
         assert counter.frame_count == graphs
 
-    def test_many_steps_can_be_compiled_in_one_process(self):
+    def test_steps_do_not_share_recompile_limit(self):
         def scaled(factor):
             return lambda state, batch: (state, fx.StepOutput({"sum": factor * batch.sum()}))
 
@@ -219,14 +221,14 @@ class TestOneGraph:
 
 
 class TestErrors:
-    def test_a_compiled_step_is_refused(self):
+    def test_compiled_step_is_rejected(self):
         step = fx.compile(problem.step(), backend="eager")
         with pytest.raises(
             TypeError, match=r"expected a step that is not compiled, got <compiled <step train_step\(loss_fn\), .*>>"
         ):
             fx.compile(step)
 
-    def test_it_is_known_as_the_step_is(self):
+    def test_compiled_step_exposes_attributes_of_step(self):
         guard = fx.callbacks.nan_guard()
         step = fx.compile(problem.step(callbacks=guard), backend="eager")
         assert step.fires == {fx.Microbatch, fx.Gradients, fx.Updated}
@@ -234,7 +236,7 @@ class TestErrors:
         assert step.__name__ == "train_step(loss_fn)"
         assert fx.compile(problem.eval_step, backend="eager").callbacks == ()
 
-    def test_what_cannot_be_in_the_graph_is_named_with_its_line(self):
+    def test_graph_break_is_reported_with_line(self):
         def branches(model, batch):
             loss, _ = problem.loss_fn(model, batch)
             if loss > 0:
@@ -267,20 +269,20 @@ class TestErrors:
         ],
         ids=["result", "dtype", "name", "number"],
     )
-    def test_a_mistake_of_the_step_is_told_as_it_is_uncompiled(self, function, error, message):
+    def test_step_error_equals_uncompiled_error(self, function, error, message):
         with pytest.raises(error, match=message):
             fx.compile(function, backend="eager")(problem.start(), problem.data()[0])
 
-    def test_so_is_one_of_the_loss(self):
+    def test_loss_error_equals_uncompiled_error(self):
         step = fx.train_step(lambda model, batch: model(batch["x"]), problem.transform())
         with pytest.raises(TypeError, match=r"to return a 0-d floating tensor"):
             fx.compile(step, backend="eager")(problem.start(), problem.data()[0])
 
 
 class TestReplay:
-    """Without a GPU: what is captured is called again."""
+    """Replay of captured graphs, simulated without a GPU."""
 
-    def test_from_the_second_call_with_the_same_memory_on(self):
+    def test_replays_from_second_call_with_same_memory(self):
         calls, replays = [], []
 
         def add(tensors):
@@ -311,7 +313,7 @@ class TestReplay:
 
 
 def changed(change, function, given):
-    """The function as a graph that was changed."""
+    """Traces the function and applies ``change`` to its graph."""
     graph = make_fx(function, tracing_mode="fake")(*given)
     change(graph.graph)
     graph.recompile()
@@ -322,8 +324,8 @@ def operations(graph):
     return {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
 
 
-class TestProducts:
-    """Large products by oneDNN, and biases apart."""
+class TestMatmuls:
+    """Large matmuls use oneDNN, with biases added separately."""
 
     @pytest.fixture(autouse=True)
     def _anywhere(self, monkeypatch):
@@ -334,7 +336,7 @@ class TestProducts:
     @pytest.mark.parametrize("rows", [4, 256])
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("turned", [False, True])
-    def test_are_the_same_products(self, rows, bias, turned):
+    def test_large_matmuls_use_onednn_with_same_result(self, rows, bias, turned):
         def function(x, other, more):
             other = other.t() if turned else other
             return torch.addmm(more, x, other) if bias else x @ other
@@ -349,23 +351,24 @@ class TestProducts:
         ("vendor", "family", "expected"),
         [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 26, False)],
     )
-    def test_are_onednns_where_amds_vectors_are_whole(self, vendor, family, expected):
+    def test_onednn_requires_full_width_amd_vectors(self, vendor, family, expected):
         processor = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 1\n"
         assert matmul._is_full_width(processor) == expected
 
-    def test_of_what_it_cannot_take_stay(self):
+    def test_unsupported_dtype_is_unchanged(self):
         given = torch.randn(256, 96, dtype=torch.float64), torch.randn(96, 112, dtype=torch.float64)
         graph = changed(matmul.with_faster_products, torch.mm, given)
         assert operations(graph) == {"aten.mm.default"}
 
-    def test_of_short_numbers_keep_their_bias_which_would_be_rounded_twice(self):
+    def test_bfloat16_keeps_fused_bias(self):
+        """A separate bias would be rounded twice."""
         given = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((112,), (4, 96), (96, 112))]
         graph = changed(matmul.with_faster_products, torch.addmm, given)
         assert operations(graph) == {"aten.addmm.default"}
 
     @pytest.mark.slow
     @pytest.mark.parametrize("mode", [None, "ahead-of-time"])
-    def test_in_a_step(self, mode):
+    def test_step_with_onednn_equals_eager(self, mode):
         tx = fx.optim.sgd(0.1)
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         module = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
@@ -377,21 +380,21 @@ class TestProducts:
 
 
 class TestScalars:
-    """What is one number for many elements."""
+    """Scalars that many elements read are computed once."""
 
     @pytest.mark.parametrize(
         ("function", "shapes", "expected"),
         [
             (lambda x, y: x * -torch.expm1(y), [(64,), ()], 1),
-            (lambda x, y: x[:4] * torch.expm1(y), [(64,), ()], 0),  # as few elements as are computed at once
-            (lambda x, y: x * (y + 1), [(64,), ()], 0),  # soon done
-            (lambda x, y: (x * y).exp(), [(64,), ()], 0),  # another number for each element
+            (lambda x, y: x[:4] * torch.expm1(y), [(64,), ()], 0),  # no more elements than one vector
+            (lambda x, y: x * (y + 1), [(64,), ()], 0),  # cheap to recompute
+            (lambda x, y: (x * y).exp(), [(64,), ()], 0),  # differs per element
             (lambda x, y: (x * torch.cos(y), x - torch.cos(y)), [(64,), ()], 2),
-            (lambda x, y: x * (1 - torch.exp(y))[:, None, None], [(3, 8, 8), (3,)], 1),  # several runs at once
+            (lambda x, y: x * (1 - torch.exp(y))[:, None, None], [(3, 8, 8), (3,)], 1),  # several runs under vmap
             (lambda x, y: x * torch.cos(y).to(torch.float32), [(64,), ()], 1),
         ],
     )
-    def test_are_kept_where_many_read_them(self, function, shapes, expected):
+    def test_expensive_scalars_are_computed_once(self, function, shapes, expected):
         given = [torch.randn(shape) for shape in shapes]
         graph = changed(with_scalars_once, function, given)
         kept = [node for node in graph.graph.nodes if str(node.target) == "fxtrain.once.default"]
@@ -400,7 +403,7 @@ class TestScalars:
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
     @pytest.mark.parametrize("write", [lambda y, view: y.add_(1.0), lambda y, view: view.add_(1.0)])
-    def test_that_are_written_over_are_read_as_they_are(self, write):
+    def test_in_place_writes_to_scalars_are_respected(self, write):
         def function(x, y):
             y = torch.log(y)
             view = y.view(())
@@ -412,7 +415,7 @@ class TestScalars:
         torch.testing.assert_close(graph(*given), function(*given), rtol=0, atol=0)
 
     @pytest.mark.slow
-    def test_and_are_not_in_the_loops_over_parameters(self):
+    def test_scalars_are_hoisted_out_of_parameter_loops(self):
         tx = fx.optim.adamw(fx.schedules.cosine(1e-1, 100))
         step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         state, batch = fx.init(nn.Linear(64, 64), tx), torch.randn(4, 64)
@@ -420,8 +423,8 @@ class TestScalars:
         close(found, step(state, batch)[0])
         loops = re.findall(r"^( +)for\(.*\n((?:\1[ {].*\n)+)", code, re.MULTILINE)
         assert sum("sqrt(" in loop for _, loop in loops) >= 2  # for weight and bias
-        # The corrections of bias are a loop over the parameters' counts, before those over their elements. Their
-        # exponents have a bound.
+        # Bias corrections have their own loop over step counts, before the loops over elements. The bound of their
+        # exponents identifies it.
         assert any("(-750.0)" in loop for _, loop in loops)
         assert not any("sqrt(" in loop and "(-750.0)" in loop for _, loop in loops)
         assert "cos(" in code
@@ -430,7 +433,7 @@ class TestScalars:
 
 @pytest.mark.slow
 class TestLayouts:
-    def test_of_convolutions_are_kept_where_they_are_trained_on_a_cpu(self, monkeypatch):
+    def test_cpu_training_keeps_convolution_layouts(self, monkeypatch):
         kept = []
         compiled = torch._inductor.compile
 
@@ -452,7 +455,7 @@ class TestLayouts:
 @pytest.mark.slow
 class TestAheadOfTime:
     @pytest.mark.parametrize("donate", [False, True])
-    def test_as_compiled_otherwise_bitwise(self, donate):
+    def test_equals_default_mode_bitwise(self, donate):
         step, batches = problem.step(), problem.data()
         ahead, plain = fx.compile(step, mode="ahead-of-time", donate=donate), fx.compile(step)
         first = second = problem.start()
@@ -464,7 +467,7 @@ class TestAheadOfTime:
         assert all(map(torch.equal, tree.leaves(first), tree.leaves(second)))
         assert "ahead-of-time" in ahead.how
 
-    def test_another_process_loads_what_was_built(self, monkeypatch, tmp_path):
+    def test_built_package_is_loaded_from_cache(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
         step, state, batch = problem.step(), problem.start(), problem.data()[0]
         expected, _ = fx.compile(step, mode="ahead-of-time")(state, batch)

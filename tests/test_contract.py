@@ -1,4 +1,4 @@
-"""The contract of loss functions and steps: what is passed in their place is refused before anything runs."""
+"""The contract of loss functions and steps: invalid ones are rejected before they run."""
 
 import functools
 
@@ -98,7 +98,7 @@ def annotated(model: nn.Module) -> torch.Tensor:
         ByModule(),
     ],
 )
-def test_what_takes_a_model_and_a_batch_is_a_loss_function(accepted):
+def test_callable_of_model_and_batch_is_a_loss_function(accepted):
     state = fx.init(NET, TX)
     found = fx.gradients(accepted)(state, BATCH)
     assert found.loss.equal(fx.gradients(loss_fn)(state, BATCH).loss)
@@ -135,7 +135,7 @@ def test_what_takes_a_model_and_a_batch_is_a_loss_function(accepted):
         (None, "None. Give the function itself"),
     ],
 )
-def test_what_takes_something_else_is_refused_where_it_is_given(make, refused, message):
+def test_invalid_loss_function_is_rejected_at_construction(make, refused, message):
     with pytest.raises(TypeError, match=rf"to be a function \(model, batch\) -> loss, got {message}"):
         make(refused)
 
@@ -181,7 +181,7 @@ BY_TORCH = r"Remove zero_grad\(\), backward\(\) and step\(\): the step computes 
         (as_array, r"as_array .*, got an ndarray\. Return the tensor itself"),
     ],
 )
-def test_parts_of_a_training_loop_in_a_loss_function_are_refused(habit, message, differentiate):
+def test_training_loop_calls_in_loss_function_are_rejected(habit, message, differentiate):
     before = NET.weight.detach().clone()
     state = fx.init(NET, TX)
     step = fx.train_step(habit, TX, differentiate=differentiate)
@@ -190,7 +190,7 @@ def test_parts_of_a_training_loop_in_a_loss_function_are_refused(habit, message,
     assert NET.weight.equal(before)
 
 
-def test_a_backward_pass_of_the_loss_that_is_returned_is_refused():
+def test_loss_with_finished_backward_pass_is_rejected():
     step = fx.train_step(with_backward, TX)
     with pytest.raises(
         TypeError, match=r"whose backward pass already ran at .*test_contract.py:\d+\. Remove loss.backw"
@@ -198,12 +198,12 @@ def test_a_backward_pass_of_the_loss_that_is_returned_is_refused():
         step(fx.init(NET, TX), BATCH)
 
 
-def test_an_optimizer_of_torch_makes_steps_elsewhere():
+def test_torch_optimizer_still_steps_outside_loss_function():
     trainer, state = Trainer(), fx.init(NET, TX)
     fx.train_step(trainer.loss, TX)(state, BATCH)
     OPTIMIZER.step()
 
 
-def test_names_of_metrics_are_strings():
+def test_metric_names_must_be_strings():
     with pytest.raises(TypeError, match=r"metric names of .* to be strings, got 0"):
         fx.gradients(lambda model, batch: (loss_fn(model, batch), {0: torch.tensor(1.0)}))(fx.init(NET), BATCH)

@@ -1,4 +1,4 @@
-"""The vocabulary: states refuse what is no tensor, controls only join, events are a closed union."""
+"""Core types: states of tensors, controls that combine, and the closed union of events."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ def make_state(**changes):
 
 
 class TestState:
-    def test_is_a_pytree_of_tensors_for_optree_and_for_torch(self):
+    def test_is_a_pytree_for_optree_and_torch(self):
         state = make_state()
         assert all(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(state))
         assert len(torch_pytree.tree_leaves(state)) == len(tree.leaves(state))
@@ -40,17 +40,17 @@ class TestState:
             ),
         ],
     )
-    def test_refuses_leaves_that_are_no_tensors_and_names_their_path(self, changes, path):
+    def test_non_tensor_leaf_is_rejected_with_path(self, changes, path):
         with pytest.raises(TypeError, match=path):
             make_state(**changes)
         with pytest.raises(TypeError, match=path):
             dataclasses.replace(make_state(), **changes)
 
-    def test_refuses_fields_that_are_not_there(self):
+    def test_unknown_field_is_rejected(self):
         with pytest.raises(TypeError, match=r"field of TrainState \(step, params, .*\), got 'parameters'"):
             make_state(parameters={})
 
-    def test_can_be_given_another_model_of_the_same_shape(self):
+    def test_model_can_be_replaced(self):
         other = make_state()
         assert make_state(model=other.model).model is other.model
 
@@ -58,7 +58,7 @@ class TestState:
         with pytest.raises(dataclasses.FrozenInstanceError):
             make_state().step = torch.tensor(1)
 
-    def test_transforms_may_hold_anything_in_the_place_of_tensors(self):
+    def test_tree_map_may_return_non_tensors(self):
         shapes = tree.map(lambda leaf: tuple(leaf.shape), make_state())
         assert shapes.params["weight"] == (3, 2)
 
@@ -68,7 +68,7 @@ class TestState:
         pointers = {leaf.data_ptr() for leaf in tree.leaves(state)}
         assert pointers.isdisjoint(leaf.data_ptr() for leaf in tree.leaves(twin))
 
-    def test_repr_is_a_table_and_never_numbers(self):
+    def test_repr_is_a_table_without_values(self):
         text = repr(make_state(params={"w": torch.full((4, 5), 0.123)}))
         assert "0.12" not in text
         row = next(line for line in text.splitlines() if "params" in line)
@@ -77,7 +77,7 @@ class TestState:
         assert len(repr(many).splitlines()) < 50
         assert "more" in repr(many)
 
-    def test_repr_in_a_notebook_is_an_escaped_table(self):
+    def test_html_repr_is_an_escaped_table(self):
         page = make_state(params={"<w>": torch.zeros(2)})._repr_html_()
         assert page.startswith("<table>")
         assert "&lt;w&gt;" in page
@@ -108,7 +108,7 @@ class TestControl:
         assert meaning(a | fx.Control()) == meaning(a) == meaning(fx.Control() | a)
 
     @given(controls(names="x"), controls(names="y"))
-    def test_joining_loses_nothing(self, a, b):
+    def test_join_keeps_all_reasons(self, a, b):
         joined = a | b
         for kind in KINDS:
             assert set(joined.reasons(kind)) == set(a.reasons(kind)) | set(b.reasons(kind))
@@ -116,38 +116,38 @@ class TestControl:
             assert joined.rewind[reason] == max(a.rewind.get(reason, 0), b.rewind.get(reason, 0))
 
     @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda control: pickle.loads(pickle.dumps(control))])
-    def test_a_copy_asks_for_the_same_and_nothing_stays_nothing(self, copied):
+    def test_copy_equals_original(self, copied):
         control = fx.Control(stop=True, reason="done", log={"lr": 0.1})
         assert copied(control) == control
         assert not fx.Control()
         assert copied(fx.Control()) == fx.Control()
 
-    def test_a_reason_counts_only_where_its_flag_is_true(self):
+    def test_reasons_require_true_flag(self):
         control = fx.Control(stop=torch.tensor(False), reason="no") | fx.Control(stop=True, reason="yes")
         assert control.reasons("stop") == ["yes"]
         assert bool(control.any("stop"))
 
-    def test_one_name_logged_twice_is_an_error_that_names_both(self):
+    def test_duplicate_log_name_names_both_callbacks(self):
         first = fx.Control(log={"lr": 1.0}).owned("monitor")
         second = fx.Control(log={"lr": 2.0}).owned("plateau")
         with pytest.raises(ValueError, match="got 'lr' from monitor and from plateau"):
             first | second
 
     @pytest.mark.parametrize("flag", [1, "yes", torch.tensor(1.0), torch.tensor([True]), None])
-    def test_a_flag_is_a_bool_or_a_bool_tensor_without_dimensions(self, flag):
+    def test_flag_must_be_bool_or_scalar_bool_tensor(self, flag):
         with pytest.raises(TypeError, match="expected stop to be a bool"):
             fx.Control(stop=flag)
 
     @pytest.mark.parametrize("steps", [-1, True, 2.5])
-    def test_a_rewind_is_a_number_of_steps(self, steps):
+    def test_rewind_must_be_non_negative_int(self, steps):
         with pytest.raises(TypeError, match="expected rewind to be an int of at least 0"):
             fx.Control(rewind=steps)
 
-    def test_a_stop_without_a_final_save_wins(self):
+    def test_stop_without_final_save_wins(self):
         control = fx.Control(stop=True, reason="a") | fx.Control(stop=True, reason="b", final_save=False)
         assert control.reasons("unsaved") == ["b"]
 
-    def test_is_a_pytree_whose_structure_is_the_reasons(self):
+    def test_is_a_pytree_structured_by_reasons(self):
         control = fx.Control(stop=torch.tensor(True), reason="r", log={"x": torch.tensor(2.0)}).owned("cb")
         again = tree.unflatten(*reversed(tree.flatten(control)))
         assert meaning(again) == meaning(control)
@@ -161,12 +161,12 @@ class TestControl:
 
 
 class TestEvents:
-    def test_the_union_is_closed_and_in_three_kinds(self):
+    def test_events_are_traced_trajectory_or_session(self):
         assert set(EVENTS) == set(TRACED) | set(TRAJECTORY) | set(SESSION)
         assert len(EVENTS) == len(TRACED) + len(TRAJECTORY) + len(SESSION) == 16
 
     @pytest.mark.parametrize("kind", EVENTS)
-    def test_each_is_a_frozen_dataclass_that_matches(self, kind):
+    def test_event_is_a_frozen_dataclass_for_match(self, kind):
         values = dict.fromkeys((field.name for field in dataclasses.fields(kind)), 1)
         event = kind(**values)
         match event:
@@ -178,10 +178,10 @@ class TestEvents:
         with pytest.raises(dataclasses.FrozenInstanceError):
             event.step = 2
 
-    def test_the_epoch_is_a_fraction_or_unknown(self):
+    def test_epoch_is_fractional_or_unknown(self):
         assert fx.StepEnd(step=1, metrics={}, position=3, epoch_length=4).epoch == 0.75
         assert fx.StepEnd(step=1, metrics={}, position=3).epoch is None
 
 
-def test_due_begins_with_an_epoch():
+def test_due_starts_with_epoch_begin():
     assert {name for name, flag in Due.start()._asdict().items() if flag} == {"begin_epoch"}

@@ -1,4 +1,4 @@
-"""Data: a batch is a function of (seed, position), however it is reached."""
+"""Data sources: a batch is a function of (seed, position), in any order of access."""
 
 import collections
 import random
@@ -28,7 +28,7 @@ from fxtrain.data import (
 
 @pytest.mark.parametrize(("drop_last", "length", "rows"), [(True, 4, 20), (False, 5, 23), ("pad", 5, 23)])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_of_arrays(drop_last, length, rows, shuffle):
+def test_epoch_contains_each_row_once(drop_last, length, rows, shuffle):
     data = batches(arrays(), 5, seed=1, shuffle=shuffle, drop_last=drop_last)
     assert data.epoch_length == length
     for epoch in range(3):
@@ -49,13 +49,13 @@ def test_an_epoch_of_arrays(drop_last, length, rows, shuffle):
 @pytest.mark.parametrize("name", list(indexed_sources()))
 @given(positions=st.lists(st.integers(0, 13), min_size=1, max_size=10))
 @settings(max_examples=15, deadline=None)
-def test_a_position_is_the_same_batch_whatever_came_before(name, positions):
+def test_position_gives_same_batch_in_any_order(name, positions):
     data = indexed_sources()[name]
     for position in positions:
         assert same(data[position], in_order(name)[position])
 
 
-def test_the_global_generators_are_not_moved():
+def test_global_generators_are_unchanged():
     def state():
         return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
@@ -66,7 +66,7 @@ def test_the_global_generators_are_not_moved():
     assert state() == before
 
 
-def test_memory_mapped_arrays_and_unsigned_words(tmp_path):
+def test_memory_mapped_uint16_tokens_become_int64(tmp_path):
     tokens = np.memmap(tmp_path / "tokens.bin", np.uint16, "w+", shape=(50,))
     tokens[:] = np.arange(50) + 65_000
     read_only = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
@@ -77,7 +77,7 @@ def test_memory_mapped_arrays_and_unsigned_words(tmp_path):
         assert batches({"t": source}, 2, shuffle=False)[1]["t"].tolist() == [65_002, 65_003]
 
 
-def test_windows_do_not_overlap_and_begin_elsewhere_each_epoch():
+def test_windows_are_disjoint_and_shift_each_epoch():
     tokens, length = torch.arange(1000), 9
     data = windows(tokens, length, 5, seed=3)
     starts = []
@@ -135,12 +135,12 @@ def test_windows_do_not_overlap_and_begin_elsewhere_each_epoch():
         (lambda: from_loader(DataLoader([1, 2], 4, drop_last=True)), ValueError, "got none with batch_size=4"),
     ],
 )
-def test_errors_before_anything_is_lost(make, error, message):
+def test_invalid_arguments_are_rejected(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-# What a batch may be
+# Contents of batches
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_errors_before_anything_is_lost(make, error, message):
         ({"x": torch.zeros(4, 2, 1), "y": torch.zeros(4)}, r"shape \[4, 2, 1\]"),
     ],
 )
-def test_a_batch_is_like_the_others(batch, message):
+def test_mismatched_batch_is_rejected(batch, message):
     like = {"x": torch.zeros(4, 2), "y": torch.zeros(4)}
     assert check(like, like)
     with pytest.raises(ValueError, match=message):
@@ -170,7 +170,7 @@ def test_a_batch_is_like_the_others(batch, message):
             take(stream, range(4))
 
 
-def test_only_the_last_batch_of_an_epoch_may_be_short():
+def test_only_last_batch_of_epoch_may_be_short():
     full, short = torch.zeros(4, 2), torch.zeros(3, 2)
     sizes = [4, 4, 3]
     for make in (
@@ -187,7 +187,7 @@ def test_only_the_last_batch_of_an_epoch_may_be_short():
         take(from_iterable(growing), range(4))
 
 
-def test_a_short_first_batch_sets_no_example():
+def test_short_first_batch_is_not_the_reference():
     class Sizes(Source):
         epoch_length = 4
 
@@ -201,7 +201,7 @@ def test_a_short_first_batch_sets_no_example():
 
 
 class Encoding(collections.UserDict):
-    """As the batches of a tokenizer: a mapping that is no dict."""
+    """Mimics a tokenizer's batch encoding, a mapping that is not a dict."""
 
 
 def test_arrays_become_tensors():
@@ -213,5 +213,5 @@ def test_arrays_become_tensors():
     for wrong in ({}, Encoding(d="x")):
         with pytest.raises(TypeError, match="expected a batch with at least one tensor"):
             adapt([wrong])
-    # A function of `map` sees what comes, before it is checked.
+    # Functions given to ``map`` receive the raw batch, before it is checked.
     assert from_iterable([Encoding(d="four")]).map(lambda b: torch.tensor(len(b["d"])))[0] == 4

@@ -1,4 +1,4 @@
-"""Datasets of other libraries: what their users write first works, and a run resumes to the bit."""
+"""Datasets of other libraries (datasets, webdataset, torchdata): batching, training and bitwise resume."""
 
 import datetime
 import io
@@ -29,7 +29,7 @@ def train(data, **options):
 
 
 def assert_continues(make, stop, caplog=None):
-    """A source that is restored from the snapshot of another gives the batches that the other would have given."""
+    """Asserts that a source restored from a snapshot continues with the same batches, for every position."""
     whole = take(make(), range(stop))
     for position in range(1, stop):
         first = make()
@@ -59,7 +59,7 @@ def dataset():
 
 
 @pytest.mark.parametrize("format", [None, "torch", "numpy", "pandas", "arrow"])
-def test_a_dataset_of_any_format_trains_by_itself(dataset, format):  # noqa: A002
+def test_dataset_of_any_format_trains(dataset, format):  # noqa: A002
     data = batches(dataset.with_format(format), 4, seed=0)
     assert data[0]["x"].shape == (4, 2)
     assert data[0]["y"].dtype == torch.int64
@@ -71,7 +71,7 @@ def test_a_dataset_of_any_format_trains_by_itself(dataset, format):  # noqa: A00
 
 
 @pytest.mark.parametrize("format", [None, "torch", "numpy", "pandas", "arrow"])
-def test_columns_of_every_kind_train_in_any_format(format):  # noqa: A002
+def test_all_column_types_train_in_any_format(format):  # noqa: A002
     datasets = pytest.importorskip("datasets")
     columns = {
         "nested": [[[1, 2], [3]]] * 4,
@@ -80,7 +80,7 @@ def test_columns_of_every_kind_train_in_any_format(format):  # noqa: A002
         "raw": [b"ab"] * 4,
         "flag": [True] * 4,
     }
-    if format == "torch":  # of datasets itself, which converts no dates
+    if format == "torch":  # the torch format of datasets does not convert dates
         del columns["day"]
     dataset = datasets.Dataset.from_dict({"x": [[float(i), 1.0] for i in range(4)], "y": list(range(4)), **columns})
     data = batches(dataset.with_format(format), 2, shuffle=False)
@@ -90,12 +90,12 @@ def test_columns_of_every_kind_train_in_any_format(format):  # noqa: A002
     assert train(data).last.params["weight"].equal(whole.last.params["weight"])
 
 
-def test_a_transform_of_the_dataset_is_kept(dataset):
+def test_dataset_transform_is_applied(dataset):
     changed = dataset.with_transform(lambda rows: {"x": [np.float32(2 * y) for y in rows["y"]]})
     assert batches(changed, 2, shuffle=False)[1]["x"].tolist() == [4, 6]
 
 
-def test_images_and_labels_of_a_dataset_are_tensors():
+def test_image_and_label_columns_become_tensors():
     datasets, images = pytest.importorskip("datasets"), pytest.importorskip("PIL.Image")
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
     pictures = [images.fromarray(np.full((4, 5, 3), i, np.uint8)) for i in range(4)]
@@ -108,7 +108,7 @@ def test_images_and_labels_of_a_dataset_are_tensors():
         adapt([{"x": torch.ones(1), "image": pictures[0]}])
 
 
-def test_splits_and_columns_of_different_lengths_are_refused_with_what_to_do(dataset):
+def test_splits_and_ragged_columns_are_rejected(dataset):
     datasets = pytest.importorskip("datasets")
     for use in (adapt, lambda splits: batches(splits, 2)):
         with pytest.raises(TypeError, match=r"got a DatasetDict with the splits 'train'. Select one: dataset\["):
@@ -133,11 +133,11 @@ def streams(dataset):
 
 
 @pytest.mark.parametrize("name", ["bare", "short", "shuffled shards", "batched", "loader", "prefetch"])
-def test_a_stream_of_datasets_trains_and_resumes(dataset, name, caplog):
+def test_streamed_dataset_resumes(dataset, name, caplog):
     assert_continues(streams(dataset)[name], 8, caplog)
 
 
-def test_a_stream_whose_shuffle_buffer_is_not_saved_is_read_again(dataset):
+def test_stream_with_shuffle_buffer_is_reread(dataset):
     stream = dataset.to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=4)
     for make in (
         lambda: batches(stream, 3),
@@ -149,7 +149,7 @@ def test_a_stream_whose_shuffle_buffer_is_not_saved_is_read_again(dataset):
         assert len({tuple(batch["y"].tolist()) for batch in whole}) > 3
 
 
-def test_a_stream_in_workers_resumes(dataset):
+def test_stream_in_workers_resumes(dataset):
     stream = dataset.remove_columns("meta").to_iterable_dataset(num_shards=2).with_format("torch")
     make = lambda: adapt(StatefulDataLoader(stream, 2, num_workers=2, drop_last=True))  # noqa: E731
     whole, first, then = take(make(), range(6)), make(), make()
@@ -161,7 +161,7 @@ def test_a_stream_in_workers_resumes(dataset):
 
 
 class Numbers(IterableDataset):
-    """A stream without a state."""
+    """A stream without state."""
 
     def __iter__(self):
         for i in range(8):
@@ -169,7 +169,7 @@ class Numbers(IterableDataset):
 
 
 class Counting(Numbers):
-    """A stream that saves where it is."""
+    """A stream that saves its position."""
 
     def __init__(self):
         self.index = 0
@@ -189,7 +189,7 @@ class Counting(Numbers):
         self.index = state["index"]
 
 
-def test_an_iterable_dataset_is_batched_and_resumed_by_its_state(caplog):
+def test_iterable_dataset_resumes_from_its_state(caplog):
     assert_continues(lambda: batches(Counting(), 3), 5, caplog)
     assert_same(take(batches(Counting(), 3), range(4)), take(batches(Numbers(), 3), range(4)))
     assert_same(take(batches(Numbers(), 3), range(4)), take(adapt(DataLoader(Numbers(), 3, drop_last=True)), range(4)))
@@ -202,7 +202,7 @@ class Preempted(Exception):  # noqa: N818
 
 
 @pytest.mark.parametrize("make", [lambda: batches(Numbers(), 3), lambda: batches(Counting(), 3)])
-def test_a_run_over_a_stream_resumes_to_the_bit(make, tmp_path):
+def test_run_over_stream_resumes_bitwise(make, tmp_path):
     def stop_at_three(state, event: fx.StepEnd):
         return state, fx.Control(stop=event.step == 3, reason="preempted")
 
@@ -232,7 +232,7 @@ def shards(tmp_path_factory):
     return str(folder / "rows-{0..1}.tar")
 
 
-def test_a_web_dataset_trains_and_resumes_by_reading_again(shards, caplog):
+def test_web_dataset_resumes_by_rereading(shards, caplog):
     wds = pytest.importorskip("webdataset")
 
     def pipeline():

@@ -1,4 +1,4 @@
-"""The two ways to differentiate give the same numbers, and the choice between them is made once and said."""
+"""torch.func and torch.autograd give the same gradients, and the automatic choice is made once with one warning."""
 
 import warnings
 
@@ -17,7 +17,7 @@ WAYS = ("func", "autograd")
 
 
 class Old(torch.autograd.Function):
-    """x^2, with the signature that torch.func refuses."""
+    """x^2, with the old signature that torch.func rejects."""
 
     @staticmethod
     def forward(ctx, x):
@@ -31,7 +31,7 @@ class Old(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Tied weights, buffers that change, dropout, and a complex parameter."""
+    """A model with tied weights, changing buffers, dropout and a complex parameter."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def close(one, two, tolerance=1e-12):
 
 
 def traced(step, state, batch):
-    """What the graph of a step gives, run by the interpreter."""
+    """Returns the results of a step's traced graph, run by the interpreter."""
     leaves, structure = fx.tree.flatten((state, batch))
 
     def flat(*leaves):
@@ -87,7 +87,7 @@ def traced(step, state, batch):
 
 class TestBothWays:
     @pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
-    def test_give_the_same_steps(self, options):
+    def test_steps_are_equal(self, options):
         tx = fx.optim.adamw(1e-2)
         ends = []
         for way in WAYS:
@@ -98,7 +98,7 @@ class TestBothWays:
         close(*ends)
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_give_the_same_steps_in_lower_precision(self, precision):
+    def test_steps_are_equal_in_lower_precision(self, precision):
         tx = fx.optim.sgd(1e-2)
         ends = []
         for way in WAYS:
@@ -107,7 +107,7 @@ class TestBothWays:
             ends.append(step(state, X.float()))
         close(*ends, 1e-6)
 
-    def test_of_one_entry(self):
+    def test_gradients_of_one_entry_are_equal(self):
         state = fx.init({"a": linear(), "b": linear()})
 
         def loss_fn(model, batch):
@@ -118,21 +118,21 @@ class TestBothWays:
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-    def test_where_gradients_are_switched_off(self, way, context):
+    def test_gradients_work_under_no_grad(self, way, context):
         find = fx.gradients(plain, differentiate=way)
         wanted = find(fx.init(net()), X)
         with context():
             testing.assert_equal(find(fx.init(net()), X.clone()), wanted, "gradients")
 
-    def test_traced(self):
+    def test_traced_step_equals_eager(self):
         tx = fx.optim.sgd(1e-2, momentum=0.9)
         step = fx.train_step(plain, tx, differentiate="autograd")
         state = fx.init(net(), tx)
         close(traced(step, state, X), step(state, X))
 
 
-class TestByAutograd:
-    def test_leaves_everything_outside_as_it_was(self):
+class TestAutograd:
+    def test_has_no_side_effects(self):
         module = net()
         state = fx.init(module)
         before = state.copy()
@@ -142,7 +142,7 @@ class TestByAutograd:
         assert all(leaf.grad is None for leaf in tensors if leaf.is_leaf)
         assert not any(leaf.requires_grad for leaf in (*fx.tree.leaves(state), *fx.tree.leaves(found)))
 
-    def test_refuses_transforms_and_outer_derivatives(self):
+    def test_rejects_transforms_and_outer_derivatives(self):
         state = fx.init(linear())
         find = fx.gradients(plain, differentiate="autograd")
         with pytest.raises(ValueError, match=r"outside torch\.func\.vmap, .* Choose differentiate='func'"):
@@ -152,14 +152,14 @@ class TestByAutograd:
         with pytest.raises(ValueError, match=r"outside torch\.func\.vmap"):
             find(state.replace(params=fx.tree.map(lambda leaf: leaf.clone().requires_grad_(), state.params)), X)
 
-    def test_refuses_a_loss_that_reaches_no_parameter(self):
+    def test_rejects_loss_without_parameters(self):
         module = linear()
         with pytest.raises(ValueError, match="instead of module, which it captures, outside"):
             fx.gradients(lambda model, batch: plain(module, batch), differentiate="autograd")(fx.init(module), X)
 
 
 class TestAuto:
-    def test_says_once_why_and_where_torch_func_is_left(self):
+    def test_warns_once_about_fallback_with_line(self):
         tx = fx.optim.sgd(0.1)
         state, step = fx.init(linear(), tx), fx.train_step(old, tx)
         with pytest.warns(UserWarning, match="old is differentiated by torch.autograd .*setup_context") as said:
@@ -171,12 +171,12 @@ class TestAuto:
             warnings.simplefilter("error")
             step(state, X)
 
-    def test_keeps_to_torch_func_where_it_can(self):
+    def test_prefers_torch_func(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             fx.gradients(plain)(fx.init(net()), X)
 
-    def test_leaves_mistakes_their_own_words(self):
+    def test_raises_user_errors_unchanged(self):
         def mistaken(model, batch):
             return F.linear(model(batch), torch.ones(1, 7, dtype=batch.dtype)).sum()
 
@@ -187,7 +187,7 @@ class TestAuto:
             with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
                 fx.gradients(loss_fn)(fx.init(linear()), X)
 
-    def test_raises_an_error_that_comes_once(self, recwarn):
+    def test_raises_transient_error(self, recwarn):
         errors = [OSError("the disk is busy")]
 
         def loss_fn(model, batch):
@@ -201,18 +201,18 @@ class TestAuto:
         find(fx.init(nn.Linear(2, 1)), torch.ones(3, 2))
         assert not recwarn.list
 
-    def test_stays_with_func_where_it_is_chosen(self):
+    def test_explicit_func_does_not_fall_back(self):
         with pytest.raises(RuntimeError, match="setup_context"):
             fx.gradients(old, differentiate="func")(fx.init(linear()), X)
 
-    def test_changes_when_it_is_traced_first(self):
+    def test_falls_back_when_traced_first(self):
         tx = fx.optim.sgd(0.1)
         state, step = fx.init(linear(), tx), fx.train_step(old, tx)
         with pytest.warns(UserWarning, match="setup_context"), pytest.raises(ValuesNeededError):
             traced(step, state, X)
         close(traced(step, state, X), step(state, X))
 
-    def test_of_an_unknown_name_is_an_error(self):
+    def test_unknown_choice_is_rejected(self):
         with pytest.raises(
             ValueError, match="expected differentiate to be one of 'auto', 'func', 'autograd', got 'backward'"
         ):
@@ -220,7 +220,7 @@ class TestAuto:
 
 
 class Recomputes(nn.Module):
-    """Two regions with dropout that the backward pass may compute again, and dropout after them."""
+    """Two dropout regions, optionally under activation checkpointing, followed by dropout."""
 
     def __init__(self, again):
         super().__init__()
@@ -239,7 +239,7 @@ class Recomputes(nn.Module):
 
 class TestRecomputation:
     @pytest.mark.parametrize("reentrant", [False, True])
-    def test_draws_the_same_numbers_and_leaves_the_generator_alone(self, reentrant):
+    def test_reuses_random_samples_and_leaves_generator_unchanged(self, reentrant):
         tx, ends = fx.optim.sgd(0.1), []
         before = torch.get_rng_state()
         for again in (None, reentrant):
@@ -254,7 +254,7 @@ class TestRecomputation:
         assert torch.equal(torch.get_rng_state(), before)
 
     @pytest.mark.parametrize("reentrant", [False, True])
-    def test_traced(self, reentrant):
+    def test_traced_step_equals_eager(self, reentrant):
         tx = fx.optim.sgd(0.1)
         state = fx.init(Recomputes(reentrant).double(), tx)
         step = fx.train_step(squares, tx, differentiate="autograd")
@@ -285,9 +285,9 @@ def backward_inside(model, batch):
     return (model(batch) * x.grad.norm()).mean()
 
 
-class TestLikeAPlainLoop:
+class TestPlainLoop:
     @pytest.mark.parametrize("loss_fn", [penalty, hooked, masked, backward_inside, old])
-    def test_takes_the_same_steps(self, loss_fn):
+    def test_steps_equal_plain_loop(self, loss_fn):
         module, tx = linear(), fx.optim.sgd(0.1, momentum=0.9)
         state, step = fx.init(module, tx), fx.train_step(loss_fn, tx, differentiate="autograd")
         batch = X.clone()
@@ -307,7 +307,7 @@ class TestLikeAPlainLoop:
         assert grad.layout == torch.strided
         assert grad.any(1).tolist() == [False, True, False, True, False]
 
-    def test_leaves_no_grad_on_tensors_from_outside_when_it_reaches_all_leaves(self):
+    def test_outside_tensors_keep_their_grad(self):
         outside = torch.ones(4, dtype=torch.float64, requires_grad=True)
         outside.grad = torch.full_like(outside, 3.0)
         state = fx.init(Recomputes(True).double())
@@ -317,7 +317,7 @@ class TestLikeAPlainLoop:
 
 class TestWritesToParameters:
     @pytest.mark.parametrize("way", ["auto", *WAYS])
-    def test_are_refused(self, way):
+    def test_writes_are_rejected(self, way):
         def assigns(model, batch):
             model[0].weight.data = model[0].weight.data * 0.5
             return plain(model, batch)
@@ -335,7 +335,7 @@ class TestWritesToParameters:
 
 class TestUsed:
     @pytest.mark.parametrize("way", WAYS)
-    def test_is_false_for_parameters_the_loss_does_not_reach(self, way):
+    def test_unreached_parameters_are_unused(self, way):
         state = fx.init({"a": linear(), "b": linear()})
         found = fx.gradients(lambda model, batch: plain(model["a"], batch) * 0.0, differentiate=way)(state, X)
         assert set(found.used["a"].values()) == {True}
@@ -343,13 +343,13 @@ class TestUsed:
         assert not found.grads["b"]["0.weight"].any()
 
     @pytest.mark.parametrize("way", WAYS)
-    def test_is_decided_at_each_call(self, way):
+    def test_used_is_decided_per_call(self, way):
         state = fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)})
         find = fx.gradients(lambda model, batch: model["a" if batch > 0 else "b"] * batch, differentiate=way)
         assert find(state, torch.tensor(1.0)).used == {"a": True, "b": False}
         assert find(state, torch.tensor(-1.0)).used == {"a": False, "b": True}
 
-    def test_is_static_under_vmap(self):
+    def test_used_is_static_under_vmap(self):
         state = fx.init({"a": torch.tensor(1.0), "b": torch.tensor(1.0)})
         find = fx.gradients(lambda model, batch: model["a"] * batch)
         found = torch.vmap(find, (None, 0))(state, torch.ones(3))

@@ -1,4 +1,4 @@
-"""Donation: a step takes the memory of the state that it is given, and nothing that can still be read ever changes."""
+"""Donation: a step reuses the buffers of its input state, and tensors that are still readable never change."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ def start():
 
 
 def going():
-    """A state that the step has written itself, as most are."""
+    """A state written by the step, as are all but the first."""
     return DONATED(start(), BATCH)[0]
 
 
@@ -49,7 +49,7 @@ def state(request):
     return request.param()
 
 
-def test_the_next_state_is_that_of_an_undonated_step():
+def test_donated_step_equals_undonated_step():
     donated, undonated = start(), start()
     for batch in problem.data() * 2:
         donated, output = DONATED(donated, batch)
@@ -59,7 +59,7 @@ def test_the_next_state_is_that_of_an_undonated_step():
     assert DONATED.graphs == UNDONATED.graphs == 1
 
 
-def test_memory_is_used_again():
+def test_buffers_are_reused():
     state = going()
     places = [leaf.data_ptr() for leaf in tree.leaves(state)]
     for batch in problem.data():
@@ -67,7 +67,7 @@ def test_memory_is_used_again():
         assert [leaf.data_ptr() for leaf in tree.leaves(state)] == places
 
 
-class TestTombstone:
+class TestDonatedState:
     @pytest.mark.parametrize(
         "read",
         [
@@ -92,16 +92,16 @@ class TestTombstone:
             lambda state: copy.deepcopy(state).params,
         ],
     )
-    def test_reading_it_raises_and_names_the_taker(self, state, read):
+    def test_read_raises_and_names_step(self, state, read):
         DONATED(state, BATCH)
         with pytest.raises(DonatedError, match=r"was donated to <step train_step\(loss_fn\).*call state\.copy"):
             read(state)
 
-    def test_it_says_what_it_is(self, state):
+    def test_repr_names_donation(self, state):
         DONATED(state, BATCH)
         assert repr(state).startswith("TrainState, donated to <step")
 
-    def test_every_name_of_the_state_is_the_tombstone(self, state):
+    def test_every_reference_raises(self, state):
         kept, fields = [state], vars(state)
         DONATED(state, BATCH)
         with pytest.raises(DonatedError):
@@ -109,7 +109,7 @@ class TestTombstone:
         assert "params" not in fields
 
 
-# What somebody may hold of a state, and how its values are read afterwards.
+# References into a state that may outlive its donation.
 HOLDS = {
     "a copy": lambda state: state.copy(),
     "another state": lambda state: state.replace(position=torch.tensor(9)),
@@ -151,7 +151,7 @@ def values(held):
 
 
 @pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
-def test_what_is_held_elsewhere_stays(state, hold):
+def test_referenced_values_are_preserved(state, hold):
     wanted, _ = UNDONATED(state.copy(), BATCH)
     held = hold(state)
     opaque = type(held).__name__ in ("PyCapsule", "list_iterator")
@@ -166,7 +166,7 @@ def test_what_is_held_elsewhere_stays(state, hold):
         assert np.array_equal(was, now, equal_nan=True) if isinstance(was, np.ndarray) else torch.equal(was, now)
 
 
-def test_memory_that_is_not_torchs_own_stays():
+def test_foreign_memory_is_preserved():
     array = np.ones((8, 4), dtype=np.float32)
     state = start()
     state = state.replace(params={**state.params, "0.weight": torch.from_numpy(array)})
@@ -175,7 +175,7 @@ def test_memory_that_is_not_torchs_own_stays():
     assert not (new.params["0.weight"] == 1).all()
 
 
-def test_two_leaves_of_one_memory_come_apart():
+def test_leaves_sharing_memory_are_separated():
     state = problem.start()
     state = state.with_slot("average", state.params)
     wanted, _ = UNDONATED(state.copy(), BATCH)
@@ -185,7 +185,7 @@ def test_two_leaves_of_one_memory_come_apart():
     assert len(set(places)) == len(places)
 
 
-def test_a_leaf_that_becomes_another_is_read_before_it_is_written():
+def test_swapped_leaves_are_read_before_write():
     def swap(state, batch):
         a, b = state.params["a"], state.params["b"]
         return state.replace(params={"a": b, "b": a.T}), fx.StepOutput({"a": a.sum()}, outputs=a)
@@ -197,7 +197,7 @@ def test_a_leaf_that_becomes_another_is_read_before_it_is_written():
     assert torch.equal(output.outputs, start.params["a"])
 
 
-def test_a_cell_that_is_run_twice_says_so():
+def test_second_use_of_state_names_remedy():
     state = start()
     DONATED(state, BATCH)
     with pytest.raises(DonatedError, match="Use the state that the step returned"):
@@ -205,7 +205,7 @@ def test_a_cell_that_is_run_twice_says_so():
 
 
 def counted(kind):
-    """A callback of the loop that changes the state at each such event."""
+    """A loop callback that changes the state at each event of this kind."""
 
     def update(state, event, memory):
         return memory + 1, fx.Control()
@@ -214,7 +214,7 @@ def counted(kind):
 
 
 def places_into(places):
-    """An observer that writes down where parameters and optimizer are after each step."""
+    """An observer that records the addresses of parameters and optimizer state after each step."""
 
     def observe(state, event: fx.StepEnd, control):
         places.append(tuple(leaf.data_ptr() for leaf in tree.leaves((state.params, state.opt_state))))
@@ -227,7 +227,7 @@ class TestFit:
         options = {"steps": 9, "data": problem.data(), **options}
         return fx.fit(start(), step, callbacks=[CALLBACK, *callbacks], **options)
 
-    def test_ends_where_an_undonated_run_ends_and_leaves_its_argument(self):
+    def test_equals_undonated_run_and_preserves_argument(self):
         given = start()
         before = given.copy()
         state = given
@@ -242,7 +242,7 @@ class TestFit:
 
     @pytest.mark.parametrize("lag", [0, 1])
     @pytest.mark.parametrize("kind", [fx.StepBegin, fx.StepEnd])
-    def test_copies_nothing_in_steps_that_follow_each_other(self, kind, lag):
+    def test_consecutive_steps_copy_nothing(self, kind, lag):
         places = []
         asks = fx.on(fx.StepEnd, lambda state, event: (state, fx.Control(stop=torch.tensor(False))))
         self.run(
@@ -251,8 +251,8 @@ class TestFit:
         assert len(places) == 9
         assert len(set(places[1:])) == 1
 
-    def test_copies_nothing_whatever_callbacks_and_saves_do(self, tmp_path):
-        """After the first step every leaf of the parameters stays where it is."""
+    def test_callbacks_and_saves_copy_nothing(self, tmp_path):
+        """From the second step on, parameters and optimizer state keep their addresses."""
         places = []
         kinds = (fx.EpochBegin, fx.StepBegin, fx.StepEnd, fx.EvalEnd, fx.EpochEnd)
         self.run(
@@ -271,7 +271,7 @@ class TestFit:
         assert len(places) == 9
         assert len(set(places[1:])) == 1
 
-    def test_a_state_that_an_observer_keeps_stays_or_says_that_it_is_gone(self):
+    def test_state_kept_by_observer_is_intact_or_raises(self):
         kept, copies = [], []
 
         def observe(state, event: fx.StepEnd | fx.EpochEnd, control):
@@ -283,7 +283,7 @@ class TestFit:
             with contextlib.suppress(DonatedError):
                 testing.assert_equal(state, wanted, "a state that was kept")
 
-    def test_a_rewind_finds_what_it_kept(self):
+    def test_rewind_restores_kept_state(self):
         def back(state, event: fx.StepEnd | fx.Rewound):
             done = state.slots["done"]
             if isinstance(event, fx.Rewound):
@@ -294,7 +294,7 @@ class TestFit:
         result = self.run(UNDONATED, callbacks=[callback], keep_every=2, steps=7)
         testing.assert_equal(result.last.params, self.run(UNDONATED, steps=7).last.params, "parameters")
 
-    def test_a_checkpoint_has_its_own_copy(self, tmp_path):
+    def test_checkpoint_has_its_own_copy(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path, keep=None)
         self.run(UNDONATED, callbacks=[fx.callbacks.save()], checkpointer=checkpoints)
         state = start()
@@ -302,7 +302,7 @@ class TestFit:
             state, _ = UNDONATED(state, batch)
             testing.assert_equal(checkpoints.restore(state, step=step).params, state.params, f"step {step}")
 
-    def test_a_callback_that_fails_after_the_step_saves_nothing_half(self, tmp_path):
+    def test_failing_callback_saves_no_partial_step(self, tmp_path):
         def fail(state, event: fx.StepEnd):
             if event.step == 5:
                 raise RuntimeError("a bug")
@@ -319,7 +319,7 @@ class TestFit:
 
 
 class TestOwnership:
-    def test_of_a_state_that_nobody_else_has(self):
+    def test_extra_reference_is_detected(self):
         state = going()
         walk = walk_like(state)
         leaves, containers = walk(state)
@@ -333,7 +333,7 @@ class TestOwnership:
         gc.collect()
         assert is_sole(leaves, containers, range(len(leaves)))
 
-    def test_a_walk_finds_the_leaves_in_order_and_other_structures(self):
+    def test_walk_preserves_order_and_detects_other_structures(self):
         state = start()
         walk = walk_like(state)
         assert all(a is b for a, b in zip(walk(state)[0], tree.leaves(state), strict=True))
@@ -356,7 +356,7 @@ class TestRecompiling:
     def step(self, **options):
         return fx.compile(lambda state, batch: (state, fx.StepOutput({"sum": batch["x"].sum()})), **options)
 
-    def test_warns_with_the_path_and_what_changed(self):
+    def test_warning_names_path_and_change(self):
         step, state = self.step(), fx.init(torch.tensor(1.0))
         step(state, {"x": torch.ones(32, 64)})
         said = r"batch\['x'\]: float32\[32, 64\] on cpu -> float32\[17, 64\] on cpu\. For a smaller last batch, set"
@@ -367,14 +367,14 @@ class TestRecompiling:
             step(state, {"x": torch.ones(32, 64)})
         assert step.graphs == 2
 
-    def test_is_an_error_by_choice(self):
+    def test_recompile_can_be_an_error(self):
         step, state = self.step(on_recompile="error"), fx.init(torch.tensor(1.0))
         step(state, {"x": torch.ones(2)})
         with pytest.raises(RecompileError) as caught:
             step(state, {"x": torch.ones(2, dtype=torch.float64)})
         assert "batch['x']: float32[2] on cpu -> float64[2] on cpu" in str(caught.value)
 
-    def test_strides_and_names_count_and_values_do_not(self):
+    def test_strides_and_names_recompile_but_values_do_not(self):
         step, state = self.step(on_recompile="error"), fx.init(torch.tensor(1.0))
         step(state, {"x": torch.ones(2, 3)})
         step(state.replace(params=torch.tensor(5.0)), {"x": torch.zeros(2, 3)})
@@ -383,12 +383,12 @@ class TestRecompiling:
         with pytest.raises(RuntimeError, match=r"batch\['y'\] is new"):
             step(state, {"x": torch.ones(2, 3), "y": torch.ones(1)})
 
-    def test_a_callback_of_the_loop_costs_no_graph_and_one_of_the_step_one(self):
+    def test_slot_of_loop_callback_does_not_recompile(self):
         state = going()
         graphs = DONATED.graphs
         DONATED(state.with_slot("mine", torch.ones(3)), BATCH)
         assert DONATED.graphs == graphs
 
-    def test_the_choice_is_checked(self):
+    def test_on_recompile_is_validated(self):
         with pytest.raises(ValueError, match="expected on_recompile to be one of 'warn', 'error', 'allow', got"):
             self.step(on_recompile="never")

@@ -1,4 +1,4 @@
-"""Masks that are drawn together: the same bits as one by one, and of what else is drawn nothing changes."""
+"""Batched dropout masks equal masks sampled one by one, bitwise, and other random samples are unchanged."""
 
 import importlib
 
@@ -21,7 +21,7 @@ XOR, SELECT = torch.ops.aten.bitwise_xor.Scalar, torch.ops.aten.select.int
 
 
 def graph_of(function, *inputs):
-    """The graph as it is traced, and as it is made of it."""
+    """Returns the traced graph, and a copy with batched masks."""
 
     def drawing(seed, step, *inputs):
         with rng.functional(rng.key(seed, step=step)):
@@ -41,7 +41,7 @@ def count(graph, target):
 
 
 def assert_drawn(function, *inputs, before, after):
-    """So many draws become so many, and not a bit changes."""
+    """Asserts the number of separate masks before and after batching, and bitwise equal results."""
     graph, together = graph_of(function, *inputs)
     assert (count(graph, XOR), count(together, XOR)) == (before, after)
     for seed, step in ((SEED, STEP), (SEED + 1, STEP), (SEED, STEP + (1 << 33))):
@@ -51,20 +51,20 @@ def assert_drawn(function, *inputs, before, after):
     return together
 
 
-def test_dropouts_of_one_shape_are_one_draw():
+def test_dropouts_of_one_shape_are_batched():
     together = assert_drawn(lambda x: [F.dropout(x, 0.3) for _ in range(5)], X, before=5, after=0)
     assert count(together, SELECT) == 5
 
 
-def test_each_shape_and_each_probability_is_a_draw():
+def test_each_shape_and_probability_is_batched_separately():
     def drop(x, y):
         return [F.dropout(z, p) for p in (0.3, 0.5) for z in (x, y, x)]
 
-    # Two masks of x for each p; one of y for each, which stay as they are.
+    # Each p has two masks of x, which are batched, and one of y, which is unchanged.
     assert_drawn(drop, X, Y, before=6, after=2)
 
 
-def test_sites_in_turns():
+def test_interleaved_sites_are_batched():
     def blocks(x, y):
         for _ in range(3):
             x, y = F.dropout(F.dropout(x, 0.1).exp(), 0.1), F.dropout(y, 0.1)
@@ -83,18 +83,18 @@ def test_sites_in_turns():
         lambda x: x.new_empty(x.shape).bernoulli_(0.25) * x,
     ],
 )
-def test_other_masks(draw):
+def test_other_masks_are_bitwise_equal(draw):
     graph, together = graph_of(lambda x: [draw(x), draw(x)], X)
     torch.testing.assert_close(together(SEED, STEP, X), graph(SEED, STEP, X), rtol=0, atol=0)
 
 
-def test_numbers_that_take_more_than_a_byte_stay_where_they_are():
+def test_float_samples_are_not_batched():
     assert_drawn(
         lambda x: [torch.randn_like(x), torch.randn_like(x), torch.rand(3), torch.rand(3)], X, before=4, after=4
     )
 
 
-def test_keys_are_not_mixed():
+def test_keys_are_batched_separately():
     def drop(x):
         found = [F.dropout(x, 0.5)]
         for microbatch in range(2):
@@ -105,7 +105,7 @@ def test_keys_are_not_mixed():
     assert_drawn(drop, X, before=5, after=1)
 
 
-def test_where_memory_is_written_over_nothing_changes():
+def test_in_place_dropout_is_not_batched():
     def drop(x):
         x = x + 1
         return F.dropout(x, 0.5, inplace=True), F.dropout(x.exp(), 0.5)
@@ -113,25 +113,25 @@ def test_where_memory_is_written_over_nothing_changes():
     assert_drawn(drop, X, before=2, after=2)
 
 
-def test_equal_numbers_that_are_returned_are_two():
+def test_equal_outputs_do_not_share_memory():
     _, together = graph_of(lambda x: (SEED + 1, SEED + 1, x), X)
     first, second, _ = together(SEED, STEP, X)
     assert first.data_ptr() != second.data_ptr()
 
 
 @given(sites=st.sets(st.integers(0, 60), min_size=1))
-def test_progressions_are_the_sites(sites):
+def test_progressions_cover_sites(sites):
     found = draws._progressions(sites)
     assert sorted(site for part in found for site in part) == sorted(sites)
 
 
-def test_progressions_are_long():
+def test_progressions_are_maximal():
     assert draws._progressions(range(5)) == [range(5)]
     assert draws._progressions([1, 2, 4, 5, 7, 8]) == [range(1, 10, 3), range(2, 11, 3)]
     assert draws._progressions([3]) == [range(3, 4)]
 
 
-def test_a_step_is_the_eager_one():
+def test_compiled_step_equals_eager():
     def module():
         with torch.random.fork_rng():
             torch.manual_seed(0)
