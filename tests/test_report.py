@@ -1,4 +1,4 @@
-"""The report: what is read of a run's folder, whatever state it is in, and what is on the page."""
+"""The report: reading run folders in any state, and the content of the page."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, I
 
 
 def data(html):
-    """What the page's script draws."""
+    """The data embedded for the page's script."""
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
 
 
@@ -44,7 +44,7 @@ def measured(folder, losses, **more):
 # Folders in any state
 
 
-def test_a_folder_that_is_missing_or_has_no_run_is_said(tmp_path):
+def test_missing_or_empty_folder_raises(tmp_path):
     with pytest.raises(
         RunFolderError, match=r"expected a run folder, got .*nothing \(No such file or directory\)\. Check the path"
     ):
@@ -53,7 +53,7 @@ def test_a_folder_that_is_missing_or_has_no_run_is_said(tmp_path):
         read_run(tmp_path)
 
 
-def test_a_run_that_has_written_nothing_yet_is_said(tmp_path):
+def test_run_without_values_raises_until_an_event_is_recorded(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(RunFolderError, match=r"expected logged values in .*, got none\. Wait"):
         read_run(tmp_path)
@@ -61,7 +61,7 @@ def test_a_run_that_has_written_nothing_yet_is_said(tmp_path):
     assert "running or killed: no end was recorded" in page(read_run(tmp_path))
 
 
-def test_lines_that_a_crash_tore_are_left_out(tmp_path):
+def test_torn_lines_are_skipped(tmp_path):
     measured(tmp_path, {1: 3.0, 2: 2.0})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write('{"step": 3, "metrics": {"train/loss": 1.0}, "texts": {"said": "wö'.encode()[:-1])
@@ -74,35 +74,35 @@ def test_lines_that_a_crash_tore_are_left_out(tmp_path):
     assert "<h1>" in page(run)
 
 
-def test_a_csv_serves_where_there_are_no_json_lines(tmp_path):
+def test_csv_is_read_without_json_lines(tmp_path):
     writer = writers.csv(tmp_path / "metrics.csv")
     writer.write_scalars(1, {"train/loss": 0.5})
     writer.write_scalars(2, {"eval/loss": 0.25})
     writer.close()
     with open(tmp_path / "metrics.csv", "a") as file:
-        file.write("3,,,0.12")  # of 0.125
+        file.write("3,,,0.12")  # torn within 0.125
     run = read_run(tmp_path)
     assert run.curves == {"train/loss": ([1], [0.5]), "eval/loss": ([2], [0.25])}
     assert list(panels(page(run))) == ["loss"]
 
 
-def test_each_step_has_one_point_and_none_goes_back(tmp_path):
+def test_curves_have_increasing_steps_with_one_point_each(tmp_path):
     lines = [{"step": step, "metrics": {"train/loss": loss}} for step, loss in [(1, 4), (3, 3), (2, 9), (3, 2)]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_run(tmp_path).curves == {"train/loss": ([1, 3], [4.0, 2.0])}
 
 
-def test_what_is_not_finite_is_a_gap(tmp_path):
+def test_nonfinite_values_are_gaps(tmp_path):
     measured(tmp_path, {1: 3.0, 2: float("nan"), 3: float("inf"), 4: 2.0})
     (series,) = panels(page(read_run(tmp_path)))["loss"]
     assert series == {"name": "train", "steps": [1, 2, 3, 4], "values": [3, None, None, 2]}
 
 
-# What happened
+# Marks and sessions
 
 
 def session(folder, *events, begin=0, config=None):
-    """Writes the events of a session of a run, each with what was asked at it."""
+    """Records a session of a run from pairs of an event and its control."""
     observer = observers.record_run(folder, config)
     observer(None, FitBegin(step=begin, resumed=begin > 0), Control())
     for event, control in events:
@@ -110,7 +110,7 @@ def session(folder, *events, begin=0, config=None):
     observer.close()
 
 
-def test_marks_are_what_callbacks_did(tmp_path):
+def test_actions_of_callbacks_are_marked(tmp_path):
     measured(tmp_path, dict.fromkeys(range(1, 11), 1.0))
     skipped = Control(skip_update=True, reason="a spike of the loss")
     session(
@@ -134,7 +134,7 @@ def test_marks_are_what_callbacks_did(tmp_path):
     assert "One checkpoint was saved, at step 4." in html
 
 
-def test_what_a_rewind_abandoned_is_not_marked_and_what_came_after_is(tmp_path):
+def test_rewind_removes_marks_of_abandoned_saves_and_keeps_later_ones(tmp_path):
     writer = writers.jsonl(tmp_path / "metrics.jsonl")
     writer.write_scalars(2, {"early_stopping/improved_by": 0.5})
     writer.write_scalars(6, {"early_stopping/improved_by": 0.25})
@@ -150,7 +150,7 @@ def test_what_a_rewind_abandoned_is_not_marked_and_what_came_after_is(tmp_path):
     assert run.marks[-1].text == "back to step 3"
 
 
-def test_what_a_killed_session_saved_beyond_its_resumption_is_not_marked(tmp_path):
+def test_saves_beyond_the_resumed_step_are_not_marked(tmp_path):
     measured(tmp_path, {1: 1.0})
     session(tmp_path, *[(Saved(step=step, path="somewhere", metrics={}), Control()) for step in (4, 8)])
     session(tmp_path, (FitEnd(step=9, reason="reached 9 steps"), Control()), begin=4)
@@ -164,7 +164,7 @@ def test_what_a_killed_session_saved_beyond_its_resumption_is_not_marked(tmp_pat
 # The page
 
 
-def test_nothing_in_a_run_is_taken_for_html(tmp_path):
+def test_page_escapes_html_in_content_of_a_run(tmp_path):
     bad = "<b>&</script><!--"
     folder = tmp_path / "a <i>run"
     folder.mkdir()
@@ -192,20 +192,20 @@ def test_nothing_in_a_run_is_taken_for_html(tmp_path):
     assert f"{bad}/number" in panels(html)
 
 
-def test_it_needs_no_network(tmp_path):
+def test_page_loads_nothing_from_the_network(tmp_path):
     measured(tmp_path, {1: 1.0}, text=Text("see http://example.com/x.png"))
     html = page(read_run(tmp_path))
     assert not re.findall(r"""(?:src|href)=["']?http|url\((?!#)|@import|<link""", html)
 
 
-def test_sections_that_would_be_empty_are_not_there(tmp_path):
+def test_empty_sections_are_omitted(tmp_path):
     measured(tmp_path, {1: 1.0})
     html = page(read_run(tmp_path))
-    assert "<h2>" not in html  # the script makes that of the curves
+    assert "<h2>" not in html  # the script adds the heading of the curves
     assert [section["title"] for section in data(html)["sections"]] == ["Curves"]
 
 
-def test_alike_curves_share_a_panel_and_the_loss_comes_first(tmp_path):
+def test_related_curves_share_a_panel_and_the_loss_is_first(tmp_path):
     names = ["train/accuracy", "eval/accuracy", "eval/loss", "train/zeros", "lr", "grad_norm/max", "grad_norm/min"]
     names += [f"grad_norm/blocks.{i}" for i in range(10)] + ["grad_flow/gain_max", "grad_flow/gain/conv"]
     names += ["grad_flow/healthy", "grad_flow/damping", "update_ratio/frozen", "throughput/steps_per_second"]
@@ -225,7 +225,7 @@ def test_alike_curves_share_a_panel_and_the_loss_comes_first(tmp_path):
     assert {"update_ratio/frozen", "throughput/steps_per_second"} < set(found)
 
 
-def test_the_head_says_the_best_of_the_evaluations(tmp_path):
+def test_header_shows_the_best_evaluation_metrics(tmp_path):
     writer = writers.jsonl(tmp_path / "metrics.jsonl")
     for step, loss in enumerate([0.5, 0.25, 0.75], start=1):
         writer.write_scalars(step, {"eval/loss": loss, "eval/accuracy": 1 - loss})
@@ -236,7 +236,7 @@ def test_the_head_says_the_best_of_the_evaluations(tmp_path):
     assert html.index("lowest eval/loss") < html.index("highest eval/accuracy")
 
 
-def test_thinning_keeps_spikes_and_ends():
+def test_thinning_keeps_spikes_and_endpoints():
     steps, values = list(range(100_000)), [1.0] * 100_000
     values[31_234], values[77_777], values[50_000] = 50.0, -50.0, float("nan")
     kept_steps, kept = thinned((steps, values), 1000)
@@ -248,7 +248,7 @@ def test_thinning_keeps_spikes_and_ends():
 
 
 @pytest.mark.parametrize(("count", "most", "kept"), [(3, 5, [0, 1, 2]), (10, 4, [0, 3, 6, 9]), (10, 1, [9])])
-def test_evenly_spreads_over_all_and_keeps_the_last(count, most, kept):
+def test_evenly_chosen_items_span_all_and_include_the_last(count, most, kept):
     assert evenly(range(count), most) == kept
 
 
@@ -265,7 +265,7 @@ def heights(counts, edges):
     return Heights(np.array(counts), np.array(edges))
 
 
-def test_a_heat_map_is_cut_to_what_is_used():
+def test_heat_map_is_cropped_to_used_bins():
     edges = [-100.0, -1.0, 0.0, 1.0, 100.0]
     found = heat([(step, heights([0.0, 1.0, 3.0, 0.0], edges)) for step in range(500)])
     assert found["edges"] == [-1, 0, 1]
@@ -273,16 +273,16 @@ def test_a_heat_map_is_cut_to_what_is_used():
     assert (len(found["steps"]), found["steps"][0], found["steps"][-1]) == (100, 0, 499)
 
 
-def test_histograms_whose_edges_move_are_counted_on_one_scale():
+def test_histograms_with_moving_edges_share_one_scale():
     found = heat([(1, heights([4.0, 4.0], [0.0, 1.0, 2.0])), (2, heights([8.0, 0.0], [0.0, 2.0, 4.0]))])
     first, second = np.asarray(found["counts"], float)
-    assert (found["edges"][0], found["edges"][-1]) == (0, 2)  # nothing is beyond
+    assert (found["edges"][0], found["edges"][-1]) == (0, 2)  # no counts lie beyond 2
     assert np.allclose(first, first[0])
     assert np.isclose(first.sum(), 8)
     assert np.isclose(second.sum(), 8)
 
 
-def test_an_empty_histogram_is_drawn_as_nothing(tmp_path):
+def test_empty_histogram_has_zero_counts(tmp_path):
     found = heat([(1, heights([0.0, 0.0], [0.0, 1.0, 2.0]))])
     assert found == {"steps": [1], "counts": [[0, 0]], "edges": [0, 1, 2]}
 
@@ -295,7 +295,7 @@ def media_of(folder, values, steps=(10,)):
     return read_run(folder)
 
 
-def test_media_are_in_the_page(tmp_path):
+def test_media_are_embedded_in_the_page(tmp_path):
     run = media_of(
         tmp_path,
         {
@@ -319,7 +319,7 @@ def test_media_are_in_the_page(tmp_path):
     assert '<td class=dark style="--share:0.750">3</td>' in html
 
 
-def test_what_is_in_the_lines_and_in_media_is_shown_once(tmp_path):
+def test_text_in_both_json_lines_and_media_is_shown_once(tmp_path):
     run = media_of(tmp_path, {"said": Text("so")})
     writer = writers.jsonl(tmp_path / "metrics.jsonl")
     writer.write_texts(10, {"said": "so"})
@@ -336,14 +336,14 @@ def test_media_are_spread_over_the_run_within_a_budget(tmp_path, monkeypatch):
     )
     html = page(run)
     a, b = (html.split(f"<h3>{name}</h3>")[1].split("<h3>")[0] for name in "ab")
-    assert "step 200" in a  # the last of each goes before the earlier ones of any
+    assert "step 200" in a  # the last sample of every name has priority
     assert "step 200" in b
     assert 0 < a.count("<img") < 8
     assert b.count("<img") <= 8
     assert "more steps are in the run's folder." in a
 
 
-def test_a_large_confusion_matrix_is_an_image_with_its_worst_pairs(tmp_path):
+def test_large_confusion_matrix_is_an_image_with_its_worst_pairs(tmp_path):
     counts = torch.eye(100) * 50
     counts[3, 7] = 9
     run = media_of(tmp_path, {"taken": ConfusionMatrix(counts)})
@@ -353,7 +353,7 @@ def test_a_large_confusion_matrix_is_an_image_with_its_worst_pairs(tmp_path):
     assert html.count("<tr>") < 20
 
 
-def test_a_long_table_and_a_large_image_of_one_are_named(tmp_path):
+def test_long_tables_and_large_images_in_tables_are_abbreviated(tmp_path):
     noise = Image(torch.rand(1, 600, 600, 1))
     run = media_of(tmp_path, {"rows": Table({"n": list(range(60))}), "seen": Table({"input": noise})})
     html = page(run)
@@ -361,19 +361,16 @@ def test_a_long_table_and_a_large_image_of_one_are_named(tmp_path):
     assert "<td>(image)</td>" in html
 
 
-def test_a_figure_is_an_image(tmp_path):
+def test_figure_is_embedded_as_an_image(tmp_path):
     from matplotlib.figure import Figure as Canvas
 
     assert "data:image/png" in page(media_of(tmp_path, {"drawn": Figure(Canvas(figsize=(1, 1)))}))
 
 
-# Markdown
-
-
 # Bounded memory
 
 
-def test_the_extremes_of_a_long_curve_are_kept():
+def test_long_curve_keeps_its_extremes():
     kept = Kept(Points, budget=10_000, names=9)
     for step in range(100_000):
         kept.put("loss", step, 1e6 if step == 31_234 else -1e6 if step == 77_777 else 1.0)
@@ -385,7 +382,7 @@ def test_the_extremes_of_a_long_curve_are_kept():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 99, 100, 101, 1000, 12_345])
-def test_the_texts_of_a_long_run_are_thinned_evenly_and_the_last_is_kept(count):
+def test_texts_of_a_long_run_are_thinned_evenly_and_keep_the_last(count):
     kept = Kept(Items, budget=100, names=9)
     for step in range(count):
         kept.put("said", step, str(step), 1)
@@ -399,7 +396,7 @@ def test_the_texts_of_a_long_run_are_thinned_evenly_and_the_last_is_kept(count):
     assert count > 100 or len(found) == count
 
 
-def test_a_step_again_replaces_its_value_and_one_before_is_refused():
+def test_repeated_step_replaces_its_value_and_an_earlier_one_raises():
     for make in (Points, Items):
         kept = Kept(make, budget=100, names=1)
         kept.put("a", 5, 1.0)
@@ -412,7 +409,7 @@ def test_a_step_again_replaces_its_value_and_one_before_is_refused():
         assert (series.values if make is Points else [value for _, value in series.items]) == [2.0]
 
 
-def test_what_does_not_fit_is_left_out_and_the_rest_kept():
+def test_values_over_the_memory_budget_are_left_out():
     kept = Kept(Items, budget=100, names=9)
     kept.put("a", 1, "a", 60)
     with pytest.raises(ValueError, match="expected values within the memory budget"):
@@ -421,7 +418,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_kept():
     assert set(kept.series) == {"a", "c"}
 
 
-def test_what_could_not_be_read_is_said_at_the_top(tmp_path):
+def test_problems_are_listed_at_the_top(tmp_path):
     measured(tmp_path, {1: 3.0})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "metrics": {"<b>": [], "train/loss": 2.0}}\n{"step": 3, "met')
@@ -434,7 +431,7 @@ def test_what_could_not_be_read_is_said_at_the_top(tmp_path):
 # The command
 
 
-def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
+def test_command_writes_the_page_to_the_run_folder_or_out(tmp_path, capsys):
     measured(tmp_path, {1: 1.0})
     assert cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
@@ -443,7 +440,7 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path, capsys):
     assert (tmp_path / "other.html").exists()
 
 
-def test_the_command_says_what_is_wrong(tmp_path, capsys):
+def test_command_prints_errors_with_an_exit_code(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err == (
         f"fxtrain report: expected a run folder, got {tmp_path / 'nothing'} (No such file or directory). Check the "
@@ -458,7 +455,7 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     )
 
 
-def test_the_command_as_a_process(tmp_path):
+def test_command_exits_with_2_in_a_subprocess(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "fxtrain.cli", "report", str(tmp_path)], capture_output=True, text=True
     )

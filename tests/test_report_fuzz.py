@@ -1,4 +1,4 @@
-"""A damaged run folder gives a page that names what could not be read, or a one-line error. Nothing else."""
+"""Reports of damaged run folders: a page that lists unreadable parts, or a one-line error, and never a traceback."""
 
 import contextlib
 import html
@@ -28,7 +28,7 @@ TAGS |= {"figure", "figcaption", "img", "audio", "pre", "code", "em", "strong", 
 
 
 def record(folder):
-    """A run of a few steps with one value of each kind, and everything that observers write."""
+    """Records a short run with one value of each kind and the files of all observers."""
 
     def measure(state, event: fx.StepEnd):
         made = {
@@ -80,7 +80,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """A folder beside the run, of which nothing may be in a page."""
+    """A folder outside the run, whose content must not appear in a page."""
     folder = tmp_path_factory.mktemp("outside")
     for name in ("00000001.md", "summary.txt", "run.json", "metrics.jsonl"):
         line = {"step": 1, "metrics": {SECRET: 1.0}, "config": {SECRET: SECRET}}
@@ -88,11 +88,11 @@ def outside(tmp_path_factory):
     return folder
 
 
-# What is a page, and what an error
+# Checks of pages and errors
 
 
 class Page(html.parser.HTMLParser):
-    """Collects what could run or load something."""
+    """Collects tags, scripts and attributes that could run or load something."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ def strict(constant):
 
 
 def report(folder, capsys):
-    """What the command makes of a folder: a page, or the line of its error."""
+    """Runs the command on a folder; returns the page and an empty error, or None and the error's line."""
     out = folder.parent / "page.html"
     out.unlink(missing_ok=True)
     with within(SECONDS):
@@ -152,7 +152,7 @@ def report(folder, capsys):
 
 
 def unread(text):
-    """The lines that say what could not be read."""
+    """The problems that a page lists."""
     found = re.search(r"<h2>Problems</h2><ul>(.*?)</ul>", text, re.DOTALL)
     return re.findall("<li>(.*?)</li>", found[1], re.DOTALL) if found else []
 
@@ -164,12 +164,12 @@ def run(original, tmp_path):
     return folder
 
 
-def test_an_undamaged_run_has_nothing_to_say(run, capsys):
+def test_undamaged_run_lists_no_problems(run, capsys):
     text, _ = report(run, capsys)
     assert unread(text) == []
 
 
-# A file that is something else
+# Damaged files and folders
 
 FILES = ("metrics.jsonl", "metrics.csv", "events.jsonl", "run.json", "summary.txt", "result.json")
 MEDIA = ("00000003-0.png", "00000003.gif", "00000003.wav", "00000003.md", "00000003.json")
@@ -219,7 +219,7 @@ def folder(path, outside):
 def bound(path, outside):
     path.unlink()
     here = os.getcwd()
-    os.chdir(path.parent)  # the address of a socket is short
+    os.chdir(path.parent)  # because the length of a socket's path is limited
     try:
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(path.name)
@@ -257,14 +257,14 @@ def link_outside_by_two_dots(path, outside):
 
 DAMAGES = (empty, zeros, noise, half, utf16, sparse, missing, fifo, folder, bound, zero_device, link_to_itself)
 DAMAGES += (link_to_nothing, link_outside, link_outside_by_two_dots)
-QUIET = {empty, missing}  # a run is whole without such a file
-QUIET_MEDIA = {missing, folder, sparse}  # a folder has a name, and what is too large stays in the run
+QUIET = {empty, missing}  # these files are optional
+QUIET_MEDIA = {missing, folder, sparse}  # folders may have any name, and large files are not shown
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", [*FILES, *MEDIA])
-def test_a_file_that_is_something_else(run, outside, capsys, name, damage):
-    if name.endswith(".md"):  # its text is in these lines as well
+def test_damaged_file_is_listed_in_the_page(run, outside, capsys, name, damage):
+    if name.endswith(".md"):  # metrics.jsonl has the same text
         (run / "metrics.jsonl").unlink()
     for path in sorted(run.rglob(name)):
         damage(path, outside)
@@ -276,7 +276,7 @@ def test_a_file_that_is_something_else(run, outside, capsys, name, damage):
 
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("damage", [missing, fifo, bound, link_to_itself, link_to_nothing, link_outside, empty])
-def test_a_folder_that_is_something_else(run, outside, capsys, name, damage):
+def test_damaged_folder_is_listed_in_the_page(run, outside, capsys, name, damage):
     path = run / name
     shutil.rmtree(path)
     path.touch()
@@ -289,7 +289,7 @@ def test_a_folder_that_is_something_else(run, outside, capsys, name, damage):
         assert any(name in line for line in unread(text))
 
 
-def test_a_folder_without_metrics_is_a_page_of_the_rest(run, capsys):
+def test_run_without_metrics_gives_a_page_of_samples(run, capsys):
     (run / "metrics.jsonl").unlink()
     (run / "metrics.csv").unlink()
     text, _ = report(run, capsys)
@@ -297,7 +297,7 @@ def test_a_folder_without_metrics_is_a_page_of_the_rest(run, capsys):
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_run_of_which_nothing_can_be_read_is_an_error(tmp_path, outside, capsys, damage):
+def test_run_without_readable_values_is_an_error(tmp_path, outside, capsys, damage):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1')
@@ -307,7 +307,7 @@ def test_a_run_of_which_nothing_can_be_read_is_an_error(tmp_path, outside, capsy
     assert str(folder) in error
 
 
-def test_files_without_permission(run, capsys, monkeypatch):
+def test_files_without_permission_are_listed_in_the_page(run, capsys, monkeypatch):
     opened = os.open
 
     def refused(path, flags, *rest, **more):
@@ -321,7 +321,7 @@ def test_files_without_permission(run, capsys, monkeypatch):
     assert all("Permission denied" in line for line in unread(text))
 
 
-# A value that is something else
+# Damaged values
 
 HOSTILE = (
     *(
@@ -375,7 +375,7 @@ def places(value, path=()):
 
 
 def replaced(value, path, new, *, key=False):
-    """The JSON text with another value at a path, or another key."""
+    """The JSON text of a value with the node at a path, or its key, replaced."""
     mark = "4d8f1c"
 
     def at(value, path):
@@ -399,14 +399,14 @@ def json_file(run, name):
 
 
 @pytest.mark.parametrize("seed", range(240))
-def test_a_value_that_is_something_else(run, capsys, seed):
+def test_replaced_json_values_give_a_page(run, capsys, seed):
     choose = random.Random(seed)
     name = JSON_FILES[seed % len(JSON_FILES)]
     path = json_file(run, name)
     lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
     for _ in range(choose.choice((1, 1, 3, 10))):
         index = choose.randrange(len(lines))
-        with contextlib.suppress(ValueError, RecursionError):  # damaged before
+        with contextlib.suppress(ValueError, RecursionError):  # the line was damaged in an earlier round
             value = json.loads(lines[index])
             lines[index] = replaced(
                 value, choose.choice(list(places(value))), choose.choice(HOSTILE), key=choose.random() < 0.2
@@ -432,7 +432,7 @@ def test_a_value_that_is_something_else(run, capsys, seed):
         ("confusion.json", ("labels", 0)),
     ],
 )
-def test_each_hostile_value_in_a_place_that_is_calculated_with(run, capsys, name, at, new):
+def test_hostile_value_used_in_arithmetic_gives_a_page_or_an_error(run, capsys, name, at, new):
     path = json_file(run, name)
     lines = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
     index = next(i for i, line in enumerate(lines) if at in set(places(json.loads(line))))
@@ -445,7 +445,7 @@ INSERTED = (b"\n", b'"', b"\0", b"\xff\xfe", b"{", b"]", b",,,", b"\r", b"<scrip
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_bytes_that_changed(run, capsys, seed):
+def test_changed_bytes_give_a_page_or_an_error(run, capsys, seed):
     choose = random.Random(seed)
     files = sorted(path for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts)
     for path in choose.sample(files, 3):
@@ -466,7 +466,7 @@ def test_bytes_that_changed(run, capsys, seed):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv", "events.jsonl"])
 @pytest.mark.parametrize("order", ["reversed", "shuffled", "twice", "without ends", "one line"])
-def test_lines_in_another_order(run, capsys, name, order):
+def test_reordered_lines_give_a_page(run, capsys, name, order):
     path = run / name
     if name == "metrics.csv":
         (run / "metrics.jsonl").unlink()
@@ -485,7 +485,7 @@ def test_lines_in_another_order(run, capsys, name, order):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv", "events.jsonl", "run.json", "summary.txt"])
-def test_a_line_of_a_hundred_megabytes_is_left_out_and_the_next_is_read(run, capsys, name):
+def test_line_of_100_megabytes_is_skipped(run, capsys, name):
     path = run / name
     if name == "metrics.csv":
         (run / "metrics.jsonl").unlink()
@@ -501,10 +501,10 @@ def test_a_line_of_a_hundred_megabytes_is_left_out_and_the_next_is_read(run, cap
         assert '"title":"loss"' in text
 
 
-# Names and places
+# File names and links
 
 
-def test_hostile_names_of_media(run, capsys):
+def test_hostile_media_names_are_escaped_or_listed(run, capsys):
     folder = os.fsencode(run / "media")
     content = (run / "media/samples/text/00000006.md").read_bytes()
     for name in (b"\xff\xfe", b"<script>alert(1)</script>".replace(b"/", b"%2F"), b"%00%ff%2e%2e%2fpasswd", b"a" * 255):
@@ -522,13 +522,13 @@ def test_hostile_names_of_media(run, capsys):
     assert any("9999" in line for line in unread(text))
 
 
-def test_media_that_lead_to_themselves(run, capsys):
+def test_cyclic_link_in_media_is_listed_in_the_page(run, capsys):
     (run / "media" / "again").symlink_to("..")
     text, _ = report(run, capsys)
     assert any("media/again" in line for line in unread(text))
 
 
-def test_a_link_within_the_run_is_followed(run, capsys):
+def test_link_within_the_run_is_followed(run, capsys):
     path = run / "media/samples/text/00000006.md"
     path.rename(run / "kept.md")
     path.symlink_to(run / "kept.md")
@@ -537,13 +537,13 @@ def test_a_link_within_the_run_is_followed(run, capsys):
     assert unread(text) == []
 
 
-def test_a_run_behind_a_link_is_shown(run, tmp_path, capsys):
+def test_linked_run_folder_is_read(run, tmp_path, capsys):
     (tmp_path / "latest").symlink_to(run)
     text, _ = report(tmp_path / "latest", capsys)
     assert unread(text) == []
 
 
-# The place of the page
+# The path of the page
 
 
 def command(*arguments, capsys):
@@ -555,7 +555,7 @@ def command(*arguments, capsys):
 
 
 @pytest.mark.parametrize("damage", [fifo, folder, bound, link_outside, link_to_nothing, zero_device, link_to_itself])
-def test_what_is_in_the_place_of_the_page_is_not_overwritten(run, outside, capsys, damage):
+def test_special_file_at_the_path_of_the_page_is_not_overwritten(run, outside, capsys, damage):
     place = run / "report.html"
     place.touch()
     damage(place, outside)
@@ -569,7 +569,7 @@ def test_what_is_in_the_place_of_the_page_is_not_overwritten(run, outside, capsy
     assert not list(run.glob("*.tmp"))
 
 
-def test_an_earlier_page_is_replaced_in_one_step(run, capsys, monkeypatch):
+def test_earlier_page_is_replaced_atomically(run, capsys, monkeypatch):
     place = run / "report.html"
     place.write_text("before")
 

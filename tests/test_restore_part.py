@@ -1,4 +1,4 @@
-"""Restoring in part: by patterns of paths, and with parameters that stay fresh, optimizer state and counts included."""
+"""Partial restores: by path patterns, and with fresh parameters, including their optimizer state and counts."""
 
 import warnings
 from typing import NamedTuple
@@ -89,7 +89,7 @@ def test_head_under_another_name_is_fresh(tmp_path):
     assert int(adam(back).count["body.0.bias"]) == 3
 
 
-def test_other_shapes_are_refused_with_the_way_out(tmp_path):
+def test_shape_mismatch_is_refused_with_the_remedy(tmp_path):
     path, like = checkpoint(tmp_path, trained(start()).replace(slots={})), start(5)
     before = like.copy()
     with pytest.raises(fx.CheckpointError) as error:
@@ -108,7 +108,7 @@ def test_checkpointer_restores_with_a_fresh_head(tmp_path):
     assert int(adam(back).count["body.0.weight"]) == 3
 
 
-def test_pattern_of_nothing_is_refused(tmp_path):
+def test_pattern_without_a_match_is_refused(tmp_path):
     path = checkpoint(tmp_path, start())
     with pytest.raises(ValueError, match=r"expected 'tail.*' to match a parameter or buffer"):
         fx.restore(path, like=start(), fresh="tail.*")
@@ -131,7 +131,7 @@ def test_pattern_selects_a_submodule_with_its_optimizer_state_and_counts(tmp_pat
     assert back.slots == {}
 
 
-def test_paths_on_one_side_of_a_pattern_are_named(tmp_path):
+def test_paths_missing_on_one_side_of_a_pattern_are_named(tmp_path):
     path = checkpoint(tmp_path, start())
     with pytest.raises(fx.CheckpointError, match=r"params\['body.0.bias'\]: expected none, got float32\[4\]"):
         fx.restore(path, like=fx.init(torch.nn.ModuleDict({"head": torch.nn.Linear(4, 3)})), where="state.params")
@@ -147,7 +147,7 @@ def test_average_of_fresh_parameters_is_dropped_with_a_warning(tmp_path):
     assert "ema" not in back.slots
 
 
-def test_other_trained_parameters_are_named_with_the_way_out(tmp_path):
+def test_mismatch_of_trained_parameters_is_refused_with_the_remedy(tmp_path):
     frozen = trained(fx.with_trainable(start(), TX, "head.*")).replace(slots={})
     path = checkpoint(tmp_path, frozen)
     with pytest.raises(
@@ -177,7 +177,7 @@ class OneCount(NamedTuple):
     mu: dict
 
 
-def test_fresh_parameters_do_not_share_a_count_with_older_ones(tmp_path):
+def test_fresh_parameters_with_a_shared_count_are_refused(tmp_path):
     def update(gradients, state, params):
         return gradients, OneCount(state.count + 1, state.mu)
 
@@ -191,8 +191,8 @@ def test_fresh_parameters_do_not_share_a_count_with_older_ones(tmp_path):
     assert torch.equal(back.params["body.0.bias"], saved.params["body.0.bias"])
 
 
-def test_vectors_over_other_parameters_are_matched_by_name(tmp_path):
-    """A vector over two parameters is not taken for one over two others."""
+def test_elements_of_per_parameter_vectors_are_matched_by_name(tmp_path):
+    """Equal lengths are not enough: the vectors are over different pairs of parameters."""
     tx = fx.optim.scale_by_adam()
     saved, like = (fx.init({name: torch.ones(2) for name in names}, tx) for names in ("ab", "bc"))
     counts = saved.opt_state.count.replace(torch.tensor([2, 3]))
@@ -201,7 +201,7 @@ def test_vectors_over_other_parameters_are_matched_by_name(tmp_path):
     assert (int(back.opt_state.count["b"]), int(back.opt_state.count["c"])) == (3, 0)
 
 
-def test_abstract_state_needs_every_element(tmp_path):
+def test_fresh_parameters_of_an_abstract_state_are_refused(tmp_path):
     path = checkpoint(tmp_path, trained(start()).replace(slots={}))
     with torch.device("meta"):
         abstract = start(5)
@@ -211,7 +211,7 @@ def test_abstract_state_needs_every_element(tmp_path):
         fx.restore(path, like=abstract, fresh="head.*")
 
 
-def test_parameter_named_as_a_field_of_the_optimizer_state(tmp_path):
+def test_parameter_named_like_a_field_of_the_optimizer_state_is_fresh(tmp_path):
     tx = fx.optim.adam(0.1)
     saved = fx.init({"mu": torch.ones(2), "x": torch.ones(2)}, tx)
     saved = saved.replace(opt_state=tree.map(lambda leaf: leaf + 1, saved.opt_state))
@@ -221,7 +221,7 @@ def test_parameter_named_as_a_field_of_the_optimizer_state(tmp_path):
     assert (int(state.count["x"]), int(state.count["mu"])) == (1, 0)
 
 
-def test_other_dtypes_alone_are_refused_with_the_way_out(tmp_path):
+def test_dtype_mismatch_is_refused_with_the_remedy(tmp_path):
     path = checkpoint(tmp_path, fx.init(Net().bfloat16()))
     with pytest.raises(fx.CheckpointError, match=r"Only dtypes differ\. Create `like` with .*dtype=torch.bfloat16\)"):
         fx.restore(path, like=fx.init(Net()))
@@ -230,7 +230,7 @@ def test_other_dtypes_alone_are_refused_with_the_way_out(tmp_path):
     assert loaded.params["head.bias"].dtype == torch.float32
 
 
-def test_statistics_of_all_parameters_are_initialized_by_choice(tmp_path):
+def test_slots_over_all_parameters_are_refused_with_the_remedy(tmp_path):
     monitor = fx.callbacks.weight_stats()
     path = checkpoint(tmp_path, fx.attach(start(), monitor))
     with_more = torch.nn.ModuleDict({**dict(Net().named_children()), "more": torch.nn.Linear(1, 1)})
@@ -240,7 +240,7 @@ def test_statistics_of_all_parameters_are_initialized_by_choice(tmp_path):
     fx.attach(quiet(path, bare, fresh="more.*", extra="drop"), monitor)
 
 
-def test_counts_without_names_do_not_pass_as_fresh(tmp_path):
+def test_fresh_refuses_counts_without_parameter_names(tmp_path):
     state = fx.init({"a": torch.ones(2), "b": torch.ones(2)}, fx.optim.scale_by_adam())
     adam_state = state.opt_state
     nameless = adam_state._replace(count=WithoutNames(torch.tensor([2, 3])))
@@ -254,7 +254,7 @@ class WithoutNames(NamedTuple):
     values: Tensor
 
 
-def test_element_becomes_a_scalar_and_back(tmp_path):
+def test_where_maps_an_element_to_a_scalar_and_back(tmp_path):
     state = fx.init({"a": torch.ones(2), "b": torch.ones(2)}, fx.optim.scale_by_adam())
     counts = state.opt_state.count.replace(torch.tensor([2, 3]))
     path = checkpoint(tmp_path, state.replace(opt_state=state.opt_state._replace(count=counts)))

@@ -1,4 +1,4 @@
-"""Returned values: losses as other libraries return them, and the sentence for each that is none."""
+"""Return values of loss functions: the forms of other libraries, and the error for each unsupported form."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ BATCH = {"x": torch.tensor([[1.0, 2.0], [3.0, -1.0]]), "labels": torch.tensor([[
 
 @dataclasses.dataclass
 class ModelOutput(collections.OrderedDict[str, Any]):
-    """A mapping and a dataclass, as the outputs of Hugging Face models are."""
+    """A mapping and a dataclass, like the outputs of Hugging Face models."""
 
     loss: torch.Tensor | None = None
     logits: Any = None
@@ -68,19 +68,19 @@ WANTED = fx.gradients(plain)(STATE, BATCH)
         lambda model, batch: {"loss": fx.weighted(plain(model, batch), 1)},
     ],
 )
-def test_losses_as_libraries_return_them(loss_fn):
+def test_losses_in_forms_of_other_libraries_are_accepted(loss_fn):
     found = fx.gradients(loss_fn)(STATE, BATCH)
     testing.assert_equal((found.grads, dict(found.metrics)), (WANTED.grads, dict(WANTED.metrics)), "gradients")
     assert fx.evaluate(STATE, fx.eval_step(loss_fn), [BATCH]) == {"loss": pytest.approx(float(WANTED.loss))}
 
 
-def test_named_tuples_with_a_loss():
+def test_named_tuple_with_a_loss_is_accepted():
     state = fx.init(Regression(Pair))
     found = fx.gradients(lambda model, batch: model(**batch))(state, BATCH)
     testing.assert_equal(found.loss, WANTED.loss, "loss")
 
 
-def test_entries_beside_the_loss_of_a_dict_are_metrics():
+def test_other_entries_of_a_loss_dict_are_metrics():
     def loss_fn(model, batch):
         output = model(**batch)
         return {"loss": output.loss, "aux": output.aux_loss}
@@ -89,7 +89,7 @@ def test_entries_beside_the_loss_of_a_dict_are_metrics():
     assert sorted(fx.eval_step(loss_fn)(STATE, BATCH).metrics) == ["aux", "loss"]
 
 
-def test_compiled_by_dynamo():
+def test_model_output_is_traced_by_dynamo():
     tx = fx.optim.sgd(0.1)
     step = fx.train_step(lambda model, batch: model(**batch), tx)
     compiled = torch.compile(step, fullgraph=True, backend="eager")
@@ -97,7 +97,7 @@ def test_compiled_by_dynamo():
 
 
 @pytest.mark.parametrize("make", [fx.gradients, fx.eval_step])
-def test_a_model_without_labels_is_refused(make):
+def test_output_without_labels_is_refused(make):
     call = make(lambda model, batch: model(x=batch["x"]))
     with pytest.raises(
         TypeError, match=r"got a ModelOutput whose loss is None\. The model computes no loss without lab"
@@ -105,16 +105,16 @@ def test_a_model_without_labels_is_refused(make):
         call(STATE, BATCH)
 
 
-def test_a_tuple_of_a_model_is_refused():
+def test_tuple_from_a_model_is_refused():
     state = fx.init(Regression(tuple))
     with pytest.raises(TypeError, match=r"got a tuple of \(.*\)\. Return the loss, or the loss and a dict of metrics"):
         fx.gradients(lambda model, batch: model(**batch))(state, BATCH)
 
 
-def test_an_output_without_a_loss_is_refused():
+def test_output_without_a_loss_field_is_refused():
     with pytest.raises(TypeError, match=r"got a BaseOutput with keys 'y'\. .* or compute it"):
         fx.gradients(lambda model, batch: BaseOutput(y=model(**batch).logits))(STATE, BATCH)
 
 
 class BaseOutput(collections.OrderedDict[str, Any]):
-    """An output that has no loss."""
+    """An output without a loss."""

@@ -1,4 +1,4 @@
-"""Rewinds: where a run returns to, and what crosses."""
+"""Rewinds: their target, the state that survives them, and their limits."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from fxtrain import testing
 
 
 def rewind_once(at, steps):
-    """Asks to go back, once: its memory survives because it is written at `Rewound`."""
+    """Requests one rewind. The slot survives it because it is written at ``Rewound``."""
 
     def callback(state, event: fx.StepEnd | fx.Rewound):
         done = state.slots["once"]
@@ -26,7 +26,7 @@ def rewind_once(at, steps):
 
 class TestRewind:
     @pytest.mark.parametrize("where", ["device", "host", "disk"])
-    def test_returns_to_the_newest_state_that_is_old_enough(self, tmp_path, where):
+    def test_returns_to_the_newest_state_of_sufficient_age(self, tmp_path, where):
         fired = []
         options = {"keep_every": 2, "keep": 5, "keep_on_host": where == "host"}
         callbacks = [rewind_once(at=5, steps=2)]
@@ -44,7 +44,7 @@ class TestRewind:
         assert int(result.last.slots["once"]) == 1
         assert result.history["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
 
-    def test_is_saved_so_that_no_resume_goes_back_again(self, tmp_path):
+    def test_is_saved_and_not_repeated_by_a_resume(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path, keep=None, background=False)
 
         def interrupt(state, event, control):
@@ -52,7 +52,7 @@ class TestRewind:
                 os.kill(os.getpid(), signal.SIGINT)
 
         options = {"checkpointer": checkpoints, "keep_every": 2, "keep": 5}
-        # Saved at step 4, then back to step 2, and ended right after.
+        # The run saves at step 4, rewinds to step 2, and ends right after.
         callbacks = [rewind_once(at=5, steps=2), fx.when(fx.at(4), fx.callbacks.save())]
         first = fit(callbacks=callbacks, observers=[fx.observers.required(interrupt)], **options)
         assert int(first.last.step) == 2
@@ -62,7 +62,7 @@ class TestRewind:
         assert not [event for event in fired if isinstance(event, fx.Rewound)]
         assert [event.step for event in fired if isinstance(event, fx.StepEnd)] == [3, 4, 5, 6]
 
-    def test_drops_what_else_was_asked(self):
+    def test_drops_other_requests_of_the_step(self):
         def asks(state, event: fx.StepEnd):
             return state, fx.Control(evaluate=event.step == 3)
 
@@ -77,15 +77,15 @@ class TestRewind:
             steps=4,
         )
         evaluations = [event.step for event in fired if isinstance(event, fx.EvalEnd)]
-        assert evaluations == [3]  # the second time the run came to step 3
+        assert evaluations == [3]  # the second pass over step 3
 
-    def test_going_back_for_ever_is_a_stop_with_that_reason(self):
+    def test_rewind_limit_stops_the_run(self):
         def always(state, event: fx.StepEnd):
             return state, fx.Control(rewind=1 if event.step == 3 else 0)
 
         result = fit(callbacks=always, keep_every=2, rewind_limit=2)
         assert result.reason == "rewound to step 2 3 times, more than rewind_limit=2 allows"
 
-    def test_without_a_state_that_old_the_run_stops(self):
+    def test_run_stops_without_a_state_of_sufficient_age(self):
         result = fit(callbacks=rewind_once(at=2, steps=1))
         assert result.reason == "a rewind of 1 steps was requested at step 2, but no retained state is that old"

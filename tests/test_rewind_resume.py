@@ -1,4 +1,4 @@
-"""Rewinds and resumes commute: a run that is cut anywhere rewinds to where the whole run does."""
+"""Rewinds and resumes commute: a run interrupted anywhere rewinds to the same states as an uninterrupted run."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def fit(folder, asked, *, interrupt_at=None, keep_every=2, keep=2, saves=5, step
     [{}, {"saves": None}, {"keep_every": None}, {"keep_on_host": True, "keep": 3}],
     ids=["both", "snapshots", "checkpoints", "host"],
 )
-def test_a_run_cut_anywhere_rewinds_to_the_same_states(tmp_path, asked, options):
+def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
     whole, whole_fired = fit(tmp_path / "whole", asked, **options)
     for cut in range(1, len(whole_fired)):
         folder = tmp_path / str(cut)
@@ -85,14 +85,14 @@ def test_a_run_cut_anywhere_rewinds_to_the_same_states(tmp_path, asked, options)
         testing.assert_equal(resumed.last, whole.last, f"cut after {cut} events")
 
 
-def test_the_save_of_an_interrupt_is_no_target(tmp_path):
+def test_save_of_an_interrupt_is_not_a_target(tmp_path):
     asked = ((6, 1),)
     fit(tmp_path, asked, interrupt_at=4, saves=3, keep_every=None)
     _, fired = fit(tmp_path, asked, saves=3, keep_every=None)
     assert ("Rewound", 6, 3) in fired
 
 
-def test_a_save_at_the_begin_of_a_session_is_no_target(tmp_path):
+def test_save_at_the_start_of_a_session_is_not_a_target(tmp_path):
     def save(state, event: fx.FitBegin):
         return state, fx.Control(save=True)
 
@@ -105,7 +105,7 @@ def test_a_save_at_the_begin_of_a_session_is_no_target(tmp_path):
     assert options["checkpointer"].steps() == [0, 4]
 
 
-def test_a_damaged_snapshot_is_passed_over(tmp_path):
+def test_damaged_snapshot_is_skipped(tmp_path):
     asked = ((7, 1),)
     fit(tmp_path, asked, interrupt_at=7, saves=None)
     (newest,) = (path for path in tmp_path.iterdir() if path.name.endswith("-snapshot-step-000000006"))
@@ -115,7 +115,7 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path):
     assert ("Rewound", 7, 4) in fired
 
 
-def test_snapshots_that_are_gone_are_no_targets_of_a_run_continued_in_memory():
+def test_lost_snapshots_are_not_targets_of_a_run_continued_in_memory():
     def rewind(state, event: fx.StepEnd):
         return state, fx.Control(rewind=3 if event.step == 6 else 0)
 
@@ -126,7 +126,7 @@ def test_snapshots_that_are_gone_are_no_targets_of_a_run_continued_in_memory():
     assert second.reason == "a rewind of 3 steps was requested at step 6, but no retained state is that old"
 
 
-def test_the_folder_holds_no_more_snapshots_than_are_listed(tmp_path):
+def test_folder_holds_only_listed_snapshots(tmp_path):
     result, _ = fit(tmp_path, (), saves=3)
     listed = [step for step in result.last.slots["loop/snapshots"].tolist() if step >= 0]
     found = sorted(int(path.name[-9:]) for path in tmp_path.iterdir() if "-snapshot-" in path.name)

@@ -1,4 +1,4 @@
-"""Random numbers as a function: known answers, arithmetic, exact distributions, independence."""
+"""Counter-based random samples: known answers, arithmetic, distributions and independence."""
 
 import math
 
@@ -30,15 +30,15 @@ ONES = 0xFFFFFFFF
         (10, "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
 )
-def test_known_answers_of_philox(rounds, counter, key, words):
+def test_philox_returns_known_answers(rounds, counter, key, words):
     counter, key, words = ([int(word, 16) for word in text.split()] for text in (counter, key, words))
     assert list(rng.philox4x32(counter, key, rounds=rounds)) == words
     tensors = rng.philox4x32([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key], rounds=rounds)
     assert [int(word) for word in tensors] == words
 
 
-def test_a_number_is_a_function_of_its_place():
-    """The layout of counter and key, against Python integers."""
+def test_bits_follow_the_layout_of_counter_and_key():
+    """Compares the samples with a computation in Python integers."""
     seed, step, microbatch, stream, site = -(2**63) + 12345, 2**40 + 7, 2**20 + 9, 200, 77
     key = rng.key(seed, stream=stream, step=step, microbatch=microbatch)
     drawn = rng.bits(key, [10], site=site).tolist()
@@ -48,7 +48,7 @@ def test_a_number_is_a_function_of_its_place():
         assert drawn[index] == words[index % 4]
 
 
-def test_every_part_of_the_place_counts():
+def test_bits_depend_on_each_key_field_and_the_site():
     key = rng.key(1, step=1, microbatch=1)
     others = {"seed": [2, 1 + 2**32, 1 - 2**63], "step": [2, 1 + 2**32, 1 + 2**47], "microbatch": [2, 1 + 2**31]}
     keys = [key, *[key.replace(**{name: value}) for name, values in others.items() for value in values]]
@@ -58,7 +58,7 @@ def test_every_part_of_the_place_counts():
     assert len(torch.cat(drawn).unique()) == 4 * len(drawn)
 
 
-def test_longer_draws_begin_like_shorter_ones():
+def test_longer_samples_begin_like_shorter_ones():
     for draw in (rng.bits, rng.uniform, rng.normal, rng.exponential):
         assert torch.equal(draw(rng.key(0), [5, 5]).flatten()[:7], draw(rng.key(0), [7]))
 
@@ -100,7 +100,7 @@ def test_errors_name_the_argument_and_its_value(make, error, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_arithmetic_is_as_precise_as_a_library(dtype):
+def test_arithmetic_is_accurate_to_a_few_epsilons(dtype):
     form = arithmetic.form_of(dtype)
     integers = rng.bits(rng.key(0), [20000], width=64) >> 1
     integers = torch.cat([integers % 2**form.width, torch.arange(2000), 2**form.width - 1 - torch.arange(2000)])
@@ -117,7 +117,7 @@ def test_arithmetic_is_as_precise_as_a_library(dtype):
     assert np.abs(logarithm.numpy() / expected - 1).max() < 4 * epsilon
     assert np.abs(root.numpy() / np.sqrt(exact) - 1).max() < 2 * epsilon
     assert (x.double() ** 2 + y.double() ** 2 - 1).abs().max() < 4 * epsilon
-    # All the way round, each angle once: mirrored and turned, the angles of a fine grid are again a fine grid.
+    # The points cover the circle evenly, because a fine grid of integers gives equally spaced angles.
     grid = torch.arange(0, 2**form.width, 2 ** (form.width - 12)) + 2 ** (form.width - 13)
     cosine, sine = arithmetic.point_on_circle(grid, form)
     angles = torch.atan2(sine.double(), cosine.double()).sort().values
@@ -127,7 +127,7 @@ def test_arithmetic_is_as_precise_as_a_library(dtype):
 
 @pytest.mark.parametrize("word", [0, ONES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_extreme_words_give_numbers_in_range(monkeypatch, word, dtype):
+def test_extreme_words_give_samples_in_range(monkeypatch, word, dtype):
     monkeypatch.setattr(samplers, "blocks", lambda key, n, **_: [torch.full((n,), word)] * 4)
     key = rng.key(0)
     for low, high in ((0.0, 1.0), (1.0, 2.0), (-1e-3, 1e3)):
@@ -140,7 +140,7 @@ def test_extreme_words_give_numbers_in_range(monkeypatch, word, dtype):
     assert rng.randint(key, [4], low=5, high=12).unique().item() == (5 if word == 0 else 11)
 
 
-# Distributions. Seeds are fixed, so a test that passes once passes always.
+# Distributions. Seeds are fixed, so the results are deterministic.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -156,17 +156,17 @@ def test_extreme_words_give_numbers_in_range(monkeypatch, word, dtype):
     ],
     ids=["uniform", "uniform-2,3", "normal", "normal1,3", "exponential", "cauchy"],
 )
-def test_continuous_distributions(draw, distribution, dtype):
+def test_continuous_samples_follow_the_distribution(draw, distribution, dtype):
     drawn = draw(rng.key(7), [4, MANY], dtype=dtype).double().numpy()
     assert scipy.stats.kstest(drawn.ravel(), distribution.cdf).pvalue > 1e-3
-    # Neighbours too: sums of pairs and of the four rows, mapped to uniform numbers, keep their distribution.
+    # Sums of neighboring pairs and of the four rows, mapped to uniform samples, are uniform modulo 1.
     uniform = distribution.cdf(drawn)
     folded = (uniform[:, ::2] + uniform[:, 1::2]) % 1.0
     assert scipy.stats.kstest(folded.ravel(), "uniform").pvalue > 1e-3
     assert scipy.stats.kstest(uniform.sum(0) % 1.0, "uniform").pvalue > 1e-3
 
 
-def test_the_normal_tail_is_there():
+def test_normal_tail_has_the_expected_frequency():
     drawn = vmap(lambda seed: (rng.normal(rng.key(seed), [MANY]).abs() > 4.5).sum())(torch.arange(40))
     expected = 40 * MANY * 2 * scipy.stats.norm.sf(4.5)
     assert abs(drawn.sum().item() - expected) < 4 * math.sqrt(expected)
@@ -174,7 +174,7 @@ def test_the_normal_tail_is_there():
 
 @pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_bernoulli(p, as_tensor):
+def test_bernoulli_samples_have_frequency_p(p, as_tensor):
     drawn = rng.bernoulli(rng.key(3), [MANY], p=torch.tensor(p, dtype=torch.float64) if as_tensor else p)
     assert drawn.dtype == torch.bool
     assert abs(drawn.sum().item() - p * MANY) <= 4 * math.sqrt(p * (1 - p) * MANY)
@@ -220,7 +220,7 @@ ORDERS = torch.tensor([1000, 100, 10, 1])
         "geometric",
     ],
 )
-def test_discrete_distributions(draw, probabilities):
+def test_discrete_samples_follow_the_distribution(draw, probabilities):
     assert _chi_square(draw(rng.key(11)), probabilities) > 1e-3
 
 
@@ -231,12 +231,12 @@ def test_permutations_are_equally_likely():
     assert _chi_square(ranks, [1] * 24) > 1e-3
 
 
-def test_without_replacement_no_index_comes_twice():
+def test_samples_without_replacement_are_distinct():
     drawn = rng.multinomial(rng.key(0), torch.rand(100, 8, generator=torch.Generator().manual_seed(0)), num_samples=8)
     assert torch.equal(drawn.sort(-1).values, torch.arange(8).expand(100, -1))
 
 
-def test_half_precision_is_uniform_on_its_own_grid():
+def test_half_precision_is_uniform_on_its_grid():
     for dtype, significand in ((torch.bfloat16, 8), (torch.float16, 11)):
         drawn = rng.uniform(rng.key(0), [MANY], dtype=dtype).double() * 2**significand
         assert _chi_square(drawn.to(torch.int64), [1] * 2**significand) > 1e-3
@@ -256,14 +256,14 @@ def test_bits_are_balanced():
 
 
 @pytest.mark.parametrize("shift", [0, 9, 28])
-def test_neighbouring_numbers_are_serially_independent(shift):
+def test_neighboring_samples_are_serially_independent(shift):
     nibbles = rng.bits(rng.key(6), [MANY]) >> shift & 15
     for lag in (1, 2, 4):
         assert _chi_square(nibbles[:-lag] * 16 + nibbles[lag:], [1] * 256) > 1e-3
 
 
-def test_collisions_are_as_many_as_among_random_words():
-    """Poisson with mean n^2 / 2^33, over places that differ in one coordinate at a time."""
+def test_collisions_are_as_frequent_as_among_random_words():
+    """The count is Poisson distributed with mean n^2 / 2^33. Keys vary in one coordinate at a time."""
     n = 1 << 17
     places = {
         "index": lambda: rng.bits(rng.key(0), [n]),
@@ -293,12 +293,12 @@ def test_collisions_are_as_many_as_among_random_words():
     ],
     ids=["seed", "high seed", "step", "high step", "microbatch", "stream", "site"],
 )
-def test_neighbouring_places_are_independent(other):
+def test_neighboring_keys_and_sites_are_independent(other):
     key, n = rng.key(0), MANY
     words = rng.bits(key, [n])
     neighbours = rng.bits(key, [n], site=1) if other is None else rng.bits(other(key), [n])
     # Each output bit flips in half of the cases, and each pair of bits agrees in half of them.
     first, second = _bits_of(words) * 2 - 1, _bits_of(neighbours) * 2 - 1
     correlations = first.T @ second / math.sqrt(n)
-    assert correlations.abs().max() < 5.0  # of 1024 standard normal numbers: odds of 6e-4
+    assert correlations.abs().max() < 5.0  # the maximum of 1024 standard normal samples: odds of 6e-4
     assert abs((correlations**2).sum().item() - 1024) < 4.5 * math.sqrt(2 * 1024)

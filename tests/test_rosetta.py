@@ -1,4 +1,4 @@
-"""The Rosetta table: each hook's counterpart fires in a real run, or is a function that is there."""
+"""The Rosetta table: each hook's counterpart is an event of a real run or an existing function."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import fxtrain as fx
 from fxtrain import rosetta, testing
 from fxtrain.core import EVENTS
 
-HOOKS = {  # how many there are, by their own documentation
+HOOKS = {  # the number of hooks in the documentation of each system
     "Dream Trainer": 21 + 2 + 1 + 2 + 2,
     "Forgather and Hugging Face": 16 + 5,
     "The plugin-style LM trainer": 12,
@@ -56,7 +56,7 @@ def fired(tmp_path_factory):
     return seen
 
 
-def test_all_hooks_are_there():
+def test_table_has_all_hooks_of_each_system():
     counts = {}
     for row in rosetta.rows():
         counts[row.system] = counts.get(row.system, 0) + 1
@@ -65,7 +65,7 @@ def test_all_hooks_are_there():
 
 
 @pytest.mark.parametrize("row", rosetta.rows(), ids=lambda row: f"{row.system}: {row.hook}")
-def test_what_serves_it_is_there(row, fired):
+def test_counterpart_is_callable_or_fires(row, fired):
     values = r"values\.[A-Z][a-zA-Z]+"
     functions = re.findall(rf"\bfx\.({values}|[a-z_.]+[a-z_])|\bfx\.(Control)", row.here)
     events = [word for word in re.findall(r"[A-Z][A-Za-z]+", row.here) if word in NAMES]
@@ -76,7 +76,7 @@ def test_what_serves_it_is_there(row, fired):
         assert event in fired, event
 
 
-def test_a_context_is_around_each_step_and_evaluation():
+def test_wrap_step_enters_the_context_at_each_step_and_evaluation():
     inside = []
 
     @contextlib.contextmanager
@@ -97,6 +97,6 @@ def test_a_context_is_around_each_step_and_evaluation():
     ("step", "context", "message"),
     [(3, print, "expected a step, got 3"), (print, 3, "function that makes a context, got 3")],
 )
-def test_what_cannot_be_wrapped_is_refused(step, context, message):
+def test_wrap_step_refuses_other_types(step, context, message):
     with pytest.raises(TypeError, match=message):
         fx.wrap_step(step, context)

@@ -1,4 +1,4 @@
-"""The routes by which steps are compiled that cannot be traced as one graph."""
+"""Compilation routes of steps that cannot be traced as one graph."""
 
 import functools
 import logging
@@ -23,7 +23,7 @@ TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
 
 
 class Branching(torch.nn.Module):
-    """Dropout on both sides of a branch on a value, and batch statistics."""
+    """A value-dependent branch with dropout on both sides, and batch statistics."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def assert_same(ours, theirs):
 class TestEqualsEager:
     @pytest.mark.parametrize("accumulate", [1, 2])
     @pytest.mark.parametrize("loss_fn", LOSSES)
-    def test_over_batches_that_branch_differently(self, loss_fn, accumulate):
+    def test_batches_with_different_branches(self, loss_fn, accumulate):
         step = fx.train_step(loss_fn, TX, accumulate=accumulate)
         compiled = fx.compile(step, backend="eager")
         donating = fx.compile(step, backend="eager", donate=True)
@@ -108,7 +108,7 @@ class TestEqualsEager:
         assert_same(ours, plain)
         assert_same(donated, plain)
 
-    def test_a_forward_pass_that_torch_cannot_compile_runs_as_it_is(self, monkeypatch):
+    def test_uncompilable_forward_pass_runs_uncompiled(self, monkeypatch):
         def refusing(function, **_):
             raise RuntimeError("no compiler here")
 
@@ -122,13 +122,13 @@ class TestEqualsEager:
         assert compiled.how == "eager, eager forward"
         assert_same(ours, plain)
 
-    def test_a_torch_that_compiles_single_functions_of_modes_runs_the_forward_pass_uncompiled(self, monkeypatch):
+    def test_forward_pass_runs_uncompiled_if_modes_are_unsafe_below_compile(self, monkeypatch):
         monkeypatch.setattr(sys.modules[InManyGraphs.__module__], "is_safe_below_compile", lambda: False)
         compiled = fx.compile(fx.train_step(branching, TX), backend="eager")
         quietly(compiled, start(), batch(0))
         assert compiled.how == "eager, eager forward"
 
-    def test_gradients_that_a_compiler_gets_wrong_are_not_used(self, monkeypatch):
+    def test_wrong_gradients_of_a_compiler_are_not_used(self, monkeypatch):
         def wrong(function, fullgraph=False, **_):
             if fullgraph:
                 raise RuntimeError("no graph here")
@@ -139,7 +139,7 @@ class TestEqualsEager:
         quietly(compiled, start(), batch(0))
         assert compiled.how == "eager, eager forward"
 
-    def test_a_step_without_gradients_of_fxtrain_runs_uncompiled(self):
+    def test_step_without_fx_gradients_runs_uncompiled(self):
         def by_hand(state, batch):
             if batch.sum() > 0:
                 return state.replace(params=state.params + 1), fx.StepOutput({})
@@ -151,7 +151,7 @@ class TestEqualsEager:
             state, _ = quietly(compiled, state, torch.tensor([sign]))
         assert (compiled.how, float(state.params), int(state.step)) == ("uncompiled", 2.0, 3)
 
-    def test_two_models_that_train_each_other(self):
+    def test_two_models_with_alternating_updates(self):
         def losses(model, batch):
             found = (model["a"] * model["b"] - batch).square().sum()
             return found * 2 if found > 1 else found
@@ -174,7 +174,7 @@ class TestEqualsEager:
         assert compiled.how == "eager, regions"
         assert_same(ours, plain)
 
-    def test_with_averages_weights_and_a_loss_scale(self):
+    def test_averages_weights_and_a_loss_scale(self):
         def weighted(model, batch):
             return fx.weighted(branching(model, batch), batch["y"].float().sum() + 1)
 
@@ -188,25 +188,25 @@ class TestEqualsEager:
         assert compiled.how == "eager, regions"
         assert_same(ours, plain)
 
-    def test_an_evaluation(self):
+    def test_evaluation_step(self):
         measure = fx.eval_step(by_item)
         compiled = fx.compile(measure, backend="eager")
         for number in range(3):
             assert_same(quietly(compiled, start(), batch(number)).metrics, measure(start(), batch(number)).metrics)
 
-    def test_a_run(self):
+    def test_whole_run(self):
         step, data = fx.train_step(branching, TX), [batch(number) for number in range(4)]
         plain = fx.fit(start(), step, data, epochs=2)
         ours = quietly(lambda: fx.fit(start(), fx.compile(step, backend="eager"), data, epochs=2))
         assert_same(ours.last, plain.last)
 
-    def test_several_steps_per_call(self):
+    def test_multiple_steps_per_call(self):
         step, data = fx.train_step(branching, TX), [batch(number) for number in range(4)]
         plain = fx.fit(start(), step, data, epochs=1)
         compiled = fx.compile(step, backend="eager", steps_per_call=2)
         assert_same(quietly(lambda: fx.fit(start(), compiled, data, epochs=1)).last, plain.last)
 
-    def test_batches_of_other_sizes(self):
+    def test_batches_of_changing_sizes(self):
         step = fx.train_step(branching, TX)
         compiled = fx.compile(step, backend="eager", on_recompile="allow")
         plain, ours = start(), start()
@@ -216,7 +216,7 @@ class TestEqualsEager:
         assert_same(ours, plain)
 
     @pytest.mark.slow
-    def test_by_inductor(self):
+    def test_inductor_backend(self):
         step = fx.train_step(by_item, TX)
         compiled, donating = fx.compile(step), fx.compile(step, donate=True)
         plain, ours, donated = start(), start(), start()
@@ -230,7 +230,7 @@ class TestEqualsEager:
 
 
 class TestWarning:
-    def test_names_the_line_once_in_few_lines(self, capfd):
+    def test_warning_names_the_line_once_and_is_short(self, capfd):
         compiled = fx.compile(fx.train_step(by_item, TX), backend="eager", on_recompile="allow")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -243,20 +243,20 @@ class TestWarning:
         assert len(said.splitlines()) <= 15
         assert capfd.readouterr().err == ""
 
-    def test_comes_not_for_a_step_that_is_one_graph(self, recwarn):
+    def test_step_in_one_graph_does_not_warn(self, recwarn):
         compiled = fx.compile(fx.train_step(lambda model, batch: model(batch).mean(), TX), backend="eager")
         compiled(fx.init(torch.nn.Linear(2, 1), TX), torch.ones(3, 2))
         assert not [warning for warning in recwarn if is_fallback(warning)]
 
-    def test_says_nothing_of_torch_in_later_steps(self):
+    def test_torch_logs_nothing_in_later_steps(self):
         records = []
         handler = logging.Handler()
         handler.emit = records.append
-        logger = logging.getLogger("torch._dynamo")  # its reports do not reach the logger of torch
+        logger = logging.getLogger("torch._dynamo")  # its records do not propagate to the logger of torch
         logger.addHandler(handler)
         double = InManyGraphs("eager", None)(lambda x: x * 2)
         try:
-            for rows in range(2, 12):  # more than Dynamo compiles one function for
+            for rows in range(2, 12):  # more sizes than Dynamo's limit of recompilations
                 double(torch.ones(rows))
         finally:
             logger.removeHandler(handler)
@@ -274,7 +274,7 @@ READS = {
 
 
 class TestValuesFromOutside:
-    """What changes from call to call is read at each call, or refused: no graph may keep it."""
+    """Values that change between calls are read at each call or refused, and never become constants of a graph."""
 
     @pytest.fixture(params=READS)
     def loss_fn(self, request, tmp_path):
@@ -293,25 +293,25 @@ class TestValuesFromOutside:
         return compiled.how, found
 
     @pytest.mark.parametrize("backend", [None, "eager"])
-    def test_are_refused_in_one_graph(self, backend, loss_fn):
+    def test_full_graph_refuses_outside_values(self, backend, loss_fn):
         tx = fx.optim.sgd(0.1)
         compiled = fx.compile(fx.train_step(functools.partial(loss_fn, False), tx), backend=backend, fullgraph=True)
         with pytest.raises((fx.GraphBreakError, RuntimeError), match="expected "):
             compiled(fx.init(Outside(), tx), torch.ones(3, 2))
         assert compiled.graphs == 0
 
-    def test_are_refused_in_a_graph_with_checks(self, loss_fn):
+    def test_checked_graph_refuses_outside_values(self, loss_fn):
         tx = fx.optim.sgd(0.1)
         step, state = fx.train_step(functools.partial(loss_fn, True), tx), fx.init(Outside(), tx)
         with pytest.raises((UncheckedReadError, RuntimeError), match="expected "):
             compile_checked(step, state, torch.ones(3, 2), mode=None, in_place=False, otherwise=None, backend="eager")
 
-    def test_are_fresh_where_the_step_is_cut(self, loss_fn):
+    def test_regions_read_current_values(self, loss_fn):
         how, found = self.losses(functools.partial(loss_fn, True))
         assert how in ("eager, regions", "eager, eager forward")
         assert len(set(found)) == 3
 
-    def test_are_fresh_where_the_forward_pass_is_uncompiled(self, loss_fn, monkeypatch):
+    def test_uncompiled_forward_pass_reads_current_values(self, loss_fn, monkeypatch):
         def refusing(function, **_):
             raise RuntimeError("no compiler here")
 
@@ -322,7 +322,7 @@ class TestValuesFromOutside:
 
 
 class Outside(torch.nn.Module):
-    """A layer, with a branch on a value if asked."""
+    """A layer with an optional branch on a value."""
 
     def __init__(self):
         super().__init__()
@@ -334,7 +334,7 @@ class Outside(torch.nn.Module):
 
 
 class TestFullGraph:
-    def test_refuses_in_few_lines_and_names_the_line(self):
+    def test_graph_break_error_is_short_and_names_the_line(self):
         compiled = fx.compile(fx.train_step(branching, TX), fullgraph=True)
         with pytest.raises(fx.GraphBreakError, match=r"expected a step that is one graph .*fullgraph=True") as caught:
             compiled(start(), batch(0))
@@ -343,7 +343,7 @@ class TestFullGraph:
         assert len(said.splitlines()) <= 15
         assert caught.value.__suppress_context__
 
-    def test_a_mistake_of_the_step_is_raised_as_it_is(self):
+    def test_error_of_the_step_is_raised_unchanged(self):
         def wrong(model, batch):
             return model(batch["z"]).mean()
 
@@ -351,12 +351,12 @@ class TestFullGraph:
             fx.compile(fx.train_step(wrong, TX), backend="eager")(start(), batch(0))
 
 
-class TestNotes:
+class TestRecordedRoute:
     def run(self, folder, step, steps, **options):
         data = [batch(number) for number in range(4)]
         return fx.fit(start(), step, data, steps=steps, checkpointer=fx.checkpointer(folder), **options)
 
-    def test_a_checkpoint_names_the_route_that_the_first_call_chose(self, tmp_path):
+    def test_checkpoint_names_the_route_of_the_first_call(self, tmp_path):
         step = fx.train_step(branching, TX)
         quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
         (path,) = (file.parent for file in tmp_path.glob("*/manifest.jsonl"))
@@ -368,14 +368,14 @@ class TestNotes:
         whole = quietly(self.run, tmp_path / "whole", fx.compile(step, backend="eager"), 4)
         testing.assert_equal(resumed.last, whole.last, "resumed on the same route")
 
-    def test_a_resume_on_another_route_warns(self, tmp_path):
+    def test_resume_on_another_route_warns(self, tmp_path):
         step = fx.train_step(branching, TX)
         quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
         with pytest.warns(UserWarning, match="compiled by: eager, regions at the save, nothing now"):
             resumed = self.run(tmp_path, step, 4, resume=True)
         assert_same(resumed.last, self.run(tmp_path / "whole", step, 4).last)
 
-    def test_a_resume_whose_first_call_chooses_another_route_warns_once(self, tmp_path, monkeypatch):
+    def test_resume_with_a_different_first_route_warns_once(self, tmp_path, monkeypatch):
         def refusing(function, **_):
             raise RuntimeError("no compiler here")
 
@@ -391,10 +391,10 @@ class TestNotes:
         assert_same(resumed.last, self.run(tmp_path / "whole", step, 6).last)
 
 
-class TestErrorsOfUsers:
+class TestUserErrors:
     @pytest.mark.parametrize("options", [{}, {"dynamic": True}, {"fullgraph": True}], ids=str)
     @pytest.mark.parametrize("build", [lambda loss_fn: fx.train_step(loss_fn, TX), fx.eval_step])
-    def test_that_come_once_are_raised(self, build, options):
+    def test_error_of_a_single_call_is_raised(self, build, options):
         calls = []
 
         def flaky(model, batch):
@@ -409,7 +409,7 @@ class TestErrorsOfUsers:
             compiled(plain, batch(0))
 
     @pytest.mark.parametrize("donate", [False, True])
-    def test_in_later_batches_name_the_line(self, donate):
+    def test_error_in_a_later_batch_names_the_line(self, donate):
         def loss_fn(model, batch):
             return F.cross_entropy(model(batch["x"]), batch["y"])
 
@@ -419,7 +419,7 @@ class TestErrorsOfUsers:
             step(state, {**batch(0), "y": torch.full((8,), 50)})
         assert "return F.cross_entropy(model" in "".join(str(line.statement) for line in caught.traceback)
 
-    def test_leave_saved_tensor_hooks_enabled(self):
+    def test_error_leaves_saved_tensor_hooks_enabled(self):
         def loss_fn(model, batch):
             return F.cross_entropy(model(batch["x"]), batch["y"])
 
@@ -432,7 +432,7 @@ class TestErrorsOfUsers:
             y = x * x
         assert torch.autograd.grad(y.sum(), x)[0].tolist() == [4.0, 4.0]
 
-    def test_print_nothing_of_torch(self, capfd):
+    def test_error_prints_nothing_of_torch(self, capfd):
         def wrong(model, batch):
             return (model(batch["x"]) @ torch.ones(5, 5)).mean()
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder belongs to one run: another run in it is an error, and no run sees the checkpoints of another."""
+"""Run identity: a checkpoint folder belongs to one run. Other runs are refused, and foreign checkpoints ignored."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ class TestFreshRun:
         with pytest.raises(fx.CheckpointError, match=OTHER):
             fx.checkpointer(tmp_path, on_error="warn").save(at(1))
 
-    def test_cell_that_is_run_twice_is_refused(self, tmp_path):
+    def test_rerun_notebook_cell_is_refused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         fit(checkpointer=checkpoints)
         before = names(tmp_path)
@@ -61,7 +61,7 @@ class TestFreshRun:
         assert names(tmp_path) == before
         assert fit(checkpointer=checkpoints, resume=True, steps=6).last.step == 6
 
-    def test_cell_that_is_run_twice_after_an_interruption_at_step_0_is_refused(self, tmp_path):
+    def test_rerun_notebook_cell_after_a_stop_at_step_0_is_refused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         fit(checkpointer=checkpoints, steps=0)
         with pytest.raises(fx.CheckpointError, match=OTHER):
@@ -74,7 +74,7 @@ class TestFreshRun:
         with pytest.raises(fx.CheckpointError, match=OTHER + "1 that were set aside as unreadable"):
             fit(checkpointer=fx.checkpointer(tmp_path))
 
-    def test_folder_of_a_damaged_manifest_is_refused(self, tmp_path):
+    def test_folder_with_a_damaged_manifest_is_refused(self, tmp_path):
         fit(checkpointer=fx.checkpointer(tmp_path), steps=1)
         (manifest,) = tmp_path.glob("*/manifest.jsonl")
         manifest.write_text("")
@@ -93,7 +93,7 @@ class TestFreshRun:
         with pytest.raises(fx.CheckpointError, match=OTHER):
             fit(checkpointer=fx.checkpointer(tmp_path))
 
-    def test_step_by_step_generator_is_refused_too(self, tmp_path):
+    def test_steps_generator_refuses_a_used_folder(self, tmp_path):
         fit(checkpointer=fx.checkpointer(tmp_path))
         with pytest.raises(fx.CheckpointError, match=OTHER):
             list(
@@ -136,13 +136,13 @@ class TestOverwrite:
         fit(checkpointer=fx.checkpointer(tmp_path, overwrite=True), steps=2)
         assert [name[:8] for name in names(tmp_path)] == ["00000001"]
 
-    def test_a_continued_run_is_not_replaced(self, tmp_path):
+    def test_continued_run_is_not_replaced(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path, overwrite=True)
         first = fit(checkpointer=checkpoints)
         fit(first.last, checkpointer=checkpoints, steps=6)
         assert checkpoints.steps() == [2, 4, 6]
 
-    def test_a_resumed_run_is_not_replaced(self, tmp_path):
+    def test_resumed_run_is_not_replaced(self, tmp_path):
         fit(checkpointer=fx.checkpointer(tmp_path))
         fit(checkpointer=fx.checkpointer(tmp_path, overwrite=True), steps=6, resume=True)
         assert fx.checkpointer(tmp_path).steps() == [2, 4, 6]
@@ -195,7 +195,7 @@ class TestContinuing:
         with pytest.raises(fx.CheckpointError, match=OTHER):
             fit(first.last, checkpointer=fx.checkpointer(tmp_path), steps=6)
 
-    def test_run_that_another_process_has_continued_is_refused(self, tmp_path):
+    def test_run_continued_by_another_process_is_refused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         first = fit(checkpointer=checkpoints)
         fit(checkpointer=fx.checkpointer(tmp_path), resume=True, steps=5)
@@ -246,7 +246,7 @@ def copied(source, target):
 
 
 class TestForeignCheckpoints:
-    """A folder with the checkpoints of an older run, which nothing but overwrite= may touch."""
+    """A folder with checkpoints copied from another run, which only ``overwrite=True`` may delete."""
 
     @pytest.fixture
     def mixed(self, tmp_path):
