@@ -56,16 +56,16 @@ def confusion_matrix(
     """
     _check_classes(classes, labels)
 
-    def update(state: TrainState, event: Seen, memory: Tensor) -> tuple[Tensor, Control]:
+    def update(state: TrainState, event: Seen, slot: Tensor) -> tuple[Tensor, Control]:
         if isinstance(event, EvalBegin):
-            return torch.zeros_like(memory), Control()
+            return torch.zeros_like(slot), Control()
         if isinstance(event, EvalEnd):
-            return memory, Control(log={name: ConfusionMatrix(memory, tuple(labels))})
+            return slot, Control(log={name: ConfusionMatrix(slot, tuple(labels))})
         predicted = class_scores(name, event.outputs, logits).argmax(-1)
         true, taken = _one_hot(_truth(name, event.batch, truth, classes), classes), _one_hot(predicted, classes)
         # A matmul of zeros and ones in float64 is exact up to 2**53 examples, so the result is the same on any device.
-        counts = (true.double() * _counted(event.batch)[:, None]).T @ taken.double()
-        return memory + counts.to(torch.int64), Control()
+        counts = (true.double() * _row_weights(event.batch)[:, None]).T @ taken.double()
+        return slot + counts.to(torch.int64), Control()
 
     return stateful(name, lambda state: _zeros(state, classes, classes), update)
 
@@ -124,23 +124,23 @@ def curves(
     except ImportError as error:
         raise ImportError("curves requires matplotlib. Install it: pip install 'fxtrain[plot]'.") from error
 
-    def update(state: TrainState, event: Seen, memory: Tensor) -> tuple[Tensor, Control]:
+    def update(state: TrainState, event: Seen, slot: Tensor) -> tuple[Tensor, Control]:
         if isinstance(event, EvalBegin):
-            return torch.zeros_like(memory), Control()
+            return torch.zeros_like(slot), Control()
         if isinstance(event, EvalEnd):
-            return memory, Control(log=_drawn(name, memory.cpu(), labels or [str(i) for i in range(classes)]))
+            return slot, Control(log=_figures(name, slot.cpu(), labels or [str(i) for i in range(classes)]))
         scores = class_scores(name, event.outputs, logits)
         bucket = (scores * bins).long().clamp(max=bins - 1)
         true = _one_hot(_truth(name, event.batch, truth, classes), classes)
-        counted = _counted(event.batch).to(torch.int64)[:, None].expand_as(bucket)
+        row_weights = _row_weights(event.batch).to(torch.int64)[:, None].expand_as(bucket)
         place = (true.long() * classes + torch.arange(classes, device=bucket.device)) * bins + bucket
-        counts = torch.zeros(memory.numel(), dtype=torch.int64, device=memory.device)
-        return memory + counts.index_add(0, place.reshape(-1), counted.reshape(-1)).view_as(memory), Control()
+        counts = torch.zeros(slot.numel(), dtype=torch.int64, device=slot.device)
+        return slot + counts.index_add(0, place.reshape(-1), row_weights.reshape(-1)).view_as(slot), Control()
 
     return stateful(name, lambda state: _zeros(state, 2, classes, bins), update)
 
 
-def _drawn(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
+def _figures(name: str, counts: Tensor, labels: Sequence[str]) -> dict[str, Any]:
     """Returns the figures and scalars for counts, int64 [negative or positive, classes, bins]."""
     from matplotlib.figure import Figure as Canvas
 
@@ -198,7 +198,7 @@ def _truth(name: str, batch: Any, truth: str, classes: int) -> Tensor:
     return found
 
 
-def _counted(batch: Any) -> Tensor:
+def _row_weights(batch: Any) -> Tensor:
     """Returns the weight of each row, float64 [N]: the mask, or 1 without one."""
     mask = batch.get("mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 1:

@@ -37,12 +37,12 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
         return {metric: metrics.Average.empty(device=state.step.device) for metric in watched}
 
     def update(state: TrainState, event: Updated | EpochEnd) -> tuple[TrainState, Control]:
-        memory: dict[str, Any] = state.slots[name]
+        slot: dict[str, Any] = state.slots[name]
         if isinstance(event, EpochEnd):
             # If all batches of an epoch were skipped there is no mean, and the epoch before ended at the same step.
             log = {
                 f"epoch/{metric}": Logged(average.total / average.count, when=average.count > 0)
-                for metric, average in memory.items()
+                for metric, average in slot.items()
             }
             return state.with_slot(name, init(state)), Control(log=log)
         for metric in watched:
@@ -53,7 +53,7 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
                     f"{did_you_mean(metric, event.metrics)}"
                 )
         seen = {metric: _average(event.metrics[metric], event.weight) for metric in watched}
-        return state.with_slot(name, metrics.merge(memory, seen)), Control()
+        return state.with_slot(name, metrics.merge(slot, seen)), Control()
 
     return slotted(name, init, update)
 

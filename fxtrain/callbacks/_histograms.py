@@ -87,7 +87,7 @@ def histograms(
         leaves = tree.leaves(getattr(moved, of))
         samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter, "parameter")]
         bounds = edges(samples[0].device)
-        counts = torch.stack([_counted(values, bounds) for values in samples])
+        counts = torch.stack([_count(values, bounds) for values in samples])
         seen = torch.stack([counts.new_full((), values.shape[0]) for values in samples])
         return Histograms(counts, seen)
 
@@ -109,7 +109,7 @@ def _sample(leaf: Tensor, count: int) -> Tensor:
     return flat[: stride * count : stride].to(torch.float32).contiguous()
 
 
-def _counted(values: Tensor, bounds: Tensor) -> Tensor:
+def _count(values: Tensor, bounds: Tensor) -> Tensor:
     """Returns bucket counts, int64 [edges + 1]: bounds[i - 1] < value <= bounds[i]. The last one includes NaN."""
     # Comparing all values with each edge vectorizes, so it is faster than a binary search per value.
     above = (~(values <= bounds[:, None])).sum(dim=1, dtype=torch.int32).to(torch.int64)

@@ -74,20 +74,20 @@ def monitor(
         return MonitorState(torch.full_like(state.step, -1), blank)
 
     def update(state: TrainState, event: Updated | StepEnd) -> tuple[TrainState, Control]:
-        memory: MonitorState = state.slots[name]
+        slot: MonitorState = state.slots[name]
         if isinstance(event, Updated):
             moved = Moved.at(state, event)
             if period == 1:
-                values = measure(state, moved, memory.values)
+                values = measure(state, moved, slot.values)
                 return state.with_slot(name, MonitorState(event.step.clone(), values)), Control()
             now = event.step % period == 0
             seen = (moved.weights, moved.grads, moved.updates, moved.skipped)
-            values = _where(now, lambda seen, old: measure(state, Moved(*seen), old), seen, memory.values)
-            return state.with_slot(name, MonitorState(torch.where(now, event.step, memory.step), values)), Control()
+            values = _where(now, lambda seen, old: measure(state, Moved(*seen), old), seen, slot.values)
+            return state.with_slot(name, MonitorState(torch.where(now, event.step, slot.step), values)), Control()
         if not due(event):
             return state, Control()
-        is_of_this_step = memory.step == event.step
-        shown = show(state, memory.values)
+        is_of_this_step = slot.step == event.step
+        shown = show(state, slot.values)
         log = {f"{name}/{key}": Logged(value, when=is_of_this_step) for key, value in shown.items()}
         return state, Control(log=log)
 

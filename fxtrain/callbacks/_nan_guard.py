@@ -54,26 +54,26 @@ def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
         return NanGuardState(zero, zero, none, none)
 
     def update(state: TrainState, event: Gradients | StepEnd) -> tuple[TrainState, Control]:
-        memory: NanGuardState = state.slots[name]
+        slot: NanGuardState = state.slots[name]
         if isinstance(event, StepEnd):
-            return state, named(state, memory)
+            return state, stop_with_first(state, slot)
         good = finite_leaves(event.grads)
         finite = event.loss.isfinite() & good.all()
         place = torch.where(good.all(), -1, (~good).to(torch.uint8).argmax() if good.numel() else -1)
-        memory = NanGuardState(
-            in_a_row=torch.where(finite, 0, memory.in_a_row + 1),
-            skipped=torch.where(finite, memory.skipped, memory.skipped + 1),
-            step=torch.where(finite, memory.step, event.step),
-            first=torch.where(finite, memory.first, place),
+        slot = NanGuardState(
+            in_a_row=torch.where(finite, 0, slot.in_a_row + 1),
+            skipped=torch.where(finite, slot.skipped, slot.skipped + 1),
+            step=torch.where(finite, slot.step, event.step),
+            first=torch.where(finite, slot.first, place),
         )
         reason = "loss or gradients are not finite"
-        skip = Control(skip_update=~finite, reason=reason, log={f"{name}/skipped": memory.skipped})
-        late = f"loss or gradients were not finite {patience} times in a row"
-        return state.with_slot(name, memory), skip | Control(stop=memory.in_a_row >= patience, reason=late)
+        skip = Control(skip_update=~finite, reason=reason, log={f"{name}/skipped": slot.skipped})
+        stop_reason = f"loss or gradients were not finite {patience} times in a row"
+        return state.with_slot(name, slot), skip | Control(stop=slot.in_a_row >= patience, reason=stop_reason)
 
-    def named(state: TrainState, memory: NanGuardState) -> Control:
+    def stop_with_first(state: TrainState, slot: NanGuardState) -> Control:
         # Only on a CPU, because on an accelerator the read would synchronize with the device at each step.
-        if memory.in_a_row.device.type != "cpu" or int(memory.in_a_row) < patience:
+        if slot.in_a_row.device.type != "cpu" or int(slot.in_a_row) < patience:
             return Control()
         return Control(stop=True, reason=f"first non-finite: {first_not_finite(state, name)}")
 
@@ -90,8 +90,8 @@ def first_not_finite(state: TrainState, name: str = "nan_guard") -> str:
     Raises:
         KeyError: If the state has no such slot.
     """
-    memory: NanGuardState = state.slots[name]
-    step, place = int(memory.step), int(memory.first)
+    slot: NanGuardState = state.slots[name]
+    step, place = int(slot.step), int(slot.first)
     if step < 0:
         return ""
     what = "the loss" if place < 0 else f"grads{as_code(leaf_paths(trainable(state))[place])}"

@@ -87,23 +87,23 @@ def reduce_on_plateau(
         return ReduceOnPlateauState(best, zero, zero.clone(), zero.clone())
 
     def update(state: TrainState, event: EvalEnd) -> tuple[TrainState, Control]:
-        memory: ReduceOnPlateauState = state.slots[name]
-        value = measured(event, metric, name, memory.best.device)
-        improved = better(value, memory.best)
-        cooling = memory.cooldown > 0
-        bad = torch.where(improved | cooling, 0, memory.bad + 1)
+        slot: ReduceOnPlateauState = state.slots[name]
+        value = measured(event, metric, name, slot.best.device)
+        improved = better(value, slot.best)
+        cooling = slot.cooldown > 0
+        bad = torch.where(improved | cooling, 0, slot.bad + 1)
         reduce = bad > patience
         opt_state = optim.set_hyperparams(
             state.opt_state,
             **{hyperparam: lambda old: torch.where(reduce, torch.clamp(old * factor, min=minimum).minimum(old), old)},
         )
-        memory = ReduceOnPlateauState(
-            best=torch.where(improved, value.to(memory.best.dtype), memory.best),
+        slot = ReduceOnPlateauState(
+            best=torch.where(improved, value.to(slot.best.dtype), slot.best),
             bad=torch.where(reduce, 0, bad),
-            cooldown=torch.where(reduce, cooldown, torch.clamp(memory.cooldown - 1, min=0)),
-            reductions=memory.reductions + reduce,
+            cooldown=torch.where(reduce, cooldown, torch.clamp(slot.cooldown - 1, min=0)),
+            reductions=slot.reductions + reduce,
         )
-        state = state.replace(opt_state=opt_state).with_slot(name, memory)
+        state = state.replace(opt_state=opt_state).with_slot(name, slot)
         return state, Control(log=_shown(opt_state, hyperparam, name))
 
     return needing(slotted(name, init, update), metric)

@@ -99,29 +99,29 @@ def spike_guard(
 
     def init(state: TrainState) -> SpikeGuardState:
         zero = torch.zeros_like(state.step)
-        nobody = torch.full((record,), -1, dtype=torch.int64, device=zero.device)
+        no_positions = torch.full((record,), -1, dtype=torch.int64, device=zero.device)
         values = torch.full((window,), math.inf, dtype=wide_dtype(zero.device), device=zero.device)
-        return SpikeGuardState(values, zero, zero, zero, nobody, nobody)
+        return SpikeGuardState(values, zero, zero, zero, no_positions, no_positions)
 
     def update(state: TrainState, event: Gradients | StepEnd | Rewound) -> tuple[TrainState, Control]:
-        memory: SpikeGuardState = state.slots[name]
+        slot: SpikeGuardState = state.slots[name]
         if isinstance(event, Rewound):
-            return state.with_slot(name, _ban(memory)), Control()
+            return state.with_slot(name, _ban(slot)), Control()
         if isinstance(event, StepEnd):
-            asked = (memory.found >= 0).any()
-            return state, Control(rewind=torch.where(asked, rewind, 0), reason=f"a spike of the {what}")
-        value = (event.loss if watch == "loss" else tree.global_norm(event.grads)).to(memory.window.dtype)
-        limit = torch.where(memory.count >= warmup, _limit(memory.window, memory.count, deviations), math.inf)
-        banned = (memory.banned == state.position).any()
+            has_spikes = (slot.found >= 0).any()
+            return state, Control(rewind=torch.where(has_spikes, rewind, 0), reason=f"a spike of the {what}")
+        value = (event.loss if watch == "loss" else tree.global_norm(event.grads)).to(slot.window.dtype)
+        limit = torch.where(slot.count >= warmup, _limit(slot.window, slot.count, deviations), math.inf)
+        banned = (slot.banned == state.position).any()
         left_out = banned if event.weight is None else banned | (event.weight == 0)
         spike = ~left_out & ~(value.isfinite() & (value <= limit))
-        memory = _seen(memory, value, spike, left_out, state.position)
+        slot = _record(slot, value, spike, left_out, state.position)
         control = Control(skip_update=spike, reason=f"a spike of the {what}")
         control = control | Control(skip_update=banned, reason=f"the batch made a spike of the {what} before")
-        late = f"the {what} was a spike {patience} times in a row"
-        control = control | Control(stop=memory.in_a_row >= patience, reason=late)
-        log = {f"{name}/spikes": memory.spikes, f"{name}/limit": Logged(limit, when=limit.isfinite())}
-        return state.with_slot(name, memory), control | Control(log=log)
+        stop_reason = f"the {what} was a spike {patience} times in a row"
+        control = control | Control(stop=slot.in_a_row >= patience, reason=stop_reason)
+        log = {f"{name}/spikes": slot.spikes, f"{name}/limit": Logged(limit, when=limit.isfinite())}
+        return state.with_slot(name, slot), control | Control(log=log)
 
     return slotted(name, init, on(Gradients | StepEnd | Rewound if rewind else Gradients, update))
 
@@ -144,15 +144,15 @@ def _median(values: Tensor, count: Tensor) -> Tensor:
     return pair.mean()
 
 
-def _seen(memory: SpikeGuardState, value: Tensor, spike: Tensor, left_out: Tensor, position: Tensor) -> SpikeGuardState:
+def _record(slot: SpikeGuardState, value: Tensor, spike: Tensor, left_out: Tensor, position: Tensor) -> SpikeGuardState:
     good = ~spike & ~left_out
     return SpikeGuardState(
-        window=_put(memory.window, memory.count, value, good),
-        count=memory.count + good,
-        in_a_row=torch.where(spike, memory.in_a_row + 1, torch.where(left_out, memory.in_a_row, 0)),
-        spikes=memory.spikes + spike,
-        found=_put(memory.found, memory.spikes, position, spike),
-        banned=memory.banned,
+        window=_put(slot.window, slot.count, value, good),
+        count=slot.count + good,
+        in_a_row=torch.where(spike, slot.in_a_row + 1, torch.where(left_out, slot.in_a_row, 0)),
+        spikes=slot.spikes + spike,
+        found=_put(slot.found, slot.spikes, position, spike),
+        banned=slot.banned,
     )
 
 
@@ -161,15 +161,15 @@ def _put(ring: Tensor, place: Tensor, value: Tensor, flag: Tensor) -> Tensor:
     return torch.where((places == place % ring.shape[0]) & flag, value, ring)
 
 
-def _ban(memory: SpikeGuardState) -> SpikeGuardState:
+def _ban(slot: SpikeGuardState) -> SpikeGuardState:
     """Returns the callback state that survives a rewind: recorded positions become banned ones."""
-    both = torch.cat([memory.banned, memory.found])
-    newest = both.sort(stable=True).values[-memory.banned.shape[0] :]
+    both = torch.cat([slot.banned, slot.found])
+    newest = both.sort(stable=True).values[-slot.banned.shape[0] :]
     return SpikeGuardState(
-        memory.window,
-        memory.count,
-        torch.zeros_like(memory.in_a_row),
-        memory.spikes,
-        torch.full_like(memory.found, -1),
+        slot.window,
+        slot.count,
+        torch.zeros_like(slot.in_a_row),
+        slot.spikes,
+        torch.full_like(slot.found, -1),
         newest,
     )

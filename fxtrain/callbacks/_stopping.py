@@ -139,8 +139,8 @@ def early_stopping(
     what = called(metric)
     singular = unit.removesuffix("s") if patience == 1 else unit
     slack = _ROUNDING if unit == "epochs" else 0
-    late = f"{what} has not improved for {patience} {singular}"
-    drifted = f"the gap between {what} and the training {train_metric} grew {overfit_patience} evaluations in a row"
+    no_improvement = f"{what} has not improved for {patience} {singular}"
+    gap_grew = f"the gap between {what} and the training {train_metric} grew {overfit_patience} evaluations in a row"
 
     def init(state: TrainState) -> EarlyStoppingState:
         wide = wide_dtype(state.step.device)
@@ -152,7 +152,7 @@ def early_stopping(
             best=of(first, wide),
             best_step=of(-1),
             evaluations=of(0),
-            since=_begin(state, unit),
+            since=_start_of_wait(state, unit),
             kept=(state.params, state.buffers) if in_memory else (),
             overfitting=()
             if overfit_patience is None
@@ -160,35 +160,35 @@ def early_stopping(
         )
 
     def update(state: TrainState, event: EvalEnd | FitEnd | Updated) -> tuple[TrainState, Control]:
-        memory: EarlyStoppingState = state.slots[name]
+        slot: EarlyStoppingState = state.slots[name]
         if isinstance(event, FitEnd):
-            return _harvest(state, memory, checkpointer, what) if restore_best else state, Control()
+            return _with_best(state, slot, checkpointer, what) if restore_best else state, Control()
         if isinstance(event, Updated):
-            trained = _trained(memory.overfitting, event, train_metric, name)
-            return state.with_slot(name, memory._replace(overfitting=trained)), Control()
-        memory, control = evaluated(state, event, memory)
-        return state.with_slot(name, memory), control
+            overfitting = _after_step(slot.overfitting, event, train_metric, name)
+            return state.with_slot(name, slot._replace(overfitting=overfitting)), Control()
+        slot, control = evaluated(state, event, slot)
+        return state.with_slot(name, slot), control
 
-    def evaluated(state: TrainState, event: EvalEnd, memory: EarlyStoppingState) -> tuple[EarlyStoppingState, Control]:
-        before, value = memory.best, measured(event, metric, name, memory.best.device)
-        now, passed = _place(event, memory, unit)
+    def evaluated(state: TrainState, event: EvalEnd, slot: EarlyStoppingState) -> tuple[EarlyStoppingState, Control]:
+        before, value = slot.best, measured(event, metric, name, slot.best.device)
+        now, passed = _time_in(event, slot, unit)
         watching = passed >= start_from - slack
         improved = better(value, before)
         if callable(mode) and baseline is not None:
             # The first value is the best so far, even if it does not beat the baseline.
-            improved = improved | (memory.best_step < 0)
+            improved = improved | (slot.best_step < 0)
         improved = watching & improved & ~value.isnan()
         beats = improved if baseline is None else improved & better(value, torch.full_like(before, baseline))
-        memory = EarlyStoppingState(
+        slot = EarlyStoppingState(
             best=torch.where(improved, value.to(before.dtype), before),
-            best_step=torch.where(improved, state.step, memory.best_step),
-            evaluations=memory.evaluations + 1,
-            since=torch.where(beats | ~watching, now, memory.since),
-            kept=tree.where(improved, (state.params, state.buffers), memory.kept) if in_memory else (),
-            overfitting=_drifted(memory.overfitting, value, sign, overfit_min_delta) if overfit_patience else (),
+            best_step=torch.where(improved, state.step, slot.best_step),
+            evaluations=slot.evaluations + 1,
+            since=torch.where(beats | ~watching, now, slot.since),
+            kept=tree.where(improved, (state.params, state.buffers), slot.kept) if in_memory else (),
+            overfitting=_after_evaluation(slot.overfitting, value, sign, overfit_min_delta) if overfit_patience else (),
         )
-        waited = now - memory.since
-        stops = {late: watching & (waited >= patience - slack)}
+        waited = now - slot.since
+        stops = {no_improvement: watching & (waited >= patience - slack)}
         if good_enough is not None:
             stops[f"{what} reached {good_enough:g}"] = watching & (sign * value <= sign * good_enough)
         if diverged is not None:
@@ -196,71 +196,71 @@ def early_stopping(
         if check_finite:
             stops[f"{what} is not finite"] = watching & ~value.isfinite()
         if overfit_patience is not None:
-            stops[drifted] = watching & (memory.overfitting.grown >= overfit_patience)
+            stops[gap_grew] = watching & (slot.overfitting.grown >= overfit_patience)
         log = {
-            f"{name}/best": memory.best,
+            f"{name}/best": slot.best,
             f"{name}/waited": waited,
             f"{name}/improved_by": Logged((value - before).abs(), when=improved & before.isfinite()),
         }
-        asked = Control(stop=stops, log=log)
+        control = Control(stop=stops, log=log)
         if checkpointer is not None:
-            asked = asked | Control(save=improved, reason=f"{what} improved")
-        return memory, asked
+            control = control | Control(save=improved, reason=f"{what} improved")
+        return slot, control
 
     events = EvalEnd | FitEnd | Updated if overfit_patience is not None else EvalEnd | FitEnd
     return needing(slotted(name, init, on(events, update)), metric)
 
 
-def _begin(state: TrainState, unit: str) -> Tensor:
+def _start_of_wait(state: TrainState, unit: str) -> Tensor:
     """Returns the start of the wait for a state that has not been evaluated."""
     if unit == "epochs":
         return epochs_taken(state).to(wide_dtype(state.step.device))
     return state.step.clone() if unit == "steps" else torch.zeros_like(state.step)
 
 
-def _place(event: EvalEnd, memory: EarlyStoppingState, unit: str) -> tuple[Any, Tensor]:
+def _time_in(event: EvalEnd, slot: EarlyStoppingState, unit: str) -> tuple[Any, Tensor]:
     """Returns the current time in ``unit``, and how much has passed before this evaluation."""
     if unit == "evaluations":
-        return memory.evaluations + 1, memory.evaluations
+        return slot.evaluations + 1, slot.evaluations
     now = event.step if unit == "steps" else event.epoch
     if now is None:
         raise ValueError(
             "expected data with a known epoch length for early_stopping(unit='epochs'), got data without one. Use "
             "unit='steps' or 'evaluations'."
         )
-    return now, torch.full_like(memory.since, now)
+    return now, torch.full_like(slot.since, now)
 
 
-def _trained(memory: Overfitting, event: Updated, metric: str, who: str) -> Overfitting:
-    value = measured(event, metric, who, memory.total.device).to(memory.total.dtype)
+def _after_step(slot: Overfitting, event: Updated, metric: str, who: str) -> Overfitting:
+    value = measured(event, metric, who, slot.total.device).to(slot.total.dtype)
     # Steps with a non-finite metric are excluded, because guards skip their updates.
     finite = value.isfinite()
-    return memory._replace(
-        total=memory.total + torch.where(finite, value, torch.zeros_like(value)), count=memory.count + finite
+    return slot._replace(
+        total=slot.total + torch.where(finite, value, torch.zeros_like(value)), count=slot.count + finite
     )
 
 
-def _drifted(memory: Overfitting, value: Tensor, sign: float, min_delta: float) -> Overfitting:
+def _after_evaluation(slot: Overfitting, value: Tensor, sign: float, min_delta: float) -> Overfitting:
     """Returns the state after an evaluation. Without training steps since the last one, the gap is unchanged."""
-    gap = sign * (value - memory.total / memory.count.clamp(min=1))
-    seen = memory.count > 0
-    grew = seen & (gap > memory.gap + min_delta)
+    gap = sign * (value - slot.total / slot.count.clamp(min=1))
+    seen = slot.count > 0
+    grew = seen & (gap > slot.gap + min_delta)
     return Overfitting(
-        total=torch.zeros_like(memory.total),
-        count=torch.zeros_like(memory.count),
-        gap=torch.where(seen, gap, memory.gap),
-        grown=torch.where(seen, torch.where(grew, memory.grown + 1, 0), memory.grown),
+        total=torch.zeros_like(slot.total),
+        count=torch.zeros_like(slot.count),
+        gap=torch.where(seen, gap, slot.gap),
+        grown=torch.where(seen, torch.where(grew, slot.grown + 1, 0), slot.grown),
     )
 
 
-def _harvest(state: TrainState, memory: EarlyStoppingState, checkpointer: Any, what: str) -> TrainState:
-    found = memory.best_step >= 0
+def _with_best(state: TrainState, slot: EarlyStoppingState, checkpointer: Any, what: str) -> TrainState:
+    found = slot.best_step >= 0
     if checkpointer is None:
-        params, buffers = tree.where(found, memory.kept, (state.params, state.buffers))
+        params, buffers = tree.where(found, slot.kept, (state.params, state.buffers))
         return state.replace(params=params, buffers=buffers)
     if not bool(found):
         return state
-    step = int(memory.best_step)
+    step = int(slot.best_step)
     if step not in checkpointer.steps():
         raise ValueError(
             f"expected a checkpoint of step {step}, where {what} was best, got steps {checkpointer.steps()} in "
@@ -305,9 +305,9 @@ def time_limit(*, seconds: float = 0.0, minutes: float = 0.0, hours: float = 0.0
     if not (0 < limit < math.inf):
         raise ValueError(f"expected the time limit to be positive and finite, got {limit:g} s.")
 
-    def update(state: TrainState, event: StepEnd, memory: TimeLimitState) -> tuple[TimeLimitState, Control]:
-        memory = TimeLimitState(memory.seconds + (event.time - event.previous_time))
-        return memory, Control(stop=memory.seconds >= limit, reason=f"reached the time limit of {limit:g} s")
+    def update(state: TrainState, event: StepEnd, slot: TimeLimitState) -> tuple[TimeLimitState, Control]:
+        slot = TimeLimitState(slot.seconds + (event.time - event.previous_time))
+        return slot, Control(stop=slot.seconds >= limit, reason=f"reached the time limit of {limit:g} s")
 
     def init(state: TrainState) -> TimeLimitState:
         return TimeLimitState(torch.zeros((), dtype=torch.float64, device=state.step.device))

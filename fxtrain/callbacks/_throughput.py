@@ -72,24 +72,26 @@ def throughput(
         raise ValueError("expected flops together with peak, got peak alone. Give the operations of a step as flops=.")
     due = every(50) if publish is None else publish
 
-    def update(state: TrainState, event: Seen, memory: ThroughputState) -> tuple[ThroughputState, Control]:
+    def update(state: TrainState, event: Seen, slot: ThroughputState) -> tuple[ThroughputState, Control]:
         if isinstance(event, EvalBegin | EvalEnd):
             since = event.time if isinstance(event, EvalEnd) else -event.time
-            return memory._replace(evaluating=memory.evaluating + since), Control()
+            return slot._replace(evaluating=slot.evaluating + since), Control()
         if event.previous_time > 0:
-            took = event.time - event.previous_time - memory.evaluating
-            memory = memory._replace(
-                steps=memory.steps + 1, seconds=memory.seconds + took, waited=memory.waited + event.data_wait
+            took = event.time - event.previous_time - slot.evaluating
+            slot = slot._replace(
+                steps=slot.steps + 1, seconds=slot.seconds + took, waited=slot.waited + event.data_wait
             )
-        memory = memory._replace(evaluating=torch.zeros_like(memory.evaluating))
+        slot = slot._replace(evaluating=torch.zeros_like(slot.evaluating))
         if not due(event):
-            return memory, Control()
-        rate = memory.steps / memory.seconds
-        log = {"steps_per_second": rate, "data_wait": memory.waited / memory.seconds}
-        log |= {f"{unit}_per_second": rate * value for unit, value in given.items() if value and unit != "peak"}
+            return slot, Control()
+        steps_per_second = slot.steps / slot.seconds
+        log = {"steps_per_second": steps_per_second, "data_wait": slot.waited / slot.seconds}
+        log |= {
+            f"{unit}_per_second": steps_per_second * value for unit, value in given.items() if value and unit != "peak"
+        }
         if flops is not None and peak is not None:
-            log["utilization"] = rate * flops / peak
-        known = memory.steps > 0
+            log["utilization"] = steps_per_second * flops / peak
+        known = slot.steps > 0
         shown = {f"{name}/{key}": torch.where(known, value, math.nan) for key, value in log.items()}
         return start(state), Control(log=shown)
 

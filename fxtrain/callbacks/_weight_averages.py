@@ -72,16 +72,16 @@ def ema(
     check_positive_int("every", every)
     check_int("start", start, minimum=0)
 
-    def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
+    def mean(slot: AveragedState) -> tuple[Scalar, Tensor]:
         # 1 - d in float64, because rounding d to float32 first would cause a relative error of up to 3e-8 / (1 - d).
         share: Scalar = 1 - decay
         if warmup:  # 1 - (1 + n) / (10 + n)
-            share = (9 / (10 + memory.count.to(memory.weight.dtype))).clamp(min=share)
+            share = (9 / (10 + slot.count.to(slot.weight.dtype))).clamp(min=share)
         if debias:
-            weight = memory.weight + share * (1 - memory.weight)
+            weight = slot.weight + share * (1 - slot.weight)
             # The stored average is already divided by its weight, so a view only reads it.
             return share / weight, weight
-        return share, memory.weight
+        return share, slot.weight
 
     return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=0.0 if debias else 1.0)
 
@@ -121,8 +121,8 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
     check_positive_int("every", every)
     check_int("start", start, minimum=0)
 
-    def mean(memory: AveragedState) -> tuple[Scalar, Tensor]:
-        return 1 / (memory.count.to(memory.weight.dtype) + 1), memory.weight
+    def mean(slot: AveragedState) -> tuple[Scalar, Tensor]:
+        return 1 / (slot.count.to(slot.weight.dtype) + 1), slot.weight
 
     return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=1.0)
 
@@ -138,7 +138,7 @@ def averaged(state: TrainState, name: str = "ema") -> TrainState:
         KeyError: If the state has no such slot.
     """
     if name not in state.slots or not isinstance(state.slots[name], AveragedState):
-        there = [slot for slot, memory in state.slots.items() if isinstance(memory, AveragedState)]
+        there = [key for key, value in state.slots.items() if isinstance(value, AveragedState)]
         raise KeyError(
             f"expected a state with the average {name!r}, got one with {', '.join(map(repr, there)) or 'none'}."
             f"{did_you_mean(name, there)}"
@@ -176,11 +176,11 @@ def _averaging(
         average = tree.map(_wide, (state.params, state.buffers if buffers else ()))
         return AveragedState(average, first, zero)
 
-    def update(state: TrainState, event: Updated, memory: AveragedState) -> tuple[AveragedState, Control]:
+    def update(state: TrainState, event: Updated, slot: AveragedState) -> tuple[AveragedState, Control]:
         now = (state.params, state.buffers if buffers else ())
         counts = ~event.skipped & (event.step > start) & (event.step % every == 0)
         before = ~event.skipped & (event.step <= start)
-        share, new_weight = mean(memory)
+        share, new_weight = mean(slot)
 
         def averaged_leaf(average: Tensor, value: Tensor) -> Tensor:
             if not value.is_floating_point() and not value.is_complex():
@@ -193,9 +193,9 @@ def _averaging(
 
         return (
             AveragedState(
-                average=tree.map(averaged_leaf, memory.average, now),
-                weight=torch.where(counts, new_weight, memory.weight),
-                count=memory.count + counts,
+                average=tree.map(averaged_leaf, slot.average, now),
+                weight=torch.where(counts, new_weight, slot.weight),
+                count=slot.count + counts,
             ),
             Control(),
         )

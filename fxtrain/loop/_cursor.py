@@ -55,16 +55,16 @@ class Branch(NamedTuple):
         return type(state) is Donated
 
 
-def _on_its_way(control: Control) -> Callable[[], Control]:
+def _copy_flags(control: Control) -> Callable[[], Control]:
     """Starts copying the flags of a stop request to the host. The returned function waits for these copies only."""
     control = control.with_log({})
     flags = [flag for flag in tree.leaves(control) if isinstance(flag, Tensor) and flag.is_cuda]
     if not flags:
         return lambda: control
-    arrived = copied_to_host(flags)
+    copied = copied_to_host(flags)
 
     def read() -> Control:
-        copies = {id(flag): copy for flag, copy in zip(flags, arrived(), strict=True)}
+        copies = {id(flag): copy for flag, copy in zip(flags, copied(), strict=True)}
         return tree.map(lambda leaf: copies.get(id(leaf), leaf), control)
 
     return read
@@ -162,7 +162,7 @@ class Current:
             due = self.state.due
             stop, unsaved = due.stop | control.any("stop"), due.unsaved | control.any("unsaved")
             self.state = self.state.replace(due=due._replace(stop=stop, unsaved=unsaved))
-            self.unread = (*self.unread, _on_its_way(control))
+            self.unread = (*self.unread, _copy_flags(control))
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
                 continue

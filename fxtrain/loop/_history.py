@@ -12,8 +12,8 @@ import numpy as np
 from fxtrain.core import by_number, did_you_mean
 from fxtrain.core._text import printable
 
-_NUMBERS = (int, float)
-_LONGEST = 46  # characters of a panel's title
+_SCALARS = (int, float)
+_MAX_TITLE = 46  # characters of a panel's title
 
 
 class Series(NamedTuple):
@@ -44,7 +44,7 @@ class History(Mapping[str, Series]):
             values: Published values by name. Values that are not ints or floats are ignored.
         """
         for name, value in values.items():
-            if isinstance(value, _NUMBERS):
+            if isinstance(value, _SCALARS):
                 points = self._points.get(name)
                 if points is None:
                     points = self._points[name] = ([], [])
@@ -54,11 +54,11 @@ class History(Mapping[str, Series]):
                     recorded.append(value)
                     continue
                 # Steps can repeat or arrive out of order: a second evaluation, or a save reported later.
-                place = bisect.bisect_left(steps, step)
-                if steps[place] != step:
-                    steps.insert(place, step)
-                    recorded.insert(place, value)
-                recorded[place] = value
+                index = bisect.bisect_left(steps, step)
+                if steps[index] != step:
+                    steps.insert(index, step)
+                    recorded.insert(index, value)
+                recorded[index] = value
 
     def forget_after(self, last: int) -> None:
         """Removes the points of later steps."""
@@ -181,4 +181,4 @@ def _shared(name: str) -> str:
 
 
 def _short(title: str) -> str:
-    return title if len(title) <= _LONGEST else f"{title[: _LONGEST // 2 - 2]}...{title[-(_LONGEST // 2 - 1) :]}"
+    return title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE // 2 - 2]}...{title[-(_MAX_TITLE // 2 - 1) :]}"

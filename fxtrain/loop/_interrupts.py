@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 # Functions and a module on the stack while a step has had no effect yet: while compiling, or waiting for a thread that
 # makes a batch.
-_OURS = (
+_COMPILING_OR_WAITING = (
     ("fxtrain.compiler._trace", "compile_traced"),
     ("fxtrain.compiler._trace", "trace_step"),
     ("fxtrain.rng._host", "wait_for_turn"),
@@ -82,10 +82,10 @@ class Interrupts:
         before, kind = self._restore(), self._kind
         if kind is None:
             return
-        theirs = before.get(kind)
-        if theirs == signal.SIG_DFL:
+        handler = before.get(kind)
+        if handler == signal.SIG_DFL:
             _pending[:] = [kind]
-        elif callable(theirs) and theirs is not signal.default_int_handler:
+        elif callable(handler) and handler is not signal.default_int_handler:
             signal.raise_signal(kind)
 
     def leaving_waits(self, data: Any) -> Waits:
@@ -129,11 +129,11 @@ class Interrupts:
 
     def _end_now(self, kind: signal.Signals) -> None:
         """Handles a second SIGINT: restores the previous handler and raises the signal again."""
-        theirs = self._restore().get(kind)
+        handler = self._restore().get(kind)
         self._kind = None
         # A program without a handler ends in KeyboardInterrupt, and Python then waits for the thread that writes.
         # Checkpoints are committed atomically, so ending the process during a save loses only that save.
-        if theirs is signal.default_int_handler and self._is_saving() and not _is_interactive():
+        if handler is signal.default_int_handler and self._is_saving() and not _is_interactive():
             _end_process(kind)
         signal.raise_signal(kind)
 
@@ -142,14 +142,14 @@ class Interrupts:
 
         Torch raises them in its SIGCHLD handler, so at any point of the main thread, even during a step or a save.
         """
-        theirs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        if not callable(theirs):
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if not callable(handler):
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
             while True:
                 try:
-                    return theirs(number, frame)
+                    return handler(number, frame)
                 except RuntimeError as error:
                     # Torch reports the dead workers of each loader once, and only then calls the previous handler.
                     if _DEAD_WORKER not in str(error):
@@ -207,7 +207,7 @@ def _can_be_left(frame: FrameType | None) -> bool:
         where = frame.f_globals.get("__name__"), frame.f_code.co_name
         if where[0] in _IMPORTING:
             return False
-        compiles = compiles or where[0] == _DYNAMO or where in _OURS
+        compiles = compiles or where[0] == _DYNAMO or where in _COMPILING_OR_WAITING
         if where == _LEAVABLE:
             return compiles
         if where == _LEAVABLE_WAIT:

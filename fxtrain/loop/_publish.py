@@ -31,7 +31,7 @@ from fxtrain.loop._history import History
 from fxtrain.loop._transfer import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
 from fxtrain.values import named_after, published, try_all
 
-_TOGETHER = 64  # events per transfer to the host; more would evict other data from the CPU caches
+_EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
 _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them
 _NOTHING = Control()
 
@@ -65,7 +65,7 @@ class Publisher:
         for observer in self._observers:
             for kind in _events(observer):
                 self._seeing.setdefault(kind, []).append(observer)
-        self._wanting_logs = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
+        self._log_observers = [observer for observer in self._observers if getattr(observer, "sees_logged", False)]
         # Both for the history.
         self._unread: list[_Published] = []
         self._sent: list[_Published] = []  # asynchronous copies to the host
@@ -78,14 +78,14 @@ class Publisher:
     def step(self, number: int, measured: Mapping[str, Any]) -> None:
         """Records the metrics of a step without an event, because nothing subscribes to it."""
         self._unread.append((StepEnd, number, measured, _NOTHING))
-        if len(self._unread) >= _TOGETHER:
+        if len(self._unread) >= _EVENTS_PER_TRANSFER:
             self._read()
 
     def __call__(self, state: TrainState, event: Any, control: Control) -> None:
         kind = type(event)
         seeing = self._seeing.get(kind, ())
-        if control.log and self._wanting_logs:
-            seeing = [observer for observer in self._observers if observer in (*seeing, *self._wanting_logs)]
+        if control.log and self._log_observers:
+            seeing = [observer for observer in self._observers if observer in (*seeing, *self._log_observers)]
         if seeing:
             event, control = self._shown(event, control)
         self._record(event, control)
@@ -130,9 +130,9 @@ class Publisher:
         measured = getattr(event, "metrics", None)
         if measured is not None and type(event) is not Saved:  # metrics of Saved are Python floats already
             shown = event_of(type(event), event.__dict__)
-            shown.__dict__["metrics"] = self._numbers(measured)
+            shown.__dict__["metrics"] = self._scalars(measured)
             event = shown
-        return event, self._with_numbers(control)
+        return event, self._with_scalars(control)
 
     def _record(self, event: Any, control: Control) -> None:
         kind, step = type(event), event.step
@@ -147,7 +147,7 @@ class Publisher:
             # Read immediately on a CPU, so that a value that cannot be published raises at its event.
             if logged and self._on_host:
                 self._read()
-            elif len(self._unread) >= _TOGETHER:
+            elif len(self._unread) >= _EVENTS_PER_TRANSFER:
                 self._read(wait=False)
 
     def _read(self, *, wait: bool = True) -> None:
@@ -157,30 +157,33 @@ class Publisher:
             wait: Whether to wait for values on a device. If not, their asynchronous copy starts now, and the next call
                 adds them.
         """
-        come, self._unread = self._unread, []
+        pending, self._unread = self._unread, []
         if not self._on_host:
-            shown = [(kind, step, self._numbers(these), self._with_numbers(asked)) for kind, step, these, asked in come]
-            come = self._sent + shown if wait else self._sent
+            shown = [
+                (kind, step, self._scalars(metrics), self._with_scalars(control))
+                for kind, step, metrics, control in pending
+            ]
+            pending = self._sent + shown if wait else self._sent
             self._sent = [] if wait else shown
             self._together.send()
-        for kind, step, measured, control in come:
+        for kind, step, measured, control in pending:
             values = numbers_on_host(measured)
             if control.log:
                 event = event_of(kind, {"metrics": values})
-                self._history.add(step, published(event, self._with_numbers(control)))
+                self._history.add(step, published(event, self._with_scalars(control)))
             else:
                 self._history.add(step, named_after(kind, values))
 
-    def _numbers(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _scalars(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns metrics as Python scalars, read lazily."""
         if type(measured) is Late or type(measured) is Numbers:
             return measured
         if self._on_host:
             return Numbers(measured)
-        numbers = metrics_at_once(measured)
-        return self._together.metrics(measured) if numbers is None else numbers
+        scalars = metrics_at_once(measured)
+        return self._together.metrics(measured) if scalars is None else scalars
 
-    def _with_numbers(self, control: Control) -> Control:
+    def _with_scalars(self, control: Control) -> Control:
         """Returns the control with logged values as Python scalars, read lazily from a device."""
         if type(control.log) is Late or not control.log:
             return control
@@ -192,7 +195,7 @@ class Publisher:
             raise error
         # New lists, because a caller iterates over the old ones.
         self._observers = _without(observer, self._observers)
-        self._wanting_logs = _without(observer, self._wanting_logs)
+        self._log_observers = _without(observer, self._log_observers)
         self._seeing = {kind: _without(observer, seeing) for kind, seeing in self._seeing.items()}
         with contextlib.suppress(Exception):
             _close(observer)

@@ -105,8 +105,8 @@ class Requests:
             now.abandon(root)
             return
         measured = metrics.compute(total)
-        memory = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
-        now.state = now.state.with_slot(EVALUATED, memory)
+        slot = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
+        now.state = now.state.with_slot(EVALUATED, slot)
         yield from self._emit(EvalEnd, metrics=measured)
 
     def _epoch_lacks_evaluation(self) -> bool:
@@ -194,10 +194,10 @@ class Requests:
         )
         now.read_flags()
         # Only slots written at this event, and a request to stop, survive the rewind.
-        crossed = {name: memory for name, memory in now.state.slots.items() if memory is not old.slots.get(name)}
-        crossed[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
+        surviving = {name: slot for name, slot in now.state.slots.items() if slot is not old.slots.get(name)}
+        surviving[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
         stop, unsaved, retained, length = now.due["stop"], now.due["unsaved"], now.snapshots, now.epoch.length
-        now.take(target.replace(slots={**target.slots, **crossed}))
+        now.take(target.replace(slots={**target.slots, **surviving}))
         # Keep the epoch length if it was found after the snapshot.
         if not now.epoch.length:
             now.count(now.epoch._replace(length=length))

@@ -14,8 +14,8 @@ from fxtrain import metrics
 from fxtrain.core import Logged
 from fxtrain.values import kind_of
 
-_NUMBERS = (float, int, bool)
-_MANY = 256  # unread mappings, beyond which dead references are removed
+_SCALARS = (float, int, bool)
+_MAX_UNREAD = 256  # unread mappings, beyond which dead references are removed
 
 
 class _Lazy(Mapping[str, Any]):
@@ -114,7 +114,7 @@ class Numbers(_Lazy):
 
     def _all(self) -> dict[str, Any]:
         if self._measured is not None:
-            self._taken, self._measured = _numbers(self._measured), None
+            self._taken, self._measured = _scalars(self._measured), None
         return self._taken
 
 
@@ -136,24 +136,24 @@ class Together:
             names[:] = computed
             return list(computed.values())
 
-        return self._late(Late(self, parts, lambda numbers: dict(zip(names, numbers, strict=True))))
+        return self._register(Late(self, parts, lambda scalars: dict(zip(names, scalars, strict=True))))
 
     def log(self, log: Mapping[str, Logged]) -> Late:
         """Returns logged values as lazy Python scalars, without those whose flag is false."""
         entries = list(log.values())
 
-        def made(numbers: list[Any]) -> dict[str, Any]:
-            values, flags = numbers[: len(entries)], numbers[len(entries) :]
+        def made(scalars: list[Any]) -> dict[str, Any]:
+            values, flags = scalars[: len(entries)], scalars[len(entries) :]
             named = zip(log, entries, values, flags, strict=True)
             return {name: Logged(value, True, entry.owner) for name, entry, value, flag in named if flag}
 
         def parts() -> list[Any]:
             return [*(entry.value for entry in entries), *(entry.when for entry in entries)]
 
-        return self._late(Late(self, parts, made, only_numbers=all(kind_of(e.value) is float for e in entries)))
+        return self._register(Late(self, parts, made, only_numbers=all(kind_of(e.value) is float for e in entries)))
 
-    def _late(self, late: Late) -> Late:
-        if len(self._waiting) > _MANY:
+    def _register(self, late: Late) -> Late:
+        if len(self._waiting) > _MAX_UNREAD:
             self._waiting = [each for each in self._waiting if (held := each()) is not None and held.is_waiting]
         self._waiting.append(weakref.ref(late))
         return late
@@ -180,28 +180,28 @@ class Together:
 def numbers_on_host(measured: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns metrics as Python scalars. Lazy mappings are returned unchanged."""
     # Compares types, because isinstance is slow for a Mapping.
-    return measured if type(measured) is Numbers or type(measured) is Late else _numbers(measured)
+    return measured if type(measured) is Numbers or type(measured) is Late else _scalars(measured)
 
 
-def _numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = metrics_at_once(measured)
-    if numbers is None:
+def _scalars(measured: Mapping[str, Any]) -> dict[str, Any]:
+    scalars = metrics_at_once(measured)
+    if scalars is None:
         computed = metrics.compute(measured)
-        numbers = dict(zip(computed, on_their_way(list(computed.values()))(), strict=True))
-    return numbers
+        scalars = dict(zip(computed, on_their_way(list(computed.values()))(), strict=True))
+    return scalars
 
 
 def metrics_at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns metrics as Python scalars, or None if that would wait for a device."""
-    numbers: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}
     for name, value in measured.items():
         if isinstance(value, Tensor) and value.is_cpu and value.ndim == 0:
-            numbers[name] = value.item()
-        elif type(value) in _NUMBERS:
-            numbers[name] = value
+            scalars[name] = value.item()
+        elif type(value) in _SCALARS:
+            scalars[name] = value
         else:
             return None
-    return numbers
+    return scalars
 
 
 def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
@@ -209,11 +209,11 @@ def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
     shown: dict[str, Logged] = {}
     for name, entry in log.items():
         value, flag = entry.value, entry.when
-        number = isinstance(value, Tensor) and value.ndim == 0
-        if (number and not value.is_cpu) or (isinstance(flag, Tensor) and not flag.is_cpu):
+        scalar = isinstance(value, Tensor) and value.ndim == 0
+        if (scalar and not value.is_cpu) or (isinstance(flag, Tensor) and not flag.is_cpu):
             return None
         if flag:
-            shown[name] = Logged(value.item() if number else value, True, entry.owner)
+            shown[name] = Logged(value.item() if scalar else value, True, entry.owner)
     return shown
 
 
@@ -233,10 +233,10 @@ def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
     places = [index for group in groups.values() for index in group]
     device = next((values[index].device for index in places if not values[index].is_cpu), None)
     if device is None:
-        numbers = [values[index].item() for index in places]
-        return lambda: _with(values, places, numbers)
+        scalars = [values[index].item() for index in places]
+        return lambda: _with_scalars(values, places, scalars)
     arrived = copied_to_host([torch.stack([values[i].to(device) for i in group]) for group in groups.values()])
-    return lambda: _with(values, places, [number for group in arrived() for number in group.tolist()])
+    return lambda: _with_scalars(values, places, [scalar for group in arrived() for scalar in group.tolist()])
 
 
 def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -260,8 +260,8 @@ def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     return wait
 
 
-def _with(values: list[Any], places: list[int], numbers: list[Any]) -> list[Any]:
+def _with_scalars(values: list[Any], places: list[int], scalars: list[Any]) -> list[Any]:
     result = list(values)
-    for index, number in zip(places, numbers, strict=True):
-        result[index] = number
+    for index, scalar in zip(places, scalars, strict=True):
+        result[index] = scalar
     return result
