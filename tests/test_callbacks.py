@@ -104,7 +104,7 @@ def test_epoch_mean_averages_each_epoch():
         by_epoch = torch.tensor(result.history[f"train/{name}"].values).reshape(3, 3).mean(1)
         torch.testing.assert_close(torch.tensor(result.history[f"epoch/{name}"].values), by_epoch, rtol=1e-6, atol=0)
     other = fx.callbacks.epoch_mean("accuracy")
-    with pytest.raises(KeyError, match="averages 'accuracy', and the step measures 'loss', 'mae'"):
+    with pytest.raises(KeyError, match="expected the step metric 'accuracy' for epoch_mean, got 'loss', 'mae'"):
         fx.fit(problem.start(), problem.step(callbacks=other), problem.data(), callbacks=other, steps=1)
 
 
