@@ -71,7 +71,7 @@ def _copy_flags(control: Control) -> Callable[[], Control]:
 
 
 class Current:
-    """The current state. Counters and requests are mirrored as Python values, so the loop reads them without a sync.
+    """The current state. Counters and requests are mirrored as Python values, so reading them never synchronizes.
 
     Args:
         state: The initial state.
