@@ -1,4 +1,4 @@
-"""The command line: ``fxtrain <command>``. One file a command, loaded when it is called."""
+"""The command line, ``fxtrain <command>``. The module of a command is imported when it is called."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``fxtrain <command> [options]``.
 
     Args:
-        arguments: By default those of the process.
+        arguments: The arguments. Defaults to those of the process.
 
     Returns:
-        The exit code: 0 when done, 1 after a failure, 2 for arguments that cannot be used, 128 and the number of a
-        signal that ended it: 130 for SIGINT, 143 for SIGTERM.
+        The exit code: 0 for success, 1 for a failure, 2 for invalid arguments, and 128 plus the number of a signal that
+        ended the command: 130 for SIGINT, 143 for SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     with lasting_streams() as failures:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(given: list[str]) -> int:
     try:
         return _run(given)
-    except SystemExit as error:  # tyro has printed help, or what is wrong with the arguments
+    except SystemExit as error:  # tyro has printed help or an error
         return error.code if isinstance(error.code, int) else EXIT_USAGE
     except KeyboardInterrupt:
         print("\nfxtrain: interrupted.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Arguments of a command, parsed into its options by tyro."""
+"""Parsing of a command's arguments with tyro."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import tyro
 Options = TypeVar("Options")
 
 _COLUMNS = "COLUMNS"
-_NARROWEST = 60  # columns; tyro breaks each word of a narrower help, and below 8 columns it does not return
+_NARROWEST = 60  # columns; tyro splits words in narrower help, and hangs below 8 columns
 
 
 def parse(kind: type[Options], command: str, arguments: Sequence[str], default: Options | None = None) -> Options:
-    """Parses arguments. Help and mistakes are printed, in at least 60 columns.
+    """Parses arguments, and prints help or errors in at least 60 columns.
 
     Args:
         kind: The dataclass of options.
         command: The name of the command.
-        arguments: What was given.
-        default: The options where nothing is given, in place of those of the dataclass.
+        arguments: The arguments after the command.
+        default: Default options, in place of those of the dataclass.
+
+    Returns:
+        An instance of ``kind``.
 
     Raises:
-        SystemExit: With code 0 after help, and 2 for arguments that cannot be used.
+        SystemExit: With code 0 after printing help, and 2 for invalid arguments.
     """
     with _wide_enough():
         if default is None:

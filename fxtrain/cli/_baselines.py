@@ -1,4 +1,4 @@
-"""What simpler models make of the same text, in bits per byte: the marks that a trained model has to pass."""
+"""Baselines for a trained byte-level model: the bits per byte of simpler models on the same text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 def unigram_bits(train: Tensor, validation: Tensor) -> float:
-    """Bits per byte of the validation text under the frequencies of the training text's bytes.
+    """Returns the bits per byte of the validation text under the byte frequencies of the training text.
 
         p(c) = (count(c) + 1) / (bytes + 256)
 
@@ -32,17 +32,17 @@ def unigram_bits(train: Tensor, validation: Tensor) -> float:
 
 
 def trigram_bits(train: Tensor, validation: Tensor) -> float:
-    """Bits per byte of the validation text where each byte is predicted from the two before it.
+    """Returns the bits per byte of the validation text when each byte is predicted from the two before it.
 
-    The model is modified Kneser-Ney, interpolated, the strongest of the common ways to smooth counts:
+    The model is a trigram model with interpolated modified Kneser-Ney smoothing:
 
         p(c | context) = (count(context, c) - d + mass(context) * p(c | shorter context)) / count(context)
 
-    where d is one of three discounts, for counts of 1, of 2 and of more, computed from the training text, and
-    mass is the sum of what was taken off. Shorter contexts count in how many different longer ones a byte
-    follows, not how often, and the shortest falls back to 1/256. The first two bytes have shorter contexts.
+    where d is one of three discounts, for counts of 1, 2, and 3 or more, estimated from the training text, and mass is
+    the sum of the discounts in the context. In shorter contexts, count is the number of distinct longer contexts that
+    the byte follows. The shortest context falls back to 1/256. The first two bytes are predicted from shorter contexts.
 
-    It holds a table of 2**24 counts: about a second for 10 MB of text, and 0.4 GB.
+    Uses a table of 2**24 counts and about 0.4 GB of memory.
 
     Args:
         train: uint8 [bytes].
@@ -61,7 +61,7 @@ def trigram_bits(train: Tensor, validation: Tensor) -> float:
 
 
 def xz_bits(text: Tensor) -> float:
-    """Bits per byte of the text compressed by ``xz -9``, which has seen no other text and adapts as it reads.
+    """Returns the bits per byte of the text compressed by ``xz -9``, which adapts to it without training text.
 
     Args:
         text: uint8 [bytes], at least one.
@@ -71,7 +71,7 @@ def xz_bits(text: Tensor) -> float:
 
 def _trigram_counts(text: Array) -> Array:
     counts = np.zeros(1 << 24, dtype=np.int32)
-    chunk = 1 << 24  # bounds the memory of the codes, eight times the text's
+    chunk = 1 << 24  # limits the memory of the codes, which is a multiple of the text's
     for start in range(0, len(text) - 2, chunk):
         c = text[start : start + chunk + 2].astype(np.int32)
         counts += np.bincount(c[:-2] << 16 | c[1:-1] << 8 | c[2:], minlength=1 << 24).astype(np.int32)
@@ -79,7 +79,7 @@ def _trigram_counts(text: Array) -> Array:
 
 
 def _kneser_ney(counts: Array, lower: Array | np.float32) -> Array:
-    """float32 probabilities like ``counts``; the last axis is the byte that is predicted."""
+    """Returns float32 probabilities shaped like ``counts``. The last axis is the predicted byte."""
     discounts = _discounts(counts)[np.minimum(counts, 3)]
     total = counts.sum(-1, keepdims=True)
     mass = discounts.sum(-1, keepdims=True)
@@ -88,13 +88,13 @@ def _kneser_ney(counts: Array, lower: Array | np.float32) -> Array:
 
 
 def _discounts(counts: Array) -> Array:
-    """What is taken off a count of 0, 1, 2, and 3 or more: float32 [4]."""
+    """Returns the discounts of counts of 0, 1, 2, and 3 or more: float32 [4]."""
     n1, n2, n3, n4 = (np.count_nonzero(counts == k) for k in (1, 2, 3, 4))
-    if not n1 * n2 * n3:  # too little text to say; these are what much text gives
+    if not n1 * n2 * n3:  # too little text for an estimate; these are typical of long texts
         return np.array([0, 0.5, 1, 1.5], dtype=np.float32)
     y = n1 / (n1 + 2 * n2)
     estimated = np.array([1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-    # Odd texts give odd estimates. Something must be left for what was never seen.
+    # Estimates can be zero or negative on unusual texts, but unseen bytes need some probability.
     return np.concatenate([[0], np.maximum(estimated, 0.1)]).astype(np.float32)
 
 

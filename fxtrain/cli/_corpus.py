@@ -1,4 +1,4 @@
-"""The text to train on: files, cut into a part for training and a part for validation."""
+"""The text to train on, read from files and split into training and validation."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ import torch
 from torch import Tensor
 
 SHARE = 0.05
-"""The share of the bytes that validation gets, at least; whole files may make it half as much again."""
+"""The minimum share of bytes for validation. Whole files can make it up to half as much again."""
 
 LARGEST = 1 << 30
-"""Bytes. Corpora are held in memory, and more than this is taken for a mistake."""
+"""The maximum size in bytes. Corpora are held in memory, and a larger one is likely a mistake."""
 
-# Beside the code that people wrote, the standard library has its tests, and two folders of tables that a program
-# wrote: a model would learn their pattern at once, and they are a sixth of the rest.
+# Tests of the standard library, and two folders of generated tables. The tables are large and have a pattern that a
+# model learns immediately.
 _NOT_WRITTEN = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class CorpusError(Exception):
-    """There is no text to train on. The message says why, and what to do, in one line."""
+    """There is no usable text to train on. The message is one line with the reason and a remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in two parts.
+    """A text split into training and validation.
 
     Args:
         train: uint8 [bytes].
-        validation: uint8 [bytes]. No file's text is in both, or the end of each file is here.
-        names: The files, by their paths relative to what was read, in order.
-        sizes: Each file's bytes.
-        description: What was read and how it was cut, in one line.
-        digest: SHA-256 of the two parts, in hexadecimal. A run resumed on another text has another digest.
+        validation: uint8 [bytes]. Whole files that are not in ``train``, or the end of each file.
+        names: Paths of the files relative to the folder that was read, in order.
+        sizes: Sizes of the files in bytes.
+        description: The source and the split, in one line.
+        digest: SHA-256 of the two parts in hexadecimal, which detects a resume on a different text.
     """
 
     train: Tensor
@@ -54,24 +54,24 @@ class Corpus:
 
     @property
     def files(self) -> int:
-        """How many files there are."""
+        """Number of files."""
         return len(self.names)
 
 
 def read_corpus(text: str | None = None) -> Corpus:
-    """Reads a text and cuts it in two; the same files always give the same two parts.
+    """Reads a text and splits it into training and validation. The split is deterministic.
 
-    Validation is made of whole files, drawn by a hash of their relative paths, so that a new file moves few
-    others. Where that cannot give it about a twentieth of the bytes, with no file more than half of it (one
-    file, or a few large ones), validation is the end of each file instead, from the beginning of a line on.
+    Validation consists of whole files, selected by a hash of their relative paths, so a new file moves few others. They
+    have about a twentieth of the bytes, and no file has more than half of that. If this is impossible, as with a single
+    file or a few large ones, validation is the end of each file instead, from the beginning of a line.
 
     Args:
-        text: A file, a folder (with its subfolders), or a glob (``**`` crosses folders). Of a folder or a glob,
-            what is hidden, unreadable or no text (a zero byte near its beginning) is left out. None is the
-            source of the Python standard library on this machine, without its tests and generated tables.
+        text: A file, a folder including its subfolders, or a glob, in which ``**`` matches nested folders. Hidden,
+            unreadable and binary files (with a zero byte near the beginning) of a folder or glob are left out. None
+            reads the source of this machine's Python standard library, without tests and generated tables.
 
     Raises:
-        CorpusError: If nothing is there, or nothing of it is text, or it is too much to hold.
+        CorpusError: There is no file, none of the files is text, or they are too large.
     """
     origin, found, chosen = _find(text)
     files, left_out = _read(found, chosen)
@@ -105,17 +105,17 @@ def read_corpus(text: str | None = None) -> Corpus:
 
 
 def check_fits(corpus: Corpus, *, batch_size: int, length: int) -> None:
-    """Refuses a corpus that is too short for one batch of training, or for one sequence of validation.
+    """Raises unless a corpus is long enough for one training batch and one validation sequence.
 
-    A sequence of ``length`` bytes takes one more, the last one's successor.
+    A sequence of ``length`` bytes needs one more byte, the target of the last one.
 
     Args:
         corpus: The corpus.
-        batch_size: Sequences in a batch.
-        length: Bytes in a sequence.
+        batch_size: Sequences per batch.
+        length: Bytes per sequence.
 
     Raises:
-        CorpusError: If it is too short.
+        CorpusError: The corpus is too short.
     """
     wanted = batch_size * length + 1
     if len(corpus.train) < wanted:
@@ -131,13 +131,13 @@ def check_fits(corpus: Corpus, *, batch_size: int, length: int) -> None:
 
 
 def _find(text: str | None) -> tuple[str, Iterable[tuple[str, Path]], bool]:
-    """What to call it, its files by name, and whether it is one file that was chosen by name."""
+    """Returns a name for the text, its files with their names, and whether the user named a single file."""
     if text is None:
         version = ".".join(map(str, sys.version_info[:2]))
         root = Path(sysconfig.get_path("stdlib"))
         sources = ((n, p) for n, p in _walk(root, skip=_NOT_WRITTEN | _NOT_STANDARD) if n.endswith(".py"))
         return f"the Python {version} standard library", sources, False
-    # os.path answers where pathlib raises: on what may not be looked at, and on what is no name at all.
+    # os.path returns False where pathlib raises, for inaccessible paths and invalid names.
     path = os.path.expanduser(text)
     if os.path.isdir(path):
         return text, _walk(Path(path), skip={"__pycache__"}), False
@@ -160,7 +160,7 @@ def _walk(root: Path, *, skip: set[str]) -> Iterator[tuple[str, Path]]:
         subfolders[:] = (name for name in subfolders if name not in skip and not name.startswith("."))
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and os.path.isfile(path):  # no pipe, which would be waited for
+            if not name.startswith(".") and os.path.isfile(path):  # opening a pipe would block
                 yield path.relative_to(root).as_posix(), path
 
 
@@ -190,7 +190,7 @@ def _read(found: Iterable[tuple[str, Path]], chosen: bool) -> tuple[list[tuple[s
 
 
 def _held_out(sizes: dict[str, int]) -> set[str]:
-    """The files of validation, or none where whole files will not do."""
+    """Returns the validation files, or an empty set if whole files cannot be used."""
     target = SHARE * sum(sizes.values())
     held_out: set[str] = set()
     taken = 0
@@ -202,14 +202,14 @@ def _held_out(sizes: dict[str, int]) -> set[str]:
 
 
 def _cut(content: bytes) -> int:
-    """Where validation begins: at a line's beginning, if one is near."""
+    """Returns the offset at which validation begins, at the beginning of a line if one is near."""
     cut = round(len(content) * (1 - SHARE))
     line = content.rfind(b"\n", round(len(content) * (1 - 2 * SHARE)), cut) + 1
     return line or cut
 
 
 def _tensor(content: bytearray) -> Tensor:
-    # An empty buffer is refused by frombuffer. The tensor shares the bytearray's memory: no copy.
+    # frombuffer shares the memory of the bytearray, and rejects an empty one.
     return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 

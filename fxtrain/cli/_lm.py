@@ -1,4 +1,4 @@
-"""``fxtrain lm``: train a small byte-level transformer on real text, from nothing, and say how good it became."""
+"""The command ``fxtrain lm``, which trains a small byte-level transformer from scratch and compares it to baselines."""
 
 from __future__ import annotations
 
@@ -31,70 +31,70 @@ from fxtrain.cli._run_folder import (
 )
 from fxtrain.cli._transformer import Config, Transformer
 
-STEPS = 1000  # where neither steps nor epochs are asked for
-MUON_RATE = 20 / 3  # its learning rate over AdamW's
+STEPS = 1000  # default if neither steps nor epochs are given
+MUON_RATE = 20 / 3  # ratio of Muon's learning rate to AdamW's
 PROMPT = "def "
 TEMPERATURE = 0.8
-_LARGEST = 2**31  # of a whole number; the product of two still fits into 64 bits
+_LARGEST = 2**31  # maximum of integer options; a product of two fits into 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Trains a small byte-level transformer on real text, from nothing."""
+    """Trains a small byte-level transformer on real text, from scratch."""
 
     text: str | None = None
-    """A file, a folder or a glob. By default the source text of the Python standard library."""
+    """A file, a folder or a glob. Defaults to the source of the Python standard library."""
     steps: int | None = None
-    """Steps in all; 1000 where neither this nor --epochs is given. With both, the shorter counts."""
+    """Total number of steps. Defaults to 1000 without --epochs. If both are given, the shorter applies."""
     epochs: int | None = None
-    """Epochs in all."""
+    """Total number of epochs."""
     batch_size: int = 16
-    """Sequences in a batch."""
+    """Sequences per batch."""
     length: int = 128
-    """Bytes in a sequence."""
+    """Bytes per sequence."""
     layers: int = 4
-    """Blocks of the transformer."""
+    """Number of transformer blocks."""
     width: int = 128
-    """Channels of its residual stream."""
+    """Channels of the residual stream."""
     heads: int = 4
-    """Attention heads."""
+    """Attention heads per block."""
     dropout: float = 0.0
-    """The probability that a channel is dropped in training."""
+    """Dropout probability in training."""
     lr: float = 3e-3
-    """The peak learning rate of AdamW (Muon's is 20/3 of it), after a tenth of the steps; a cosine brings it down."""
+    """Peak learning rate of AdamW; Muon's is 20/3 of it. Warmup takes a tenth of the steps; cosine decay follows."""
     seed: int = 0
-    """Weights, data order and dropout are functions of it."""
+    """Seed of weights, data order and dropout."""
     eval_interval: int = 200
-    """Steps between evaluations on a part of the validation text."""
+    """Steps between evaluations, each on a part of the validation text."""
     snapshot_interval: int = 200
     """Steps between checkpoints."""
     early_stopping: bool = False
     """Stop when the validation loss stops improving."""
     patience: int = 5
-    """Evaluations without improvement that stop the run."""
+    """With --early-stopping, number of evaluations without improvement before the run stops."""
     min_delta: float = 0.0
-    """By how much, in nats per byte, a validation loss must be lower to count as an improvement."""
+    """With --early-stopping, minimum decrease of the validation loss, in nats per byte, that is an improvement."""
     restore_best: bool = True
-    """With --early-stopping, end with the best weights and not with the last ones."""
+    """With --early-stopping, end with the best weights instead of the last."""
     gradient_monitor: bool = False
-    """Measure norms of gradients and how they change from layer to layer, at each snapshot."""
+    """Log gradient norms and gradient flow per layer at each checkpoint."""
     gradient_monitor_interval: int | None = None
-    """With --gradient-monitor, publish them every so many steps as well."""
+    """With --gradient-monitor, also log them at this interval of steps."""
     compile: bool = True
-    """Compile each step into one graph; it takes a minute or less, and makes steps faster."""
+    """Compile each step into one graph. This takes up to a minute and makes steps faster."""
     device: str = "auto"
-    """Where to train: cpu, cuda, or auto, which is cuda where there is one."""
+    """The device: cpu, cuda, or auto, which uses cuda if available."""
     runs: pathlib.Path = pathlib.Path("runs")
-    """The folder in which the run's own folder is made."""
+    """The folder in which the folder of the run is created."""
     resume: pathlib.Path | None = None
-    """The folder of a run to go on with, with the options that it was started with."""
+    """The folder of a run to resume, with its original options."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     before = torch.are_deterministic_algorithms_enabled()
-    # The embedding's gradient is summed by several threads, in an order of their own unless this is asked for: a
-    # resumed run would differ in its last bits.
+    # Threads sum the embedding's gradient in a nondeterministic order by default, which would change the last bits of a
+    # resumed run.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         return _Job(_options(arguments)).run()
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _options(arguments: Sequence[str]) -> Options:
-    """The options of the run: those given, or those that the run to resume was started with."""
+    """Returns the given options, or those of the run to resume."""
     given = parse(Options, "lm", arguments)
     if given.resume is None:
         return given
@@ -190,19 +190,17 @@ class _Job:
         self._report(result.state, eval_step)
         return 0
 
-    # The parts
-
     def _model(self) -> Transformer:
         options = self.options
         shape = Config(options.layers, options.width, options.heads, options.length, options.dropout)
         return Transformer(shape, torch.Generator().manual_seed(options.seed))
 
     def _transform(self) -> fx.optim.GradientTransformation:
-        """Muon for the matrices of the blocks, AdamW for embedding and norms, both warmed up and cooled down."""
+        """Returns Muon for block matrices and AdamW for embedding and norms, with warmup and cosine decay."""
 
         def rate(peak: float) -> Any:
             warmup = max(1, self.steps // 10)
-            decay = max(self.steps, warmup + 1)  # a run of one step is all warmup
+            decay = max(self.steps, warmup + 1)  # a run of one step consists of warmup
             return fx.schedules.warmup_cosine_decay(
                 init_value=0.0, peak_value=peak, warmup_steps=warmup, decay_steps=decay, end_value=peak / 20
             )
@@ -216,7 +214,7 @@ class _Job:
         )
 
     def _monitors(self) -> Any:
-        """What watches inside the step, published where snapshots are made: each holds what was published of it."""
+        """Returns the gradient monitors, which publish at checkpoints so that each checkpoint includes its values."""
         options = self.options
         if not options.gradient_monitor:
             return fx.compose()
@@ -226,18 +224,16 @@ class _Job:
         return fx.compose(fx.callbacks.grad_norms(layer="*", publish=due), fx.callbacks.grad_flow(publish=due))
 
     def _validation(self) -> Any:
-        """Windows over the validation text in their order."""
+        """Returns windows over the validation text, in order."""
         size = min(64, (len(self.corpus.validation) - 1) // self.options.length)
         return fx.data.windows(self.corpus.validation, self.options.length, size, shuffle=False)
 
     def _part_of_validation(self, batches: int = 16) -> Any:
-        """So many batches of it, spread over the whole: what evaluations in between can afford."""
+        """Returns a few batches spread evenly over the validation text, for cheap evaluations during training."""
         whole = self._validation()
         if batches >= whole.epoch_length:
             return whole
         return fx.data.sequence([whole[index * whole.epoch_length // batches] for index in range(batches)])
-
-    # What a person sees
 
     def _head(self) -> None:
         options = self.options
@@ -252,7 +248,7 @@ class _Job:
 
     def _report(self, state: fx.TrainState, eval_step: Any) -> None:
         whole = self._validation()
-        # The bytes of all full batches: all models are measured on the same.
+        # All models are measured on the bytes of the full batches.
         text = self.corpus.validation[: whole.epoch_length * whole[0]["x"].numel() + 1]
         print("\nmeasuring   the validation text, and simpler models on it", flush=True)
         ours = fx.evaluate(state, eval_step, whole)["loss"] / math.log(2)
@@ -284,7 +280,7 @@ class _Job:
         print(f"report      fxtrain report {self.folder}")
 
     def _start_folder(self) -> pathlib.Path:
-        """Makes a new folder, or checks that of the run to resume."""
+        """Creates a new folder, or checks that of the run to resume."""
         folder = self.options.resume
         if folder is None:
             facts = {
@@ -306,7 +302,7 @@ class _Job:
 
 
 class Bytes:
-    """What turns text into bytes and back."""
+    """A tokenizer whose tokens are the bytes of UTF-8."""
 
     def encode(self, text: str, /) -> list[int]:
         return list(text.encode())
@@ -316,7 +312,7 @@ class Bytes:
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Nats per byte."""
+    """Returns the cross entropy in nats per byte."""
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
 
 
@@ -359,7 +355,7 @@ def _steps(options: Options, epoch_length: int | None) -> int:
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    """The options as JSON has them."""
+    """Returns the options as values that JSON can represent."""
     named = dataclasses.asdict(options)
     return {
         name: str(value) if isinstance(value, pathlib.Path) else value

@@ -1,33 +1,33 @@
-"""Messages of the command line: one line each, whatever the names and errors in them contain."""
+"""Exit codes, and error messages of one line."""
 
 from __future__ import annotations
 
 import sys
 
 EXIT_FAILURE = 1
-"""The exit code where the arguments can be used, and the work failed."""
+"""The exit code of a command that failed with valid arguments."""
 
 EXIT_USAGE = 2
-"""The exit code for arguments that cannot be used."""
+"""The exit code for invalid arguments."""
 
 
 def fail(command: str, error: object, code: int) -> int:
-    """Prints why a command ends, in one line on standard error.
+    """Prints an error of a command in one line on standard error.
 
     Args:
         command: The name of the command.
-        error: The reason.
+        error: The error or its message.
         code: The exit code.
 
     Returns:
-        The exit code.
+        ``code``.
     """
     print(f"fxtrain {command}: {one_line(str(error))}", file=sys.stderr)
     return code
 
 
 def one_line(text: str) -> str:
-    """The text with single spaces, and with escapes for what would act on a terminal.
+    """Returns the text with single spaces, and with unprintable characters escaped.
 
     Example:
         >>> one_line("first\\n  second\\x1b[31m")

@@ -1,4 +1,4 @@
-"""``fxtrain report``: the folder of a run as one HTML page."""
+"""The command ``fxtrain report``, which renders the folder of a run as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fxtrain.report._folder import kind_of_file, reason
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Writes one self-contained HTML page of a run: curves with what callbacks did, samples, summary."""
+    """Writes a self-contained HTML page of a run, with its curves, callback events, samples and summary."""
 
     run: Annotated[pathlib.Path, tyro.conf.Positional]
     """The folder of the run."""
     out: pathlib.Path | None = None
-    """Where to write the page; report.html in the run's folder by default."""
+    """The file to write. Defaults to report.html in the folder of the run."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command and returns its exit code."""
     options = parse(Options, "report", arguments)
     try:
         text = page(read_run(options.run))
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _put(path: pathlib.Path, content: bytes, *, follow: bool) -> None:
-    """Writes a file in one step. What is there and is no regular file is written to only where a person named it."""
+    """Writes a file atomically. ``follow`` permits links, pipes and devices, for paths that the user named."""
     try:
         mode = (os.stat if follow else os.lstat)(path).st_mode
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def _put(path: pathlib.Path, content: bytes, *, follow: bool) -> None:
     if stat.S_ISREG(mode):
         _replace(os.path.realpath(path) if follow else os.fspath(path), content)
     elif follow and not stat.S_ISDIR(mode):
-        # Without O_NONBLOCK a FIFO without a reader would block here; with it, it is an error.
+        # Opening a FIFO without a reader would block. With O_NONBLOCK, it raises instead.
         handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
         os.set_blocking(handle, True)
         with os.fdopen(handle, "wb") as file:
@@ -65,7 +65,7 @@ def _put(path: pathlib.Path, content: bytes, *, follow: bool) -> None:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """Puts a new file in the place of an old one. A random name cannot be a link that was prepared."""
+    """Replaces a file through a temporary one. Its name is random, so that it cannot be a prepared link."""
     new = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         with open(new, "xb") as file:

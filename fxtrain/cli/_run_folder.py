@@ -1,4 +1,4 @@
-"""The folder of a run that the command line started: made for it alone, and read again to resume it."""
+"""The folder of a run: created for a new run, and read to resume one."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ Options = TypeVar("Options")
 
 
 class CommandError(Exception):
-    """The arguments cannot be used. The message says why, and what to give instead."""
+    """Invalid arguments. The message has the reason and a remedy."""
 
 
 class FolderError(Exception):
-    """The folder of the run cannot be made or read. The message says why, and what to do."""
+    """The folder of the run cannot be created or read. The message has the reason and a remedy."""
 
 
 class Started(NamedTuple):
-    """What a run was started with."""
+    """The options and text that a run was started with."""
 
     options: dict[str, Any]
-    digest: str  # of its text
+    digest: str  # of the text
 
 
 def make_folder(runs: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
-    """Makes a folder for a run, named by the time, and writes its configuration.
+    """Creates a new folder for a run, named after the current time, and writes the configuration to it.
 
-    Runs that start in the same second are numbered. The folder is never that of another run.
+    Runs that start in the same second are numbered.
 
     Args:
-        runs: The folder in which it is made.
-        config: What the run is started with, as JSON has it.
+        runs: The parent folder. It is created if it does not exist.
+        config: The configuration, as values that JSON can represent.
+
+    Returns:
+        The new folder.
 
     Raises:
-        FolderError: If the folder cannot be made or written to.
+        FolderError: The folder cannot be created or written to.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,7 @@ def _new_folder(runs: pathlib.Path) -> pathlib.Path:
     for number in itertools.count(1):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir()  # fails if another process has just made it
+            folder.mkdir()  # fails if another process has just created it
         except FileExistsError:
             continue
         return folder
@@ -71,16 +74,16 @@ def _new_folder(runs: pathlib.Path) -> pathlib.Path:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file in one step: a crash leaves the old file or the new one."""
+    """Writes a JSON file atomically: a crash leaves the old file or the new one."""
     replace_file(path, json.dumps(value, indent=2).encode())
 
 
 def read_config(folder: pathlib.Path) -> Started:
-    """Reads what a run was started with.
+    """Reads the configuration that a run was started with.
 
     Raises:
-        CommandError: If the folder is not that of a run.
-        FolderError: If the configuration is damaged.
+        CommandError: The folder is not that of a run.
+        FolderError: The configuration is damaged.
     """
     expected = f"expected the folder of a run for --resume, got {folder}"
     try:
@@ -101,15 +104,15 @@ def read_config(folder: pathlib.Path) -> Started:
 
 
 def saved_options(kind: type[Options], saved: dict[str, Any], **given: Any) -> Options:
-    """The options of a run, checked: a value of another type would fail somewhere in the run.
+    """Returns the saved options of a run. Their types are checked here, because a wrong one would fail later.
 
     Args:
         kind: The dataclass of options.
-        saved: Its fields as JSON has them.
-        given: Fields that are not saved.
+        saved: Its fields as read from JSON.
+        given: Values of the fields that are not saved.
 
     Raises:
-        FolderError: If a field is missing, unknown, or of another type.
+        FolderError: A field is missing, unknown, or of a wrong type.
     """
     types = {name: each for name, each in typing.get_type_hints(kind).items() if name not in given}
     for name in sorted(saved.keys() ^ types.keys()):

@@ -1,4 +1,4 @@
-"""Standard streams that outlast their readers: work goes on when ``head`` has read enough, or a terminal is closed."""
+"""Standard streams that do not raise when their reader is gone, such as after ``| head`` or a closed terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-_READER_GONE = frozenset((errno.EPIPE, errno.EIO, errno.ECONNRESET))  # of a pipe, a terminal, a socket
+_READER_GONE = frozenset((errno.EPIPE, errno.EIO, errno.ECONNRESET))  # errors of a pipe, a terminal and a socket
 
 
 class _Lasting(io.FileIO):
-    """The raw file of a stream. Once a write fails, output is dropped."""
+    """The raw file of a stream. It drops all output after a failed write."""
 
     def __init__(self, handle: int) -> None:
         super().__init__(handle, "w", closefd=False)
@@ -30,13 +30,13 @@ class _Lasting(io.FileIO):
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[list[OSError]]:
-    """Drops standard output and errors once they cannot be written, in place of raising from each ``print``.
+    """Drops standard output and error output once a write fails, instead of raising from each ``print``.
 
-    Characters that the encoding does not have are written as escapes. Streams that were replaced before, as in a
-    notebook or a test, are left alone.
+    Characters that the encoding lacks are escaped. Streams that were already replaced, as in a notebook or a test, are
+    not changed.
 
     Yields:
-        A list, which has the failure of standard output at the end, unless its reader has just gone.
+        A list that contains the error of standard output after the context ends. A reader that is gone is not an error.
     """
     output, errors = sys.stdout, sys.stderr
     raw = _lasting(output) if output is sys.__stdout__ else None
@@ -57,7 +57,7 @@ def lasting_streams() -> Iterator[list[OSError]]:
 
 
 def _lasting(stream: TextIO | None) -> _Lasting | None:
-    """None where there is no such stream, or no file behind it."""
+    """Returns a wrapper of a stream's file, or None if there is no stream or file."""
     if stream is None:
         return None
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 VOCABULARY = 256
-"""The number of different bytes."""
+"""The number of distinct bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Config:
     """The shape of a transformer.
 
     Args:
-        layers: Blocks, each of attention and a multi-layer perceptron.
-        width: Channels of the residual stream; a multiple of ``2 * heads``.
-        heads: Attention heads.
-        length: Bytes of context: the longest sequence that the model takes.
-        dropout: The probability that a channel of a block's output is dropped in training, in [0, 1).
+        layers: Number of blocks of attention and a multilayer perceptron.
+        width: Channels of the residual stream, a multiple of ``2 * heads``.
+        heads: Attention heads per block.
+        length: Maximum sequence length, in bytes.
+        dropout: Dropout probability of the outputs of attention and perceptron, in [0, 1).
 
     Raises:
-        ValueError: If a number is out of range, or the heads do not divide the width into even parts.
+        ValueError: A value is out of range, or ``width`` is not a multiple of ``2 * heads``.
     """
 
     layers: int = 4
@@ -49,11 +49,11 @@ class Config:
 
 
 class Transformer(nn.Module):
-    """A causal transformer over bytes: pre-norm blocks, rotary positions, embedding and head tied.
+    """A causal byte-level transformer with pre-norm blocks, rotary positions, and tied embedding and head.
 
     Args:
         config: The shape.
-        generator: The source of the initial weights; the global generator is neither read nor moved.
+        generator: The generator of the initial weights. The global one is neither read nor advanced.
 
     Example:
         >>> model = Transformer(Config(layers=1, width=16, heads=2, length=8), torch.Generator().manual_seed(0))
@@ -88,18 +88,18 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5, generator=generator)
         for name, parameter in self.blocks.named_parameters():
             if parameter.ndim == 2:
-                # What is added to the residual stream starts small, the smaller the more blocks add to it.
+                # Layers that add to the residual stream start small, in proportion to 1 / sqrt(number of additions).
                 scale = (2 * self.config.layers) ** -0.5 if name.endswith("out.weight") else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The logits of each next byte.
+        """Returns the logits of each next byte.
 
         Args:
             tokens: Integers [batch, length], in [0, 256).
 
         Returns:
-            float [batch, length, 256]; row i depends on the tokens up to and with i.
+            float [batch, length, 256]. Row i depends on tokens 0 to i.
         """
         length = tokens.shape[1]
         x = self.embedding(tokens.long())
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + perceptron(norm(x))."""
+    """A residual block: ``x + attention(norm(x))``, then ``x + perceptron(norm(x))``."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.perceptron_norm = nn.RMSNorm(config.width)
         self.perceptron = Perceptron(config)
-        # A dropout of 0 would still be traced, and would still count as a place that asks for random numbers.
+        # A dropout of 0 would still be traced as a site of random samples.
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of several heads with rotary positions."""
+    """Causal multi-head attention with rotary positions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """width -> 4 * width -> width, with a GELU between."""
+    """A perceptron, width -> 4 * width -> width, with a GELU in between."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Perceptron(nn.Module):
 
 
 def _rotary(length: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 [length, channels / 2] each, of the angles by which positions turn pairs of channels."""
+    """Returns cosine and sine of the rotary angles, float32 [length, channels / 2] each."""
     frequencies = 10_000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float32) / channels)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
@@ -167,5 +167,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    # The constructor alone would draw weights from the global generator.
+    # The constructor of nn.Linear would sample weights with the global generator.
     return cast(nn.Linear, skip_init(nn.Linear, inputs, outputs, bias=False))
