@@ -1,4 +1,4 @@
-"""Observers: functions ``(state, event, control)`` that act on the world. They can change nothing."""
+"""Observers: functions ``(state, event, control)`` with side effects. They cannot influence training."""
 
 from fxtrain.observers._memory import memory
 from fxtrain.observers._profile import profile

@@ -1,4 +1,4 @@
-"""Display: how progress is shown. Some lines that change in place, or lines one after another."""
+"""Output of ``progress``: a panel that is redrawn in place, or a log of lines."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from fxtrain.core._text import encodable, printable
 from fxtrain.observers._pace import fraction
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
-_REDRAW = 0.2  # seconds between two drawings in place, of about two milliseconds each
+_REDRAW = 0.2  # minimum seconds between two redraws
 
 Column = tuple[str, str]
-"""A label, which may be empty, and a value."""
+"""A label, possibly empty, and a value."""
 
 
 class Frame(NamedTuple):
-    """What is to be shown of a run at one moment."""
+    """The texts to show at one moment of a run."""
 
     step: str
     epoch: str | None
-    columns: list[Column]  # metrics, rates
+    columns: list[Column]  # metrics and throughput
     remaining: str | None
-    evaluation: list[Column]  # empty before the first
+    evaluation: list[Column]  # the latest evaluation; empty before the first
 
 
 def display(file: TextIO | None, seconds: float) -> Lines | Panel:
-    """In place on a terminal and in a notebook, lines elsewhere, and so in a file that a notebook writes.
+    """Returns a panel for a terminal or a notebook, and lines for other outputs, such as a file.
 
     Args:
-        file: Where to write; standard output by default.
-        seconds: Between two lines.
+        file: The output. Defaults to standard output.
+        seconds: Time between two lines.
     """
     import rich
     from rich.console import Console
 
-    # The console that the process shares: what others print on it appears above ours and not amidst it.
+    # The shared console makes the output of other code appear above the panel instead of inside it.
     console = rich.get_console() if file is None else Console(file=file, force_jupyter=False)
     if console.is_jupyter:
         return Panel(Cell())
@@ -46,20 +46,20 @@ def display(file: TextIO | None, seconds: float) -> Lines | Panel:
 
 
 class Lines:
-    """Lines one after another, in plain ASCII."""
+    """A log with one line per update."""
 
     def __init__(self, file: TextIO | None, seconds: float) -> None:
         self._file = file
         self._seconds = seconds
-        self._time: float | None = None  # of the last line about a step
-        self._tenth = 0  # of the run, at that line
+        self._time: float | None = None  # of the last step line
+        self._tenth = 0  # tenths of the run completed at that line
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
         self._print(text)
 
     def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
         tenth = int(10 * (fraction(event) or 0.0) + 1e-9)
-        self._tenth = min(self._tenth, tenth)  # the run may have gone back
+        self._tenth = min(self._tenth, tenth)  # a rewind lowers it
         if self._time is None or event.time - self._time >= self._seconds or tenth > self._tenth:
             self._time, self._tenth = event.time, tenth
             shown = frame()
@@ -88,7 +88,7 @@ class Lines:
 
 
 class Terminal:
-    """Draws in place on a terminal, which between its creation and ``close`` is rich's."""
+    """Redraws a panel in place on a terminal, which rich controls until ``close``."""
 
     def __init__(self, console: Any) -> None:
         from rich.live import Live
@@ -97,14 +97,14 @@ class Terminal:
         self._live = Live(
             console=console,
             auto_refresh=False,
-            # What is printed to the terminal appears above the panel. What goes to a file is to stay there.
+            # Text printed to the terminal appears above the panel. Output redirected to a file must stay there.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
         self._live.start()
 
     def draw(self, drawn: Any) -> None:
-        self.width = self._live.console.width  # a window may change its size
+        self.width = self._live.console.width  # the window may be resized
         self._live.update(drawn, refresh=True)
 
     def note(self, text: str) -> None:
@@ -115,8 +115,10 @@ class Terminal:
 
 
 class Cell:
-    """Draws in place in the output of a notebook's cell: HTML that is replaced, so that a notebook shows the last of
-    it once it is saved, and needs no widgets."""
+    """Redraws a panel in the output of a notebook cell.
+
+    The output is HTML that is replaced, so it needs no widgets, and a saved notebook shows the last panel.
+    """
 
     def __init__(self) -> None:
         self.width = 100
@@ -126,7 +128,7 @@ class Cell:
         import IPython.display
         from rich.console import Console
 
-        apart = io.StringIO()  # what is printed goes nowhere: the record of it is shown
+        apart = io.StringIO()  # discarded; the recorded output is displayed instead
         console = Console(file=apart, record=True, width=self.width, force_jupyter=False, color_system="truecolor")
         console.print(drawn)
         shown = {
@@ -146,17 +148,18 @@ class Cell:
 
 
 class Panel:
-    """A few lines that change in place.
+    """A few lines that are redrawn in place.
 
-    It has no thread: it is drawn when something happens, and at most five times a second.
+    It has no thread. It is redrawn by events; those of steps and evaluation batches redraw it five times a second at
+    most.
     """
 
     def __init__(self, place: Terminal | Cell) -> None:
         self._place = place
         self._frame: Frame | None = None
         self._event: LoopEvent | None = None
-        self._phase = ""  # what happens in place of steps
-        self._batch: tuple[int, int | None] | None = None  # of an evaluation: how many are done, and of how many
+        self._phase = ""  # the current activity, while no steps run
+        self._batch: tuple[int, int | None] | None = None  # evaluation batches done, and their total
         self._end = ""
         self._drawn = -_REDRAW
 
@@ -220,7 +223,7 @@ class Panel:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        total = None if share is None else 1.0  # without one, it pulses
+        total = None if share is None else 1.0  # without a total, the bar pulses
         bar = ProgressBar(total=total, completed=share or 0.0, width=width, animation_time=self._drawn)
         row = Table.grid(padding=(0, 2, 0, 0))
         row.add_row(bar, _text(text))
@@ -228,13 +231,13 @@ class Panel:
 
 
 def _print_line(text: str, file: TextIO | None) -> None:
-    """Prints one line, whatever is in the names and reasons of which it is made."""
+    """Prints one line. Control characters and those that the encoding lacks are escaped."""
     file = file or sys.stdout
     print(encodable(printable(text), getattr(file, "encoding", None)), file=file, flush=True)
 
 
 def _text(text: str, style: str = "") -> Any:
-    """One line as rich shows it. A ``Text`` has no markup: brackets in names stay brackets."""
+    """Returns a line for rich, as a ``Text`` because brackets in names would be parsed as markup in a string."""
     from rich.text import Text
 
     return Text(printable(text), style=style)

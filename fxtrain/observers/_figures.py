@@ -1,4 +1,4 @@
-"""Figures: numbers as people read them."""
+"""Readable formats for metrics, throughput, durations and sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def number(value: float) -> str:
-    """Four or five digits, of a width that changes little.
+    """Formats a metric in a few digits, with a width that changes little.
 
     Example:
         >>> [number(value) for value in (2.31456, 0.04, 123.456, 81234.0, 0.00012, float("nan"))]
@@ -21,7 +21,7 @@ def number(value: float) -> str:
 
 
 def scaled(value: float) -> str:
-    """Three digits and a prefix.
+    """Formats a value with three significant digits and an SI prefix.
 
     Example:
         >>> [scaled(value) for value in (0.52, 8.0, 45210.0, 1.25e6)]
@@ -35,7 +35,7 @@ def scaled(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds; below ten seconds with a fraction.
+    """Formats a duration as hours, minutes and seconds, with a fraction below ten seconds.
 
     Example:
         >>> [duration(seconds) for seconds in (3.21, 75, 3661, 90061)]
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in binary units.
+    """Formats a number of bytes in binary units.
 
     Example:
         >>> [size(count) for count in (12, 49_400_000, 3 * 2**40)]

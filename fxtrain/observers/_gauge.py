@@ -1,4 +1,4 @@
-"""Gauge: numbers that are read from the machine every so many steps, as curves beside the loss."""
+"""An observer that writes readings of the machine at regular steps."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ Read = Callable[[TrainState | None], Mapping[str, float]]
 
 
 class Gauge:
-    """Reads and writes at the multiples of so many steps, and at the end.
+    """Writes readings every ``every`` steps and at the end of each session.
 
     Args:
-        what: Who this is, in errors.
-        writers: From ``fxtrain.writers``, or clu's.
-        every: Steps.
-        read: From the state, of which nothing but its device is asked, to numbers by name.
+        what: The observer's name in errors.
+        writers: Writers from ``fxtrain.writers`` or clu.
+        every: Number of steps between readings.
+        read: Returns the readings by name. Uses only the device of the state that it is called with.
 
     Raises:
-        ValueError: If there is no writer, or ``every`` is out of its range.
+        TypeError: ``every`` is not an int.
+        ValueError: There is no writer, or ``every`` is smaller than 1.
     """
 
     def __init__(self, what: str, writers: tuple[Any, ...], every: int, read: Read) -> None:
@@ -45,7 +46,7 @@ class Gauge:
         self._outlets = [outlet_of(writer) for writer in writers]
         self._every = every
         self._read_numbers = read
-        self._step = 0  # of the last reading, and of the beginning
+        self._step = 0  # of the last reading or the beginning of the session
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         match event:
@@ -59,11 +60,11 @@ class Gauge:
                 self._read(state, event)
 
     def close(self) -> None:
-        """Closes every writer; then the first error is raised."""
+        """Closes every writer, then raises the first error."""
         try_all(*(outlet.close for outlet in self._outlets))
 
     def take_failure(self) -> Exception | None:
-        """Returns the first error of a writer since this was last asked."""
+        """Returns the first error of a writer since the last call."""
         failures = [outlet.take_failure() for outlet in self._outlets]
         return next((failure for failure in failures if failure is not None), None)
 

@@ -1,4 +1,4 @@
-"""Memory: what a run takes of the host's and of the device's memory, as curves beside the loss."""
+"""Memory use of the process, on the host and on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxtrain.core import TrainState
 from fxtrain.observers._gauge import Gauge
 
 _MIB = 2**20
-_RESIDENT = Path("/proc/self/statm")  # in pages; the second number
+_RESIDENT = Path("/proc/self/statm")  # sizes in pages; the second is the resident set
 _COUNTS = {
     "device_allocated": "allocated_bytes.all.current",
     "device_peak": "allocated_bytes.all.peak",
@@ -23,25 +23,25 @@ _COUNTS = {
 
 
 def memory(*writers: Any, every: int = 100) -> Gauge:
-    """Writes how much memory the process holds.
+    """Writes the memory use of the process, in MiB (2**20 bytes).
 
-    - ``memory/host_resident_mib``: the host memory that the process holds now. Linux only.
-    - ``memory/host_peak_mib``: the most it has held since it began.
-    - ``memory/device_allocated_mib``: the memory of tensors on the state's accelerator now.
-    - ``memory/device_peak_mib``: the most of it since the process began, or since somebody reset torch's count.
-    - ``memory/device_reserved_mib``: what torch holds of the accelerator, for tensors now and later.
+    - ``memory/host_resident_mib``: resident host memory. Linux only.
+    - ``memory/host_peak_mib``: its peak since the process started.
+    - ``memory/device_allocated_mib``: memory of tensors on the state's accelerator.
+    - ``memory/device_peak_mib``: its peak since the process started, or since torch's peak statistics were reset.
+    - ``memory/device_reserved_mib``: accelerator memory reserved by torch's allocator.
 
-    A MiB is 2**20 bytes. Of a state on the CPU there are the first two. A reading takes some microseconds, and does
-    not wait for the device.
+    For a state on the CPU, only the host values are written. A reading causes no host-device synchronization.
 
     Args:
-        writers: From ``fxtrain.writers``, or clu's. They may be those of ``observers.write``, which then comes first
-            in the list of observers.
-        every: Write at the multiples of so many steps, and at the end.
+        writers: Writers from ``fxtrain.writers`` or clu. Writers can be shared with ``observers.write``, which must
+            then come first in the list of observers.
+        every: Number of steps between readings. There is also one at the end of each session.
 
     Raises:
-        ValueError: If there is no writer, or ``every`` is out of its range.
-        OSError: If this system tells nothing of the memory of its processes, as Windows.
+        TypeError: ``every`` is not an int.
+        ValueError: There is no writer, or ``every`` is smaller than 1.
+        OSError: The platform does not report the memory use of processes. Windows does not.
 
     Example:
         >>> import pathlib, tempfile
@@ -65,21 +65,21 @@ def _read(state: TrainState | None) -> dict[str, float]:
 
 
 def _host() -> dict[str, int]:
-    """Bytes of the process."""
+    """Returns the host memory of the process, in bytes."""
     found: dict[str, int] = {}
     if _RESIDENT.exists():
         found["host_resident"] = int(_RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if importlib.util.find_spec("resource"):
         import resource
 
-        # In bytes on macOS, and in units of 1024 elsewhere.
+        # Bytes on macOS, KiB elsewhere.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found["host_peak"] = peak if sys.platform == "darwin" else peak * 1024
     return found
 
 
 def _device(device: torch.device) -> dict[str, int]:
-    """Bytes of an accelerator whose allocator counts."""
+    """Returns the memory of an accelerator in bytes, as far as its allocator reports it."""
     if device.type == "cpu":
         return {}
     counts = torch.accelerator.memory_stats(device)

@@ -1,4 +1,4 @@
-"""Pace: how fast a run goes, and around what its metrics move, in numbers."""
+"""Running averages of a run's speed and metrics."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from collections.abc import Mapping
 from fxtrain.core import LoopEvent, StepEnd
 
 _STEPS = 20
-_UNREAD = 256  # steps whose metrics may wait on their device
+_UNREAD = 256  # maximum number of steps whose metrics have not been read from the device
 
 
 class Pace:
-    """Averages over about the last ``span`` seconds, in which a step counts the less the longer ago it was.
+    """Exponentially weighted averages over about the last ``span`` seconds.
 
         mean = sum(w_i * x_i) / sum(w_i),  w_i = exp(-(seconds since step i) / span)
 
-    Those of metrics go back about 20 steps at most, so that a fast run does not show values of long ago: each step
-    takes at least a 20th off the weights of those before.
+    Each step also multiplies the metric weights of earlier steps by at most 19/20, so averages of metrics cover about
+    20 steps at most, even in a fast run.
 
-    Seconds are those of the steps: what the loop spent on evaluations and saves is left out. The first step of a
-    session, in which it is compiled, counts for nothing but its metrics.
+    Time spent on evaluations and saves is excluded. The first step of a session, which includes compilation,
+    contributes only its metrics.
 
     Args:
-        span: Seconds.
+        span: Time constant of the averages, in seconds.
     """
 
     def __init__(self, span: float) -> None:
         self._span = span
-        self._last: float | None = None  # when the last step ended
-        self._first = 0.0  # when the first one did
-        self._paused = 0.0  # seconds since the last step that were not spent on the next
-        self._steps = self._seconds = self._waited = 0.0  # decayed sums
-        self._busy = 0.0  # seconds of all steps
-        self._sums: dict[str, tuple[float, float]] = {}  # by metric, the decayed sums of values and of weights
+        self._last: float | None = None  # end of the last step
+        self._first = 0.0  # end of the first step
+        self._paused = 0.0  # seconds since the last step spent on other work
+        self._steps = self._seconds = self._waited = 0.0  # decayed sums of steps, their seconds and data waits
+        self._busy = 0.0  # total seconds of steps
+        self._sums: dict[str, tuple[float, float]] = {}  # by metric: decayed sums of values and weights
         self._latest: dict[str, float] = {}
-        self._unread: list[tuple[float, Mapping[str, float]]] = []  # with what is left of the weights before each
+        self._unread: list[tuple[float, Mapping[str, float]]] = []  # decay of earlier weights, metrics
 
     def step(self, event: StepEnd) -> None:
-        """A step was taken."""
+        """Adds a step."""
         forget = 0.0
         if self._last is None:
             self._first = event.time
@@ -51,28 +51,28 @@ class Pace:
             self._busy += seconds
             forget = min(decay, 1 - 1 / _STEPS)
         self._last, self._paused = event.time, 0.0
-        # Metrics are read when they are shown: reading them at each step would wait for the device each time.
+        # Reading metrics waits for the device, so they are read only when shown.
         self._unread.append((forget, event.metrics))
         if len(self._unread) > _UNREAD:
             self._read()
 
     def pause(self, seconds: float) -> None:
-        """So many seconds went to something else."""
+        """Excludes seconds spent on work other than steps."""
         self._paused += seconds
 
     @property
     def rate(self) -> float | None:
-        """Steps a second, or None as long as nothing is known."""
+        """Steps per second, or None before the second step."""
         return self._steps / self._seconds if self._seconds > 0 else None
 
     @property
     def waiting(self) -> float | None:
-        """The share of the time in which the loop waited for data, between 0 and 1."""
+        """Fraction of the time spent waiting for data, in [0, 1], or None before the second step."""
         return min(self._waited / self._seconds, 1.0) if self._seconds > 0 else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The mean of each metric; where the last value is not finite, that value."""
+        """Mean of each metric by name. If its latest value is not finite, that value instead."""
         self._read()
         return {
             name: total / weight if weight and math.isfinite(self._latest[name]) else self._latest[name]
@@ -80,7 +80,7 @@ class Pace:
         }
 
     def remaining(self, event: LoopEvent) -> float | None:
-        """Seconds until the end, if evaluations and saves go on taking the share they took; None if unknown."""
+        """Returns the estimated seconds until the end, evaluations and saves included, or None if unknown."""
         left = [total - done for done, total in _counts(event)]
         if not left or self.rate is None or self._busy <= 0:
             return None
@@ -90,7 +90,7 @@ class Pace:
         for forget, metrics in self._unread:
             for name, value in metrics.items():
                 total, weight = self._sums.get(name, (0.0, 0.0))
-                # A value that is not finite would stay in the sum for ever.
+                # A non-finite value would stay in the sum forever.
                 finite = math.isfinite(value)
                 self._sums[name] = (total * forget + value, weight * forget + 1) if finite else (total, weight)
                 self._latest[name] = value
@@ -98,13 +98,13 @@ class Pace:
 
 
 def fraction(event: LoopEvent) -> float | None:
-    """How much of the run is done, between 0 and 1; None where it has no known end."""
+    """Returns the completed fraction of the run, in [0, 1], or None if it has no known end."""
     shares = [done / total for done, total in _counts(event) if total > 0]
     return min(max(shares), 1.0) if shares else None
 
 
 def _counts(event: LoopEvent) -> list[tuple[int, int]]:
-    """What is done, of how much, by each measure that ends the run."""
+    """Returns (done, total) for each limit of the run: in steps, and in batches for a limit on epochs."""
     counts: list[tuple[int, int]] = []
     if event.total_steps is not None:
         counts.append((event.step, event.total_steps))

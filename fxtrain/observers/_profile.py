@@ -1,4 +1,4 @@
-"""Profile: where the time of some steps goes, and their memory, written to files that tools open."""
+"""Traces of the time and memory of a few steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int
 from fxtrain.disk import make_folder
 
-_ROWS = 40  # of the table
-_ENTRIES = 100_000  # allocations that a memory snapshot goes back; each takes some kilobytes of the host's memory
+_ROWS = 40  # of the table of operations
+_ENTRIES = 100_000  # allocations in a memory snapshot; each takes a few kilobytes of host memory
 
 Seen = FitBegin | StepBegin | StepEnd
 
@@ -22,26 +22,27 @@ Seen = FitBegin | StepBegin | StepEnd
 def profile(
     folder: str | os.PathLike[str], *, wait: int = 5, warmup: int = 2, active: int = 5, memory: bool = False
 ) -> Profile:
-    """Records some steps of each session by ``torch.profiler``, and then is out of the way.
+    """Profiles a few steps of each session with ``torch.profiler``.
 
-    It writes ``steps-6-to-10.trace.json``, which https://ui.perfetto.dev and chrome://tracing open, and
-    ``steps-6-to-10.operations.txt``, a table of the costliest operations. In both, ``train step`` is what lies between
-    ``StepBegin`` and ``StepEnd``, and ``ProfilerStep`` that and what comes before the next: the wait for data,
-    callbacks, observers and evaluations. On a CPU what Inductor fuses is one row, the call of the graph. Recorded
-    steps are slower than others.
+    Writes ``steps-8-to-12.trace.json``, which opens in https://ui.perfetto.dev and chrome://tracing, and
+    ``steps-8-to-12.operations.txt``, a table of the most expensive operations. In both, ``train step`` is the time
+    from ``StepBegin`` to ``StepEnd``. ``ProfilerStep`` is the time from one ``StepEnd`` to the next, so it includes
+    waiting for data, callbacks, observers and evaluations. On CPU, kernels fused by Inductor appear as a single row,
+    the call of the graph. Recording makes steps slower.
 
-    A run that ends while it records leaves what was recorded until then.
+    If a session ends while recording, the steps recorded so far are written.
 
     Args:
-        folder: Where to write. It is made if need be.
-        wait: Steps at the beginning of a session that are left alone, compilation among them.
-        warmup: Steps after these in which the profiler runs and what it sees is dropped, 1 or more.
-        active: Steps after these that are recorded, 1 or more.
-        memory: Whether to record what operations allocate. For a state on CUDA, ``steps-6-to-10.memory.pickle`` is
-            then each allocation, for https://docs.pytorch.org/memory_viz.
+        folder: The folder to write to. It is created if it does not exist.
+        wait: Number of steps to skip at the beginning of a session, such as the one that compiles.
+        warmup: Number of following steps in which the profiler runs but its results are discarded; at least 1.
+        active: Number of following steps to record; at least 1.
+        memory: Whether to record the memory allocated by operations. For a state on CUDA, this also writes
+            ``steps-8-to-12.memory.pickle`` with every allocation, for https://docs.pytorch.org/memory_viz.
 
     Raises:
-        ValueError: If a number of steps is out of its range.
+        TypeError: ``wait``, ``warmup`` or ``active`` is not an int.
+        ValueError: One of them is out of range.
 
     Example:
         >>> import tempfile, torch, fxtrain as fx
@@ -59,22 +60,22 @@ def profile(
 
 
 class Profile:
-    """Records some steps of each session; made by ``profile``."""
+    """Profiles a few steps of each session. Created by ``profile``."""
 
     def __init__(self, folder: Path, wait: int, warmup: int, active: int, memory: bool) -> None:
-        self.files: tuple[Path, ...] = ()  # what the last session wrote
+        self.files: tuple[Path, ...] = ()  # written by the last session
         self._folder = folder
         self._wait, self._warmup, self._active, self._memory = wait, warmup, active, memory
-        self._profiler: Any = None  # while it runs
+        self._profiler: Any = None  # None while not running
         self._on_cuda = False
         self._begin()
 
     def _begin(self) -> None:
-        self._taken = 0  # steps of this session
-        self._recorded: list[int] = []  # the numbers of those that were recorded
+        self._taken = 0  # steps taken in this session
+        self._recorded: list[int] = []  # their step numbers
         self._done = False
-        self._opened = contextlib.ExitStack()  # what has to be ended: the memory history, the profiler
-        self._step = contextlib.ExitStack()  # the range of the step under way
+        self._opened = contextlib.ExitStack()  # closes the memory history and the profiler
+        self._step = contextlib.ExitStack()  # the profiler range of the current step
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         try:
@@ -89,11 +90,11 @@ class Profile:
                 case StepEnd() if not self._done:
                     self._step_ends(event)
         except BaseException:
-            self._end()  # the loop drops an observer that fails, and the profiler must not run on
+            self._end()  # the loop drops a failing observer, but its profiler would keep running
             raise
 
     def close(self) -> None:
-        """Ends the recording. What was recorded is written; where the run was too short for any, a warning says so."""
+        """Stops recording and writes the recorded steps. Warns if the session was too short to record any."""
         if self._done:
             return
         taken, self._done = self._taken, True
@@ -112,7 +113,7 @@ class Profile:
         if self._profiler is None and self._taken >= self._wait:
             self._start(state)
         if self._profiler is not None:
-            self._step.close()  # of a batch that was skipped
+            self._step.close()  # still open if the previous batch was skipped
             self._step.enter_context(torch.profiler.record_function("train step"))
 
     def _step_ends(self, event: StepEnd) -> None:
@@ -142,7 +143,7 @@ class Profile:
         self._profiler = profiler
 
     def _write(self) -> None:
-        """Ends the recording, and writes it."""
+        """Stops recording and writes the files."""
         self._step.close()
         profiler = self._profiler
         name = f"steps-{self._recorded[0]}-to-{self._recorded[-1]}"
@@ -154,14 +155,14 @@ class Profile:
             torch.cuda.memory._dump_snapshot(str(snapshot))
         self._end()
         profiler.export_chrome_trace(str(trace))
-        if not trace.is_file() or not trace.stat().st_size:  # the profiler says so in a log at most
+        if not trace.is_file() or not trace.stat().st_size:  # the profiler only logs a failed write, if at all
             raise OSError(f"{trace} could not be written: give a folder that you may write to, on a disk with room.")
         by = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
         table.write_text(f"{profiler.key_averages().table(sort_by=by, row_limit=_ROWS)}\n", encoding="utf-8")
         self.files = (trace, table, *([snapshot] if with_snapshot else []))
 
     def _end(self) -> None:
-        """Whatever happened, the profiler runs no more."""
+        """Stops the profiler if it is running."""
         self._profiler = None
         self._step.close()
         self._opened.close()

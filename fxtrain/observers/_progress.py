@@ -1,4 +1,4 @@
-"""Progress: where a run is, how fast it goes and how good it is, on a terminal, in a notebook or in a log."""
+"""A progress display for terminals, notebooks and logs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fxtrain.observers._figures import duration, number, scaled
 from fxtrain.observers._pace import Pace
 from fxtrain.observers._rank_zero import rank
 
-_SPAN = 10.0  # seconds over which rates and metrics are averaged
+_SPAN = 10.0  # seconds over which throughput and metrics are averaged
 
 Derived = Callable[[Mapping[str, float]], float]
 Seen = FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
@@ -43,28 +43,29 @@ def progress(
     every_rank: bool = False,
     file: TextIO | None = None,
 ) -> Progress:
-    """Shows a run as it goes: a few lines that change in place, or one line every so often where that cannot be.
+    """Shows the position, metrics, throughput and remaining time of a run.
 
-    In place is on a terminal and in a notebook, whose cell keeps the last of it. Of several processes the one of rank 0
-    alone shows, and in the others nothing is brought to the host for it.
+    On a terminal and in a notebook, a few lines are redrawn in place. Other outputs get a line every ``seconds``. With
+    several processes, only rank 0 shows progress, and the others copy no metrics to the host.
 
-    Rates are averaged over about the last ten seconds, and metrics too, or over the last 20 steps if that is less. Time
-    that goes to evaluations and saves does not count as time of steps; the time that remains includes it.
+    Throughput is averaged over about the last ten seconds. Metrics are averaged over the same time, or over the last 20
+    steps if those took less. Evaluations and saves do not lower the throughput, but the remaining time includes them.
 
     Args:
-        metrics: Of steps and of evaluations, by name.
-        rate: A unit, and how many of it there are in a step: ``("tokens", 8192)`` shows tokens a second.
-        extra: More columns: functions of the metrics by name, ``{"bpb": lambda m: m["loss"] / math.log(2)}``.
-        best: The evaluation metric whose best value is shown, where there is one of this name.
-        mode: ``"min"`` or ``"max"``: which way it is better.
-        seconds: Between two lines, where the output is no terminal. There is also one each tenth of the run.
-        every_rank: Whether each of several processes shows; then give each a file of its own.
-        file: Where to write; standard output by default.
+        metrics: Names of the metrics to show, of steps and of evaluations.
+        rate: Unit of throughput and number of units per step. ``("tokens", 8192)`` shows tokens per second.
+        extra: Additional columns by name, as functions of the metrics:
+            ``{"bpb": lambda m: m["loss"] / math.log(2)}``.
+        best: Name of the evaluation metric whose best value is shown, if it exists.
+        mode: ``"min"`` if lower values of ``best`` are better, ``"max"`` if higher ones are.
+        seconds: Time between two lines, if they are not redrawn. There is also a line at each tenth of the run.
+        every_rank: Whether every process shows progress. Give each its own file then.
+        file: The output. Defaults to standard output.
 
     Raises:
-        TypeError: If ``metrics`` is a single string.
-        ValueError: If an argument is out of its range.
-        KeyError: When it runs, if the step measures none of this name.
+        TypeError: ``metrics`` is a single string.
+        ValueError: An argument is out of range.
+        KeyError: At run time, if the step does not return one of ``metrics``.
 
     Example:
         >>> import io
@@ -88,7 +89,7 @@ def progress(
 
 
 class Progress:
-    """Shows a run as it goes; made by ``progress``."""
+    """Shows the progress of a run. Created by ``progress``."""
 
     def __init__(
         self,
@@ -110,26 +111,26 @@ class Progress:
         self._begin()
 
     def _begin(self) -> None:
-        # Asked as a session begins: processes may find each other after this was made.
+        # Read when a session begins, because torch.distributed may be initialized after this observer is created.
         self._silent = not self._every_rank and rank() != 0
         self._pace = Pace(_SPAN)
         self._checked = False
-        self._time = 0.0  # of the event before
-        self._evaluating: float | None = None  # since when
-        self._batch = 0  # of the evaluation: how many are done
-        self._batches: int | None = None  # how many there were in the last one
-        self._last: tuple[int, Mapping[str, float]] | None = None  # the last evaluation's step and metrics
-        self._best: tuple[float, int] | None = None  # the best value and its step
+        self._time = 0.0  # of the previous event
+        self._evaluating: float | None = None  # when the current evaluation began
+        self._batch = 0  # evaluation batches done
+        self._batches: int | None = None  # number of batches of the last evaluation
+        self._last: tuple[int, Mapping[str, float]] | None = None  # step and metrics of the last evaluation
+        self._best: tuple[float, int] | None = None  # best value and its step
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         try:
             self._see(event)
         except BaseException:
-            self.close()  # the loop drops an observer that fails, and the terminal is to be as it was
+            self.close()  # the loop drops a failing observer, which must restore the terminal
             raise
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._display is not None:
             self._display.close()
             self._display = None
@@ -189,7 +190,7 @@ class Progress:
         if value is not None and (self._best is None or self._sign * value < self._sign * self._best[0]):
             self._best = (value, event.step)
 
-    # What is shown
+    # Texts
 
     def _frame(self, event: LoopEvent) -> Frame:
         step = f"{event.step}/{event.total_steps}" if event.total_steps is not None else f"{event.step}"
@@ -204,7 +205,7 @@ class Progress:
     def _measured(self, metrics: Mapping[str, float]) -> list[Column]:
         shown = [(name, number(metrics[name])) for name in self._metrics if name in metrics]
         for name, derive in self._extra.items():
-            with contextlib.suppress(KeyError):  # an evaluation may measure less than a step
+            with contextlib.suppress(KeyError):  # an evaluation may have fewer metrics than a step
                 shown.append((name, number(derive(metrics))))
         return shown
 
@@ -224,7 +225,7 @@ class Progress:
         return [("at step", str(step)), *self._measured(metrics), *rest, *best]
 
     def _check(self, event: StepEnd) -> None:
-        self._checked = True  # once, because it reads metrics, and waits for them
+        self._checked = True  # only once, because reading metrics waits for the device
         for name in self._metrics:
             if name not in event.metrics:
                 there = ", ".join(map(repr, event.metrics)) or "nothing"
@@ -234,7 +235,7 @@ class Progress:
 
 
 def _restored(event: Restored) -> str:
-    """What of the restored state a person should know."""
+    """Returns the differences of the restored state from the expected one, in one line."""
     new = [f"slot {name!r} is new" for name in event.missing]
     kept = [f"slot {name!r} is kept for nobody" for name in event.extra]
     return "; ".join([*new, *kept, *(f"the last bits may differ: {line}" for line in event.different)])

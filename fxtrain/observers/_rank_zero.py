@@ -1,4 +1,4 @@
-"""Rank zero: an observer that acts in one process of many."""
+"""Observers that act only in the process of rank 0."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from fxtrain.core import FitEnd
 
 
 def rank_zero(observer: Callable[..., None]) -> Callable[..., None]:
-    """``observer``, in the process of rank 0 alone; in the others nothing, and nothing is copied to the host for it.
+    """Returns ``observer`` in the process of rank 0, and an observer that does nothing in all others.
 
-    The rank is torch.distributed's where that is initialised, else the variable ``RANK``, else 0. It is asked once,
-    here. A callback is not marked: it decides, and what all processes hold has to be decided in all of them.
-    ``progress`` and ``summary`` need no mark: they show in the process of rank 0 alone by themselves.
+    The others copy no metrics to the host. The rank is read when this is called: from torch.distributed if it is
+    initialized, otherwise from the environment variable ``RANK``, otherwise it is 0.
+
+    Callbacks must not be restricted to one rank, because all processes must make the same decisions. ``progress`` and
+    ``summary`` already act on rank 0 only.
 
     Args:
-        observer: ``(state, event, control) -> None``. It stays as it is.
+        observer: A function ``(state, event, control) -> None``. It is not modified.
 
     Example:
         >>> from fxtrain import observers, writers
@@ -29,11 +31,11 @@ def rank_zero(observer: Callable[..., None]) -> Callable[..., None]:
 
 
 def rank() -> int:
-    """Of this process: torch.distributed's where that is initialised, else the variable ``RANK``, else 0."""
+    """Returns the rank of this process: from torch.distributed if initialized, else from ``RANK``, else 0."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK") or 0)
 
 
 def _nothing(state: Any, event: FitEnd, control: Any) -> None:
-    """What the other processes do."""
+    """Does nothing. It subscribes to ``FitEnd`` alone, so it costs nothing during training."""

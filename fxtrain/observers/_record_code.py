@@ -1,4 +1,4 @@
-"""Record code: the source that a run was made with, in its folder."""
+"""Archives of the source code of a run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from fxtrain.core import Control, FitBegin, TrainState
 from fxtrain.disk import make_folder, put_file, sync_file, sync_folder
 from fxtrain.observers._repository import commit_of, git
 
-_LARGEST = 2**20  # bytes of a file; source is smaller
+_LARGEST = 2**20  # bytes; larger files are unlikely to be source
 _ENDINGS = frozenset((".py", ".ipynb", ".toml", ".cfg", ".ini", ".yaml", ".yml", ".json", ".md", ".txt", ".sh", ".cu"))
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # of all files: when they were written is no part of the source
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the modification time of every file, so that archives compare equal
 
 
 def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".") -> Callable[..., None]:
-    """Writes the source into ``<folder>/code`` as a session begins.
+    """Archives the source code in ``<folder>/code`` when a session begins.
 
-    ``<digest>.zip`` holds the files, and ``sessions.jsonl`` has a line for each session: its step, the digest, and, in
-    a git repository, the commit and whether anything had been changed since. A session with the same source as one
-    before it writes no second archive.
+    ``<digest>.zip`` contains the files. ``sessions.jsonl`` has a line for each session with its step and archive and,
+    in a git repository, the commit and whether there were uncommitted changes. Sessions with the same source share an
+    archive.
 
-    The files are those of at most a megabyte that git knows, and those whose ending is one of source, configuration or
-    text and that it would add; without a repository, all with such an ending, outside hidden folders and virtual
-    environments. The run's own folder is left out.
+    In a git repository, the archive contains all tracked files, and the untracked ones that are not ignored and have an
+    extension of source, configuration or text. Elsewhere, it contains all files with such an extension outside hidden
+    folders and virtual environments. Files above 1 MiB and the folder of the run are left out.
 
     Args:
-        folder: Of the run.
-        source: The folder to record.
+        folder: The folder of the run.
+        source: The folder to archive.
 
     Raises:
-        NotADirectoryError: If ``source`` is no folder.
+        NotADirectoryError: ``source`` is not a folder.
 
     Example:
         >>> import pathlib, tempfile
@@ -50,13 +50,13 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         raise NotADirectoryError(f"source={os.fspath(source)!r} is no folder: give the one that has the code.")
 
     def record_code(state: TrainState | None, event: FitBegin, control: Control) -> None:
-        # What the run writes would make other source of it at each session.
+        # The files that the run writes would change the digest in each session.
         own = run.resolve() if root in run.resolve().parents else target.resolve()
         files = {str(path.relative_to(root)): path for path in _files(root) if own not in path.parents}
         contents = {name: path.read_bytes() for name, path in sorted(files.items())}
         path = target / f"{_digest(contents)}.zip"
         make_folder(target)
-        if not zipfile.is_zipfile(path):  # it is not there, or a power cut left no more than its name
+        if not zipfile.is_zipfile(path):  # missing, or damaged by a power cut
             _write(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
         line = {"step": event.step, "archive": path.name, **_commit(root, own)}
         _add_line(target / "sessions.jsonl", json.dumps(line).encode())
@@ -95,7 +95,7 @@ def _is_source(path: Path) -> bool:
 
 
 def _digest(contents: dict[str, bytes]) -> str:
-    """Of what is in the archive: compressed, it may differ from one machine to another."""
+    """Returns a digest of the uncompressed files, because compression may differ between machines."""
     digest = hashlib.sha256()
     for name, content in contents.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -103,7 +103,7 @@ def _digest(contents: dict[str, bytes]) -> str:
 
 
 def _write(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
-    new = path.with_suffix(".zip.tmp")  # a crash leaves no half of an archive that the next session would trust
+    new = path.with_suffix(".zip.tmp")  # renamed once complete, in case of a crash
     with zipfile.ZipFile(new, "w") as archive:
         for name, (mode, content) in entries.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -114,7 +114,7 @@ def _write(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
 
 
 def _add_line(path: Path, line: bytes) -> None:
-    """Adds a line, after one that a crash may have torn or a power cut filled with zeros."""
+    """Appends a line. The last one may be cut short by a crash, or end in zeros after a power cut."""
     before = path.read_bytes() if path.exists() else b""
     kept = before.rstrip(b"\0")
     if len(kept) < len(before):

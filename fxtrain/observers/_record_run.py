@@ -1,4 +1,4 @@
-"""Record run: what a run is, where it ran, what happened in it and how it ended, in its folder."""
+"""Records of a run's configuration, environment, sessions and events."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from fxtrain.values import plain
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
 
-_MOST_LINES = 10_000  # that wait where they cannot be written
-_TOGETHER = 100  # steps whose requests may wait on their device
+_MOST_LINES = 10_000  # queued while they cannot be written
+_TOGETHER = 100  # steps whose request flags may stay unread on the device
 _TOLD: Mapping[type[Any], tuple[str, ...]] = {
     FitBegin: ("total_steps", "total_epochs", "resumed"),
     Restored: ("path", "missing", "extra", "different"),
@@ -49,31 +49,30 @@ _TOLD: Mapping[type[Any], tuple[str, ...]] = {
     Interrupted: ("cause",),
     FitEnd: ("reason",),
 }
-"""The events of a session, and what of them is written down."""
+"""The recorded events, and which of their fields are recorded."""
 
 
 def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> RecordRun:
-    """Writes into a folder what makes it tell its own story.
+    """Records the configuration, environment, sessions and events of a run in its folder.
 
-    - ``run.json``: the configuration; the environment (versions, device, threads, commit); and a list of sessions, each
-      with when it began, from which step, when it ended, at which step and why. A session that was killed has no end.
-    - ``events.jsonl``: a line for each session's begin and end, each checkpoint, rewind and interrupt, and for each
-      event at which a callback asked for something: which requests, and the reasons of each. Nothing is taken back
-      from it.
+    - ``run.json``: the configuration, and a list of sessions. Each has its environment (versions, device, threads,
+      commit), the times and steps of its begin and end, and the reason why it ended. A killed session has no end.
+    - ``events.jsonl``: a line for the begin and end of each session, for each checkpoint, rewind and interrupt, and for
+      each event at which a callback made requests, with their reasons. Lines stay when the run rewinds.
 
-    Nothing waits for an accelerator: requests that only it knows are read some steps later.
+    Requests whose flags are on an accelerator are read some steps later, to avoid host-device synchronization.
 
-    Both are on the disk before each save. A ``run.json`` that a power cut left empty or cut is moved to
-    ``run.json.damaged``, with a warning, and begun again. Where the disk is full, at most 10,000 lines wait, and are
-    written later.
+    Both files are synced to the disk before each save. A ``run.json`` damaged by a power cut is moved to
+    ``run.json.damaged`` with a warning, and started again. While the disk is full, up to 10,000 lines are queued, and
+    written once there is space.
 
     Args:
-        folder: Of the run. Made if it is not there.
-        config: What the run is configured with: what JSON has.
+        folder: The folder of the run. It is created if it does not exist.
+        config: The configuration of the run, as values that JSON can represent. None keeps that of earlier sessions.
 
     Raises:
-        TypeError: If ``config`` has something in it that JSON has not.
-        OSError: If the folder cannot be written to.
+        TypeError: ``config`` contains a value that JSON cannot represent.
+        OSError: The folder cannot be created.
 
     Example:
         >>> import pathlib, tempfile
@@ -88,7 +87,7 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
         ['FitBegin', 'EvalEnd', 'FitEnd']
     """
     try:
-        kept = json.loads(json.dumps(config, allow_nan=False))  # a copy: what is changed later is no configuration
+        kept = json.loads(json.dumps(config, allow_nan=False))  # a copy, in case the caller changes it later
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"config is written as JSON, which it cannot be: {error}. Give numbers, strings, bools, None, and lists "
@@ -100,16 +99,16 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
 
 
 class RecordRun:
-    """Writes the story of a run; made by ``record_run``."""
+    """Records a run. Created by ``record_run``."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any] | None) -> None:
         self._run, self._events = folder / "run.json", folder / "events.jsonl"
         self._config = config
         self._known: dict[str, Any] = {}
-        self._unwritten = False  # whether run.json lacks something of it
-        self._lines: deque[bytes] = deque()  # that events.jsonl lacks
+        self._unwritten = False  # whether run.json is out of date
+        self._lines: deque[bytes] = deque()  # not yet in events.jsonl
         self._dropped = 0
-        self._failure: OSError | None = None  # since the last success
+        self._failure: OSError | None = None  # since the last successful write
         self._contained: OSError | None = None
         self._unread: list[tuple[LoopEvent, Control]] = []
 
@@ -126,12 +125,12 @@ class RecordRun:
             self._end(event)
 
     def flush(self) -> None:
-        """Writes what is left, and brings it to the disk."""
+        """Writes pending lines and syncs them to the disk."""
         self._read()
         self._try(self._sync)
 
     def close(self) -> None:
-        """Writes what is left. Lines that cannot be written are counted in a warning."""
+        """Writes pending lines. Warns about those that cannot be written."""
         self.flush()
         if lost := self._dropped + len(self._lines):
             _warn(f"record_run: {lost} lines of {self._events} could not be written and are lost.")
@@ -139,14 +138,13 @@ class RecordRun:
             self._dropped = 0
 
     def take_failure(self) -> Exception | None:
-        """Returns the error of the disk that was contained since this was last asked."""
+        """Returns the disk error contained since the last call, or None."""
         failure, self._contained = self._contained, None
         return failure
 
     def _begin(self, state: TrainState | None, event: FitBegin) -> None:
         before = _read_json(self._run)
         sessions = before.get("sessions", [])
-        # What a session that was killed began stays as it is: it has no end.
         sessions.append({"began": _now(), "from_step": event.step, "environment": _environment(state)})
         config = self._config if self._config is not None else before.get("config")
         self._known = {"config": config, "sessions": sessions}
@@ -164,7 +162,7 @@ class RecordRun:
         self._try(self._put)
 
     def _put(self) -> None:
-        """Writes what the files lack."""
+        """Writes run.json if it is out of date, and the pending lines."""
         if self._unwritten:
             replace_file(self._run, json.dumps(self._known, indent=2).encode())
             self._unwritten = False
@@ -211,11 +209,11 @@ class RecordRun:
 
 
 def _append(path: Path, lines: bytes) -> None:
-    """Adds lines to a file, all or none. A last line that a crash tore ends where they begin."""
+    """Appends lines, or none if a write fails. A last line that a crash cut short is terminated first."""
     is_new = not path.exists()
     with open(path, "ab+", buffering=0) as file:
         size = end = file.tell()
-        # A power cut may have left zeros in the place of what was not synced.
+        # A power cut may leave zeros in place of data that was not synced.
         while end and (last := _byte(file, end - 1)) == b"\0":
             end -= 1
         if end < size:
@@ -238,7 +236,7 @@ def _byte(file: Any, place: int) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What an earlier session wrote, or nothing where that cannot be read, and is set aside."""
+    """Returns what earlier sessions wrote, or an empty dict. A damaged file is set aside."""
     if not path.exists():
         return {}
     try:
@@ -283,7 +281,7 @@ def _environment(state: TrainState | None) -> dict[str, Any]:
         "device": None if device is None else str(device),
         "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "commit": commit_of(Path()),  # of the repository that the process runs in
+        "commit": commit_of(Path()),  # of the working directory
     }
 
 

@@ -1,4 +1,4 @@
-"""Repository: what git says of the code that a run is made with."""
+"""Queries of the git repository that contains a folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from pathlib import Path
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """The output of ``git`` in a folder, or None where there is no repository, or no git."""
+    """Runs git in a folder and returns its output, or None if git fails or is not installed.
+
+    Args:
+        folder: The folder to run git in.
+        arguments: The command and its arguments.
+    """
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", errors="replace"
@@ -18,6 +23,6 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that is checked out there."""
+    """Returns the checked-out commit of the repository that contains ``folder``, or None."""
     said = git(folder, "rev-parse", "HEAD")
     return None if said is None else said.strip()

@@ -1,4 +1,4 @@
-"""Required: an observer without which the run is not worth its time."""
+"""Observers whose failure ends the run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from fxtrain.fold._subscription import name_of
 
 
 def required(observer: Callable[..., None]) -> Callable[..., None]:
-    """``observer``, whose failure ends the run, that of one of its writers included.
+    """Makes failures of an observer, or of one of its writers, end the run.
 
-    The failure of any other observer is reported, and the observer dropped.
+    Other observers that fail are reported and dropped.
 
     Args:
-        observer: ``(state, event, control) -> None``. It stays as it is.
+        observer: A function ``(state, event, control) -> None``. It is not modified.
+
+    Returns:
+        A required observer that calls ``observer``.
 
     Example:
         >>> from fxtrain.core import StepEnd
@@ -24,7 +27,7 @@ def required(observer: Callable[..., None]) -> Callable[..., None]:
         True
     """
 
-    @functools.wraps(observer, updated=())  # the annotation, which subscribes, is read through it
+    @functools.wraps(observer, updated=())  # keeps the annotation that subscribes the observer
     def watched(state: Any, event: Any, control: Any) -> None:
         observer(state, event, control)
         raise_contained()

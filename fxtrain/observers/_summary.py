@@ -1,4 +1,4 @@
-"""Summary: one page that says what is about to be trained, with what, and where."""
+"""A page about the model, data, optimizer and device of a run."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from fxtrain.observers._figures import size
 from fxtrain.observers._rank_zero import rank
 from fxtrain.optim import PerParameter
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between the dots of a name
 _LONGEST = 48  # characters of a name in a table
-_NUMBERS = ("parameters", "share", "size")  # columns
-_WIDTH = 96  # characters of a line of facts
+_NUMBERS = ("parameters", "share", "size")  # right-aligned columns
+_WIDTH = 96  # characters per line outside tables
 
 Facts = dict[str, str]
-"""What is known, by its label. What is not known is not there."""
+"""Known facts by label. Unknown ones are left out."""
 
 
 def summary(
     *, depth: int = 2, rows: int = 30, file: str | os.PathLike[str] | TextIO | None = None
 ) -> Callable[..., None]:
-    """Prints a page about the run: what is trained, for how long, with what memory and where; and its modules.
+    """Prints a page about the run when a session begins: length, model, data, optimizer, processes and device.
 
-    Parameters that modules share count once, at the first of their names. Nothing is guessed: what the state and the
-    event do not tell is left out. Of several processes the one of rank 0 alone prints.
+    It ends with a table of modules. Shared parameters are counted once, under the first of their names. Facts that
+    neither the state nor the event contains are left out. With several processes, only rank 0 prints.
 
-    A table of more than ``rows`` modules is shown in less detail: alike modules that differ in their number only
-    become one row, and if that is not enough, the deepest ones go. A model of at most ``rows`` tensors gets a table of
-    these too, and so does one without modules.
+    If there are more than ``rows`` modules, similar ones that differ only in their index are merged into one row. If
+    that is not enough, the deepest modules are left out. A model with at most ``rows`` tensors, or without submodules,
+    also gets a table of its tensors.
 
     Args:
-        depth: How deep in the model modules get a row of their own, 1 or more.
-        rows: At most so many in a table, 1 or more.
-        file: A path, of which the folder is made where it is missing and which is written anew by each session; or
-            where to write; standard output by default.
+        depth: How many levels of modules to list below the model, at least 1.
+        rows: Maximum number of rows in a table, at least 1.
+        file: A path, which each session overwrites and whose folder is created if needed, or an output stream.
+            Defaults to standard output.
 
     Raises:
-        ValueError: If ``rows`` or ``depth`` is below 1.
+        ValueError: ``rows`` or ``depth`` is smaller than 1.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -107,7 +107,7 @@ def _put(panels: Mapping[str, str], file: str | os.PathLike[str] | TextIO | None
 
 
 def _boxed(panels: Mapping[str, str]) -> bool:
-    """Draws a box around each panel where standard output is a terminal that is wide enough; whether it did."""
+    """Prints the panels in boxes if standard output is a wide enough terminal. Returns whether it did."""
     import rich
     from rich.panel import Panel
     from rich.text import Text
@@ -151,13 +151,13 @@ def _line(label: str, text: str) -> str:
     )
 
 
-# What is known of the parameters
+# Parameters
 
 
 class _Leaf(NamedTuple):
     name: str  # dotted
     tensor: Tensor
-    trainable: bool | None  # None where the state has no model to say so
+    trainable: bool | None  # None if the state has no model
 
 
 def _leaves(state: TrainState) -> list[_Leaf]:
@@ -168,13 +168,13 @@ def _leaves(state: TrainState) -> list[_Leaf]:
 
 
 def _modules(state: TrainState) -> tuple[dict[str, str], dict[str, str]]:
-    """The type of each module by its dotted name, in the order of the model; and the other names of tied parameters,
-    each with the name that counts."""
+    """Returns the types of modules by dotted name, in model order, and the first name of tied parameters by each of
+    their other names."""
     types: dict[str, str] = {}
     tied: dict[str, str] = {}
 
     def look(model: Any) -> None:
-        first: dict[Tensor, str] = {}  # a tensor is itself as a key, whatever it holds
+        first: dict[Tensor, str] = {}  # tensors are hashed by identity
         parts = zip(ops.tree_paths(model, namespace=NAMESPACE), tree.leaves(model), strict=True)
         for path, part in parts:
             if isinstance(part, nn.Module):
@@ -252,7 +252,7 @@ def _training(state: TrainState) -> Facts:
     kinds: dict[str, int] = {}
     accessors = ops.tree_accessors(state.opt_state, namespace=NAMESPACE)
     for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
-        # The innermost node with a name of its own says what the memory is for.
+        # The innermost node of a named type tells which transformation owns the leaf.
         named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
         kind = named[-1] if named else "tensors"
         kinds[kind] = kinds.get(kind, 0) + leaf.nbytes
@@ -296,17 +296,17 @@ def _known(**facts: str) -> Facts:
 
 
 _Row = dict[str, str]
-"""The cells of a row by their columns."""
+"""Cells by column."""
 
 
 class _Group(NamedTuple):
-    """Modules that share a row: alike, and different in their numbers only."""
+    """Modules in the same row. They differ only in the indices of their names."""
 
     name: str
     depth: int
     kind: str
     leaves: list[_Leaf]
-    number: int = 1  # of modules
+    number: int = 1  # number of modules
 
 
 def _tensor_rows(leaves: list[_Leaf], rows: int) -> list[_Row]:
@@ -335,17 +335,17 @@ def _module_rows(leaves: list[_Leaf], modules: dict[str, str], depth: int, rows:
         depth -= 1
         groups = [group for group in groups if group.depth <= depth]
     if len(groups) == 1 and not modules:
-        return []  # parameters side by side, which the panels have summed up already
+        return []  # a flat dict of parameters, which the panels already summarize
     shown, rest = _cut(groups, rows)
     if rest:
-        top = min(group.depth for group in rest)  # those below are in these
+        top = min(group.depth for group in rest)  # deeper groups are part of these
         beyond = [leaf for group in rest if group.depth == top for leaf in group.leaves]
         shown.append(_Group(f"(and {sum(group.number for group in rest)} more)", 1, "", beyond))
     return [_module_row(group, _numel(leaves)) for group in shown]
 
 
 def _by_module(leaves: list[_Leaf], modules: dict[str, str], depth: int) -> list[_Group]:
-    """One for each module with parameters that is not too deep, in the order of the model."""
+    """Returns a group for each module with parameters down to ``depth``, in model order."""
     members: dict[str, list[_Leaf]] = {name: [] for name in ("", *modules)}
     for leaf in leaves:
         parts = leaf.name.split(".")
@@ -388,13 +388,12 @@ def _table(rows: list[_Row]) -> str:
     if not rows:
         return ""
     try:
-        from clu import parameter_overview  # imports jax, and starts no backend of it
+        from clu import parameter_overview  # imports jax, but initializes no backend
     except ImportError as error:
         return f"(no table, as clu cannot be imported: {error}; pip install clu)"
     rows = [{name: printable(cell) for name, cell in row.items()} for row in rows]
-    columns = [name for name in rows[0] if any(row[name] for row in rows)]  # what is known of none is no column
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]  # without empty columns
     widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
-    # Numbers stand below each other, to the right.
     aligned = [
         {name: row[name].rjust(widest[name]) if name in _NUMBERS else row[name] for name in columns} for row in rows
     ]
@@ -403,7 +402,7 @@ def _table(rows: list[_Row]) -> str:
 
 
 def _cut(found: list[Any], rows: int) -> tuple[list[Any], list[Any]]:
-    """What is to be shown, and what one more row sums up."""
+    """Splits items into those to show and those to sum up in the last row."""
     return (found, []) if len(found) <= rows else (found[: rows - 1], found[rows - 1 :])
 
 

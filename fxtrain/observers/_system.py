@@ -1,4 +1,4 @@
-"""System: what the machine does while a run goes, as curves beside the loss."""
+"""Utilization of the machine: CPU, memory, disk and GPU."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ _GIB = 2**30
 
 
 def system(*writers: Any, every: int = 100) -> Gauge:
-    """Writes how busy the machine is.
+    """Writes the utilization of the machine.
 
-    - ``system/cpu_percent``: of all cores, by all processes, since the last reading.
-    - ``system/process_cpu_percent``: of one core, by this process; four busy threads are 400.
-    - ``system/memory_percent``: of the machine's memory, by all processes.
-    - ``system/disk_read_gib``, ``system/disk_written_gib``: by this process since it began. Not on macOS.
+    - ``system/cpu_percent``: of all cores, by all processes, since the previous reading.
+    - ``system/process_cpu_percent``: of one core, by this process. Four busy threads are 400.
+    - ``system/memory_percent``: of the host's memory, by all processes.
+    - ``system/disk_read_gib``, ``system/disk_written_gib``: by this process since it started. Not on macOS.
     - ``system/gpu_percent``, ``system/gpu_memory_percent``, ``system/gpu_watts``, ``system/gpu_celsius``: of the
-      state's GPU, where NVIDIA's library can be asked (``pip install nvidia-ml-py``).
+      state's GPU, if NVIDIA's library is installed (``pip install nvidia-ml-py``).
 
-    A reading takes about a tenth of a millisecond. What the process itself holds of memory ``observers.memory`` writes.
+    ``observers.memory`` writes the memory use of the process itself.
 
     Args:
-        writers: From ``fxtrain.writers``, or clu's. They may be those of ``observers.write``, which then comes first
-            in the list of observers.
-        every: Write at the multiples of so many steps, and at the end.
+        writers: Writers from ``fxtrain.writers`` or clu. Writers can be shared with ``observers.write``, which must
+            then come first in the list of observers.
+        every: Number of steps between readings. There is also one at the end of each session.
 
     Raises:
-        ValueError: If there is no writer, or ``every`` is out of its range.
+        TypeError: ``every`` is not an int.
+        ValueError: There is no writer, or ``every`` is smaller than 1.
 
     Example:
         >>> import pathlib, tempfile
@@ -46,7 +47,7 @@ def system(*writers: Any, every: int = 100) -> Gauge:
     import psutil
 
     process = psutil.Process()
-    # The first answer covers the time since this.
+    # The first reading covers the time since these calls.
     psutil.cpu_percent()
     process.cpu_percent()
 
@@ -67,7 +68,7 @@ def system(*writers: Any, every: int = 100) -> Gauge:
 
 
 def _gpu(device: torch.device) -> dict[str, float]:
-    # Without NVIDIA's library, or on a card that does not tell, there is nothing to say.
+    # NVIDIA's library may be missing, and not every GPU reports these values.
     with contextlib.suppress(Exception):
         return {
             "gpu_percent": torch.cuda.utilization(device),

@@ -1,4 +1,4 @@
-"""Write: hands what a run publishes to writers."""
+"""The observer that passes metrics and logged values to writers."""
 
 from __future__ import annotations
 
@@ -35,34 +35,35 @@ def write(
     hparams: Mapping[str, Any] | None = None,
     flush_seconds: float = 30.0,
 ) -> Write:
-    """Hands what is published to writers.
+    """Passes metrics and logged values to writers.
 
-    The metrics of steps are called ``train/<name>``, those of evaluations ``eval/<name>``. What was logged keeps its
-    name, and is written at its own event. Where a run resumes or goes back, writers first drop what lies beyond that
-    step, so that there is one point for each step in the end.
+    Step metrics are named ``train/<name>``, and evaluation metrics ``eval/<name>``. Logged values keep their names, and
+    are written at the event that logged them. When a run resumes or rewinds, writers first drop all later points, so
+    there is one point for each step.
 
-    Points of steps are handed over several at once: 64 of them, or those of a second; before anything else is, and
-    before each save. Until then metrics stay on their device, and come from there in one transfer, which is under way
-    while the next points are taken.
+    Points of steps are held back and written in batches of 64, or each second, and before any other event or save.
+    Until then, metrics stay on their device. They are copied to the host in a single asynchronous transfer.
 
-    Each writer fails alone. After an ``OSError``, as of a full disk, the points that it misses wait, at most 10,000 of
-    them and 64 MiB, and are written when it works again; it is tried each second, at each flush and at the end. What is
-    lost is counted in a warning. Within ``observers.required`` a failure ends the run.
+    A failing writer does not affect the others. After an ``OSError``, such as a full disk, up to 10,000 points and 64
+    MiB are queued for it. It is retried each second, at each flush and at the end. Lost points are counted in a
+    warning. Under ``observers.required``, a failure ends the run.
 
     Args:
-        writers: From ``fxtrain.writers``, or clu's.
-        every: Write the metrics of steps at the multiples of so many steps. Less than that is written before a save
-            and at the end, so that no step is lost where a run is interrupted. A mapping says it for each kind:
-            ``{"metrics": 10, "images": 500}``, with the names of ``fxtrain.values.KINDS``. What steps log of such a
-            kind waits for a multiple, or the end, and only the latest of each name is written then.
-        reduce: What is written of the metrics of the steps since the last ones written: their ``"mean"``, the
-            ``"last"``, the ``"min"`` or the ``"max"``. NaN stays NaN.
-        hparams: What the run is configured with, a nested mapping of strings, numbers and bools; written as the
-            session begins.
-        flush_seconds: Writers flush after so many seconds, at each evaluation, before each save, and in the end.
+        writers: Writers from ``fxtrain.writers`` or clu.
+        every: Number of steps between points of step metrics. A shorter interval ends before each save and at the end,
+            so an interruption loses no step. A mapping sets it per kind, with the names of ``fxtrain.values.KINDS``:
+            ``{"metrics": 10, "images": 500}``. Of values that steps log of such a kind, only the latest of each name is
+            kept, and written at the next multiple or at the end.
+        reduce: How the step metrics of an interval are reduced to a point: ``"mean"``, ``"last"``, ``"min"`` or
+            ``"max"``. NaN propagates.
+        hparams: Hyperparameters, as a nested mapping of strings, numbers and bools. They are written when a session
+            begins.
+        flush_seconds: Time between flushes. Writers are also flushed at each evaluation, before each save, and at the
+            end.
 
     Raises:
-        ValueError: If there is no writer, or an argument is out of its range.
+        TypeError: ``every`` is not an int or a mapping of ints.
+        ValueError: There is no writer, or an argument is out of range.
 
     Example:
         >>> import pathlib, tempfile
@@ -92,24 +93,24 @@ _METRICS = "metrics"
 _REDUCED: Mapping[str, Callable[[list[float]], float]] = {
     "mean": lambda values: sum(values) / len(values),
     "last": lambda values: values[-1],
-    "min": lambda values: float(np.min(values)),  # which NaN does not escape
+    "min": lambda values: float(np.min(values)),  # propagates NaN, unlike min()
     "max": lambda values: float(np.max(values)),
 }
 
-_AT_MOST = 64  # points that wait to be written together, and
-_SECONDS = 1.0  # for how long at most, by the run's clock
+_AT_MOST = 64  # maximum number of points held back
+_SECONDS = 1.0  # maximum time that they are held back, by the loop's clock
 
-_Steps = list[tuple[int, Mapping[str, Any]]]  # which, and what each measured
-_Point = tuple[StepEnd, _Steps, Control]  # where it is written, of which steps, and what was logged there
+_Steps = list[tuple[int, Mapping[str, Any]]]  # steps and their metrics
+_Point = tuple[StepEnd, _Steps, Control]  # event to write at, steps to reduce, logged values
 
 Seen = FitBegin | StepEnd | EvalBegin | EvalEnd | Rewound | Interrupted | FitEnd
 
 
 class Write:
-    """Hands what is published to writers; made by ``write``.
+    """Passes metrics and logged values to writers. Created by ``write``.
 
-    The points of steps wait for each other, and are written together: beside a step, which takes the caches for
-    itself, one alone takes five times as long as one among many, and for each alone one would wait for the device.
+    Points of steps are written in batches, because a single write between two steps would run with cold caches and wait
+    for the device.
     """
 
     sees_logged = True
@@ -131,11 +132,11 @@ class Write:
         self._reduce = _REDUCED[reduce]
         self._hparams = hparams
         self._flush_seconds = flush_seconds
-        self._interval: _Steps = []  # since the last point
-        self._last: StepEnd | None = None  # of the interval; all the other events of a long one would fill megabytes
+        self._interval: _Steps = []  # steps since the last point
+        self._last: StepEnd | None = None  # the interval's last event; keeping all would take megabytes
         self._points: list[_Point] = []
-        self._sent: list[_Point] = []  # whose numbers are on their way to the host
-        self._latest: dict[str, tuple[StepEnd, Logged]] = {}  # of each name of a kind that has a period of its own
+        self._sent: list[_Point] = []  # with an asynchronous copy to the host in progress
+        self._latest: dict[str, tuple[StepEnd, Logged]] = {}  # by name, for kinds with their own period
         self._written = 0.0
         self._flushed = 0.0
 
@@ -151,29 +152,29 @@ class Write:
                     control = control | Control(log={"hparams": self._hparams})
             case Rewound():
                 self._take_back(event.to_step)
-                event = dataclasses.replace(event, step=event.to_step)  # where the curves go on
+                event = dataclasses.replace(event, step=event.to_step)  # where the curves continue
             case Interrupted() | FitEnd():
                 self._end_interval()
                 self._write_points()
                 self._write_latest()
-        self._write_points()  # before this, so that all is in the order of steps; before an evaluation, which may last
+        self._write_points()  # held points come first in step order; an evaluation may take long
         self._hand_over(event, control)
         if isinstance(event, EvalEnd | Interrupted | FitEnd):
             self._flush(event.time)
 
     def flush(self) -> None:
-        """Writes what waits, so that each step until now is in a point, and has the writers put it on the disk."""
+        """Writes a point for every step so far, and flushes the writers."""
         self._end_interval()
         self._write_points()
-        self._flush(self._flushed)  # no event says the time
+        self._flush(self._flushed)  # without an event, the current time is unknown
 
     def close(self) -> None:
-        """Writes what is left, and closes every writer; then the first error is raised."""
+        """Writes all held values and closes every writer, then raises the first error."""
         self._end_interval()
         try_all(self._write_points, self._write_latest, *(outlet.close for outlet in self._outlets))
 
     def take_failure(self) -> Exception | None:
-        """Returns the first error of a writer since this was last asked."""
+        """Returns the first error of a writer since the last call."""
         failures = [outlet.take_failure() for outlet in self._outlets]
         return next((failure for failure in failures if failure is not None), None)
 
@@ -181,14 +182,14 @@ class Write:
         self._interval.append((event.step, event.metrics))
         self._last = event
         log = control.log
-        silent = type(log) is dict and not log  # whether a device has something to log only the device knows
+        silent = type(log) is dict and not log  # other logs are lazy, and reading them would wait
         if event.step % self._every == 0:
             self._points.append((event, self._interval, control))
             self._interval = []
         elif not silent:
             self._points.append((event, [], control))
         if not silent and not _only_numbers(log):
-            self._write_points()  # it may be large
+            self._write_points()  # media may be large
         elif self._points and (len(self._points) >= _AT_MOST or event.time - self._written >= _SECONDS):
             self._write_points(wait=False)
             self._written = event.time
@@ -209,10 +210,11 @@ class Write:
         self._interval = []
 
     def _write_points(self, *, wait: bool = True) -> None:
-        """Writes the points that wait.
+        """Writes the points held back.
 
         Args:
-            wait: Whether for what is on a device, which without it is sent now, and written the next time.
+            wait: Whether to wait for metrics on a device. If False, their copy to the host starts now, and they are
+                written by the next call.
         """
         points, self._points = self._points, []
         sent, self._sent = self._sent, []
@@ -232,20 +234,20 @@ class Write:
         return {name: self._reduce(values) for name, values in found.items()}
 
     def _without_latest(self, event: StepEnd, control: Control) -> Control:
-        """What was logged, but for what has a period of its own, of which the latest is kept."""
+        """Returns the control without logged values of kinds with their own period, which are kept for later."""
         if not self._periods:
             return control
         log = dict(control.log)
         for name, entry in control.log.items():
             if kind_of(entry.value) in self._periods:
-                # Its tensors may be written over before it is written.
+                # Copied, because its buffers may be donated before it is written.
                 del log[name]
                 own = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, entry.value)
                 self._latest[name] = event, dataclasses.replace(entry, value=own)
         return control.with_log(log)
 
     def _write_latest(self, step: int | None = None) -> None:
-        """Writes what is kept and has its period end at this step, or all that is kept."""
+        """Writes kept values whose period ends at this step, or all if it is None."""
         latest = self._latest
         due = [n for n, (_, e) in latest.items() if step is None or step % self._periods[kind_of(e.value)] == 0]
         if due:
