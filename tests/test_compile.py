@@ -264,7 +264,7 @@ class TestErrors:
             (
                 lambda s, b: (s.replace(params=dict.fromkeys(s.params, 1.0)), fx.StepOutput({})),
                 TypeError,
-                r"state\.params\['0\.bias'\] is a float \(1\.0\)",
+                r"state\.params\['0\.bias'\] to be a tensor, got 1\.0",
             ),
         ],
         ids=["result", "dtype", "name", "number"],

@@ -14,7 +14,8 @@ import fxtrain
 ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
-    {"core", "equivalents"},
+    {"core"},
+    {"equivalents"},
     {"tree", "values", "schedules", "disk"},
     {"fold", "metrics", "rng", "optim"},
     {"precision", "data"},

@@ -272,7 +272,7 @@ def test_dropout_handles_edge_cases():
         y = torch.ones(100)
         assert F.dropout(y, 0.5, inplace=True) is y
         assert y.unique().tolist() == [0.0, 2.0]
-        with pytest.raises(ValueError, match=r"between 0 and 1, and 1\.5"):
+        with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
             F.dropout(x, 1.5)
 
 
