@@ -49,7 +49,7 @@ def test_closed_pipe_is_not_an_error(run, arguments):
 def test_full_disk_is_a_one_line_error(run):
     done = shell(f"{fxtrain('report', run)} > /dev/full")
     assert done.returncode == 1
-    assert done.stderr == "fxtrain: expected to write to standard output, got No space left on device.\n"
+    assert done.stderr == "fxtrain: expected standard output to be writable, got an error: No space left on device.\n"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -99,7 +99,7 @@ def test_report_can_be_written_to_pipe(run):
 def test_pipe_without_reader_is_an_error(run, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert cli.main(["report", str(run), "--out", str(tmp_path / "pipe")]) == 1
-    assert "expected a place for the page" in capsys.readouterr().err
+    assert "expected a writable path for the page" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [0, 1, 2, 10])

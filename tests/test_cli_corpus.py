@@ -46,7 +46,7 @@ def test_folder_is_read_in_order_and_split_by_file(folder):
         assert (line in train) != (line in validation)
     assert (
         corpus.description
-        == f"{folder}, 100 files, 16000 bytes, of which validation has 800 bytes: 5 files drawn by their paths"
+        == f"{folder}, 100 files, 16000 bytes, of which validation has 800 bytes: 5 files selected by their paths"
     )
 
 
@@ -93,7 +93,7 @@ def test_single_file_is_split_by_position(tmp_path, text):
     if b"\n" in text:
         assert train.endswith(b"\n")
         assert len(validation) >= SHARE * len(text)
-    assert corpus.description.endswith(": the end of it")
+    assert corpus.description.endswith(": the end of the file")
 
 
 def test_few_large_files_are_split_by_position(tmp_path):
@@ -180,15 +180,19 @@ def make_folder_of_binaries(path):
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
-        (make_nothing, "There is no file or folder '{path}': check the path, or leave --text out."),
-        (make_empty_file, "{path} is empty, or no text: give a file of text."),
-        (make_binary, "{path} is empty, or no text: give a file of text."),
-        (make_empty_folder, "{path} has no files: name a file, a folder or a glob of text."),
+        (
+            make_nothing,
+            "expected a file, a folder or a glob, got '{path}', which does not exist. Check the path, or omit --text.",
+        ),
+        (make_empty_file, "expected a file of text, got {path}, which is empty or binary. Give another file."),
+        (make_binary, "expected a file of text, got {path}, which is empty or binary. Give another file."),
+        (make_empty_folder, "expected files of text in {path}, got no files. Give a file, a folder or a glob of text."),
         (
             make_folder_of_binaries,
-            "{path} has 2 files, and none is readable text: name a file, a folder or a glob of text.",
+            "expected files of text in {path}, got 2 files that cannot be read or used as text. Give a file, a folder "
+            "or a glob of text.",
         ),
-        (os.mkfifo, "{path} is neither a file nor a folder: copy what it gives to a file first."),
+        (os.mkfifo, "expected a file or a folder, got {path}, which is neither. Copy its content to a file first."),
     ],
 )
 def test_missing_text_is_reported(tmp_path, make, wanted):
@@ -201,7 +205,7 @@ def test_missing_text_is_reported(tmp_path, make, wanted):
 
 @pytest.mark.parametrize("text", ["", "a" * 5000, "a\0b", "~nobody-of-this-name/text"])
 def test_invalid_path_is_reported_as_missing(text):
-    with pytest.raises(CorpusError, match=r"^There is no file or folder '.*': check the path, or leave --text out\.$"):
+    with pytest.raises(CorpusError, match=r"^expected a file, a folder or a glob, got '.*', which does not exist\. "):
         read_corpus(text)
 
 
@@ -209,7 +213,7 @@ def test_unmatched_glob_is_reported(tmp_path):
     with pytest.raises(CorpusError) as caught:
         read_corpus(f"{tmp_path}/*.txt")
     assert str(caught.value) == (
-        f"No file matches '{tmp_path}/*.txt': check the pattern, and keep the shell from expanding it."
+        f"expected a pattern that matches a file, got '{tmp_path}/*.txt'. Check it, and quote it in the shell."
     )
 
 
@@ -223,15 +227,15 @@ def test_unreadable_file_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", refuse)  # root can read any file
     with pytest.raises(CorpusError) as caught:
         read_corpus(str(path))
-    assert str(caught.value) == f"{path} cannot be read (Permission denied): give a file that can."
-    with pytest.raises(CorpusError, match="has 1 file, and none is readable text: "):
+    assert str(caught.value) == f"expected a readable file, got {path} (Permission denied). Give another one."
+    with pytest.raises(CorpusError, match="got 1 file that cannot be read or used as text"):
         read_corpus(str(tmp_path))
 
 
 def test_missing_standard_library_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(
-        CorpusError, match=r"^There is no source of the Python 3\.\d+ standard library on this machine: "
+        CorpusError, match=r"^expected the source of the Python 3\.\d+ standard library on this machine, got none\. "
     ):
         read_corpus()
 
@@ -241,7 +245,7 @@ def test_oversized_text_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("fxtrain.cli._corpus.LARGEST", 150_000)
     for name in "ab":
         (tmp_path / name).write_text("text\n" * 20_000)
-    with pytest.raises(CorpusError, match=r"^The text has more than 0\.1 MB: name a part of it\.$"):
+    with pytest.raises(CorpusError, match=r"^expected at most 0\.1 MB of text, got more\. Give a part of it\.$"):
         read_corpus(str(tmp_path))
 
 
@@ -251,14 +255,14 @@ def test_oversized_text_is_reported(tmp_path, monkeypatch):
         (
             64,
             9,
-            "The training text has 64 bytes, and one batch of 8 sequences of 8 takes 65: "
-            "give more text, or make the batch or the length smaller.",
+            "expected at least 65 bytes of training text, for one batch of 8 sequences of 8, got 64. "
+            "Give more text, or reduce the batch size or the length.",
         ),
         (
             65,
             8,
-            "The validation text has 8 bytes, and one sequence of 8 takes 9: "
-            "give more text, or make the length smaller.",
+            "expected at least 9 bytes of validation text, for one sequence of 8, got 8. "
+            "Give more text, or reduce the length.",
         ),
         (65, 9, None),
     ],

@@ -100,17 +100,17 @@ def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--text", "/not/there"], "There is no file or folder '/not/there'"),
-        (["--steps", "0"], "--steps is 0, and at least 1 is wanted"),
-        (["--lr", "-1"], "--lr is -1.0, and more than 0 is wanted"),
-        (["--width", "30"], "A width of 30 does not divide into 4 heads"),
-        (["--device", "abacus"], "--device abacus cannot be used here"),
-        (["--device", "meta"], "--device meta cannot be used here"),
-        (["--lr", "inf"], "expected a finite number for --lr"),
-        (["--min-delta", "nan"], "expected a finite number, 0 or more, for --min-delta"),
-        (["--seed", str(2**64)], "expected a seed of 64 bits"),
-        (["--steps", str(10**30)], "expected at most 2147483648 for --steps"),
-        (["--patience", str(10**30)], "expected at most 2147483648 for --patience"),
+        (["--text", "/not/there"], "expected a file, a folder or a glob, got '/not/there'"),
+        (["--steps", "0"], "expected --steps to be at least 1, got 0"),
+        (["--lr", "-1"], "expected --lr to be above 0, got -1.0"),
+        (["--width", "30"], "expected width to be a multiple of 8"),
+        (["--device", "abacus"], "expected --device to be available, got abacus ("),
+        (["--device", "meta"], "expected --device to be available, got meta ("),
+        (["--lr", "inf"], "expected --lr to be finite, got inf"),
+        (["--min-delta", "nan"], "expected --min-delta to be finite and at least 0, got nan"),
+        (["--seed", str(2**64)], "expected --seed to fit in a signed 64-bit integer"),
+        (["--steps", str(10**30)], "expected --steps to be at most 2147483648"),
+        (["--patience", str(10**30)], "expected --patience to be at most 2147483648"),
         (["--resume", "nowhere"], "expected the folder of a run for --resume, got nowhere (No such file or directory)"),
     ],
 )
@@ -127,7 +127,7 @@ def test_text_shorter_than_batch_is_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("hello\n" * 20)
     assert main(["lm", "--text", "short.txt"]) == 2
-    assert "one batch of 16 sequences of 128 takes" in capsys.readouterr().err
+    assert "bytes of training text, for one batch of 16 sequences of 128, got " in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -137,10 +137,10 @@ def test_resume_rejects_changed_options_and_text(tmp_path, monkeypatch, capsys, 
     assert main(["lm", "--text", "text.py", "--steps", "2", "--no-compile", *SMALL]) == 0
     folder = only_run(tmp_path)
     assert main(["lm", "--resume", str(folder), "--lr", "0.5"]) == 2
-    assert "--lr was 0.003 then: leave it out" in capsys.readouterr().err
+    assert "expected --lr 0.003, with which the run to resume was started, got 0.5" in capsys.readouterr().err
     text.write_text(text.read_text() + "# changed\n")
     assert main(["lm", "--resume", str(folder)]) == 2
-    assert "The text is not the one" in capsys.readouterr().err
+    assert "expected the text that " in capsys.readouterr().err
 
 
 def test_main_lists_commands(capsys):
@@ -188,7 +188,7 @@ def test_unwritable_runs_folder_is_rejected(tmp_path, monkeypatch, capsys, text)
     (tmp_path / "file").touch()
     for runs in ("file", "file/runs", "/proc/runs", "a" * 5000):
         said = refused(capsys, 1, "--text", "text.py", "--runs", runs, *SMALL)
-        assert "expected a folder for runs that can be written to" in said
+        assert "expected a writable folder for runs" in said
         assert "Give another one with --runs." in said
 
 
@@ -240,7 +240,7 @@ def test_config_with_wrong_options_is_rejected(started, capsys, options, message
 
 def test_config_with_out_of_range_value_is_rejected(started, capsys):
     changed(started / "config.json", steps=0)
-    assert "--steps is 0" in refused(capsys, 2, "--resume", str(started))
+    assert "expected --steps to be at least 1" in refused(capsys, 2, "--resume", str(started))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
@@ -261,5 +261,5 @@ def test_resume_rejects_path_without_run(tmp_path, monkeypatch, capsys, text, pl
 def test_resume_without_checkpoint_starts_at_first_step(started, capsys):
     assert main(["lm", "--resume", str(started)]) == 0
     captured = capsys.readouterr()
-    assert captured.err == f"No checkpoint is in {started} yet: the run begins at its first step.\n"
+    assert captured.err == f"{started} has no checkpoint yet, so the run starts at its first step.\n"
     assert json.loads((started / "result.json").read_text())["step"] == 1

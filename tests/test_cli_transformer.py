@@ -123,14 +123,14 @@ def test_dropout_is_active_only_in_training():
 @pytest.mark.parametrize(
     ("wrong", "wanted"),
     [
-        ({"layers": 0}, "layers is 0, and a transformer needs at least 1."),
-        ({"length": -1}, "length is -1, and a transformer needs at least 1."),
+        ({"layers": 0}, "expected layers to be a positive int, got 0."),
+        ({"length": -1}, "expected length to be a positive int, got -1."),
         (
             {"width": 100, "heads": 4},
-            "A width of 100 does not divide into 4 heads of an even number of channels: take a multiple of 8.",
+            "expected width to be a multiple of 8, because each of 4 heads has an even number of channels, got 100.",
         ),
-        ({"dropout": 1.0}, "dropout is 1.0, and a probability below 1 was wanted."),
-        ({"dropout": float("nan")}, "dropout is nan, and a probability below 1 was wanted."),
+        ({"dropout": 1.0}, "expected dropout to be at least 0 and below 1, got 1.0."),
+        ({"dropout": float("nan")}, "expected dropout to be at least 0 and below 1, got nan."),
     ],
 )
 def test_invalid_config_is_rejected(wrong, wanted):

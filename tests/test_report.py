@@ -450,8 +450,8 @@ def test_command_prints_errors_with_an_exit_code(tmp_path, capsys):
     page = tmp_path / "no" / "page.html"
     assert cli.main(["report", str(tmp_path), "--out", str(page)]) == 1
     assert capsys.readouterr().err == (
-        f"fxtrain report: expected a place for the page, got {page} (No such file or directory). Give --out, a path "
-        "that can be written to.\n"
+        f"fxtrain report: expected a writable path for the page, got {page} (No such file or directory). Choose "
+        "another one with --out.\n"
     )
 
 

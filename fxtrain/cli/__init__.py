@@ -10,8 +10,8 @@ from fxtrain.cli._messages import EXIT_FAILURE, EXIT_USAGE
 from fxtrain.cli._streams import lasting_streams
 
 COMMANDS = {
-    "lm": "train a small byte-level transformer on real text, from nothing",
-    "report": "write one HTML page of a run, which opens without a server",
+    "lm": "train a small byte-level transformer on real text, from scratch",
+    "report": "write an HTML page of a run that opens without a server",
 }
 _EXIT_INTERRUPTED = 130
 
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with lasting_streams() as failures:
         code = _guarded(given)
     if failures:
-        print(f"fxtrain: expected to write to standard output, got {failures[0].strerror}.", file=sys.stderr)
+        print(
+            f"fxtrain: expected standard output to be writable, got an error: {failures[0].strerror}.", file=sys.stderr
+        )
     return code or (EXIT_FAILURE if failures else 0)
 
 

@@ -77,22 +77,24 @@ def read_corpus(text: str | None = None) -> Corpus:
     files, left_out = _read(found, chosen)
     if not files:
         if chosen:
-            raise CorpusError(f"{origin} is empty, or no text: give a file of text.")
+            raise CorpusError(f"expected a file of text, got {origin}, which is empty or binary. Give another file.")
         if text is None:
-            raise CorpusError(f"There is no source of {origin} on this machine: name a text with --text PATH.")
-        what = f"{origin} has {_count(left_out)}, and none is readable text" if left_out else f"{origin} has no files"
-        raise CorpusError(f"{what}: name a file, a folder or a glob of text.")
+            raise CorpusError(
+                f"expected the source of {origin} on this machine, got none. Give a text with --text PATH."
+            )
+        got = f"{_count(left_out)} that cannot be read or used as text" if left_out else "no files"
+        raise CorpusError(f"expected files of text in {origin}, got {got}. Give a file, a folder or a glob of text.")
     size = sum(len(content) for _, content in files)
     held_out = _held_out({name: len(content) for name, content in files})
     if held_out:
         train = bytearray().join(content for name, content in files if name not in held_out)
         validation = bytearray().join(content for name, content in files if name in held_out)
-        how = f"{_count(len(held_out))} drawn by their paths"
+        how = f"{_count(len(held_out))} selected by their paths"
     else:
         cuts = [_cut(content) for _, content in files]
         train = bytearray().join(content[:cut] for (_, content), cut in zip(files, cuts, strict=True))
         validation = bytearray().join(content[cut:] for (_, content), cut in zip(files, cuts, strict=True))
-        how = "the end of each file" if len(files) > 1 else "the end of it"
+        how = "the end of each file" if len(files) > 1 else "the end of the file"
     parts = f"{_megabytes(size)}, of which validation has {_megabytes(len(validation))}: {how}"
     return Corpus(
         train=_tensor(train),
@@ -117,16 +119,16 @@ def check_fits(corpus: Corpus, *, batch_size: int, length: int) -> None:
     Raises:
         CorpusError: The corpus is too short.
     """
-    wanted = batch_size * length + 1
-    if len(corpus.train) < wanted:
+    needed = batch_size * length + 1
+    if len(corpus.train) < needed:
         raise CorpusError(
-            f"The training text has {len(corpus.train)} bytes, and one batch of {batch_size} sequences of {length} "
-            f"takes {wanted}: give more text, or make the batch or the length smaller."
+            f"expected at least {needed} bytes of training text, for one batch of {batch_size} sequences of {length}, "
+            f"got {len(corpus.train)}. Give more text, or reduce the batch size or the length."
         )
     if len(corpus.validation) < length + 1:
         raise CorpusError(
-            f"The validation text has {len(corpus.validation)} bytes, and one sequence of {length} takes "
-            f"{length + 1}: give more text, or make the length smaller."
+            f"expected at least {length + 1} bytes of validation text, for one sequence of {length}, got "
+            f"{len(corpus.validation)}. Give more text, or reduce the length."
         )
 
 
@@ -144,14 +146,18 @@ def _find(text: str | None) -> tuple[str, Iterable[tuple[str, Path]], bool]:
     if os.path.isfile(path):
         return text, [(os.path.basename(path), Path(path))], True
     if os.path.exists(path):
-        raise CorpusError(f"{text} is neither a file nor a folder: copy what it gives to a file first.")
+        raise CorpusError(
+            f"expected a file or a folder, got {text}, which is neither. Copy its content to a file first."
+        )
     if not glob.has_magic(path):
-        raise CorpusError(f"There is no file or folder {text!r}: check the path, or leave --text out.")
+        raise CorpusError(
+            f"expected a file, a folder or a glob, got {text!r}, which does not exist. Check the path, or omit --text."
+        )
     matches = {Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match)}
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
     found = [(match.relative_to(fixed).as_posix(), match) for match in matches]
     if not found:
-        raise CorpusError(f"No file matches {text!r}: check the pattern, and keep the shell from expanding it.")
+        raise CorpusError(f"expected a pattern that matches a file, got {text!r}. Check it, and quote it in the shell.")
     return text, found, False
 
 
@@ -177,7 +183,9 @@ def _read(found: Iterable[tuple[str, Path]], chosen: bool) -> tuple[list[tuple[s
                     content = b""
         except OSError as error:
             if chosen:
-                raise CorpusError(f"{path} cannot be read ({error.strerror}): give a file that can.") from error
+                raise CorpusError(
+                    f"expected a readable file, got {path} ({error.strerror}). Give another one."
+                ) from error
             content = b""
         if content:
             files.append((name, content))
@@ -185,7 +193,7 @@ def _read(found: Iterable[tuple[str, Path]], chosen: bool) -> tuple[list[tuple[s
             left_out += 1
         total += len(content)
         if total > LARGEST:
-            raise CorpusError(f"The text has more than {_megabytes(LARGEST)}: name a part of it.")
+            raise CorpusError(f"expected at most {_megabytes(LARGEST)} of text, got more. Give a part of it.")
     return files, left_out
 
 

@@ -116,8 +116,8 @@ def _options(arguments: Sequence[str]) -> Options:
     changed = [name for name, value in dataclasses.asdict(again).items() if value != getattr(options, name)]
     if changed:
         raise CommandError(
-            f"A resumed run keeps the options that it was started with, and --{changed[0].replace('_', '-')} was "
-            f"{getattr(options, changed[0])!r} then: leave it out, or start a new run."
+            f"expected --{changed[0].replace('_', '-')} {getattr(options, changed[0])!r}, with which the run to resume "
+            f"was started, got {getattr(again, changed[0])!r}. Omit it, or start a new run."
         )
     return options
 
@@ -136,7 +136,7 @@ class _Job:
         self.folder = self._start_folder()
         self.checkpoints = fx.checkpointer(self.folder / "checkpoints", keep=2, best="loss")
         if options.resume is not None and not self.checkpoints.steps():
-            print(f"No checkpoint is in {self.folder} yet: the run begins at its first step.", file=sys.stderr)
+            print(f"{self.folder} has no checkpoint yet, so the run starts at its first step.", file=sys.stderr)
 
     def run(self) -> int:
         options = self.options
@@ -239,7 +239,7 @@ class _Job:
         options = self.options
         count = sum(leaf.numel() for leaf in self._model().parameters())
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        how = "each step compiled to one graph" if options.compile else "not compiled"
+        how = "each step compiled into one graph" if options.compile else "not compiled"
         print(f"corpus      {self.corpus.description}")
         layers = f"{options.layers} layer{'s' if options.layers > 1 else ''}"
         print(f"model       {layers} of width {options.width}: {count:,} parameters")
@@ -250,7 +250,7 @@ class _Job:
         whole = self._validation()
         # All models are measured on the bytes of the full batches.
         text = self.corpus.validation[: whole.epoch_length * whole[0]["x"].numel() + 1]
-        print("\nmeasuring   the validation text, and simpler models on it", flush=True)
+        print("\nevaluating  this model and baselines on the validation text", flush=True)
         ours = fx.evaluate(state, eval_step, whole)["loss"] / math.log(2)
         marks = {
             "this model": ours,
@@ -295,8 +295,8 @@ class _Job:
             return make_folder(self.options.runs, facts)
         if read_config(folder).digest != self.corpus.digest:
             raise CommandError(
-                f"The text is not the one that {folder} was started with ({self.corpus.description}): a resumed "
-                "run would be another one. Bring the text back, or start a new run."
+                f"expected the text that {folder} was started with, got another one ({self.corpus.description}). "
+                "Restore the text, or start a new run."
             )
         return folder
 
@@ -321,17 +321,17 @@ def _validate(options: Options) -> None:
     for name in (*whole, "gradient_monitor_interval"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise CommandError(f"--{name.replace('_', '-')} is {value}, and at least 1 is wanted.")
+            raise CommandError(f"expected --{name.replace('_', '-')} to be at least 1, got {value}.")
         if value is not None and value > _LARGEST:
-            raise CommandError(f"expected at most {_LARGEST} for --{name.replace('_', '-')}, got {value}. Give less.")
+            raise CommandError(f"expected --{name.replace('_', '-')} to be at most {_LARGEST}, got {value}.")
     if not options.lr > 0:
-        raise CommandError(f"--lr is {options.lr}, and more than 0 is wanted.")
+        raise CommandError(f"expected --lr to be above 0, got {options.lr}.")
     if not math.isfinite(options.lr):
-        raise CommandError("expected a finite number for --lr, got inf. Give one like 3e-3.")
+        raise CommandError("expected --lr to be finite, got inf.")
     if not 0 <= options.min_delta < math.inf:
-        raise CommandError(f"expected a finite number, 0 or more, for --min-delta, got {options.min_delta}. Give one.")
+        raise CommandError(f"expected --min-delta to be finite and at least 0, got {options.min_delta}.")
     if not -(2**63) <= options.seed < 2**63:
-        raise CommandError(f"expected a seed of 64 bits for --seed, got {options.seed}. Give a smaller one.")
+        raise CommandError(f"expected --seed to fit in a signed 64-bit integer, got {options.seed}.")
     try:
         Config(options.layers, options.width, options.heads, options.length, options.dropout)
     except ValueError as error:
@@ -345,7 +345,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # meta tensors have no values
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise CommandError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise CommandError(
+            f"expected --device to be available, got {name} ({str(error).splitlines()[0]}). Use cpu, cuda or auto."
+        ) from None
     return device
 
 

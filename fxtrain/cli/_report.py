@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _put(path, text.encode(), follow=options.out is not None)
     except (OSError, ValueError) as error:
-        why = f"expected a place for the page, got {path} ({reason(error)}). Give --out, a path that can be written to."
+        why = f"expected a writable path for the page, got {path} ({reason(error)}). Choose another one with --out."
         return fail("report", why, EXIT_FAILURE)
     print(path)
     return 0

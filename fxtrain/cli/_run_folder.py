@@ -55,8 +55,7 @@ def make_folder(runs: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
         write_json(folder / _CONFIG, config)
     except OSError as error:
         raise FolderError(
-            f"expected a folder for runs that can be written to, got {runs} ({reason(error)}). Give another one with "
-            "--runs."
+            f"expected a writable folder for runs, got {runs} ({reason(error)}). Choose another one with --runs."
         ) from None
     return folder
 
@@ -70,7 +69,7 @@ def _new_folder(runs: pathlib.Path) -> pathlib.Path:
         except FileExistsError:
             continue
         return folder
-    raise AssertionError("itertools.count has no end")
+    raise AssertionError("itertools.count is infinite")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

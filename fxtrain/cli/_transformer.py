@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from fxtrain.core import check_positive_int
+
 VOCABULARY = 256
 """The number of distinct bytes."""
 
@@ -26,6 +28,7 @@ class Config:
         dropout: Dropout probability of the outputs of attention and perceptron, in [0, 1).
 
     Raises:
+        TypeError: A number is not an int.
         ValueError: A value is out of range, or ``width`` is not a multiple of ``2 * heads``.
     """
 
@@ -37,15 +40,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, and a transformer needs at least 1.")
+            check_positive_int(name, getattr(self, name))
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"A width of {self.width} does not divide into {self.heads} heads of an even number of channels: "
-                f"take a multiple of {2 * self.heads}."
+                f"expected width to be a multiple of {2 * self.heads}, because each of {self.heads} heads has an even "
+                f"number of channels, got {self.width}."
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}, and a probability below 1 was wanted.")
+            raise ValueError(f"expected dropout to be at least 0 and below 1, got {self.dropout}.")
 
 
 class Transformer(nn.Module):
