@@ -219,18 +219,18 @@ def test_close_writes_pending_points_and_closes_all_writers():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: observers.write(), "nothing to write to"),
+        (lambda: observers.write(), "expected at least one writer for write(), got none"),
         (lambda: observers.write(Recorder(), every=0), "expected every to be a positive int, got 0"),
         (lambda: observers.write(Recorder(), every=2.5), "expected every to be a positive int, got 2.5"),
         (
             lambda: observers.write(Recorder(), reduce="median"),
             "expected reduce to be one of 'mean'",
         ),
-        (lambda: observers.write(Recorder(), flush_seconds=-1), "flush_seconds=-1: 0 or more"),
-        (lambda: observers.progress(mode="lower"), "mode='lower': 'min' or 'max'"),
-        (lambda: observers.progress(seconds=0), "seconds=0: more than 0"),
-        (lambda: observers.progress(rate=("tokens", 0)), "a unit and how many"),
-        (lambda: observers.summary(rows=0), "rows=0: at least 1"),
+        (lambda: observers.write(Recorder(), flush_seconds=-1), "expected flush_seconds to be at least 0, got -1"),
+        (lambda: observers.progress(mode="lower"), "expected mode to be one of 'min', 'max', got 'lower'"),
+        (lambda: observers.progress(seconds=0), "expected seconds to be above 0, got 0"),
+        (lambda: observers.progress(rate=("tokens", 0)), "expected rate to be a unit and a positive number"),
+        (lambda: observers.summary(rows=0), "expected rows to be a positive int, got 0"),
         (lambda: observers.summary(depth=0), "expected depth to be a positive int, got 0"),
     ],
 )

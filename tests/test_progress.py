@@ -122,7 +122,7 @@ def test_plain_file_gets_lines():
     see(shown, *run())
     shown.close()
     assert file.getvalue() == (
-        "compiling, and taking the first step\n"
+        "compiling and running the first step\n"
         "step  1/20 | epoch 0.10/2 | loss 3.9000 | bits 5.6265\n"
         "step  2/20 | epoch 0.20/2 | loss 3.8450 | bits 5.5472 | 500 tokens/s | data wait 25% | 0:36 left\n"
         "step  4/20 | epoch 0.40/2 | loss 3.7253 | bits 5.3744 | 500 tokens/s | data wait 25% | 0:32 left\n"
@@ -158,7 +158,7 @@ def test_terminal_panel_updates_in_place(terminal):
     bar = "━" * 40
     assert screens["FitBegin", 0, 0] == [
         f"train  {bar}   0/20   epoch 0.00/2",
-        "       compiling, and taking the first step",
+        "       compiling and running the first step",
     ]
     assert screens["StepEnd", 10, 0] == [
         f"train  {bar[:20]}╺{bar[:19]}  10/20   epoch 1.00/2   0:20 left",
@@ -370,11 +370,11 @@ def test_resume_rewind_and_interruption_are_shown():
         Interrupted(step=5, cause="ValueError: boom"),
     )
     assert file.getvalue() == (
-        "going on from step 7; compiling, and taking the first step\n"
-        "slot 'ema' is new; slot 'old' is kept for nobody; the last bits may differ: threads: 2 at the save, 1 now; "
-        "compiling, and taking the first step\n"
+        "resuming from step 7; compiling and running the first step\n"
+        "slot 'ema' is initialized; slot 'old' belongs to no callback; results may differ in the last bits: "
+        "threads: 2 at the save, 1 now; compiling and running the first step\n"
         "evaluation at step 8 | loss 1.0000 | best loss 1.0000 at step 8\n"
-        "back from step 8 to step 4\n"
+        "rewound from step 8 to step 4\n"
         "evaluation at step 5 | loss 2.0000 | best loss 2.0000 at step 5\n"
         "interrupted at step 5: ValueError: boom\n"
     )
@@ -399,11 +399,13 @@ def test_first_of_equal_best_values_is_shown(mode, best):
 
 
 def test_missing_metric_is_rejected_at_the_first_step():
-    with pytest.raises(KeyError, match=r"progress is to show 'acc', and the step measures 'loss': name some of these"):
+    with pytest.raises(
+        KeyError, match=r"expected the metrics of the step to include 'acc', got a dict with keys 'loss'"
+    ):
         see(observers.progress(metrics=("loss", "acc"), file=io.StringIO()), ended(1))
     with pytest.raises(KeyError, match="typo"):
         see(observers.progress(extra={"x": lambda m: m["typo"]}, file=io.StringIO()), ended(1))
-    with pytest.raises(TypeError, match=r"write metrics=\('loss',\)"):
+    with pytest.raises(TypeError, match=r"got the string 'loss'\. Pass \('loss',\)"):
         observers.progress(metrics="loss")
 
 

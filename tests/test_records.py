@@ -159,7 +159,7 @@ def test_source_is_recorded_without_git(tmp_path, source, monkeypatch):
 
 
 def test_missing_source_folder_is_refused(tmp_path):
-    with pytest.raises(NotADirectoryError, match="is no folder: give the one that has the code"):
+    with pytest.raises(NotADirectoryError, match=r"expected source to be a folder, got .* Give the one with the code"):
         observers.record_code(tmp_path, source=tmp_path / "missing")
 
 
@@ -399,7 +399,9 @@ def circular():
     ],
 )
 def test_config_that_json_cannot_represent_is_refused(tmp_path, config, says):
-    with pytest.raises(TypeError, match=rf"config is written as JSON, which it cannot be: .*{says}.*\. Give numbers"):
+    with pytest.raises(
+        TypeError, match=rf"expected config to contain only values that JSON .*{says}.* Use finite numbers"
+    ):
         observers.record_run(tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
 
@@ -408,7 +410,7 @@ def test_config_that_json_cannot_represent_is_refused(tmp_path, config, says):
 def test_damaged_record_is_set_aside_and_replaced(story, content):
     story.folder.mkdir(parents=True)
     (story.folder / "run.json").write_text(content)
-    with pytest.warns(RuntimeWarning, match=r"run.json is not what record_run wrote, so the story begins again"):
+    with pytest.warns(RuntimeWarning, match=r"run.json is not a valid record of a run, so a new one is started"):
         fit(story)
     assert [session["reason"] for session in story.sessions] == ["reached 4 steps"]
     assert (story.folder / "run.json.damaged").read_text() == content
@@ -426,7 +428,7 @@ def test_temporarily_full_disk_loses_no_event(story):
 
     observer = observers.record_run(story.folder)
     observer(None, FitBegin(step=0), NOTHING)
-    with pytest.warns(RuntimeWarning, match="record_run cannot write to .* and tries again") as said:  # noqa: PT031
+    with pytest.warns(RuntimeWarning, match="record_run failed to write to .* and will retry") as said:  # noqa: PT031
         with full_disk((story.folder / "events.jsonl").stat().st_size + 20):
             for step in (1, 2, 3):
                 observer(None, Saved(step=step, path="p", metrics={}), NOTHING)
@@ -443,7 +445,7 @@ def test_full_disk_counts_lost_events_and_fails_a_required_observer(story):
 
     with full_disk(5):
         observer = observers.record_run(story.folder)
-        with pytest.warns(RuntimeWarning, match="2 lines of .*events.jsonl could not be written and are lost"):  # noqa: PT031
+        with pytest.warns(RuntimeWarning, match="2 lines of .*events.jsonl could not be written and were lost"):  # noqa: PT031
             observer(None, FitBegin(step=0), NOTHING)
             observer(None, FitEnd(step=0, reason="done"), NOTHING)
             observer.close()

@@ -77,14 +77,14 @@ def test_summary_page_is_complete(monkeypatch):
     assert len(device.findall(page)) == 1
     assert device.sub("", page) == (
         "run\n"
-        "  length       1,000 steps or 2 epochs, what comes first\n"
+        "  length       1,000 steps or 2 epochs, whichever comes first\n"
         "  seed         7\n"
         "  events       Gradients, Updated in the step\n"
         "model\n"
         "  parameters   24 in 4 tensors: 20 trainable, 4 frozen\n"
         "  buffers      9 in 3 tensors\n"
         "  dtype        bfloat16\n"
-        "  state        294 B: params 48 B, buffers 24 B, opt_state 152 B, slots 32 B, the rest 38 B\n"
+        "  state        294 B: params 48 B, buffers 24 B, opt_state 152 B, slots 32 B, other 38 B\n"
         "data\n"
         "  epoch        1,500 batches\n"
         "training\n"
@@ -179,7 +179,7 @@ def test_parameters_are_counted_by_dtype():
 
 def test_model_without_parameters_has_no_tables():
     page = printed(fx.init(nn.ReLU()))
-    assert facts(page, "model") == {"parameters": "0 in 0 tensors", "state": "38 B: the rest 38 B"}
+    assert facts(page, "model") == {"parameters": "0 in 0 tensors", "state": "38 B: other 38 B"}
     assert not {"modules", "tensors", "training"} & set(panels(page))
 
 
@@ -250,7 +250,7 @@ def test_only_identical_layers_are_merged():
 def test_identical_parameter_groups_are_merged():
     params = {"layers": [{"w": torch.zeros(2), "b": torch.zeros(1)} for _ in range(6)]}
     rows = rows_of(printed(fx.init(params), rows=4))[1:]
-    assert [row[:3] for row in rows] == [["(model)", "", "18"], ["  layers", "", "18"], ["    *", "6 alike", "18"]]
+    assert [row[:3] for row in rows] == [["(model)", "", "18"], ["  layers", "", "18"], ["    *", "6 similar", "18"]]
 
 
 def test_long_tensor_table_is_truncated():
@@ -293,7 +293,7 @@ def test_process_count_is_read_from_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     page = printed(fx.init(nn.Linear(1, 1)))
-    assert facts(page, "distributed")["processes"] == "4, this is rank 0; torch.distributed is not initialised"
+    assert facts(page, "distributed")["processes"] == "4, this is rank 0; torch.distributed is not initialized"
     monkeypatch.setenv("RANK", "1")
     assert printed(fx.init(nn.Linear(1, 1))) == ""
 
@@ -340,7 +340,7 @@ def test_pipe_gets_plain_text_and_terminal_gets_boxes(monkeypatch, capsys):
 def test_missing_clu_omits_only_the_tables(monkeypatch):
     monkeypatch.setitem(sys.modules, "clu", None)
     page = printed(fx.init(nn.Linear(1, 1)))
-    assert panels(page)["modules"][0].startswith("(no table, as clu cannot be imported: ")
+    assert panels(page)["modules"][0].startswith("(no table, because clu cannot be imported: ")
     assert panels(page)["modules"][0].endswith("pip install clu)")
     assert facts(page, "model")["parameters"] == "2 in 2 tensors, all trainable"
 

@@ -160,8 +160,8 @@ def test_points_are_written_before_a_checkpoint_is_saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("every", "says"),
     [
-        ({"pictures": 3}, "a kind in every='pictures': one of 'metrics', 'texts', 'images'"),
-        ({"images": 0}, r"every\['images'\]=0"),
+        ({"pictures": 3}, "expected a key of every to be one of 'metrics', 'texts', 'images', .* got 'pictures'"),
+        ({"images": 0}, r"expected every\['images'\] to be a positive int, got 0"),
     ],
 )
 def test_invalid_periods_are_refused(every, says):

@@ -39,7 +39,8 @@ class Gauge:
     def __init__(self, what: str, writers: tuple[Any, ...], every: int, read: Read) -> None:
         if not writers:
             raise ValueError(
-                f"{what}() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say."
+                f"expected at least one writer for {what}(), got none. Pass one, such as "
+                "fxtrain.writers.tensorboard(folder)."
             )
         check_positive_int("every", every)
         self._writers = writers

@@ -55,7 +55,10 @@ def memory(*writers: Any, every: int = 100) -> Gauge:
         (2, True)
     """
     if not _host():
-        raise OSError(f"What a process holds of the memory is not known on {sys.platform}: leave memory(...) out.")
+        raise OSError(
+            f"expected a platform that reports the memory use of processes, got {sys.platform}. Remove the observer "
+            "memory(...)."
+        )
     return Gauge("memory", writers, every, _read)
 
 

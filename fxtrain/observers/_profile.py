@@ -102,8 +102,8 @@ class Profile:
             self._write()
         elif taken:
             warnings.warn(
-                f"The profile recorded nothing: the session ended after {taken} step{'s' if taken != 1 else ''}, and "
-                f"recording begins after {self._wait + self._warmup}. Give profile(...) a smaller wait.",
+                f"expected a session of more than {self._wait + self._warmup} steps to profile, got {taken}, so "
+                "nothing was recorded. Pass profile() a smaller wait.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -156,7 +156,10 @@ class Profile:
         self._end()
         profiler.export_chrome_trace(str(trace))
         if not trace.is_file() or not trace.stat().st_size:  # the profiler only logs a failed write, if at all
-            raise OSError(f"{trace} could not be written: give a folder that you may write to, on a disk with room.")
+            raise OSError(
+                f"expected a folder for the profile that can be written to, got {self._folder}, where {trace.name} is "
+                "missing or empty. Check its permissions and free disk space."
+            )
         by = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
         table.write_text(f"{profiler.key_averages().table(sort_by=by, row_limit=_ROWS)}\n", encoding="utf-8")
         self.files = (trace, table, *([snapshot] if with_snapshot else []))

@@ -20,6 +20,8 @@ from fxtrain.core import (
     Saved,
     StepEnd,
     TrainState,
+    check_choice,
+    describe,
 )
 from fxtrain.observers._display import Column, Frame, Lines, Panel, display
 from fxtrain.observers._figures import duration, number, scaled
@@ -77,13 +79,13 @@ def progress(
         step 2/2 | loss 1.4872 | 1.02k tokens/s | data wait 0%
     """
     if isinstance(metrics, str):
-        raise TypeError(f"metrics={metrics!r} is one string: write metrics=({metrics!r},).")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode={mode!r}: 'min' or 'max' is wanted.")
+        shown = describe(metrics)
+        raise TypeError(f"expected metrics to be a sequence of names, got the string {shown}. Pass ({shown},).")
+    check_choice("mode", mode, ("min", "max"))
     if not seconds > 0:
-        raise ValueError(f"seconds={seconds!r}: more than 0 is wanted.")
+        raise ValueError(f"expected seconds to be above 0, got {describe(seconds)}.")
     if not rate[1] > 0:
-        raise ValueError(f"rate={rate!r}: a unit and how many of it are in a step, more than 0, are wanted.")
+        raise ValueError(f"expected rate to be a unit and a positive number of it per step, got {describe(rate)}.")
     sign = 1 if mode == "min" else -1
     return Progress(tuple(metrics), rate, dict(extra or {}), best, sign, seconds, every_rank, file)
 
@@ -146,11 +148,11 @@ class Progress:
         shown = self._display
         match event:
             case FitBegin():
-                where = f"going on from step {event.step}; " if event.resumed else ""
-                shown.phase(event, self._frame(event), f"{where}compiling, and taking the first step")
+                where = f"resuming from step {event.step}; " if event.resumed else ""
+                shown.phase(event, self._frame(event), f"{where}compiling and running the first step")
             case Restored():
                 if said := _restored(event):
-                    shown.phase(event, self._frame(event), f"{said}; compiling, and taking the first step")
+                    shown.phase(event, self._frame(event), f"{said}; compiling and running the first step")
             case StepEnd():
                 if not self._checked:
                     self._check(event)
@@ -172,7 +174,7 @@ class Progress:
                 self._pace.pause(event.time - self._time)
                 if self._best is not None and self._best[1] > event.to_step:
                     self._best = None
-                shown.note(event, f"back from step {event.from_step} to step {event.to_step}")
+                shown.note(event, f"rewound from step {event.from_step} to step {event.to_step}")
             case Interrupted():
                 shown.note(event, f"interrupted at step {event.step}: {event.cause}")
             case FitEnd():
@@ -228,17 +230,20 @@ class Progress:
         self._checked = True  # only once, because reading metrics waits for the device
         for name in self._metrics:
             if name not in event.metrics:
-                there = ", ".join(map(repr, event.metrics)) or "nothing"
-                raise KeyError(f"progress is to show {name!r}, and the step measures {there}: name some of these.")
+                there = describe(dict.fromkeys(event.metrics))
+                raise KeyError(
+                    f"expected the metrics of the step to include {name!r}, got {there}. Set progress(metrics=...) to "
+                    "names that the step returns."
+                )
         for derive in self._extra.values():
             derive(event.metrics)
 
 
 def _restored(event: Restored) -> str:
     """Returns the differences of the restored state from the expected one, in one line."""
-    new = [f"slot {name!r} is new" for name in event.missing]
-    kept = [f"slot {name!r} is kept for nobody" for name in event.extra]
-    return "; ".join([*new, *kept, *(f"the last bits may differ: {line}" for line in event.different)])
+    new = [f"slot {name!r} is initialized" for name in event.missing]
+    kept = [f"slot {name!r} belongs to no callback" for name in event.extra]
+    return "; ".join([*new, *kept, *(f"results may differ in the last bits: {line}" for line in event.different)])
 
 
 def _epoch(event: LoopEvent) -> str | None:

@@ -47,7 +47,9 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
     root, run = Path(source).resolve(), Path(folder)
     target = run / "code"
     if not root.is_dir():
-        raise NotADirectoryError(f"source={os.fspath(source)!r} is no folder: give the one that has the code.")
+        raise NotADirectoryError(
+            f"expected source to be a folder, got {os.fspath(source)!r}. Give the one with the code."
+        )
 
     def record_code(state: TrainState | None, event: FitBegin, control: Control) -> None:
         # The files that the run writes would change the digest in each session.

@@ -90,8 +90,8 @@ def record_run(folder: str | os.PathLike[str], config: Mapping[str, Any] | None 
         kept = json.loads(json.dumps(config, allow_nan=False))  # a copy, in case the caller changes it later
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"config is written as JSON, which it cannot be: {error}. Give numbers, strings, bools, None, and lists "
-            "and dicts of these."
+            f"expected config to contain only values that JSON can represent, got another one ({error}). Use finite "
+            "numbers, strings, bools, None, and lists and dicts of these."
         ) from None
     path = Path(folder)
     make_folder(path)
@@ -133,7 +133,7 @@ class RecordRun:
         """Writes pending lines. Warns about those that cannot be written."""
         self.flush()
         if lost := self._dropped + len(self._lines):
-            _warn(f"record_run: {lost} lines of {self._events} could not be written and are lost.")
+            _warn(f"record_run: {lost} lines of {self._events} could not be written and were lost.")
             self._lines.clear()
             self._dropped = 0
 
@@ -182,8 +182,8 @@ class RecordRun:
             if self._failure is None:
                 self._contained = error
                 _warn(
-                    f"record_run cannot write to {self._run.parent} and tries again; up to {_MOST_LINES} lines wait. "
-                    f"Training goes on. {type(error).__name__}: {printable(str(error))}"
+                    f"record_run failed to write to {self._run.parent} and will retry. Up to {_MOST_LINES} lines are "
+                    f"queued. Training continues. {type(error).__name__}: {printable(str(error))}"
                 )
             self._failure = error
         else:
@@ -245,7 +245,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             return found
     except ValueError:
         pass
-    set_aside(path, "is not what record_run wrote, so the story begins again")
+    set_aside(path, "is not a valid record of a run, so a new one is started")
     return {}
 
 

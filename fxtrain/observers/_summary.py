@@ -51,6 +51,7 @@ def summary(
             Defaults to standard output.
 
     Raises:
+        TypeError: ``rows`` or ``depth`` is not an int.
         ValueError: ``rows`` or ``depth`` is smaller than 1.
 
     Example:
@@ -63,7 +64,7 @@ def summary(
         model
           parameters   8 in 2 tensors, all trainable
           dtype        float32
-          state        150 B: params 32 B, opt_state 80 B, the rest 38 B
+          state        150 B: params 32 B, opt_state 80 B, other 38 B
         training
           optimizer    ScaleByAdamState 80 B
         distributed
@@ -85,9 +86,8 @@ def summary(
           | weight | (2, 3) | float32 |    6 |
           +--------+--------+---------+------+
     """
-    if rows < 1:
-        raise ValueError(f"rows={rows!r}: at least 1 row is wanted.")
     check_positive_int("depth", depth)
+    check_positive_int("rows", rows)
 
     def summary(state: TrainState, event: FitBegin, control: Control) -> None:
         if rank() == 0:
@@ -205,7 +205,7 @@ def _run(state: TrainState, event: FitBegin) -> Facts:
     ]
     fires = [kind.__name__ for kind in TRACED if kind in event.fires]
     return _known(
-        length=" or ".join(limits) + (", what comes first" if len(limits) > 1 else ""),
+        length=" or ".join(limits) + (", whichever comes first" if len(limits) > 1 else ""),
         begins=f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
         seed=str(int(state.seed)),
         events=f"{', '.join(fires)} in the step" if fires else "",
@@ -233,7 +233,7 @@ def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Fact
         tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
         buffers=f"{_numbers(buffers):,} in {_count(len(buffers), 'tensor')}" if buffers else "",
         dtype=several if len(counts) > 1 else "".join(counts),
-        state=f"{size(everything)}: {', '.join([*named, f'the rest {size(everything - sum(parts.values()))}'])}",
+        state=f"{size(everything)}: {', '.join([*named, f'other {size(everything - sum(parts.values()))}'])}",
     )
 
 
@@ -243,7 +243,7 @@ def _data(event: FitBegin) -> Facts:
     within = within % event.epoch_length if event.epoch_length else within
     return _known(
         epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
-        sizes=f"{event.sizes}, a graph for each if the step is compiled" if (event.sizes or 1) > 1 else "",
+        sizes=f"{event.sizes}, with one graph each if the step is compiled" if (event.sizes or 1) > 1 else "",
         position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
     )
 
@@ -268,7 +268,7 @@ def _distributed() -> Facts:
         return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
     told = os.environ.get("WORLD_SIZE") or "1"
     if told != "1":
-        return {"processes": f"{told}, this is rank {rank()}; torch.distributed is not initialised"}
+        return {"processes": f"{told}, this is rank {rank()}; torch.distributed is not initialized"}
     return {"processes": "one"}
 
 
@@ -376,7 +376,9 @@ def _module_row(group: _Group, whole: int) -> _Row:
     last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
     return {
         "module": "  " * group.depth + _short(last),
-        "type": _short(kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} alike"),
+        "type": _short(
+            kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} similar"
+        ),
         "parameters": f"{count:,}",
         "share": f"{count / whole:.1%}" if whole else "",
         "trainable": _trainable(group.leaves),
@@ -390,7 +392,7 @@ def _table(rows: list[_Row]) -> str:
     try:
         from clu import parameter_overview  # imports jax, but initializes no backend
     except ImportError as error:
-        return f"(no table, as clu cannot be imported: {error}; pip install clu)"
+        return f"(no table, because clu cannot be imported: {error}; pip install clu)"
     rows = [{name: printable(cell) for name, cell in row.items()} for row in rows]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]  # without empty columns
     widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}

@@ -24,6 +24,7 @@ from fxtrain.core import (
     TrainState,
     check_choice,
     check_positive_int,
+    describe,
 )
 from fxtrain.values import KINDS, HParams, hold_back, kind_of, outlet_of, published, share, try_all
 
@@ -78,14 +79,16 @@ def write(
         {"event": "StepEnd", "step": 3, "epoch": null, "time": 0.0, "metrics": {"train/loss": 1.0}}
     """
     if not writers:
-        raise ValueError("write() has nothing to write to: give it a writer, fxtrain.writers.tensorboard(folder) say.")
+        raise ValueError(
+            "expected at least one writer for write(), got none. Pass one, such as fxtrain.writers.tensorboard(folder)."
+        )
     periods = dict(every) if isinstance(every, Mapping) else {_METRICS: every}
     for kind, period in periods.items():
-        check_choice("a kind in every", kind, (_METRICS, *KINDS.values()))
+        check_choice("a key of every", kind, (_METRICS, *KINDS.values()))
         check_positive_int("every" if kind == _METRICS else f"every[{kind!r}]", period)
     check_choice("reduce", reduce, tuple(_REDUCED))
     if not flush_seconds >= 0:
-        raise ValueError(f"flush_seconds={flush_seconds!r}: 0 or more is wanted.")
+        raise ValueError(f"expected flush_seconds to be at least 0, got {describe(flush_seconds)}.")
     return Write(writers, periods, reduce, None if hparams is None else HParams(hparams), flush_seconds)
 
 
