@@ -189,7 +189,7 @@ def test_unwritable_runs_folder_is_rejected(tmp_path, monkeypatch, capsys, text)
     for runs in ("file", "file/runs", "/proc/runs", "a" * 5000):
         said = refused(capsys, 1, "--text", "text.py", "--runs", runs, *SMALL)
         assert "expected a writable folder for runs" in said
-        assert "Give another one with --runs." in said
+        assert "Choose another one with --runs." in said
 
 
 @pytest.fixture
