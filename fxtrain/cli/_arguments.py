@@ -13,7 +13,7 @@ import tyro
 Options = TypeVar("Options")
 
 _COLUMNS = "COLUMNS"
-_NARROWEST = 60  # columns; tyro splits words in narrower help, and hangs below 8 columns
+_MIN_COLUMNS = 60  # columns; tyro splits words in narrower help, and hangs below 8 columns
 
 
 def parse(kind: type[Options], command: str, arguments: Sequence[str], default: Options | None = None) -> Options:
@@ -40,11 +40,11 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
 @contextlib.contextmanager
 def _wide_enough() -> Iterator[None]:
     columns = shutil.get_terminal_size().columns
-    if columns >= _NARROWEST:
+    if columns >= _MIN_COLUMNS:
         yield
         return
     before = os.environ.get(_COLUMNS)
-    os.environ[_COLUMNS] = str(_NARROWEST)
+    os.environ[_COLUMNS] = str(_MIN_COLUMNS)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ LARGEST = 1 << 30
 
 # Tests of the standard library, and two folders of generated tables. The tables are large and have a pattern that a
 # model learns immediately.
-_NOT_WRITTEN = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
+_TESTS_AND_TABLES = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
 _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -73,10 +73,10 @@ def read_corpus(text: str | None = None) -> Corpus:
     Raises:
         CorpusError: There is no file, none of the files is text, or they are too large.
     """
-    origin, found, chosen = _find(text)
-    files, left_out = _read(found, chosen)
+    origin, found, is_single_file = _find(text)
+    files, left_out = _read(found, is_single_file)
     if not files:
-        if chosen:
+        if is_single_file:
             raise CorpusError(f"expected a file of text, got {origin}, which is empty or binary. Give another file.")
         if text is None:
             raise CorpusError(
@@ -91,7 +91,7 @@ def read_corpus(text: str | None = None) -> Corpus:
         validation = bytearray().join(content for name, content in files if name in held_out)
         how = f"{_count(len(held_out))} selected by their paths"
     else:
-        cuts = [_cut(content) for _, content in files]
+        cuts = [_split_offset(content) for _, content in files]
         train = bytearray().join(content[:cut] for (_, content), cut in zip(files, cuts, strict=True))
         validation = bytearray().join(content[cut:] for (_, content), cut in zip(files, cuts, strict=True))
         how = "the end of each file" if len(files) > 1 else "the end of the file"
@@ -101,7 +101,7 @@ def read_corpus(text: str | None = None) -> Corpus:
         validation=_tensor(validation),
         names=tuple(name for name, _ in files),
         sizes=tuple(len(content) for _, content in files),
-        description=f"{origin}, {parts}" if chosen else f"{origin}, {_count(len(files))}, {parts}",
+        description=f"{origin}, {parts}" if is_single_file else f"{origin}, {_count(len(files))}, {parts}",
         digest=_digest(train, validation),
     )
 
@@ -137,7 +137,7 @@ def _find(text: str | None) -> tuple[str, Iterable[tuple[str, Path]], bool]:
     if text is None:
         version = ".".join(map(str, sys.version_info[:2]))
         root = Path(sysconfig.get_path("stdlib"))
-        sources = ((n, p) for n, p in _walk(root, skip=_NOT_WRITTEN | _NOT_STANDARD) if n.endswith(".py"))
+        sources = ((n, p) for n, p in _walk(root, skip=_TESTS_AND_TABLES | _NOT_STANDARD) if n.endswith(".py"))
         return f"the Python {version} standard library", sources, False
     # os.path returns False where pathlib raises, for inaccessible paths and invalid names.
     path = os.path.expanduser(text)
@@ -170,7 +170,7 @@ def _walk(root: Path, *, skip: set[str]) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(root).as_posix(), path
 
 
-def _read(found: Iterable[tuple[str, Path]], chosen: bool) -> tuple[list[tuple[str, bytes]], int]:
+def _read(found: Iterable[tuple[str, Path]], is_single_file: bool) -> tuple[list[tuple[str, bytes]], int]:
     files: list[tuple[str, bytes]] = []
     left_out, total = 0, 0
     for name, path in sorted(found):
@@ -182,7 +182,7 @@ def _read(found: Iterable[tuple[str, Path]], chosen: bool) -> tuple[list[tuple[s
                 else:
                     content = b""
         except OSError as error:
-            if chosen:
+            if is_single_file:
                 raise CorpusError(
                     f"expected a readable file, got {path} ({error.strerror}). Give another one."
                 ) from error
@@ -209,7 +209,7 @@ def _held_out(sizes: dict[str, int]) -> set[str]:
     return held_out if taken >= target else set()
 
 
-def _cut(content: bytes) -> int:
+def _split_offset(content: bytes) -> int:
     """Returns the offset at which validation begins, at the beginning of a line if one is near."""
     cut = round(len(content) * (1 - SHARE))
     line = content.rfind(b"\n", round(len(content) * (1 - 2 * SHARE)), cut) + 1

@@ -32,10 +32,10 @@ from fxtrain.cli._run_folder import (
 from fxtrain.cli._transformer import Config, Transformer
 
 STEPS = 1000  # default if neither steps nor epochs are given
-MUON_RATE = 20 / 3  # ratio of Muon's learning rate to AdamW's
+MUON_LR_RATIO = 20 / 3  # to AdamW's learning rate
 PROMPT = "def "
 TEMPERATURE = 0.8
-_LARGEST = 2**31  # maximum of integer options; a product of two fits into 64 bits
+_MAX_OPTION = 2**31  # for integers; a product of two fits into 64 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +140,19 @@ class _Job:
 
     def run(self) -> int:
         options = self.options
-        self._head()
+        self._print_header()
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
         monitors = self._monitors()
         step, eval_step = fx.train_step(_loss, tx, callbacks=monitors), fx.eval_step(_loss)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
-        writing = fx.callbacks.textgen([PROMPT, "import "], Bytes(), length=options.length, temperature=TEMPERATURE)
+        text_samples = fx.callbacks.textgen(
+            [PROMPT, "import "], Bytes(), length=options.length, temperature=TEMPERATURE
+        )
         tokens = options.batch_size * options.length
         speed = fx.callbacks.throughput(tokens=tokens)
-        callbacks = [monitors, speed, writing, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
+        callbacks = [monitors, speed, text_samples, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
         if options.early_stopping:
             callbacks.append(
                 fx.callbacks.early_stopping(
@@ -178,14 +180,14 @@ class _Job:
                     fx.writers.jsonl(self.folder / "metrics.jsonl"),
                     fx.writers.tensorboard(self.folder),
                     every=10,
-                    hparams={name: value for name, value in _plain(options).items() if value is not None},
+                    hparams={name: value for name, value in _as_json(options).items() if value is not None},
                 ),
-                fx.observers.record_run(self.folder, _plain(options)),
+                fx.observers.record_run(self.folder, _as_json(options)),
                 fx.observers.summary(file=self.folder / "summary.txt"),
             ],
         )
         if result.exit_code:
-            self._tail()
+            self._print_commands()
             return result.exit_code
         self._report(result.state, eval_step)
         return 0
@@ -198,7 +200,7 @@ class _Job:
     def _transform(self) -> fx.optim.GradientTransformation:
         """Returns Muon for block matrices and AdamW for embedding and norms, with warmup and cosine decay."""
 
-        def rate(peak: float) -> Any:
+        def schedule(peak: float) -> Any:
             warmup = max(1, self.steps // 10)
             decay = max(self.steps, warmup + 1)  # a run of one step consists of warmup
             return fx.schedules.warmup_cosine_decay(
@@ -206,10 +208,10 @@ class _Job:
             )
 
         return fx.optim.muon(
-            rate(MUON_RATE * self.options.lr),
+            schedule(MUON_LR_RATIO * self.options.lr),
             weight_decay=0.1,
             muon_mask=lambda path, leaf: leaf.ndim == 2 and "blocks" in path,
-            adam_learning_rate=rate(self.options.lr),
+            adam_learning_rate=schedule(self.options.lr),
             adam_b2=0.95,
         )
 
@@ -235,7 +237,7 @@ class _Job:
             return whole
         return fx.data.sequence([whole[index * whole.epoch_length // batches] for index in range(batches)])
 
-    def _head(self) -> None:
+    def _print_header(self) -> None:
         options = self.options
         count = sum(leaf.numel() for leaf in self._model().parameters())
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -265,16 +267,18 @@ class _Job:
         print("\nsample")
         for line in self._sample(state).splitlines():
             print(f"  | {line}")
-        self._tail()
+        self._print_commands()
 
     def _sample(self, state: fx.TrainState) -> str:
         key = fx.rng.key(state.seed, stream=fx.rng.Stream.SAMPLE, step=state.step)
-        numbers = fx.rng.uniform(key, (240,)).tolist()
+        samples = fx.rng.uniform(key, (240,)).tolist()
         prompt, length = Bytes().encode(PROMPT), self.options.length
-        drawn = generate(fx.view(state), prompt, numbers, length=length, device=self.device, temperature=TEMPERATURE)
-        return PROMPT + Bytes().decode(drawn)
+        generated = generate(
+            fx.view(state), prompt, samples, length=length, device=self.device, temperature=TEMPERATURE
+        )
+        return PROMPT + Bytes().decode(generated)
 
-    def _tail(self) -> None:
+    def _print_commands(self) -> None:
         print(f"\nrun         {self.folder}")
         print(f"resume      fxtrain lm --resume {self.folder}")
         print(f"report      fxtrain report {self.folder}")
@@ -284,7 +288,7 @@ class _Job:
         folder = self.options.resume
         if folder is None:
             facts = {
-                "options": _plain(self.options),
+                "options": _as_json(self.options),
                 "corpus": {"digest": self.corpus.digest, "description": self.corpus.description},
                 "environment": {
                     "fxtrain": version("fxtrain"),
@@ -322,8 +326,8 @@ def _validate(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise CommandError(f"expected --{name.replace('_', '-')} to be at least 1, got {value}.")
-        if value is not None and value > _LARGEST:
-            raise CommandError(f"expected --{name.replace('_', '-')} to be at most {_LARGEST}, got {value}.")
+        if value is not None and value > _MAX_OPTION:
+            raise CommandError(f"expected --{name.replace('_', '-')} to be at most {_MAX_OPTION}, got {value}.")
     if not options.lr > 0:
         raise CommandError(f"expected --lr to be above 0, got {options.lr}.")
     if not math.isfinite(options.lr):
@@ -356,7 +360,7 @@ def _steps(options: Options, epoch_length: int | None) -> int:
     return min((count for count in (options.steps, by_epochs) if count is not None), default=STEPS)
 
 
-def _plain(options: Options) -> dict[str, Any]:
+def _as_json(options: Options) -> dict[str, Any]:
     """Returns the options as values that JSON can represent."""
     named = dataclasses.asdict(options)
     return {
