@@ -12,7 +12,7 @@ from fxtrain.core._text import encodable, printable
 from fxtrain.observers._pace import fraction
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
-_REDRAW = 0.2  # minimum seconds between two redraws
+_MIN_REDRAW_SECONDS = 0.2
 
 Column = tuple[str, str]
 """A label, possibly empty, and a value."""
@@ -64,14 +64,17 @@ class Lines:
             self._time, self._tenth = event.time, tenth
             shown = frame()
             self._print(
-                f"step {shown.step}", shown.epoch, *_words(shown.columns), shown.remaining and f"{shown.remaining} left"
+                f"step {shown.step}",
+                shown.epoch,
+                *_labeled(shown.columns),
+                shown.remaining and f"{shown.remaining} left",
             )
 
     def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
         pass
 
     def evaluated(self, event: LoopEvent, frame: Frame) -> None:
-        at, *rest = _words(frame.evaluation)
+        at, *rest = _labeled(frame.evaluation)
         self._print(f"evaluation {at}", *rest)
 
     def note(self, event: LoopEvent, text: str) -> None:
@@ -161,20 +164,20 @@ class Panel:
         self._phase = ""  # the current activity, while no steps run
         self._batch: tuple[int, int | None] | None = None  # evaluation batches done, and their total
         self._end = ""
-        self._drawn = -_REDRAW
+        self._drawn = -_MIN_REDRAW_SECONDS
 
     def phase(self, event: LoopEvent, frame: Frame, text: str) -> None:
         self._phase = text
         self._show(event, frame)
 
     def step(self, event: LoopEvent, frame: Callable[[], Frame]) -> None:
-        if self._phase or event.time - self._drawn >= _REDRAW or fraction(event) == 1.0:
+        if self._phase or event.time - self._drawn >= _MIN_REDRAW_SECONDS or fraction(event) == 1.0:
             self._phase = ""
             self._show(event, frame())
 
     def evaluating(self, event: LoopEvent, batch: int, batches: int | None) -> None:
         self._batch = batch, batches
-        if self._phase or event.time - self._drawn >= _REDRAW:
+        if self._phase or event.time - self._drawn >= _MIN_REDRAW_SECONDS:
             self._phase = ""
             self._show(event, self._frame)
 
@@ -247,7 +250,7 @@ def _label(text: str) -> Any:
     return _text(text, style="bold")
 
 
-def _words(columns: list[Column]) -> list[str]:
+def _labeled(columns: list[Column]) -> list[str]:
     return [f"{label} {value}" if label else value for label, value in columns]
 
 

@@ -46,15 +46,15 @@ class Gauge:
         self._writers = writers
         self._outlets = [outlet_of(writer) for writer in writers]
         self._every = every
-        self._read_numbers = read
+        self._read_values = read
         self._step = 0  # of the last reading or the beginning of the session
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         match event:
             case FitBegin():
-                self._go_back(event.step)
+                self._drop_after(event.step)
             case Rewound():
-                self._go_back(event.to_step)
+                self._drop_after(event.to_step)
             case StepEnd() if event.step % self._every == 0:
                 self._read(state, event)
             case Interrupted() | FitEnd() if event.step > self._step:
@@ -69,14 +69,14 @@ class Gauge:
         failures = [outlet.take_failure() for outlet in self._outlets]
         return next((failure for failure in failures if failure is not None), None)
 
-    def _go_back(self, step: int) -> None:
+    def _drop_after(self, step: int) -> None:
         self._step = step
         for outlet in self._outlets:
             outlet.take_back(step)
 
     def _read(self, state: TrainState | None, event: LoopEvent) -> None:
         self._step = event.step
-        numbers = self._read_numbers(state)
+        numbers = self._read_values(state)
         for writer, outlet in zip(self._writers, self._outlets, strict=True):
             settle(writer)
             outlet.hand_over(event.step, numbers, event)

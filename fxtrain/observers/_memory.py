@@ -14,8 +14,8 @@ from fxtrain.core import TrainState
 from fxtrain.observers._gauge import Gauge
 
 _MIB = 2**20
-_RESIDENT = Path("/proc/self/statm")  # sizes in pages; the second is the resident set
-_COUNTS = {
+_STATM = Path("/proc/self/statm")  # sizes in pages; the second is the resident set
+_DEVICE_STATISTICS = {
     "device_allocated": "allocated_bytes.all.current",
     "device_peak": "allocated_bytes.all.peak",
     "device_reserved": "reserved_bytes.all.current",
@@ -70,8 +70,8 @@ def _read(state: TrainState | None) -> dict[str, float]:
 def _host() -> dict[str, int]:
     """Returns the host memory of the process, in bytes."""
     found: dict[str, int] = {}
-    if _RESIDENT.exists():
-        found["host_resident"] = int(_RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if _STATM.exists():
+        found["host_resident"] = int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if importlib.util.find_spec("resource"):
         import resource
 
@@ -86,4 +86,4 @@ def _device(device: torch.device) -> dict[str, int]:
     if device.type == "cpu":
         return {}
     counts = torch.accelerator.memory_stats(device)
-    return {name: counts[count] for name, count in _COUNTS.items() if count in counts}
+    return {name: counts[count] for name, count in _DEVICE_STATISTICS.items() if count in counts}

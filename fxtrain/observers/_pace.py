@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from fxtrain.core import LoopEvent, StepEnd
 
-_STEPS = 20
-_UNREAD = 256  # maximum number of steps whose metrics have not been read from the device
+_MAX_METRIC_STEPS = 20
+_MAX_UNREAD_STEPS = 256  # steps whose metrics may stay unread on the device
 
 
 class Pace:
@@ -39,7 +39,7 @@ class Pace:
 
     def step(self, event: StepEnd) -> None:
         """Adds a step."""
-        forget = 0.0
+        retained = 0.0
         if self._last is None:
             self._first = event.time
         else:
@@ -49,11 +49,11 @@ class Pace:
             self._seconds = self._seconds * decay + seconds
             self._waited = self._waited * decay + event.data_wait
             self._busy += seconds
-            forget = min(decay, 1 - 1 / _STEPS)
+            retained = min(decay, 1 - 1 / _MAX_METRIC_STEPS)
         self._last, self._paused = event.time, 0.0
         # Reading metrics waits for the device, so they are read only when shown.
-        self._unread.append((forget, event.metrics))
-        if len(self._unread) > _UNREAD:
+        self._unread.append((retained, event.metrics))
+        if len(self._unread) > _MAX_UNREAD_STEPS:
             self._read()
 
     def pause(self, seconds: float) -> None:
@@ -87,12 +87,12 @@ class Pace:
         return max(min(left), 0) / self.rate * max((event.time - self._first) / self._busy, 1.0)
 
     def _read(self) -> None:
-        for forget, metrics in self._unread:
+        for retained, metrics in self._unread:
             for name, value in metrics.items():
                 total, weight = self._sums.get(name, (0.0, 0.0))
                 # A non-finite value would stay in the sum forever.
                 finite = math.isfinite(value)
-                self._sums[name] = (total * forget + value, weight * forget + 1) if finite else (total, weight)
+                self._sums[name] = (total * retained + value, weight * retained + 1) if finite else (total, weight)
                 self._latest[name] = value
         self._unread = []
 

@@ -13,8 +13,8 @@ import torch
 from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int
 from fxtrain.disk import make_folder
 
-_ROWS = 40  # of the table of operations
-_ENTRIES = 100_000  # allocations in a memory snapshot; each takes a few kilobytes of host memory
+_MAX_TABLE_ROWS = 40  # of the table of operations
+_MAX_SNAPSHOT_ENTRIES = 100_000  # allocations in a memory snapshot; each takes a few kilobytes of host memory
 
 Seen = FitBegin | StepBegin | StepEnd
 
@@ -68,21 +68,21 @@ class Profile:
         self._wait, self._warmup, self._active, self._memory = wait, warmup, active, memory
         self._profiler: Any = None  # None while not running
         self._on_cuda = False
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._taken = 0  # steps taken in this session
+    def _reset(self) -> None:
+        self._steps_taken = 0  # in this session
         self._recorded: list[int] = []  # their step numbers
         self._done = False
-        self._opened = contextlib.ExitStack()  # closes the memory history and the profiler
-        self._step = contextlib.ExitStack()  # the profiler range of the current step
+        self._contexts = contextlib.ExitStack()  # closes the memory history and the profiler
+        self._step_range = contextlib.ExitStack()  # the profiler range of the current step
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         try:
             match event:
                 case FitBegin():
-                    self._end()
-                    self._begin()
+                    self._stop()
+                    self._reset()
                     self.files = ()
                     make_folder(self._folder)
                 case StepBegin() if not self._done:
@@ -90,14 +90,14 @@ class Profile:
                 case StepEnd() if not self._done:
                     self._step_ends(event)
         except BaseException:
-            self._end()  # the loop drops a failing observer, but its profiler would keep running
+            self._stop()  # the loop drops a failing observer, but its profiler would keep running
             raise
 
     def close(self) -> None:
         """Stops recording and writes the recorded steps. Warns if the session was too short to record any."""
         if self._done:
             return
-        taken, self._done = self._taken, True
+        taken, self._done = self._steps_taken, True
         if self._recorded:
             self._write()
         elif taken:
@@ -107,44 +107,44 @@ class Profile:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._end()
+        self._stop()
 
     def _step_begins(self, state: TrainState | None) -> None:
-        if self._profiler is None and self._taken >= self._wait:
+        if self._profiler is None and self._steps_taken >= self._wait:
             self._start(state)
         if self._profiler is not None:
-            self._step.close()  # still open if the previous batch was skipped
-            self._step.enter_context(torch.profiler.record_function("train step"))
+            self._step_range.close()  # still open if the previous batch was skipped
+            self._step_range.enter_context(torch.profiler.record_function("train step"))
 
     def _step_ends(self, event: StepEnd) -> None:
-        self._taken += 1
+        self._steps_taken += 1
         if self._profiler is None:
             return
-        self._step.close()
-        if self._taken > self._wait + self._warmup:
+        self._step_range.close()
+        if self._steps_taken > self._wait + self._warmup:
             self._recorded.append(event.step)
         if len(self._recorded) < self._active:
             self._profiler.step()
         else:
             self._done = True
             self._write()
-            self._end()
+            self._stop()
 
     def _start(self, state: TrainState | None) -> None:
         self._on_cuda = state is not None and state.step.device.type == "cuda"
         if self._memory and self._on_cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_ENTRIES)
-            self._opened.callback(torch.cuda.memory._record_memory_history, None)
+            torch.cuda.memory._record_memory_history(max_entries=_MAX_SNAPSHOT_ENTRIES)
+            self._contexts.callback(torch.cuda.memory._record_memory_history, None)
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=0, warmup=self._warmup, active=self._active, repeat=1),
             profile_memory=self._memory,
         )
-        self._opened.enter_context(profiler)
+        self._contexts.enter_context(profiler)
         self._profiler = profiler
 
     def _write(self) -> None:
         """Stops recording and writes the files."""
-        self._step.close()
+        self._step_range.close()
         profiler = self._profiler
         name = f"steps-{self._recorded[0]}-to-{self._recorded[-1]}"
         trace, table, snapshot = (
@@ -153,7 +153,7 @@ class Profile:
         with_snapshot = self._memory and self._on_cuda
         if with_snapshot:
             torch.cuda.memory._dump_snapshot(str(snapshot))
-        self._end()
+        self._stop()
         profiler.export_chrome_trace(str(trace))
         if not trace.is_file() or not trace.stat().st_size:  # the profiler only logs a failed write, if at all
             raise OSError(
@@ -161,11 +161,11 @@ class Profile:
                 "missing or empty. Check its permissions and free disk space."
             )
         by = "self_device_time_total" if self._on_cuda else "self_cpu_time_total"
-        table.write_text(f"{profiler.key_averages().table(sort_by=by, row_limit=_ROWS)}\n", encoding="utf-8")
+        table.write_text(f"{profiler.key_averages().table(sort_by=by, row_limit=_MAX_TABLE_ROWS)}\n", encoding="utf-8")
         self.files = (trace, table, *([snapshot] if with_snapshot else []))
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         """Stops the profiler if it is running."""
         self._profiler = None
-        self._step.close()
-        self._opened.close()
+        self._step_range.close()
+        self._contexts.close()

@@ -28,7 +28,7 @@ from fxtrain.observers._figures import duration, number, scaled
 from fxtrain.observers._pace import Pace
 from fxtrain.observers._rank_zero import rank
 
-_SPAN = 10.0  # seconds over which throughput and metrics are averaged
+_AVERAGING_SECONDS = 10.0  # for throughput and metrics
 
 Derived = Callable[[Mapping[str, float]], float]
 Seen = FitBegin | Restored | StepEnd | EvalBegin | EvalStep | EvalEnd | Saved | Rewound | Interrupted | FitEnd
@@ -110,23 +110,23 @@ class Progress:
         self._best_of, self._sign = best, sign
         self._seconds = seconds
         self._display: Lines | Panel | None = None
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         # Read when a session begins, because torch.distributed may be initialized after this observer is created.
         self._silent = not self._every_rank and rank() != 0
-        self._pace = Pace(_SPAN)
+        self._pace = Pace(_AVERAGING_SECONDS)
         self._checked = False
-        self._time = 0.0  # of the previous event
+        self._previous_time = 0.0
         self._evaluating: float | None = None  # when the current evaluation began
-        self._batch = 0  # evaluation batches done
-        self._batches: int | None = None  # number of batches of the last evaluation
+        self._batches_done = 0  # in the current evaluation
+        self._last_batch_count: int | None = None  # number of batches of the last evaluation
         self._last: tuple[int, Mapping[str, float]] | None = None  # step and metrics of the last evaluation
         self._best: tuple[float, int] | None = None  # best value and its step
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         try:
-            self._see(event)
+            self._show(event)
         except BaseException:
             self.close()  # the loop drops a failing observer, which must restore the terminal
             raise
@@ -137,10 +137,10 @@ class Progress:
             self._display.close()
             self._display = None
 
-    def _see(self, event: Seen) -> None:
+    def _show(self, event: Seen) -> None:
         if isinstance(event, FitBegin):
             self.close()
-            self._begin()
+            self._reset()
         if self._silent:
             return
         if self._display is None:
@@ -151,7 +151,7 @@ class Progress:
                 where = f"resuming from step {event.step}; " if event.resumed else ""
                 shown.phase(event, self._frame(event), f"{where}compiling and running the first step")
             case Restored():
-                if said := _restored(event):
+                if said := _describe_restored(event):
                     shown.phase(event, self._frame(event), f"{said}; compiling and running the first step")
             case StepEnd():
                 if not self._checked:
@@ -159,19 +159,19 @@ class Progress:
                 self._pace.step(event)
                 shown.step(event, lambda: self._frame(event))
             case EvalBegin():
-                self._evaluating, self._batch = event.time, 0
-                if self._batches is None:
+                self._evaluating, self._batches_done = event.time, 0
+                if self._last_batch_count is None:
                     shown.phase(event, self._frame(event), f"step {event.step}: compiling the evaluation")
             case EvalStep():
-                self._batch = event.index + 1
-                shown.evaluating(event, self._batch, self._batches)
+                self._batches_done = event.index + 1
+                shown.evaluating(event, self._batches_done, self._last_batch_count)
             case EvalEnd():
                 self._evaluated(event)
                 shown.evaluated(event, self._frame(event))
             case Saved():
-                self._pace.pause(event.time - self._time)
+                self._pace.pause(event.time - self._previous_time)
             case Rewound():
-                self._pace.pause(event.time - self._time)
+                self._pace.pause(event.time - self._previous_time)
                 if self._best is not None and self._best[1] > event.to_step:
                     self._best = None
                 shown.note(event, f"rewound from step {event.from_step} to step {event.to_step}")
@@ -180,13 +180,13 @@ class Progress:
             case FitEnd():
                 shown.end(event, self._frame(event), f"{event.reason}, in {duration(event.time)}")
                 self.close()
-        self._time = event.time
+        self._previous_time = event.time
 
     def _evaluated(self, event: EvalEnd) -> None:
         if self._evaluating is not None:
             self._pace.pause(event.time - self._evaluating)
             self._evaluating = None
-        self._batches = self._batch
+        self._last_batch_count = self._batches_done
         self._last = (event.step, dict(event.metrics))
         value = event.metrics.get(self._best_of)
         if value is not None and (self._best is None or self._sign * value < self._sign * self._best[0]):
@@ -199,32 +199,35 @@ class Progress:
         return Frame(
             step=step.rjust(2 * len(f"{event.total_steps or 0}") + 1 if event.total_steps else 0),
             epoch=_epoch(event),
-            columns=[*(self._measured(metrics) if (metrics := self._pace.metrics) else []), *self._speed()],
+            columns=[
+                *(self._metric_columns(metrics) if (metrics := self._pace.metrics) else []),
+                *self._throughput_columns(),
+            ],
             remaining=duration(left) if (left := self._pace.remaining(event)) else None,
-            evaluation=self._evaluation(),
+            evaluation=self._evaluation_columns(),
         )
 
-    def _measured(self, metrics: Mapping[str, float]) -> list[Column]:
+    def _metric_columns(self, metrics: Mapping[str, float]) -> list[Column]:
         shown = [(name, number(metrics[name])) for name in self._metrics if name in metrics]
         for name, derive in self._extra.items():
             with contextlib.suppress(KeyError):  # an evaluation may have fewer metrics than a step
                 shown.append((name, number(derive(metrics))))
         return shown
 
-    def _speed(self) -> list[Column]:
+    def _throughput_columns(self) -> list[Column]:
         unit, in_a_step = self._rate
         rate, waiting = self._pace.rate, self._pace.waiting
         if rate is None or waiting is None:
             return []
         return [("", f"{scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
 
-    def _evaluation(self) -> list[Column]:
+    def _evaluation_columns(self) -> list[Column]:
         if self._last is None:
             return []
         step, metrics = self._last
         rest = [(name, number(value)) for name, value in metrics.items() if name not in self._metrics]
         best = [(f"best {self._best_of}", f"{number(self._best[0])} at step {self._best[1]}")] if self._best else []
-        return [("at step", str(step)), *self._measured(metrics), *rest, *best]
+        return [("at step", str(step)), *self._metric_columns(metrics), *rest, *best]
 
     def _check(self, event: StepEnd) -> None:
         self._checked = True  # only once, because reading metrics waits for the device
@@ -239,7 +242,7 @@ class Progress:
             derive(event.metrics)
 
 
-def _restored(event: Restored) -> str:
+def _describe_restored(event: Restored) -> str:
     """Returns the differences of the restored state from the expected one, in one line."""
     new = [f"slot {name!r} is initialized" for name in event.missing]
     kept = [f"slot {name!r} belongs to no callback" for name in event.extra]

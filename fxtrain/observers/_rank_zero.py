@@ -27,7 +27,7 @@ def rank_zero(observer: Callable[..., None]) -> Callable[..., None]:
         >>> from fxtrain import observers, writers
         >>> write = rank_zero(observers.write(writers.console()))
     """
-    return observer if rank() == 0 else _nothing
+    return observer if rank() == 0 else _do_nothing
 
 
 def rank() -> int:
@@ -37,5 +37,5 @@ def rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
-def _nothing(state: Any, event: FitEnd, control: Any) -> None:
+def _do_nothing(state: Any, event: FitEnd, control: Any) -> None:
     """Does nothing. It subscribes to ``FitEnd`` alone, so it costs nothing during training."""

@@ -13,9 +13,11 @@ from fxtrain.core import Control, FitBegin, TrainState
 from fxtrain.disk import make_folder, put_file, sync_file, sync_folder
 from fxtrain.observers._repository import commit_of, git
 
-_LARGEST = 2**20  # bytes; larger files are unlikely to be source
-_ENDINGS = frozenset((".py", ".ipynb", ".toml", ".cfg", ".ini", ".yaml", ".yml", ".json", ".md", ".txt", ".sh", ".cu"))
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the modification time of every file, so that archives compare equal
+_MAX_FILE_BYTES = 2**20  # bytes; larger files are unlikely to be source
+_EXTENSIONS = frozenset(
+    (".py", ".ipynb", ".toml", ".cfg", ".ini", ".yaml", ".yml", ".json", ".md", ".txt", ".sh", ".cu")
+)
+_MODIFICATION_TIME = (1980, 1, 1, 0, 0, 0)  # of every file, so that archives compare equal
 
 
 def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str] = ".") -> Callable[..., None]:
@@ -59,29 +61,32 @@ def record_code(folder: str | os.PathLike[str], *, source: str | os.PathLike[str
         path = target / f"{_digest(contents)}.zip"
         make_folder(target)
         if not zipfile.is_zipfile(path):  # missing, or damaged by a power cut
-            _write(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
+            _write_archive(path, {name: (files[name].stat().st_mode, content) for name, content in contents.items()})
         line = {"step": event.step, "archive": path.name, **_commit(root, own)}
-        _add_line(target / "sessions.jsonl", json.dumps(line).encode())
+        _append_line(target / "sessions.jsonl", json.dumps(line).encode())
         sync_folder(target)
 
     return record_code
 
 
 def _files(root: Path) -> set[Path]:
-    known = _listed(root, "--cached")
+    known = _git_files(root, "--cached")
     if known is None:
-        found = _source_below(root)
+        found = _source_files(root)
     else:
-        found = {*known, *(path for path in _listed(root, "--others", "--exclude-standard") or () if _is_source(path))}
-    return {path for path in found if path.is_file() and path.stat().st_size <= _LARGEST}
+        found = {
+            *known,
+            *(path for path in _git_files(root, "--others", "--exclude-standard") or () if _is_source(path)),
+        }
+    return {path for path in found if path.is_file() and path.stat().st_size <= _MAX_FILE_BYTES}
 
 
-def _listed(root: Path, *which: str) -> list[Path] | None:
+def _git_files(root: Path, *which: str) -> list[Path] | None:
     names = git(root, "ls-files", *which, "-z", ".")
     return None if names is None else [root / name for name in names.split("\0") if name]
 
 
-def _source_below(root: Path) -> set[Path]:
+def _source_files(root: Path) -> set[Path]:
     found: set[Path] = set()
     for folder, folders, names in os.walk(root):
         if "pyvenv.cfg" in names:
@@ -93,7 +98,7 @@ def _source_below(root: Path) -> set[Path]:
 
 
 def _is_source(path: Path) -> bool:
-    return path.suffix in _ENDINGS and not path.name.startswith(".")
+    return path.suffix in _EXTENSIONS and not path.name.startswith(".")
 
 
 def _digest(contents: dict[str, bytes]) -> str:
@@ -104,18 +109,18 @@ def _digest(contents: dict[str, bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
+def _write_archive(path: Path, entries: dict[str, tuple[int, bytes]]) -> None:
     new = path.with_suffix(".zip.tmp")  # renamed once complete, in case of a crash
     with zipfile.ZipFile(new, "w") as archive:
         for name, (mode, content) in entries.items():
-            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry = zipfile.ZipInfo(name, _MODIFICATION_TIME)
             entry.external_attr = mode << 16
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
     sync_file(new)
     os.replace(new, path)
 
 
-def _add_line(path: Path, line: bytes) -> None:
+def _append_line(path: Path, line: bytes) -> None:
     """Appends a line. The last one may be cut short by a crash, or end in zeros after a power cut."""
     before = path.read_bytes() if path.exists() else b""
     kept = before.rstrip(b"\0")

@@ -39,9 +39,9 @@ from fxtrain.values import plain
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
 
-_MOST_LINES = 10_000  # queued while they cannot be written
-_TOGETHER = 100  # steps whose request flags may stay unread on the device
-_TOLD: Mapping[type[Any], tuple[str, ...]] = {
+_MAX_QUEUED_LINES = 10_000  # while they cannot be written
+_MAX_UNREAD = 100  # steps whose request flags may stay unread on the device
+_RECORDED_FIELDS: Mapping[type[Any], tuple[str, ...]] = {
     FitBegin: ("total_steps", "total_epochs", "resumed"),
     Restored: ("path", "missing", "extra", "different"),
     Saved: ("path", "metrics"),
@@ -104,8 +104,8 @@ class RecordRun:
     def __init__(self, folder: Path, config: Mapping[str, Any] | None) -> None:
         self._run, self._events = folder / "run.json", folder / "events.jsonl"
         self._config = config
-        self._known: dict[str, Any] = {}
-        self._unwritten = False  # whether run.json is out of date
+        self._content: dict[str, Any] = {}
+        self._is_outdated = False  # whether run.json is out of date
         self._lines: deque[bytes] = deque()  # not yet in events.jsonl
         self._dropped = 0
         self._failure: OSError | None = None  # since the last successful write
@@ -115,11 +115,11 @@ class RecordRun:
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         if isinstance(event, FitBegin):
             self._begin(state, event)
-        told = type(event) in _TOLD
-        if told or control.kinds:
+        is_recorded = type(event) in _RECORDED_FIELDS
+        if is_recorded or control.kinds:
             self._unread.append((event, control))
-        at_once = told or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in _flags(control))
-        if self._unread and (at_once or len(self._unread) >= _TOGETHER):
+        is_readable = is_recorded or not any(isinstance(flag, Tensor) and not flag.is_cpu for flag in _flags(control))
+        if self._unread and (is_readable or len(self._unread) >= _MAX_UNREAD):
             self._read()
         if isinstance(event, FitEnd | Interrupted):
             self._end(event)
@@ -147,31 +147,36 @@ class RecordRun:
         sessions = before.get("sessions", [])
         sessions.append({"began": _now(), "from_step": event.step, "environment": _environment(state)})
         config = self._config if self._config is not None else before.get("config")
-        self._known = {"config": config, "sessions": sessions}
+        self._content = {"config": config, "sessions": sessions}
         self._write()
 
     def _end(self, event: FitEnd | Interrupted) -> None:
-        if not self._known:
+        if not self._content:
             return
         reason = event.reason if isinstance(event, FitEnd) else f"interrupted by {event.cause}"
-        self._known["sessions"][-1] |= {"ended": _now(), "to_step": event.step, "reason": reason, "seconds": event.time}
+        self._content["sessions"][-1] |= {
+            "ended": _now(),
+            "to_step": event.step,
+            "reason": reason,
+            "seconds": event.time,
+        }
         self._write()
 
     def _write(self) -> None:
-        self._unwritten = True
-        self._try(self._put)
+        self._is_outdated = True
+        self._try(self._write_pending)
 
-    def _put(self) -> None:
+    def _write_pending(self) -> None:
         """Writes run.json if it is out of date, and the pending lines."""
-        if self._unwritten:
-            replace_file(self._run, json.dumps(self._known, indent=2).encode())
-            self._unwritten = False
+        if self._is_outdated:
+            replace_file(self._run, json.dumps(self._content, indent=2).encode())
+            self._is_outdated = False
         if self._lines:
             _append(self._events, b"".join(self._lines))
             self._lines.clear()
 
     def _sync(self) -> None:
-        self._put()
+        self._write_pending()
         if self._events.exists():
             sync_file(self._events)
 
@@ -182,8 +187,8 @@ class RecordRun:
             if self._failure is None:
                 self._contained = error
                 _warn(
-                    f"record_run failed to write to {self._run.parent} and will retry. Up to {_MOST_LINES} lines are "
-                    f"queued. Training continues. {type(error).__name__}: {printable(str(error))}"
+                    f"record_run failed to write to {self._run.parent} and will retry. Up to {_MAX_QUEUED_LINES} lines "
+                    f"are queued. Training continues. {type(error).__name__}: {printable(str(error))}"
                 )
             self._failure = error
         else:
@@ -193,17 +198,17 @@ class RecordRun:
         unread, self._unread = self._unread, []
         for event, control in unread:
             kind = type(event)
-            line = {name: getattr(event, name) for name in _TOLD.get(kind, ())}
+            line = {name: getattr(event, name) for name in _RECORDED_FIELDS.get(kind, ())}
             if asked := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
                 line["asked"] = asked
-            if asked or kind in _TOLD:
+            if asked or kind in _RECORDED_FIELDS:
                 self._line({"event": kind.__name__, **_at(event), **line})
         if self._lines:
-            self._try(self._put)
+            self._try(self._write_pending)
 
     def _line(self, line: dict[str, Any]) -> None:
         self._lines.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
-        if len(self._lines) > _MOST_LINES:
+        if len(self._lines) > _MAX_QUEUED_LINES:
             self._lines.popleft()
             self._dropped += 1
 

@@ -14,15 +14,15 @@ def git(folder: Path, *arguments: str) -> str | None:
         arguments: The command and its arguments.
     """
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", errors="replace"
         )
     except OSError:
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None
 
 
 def commit_of(folder: Path) -> str | None:
     """Returns the checked-out commit of the repository that contains ``folder``, or None."""
-    said = git(folder, "rev-parse", "HEAD")
-    return None if said is None else said.strip()
+    output = git(folder, "rev-parse", "HEAD")
+    return None if output is None else output.strip()

@@ -24,9 +24,9 @@ from fxtrain.observers._rank_zero import rank
 from fxtrain.optim import PerParameter
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between the dots of a name
-_LONGEST = 48  # characters of a name in a table
-_NUMBERS = ("parameters", "share", "size")  # right-aligned columns
-_WIDTH = 96  # characters per line outside tables
+_MAX_NAME_LENGTH = 48  # characters of a name in a table
+_RIGHT_ALIGNED = ("parameters", "share", "size")  # columns
+_LINE_WIDTH = 96  # characters per line outside tables
 
 Facts = dict[str, str]
 """Known facts by label. Unknown ones are left out."""
@@ -91,22 +91,22 @@ def summary(
 
     def summary(state: TrainState, event: FitBegin, control: Control) -> None:
         if rank() == 0:
-            _put(_panels(state, event, depth, rows), file)
+            _output(_panels(state, event, depth, rows), file)
 
     return summary
 
 
-def _put(panels: Mapping[str, str], file: str | os.PathLike[str] | TextIO | None) -> None:
+def _output(panels: Mapping[str, str], file: str | os.PathLike[str] | TextIO | None) -> None:
     page = "\n".join(f"{title}\n{textwrap.indent(text, '  ')}" for title, text in panels.items())
     if isinstance(file, str | os.PathLike):
         path = Path(file)
         make_folder(path.parent)
         replace_file(path, f"{page}\n".encode(errors="backslashreplace"))
-    elif file is not None or not _boxed(panels):
+    elif file is not None or not _print_in_boxes(panels):
         print(page, file=file, flush=True)
 
 
-def _boxed(panels: Mapping[str, str]) -> bool:
+def _print_in_boxes(panels: Mapping[str, str]) -> bool:
     """Prints the panels in boxes if standard output is a wide enough terminal. Returns whether it did."""
     import rich
     from rich.panel import Panel
@@ -144,7 +144,7 @@ def _panels(state: TrainState, event: FitBegin, depth: int, rows: int) -> dict[s
 def _line(label: str, text: str) -> str:
     return textwrap.fill(
         f"{printable(label):<11}  {printable(text)}",
-        _WIDTH,
+        _LINE_WIDTH,
         subsequent_indent=" " * 13,
         break_long_words=False,
         break_on_hyphens=False,
@@ -173,7 +173,7 @@ def _modules(state: TrainState) -> tuple[dict[str, str], dict[str, str]]:
     types: dict[str, str] = {}
     tied: dict[str, str] = {}
 
-    def look(model: Any) -> None:
+    def visit(model: Any) -> None:
         first: dict[Tensor, str] = {}  # tensors are hashed by identity
         parts = zip(ops.tree_paths(model, namespace=NAMESPACE), tree.leaves(model), strict=True)
         for path, part in parts:
@@ -186,7 +186,7 @@ def _modules(state: TrainState) -> tuple[dict[str, str], dict[str, str]]:
                         tied[_joined(path, name)] = known
 
     if state.model is not None:
-        state.model.call(state.params, state.buffers, look, train=False)
+        state.model.call(state.params, state.buffers, visit, train=False)
     return types, tied
 
 
@@ -204,7 +204,7 @@ def _run(state: TrainState, event: FitBegin) -> Facts:
         if total is not None
     ]
     fires = [kind.__name__ for kind in TRACED if kind in event.fires]
-    return _known(
+    return _nonempty(
         length=" or ".join(limits) + (", whichever comes first" if len(limits) > 1 else ""),
         begins=f"after step {event.step:,}" + (", resumed" if event.resumed else "") if event.step else "",
         seed=str(int(state.seed)),
@@ -228,10 +228,10 @@ def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Fact
     parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
     named = [f"{name} {size(count)}" for name, count in parts.items() if count]
     everything = _bytes(state)
-    return _known(
+    return _nonempty(
         parameters=whole,
         tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
-        buffers=f"{_numbers(buffers):,} in {_count(len(buffers), 'tensor')}" if buffers else "",
+        buffers=f"{_total_numel(buffers):,} in {_count(len(buffers), 'tensor')}" if buffers else "",
         dtype=several if len(counts) > 1 else "".join(counts),
         state=f"{size(everything)}: {', '.join([*named, f'other {size(everything - sum(parts.values()))}'])}",
     )
@@ -241,7 +241,7 @@ def _data(event: FitBegin) -> Facts:
     at = f" of epoch {int(event.epoch) + 1:,}" if event.epoch is not None else ""
     within = event.position - event.epoch_start
     within = within % event.epoch_length if event.epoch_length else within
-    return _known(
+    return _nonempty(
         epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
         sizes=f"{event.sizes}, with one graph each if the step is compiled" if (event.sizes or 1) > 1 else "",
         position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
@@ -257,7 +257,7 @@ def _training(state: TrainState) -> Facts:
         kind = named[-1] if named else "tensors"
         kinds[kind] = kinds.get(kind, 0) + leaf.nbytes
     slots = {name: _bytes(memory) for name, memory in state.slots.items()}
-    return _known(
+    return _nonempty(
         optimizer=", ".join(f"{name} {size(count)}" for name, count in kinds.items()),
         callbacks=", ".join(f"{name} {size(count)}" for name, count in slots.items()),
     )
@@ -278,7 +278,7 @@ def _device(device: torch.device) -> Facts:
     cuda = device.type == "cuda"
     taken = torch.cuda.mem_get_info(device) if cuda else None
     versions = f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
-    return _known(
+    return _nonempty(
         device=f"{device}, {torch.cuda.get_device_name(device)}" if cuda else str(device),
         memory=f"{size(taken[1])}, {size(taken[0])} of it free" if taken else "",
         host=f"{size(psutil.virtual_memory().total)}, {_count(os.cpu_count() or 1, 'core')}",
@@ -288,7 +288,7 @@ def _device(device: torch.device) -> Facts:
     )
 
 
-def _known(**facts: str) -> Facts:
+def _nonempty(**facts: str) -> Facts:
     return {label: text for label, text in facts.items() if text}
 
 
@@ -310,10 +310,10 @@ class _Group(NamedTuple):
 
 
 def _tensor_rows(leaves: list[_Leaf], rows: int) -> list[_Row]:
-    shown, rest = _cut(leaves, rows)
+    shown, rest = _split_rows(leaves, rows)
     table = [
         {
-            "tensor": _short(leaf.name),
+            "tensor": _shortened(leaf.name),
             "shape": str(tuple(leaf.tensor.shape)),
             "dtype": _dtype(leaf.tensor),
             "size": f"{leaf.tensor.numel():,}",
@@ -330,13 +330,13 @@ def _module_rows(leaves: list[_Leaf], modules: dict[str, str], depth: int, rows:
         return []
     groups = _by_module(leaves, modules, depth)
     if len(groups) > rows:
-        groups = _alike(groups)
+        groups = _merge_similar(groups)
     while len(groups) > rows and depth > 1:
         depth -= 1
         groups = [group for group in groups if group.depth <= depth]
     if len(groups) == 1 and not modules:
         return []  # a flat dict of parameters, which the panels already summarize
-    shown, rest = _cut(groups, rows)
+    shown, rest = _split_rows(groups, rows)
     if rest:
         top = min(group.depth for group in rest)  # deeper groups are part of these
         beyond = [leaf for group in rest if group.depth == top for leaf in group.leaves]
@@ -358,7 +358,7 @@ def _by_module(leaves: list[_Leaf], modules: dict[str, str], depth: int) -> list
     ]
 
 
-def _alike(groups: list[_Group]) -> list[_Group]:
+def _merge_similar(groups: list[_Group]) -> list[_Group]:
     found: dict[Any, _Group] = {}
     for group in groups:
         starred = _NUMBER.sub("*", group.name)
@@ -375,8 +375,8 @@ def _module_row(group: _Group, whole: int) -> _Row:
     count = _numel(group.leaves)
     last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
     return {
-        "module": "  " * group.depth + _short(last),
-        "type": _short(
+        "module": "  " * group.depth + _shortened(last),
+        "type": _shortened(
             kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} similar"
         ),
         "parameters": f"{count:,}",
@@ -397,13 +397,14 @@ def _table(rows: list[_Row]) -> str:
     columns = [name for name in rows[0] if any(row[name] for row in rows)]  # without empty columns
     widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
     aligned = [
-        {name: row[name].rjust(widest[name]) if name in _NUMBERS else row[name] for name in columns} for row in rows
+        {name: row[name].rjust(widest[name]) if name in _RIGHT_ALIGNED else row[name] for name in columns}
+        for row in rows
     ]
     kind = dataclasses.make_dataclass("Row", columns)
     return parameter_overview.make_table([kind(**row) for row in aligned], column_names=columns)
 
 
-def _cut(found: list[Any], rows: int) -> tuple[list[Any], list[Any]]:
+def _split_rows(found: list[Any], rows: int) -> tuple[list[Any], list[Any]]:
     """Splits items into those to show and those to sum up in the last row."""
     return (found, []) if len(found) <= rows else (found[: rows - 1], found[rows - 1 :])
 
@@ -415,9 +416,9 @@ def _trainable(leaves: list[_Leaf]) -> str:
     return "some" if len(told) > 1 else "all" if told == {True} else "frozen"
 
 
-def _short(name: str) -> str:
-    half = (_LONGEST - 3) // 2
-    return name if len(name) <= _LONGEST else f"{name[:half]}...{name[-half:]}"
+def _shortened(name: str) -> str:
+    half = (_MAX_NAME_LENGTH - 3) // 2
+    return name if len(name) <= _MAX_NAME_LENGTH else f"{name[:half]}...{name[-half:]}"
 
 
 def _count(number: int, unit: str, plural: str = "s") -> str:
@@ -433,10 +434,10 @@ def _dtype(leaf: Tensor) -> str:
 
 
 def _numel(leaves: Iterable[_Leaf]) -> int:
-    return _numbers(leaf.tensor for leaf in leaves)
+    return _total_numel(leaf.tensor for leaf in leaves)
 
 
-def _numbers(tensors: Iterable[Tensor]) -> int:
+def _total_numel(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 

@@ -86,22 +86,22 @@ def write(
     for kind, period in periods.items():
         check_choice("a key of every", kind, (_METRICS, *KINDS.values()))
         check_positive_int("every" if kind == _METRICS else f"every[{kind!r}]", period)
-    check_choice("reduce", reduce, tuple(_REDUCED))
+    check_choice("reduce", reduce, tuple(_REDUCTIONS))
     if not flush_seconds >= 0:
         raise ValueError(f"expected flush_seconds to be at least 0, got {describe(flush_seconds)}.")
     return Write(writers, periods, reduce, None if hparams is None else HParams(hparams), flush_seconds)
 
 
 _METRICS = "metrics"
-_REDUCED: Mapping[str, Callable[[list[float]], float]] = {
+_REDUCTIONS: Mapping[str, Callable[[list[float]], float]] = {
     "mean": lambda values: sum(values) / len(values),
     "last": lambda values: values[-1],
     "min": lambda values: float(np.min(values)),  # propagates NaN, unlike min()
     "max": lambda values: float(np.max(values)),
 }
 
-_AT_MOST = 64  # maximum number of points held back
-_SECONDS = 1.0  # maximum time that they are held back, by the loop's clock
+_MAX_HELD_POINTS = 64
+_MAX_HELD_SECONDS = 1.0  # by the loop's clock
 
 _Steps = list[tuple[int, Mapping[str, Any]]]  # steps and their metrics
 _Point = tuple[StepEnd, _Steps, Control]  # event to write at, steps to reduce, logged values
@@ -132,7 +132,7 @@ class Write:
             hold_back(writer, self._write_points)
         self._every = periods.get(_METRICS, 1)
         self._periods = {kind: periods[name] for kind, name in KINDS.items() if periods.get(name, 1) > 1}
-        self._reduce = _REDUCED[reduce]
+        self._reduce = _REDUCTIONS[reduce]
         self._hparams = hparams
         self._flush_seconds = flush_seconds
         self._interval: _Steps = []  # steps since the last point
@@ -140,8 +140,8 @@ class Write:
         self._points: list[_Point] = []
         self._sent: list[_Point] = []  # with an asynchronous copy to the host in progress
         self._latest: dict[str, tuple[StepEnd, Logged]] = {}  # by name, for kinds with their own period
-        self._written = 0.0
-        self._flushed = 0.0
+        self._batch_time = 0.0
+        self._flush_time = 0.0
 
     def __call__(self, state: TrainState | None, event: Seen, control: Control) -> None:
         match event:
@@ -149,12 +149,12 @@ class Write:
                 self._step(event, control)
                 return
             case FitBegin():
-                self._written = self._flushed = event.time
-                self._take_back(event.step)
+                self._batch_time = self._flush_time = event.time
+                self._drop_after(event.step)
                 if self._hparams is not None:
                     control = control | Control(log={"hparams": self._hparams})
             case Rewound():
-                self._take_back(event.to_step)
+                self._drop_after(event.to_step)
                 event = dataclasses.replace(event, step=event.to_step)  # where the curves continue
             case Interrupted() | FitEnd():
                 self._end_interval()
@@ -169,7 +169,7 @@ class Write:
         """Writes a point for every step so far, and flushes the writers."""
         self._end_interval()
         self._write_points()
-        self._flush(self._flushed)  # without an event, the current time is unknown
+        self._flush(self._flush_time)  # without an event, the current time is unknown
 
     def close(self) -> None:
         """Writes all held values and closes every writer, then raises the first error."""
@@ -191,14 +191,16 @@ class Write:
             self._interval = []
         elif not silent:
             self._points.append((event, [], control))
-        if not silent and not _only_numbers(log):
+        if not silent and not _only_scalars(log):
             self._write_points()  # media may be large
-        elif self._points and (len(self._points) >= _AT_MOST or event.time - self._written >= _SECONDS):
+        elif self._points and (
+            len(self._points) >= _MAX_HELD_POINTS or event.time - self._batch_time >= _MAX_HELD_SECONDS
+        ):
             self._write_points(wait=False)
-            self._written = event.time
+            self._batch_time = event.time
         if self._latest:
             self._write_latest(event.step)
-        if event.time - self._flushed >= self._flush_seconds:
+        if event.time - self._flush_time >= self._flush_seconds:
             self._write_points()
             self._flush(event.time)
 
@@ -264,7 +266,7 @@ class Write:
         for outlet in self._outlets:
             outlet.hand_over(event.step, values, event)
 
-    def _take_back(self, step: int) -> None:
+    def _drop_after(self, step: int) -> None:
         self._interval = [entry for entry in self._interval if entry[0] <= step]
         self._points = [point for point in (*self._sent, *self._points) if point[0].step <= step]
         self._sent = []
@@ -273,12 +275,12 @@ class Write:
             outlet.take_back(step)
 
     def _flush(self, time: float) -> None:
-        self._flushed = time
+        self._flush_time = time
         for outlet in self._outlets:
             outlet.flush()
 
 
-def _only_numbers(log: Mapping[str, Logged]) -> bool:
+def _only_scalars(log: Mapping[str, Logged]) -> bool:
     if type(log) is dict:
         return all(kind_of(entry.value) is float for entry in log.values())
     return getattr(log, "only_numbers", False)
