@@ -106,9 +106,9 @@ class Terminal:
         )
         self._live.start()
 
-    def draw(self, drawn: Any) -> None:
+    def draw(self, content: Any) -> None:
         self.width = self._live.console.width  # the window may be resized
-        self._live.update(drawn, refresh=True)
+        self._live.update(content, refresh=True)
 
     def note(self, text: str) -> None:
         self._live.console.print(_text(text, style="yellow"), highlight=False)
@@ -127,13 +127,13 @@ class Cell:
         self.width = 100
         self._handle: Any = None
 
-    def draw(self, drawn: Any) -> None:
+    def draw(self, content: Any) -> None:
         import IPython.display
         from rich.console import Console
 
         apart = io.StringIO()  # discarded; the recorded output is displayed instead
         console = Console(file=apart, record=True, width=self.width, force_jupyter=False, color_system="truecolor")
-        console.print(drawn)
+        console.print(content)
         shown = {
             "text/html": console.export_html(inline_styles=True, code_format=_PRE, clear=False),
             "text/plain": console.export_text(),

@@ -76,7 +76,7 @@ class Gauge:
 
     def _read(self, state: TrainState | None, event: LoopEvent) -> None:
         self._step = event.step
-        numbers = self._read_values(state)
+        readings = self._read_values(state)
         for writer, outlet in zip(self._writers, self._outlets, strict=True):
             settle(writer)
-            outlet.hand_over(event.step, numbers, event)
+            outlet.hand_over(event.step, readings, event)

@@ -51,7 +51,7 @@ class Pace:
             self._busy += seconds
             retained = min(decay, 1 - 1 / _MAX_METRIC_STEPS)
         self._last, self._paused = event.time, 0.0
-        # Reading metrics waits for the device, so they are read only when shown.
+        # Reading metrics synchronizes with the device, so they are read only when shown.
         self._unread.append((retained, event.metrics))
         if len(self._unread) > _MAX_UNREAD_STEPS:
             self._read()

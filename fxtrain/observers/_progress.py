@@ -230,7 +230,7 @@ class Progress:
         return [("at step", str(step)), *self._metric_columns(metrics), *rest, *best]
 
     def _check(self, event: StepEnd) -> None:
-        self._checked = True  # only once, because reading metrics waits for the device
+        self._checked = True  # only once, because reading metrics synchronizes with the device
         for name in self._metrics:
             if name not in event.metrics:
                 there = describe(dict.fromkeys(event.metrics))

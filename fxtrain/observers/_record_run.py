@@ -199,9 +199,9 @@ class RecordRun:
         for event, control in unread:
             kind = type(event)
             line = {name: getattr(event, name) for name in _RECORDED_FIELDS.get(kind, ())}
-            if asked := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
-                line["asked"] = asked
-            if asked or kind in _RECORDED_FIELDS:
+            if requests := {request: reasons for request in control.kinds if (reasons := _reasons(control, request))}:
+                line["asked"] = requests
+            if requests or kind in _RECORDED_FIELDS:
                 self._line({"event": kind.__name__, **_at(event), **line})
         if self._lines:
             self._try(self._write_pending)
