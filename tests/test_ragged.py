@@ -1,4 +1,4 @@
-"""Padding, bucketing and packing: each example occurs once per epoch, in declared sizes, and keeps its loss."""
+"""Padding, bucketing and packing: each example occurs once per epoch, in declared sizes, with its loss unchanged."""
 
 import collections
 import functools

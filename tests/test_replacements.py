@@ -156,7 +156,7 @@ def test_dynamo_traces_every_replaced_function():
         assert torch.equal(drawn[name], expected), name
 
 
-# Inductor rounds exponentials, logarithms and sums of torch differently. All other results are bitwise equal, except
+# Inductor rounds torch's exponentials, logarithms and sums differently. All other results are bitwise equal, except
 # those of fractional_max_pool3d, which differ by integers for equal samples and are therefore not compared.
 ROUNDED = ("attention", "Attention", "gumbel", "Transformer", "log_normal")
 FEW = ("F.dropout", "torch.randn", "attention, mask")

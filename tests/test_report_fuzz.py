@@ -257,7 +257,7 @@ def link_outside_by_two_dots(path, outside):
 
 DAMAGES = (empty, zeros, noise, half, utf16, sparse, missing, fifo, folder, bound, zero_device, link_to_itself)
 DAMAGES += (link_to_nothing, link_outside, link_outside_by_two_dots)
-QUIET = {empty, missing}  # these files are optional
+QUIET = {empty, missing}  # absent and empty files are valid
 QUIET_MEDIA = {missing, folder, sparse}  # folders may have any name, and large files are not shown
 
 

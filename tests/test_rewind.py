@@ -77,7 +77,7 @@ class TestRewind:
             steps=4,
         )
         evaluations = [event.step for event in fired if isinstance(event, fx.EvalEnd)]
-        assert evaluations == [3]  # the second pass over step 3
+        assert evaluations == [3]  # only in the second pass over step 3
 
     def test_rewind_limit_stops_the_run(self):
         def always(state, event: fx.StepEnd):
