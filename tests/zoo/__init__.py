@@ -1,4 +1,4 @@
-"""A zoo of models that others wrote, and of models as users write them: ``python -m benchmarks.zoo`` trains each."""
+"""A zoo of models from other packages and of typical user code. ``python -m benchmarks.zoo`` trains each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES = (
 
 
 def cases() -> dict[str, Case]:
-    """All cases by ``package: name``, family by family."""
+    """All cases by ``package: name``, grouped by family."""
     found: dict[str, Case] = {}
     for family in FAMILIES:
         for case in importlib.import_module(f"zoo.{family}").CASES:

@@ -1,4 +1,4 @@
-"""Adapters of peft: a frozen model with a few parameters to train."""
+"""Adapters of peft: frozen models with a few trainable parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules as users write them, with what torch.nn has and others do not."""
+"""Typical user modules, covering features of torch.nn that the packages in the zoo do not use."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Gated(nn.Module):
 
 
 class Translator(nn.Module):
-    """torch.nn.Transformer, with masks of both kinds."""
+    """torch.nn.Transformer with a causal mask and a padding mask."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def adaptive_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 class SparseExperts(nn.Module):
-    """Each example goes to one expert: rows are chosen by value."""
+    """Routes each example to one expert, so rows are selected by value."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class SparseExperts(nn.Module):
 
 
 class EarlyExit(nn.Module):
-    """Stops at the first layer that is sure enough."""
+    """Stops at the first layer whose mean confidence is above a threshold."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class EarlyExit(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Activations computed again in the backward pass, dropout included."""
+    """Activation checkpointing: the backward pass recomputes activations, including dropout."""
 
     def __init__(self, dropout: float, *, reentrant: bool) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Checkpointed(nn.Module):
 
 
 class StraightThrough(torch.autograd.Function):
-    """The sign, with the gradient of the identity; written with the old signature."""
+    """The sign with a straight-through gradient, in the old signature of autograd functions."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,7 @@ class Binary(nn.Module):
 
 
 class Normalized(nn.Module):
-    """Weights that are functions of parameters, of the new kind and of the old one."""
+    """Weight and spectral norm, by the new parametrizations and by the old hook."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Normalized(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding that is also the output layer, beside parameters that the loss does not use."""
+    """An embedding tied to the output layer, and parameters that the loss does not use."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def tied_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 class Convolutional(nn.Module):
-    """Batch norm, group norm, pooling, an upsampling and a skip."""
+    """A small U-Net with batch norm, group norm, pooling and a skip connection."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()

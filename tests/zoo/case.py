@@ -14,12 +14,12 @@ import fxtrain as fx
 
 @dataclasses.dataclass(frozen=True)
 class Limitation:
-    """Why a case fails, for a case that is known to.
+    """A known failure of a case.
 
     Args:
         reason: A sentence for the table.
-        error: A part of the error's message. Any other error is unexpected, and so is none.
-        is_certain: False if the case may also pass, as where the bits of a sum depend on the memory of its terms.
+        error: A part of the error's message. Any other error, or none, is unexpected.
+        is_certain: False if the case may also pass, for example because the rounding of a sum depends on memory layout.
     """
 
     reason: str
@@ -36,21 +36,21 @@ OTHER_BITS = Limitation(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, the data it is trained on, and how.
+    """A model, its training data and its loss.
 
-    Packages are imported inside of the functions, so a table of cases can be read without any of them installed.
+    Packages are imported inside the functions, so a table of cases can be read without installing any of them.
 
     Args:
         name: Unique within the zoo.
         package: The distribution that the model comes from; "torch" for models written in the zoo.
-        build: Returns the module, or a dict of modules, given the probability of dropout.
+        build: Returns the module, or a dict of modules, for a dropout probability.
         batch: Returns one batch: a pytree of tensors, floating ones in float32.
         loss: ``(model, batch) -> loss``.
-        dropout: Whether the module draws random numbers in training if the probability is above zero.
+        dropout: Whether training is random if the dropout probability is above zero.
         step: Builds a step by hand from the optimizers; by default ``fx.train_step(loss, tx)``.
         plain: The same step for a plain loop: ``(modules, optimizers, batch) -> loss``, updates included.
-        measure: A scalar in evaluation mode, to compare exported weights by; by default the loss.
-        limitation: What keeps the case from passing, if that is known.
+        measure: A scalar in evaluation mode that exported weights must reproduce; by default the loss.
+        limitation: The known failure of the case, if any.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Case:
 
 
 def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
-    """Token ids from 3 on, because 0 to 2 are special tokens in most models."""
+    """Random token ids, at least 3, because 0 to 2 are special tokens in most models."""
     return torch.randint(3, vocabulary, shape)
 
 
@@ -80,7 +80,7 @@ def lengths_mask(length: int, *lengths: int) -> torch.Tensor:
 
 
 def with_dropout(module: nn.Module, probability: float) -> nn.Module:
-    """The module with the given probability in all of its dropout layers, for packages that have no such option."""
+    """Sets the probability of all dropout layers of a module, for packages without such an option."""
     for part in module.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = probability

@@ -1,4 +1,4 @@
-"""What holds for every case: the numbers of a plain loop, compiled as uncompiled, saved and exported whole."""
+"""Checks of every case: parity with a plain loop, compiled with uncompiled runs, and exact saves and exports."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SEED = 5
 DROPOUT = 0.2
 EXACT = 1e-9  # uncompiled against a plain loop, float64
 CLOSE = 1e-4  # compiled against uncompiled, float32
-# Adam divides by the size of a gradient. A large eps keeps gradients that are zero but for rounding from being steps.
+# Adam divides by the size of a gradient. A large eps keeps rounding errors of zero gradients from becoming full steps.
 ADAM = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 
 
 class CheckError(AssertionError):
-    """A case for which a check does not hold."""
+    """Raised if a case fails a check."""
 
 
 def made(case: Case, dropout: float, seed: int = SEED) -> Any:
@@ -45,7 +45,7 @@ def batches(case: Case, dtype: torch.dtype) -> list[Any]:
 
 
 def transformation(modules: Any) -> Any:
-    """AdamW, for each entry where there are several modules."""
+    """AdamW, or a dict of AdamW for a dict of modules."""
     tx = fx.optim.adamw(ADAM["lr"], eps=ADAM["eps"], weight_decay=ADAM["weight_decay"])
     return dict.fromkeys(modules, tx) if isinstance(modules, dict) else tx
 
@@ -55,7 +55,7 @@ def built_step(case: Case, tx: Any) -> fx.Step:
 
 
 def train_plainly(case: Case, modules: Any, data: list[Any]) -> list[Tensor]:
-    """The loop that everybody writes; ``modules`` are trained in place."""
+    """Trains ``modules`` in place in a plain PyTorch loop; returns the losses."""
     parts = modules if isinstance(modules, dict) else {"": modules}
     optimizers = {
         name: torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], **ADAM)
@@ -75,10 +75,10 @@ def train_plainly(case: Case, modules: Any, data: list[Any]) -> list[Tensor]:
 
 
 def parity(case: Case) -> float:
-    """Trains uncompiled and in a plain loop, in float64; returns the largest relative difference.
+    """Trains uncompiled and in a plain loop, in float64, and returns the largest relative difference.
 
     Raises:
-        CheckError: If that is above ``EXACT``, or if nothing was trained.
+        CheckError: If the difference is above ``EXACT``, or if no parameter changed.
     """
     plain, before = (tree.map(lambda module: module.double(), made(case, 0.0)) for _ in range(2))
     data = batches(case, torch.float64)
@@ -107,7 +107,7 @@ def parity(case: Case) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiled run came to: the largest relative difference, the route taken, seconds of the first step."""
+    """Results of a compiled run: its largest relative difference, its route and the seconds of its first step."""
 
     difference: float
     route: str
@@ -115,10 +115,10 @@ class Compiled:
 
 
 def compiled(case: Case) -> Compiled:
-    """Trains uncompiled and compiled, with dropout, in float32; saves, restores and exports what was trained.
+    """Trains uncompiled and compiled, with dropout, in float32, then saves, restores and exports the state.
 
     Raises:
-        CheckError: If the two differ, if a restored run ends elsewhere, or if exported weights compute anything else.
+        CheckError: If the two runs differ, a restored run ends with other bits, or exported weights give another loss.
     """
     modules = made(case, DROPOUT if case.dropout else 0.0)
     data = batches(case, torch.float32)
@@ -155,15 +155,15 @@ def compiled(case: Case) -> Compiled:
 
 
 def refuse_missing_dropout(case: Case, step: fx.Step, state: fx.TrainState, batch: Any) -> None:
-    """A case with dropout depends on the seed, and one without does not."""
-    state, _ = step(state, batch)  # heads that start at zero hide the dropout before them
+    """Requires that the loss depends on the seed if and only if the case has dropout."""
+    state, _ = step(state, batch)  # because heads initialized to zero hide the dropout before them
     losses = {float(step(state.replace(seed=state.seed + number), batch)[1].metrics["loss"]) for number in range(5)}
     if (len(losses) > 1) != case.dropout:
         raise CheckError(f"expected dropout={case.dropout}, got losses {losses} of five seeds. Mend the case.")
 
 
 def refuse_lost_bits(case: Case, step: Any, first: fx.TrainState, data: list[Any], end: fx.TrainState) -> None:
-    """A run that is saved after its first step and restored ends in the same bits."""
+    """Requires that a run saved and restored after its first step ends bitwise equal."""
     fresh = made(case, DROPOUT if case.dropout else 0.0, seed=SEED + 2)
     with tempfile.TemporaryDirectory() as folder:
         path = fx.save(pathlib.Path(folder) / "first", first)
@@ -181,7 +181,7 @@ def bits(value: Tensor) -> Tensor:
 
 
 def refuse_lost_weights(case: Case, state: fx.TrainState, batch: Any) -> None:
-    """Exported weights compute the same in a module of another start, and in another state."""
+    """Requires that exported weights compute the same loss in a new module and are kept by another state."""
     dropout = DROPOUT if case.dropout else 0.0
     exported = fx.state_dict(state)
     fresh, other = made(case, dropout, seed=SEED + 3), made(case, dropout, seed=SEED + 4)
@@ -206,8 +206,8 @@ def route_of(step: Any) -> str:
 
 
 def relative(value: Tensor, like: Tensor) -> float:
-    """The largest difference, relative to the largest value or to an optimizer's step, whichever is larger."""
-    if torch.equal(value, like):  # infinite bounds too
+    """The largest difference, relative to the larger of the largest value and an optimizer step."""
+    if torch.equal(value, like):  # also true for equal infinities
         return 0.0
     size = max(float(like.abs().max()), ADAM["lr"])
     difference = float((value.double() - like.double()).abs().max())
@@ -219,7 +219,7 @@ def weights(modules: Any) -> Any:
 
 
 def named(dicts: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of nested dicts, by their joined names."""
+    """The tensors of nested dicts by their dotted names."""
     found: dict[str, Tensor] = {}
     for name, value in dicts.items():
         if isinstance(value, Tensor):

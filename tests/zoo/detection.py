@@ -1,4 +1,4 @@
-"""Detectors: their losses match boxes to anchors, and so branch on values."""
+"""Detectors. Their losses match boxes to anchors, so they branch on values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_faster_rcnn(dropout: float) -> Any:
     from torchvision.ops import MultiScaleRoIAlign
 
     class Proposals(RegionProposalNetwork):
-        """With labels in the dtype of the logits: torch computes their loss in float32, and torch.func in float64."""
+        """Casts labels to the dtype of the logits, because torch's loss is in float32 and torch.func's in float64."""
 
         def compute_loss(self, objectness: torch.Tensor, deltas: Any, labels: Any, targets: Any) -> Any:
             return super().compute_loss(objectness, deltas, [part.to(objectness.dtype) for part in labels], targets)
@@ -51,7 +51,7 @@ def build_faster_rcnn(dropout: float) -> Any:
         max_size=SIZE,
         rpn_pre_nms_top_n_train=16,
         rpn_post_nms_top_n_train=8,
-        # No more positives than are found, so none of them is chosen at random.
+        # Larger than the number of matches, so none of them is sampled at random.
         rpn_batch_size_per_image=1000,
         box_batch_size_per_image=1000,
     )

@@ -1,4 +1,4 @@
-"""Denoisers and autoencoders of diffusers. Noise and times are a part of the batch."""
+"""Denoisers and autoencoders of diffusers. Noise and time steps are part of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalizing flows, and differential equations."""
+"""Normalizing flows and neural differential equations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_maf(dropout: float) -> Any:
 
 
 class Field(nn.Module):
-    """The right side of dx/dt = f(x)."""
+    """The right-hand side of dx/dt = f(x)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Field(nn.Module):
 
 
 class NeuralODE(nn.Module):
-    """A solver around a field."""
+    """Integrates a field with a solver of torchdiffeq."""
 
     def __init__(self, solver: str, **options: Any) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def trajectory_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 class Coupling(nn.Module):
-    """RealNVP, with the statistics of its normalization kept by hand."""
+    """A coupling layer of RealNVP with manually updated normalization statistics."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Generative models with two players or with latent variables."""
+"""Generative models: adversarial, latent-variable and score-based."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def samples() -> dict[str, torch.Tensor]:
 
 
 def critic_loss(model: Any, batch: Any) -> torch.Tensor:
-    """Wasserstein distance, with a penalty on the norm of the critic's gradient."""
+    """The Wasserstein distance with a penalty on the norm of the critic's gradient."""
     fake = model["generator"](batch["noise"]).detach()
     between = (batch["mix"] * batch["real"] + (1 - batch["mix"]) * fake).requires_grad_()
     (slope,) = torch.autograd.grad(model["critic"](between).sum(), between, create_graph=True)
@@ -69,7 +69,7 @@ def wgan_plain(modules: Any, optimizers: Any, batch: Any) -> torch.Tensor:
 
 
 class VariationalAutoencoder(nn.Module):
-    """The textbook's, with its noise given."""
+    """A standard variational autoencoder that takes its noise as an argument."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()

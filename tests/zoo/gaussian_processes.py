@@ -35,7 +35,7 @@ def build_exact(dropout: float) -> Any:
 
 
 def exact_loss(model: Any, batch: Any) -> torch.Tensor:
-    """The negative marginal likelihood, of the process at the data."""
+    """The negative log marginal likelihood per data point."""
     import gpytorch
 
     found = model.likelihood(model.forward(batch["x"]))
@@ -54,7 +54,7 @@ def build_variational(dropout: float) -> Any:
                 self, points, distribution, learn_inducing_locations=True
             )
             super().__init__(strategy)
-            # The strategy fills these at its first call, with random noise.
+            # Otherwise the first call of the strategy initializes these parameters with random noise.
             strategy.variational_params_initialized.fill_(1)
             self.mean_module = gpytorch.means.ConstantMean()
             self.covar_module = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel())

@@ -51,7 +51,7 @@ def molecules() -> dict[str, torch.Tensor]:
 
 
 class EnergyModel(torch.nn.Module):
-    """SchNet on given neighbors, because its own search is a C++ extension."""
+    """SchNet on given neighbors, because its neighbor search is a C++ extension."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def energy_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 def force_loss(model: Any, batch: Any) -> torch.Tensor:
-    """Energies and forces, which are the gradient of the energy by the places."""
+    """Errors of energies and of forces, which are gradients of the energy with respect to positions."""
     places = batch["places"].detach().requires_grad_()
     energy = model({**batch, "places": places})
     (slope,) = torch.autograd.grad(energy.sum(), places, create_graph=True)
@@ -81,7 +81,7 @@ def force_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 class PointNet(torch.nn.Module):
-    """Two PointNet++ layers on given neighbors, then a maximum over each cloud."""
+    """Two PointNet++ layers on given neighbors, and a maximum over each cloud."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def classify_clouds(model: Any, batch: Any) -> torch.Tensor:
 CASES = [
     case("gcn", "GCN"),
     case("gat", "GAT", heads=2),
-    case("gin", "GIN", width=16),  # all 8 units of its last ReLU start dead
+    case("gin", "GIN", width=16),  # because with width 8, all units of its last ReLU start dead
     case("graphsage", "GraphSAGE"),
     Case("schnet, energies", "torch_geometric", lambda p: EnergyModel(build_schnet(p)), molecules, energy_loss, False),
     Case("schnet, forces", "torch_geometric", lambda p: EnergyModel(build_schnet(p)), molecules, force_loss, False),

@@ -1,4 +1,4 @@
-"""Segmentation: monai and segmentation_models_pytorch."""
+"""Segmentation models of monai and segmentation_models_pytorch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def build_smp(name: str) -> Any:
         from segmentation_models_pytorch.encoders._base import EncoderMixin
 
         class Encoder(torch.nn.Module, EncoderMixin):
-            """Two stages in place of a pretrained network."""
+            """A two-stage encoder in place of a pretrained network."""
 
             def __init__(self) -> None:
                 super().__init__()

@@ -1,7 +1,7 @@
-"""Imports of packages whose C++ operators are built for another torch.
+"""Imports of packages whose C++ operators are built for another build of torch.
 
-The index has torchvision and torchaudio for CUDA alone. Beside a torch for the CPU their libraries do not load, and
-their imports end in errors about missing operators, although their models need none of them.
+The package index provides torchvision and torchaudio only for CUDA. With a CPU build of torch, their libraries do not
+load and their imports raise errors about missing operators, although their models need none of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import types
 import torch
 from torch import Tensor
 
-_LIBRARIES: list[torch.library.Library] = []  # an operator is gone when its library is collected
+_LIBRARIES: list[torch.library.Library] = []  # keeps operators alive, because they end with their library
 
 
 def import_without_operators() -> None:
-    """Imports torchvision and torchaudio, with ``nms`` in Python, if they are installed.
+    """Imports torchvision and torchaudio, if installed, with ``nms`` in Python.
 
     Packages that use them can be imported afterwards.
     """
@@ -70,7 +70,7 @@ def _load_torchvision_operators() -> None:
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes that no better one overlaps, best first."""
+    """Indices of the boxes without a higher-scoring overlapping box, best first."""
     left_top = torch.max(boxes[:, None, :2], boxes[:, :2])
     right_bottom = torch.min(boxes[:, None, 2:], boxes[:, 2:])
     shared = (right_bottom - left_top).clamp(min=0).prod(-1)

@@ -1,4 +1,4 @@
-"""Networks that are differentiated by their inputs."""
+"""Networks differentiated with respect to their inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def places() -> dict[str, torch.Tensor]:
 
 
 def heat_equation(model: Any, batch: Any) -> torch.Tensor:
-    """u_t = u_xx inside, data on the edge."""
+    """The squared residual of u_t = u_xx inside, plus the error on the boundary."""
     inside = batch["inside"].clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(model(inside).sum(), inside, create_graph=True)
     (bend,) = torch.autograd.grad(slope[:, 0].sum(), inside, create_graph=True)
@@ -36,7 +36,7 @@ def heat_equation(model: Any, batch: Any) -> torch.Tensor:
 
 
 def laplace(model: Any, batch: Any) -> torch.Tensor:
-    """The trace of the Hessian by torch.func."""
+    """The squared Laplacian, as the trace of a torch.func Hessian, plus the error on the boundary."""
 
     def value(point: torch.Tensor) -> torch.Tensor:
         return model(point).squeeze()

@@ -45,7 +45,7 @@ def ppo(model: Any, batch: Any) -> torch.Tensor:
 
 
 class QNetwork(nn.Module):
-    """With a frozen target network."""
+    """A Q-network with a frozen target network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def dqn(model: Any, batch: Any) -> torch.Tensor:
 
 
 class GaussianPolicy(nn.Module):
-    """Actions squashed by tanh, as in soft actor-critic."""
+    """A policy with actions squashed by tanh, as in soft actor-critic."""
 
     def __init__(self) -> None:
         super().__init__()

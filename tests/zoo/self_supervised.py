@@ -30,7 +30,7 @@ def simsiam(model: Any, batch: Any) -> torch.Tensor:
 
 
 class MomentumContrast(nn.Module):
-    """A key encoder that follows by averaging, and a queue of keys, all in buffers."""
+    """MoCo with a frozen key encoder and a queue of keys in a buffer."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command that runs the zoo: what it records, what it kills, and what fails it."""
+"""The zoo command: recorded results, timeouts, known limitations and crashes."""
 
 import dataclasses
 import json
@@ -103,7 +103,7 @@ def test_rotation_chooses_a_third_by_the_commit(monkeypatch, capsys):
 
 def test_timeout_kills_what_the_process_started(tmp_path):
     file = tmp_path / "pid"
-    for timeout in (2, 10, 60):  # until the machine is fast enough to start it
+    for timeout in (2, 10, 60):  # retries, because a slow machine may not start bash in time
         script = f"echo $$ > {file}.new; mv {file}.new {file}; sleep 600"
         result = processes.result_of(subprocess.run, ["bash", "-c", script], timeout=timeout)
         assert result == {"error": f"took longer than {timeout} s"}

@@ -1,4 +1,4 @@
-"""Packed rows in models of transformers: the loss and the gradients of the texts one by one."""
+"""Packed rows in models of transformers: the loss and the gradients equal those of single texts."""
 
 import random
 
@@ -31,13 +31,13 @@ def loss_fn(model, batch):
     positions = batch.get("positions", torch.arange(segments.shape[1])[None])
     mask = attention_mask(segments, dtype=torch.float64)
     output = model(input_ids=batch["x"], attention_mask=mask, position_ids=positions, labels=labels)
-    # The loss of transformers is computed in float32.
+    # The loss is recomputed in float64, because transformers computes it in float32.
     targets = next_tokens(batch["x"], segments)
     exact = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
     return fx.weighted(exact, (labels != -100).sum()), {"own": output.loss}
 
 
-# Llama's norms are computed in float32 in a model of any dtype.
+# The tolerance of Llama is larger, because its norms are computed in float32 in a model of any dtype.
 @pytest.mark.parametrize(("make", "atol"), [(llama, 1e-7), (gpt2, 1e-12)])
 def test_packed_rows_train_as_texts_one_by_one(make, atol):
     import_without_operators()

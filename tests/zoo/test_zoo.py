@@ -1,4 +1,4 @@
-"""The zoo's own checks on cases without packages. All cases are run by ``python -m benchmarks.zoo``."""
+"""The zoo's checks, on cases without packages. ``python -m benchmarks.zoo`` runs all cases."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Image models of timm, cut to one block a stage."""
+"""Image models of timm, reduced to one block per stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image models of torchvision, cut to one block a stage."""
+"""Image models of torchvision, reduced to one block per stage."""
 
 from __future__ import annotations
 

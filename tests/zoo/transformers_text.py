@@ -1,4 +1,4 @@
-"""Language models of transformers, each with padded batches and their masks."""
+"""Language models of transformers, with padded batches and attention masks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def padded_left() -> dict[str, torch.Tensor]:
 
 
 def windowed() -> dict[str, torch.Tensor]:
-    """Texts as long as two windows, with a token that all others see. Rows of padding alone would give NaN."""
+    """Texts of two windows with one global token. Windows without any text would give NaN."""
     ids = tokens(VOCABULARY, 2, 8)
     return {
         "input_ids": ids,
@@ -77,14 +77,14 @@ def case(
     batch: Any = padded,
     limitation: Limitation | None = None,
 ) -> Case:
-    """A model from its configuration.
+    """A case with a model built from its configuration.
 
     Args:
         name: The name of the case.
-        config: Name of the configuration's class.
-        model: Name of the model's class.
+        config: Name of the configuration class.
+        model: Name of the model class.
         sizes: Arguments of the configuration.
-        dropouts: Arguments that are probabilities of dropout.
+        dropouts: Names of the dropout probabilities among the arguments.
         batch: Returns a batch.
         limitation: As for ``Case``.
     """

@@ -1,4 +1,4 @@
-"""Vision models of transformers, and one of images and texts."""
+"""Vision models of transformers, and CLIP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def segmentation() -> dict[str, torch.Tensor]:
 
 def image_and_text() -> dict[str, torch.Tensor]:
     ids = tokens(40, 2, 6)
-    ids[:, -1] = 47  # the end of the text, where the model reads
+    ids[:, -1] = 47  # the end-of-text token, from which the model pools
     return {"input_ids": ids, "attention_mask": lengths_mask(6, 6, 6), "pixel_values": torch.randn(2, 3, 8, 8)}
 
 
@@ -101,7 +101,7 @@ def detection() -> dict[str, Any]:
 
 
 def detr_matching(model: Any, batch: Any) -> torch.Tensor:
-    """The loss of DETR by the classes of transformers, with class weights in the dtype of the logits."""
+    """The loss of DETR from transformers, with class weights in the dtype of the logits."""
     from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
     found = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
@@ -112,7 +112,7 @@ def detr_matching(model: Any, batch: Any) -> torch.Tensor:
 
 
 def detr_loss(model: Any, batch: Any) -> torch.Tensor:
-    """Set matching without the Hungarian algorithm: each object goes to the query of its index."""
+    """The loss without Hungarian matching: each object is matched to the query of its index."""
     found = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
     total = found.logits.new_zeros(())
     for index, labels in enumerate(batch["labels"]):

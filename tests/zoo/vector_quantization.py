@@ -1,4 +1,4 @@
-"""Vector quantization, from a package and by hand."""
+"""Vector quantization, from a package and handwritten."""
 
 from __future__ import annotations
 
