@@ -259,7 +259,7 @@ class TestErrors:
         assert len(caught) == 1
         assert_same(ours, step(plain, batch(2))[0])
         ours, _ = compiled(ours, batch(3))
-        assert (compiled.how, compiled.graphs, compiled.pending, compiled.uncompiled_steps) == ("uncompiled", 1, 0, 2)
+        assert (compiled.route, compiled.graphs, compiled.pending, compiled.uncompiled_steps) == ("uncompiled", 1, 0, 2)
 
     def test_transient_compiler_error_is_retried(self, compiler):
         compiler.error = OSError("the disk is full")
@@ -413,7 +413,7 @@ def test_inductor_thread_leaves_eager_steps_and_generator_unchanged():
         before = compiled.uncompiled_steps
         ours, _ = compiled(ours, data)
         assert_same(ours, plain, **({"rtol": 0, "atol": 0} if compiled.uncompiled_steps > before else {}))
-    assert compiled.how == "inductor, traced, in the background"
+    assert compiled.route == "inductor, traced, in the background"
     assert compiled.uncompiled_steps > 1
     assert torch.equal(generator, torch.get_rng_state())
     for _ in range(3):

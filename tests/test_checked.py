@@ -286,7 +286,7 @@ class TestRoute:
                     warnings.simplefilter("always")
                     ours, _ = compiled(ours, batch(number))
                 said += [str(warning.message) for warning in caught]
-                routes_taken.append(compiled.how)
+                routes_taken.append(compiled.route)
             assert_same(ours, plain)
             assert routes_taken == [*["inductor, traced with checks"] * 2, "uncompiled", "uncompiled"]
             assert len(said) == 2

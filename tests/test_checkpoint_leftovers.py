@@ -128,6 +128,6 @@ def test_orphaned_slot_is_restored_unchanged(tmp_path, slot):
 
 def test_inconsistent_rows_are_not_rebuilt():
     rows = [([], torch.tensor(1)), ([["key", "a"]], torch.tensor(2))]
-    assert isinstance(unclaimed.rebuild(rows), unclaimed.Unclaimed)
+    assert isinstance(unclaimed.rebuild(rows), unclaimed.OrphanedSlot)
     rows = [([["index", 0]] * 5000, torch.tensor(1)), ([["index", 1]], torch.tensor(2))]
     assert len(unclaimed.rebuild(rows)) == 2

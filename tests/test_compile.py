@@ -465,7 +465,7 @@ class TestAheadOfTime:
             second, expected = plain(second, batch)
             assert float(found.metrics["loss"]) == float(expected.metrics["loss"])
         assert all(map(torch.equal, tree.leaves(first), tree.leaves(second)))
-        assert "ahead-of-time" in ahead.how
+        assert "ahead-of-time" in ahead.route
 
     def test_built_package_is_loaded_from_cache(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -145,7 +145,7 @@ class TestControl:
 
     def test_stop_without_final_save_wins(self):
         control = fx.Control(stop=True, reason="a") | fx.Control(stop=True, reason="b", final_save=False)
-        assert control.reasons("unsaved") == ["b"]
+        assert control.reasons("skip_final_save") == ["b"]
 
     def test_is_a_pytree_structured_by_reasons(self):
         control = fx.Control(stop=torch.tensor(True), reason="r", log={"x": torch.tensor(2.0)}).owned("cb")

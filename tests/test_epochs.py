@@ -183,5 +183,5 @@ def test_event_epoch_accounts_for_changed_epoch_length():
 
 
 def test_slot_names_with_loop_prefix_are_reserved():
-    with pytest.raises(ValueError, match="expected a slot name that does not begin with 'loop/'"):
+    with pytest.raises(ValueError, match="expected a slot name without the prefix 'loop/'"):
         fx.stateful("loop/epoch", lambda state: torch.tensor(0), lambda state, event: (state, fx.Control()))

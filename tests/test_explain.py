@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.compiler._anew import anew
+from fxtrain.compiler._fresh import fresh
 from fxtrain.diagnostics import Break, explain
 
 TX = fx.optim.sgd(0.1)
@@ -165,7 +165,7 @@ class TestRoute:
         assert only.where == f"{__file__}:{line(loss_fn, part)} in {loss_fn.__name__}"
         assert part in only.code
         assert reason in only.reason
-        assert (found.how, found.graphs, found.breaks) == (route, 1, ())
+        assert (found.route, found.graphs, found.breaks) == (route, 1, ())
         assert f"\n  route       {route}: the step as one graph" in repr(found)
         assert ("which each call checks" in repr(found)) == ("checks" in route)
         assert str(only) in repr(found)
@@ -177,7 +177,7 @@ class TestRoute:
         with pytest.warns(UserWarning, match="cannot be traced as one graph"):  # explain has not suppressed the warning
             step(start(), BATCH)
         after = explain(step, start(), BATCH, calls=0)
-        assert step.how == before.how == after.how == "eager, regions"
+        assert step.route == before.route == after.route == "eager, regions"
         assert before.cause == after.cause == f"{__file__}:{line(branches, 'if y.sum()')} in branches | if y.sum() > 0:"
         assert f"because of {before.cause}" in repr(before)
         assert capfd.readouterr().err == ""
@@ -185,12 +185,12 @@ class TestRoute:
     def test_route_is_none_if_fullgraph_fails(self):
         step = fx.train_step(by_numpy, TX, differentiate="autograd")
         found = explain(fx.compile(step, fullgraph=True), start(), BATCH, calls=0)
-        assert found.how == "none"
+        assert found.route == "none"
         assert "fullgraph=True" in found.cause
 
     def test_route_found_by_first_call_causes_no_warning(self, recwarn):
         found = explain(fx.compile(fx.train_step(square, TX), backend="eager"), start(), BATCH, calls=1)
-        assert (found.how, found.outcome.split(",")[0]) == ("eager", "the step as one graph by torch.compile")
+        assert (found.route, found.outcome.split(",")[0]) == ("eager", "the step as one graph by torch.compile")
         assert not [warning for warning in recwarn if "cannot be traced" in str(warning.message)]
 
 
@@ -256,7 +256,7 @@ class TestPurity:
     def test_copied_step_compiles_separate_graphs(self):
         state, step = start(), fx.compile(fx.train_step(square, TX), backend="eager", on_recompile="error")
         step(state, BATCH)
-        copied = anew(step)
+        copied = fresh(step)
         for size in (2, 3):
             copied(state, {"x": torch.ones(size, 4)})  # recompiles without an error
         assert (step.graphs, copied.graphs) == (1, 2)

@@ -119,14 +119,14 @@ class TestEqualsEager:
         for number in range(3):
             plain, _ = step(plain, batch(number))
             ours, _ = quietly(compiled, ours, batch(number))
-        assert compiled.how == "eager, eager forward"
+        assert compiled.route == "eager, eager forward"
         assert_same(ours, plain)
 
     def test_forward_pass_runs_uncompiled_if_modes_are_unsafe_below_compile(self, monkeypatch):
         monkeypatch.setattr(sys.modules[InManyGraphs.__module__], "is_safe_below_compile", lambda: False)
         compiled = fx.compile(fx.train_step(branching, TX), backend="eager")
         quietly(compiled, start(), batch(0))
-        assert compiled.how == "eager, eager forward"
+        assert compiled.route == "eager, eager forward"
 
     def test_wrong_gradients_of_a_compiler_are_not_used(self, monkeypatch):
         def wrong(function, fullgraph=False, **_):
@@ -137,7 +137,7 @@ class TestEqualsEager:
         monkeypatch.setattr(torch, "compile", wrong)
         compiled = fx.compile(fx.train_step(branching, TX), backend="eager")
         quietly(compiled, start(), batch(0))
-        assert compiled.how == "eager, eager forward"
+        assert compiled.route == "eager, eager forward"
 
     def test_step_without_fx_gradients_runs_uncompiled(self):
         def by_hand(state, batch):
@@ -149,7 +149,7 @@ class TestEqualsEager:
         state = fx.init(torch.tensor(0.0))
         for sign in (1.0, -1.0, 1.0):
             state, _ = quietly(compiled, state, torch.tensor([sign]))
-        assert (compiled.how, float(state.params), int(state.step)) == ("uncompiled", 2.0, 3)
+        assert (compiled.route, float(state.params), int(state.step)) == ("uncompiled", 2.0, 3)
 
     def test_two_models_with_alternating_updates(self):
         def losses(model, batch):
@@ -171,7 +171,7 @@ class TestEqualsEager:
         for number in range(3):
             plain, _ = step(plain, torch.full((2,), float(number)))
             ours, _ = quietly(compiled, ours, torch.full((2,), float(number)))
-        assert compiled.how == "eager, regions"
+        assert compiled.route == "eager, regions"
         assert_same(ours, plain)
 
     def test_averages_weights_and_a_loss_scale(self):
@@ -185,7 +185,7 @@ class TestEqualsEager:
             plain, expected = step(plain, batch(number, rows))
             ours, output = quietly(compiled, ours, batch(number, rows))
             assert_same(output.metrics, expected.metrics)
-        assert compiled.how == "eager, regions"
+        assert compiled.route == "eager, regions"
         assert_same(ours, plain)
 
     def test_evaluation_step(self):
@@ -224,7 +224,7 @@ class TestEqualsEager:
             plain, _ = step(plain, batch(number))
             ours, _ = quietly(compiled, ours, batch(number))
             donated, _ = quietly(donating, donated, batch(number))
-        assert compiled.how == donating.how == "inductor, regions"
+        assert compiled.route == donating.route == "inductor, regions"
         assert_same(ours, plain)
         assert_same(donated, plain)
 
@@ -290,7 +290,7 @@ class TestValuesFromOutside:
             self.path.write_text(str(number))
             state, output = quietly(compiled, state, torch.ones(3, 2))
             found.append(float(output.metrics["loss"]))
-        return compiled.how, found
+        return compiled.route, found
 
     @pytest.mark.parametrize("backend", [None, "eager"])
     def test_full_graph_refuses_outside_values(self, backend, loss_fn):

@@ -12,7 +12,7 @@ from fxtrain.core import Logged
 from fxtrain.loop import _transfer as late_numbers
 from fxtrain.loop._history import History
 from fxtrain.loop._publish import Publisher
-from fxtrain.loop._transfer import Together, on_their_way
+from fxtrain.loop._transfer import HostTransfer, on_their_way
 from fxtrain.values import Image, Text
 
 
@@ -192,9 +192,9 @@ def average(value):
 
 
 def test_first_read_transfers_all_pending_values(transfers):
-    together = Together()
-    several = [together.metrics({"loss": average(float(i)), "n": torch.tensor(i)}) for i in range(5)]
-    log = together.log({"on": Logged(torch.tensor(7.0)), "off": Logged(torch.tensor(8.0), when=torch.tensor(False))})
+    transfer = HostTransfer()
+    several = [transfer.metrics({"loss": average(float(i)), "n": torch.tensor(i)}) for i in range(5)]
+    log = transfer.log({"on": Logged(torch.tensor(7.0)), "off": Logged(torch.tensor(8.0), when=torch.tensor(False))})
     assert transfers == []
     assert dict(several[2]) == {"loss": 2.0, "n": 2}
     assert [dict(each)["loss"] for each in several] == [0.0, 1.0, 2.0, 3.0, 4.0]
@@ -203,16 +203,16 @@ def test_first_read_transfers_all_pending_values(transfers):
 
 
 def test_released_values_are_not_transferred(transfers):
-    together = Together()
+    transfer = HostTransfer()
     for i in range(1000):
-        kept = together.metrics({"n": torch.tensor(i)})
+        kept = transfer.metrics({"n": torch.tensor(i)})
     assert dict(kept) == {"n": 999}
     assert transfers == [1]
 
 
 def test_invalid_metric_raises_only_when_read():
-    together = Together()
-    good, bad = together.metrics({"n": torch.tensor(1)}), together.metrics({"n": torch.zeros(3)})
+    transfer = HostTransfer()
+    good, bad = transfer.metrics({"n": torch.tensor(1)}), transfer.metrics({"n": torch.zeros(3)})
     assert dict(good) == {"n": 1}
     with pytest.raises(TypeError, match=r"shape \[3\]"):
         dict(bad)
@@ -244,11 +244,11 @@ def test_transfer_overlaps_with_the_next_points(monkeypatch):
         return lambda: (acts.append("waited"), arrived())[1]
 
     monkeypatch.setattr(late_numbers, "on_their_way", told)
-    together, recorder = Together(), Recorder()
+    transfer, recorder = HostTransfer(), Recorder()
     observer = observers.write(recorder)
     for step in range(1, 65 + 128):
-        log = together.log({"half": Logged(torch.tensor(step / 2), when=torch.tensor(step % 2 == 0))})
-        event = fx.StepEnd(step=step, time=0.0, metrics=together.metrics({"loss": torch.tensor(float(step))}))
+        log = transfer.log({"half": Logged(torch.tensor(step / 2), when=torch.tensor(step % 2 == 0))})
+        event = fx.StepEnd(step=step, time=0.0, metrics=transfer.metrics({"loss": torch.tensor(float(step))}))
         observer(None, event, fx.Control().with_log(log))
         if step in (63, 64, 128, 192):
             acts.append(step)

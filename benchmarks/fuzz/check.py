@@ -82,7 +82,7 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
     found += laws.same_trajectory(program, whole, sessions)
     found += laws.same_history(whole, sessions)
     found += laws.same_files(program, folder / "whole", cut)
-    is_saved = program.saves and not any("unsaved" in dict(told.asked) for told in whole.events)
+    is_saved = program.saves and not any("skip_final_save" in dict(told.asked) for told in whole.events)
     if is_saved and not depends_on_sessions(program):
         found += laws.saved_last(program, cut, final)
         again = session(program, cut, shared=shared)

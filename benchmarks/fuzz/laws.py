@@ -190,7 +190,7 @@ def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[s
     slots = {name: memory for name, memory in saved.slots.items() if name not in _IN_CHECKPOINTS}
     try:
         testing.assert_equal(
-            saved.replace(due=saved.due._replace(stop=false, unsaved=false), slots=slots),
+            saved.replace(due=saved.due._replace(stop=false, skip_final_save=false), slots=slots),
             last,
             "disk: the newest checkpoint",
         )
@@ -201,7 +201,7 @@ def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[s
 
 def _is_unsaved(sessions: Sequence[Session]) -> bool:
     """Whether a stop without a final save was asked for, after which a resume takes the last steps again."""
-    return any("unsaved" in dict(event.asked) for session in sessions for event in session.events)
+    return any("skip_final_save" in dict(event.asked) for session in sessions for event in session.events)
 
 
 def _is_expected(text: str) -> bool:

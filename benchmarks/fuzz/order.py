@@ -87,7 +87,7 @@ class _Machine:
             if kind == "rewind":
                 steps = [self._program.asks[int(match[1])].steps for each in reasons if (match := _ASK.match(each))]
                 self._rewind = max([self._rewind, *steps])
-            self._is_unsaved |= kind == "unsaved"
+            self._is_unsaved |= kind == "skip_final_save"
             between_epochs = kind == "end_epoch" and self._is_in_epoch is False  # where there is none to end
             if kind in ("evaluate", "end_epoch", "save", "stop", "rewind") and not between_epochs:
                 self._pending.add(kind)

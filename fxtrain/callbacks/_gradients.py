@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.callbacks._monitor import Publish, monitor
-from fxtrain.callbacks._update_stats import NORMS, Moved, layers
+from fxtrain.callbacks._update_stats import NORMS, UpdateStats, layers
 from fxtrain.core import TrainState, check_choice, describe, matching
 from fxtrain.fold import Handler
 
@@ -58,10 +58,10 @@ def grad_norms(
     """
     check_choice("norm", norm, NORMS)
 
-    def measure(state: TrainState, moved: Moved, before: Any) -> GradNorms:
+    def measure(state: TrainState, stats: UpdateStats, before: Any) -> GradNorms:
         groups = list(layers(state).values())
         everything = [[index for group in groups for index in group]]
-        return GradNorms(moved.norms("grads", norm, everything)[0], moved.norms("grads", norm, groups))
+        return GradNorms(stats.norms("grads", norm, everything)[0], stats.norms("grads", norm, groups))
 
     def show(state: TrainState, values: GradNorms) -> dict[str, Any]:
         names = list(layers(state))
@@ -138,8 +138,8 @@ def grad_flow(
             f"exploding={describe(exploding)}."
         )
 
-    def measure(state: TrainState, moved: Moved, before: Any) -> GradFlow:
-        norms = moved.norms("grads", "l2", list(layers(state).values()))
+    def measure(state: TrainState, stats: UpdateStats, before: Any) -> GradFlow:
+        norms = stats.norms("grads", "l2", list(layers(state).values()))
         return GradFlow(norms, norms[:-1] / norms[1:])
 
     def show(state: TrainState, values: GradFlow) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks._monitor import Publish, monitor
-from fxtrain.callbacks._update_stats import KINDS, Moved, leaf_names
+from fxtrain.callbacks._update_stats import KINDS, UpdateStats, leaf_names
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching
 from fxtrain.fold import Handler
 from fxtrain.values import Histogram
@@ -83,8 +83,8 @@ def histograms(
         positive = smallest * torch.pow(10.0, exponents)
         return torch.cat([-positive.flip(0), positive])
 
-    def measure(state: TrainState, moved: Moved, before: Any) -> Histograms:
-        leaves = tree.leaves(getattr(moved, of))
+    def measure(state: TrainState, stats: UpdateStats, before: Any) -> Histograms:
+        leaves = tree.leaves(getattr(stats, of))
         samples = [_sample(leaves[index], sample) for index in matching(leaf_names(state), parameter, "parameter")]
         bounds = edges(samples[0].device)
         counts = torch.stack([_count(values, bounds) for values in samples])

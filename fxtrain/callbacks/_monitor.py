@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._update_stats import Moved, trainable
+from fxtrain.callbacks._update_stats import UpdateStats, trainable
 from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated, check_positive_int
 from fxtrain.fold import Handler, every, on, slotted
 
@@ -31,7 +31,7 @@ class MonitorState(NamedTuple):
 
 def monitor(
     name: str,
-    measure: Callable[[TrainState, Moved, Any], Any],
+    measure: Callable[[TrainState, UpdateStats, Any], Any],
     show: Callable[[TrainState, Any], Mapping[str, Any]],
     *,
     period: int = 1,
@@ -41,8 +41,8 @@ def monitor(
 
     Args:
         name: The slot, and the prefix of the logged names.
-        measure: ``measure(state, moved, before)`` returns a pytree of tensors. Only the structure and shapes of
-            ``state`` may be used. ``moved`` has the weights, gradients and updates of the step. ``before`` is the
+        measure: ``measure(state, stats, before)`` returns a pytree of tensors. Only the structure and shapes of
+            ``state`` may be used. ``stats`` has the weights, gradients and updates of the step. ``before`` is the
             previous measurement, or None when the slot is initialized.
         show: ``show(state, values)`` returns the values to log, by name without the prefix.
         period: Measure at steps that are multiples of ``period``. Above 1, the measurement is in a conditional branch
@@ -54,8 +54,8 @@ def monitor(
 
     Example:
         >>> import torch, fxtrain as fx
-        >>> def measure(state, moved, before):
-        ...     return moved.sums("updates", "max").max()
+        >>> def measure(state, stats, before):
+        ...     return stats.sums("updates", "max").max()
         >>> largest = monitor("largest", measure, lambda state, value: {"update": value})
         >>> tx = fx.optim.sgd(0.5)
         >>> step = fx.train_step(lambda model, batch: model["w"] * batch, tx, callbacks=largest)
@@ -69,20 +69,20 @@ def monitor(
 
     def init(state: TrainState) -> MonitorState:
         weights = trainable(state)
-        moved = Moved(weights, weights, weights, torch.zeros_like(state.due.stop))
-        blank = tree.map(torch.zeros_like, measure(state, moved, None))
+        stats = UpdateStats(weights, weights, weights, torch.zeros_like(state.due.stop))
+        blank = tree.map(torch.zeros_like, measure(state, stats, None))
         return MonitorState(torch.full_like(state.step, -1), blank)
 
     def update(state: TrainState, event: Updated | StepEnd) -> tuple[TrainState, Control]:
         slot: MonitorState = state.slots[name]
         if isinstance(event, Updated):
-            moved = Moved.at(state, event)
+            stats = UpdateStats.at(state, event)
             if period == 1:
-                values = measure(state, moved, slot.values)
+                values = measure(state, stats, slot.values)
                 return state.with_slot(name, MonitorState(event.step.clone(), values)), Control()
             now = event.step % period == 0
-            seen = (moved.weights, moved.grads, moved.updates, moved.skipped)
-            values = _where(now, lambda seen, old: measure(state, Moved(*seen), old), seen, slot.values)
+            seen = (stats.weights, stats.grads, stats.updates, stats.skipped)
+            values = _where(now, lambda seen, old: measure(state, UpdateStats(*seen), old), seen, slot.values)
             return state.with_slot(name, MonitorState(torch.where(now, event.step, slot.step), values)), Control()
         if not due(event):
             return state, Control()

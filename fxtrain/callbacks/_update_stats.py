@@ -22,7 +22,7 @@ NORMS = ("l2", "l1", "linf", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved:
+class UpdateStats:
     """Gradients, weights and updates of a step, with cached reductions.
 
     Args:
@@ -40,7 +40,7 @@ class Moved:
     kept: dict[Any, Tensor] | None = None
 
     @classmethod
-    def at(cls, state: TrainState, event: Updated) -> Moved:
+    def at(cls, state: TrainState, event: Updated) -> UpdateStats:
         """Returns the statistics of an event. All callbacks of one event share a cache."""
         # No cache under Dynamo, which cannot mutate an event. Inductor removes common subexpressions instead.
         kept = None if torch.compiler.is_dynamo_compiling() else event.__dict__.setdefault("_kept", {})

@@ -188,8 +188,8 @@ def _averaging(
             value = _wide(value)
             real = value.real if value.is_complex() else value
             by = share.to(real.dtype) if isinstance(share, Tensor) else share
-            moved = torch.lerp(average, value, by)
-            return torch.where(counts, moved, torch.where(before, value, average))
+            stats = torch.lerp(average, value, by)
+            return torch.where(counts, stats, torch.where(before, value, average))
 
         return (
             AveragedState(

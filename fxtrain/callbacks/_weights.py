@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks._monitor import Publish, monitor
-from fxtrain.callbacks._update_stats import Moved, leaf_names
+from fxtrain.callbacks._update_stats import UpdateStats, leaf_names
 from fxtrain.core import TrainState, check_int, check_positive_int, describe, matching
 from fxtrain.fold import Handler
 from fxtrain.values import Text
@@ -51,13 +51,13 @@ def weight_stats(
         WeightStats(norm=tensor([5.]), mean=tensor([-0.5000]), std=tensor([3.5000]), max=tensor([4.]))
     """
 
-    def measure(state: TrainState, moved: Moved, before: Any) -> WeightStats:
-        leaves = tree.leaves(moved.weights)
-        squares, counts = moved.sums("weights", "squares"), moved.counts("weights", [[i] for i in range(len(leaves))])
+    def measure(state: TrainState, stats: UpdateStats, before: Any) -> WeightStats:
+        leaves = tree.leaves(stats.weights)
+        squares, counts = stats.sums("weights", "squares"), stats.counts("weights", [[i] for i in range(len(leaves))])
         total = torch.stack([(leaf.real if leaf.is_complex() else leaf).sum(dtype=torch.float32) for leaf in leaves])
         mean = total / counts
         variance = (squares / counts - mean * mean).clamp(min=0)
-        return WeightStats(squares.sqrt(), mean, variance.sqrt(), moved.sums("weights", "max"))
+        return WeightStats(squares.sqrt(), mean, variance.sqrt(), stats.sums("weights", "max"))
 
     def show(state: TrainState, values: WeightStats) -> dict[str, Any]:
         names = leaf_names(state)
@@ -126,13 +126,13 @@ def update_ratios(
     check_positive_int("patience", patience)
     check_int("worst", worst, minimum=0)
 
-    def measure(state: TrainState, moved: Moved, before: UpdateRatios | None) -> UpdateRatios:
-        sizes = moved.sums("weights", "squares").sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        ratios = moved.sums("updates", "squares").sqrt() / sizes
+    def measure(state: TrainState, stats: UpdateStats, before: UpdateRatios | None) -> UpdateRatios:
+        sizes = stats.sums("weights", "squares").sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        ratios = stats.sums("updates", "squares").sqrt() / sizes
         still = torch.zeros_like(ratios, dtype=torch.int64) if before is None else before.still
         return UpdateRatios(
-            torch.where(moved.skipped, 0.0, ratios),
-            torch.where(moved.skipped, still, torch.where(ratios > frozen_below, 0, still + 1)),
+            torch.where(stats.skipped, 0.0, ratios),
+            torch.where(stats.skipped, still, torch.where(ratios > frozen_below, 0, still + 1)),
         )
 
     def show(state: TrainState, values: UpdateRatios) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fxtrain.checkpoint._table import code_of
 from fxtrain.core import NAMESPACE, ops
 
 
-class Unclaimed(dict[str, Tensor]):
+class OrphanedSlot(dict[str, Tensor]):
     """The state of a callback that is not attached, by the code of each leaf's path below its slot.
 
     It is saved under the same paths as before, so the callback's state is restored when it is attached again.
@@ -25,16 +25,16 @@ class _CodeEntry(optree.PyTreeEntry):
 
 
 ops.register_pytree_node(
-    Unclaimed,
+    OrphanedSlot,
     lambda node: (list(node.values()), tuple(node), tuple(node)),
-    lambda paths, leaves: Unclaimed(zip(paths, leaves, strict=True)),
+    lambda paths, leaves: OrphanedSlot(zip(paths, leaves, strict=True)),
     path_entry_type=_CodeEntry,
     namespace=NAMESPACE,
 )
 
 
 def rebuild(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
-    """Returns a tree of dictionaries and lists, or an ``Unclaimed`` where these cannot represent the paths.
+    """Returns a tree of dictionaries and lists, or an ``OrphanedSlot`` where these cannot represent the paths.
 
     A checkpoint stores neither classes nor list elements without leaves.
 
@@ -44,7 +44,7 @@ def rebuild(rows: Sequence[tuple[list[list[Any]], Tensor]]) -> Any:
     try:
         return _nested(rows)
     except (_NotPlainError, RecursionError):
-        return Unclaimed({code_of(entries): leaf for entries, leaf in rows})
+        return OrphanedSlot({code_of(entries): leaf for entries, leaf in rows})
 
 
 class _NotPlainError(Exception):

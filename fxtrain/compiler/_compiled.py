@@ -65,7 +65,7 @@ class Compiled:
         functools.update_wrapper(self, step, updated=())
 
     @property
-    def how(self) -> str:
+    def route(self) -> str:
         """The backend and the route that make the graphs, as text.
 
         The first call decides the route. Bitwise guarantees hold within one route.
@@ -74,7 +74,7 @@ class Compiled:
 
     @property
     def possible(self) -> tuple[str, ...]:
-        """All values that ``how`` may take: several before the first call, one afterwards."""
+        """All values that ``route`` may take: several before the first call, one afterwards."""
         names = self._routes.names
         if not self.background or not self._routes.has_trace:
             return names

@@ -13,7 +13,7 @@ from fxtrain import tree
 from fxtrain.compiler._flatten import OtherStructureError, Walk, walk_like
 from fxtrain.compiler._ownership import is_foreign, is_sole, shared
 from fxtrain.compiler._trace import Artefact
-from fxtrain.core import TrainState, bury
+from fxtrain.core import TrainState, invalidate
 from fxtrain.core._state import build
 from fxtrain.step import EvalFunction, Step
 
@@ -100,7 +100,7 @@ class Graph:
                 return output
             result = self._state(state, new), output
             if self._donate:
-                bury(state, self._taker)
+                invalidate(state, self._taker)
             return result
         if known and is_sole(leaves, containers, self._written):
             after = build(TrainState, state.__dict__)
@@ -111,7 +111,7 @@ class Graph:
             ]
             after = self._state(state, leaves)
             self._seen = [weakref.ref(leaf) for leaf in leaves]
-        bury(state, self._taker)
+        invalidate(state, self._taker)
         _, output = self._run(leaves, inputs)
         return after, output
 

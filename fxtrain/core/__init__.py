@@ -11,7 +11,7 @@ from fxtrain.core._control import Control, Logged
 from fxtrain.core._control import Flag as Flag
 from fxtrain.core._donated import Donated as Donated
 from fxtrain.core._donated import DonatedError
-from fxtrain.core._donated import bury as bury
+from fxtrain.core._donated import invalidate as invalidate
 from fxtrain.core._dtypes import wide_dtype as wide_dtype
 from fxtrain.core._epochs import Epoch as Epoch
 from fxtrain.core._epochs import epochs_taken as epochs_taken

@@ -15,7 +15,7 @@ from fxtrain.core._pytrees import register_node
 Flag = bool | Tensor
 """A Python bool, or a bool tensor of shape [] (inside the compiled step, or on a device)."""
 
-KINDS = ("stop", "unsaved", "end_epoch", "evaluate", "save", "skip_batch", "skip_update", "rewind")
+KINDS = ("stop", "skip_final_save", "end_epoch", "evaluate", "save", "skip_batch", "skip_update", "rewind")
 """The kinds of request. All are flags except ``rewind``, which is a number of steps."""
 
 
@@ -95,7 +95,7 @@ class Control:
         if type(rewind) is not int or rewind:
             _add_request(requests, "rewind", rewind, reason)
         if not final_save and "stop" in requests:
-            requests["unsaved"] = requests["stop"]
+            requests["skip_final_save"] = requests["stop"]
         logged = {k: v if isinstance(v, Logged) else Logged(v) for k, v in log.items()} if log else {}
         return _control_of(requests, logged)
 
@@ -104,8 +104,8 @@ class Control:
         return self.requests.get("stop", {})
 
     @property
-    def unsaved(self) -> Mapping[str, Flag]:
-        return self.requests.get("unsaved", {})
+    def skip_final_save(self) -> Mapping[str, Flag]:
+        return self.requests.get("skip_final_save", {})
 
     @property
     def end_epoch(self) -> Mapping[str, Flag]:

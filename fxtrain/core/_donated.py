@@ -27,7 +27,7 @@ class Donated(TrainState):
         return repr(self)
 
 
-def bury(state: TrainState, taker: str) -> None:
+def invalidate(state: TrainState, taker: str) -> None:
     """Invalidates ``state`` in place: any later access through an old reference raises ``DonatedError``.
 
     Args:

@@ -27,7 +27,7 @@ class Due(NamedTuple):
     end_epoch: Tensor  # bool []
     save: Tensor  # bool []
     stop: Tensor  # bool []: a stopped state is a fixed point of the step
-    unsaved: Tensor  # bool []: the stop makes no final save
+    skip_final_save: Tensor  # bool []: the stop makes no final save
 
     @classmethod
     def start(cls, device: torch.device | str | None = None) -> Due:
@@ -43,7 +43,7 @@ class Due(NamedTuple):
             end_epoch=flag(False),
             save=flag(False),
             stop=flag(False),
-            unsaved=flag(False),
+            skip_final_save=flag(False),
         )
 
 

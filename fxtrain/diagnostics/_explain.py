@@ -13,7 +13,7 @@ import torch
 
 from fxtrain import tree
 from fxtrain.compiler import Compiled, compile  # noqa: A004
-from fxtrain.compiler._anew import anew
+from fxtrain.compiler._fresh import fresh
 from fxtrain.compiler._quiet import quietly
 from fxtrain.compiler._recompile_reasons import described
 from fxtrain.compiler._routes import Choice
@@ -45,7 +45,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         calls: The number of calls to measure. 0 compiles nothing and measures no time.
 
     Returns:
-        A report, to be displayed or read field by field. ``how`` names the route that ``compile`` takes. A step that
+        A report, to be displayed or read field by field. ``route`` names the route that ``compile`` takes. A step that
         cannot be one graph is no error here: ``breaks`` lists the places and what to do about them.
 
     Raises:
@@ -63,7 +63,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         >>> tx = fx.optim.sgd(0.1)
         >>> state = fx.init(torch.nn.Linear(2, 1), tx)
         >>> found = fx.explain(fx.train_step(loss_fn, tx), state, torch.ones(4, 2), calls=0)
-        >>> found.how, found.reads[0].code
+        >>> found.route, found.reads[0].code
         ('inductor, traced with checks', 'if loss > 1:')
         >>> better = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
         >>> fx.explain(better, state, torch.ones(4, 2), calls=0)
@@ -94,7 +94,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
         # Running the step raises its own error, if it has one.
         breaks, graphs = [refusal(error), *found_by_running(pure, state, batch)], 0
     with quietly():
-        if "traced" not in like.how:
+        if "traced" not in like.route:
             graphs, breaks = found_by_dynamo(pure, entered, batch)
         choice = _choice(like, pure, entered, batch) if breaks else like._routes.choice
     if breaks and choice.found is not None and not any(each.where for each in breaks):
@@ -112,7 +112,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     found = choice.found
     return Explanation(
         step=repr(pure),
-        how=choice.route.name if choice.route is not None else "none",
+        route=choice.route.name if choice.route is not None else "none",
         outcome=choice.route.outcome if choice.route is not None else "the first call raises an error",
         cause=" | ".join(part for part in (found.where, found.code) if part) or found.reason if found else "",
         graphs=graphs,
@@ -163,13 +163,13 @@ def _compiled(
         return timed_run
 
     # A copy, so that the given step keeps its graphs.
-    compiled = anew(like, timed)
+    compiled = fresh(like, timed)
     kernels = metrics.generated_kernel_count
     with warnings.catch_warnings():
         # The report contains it.
         warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")
         first, state = _call(compiled, state, batch)
-    written = metrics.generated_kernel_count - kernels if "inductor" in like.how else None
+    written = metrics.generated_kernel_count - kernels if "inductor" in like.route else None
     whole_seconds: list[float] = []
     for _ in range(_WARMUP_CALLS + calls):
         spent, state = _call(compiled, state, batch)

@@ -18,7 +18,7 @@ class Explanation:
 
     Args:
         step: The repr of the step.
-        how: The route by which ``compile`` makes its graphs. Before the first call this is a prediction, because only
+        route: The route by which ``compile`` makes its graphs. Before the first call this is a prediction, because only
             that call shows whether the compiler accepts the graphs.
         outcome: What that route compiles.
         cause: The line that keeps the step from being one graph for all values. Empty if it is one.
@@ -50,7 +50,7 @@ class Explanation:
     """
 
     step: str
-    how: str
+    route: str
     outcome: str
     cause: str
     graphs: int
@@ -83,7 +83,7 @@ class Explanation:
 
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
     rows = [
-        ("route", [f"{found.how}: {found.outcome}", found.cause and f"because of {found.cause}"]),
+        ("route", [f"{found.route}: {found.outcome}", found.cause and f"because of {found.cause}"]),
         ("graphs", [_graphs(found), *_shortened(list(map(str, found.breaks or found.reads)))]),
         ("operations", [_operations(found)]),
         ("FLOPs", [_flops(found)]),
@@ -100,7 +100,7 @@ def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
 
 def _graphs(found: Explanation) -> str:
     lines = _count(len(found.reads), "line")
-    if found.reads and "with checks" in found.how:
+    if found.reads and "with checks" in found.route:
         return f"{found.graphs} for the values that Python reads at {lines}, which each call checks:"
     if found.reads:
         return f"{found.graphs}, which depends on values at {lines}:"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxtrain.compiler import Compiled
-from fxtrain.compiler._anew import anew
+from fxtrain.compiler._fresh import fresh
 from fxtrain.core import TrainState, check_positive_int
 from fxtrain.fold import attach
 from fxtrain.loop._evaluate import to_device
@@ -115,7 +115,7 @@ def _out_of_memory(
 
 def _take_steps(state: TrainState, step: Callable[..., Any], make_batch: Callable[[int], Any], size: int) -> None:
     # A separate compiled step, so that its graphs are freed after the trial.
-    step = anew(step) if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
+    step = fresh(step) if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
     state = attach(state, step).copy()
     for _ in range(_STEPS):
         state, _ = step(state, to_device(make_batch(size), state.step.device))

@@ -37,14 +37,14 @@ from fxtrain.fold._mistaken import refuse_mistaken
 from fxtrain.fold._structure import refuse_other_structure
 from fxtrain.fold._subscription import kinds, name_of, subscription, takes
 
-_LOOP = frozenset({"stop", "unsaved", "end_epoch", "evaluate", "save", "rewind"})
+_LOOP = frozenset({"stop", "skip_final_save", "end_epoch", "evaluate", "save", "rewind"})
 _INSIDE_EVALUATION = _LOOP - {"evaluate"}  # nested evaluations would never end
 _ONLY_LOG: frozenset[str] = frozenset()
 
 ASKABLE: Mapping[type[Any], frozenset[str]] = {
-    Microbatch: frozenset({"stop", "unsaved", "skip_update"}),
-    Gradients: frozenset({"stop", "unsaved", "skip_update"}),
-    Updated: frozenset({"stop", "unsaved"}),  # too late for skip_update
+    Microbatch: frozenset({"stop", "skip_final_save", "skip_update"}),
+    Gradients: frozenset({"stop", "skip_final_save", "skip_update"}),
+    Updated: frozenset({"stop", "skip_final_save"}),  # too late for skip_update
     EpochBegin: _LOOP,
     StepBegin: _LOOP | {"skip_batch"},
     StepEnd: _LOOP,
@@ -52,11 +52,11 @@ ASKABLE: Mapping[type[Any], frozenset[str]] = {
     EvalStep: _INSIDE_EVALUATION,
     EvalEnd: _INSIDE_EVALUATION,
     EpochEnd: _LOOP - {"end_epoch"},
-    Rewound: frozenset({"stop", "unsaved"}),
+    Rewound: frozenset({"stop", "skip_final_save"}),
     # No evaluation at session events: an interrupted run would evaluate more often, which callbacks would count.
-    FitBegin: frozenset({"stop", "unsaved", "save"}),
-    Restored: frozenset({"stop", "unsaved"}),
-    Saved: frozenset({"stop", "unsaved"}),
+    FitBegin: frozenset({"stop", "skip_final_save", "save"}),
+    Restored: frozenset({"stop", "skip_final_save"}),
+    Saved: frozenset({"stop", "skip_final_save"}),
 }
 """The requests that are allowed at each event. At events that are not listed, callbacks can only log."""
 

@@ -14,7 +14,7 @@ from fxtrain.core._state import FIELDS
 from fxtrain.loop._transfer import copied_to_host
 
 
-class Difference(NamedTuple):
+class Delta(NamedTuple):
     """An older state, stored as a newer one plus the old values that differ, and without other references to it."""
 
     newer: TrainState
@@ -23,7 +23,7 @@ class Difference(NamedTuple):
     names: tuple[str, ...]  # names of all old slots
 
     @classmethod
-    def between(cls, old: TrainState, new: TrainState) -> Difference:
+    def between(cls, old: TrainState, new: TrainState) -> Delta:
         """Returns ``old`` as a difference from ``new``."""
         changed = {name: was for name in FIELDS if (was := getattr(old, name)) is not getattr(new, name)}
         changed.pop("slots", None)
@@ -36,10 +36,10 @@ class Difference(NamedTuple):
         return self.newer.replace(**self.fields, slots={name: slots[name] for name in self.names})
 
 
-class Branch(NamedTuple):
+class Mark(NamedTuple):
     """A point of the run to roll back to."""
 
-    state: TrainState | Difference
+    state: TrainState | Delta
     due: dict[str, Any]
     unread: tuple[Callable[[], Control], ...]
     why: tuple[str, ...]
@@ -51,7 +51,7 @@ class Branch(NamedTuple):
     @property
     def is_taken(self) -> bool:
         """Whether the state was donated to a step, so that rolling back is impossible."""
-        state = self.state.newer if isinstance(self.state, Difference) else self.state
+        state = self.state.newer if isinstance(self.state, Delta) else self.state
         return type(state) is Donated
 
 
@@ -70,7 +70,7 @@ def _copy_flags(control: Control) -> Callable[[], Control]:
     return read
 
 
-class Current:
+class Cursor:
     """The current state. Counters and requests are mirrored as Python values, so reading them never synchronizes.
 
     Args:
@@ -81,7 +81,7 @@ class Current:
 
     def __init__(self, state: TrainState, *, late: bool, why: tuple[str, ...] = ()) -> None:
         self.late = late
-        # None of these is mutated in place, because a branch, made at each step, references them.
+        # None of these is mutated in place, because a mark, made at each step, references them.
         self.due: dict[str, Any] = {}
         self.unread: tuple[Callable[[], Control], ...] = ()  # stop requests whose flags are being copied to the host
         self.why = why  # reasons to stop
@@ -96,26 +96,26 @@ class Current:
         self.snapshots: tuple[int, ...] = tuple(step for step in retained if step >= 0)
         self.due = {name: value.item() for name, value in state.due._asdict().items()}
 
-    def branch(self) -> Branch:
-        """Returns the current point, for ``abandon``."""
+    def mark(self) -> Mark:
+        """Returns the current point, for ``roll_back``."""
         where = (self.state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots)
         # Bypasses the NamedTuple constructor, which is slower, because this runs at each step.
-        return tuple.__new__(Branch, where)
+        return tuple.__new__(Mark, where)
 
-    def abandon(self, branch: Branch) -> None:
-        """Rolls back to ``branch``."""
-        state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = branch
-        self.state = state.older() if isinstance(state, Difference) else state
+    def roll_back(self, mark: Mark) -> None:
+        """Rolls back to ``mark``."""
+        state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = mark
+        self.state = state.older() if isinstance(state, Delta) else state
 
-    def thin(self, branch: Branch) -> Branch:
-        """Returns the branch as a difference from the current state.
+    def as_delta(self, mark: Mark) -> Mark:
+        """Returns the mark as a delta from the current state.
 
         Apart from old values, it then references only the current state object, so a step can donate the state.
         """
-        if branch.state is self.state:
-            return branch
-        assert not isinstance(branch.state, Difference)
-        return branch._replace(state=Difference.between(branch.state, self.state))
+        if mark.state is self.state:
+            return mark
+        assert not isinstance(mark.state, Delta)
+        return mark._replace(state=Delta.between(mark.state, self.state))
 
     def set(self, **changes: Any) -> None:
         """Changes pending requests, in the state and in the mirror."""
@@ -145,7 +145,7 @@ class Current:
 
     def forget_stop(self) -> None:
         """Clears a handled stop, so that the state can be trained further."""
-        self.set(stop=False, unsaved=False)
+        self.set(stop=False, skip_final_save=False)
 
     def stop(self, reason: str) -> None:
         """Requests a stop on behalf of the loop."""
@@ -156,12 +156,12 @@ class Current:
         """Merges requests into the pending ones."""
         if not control.kinds:
             return
-        late = {"stop", "unsaved"}.intersection(control.kinds) if self.late and _on_device(control) else ()
+        late = {"stop", "skip_final_save"}.intersection(control.kinds) if self.late and _on_device(control) else ()
         if late:
             # Set on the device, so that the next step is a fixed point. The flags are read once they are copied.
             due = self.state.due
-            stop, unsaved = due.stop | control.any("stop"), due.unsaved | control.any("unsaved")
-            self.state = self.state.replace(due=due._replace(stop=stop, unsaved=unsaved))
+            stop, skip_final_save = due.stop | control.any("stop"), due.skip_final_save | control.any("skip_final_save")
+            self.state = self.state.replace(due=due._replace(stop=stop, skip_final_save=skip_final_save))
             self.unread = (*self.unread, _copy_flags(control))
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
@@ -188,8 +188,8 @@ class Current:
             control = asked()
             if control.any("stop"):
                 self.why = (*self.why, *control.reasons("stop"))
-                unsaved = self.due["unsaved"] or bool(control.any("unsaved"))
-                self.due = {**self.due, "stop": True, "unsaved": unsaved}
+                skip_final_save = self.due["skip_final_save"] or bool(control.any("skip_final_save"))
+                self.due = {**self.due, "stop": True, "skip_final_save": skip_final_save}
         return self.due["stop"]
 
     @property

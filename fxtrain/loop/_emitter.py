@@ -6,15 +6,15 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from fxtrain.core import Control, Event, TrainState, event_of
-from fxtrain.loop._cursor import Current
+from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._feeding import Feeding
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publish import Publisher
 
-Moment = tuple[TrainState, Event, Control]
+EventRecord = tuple[TrainState, Event, Control]
 """Item yielded by the loop: the state after an event's fold, the event, and the requests made at it."""
 
-Moments = Generator[Moment, None, Any]
+EventRecords = Generator[EventRecord, None, Any]
 
 _NOTHING = Control()
 
@@ -29,7 +29,7 @@ class Emitter:
         feeding: The data, which measures the wait for batches.
     """
 
-    def __init__(self, plan: Plan, now: Current, publish: Publisher, feeding: Feeding) -> None:
+    def __init__(self, plan: Plan, now: Cursor, publish: Publisher, feeding: Feeding) -> None:
         self._plan, self._now, self._publish, self._feeding = plan, now, publish, feeding
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
@@ -38,7 +38,7 @@ class Emitter:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
         return self._plan.every_event or kind in self._plan.callbacks.table or self._publish.is_seen(kind)
 
-    def emit(self, kind: type[Any], **fields: Any) -> Moments:
+    def emit(self, kind: type[Any], **fields: Any) -> EventRecords:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
         if not self.is_seen(kind):
             return _NOTHING
@@ -48,7 +48,7 @@ class Emitter:
 
     def fold(
         self, kind: type[Any], fields: dict[str, Any], also: Control | None = None
-    ) -> tuple[Sequence[Moment], Control]:
+    ) -> tuple[Sequence[EventRecord], Control]:
         """Folds an event, merges its requests into the pending ones, and publishes it.
 
         Args:

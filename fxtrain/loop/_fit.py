@@ -11,7 +11,7 @@ from typing import Any
 from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int, describe
 from fxtrain.fold import Handler, as_composed, compose, on
 from fxtrain.loop._arguments import refuse_unless_checkpointer, refuse_unless_evaluates
-from fxtrain.loop._emitter import Moment
+from fxtrain.loop._emitter import EventRecord
 from fxtrain.loop._history import History
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._run import Run
@@ -144,12 +144,12 @@ def fit(
         every_event=False,
     )
     run = Run(state, step, data, plan, history)
-    for _ in run.moments():
+    for _ in run.events():
         pass
     return Result(run.state, run.last, run.reason, history, run.exit_code)
 
 
-def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[Moment]:
+def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[EventRecord]:
     """Runs the loop of ``fit`` as a generator of ``(state, event, control)``, one for each event.
 
     Leaving the generator early ends the run without a final save. A yielded state is borrowed, because the next step
@@ -176,7 +176,7 @@ def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any
     arguments = inspect.signature(fit).bind(state, step, data, **options)
     arguments.apply_defaults()
     options = {name: value for name, value in arguments.arguments.items() if name not in ("state", "step", "data")}
-    return Run(state, step, data, _plan(**options, every_event=True), History()).moments()
+    return Run(state, step, data, _plan(**options, every_event=True), History()).events()
 
 
 def _plan(

@@ -28,7 +28,7 @@ from fxtrain.fold import Composed, Handler
 from fxtrain.fold._mistaken import refuse_mistaken
 from fxtrain.fold._subscription import name_of, subscription, takes
 from fxtrain.loop._history import History
-from fxtrain.loop._transfer import Late, Numbers, Together, log_at_once, metrics_at_once, numbers_on_host
+from fxtrain.loop._transfer import HostMetrics, HostTransfer, LazyMetrics, log_at_once, metrics_at_once, numbers_on_host
 from fxtrain.values import named_after, published, try_all
 
 _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
@@ -69,7 +69,7 @@ class Publisher:
         # Both for the history.
         self._unread: list[_Published] = []
         self._sent: list[_Published] = []  # asynchronous copies to the host
-        self._together = Together()
+        self._transfer = HostTransfer()
 
     def is_seen(self, kind: type[Any]) -> bool:
         """Whether the history or an observer needs events of this type, even if no callback subscribes."""
@@ -140,7 +140,7 @@ class Publisher:
             self._read()
             step = event.to_step
             self._history.forget_after(step)
-        logged = type(control.log) is Late or len(control.log) > 0
+        logged = type(control.log) is LazyMetrics or len(control.log) > 0
         measured = kind is StepEnd or kind is EvalEnd
         if measured or logged:
             self._unread.append((kind, step, event.metrics if measured else {}, control))
@@ -165,7 +165,7 @@ class Publisher:
             ]
             pending = self._sent + shown if wait else self._sent
             self._sent = [] if wait else shown
-            self._together.send()
+            self._transfer.send()
         for kind, step, measured, control in pending:
             values = numbers_on_host(measured)
             if control.log:
@@ -176,19 +176,19 @@ class Publisher:
 
     def _scalars(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns metrics as Python scalars, read lazily."""
-        if type(measured) is Late or type(measured) is Numbers:
+        if type(measured) is LazyMetrics or type(measured) is HostMetrics:
             return measured
         if self._on_host:
-            return Numbers(measured)
+            return HostMetrics(measured)
         scalars = metrics_at_once(measured)
-        return self._together.metrics(measured) if scalars is None else scalars
+        return self._transfer.metrics(measured) if scalars is None else scalars
 
     def _with_scalars(self, control: Control) -> Control:
         """Returns the control with logged values as Python scalars, read lazily from a device."""
-        if type(control.log) is Late or not control.log:
+        if type(control.log) is LazyMetrics or not control.log:
             return control
         log = log_at_once(control.log)
-        return control.with_log(self._together.log(control.log) if log is None else log)
+        return control.with_log(self._transfer.log(control.log) if log is None else log)
 
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):

@@ -9,8 +9,8 @@ import torch
 from fxtrain import metrics
 from fxtrain.checkpoint import Role
 from fxtrain.core import EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
-from fxtrain.loop._cursor import Current
-from fxtrain.loop._emitter import Emitter, Moments
+from fxtrain.loop._cursor import Cursor
+from fxtrain.loop._emitter import Emitter, EventRecords
 from fxtrain.loop._epochs import announce
 from fxtrain.loop._evaluate import measure
 from fxtrain.loop._feeding import Feeding
@@ -44,7 +44,7 @@ class Requests:
     def __init__(
         self,
         plan: Plan,
-        now: Current,
+        now: Cursor,
         emitter: Emitter,
         *,
         feeding: Feeding,
@@ -61,7 +61,7 @@ class Requests:
         self._empty_epochs = 0  # consecutive epochs without a step
         self._step_of_last_epoch = -1
 
-    def handle(self) -> Moments:
+    def handle(self) -> EventRecords:
         """Handles requests, including those made meanwhile, until only a stop is left or a signal arrives."""
         now = self._now
         while self._interrupts.cause is None:
@@ -80,7 +80,7 @@ class Requests:
             else:
                 return
 
-    def _evaluate(self) -> Moments:
+    def _evaluate(self) -> EventRecords:
         now, eval_step = self._now, self._plan.eval_step
         if eval_step is None:
             raise ValueError(
@@ -88,7 +88,7 @@ class Requests:
                 "fit, or remove the callback."
             )
         # An interrupted evaluation is rolled back and stays due.
-        root = now.branch()
+        mark = now.mark()
         now.set(evaluate=False)
         yield from self._emit(EvalBegin)
         total: dict[str, Any] = {}
@@ -102,7 +102,7 @@ class Requests:
                     EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
                 )
         except Abandoned:
-            now.abandon(root)
+            now.roll_back(mark)
             return
         measured = metrics.compute(total)
         slot = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
@@ -117,7 +117,7 @@ class Requests:
         last = self._now.state.slots.get(EVALUATED)
         return self._plan.evaluate_epochs and (last is None or int(last["step"]) != self._now.step)
 
-    def _end_epoch(self) -> Moments:
+    def _end_epoch(self) -> EventRecords:
         now, epoch = self._now, self._now.epoch
         if not epoch.length:
             raise ValueError(
@@ -156,15 +156,15 @@ class Requests:
             stop_reasons=now.why if now.due["stop"] else (),
         )
 
-    def save_last(self) -> Moments:
+    def save_last(self) -> EventRecords:
         """Waits for the saves under way, and saves the final state of the session unless it is on disk."""
         yield from self.report_saves(wait=True)
-        if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["unsaved"]:
+        if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["skip_final_save"]:
             # A pending save request, such as one that waits for an evaluation, stays due.
             self.save("session")
             yield from self.report_saves(wait=True)
 
-    def report_saves(self, *, wait: bool = False) -> Moments:
+    def report_saves(self, *, wait: bool = False) -> EventRecords:
         """Emits ``Saved`` for each checkpoint committed since the last call."""
         for step, path, measured in self._saving.news(wait=wait):
             yield from self._emit(Saved, step=step, path=str(path), metrics=measured)
@@ -175,7 +175,7 @@ class Requests:
             return {}
         return {name: float(value) for name, value in last["metrics"].items()}
 
-    def _rewind(self) -> Moments:
+    def _rewind(self) -> EventRecords:
         now, old, steps = self._now, self._now.state, self._now.due["rewind"]
         target = self._snapshots.newest_until(now.step - steps, now)
         now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
@@ -196,7 +196,7 @@ class Requests:
         # Only slots written at this event, and a request to stop, survive the rewind.
         surviving = {name: slot for name, slot in now.state.slots.items() if slot is not old.slots.get(name)}
         surviving[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
-        stop, unsaved, retained, length = now.due["stop"], now.due["unsaved"], now.snapshots, now.epoch.length
+        due, retained, length = now.due, now.snapshots, now.epoch.length
         now.take(target.replace(slots={**target.slots, **surviving}))
         # Keep the epoch length if it was found after the snapshot.
         if not now.epoch.length:
@@ -205,6 +205,6 @@ class Requests:
         now.snapshots = retained
         self._snapshots.roll_back(now)
         # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
-        now.set(stop=stop, unsaved=unsaved, save=self._plan.checkpointer is not None)
+        now.set(stop=due["stop"], skip_final_save=due["skip_final_save"], save=self._plan.checkpointer is not None)
         if times[to_step] > (limit := self._plan.rewind_limit):
             now.stop(f"rewound to step {to_step} {times[to_step]} times, more than rewind_limit={limit} allows")

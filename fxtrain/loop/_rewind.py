@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from fxtrain import tree
 from fxtrain.core import TrainState
-from fxtrain.loop._cursor import Current
+from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._saving import Saving
 
 
 class Snapshots:
     """Retains snapshots of the state: in memory, and on disk next to each checkpoint.
 
-    The steps of the retained states are part of the state (``Current.snapshots``), and a checkpoint is saved with the
+    The steps of the retained states are part of the state (``Cursor.snapshots``), and a checkpoint is saved with the
     snapshots that it lists. A resumed run therefore rewinds to the same step as an uninterrupted one.
 
     Args:
@@ -30,17 +30,17 @@ class Snapshots:
         self._in_memory: dict[int, TrainState] = {}
         self._on_disk: set[int] = set()
 
-    def begin(self, now: Current) -> None:
+    def begin(self, now: Cursor) -> None:
         """Drops listed snapshots that are not on disk, for example those of a run without a checkpointer."""
         if self._every or now.snapshots:
             self._on_disk = set(now.snapshots) & self._saving.snapshots()
             now.list_snapshots([step for step in now.snapshots if step in self._on_disk], self._count)
 
-    def is_due(self, now: Current) -> bool:
+    def is_due(self, now: Cursor) -> bool:
         """Whether the current state is to be retained."""
         return bool(self._every) and now.step % self._every == 0 and now.step not in now.snapshots
 
-    def retain(self, now: Current) -> None:
+    def retain(self, now: Cursor) -> None:
         """Retains the current state, and drops the oldest snapshot if there are too many."""
         now.list_snapshots([*now.snapshots, now.step][-self._count :], self._count)
         state = now.state
@@ -58,7 +58,7 @@ class Snapshots:
                 self._saving.save_snapshot(self._in_memory[step])
                 self._on_disk.add(step)
 
-    def newest_until(self, step: int, now: Current) -> TrainState | None:
+    def newest_until(self, step: int, now: Cursor) -> TrainState | None:
         """Returns the newest state of ``step`` or before, on the device of the current one; None if there is none.
 
         A snapshot is preferred to a checkpoint of the same step. Damaged ones are skipped.
@@ -74,7 +74,7 @@ class Snapshots:
                 return state
         return None
 
-    def roll_back(self, now: Current) -> None:
+    def roll_back(self, now: Cursor) -> None:
         """Drops the snapshots that are newer than the state that the run has rewound to.
 
         Args:

@@ -30,15 +30,15 @@ from fxtrain.core import (
 from fxtrain.data import adapt
 from fxtrain.fold import as_composed, attach, compose
 from fxtrain.loop._arguments import refuse_unless_state, refuse_unless_trains
-from fxtrain.loop._cursor import Current
-from fxtrain.loop._emitter import Emitter, Moment, Moments
+from fxtrain.loop._cursor import Cursor
+from fxtrain.loop._emitter import Emitter, EventRecord, EventRecords
 from fxtrain.loop._epochs import begin_epochs
 from fxtrain.loop._evaluate import declare_shapes
 from fxtrain.loop._feeding import Feeding
 from fxtrain.loop._figures import figures
 from fxtrain.loop._history import History
 from fxtrain.loop._interrupts import Abandoned, Interrupts
-from fxtrain.loop._multi_step import Strides
+from fxtrain.loop._multi_step import MultiStep
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._provided import refuse_unprovided
 from fxtrain.loop._publish import Publisher
@@ -53,7 +53,7 @@ _NOTHING = Control()
 
 
 class Run:
-    """A session of the loop. Iterating over ``moments`` runs it; ``state``, ``last`` and ``reason`` are its result."""
+    """A session of the loop. Iterating over ``events`` runs it; ``state``, ``last`` and ``reason`` are its result."""
 
     def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
         refuse_unless_state(state, "fit(state, step, data)")
@@ -82,7 +82,7 @@ class Run:
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
         self._differs = hasattr(self.data, "begin_epoch")
-        self._strides = Strides(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
+        self._multi_step = MultiStep(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
         declare_shapes(self.step, self.data)
@@ -90,7 +90,7 @@ class Run:
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
         # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
         # has no other owner.
-        self._now = Current(state if whole else state.copy(), late=bool(late), why=saved.stop_reasons)
+        self._now = Cursor(state if whole else state.copy(), late=bool(late), why=saved.stop_reasons)
         if saved.data is not None and hasattr(self.data, "restore"):
             self.data.restore(self._now.epoch.data_index(self._now.position), saved.data)
         else:
@@ -113,7 +113,7 @@ class Run:
             snapshots=self._snapshots,
             interrupts=self._interrupts,
         )
-        self._root = self._now.branch()  # the point to roll back to after an error
+        self._mark = self._now.mark()  # the point to roll back to after an error
         self.reason = ""
         self.exit_code = 0
         self.last: Any = None
@@ -132,7 +132,7 @@ class Run:
         """The current state."""
         return self._now.state
 
-    def moments(self) -> Moments:
+    def events(self) -> EventRecords:
         """Runs the session and yields its events in order."""
         with self._interrupts, contextlib.ExitStack() as closing:
             closing.callback(self._saving.close)
@@ -152,16 +152,16 @@ class Run:
         if restored is not None and restored is self._now.state:
             self._saving.mark_on_disk(restored)
 
-    def _session(self) -> Moments:
+    def _session(self) -> EventRecords:
         now = self._now
         try:
             yield from self._begin()
             while True:
-                self._root = now.branch()
+                self._mark = now.mark()
                 if now.anything_due or self._saving.under_way:
                     yield from self._requests.report_saves()
                     yield from self._requests.handle()
-                    self._root = now.branch()
+                    self._mark = now.mark()
                 if self._interrupts.cause is not None:
                     now.read_flags()
                     self.reason = f"interrupted by {self._interrupts.cause}"
@@ -199,7 +199,7 @@ class Run:
             self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}"
         return bool(self.reason)
 
-    def _begin(self) -> Moments:
+    def _begin(self) -> EventRecords:
         now, pending = self._now, self._now.due["save"]
         yield from self._emitter.emit(
             FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.kinds
@@ -218,16 +218,16 @@ class Run:
                 different=tuple(report.different),
             )
 
-    def _after_error(self, error: Exception) -> Moments:
+    def _after_error(self, error: Exception) -> EventRecords:
         now = self._now
-        if taken := self._root.is_taken:
+        if taken := self._mark.is_taken:
             error.add_note(
                 "The state before the step was donated, and not all callbacks have seen the state after it, so neither "
                 "is saved. Resume from the last checkpoint."
             )
         else:
             # Roll back, because some callbacks may not have seen the latest event.
-            now.abandon(self._root)
+            now.roll_back(self._mark)
         try:
             now.read_flags()
             yield from self._emitter.emit(Interrupted, cause=f"{type(error).__name__}: {error}")
@@ -238,7 +238,7 @@ class Run:
 
     # Steps
 
-    def _advance(self) -> Moments:
+    def _advance(self) -> EventRecords:
         """Takes steps until a request is due."""
         now = self._now
         if now.due["begin_epoch"]:
@@ -248,7 +248,7 @@ class Run:
             yield from self._emitter.emit(EpochBegin)
             if now.anything_due:
                 return
-            self._root = now.branch()
+            self._mark = now.mark()
         # No local variable may reference a state, because a step copies states with other references before donating.
         due, last, end = now.due, self._last_in_a_row(), now.epoch.end
         # The epoch length was found after this snapshot was taken, and the run has rewound to it.
@@ -257,7 +257,7 @@ class Run:
             return
         begins, ends = self._emitter.is_seen(StepBegin), self._emitter.is_seen(StepEnd)
         while True:
-            count = self._strides.length(now.step, now.position, now.epoch)
+            count = self._multi_step.length(now.step, now.position, now.epoch)
             try:
                 batches = self._feeding.next(now.position, now.epoch, count)
             except Abandoned:
@@ -276,16 +276,16 @@ class Run:
             if begins:
                 outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
                 if not (yield from self._begin_step(batches)):
-                    if now.read_flags(len(self._root.unread)) and self._root.unread:
+                    if now.read_flags(len(self._mark.unread)) and self._mark.unread:
                         # The run had stopped one step before, so this event is rolled back.
-                        now.abandon(self._root)
+                        now.roll_back(self._mark)
                         now.read_flags()
                     return
-            self._root = now.thin(self._root)
+            self._mark = now.as_delta(self._mark)
             try:
-                now.state, outputs = self._strides.take(now.state, batches)
+                now.state, outputs = self._multi_step.take(now.state, batches)
             except Abandoned:
-                now.abandon(self._root)
+                now.roll_back(self._mark)
                 return
             if now.unread and self._stopped_before_step(outside):
                 return
@@ -302,7 +302,7 @@ class Run:
                     self._publish.step(now.step, output.metrics)
             if now.due is not due or now.step >= last or self._interrupts.cause is not None:
                 return
-            self._root = now.branch()
+            self._mark = now.mark()
 
     def _stopped_before_step(self, outside: Mapping[str, Any]) -> bool:
         """Reads the flags left on the device; returns whether one was set, so that the step returned its input.
@@ -311,15 +311,16 @@ class Run:
             outside: Slots that do not enter the step, from before this StepBegin.
         """
         now = self._now
-        if self._root.unread and now.read_flags(len(self._root.unread)):
+        if self._mark.unread and now.read_flags(len(self._mark.unread)):
             # The run had stopped one step before, so this StepBegin is rolled back.
             now.unread = ()
-            now.set(**{name: value for name, value in self._root.due.items() if name not in ("stop", "unsaved")})
+            pending = self._mark.due.items()
+            now.set(**{name: value for name, value in pending if name not in ("stop", "skip_final_save")})
             now.state = now.state.replace(slots={**now.state.slots, **outside})
             return True
         return bool(now.unread) and now.read_flags()
 
-    def _begin_step(self, batches: Sequence[Any]) -> Generator[Moment, None, bool]:
+    def _begin_step(self, batches: Sequence[Any]) -> Generator[EventRecord, None, bool]:
         """Emits StepBegin. Returns whether to take the step."""
         now, asked = self._now, _NOTHING
         for index, batch in enumerate(batches):  # several only if no callback subscribes

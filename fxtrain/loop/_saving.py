@@ -111,7 +111,7 @@ class Saving:
 
         The compile mode is chosen at the step's first call.
         """
-        return {_COMPILED_BY: getattr(self._step, "how", "nothing"), **getattr(self._step, "settings", {})}
+        return {_COMPILED_BY: getattr(self._step, "route", "nothing"), **getattr(self._step, "settings", {})}
 
     def _possible(self) -> dict[str, tuple[str, ...]]:
         possible = getattr(self._step, "possible", None)

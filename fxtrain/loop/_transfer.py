@@ -42,11 +42,11 @@ class _Lazy(Mapping[str, Any]):
         return repr(self._all())
 
 
-class Late(_Lazy):
-    """A mapping whose scalars are copied from a device at the first read. Made by ``Together``.
+class LazyMetrics(_Lazy):
+    """A mapping whose scalars are copied from a device at the first read. Made by ``HostTransfer``.
 
     Args:
-        together: Makes the transfer.
+        transfer: Makes the transfer.
         parts: Returns the values to copy to the host.
         made: Makes the mapping from the copied values.
         only_numbers: Whether all values are scalars. Reading this flag does not wait for the device.
@@ -54,14 +54,14 @@ class Late(_Lazy):
 
     def __init__(
         self,
-        together: Together,
+        transfer: HostTransfer,
         parts: Callable[[], list[Any]],
         made: Callable[[list[Any]], dict[str, Any]],
         *,
         only_numbers: bool = True,
     ) -> None:
         self.only_numbers = only_numbers
-        self._together = together
+        self._transfer = transfer
         # At most one is set. Each is cleared after use, to release its references to device memory.
         self._parts: Callable[[], list[Any]] | None = parts
         self._arrived: Callable[[], dict[str, Any]] | None = None
@@ -86,7 +86,7 @@ class Late(_Lazy):
     def send(self) -> None:
         """Starts an asynchronous copy of its values and of all other unread mappings."""
         if self.is_waiting:
-            self._together.send()
+            self._transfer.send()
 
     def _all(self) -> dict[str, Any]:
         self.send()
@@ -97,7 +97,7 @@ class Late(_Lazy):
         return self._values
 
 
-class Numbers(_Lazy):
+class HostMetrics(_Lazy):
     """Metrics on the host, converted to Python scalars at the first read.
 
     Conversions are deferred, because they are much slower right after a step, with cold caches, than many in a row.
@@ -118,16 +118,16 @@ class Numbers(_Lazy):
         return self._taken
 
 
-class Together:
+class HostTransfer:
     """Makes lazy mappings, and copies all that are still referenced in one transfer once one is sent or read.
 
     An observer that sends many mappings and reads them a few steps later does not wait for the device.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[weakref.ref[Late]] = []
+        self._waiting: list[weakref.ref[LazyMetrics]] = []
 
-    def metrics(self, measured: Mapping[str, Any]) -> Late:
+    def metrics(self, measured: Mapping[str, Any]) -> LazyMetrics:
         """Returns the metrics of an event as lazy Python scalars."""
         names: list[str] = []
 
@@ -136,9 +136,9 @@ class Together:
             names[:] = computed
             return list(computed.values())
 
-        return self._register(Late(self, parts, lambda scalars: dict(zip(names, scalars, strict=True))))
+        return self._register(LazyMetrics(self, parts, lambda scalars: dict(zip(names, scalars, strict=True))))
 
-    def log(self, log: Mapping[str, Logged]) -> Late:
+    def log(self, log: Mapping[str, Logged]) -> LazyMetrics:
         """Returns logged values as lazy Python scalars, without those whose flag is false."""
         entries = list(log.values())
 
@@ -150,9 +150,10 @@ class Together:
         def parts() -> list[Any]:
             return [*(entry.value for entry in entries), *(entry.when for entry in entries)]
 
-        return self._register(Late(self, parts, made, only_numbers=all(kind_of(e.value) is float for e in entries)))
+        only_numbers = all(kind_of(entry.value) is float for entry in entries)
+        return self._register(LazyMetrics(self, parts, made, only_numbers=only_numbers))
 
-    def _register(self, late: Late) -> Late:
+    def _register(self, late: LazyMetrics) -> LazyMetrics:
         if len(self._waiting) > _MAX_UNREAD:
             self._waiting = [each for each in self._waiting if (held := each()) is not None and held.is_waiting]
         self._waiting.append(weakref.ref(late))
@@ -164,7 +165,7 @@ class Together:
             return
         held, self._waiting = [late for each in self._waiting if (late := each()) is not None], []
         sent: list[Any] = []
-        slices: list[tuple[Late, slice]] = []
+        slices: list[tuple[LazyMetrics, slice]] = []
         for late in held:
             try:
                 parts = late.parts()
@@ -180,7 +181,7 @@ class Together:
 def numbers_on_host(measured: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns metrics as Python scalars. Lazy mappings are returned unchanged."""
     # Compares types, because isinstance is slow for a Mapping.
-    return measured if type(measured) is Numbers or type(measured) is Late else _scalars(measured)
+    return measured if type(measured) is HostMetrics or type(measured) is LazyMetrics else _scalars(measured)
 
 
 def _scalars(measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _MAX_NAME_LENGTH = 48  # characters of a name in a table
 _RIGHT_ALIGNED = ("parameters", "share", "size")  # columns
 _LINE_WIDTH = 96  # characters per line outside tables
 
-Facts = dict[str, str]
+Rows = dict[str, str]
 """Known facts by label. Unknown ones are left out."""
 
 
@@ -197,7 +197,7 @@ def _joined(path: tuple[Any, ...], name: str) -> str:
 # Panels
 
 
-def _run(state: TrainState, event: FitBegin) -> Facts:
+def _run(state: TrainState, event: FitBegin) -> Rows:
     limits = [
         _count(total, unit)
         for total, unit in ((event.total_steps, "step"), (event.total_epochs, "epoch"))
@@ -212,7 +212,7 @@ def _run(state: TrainState, event: FitBegin) -> Facts:
     )
 
 
-def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Facts:
+def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Rows:
     buffers = tree.leaves(state.buffers)
     counts: dict[str, int] = {}
     for leaf in leaves:
@@ -237,7 +237,7 @@ def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Fact
     )
 
 
-def _data(event: FitBegin) -> Facts:
+def _data(event: FitBegin) -> Rows:
     at = f" of epoch {int(event.epoch) + 1:,}" if event.epoch is not None else ""
     within = event.position - event.epoch_start
     within = within % event.epoch_length if event.epoch_length else within
@@ -248,7 +248,7 @@ def _data(event: FitBegin) -> Facts:
     )
 
 
-def _training(state: TrainState) -> Facts:
+def _training(state: TrainState) -> Rows:
     kinds: dict[str, int] = {}
     accessors = ops.tree_accessors(state.opt_state, namespace=NAMESPACE)
     for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
@@ -263,7 +263,7 @@ def _training(state: TrainState) -> Facts:
     )
 
 
-def _distributed() -> Facts:
+def _distributed() -> Rows:
     if dist.is_available() and dist.is_initialized():
         return {"processes": f"{dist.get_world_size():,}, this is rank {dist.get_rank()}; {dist.get_backend()}"}
     told = os.environ.get("WORLD_SIZE") or "1"
@@ -272,7 +272,7 @@ def _distributed() -> Facts:
     return {"processes": "one"}
 
 
-def _device(device: torch.device) -> Facts:
+def _device(device: torch.device) -> Rows:
     import psutil
 
     cuda = device.type == "cuda"
@@ -288,7 +288,7 @@ def _device(device: torch.device) -> Facts:
     )
 
 
-def _nonempty(**facts: str) -> Facts:
+def _nonempty(**facts: str) -> Rows:
     return {label: text for label, text in facts.items() if text}
 
 

@@ -90,10 +90,12 @@ class Step:
         control = on_device(output.control, stopped.device).given(~stopped)
         due = state.due
         if "stop" in control.kinds:
-            unsaved = due.unsaved | control.any("unsaved") if "unsaved" in control.kinds else due.unsaved
+            skip_final_save = due.skip_final_save
+            if "skip_final_save" in control.kinds:
+                skip_final_save = skip_final_save | control.any("skip_final_save")
             stop = stopped | control.any("stop")
             # Not `_replace`, which returns an empty tuple inside torch.compile of torch 2.11.
-            due = Due(due.begin_epoch, due.rewind, due.evaluate, due.end_epoch, due.save, stop, unsaved)
+            due = Due(due.begin_epoch, due.rewind, due.evaluate, due.end_epoch, due.save, stop, skip_final_save)
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs, output.weight)

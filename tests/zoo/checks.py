@@ -202,7 +202,7 @@ def refuse_lost_weights(case: Case, state: fx.TrainState, batch: Any) -> None:
 
 
 def route_of(step: Any) -> str:
-    return step.how
+    return step.route
 
 
 def relative(value: Tensor, like: Tensor) -> float:

@@ -10,7 +10,7 @@ from fxtrain.compiler._compiled import Compiled
 from fxtrain.compiler._trace import Artefact, Run
 
 
-def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:
+def fresh(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Compiled:
     """Returns a copy of a compiled step that has no graphs yet.
 
     The copy compiles in the foreground and does not warn about recompilation.
@@ -23,7 +23,7 @@ def anew(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> Co
         >>> import torch, fxtrain as fx
         >>> step = fx.compile(fx.eval_step(lambda model, batch: {"mean": batch.mean()}), backend="eager")
         >>> _ = step(fx.init(torch.nn.ReLU()), torch.ones(2))
-        >>> step.graphs, anew(step).graphs
+        >>> step.graphs, fresh(step).graphs
         (1, 0)
     """
     made = copy.copy(compiled)
