@@ -563,7 +563,9 @@ def test_special_file_at_the_path_of_the_page_is_not_overwritten(run, outside, c
     kind = stat.S_IFMT(place.lstat().st_mode)
     code, out, err = command(run, capsys=capsys)
     assert (code, out) == (1, "")
-    assert re.fullmatch(r"fxtrain report: expected a writable path for the page, got .*report\.html \(it is a.*\)\. .*--out.*\n", err)
+    assert re.fullmatch(
+        r"fxtrain report: expected a writable path for the page, got .*report\.html \(it is a.*\)\. .*--out.*\n", err
+    )
     assert stat.S_IFMT(place.lstat().st_mode) == kind
     assert {path: path.read_bytes() for path in outside.iterdir()} == before
     assert not list(run.glob("*.tmp"))

@@ -47,5 +47,5 @@ def test_watch_selects_kinds_and_parameters(tmp_path):
     found = watched(tmp_path, fx.callbacks.watch("updates", every=2, parameter="4.*", sample=3), steps=2)
     assert set(found) == {"histograms/updates/4.bias", "histograms/updates/4.weight"}
     assert sum(found["histograms/updates/4.weight"][2]["counts"]) == 3
-    with pytest.raises(ValueError, match="expected of to be one of .*, got 'biases'"):
+    with pytest.raises(ValueError, match=r"expected of to be one of .*, got 'biases'"):
         fx.callbacks.watch("biases")
