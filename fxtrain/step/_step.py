@@ -155,7 +155,7 @@ def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
     old_leaves, old_structure = tree.flatten(old)
     new_leaves, new_structure = tree.flatten(new)
     alike = len(old_leaves) == len(new_leaves) and all(
-        was.shape == came.shape and was.dtype == came.dtype for was, came in zip(old_leaves, new_leaves, strict=True)
+        was.shape == now.shape and was.dtype == now.dtype for was, now in zip(old_leaves, new_leaves, strict=True)
     )
     if torch.compiler.is_dynamo_compiling():
         # Dynamo cannot trace the formatting of paths. Keys that differ raise in tree.where.
@@ -170,17 +170,17 @@ def _refuse_changes(name: str, old: TrainState, new: TrainState) -> None:
     before = dict(zip(tree.paths(old, "state"), old_leaves, strict=True))
     after = dict(zip(tree.paths(new, "state"), new_leaves, strict=True))
     for path in (*before, *after):
-        was, came = before.get(path), after.get(path)
-        if came is None:
+        was, now = before.get(path), after.get(path)
+        if now is None:
             raise ValueError(f"expected {name} to keep the structure of its state, got one without {path}.")
         if was is None:
             raise ValueError(
                 f"expected {name} to keep the structure of its state, got one with {path}. Keep new values in a slot "
                 "of a callback: Step(..., callbacks=)."
             )
-        if was.shape != came.shape or was.dtype != came.dtype:
+        if was.shape != now.shape or was.dtype != now.dtype:
             raise ValueError(
-                f"expected {name} to keep shapes and dtypes, got {describe(came)} at {path}, which was {describe(was)}."
+                f"expected {name} to keep shapes and dtypes, got {describe(now)} at {path}, which was {describe(was)}."
             )
     raise ValueError(
         f"expected {name} to keep the model and the types of all containers in its state, got others with the same "
