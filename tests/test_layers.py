@@ -23,7 +23,7 @@ LAYERS = [
     {"step", "callbacks", "writers", "observers", "checkpoint"},
     {"compiler", "loop"},
     {"diagnostics", "finders", "report", "interop"},
-    {"testing", "cli", "rosetta"},
+    {"testing", "cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = (

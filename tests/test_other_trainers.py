@@ -1,14 +1,16 @@
-"""The Rosetta table: each hook's counterpart is an event of a real run or an existing function."""
+"""The table of other trainers' hooks: each counterpart fires in a run, or is a public function."""
 
+import collections
 import contextlib
 import functools
+import pathlib
 import re
 
 import problem
 import pytest
 
 import fxtrain as fx
-from fxtrain import rosetta, testing
+from fxtrain import testing
 from fxtrain.core import EVENTS
 
 HOOKS = {  # the number of hooks in the documentation of each system
@@ -17,8 +19,14 @@ HOOKS = {  # the number of hooks in the documentation of each system
     "The plugin-style LM trainer": 12,
     "Keras": 16,
     "Lightning": 33,
-    "What these systems show a person": 22,
+    "Logging and displays": 22,
 }
+PAGE = pathlib.Path(__file__).parent.parent / "notebooks/other_trainers.md"
+ROWS = [
+    (section.split("\n", 1)[0], hook, here)
+    for section in PAGE.read_text().split("\n## ")[1:]
+    for hook, here in re.findall(r"^\| `([^`]+)` \| (.+) \|$", section, re.M)
+]
 NAMES = {kind.__name__: kind for kind in EVENTS}
 
 
@@ -57,19 +65,16 @@ def fired(tmp_path_factory):
 
 
 def test_table_has_all_hooks_of_each_system():
-    counts = {}
-    for row in rosetta.rows():
-        counts[row.system] = counts.get(row.system, 0) + 1
-    assert counts == HOOKS
-    assert len({(row.system, row.hook) for row in rosetta.rows()}) == sum(HOOKS.values())
+    assert collections.Counter(system for system, _, _ in ROWS) == HOOKS
+    assert len({(system, hook) for system, hook, _ in ROWS}) == sum(HOOKS.values())
 
 
-@pytest.mark.parametrize("row", rosetta.rows(), ids=lambda row: f"{row.system}: {row.hook}")
-def test_counterpart_is_callable_or_fires(row, fired):
+@pytest.mark.parametrize("here", [pytest.param(here, id=f"{system}: {hook}") for system, hook, here in ROWS])
+def test_counterpart_is_callable_or_fires(here, fired):
     values = r"values\.[A-Z][a-zA-Z]+"
-    functions = re.findall(rf"\bfx\.({values}|[a-z_.]+[a-z_])|\bfx\.(Control)", row.here)
-    events = [word for word in re.findall(r"[A-Z][A-Za-z]+", row.here) if word in NAMES]
-    assert functions or events or row.here.startswith("not needed: ")
+    functions = re.findall(rf"\bfx\.({values}|[a-z_.]+[a-z_])|\bfx\.(Control)", here)
+    events = [word for word in re.findall(r"[A-Z][A-Za-z]+", here) if word in NAMES]
+    assert functions or events or here.startswith("not needed: ")
     for name in (lower or upper for lower, upper in functions):
         assert callable(functools.reduce(getattr, name.split("."), fx)), name
     for event in events:
