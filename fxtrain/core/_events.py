@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """Fires after the backward pass of each microbatch. Traced.
+    """Traced event: fires after the backward pass of each microbatch.
 
     Args:
         step: int64 []. Number of the step being taken; the first is 1.
@@ -37,7 +37,7 @@ class Microbatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """Fires when the gradients are computed, before the optimizer. Traced.
+    """Traced event: fires when the gradients are computed, before the optimizer.
 
     Args:
         step: int64 []. Number of the step being taken.
@@ -56,7 +56,7 @@ class Gradients:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Updated:
-    """Fires after the update, with the new state. Traced.
+    """Traced event: fires after the update, with the new state.
 
     Args:
         step: int64 []. Number of the step being taken.
@@ -127,12 +127,12 @@ def event_of(kind: type[Any], fields: dict[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochBegin(LoopEvent):
-    """Fires when an epoch begins. Trajectory."""
+    """Trajectory event: fires when an epoch begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepBegin(LoopEvent):
-    """Fires before a step, with its batch. Trajectory. ``skip_batch`` can be requested here.
+    """Trajectory event: fires before a step, with its batch. ``skip_batch`` can be requested here.
 
     Args:
         batch: The batch, as the data returned it.
@@ -143,7 +143,7 @@ class StepBegin(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepEnd(LoopEvent):
-    """Fires after a step. Trajectory.
+    """Trajectory event: fires after a step.
 
     Args:
         metrics: The step's metrics by name: 0-d tensors on the step's device.
@@ -154,12 +154,12 @@ class StepEnd(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalBegin(LoopEvent):
-    """Fires when an evaluation begins. Trajectory."""
+    """Trajectory event: fires when an evaluation begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalStep(LoopEvent):
-    """Fires after each batch of an evaluation. Trajectory.
+    """Trajectory event: fires after each batch of an evaluation.
 
     Args:
         index: Index of the batch, from 0.
@@ -176,7 +176,7 @@ class EvalStep(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalEnd(LoopEvent):
-    """Fires when an evaluation ends. Trajectory.
+    """Trajectory event: fires when an evaluation ends.
 
     Args:
         metrics: Metrics over all of the evaluation data by name: 0-d tensors.
@@ -187,12 +187,12 @@ class EvalEnd(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpochEnd(LoopEvent):
-    """Fires when an epoch ends, at its last batch or by an ``end_epoch`` request. Trajectory."""
+    """Trajectory event: fires when an epoch ends, at its last batch or by an ``end_epoch`` request."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewound(LoopEvent):
-    """Fires when the run rewinds, with the state that is about to be abandoned. Trajectory.
+    """Trajectory event: fires when the run rewinds, with the state that is about to be abandoned.
 
     Slots written at this event survive the rewind. Everything else returns to the earlier state.
 
@@ -211,7 +211,7 @@ class Rewound(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitBegin(LoopEvent):
-    """Fires when a session of the loop begins. Session.
+    """Session event: fires when a session of the loop begins.
 
     Args:
         fires: The traced events that the step fires.
@@ -226,7 +226,7 @@ class FitBegin(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored(LoopEvent):
-    """Fires when the state was restored from a checkpoint. Session.
+    """Session event: fires when the state was restored from a checkpoint.
 
     Args:
         path: The folder of the checkpoint.
@@ -243,7 +243,7 @@ class Restored(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved(LoopEvent):
-    """Fires when a checkpoint is committed. Session.
+    """Session event: fires when a checkpoint is committed.
 
     Checkpoints are written in the background. ``step`` is that of the checkpoint; the run may be further along.
 
@@ -258,7 +258,7 @@ class Saved(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interrupted(LoopEvent):
-    """Fires when a signal or an exception ends the session early. Session.
+    """Session event: fires when a signal or an exception ends the session early.
 
     Args:
         cause: The name of the signal, or of the exception with its message.
@@ -269,7 +269,7 @@ class Interrupted(LoopEvent):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitEnd(LoopEvent):
-    """Fires when the session has ended, after the final save. Session.
+    """Session event: fires when the session has ended, after the final save.
 
     Callbacks may change the state here. It becomes ``result.state`` and is not saved.
 
