@@ -1,1 +1,1 @@
-"""Benchmarks: what fxtrain promises, measured, beside its peers."""
+"""Benchmarks of fxtrain against other libraries and against its own targets."""

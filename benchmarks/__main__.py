@@ -1,15 +1,15 @@
-"""All benchmarks, and the report: ``python -m benchmarks`` writes ``benchmarks/RESULTS.md``.
+"""Runs the benchmarks: ``python -m benchmarks`` runs all of them and writes ``benchmarks/RESULTS.md``.
 
-A part of them is printed, and a quick run, which only shows in a few minutes that all works:
+A selection is printed instead of written. A quick run takes a few minutes and only shows that everything works:
 
     python -m benchmarks --only tiny_mlp,overhead --rounds 5
     python -m benchmarks --quick
 
-On a GPU, against its peers there, with CUDA graphs; the report goes to ``benchmarks/RESULTS_GPU.md``:
+On a GPU, contestants with CUDA graphs take part, and the report goes to ``benchmarks/RESULTS_GPU.md``:
 
     python -m benchmarks --device cuda --rounds 5
 
-On a machine that does nothing else: children that wait cost nothing, other people's processes do.
+Use an idle machine. Contestants are stopped while they wait for their turn, but other processes disturb the timings.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
         text = report(outcomes, others, rounds=rounds, quick=given.quick, device=given.device)
         if path is not None:
-            pathlib.Path(path).write_text(text)  # after each part: all of them take an hour
+            # Written after each part, because all parts together take an hour.
+            pathlib.Path(path).write_text(text)
     print(text)
 
 
@@ -71,11 +72,12 @@ def options() -> argparse.Namespace:
 
 
 def who(name: str, given: argparse.Namespace) -> list[str]:
-    """The contestants of a workload."""
+    """Returns the contestants of a workload."""
     peers = workload(name, quick=given.quick).peers
     everybody = contestants.ALL if given.device == "cpu" else contestants.ON_GPU
     names = [who for who in everybody if peers or who not in contestants.TRAINERS]
-    if name != "tiny_mlp" and contestants.EIGHT in names:  # elsewhere computing takes longer than calling
+    # Only on the tiny MLP does the dispatch overhead exceed the computation.
+    if name != "tiny_mlp" and contestants.EIGHT in names:
         names.remove(contestants.EIGHT)
     if given.contestants:
         parts = given.contestants.split(",")
@@ -92,7 +94,7 @@ def other(name: str, rounds: int, *, quick: bool) -> Any:
         return first_step.main(rounds=1 if quick else 2, quick=quick)
     if name == "ensemble":
         return ensemble.main(rounds=min(rounds, 10), quick=quick)
-    size = ["--quick"] if quick else ["--sizes", "100MB"]  # a gigabyte takes twenty minutes more
+    size = ["--quick"] if quick else ["--sizes", "100MB"]  # 1 GB would take 20 minutes more
     command = [sys.executable, "-m", "benchmarks.checkpoint", *size]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Bars: what fxtrain promises, as ratios within one run."""
+"""Performance targets of fxtrain, as upper limits on ratios within one run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from benchmarks.race import Outcome
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """fxtrain, donated, in a bare loop, over the best of some others.
+    """An upper limit on the ratio between fxtrain and the best of some other contestants.
 
     Args:
-        workload: Its name.
-        against: The contestants of which the best counts.
-        whom: What they are called together.
-        limit: What the ratio may be at most.
-        measure: "seconds" a step, or "memory".
-        ours: Which of fxtrain's contestants.
-        reason: Where the bar is missed, why, with the profile that shows it.
+        workload: Name of the workload.
+        against: Names of the other contestants. The best of them counts.
+        whom: Name of this group in the report.
+        limit: The largest ratio that passes.
+        measure: ``"seconds"`` per step, or ``"memory"``.
+        ours: The contestant of fxtrain. The default is a donating step in a bare loop.
+        reason: Printed if the limit is missed: the cause, with measurements that support it.
     """
 
     workload: str
@@ -45,7 +45,7 @@ class Bar:
     reason: str = ""
 
     def ratios(self, outcome: Outcome) -> tuple[list[float], str]:
-        """The ratios, and over whom; none if it was not measured."""
+        """Returns the ratios and the name of the best other contestant, or ``([], "")`` if either was not measured."""
         if self.measure == "memory":
             others = {name: outcome.memory[name] for name in self.against if name in outcome.memory}
             if self.ours not in outcome.memory or not others:
@@ -93,10 +93,10 @@ BARS_ON_GPU = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a promise came to."""
+    """The measured values of a target and its limit. The median decides."""
 
     text: str
-    values: Sequence[float]  # one for each round, or one
+    values: Sequence[float]  # one per round, or a single value
     limit: float
     reason: str = ""
     unit: str = ""
@@ -107,7 +107,7 @@ class Verdict:
 
 
 def verdicts(outcomes: Mapping[str, Outcome], device: str) -> list[Verdict]:
-    """Of the bars whose workload was run."""
+    """Returns a verdict for each bar of this device whose contestants were measured."""
     found = []
     for bar in BARS if device == "cpu" else BARS_ON_GPU:
         values, best = bar.ratios(outcomes[bar.workload]) if bar.workload in outcomes else ([], "")

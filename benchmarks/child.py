@@ -1,10 +1,11 @@
-"""Child: one contestant in a process of its own, where no other library's threads and memory disturb it.
+"""Runs one contestant in a separate process, where no other library's threads and memory disturb it.
 
     python -m benchmarks.child '{"workload": "tiny_mlp", "contestant": "fxtrain", ...}'
 
-It says, in lines of JSON: what it came to in a short training that is the same for all; or, once it is warm, that it
-is ready, and then, for each line it reads, the seconds that one turn took. Each in a process of its own, as what a
-process has done before changes how long memory takes to come by: a turn is what a script that trains would see.
+The job selects one measurement, and the result is written as a line of JSON. For ``turns``, a first line reports the
+end of the warm-up; after that, each line of input starts a turn, and the reply has its seconds. Each process takes a
+single measurement, because earlier work in a process changes the cost of allocations: a turn takes as long as the same
+steps in a training script.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-CHECKED = 3  # steps of the short training: Adam makes a full step of what is rounding only, so ways part soon
-DECAYS = 30  # how much larger its weight decay is, so that whoever forgets it on some parameters is found out
-SETTLED = 4  # steps before which memory is not looked at: compilers leave theirs behind
+# Steps of the short training. Few, because Adam turns rounding errors into full steps, so that results diverge soon.
+CHECKED = 3
+# Factor on the weight decay in the short training, so that a contestant that skips it for some parameters fails.
+DECAYS = 30
+# Steps before memory is measured, because compilers leave memory behind.
+SETTLED = 4
 
 
 def main() -> None:
@@ -38,21 +42,21 @@ def main() -> None:
 
 @contextlib.contextmanager
 def own_stdout() -> Iterator[TextIO]:
-    """The real one; what libraries print goes to stderr."""
+    """Yields the real stdout, and redirects the output of libraries to stderr."""
     with os.fdopen(os.dup(1), "w") as stdout:
         os.dup2(2, 1)
         yield stdout
 
 
 def pin(cores: list[int]) -> None:
-    """All threads of this process, those of libraries among them."""
+    """Pins all threads of this process to the cores, including threads of libraries."""
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread), cores)
 
 
 def prepared(job: dict[str, Any]) -> tuple[Any, Any]:
-    """The workload and the contestant."""
+    """Returns the workload and the contestant's training function."""
     warnings.filterwarnings("ignore")
     import torch
 
@@ -82,7 +86,8 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
             pin(job["then_pin"])
         say(parent, seconds=seconds)
         if not sys.stdin.readline():
-            os._exit(0)  # no library is asked to end well: nothing of this process is needed any more
+            # Skips the cleanup of libraries, because the process has no further use.
+            os._exit(0)
 
     feed = in_turns(workload.batches, workload.warmup, workload.turn, ask)
     if workload.device != "cpu":
@@ -97,7 +102,10 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
 
 
 def check(job: dict[str, Any], parent: TextIO) -> None:
-    """The loss after a short training, and how far from the reference's it ended, as a part of the way it went."""
+    """Reports the loss after a short training, and the distance of its parameters from the reference's.
+
+    The distance is relative to the distance between the reference's initial and final parameters.
+    """
     import torch
 
     from benchmarks.feed import limited
@@ -125,7 +133,7 @@ def floating(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_compiled() -> None:
-    """Else the graphs of the short training would be looked at, in vain, at each call."""
+    """Clears Dynamo's caches, because the guards of earlier graphs would be checked at each call."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 
@@ -134,7 +142,7 @@ def forget_compiled() -> None:
 
 
 def memory(job: dict[str, Any], parent: TextIO) -> None:
-    """The peak of a few steps, above what the process held before there was a model."""
+    """Reports the peak memory of a few steps, above the memory of the process before it had the full model."""
     import torch
 
     from benchmarks.feed import limited
@@ -143,7 +151,7 @@ def memory(job: dict[str, Any], parent: TextIO) -> None:
     full, train = prepared(job)
     on_gpu = full.device != "cpu"
     small = workload(job["workload"], quick=True, device=full.device)
-    train(small, limited(small.batches, 2))  # loads what a library and its compiler need
+    train(small, limited(small.batches, 2))  # loads libraries and compilers
     forget_compiled()
     trim()
     before = torch.cuda.memory_reserved() if on_gpu else resident("VmRSS")
@@ -153,11 +161,11 @@ def memory(job: dict[str, Any], parent: TextIO) -> None:
         if on_gpu and given == SETTLED:
             torch.cuda.reset_peak_memory_stats()
         elif on_gpu:
-            # Reserved, as what a CUDA graph keeps for its next replay is not allocated in between.
+            # Reserved memory, because memory that a CUDA graph keeps for replays is not allocated between them.
             peaks.append(torch.cuda.max_memory_reserved() - before)
         elif given == SETTLED:
             trim()
-            pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         else:
             peaks.append(resident("VmHWM") - before)
 
@@ -166,13 +174,13 @@ def memory(job: dict[str, Any], parent: TextIO) -> None:
 
 
 def trim() -> None:
-    """Gives what is free back to the system: a compiler leaves much behind."""
+    """Returns free memory to the system, because compilers leave a lot of it behind."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident(which: str) -> int:
-    """Bytes: ``VmRSS``, now, or ``VmHWM``, the peak since it was forgotten."""
+    """Returns bytes in use: ``"VmRSS"`` now, or ``"VmHWM"`` at the peak since its last reset."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
@@ -181,7 +189,7 @@ def resident(which: str) -> int:
 
 
 def first_step(job: dict[str, Any], parent: TextIO) -> None:
-    """Seconds from the first import until the second batch is asked for."""
+    """Reports the seconds from the first import to the request for the second batch."""
     from benchmarks.feed import limited
 
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Ensemble: many tiny MLPs as one vmapped state, and what a member's step costs then."""
+"""Measures the step time of many tiny MLPs trained as one vmapped state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.workloads import Workload, workload
 
 
 def main(*, rounds: int, quick: bool) -> Seconds:
-    """Seconds a step of all members, by their number."""
+    """Returns seconds per step of all members, by number of members."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def turn_of(made: Workload, count: int, steps: int) -> Any:
     tx = fx.optim.adamw(made.learning_rate, weight_decay=made.weight_decay)
     single = fx.train_step(lambda model, batch: made.loss(model(batch["x"]), batch["y"]), tx)
 
-    # By torch.compile, because fxtrain.Step takes what it is given for the step of one state.
+    # torch.compile, because fxtrain.Step expects the step of a single state.
     step = torch.compile(torch.func.vmap(single, in_dims=(0, None)), fullgraph=True)
     states = [fx.init(made.module(), tx, seed=seed) for seed in range(count)]
     state = fx.tree.map(lambda *leaves: torch.stack(leaves), *states)

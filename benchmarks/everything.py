@@ -1,9 +1,9 @@
-"""Everything at once: ``fxtrain lm`` with every callback, killed at random moments, ends where the whole run ends.
+"""Trains ``fxtrain lm`` with every callback, and checks that a run killed at random times ends in the same state.
 
     python -m benchmarks.everything --steps 300 --kills 3
 
-Each session is a process of its own, killed by SIGKILL and resumed from its last checkpoint. Compared is every leaf of
-the last state but the seconds that ``time_limit`` and ``throughput`` have counted, which no two runs have alike.
+Each session is a separate process, killed by SIGKILL and resumed from its last checkpoint. All leaves of the last state
+are compared, except the elapsed seconds in ``time_limit`` and ``throughput``, which differ between any two runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,13 @@ def main() -> None:
 
 
 def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -> dict[str, str] | None:
-    """Where the run ended; None if it was killed, so many seconds after the first checkpoint that it added."""
+    """Runs one session in a process, and returns the digests of its last state, or None if it was killed.
+
+    Args:
+        folder: The checkpoint folder.
+        steps: Number of steps of the whole run.
+        kill_after: Seconds from the session's first new checkpoint to the kill; None lets the session finish.
+    """
     command = [sys.executable, "-m", "benchmarks.everything", "--session", str(folder), "--steps", str(steps)]
     checkpoints = fx.checkpointer(folder)
     before = max(checkpoints.steps(), default=0)
@@ -77,7 +83,7 @@ def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -
 
 
 def train(folder: pathlib.Path, steps: int) -> dict[str, str]:
-    """One session; the digest of every leaf of the state that it ends with."""
+    """Trains one session, and returns the digest of each leaf of its last state."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(2)
     traced = in_step()
@@ -117,7 +123,7 @@ def transform() -> optim.GradientTransformation:
 
 
 def in_step() -> Any:
-    """What is folded into the compiled step."""
+    """Returns the callbacks that are part of the compiled step."""
     return fx.compose(
         cb.nan_guard(),
         cb.spike_guard("grad_norm", deviations=8.0, rewind=5),
@@ -134,7 +140,7 @@ def in_step() -> Any:
 
 
 def in_loop() -> Any:
-    """What only the loop folds."""
+    """Returns the callbacks that run only in the loop."""
     return fx.compose(
         cb.time_limit(hours=1),
         cb.target("loss", 0.01),

@@ -1,8 +1,8 @@
-"""Feed: where a contestant's batches come from, and so whose turn it is.
+"""Supplies batches to contestants, and starts and ends their turns.
 
-A trainer's ``fit`` cannot be left and entered again without paying for its beginning. So it is called once, and waits
-where it asks for a batch: between its turns the feed does not answer. A turn lasts from one answer until, so many
-batches later, another batch is asked for and the device has finished.
+Each call of a trainer's ``fit`` pays its startup cost, so it is called only once, and the feed blocks it between turns.
+A turn lasts from the first batch of the turn to the request for a batch after its last one, including the
+synchronization with the device.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class End(BaseException):
-    """The parent needs no more turns. No trainer catches it."""
+    """Ends a contestant's training. A BaseException, because trainers do not catch it."""
 
 
 class Feed:
-    """Batches again and again, without an end if there is no ``total``. It is to be iterated once.
+    """An iterable that repeats batches. It can be iterated only once.
 
     Args:
-        batches: What is repeated.
-        total: How many batches there are in all.
-        pauses: Called with the number of batches given so far, before each of those numbers in ``at``.
-        at: The numbers.
+        batches: The batches to repeat.
+        total: Number of batches to yield; None for an endless feed.
+        pauses: Called with the number of batches yielded so far, each time that it reaches a number in ``at``.
+        at: Returns an iterator of increasing numbers.
     """
 
     def __init__(
         self, batches: list[Any], total: int | None, pauses: Callable[[int], None], at: Callable[[], Iterator[int]]
     ) -> None:
         self.batches, self.total = batches, total
-        self.sync: Callable[[], Any] = lambda: None  # waits until all that was asked of a device is done
+        self.sync: Callable[[], Any] = lambda: None  # synchronizes with the device
         self._pauses, self._at = pauses, at
         self._iterator: Iterator[Any] | None = None
 
     def convert(self, function: Callable[[Any], Any]) -> None:
-        """Changes the batches to what a library takes, before the first."""
+        """Converts all batches to a library's types. Call it before the iteration."""
         self.batches = [function(batch) for batch in self.batches]
 
     def __iter__(self) -> Iterator[Any]:
@@ -52,7 +52,7 @@ class Feed:
         if self.total is not None:
             yield from itertools.islice(batches, self.total - given)
 
-    # What ``fxtrain.fit`` takes: batches by position
+    # The interface of ``fxtrain.fit``: batches by position
 
     epoch_length = None
 
@@ -62,7 +62,7 @@ class Feed:
         return next(self._iterator)
 
     def loader(self) -> DataLoader[Any]:
-        """For trainers that take no other iterable."""
+        """Returns the feed as a DataLoader, for trainers that take no other iterable."""
         return DataLoader(_Dataset(self), batch_size=None)
 
 
@@ -75,12 +75,19 @@ class _Dataset(IterableDataset[Any]):
 
 
 def limited(batches: list[Any], total: int, pauses: Callable[[int], None] = lambda given: None, *at: int) -> Feed:
-    """A whole, short training."""
+    """Returns a feed of ``total`` batches."""
     return Feed(batches, total, pauses, lambda: iter(at))
 
 
 def in_turns(batches: list[Any], warmup: int, turn: int, ask: Callable[[float], None]) -> Feed:
-    """Training without an end. ``ask`` is told the seconds of the last turn, and returns when the next begins."""
+    """Returns an endless feed, which calls ``ask`` between turns.
+
+    Args:
+        batches: The batches to repeat.
+        warmup: Number of batches before the first turn.
+        turn: Number of batches of a turn.
+        ask: Called with the seconds of the last turn, NaN before the first. It returns when the next turn starts.
+    """
     began = float("nan")
 
     def pause(given: int) -> None:

@@ -1,4 +1,4 @@
-"""First step: how long one waits for it, with the compiler's cache empty and with what the time before left there."""
+"""Measures the time to the first step, with an empty compiler cache and with a warm one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ NAMES = (FXTRAIN, EAGER, MODEL_COMPILED, BOTH_COMPILED, FLAX)
 
 
 def main(*, rounds: int, quick: bool) -> dict[str, dict[str, Seconds]]:
-    """Seconds, by workload, by contestant and whether the cache was empty. flax has none unless asked."""
+    """Returns seconds by workload, contestant, and state of the cache: ``"cold"`` or ``"warm"``.
+
+    flax has no cache on disk unless it is configured.
+    """
     workloads = ("tiny_mlp",) if quick else ("tiny_mlp", "small_gpt")
     names = (FXTRAIN, MODEL_COMPILED, FLAX) if quick else NAMES
     found: dict[str, dict[str, Seconds]] = {}

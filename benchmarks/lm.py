@@ -1,4 +1,4 @@
-"""The model and data of ``fxtrain lm`` with its defaults, without its command."""
+"""The model and data of ``fxtrain lm`` with its default options."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def model(length: int = 128, *, layers: int = 4, width: int = 128) -> Transforme
 
 
 def data(length: int = 128, batch_size: int = 16) -> tuple[Any, Any]:
-    """Batches of the training text, and a few of the validation text."""
+    """Returns batches of the training text, and a few batches of the validation text."""
     corpus = read_corpus(None)
     held_out = fx.data.windows(corpus.validation, length, batch_size, shuffle=False)
     return fx.data.windows(corpus.train, length, batch_size, seed=0), fx.data.sequence([held_out[i] for i in range(4)])
 
 
 def loss_fn(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Nats per byte."""
+    """The cross-entropy in nats per byte."""
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())

@@ -1,7 +1,7 @@
-"""Measure: rounds in which everybody has a turn, in another order each time, and what comes of them.
+"""Rounds of interleaved measurements and their statistics.
 
-A machine's speed drifts, by more than what is to be told apart. Turns that lie close together share it, so contestants
-are compared within each round.
+The speed of a machine drifts by more than the differences to be measured. Turns of one round run close together at a
+similar speed, so contestants are compared within each round.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-Seconds = dict[str, list[float]]  # one for each round
+Seconds = dict[str, list[float]]  # one value per round
 
 
 def alternate(turns: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
-    """What each turn returned.
+    """Calls each turn once per round, in rotating order, and returns the results by name.
 
     Example:
         >>> order = []
@@ -33,12 +33,12 @@ def alternate(turns: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """One for each round."""
+    """Returns the ratio of each round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def fastest(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
-    """Whose median is lowest, of those that were measured.
+    """Returns the name with the lowest median, among the names that were measured.
 
     Example:
         >>> fastest({"a": [3, 1, 2], "b": [1, 1, 9]}, ["a", "b", "c"])
@@ -48,7 +48,7 @@ def fastest(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> str
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The middle one is the median.
+    """Returns the lower quartile, the median and the upper quartile.
 
     Example:
         >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])

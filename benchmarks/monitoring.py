@@ -1,4 +1,4 @@
-"""Monitoring: what watching gradients, weights, updates and activations adds to a step of ``fxtrain lm``."""
+"""Measures the cost of monitoring gradients, weights, updates and activations in ``fxtrain lm``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.bars import Verdict
 from benchmarks.measure import Seconds, alternate, ratios
 from fxtrain.callbacks import activation_stats, grad_flow, grad_norms, histograms, update_ratios, weight_stats
 
-STEPS = 4  # of a turn
+STEPS = 4  # per turn
 WHY = (
     "The monitors' own work is 1.4 %: by a profile of the kernels, of two runs in turns, all that is neither a product "
     "nor attention takes 38.2 ms of a step with them and 36.1 without. Products took 82.0 and 84.9 there: where memory "
@@ -26,7 +26,7 @@ NONE, EVERY, HUNDREDTH = "none", "all, and activations, every step", "all, every
 
 
 def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
-    """Seconds a step, in turns of one process, with two threads, and what they come to."""
+    """Returns seconds per step by monitors, and the verdicts. All runs take turns in one process with two threads."""
     torch.set_num_threads(2)
     made = {
         NONE: (lambda: (), lm.loss_fn),
@@ -36,10 +36,11 @@ def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
     runs = {name: Run(*parts) for name, parts in made.items()}
     found: Seconds = {name: [] for name in runs}
     for _ in range(1 if quick else 2 * rounds):
-        # Where memory lies is left to chance, and makes some percent of such a step.
+        # Fresh states in each round, because memory placement is random and changes the step time by some percent.
         for run in runs.values():
             run.begin_anew()
-        # Of a hundred steps one is measured. They take longer than the machine keeps its speed, so they are many turns.
+        # With HUNDREDTH, one of 100 steps has monitors. 100 steps outlast the drift of the machine's speed, so they are
+        # divided into many turns.
         short = alternate(runs, 2 if quick else 100 // STEPS)
         for name, seconds in short.items():
             found[name].append(statistics.fmean(seconds))
@@ -50,7 +51,7 @@ def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
 
 
 def monitors(every: int) -> Any:
-    """All that watch; histograms of 4096 elements of each parameter."""
+    """Returns all monitors. Histograms sample 4096 elements of each parameter."""
     return fx.compose(
         grad_norms(layer="*", every=every),
         grad_flow(every=every),
@@ -65,7 +66,7 @@ def tapped() -> Callable[..., Any]:
 
 
 class Run:
-    """Takes some steps at each call, and returns the seconds of one."""
+    """A training run. Each call takes some steps and returns the seconds per step."""
 
     def __init__(self, callbacks: Callable[[], Any], loss_fn: Callable[..., Any]) -> None:
         tx, watching = fx.optim.adamw(1e-3), callbacks()
@@ -75,7 +76,7 @@ class Run:
         self._batches = [batches[index] for index in range(STEPS)]
 
     def begin_anew(self) -> None:
-        """With a state in other memory; and so that all is warm."""
+        """Restarts from a copy of the first state, in other memory, and runs one warm-up turn."""
         self._state = self._first.copy()
         self()
 

@@ -1,9 +1,9 @@
-"""Overhead: what callbacks and the loop add to a step, in microseconds.
+"""Measures the overhead of callbacks and of the loop, in microseconds per step.
 
-All in one process, so that little else differs, and in turns of a tenth of a second, as the speed of a shared machine
-is soon another one: each loop has a thread, which waits where it asks for a batch until it has a turn. A step lasts
-from one batch to the next, and counts with its mean over a turn. Where a loop's memory lies is left to chance, and
-makes some percent of its step: so all begin anew in each round, and those of longer steps many times in each.
+All loops run in one process, to keep other differences small. Turns last a tenth of a second, because the speed of a
+shared machine changes quickly. Each loop has a thread, which blocks on its next batch until its turn. A step lasts from
+one batch to the next, and is averaged over a turn. Memory placement is random and changes the step time by some
+percent, so all loops are recreated in each round, and loops with longer steps several times per round.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOGGED = "fit, JSON lines and TensorBoard at each step"
 
 
 def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]]:
-    """Seconds a step of the tiny MLP, and of longer ones, and what they come to."""
+    """Returns seconds per step of the tiny MLP and of two slower models, and the verdicts."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     torch.set_num_threads(1)
@@ -52,7 +52,8 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
             for name, made, steps, times, begin, only in (
                 ("tiny_mlp", workload("tiny_mlp", quick=quick), 300, 30, 1, ()),
                 ("about a millisecond", slower(1280), 100, 6, 14, (BARE, FIT)),
-                ("about five milliseconds", slower(7000), 64, 2, 8, (FIT, LOGGED)),  # as many as are written together
+                # 64 steps, because writers write the events of 64 steps together.
+                ("about five milliseconds", slower(7000), 64, 2, 8, (FIT, LOGGED)),
             ):
                 for index in range(rounds if quick else begin * rounds):
                     folder = pathlib.Path(parent, f"{name} {index}")
@@ -66,10 +67,10 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
 
 
 def measured(made: Mapping[str, Loop], batches: list[Any], steps: int, times: int) -> Seconds:
-    """Each loop's seconds a step, in so many turns of so many steps."""
+    """Returns seconds per step by loop, one value per turn, for ``times`` turns of ``steps`` steps."""
     turns = {name: Turns(loop, batches, steps) for name, loop in made.items()}
     try:
-        alternate(turns, 2)  # graphs are made, and all is warm
+        alternate(turns, 2)  # compiles and warms up
         return alternate(turns, times)
     finally:
         for each in turns.values():
@@ -77,17 +78,17 @@ def measured(made: Mapping[str, Loop], batches: list[Any], steps: int, times: in
 
 
 class Turns(fx.data.Source):
-    """Batches again and again, for a loop in a thread of its own, that are given in its turns only.
+    """A data source that repeats batches for a loop in another thread, and blocks it between turns.
 
     Args:
-        loop: Takes batches for ever.
-        batches: What is given.
-        steps: How many make a turn.
+        loop: A function that takes batches from this source without end.
+        batches: The batches to repeat.
+        steps: Number of batches of a turn.
     """
 
     def __init__(self, loop: Loop, batches: list[Any], steps: int) -> None:
         super().__init__()
-        self.epoch_length = 64 * len(batches)  # long, as epochs are
+        self.epoch_length = 64 * len(batches)  # long, like real epochs
         self._loop, self._steps = loop, steps
         self._feed = iter(in_turns(batches, 0, steps, self._ask))
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
@@ -98,7 +99,7 @@ class Turns(fx.data.Source):
         self._thread.start()
 
     def __call__(self) -> float:
-        """One turn; its seconds a step."""
+        """Runs one turn, and returns its seconds per step."""
         self._go.release()
         self._done.acquire()
         if self._error is not None:
@@ -115,7 +116,7 @@ class Turns(fx.data.Source):
         self._thread.join()
 
     def _run(self) -> None:
-        torch.set_num_threads(1)  # which MKL asks each thread
+        torch.set_num_threads(1)  # MKL has a setting per thread
         try:
             self._loop(self)
         except End:
@@ -125,7 +126,7 @@ class Turns(fx.data.Source):
             self._done.release()
 
     def _ask(self, seconds: float) -> None:
-        """A turn took so long; returns when the next one begins. Before the first it is told nan."""
+        """Ends a turn of ``seconds``, NaN before the first turn, and returns when the next turn starts."""
         if not math.isnan(seconds):
             self._seconds = seconds
             self._done.release()
@@ -135,7 +136,10 @@ class Turns(fx.data.Source):
 
 
 def slower(batch: int) -> Workload:
-    """Of few weights: where many lie is left to chance, which made 5 % of their step, the same for a whole process."""
+    """Returns a workload with longer steps and few weights.
+
+    Few, because the placement of many weights is random, fixed for a whole process, and changed the step time by 5 %.
+    """
     generator = torch.Generator().manual_seed(1)
     return Workload(
         name="slower",
@@ -150,7 +154,7 @@ def slower(batch: int) -> Workload:
 
 
 def loops(made: Workload, folder: pathlib.Path, only: tuple[str, ...]) -> dict[str, Loop]:
-    """By what they add to a bare loop."""
+    """Returns the loops by name. ``only`` selects some of them; an empty tuple selects all."""
     watched = fx.compose(*[glance() for _ in range(10)])
     asleep = fx.compose(*[sleeper() for _ in range(10)])
     seen = fx.compose(*[counter(index) for index in range(10)])
@@ -161,7 +165,7 @@ def loops(made: Workload, folder: pathlib.Path, only: tuple[str, ...]) -> dict[s
     def logging() -> Any:
         return fx.observers.write(fx.writers.jsonl(folder / "all.jsonl"), fx.writers.tensorboard(folder / "all"))
 
-    # One graph for all but one: callbacks of the loop do not enter it.
+    # All loops but one share a graph, because callbacks of the loop are not part of it.
     state, step = pieces(made, donate=True)
     found: dict[str, Loop] = {
         BARE: bare(state, step),
@@ -212,7 +216,7 @@ def sleeper() -> Any:
 
 
 def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
-    """Differences within each round, in microseconds; and ``fit`` over the bare loop, as a ratio."""
+    """Returns verdicts on differences of step times in microseconds and on ratios, taken within each round."""
     tiny, longer, logged = (found[name] for name in ("tiny_mlp", "about a millisecond", "about five milliseconds"))
 
     def added(name: str, to: str) -> list[float]:

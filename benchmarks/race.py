@@ -1,4 +1,4 @@
-"""Race: the contestants of a workload, each a child that waits for its turns."""
+"""Measures the contestants of a workload in child processes that take turns."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from benchmarks.workloads import workload
 
 @dataclasses.dataclass
 class Outcome:
-    """What was measured on a workload, by contestant."""
+    """The measurements of a workload, by contestant."""
 
     about: str
     threads: int
     turn: int
     checks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    seconds: Seconds = dataclasses.field(default_factory=dict)  # a step
+    seconds: Seconds = dataclasses.field(default_factory=dict)  # per step
     memory: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def reference_loss(self) -> float:
-        """After the short training, by hand."""
+        """The loss of the eager loop by hand after the short training."""
         return self.checks[EAGER]["loss"] if EAGER in self.checks else float("nan")
 
 
@@ -42,7 +42,7 @@ class Child:
     """A contestant's process.
 
     Raises:
-        RuntimeError: From ``hear``, if it died, with the end of what it had written.
+        RuntimeError: From ``hear``, if the process died. The message is the end of its stderr.
     """
 
     def __init__(self, job: dict[str, Any], environment: dict[str, str] | None = None) -> None:
@@ -75,7 +75,7 @@ class Child:
         return seconds
 
     def rest(self) -> None:
-        """Until its next turn, not even a thread that looks for work takes time from others."""
+        """Stops the process until its next turn, so that even busy-waiting threads use no CPU time."""
         self._process.send_signal(signal.SIGSTOP)
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ def child(job: dict[str, Any], environment: dict[str, str] | None = None) -> Ite
 
 
 def race(name: str, names: Sequence[str], *, rounds: int, quick: bool, device: str = "cpu") -> Outcome:
-    """Everybody does the same short training first, which is compared; then come the rounds."""
+    """Compares the contestants on the same short training, and then measures step times in rounds and peak memory."""
     made = workload(name, quick=quick, device=device)
     outcome = Outcome(made.about, made.threads, made.turn)
     cores = sorted(os.sched_getaffinity(0))
@@ -143,7 +143,7 @@ def race(name: str, names: Sequence[str], *, rounds: int, quick: bool, device: s
 
 
 def in_pairs(names: Sequence[str], places: Sequence[list[int]], do: Any) -> None:
-    """Calls ``do(name, place)`` for all names, one at a time in each place."""
+    """Calls ``do(name, place)`` for all names, in parallel, with one call at a time per place."""
     free = list(places)
 
     def at_a_place(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Report: what was measured, as markdown."""
+"""Formats the measurements as markdown."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from benchmarks.measure import Seconds, quartiles, ratios
 from benchmarks.race import Outcome
 
 DISTANCE = 0.02
-"""How far from the reference a contestant may end the short training, as a part of the way that the parameters went.
-Rounding comes to 0.0004, and to 0.014 on the ResNet, where single activations change sides of a ReLU; to forget the
-weight decay comes to 0.044 at least, to begin with the second batch to 0.17."""
+"""Limit on a contestant's distance from the reference after the short training, relative to the distance between the
+reference's initial and final parameters. Rounding causes 0.0004, and 0.014 on the ResNet, where single activations
+change sign before a ReLU. Skipped weight decay causes at least 0.044, and starting at the second batch 0.17."""
 
 LOSS = 1e-3
-"""By how much its loss may differ, as a part of the reference's."""
+"""Limit on the relative difference of its loss from the reference's."""
 
 FIRST_STEP = (
     "Seconds from the first import until the second batch is asked for. Of a compiler's imports some come before the "
@@ -61,7 +61,7 @@ def report(
     quick: bool,
     device: str = "cpu",
 ) -> str:
-    """All of it. ``others`` has what the further measurements returned, by their names."""
+    """Returns the whole report. ``others`` has the results of all measurements other than workloads, by name."""
     judged = verdicts(outcomes, device)
     for part in ("overhead", "monitoring"):
         judged += others[part][1] if part in others else []
@@ -85,7 +85,7 @@ def report(
 
 
 def heading(rounds: int, device: str) -> str:
-    """What the numbers hold for."""
+    """Describes the conditions of the measurements."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES if installed(name))
     gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name()}; "
     text = (
@@ -119,7 +119,7 @@ def bars(judged: Sequence[Verdict]) -> list[str]:
 
 
 def workload(name: str, outcome: Outcome) -> list[str]:
-    """A table, who was left out, and whether all did the same work."""
+    """Formats the table of a workload, contestants that trained differently, and failures."""
     rows = [("contestant", "time a step, us", "over fxtrain", "peak memory, MB", "loss", "distance")]
     ours = outcome.seconds.get(FXTRAIN)
     for contestant, seconds in sorted(outcome.seconds.items(), key=lambda item: statistics.median(item[1])):
@@ -139,7 +139,7 @@ def workload(name: str, outcome: Outcome) -> list[str]:
 
 
 def different(outcome: Outcome) -> list[str]:
-    """Who did other work than the loop by hand, in the short training."""
+    """Returns the contestants whose short training differs from the loop by hand."""
     found = []
     for name, check in outcome.checks.items():
         reference = outcome.reference_loss
@@ -184,7 +184,7 @@ def ensemble(found: Seconds) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown; the first row is the head.
+    """Formats rows as a markdown table. The first row is the header.
 
     Example:
         >>> table([("a", "b"), ("1", "2")])
@@ -196,7 +196,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """The median, and the quartiles where there are some.
+    """Formats the median, followed by the quartiles if there are several values.
 
     Example:
         >>> spread([1.0, 2.0, 3.0], 1), spread([2.0], 1)
@@ -215,7 +215,7 @@ def installed(name: str) -> bool:
 
 
 def commit() -> str:
-    """The commit, and whether there are changes beside it and the report."""
+    """Returns the short hash, followed by "with changes" if files other than the reports differ from the commit."""
     here = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -227,7 +227,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """Its name, and what tells its kind: a cloud's names seldom do."""
+    """Returns the name, family and model of the processor, because cloud names alone rarely identify it."""
     lines = (line.partition(":") for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines())
     found = {name.strip(): value.strip() for name, _, value in lines}
     name = found.get("model name", "unknown processor")

@@ -1,1 +1,1 @@
-"""Trains every model of tests/zoo and writes a table of what held: ``python -m benchmarks.zoo``."""
+"""Trains every model of tests/zoo and writes a table of the results: ``python -m benchmarks.zoo``."""

@@ -3,14 +3,14 @@
     python -m benchmarks.zoo                         # all of them
     python -m benchmarks.zoo --only "llama;timm"     # those whose "package: name" contains one of these
     python -m benchmarks.zoo --part 2/3              # every third one
-    python -m benchmarks.zoo --rotate                # the third that belongs to the commit, as in CI
+    python -m benchmarks.zoo --rotate                # a third chosen by the commit hash, as in CI
     python -m benchmarks.zoo --eager                 # compare with plain loops, compile nothing, write nothing
     python -m benchmarks.zoo --interpret             # all checks, with graphs run without Inductor
 
-Results are kept in ``benchmarks/zoo/results.json``: a run of a few models replaces their rows of the table. Models of a
-package that cannot be imported are skipped. The exit code is 1 if a model fails in a way that its case does not name as
-a limitation, or passes although its case names one, or if fewer than 12 packages can be imported for a run of a part
-or of all.
+Results are stored in ``benchmarks/zoo/results.json``, so a run of some models replaces only their rows of the table.
+Models of packages that cannot be imported are skipped. The exit code is 1 if a model fails other than by the known
+limitation of its case, if a model passes although its limitation is certain, or if fewer than 12 packages can be
+imported. The number of packages is not checked with ``--only``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 def main() -> None:
     given = options()
     os.environ.update(ONE_THREAD)
-    # Processes inherit these.
+    # Set before any process starts, because processes inherit both.
     sys.path.insert(0, str(ROOT / "tests"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     import zoo
@@ -106,7 +106,7 @@ def chosen(keys: list[str], given: argparse.Namespace) -> list[str]:
 
 
 def unavailable(packages: set[str], timeout: float) -> dict[str, str]:
-    """The packages that cannot be imported, each with the error."""
+    """Returns the errors of packages that cannot be imported, by package."""
     from benchmarks.zoo import processes, worker
 
     found = {name: processes.result_of(worker.imported, name, timeout=timeout) for name in sorted(packages)}
@@ -114,7 +114,7 @@ def unavailable(packages: set[str], timeout: float) -> dict[str, str]:
 
 
 def record(key: str, result: dict[str, Any]) -> None:
-    """Replaces what was known of the case. The file is read again, as another run may have written it."""
+    """Replaces the result of a case. Reads the file again, because another run may have written it."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[key] = {**result, "date": time.strftime("%Y-%m-%d")}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""Functions in processes of their own, which are ended together with what they started."""
+"""Runs functions in separate processes, which are killed together with their child processes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _SERVED = multiprocessing.get_context("forkserver")
 
 
 def prepare() -> None:
-    """Imports torch and its compiler once, for all processes started from here on."""
+    """Imports torch and its compiler once, for all processes that are started later."""
     _SERVED.set_forkserver_preload(["torch", "torch._dynamo", "torch._inductor.compile_fx", "fxtrain"])
 
 
 def result_of(function: Callable[..., dict[str, Any]], *args: Any, timeout: float) -> dict[str, Any]:
-    """What the function returns; ``{"error": ...}`` if its process crashes or takes too long.
+    """Returns the function's result, or ``{"error": ...}`` if its process crashes or times out.
 
     Args:
-        function: A function of a module, which returns what can be pickled.
-        *args: Its arguments.
-        timeout: Seconds. The process is killed after them, with all processes that it started.
+        function: A module-level function that returns a picklable dict.
+        *args: Its arguments, picklable.
+        timeout: Seconds until the process and its child processes are killed.
     """
     receiver, sender = _SERVED.Pipe(duplex=False)
     process = _SERVED.Process(target=_send, args=(sender, function, args))
@@ -40,7 +40,8 @@ def result_of(function: Callable[..., dict[str, Any]], *args: Any, timeout: floa
         return {"error": f"ended with exit code {process.exitcode}"}
     finally:
         assert process.pid is not None
-        for end in (os.killpg, os.kill):  # the group has the compilers; there is none before the process made it
+        # The group includes compiler processes. It does not exist until the process creates it, so both are killed.
+        for end in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError):
                 end(process.pid, signal.SIGKILL)
         process.join()

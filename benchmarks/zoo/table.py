@@ -1,4 +1,4 @@
-"""The table of the zoo: what held for each model, and how many compile to one graph."""
+"""Formats the table of the zoo: the checks of each model, and the share that compiles to one graph."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ Written by `python -m benchmarks.zoo`.
 
 
 def verdict(result: dict[str, Any], limitation: Limitation | None) -> str:
-    """``"passed"``, ``"failed"`` or ``"limited"``, for a result that was not skipped. Adds the error of a limitation
-    that is none any longer."""
+    """Returns ``"passed"``, ``"failed"`` or ``"limited"`` for a result that was not skipped.
+
+    If a model with a certain limitation passes, the verdict is ``"failed"``, and an error is added to the result.
+    """
     if limitation is None:
         return "failed" if result["error"] else "passed"
     if limitation.error in result["error"]:
@@ -44,7 +46,7 @@ def verdict(result: dict[str, Any], limitation: Limitation | None) -> str:
 
 
 def table(results: dict[str, Any], cases: dict[str, Case]) -> str:
-    """The page. Cases without a result are rows too."""
+    """Returns the page. Cases without a result have rows, too."""
     rows = [_row(key, results.get(key), case) for key, case in cases.items()]
     lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
     return _HEAD.format(

@@ -1,4 +1,4 @@
-"""The checks of one case, as a result that can be written down."""
+"""Runs the checks of one case, and returns a result that can be stored as JSON."""
 
 from __future__ import annotations
 
@@ -30,17 +30,22 @@ def imported(package: str) -> dict[str, Any]:
 
 
 def checked(key: str, compiler: str | None) -> dict[str, Any]:
-    """What the checks found for a case.
+    """Runs the checks of a case.
 
     Args:
-        key: Its key.
-        compiler: "inductor"; "none", which runs the same graphs as they are; or None, for uncompiled steps alone.
+        key: The key of the case.
+        compiler: ``"inductor"``; ``"none"`` to run the same graphs without a compiler; None to check only uncompiled
+            steps.
 
     Returns:
-        ``status``: "skipped", if that is so; ``error``: a line, empty if all holds; ``trace``: its traceback;
-        ``parity``: the difference from a plain loop; ``differentiate``: "func" or "autograd"; ``route``,
-        ``difference`` from uncompiled, and ``seconds`` of the first step, if it compiled; with "none", ``interpreted``
-        in place of ``seconds``.
+        A dict with ``error``, a line that is empty if all checks pass, and those of these keys that apply:
+
+        - ``status``: ``"skipped"`` if the package cannot be imported.
+        - ``trace``: the traceback of the error.
+        - ``parity``: the difference from a plain loop.
+        - ``differentiate``: ``"func"`` or ``"autograd"``.
+        - ``route`` and ``difference``: the compile route, and the difference from uncompiled steps.
+        - ``seconds``: the time of the first step; ``interpreted``, True, with ``compiler="none"``.
     """
     torch.set_num_threads(1)
     case = zoo.cases()[key]
@@ -66,7 +71,7 @@ def checked(key: str, compiler: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_inductor() -> Generator[None]:
-    """Runs graphs as they were traced, or as Dynamo and AOTAutograd made them, in place of compiling them."""
+    """Replaces Inductor: traced graphs run as they are, and graphs of Dynamo run with the backend ``aot_eager``."""
     from torch._dynamo.backends.debugging import aot_eager
 
     with (
