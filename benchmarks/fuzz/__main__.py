@@ -1,12 +1,12 @@
-"""Random programs against the laws.
+"""Command line of the fuzzer.
 
     python -m benchmarks.fuzz                            # a thousand programs from seed 0
     python -m benchmarks.fuzz --cases 5000 --first 70000
-    python -m benchmarks.fuzz --seed 1234                # one, with everything it tells
+    python -m benchmarks.fuzz --seed 1234                # one program, with all its problems
     python -m benchmarks.fuzz --compiled --cases 20
     python -m benchmarks.fuzz --program "Program(epochs=2, cuts=(Cut(at=3),))"
 
-Failures of one kind are shown once, shrunk. The exit code is 1 if any program fails.
+Each kind of failure is printed with its first program, shrunk. The exit code is 1 if any program fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shrink-seconds", type=float, default=30.0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    logging.getLogger("fxtrain").setLevel(logging.ERROR)  # reading again is what a resume of a stream does
+    # Resuming a stream logs that earlier batches are read again.
+    logging.getLogger("fxtrain").setLevel(logging.ERROR)
     if options.program is not None:
         names = {name: getattr(program, name) for name in ("Program", "Ask", "Cut")}
         return _one(eval(options.program, names), options)
@@ -59,7 +60,8 @@ def _many(options: argparse.Namespace) -> int:
     failures: dict[str, list[check.Verdict]] = collections.defaultdict(list)
     refused = 0
     for seed in range(options.first, options.first + options.cases):
-        faulthandler.dump_traceback_later(1200, exit=True)  # a hang that no signal ends
+        # The alarm in session.py cannot interrupt a hang in native code.
+        faulthandler.dump_traceback_later(1200, exit=True)
         verdict = check.check(draw.draw(seed, compiled=options.compiled))
         refused += verdict.refused
         if verdict.problems:

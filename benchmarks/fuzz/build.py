@@ -1,4 +1,4 @@
-"""From a program to the arguments of ``fit``: model, step, callbacks. All of it is made afresh for each session."""
+"""Builds the arguments of ``fit`` from a program: state, steps and callbacks."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _CODES = {kind: 1 + index for index, kind in enumerate(EVENTS)}
 
 
 def state_of(program: Program) -> fx.TrainState:
-    """The state a run starts with."""
+    """Returns the initial state of the run."""
     module, tx = _template(program.model, program.optimizer)
     return fx.init(module, tx, seed=program.seed)
 
 
 def step_of(program: Program, callbacks: Any, called: Callable[[], None]) -> Any:
-    """The training step.
+    """Returns the training step.
 
     Args:
-        program: Which.
-        callbacks: All of the run.
-        called: Is called in each step, where it runs as Python.
+        program: The program to build from.
+        callbacks: All callbacks of the run, composed.
+        called: Called once per step in eager programs, unused in compiled ones.
     """
     traced = fx.compose(*(h for h in callbacks.handlers if not h.events.isdisjoint(TRACED)))
     _, tx = _template(program.model, program.optimizer)
@@ -48,7 +48,7 @@ def step_of(program: Program, callbacks: Any, called: Callable[[], None]) -> Any
 
 
 def eval_step_of(program: Program, called: Callable[[], None]) -> Any:
-    """The evaluation step."""
+    """Returns the evaluation step. Eager steps call ``called`` once per batch."""
 
     def measure(model: Any, batch: Any) -> Any:
         if not program.compiled:
@@ -60,7 +60,7 @@ def eval_step_of(program: Program, called: Callable[[], None]) -> Any:
 
 
 def callbacks_of(program: Program) -> Any:
-    """All callbacks of the run, composed."""
+    """Returns all callbacks of the run, composed."""
     made: list[Any] = []
     if program.counted:
         made.append(_counter(tuple(NAMES[name] for name in program.counted)))
@@ -125,7 +125,7 @@ def _trained(program: Program, tx: Any, callbacks: Any, called: Callable[[], Non
 
 
 def _machine(callbacks: Any, called: Callable[[], None] | None = None) -> Any:
-    """A step that costs little and remembers everything: the parameters depend on all batches and on their order."""
+    """Returns a cheap step whose parameters depend on every batch and on the order of the batches."""
 
     def machine(state: fx.TrainState, batch: Any) -> Any:
         if called is not None:
@@ -149,7 +149,10 @@ def _machine(callbacks: Any, called: Callable[[], None] | None = None) -> Any:
 
 
 def _counter(kinds: tuple[type[Any], ...]) -> Any:
-    """A hash of all events of these types in their order. Written at ``Rewound``, it survives the rewind."""
+    """Returns a callback whose state hashes all events of these types, in order.
+
+    If ``kinds`` includes ``Rewound``, its update there carries the state across the rewind.
+    """
 
     def update(state: fx.TrainState, event: Any, memory: Any) -> Any:
         seen = _CODES[type(event)] + 31 * int(event.step) + 1009 * event.position
@@ -159,7 +162,7 @@ def _counter(kinds: tuple[type[Any], ...]) -> Any:
 
 
 def _ask(index: int, ask: Ask) -> Any:
-    """Makes one request."""
+    """Returns a callback that makes a request at a loop event."""
     kind, name = NAMES[ask.event], f"ask {index}"
     reason = f"ask {index}: {ask.kind}"
     flag = ask.steps if ask.kind == "rewind" else True
@@ -178,14 +181,15 @@ def _ask(index: int, ask: Ask) -> Any:
         if type(event) is kind:
             memory = memory + 1
             return memory, fx.Control(**asked, reason=reason) if int(memory) == ask.at else fx.Control()
-        return memory.clone(), fx.Control()  # written at Rewound, so it survives
+        # Callback state updated at Rewound is kept across the rewind.
+        return memory.clone(), fx.Control()
 
     kinds = (kind, fx.Rewound) if ask.crosses else (kind,)
     return fx.stateful(name, lambda state: torch.tensor(0), fx.on(kinds, counted))
 
 
 def _traced_ask(index: int, ask: Ask) -> Any:
-    """Makes one request inside the step, whose step the device alone knows."""
+    """Returns a callback that makes a request inside the step, where the step number is a tensor."""
 
     def at_step(state: fx.TrainState, event: Any) -> Any:
         flag = event.step == ask.at

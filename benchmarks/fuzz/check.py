@@ -1,4 +1,4 @@
-"""Check: a program is run whole, cut, resumed and resumed once more, and every law is applied."""
+"""Runs a program uninterrupted, interrupted and resumed, and applies every law."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from benchmarks.fuzz import laws
 from benchmarks.fuzz.program import Program, depends_on_sessions
 from benchmarks.fuzz.session import Session, Shared, delivered_exit, session
 
-_TWICE = 8  # of so many programs one is run twice, to see that it is a function
+_TWICE = 8  # one in eight programs is run twice, because equal programs must give equal runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """The result of checking a program.
 
     Args:
-        program: Which.
-        problems: One line for each law that is broken.
-        refused: Whether fxtrain refuses the program, as it documents.
+        program: The checked program.
+        problems: One line per violated law.
+        refused: Whether fxtrain rejected the program with a documented error.
     """
 
     program: Program
@@ -32,20 +32,20 @@ class Verdict:
 
 
 def check(program: Program) -> Verdict:
-    """Runs a program in all ways, and says which laws are broken."""
+    """Runs all sessions of a program, and returns the violated laws."""
     with _scratch() as folder:
         return _checked(program, folder)
 
 
 def whole_session(program: Program) -> Session:
-    """The run that nothing cuts, on the plainest path."""
+    """Runs a program uninterrupted, on the plainest path."""
     with _scratch() as folder:
         return session(program.plain, folder)
 
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[pathlib.Path]:
-    """A folder, in memory where there is such."""
+    """Yields a temporary folder, in shared memory if available."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fxtrain-fuzz-", dir=memory, ignore_cleanup_errors=True) as folder:
         yield pathlib.Path(folder)
@@ -93,7 +93,7 @@ def _checked(program: Program, folder: pathlib.Path) -> Verdict:
 
 
 def _damage(program: Program, folder: pathlib.Path) -> None:
-    """Flips a byte of the newest checkpoint, if there is another to go on from."""
+    """Flips one bit of the newest checkpoint, if there is an older one to resume from."""
     saved = sorted(path for path in (folder / "checkpoints").glob("[0-9]*-step-*") if "-snapshot-" not in path.name)
     if len(saved) < 2:
         return

@@ -1,4 +1,4 @@
-"""Cuts a session: counts what happens at one place, and sends a signal or raises an exception at the chosen time."""
+"""Interrupts a session with a signal or an exception, at a chosen occurrence of an event or call."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ _TICK = 0.0002  # seconds
 
 
 class InjectedError(Exception):
-    """The exception that a cut raises."""
+    """The exception raised by a cut with ``how="error"``."""
 
 
 class Cutter:
-    """Counts, and cuts once.
+    """Counts occurrences at the place of a cut, and interrupts the session once.
 
     Args:
-        cut: Where, when and how; None never cuts.
+        cut: The cut to make; None makes none.
     """
 
     def __init__(self, cut: Cut | None) -> None:
         self._cut = None if cut is None or cut.how in ("limit", "epochs", "leave") else cut
         self._count = 0
         self._lock = threading.Lock()
-        self._is_armed = False  # a signal before the loop has taken the handlers over ends the process
+        # Armed at FitBegin, because a signal before the loop installs its handlers would end the process.
+        self._is_armed = False
 
     def at(self, where: str) -> Callable[[], None]:
-        """What to call at a place."""
+        """Returns a function to call at each occurrence of ``where``."""
 
         def called() -> None:
             if self._cut is not None and self._cut.where == where:
@@ -44,7 +45,7 @@ class Cutter:
 
     @property
     def observers(self) -> list[Any]:
-        """What watches events, and cuts there if the cut is there."""
+        """Observers that disarm the cut at ``FitEnd``, and make it if its place is an observer."""
 
         def disarm(state: Any, event: fx.FitEnd, control: Any) -> None:
             self.disarm()
@@ -62,7 +63,7 @@ class Cutter:
 
     @property
     def callbacks(self) -> list[Any]:
-        """What is folded over events: it arms the cut, and cuts if the cut is there."""
+        """Callbacks that arm the cut at ``FitBegin``, and make it if its place is a callback."""
 
         def arm(state: Any, event: fx.FitBegin) -> Any:
             self._is_armed = True
@@ -81,7 +82,7 @@ class Cutter:
         return [armed, fx.on(_annotation(self._cut), cut)]
 
     def disarm(self) -> None:
-        """From here on nothing is cut."""
+        """Prevents any later cut."""
         with self._lock:
             self._is_armed = False
 
@@ -107,8 +108,10 @@ class Cutter:
 
 
 def _annotation(cut: Cut) -> Any:
-    """The events that a cut counts. Without a name these are all of the trajectory but the beginnings of steps, to
-    which no callback of a multi-step call may subscribe."""
+    """Returns the event types counted by a cut, by default all trajectory events except ``StepBegin``.
+
+    ``StepBegin`` is excluded because callbacks of a multi-step call cannot subscribe to it.
+    """
     if cut.event:
         return NAMES[cut.event]
     kinds = [kind for kind in TRAJECTORY if kind is not fx.StepBegin]

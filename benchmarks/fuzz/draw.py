@@ -1,4 +1,4 @@
-"""Draw: from a seed to a program. The same seed draws the same program on every machine."""
+"""Generates a random program from a seed. The same seed gives the same program on every machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _ASKABLE = {
     "FitBegin": ("stop", "save"),
     "Saved": ("stop",),
 }
-_AT_EACH = {("StepEnd", "save"), ("EvalEnd", "save"), ("EpochEnd", "evaluate"), ("StepEnd", "rewind")}  # and it ends
+# Requests that a program may make at every event of a type and still end.
+_AT_EACH = {("StepEnd", "save"), ("EvalEnd", "save"), ("EpochEnd", "evaluate"), ("StepEnd", "rewind")}
 _SOURCES = {
     "list": 6, "sequence": 4, "arrays": 4, "shuffled": 6, "prefetched": 1, "loader": 3, "generator": 4, "iterable": 3,
     "iterable_loader": 1, "stateful": 3, "torchdata": 1, "foreign": 2, "endless": 1, "iterator": 1,
@@ -30,7 +31,7 @@ _SOURCES = {
 _HOWS = {
     "SIGINT": 25, "SIGTERM": 8, "SIGUSR1": 4, "error": 30, "exit": 6, "leave": 8, "limit": 10, "epochs": 5, "kill": 3,
 }  # fmt: skip
-_WORKERS = 0.003  # their processes take a tenth of a second
+_WORKERS = 0.003  # rare, because worker processes are slow to start
 _COMPILED_SOURCES = ("list", "shuffled", "generator", "stateful")
 
 
@@ -49,11 +50,11 @@ class _Random(random.Random):
 
 
 def draw(seed: int, *, compiled: bool = False) -> Program:
-    """A program.
+    """Returns a random program.
 
     Args:
-        seed: Any whole number.
-        compiled: Whether its step is compiled, which draws from fewer shapes.
+        seed: Any integer.
+        compiled: Whether the step is compiled. Compiled programs use fewer kinds of data.
     """
     random_ = _Random(f"{seed} {compiled}")
     program = Program(seed=seed, compiled=compiled)
@@ -75,12 +76,12 @@ def _model(r: _Random, program: Program) -> dict[str, Any]:
 
 
 def _data(r: _Random, program: Program) -> dict[str, Any]:
-    # Batch norm needs two rows in each microbatch.
+    # Batch norm needs at least two rows per microbatch.
     fits = {} if program.accumulate * 2 <= program.rows else {"accumulate": 1}
     if program.compiled:
         return {"source": r.one(*_COMPILED_SOURCES), "batches": r.randint(2, 5), **fits}
     source = "workers" if r.chance(_WORKERS) else r.weighted(_SOURCES)
-    least = 4 if program.model == "mlp" else 2  # a short batch of an mlp keeps three rows
+    least = 4 if program.model == "mlp" else 2  # leaves at least three rows in a short batch for batch norm
     can_be_short = program.rows >= least and program.accumulate == 1 and source != "endless"
     changes: dict[str, Any] = {"source": source, "batches": r.randint(1, 5), "short": can_be_short and r.chance(0.2)}
     return {**changes, **fits}
@@ -90,7 +91,7 @@ def _limits(r: _Random, program: Program) -> dict[str, Any]:
     epochs, steps = r.randint(1, 4), r.randint(1, 14)
     if program.source == "endless":
         return {"steps": steps}
-    if program.source == "iterator":  # which is read once
+    if program.source == "iterator":  # an iterator can be read only once
         return {"epochs": 1}
     return r.one({"epochs": epochs}, {"steps": steps}, {"epochs": epochs, "steps": steps})
 
@@ -139,7 +140,7 @@ def _ask(r: _Random, program: Program) -> Ask:
     if program.source == "iterator":
         kinds = [kind for kind in kinds if kind != "rewind"]
     kind = r.choice(kinds)
-    # An endless program is the callback's own fault: what asks at each event of a step may not lead back to it.
+    # With by_step, end_epoch and evaluate could repeat the event that triggers them, so the run would never end.
     by_step = event in ("StepEnd", "EvalEnd") and kind not in ("end_epoch", "evaluate") and r.chance(0.3)
     at = r.randint(1, 8 if event in ("StepBegin", "StepEnd") else 4)
     if event in ("FitBegin", "Saved") or ((event, kind) in _AT_EACH and r.chance(0.15)):
@@ -188,7 +189,8 @@ def _saving(r: _Random, program: Program) -> dict[str, Any]:
         "save_keep": r.one(None, 1, 2, 3),
         "save_keep_every": r.one(None, None, 2),
         "save_best": bool(program.evaluate) and r.chance(0.3),
-        "background": r.chance(0.6) and not saved,  # a save in the background ends at any event
+        # Background saves complete at unpredictable events, so requests at Saved would not be reproducible.
+        "background": r.chance(0.6) and not saved,
     }
 
 
@@ -200,7 +202,7 @@ def _cuts(r: _Random, program: Program) -> dict[str, Any]:
 
 def _cut(r: _Random, program: Program) -> Cut:
     cut = _undamaged(r, program)
-    # A rewind to a checkpoint that is damaged goes elsewhere.
+    # With a damaged checkpoint a rewind would restore a different step, so rewinding programs get no damage.
     return dataclasses.replace(cut, damage=True) if r.chance(0.06) and not rewinds(program) else cut
 
 
@@ -213,8 +215,8 @@ def _undamaged(r: _Random, program: Program) -> Cut:
     if how == "leave" and program.observed:
         return Cut("leave", at=r.randint(1, 40))
     if how in ("limit", "leave", "epochs"):
-        # Without the limit's own boundary the calls of several steps would fall elsewhere.
-        # An evaluation at the last step of the run would be at the limit as well.
+        # A limit shifts the boundaries of multi-step calls, so the result must not depend on them.
+        # The default evaluation at the end of the run would also happen at the limit.
         fits = program.is_call_neutral and program.evaluate != "default"
         return Cut("limit", at=r.randint(0, 12)) if fits else Cut("SIGINT", "eval_data", at=1)
     if how == "kill" and (program.compiled or program.source in ("workers", "prefetched")):

@@ -1,7 +1,7 @@
-"""A compiled step without a compiler: the call path, the donation and the multi-step calls of ``fx.compile``, eagerly.
+"""Eager steps with the call path, donation and multi-step calls of ``fx.compile``.
 
-Compiling takes seconds, and most of what can go wrong in the loop does not depend on the kernels. Here the artefact
-that a compiler would make is a Python function that computes the new state and copies it over the old leaves.
+Compiling takes seconds, and most bugs in the loop do not depend on the kernels. Here the compiled artifact is replaced
+by a Python function that computes the new state and copies it into the old leaves.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from fxtrain.step import Step
 
 
 def interpreted(step: Step, *, donate: bool, steps_per_call: int) -> Compiled:
-    """``step`` with the interface of a compiled one.
+    """Returns ``step`` with the interface of a compiled step.
 
     Args:
-        step: The step.
-        donate: Whether ``fit`` gets a variant that overwrites the state it is given.
+        step: The step to run eagerly.
+        donate: Whether ``fit`` gets a variant that donates its input state.
         steps_per_call: As for ``fx.compile``.
     """
     made = _made(step, steps_per_call, donate=False)
@@ -25,7 +25,7 @@ def interpreted(step: Step, *, donate: bool, steps_per_call: int) -> Compiled:
 
 
 def undonating(step: Compiled) -> Compiled:
-    """``step`` without its donating twin, so that ``fit`` uses it as it is."""
+    """Returns ``step`` without its donating variant, so that ``fit`` uses it unchanged."""
     step.donating = lambda: step
     return step
 

@@ -1,6 +1,6 @@
-"""The laws: what a cut and resumed run has in common with the whole one, and what every run obeys.
+"""Laws of a single session, and of interrupted sessions compared with the uninterrupted run.
 
-Each check returns lines ``law: what was expected and what there is``; no line means the law holds.
+Each check returns one line ``law: violation`` per violation, or an empty list if the law holds.
 """
 
 from __future__ import annotations
@@ -19,32 +19,34 @@ from fxtrain import testing
 from fxtrain.core import BATCH, DATA, STOP_REASONS
 
 _EXITS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
-_IN_CHECKPOINTS = (STOP_REASONS, BATCH, DATA)  # slots that a state has while it is saved
+_IN_CHECKPOINTS = (STOP_REASONS, BATCH, DATA)  # slots that only saved states have
 _LOSING = ("kill", "leave", "exit", "error")
 _EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
 _STOPPED_BEFORE = "stopped before this session began"
 _REFUSED = (
-    "expected data with a known epoch length",  # where an end of an epoch, or a count of epochs, is asked for
+    # Raised for end_epoch requests and epoch limits while the epoch length is unknown.
+    "expected data with a known epoch length",
     "expected an event with a known epoch length",
-    "expected a step within",  # so many epochs, of which a callback ends or skips each
+    # Raised if callbacks end or skip every epoch without a step.
+    "expected a step within",
 )
 
 _EXPECTED_WARNINGS = (
     "expected a checkpointer for a save requested by a callback",
-    "'set_vital' is deprecated",  # torchdata, of torch
-    "os.fork() was called",  # JAX, where another test has imported it
-    "may differ in the last bits (compiled by",  # sessions that alternate
-    " is restored.",  # and not the damaged one
+    "'set_vital' is deprecated",  # raised by torchdata
+    "os.fork() was called",  # raised by JAX if another test imported it
+    "may differ in the last bits (compiled by",  # programs with alternates=True
+    " is restored.",  # an older checkpoint replaces a damaged one
 )
 
 
 def is_refused(session: Session) -> bool:
-    """Whether a program asks for what fxtrain documents as impossible: no law applies."""
+    """Returns whether fxtrain rejected the program with a documented error. No law applies to such programs."""
     return isinstance(session.error, (ValueError, TypeError)) and any(text in str(session.error) for text in _REFUSED)
 
 
 def every_session(program: Program, session: Session) -> list[str]:
-    """What holds for any session."""
+    """Returns violations of the laws that apply to any single session."""
     found = []
     if session.error is not None and not is_injected(session.error):
         found.append(f"error: {type(session.error).__name__}: {session.error}")
@@ -54,7 +56,7 @@ def every_session(program: Program, session: Session) -> list[str]:
     if session.input_changed:
         found.append(f"input: {session.input_changed}")
     if session.is_recorded:
-        # What a closed generator or an exception leaves behind ends anywhere.
+        # A closed generator or an exception may end the events anywhere.
         found += [
             f"order: {line}" for line in order.problems(session.events, program, is_whole=session.result is not None)
         ]
@@ -64,29 +66,29 @@ def every_session(program: Program, session: Session) -> list[str]:
 
 
 def ends_process(session: Session, code: int | None) -> list[str]:
-    """A signal whose default is to end the process ends it after the save, where the next session would begin.
+    """Checks that a terminating signal ends the process after the save, when the next session would begin.
 
     Args:
-        session: Any.
-        code: What the process would exit with.
+        session: The session to check.
+        code: The exit code with which the process would end, None if it would continue.
     """
     if session.result is None or session.cut is None:
-        return []  # the exception ends it
+        return []
     exits, reason = session.result.exit_code, session.result.reason
     right = _EXITS.get(session.cut.how, 0)
-    # A signal may come when the run has ended for another reason.
+    # The run may have ended for another reason before the signal.
     found = [] if exits == right or (exits == 0 and "interrupted" not in reason) else [f"exit: {exits} after {reason}"]
     wanted = exits if session.cut.how in ("SIGTERM", "SIGUSR1") and exits else None
     return found if code == wanted else [*found, f"exit: the process would exit with {code}, and {wanted} is right"]
 
 
 def same_end(whole: Session, final: Session, reasons: Sequence[str]) -> list[str]:
-    """The states and the reasons at the end.
+    """Checks that the final states and stop reasons are equal.
 
     Args:
-        whole: The run that nothing cut.
-        final: The last session of the other.
-        reasons: Of all its sessions.
+        whole: The uninterrupted run.
+        final: The last session of the interrupted run.
+        reasons: The stop reasons of all its sessions.
     """
     found: list[str] = []
     for name in ("last", "state"):
@@ -102,17 +104,20 @@ def same_end(whole: Session, final: Session, reasons: Sequence[str]) -> list[str
 
 
 def same_trajectory(program: Program, whole: Session, sessions: Sequence[Session]) -> list[str]:
-    """Together, the sessions tell the events of the whole run; only what an error or a kill threw away comes twice."""
+    """Checks that the events of all sessions together are those of the uninterrupted run.
+
+    Only events whose effects an error or a kill discarded may be repeated.
+    """
     wanted = _comparable(program, whole)
     if not sessions[-1].is_recorded:
         return []
     if not all(session.is_recorded for session in sessions if session is not sessions[-1]):
-        sessions = sessions[-1:]  # the events of the others are not known
+        sessions = sessions[-1:]
         known_end = len(wanted)
     else:
         known_end = 0
     found: list[str] = []
-    silent = 0  # since this session none told anything
+    silent = 0  # the last session with events; later cuts may all have lost some
     for number, session in enumerate(sessions):
         told = _comparable(program, session)
         begin = _placed(told, wanted, known_end, is_final=session is sessions[-1])
@@ -131,7 +136,7 @@ def same_trajectory(program: Program, whole: Session, sessions: Sequence[Session
 
 
 def does_nothing(again: Session, final: Session, whole: Session) -> list[str]:
-    """A finished run that is resumed takes no step and stays where it is."""
+    """Checks that resuming a finished run takes no step and leaves the state unchanged."""
     found: list[str] = []
     if again.result is None:
         return []
@@ -146,7 +151,7 @@ def does_nothing(again: Session, final: Session, whole: Session) -> list[str]:
 
 
 def same_files(program: Program, whole: pathlib.Path, cut: pathlib.Path) -> list[str]:
-    """What the writers wrote, but for the clock: one point for each step, and the same ones."""
+    """Checks that metrics files have one point per step, equal to the uninterrupted run's except for times."""
     found: list[str] = []
     for kind in program.writers:
         read = _json_lines if kind == "jsonl" else _rows
@@ -158,9 +163,9 @@ def same_files(program: Program, whole: pathlib.Path, cut: pathlib.Path) -> list
 
 
 def same_history(whole: Session, sessions: Sequence[Session]) -> list[str]:
-    """The histories of all sessions, joined, are that of the whole run."""
+    """Checks that the joined histories of all sessions equal the history of the uninterrupted run."""
     if not all(session.result is not None for session in sessions):
-        return []  # a session that raised returned none
+        return []  # a session that raised has no history
     joined: dict[tuple[str, int], float] = {}
     for session in sessions:
         back_to = [int(dict(told.fields)["to_step"]) for told in session.events if told.kind == "Rewound"]
@@ -179,13 +184,13 @@ def same_history(whole: Session, sessions: Sequence[Session]) -> list[str]:
 
 
 def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[str]:
-    """The newest checkpoint is where the run ended."""
+    """Checks that the newest checkpoint equals the final state."""
     with checkpointer(program, folder) as checkpoints:
         if checkpoints.latest() is None:
             return ["disk: there is no checkpoint at the end"]
         last = final.result.last
         saved = checkpoints.restore(last, extra="keep")
-    # The stop that ended the run stays in the checkpoint, so that a resume does nothing.
+    # The checkpoint keeps the stop request that ended the run, so that a resume does nothing.
     false = last.due.stop.new_zeros(())
     slots = {name: memory for name, memory in saved.slots.items() if name not in _IN_CHECKPOINTS}
     try:
@@ -200,7 +205,7 @@ def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[s
 
 
 def _is_unsaved(sessions: Sequence[Session]) -> bool:
-    """Whether a stop without a final save was asked for, after which a resume takes the last steps again."""
+    """Returns whether a stop without a final save was requested, after which a resume repeats the last steps."""
     return any("skip_final_save" in dict(event.asked) for session in sessions for event in session.events)
 
 
@@ -209,17 +214,20 @@ def _is_expected(text: str) -> bool:
 
 
 def _comparable(program: Program, session: Session) -> list[Told]:
-    """The trajectory, without what the number of steps in a call or the lag may change."""
+    """Returns the trajectory without the events that may depend on steps per call or lag."""
     told = session.trajectory
     if program.lag and any(kind == "stop" for event in told for kind, _ in event.asked):
-        # A stop is read after the next step has begun, and that step takes nothing.
+        # With lag a stop is read after the next step began, and that step is discarded.
         while told and told[-1].kind in ("StepBegin", "EpochBegin"):
             told = told[:-1]
     return [event for event in told if event.kind != "StepBegin" or program.steps_per_call == 1]
 
 
 def _placed(told: list[Told], wanted: list[Told], known_end: int, *, is_final: bool) -> int | None:
-    """Where in the whole run a session's events are; the latest place that leaves no gap."""
+    """Returns the latest index at which a session's events match those of the uninterrupted run without a gap.
+
+    Returns None if they match nowhere.
+    """
     if is_final:
         begin = len(wanted) - len(told)
         return begin if 0 <= begin <= known_end and wanted[begin:] == told else None
@@ -227,7 +235,7 @@ def _placed(told: list[Told], wanted: list[Told], known_end: int, *, is_final: b
 
 
 def _harshest(cuts: Sequence[Cut]) -> Cut | None:
-    """The cut that may lose most."""
+    """Returns the cut that may lose the most progress."""
 
     def kept(cut: Cut) -> int:
         return 0 if cut.damage else _LOSING.index(cut.how) if cut.how in _LOSING else len(_LOSING)
@@ -236,20 +244,20 @@ def _harshest(cuts: Sequence[Cut]) -> Cut | None:
 
 
 def _too_much_again(again: list[Told], cut: Cut, program: Program) -> list[str]:
-    """A signal loses nothing but an unfinished evaluation; an exception only the iteration in which it was raised."""
+    """Checks that a signal repeats only an unfinished evaluation, and an exception only one call of the step."""
     if cut.how in ("kill", "leave", "exit") or cut.damage:
         return []
     if cut.how != "error":
         others = [told for told in again if told.kind not in _EVALUATION]
         return [f"events: after {cut.how} these come twice: {again}"] if others else []
     if program.donate:
-        return []  # a step had taken the state's memory, so the run goes on from the last checkpoint
+        return []  # a failed donating step loses its input state, so the run resumes from the last checkpoint
     steps = sum(told.kind == "StepEnd" for told in again)
     return [f"events: after an error {steps} steps come twice"] if steps > program.steps_per_call else []
 
 
 def _where_apart(told: list[Told], wanted: list[Told], known_end: int) -> str:
-    """The first event that is not as in the whole run, by the placement that agrees longest."""
+    """Describes the first event that differs from the uninterrupted run, at the placement with the longest match."""
     best, at = -1, 0
     for begin in range(known_end, -1, -1):
         same = 0
@@ -277,13 +285,13 @@ def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    # A resumed run may add columns in another order, or for a row that a rewind has taken back.
+    # A resumed run may add columns in another order, or for rows that a rewind removed.
     points = [{name: value for name, value in sorted(_of_run(row).items()) if name != "time" and value} for row in rows]
     return [point for point in points if point.keys() - {"step", "epoch"}]
 
 
 def _of_run(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Without what each session measures of its own compiling, which depends on interruptions."""
+    """Returns the metrics without compile times, because each session compiles separately."""
     return {name: value for name, value in metrics.items() if not name.startswith("compile/")}
 
 
@@ -323,5 +331,5 @@ def _points(history: Any) -> dict[tuple[str, int], float]:
 
 
 def signature(line: str) -> str:
-    """A line of a check without its numbers: failures of one kind have one signature."""
+    """Returns a problem line with its digits masked, so that failures of one kind have one signature."""
     return re.sub(r"\[#(, #)*\]", "[#]", re.sub(r"-?\d[\d.e+-]*", "#", line))[:100]

@@ -1,12 +1,12 @@
-"""The legal order of events, as a state machine written from the table in ``fxtrain.loop``, not from its code.
+"""The legal order of events, as a state machine based on the table in ``fxtrain.loop`` instead of its code.
 
 One session is::
 
     FitBegin Restored? (EpochBegin | StepBegin+ StepEnd+ | Rewound | EvalBegin EvalStep* EvalEnd | EpochEnd | Saved)*
     Interrupted? Saved* FitEnd?
 
-with steps, positions and epochs that count, and requests that are honored in the order rewind, evaluate, end of epoch,
-save, stop.
+Steps, positions and epochs are consecutive. Requests are handled in the order rewind, evaluate, end of epoch, save,
+stop.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 from benchmarks.fuzz.program import Program, unknown_length
 from benchmarks.fuzz.session import Told
 
-_ASK = re.compile(r"ask (\d+): ")  # a reason that ``build`` writes
+_ASK = re.compile(r"ask (\d+): ")  # reasons written by build.py
 
 
 def problems(told: Sequence[Told], program: Program, *, is_whole: bool) -> list[str]:
-    """What is illegal in the events of one session, at most one line for each event.
+    """Returns what is illegal in the events of one session, at most one line per event.
 
     Args:
         told: Every event of the session.
-        program: Whose.
-        is_whole: Whether the session ended by itself, not by an exception or a closed generator.
+        program: The program of the session.
+        is_whole: Whether ``fit`` returned, without an exception or a closed generator.
     """
     machine = _Machine(program)
     found: list[str] = []
@@ -41,18 +41,18 @@ def problems(told: Sequence[Told], program: Program, *, is_whole: bool) -> list[
 class _Machine:
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._last = ""  # the kind of the event before
+        self._last = ""  # the kind of the previous event
         self._step = self._position = -1
         self._begun: list[int] = []  # the positions of batches whose steps have not ended
-        self._is_in_epoch: bool | None = None  # None where the session does not know, after its start or a rewind
+        self._is_in_epoch: bool | None = None  # None if unknown, after a resume or a rewind
         self._is_evaluating = False
-        self._index = 0  # of the next evaluation batch
-        self._ended = ""  # the event that ends the session, once it has come
-        self._pending: set[str] = set()  # requests of this session that wait
-        self._rewind = 0  # how far back the requests of this session go
-        self._saved: int | None = None  # the step that was saved last
+        self._index = 0  # the index of the next evaluation batch
+        self._ended = ""  # the kind of the event that ended the session
+        self._pending: set[str] = set()  # requests not handled yet
+        self._rewind = 0  # the most steps that a pending request rewinds
+        self._saved: int | None = None  # the step of the last save
         self._is_unsaved = self._has_stepped = False
-        self._has_moved = False  # whether a batch was used or skipped since the last epoch ended
+        self._has_moved = False  # whether a batch was used or skipped since the last EpochEnd
 
     def see(self, event: Told) -> list[str]:
         found = list(self._common(event))
@@ -63,7 +63,8 @@ class _Machine:
 
     def _common(self, event: Told) -> list[str]:
         found: list[str] = []
-        if self._last == "" and event.kind not in ("FitBegin", "Interrupted"):  # by an error before it was told
+        # An error in a callback at FitBegin emits Interrupted first.
+        if self._last == "" and event.kind not in ("FitBegin", "Interrupted"):
             found.append("the session does not begin with FitBegin")
         if self._last == "FitEnd":
             found.append("an event after FitEnd")
@@ -72,10 +73,9 @@ class _Machine:
         if self._is_evaluating and event.kind not in ("EvalStep", "EvalEnd", "Interrupted"):
             found.append(f"{event.kind} inside an evaluation")
         if event.kind not in ("FitBegin", "StepBegin", "StepEnd", "Saved") and self._step >= 0:
-            moved = event.kind == "EpochEnd" and event.position >= self._position  # its rest is left out
-            # A stop inside a multi-step call and a dropped step leave begun steps behind.
-            # An exception leaves the loop at the end of a step that no observer has seen, or takes a call back.
-            # A rewind is taken back too, and a request at a step that a stop read late has undone.
+            moved = event.kind == "EpochEnd" and event.position >= self._position  # end_epoch skips the other batches
+            # After an exception the state may be one step ahead of the observed events, or a call behind.
+            # With lag, a stop may undo steps, rewinds and requests that were already observed.
             is_undone = event.kind == "Interrupted" or (event.kind == "FitEnd" and self._program.lag)
             is_there = event.step == self._step and (event.position == self._position or moved)
             if not is_there and not is_undone:
@@ -88,14 +88,14 @@ class _Machine:
                 steps = [self._program.asks[int(match[1])].steps for each in reasons if (match := _ASK.match(each))]
                 self._rewind = max([self._rewind, *steps])
             self._is_unsaved |= kind == "skip_final_save"
-            between_epochs = kind == "end_epoch" and self._is_in_epoch is False  # where there is none to end
+            between_epochs = kind == "end_epoch" and self._is_in_epoch is False  # has no epoch to end
             if kind in ("evaluate", "end_epoch", "save", "stop", "rewind") and not between_epochs:
                 self._pending.add(kind)
 
     def _due(self, *kinds: str) -> list[str]:
         return [f"{kind} was asked, and comes later" for kind in kinds if kind in self._pending]
 
-    # Of the session
+    # Session events
 
     def _FitBegin(self, event: Told) -> list[str]:  # noqa: N802
         self._step, self._position = event.step, event.position
@@ -110,7 +110,7 @@ class _Machine:
         self._pending.discard("save")
         self._saved = event.step
         found = [] if self._program.saves else ["Saved without a checkpointer"]
-        # A stop that is read late, or inside a call of several steps, leaves begun steps behind.
+        # A lagged stop, or a stop inside a multi-step call, leaves unfinished steps.
         can_be_left = self._program.lag or self._program.steps_per_call > 1
         return found if self._begun == [] or self._ended or can_be_left else [*found, "Saved inside a step"]
 
@@ -128,7 +128,7 @@ class _Machine:
         found = ["the epoch is over, and did not end"] if is_over and not unknown_length(self._program) else []
         return found + self._due("evaluate", "end_epoch", "rewind")
 
-    # Of the trajectory
+    # Trajectory events
 
     def _EpochBegin(self, event: Told) -> list[str]:  # noqa: N802
         found = self._settled()
@@ -142,7 +142,7 @@ class _Machine:
 
     def _StepBegin(self, event: Told) -> list[str]:  # noqa: N802
         if self._last != "StepBegin" and self._program.steps_per_call > 1:
-            self._begun = []  # a stop inside the call before left them behind
+            self._begun = []  # a stop inside the previous call left steps unfinished
         found = self._settled() if not self._begun else []
         if self._is_in_epoch is False:
             found.append("a step before EpochBegin")
@@ -221,12 +221,12 @@ class _Machine:
         return found
 
     def _settled(self) -> list[str]:
-        """What was asked and must be done before the next step or epoch begins."""
+        """Reports requests that must be handled before the next step or epoch begins."""
         self._begun = []
         return self._due("rewind", "evaluate", "end_epoch", *(() if self._program.lag else ("stop",)))
 
 
 def _start(range_text: str, otherwise: int) -> int:
-    """The first position of a ``range`` as its ``repr`` shows it."""
+    """Returns the start of a ``range``, parsed from its ``repr``."""
     first = range_text.removeprefix("range(").split(",")[0]
     return int(first) if first.isdigit() else otherwise

@@ -1,6 +1,6 @@
-"""A program: one training run with its interruptions, as plain data that prints, compares and shrinks.
+"""Programs: training runs with their interruptions, as plain data that can be printed, compared and shrunk.
 
-Every field has the simplest value as its default. ``repr`` leaves the defaults out, so a shrunk program is a few words.
+The default of every field is its simplest value. ``repr`` omits defaults, so a shrunk program is short.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 _UNKNOWN_LENGTH = ("generator", "iterable", "iterator", "iterable_loader", "stateful", "torchdata", "endless")
-_SEEING_STEPS = {"spike_guard", "nan_guard", "save"}  # callbacks that ask at StepEnd
+_SEEING_STEPS = {"spike_guard", "nan_guard", "save"}  # callbacks that make requests at StepEnd
 
 
 class Terse:
@@ -23,17 +23,18 @@ class Terse:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Ask(Terse):
-    """A request that a callback makes at an event.
+    """A callback's request at an event.
 
     Args:
-        kind: As in ``fx.Control``.
+        kind: A request of ``fx.Control``.
         event: The name of the event type.
-        at: The occurrence of that event at which to ask, from 1; 0 for each; with ``by_step`` the step instead.
-        by_step: Whether to ask wherever ``event.step == at``, which after a rewind asks again.
-        steps: How far to rewind.
-        crosses: Whether the count of occurrences survives a rewind, so that the request is made once only.
-        final_save: For a stop.
-        tensor: Whether the flag is a tensor, which with ``lag=1`` is read late.
+        at: The occurrence of the event at which to make the request, from 1, or with ``by_step`` the step. 0 makes it
+            at every occurrence.
+        by_step: Whether to make the request wherever ``event.step == at``, which repeats it after a rewind.
+        steps: The number of steps to rewind.
+        crosses: Whether the count of occurrences survives a rewind, so that the request is made only once.
+        final_save: Whether a stop saves a checkpoint.
+        tensor: Whether the flag is a tensor, which ``lag=1`` reads one step later.
     """
 
     kind: str = "stop"
@@ -48,18 +49,18 @@ class Ask(Terse):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Cut(Terse):
-    """The end of one session.
+    """The interruption that ends one session.
 
     Args:
         how: ``"SIGINT"``, ``"SIGTERM"``, ``"SIGUSR1"``; ``"error"``, an exception; ``"exit"``, KeyboardInterrupt, which
-            nothing may catch; ``"kill"``, SIGKILL to a forked child; ``"leave"``, the generator ``fx.steps`` is closed;
+            must not be caught; ``"kill"``, SIGKILL to a forked child; ``"leave"``, closing the generator ``fx.steps``;
             ``"limit"``, a smaller ``steps``; ``"epochs"``, a smaller ``epochs``.
-        where: ``"observer"``, ``"callback"``, ``"step"``, ``"eval_step"``, ``"data"``, ``"eval_data"``, or ``"time"``:
-            at any instruction, which no seed repeats. A limit is nowhere.
-        at: The occurrence there, from 1: of trajectory events, of calls, of batches read. For a limit, the steps or
-            epochs; for a time, units of 0.2 ms after ``FitBegin``.
-        event: With observers and callbacks, count events of this type only.
-        damage: Whether a byte of the newest checkpoint is flipped afterwards, if there is an older one.
+        where: ``"observer"``, ``"callback"``, ``"step"``, ``"eval_step"``, ``"data"``, ``"eval_data"``, or ``"time"``
+            for any instruction, which is not reproducible. Ignored for limits and ``"leave"``.
+        at: The occurrence at that place, from 1: of trajectory events, of calls, or of batches read. The number of
+            steps or epochs for a limit. Units of 0.2 ms after ``FitBegin`` for ``"time"``.
+        event: The only event type counted by observers and callbacks. The default counts all trajectory events.
+        damage: Whether to flip a bit of the newest checkpoint afterwards, if there is an older one.
     """
 
     how: str = "SIGINT"
@@ -71,49 +72,49 @@ class Cut(Terse):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Program(Terse):
-    """One training run.
+    """A training run with its interruptions.
 
     Args:
-        seed: Of the state and of the data's values.
+        seed: The seed of the state and of the data's values.
         model: ``"machine"``, a hand-written step of a few operations, or ``"mlp"``, with dropout and batch norm.
-        optimizer: Of the mlp: ``"sgd"``, ``"momentum"``, ``"adamw"``, or ``"injected"`` hyper-parameters.
-        source: See ``sources.KINDS``.
-        batches: In an epoch.
-        rows: In a batch, a multiple of ``accumulate``.
-        short: Whether the last batch of an epoch has fewer rows, where the source can have one.
-        bad: Positions in an epoch whose batch holds a NaN.
-        epochs: A limit.
-        steps: A limit.
-        evaluate: ``""`` for no evaluation, ``"default"``, ``"never"`` for requests alone, the period in steps, or
-            in epochs: ``"0.5 epochs"``.
-        eval_batches: In an evaluation.
-        eval_unknown: Whether the evaluation data has no length.
-        counted: The events at which callbacks with state count.
-        asks: Requests at events of the loop.
+        optimizer: The optimizer of the mlp: ``"sgd"``, ``"momentum"``, ``"adamw"``, or ``"injected"`` hyperparameters.
+        source: A key of ``sources.KINDS``.
+        batches: The number of batches per epoch.
+        rows: The number of rows per batch, a multiple of ``accumulate``.
+        short: Whether the last batch of an epoch has fewer rows, if the source supports it.
+        bad: Positions in an epoch whose batches are NaN.
+        epochs: The epoch limit.
+        steps: The step limit.
+        evaluate: ``""`` for no evaluation, ``"default"``, ``"never"`` for evaluation on request only, or the period in
+            steps or epochs, such as ``"2"`` or ``"0.5 epochs"``.
+        eval_batches: The number of batches per evaluation.
+        eval_unknown: Whether the length of the evaluation data is unknown.
+        counted: The events hashed by a stateful callback.
+        asks: Requests at loop events.
         traced_asks: Requests inside the step.
-        callbacks: Names of ready-made callbacks; see ``callbacks.READY``.
+        callbacks: Keys of ``build.READY``.
         eval_view: Whether to evaluate the moving average.
         keep_every: As for ``fit``.
         keep: As for ``fit``.
         keep_on_host: As for ``fit``.
         rewind_limit: As for ``fit``.
-        saves: Whether there is a checkpointer. Without one there are no cuts.
+        saves: Whether to use a checkpointer. Programs without one have no cuts.
         save_keep: ``keep`` of the checkpointer.
         save_keep_every: ``keep_every`` of the checkpointer.
-        save_best: Whether the checkpointer keeps the best.
-        background: Whether it writes in the background.
-        accumulate: Microbatches in a batch of the mlp.
-        steps_per_call: Steps in one call.
+        save_best: Whether the checkpointer keeps the checkpoint with the best loss.
+        background: Whether the checkpointer writes in the background.
+        accumulate: The number of microbatches per batch of the mlp.
+        steps_per_call: The number of steps per call.
         lag: As for ``fit``.
-        donate: Whether the step overwrites the state that it is given.
-        loss_scale: Whether the mlp's loss is scaled dynamically, from a scale at which it overflows.
-        alternates: Whether every second session is run plainly, so that a run is resumed by another call path.
-        reuses: Whether all sessions use the same step, callbacks and data, as a notebook cell that is run again does.
-        compiled: Whether the step is compiled by Inductor; else an interpreter stands in where one is needed.
-        observed: Whether an observer sees every event. If not, the loop takes its shorter path.
-        writers: ``"jsonl"`` and ``"csv"``.
-        write_every: Of the writers.
-        cuts: How each session but the last ends.
+        donate: Whether the step donates its input state.
+        loss_scale: Whether the mlp uses dynamic loss scaling, starting from a scale that overflows.
+        alternates: Whether every second session runs on the plainest path, so that resumes change the call path.
+        reuses: Whether all sessions share the step, callbacks and data, as a rerun notebook cell does.
+        compiled: Whether Inductor compiles the step. Otherwise ``interpreted`` emulates a compiled step if needed.
+        observed: Whether an observer receives every event. If not, the loop takes its shorter path.
+        writers: Formats of metrics files, ``"jsonl"`` and ``"csv"``.
+        write_every: The period of the writers in steps.
+        cuts: The interruptions of all sessions except the last.
     """
 
     seed: int = 0
@@ -157,12 +158,12 @@ class Program(Terse):
     cuts: tuple[Cut, ...] = ()
 
     def replace(self, **changes: Any) -> Program:
-        """The same program with some fields changed."""
+        """Returns the program with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
     def plain(self) -> Program:
-        """The program without cuts, on the plainest path: what the others must equal."""
+        """The program without cuts, on the plainest path, which serves as the reference."""
         return self.replace(
             cuts=(),
             lag=0,
@@ -173,25 +174,24 @@ class Program(Terse):
 
     @property
     def is_call_neutral(self) -> bool:
-        """Whether the run is the same however many steps are taken in a call.
+        """Whether the result is independent of the number of steps per call.
 
-        What callbacks of the loop ask for at ``StepEnd`` comes after all steps of a call, so those that ask there
-        make another run.
+        Requests at ``StepEnd`` are handled after all steps of a call, so programs with such requests depend on it.
         """
         asks_at_steps = any(ask.event in ("StepBegin", "StepEnd") for ask in self.asks)
         return not (asks_at_steps or self.evaluate[:1].isdigit() or _SEEING_STEPS & set(self.callbacks))
 
 
 def unknown_length(program: Program) -> bool:
-    """Whether the data has no length before its first epoch ends."""
+    """Returns whether the length of the data is unknown before its first epoch ends."""
     return program.source in _UNKNOWN_LENGTH
 
 
 def rewinds(program: Program) -> bool:
-    """Whether the program may go back."""
+    """Returns whether the program may rewind."""
     return "spike_guard" in program.callbacks or any(ask.kind == "rewind" for ask in program.asks)
 
 
 def depends_on_sessions(program: Program) -> bool:
-    """Whether a callback makes requests at events of the session, so that an interrupted run is another run."""
+    """Returns whether callbacks make requests at session events, so that interruptions change the result."""
     return any(ask.event in ("FitBegin", "Saved") for ask in program.asks)

@@ -1,4 +1,4 @@
-"""One session of a program: ``fit`` with everything fresh, recorded, bounded in time and in events."""
+"""Runs one session of a program: one recorded call of ``fit``, bounded in time and number of events."""
 
 from __future__ import annotations
 
@@ -23,43 +23,41 @@ from benchmarks.reliability import children
 from fxtrain import testing
 from fxtrain.core import TRAJECTORY
 
-MOST_EVENTS = 3000  # a program is tens of steps long
+MOST_EVENTS = 3000
 SECONDS = 60.0
 COMPILED_SECONDS = 900.0
-
 
 _CLOCK = ("time", "previous_time", "data_wait", "step", "position", "epoch_length", "total_steps", "total_epochs")
 _SESSION_ALONE = fx.FitBegin | fx.Restored | fx.Saved | fx.Interrupted | fx.FitEnd | fx.EvalEnd | fx.Rewound
 
-
-# Of torch about itself, and of writers that stay open where fit refuses before it starts.
+# Deprecations inside torch, and writers left open if fit raises before it starts.
 _NOT_OURS = (DeprecationWarning, FutureWarning, ResourceWarning)
 
 
 class Shared:
-    """What the sessions of a program have in common: compiled steps, or with ``reuses`` steps, callbacks and data."""
+    """Objects shared by the sessions of a program: compiled steps, and with ``reuses`` steps, callbacks and data."""
 
     def __init__(self) -> None:
         self.cutter = Cutter(None)
         self._made: dict[Any, Any] = {}
 
     def at(self, where: str) -> Callable[[], None]:
-        """What to call at a place, whichever session is there."""
+        """Returns a function to call at each occurrence of ``where``. It uses the cutter of the current session."""
         return lambda: self.cutter.at(where)()
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What was made under this key."""
+        """Returns the object stored under ``key``, made on first use."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
 
 class HungError(BaseException):
-    """A session that took too long, or had too many events. No code under test catches it."""
+    """Raised if a session takes too long or has too many events. A BaseException, so the code under test misses it."""
 
 
 class Told(NamedTuple):
-    """An event as an observer sees it, in values that compare bit by bit."""
+    """A recorded event, with values as text so that equality is bitwise."""
 
     kind: str
     step: int
@@ -77,16 +75,16 @@ class Told(NamedTuple):
 
 @dataclasses.dataclass
 class Session:
-    """What became of one session.
+    """The record of one session.
 
     Args:
-        events: All that were told; of an unobserved session those of the session alone.
-        result: What ``fit`` returned.
-        error: What it raised.
-        cut: How it was to end.
-        is_recorded: Whether ``events`` has every event.
-        warned: The text of all warnings.
-        input_changed: Which leaf of the given state differs afterwards, or an empty string.
+        events: All events, or only the session events if the program is unobserved.
+        result: The return value of ``fit``.
+        error: The exception raised by ``fit``.
+        cut: The cut of the session.
+        is_recorded: Whether ``events`` is complete.
+        warned: The texts of all warnings.
+        input_changed: The difference between the state passed to ``fit`` and its copy, or an empty string.
     """
 
     events: list[Told]
@@ -99,12 +97,12 @@ class Session:
 
     @property
     def trajectory(self) -> list[Told]:
-        """The events that do not depend on interruptions."""
+        """The events that are independent of interruptions."""
         return [told for told in self.events if told.kind in _TRAJECTORY]
 
     @property
     def began_at(self) -> int:
-        """The step it began at."""
+        """The step of the first event."""
         return self.events[0].step if self.events else 0
 
 
@@ -115,10 +113,10 @@ def session(program: Program, folder: pathlib.Path, cut: Cut | None = None, *, s
     """Runs one session.
 
     Args:
-        program: Which. Its cuts are ignored.
-        folder: Of the run: checkpoints and metrics.
-        cut: How it is to end.
-        shared: What it has in common with the program's other sessions.
+        program: The program, whose ``cuts`` are ignored.
+        folder: The run folder, with checkpoints and metrics.
+        cut: The cut that ends the session, None to run to the end.
+        shared: Objects shared with the program's other sessions.
     """
     if cut is not None and cut.how == "kill":
         return _killed(program, folder, cut)
@@ -175,7 +173,7 @@ def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Se
 
 
 def _parts_of(program: Program, shared: Shared) -> tuple[Any, Any, Any]:
-    """Callbacks, step and evaluation step."""
+    """Returns callbacks, step and evaluation step."""
 
     def make() -> tuple[Any, Any, Any]:
         callbacks = build.callbacks_of(program)
@@ -187,13 +185,13 @@ def _parts_of(program: Program, shared: Shared) -> tuple[Any, Any, Any]:
 
 
 def _data_of(program: Program, shared: Shared, make: Callable[..., Any], where: str) -> Any:
-    """The data of the run, or of its evaluations."""
+    """Returns the training data or the evaluation data."""
     made = functools.partial(make, program, shared.at(where))
     return shared.get(where, made) if program.reuses else made()
 
 
 def checkpointer(program: Program, folder: pathlib.Path) -> Any:
-    """The checkpoints of a run."""
+    """Returns the checkpointer of a run."""
     return fx.checkpointer(
         folder / "checkpoints",
         keep=program.save_keep,
@@ -252,7 +250,7 @@ def _plain(value: Any) -> str:
 
 
 def _leave(moments: Iterator[Any], at: int) -> None:
-    """Drives the generator up to a trajectory event, and closes it."""
+    """Advances the generator to a trajectory event, and closes it."""
     count = 0
     for _, event, _ in moments:
         count += type(event).__name__ in _TRAJECTORY
@@ -274,7 +272,7 @@ def _killed(program: Program, folder: pathlib.Path, cut: Cut) -> Session:
 
 
 def delivered_exit() -> int | None:
-    """The exit code with which the next session of this process would end it, as a signal asked; it is cleared."""
+    """Returns the exit code with which the next session would end this process after a signal, and clears it."""
     state, step = _nothing_to_do()
     try:
         fx.steps(state, step, [torch.zeros(1)], steps=0).close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -291,7 +289,7 @@ def _nothing_to_do() -> tuple[fx.TrainState, Any]:
 
 @contextlib.contextmanager
 def _bounded(program: Program) -> Iterator[None]:
-    """Raises ``HungError`` in here after a while, and again each second in case it is caught."""
+    """Raises ``HungError`` inside the block after a time limit, and again every second in case it is caught."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -317,5 +315,5 @@ def _difference(state: fx.TrainState, before: fx.TrainState) -> str:
 
 
 def is_injected(error: BaseException | None) -> bool:
-    """Whether an error is one that a cut raises."""
+    """Returns whether the error was raised by a cut."""
     return isinstance(error, InjectedError | KeyboardInterrupt)

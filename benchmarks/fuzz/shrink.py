@@ -1,4 +1,4 @@
-"""Shrink: the simplest program that still fails in the same way, found by trying one simplification after another."""
+"""Shrinks a failing program to the simplest one with the same failure, one simplification at a time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from benchmarks.fuzz.program import Ask, Cut, Program
 
 _SMALLER_FIRST = ("cuts", "asks", "traced_asks", "callbacks", "counted", "writers", "bad")
-_NUMBERS = ("epochs", "steps", "batches", "eval_batches", "rows", "keep")  # which shrink to 1
+_NUMBERS = ("epochs", "steps", "batches", "eval_batches", "rows", "keep")  # their minimum is 1
 
 
 def shrink(program: Program, fails: Callable[[Program], bool], *, seconds: float = 60.0) -> Program:
-    """The smallest program found that ``fails`` too, within a time.
+    """Returns the smallest program found within a time limit for which ``fails`` is true.
 
     Args:
-        program: One that fails.
-        fails: Runs a program.
-        seconds: For all tries together.
+        program: A failing program.
+        fails: Runs a program and returns whether it fails in the same way.
+        seconds: The time limit.
     """
     end = time.monotonic() + seconds
     tried = {program}
@@ -39,7 +39,7 @@ def shrink(program: Program, fails: Callable[[Program], bool], *, seconds: float
 
 
 def _simpler(program: Program) -> Iterator[Program]:
-    """Programs that are one thing simpler, the boldest first."""
+    """Yields programs with one simplification, the largest simplifications first."""
     defaults = {field.name: field.default for field in dataclasses.fields(Program)}
     others = [name for name in defaults if name not in (*_SMALLER_FIRST, *_NUMBERS, "seed")]
     names = (*_SMALLER_FIRST, *others)

@@ -1,4 +1,4 @@
-"""Data of all kinds over the same values, each a fresh source that calls ``read`` before every batch or row."""
+"""Data sources of every kind over the same values. They call ``read`` before every batch or row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Read = Callable[[], None]
 
 
 def rows_of(program: Program) -> tuple[Tensor, Tensor]:
-    """All rows of an epoch: x [n, 3] and y [n, 1]. Those of a bad batch hold a NaN."""
+    """Returns all rows of an epoch: x [n, 3] and y [n, 1], float32. Rows of bad batches are NaN."""
     count = program.batches * program.rows - (program.short and program.rows > 1)
     place = torch.arange(count * FEATURES, dtype=torch.float32).reshape(count, FEATURES)
     x = torch.sin(place * 1.7 + program.seed % 1000)
@@ -29,13 +29,13 @@ def rows_of(program: Program) -> tuple[Tensor, Tensor]:
 
 
 def source(program: Program, read: Read) -> Any:
-    """The data of a run, as ``fit`` takes it."""
+    """Returns the training data of a program."""
     x, y = rows_of(program)
     return KINDS[program.source](program, {"x": x, "y": y}, read)
 
 
 def eval_source(program: Program, read: Read) -> Any:
-    """The data of an evaluation."""
+    """Returns the evaluation data of a program."""
     x, y = rows_of(program.replace(bad=(), batches=program.eval_batches))
     batches = _batches({"x": x, "y": y}, program.rows)
     if not program.eval_unknown:
@@ -50,7 +50,7 @@ def eval_source(program: Program, read: Read) -> Any:
 
 
 class _Rows(Dataset[Any]):
-    """Rows with noise of the dataset's own."""
+    """A map-style dataset that adds random noise to its rows."""
 
     def __init__(self, arrays: dict[str, Tensor], read: Read) -> None:
         self._arrays, self._read = arrays, read
@@ -64,7 +64,7 @@ class _Rows(Dataset[Any]):
 
 
 class _Lines(IterableDataset[Any]):
-    """The same rows in order, one at a time."""
+    """An iterable-style dataset over the same rows."""
 
     def __init__(self, rows: _Rows) -> None:
         self._rows = rows
@@ -74,7 +74,7 @@ class _Lines(IterableDataset[Any]):
 
 
 class _Iterable:
-    """An iterable that can be read again."""
+    """A re-iterable source of batches."""
 
     def __init__(self, batches: list[Any], read: Read) -> None:
         self._batches, self._read = batches, read
@@ -86,7 +86,7 @@ class _Iterable:
 
 
 class _Foreign:
-    """Batches by position, of a class that fxtrain does not know."""
+    """A duck-typed source of batches by position."""
 
     def __init__(self, batches: list[Any], read: Read) -> None:
         self._batches, self._read, self.epoch_length = batches, read, len(batches)
@@ -102,7 +102,7 @@ class _Foreign:
 
 
 class _Stateful:
-    """A loader that keeps its own position."""
+    """A loader that saves and restores its own position."""
 
     def __init__(self, batches: list[Any], read: Read) -> None:
         self._batches, self._read = batches, read
@@ -196,4 +196,4 @@ KINDS: dict[str, Callable[[Program, dict[str, Tensor], Read], Any]] = {
     "stateful": lambda program, arrays, read: _Stateful(_batches(arrays, program.rows), read),
     "torchdata": _torchdata,
 }
-"""By name; a list is read without a call of ``read``."""
+"""Sources by name. The source ``"list"`` never calls ``read``."""
