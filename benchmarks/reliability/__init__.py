@@ -1,1 +1,1 @@
-"""Reliability: what becomes of checkpoints when processes are killed, disks fill up and bits flip, system by system."""
+"""Tests checkpointing systems under killed processes, failing disks, power cuts and damaged files."""

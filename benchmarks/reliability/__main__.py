@@ -1,4 +1,4 @@
-"""``python -m benchmarks.reliability``: the table of what was tried, detected and lost, system by system."""
+"""Prints a table of trials, detected faults and losses for each checkpointing system."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MODULE = "benchmarks.reliability"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A promise, and the function that tries it."""
+    """A guarantee, and the function that tests it."""
 
     title: str
-    function: str  # module:name, imported in the process that runs with the shim
+    function: str  # module:name, imported only in the process with the shim
     ours_only: bool = False
 
 
@@ -46,7 +46,7 @@ ROWS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Parses, runs under the shim, prints."""
+    """Runs the chosen rows under the shim, and prints the table."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="separated by commas")
     parser.add_argument("--rows", default=",".join(ROWS), help="separated by commas")
@@ -104,4 +104,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the threads that rivals leave behind are not waited for
+    os._exit(code)  # other systems leave threads running, which a normal exit would wait for

@@ -1,4 +1,4 @@
-"""R8: what a run does to its tensors right after ``save`` returned never reaches the file."""
+"""R8: changes to tensors after ``save`` has returned do not reach the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.reliability import children, shim
 from benchmarks.reliability.systems import System, Values, values_of, zeros_like
 from benchmarks.reliability.table import Cell
 
-_KILOBYTES = 2048  # long enough to write for a change to come in its middle
+_KILOBYTES = 2048  # large enough that the change happens during the write
 _TIMES = 3
 
 
 def aliasing(system: type[System]) -> Cell:
-    """Each leaf of each save is one trial."""
+    """Changes the tensors after several saves. Each leaf of each save is one trial."""
     cell = Cell()
     for change in ("in place", "freed"):
         for index in range(_TIMES):
@@ -40,7 +40,10 @@ def _trial(system: type[System], change: str, index: int) -> dict[str, bool]:
 
 
 def _change(values: Values, change: str) -> None:
-    """As an optimizer does that works in place; or a donation, after which the memory is another tensor's."""
+    """Overwrites the values as an in-place optimizer does, or frees them as a donating step does.
+
+    New tensors may reuse the freed memory.
+    """
     for name in list(values):
         if change == "in place":
             values[name].zero_()

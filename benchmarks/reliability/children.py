@@ -1,4 +1,7 @@
-"""Children: forked from a parent that has imported everything and runs no thread, so that each costs milliseconds."""
+"""Forked child processes. A child starts in milliseconds, because the parent has imported everything.
+
+The parent must not have threads, because they would not exist in the child.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Tell = Callable[[Any], None]
-_PATIENCE = 300.0  # seconds, after which a child hangs
+_PATIENCE = 300.0  # seconds after which a child counts as hung
 
 
 class Outcome(NamedTuple):
-    """How a child ended."""
+    """The result of a child process."""
 
-    told: list[Any]  # what it told before
+    told: list[Any]  # the messages sent by the child
     killed: bool
-    error: str  # its traceback, or ""
+    error: str  # the traceback of the child, or an empty string
 
 
 def in_child(work: Callable[[Tell], None], *, kill_after: float | None = None) -> Outcome:
-    """Runs ``work`` in a forked child, and kills it with SIGKILL after so many seconds.
+    """Runs ``work`` in a forked child.
 
     Args:
-        work: Its argument takes anything that is JSON, and has it here at once, whatever becomes of the child.
+        work: Called with a function that sends a JSON value to the parent. Values sent before a kill are received.
+        kill_after: The number of seconds after which the child is killed with SIGKILL. None kills only a hung child.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -52,7 +56,11 @@ def in_child(work: Callable[[Tell], None], *, kill_after: float | None = None) -
 
 
 def answer(work: Callable[[], Any]) -> Any:
-    """What ``work`` returns (JSON) in a child. Its error is raised here."""
+    """Runs ``work`` in a child, and returns its result, a JSON value.
+
+    Raises:
+        RuntimeError: If ``work`` raised an exception. The message contains the traceback.
+    """
     outcome = in_child(lambda tell: tell(work()))
     if outcome.error or not outcome.told:
         raise RuntimeError(f"A child failed:\n{outcome.error or outcome}")
@@ -65,19 +73,19 @@ def _live(work: Callable[[Tell], None], pipe: int) -> None:
         while line:
             line = line[os.write(pipe, line) :]
 
-    # Systems print what they meet, which is what is tried here; errors are told.
+    # Systems print the injected faults to stderr. Tracebacks are sent through the pipe instead.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         work(lambda message: write("told", message))
     except BaseException:
         write("error", traceback.format_exc())
         os._exit(1)
-    # No exit handlers: those of the parent are not the child's to run.
+    # Skip the exit handlers, because they belong to the parent.
     os._exit(0)
 
 
 def _read(pipe: int, child: int, kill_after: float | None) -> bytes:
-    """All that comes until the child's end of the pipe is closed."""
+    """Reads the pipe until the child closes it, and kills the child at its deadline."""
     content = b""
     end = time.monotonic() + (_PATIENCE if kill_after is None else kill_after)
     while True:

@@ -1,4 +1,4 @@
-"""R3: SIGKILL before each file-system call of saving and deleting, and what there is afterwards."""
+"""R3: committed checkpoints survive a SIGKILL before any file-system call of a save or deletion."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.reliability import children, shim
 from benchmarks.reliability.systems import Save, System, Values, clear, same, values_of, zeros_like
 from benchmarks.reliability.table import Cell
 
-# The best is the second, so that all newer ones are worse. A run that goes back saves a smaller step, and one that is
-# resumed may save a step anew.
+# The second save is the best, so all newer ones are worse. A rewound run saves smaller steps, and a resumed run may
+# save a step again.
 FORWARD = tuple(Save(step, loss) for step, loss in enumerate((0.5, 0.1, 0.6, 0.7, 0.8, 0.4, 0.9), start=1))
 WITH_RETURNS = (
     Save(10, 0.5),
@@ -29,7 +29,7 @@ WITH_RETURNS = (
 
 
 class Variant(NamedTuple):
-    """One policy, and whether each save is waited for."""
+    """A retention policy, and whether to wait for each save."""
 
     best: bool
     waits: bool
@@ -39,25 +39,25 @@ class Variant(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a new session sees."""
+    """The checkpoints found by a new session."""
 
-    listed: dict[Any, int | None]  # by name: which save was restored, to the bit; None where that failed
-    problems: list[str]  # the errors and warnings
+    listed: dict[Any, int | None]  # by name, the index of the save with bit-identical values, None if there is none
+    problems: list[str]  # errors and warnings
     latest: Any
 
 
 def variants(system: type[System]) -> list[Variant]:
-    """Those that differ for a system: one that writes in the call itself has nothing to wait for."""
+    """Returns the variants that differ for a system. Waiting makes no difference for synchronous saves."""
     both = [Variant(best=False, waits=True), Variant(best=True, waits=True)]
     return [*both, Variant(best=True, waits=False)] if system.goes_back else both
 
 
 def crash_points(system: type[System], *, every: int = 1) -> Cell:
-    """Kills a scenario at every ``every``-th of its calls, in each variant."""
+    """Kills a scenario before every ``every``-th file-system call, in each variant."""
     cell = Cell()
     saves = WITH_RETURNS if system.goes_back else FORWARD
     for index in range(len(saves) + 1):
-        values(index)  # made here once, for all children
+        values(index)  # fills the cache before the children are forked
     for variant in variants(system):
         with shim.scratch() as parent:
             folder = pathlib.Path(parent) / "run"
@@ -77,7 +77,7 @@ def scenario(
     kill_at: int,
     tell: Callable[[Any], None],
 ) -> None:
-    """Saves one after another, and tells the number of those that are committed."""
+    """Makes the saves in order, and sends the number of committed saves after each."""
     shim.arm(folder, kill_at=kill_at)
     session = system(folder, best=variant.best)
     committed = 0
@@ -113,7 +113,7 @@ def _problems(
     saves: Sequence[Save],
     outcome: children.Outcome,
 ) -> list[str]:
-    """What is wrong in the folder of a run that ended so."""
+    """Returns the problems of a folder after a scenario with this outcome."""
     if outcome.error:
         return [f"the scenario itself failed: {outcome.error.splitlines()[-1]}"]
     committed = max(outcome.told, default=0)
@@ -136,7 +136,7 @@ def _check(
     session = system(folder, best=variant.best)
     found = look(session, range(len(saves)))
     problems = judge(session, saves, committed, found)
-    # The run goes on: the next save works, and cleans up.
+    # One more save must succeed and remove leftover files.
     following = Save(max(save.step for save in saves) + 1, 1.0)
     session.save(following.step, values(len(saves)), following.loss)
     session.wait()
@@ -152,12 +152,12 @@ def _check(
 
 
 def look(session: System, indices: Iterable[int]) -> Found:
-    """Restores everything that a session lists."""
+    """Restores every checkpoint listed by a session."""
     listed: dict[Any, int | None] = {}
     problems = []
     latest = None
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # to set aside a checkpoint is a loss here
+        warnings.simplefilter("error", UserWarning)  # a checkpoint set aside counts as a loss
         try:
             names = session.listed()
             latest = session.latest()
@@ -177,7 +177,7 @@ def look(session: System, indices: Iterable[int]) -> Found:
 
 
 def judge(session: System, saves: Sequence[Save], committed: int, found: Found) -> list[str]:
-    """What contradicts that the first ``committed`` saves are committed, and perhaps more."""
+    """Returns contradictions to the expectation that at least the first ``committed`` saves are committed."""
     problems = list(found.problems)
     there = {index for index in found.listed.values() if index is not None}
     if not any(session.kept(saves[:count]) <= there for count in range(committed, len(saves) + 1)):
@@ -196,7 +196,7 @@ def judge(session: System, saves: Sequence[Save], committed: int, found: Found) 
 
 @functools.cache
 def values(index: int) -> Values:
-    """``values_of``, made once."""
+    """Returns the cached values of a save."""
     return values_of(index)
 
 

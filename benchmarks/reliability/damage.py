@@ -1,4 +1,4 @@
-"""R5 and R6: checkpoints that a disk, or somebody, has changed. Never silent, and never a fresh start."""
+"""R5 and R6: damaged checkpoints are detected, and never cause a silent fresh start."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.reliability.table import Cell
 OLDER, NEWEST = 1, 2
 _PAGE = 4096
 Damage = Callable[[pathlib.Path], None]
-Damages = Callable[[pathlib.Path], Iterator[tuple[str, Damage]]]  # from the newest checkpoint of a folder
+Damages = Callable[[pathlib.Path], Iterator[tuple[str, Damage]]]  # takes the newest checkpoint, yields named damages
 
 
 def flips(system: type[System], *, flips: int = 150, seed: int = 0) -> Cell:
-    """One flipped bit, anywhere in the newest checkpoint, each in a fresh copy."""
+    """Flips one random bit of the newest checkpoint per trial, each in a fresh copy."""
     generator = random.Random(seed)
 
     def damages(newest: pathlib.Path) -> Iterator[tuple[str, Damage]]:
@@ -37,8 +37,10 @@ def flips(system: type[System], *, flips: int = 150, seed: int = 0) -> Cell:
 
 
 def damages(system: type[System]) -> Cell:
-    """Every file cut in half, emptied, missing, with a page of zeros, with bytes appended; the folder emptied. And for
-    fxtrain, all of its checkpoints at once."""
+    """Damages every file in several ways: halved, truncated to zero, missing, a page zeroed, and bytes appended.
+
+    Also empties the checkpoint, and for fxtrain damages all checkpoints together.
+    """
 
     def each(newest: pathlib.Path) -> Iterator[tuple[str, Damage]]:
         for file in _files(newest):
@@ -81,7 +83,8 @@ def _trials(system: type[System], damages: Damages) -> list[tuple[str, list[str]
             if not result["detected"] and not result["harmless"]:
                 problems = [*problems, "silent, and the values are others"]
             elif not result["detected"] and system is Fxtrain:
-                problems = [*problems, "silent"]  # though the values are right: no byte is to change unseen
+                # The values are right, but fxtrain must detect any changed byte.
+                problems = [*problems, "silent"]
             trials.append((what, problems, result["detected"]))
     return trials
 
@@ -97,7 +100,7 @@ def _make(system: type[System], folder: pathlib.Path) -> pathlib.Path:
 
 
 def _read(system: type[System], folder: pathlib.Path, newest: str) -> dict[str, Any]:
-    """What a new session makes of it: whether it says that something is wrong, or nothing is."""
+    """Restores in a new session, and returns whether the damage was detected or harmless."""
     if system is Fxtrain:
         return _read_ours(folder, newest)
     try:
@@ -112,7 +115,10 @@ def _read(system: type[System], folder: pathlib.Path, newest: str) -> dict[str, 
 
 
 def _read_ours(folder: pathlib.Path, newest: str) -> dict[str, Any]:
-    """By its path it is an error; by the run's checkpointer it is set aside, and the older one restored."""
+    """Restores a damaged fxtrain checkpoint by its path, and through the run's checkpointer.
+
+    By path it must raise CheckpointError. The checkpointer must set it aside and restore the older one.
+    """
     problems = []
     like = state_of(zeros_like(_values(NEWEST)), 0)
     try:
@@ -138,7 +144,7 @@ def _read_ours(folder: pathlib.Path, newest: str) -> dict[str, Any]:
 
 
 def _all_damaged(change: Damage) -> list[str]:
-    """An error, again at the next time, and nothing is moved."""
+    """Damages all checkpoints. Every restore must fail, and no file may be moved."""
     with shim.scratch() as parent:
         folder = pathlib.Path(parent) / "run"
         _make(Fxtrain, folder)
@@ -153,7 +159,7 @@ def _all_damaged(change: Damage) -> list[str]:
 
 
 def _all_set_aside() -> list[str]:
-    """The newest is damaged and set aside; then the older one goes as well."""
+    """Damages the newest checkpoint, which is set aside, then deletes the older one."""
     with shim.scratch() as parent, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = pathlib.Path(parent) / "run"
@@ -166,11 +172,11 @@ def _all_set_aside() -> list[str]:
 
 
 def _goes_on(folder: pathlib.Path) -> list[str]:
-    """What begins anew where nothing can be restored, at the first attempt or the second."""
+    """Returns the attempts that succeed or fail with another error although no checkpoint can be restored."""
     tx = fx.optim.sgd(0.1)
     like = zeros_like(_values(NEWEST))
     state = state_of(like, 0).replace(opt_state=tx.init(like))
-    step = fx.train_step(lambda model, batch: model(batch), tx)  # never taken
+    step = fx.train_step(lambda model, batch: model(batch), tx)  # never called
     attempts: dict[str, Callable[[], Any]] = {
         "restore": lambda: fx.checkpointer(folder).restore(state),
         "fit": lambda: fx.fit(state, step, [1], steps=1, checkpointer=fx.checkpointer(folder), resume=True),

@@ -1,6 +1,6 @@
-"""R9: a disk that is full, read-only, broken or gone in the middle of a run.
+"""R9: disk faults during a run raise an immediate error that names the folder, and lose no committed checkpoint.
 
-It is said, at once and by name; nothing that was committed is lost; and the run goes on where the disk does.
+The disk is full, read-only, broken or gone. The run continues once the disk recovers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo  # the first gradient imports it, once for all children
+import torch._dynamo  # imported before forking, because the first gradient would import it in every child
 
 import fxtrain as fx
 from benchmarks.reliability import children, shim
@@ -31,9 +31,9 @@ FAULTS = {
 
 
 def disks(system: type[System], *, every: int = 1) -> Cell:
-    """Each fault from each call of the second save on, and a folder that is moved away."""
+    """Injects each fault from each call of the second save on, and moves the folder away."""
     cell = Cell(detected=0)
-    every = max(every // 5, 1)  # one save has few calls
+    every = max(every // 5, 1)  # a single save has few calls
     for index in range(5):
         values(index)
     calls = children.answer(functools.partial(_in_folder, functools.partial(_counted, system)))
@@ -84,7 +84,7 @@ def _faulty(system: type[System], what: str, call: int, folder: pathlib.Path) ->
         session.save(2, values(2))
     named = None
     with _collected(said):
-        named = session.latest()  # the next thing that is asked
+        named = session.latest()  # the first call after the failed save
     first = bool(said)
     with _collected(said):
         session.wait()
@@ -93,7 +93,7 @@ def _faulty(system: type[System], what: str, call: int, folder: pathlib.Path) ->
 
 
 def _gone(system: type[System], what: str, folder: pathlib.Path) -> dict[str, Any]:
-    """The folder is away; or in its place is an empty one, as where something was mounted."""
+    """Moves the folder away, and leaves an empty one in its place if ``what`` is "unmounted"."""
     session = _one_save(system, folder)
     away = folder.with_name("away")
     folder.rename(away)
@@ -110,7 +110,7 @@ def _gone(system: type[System], what: str, folder: pathlib.Path) -> dict[str, An
         session.wait()
     written = [path.name for path in folder.iterdir()] if folder.exists() else []
     clear(folder)
-    away.rename(folder)  # it comes back
+    away.rename(folder)
     result = _judged(system, folder, session, said, named=named, surfaced_at_once=first)
     if written:
         result["problems"].append(f"{', '.join(written)} was written where the folder is no more")
@@ -120,12 +120,12 @@ def _gone(system: type[System], what: str, folder: pathlib.Path) -> dict[str, An
 def _judged(
     system: type[System], folder: pathlib.Path, session: System, said: list[str], *, named: Any, surfaced_at_once: bool
 ) -> dict[str, Any]:
-    """The disk is well again."""
+    """Checks the folder and further saves after the disk has recovered."""
     problems = []
     ours = system is Fxtrain
     if ours and said and not any(str(folder) in text for text in said):
         problems.append(f"the error does not name the folder: {said[0]}")
-    found = look(system(folder), range(5))  # what a restarted run would see
+    found = look(system(folder), range(5))  # as a restarted run
     problems += found.problems
     there = set(found.listed.values())
     if not there & {1, 2}:
@@ -136,7 +136,7 @@ def _judged(
         problems.append("it was said only by wait()")
     if named == 2 and 2 not in there:
         problems.append("the latest was named before it was committed")
-    # The run goes on in the same session.
+    # The run continues in the same session.
     try:
         session.save(3, values(3))
         session.wait()
@@ -156,7 +156,7 @@ def _judged(
 
 
 class _collected(contextlib.AbstractContextManager):  # noqa: N801
-    """Errors of the block go to a list."""
+    """Suppresses exceptions of the block, and appends their messages to a list."""
 
     def __init__(self, said: list[str]) -> None:
         self._said = said
@@ -168,7 +168,7 @@ class _collected(contextlib.AbstractContextManager):  # noqa: N801
 
 
 def _in_a_run(what: str, on_error: str, folder: pathlib.Path) -> list[str]:
-    """A training run whose disk fails at its second save of six, and which is resumed when the disk is well."""
+    """Runs a training whose disk fails at the second of six saves, and resumes it once the disk has recovered."""
     code, kinds = FAULTS[what]
     problems = []
     tx = fx.optim.adam(0.1)
@@ -182,7 +182,7 @@ def _in_a_run(what: str, on_error: str, folder: pathlib.Path) -> list[str]:
         if isinstance(event, fx.Saved):
             told.append(event.step)
         elif event.step == 3:
-            failing.wait()  # for the save of step 2, so that the fault meets none but the next
+            failing.wait()  # commits the save of step 2, so that only later saves fail
             shim.arm(folder, fail_from=1, errno=code, kinds=kinds)
 
     def run(checkpointer: Any, *, observers: Any = ()) -> Any:

@@ -1,7 +1,7 @@
-"""R1 and R2: a run that is cut and resumed in a new process is the uninterrupted run, to the bit.
+"""R1 and R2: an interrupted run, resumed in a new process, is bit-identical to the uninterrupted run.
 
-Compared are all trajectory events, with their metrics, what was asked and logged, and a checksum of every leaf of the
-state after each; and the last checkpoint.
+The comparison covers the last checkpoint and all trajectory events, with their metrics, requests, logs and a checksum
+of every leaf of the state.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from benchmarks.reliability.exact_run import STEPS
 from benchmarks.reliability.table import Cell
 from fxtrain.checkpoint._manifest import read_manifest
 
-Run = tuple[list[str], dict[str, str]]  # a line for each event; the checksums of the last checkpoint by path
+Run = tuple[list[str], dict[str, str]]  # one line per event, and the checksums of the last checkpoint by path
 
 
 class Exactness:
-    """Cuts of one run.
+    """Compares interruptions of a run with the uninterrupted run.
 
     Args:
-        folder: For checkpoints and records.
-        data: What the run reads from; see ``exact_run.data``.
-        compiled: Whether its steps are compiled.
+        folder: The folder for checkpoints and records.
+        data: The data source, a kind of ``exact_run.data``.
+        compiled: Whether the steps are compiled.
     """
 
     def __init__(self, folder: pathlib.Path, *, data: str = "arrays", compiled: bool = False) -> None:
@@ -37,11 +37,14 @@ class Exactness:
         self.lines, self.last = self._run(self._whole, data)
 
     def resumed(self, steps: Iterable[int], data: str) -> list[str]:
-        """What differs when a new process goes on after each of these steps: one line for each that does."""
+        """Resumes in a new process after each of these steps, and returns one line per step with a difference."""
         return [problem for step in steps if (problem := self._resumed(step, data)) is not None]
 
     def interrupted(self, kinds: Iterable[str], data: str) -> list[str]:
-        """What differs when a signal comes right after an event of each of these kinds, in the middle of the run."""
+        """Sends a signal after an event of each of these kinds, in the middle of the run, and resumes.
+
+        Returns one line per kind with a difference.
+        """
         problems: list[str] = []
         for kind in kinds:
             places = [index for index, line in enumerate(self.lines) if _event(line) == kind]
@@ -49,7 +52,7 @@ class Exactness:
             folder = self._folder / f"interrupted-{at}"
             before, _ = self._run(folder, data, "--stop-at", str(at), wanted_code=143)
             lines, last = self._run(folder, data)
-            # An evaluation that is cut short is told again from its beginning; nothing else is told twice.
+            # An interrupted evaluation is repeated from its beginning. No other event is repeated.
             cut_short = sum(_event(line).startswith("Eval") for line in set(before) & set(lines))
             told = before[: len(before) - cut_short] + lines
             if told != self.lines or last != self.last:
@@ -70,7 +73,7 @@ class Exactness:
         return f"resumed after step {step}: {_difference(lines, wanted)}"
 
     def _after(self, step: int) -> list[str]:
-        """The events after all that was due at a step."""
+        """Returns the events after a step and after everything due at that step."""
         end = next(
             i for i, line in enumerate(self.lines) if _event(line) == "StepEnd" and json.loads(line)["step"] == step
         )
@@ -91,7 +94,7 @@ class Exactness:
 
 
 def exact(every: int) -> Cell:
-    """R1: eager and compiled, cut after every so many steps, and inside all that can be due."""
+    """R1: interrupts eager and compiled runs after every ``every`` steps, and at every kind of trajectory event."""
     cell = Cell()
     for compiled in (False, True):
         with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +107,7 @@ def exact(every: int) -> Cell:
 
 
 def exact_data(every: int) -> Cell:
-    """R2: the same when batches are read ahead, or by another number of workers."""
+    """R2: interrupts runs with prefetched data, and resumes them with or without prefetching or workers."""
     cell = Cell()
     pairs = [("arrays", "prefetch"), ("prefetch", "arrays"), ("workers=0", "workers=0"), ("workers=2", "workers=2")]
     pairs += [("workers=0", "workers=2"), ("workers=2", "prefetch workers=0")]
@@ -117,7 +120,7 @@ def exact_data(every: int) -> Cell:
 
 
 def all_steps(every: int) -> list[int]:
-    """Cuts over the whole run."""
+    """Returns the steps to interrupt at, over the whole run."""
     return list(range(every, STEPS + 1, every))
 
 

@@ -1,8 +1,8 @@
-"""A training run with everything that has memory, in a process of its own, which writes down all that happens.
+"""A training run with every kind of state, run in a separate process, that records its events.
 
-`python -m benchmarks.reliability.exact_run FOLDER RECORD [options]` resumes from the checkpoints in FOLDER, or begins
-anew, and appends one line of JSON for each trajectory event to RECORD: every field but the clock's, what was asked and
-logged, and a checksum of each leaf of the state, in full precision.
+`python -m benchmarks.reliability.exact_run FOLDER RECORD [options]` resumes from the checkpoints in FOLDER, or starts
+fresh if there are none. It appends one JSON line per trajectory event to RECORD: all fields except times, requests,
+logs, and a checksum of each leaf of the state, in full precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLOCK = ("time", "previous_time", "data_wait")
 
 
 class Samples(Dataset[Any]):
-    """As rows of a table, with noise that the data code itself draws."""
+    """A dataset of rows with random noise added at each read."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ class Samples(Dataset[Any]):
 
 
 def data(kind: str) -> Any:
-    """Seven batches of eight an epoch, shuffled."""
+    """Returns shuffled data with seven batches of eight rows per epoch."""
     samples = Samples()
     arrays = {"x": samples.x, "y": samples.y}
     match kind:
@@ -66,7 +66,7 @@ def loss_fn(model: Any, batch: Any) -> Any:
 
 
 def average(decay: float = 0.9) -> Any:
-    """An exponential moving average of the parameters, in the graph."""
+    """Returns a traced callback with an exponential moving average of the parameters."""
 
     def update(state: fx.TrainState, event: fx.Updated, memory: Any) -> Any:
         return fx.tree.map(lambda old, new: decay * old + (1 - decay) * new, memory, state.params), fx.Control()
@@ -75,14 +75,14 @@ def average(decay: float = 0.9) -> Any:
 
 
 class PlateauState(NamedTuple):
-    """What the plateau rule remembers."""
+    """State of the callback ``plateau``."""
 
-    best: Tensor  # float32 []
-    waited: Tensor  # int64 []: evaluations without improvement
+    best: Tensor  # float32 []: the lowest evaluation loss
+    waited: Tensor  # int64 []: the number of evaluations without improvement
 
 
 def plateau(patience: int = 1, factor: float = 0.5) -> Any:
-    """Lowers the learning rate when the evaluation loss stands still."""
+    """Returns a callback that lowers the learning rate when the evaluation loss stops improving."""
 
     def init(state: fx.TrainState) -> PlateauState:
         return PlateauState(torch.tensor(float("inf")), torch.tensor(0))
@@ -104,7 +104,7 @@ def plateau(patience: int = 1, factor: float = 0.5) -> Any:
 
 
 class Recorder:
-    """Writes each event down, and sends this process a signal after a given one."""
+    """Writes trajectory events to a file, and sends SIGTERM to this process after event ``stop_at``."""
 
     required = True
 
@@ -136,7 +136,7 @@ def _told(state: fx.TrainState, event: Any, control: fx.Control) -> dict[str, An
 
 
 def _plain(value: Any) -> Any:
-    """Floats by their bits, tensors by a checksum of their bytes."""
+    """Converts a value to JSON, with floats as hexadecimal text and tensors as checksums of their bytes."""
     if isinstance(value, Tensor):
         return zlib.crc32(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if isinstance(value, float):

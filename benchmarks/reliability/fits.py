@@ -1,4 +1,4 @@
-"""R7 and R13: a target that does not fit is refused, and every kind of leaf and key that does comes back to the bit."""
+"""R7 and R13: mismatched restore targets are rejected, and every kind of leaf and key is restored bit-identically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.reliability.systems import System, Values, same, zeros_like
 from benchmarks.reliability.table import Cell
 
 _SAVED: Values = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64)}
-# What is wanted instead, and the paths that an error is to name.
+# Mismatched restore targets, and the paths that the error must name.
 _MISFITS: dict[str, tuple[Values, tuple[str, ...]]] = {
     "another dtype": ({**_SAVED, "a": torch.zeros(2, 3, dtype=torch.float64)}, ("a",)),
     "a narrower dtype": ({**_SAVED, "b": torch.zeros(4, dtype=torch.int32)}, ("b",)),
@@ -26,7 +26,7 @@ _MISFITS: dict[str, tuple[Values, tuple[str, ...]]] = {
 
 
 def misfits(system: type[System]) -> Cell:
-    """Restores into what was not saved. torch.load and safetensors take no target, so they have no trial."""
+    """Restores into mismatched targets. torch.load and safetensors take no target, so they have no trials."""
     cell = Cell(detected=0)
     for what, (like, paths) in _MISFITS.items() if system.has_target else ():
         said = children.answer(functools.partial(_restored_into, system, like))
@@ -39,7 +39,7 @@ def misfits(system: type[System]) -> Cell:
 
 
 def kinds(system: type[System]) -> Cell:
-    """One save for each kind, so that one that is refused does not hide another."""
+    """Saves and restores each kind of leaf and key separately, so that one error does not hide another."""
     cell = Cell()
     for what, values in _kinds().items():
         cell.add(children.answer(functools.partial(_returned, system, values)), at=what)

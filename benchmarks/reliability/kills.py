@@ -1,4 +1,4 @@
-"""R4: a training run that is killed at any moment and restarted, until it finishes, ends as if nothing had happened."""
+"""R4: a training run killed at random times and restarted until it finishes ends in the uninterrupted run's state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo  # the first gradient imports it, which would be most of a child's life
+import torch._dynamo  # imported before forking, because the first gradient would import it in every child
 from torch import Tensor, nn
 
 import fxtrain as fx
@@ -23,13 +23,13 @@ STEPS = 60
 
 
 def train(folder: pathlib.Path, tell: Callable[[Any], None]) -> None:
-    """A run of everything that remembers: dropout, shuffling, momentum, averages, patience, the best weights.
+    """Trains with every kind of state: dropout, shuffling, momentum, averages, patience and the best weights.
 
-    It tells the digest of where it ended, leaf by leaf.
+    Sends the digests of the leaves of the final states.
     """
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
-    torch.seed()  # what a restarted process has; nothing may depend on it
+    torch.seed()  # a restarted process has another seed, and the result must not depend on it
     x = torch.linspace(-2, 2, 56 * 4).reshape(4, 56).T.contiguous()
     data = {"x": x, "y": x.sum(1, keepdim=True).sin()}
     tx = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(fx.schedules.cosine(3e-2, STEPS)))
@@ -58,7 +58,7 @@ def train(folder: pathlib.Path, tell: Callable[[Any], None]) -> None:
 
 
 def kills(count: int, *, seed: int = 0) -> Cell:
-    """Kills runs until ``count`` kills are done, and compares where each of them ended."""
+    """Kills and restarts runs until ``count`` kills are done, and compares their final states."""
     random_delays = random.Random(seed)
     cell = Cell()
     with shim.scratch() as parent:
@@ -71,7 +71,7 @@ def kills(count: int, *, seed: int = 0) -> Cell:
             folder = pathlib.Path(parent) / str(run)
             killed = 0
             got: list[Any] | None = None
-            # Often enough for the last of them to come close to the end.
+            # Each run is restarted until it finishes, so kills happen at all stages of the run.
             while got is None:
                 delay = random_delays.uniform(0, duration) if done + killed < count else math.inf
                 outcome = children.in_child(

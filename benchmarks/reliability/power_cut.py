@@ -1,8 +1,8 @@
-"""R12: a power cut at every call of a scenario, after which only what was synced is left.
+"""R12: reported saves survive a power cut at any call, after which only synced content remains.
 
-The log of calls is replayed on a model of a disk. A file's content survives if it was synced after its last write, and
-a name if the folder that holds it was synced since. R11 asks whether anything may be lost in any order; this asks what
-a run would find in the worst one.
+The log of calls is replayed on a model of a disk. File content survives if the file was synced after its last write,
+and a name survives if its folder was synced after the name changed. R11 checks that nothing can be lost in any order of
+writes. R12 checks what a run would find after the worst order.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _CHECKPOINT = re.compile(r"([0-9]{8,})-.*step-[0-9]+")
 
 
 class Node:
-    """A file, or a folder with its names as they are and as they were synced."""
+    """A file, or a folder with its current names and its synced names."""
 
     def __init__(self) -> None:
         self.names: dict[str, Node] = {}
         self.synced: dict[str, Node] = {}
-        self.whole = False  # of a file: whether its content was synced after its last write
+        self.whole = False  # whether a file was synced after its last write
 
     def at(self, path: str) -> Node:
-        """The node of a path below this one."""
+        """Returns the node of a path below this one."""
         node = self
         for name in path.strip("/").split("/"):
             node = node.names[name] if name else node
         return node
 
     def sync(self) -> None:
-        """Brings the content, or the names, to the disk."""
+        """Makes the content or the names durable."""
         self.synced, self.whole = dict(self.names), True
 
     def survivors(self) -> set[int]:
-        """The sequence numbers of the whole checkpoints below this folder, after a power cut."""
+        """Returns the sequence numbers of the complete checkpoints below this folder after a power cut."""
         found: set[int] = set()
         for name, node in self.synced.items():
             if match := _CHECKPOINT.fullmatch(name):
@@ -53,11 +53,14 @@ class Node:
 
 
 def losses(calls: Sequence[Call], root: str) -> tuple[int, list[str]]:
-    """How many power cuts there are in a log, and those after which a save that was reported is gone.
+    """Cuts the power after every call of a log.
 
     Args:
         calls: The log, with a note ``committed`` after each save. The newest checkpoint is always kept.
-        root: The folder that was there before.
+        root: The folder that existed before.
+
+    Returns:
+        The number of power cuts, and one line per cut that loses a reported save.
     """
     disk, saves, problems = Node(), 0, list[str]()
     for index, call in enumerate(calls):
@@ -72,8 +75,7 @@ def losses(calls: Sequence[Call], root: str) -> tuple[int, list[str]]:
 
 
 def power_cuts(system: type[System]) -> Cell:
-    """Cuts the power at every call, where the saves themselves make the folder of the run and where another writer has
-    made it without a sync."""
+    """Cuts the power at every call, with a run folder made by the saves, or by another writer without a sync."""
     cell = Cell()
     for best in (False, True):
         for made_before in (False, True):
@@ -90,7 +92,7 @@ def _apply(disk: Node, call: Call) -> None:
     folder, _, name = call.path.rpartition("/")
     match call.name:
         case "mkdir":
-            with contextlib.suppress(KeyError):  # the log has calls that fail too, as that of a folder in no folder
+            with contextlib.suppress(KeyError):  # the log includes failed calls, such as mkdir without a parent folder
                 disk.at(folder).names.setdefault(name, Node())
         case "create" | "truncate" | "open":
             disk.at(folder).names.setdefault(name, Node())

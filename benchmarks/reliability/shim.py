@@ -1,4 +1,4 @@
-"""The shim between a process and its file system: built, loaded, armed, and its log read."""
+"""Builds and controls crash.c, a preloaded library that counts, fails, kills at and logs file-system calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SOURCE = pathlib.Path(__file__).with_name("crash.c")
 
 
 class Kind(enum.IntFlag):
-    """Kinds of calls, as crash.c has them."""
+    """Kinds of calls, with the values used in crash.c."""
 
     GROWS = 1
     NAMES = 2
@@ -26,7 +26,7 @@ class Kind(enum.IntFlag):
 
 
 class Call(NamedTuple):
-    """One call that changed something below the folder, or a note of the harness's own, whose text is the path.
+    """A logged call below the folder, or a note of the harness with its text as the path.
 
     Names: create, truncate, open, write, sync, mkdir, remove, rename, link, note.
     """
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 def run_under(module: str, arguments: Sequence[str]) -> int:
-    """Runs ``python -m module`` with the shim before it, and with no threads at its start, so that it can fork."""
+    """Runs ``python -m module`` with the shim preloaded, and without library threads, so that it can fork."""
     with tempfile.TemporaryDirectory() as folder:
         library = pathlib.Path(folder) / "crash.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, _SOURCE, "-ldl"], check=True)
@@ -47,15 +47,23 @@ def run_under(module: str, arguments: Sequence[str]) -> int:
 
 
 def loaded() -> bool:
-    """Whether this process runs with the shim."""
+    """Returns whether this process has loaded the shim."""
     return hasattr(ctypes.CDLL(None), "fault_arm")
 
 
 def arm(
     folder: pathlib.Path, *, kill_at: int = 0, fail_from: int = 0, errno: int = 0, kinds: int = 0, log: int = -1
 ) -> None:
-    """From now on, calls below ``folder`` are counted: number ``kill_at`` is SIGKILL, those of ``kinds`` from
-    ``fail_from`` on fail with ``errno``, and all that go through are written to the descriptor ``log``."""
+    """Starts counting calls below ``folder``.
+
+    Args:
+        folder: The folder to watch.
+        kill_at: The number of the call replaced by SIGKILL, 0 for none.
+        fail_from: The number of the first call that may fail, 0 for none.
+        errno: The error number of failing calls.
+        kinds: The kinds of calls that fail, as flags of ``Kind``.
+        log: A file descriptor to write calls to, -1 for none.
+    """
     ctypes.CDLL(None).fault_arm(
         os.path.realpath(folder).encode(),
         ctypes.c_long(kill_at),
@@ -67,36 +75,39 @@ def arm(
 
 
 def disarm() -> None:
-    """The file system is as usual again."""
+    """Stops counting and injecting faults."""
     ctypes.CDLL(None).fault_disarm()
 
 
 def count() -> int:
-    """How many calls there were since ``arm``."""
+    """Returns the number of calls since ``arm``."""
     function = ctypes.CDLL(None).fault_count
     function.restype = ctypes.c_long
     return int(function())
 
 
 def note(text: str) -> None:
-    """A line of the harness's own in the log."""
+    """Writes a note of the harness to the log."""
     ctypes.CDLL(None).fault_note(text.encode())
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder in memory where there is one. What the kernel has been told survives a killed process anywhere, and the
-    faults come from the shim: a disk would only take longer."""
+    """Returns a temporary folder, in shared memory if available.
+
+    A disk would only be slower, because written data survives a killed process on any file system and the shim injects
+    the faults.
+    """
     memory = pathlib.Path("/dev/shm")
     return tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
 
 
 @contextlib.contextmanager
 def log_file() -> Iterator[tuple[int, pathlib.Path]]:
-    """A file for ``arm``'s log, outside of every folder that is watched."""
+    """Yields the descriptor and path of a log file for ``arm``, outside of watched folders."""
     with tempfile.NamedTemporaryFile(prefix="calls-") as file:
         yield file.fileno(), pathlib.Path(file.name)
 
 
 def parse(log: str) -> list[Call]:
-    """The calls of a log."""
+    """Parses the calls of a log."""
     return [Call(*line.split("\t")) for line in log.splitlines()]

@@ -1,13 +1,12 @@
-"""R11: whether everything has reached the disk before anything older goes, as a function of the log of calls.
+"""R11: a save is synced before older files are removed, checked on the log of calls.
 
-A power cut may undo whatever was not synced, in any order. A file is dirty from its last write to its sync, and a
-folder from the last new name in it. Nothing may be dirty when
+A power cut may undo unsynced changes in any order. A file is dirty from its last write to its sync, and a folder from
+the last new name in it. The rules:
 
-- something is renamed: not what is in it, for it would come back under its name with holes;
-- something that an earlier save wrote is removed or renamed: not a thing in the folder;
-- a save is reported as committed: not a thing in the folder.
-
-And nothing that an earlier save wrote is written over in place.
+- Content is clean when it is renamed. Otherwise it could reappear under the new name with missing data.
+- The whole folder is clean when a file of an earlier save is removed or renamed.
+- The whole folder is clean when a save is reported as committed.
+- Files of an earlier save are never overwritten in place.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ BEGIN, COMMITTED = "begin", "committed"  # the notes around each save
 
 
 def unsynced(calls: Sequence[Call], counts: Callable[[str], bool] = lambda path: True) -> list[str]:
-    """What was not on the disk when it had to be: one line each.
+    """Returns one line per violation of the sync rules.
 
     Args:
         calls: The log of a scenario, with a note ``begin`` before each save and ``committed`` after it.
-        counts: Whether a path is part of a checkpoint. What is not may be dirty, and is nothing to lose.
+        counts: Returns whether a path is part of a checkpoint. Other paths may be dirty.
     """
     problems: list[str] = []
     dirty: set[str] = set()
-    born: dict[str, int] = {}  # paths of files and folders, and the save that made them
+    born: dict[str, int] = {}  # the save that created each file and folder
     save = 0
 
     def refuse(what: str, paths: set[str]) -> None:
         problems.extend(f"save {save}: {what}, and {os.path.basename(path)} is not synced" for path in sorted(paths))
-        dirty.difference_update(paths)  # once is enough
+        dirty.difference_update(paths)  # report each path once
 
     for call in calls:
         path = call.path
@@ -80,10 +79,10 @@ def unsynced(calls: Sequence[Call], counts: Callable[[str], bool] = lambda path:
 
 
 def synced(system: type[System]) -> Cell:
-    """Checks an uninterrupted scenario. Each save is one trial."""
+    """Checks the log of an uninterrupted scenario. Each save is one trial."""
     cell = Cell()
     for best in (False, True):
-        # Another writer of the run may have made the folder, and not synced its name.
+        # Another writer of the run may have made the folder without syncing its name.
         calls = log(system, best=best, made_before=best)
         commits = sum(call == Call("note", COMMITTED) for call in calls)
         problems = unsynced(calls, counts=part_of_checkpoint)
@@ -95,12 +94,12 @@ def synced(system: type[System]) -> Cell:
 
 
 def log(system: type[System], *, best: bool, made_before: bool = False) -> list[Call]:
-    """The calls of an uninterrupted scenario below the folder's parent.
+    """Returns the calls of an uninterrupted scenario.
 
     Args:
-        system: What saves.
-        best: Whether it keeps the best beside the newest.
-        made_before: Whether the folder above the checkpoints is made by another writer, without a sync.
+        system: The system under test.
+        best: Whether to keep the best checkpoint in addition to the newest.
+        made_before: Whether another writer made the run folder without a sync.
     """
     with shim.scratch() as parent, shim.log_file() as (descriptor, path):
         outcome = children.in_child(
@@ -112,7 +111,7 @@ def log(system: type[System], *, best: bool, made_before: bool = False) -> list[
 
 
 def part_of_checkpoint(path: str) -> bool:
-    """All but the lock, which means nothing after a power cut."""
+    """Returns whether a path is part of a checkpoint. Only the lock is not, because a power cut releases it."""
     return os.path.basename(path) != ".lock"
 
 

@@ -1,7 +1,8 @@
-"""Systems: ways to keep checkpoints, with the same verbs, each used as its documentation says.
+"""Checkpointing systems behind a common interface, each used as documented.
 
-A state is a dict from name to tensor. Of torch.save, safetensors and DCP people keep ``last`` and ``best``, written
-over at each save; Orbax and fxtrain have managers, which delete. Rivals are imported when they are used.
+A state is a dict from name to tensor. torch.save, safetensors and DCP have no managers, so they overwrite ``last`` and
+``best`` at each save, as is common practice. Orbax and fxtrain have managers that delete old checkpoints. The other
+libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -25,48 +26,48 @@ class Save(NamedTuple):
 
     step: int
     loss: float
-    reopen: bool = False  # in a new session
+    reopen: bool = False  # whether to save in a new session
 
 
 class System:
-    """The verbs. A name is what the system calls a checkpoint: a step, or ``"last"``.
+    """The interface of a system. Checkpoints are named by step, or ``"last"`` and ``"best"``.
 
     Args:
-        folder: Where to keep them.
-        keep: How many of the newest.
-        best: Whether to keep the one with the lowest loss beside them.
+        folder: The folder of the checkpoints.
+        keep: The number of newest checkpoints to keep.
+        best: Whether to also keep the checkpoint with the lowest loss.
     """
 
     name: ClassVar[str]
-    goes_back: ClassVar[bool] = False  # a step that is not the largest can be saved
-    has_target: ClassVar[bool] = True  # a restore is told what is wanted
-    manages: ClassVar[bool] = False  # a new session knows what was the best
-    every: ClassVar[int] = 1  # which of its crash points are tried when time is short
+    goes_back: ClassVar[bool] = False  # whether steps smaller than the largest can be saved
+    has_target: ClassVar[bool] = True  # whether restore takes the expected structure
+    manages: ClassVar[bool] = False  # whether a new session finds the best checkpoint of earlier sessions
+    every: ClassVar[int] = 1  # the default period of tested crash points, larger for slower systems
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, best: bool = False) -> None:
         self.folder, self.keep, self.best = folder, keep, best
 
     def save(self, step: int, values: Values, loss: float | None = None) -> None:
-        """Saves, or begins to."""
+        """Saves, or starts a background save."""
         raise NotImplementedError
 
     def wait(self) -> None:
-        """Returns when the save is as durable as the system makes it."""
+        """Waits until the save is as durable as the system makes it."""
 
     def listed(self) -> list[Any]:
-        """The names of what can be restored, by what the system says."""
+        """Returns the names of the checkpoints listed by the system."""
         raise NotImplementedError
 
     def latest(self) -> Any:
-        """The name that a resumed run would take, or None."""
+        """Returns the name of the checkpoint that a resumed run would restore, or None."""
         raise NotImplementedError
 
     def restore(self, name: Any, like: Values) -> Values:
-        """The values, read into the structure of ``like`` where the system can."""
+        """Returns the saved values, in the structure of ``like`` if the system takes a target."""
         raise NotImplementedError
 
     def path(self, name: Any) -> pathlib.Path:
-        """The file or folder of a name."""
+        """Returns the file or folder of a checkpoint."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class System:
         self.wait()
 
     def kept(self, saves: Sequence[Save]) -> set[int]:
-        """Which saves, by index, are to be there after these, with ``keep`` 1."""
+        """Returns the indices of the saves that must remain after these, with ``keep=1``."""
         if not saves:
             return set()
         last_of = {save.step: index for index, save in enumerate(saves)}
@@ -82,7 +83,7 @@ class System:
         return {len(saves) - 1} | ({best} if self.best else set())
 
     def leftovers(self) -> list[str]:
-        """What is in the folder and no part of a checkpoint."""
+        """Returns the names of files that are not part of a checkpoint."""
         return []
 
 
@@ -97,7 +98,8 @@ class Fxtrain(System):
         self._continues = False
 
     def save(self, step: int, values: Values, loss: float | None = None) -> None:
-        if not self._continues and self.checkpoints.has_any():  # a folder belongs to the run that is read from it
+        # A restore adopts the run of the folder. Without it a save into the folder of another run would be rejected.
+        if not self._continues and self.checkpoints.has_any():
             self.checkpoints.restore(state_of(zeros_like(values), 0))
         self._continues = True
         self.checkpoints.save(state_of(values, step), {} if loss is None else {"loss": loss})
@@ -125,7 +127,7 @@ class Fxtrain(System):
 
 
 def state_of(values: Mapping[str, Any], step: int) -> fx.TrainState:
-    """A state with these parameters."""
+    """Returns a state with these parameters."""
     return _EMPTY.replace(step=torch.tensor(step), params=dict(values))
 
 
@@ -143,7 +145,7 @@ class Orbax(System):
 
         import orbax.checkpoint as ocp
 
-        logging.disable(logging.CRITICAL)  # it says a page for each save
+        logging.disable(logging.CRITICAL)  # Orbax logs many lines per save
         self._ocp = ocp
         by_loss = {"best_fn": lambda metrics: metrics["loss"], "best_mode": "min"} if best else {}
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, **by_loss)
@@ -178,11 +180,11 @@ class Orbax(System):
     def kept(self, saves: Sequence[Save]) -> set[int]:
         if not (self.best and saves):
             return super().kept(saves)
-        return {min(range(len(saves)), key=lambda index: saves[index].loss)}  # a worse newest goes
+        return {min(range(len(saves)), key=lambda index: saves[index].loss)}  # Orbax deletes the newest if it is worse
 
 
 def _array(value: Tensor) -> Any:
-    """As numpy, where the dtypes that numpy lacks are those of ml_dtypes."""
+    """Converts a tensor to numpy, with the dtypes of ml_dtypes if numpy lacks its dtype."""
     import ml_dtypes
 
     name = str(value.dtype).removeprefix("torch.")
@@ -200,7 +202,7 @@ def _tensor(array: Any) -> Tensor:
 
 
 class _OneFile(System):
-    """``last``, and ``best`` when the loss was the lowest so far, each written over in place."""
+    """A system that overwrites ``last`` in place, and ``best`` if the loss is the lowest so far."""
 
     suffix: ClassVar[str] = ""
 
@@ -278,10 +280,10 @@ class DCP(_OneFile):
         from torch.distributed.checkpoint.api import CheckpointException
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
+            warnings.simplefilter("ignore")  # about a single process
             try:
                 function(values, checkpoint_id=path)
-            except CheckpointException as error:  # a BaseException
+            except CheckpointException as error:  # not an Exception, but a BaseException
                 raise RuntimeError(str(error)) from None
 
 
@@ -289,7 +291,7 @@ SYSTEMS: dict[str, type[System]] = {system.name: system for system in (Fxtrain, 
 
 
 def values_of(index: int, *, kilobytes: int = 24) -> Values:
-    """The state of save number ``index``: several dtypes, no two saves with an equal leaf."""
+    """Returns the values of save ``index``, in several dtypes. No leaf is equal in two saves."""
     generator = torch.Generator().manual_seed(1000 + index)
     rows = kilobytes * 16
     return {
@@ -303,7 +305,7 @@ def values_of(index: int, *, kilobytes: int = 24) -> Values:
 
 
 def same(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """To the bit."""
+    """Returns whether all leaves are bit-identical."""
     return got.keys() == wanted.keys() and all(_same_leaf(got[name], wanted[name]) for name in wanted)
 
 
@@ -314,10 +316,10 @@ def _same_leaf(got: Tensor, wanted: Tensor) -> bool:
 
 
 def zeros_like(values: Values) -> Values:
-    """What a fresh process has before it restores."""
+    """Returns zeros in the structure of ``values``, as a restore target."""
     return {name: torch.zeros_like(value) for name, value in values.items()}
 
 
 def clear(folder: pathlib.Path) -> None:
-    """For the next trial."""
+    """Deletes the folder if it exists."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The table: for each promise and system, what was tried, detected and lost."""
+"""The table of results: trials, detected faults and losses for each guarantee and system."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 
 @dataclasses.dataclass
 class Cell:
-    """One promise of one system.
+    """The results of testing one guarantee with one system.
 
     Args:
-        tried: Trials.
-        detected: Trials in which the system said that something was wrong; None where there is nothing to detect.
-        lost: Trials that ended badly.
-        notes: One line for each kind of loss.
+        tried: The number of trials.
+        detected: The number of trials in which the system reported a fault. None if there is no fault to detect.
+        lost: The number of trials with problems.
+        notes: One line per problem.
     """
 
     tried: int = 0
@@ -23,7 +23,7 @@ class Cell:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, problems: Iterable[str], *, detected: bool | None = None, at: str = "") -> None:
-        """One more trial, and what was wrong after it."""
+        """Adds a trial with its problems."""
         found = list(problems)
         self.tried += 1
         self.lost += bool(found)
@@ -36,7 +36,7 @@ class Cell:
 
 
 def render(rows: Mapping[str, str], cells: Mapping[tuple[str, str], Cell], systems: Iterable[str]) -> str:
-    """The table as text: tried / detected / lost."""
+    """Returns the table as text, with cells ``tried / detected / lost``."""
     head = ["tried / detected / lost", *systems]
     body = [
         [f"{row} {title}", *(str(cells.get((row, system), "")) for system in head[1:])] for row, title in rows.items()
