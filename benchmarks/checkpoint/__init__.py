@@ -1,1 +1,1 @@
-"""Checkpoint: what one costs, of fxtrain and of others."""
+"""Measures the cost of checkpoints of fxtrain and other libraries."""

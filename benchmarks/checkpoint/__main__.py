@@ -1,6 +1,6 @@
-"""What a checkpoint costs: how long training waits, until it is on disk, until it is back, and how much memory.
+"""Measures the cost of checkpoints: blocked training time, time until durable, restore time, and peak memory.
 
-fxtrain beside Orbax, torch.save, safetensors and torch's distributed checkpoints (DCP), all in one run:
+Compares fxtrain with Orbax, torch.save, safetensors and torch's distributed checkpoints (DCP), all in one run:
 
     python -m benchmarks.checkpoint --sizes 100MB,1GB --leaves 10,2000 --rounds 5
 """
@@ -39,7 +39,7 @@ def main() -> None:
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Orbax starts a JAX backend
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as is meant
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is intended
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="bench-checkpoint-") as folder:
         root = pathlib.Path(folder)

@@ -1,7 +1,7 @@
-"""Measure: seconds in rounds where every system has its turn, and the peak of memory in a process for each.
+"""Measures times in interleaved rounds of all systems, and peak memory in a separate process per system.
 
-A machine's speed drifts, so two systems are compared within a round. Before each turn the files of the one before are
-deleted and all else is brought to the disk; a restore reads what was just written, from the page cache.
+Systems are compared within a round, because the speed of a machine drifts. Before each turn the previous files are
+deleted and all other writes are flushed to the disk. A restore reads the file just written, from the page cache.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from benchmarks.checkpoint.systems import SYSTEMS, FxtrainUnreserved, Memcpy, Pr
 from benchmarks.child import resident
 
 Key = tuple[int, int, str]  # size, leaves, system
-Seconds = dict[Key, dict[str, list[float]]]  # by measure, one for each round
+Seconds = dict[Key, dict[str, list[float]]]  # seconds of each round, by measure
 
 
 def measure_seconds(size: int, leaf_counts: Sequence[int], rounds: int, root: pathlib.Path) -> Seconds:
-    """Every system once a round, with every number of leaves."""
+    """Measures every system once per round, with every number of leaves."""
     problems = [Problem.make(size, leaves) for leaves in leaf_counts]
     seconds: Seconds = {}
-    for system in SYSTEMS:  # imports, threads, and whatever else is there once
+    for system in SYSTEMS:  # excludes one-time costs, such as imports and thread creation
         one_turn(system, Problem.make(10**6, 2), root, check=True)
     for turn in range(rounds):
         for problem in problems:
@@ -44,7 +44,7 @@ def measure_seconds(size: int, leaf_counts: Sequence[int], rounds: int, root: pa
 
 
 def one_turn(system: type[System], problem: Problem, root: pathlib.Path, *, check: bool) -> dict[str, float]:
-    """The first save, a later one, and a restore."""
+    """Returns the seconds of a first save, a later save, its commit, and a restore."""
     made = system(root / system.__name__, problem)
     try:
         made.prepare()
@@ -67,8 +67,11 @@ def one_turn(system: type[System], problem: Problem, root: pathlib.Path, *, chec
 
 
 def settle(system: System) -> None:
-    """The same start for all: nothing of a save before, nothing on its way to the disk, and memory at hand, because a
-    virtual machine that uses a page for the first time waits for its host, ten times as long as the copy takes."""
+    """Resets files, pending disk writes and free memory, so that all systems start from the same conditions.
+
+    Touches memory, because a virtual machine waits for its host at the first use of a page, much longer than a copy
+    of the page takes.
+    """
     system.clear()
     os.sync()
     gc.collect()
@@ -81,11 +84,14 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-Memory = dict[Key, list[float]]  # of the first save and a later one: peak of extra memory, in sizes of the state
+Memory = dict[Key, list[float]]  # peak extra memory of the first and a later save, in multiples of the state's size
 
 
 def measure_memory(size: int, leaf_counts: Sequence[int], folder: str | None) -> Memory:
-    """Each system in a process of its own. To reserve is part of it, so there is one row of fxtrain's background."""
+    """Measures the peak memory of each system in a separate process.
+
+    Reserved buffers are included, so ``FxtrainUnreserved`` is not measured separately.
+    """
     memory: Memory = {}
     for leaves in leaf_counts:
         for system in SYSTEMS:
@@ -101,8 +107,8 @@ def measure_memory(size: int, leaf_counts: Sequence[int], folder: str | None) ->
 
 
 def memory_of(system: type[System], size: int, leaves: int, root: pathlib.Path) -> list[float]:
-    """In that process: the peaks while one first save, and one later, are made ready, made, and waited for."""
-    warm = system(root / "warm", Problem.make(1000, 1))  # imports, threads, and whatever else is there once
+    """Returns the peak memory of a first save, including its preparation, and of a later save."""
+    warm = system(root / "warm", Problem.make(1000, 1))  # excludes one-time costs, such as imports and thread creation
     warm.prepare()
     warm.save()
     warm.wait()
@@ -112,7 +118,7 @@ def memory_of(system: type[System], size: int, leaves: int, root: pathlib.Path) 
     before = resident("VmRSS")
     peaks = []
     for prepare in (True, False):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         if prepare:
             made.prepare()
         made.save()

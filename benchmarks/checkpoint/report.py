@@ -1,4 +1,4 @@
-"""Report: what was measured, as markdown, and whether it is what is promised."""
+"""Reports the measurements as markdown, with a list of passed and failed criteria."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MEASURES = ("first", "later", "committed", "restore")
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """One of what issue 3 asks for as R10: a ratio that is to stay below its limit."""
+    """One criterion of the guarantee R10: a ratio with an upper limit."""
 
     text: str
-    ratios: list[float]  # one for each round
+    ratios: list[float]  # one per round
     limit: float
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class Criterion:
 
 
 def criteria(seconds: Seconds, memory: Memory, size: int, leaf_counts: Sequence[int]) -> list[Criterion]:
-    """Of one size. Ratios are taken within each round, and their median counts."""
+    """Returns the criteria for one size of the state. Each compares the median of the ratios within rounds."""
     few, many = min(leaf_counts), max(leaf_counts)
 
     def ratios(measure: str, leaves: int, others: list[float]) -> list[float]:
@@ -66,7 +66,7 @@ def criteria(seconds: Seconds, memory: Memory, size: int, leaf_counts: Sequence[
 
 
 def table(seconds: Seconds, memory: Memory, size: int, leaves: int) -> list[str]:
-    """Markdown. Medians, and quartiles in parentheses."""
+    """Returns a markdown table of medians, with quartiles in parentheses."""
     heads = ("system", "blocked, first", "blocked, later", "committed", "restore", "memory, first", "memory, later")
     rows: list[tuple[str, ...]] = [heads]
     for name in (system.name for system in SYSTEMS):
@@ -88,7 +88,7 @@ def report(seconds: Seconds, memory: Memory, sizes: Sequence[int], leaf_counts: 
 
 
 def heading(rounds: int, root: pathlib.Path) -> str:
-    """What the numbers hold for."""
+    """Describes the machine, the versions and the measures."""
     packages = ("torch", "orbax-checkpoint", "safetensors", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     return (

@@ -1,6 +1,6 @@
-"""Systems: what is saved, and by whom.
+"""The saved state, and the measured systems behind a common interface.
 
-Each has the same verbs: prepare, save (returns when training may go on), wait (until it is on disk), restore, close.
+The interface: prepare, save (returns when training can continue), wait (until the save is on disk), restore, close.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import fxtrain as fx
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A state of ``leaves`` equal parameters of random float32. The others get its parameters alone."""
+    """A state with ``leaves`` float32 parameters of equal size. Systems other than fxtrain save only the parameters."""
 
-    size: int  # bytes
+    size: int  # in bytes
     leaves: int
     state: fx.TrainState
 
@@ -42,7 +42,7 @@ class Problem:
 
 
 class System:
-    """Up to ``restore`` it costs time that is measured; ``prepare``, ``close`` and ``clear`` are left out."""
+    """The interface of a system. Only ``save``, ``wait`` and ``restore`` are timed."""
 
     name: str
 
@@ -52,22 +52,22 @@ class System:
         folder.mkdir(parents=True, exist_ok=True)
 
     def prepare(self) -> None:
-        """What a run does once, before its first step."""
+        """Prepares the system once, before the first step of a run."""
 
     def save(self) -> None:
         raise NotImplementedError
 
     def wait(self) -> None:
-        """Nothing, for systems that return when all is written."""
+        """Waits until the save is on disk. Synchronous systems have nothing to wait for."""
 
     def restore(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Frees what it holds."""
+        """Releases all resources."""
 
     def clear(self) -> None:
-        """Deletes what it has written, but for locks."""
+        """Deletes all written files except locks."""
         for path in self.folder.glob("[!.]*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -199,10 +199,9 @@ class DCPAsync(DCPSync):
 
 
 class Memcpy(System):
-    """The measure of what blocks: one copy of as many bytes, under the conditions that all the others have.
+    """The reference for blocked time: one copy of as many bytes, under the conditions of the other systems.
 
-    After so much was written to a disk, a virtual machine's memory is not all at hand, and a copy is slower than one
-    of the same memory a moment later.
+    A copy measured elsewhere would be faster, because a virtual machine has to reclaim memory after large disk writes.
     """
 
     name = "one memcpy"

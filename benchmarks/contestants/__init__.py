@@ -1,5 +1,8 @@
-"""Contestants: who trains. Each is a function ``train(workload, feed)``, which takes its batches from the feed until it
-ends, and returns what it trained under the names of the module's ``state_dict``."""
+"""The measured training loops.
+
+Each is a function ``train(workload, feed)`` that trains on all batches of the feed, and returns the trained parameters
+and buffers under the names of the module's ``state_dict``.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -31,7 +34,7 @@ BY_HAND_ON_GPU = (*BY_HAND, BOTH_GRAPHS)
 ON_GPU = (FXTRAIN, GRAPHS, FIT, UNDONATED, *BY_HAND_ON_GPU, LIGHTNING, HUGGING_FACE)
 
 ENDLESS = 10**9
-"""For trainers that must know how many steps there are."""
+"""The number of steps for trainers that require one."""
 
 _FUNCTIONS = {
     FXTRAIN: ("fxtrain", "donated"),

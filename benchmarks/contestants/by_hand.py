@@ -1,4 +1,4 @@
-"""By hand: the loop of torch's tutorials, and the two ways in which its documentation compiles parts of it."""
+"""The training loop of torch's tutorials, eager and with the model or the optimizer compiled as documented."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,10 @@ def model_compiled(workload: Workload, feed: Feed) -> dict[str, Any]:
 
 
 def both_compiled(workload: Workload, feed: Feed, mode: str | None = None) -> dict[str, Any]:
-    """As torch's recipe has it: the rate is a tensor, and Inductor fuses what ``fused=True`` would."""
+    """Compiles the model and the optimizer as in torch's recipe.
+
+    The learning rate is a tensor. Inductor fuses the update, so ``fused=True`` is not needed.
+    """
     module = workload.module()
     rate = torch.tensor(workload.learning_rate, device=workload.device)
     capturable = workload.device != "cpu"

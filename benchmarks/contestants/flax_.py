@@ -1,4 +1,4 @@
-"""flax + optax: a linen ``TrainState`` under ``jax.jit`` with donation, the batches on the device or in numpy."""
+"""flax and optax: a linen ``TrainState`` under ``jax.jit`` with donation, with batches on the device or in numpy."""
 
 import functools
 import os
@@ -35,7 +35,7 @@ def _train(workload: Workload, feed: Feed) -> dict[str, Any]:
     params, batch_stats = from_torch(module)
     tx = optax.adamw(workload.learning_rate, weight_decay=workload.weight_decay)
     state = State.create(apply_fn=net.apply, params=params, tx=tx, batch_stats=batch_stats)
-    # Owned arrays on the device, so that the first step donates as all others do, and none is compiled twice.
+    # Arrays owned by jax, so that the first step donates like all others and the step compiles only once.
     state = jax.tree.map(jax.numpy.array, state)
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""The workloads' models in flax. Each layer is named as torch names it, so weights go over by name."""
+"""The models of the workloads in flax. Layers have their torch names, so weights are transferred by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         def norm(name: str, x: Any) -> Any:
-            # torch's epsilon, and its way to compute the variance
+            # The epsilon and the variance formula of torch.
             return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)(x)
 
         vocabulary, width = self.module.tokens.weight.shape
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
         def norm(name: str, x: Any) -> Any:
             return nn.BatchNorm(use_running_average=False, momentum=0.9, use_fast_variance=False, name=name)(x)
 
-        x = jnp.moveaxis(x, 1, -1)  # one channel: no copy
+        x = jnp.moveaxis(x, 1, -1)  # needs no copy, because there is one channel
         x = nn.relu(norm("norm", conv("stem", x)))
         for index, block in enumerate(self.module.blocks):
             at = f"blocks.{index}."
@@ -89,7 +89,7 @@ _MODELS = {"tiny_mlp": MLP, "wide_mlp": MLP, "small_gpt": GPT, "digits_resnet": 
 
 
 def model(name: str, module: torch_nn.Module) -> nn.Module:
-    """The model of a workload. ``module`` says how large each part is."""
+    """Returns the model of a workload, with the layer sizes of ``module``."""
     return _MODELS[name](module)
 
 
@@ -97,7 +97,7 @@ def model(name: str, module: torch_nn.Module) -> nn.Module:
 
 
 def from_torch(module: torch_nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and batch statistics."""
+    """Returns flax parameters and batch statistics with the values of ``module``."""
     params: dict[str, Any] = {}
     statistics: dict[str, Any] = {}
     for name, value in module.state_dict().items():
@@ -112,7 +112,7 @@ def from_torch(module: torch_nn.Module) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def to_torch(params: Any, statistics: Any, module: torch_nn.Module) -> dict[str, Any]:
-    """Under torch's names, in torch's shapes."""
+    """Returns the values as numpy arrays, with the names and shapes of torch."""
     found = {}
     for name, value in module.state_dict().items():
         if name.endswith("num_batches_tracked"):
@@ -129,7 +129,7 @@ def to_torch(params: Any, statistics: Any, module: torch_nn.Module) -> dict[str,
 
 
 def _place(name: str, module: torch_nn.Module) -> tuple[tuple[str, ...], Callable[[Any], Any]]:
-    """Where flax keeps what torch calls ``name``, and how it turns it."""
+    """Returns the flax path of a torch tensor, and the function that converts its layout."""
     owner, _, leaf = name.rpartition(".")
     layer = module.get_submodule(owner)
     if leaf == "weight":
@@ -142,4 +142,4 @@ def _place(name: str, module: torch_nn.Module) -> tuple[tuple[str, ...], Callabl
         return (owner, leaf.removeprefix("running_")), np.asarray
     if leaf == "bias":
         return (owner, leaf), np.asarray
-    return (name,), np.asarray  # a parameter that belongs to no layer of its own
+    return (name,), np.asarray  # a parameter outside of any layer

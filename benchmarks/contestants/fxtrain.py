@@ -1,4 +1,4 @@
-"""fxtrain: the compiled step in a bare loop, donated and not, and under ``fit``."""
+"""fxtrain: the compiled step in a bare loop, with and without donation, and in ``fit``."""
 
 import itertools
 from typing import Any
@@ -14,7 +14,7 @@ from benchmarks.workloads import Workload
 def pieces(
     workload: Workload, *, donate: bool = True, mode: str | None = None, together: int = 1, **options: Any
 ) -> tuple[fx.TrainState, Any]:
-    """A fresh state and its compiled step."""
+    """Returns a fresh state and its compiled step. ``together`` is the number of steps per call."""
     tx = fx.optim.adamw(workload.learning_rate, weight_decay=workload.weight_decay)
 
     def loss_fn(model: Any, batch: Any) -> Tensor:

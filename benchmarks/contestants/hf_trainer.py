@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: with the optimizer, the constant rate and the batches of all others."""
+"""Hugging Face Trainer, with the same optimizer, constant learning rate and batches as the other training loops."""
 
 import tempfile
 from typing import Any
@@ -13,7 +13,7 @@ from benchmarks.workloads import Workload
 
 
 class Model(nn.Module):
-    """What the Trainer wants: a model that returns its loss."""
+    """A model that returns its loss, as the Trainer requires."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def train(workload: Workload, feed: Feed) -> dict[str, Any]:
             report_to=[],
             disable_tqdm=True,
             use_cpu=workload.device == "cpu",
-            dataloader_pin_memory=False,  # the batches are where they are needed
+            dataloader_pin_memory=False,  # the batches are already on the device
         )
         trainer = Trainer(model, arguments, train_dataset=feed.loader().dataset, optimizers=(optimizer, constant))
         trainer.feed = feed

@@ -1,4 +1,4 @@
-"""Ignite: its supervised trainer."""
+"""Ignite, with its supervised trainer."""
 
 from typing import Any
 

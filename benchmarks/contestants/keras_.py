@@ -1,4 +1,4 @@
-"""Keras 3 on torch: ``fit`` over the very module, in Keras's wrapper for it, so its own layers cost nothing here."""
+"""Keras 3 on torch: ``fit`` with the torch module in ``TorchModuleWrapper``, without layers of Keras."""
 
 import os
 from typing import Any
@@ -20,10 +20,11 @@ def train(workload: Workload, feed: Feed) -> dict[str, Any]:
     module = workload.module()
     example = workload.batches[0]
     inputs = keras.Input(tuple(example["x"].shape[1:]), dtype=str(example["x"].dtype).removeprefix("torch."))
-    output_shape = (None, *workload.module()(example["x"]).shape[1:])  # of another: running means move in a call
+    # A second module computes the output shape, because a call updates running statistics.
+    output_shape = (None, *workload.module()(example["x"]).shape[1:])
     outputs = keras.layers.TorchModuleWrapper(module, output_shape=output_shape)(inputs)
     model = keras.Model(inputs, outputs)
-    # Keras adds its epsilon before the root is corrected for its start, where 1e-9 acts as 1e-8 does afterwards.
+    # Keras adds epsilon before bias correction, where 1e-9 has the effect of 1e-8 after it.
     optimizer = keras.optimizers.AdamW(workload.learning_rate, weight_decay=workload.weight_decay, epsilon=1e-9)
     model.compile(optimizer, loss=LOSSES[workload.loss.__name__]())
     feed.convert(lambda batch: (batch["x"], batch["y"]))

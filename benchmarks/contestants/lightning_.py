@@ -1,4 +1,4 @@
-"""Lightning: ``barebones``, which its documentation has for measuring the trainer itself."""
+"""Lightning in ``barebones`` mode, which is documented for measuring the overhead of the trainer."""
 
 import logging
 from typing import Any

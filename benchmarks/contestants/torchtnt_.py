@@ -1,4 +1,4 @@
-"""torchtnt: its ``AutoUnit``."""
+"""torchtnt, with its ``AutoUnit``."""
 
 import sys
 import types
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torchtnt 0.2.4 imports it and, with a torch that has a version, never uses it; setuptools has it no more.
+# torchtnt 0.2.4 imports pkg_resources without using it for this torch, and setuptools no longer provides it.
 sys.modules.setdefault("pkg_resources", types.ModuleType("pkg_resources"))
 
 from torchtnt.framework.auto_unit import AutoUnit  # noqa: E402
