@@ -39,7 +39,7 @@ def main() -> None:
     wanted = given.only.split(",") if given.only else known
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise SystemExit(f"--only {','.join(unknown)}: there are {', '.join(known)}.")
+        raise SystemExit(f"expected --only to name some of {', '.join(known)}, got {','.join(unknown)}.")
 
     results = HERE / ("RESULTS_GPU.md" if on_gpu else "RESULTS.md")
     path = given.write or (results if not given.only and not given.quick else None)
@@ -62,12 +62,14 @@ def main() -> None:
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAMES", help=f"some of {', '.join((*workloads.NAMES, *OTHERS))}")
-    parser.add_argument("--contestants", metavar="NAMES", help="those whose name has one of these parts in it")
-    parser.add_argument("--rounds", type=int, help="20, or 2 for a quick run")
-    parser.add_argument("--quick", action="store_true", help="small sizes; few contestants but on tiny_mlp")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the workloads run")
-    parser.add_argument("--write", metavar="PATH", help="where to write the report, for a part or a quick run too")
+    parser.add_argument(
+        "--only", metavar="NAMES", help=f"comma-separated; some of {', '.join((*workloads.NAMES, *OTHERS))}"
+    )
+    parser.add_argument("--contestants", metavar="NAMES", help="comma-separated; parts of contestant names to select")
+    parser.add_argument("--rounds", type=int, help="default: 20, or 2 for a quick run")
+    parser.add_argument("--quick", action="store_true", help="small sizes, and few contestants except on tiny_mlp")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of the workloads")
+    parser.add_argument("--write", metavar="PATH", help="file of the report, also of a selection or a quick run")
     return parser.parse_args()
 
 

@@ -95,7 +95,7 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
 
         feed.sync = torch.cuda.synchronize
     train(workload, feed)
-    raise RuntimeError(f"{job['contestant']} ended of its own accord.")
+    raise RuntimeError(f"expected {job['contestant']} to train until it is stopped, got a return.")
 
 
 # Check

@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
     parser.add_argument("--session", type=pathlib.Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.session is not None:
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="everything-") as parent:
         whole = session(pathlib.Path(parent, "whole"), given.steps)
         assert whole is not None
-        print(f"whole: {len(whole)} leaves", flush=True)
+        print(f"run without kills: {len(whole)} leaves", flush=True)
         folder, killed, got = pathlib.Path(parent, "killed"), 0, None
         while got is None:
             delay = moments.uniform(0.0, 8.0) if killed < given.kills else None
@@ -51,9 +51,9 @@ def main() -> None:
             if got is None:
                 killed += 1
                 step = max(fx.checkpointer(folder).steps())
-                print(f"killed {delay:.1f} s after a checkpoint; the last one is of step {step}", flush=True)
+                print(f"killed {delay:.1f} s after a checkpoint; the last checkpoint has step {step}", flush=True)
     different = sorted(path for path in whole.keys() | got.keys() if whole.get(path) != got.get(path))
-    print(f"{killed} kills: {f'different: {different}' if different else 'every leaf is equal, to the bit'}")
+    print(f"{killed} kills: {f'different: {different}' if different else 'all leaves are bitwise equal'}")
     raise SystemExit(bool(different) or killed < given.kills)
 
 
@@ -78,7 +78,7 @@ def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -
             time.sleep(0.05)
         told, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"A session ended with {process.returncode}.")
+        raise RuntimeError(f"expected a session to exit with code 0, got {process.returncode}.")
     return json.loads(told.splitlines()[-1])
 
 

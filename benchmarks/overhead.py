@@ -35,10 +35,10 @@ Loop = Callable[["Turns"], Any]
 BARE = "bare loop"
 IN_STEP = "bare loop, ten stateful callbacks on Updated"
 FIT = "fit"
-ON_STEP_END = "fit, ten callbacks on StepEnd, a writer at each 100th step"
-WRITTEN = "fit, ten callbacks on StepEnd, a writer at each step"
-UNSUBSCRIBED = "fit, ten callbacks that are not subscribed"
-LOGGED = "fit, JSON lines and TensorBoard at each step"
+ON_STEP_END = "fit, ten callbacks on StepEnd, a writer every 100 steps"
+WRITTEN = "fit, ten callbacks on StepEnd, a writer every step"
+UNSUBSCRIBED = "fit, ten callbacks on other events"
+LOGGED = "fit, JSON lines and TensorBoard every step"
 
 
 def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]]:
@@ -51,9 +51,9 @@ def main(*, rounds: int, quick: bool) -> tuple[dict[str, Seconds], list[Verdict]
         with tempfile.TemporaryDirectory(prefix="benchmarks-") as parent:
             for name, made, steps, times, begin, only in (
                 ("tiny_mlp", workload("tiny_mlp", quick=quick), 300, 30, 1, ()),
-                ("about a millisecond", slower(1280), 100, 6, 14, (BARE, FIT)),
+                ("4 x Linear(64), batch 1280", slower(1280), 100, 6, 14, (BARE, FIT)),
                 # 64 steps, because writers write the events of 64 steps together.
-                ("about five milliseconds", slower(7000), 64, 2, 8, (FIT, LOGGED)),
+                ("4 x Linear(64), batch 7000", slower(7000), 64, 2, 8, (FIT, LOGGED)),
             ):
                 for index in range(rounds if quick else begin * rounds):
                     folder = pathlib.Path(parent, f"{name} {index}")
@@ -217,48 +217,52 @@ def sleeper() -> Any:
 
 def verdicts(found: dict[str, Seconds]) -> list[Verdict]:
     """Returns verdicts on differences of step times in microseconds and on ratios, taken within each round."""
-    tiny, longer, logged = (found[name] for name in ("tiny_mlp", "about a millisecond", "about five milliseconds"))
+    names = ("tiny_mlp", "4 x Linear(64), batch 1280", "4 x Linear(64), batch 7000")
+    tiny, longer, logged = (found[name] for name in names)
 
     def added(name: str, to: str) -> list[float]:
         return [1e6 * (a - b) for a, b in zip(tiny[name], tiny[to], strict=True)]
 
     noise = 1e6 * statistics.median(tiny[FIT]) * 0.02
     of_callbacks = (
-        "Beside a step, which takes the first caches for itself, at the faster of two speeds of this machine: 2 us for "
-        "the event, which without anybody to see it is not made, 11 for ten callbacks (of each 0.7 for the Control "
-        "that it makes, 0.3 for the rest), 5 for what an observer sees and what the writer does with it. It moves with "
-        "the machine, as microseconds do, and with its other users: 33 where the tiny MLP takes 107 us in a bare loop; "
-        "14 to 16 where it takes 49, when a Control took 1.4 times as long."
+        "Measured between steps, which evict the loop from the first-level caches, at the faster of two speeds of this "
+        "machine: 2 us for the event, which is not created without subscribers, 11 us for ten callbacks (0.7 us each "
+        "to create a Control, 0.3 us for the rest), and 5 us for the observer and the writer. The overhead depends on "
+        "the machine and on its other load: 33 us where the tiny MLP takes 107 us in a bare loop, and 14 to 16 us "
+        "where it takes 49 us, measured when a Control took 1.4 times as long."
     )
     of_fit = (
-        "A step of fit takes 3.5 us more than its step where that does nothing, and twice that beside one that goes "
-        "through megabytes: the loop's code and data have gone from the first caches then. From one step's end to the "
-        "next one's beginning it is 9.5 us, and 2.3 in a bare loop (beside a step of 1.7 ms, where that is 0.4 %). "
-        "What is more is the machine's, whose speed changes meanwhile, as the quartiles show."
+        "`fit` adds 3.5 us to an empty step, and twice as much to a step that accesses megabytes, because such a step "
+        "evicts the loop's code and data from the first-level caches. The time from the end of a step to the start of "
+        "the next one is 9.5 us, and 2.3 us in a bare loop (with steps of 1.7 ms, of which the difference is 0.4 %). "
+        "The rest is drift of the machine's speed, as the quartiles show."
     )
     return [
-        Verdict("Ten stateful callbacks on Updated add", added(IN_STEP, BARE), 10.0, unit=" us"),
+        Verdict("Overhead of ten stateful callbacks on Updated", added(IN_STEP, BARE), 10.0, unit=" us"),
         Verdict(
-            "Ten callbacks on StepEnd and a writer (each 100th step) add",
+            "Overhead of ten callbacks on StepEnd and a writer (every 100 steps)",
             added(ON_STEP_END, FIT),
             15.0,
             of_callbacks,
             " us",
         ),
         Verdict(
-            "Callbacks that are not subscribed add, 2 % taken as noise,", added(UNSUBSCRIBED, FIT), noise, unit=" us"
+            "Overhead of ten callbacks on other events (limit: 2 % of a step, for noise)",
+            added(UNSUBSCRIBED, FIT),
+            noise,
+            unit=" us",
         ),
         Verdict(
-            f"`fit` over a bare loop, of steps of {1e3 * statistics.median(longer[BARE]):.2f} ms",
+            f"`fit` relative to a bare loop, steps of {1e3 * statistics.median(longer[BARE]):.2f} ms",
             ratios(longer[FIT], longer[BARE]),
             1.02,
             of_fit,
         ),
         Verdict(
-            "JSON lines and TensorBoard at each step, over none, of steps of "
+            "JSON lines and TensorBoard every step, relative to none, steps of "
             f"{1e3 * statistics.median(logged[FIT]):.1f} ms",
             ratios(logged[LOGGED], logged[FIT]),
             1.02,
-            "In a loop whose step does nothing it is 41 us for one metric: 24 for each writer, which share the event.",
+            "With an empty step, one metric takes 41 us: 24 us for each writer, which share the event.",
         ),
     ]

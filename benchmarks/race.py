@@ -62,7 +62,7 @@ class Child:
         if not line:
             self._process.wait()
             self._log.seek(0)
-            raise RuntimeError(self._log.read()[-1500:].strip() or f"ended with {self._process.returncode}")
+            raise RuntimeError(self._log.read()[-1500:].strip() or f"exited with code {self._process.returncode}")
         return json.loads(line)
 
     def turn(self) -> float:

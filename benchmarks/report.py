@@ -28,24 +28,26 @@ LOSS = 1e-3
 """Limit on the relative difference of its loss from the reference's."""
 
 FIRST_STEP = (
-    "Seconds from the first import until the second batch is asked for. Of a compiler's imports some come before the "
-    "first batch and some after, so all are counted; torch, which makes the workloads, is imported for flax too. flax "
-    "keeps no compiled programs from one process to the next, unless it is asked to.\n\n"
-    "Kernels are compiled in parallel, and what is alike in several layers once: GPTs of 2, 4, 8 and 16 such layers "
-    "take 27, 35, 45 and 75 s, with 28, 33, 33 and 35 libraries to build (one run each, 2026-11-21). What a layer adds "
-    "is Inductor's own Python, which fuses and writes for each anew. Regional compilation (`nested_compile_region`) "
-    'would share that too; torch 2.13 fails on it inside `torch.func.grad` ("Expected FakeTensor"), and by `make_fx` '
-    "the regions are not marked, so one graph of forward, backward and update cannot have it."
+    "Seconds from the first import to the request for the second batch. Compilers import some modules before the first "
+    "batch and some after it, so all imports are included. For flax they include torch, which creates the workload. "
+    "flax stores no compiled programs across processes, unless it is configured to.\n\n"
+    "Kernels are compiled in parallel, and kernels that several layers share are compiled once: GPTs of 2, 4, 8 and 16 "
+    "such layers take 27, 35, 45 and 75 s, with 28, 33, 33 and 35 libraries to build (one run each, 2026-11-21). The "
+    "cost of a further layer is Inductor's Python, which fuses operations and generates code for each layer "
+    "separately. Regional compilation (`nested_compile_region`) would share that work, too. torch 2.13 fails on it "
+    'inside `torch.func.grad` ("Expected FakeTensor"), and `make_fx` does not mark the regions, so it cannot be used '
+    "for a single graph of forward, backward and update."
 )
 
 MEMORY = (
-    "Compiled steps of fxtrain keep what they free for the next step (`fxtrain/compiler/_heap.py`); the others are as "
-    "their users run them, and glibc maps theirs anew. With the same for everybody (`MALLOC_TRIM_THRESHOLD_=2000000000 "
-    "MALLOC_MMAP_THRESHOLD_=33554432`; 3 rounds, commit bc8070e, on another machine) fxtrain took 0.60 of the best by "
-    "hand on `small_gpt` and 0.74 on `wide_mlp`, where it took 0.58 and 0.44 without."
+    "Compiled steps of fxtrain keep freed memory for the next step (`fxtrain/compiler/_heap.py`). The other "
+    "contestants run with default settings, with which glibc returns memory to the system and maps it again. With the "
+    "same settings for all contestants (`MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=33554432`; 3 rounds, "
+    "commit bc8070e, on another machine), fxtrain took 0.60 of the time of the best loop by hand on `small_gpt` and "
+    "0.74 on `wide_mlp`, compared with 0.58 and 0.44 without these settings."
 )
 
-MEMORY_ON_GPU = "Batches are on the GPU. Memory is the peak of what PyTorch reserves there, graphs included."
+MEMORY_ON_GPU = "Batches are on the GPU. Memory is the peak that PyTorch reserves there, including CUDA graphs."
 
 PACKAGES = (
     *("torch", "jax", "flax", "optax", "lightning", "transformers", "accelerate", "pytorch-ignite", "keras"),
@@ -67,7 +69,7 @@ def report(
         judged += others[part][1] if part in others else []
     lines = ["# Results", "", heading(rounds, device), ""]
     if quick:
-        lines += ["**A quick run, of small sizes and few steps: it shows that all works, and nothing else.**", ""]
+        lines += ["**A quick run with small sizes and few steps. It only shows that everything works.**", ""]
     lines += bars(judged)
     for name, outcome in outcomes.items():
         lines += workload(name, outcome)
@@ -91,11 +93,12 @@ def heading(rounds: int, device: str) -> str:
     text = (
         f"{time.strftime('%Y-%m-%d')}; commit {commit()}; {processor()}, {len(os.sched_getaffinity(0))} cores, "
         f"{memory_of_machine()}, {platform.system()} {platform.release()}; {gpu}Python {platform.python_version()}, "
-        f"{versions}; {rounds} rounds. Load of the machine at the end: {os.getloadavg()[1]:.1f}.\n\n"
-        "Each contestant runs in a process of its own, which is stopped between its turns; in each round everybody has "
-        "one, in another order each time. With one thread, all turns are on one core. Numbers are medians, with "
-        "quartiles in parentheses; ratios are taken within each round. All begin with the same weights, take the same "
-        "batches in the same order and use AdamW alike; nobody logs, saves or shows progress."
+        f"{versions}; {rounds} rounds. Load average at the end: {os.getloadavg()[1]:.1f}.\n\n"
+        "Each contestant runs in a separate process, which is stopped between its turns. Each round has one turn of "
+        "each contestant, in rotating order. With one thread, all turns run on the same core. Values are medians, with "
+        "quartiles in parentheses. Ratios are taken within each round. All contestants start from the same weights, "
+        "take the same batches in the same order, and use AdamW with the same settings. None of them logs, saves or "
+        "shows progress."
     )
     return f"{text}\n\n{MEMORY if device == 'cpu' else MEMORY_ON_GPU}"
 
@@ -103,12 +106,12 @@ def heading(rounds: int, device: str) -> str:
 def bars(judged: Sequence[Verdict]) -> list[str]:
     if not judged:
         return []
-    rows = [("promise", "measured", "at most", "")]
+    rows = [("target", "measured", "at most", "")]
     for found in judged:
         measured = f"{spread(found.values, 1 if found.unit else 3)}{found.unit}"
         limit = f"{found.limit:.4g}{found.unit}"
         rows.append((found.text, measured, limit, "pass" if found.passed else "**missed**"))
-    lines = ["## Promises", "", *table(rows), ""]
+    lines = ["## Targets", "", *table(rows), ""]
     missed: dict[str, list[str]] = {}
     for found in judged:
         if not found.passed:
@@ -120,7 +123,7 @@ def bars(judged: Sequence[Verdict]) -> list[str]:
 
 def workload(name: str, outcome: Outcome) -> list[str]:
     """Formats the table of a workload, contestants that trained differently, and failures."""
-    rows = [("contestant", "time a step, us", "over fxtrain", "peak memory, MB", "loss", "distance")]
+    rows = [("contestant", "time per step, us", "relative to fxtrain", "peak memory, MB", "loss", "distance")]
     ours = outcome.seconds.get(FXTRAIN)
     for contestant, seconds in sorted(outcome.seconds.items(), key=lambda item: statistics.median(item[1])):
         check = outcome.checks[contestant]
@@ -129,10 +132,10 @@ def workload(name: str, outcome: Outcome) -> list[str]:
         micro = spread([1e6 * s for s in seconds], 1)
         rows.append((contestant, micro, over, memory, f"{check['loss']:.6f}", f"{check['distance']:.1e}"))
     threads = "one thread" if outcome.threads == 1 else f"{outcome.threads} threads"
-    lines = [f"## `{name}`", "", f"{outcome.about}; {threads}; {outcome.turn} steps a turn.", "", *table(rows), ""]
+    lines = [f"## `{name}`", "", f"{outcome.about}; {threads}; {outcome.turn} steps per turn.", "", *table(rows), ""]
     wrong = different(outcome)
     if wrong:
-        lines += [f"**Not the same work: {', '.join(wrong)}.**", ""]
+        lines += [f"**Different results of the short training: {', '.join(wrong)}.**", ""]
     for contestant, why in outcome.failures.items():
         lines += [f"Failed: {contestant}: `{why.splitlines()[-1]}`", ""]
     return lines
@@ -149,23 +152,23 @@ def different(outcome: Outcome) -> list[str]:
 
 
 def overhead(found: Mapping[str, Seconds]) -> list[str]:
-    lines = ["## What callbacks and the loop add", ""]
+    lines = ["## Overhead of callbacks and the loop", ""]
     for name, seconds in found.items():
-        rows = [("variant", f"{name}: time a step, us")]
+        rows = [("variant", f"{name}: time per step, us")]
         rows += [(variant, spread([1e6 * s for s in taken], 1)) for variant, taken in seconds.items()]
         lines += [*table(rows), ""]
     return lines
 
 
 def monitoring(found: Seconds) -> list[str]:
-    rows = [("monitors", "time a step, ms")]
+    rows = [("monitors", "time per step, ms")]
     rows += [(variant, spread([1e3 * s for s in taken], 2)) for variant, taken in found.items()]
-    return ["## What monitors add to a step of `fxtrain lm`", "", *table(rows), ""]
+    return ["## Overhead of monitors in `fxtrain lm`", "", *table(rows), ""]
 
 
 def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:
     lines = ["## First step", "", FIRST_STEP, ""]
-    rows = [("workload", "contestant", "cache empty", "cache warm")]
+    rows = [("workload", "contestant", "empty cache", "warm cache")]
     for name, contestants in found.items():
         for contestant, kinds in contestants.items():
             rows.append((f"`{name}`", contestant, spread(kinds["cold"], 2), spread(kinds["warm"], 2)))
@@ -173,7 +176,7 @@ def first_step(found: Mapping[str, Mapping[str, Seconds]]) -> list[str]:
 
 
 def ensemble(found: Seconds) -> list[str]:
-    rows = [("members", "time a step, us", "a member, us")]
+    rows = [("members", "time per step, us", "per member, us")]
     for count, seconds in found.items():
         micro = [1e6 * s for s in seconds]
         rows.append((count, spread(micro, 0), spread([m / int(count) for m in micro], 1)))

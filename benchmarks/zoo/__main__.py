@@ -58,7 +58,7 @@ def main() -> None:
 
     def check(key: str) -> tuple[str, dict[str, Any]]:
         if time.monotonic() > deadline:
-            return key, {"status": "skipped", "error": f"not begun within {given.budget:.0f} s"}
+            return key, {"status": "skipped", "error": f"not started within {given.budget:.0f} s"}
         return key, processes.result_of(worker.checked, key, given.compiler, timeout=given.timeout)
 
     with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
@@ -73,7 +73,7 @@ def main() -> None:
     if given.compiler is not None:
         TABLE.write_text(table(json.loads(RESULTS.read_text()), cases))
     if too_few:
-        print(f"Expected at least {LEAST_PACKAGES} packages that can be imported.")
+        print(f"expected at least {LEAST_PACKAGES} packages that can be imported. Install the missing packages.")
     print(", ".join(f"{count} {name}" for name, count in counts.items()))
     raise SystemExit(1 if counts["failed"] or too_few else 0)
 
@@ -81,16 +81,18 @@ def main() -> None:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--only", metavar="NAMES", help="parts of package and name, separated by semicolons")
+    which.add_argument("--only", metavar="NAMES", help='parts of "package: name", separated by semicolons')
     which.add_argument("--part", metavar="K/N", help="one of N parts")
-    which.add_argument("--rotate", action="store_true", help="the hash of the commit, modulo 3, chooses a third")
+    which.add_argument("--rotate", action="store_true", help="a third, chosen by the commit hash modulo 3")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--eager", dest="compiler", action="store_const", const=None, help="compare with plain loops only")
-    how.add_argument("--interpret", dest="compiler", action="store_const", const="none", help="run graphs as they are")
+    how.add_argument(
+        "--interpret", dest="compiler", action="store_const", const="none", help="run graphs without Inductor"
+    )
     parser.set_defaults(compiler="inductor")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for a model")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model is begun")
-    parser.add_argument("--workers", type=int, default=2, help="how many processes, of one thread each")
+    parser.add_argument("--timeout", type=float, default=600, help="time limit of a model in seconds")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no model is started")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, each with one thread")
     return parser.parse_args()
 
 

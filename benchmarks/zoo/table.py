@@ -6,23 +6,25 @@ from typing import Any
 
 from zoo.case import Case, Limitation
 
-COLUMNS = ("model", "package", "eager", "differentiate", "compiled how", "parity", "first step")
+COLUMNS = ("model", "package", "eager", "differentiate", "compile route", "parity", "first step")
 ONE_GRAPH = ("traced", "dynamo")
 
 _HEAD = """# The zoo
 
 {summary}
 
-- **eager**: three uncompiled steps against a plain PyTorch loop, in float64: the largest relative difference of losses,
-  parameters and buffers. At most 1e-9 passes.
-- **differentiate**: the way of `fx.train_step(..., differentiate="auto")`, chosen at the first step.
-- **compiled how**: the route of `fx.compile`. "traced" and "dynamo" are one graph of the whole step; "regions" are
-  several graphs of the loss function and one of the optimizer; with "eager forward" only the optimizer is compiled.
-  "not compiled": the graphs were made and checked but run without Inductor (`python -m benchmarks.zoo --interpret`).
-- **parity**: compiled against uncompiled, in float32 with dropout, as above. At most 1e-4 passes. A run that was saved
-  and restored ended in the same bits, and exported weights computed the same in the original module.
-- **first step**: seconds, compilation included, on one core of a machine that was busy with other work. The compiler's
-  cache was not emptied between models.
+- **eager**: three uncompiled steps compared with a plain PyTorch loop, in float64: the largest relative difference of
+  losses, parameters and buffers. At most 1e-9 passes.
+- **differentiate**: the method that `fx.train_step(..., differentiate="auto")` chose at the first step.
+- **compile route**: the route of `fx.compile`. "traced" and "dynamo" are a single graph of the whole step. A graph
+  "with checks" is valid for the values of its batch, and each call checks them. "regions" are several graphs of the
+  loss function and one of the optimizer. With "eager forward", only the optimizer is compiled. Graphs marked "not
+  compiled" were traced and checked, but run without Inductor (`python -m benchmarks.zoo --interpret`).
+- **parity**: compiled steps compared with uncompiled steps in the same way, in float32 with dropout. At most 1e-4
+  passes. A run that was saved and restored also ended with the same bits, and exported weights gave the same outputs in
+  the original module.
+- **first step**: seconds, including compilation, on one core of a machine that was busy with other work. The compiler's
+  cache was not cleared between models.
 
 Written by `python -m benchmarks.zoo`.
 
@@ -41,7 +43,9 @@ def verdict(result: dict[str, Any], limitation: Limitation | None) -> str:
         return "limited"
     if not limitation.is_certain and not result["error"]:
         return "passed"
-    result["error"] = result["error"] or "passes now, and its case names a limitation. Remove that."
+    result["error"] = (
+        result["error"] or "expected the known limitation of the case, got a pass. Remove the limitation from the case."
+    )
     return "failed"
 
 
@@ -67,13 +71,13 @@ def summary(results: dict[str, Any], total: int) -> str:
     dates = sorted({result["date"] for result in results.values()})
     when = f"between {dates[0]} and {dates[-1]}" if len(dates) > 1 else f"on {dates[0]}" if dates else ""
     return (
-        f"{total} models of {len({key.partition(': ')[0] for key in results})} packages; {tried} were trained {when}. "
-        f"All checks hold for {counts['passed']}; {counts['failed']} failed, "
-        f"{counts['limited']} have a known limitation, {counts['skipped']} were skipped for want of their package, "
-        f"{total - len(results)} have no result. **{whole} of {tried}{share} are one graph**; the graphs of "
+        f"{total} models of {len({key.partition(': ')[0] for key in results})} packages. {tried} were trained {when}. "
+        f"All checks passed for {counts['passed']}; {counts['failed']} failed, "
+        f"{counts['limited']} have a known limitation, {counts['skipped']} were skipped because their package is "
+        f"missing, {total - len(results)} have no result. **{whole} of {tried}{share} are one graph**; the graphs of "
         f"{interpreted} were run without Inductor."
         if results
-        else f"{total} models, none of which was trained."
+        else f"{total} models, without results."
     )
 
 
