@@ -49,7 +49,9 @@ def main() -> None:
     for name in wanted:
         began = time.perf_counter()
         if name in workloads.ON_GPU:
-            outcomes[name] = race(name, who(name, given), rounds=rounds, quick=given.quick, device=given.device)
+            outcomes[name] = race(
+                name, contestants_of(name, given), rounds=rounds, quick=given.quick, device=given.device
+            )
         else:
             others[name] = other(name, rounds, quick=given.quick)
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
@@ -73,18 +75,18 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def who(name: str, given: argparse.Namespace) -> list[str]:
+def contestants_of(name: str, given: argparse.Namespace) -> list[str]:
     """Returns the contestants of a workload."""
     peers = workload(name, quick=given.quick).peers
-    everybody = contestants.ALL if given.device == "cpu" else contestants.ON_GPU
-    names = [who for who in everybody if peers or who not in contestants.TRAINERS]
+    available = contestants.ALL if given.device == "cpu" else contestants.ON_GPU
+    names = [each for each in available if peers or each not in contestants.TRAINERS]
     # Only on the tiny MLP does the dispatch overhead exceed the computation.
     if name != "tiny_mlp" and contestants.EIGHT in names:
         names.remove(contestants.EIGHT)
     if given.contestants:
         parts = given.contestants.split(",")
-        return [who for who in names if any(part in who for part in parts)]
-    return [who for who in names if who in QUICK or name == "tiny_mlp"] if given.quick else names
+        return [each for each in names if any(part in each for part in parts)]
+    return [each for each in names if each in QUICK or name == "tiny_mlp"] if given.quick else names
 
 
 def other(name: str, rounds: int, *, quick: bool) -> Any:

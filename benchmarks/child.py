@@ -68,7 +68,7 @@ def prepared(job: dict[str, Any]) -> tuple[Any, Any]:
     return made, contestant(job["contestant"])
 
 
-def say(parent: TextIO, **what: Any) -> None:
+def send(parent: TextIO, **what: Any) -> None:
     parent.write(json.dumps(what) + "\n")
     parent.flush()
 
@@ -81,15 +81,15 @@ def turns(job: dict[str, Any], parent: TextIO) -> None:
 
     workload, train = prepared(job)
 
-    def ask(seconds: float) -> None:
+    def end_turn(seconds: float) -> None:
         if math.isnan(seconds):
             pin(job["then_pin"])
-        say(parent, seconds=seconds)
+        send(parent, seconds=seconds)
         if not sys.stdin.readline():
             # Skips the cleanup of libraries, because the process has no further use.
             os._exit(0)
 
-    feed = in_turns(workload.batches, workload.warmup, workload.turn, ask)
+    feed = in_turns(workload.batches, workload.warmup, workload.turn, end_turn)
     if workload.device != "cpu":
         import torch
 
@@ -125,7 +125,7 @@ def check(job: dict[str, Any], parent: TextIO) -> None:
     with torch.no_grad():
         batch = workload.batches[0]
         losses = [float(workload.loss(made(batch["x"]), batch["y"])) for made in (module, workload.module())]
-    say(parent, loss=losses[0], loss_before=losses[1], distance=difference / way)
+    send(parent, loss=losses[0], loss_before=losses[1], distance=difference / way)
 
 
 def floating(values: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def memory(job: dict[str, Any], parent: TextIO) -> None:
             peaks.append(resident("VmHWM") - before)
 
     train(full, limited(full.batches, 2 * SETTLED + 1, look, SETTLED, 2 * SETTLED))
-    say(parent, bytes=peaks[0])
+    send(parent, bytes=peaks[0])
 
 
 def trim() -> None:
@@ -200,7 +200,7 @@ def first_step(job: dict[str, Any], parent: TextIO) -> None:
         asked.append(time.perf_counter())
 
     train(workload, limited(workload.batches, 2, look, 0, 1))
-    say(parent, seconds=asked[1] - began)
+    send(parent, seconds=asked[1] - began)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ def session(folder: pathlib.Path, steps: int, kill_after: float | None = None) -
                 process.wait()
                 return None
             time.sleep(0.05)
-        told, _ = process.communicate()
+        output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"expected a session to exit with code 0, got {process.returncode}.")
-    return json.loads(told.splitlines()[-1])
+    return json.loads(output.splitlines()[-1])
 
 
 def train(folder: pathlib.Path, steps: int) -> dict[str, str]:

@@ -79,20 +79,20 @@ def limited(batches: list[Any], total: int, pauses: Callable[[int], None] = lamb
     return Feed(batches, total, pauses, lambda: iter(at))
 
 
-def in_turns(batches: list[Any], warmup: int, turn: int, ask: Callable[[float], None]) -> Feed:
-    """Returns an endless feed, which calls ``ask`` between turns.
+def in_turns(batches: list[Any], warmup: int, turn: int, end_turn: Callable[[float], None]) -> Feed:
+    """Returns an endless feed, which calls ``end_turn`` between turns.
 
     Args:
         batches: The batches to repeat.
         warmup: Number of batches before the first turn.
         turn: Number of batches of a turn.
-        ask: Called with the seconds of the last turn, NaN before the first. It returns when the next turn starts.
+        end_turn: Called with the seconds of the last turn, NaN before the first. It returns when the next turn starts.
     """
     began = float("nan")
 
     def pause(given: int) -> None:
         nonlocal began
-        ask(time.perf_counter() - began)
+        end_turn(time.perf_counter() - began)
         began = time.perf_counter()
 
     return Feed(batches, None, pause, lambda: itertools.count(warmup, turn))

@@ -33,4 +33,4 @@ def main(*, rounds: int, quick: bool) -> dict[str, dict[str, Seconds]]:
 def first(workload: str, name: str, cache: str, *, quick: bool) -> float:
     job = {"what": "first_step", "workload": workload, "device": "cpu", "contestant": name, "quick": quick}
     with child({**job, "cores": sorted(os.sched_getaffinity(0))}, {"TORCHINDUCTOR_CACHE_DIR": cache}) as made:
-        return made.hear()["seconds"]
+        return made.receive()["seconds"]

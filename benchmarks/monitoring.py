@@ -39,7 +39,7 @@ def main(*, rounds: int, quick: bool) -> tuple[Seconds, list[Verdict]]:
     for _ in range(1 if quick else 2 * rounds):
         # Fresh states in each round, because memory placement is random and changes the step time by some percent.
         for run in runs.values():
-            run.begin_anew()
+            run.restart()
         # With HUNDREDTH, one of 100 steps has monitors. 100 steps outlast the drift of the machine's speed, so they are
         # divided into many turns.
         short = alternate(runs, 2 if quick else 100 // STEPS)
@@ -76,7 +76,7 @@ class Run:
         batches, _ = lm.data()
         self._batches = [batches[index] for index in range(STEPS)]
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """Restarts from a copy of the first state, in other memory, and runs one warm-up turn."""
         self._state = self._first.copy()
         self()

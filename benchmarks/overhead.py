@@ -90,7 +90,7 @@ class Turns(fx.data.Source):
         super().__init__()
         self.epoch_length = 64 * len(batches)  # long, like real epochs
         self._loop, self._steps = loop, steps
-        self._feed = iter(in_turns(batches, 0, steps, self._ask))
+        self._feed = iter(in_turns(batches, 0, steps, self._end_turn))
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._over = False
         self._error: BaseException | None = None
@@ -125,7 +125,7 @@ class Turns(fx.data.Source):
             self._error = error
             self._done.release()
 
-    def _ask(self, seconds: float) -> None:
+    def _end_turn(self, seconds: float) -> None:
         """Ends a turn of ``seconds``, NaN before the first turn, and returns when the next turn starts."""
         if not math.isnan(seconds):
             self._seconds = seconds

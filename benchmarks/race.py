@@ -42,7 +42,7 @@ class Child:
     """A contestant's process.
 
     Raises:
-        RuntimeError: From ``hear``, if the process died. The message is the end of its stderr.
+        RuntimeError: From ``receive``, if the process died. The message is the end of its stderr.
     """
 
     def __init__(self, job: dict[str, Any], environment: dict[str, str] | None = None) -> None:
@@ -56,7 +56,7 @@ class Child:
             env=os.environ | (environment or {}),
         )
 
-    def hear(self) -> dict[str, float]:
+    def receive(self) -> dict[str, float]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -70,7 +70,7 @@ class Child:
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write("turn\n")
         self._process.stdin.flush()
-        seconds = self.hear()["seconds"]
+        seconds = self.receive()["seconds"]
         self.rest()
         return seconds
 
@@ -112,9 +112,9 @@ def race(name: str, names: Sequence[str], *, rounds: int, quick: bool, device: s
             own = {**job, "contestant": contestant, "cores": place}
             try:
                 with child({**own, "what": "check"}) as checked:
-                    outcome.checks[contestant] = checked.hear()
+                    outcome.checks[contestant] = checked.receive()
                 made = closing.enter_context(child(own))
-                made.hear()
+                made.receive()
                 made.rest()
                 children[contestant] = made
             except RuntimeError as error:
@@ -122,27 +122,27 @@ def race(name: str, names: Sequence[str], *, rounds: int, quick: bool, device: s
 
         prepare(EAGER, measured_on)  # the reference
         places = [[core] for core in cores] if made.threads == 1 else [measured_on]
-        in_pairs([contestant for contestant in names if contestant != EAGER], places, prepare)
+        in_parallel([contestant for contestant in names if contestant != EAGER], places, prepare)
         order = [contestant for contestant in dict.fromkeys([EAGER, *names]) if contestant in children]
         taken = alternate({contestant: children[contestant].turn for contestant in order}, rounds)
         outcome.seconds = {contestant: [s / made.turn for s in turns] for contestant, turns in taken.items()}
     if made.memory:
 
-        def weigh(contestant: str, place: list[int]) -> None:
+        def measure_memory(contestant: str, place: list[int]) -> None:
             job = {"what": "memory", "workload": name, "quick": quick, "device": device}
             job |= {"contestant": contestant, "cores": place}
             with child(job) as made:
                 try:
-                    outcome.memory[contestant] = int(made.hear()["bytes"])
+                    outcome.memory[contestant] = int(made.receive()["bytes"])
                 except RuntimeError as error:
                     outcome.failures[f"{contestant}, memory"] = str(error)
 
         torch_and_flax = {FXTRAIN, GRAPHS, UNDONATED, *BY_HAND_ON_GPU, *ANY_FLAX}
-        in_pairs([contestant for contestant in order if contestant in torch_and_flax], places, weigh)
+        in_parallel([contestant for contestant in order if contestant in torch_and_flax], places, measure_memory)
     return outcome
 
 
-def in_pairs(names: Sequence[str], places: Sequence[list[int]], do: Any) -> None:
+def in_parallel(names: Sequence[str], places: Sequence[list[int]], do: Any) -> None:
     """Calls ``do(name, place)`` for all names, in parallel, with one call at a time per place."""
     free = list(places)
 
