@@ -173,16 +173,16 @@ class TestUnsynced:
         gone = LOG.index(Call("rename", "/w/run/1", "/w/run/.gone-1"))
         committed = LOG.index(Call("rename", "/w/run/.new-2", "/w/run/2"))
         log = [*LOG[: committed + 1], *LOG[gone:]]
-        assert unsynced(log)[0] == "save 2: 1, which is older, goes by rename, and run is not synced"
+        assert unsynced(log)[0] == "save 2: 1 of an earlier save is renamed while run is not synced"
 
     def test_message_names_the_unsynced_file(self):
         log = [call for call in LOG if call != Call("sync", "/w/run/.new-2/leaves")]
-        assert unsynced(log) == ["save 2: .new-2 is renamed, and leaves is not synced"]
+        assert unsynced(log) == ["save 2: .new-2 is renamed while leaves is not synced"]
 
     def test_overwriting_in_place_is_detected(self):
         write = [Call("note", "begin"), Call("truncate", "/w/last"), Call("write", "/w/last"), Call("sync", "/w/last")]
         log = [*write, Call("sync", "/w"), Call("note", "committed"), *write, Call("note", "committed")]
-        assert unsynced(log) == ["save 2: last, which is older, is written over in place"]
+        assert unsynced(log) == ["save 2: last of an earlier save is overwritten in place"]
 
 
 def _run(number):

@@ -24,12 +24,12 @@ from benchmarks.checkpoint.systems import SYSTEMS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="100MB,1GB", help="of the states, such as 100MB,1GB")
-    parser.add_argument("--leaves", default="10,2000", help="into how many leaves, such as 10,2000")
+    parser.add_argument("--sizes", default="100MB,1GB", help="sizes of the state, such as 100MB,1GB")
+    parser.add_argument("--leaves", default="10,2000", help="numbers of leaves, such as 10,2000")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="20MB, 10 and 200 leaves, 2 rounds: whether it works")
-    parser.add_argument("--folder", help="where to write; a disk, and no memory file system, for numbers that count")
-    parser.add_argument("--write", metavar="PATH", help="append the report to this file too")
+    parser.add_argument("--quick", action="store_true", help="a quick check with 20MB, 10 and 200 leaves, 2 rounds")
+    parser.add_argument("--folder", help="where to write, on a disk for meaningful times")
+    parser.add_argument("--write", metavar="PATH", help="also append the report to this file")
     parser.add_argument("--memory-of", metavar="SYSTEM", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.quick:
@@ -60,7 +60,7 @@ def main() -> None:
 
 def bytes_in(text: str) -> int:
     if text[-2:].upper() not in UNITS:
-        raise ValueError(f"{text!r}: a size such as 100MB is wanted; the units are {', '.join(UNITS)}.")
+        raise ValueError(f"expected a size such as 100MB, got {text!r}. The units are {', '.join(UNITS)}.")
     return round(float(text[:-2]) * UNITS[text[-2:].upper()])
 
 

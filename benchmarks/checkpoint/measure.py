@@ -59,7 +59,7 @@ def one_turn(system: type[System], problem: Problem, root: pathlib.Path, *, chec
         restored: dict[str, Any] = {}
         restore = timed(lambda: restored.update(made.restore()))
         if check and not all(torch.equal(restored[name], leaf) for name, leaf in problem.tensors.items()):
-            raise AssertionError(f"{system.name} has restored something else than it saved.")
+            raise AssertionError(f"expected {system.name} to restore the saved values, got different ones.")
     finally:
         made.close()
         made.clear()

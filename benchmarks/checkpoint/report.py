@@ -30,7 +30,7 @@ class Criterion:
 
     def __str__(self) -> str:
         passed = statistics.median(self.ratios) <= self.limit
-        return f"- {'pass' if passed else 'FAIL'}: {self.text}: {spread(self.ratios, 2)}, wanted at most {self.limit}"
+        return f"- {'pass' if passed else 'FAIL'}: {self.text}: {spread(self.ratios, 2)}, limit {self.limit}"
 
 
 def criteria(seconds: Seconds, memory: Memory, size: int, leaf_counts: Sequence[int]) -> list[Criterion]:
@@ -94,12 +94,12 @@ def heading(rounds: int, root: pathlib.Path) -> str:
     return (
         f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}, file "
         f"system {file_system(root)}; Python {platform.python_version()}, {versions}; one torch thread; {rounds} "
-        "rounds. Seconds: medians (and quartiles). `blocked`: until training may go on; `committed`: until all is on "
-        "the disk, of a later save. safetensors does not bring it there, and its restore only maps the file. fxtrain's "
-        "alone verifies what it reads. Memory: the peak beyond the state, in sizes of the state, buffers included. "
-        "Where a virtual machine's page cache grows, its host may have to find the memory first: the same 100 MB were "
-        "handed to it in 0.05 s or in 0.22, in turns that differ in nothing else, and in 0.22 more often where a copy "
-        "is held in memory."
+        "rounds. Times are in seconds, medians (and quartiles). `blocked`: until training can continue. `committed`: "
+        "until a later save is on the disk. safetensors does not sync its file, and its restore only maps it. Only "
+        "fxtrain verifies the restored data. Memory: the peak beyond the state, including buffers, in multiples of the "
+        "state's size. Write times of a virtual machine vary, because its host may have to provide memory for a "
+        "growing page cache: the same 100 MB took 0.05 s or 0.22 s under equal conditions, and 0.22 s more often while "
+        "a copy was held in memory."
     )
 
 

@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--seed", type=int, help="one program alone")
-    parser.add_argument("--program", help="a program as it is printed")
+    parser.add_argument("--seed", type=int, help="run only the program of this seed")
+    parser.add_argument("--program", help="run only this program, given by its repr")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--no-shrink", action="store_true")
     parser.add_argument("--shrink-seconds", type=float, default=30.0)
@@ -49,7 +49,7 @@ def _one(given: program.Program, options: argparse.Namespace) -> int:
     verdict = check.check(given)
     for line in verdict.problems:
         print("  ", line)
-    print("refused" if verdict.refused else "fails" if verdict.problems else "holds")
+    print("rejected" if verdict.refused else "fails" if verdict.problems else "passes")
     if verdict.problems and not options.no_shrink:
         _show_shrunk(verdict, options.shrink_seconds)
     return int(bool(verdict.problems))
@@ -73,8 +73,8 @@ def _many(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - began
     count = sum(map(len, failures.values()))
     print(
-        f"{options.cases} programs, seeds {options.first} to {options.first + options.cases - 1}: {count} fail in "
-        f"{len(failures)} ways, {refused} are refused; {options.cases / seconds:.1f} programs a second"
+        f"{options.cases} programs, seeds {options.first} to {options.first + options.cases - 1}: {count} failures of "
+        f"{len(failures)} kinds, {refused} rejected; {options.cases / seconds:.1f} programs per second"
     )
     for kind, verdicts in sorted(failures.items(), key=lambda item: -len(item[1])):
         print(f"\n{len(verdicts)} times: {kind}")

@@ -105,6 +105,6 @@ def _damage(program: Program, folder: pathlib.Path) -> None:
 
 def _differences(program: Program, first: Session, second: Session) -> list[str]:
     if second.result is None:
-        return [f"the second time it raised {second.error!r}"]
+        return [f"the second run raised {second.error!r}"]
     found = laws.same_end(first, second, [second.result.reason])
     return found + laws.same_trajectory(program, first, [second])

@@ -24,7 +24,7 @@ _LOSING = ("kill", "leave", "exit", "error")
 _EVALUATION = ("EvalBegin", "EvalStep", "EvalEnd")
 _STOPPED_BEFORE = "stopped before this session began"
 _REFUSED = (
-    # Raised for end_epoch requests and epoch limits while the epoch length is unknown.
+    # Raised for end_epoch requests and triggers in epochs while the epoch length is unknown.
     "expected data with a known epoch length",
     "expected an event with a known epoch length",
     # Raised if callbacks end or skip every epoch without a step.
@@ -77,9 +77,10 @@ def ends_process(session: Session, code: int | None) -> list[str]:
     exits, reason = session.result.exit_code, session.result.reason
     right = _EXITS.get(session.cut.how, 0)
     # The run may have ended for another reason before the signal.
-    found = [] if exits == right or (exits == 0 and "interrupted" not in reason) else [f"exit: {exits} after {reason}"]
+    is_right = exits == right or (exits == 0 and "interrupted" not in reason)
+    found = [] if is_right else [f"exit: expected {right}, got {exits} after {reason}"]
     wanted = exits if session.cut.how in ("SIGTERM", "SIGUSR1") and exits else None
-    return found if code == wanted else [*found, f"exit: the process would exit with {code}, and {wanted} is right"]
+    return found if code == wanted else [*found, f"exit: expected the process to exit with {wanted}, got {code}"]
 
 
 def same_end(whole: Session, final: Session, reasons: Sequence[str]) -> list[str]:
@@ -99,7 +100,7 @@ def same_end(whole: Session, final: Session, reasons: Sequence[str]) -> list[str
             found.append(f"state: {error}")
     reason = whole.result.reason
     if final.result.reason != reason and not (final.result.reason == _STOPPED_BEFORE and reason in reasons):
-        found.append(f"reason: {final.result.reason!r}, and of the whole run {reason!r}")
+        found.append(f"reason: expected {reason!r}, got {final.result.reason!r}")
     return found
 
 
@@ -122,7 +123,7 @@ def same_trajectory(program: Program, whole: Session, sessions: Sequence[Session
         told = _comparable(program, session)
         begin = _placed(told, wanted, known_end, is_final=session is sessions[-1])
         if begin is None:
-            return [*found, f"events: session {number + 1} {_where_apart(told, wanted, known_end)}"]
+            return [*found, f"events: session {number + 1}: {_where_apart(told, wanted, known_end)}"]
         again = wanted[begin:known_end] if number else []
         before = _harshest([each.cut for each in sessions[silent:number] if each.cut is not None])
         if told:
@@ -131,7 +132,7 @@ def same_trajectory(program: Program, whole: Session, sessions: Sequence[Session
             found += _too_much_again(again, before, program)
         known_end = begin + len(told) if told else known_end
     if known_end != len(wanted):
-        found.append(f"events: {len(wanted) - known_end} of {len(wanted)} are missing, from {wanted[known_end]!r}")
+        found.append(f"events: {len(wanted) - known_end} of {len(wanted)} are missing, first {wanted[known_end]!r}")
     return found
 
 
@@ -141,12 +142,12 @@ def does_nothing(again: Session, final: Session, whole: Session) -> list[str]:
     if again.result is None:
         return []
     try:
-        testing.assert_equal(again.result.last, final.result.last, "once more: result.last")
-        testing.assert_equal(again.result.state, final.result.state, "once more: result.state")
+        testing.assert_equal(again.result.last, final.result.last, "resumed again: result.last")
+        testing.assert_equal(again.result.state, final.result.state, "resumed again: result.state")
     except AssertionError as error:
         found.append(f"again: {error}")
     if again.is_recorded and again.trajectory:
-        found.append(f"again: a finished run goes on with {again.trajectory[0]!r}")
+        found.append(f"again: expected no events after a finished run, got {again.trajectory[0]!r}")
     return found
 
 
@@ -176,18 +177,18 @@ def same_history(whole: Session, sessions: Sequence[Session]) -> list[str]:
     if repr(sorted(joined.items())) == repr(sorted(wanted.items())):
         return []
     differing = [
-        f"{point} is {joined.get(point)} where the whole run has {wanted.get(point)}"
+        f"{point}: expected {wanted.get(point)}, got {joined.get(point)}"
         for point in sorted({*joined, *wanted})
         if repr(joined.get(point)) != repr(wanted.get(point))
     ]
-    return [f"history: {differing[0]} ({len(differing)} differ)"]
+    return [f"history: {differing[0]} ({len(differing)} points differ)"]
 
 
 def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[str]:
     """Checks that the newest checkpoint equals the final state."""
     with checkpointer(program, folder) as checkpoints:
         if checkpoints.latest() is None:
-            return ["disk: there is no checkpoint at the end"]
+            return ["disk: expected a checkpoint at the end, got none"]
         last = final.result.last
         saved = checkpoints.restore(last, extra="keep")
     # The checkpoint keeps the stop request that ended the run, so that a resume does nothing.
@@ -249,11 +250,11 @@ def _too_much_again(again: list[Told], cut: Cut, program: Program) -> list[str]:
         return []
     if cut.how != "error":
         others = [told for told in again if told.kind not in _EVALUATION]
-        return [f"events: after {cut.how} these come twice: {again}"] if others else []
+        return [f"events: repeated after {cut.how}: {again}"] if others else []
     if program.donate:
         return []  # a failed donating step loses its input state, so the run resumes from the last checkpoint
     steps = sum(told.kind == "StepEnd" for told in again)
-    return [f"events: after an error {steps} steps come twice"] if steps > program.steps_per_call else []
+    return [f"events: {steps} steps are repeated after an error"] if steps > program.steps_per_call else []
 
 
 def _where_apart(told: list[Told], wanted: list[Told], known_end: int) -> str:
@@ -267,7 +268,7 @@ def _where_apart(told: list[Told], wanted: list[Told], known_end: int) -> str:
             best, at = same, begin
     got = repr(told[best]) if best < len(told) else "nothing"
     should = repr(wanted[at + best]) if at + best < len(wanted) else "nothing"
-    return f"tells {got} where the whole run tells {should} (event {at + best} of {len(wanted)})"
+    return f"expected {should}, got {got} (event {at + best} of {len(wanted)})"
 
 
 def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -301,7 +302,7 @@ def _doubled(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         key = (row.get("event"), str(row.get("step")), row.get("index"))
         if key in seen:
-            found.append(f"two points for {key}")
+            found.append(f"duplicate points for {key}")
         seen.add(key)
     return found
 
@@ -309,14 +310,14 @@ def _doubled(rows: list[dict[str, Any]]) -> list[str]:
 def _first_difference(got: list[Any], wanted: list[Any]) -> str:
     for a, b in zip(got, wanted, strict=False):
         if a != b:
-            return f"{a} where the whole run has {b}"
-    longer, what = (got, "more") if len(got) > len(wanted) else (wanted, "fewer")
-    return f"{len(got)} points, {what} than {len(wanted)}: {longer[min(len(got), len(wanted))]}"
+            return f"expected {b}, got {a}"
+    longer = max(got, wanted, key=len)
+    return f"expected {len(wanted)} points, got {len(got)}: {longer[min(len(got), len(wanted))]}"
 
 
 def _unordered(history: Any) -> list[str]:
     return [
-        f"{name} has steps {series.steps.tolist()}"
+        f"{name}: expected increasing steps, got {series.steps.tolist()}"
         for name, series in history.items()
         if any(a >= b for a, b in zip(series.steps, series.steps[1:], strict=False))
     ]

@@ -79,7 +79,7 @@ class _Machine:
             is_undone = event.kind == "Interrupted" or (event.kind == "FitEnd" and self._program.lag)
             is_there = event.step == self._step and (event.position == self._position or moved)
             if not is_there and not is_undone:
-                found.append(f"step {event.step}, position {event.position}; they were {self._step}, {self._position}")
+                found.append(f"expected {_at(self._step, self._position)}, got {_at(event.step, event.position)}")
         return found
 
     def _ask(self, event: Told) -> None:
@@ -93,7 +93,7 @@ class _Machine:
                 self._pending.add(kind)
 
     def _due(self, *kinds: str) -> list[str]:
-        return [f"{kind} was asked, and comes later" for kind in kinds if kind in self._pending]
+        return [f"the request {kind} is still pending" for kind in kinds if kind in self._pending]
 
     # Session events
 
@@ -120,12 +120,12 @@ class _Machine:
 
     def _FitEnd(self, event: Told) -> list[str]:  # noqa: N802
         if self._program.saves and not self._is_unsaved and self._has_stepped and self._saved != event.step:
-            return [f"the last save was of step {self._saved}"]
+            return [f"expected a save of step {event.step}, got {self._saved} as the last saved step"]
         reason = dict(event.fields)["reason"]
         if self._ended or self._program.lag or "no retained state is that old" in reason:
             return []
         is_over = self._has_moved and event.position % self._program.batches == 0
-        found = ["the epoch is over, and did not end"] if is_over and not unknown_length(self._program) else []
+        found = ["expected EpochEnd after the last batch"] if is_over and not unknown_length(self._program) else []
         return found + self._due("evaluate", "end_epoch", "rewind")
 
     # Trajectory events
@@ -136,7 +136,7 @@ class _Machine:
             found.append("EpochBegin inside an epoch")
         length = self._program.batches
         if event.position % length:
-            found.append(f"EpochBegin at position {event.position} of epochs of {length}")
+            found.append(f"expected EpochBegin at a multiple of {length}, got position {event.position}")
         self._is_in_epoch = True
         return found
 
@@ -149,9 +149,10 @@ class _Machine:
         self._is_in_epoch = True
         ahead = len(self._begun)
         if (event.step, event.position) != (self._step + 1 + ahead, self._position + ahead):
-            found.append(f"step {event.step}, position {event.position} after {self._step}, {self._position}")
+            expected = _at(self._step + 1 + ahead, self._position + ahead)
+            found.append(f"expected {expected}, got {_at(event.step, event.position)}")
         if ahead >= self._program.steps_per_call:
-            found.append(f"{ahead + 1} steps begin together")
+            found.append(f"expected at most {self._program.steps_per_call} steps per call, got {ahead + 1}")
         asked = dict(event.asked)
         if "skip_batch" in asked:
             self._position += 1
@@ -164,11 +165,12 @@ class _Machine:
         found: list[str] = []
         self._has_stepped = True
         if not self._begun:
-            found.append("a step ends that did not begin")
+            found.append("StepEnd without StepBegin")
         else:
             self._begun.pop(0)
         if (event.step, event.position) != (self._step + 1, self._position + 1):
-            found.append(f"a step ends at {event.step}, {event.position} after {self._step}, {self._position}")
+            expected = _at(self._step + 1, self._position + 1)
+            found.append(f"expected {expected}, got {_at(event.step, event.position)}")
         self._step, self._position, self._has_moved = event.step, event.position, True
         return found
 
@@ -176,12 +178,12 @@ class _Machine:
         found = (
             []
             if "rewind" in self._pending or self._is_in_epoch is None or "spike_guard" in self._program.callbacks
-            else ["Rewound, and no one asked"]
+            else ["Rewound without a request"]
         )
         fields: dict[str, Any] = dict(event.fields)
         to_step = int(fields["to_step"])
         if int(fields["from_step"]) != self._step or to_step > self._step - self._rewind:
-            found.append(f"a rewind of {self._rewind} steps from {self._step}")
+            found.append(f"expected a rewind of at least {self._rewind} steps from step {self._step}")
         self._step, self._position = to_step, _start(fields["abandoned"], self._position)
         self._pending, self._rewind, self._is_in_epoch = self._pending & {"stop"}, 0, None
         self._has_moved = False
@@ -198,14 +200,14 @@ class _Machine:
         found = [] if self._is_evaluating else ["EvalStep outside of an evaluation"]
         index = int(dict(event.fields)["index"])
         if index != self._index:
-            found.append(f"evaluation batch {index} after {self._index - 1}")
+            found.append(f"expected evaluation batch {self._index}, got {index}")
         self._index = index + 1
         return found
 
     def _EvalEnd(self, event: Told) -> list[str]:  # noqa: N802
         found = [] if self._is_evaluating else ["EvalEnd outside of an evaluation"]
         if self._index != self._program.eval_batches:
-            found.append(f"an evaluation of {self._index} batches")
+            found.append(f"expected {self._program.eval_batches} evaluation batches, got {self._index}")
         self._is_evaluating = False
         return found
 
@@ -214,7 +216,7 @@ class _Machine:
         if self._is_in_epoch is False:
             found.append("EpochEnd outside of an epoch")
         if event.position % self._program.batches:
-            found.append(f"EpochEnd at position {event.position} of epochs of {self._program.batches}")
+            found.append(f"expected EpochEnd at a multiple of {self._program.batches}, got position {event.position}")
         self._is_in_epoch, self._position, self._has_moved = False, event.position, False
         self._pending.discard("end_epoch")
         self._begun = []
@@ -224,6 +226,10 @@ class _Machine:
         """Reports requests that must be handled before the next step or epoch begins."""
         self._begun = []
         return self._due("rewind", "evaluate", "end_epoch", *(() if self._program.lag else ("stop",)))
+
+
+def _at(step: int, position: int) -> str:
+    return f"step {step} at position {position}"
 
 
 def _start(range_text: str, otherwise: int) -> int:

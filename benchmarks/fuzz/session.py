@@ -70,7 +70,7 @@ class Told(NamedTuple):
     def __repr__(self) -> str:
         words = [f"{self.kind} step={self.step} position={self.position} epoch={self.epoch}"]
         words += [f"{name}={value}" for name, value in (*self.fields, *self.log)]
-        return " ".join([*words, *(f"asks {kind}: {reasons}" for kind, reasons in self.asked)])
+        return " ".join([*words, *(f"requests {kind}: {reasons}" for kind, reasons in self.asked)])
 
 
 @dataclasses.dataclass
@@ -295,7 +295,7 @@ def _bounded(program: Program) -> Iterator[None]:
         return
 
     def hung(number: int, frame: Any) -> None:
-        raise HungError("it took too long")
+        raise HungError("the session took too long")
 
     handler = signal.signal(signal.SIGALRM, hung)
     theirs = signal.setitimer(signal.ITIMER_REAL, COMPILED_SECONDS if program.compiled else SECONDS, 1.0)

@@ -30,36 +30,36 @@ class Row:
 
 
 ROWS = {
-    "R1": Row("cut anywhere and resumed, bitwise equal", "exact:exact", ours_only=True),
-    "R2": Row("the same, reading ahead and with workers", "exact:exact_data", ours_only=True),
+    "R1": Row("interrupted and resumed, bit-identical", "exact:exact", ours_only=True),
+    "R2": Row("the same with prefetching and workers", "exact:exact_data", ours_only=True),
     "R3": Row("SIGKILL before a file-system call", "crash_points:crash_points"),
-    "R4": Row("SIGKILL of a training run at any time", "kills:kills", ours_only=True),
+    "R4": Row("SIGKILL of a training run at a random time", "kills:kills", ours_only=True),
     "R5": Row("a flipped bit", "damage:flips"),
-    "R6": Row("truncated, missing, zeroed, appended, emptied", "damage:damages"),
-    "R7": Row("a target that does not fit", "fits:misfits"),
-    "R8": Row("leaves changed right after save returned", "aliasing:aliasing"),
-    "R9": Row("a disk that is full, read-only, broken or gone", "disk:disks"),
-    "R11": Row("synced before anything older goes", "synced:synced"),
-    "R12": Row("a power cut: what was synced is left", "power_cut:power_cuts", ours_only=True),
-    "R13": Row("every kind of leaf and key comes back", "fits:kinds"),
+    "R6": Row("halved, missing, zeroed, extended or empty files", "damage:damages"),
+    "R7": Row("a mismatched restore target", "fits:misfits"),
+    "R8": Row("tensors changed right after save returned", "aliasing:aliasing"),
+    "R9": Row("a full, read-only, broken or missing disk", "disk:disks"),
+    "R11": Row("synced before older files are removed", "synced:synced"),
+    "R12": Row("a power cut that loses unsynced data", "power_cut:power_cuts", ours_only=True),
+    "R13": Row("every kind of leaf and key", "fits:kinds"),
 }
 
 
 def main(arguments: list[str]) -> int:
     """Runs the chosen rows under the shim, and prints the table."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
-    parser.add_argument("--systems", default=",".join(SYSTEMS), help="separated by commas")
-    parser.add_argument("--rows", default=",".join(ROWS), help="separated by commas")
-    parser.add_argument("--every", type=int, help="take every N-th crash point; by default what a system has time for")
-    parser.add_argument("--flips", type=int, default=150, help="bit flips for each system")
-    parser.add_argument("--kills", type=int, help="SIGKILLs of a training run; by default 10, and 100 with --full")
-    parser.add_argument("--full", action="store_true", help="every crash point of every system")
-    parser.add_argument("--json", type=pathlib.Path, help="write the cells to this file as well")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="comma-separated systems")
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated rows")
+    parser.add_argument("--every", type=int, help="the period of tested crash points, by default per system")
+    parser.add_argument("--flips", type=int, default=150, help="bit flips per system")
+    parser.add_argument("--kills", type=int, help="SIGKILLs of a training run, by default 10, or 100 with --full")
+    parser.add_argument("--full", action="store_true", help="test every crash point of every system")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the cells to this file")
     options = parser.parse_args(arguments)
     systems, rows = options.systems.split(","), options.rows.split(",")
     for given, known in ((systems, SYSTEMS), (rows, ROWS)):
         if unknown := [name for name in given if name not in known]:
-            parser.error(f"{', '.join(unknown)}: what there is, is {', '.join(known)}.")
+            parser.error(f"expected names from {', '.join(known)}, got {', '.join(unknown)}.")
     if not shim.loaded():
         return shim.run_under(MODULE, arguments)
 

@@ -22,7 +22,7 @@ def aliasing(system: type[System]) -> Cell:
         for index in range(_TIMES):
             wrong = children.answer(functools.partial(_trial, system, change, index))
             for name, bad in wrong.items():
-                cell.add(["it was changed on its way"] if bad else [], at=f"{change}, save {index}, {name}")
+                cell.add(["a later change reached the file"] if bad else [], at=f"{change}, save {index}, {name}")
     return cell
 
 

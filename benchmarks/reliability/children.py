@@ -51,7 +51,7 @@ def in_child(work: Callable[[Tell], None], *, kill_after: float | None = None) -
     errors = [text for kind, text in told if kind == "error"]
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if not killed and status != 0 and not errors:
-        errors = [f"the child ended with status {status}"]
+        errors = [f"the child exited with status {status}"]
     return Outcome([text for kind, text in told if kind == "told"], killed, "".join(errors))
 
 
@@ -94,7 +94,7 @@ def _read(pipe: int, child: int, kill_after: float | None) -> bytes:
             os.kill(child, signal.SIGKILL)
             end = time.monotonic() + _PATIENCE
             if kill_after is None:
-                raise RuntimeError(f"A child hung for {_PATIENCE} s, after it told {content!r}.")
+                raise RuntimeError(f"A child hung for {_PATIENCE} s, after sending {content!r}.")
             continue
         piece = os.read(pipe, 65536)
         if not piece:

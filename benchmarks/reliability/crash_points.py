@@ -146,8 +146,8 @@ def _check(
     there = sorted({index for index in found.listed.values() if index is not None})
     wanted = session.kept([*(saves[index] for index in there), following])
     if session.manages and {[*there, len(saves)][index] for index in wanted} != set(after.listed.values()):
-        problems.append(f"after one more save there is {after.listed}")
-    problems += [f"left over: {name}" for name in session.leftovers()]
+        problems.append(f"unexpected checkpoints after one more save: {after.listed}")
+    problems += [f"leftover file: {name}" for name in session.leftovers()]
     tell(problems)
 
 
@@ -181,13 +181,13 @@ def judge(session: System, saves: Sequence[Save], committed: int, found: Found) 
     problems = list(found.problems)
     there = {index for index in found.listed.values() if index is not None}
     if not any(session.kept(saves[:count]) <= there for count in range(committed, len(saves) + 1)):
-        problems.append(f"{committed} saves were committed, and there is {found.listed}")
+        problems.append(f"expected {committed} committed saves or more, got {found.listed}")
     if committed and found.latest is None:
-        problems.append(f"{committed} saves were committed, and there is no latest")
+        problems.append(f"expected a latest checkpoint after {committed} committed saves, got none")
     if found.latest is not None and (found.latest not in found.listed or found.listed[found.latest] is None):
-        problems.append(f"the latest, {found.latest}, cannot be restored")
+        problems.append(f"the latest checkpoint, {found.latest}, cannot be restored")
     elif found.latest is not None and found.listed[found.latest] != max(there):
-        problems.append(f"the latest is {found.latest}, and there is {found.listed}")
+        problems.append(f"expected the latest of {found.listed}, got {found.latest}")
     for name, index in found.listed.items():
         if index is not None and isinstance(name, int) and saves[index : index + 1] and saves[index].step != name:
             problems.append(f"{name} has the values of step {saves[index].step}")

@@ -54,7 +54,7 @@ def damages(system: type[System]) -> Cell:
             cell.add(
                 children.answer(functools.partial(_all_damaged, change)), detected=True, at=f"{change.__name__[1:]} all"
             )
-        cell.add(children.answer(_all_set_aside), detected=True, at="nothing but what was set aside")
+        cell.add(children.answer(_all_set_aside), detected=True, at="one checkpoint set aside, the other deleted")
     return cell
 
 
@@ -77,14 +77,14 @@ def _trials(system: type[System], damages: Damages) -> list[tuple[str, list[str]
             try:
                 result = _read(system, copy, str(newest.relative_to(whole)))
             except Exception as error:
-                said = f"an error that does not say what is wrong: {type(error).__name__}: {error}"
+                said = f"unexpected error: {type(error).__name__}: {error}"
                 result = {"detected": True, "harmless": True, "problems": [said]}
             problems = result["problems"]
             if not result["detected"] and not result["harmless"]:
-                problems = [*problems, "silent, and the values are others"]
+                problems = [*problems, "undetected, and the restored values are wrong"]
             elif not result["detected"] and system is Fxtrain:
                 # The values are right, but fxtrain must detect any changed byte.
-                problems = [*problems, "silent"]
+                problems = [*problems, "undetected"]
             trials.append((what, problems, result["detected"]))
     return trials
 
@@ -127,19 +127,19 @@ def _read_ours(folder: pathlib.Path, newest: str) -> dict[str, Any]:
     except fx.CheckpointError as error:
         detected, harmless = True, True
         if newest not in str(error):
-            problems.append(f"the error does not name it: {error}")
+            problems.append(f"the error does not name the checkpoint: {error}")
     with fx.checkpointer(folder, keep=2) as checkpoints, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         restored = checkpoints.restore(like)
         if detected:
             if not same(restored.params, _values(OLDER)):
-                problems.append("the older one was not restored")
+                problems.append("the older checkpoint was not restored")
             if not any("unreadable-" in str(warning.message) for warning in warned):
-                problems.append("no warning says that it was set aside")
+                problems.append("no warning names the checkpoint set aside")
             if not (folder / f"unreadable-{newest}").exists():
-                problems.append("it was not set aside")
+                problems.append("the damaged checkpoint was not set aside")
             if checkpoints.steps() != [OLDER] or checkpoints.latest() != OLDER:
-                problems.append(f"listed is {checkpoints.steps()}")
+                problems.append(f"expected step {OLDER} alone, got {checkpoints.steps()}")
     return {"detected": detected, "harmless": harmless, "problems": problems}
 
 
@@ -154,7 +154,7 @@ def _all_damaged(change: Damage) -> list[str]:
         before = _names(folder)
         problems = _goes_on(folder)
         if _names(folder) != before:
-            problems.append("something was moved")
+            problems.append("files were moved")
         return problems
 
 
@@ -186,11 +186,11 @@ def _goes_on(folder: pathlib.Path) -> list[str]:
         for name, attempt in attempts.items():
             try:
                 attempt()
-                problems.append(f"{name} went on at the {time} attempt")
+                problems.append(f"{name} succeeded at the {time} attempt")
             except fx.CheckpointError:
                 pass
             except Exception as error:
-                problems.append(f"{name} went on at the {time} attempt, and failed with {error!r}")
+                problems.append(f"{name}: expected CheckpointError at the {time} attempt, got {error!r}")
     return problems
 
 

@@ -113,7 +113,7 @@ def _gone(system: type[System], what: str, folder: pathlib.Path) -> dict[str, An
     away.rename(folder)
     result = _judged(system, folder, session, said, named=named, surfaced_at_once=first)
     if written:
-        result["problems"].append(f"{', '.join(written)} was written where the folder is no more")
+        result["problems"].append(f"written into the replaced folder: {', '.join(written)}")
     return result
 
 
@@ -129,29 +129,29 @@ def _judged(
     problems += found.problems
     there = set(found.listed.values())
     if not there & {1, 2}:
-        problems.append(f"neither the first nor the second save is there, but {found.listed}")
+        problems.append(f"expected the first or second save, got {found.listed}")
     if not said and 2 not in there:
-        problems.append("nothing was said, and the second save is not there")
+        problems.append("the second save is missing, and no error was raised")
     if said and not surfaced_at_once:
-        problems.append("it was said only by wait()")
+        problems.append("the error was raised only by wait()")
     if named == 2 and 2 not in there:
-        problems.append("the latest was named before it was committed")
+        problems.append("latest() returned the second save before it was committed")
     # The run continues in the same session.
     try:
         session.save(3, values(3))
         session.wait()
         after = look(system(folder), range(5))
         if 3 not in after.listed.values() or after.problems:
-            problems.append(f"a save after it is lost: {after.listed} {after.problems}")
+            problems.append(f"a save after the fault is lost: {after.listed} {after.problems}")
     except Exception as error:
-        problems.append(f"a save after it fails: {type(error).__name__}: {error}")
+        problems.append(f"a save after the fault fails: {type(error).__name__}: {error}")
     if ours:
         with contextlib.suppress(fx.CheckpointError):
             session.close()
         again = system(folder)
         again.save(4, values(4))
         again.close()
-        problems += [f"left over after a restart: {name}" for name in again.leftovers()]
+        problems += [f"leftover file after a restart: {name}" for name in again.leftovers()]
     return {"problems": problems, "detected": bool(said)}
 
 
@@ -203,18 +203,18 @@ def _in_a_run(what: str, on_error: str, folder: pathlib.Path) -> list[str]:
         try:
             run(failing, observers=[breaks])
             if on_error == "raise":
-                problems.append("fit ended as if nothing was")
+                problems.append("fit did not raise CheckpointError")
         except fx.CheckpointError as error:
             if on_error == "warn" or str(folder) not in str(error):
-                problems.append(f"fit raised {error}")
+                problems.append(f"unexpected error of fit: {error}")
     if on_error == "warn" and not any(str(folder) in str(warning.message) for warning in warned):
         problems.append("no warning names the folder")
     if told != [2]:
-        problems.append(f"told to be saved were {told}")
+        problems.append(f"expected Saved at step 2 only, got {told}")
     shim.disarm()
     if fx.checkpointer(folder).latest() != 2:
-        problems.append(f"the latest is {fx.checkpointer(folder).latest()}")
+        problems.append(f"expected 2 as the latest step, got {fx.checkpointer(folder).latest()}")
     resumed = run(fx.checkpointer(folder)).last
     if not all(torch.equal(a, b) for a, b in zip(fx.tree.leaves(resumed), fx.tree.leaves(wanted), strict=True)):
-        problems.append("the resumed run ends elsewhere")
+        problems.append("the resumed run ends in a different state")
     return problems

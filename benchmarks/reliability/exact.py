@@ -131,5 +131,5 @@ def _event(line: str) -> str:
 def _difference(got: list[str], wanted: list[str]) -> str:
     for a, b in zip(got, wanted, strict=False):
         if a != b:
-            return f"{a[:200]} where {b[:200]} is wanted"
-    return f"{len(got)} events where {len(wanted)} are wanted, or another last checkpoint"
+            return f"expected {b[:200]}, got {a[:200]}"
+    return f"expected {len(wanted)} events and an equal last checkpoint, got {len(got)} events"

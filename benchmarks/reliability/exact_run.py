@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("record")
     parser.add_argument("--data", default="arrays")
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--stop-at", type=int, help="the number of the trajectory event after which a signal comes")
+    parser.add_argument("--stop-at", type=int, help="send SIGTERM after the trajectory event with this index")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)

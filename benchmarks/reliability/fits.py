@@ -15,13 +15,13 @@ from benchmarks.reliability.table import Cell
 _SAVED: Values = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64)}
 # Mismatched restore targets, and the paths that the error must name.
 _MISFITS: dict[str, tuple[Values, tuple[str, ...]]] = {
-    "another dtype": ({**_SAVED, "a": torch.zeros(2, 3, dtype=torch.float64)}, ("a",)),
+    "a different dtype": ({**_SAVED, "a": torch.zeros(2, 3, dtype=torch.float64)}, ("a",)),
     "a narrower dtype": ({**_SAVED, "b": torch.zeros(4, dtype=torch.int32)}, ("b",)),
-    "another shape": ({**_SAVED, "a": torch.zeros(3, 2)}, ("a",)),
+    "a different shape": ({**_SAVED, "a": torch.zeros(3, 2)}, ("a",)),
     "a smaller shape": ({**_SAVED, "b": torch.zeros(3, dtype=torch.int64)}, ("b",)),
-    "a leaf more": ({**_SAVED, "c": torch.zeros(1)}, ("c",)),
-    "a leaf less": ({"a": _SAVED["a"]}, ("b",)),
-    "a leaf renamed": ({"a": _SAVED["a"], "d": _SAVED["b"]}, ("b", "d")),
+    "an extra leaf": ({**_SAVED, "c": torch.zeros(1)}, ("c",)),
+    "a missing leaf": ({"a": _SAVED["a"]}, ("b",)),
+    "a renamed leaf": ({"a": _SAVED["a"], "d": _SAVED["b"]}, ("b", "d")),
 }
 
 
@@ -30,7 +30,7 @@ def misfits(system: type[System]) -> Cell:
     cell = Cell(detected=0)
     for what, (like, paths) in _MISFITS.items() if system.has_target else ():
         said = children.answer(functools.partial(_restored_into, system, like))
-        problems = [] if said else ["accepted in silence"]
+        problems = [] if said else ["accepted without an error"]
         problems += [f"the error does not name {path!r}" for path in paths if said and repr(path) not in said]
         cell.add(
             problems if system.name == "fxtrain" else problems[:1] if not said else [], detected=bool(said), at=what
@@ -69,7 +69,7 @@ def _returned(system: type[System], values: Values) -> list[str]:
             restored = session.restore(session.latest(), zeros_like(values))
         except Exception as error:
             return [f"{type(error).__name__}: {error}".replace("\n", " ")[:160]]
-        return [] if same(restored, values) else ["it comes back as another"]
+        return [] if same(restored, values) else ["the restored values differ"]
 
 
 def _kinds() -> dict[str, Values]:

@@ -70,7 +70,7 @@ def losses(calls: Sequence[Call], root: str) -> tuple[int, list[str]]:
             _apply(disk, call._replace(path=call.path[len(root) :], target=call.target[len(root) :]))
         survivors = disk.survivors()
         if saves and max(survivors, default=-1) < saves - 1:
-            problems.append(f"cut after call {index}: {saves} saves were reported, and {sorted(survivors)} survive")
+            problems.append(f"cut after call {index}: {saves} saves are reported, only {sorted(survivors)} survive")
     return len(calls), problems
 
 

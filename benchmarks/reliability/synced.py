@@ -38,7 +38,7 @@ def unsynced(calls: Sequence[Call], counts: Callable[[str], bool] = lambda path:
     save = 0
 
     def refuse(what: str, paths: set[str]) -> None:
-        problems.extend(f"save {save}: {what}, and {os.path.basename(path)} is not synced" for path in sorted(paths))
+        problems.extend(f"save {save}: {what} while {os.path.basename(path)} is not synced" for path in sorted(paths))
         dirty.difference_update(paths)  # report each path once
 
     for call in calls:
@@ -47,14 +47,14 @@ def unsynced(calls: Sequence[Call], counts: Callable[[str], bool] = lambda path:
         if call.name == "note":
             save += path == BEGIN
             if path == COMMITTED:
-                refuse("it is reported as committed", dirty)
+                refuse("reported as committed", dirty)
             continue
         if not counts(path):
             continue
         if call.name in ("remove", "rename") and born.get(path, save) < save:
-            refuse(f"{name}, which is older, goes by {call.name}", dirty - {path})
+            refuse(f"{name} of an earlier save is {call.name}d", dirty - {path})
         if call.name == "truncate" and born.get(path, save) < save:
-            problems.append(f"save {save}: {name}, which is older, is written over in place")
+            problems.append(f"save {save}: {name} of an earlier save is overwritten in place")
         match call.name:
             case "sync":
                 dirty.discard(path)
