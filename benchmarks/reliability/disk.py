@@ -168,7 +168,7 @@ class _collected(contextlib.AbstractContextManager):  # noqa: N801
 
 
 def _in_a_run(what: str, on_error: str, folder: pathlib.Path) -> list[str]:
-    """Runs a training whose disk fails at the second of six saves, and resumes it once the disk has recovered."""
+    """Trains on a disk that fails at the second of six saves, and resumes once the disk has recovered."""
     code, kinds = FAULTS[what]
     problems = []
     tx = fx.optim.adam(0.1)
