@@ -49,13 +49,13 @@ class Found(NamedTuple):
 def variants(system: type[System]) -> list[Variant]:
     """Returns the variants that differ for a system. Waiting makes no difference for synchronous saves."""
     both = [Variant(best=False, waits=True), Variant(best=True, waits=True)]
-    return [*both, Variant(best=True, waits=False)] if system.goes_back else both
+    return [*both, Variant(best=True, waits=False)] if system.can_rewind else both
 
 
 def crash_points(system: type[System], *, every: int = 1) -> Cell:
     """Kills a scenario before every ``every``-th file-system call, in each variant."""
     cell = Cell()
-    saves = WITH_RETURNS if system.goes_back else FORWARD
+    saves = WITH_RETURNS if system.can_rewind else FORWARD
     for index in range(len(saves) + 1):
         values(index)  # fills the cache before the children are forked
     for variant in variants(system):

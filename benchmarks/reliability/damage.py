@@ -152,7 +152,7 @@ def _all_damaged(change: Damage) -> list[str]:
             for file in _files(path):
                 change(file)
         before = _names(folder)
-        problems = _goes_on(folder)
+        problems = _unexpected_starts(folder)
         if _names(folder) != before:
             problems.append("files were moved")
         return problems
@@ -168,10 +168,10 @@ def _all_set_aside() -> list[str]:
         with fx.checkpointer(folder) as checkpoints:
             checkpoints.restore(state_of(zeros_like(_values(NEWEST)), 0))
         shutil.rmtree(next(folder.glob("0*-step-*")))
-        return _goes_on(folder)
+        return _unexpected_starts(folder)
 
 
-def _goes_on(folder: pathlib.Path) -> list[str]:
+def _unexpected_starts(folder: pathlib.Path) -> list[str]:
     """Returns the attempts that succeed or fail with another error although no checkpoint can be restored."""
     tx = fx.optim.sgd(0.1)
     like = zeros_like(_values(NEWEST))

@@ -128,7 +128,7 @@ def _scenario(
     if made_before:
         run.mkdir(parents=True)
     session = system(run / "checkpoints", best=best)
-    for index, save in enumerate(WITH_RETURNS if system.goes_back else FORWARD):
+    for index, save in enumerate(WITH_RETURNS if system.can_rewind else FORWARD):
         if save.reopen:
             session.close()
             session = system(run / "checkpoints", best=best)

@@ -39,7 +39,7 @@ class System:
     """
 
     name: ClassVar[str]
-    goes_back: ClassVar[bool] = False  # whether steps smaller than the largest can be saved
+    can_rewind: ClassVar[bool] = False  # whether steps smaller than the largest can be saved
     has_target: ClassVar[bool] = True  # whether restore takes the expected structure
     manages: ClassVar[bool] = False  # whether a new session finds the best checkpoint of earlier sessions
     every: ClassVar[int] = 1  # the default period of tested crash points, larger for slower systems
@@ -89,7 +89,7 @@ class System:
 
 class Fxtrain(System):
     name = "fxtrain"
-    goes_back = True
+    can_rewind = True
     manages = True
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1, best: bool = False, on_error: str = "raise") -> None:
