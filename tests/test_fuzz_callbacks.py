@@ -235,7 +235,7 @@ def test_spike_guard_matches_reference(losses, back, window, data):
     )
     state = fx.attach(fx.init({"w": torch.tensor(0.0)}), guard)
     oracle, position = Spikes(deviations, window, warmup, record), 0
-    for loss, can_rewind in zip(losses, back, strict=False):
+    for loss, rewinds in zip(losses, back, strict=False):
         value = torch.tensor(loss, dtype=torch.float64)
         event = fx.Gradients(step=state.step + 1, loss=value, metrics={}, grads={})
         state, control = guard(state.replace(position=torch.tensor(position)), event)
@@ -247,7 +247,7 @@ def test_spike_guard_matches_reference(losses, back, window, data):
         # Only the presence of a rewind is compared, because the ring may still hold batches of an abandoned timeline.
         assert any(int(steps) > 0 for steps in control.rewind.values()) == bool(oracle.found)
         position += 1
-        if oracle.found and can_rewind:
+        if oracle.found and rewinds:
             state, _ = guard(state, fx.Rewound(step=1, from_step=1, to_step=0, abandoned=range(0), times=1))
             oracle.rewound()
             position = max(0, position - 2)
