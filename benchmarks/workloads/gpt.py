@@ -6,4 +6,4 @@ from benchmarks.workloads.workload import Workload
 
 def make(quick: bool) -> Workload:
     size = (2, 64, 4, 256, 2, 32) if quick else (12, 768, 12, 50304, 8, 512)
-    return gpt("gpt", *size, about="what GPUs are for", turn=10)
+    return gpt("gpt", *size, about="compute on a GPU", turn=10)

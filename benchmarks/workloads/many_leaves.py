@@ -24,7 +24,7 @@ def make(quick: bool) -> Workload:
     generator = torch.Generator().manual_seed(1)
     return Workload(
         name="many_leaves",
-        about=f"{3 * count} leaves of {WIDTH} numbers, batch 8: what a leaf costs",
+        about=f"{3 * count} leaves of {WIDTH} scalars, batch 8: cost per leaf",
         make=lambda: Rows(count),
         batches=[
             {
