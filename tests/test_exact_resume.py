@@ -33,4 +33,4 @@ def test_run_resumes_with_prefetch_or_different_worker_count(tmp_path, before, a
 def test_difference_between_runs_is_detected(tmp_path):
     run = Exactness(tmp_path, data="workers=0")  # this source adds noise to its samples
     (difference,) = run.resumed([40], "arrays")
-    assert difference.startswith('resumed after step 40: {"event": "StepBegin", "step": 41')
+    assert difference.startswith('resumed after step 40: expected {"event": "StepBegin", "step": 41')
