@@ -1,6 +1,7 @@
 """Compilation routes of steps that cannot be traced as one graph."""
 
 import functools
+import gc
 import logging
 import random
 import sys
@@ -227,6 +228,26 @@ class TestEqualsEager:
         assert compiled.route == donating.route == "inductor, regions"
         assert_same(ours, plain)
         assert_same(donated, plain)
+
+
+class TestGarbage:
+    @pytest.mark.parametrize("was_enabled", [True, False])
+    def test_collector_is_off_between_routes_and_as_before_afterwards(self, monkeypatch, was_enabled):
+        during = []
+
+        def refusing(function, **_):
+            during.append(gc.isenabled())
+            raise RuntimeError("no compiler here")
+
+        monkeypatch.setattr(torch, "compile", refusing)
+        (gc.enable if was_enabled else gc.disable)()
+        try:
+            quietly(fx.compile(fx.train_step(branching, TX), backend="eager"), start(), batch(0))
+            assert len(during) > 1
+            assert not any(during[1:])
+            assert gc.isenabled() == was_enabled
+        finally:
+            gc.enable()
 
 
 class TestWarning:

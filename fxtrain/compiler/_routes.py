@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +145,20 @@ class Routes:
     def _compile(
         self, step: Any, state: TrainState, batch: Any, found: Break | None, first: int, *, in_place: bool
     ) -> Artefact:
+        with contextlib.ExitStack() as after_failure:
+            return self._first_possible(step, state, batch, found, first, after_failure, in_place=in_place)
+
+    def _first_possible(
+        self,
+        step: Any,
+        state: TrainState,
+        batch: Any,
+        found: Break | None,
+        first: int,
+        after_failure: contextlib.ExitStack,
+        *,
+        in_place: bool,
+    ) -> Artefact:
         for index in range(first, len(self._routes)):
             route = self._routes[index]
             options: dict[str, Any] = {}
@@ -158,6 +174,7 @@ class Routes:
                 _log.debug("%s: %s", route.name, error)
                 continue
             except Exception as error:
+                after_failure.enter_context(_garbage_kept())
                 _log.debug("%r cannot be compiled by %s.", step, route.name, exc_info=error)
                 if found is None:
                     # Raises the step's own error, if it has one.
@@ -251,6 +268,25 @@ def routes_to(
 def _by_dynamo(step: Any, state: TrainState, batch: Any, *, in_place: bool, **options: Any) -> Artefact:
     # Dynamo's artefact always returns a new state.
     return compile_by_dynamo(step, state, batch, **options)
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Generator[None]:
+    """Delays garbage collection to the end of the block.
+
+    Frames of a failed compilation may hold guards that reset the state of torch's dispatcher when they are collected.
+    In the middle of another call this breaks it, as it did forward-mode derivatives.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+            with torch._C._ForceDispatchKeyGuard(include, exclude):
+                gc.collect()
+            gc.enable()
 
 
 def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:
