@@ -18,6 +18,7 @@ from fxtrain import testing
 from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.compiler._checked import compile_checked
 from fxtrain.compiler._regions import InManyGraphs
+from fxtrain.compiler._routes import _HAS_DISPATCHER_GUARD
 from fxtrain.compiler._values import UncheckedReadError
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
@@ -231,6 +232,9 @@ class TestEqualsEager:
 
 
 class TestGarbage:
+    def test_this_torch_has_the_guard_of_the_dispatcher(self):
+        assert _HAS_DISPATCHER_GUARD
+
     @pytest.mark.parametrize("was_enabled", [True, False])
     def test_collector_is_off_between_routes_and_as_before_afterwards(self, monkeypatch, was_enabled):
         during = []

@@ -283,10 +283,15 @@ def _garbage_kept() -> Generator[None]:
         yield
     finally:
         if was_enabled:
-            include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-            with torch._C._ForceDispatchKeyGuard(include, exclude):
-                gc.collect()
+            if _HAS_DISPATCHER_GUARD:
+                keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+                with torch._C._ForceDispatchKeyGuard(*keys):  # restores the state that collected guards have reset
+                    gc.collect()
             gc.enable()
+
+
+# Without this private interface, the garbage is left to the next automatic collection.
+_HAS_DISPATCHER_GUARD = hasattr(torch._C, "_ForceDispatchKeyGuard")
 
 
 def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:
