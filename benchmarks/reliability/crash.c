@@ -1,8 +1,8 @@
-/* Faults: what a file system does to a process, at a chosen call.
+/* Injects file-system faults at a chosen call.
  *
- * Loaded with LD_PRELOAD it stands before every call that changes something below one folder, and counts it. Call
- * number N can be replaced by SIGKILL, the calls from N on by an error, and every call can be written to a log. Until
- * fault_arm is called nothing happens, and a forked child arms itself without touching its parent.
+ * Loaded with LD_PRELOAD, it wraps and counts all calls that change files below one folder. It can replace call N by
+ * SIGKILL, make the calls from N on fail with an error, and log every call. It does nothing before fault_arm is called.
+ * A forked child can arm it without effect on its parent.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -36,7 +36,7 @@ void fault_disarm(void) { folder[0] = 0; }
 
 long fault_count(void) { return atomic_load(&count); }
 
-/* Looked up at each call: it costs little beside a call to the kernel, and there is no order of start-up to mind. */
+/* Look the function up at each call, which is cheap compared with a system call and independent of load order. */
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 static void say(const char *text, size_t length) {
@@ -54,7 +54,7 @@ static int below(const char *path) {
     return strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0);
 }
 
-/* The path behind a descriptor, as it is now: a rename of a folder above it shows. */
+/* Returns the current path of a descriptor, after any renames of its parent folders. */
 static void of_descriptor(int descriptor, char *out) {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
@@ -75,7 +75,7 @@ static void of_path(int directory, const char *path, char *out) {
     for (size_t end = strlen(out); end > 1 && out[end - 1] == '/'; end--) out[end - 1] = 0;
 }
 
-/* Before a call: 0 to go on, or the error that it is to return. */
+/* Called before each wrapped call. Returns 0 to proceed, or the error for the call to return. */
 static int before(int kind, const char *name, const char *path, const char *target) {
     if (!folder[0] || !(below(path) || (target && below(target)))) return 0;
     long number = 1 + atomic_fetch_add(&count, 1);

@@ -1,4 +1,4 @@
-"""Workloads: what is trained, each defined once for all contestants."""
+"""The trained models with their data, shared by all contestants."""
 
 import importlib
 
@@ -9,6 +9,6 @@ ON_GPU = (*NAMES, "gpt")
 
 
 def workload(name: str, *, quick: bool = False, device: str = "cpu") -> Workload:
-    """The workload; quick ones are small, to see that all works."""
+    """Returns a workload. A quick one is small and only tests the benchmark itself."""
     made: Workload = importlib.import_module(f"benchmarks.workloads.{name}").make(quick)
     return made if device == "cpu" else made.on(device)

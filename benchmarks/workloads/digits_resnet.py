@@ -1,4 +1,4 @@
-"""Digits ResNet: convolutions and batch norms, whose statistics are part of the state, on scikit-learn's digits."""
+"""A ResNet on scikit-learn's digits: convolutions, and batch norms with running statistics in the state."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""GPT: of the size of GPT-2's smallest, for a GPU."""
+"""A GPT with the dimensions of the smallest GPT-2, for GPUs."""
 
 from benchmarks.workloads.small_gpt import gpt
 from benchmarks.workloads.workload import Workload

@@ -1,4 +1,4 @@
-"""Many leaves: 200 small parameters, so 600 leaves with AdamW's moments, and next to nothing to compute with them."""
+"""200 small parameters, 600 leaves with the moments of AdamW, whose cost per leaf dominates the computation."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ WIDTH = 16
 
 
 class Rows(nn.Module):
-    """A linear map whose rows are parameters of their own."""
+    """A linear map with a separate parameter for each row."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small GPT: what a step computes counts, on one core."""
+"""A small GPT on one core, where the computation of a step dominates its overhead."""
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ def make(quick: bool) -> Workload:
 def gpt(
     name: str, layers: int, width: int, heads: int, vocabulary: int, batch: int, length: int, *, about: str, turn: int
 ) -> Workload:
-    """On texts that are random."""
+    """Returns a GPT workload with random tokens."""
     generator = torch.Generator().manual_seed(1)
     texts = torch.randint(vocabulary, (8, batch, length + 1), generator=generator)
     return Workload(

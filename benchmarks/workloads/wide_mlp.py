@@ -1,4 +1,4 @@
-"""Wide MLP: a step is as long as its parameters and the optimizer's memory take through the bus."""
+"""A wide MLP, whose step time is limited by the memory traffic of parameters and optimizer state."""
 
 import torch
 from torch import nn
@@ -10,7 +10,8 @@ def wide(layers: int, width: int) -> nn.Module:
     parts: list[nn.Module] = []
     for _ in range(layers):
         linear = nn.Linear(width, width)
-        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")  # so that gradients stay far above epsilon
+        # Keeps gradients far above the epsilon of AdamW.
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
         parts += [linear, nn.ReLU()]
     return nn.Sequential(*parts[:-1])
 

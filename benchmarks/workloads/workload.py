@@ -1,4 +1,4 @@
-"""Workload: what is trained. Every contestant takes its model, weights, batches, loss and optimizer from here."""
+"""The interface of a workload, from which all contestants take model, weights, batches, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def squared_error(output: Tensor, y: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is trained, and for how long at a time.
+    """A model with its training data, its hyperparameters, and the length of the measured turns.
 
     Args:
-        name: Also the name of its file.
-        about: For the report.
-        make: A fresh module, with weights from torch's global generator, which is seeded here.
-        batches: At least 8, of one kind; everybody takes them in this order, again and again.
-        loss: From the module's output and ``y``.
-        threads: For computing; with one, the process is pinned to one core.
-        turn: Steps in a turn.
-        warmup: Steps before the first turn.
-        learning_rate: AdamW's; betas and epsilon are torch's defaults.
-        weight_decay: AdamW's.
-        peers: Whether trainers of other libraries take part, beside loops by hand and flax.
-        memory: Whether peak memory is measured too.
-        device: Where modules and batches are.
+        name: The name of the workload, equal to the name of its file.
+        about: A description for the report.
+        make: Returns a new module, with weights from torch's global generator, which ``module`` seeds.
+        batches: At least 8 batches with equal shapes. All contestants repeat them in this order.
+        loss: Maps the module's output and ``y`` to the loss.
+        threads: Number of compute threads. With one thread, the process is pinned to one core.
+        turn: Number of steps per turn.
+        warmup: Number of steps before the first turn.
+        learning_rate: Learning rate of AdamW. Its betas and epsilon are the defaults of torch.
+        weight_decay: Weight decay of AdamW.
+        peers: Whether to measure the trainers of other libraries besides loops by hand and flax.
+        memory: Whether to measure peak memory.
+        device: The device of modules and batches.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Workload:
     device: str = "cpu"
 
     def on(self, device: str) -> Workload:
-        """The same on another device. Its batches are there, so that nobody waits for copies."""
+        """Returns the workload on another device, with its batches already copied there."""
         batches = [{name: value.to(device) for name, value in batch.items()} for batch in self.batches]
         return dataclasses.replace(self, device=device, batches=batches, threads=1, memory=True)
 
@@ -65,5 +65,5 @@ class Workload:
         return self.make().to(self.device)
 
     def adamw(self, module: nn.Module) -> torch.optim.AdamW:
-        """The optimizer of every contestant that uses torch's."""
+        """Returns the optimizer of all contestants that use an optimizer of torch."""
         return torch.optim.AdamW(module.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True)
