@@ -27,6 +27,7 @@ try:
     from fxtrain.compiler import Compiled, GraphBreakError, RecompileError
     from fxtrain.compiler import compile as compile  # noqa: A004
     from fxtrain.core import (
+        Batch,
         Callback,
         Control,
         DonatedError,
@@ -42,6 +43,7 @@ try:
         Interrupted,
         Logged,
         LoopEvent,
+        Metrics,
         Microbatch,
         Observer,
         Restored,
@@ -52,6 +54,7 @@ try:
         StepFn,
         StepOutput,
         TrainState,
+        Tree,
         Updated,
     )
     from fxtrain.diagnostics import Explanation, explain
@@ -67,6 +70,7 @@ finally:
         _gc.enable()
 
 __all__ = [
+    "Batch",
     "Callback",
     "CheckpointError",
     "Checkpointer",
@@ -89,6 +93,7 @@ __all__ = [
     "Interrupted",
     "Logged",
     "LoopEvent",
+    "Metrics",
     "Microbatch",
     "Observer",
     "Policy",
@@ -104,6 +109,7 @@ __all__ = [
     "StepFn",
     "StepOutput",
     "TrainState",
+    "Tree",
     "Trigger",
     "Updated",
     "after",

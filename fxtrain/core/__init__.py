@@ -57,8 +57,10 @@ from fxtrain.core._slots import SNAPSHOTS as SNAPSHOTS
 from fxtrain.core._slots import STOP_REASONS as STOP_REASONS
 from fxtrain.core._state import Due as Due
 from fxtrain.core._state import TrainState
+from fxtrain.core._types import Batch, Metrics, Tree
 
 __all__ = [
+    "Batch",
     "Callback",
     "Control",
     "DonatedError",
@@ -74,6 +76,7 @@ __all__ = [
     "Interrupted",
     "Logged",
     "LoopEvent",
+    "Metrics",
     "Microbatch",
     "Observer",
     "Restored",
@@ -84,5 +87,6 @@ __all__ = [
     "StepFn",
     "StepOutput",
     "TrainState",
+    "Tree",
     "Updated",
 ]

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fxtrain.core._types import Batch, Metrics, Tree
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Microbatch:
@@ -30,8 +32,8 @@ class Microbatch:
     step: Tensor
     index: int
     loss: Tensor
-    metrics: Mapping[str, Any]
-    grads: Any
+    metrics: Metrics
+    grads: Tree
     weight: Tensor | None = None
 
 
@@ -49,8 +51,8 @@ class Gradients:
 
     step: Tensor
     loss: Tensor
-    metrics: Mapping[str, Any]
-    grads: Any
+    metrics: Metrics
+    grads: Tree
     weight: Tensor | None = None
 
 
@@ -70,9 +72,9 @@ class Updated:
 
     step: Tensor
     loss: Tensor
-    metrics: Mapping[str, Any]
-    grads: Any
-    updates: Any
+    metrics: Metrics
+    grads: Tree
+    updates: Tree
     skipped: Tensor
     weight: Tensor | None = None
 
@@ -138,7 +140,7 @@ class StepBegin(LoopEvent):
         batch: The batch, as the data returned it.
     """
 
-    batch: Any
+    batch: Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,7 @@ class StepEnd(LoopEvent):
         metrics: The step's metrics by name: 0-d tensors on the step's device.
     """
 
-    metrics: Mapping[str, Any]
+    metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,9 +171,9 @@ class EvalStep(LoopEvent):
     """
 
     index: int
-    batch: Any
-    metrics: Mapping[str, Any]
-    outputs: Any = None
+    batch: Batch
+    metrics: Metrics
+    outputs: Tree | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +184,7 @@ class EvalEnd(LoopEvent):
         metrics: Metrics over all of the evaluation data by name: 0-d tensors.
     """
 
-    metrics: Mapping[str, Any]
+    metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxtrain.core._checks import describe, did_you_mean
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
+from fxtrain.core._types import Tree
 
 _SHOWN = 40  # rows in the repr of a state; one more line sums up the rest
 
@@ -80,12 +81,12 @@ class TrainState:
     """
 
     step: Tensor
-    params: Any
-    buffers: Any
-    opt_state: Any
+    params: Tree
+    buffers: Tree
+    opt_state: Tree
     seed: Tensor
     position: Tensor
-    slots: dict[str, Any]
+    slots: dict[str, Tree]
     due: Due
     model: Any = None
 
@@ -105,15 +106,15 @@ class TrainState:
                 _refuse_non_tensors(name, value)
         return build(type(self), {**_fields(self), **changes})
 
-    def with_slot(self, name: str, memory: Any) -> Self:
+    def with_slot(self, name: str, content: Tree) -> Self:
         """Returns a new state with the content of one slot replaced.
 
         Args:
             name: The slot's name. The slot is added if it does not exist.
-            memory: The new content, a pytree of tensors.
+            content: The new content, a pytree of tensors.
         """
-        _refuse_non_tensors(f"slots[{name!r}]", memory)
-        return build(type(self), {**_fields(self), "slots": {**self.slots, name: memory}})
+        _refuse_non_tensors(f"slots[{name!r}]", content)
+        return build(type(self), {**_fields(self), "slots": {**self.slots, name: content}})
 
     def copy(self) -> Self:
         """Returns a copy of the state in which every leaf is cloned."""
