@@ -101,7 +101,7 @@ def train(folder: pathlib.Path, steps: int) -> dict[str, str]:
         eval_when=fx.every(40),
         eval_view=lambda state: cb.averaged(state, "ema"),
         steps=steps,
-        keep_every=5,
+        snapshot_every=5,
         checkpointer=fx.checkpointer(folder, keep=2, best="loss"),
         resume=True,
     )

@@ -126,7 +126,7 @@ def train(folder, *, steps, resume=False):
             eval_when=fx.every(30),
             checkpointer=checkpointer,
             resume=resume,
-            keep_every=5,
+            snapshot_every=5,
             observers=[
                 observers.write(
                     writers.jsonl(folder / "metrics.jsonl"),

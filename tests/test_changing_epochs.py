@@ -137,7 +137,7 @@ def test_rewind_across_epochs_reads_same_batches(kind):
         return state, fx.Control(rewind=4 if event.step == 8 else 0, reason="again")
 
     _, expected, _ = train(make)
-    result, seen, _ = train(make, callbacks=[back], keep_every=1, keep=6, rewind_limit=1)
+    result, seen, _ = train(make, callbacks=[back], snapshot_every=1, snapshots=6, rewind_limit=1)
     assert seen[:8] == expected[:8]
     assert seen[8:12] == expected[4:8]
     assert result.reason

@@ -291,7 +291,7 @@ class TestFit:
             return state, fx.Control(rewind=2 if event.step == 5 and not int(done) else 0)
 
         callback = fx.slotted("done", lambda state: torch.tensor(0), back)
-        result = self.run(UNDONATED, callbacks=[callback], keep_every=2, steps=7)
+        result = self.run(UNDONATED, callbacks=[callback], snapshot_every=2, steps=7)
         testing.assert_equal(result.last.params, self.run(UNDONATED, steps=7).last.params, "parameters")
 
     def test_checkpoint_has_its_own_copy(self, tmp_path):

@@ -127,5 +127,7 @@ def test_shrinking_keeps_cause_of_failure():
     asks = (Ask(kind="save", at=3), Ask(kind="stop", event="EvalEnd", at=7), Ask(kind="rewind"))
     program = Program(epochs=3, batches=4, lag=1, asks=asks, donate=True, callbacks=("ema",), cuts=(Cut(),))
     smallest = shrink.shrink(program, fails)
-    assert smallest == Program(epochs=1, batches=1, rows=1, eval_batches=1, keep=1, lag=1, asks=(Ask(event="EvalEnd"),))
+    assert smallest == Program(
+        epochs=1, batches=1, rows=1, eval_batches=1, snapshots=1, lag=1, asks=(Ask(event="EvalEnd"),)
+    )
     assert torch.get_num_threads() == 1

@@ -85,7 +85,7 @@ class TestOrder:
         checkpoints = fx.checkpointer(tmp_path)
         options = {"eval_step": problem.eval_step, "eval_data": problem.data(1), "checkpointer": checkpoints}
         step = problem.step(callbacks=traced)
-        fit(step=step, callbacks=[asks, traced], observers=[observe], keep_every=1, **options)
+        fit(step=step, callbacks=[asks, traced], observers=[observe], snapshot_every=1, **options)
         fit(step=step, callbacks=[traced], observers=[recorder([]), observe], resume=True, **options)
         assert set(seen) == set(EVENTS)
 
@@ -268,7 +268,7 @@ class TestRequests:
                 step=step,
                 callbacks=callbacks,
                 lag=lag,
-                keep_every=1,
+                snapshot_every=1,
                 eval_step=problem.eval_step,
                 eval_data=problem.data(1),
                 checkpointer=fx.checkpointer(tmp_path / str(lag)),
@@ -370,7 +370,9 @@ class TestErrors:
             fit(step=problem.step(callbacks=fx.callbacks.epoch_mean()))
 
     @pytest.mark.parametrize(
-        "option", [{"keep": 0}, {"keep_every": 0}, {"keep_every": 1.5}, {"rewind_limit": -1}, {"lag": 2}], ids=str
+        "option",
+        [{"snapshots": 0}, {"snapshot_every": 0}, {"snapshot_every": 1.5}, {"rewind_limit": -1}, {"lag": 2}],
+        ids=str,
     )
     def test_option_out_of_range_is_rejected(self, option):
         (name,) = option

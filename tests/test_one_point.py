@@ -46,8 +46,8 @@ def session(folder, pause=0.0):
         eval_when=lambda event: event.step % 7 == 0,
         checkpointer=fx.checkpointer(folder / "checkpoints"),
         resume=True,
-        keep_every=1,
-        keep=8,
+        snapshot_every=1,
+        snapshots=8,
         observers=[
             fx.observers.required(
                 fx.observers.write(

@@ -258,7 +258,7 @@ def test_rewind_is_recorded_once_with_its_requests(story):
             return state, Control(stop=event.times == 2, reason="again")
         return state, Control(rewind=2 * (event.step == 5), reason="a spike")
 
-    fit(story, callbacks=(back,), steps=8, keep_every=1, keep=9)
+    fit(story, callbacks=(back,), steps=8, snapshot_every=1, snapshots=9)
     rewound = [line for line in story.events if line["event"] == "Rewound"]
     assert [(line["from_step"], line["to_step"], line["times"]) for line in rewound] == [(5, 3, 1), (5, 3, 2)]
     assert "asked" not in rewound[0]
@@ -473,7 +473,7 @@ def test_report_reads_the_recorded_run(story):
         return state, Control(rewind=2 * (event.step == 5), reason="a spike")
 
     writing = observers.write(writers.jsonl(story.folder / "metrics.jsonl"))
-    fit(story, callbacks=(back,), steps=6, keep_every=1, keep=9, also=(writing,))
+    fit(story, callbacks=(back,), steps=6, snapshot_every=1, snapshots=9, also=(writing,))
     run = read_run(story.folder)
     assert [mark.step for mark in run.marks if mark.kind == "rewound"] == [5, 5, 5]
     assert run.sessions[0]["reason"] == "enough"

@@ -28,7 +28,7 @@ class TestRewind:
     @pytest.mark.parametrize("where", ["device", "host", "disk"])
     def test_returns_to_the_newest_state_of_sufficient_age(self, tmp_path, where):
         fired = []
-        options = {"keep_every": 2, "keep": 5, "keep_on_host": where == "host"}
+        options = {"snapshot_every": 2, "snapshots": 5, "snapshots_on_host": where == "host"}
         callbacks = [rewind_once(at=5, steps=2)]
         if where == "disk":
             options = {"checkpointer": fx.checkpointer(tmp_path, keep=None)}
@@ -51,7 +51,7 @@ class TestRewind:
             if isinstance(event, fx.Saved) and event.step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        options = {"checkpointer": checkpoints, "keep_every": 2, "keep": 5}
+        options = {"checkpointer": checkpoints, "snapshot_every": 2, "snapshots": 5}
         # The run saves at step 4, rewinds to step 2, and ends right after.
         callbacks = [rewind_once(at=5, steps=2), fx.when(fx.at(4), fx.callbacks.save())]
         first = fit(callbacks=callbacks, observers=[fx.observers.required(interrupt)], **options)
@@ -69,7 +69,7 @@ class TestRewind:
         fired = []
         fit(
             callbacks=[rewind_once(at=3, steps=1), asks],
-            keep_every=1,
+            snapshot_every=1,
             eval_step=problem.eval_step,
             eval_data=problem.data(1),
             eval_when=lambda event: False,
@@ -83,7 +83,7 @@ class TestRewind:
         def always(state, event: fx.StepEnd):
             return state, fx.Control(rewind=1 if event.step == 3 else 0)
 
-        result = fit(callbacks=always, keep_every=2, rewind_limit=2)
+        result = fit(callbacks=always, snapshot_every=2, rewind_limit=2)
         assert result.reason == "rewound to step 2 3 times, more than rewind_limit=2 allows"
 
     def test_run_stops_without_a_state_of_sufficient_age(self):

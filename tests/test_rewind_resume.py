@@ -33,7 +33,7 @@ def trace():
     return fx.stateful("trace", lambda state: torch.tensor(0), update)
 
 
-def fit(folder, asked, *, interrupt_at=None, keep_every=2, keep=2, saves=5, steps=STEPS, **options):
+def fit(folder, asked, *, interrupt_at=None, snapshot_every=2, snapshots=2, saves=5, steps=STEPS, **options):
     fired, count = [], 0
 
     def watch(state, event, control):
@@ -54,8 +54,8 @@ def fit(folder, asked, *, interrupt_at=None, keep_every=2, keep=2, saves=5, step
         callbacks=callbacks,
         observers=[fx.observers.required(watch)],
         checkpointer=fx.checkpointer(folder, keep=2),
-        keep_every=keep_every,
-        keep=keep,
+        snapshot_every=snapshot_every,
+        snapshots=snapshots,
         steps=steps,
         resume=True,
         **options,
@@ -70,7 +70,7 @@ def fit(folder, asked, *, interrupt_at=None, keep_every=2, keep=2, saves=5, step
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"saves": None}, {"keep_every": None}, {"keep_on_host": True, "keep": 3}],
+    [{}, {"saves": None}, {"snapshot_every": None}, {"snapshots_on_host": True, "snapshots": 3}],
     ids=["both", "snapshots", "checkpoints", "host"],
 )
 def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
@@ -87,8 +87,8 @@ def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
 
 def test_save_of_an_interrupt_is_not_a_target(tmp_path):
     asked = ((6, 1),)
-    fit(tmp_path, asked, interrupt_at=4, saves=3, keep_every=None)
-    _, fired = fit(tmp_path, asked, saves=3, keep_every=None)
+    fit(tmp_path, asked, interrupt_at=4, saves=3, snapshot_every=None)
+    _, fired = fit(tmp_path, asked, saves=3, snapshot_every=None)
     assert ("Rewound", 6, 3) in fired
 
 
@@ -119,7 +119,7 @@ def test_lost_snapshots_are_not_targets_of_a_run_continued_in_memory():
     def rewind(state, event: fx.StepEnd):
         return state, fx.Control(rewind=3 if event.step == 6 else 0)
 
-    options = {"keep_every": 2, "keep": 2, "callbacks": rewind}
+    options = {"snapshot_every": 2, "snapshots": 2, "callbacks": rewind}
     first = fx.fit(problem.start(), problem.step(), problem.data(), steps=4, **options)
     assert first.last.slots["loop/snapshots"].tolist() == [0, 2]
     second = fx.fit(first.last, problem.step(), problem.data(), steps=8, **options)

@@ -156,7 +156,14 @@ class TestRewind:
             went.append((event.from_step, event.to_step))
 
         result = fx.fit(
-            problem.start(), step, bad_at(6), epochs=1, callbacks=guard, keep_every=1, keep=4, observers=[watch]
+            problem.start(),
+            step,
+            bad_at(6),
+            epochs=1,
+            callbacks=guard,
+            snapshot_every=1,
+            snapshots=4,
+            observers=[watch],
         )
         assert went == [(7, 5)]
         assert result.reason == "finished 1 epoch"

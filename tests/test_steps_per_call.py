@@ -149,8 +149,8 @@ def test_resume_after_interrupt_equals_the_uninterrupted_run(tmp_path):
     assert int(resumed.last.step) == int(whole.last.step)
 
 
-@pytest.mark.parametrize(("keep_every", "way"), [(4, (8, 4)), (3, (7, 6))])
-def test_rewind_returns_to_a_snapshot_at_keep_every(keep_every, way):
+@pytest.mark.parametrize(("snapshot_every", "way"), [(4, (8, 4)), (3, (7, 6))])
+def test_rewind_returns_to_a_snapshot_taken_by_snapshot_every(snapshot_every, way):
     went = []
 
     def go_back(state, event: fx.StepEnd):
@@ -159,7 +159,7 @@ def test_rewind_returns_to_a_snapshot_at_keep_every(keep_every, way):
     def watch(state, event: fx.Rewound, control):
         went.append((event.from_step, event.to_step))
 
-    run(K, go_back, keep_every=keep_every, observers=[watch])
+    run(K, go_back, snapshot_every=snapshot_every, observers=[watch])
     assert went == [way]
 
 

@@ -166,9 +166,9 @@ def _traced_ask(r: _Random) -> Ask:
 def _running(r: _Random, program: Program) -> dict[str, Any]:
     begins = "StepBegin" in program.counted or any(ask.event == "StepBegin" for ask in program.asks)
     return {
-        "keep_every": r.one(None, 1, 2, 3),
-        "keep": r.one(1, 2, 3, 8),
-        "keep_on_host": r.chance(0.1),
+        "snapshot_every": r.one(None, 1, 2, 3),
+        "snapshots": r.one(1, 2, 3, 8),
+        "snapshots_on_host": r.chance(0.1),
         "rewind_limit": r.one(1, 2, 3),
         "steps_per_call": 1 if begins else r.one(1, 1, 2, 3),
         "lag": r.one(0, 0, 1),

@@ -94,9 +94,9 @@ class Program(Terse):
         traced_asks: Requests inside the step.
         callbacks: Keys of ``build.READY``.
         eval_view: Whether to evaluate the moving average.
-        keep_every: As for ``fit``.
-        keep: As for ``fit``.
-        keep_on_host: As for ``fit``.
+        snapshot_every: As for ``fit``.
+        snapshots: As for ``fit``.
+        snapshots_on_host: As for ``fit``.
         rewind_limit: As for ``fit``.
         saves: Whether to use a checkpointer. Programs without one have no cuts.
         save_keep: ``keep`` of the checkpointer.
@@ -135,9 +135,9 @@ class Program(Terse):
     traced_asks: tuple[Ask, ...] = ()
     callbacks: tuple[str, ...] = ()
     eval_view: bool = False
-    keep_every: int | None = None
-    keep: int = 2
-    keep_on_host: bool = False
+    snapshot_every: int | None = None
+    snapshots: int = 2
+    snapshots_on_host: bool = False
     rewind_limit: int = 3
     saves: bool = True
     save_keep: int | None = 3

@@ -155,9 +155,9 @@ def _arguments(program: Program, folder: pathlib.Path, cutter: Cutter, found: Se
         "observers": [_recorder(found, program.observed), *_writers(program, folder), *cutter.observers],
         "epochs": program.epochs,
         "steps": program.steps,
-        "keep_every": program.keep_every,
-        "keep": program.keep,
-        "keep_on_host": program.keep_on_host,
+        "snapshot_every": program.snapshot_every,
+        "snapshots": program.snapshots,
+        "snapshots_on_host": program.snapshots_on_host,
         "rewind_limit": program.rewind_limit,
         "lag": program.lag,
     }

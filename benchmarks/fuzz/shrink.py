@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.fuzz.program import Ask, Cut, Program
 
 _SMALLER_FIRST = ("cuts", "asks", "traced_asks", "callbacks", "counted", "writers", "bad")
-_NUMBERS = ("epochs", "steps", "batches", "eval_batches", "rows", "keep")  # their minimum is 1
+_NUMBERS = ("epochs", "steps", "batches", "eval_batches", "rows", "snapshots")  # their minimum is 1
 
 
 def shrink(program: Program, fails: Callable[[Program], bool], *, seconds: float = 60.0) -> Program:

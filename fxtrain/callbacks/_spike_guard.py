@@ -54,7 +54,7 @@ def spike_guard(
     Non-finite values are spikes. Batches of weight 0 (see ``fxtrain.weighted``) are not part of the statistics.
 
     With ``rewind``, a spike also rewinds the run by at least that many steps, to a state retained by
-    ``fit(keep_every=)`` or a checkpointer. The positions of the batches that caused spikes survive the rewind, and
+    ``fit(snapshot_every=)`` or a checkpointer. The positions of the batches that caused spikes survive the rewind, and
     their updates are skipped from then on.
 
     It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.

@@ -56,9 +56,9 @@ def fit(
     observers: Iterable[Callable[..., None]] = (),
     checkpointer: Any = None,
     resume: bool = False,
-    keep_every: int | None = None,
-    keep: int = 2,
-    keep_on_host: bool = False,
+    snapshot_every: int | None = None,
+    snapshots: int = 2,
+    snapshots_on_host: bool = False,
     rewind_limit: int = 3,
     lag: int | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -97,11 +97,11 @@ def fit(
         checkpointer: From ``fxtrain.checkpointer``. Without one, nothing is saved.
         resume: Whether to continue from the latest checkpoint, if there is one. Callbacks that were not part of the run
             are initialized from that state. Without ``resume``, a folder with checkpoints of another run is an error.
-        keep_every: Retain a snapshot of the state at steps that are multiples of this, to rewind to. Checkpoints
+        snapshot_every: Retain a snapshot of the state at steps that are multiples of this, to rewind to. Checkpoints
             include the retained snapshots, so a resumed run rewinds to the same step as an uninterrupted one.
-        keep: Number of snapshots to retain, the newest ones.
-        keep_on_host: Whether to retain snapshots in host memory instead of on the device. Each copy synchronizes with
-            the device.
+        snapshots: Number of snapshots to retain, the newest ones.
+        snapshots_on_host: Whether to retain snapshots in host memory instead of on the device. Each copy synchronizes
+            with the device.
         rewind_limit: Stop the run if it rewinds to the same step more often than this.
         lag: After how many steps stop flags on the device are read: 0 or 1. The default is 0 on a CPU and 1 on an
             accelerator, where an immediate read would stall the device. Both give the same result, because a stopped
@@ -135,9 +135,9 @@ def fit(
         observers=observers,
         checkpointer=checkpointer,
         resume=resume,
-        keep_every=keep_every,
-        keep=keep,
-        keep_on_host=keep_on_host,
+        snapshot_every=snapshot_every,
+        snapshots=snapshots,
+        snapshots_on_host=snapshots_on_host,
         rewind_limit=rewind_limit,
         lag=lag,
         clock=clock,
@@ -191,8 +191,8 @@ def _plan(
     observers: Any,
     checkpointer: Any,
     resume: bool,
-    keep_every: int | None,
-    keep: int,
+    snapshot_every: int | None,
+    snapshots: int,
     rewind_limit: int,
     lag: int | None,
     **others: Any,
@@ -202,9 +202,9 @@ def _plan(
     for name, value in (("epochs", epochs), ("steps", steps)):
         if value is not None:
             check_int(name, value, minimum=0)
-    if keep_every is not None:
-        check_positive_int("keep_every", keep_every)
-    check_positive_int("keep", keep)
+    if snapshot_every is not None:
+        check_positive_int("snapshot_every", snapshot_every)
+    check_positive_int("snapshots", snapshots)
     check_int("rewind_limit", rewind_limit, minimum=0)
     check_choice("lag", lag, (None, 0, 1))
     if (eval_step is None) != (eval_data is None):
@@ -240,8 +240,8 @@ def _plan(
         observers=observers,
         checkpointer=checkpointer,
         resume=resume,
-        keep_every=keep_every,
-        keep=keep,
+        snapshot_every=snapshot_every,
+        snapshots=snapshots,
         rewind_limit=rewind_limit,
         lag=lag,
         **others,

@@ -17,22 +17,22 @@ class MultiStep:
         step: A step, compiled or not.
         data: From ``fxtrain.data.adapt``.
         steps: Total number of steps of the run, or None.
-        keep_every: Steps between two snapshots, or None.
+        snapshot_every: Steps between two snapshots, or None.
     """
 
-    def __init__(self, step: Any, data: Any, *, steps: int | None, keep_every: int | None) -> None:
+    def __init__(self, step: Any, data: Any, *, steps: int | None, snapshot_every: int | None) -> None:
         self._at_once: int = getattr(step, "steps_per_call", 1)
         self._one = leaving_compilation(step)
         self._several = leaving_compilation(getattr(step, "many", step))
         self._may_differ: bool = data.kinds != 1 or data.free > 0
-        self._data, self._steps, self._keep_every = data, steps, keep_every
+        self._data, self._steps, self._snapshot_every = data, steps, snapshot_every
 
     def length(self, step: int, position: int, epoch: Epoch) -> int:
         """Returns how many steps to take in the next dispatch."""
         count = self._at_once
         if count == 1:
             return 1
-        every = self._keep_every
+        every = self._snapshot_every
         if not epoch.length and hasattr(self._data, "snapshot"):
             # The epoch may end at any batch, and the iterator state of the data would be ahead of the steps.
             return 1

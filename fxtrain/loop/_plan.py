@@ -24,9 +24,9 @@ class Plan:
     observers: Iterable[Callable[..., None]]
     checkpointer: Any
     resume: bool
-    keep_every: int | None
-    keep: int
-    keep_on_host: bool
+    snapshot_every: int | None
+    snapshots: int
+    snapshots_on_host: bool
     rewind_limit: int
     lag: int | None
     clock: Callable[[], float]

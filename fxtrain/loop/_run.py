@@ -82,7 +82,7 @@ class Run:
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
         self._differs = hasattr(self.data, "begin_epoch")
-        self._multi_step = MultiStep(self.step, self.data, steps=plan.steps, keep_every=plan.keep_every)
+        self._multi_step = MultiStep(self.step, self.data, steps=plan.steps, snapshot_every=plan.snapshot_every)
         self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
         declare_shapes(self.step, self.data)
@@ -97,7 +97,7 @@ class Run:
             self._feeding.expected = saved.batch
         donates = self.step is not given or getattr(given, "donates", False)
         self._snapshots = Snapshots(
-            plan.keep_every, plan.keep, on_host=plan.keep_on_host, copied=donates, saving=self._saving
+            plan.snapshot_every, plan.snapshots, on_host=plan.snapshots_on_host, copied=donates, saving=self._saving
         )
         self._from_disk = restored_state if whole else None
         self._emitter = Emitter(plan, self._now, self._publish, self._feeding)
@@ -336,7 +336,7 @@ class Run:
 
     def _last_in_a_row(self) -> float:
         """Returns the next step after which the run must check saves, snapshots or its limit."""
-        now, every = self._now, self.plan.keep_every
+        now, every = self._now, self.plan.snapshot_every
         if self._saving.under_way:
             return now.step + 1
         limit = math.inf if self.plan.steps is None else self.plan.steps
