@@ -106,7 +106,9 @@ def train(folder: pathlib.Path, steps: int) -> dict[str, str]:
         resume=True,
     )
     assert result.reason == f"reached {steps} steps", result.reason
-    state = result.last.replace(slots={k: v for k, v in result.last.slots.items() if k not in CLOCKED})
+    state = result.continue_from.replace(
+        slots={k: v for k, v in result.continue_from.slots.items() if k not in CLOCKED}
+    )
     leaves = zip(fx.tree.paths(state, "state"), fx.tree.leaves(state), strict=True)
     return {
         path: xxhash.xxh3_64_hexdigest(leaf.contiguous().reshape(-1).view(torch.uint8).numpy()) for path, leaf in leaves

@@ -32,7 +32,7 @@ def of(library, name, **methods):
             r"TrainState .*, got a Linear\. Make one .*fxtrain.init\(module",
         ),
         ((dict(nn.Linear(2, 1).state_dict()), STEP, [BATCH]), r"got a dict with keys .*load_state_dict\(fxtrain"),
-        ((RESULT, STEP, [BATCH]), r"got a Result\. Continue from .* result.last"),
+        ((RESULT, STEP, [BATCH]), r"got a Result\. Continue from .* result.continue_from"),
         ((fx.init, STEP, [BATCH]), r"got the function init\. If init \(.*init.py:\d+\) returns a TrainState, call it"),
         (
             (STEP, STATE, [BATCH]),
@@ -181,7 +181,7 @@ def test_fit_rejects_surrounding_autocast():
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_surrounding_context_does_not_change_fit(surrounding):
     with surrounding():
-        found = fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).last
+        found = fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).state
     torch.testing.assert_close(
-        found.params, fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).last.params, rtol=0.0, atol=0.0
+        found.params, fx.fit(STATE, STEP, [BATCH, BATCH], epochs=2).state.params, rtol=0.0, atol=0.0
     )

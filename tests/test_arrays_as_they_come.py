@@ -24,7 +24,7 @@ STEP = fx.train_step(loss_fn, TX)
 
 def trained(data):
     torch.manual_seed(0)
-    return fx.fit(fx.init(nn.Linear(2, 1), TX), STEP, data, epochs=2).last.params
+    return fx.fit(fx.init(nn.Linear(2, 1), TX), STEP, data, epochs=2).state.params
 
 
 def by_a_plain_loop():

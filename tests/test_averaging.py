@@ -169,13 +169,13 @@ class TestRun:
         step = problem.step(callbacks=average)
         step = fx.compile(step) if compiled else step
         options = {"callbacks": average}
-        whole = fx.fit(problem.start(), step, problem.data(), steps=12, **options).last
+        whole = fx.fit(problem.start(), step, problem.data(), steps=12, **options).state
         for cut in range(1, 12, 3 if compiled else 1):
             folder = fx.checkpointer(tmp_path / f"{compiled}{cut}")
             fx.fit(problem.start(), step, problem.data(), steps=cut, checkpointer=folder, **options)
             again = fx.fit(
                 problem.start(), step, problem.data(), steps=12, checkpointer=folder, resume=True, **options
-            ).last
+            ).state
             testing.assert_equal(again, whole, f"cut after {cut}")
 
     def test_eval_view_evaluates_average_and_saves_live_weights(self, tmp_path):
@@ -199,14 +199,14 @@ class TestRun:
         )
         # The states differ only in the metrics of the last evaluation.
         mine, other = (
-            dataclasses.replace(state, slots={"ema": state.slots["ema"]}) for state in (viewed.last, live.last)
+            dataclasses.replace(state, slots={"ema": state.slots["ema"]}) for state in (viewed.state, live.state)
         )
         testing.assert_equal(mine, other, "the run")
-        wanted = fx.evaluate(averaged(viewed.last), problem.eval_step, problem.data(seed=1))
+        wanted = fx.evaluate(averaged(viewed.state), problem.eval_step, problem.data(seed=1))
         assert viewed.history["eval/loss"].values[-1] == wanted["loss"]
         assert live.history["eval/loss"].values[-1] != wanted["loss"]
-        saved = folders[1].restore(viewed.last, step=6)
-        testing.assert_equal(saved.params, viewed.last.params, "the checkpoint")
+        saved = folders[1].restore(viewed.state, step=6)
+        testing.assert_equal(saved.params, viewed.state.params, "the checkpoint")
 
     @pytest.mark.parametrize("batch", range(problem.BATCHES))
     def test_interrupted_evaluation_saves_live_weights(self, batch, tmp_path):

@@ -234,12 +234,12 @@ class TestSizes:
         compiled, state = fx.compile(step, background=True, on_recompile="error"), fx.init({"w": torch.tensor(1.0)}, TX)
         result = fx.fit(state, compiled, data, epochs=2)
         expected = fx.fit(state, step, data, epochs=2)
-        assert_same(result.last.params, expected.last.params)
+        assert_same(result.state.params, expected.state.params)
         assert result.history["compile/graphs"].values.tolist() == [0]
         assert result.history["compile/pending"].values.tolist() == [len(data.sizes)]
         assert result.history["compile/uncompiled_steps"].values.tolist() == [2 * data.epoch_length]
         compiler.finish()
-        result = fx.fit(result.last, compiled, data, epochs=3)
+        result = fx.fit(result.state, compiled, data, epochs=3)
         assert result.history["compile/graphs"].values.tolist() == [1]
         assert result.history["compile/pending"].values.tolist() == [len(data.sizes) - 1]
 

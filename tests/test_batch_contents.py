@@ -123,7 +123,7 @@ def test_changed_text_does_not_recompile():
     found = fx.fit(state, compiled, [mixed(i) for i in range(3)], epochs=2)
     expected = fx.fit(state, step, [mixed(i) for i in range(3)], epochs=2)
     assert compiled.donating().graphs == 1
-    assert found.last.params["weight"].allclose(expected.last.params["weight"])
+    assert found.state.params["weight"].allclose(expected.state.params["weight"])
 
 
 def test_callbacks_see_the_whole_batch():
@@ -158,7 +158,7 @@ def test_prefetch_and_evaluate_accept_text():
     tensors = [{name: batch[name] for name in ("x", "y")} for batch in rows]
     assert fx.evaluate(state, measure, tensors)["loss"] == pytest.approx(expected, rel=1e-6)
     result = fx.fit(state, step, prefetch(rows, device="cpu"), epochs=2)
-    assert int(result.last.step) == 4
+    assert int(result.state.step) == 4
 
 
 def test_prefetch_moves_only_tensors():
@@ -264,7 +264,7 @@ def test_container_class_is_preserved(name):
     assert getattr(data[1], "rows", 4) == 4
     result = fx.fit(state, step, prefetch(from_iterable(rows), device="cpu"), epochs=2)
     expected = fx.fit(state, problem()[1], [{"x": row.x, "y": row.y} for row in rows], epochs=2)
-    assert result.last.params["weight"].equal(expected.last.params["weight"])
+    assert result.state.params["weight"].equal(expected.state.params["weight"])
     assert {type(batch) for batch in seen} == {type(rows[0])}
     assert fx.evaluate(state, fx.eval_step(loss), rows)["loss"] > 0
 
@@ -301,7 +301,7 @@ def test_evaluation_weights_image_lists_by_length(make):
     state, step = problem(detection_loss)
     data = from_iterable(rows)
     result = fx.fit(state, step, data, epochs=2)
-    assert int(result.last.step) == 8
+    assert int(result.state.step) == 8
     measure = fx.eval_step(detection_loss)
     losses = [float(measure(state, row).metrics["loss"]) for row in rows]
     mean = sum(loss * len(row[0]) for loss, row in zip(losses, rows, strict=True)) / 7
@@ -319,14 +319,14 @@ def test_packed_sequences_train():
     rows = [nn.utils.rnn.pack_sequence([torch.ones(n, 2), torch.ones(1, 2)]) for n in (3, 3)]
     state, step = problem(lambda model, batch: model(batch.data).square().mean())
     result = fx.fit(state, step, rows, epochs=1)
-    assert int(result.last.step) == 2
+    assert int(result.state.step) == 2
     assert type(for_step(rows[0])) is type(rows[0])
 
 
 def test_sparse_tensors_train_only_uncompiled():
     batch = {"a": torch.eye(2).to_sparse(), "x": torch.ones(2, 2)}
     state, step = problem(lambda model, batch: (batch["a"] @ model(batch["x"])).square().mean())
-    assert int(fx.fit(state, step, [batch], steps=2).last.step) == 2
+    assert int(fx.fit(state, step, [batch], steps=2).state.step) == 2
     with pytest.raises(ValueError, match=r"expected dense tensors .* got batch\['a'\] with the layout sparse_coo"):
         fx.compile(step)(state, batch)
 

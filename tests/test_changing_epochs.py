@@ -111,7 +111,7 @@ def test_epochs_are_read_completely_and_resume_bitwise(kind, tmp_path):
         train(make, steps=cut, checkpointer=folder)
         then, read, _ = train(make, checkpointer=fx.checkpointer(tmp_path / str(cut)), resume=True)
         assert read == seen[cut:]
-        assert then.last.params["weight"].equal(whole.last.params["weight"])
+        assert then.state.params["weight"].equal(whole.state.params["weight"])
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream", "stateful", "prefetched stream"])
@@ -126,7 +126,7 @@ def test_multi_step_stops_at_epoch_end(kind):
 
     found = fx.fit(start(), Together(STEP, 2), make(), epochs=5, callbacks=[end])
     assert ends == [sum(sizes[: i + 1]) for i in range(5)]
-    assert found.last.params["weight"].equal(whole.last.params["weight"])
+    assert found.state.params["weight"].equal(whole.state.params["weight"])
 
 
 @pytest.mark.parametrize("kind", ["sampler", "stream", "prefetched sampler", "prefetched stream"])

@@ -57,7 +57,7 @@ def test_declared_sizes_compile_once_without_warning(on_recompile):
         fx.evaluate(compiled.state, measure, data)
     assert step.graphs == measure.graphs == len(data.sizes)
     eager = fx.fit(start(), fx.train_step(loss_fn, TX), data, epochs=2)
-    torch.testing.assert_close(compiled.last.params, eager.last.params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled.state.params, eager.state.params, rtol=1e-5, atol=1e-6)
 
 
 def test_undeclared_sizes_warn_once():
@@ -89,8 +89,8 @@ def test_bucketed_run_resumes_bitwise_mid_epoch(tmp_path):
     fx.fit(start(), step, data, steps=data.epoch_length // 2, **options)
     again = bucketed(texts(), tokens=24, sizes=3, multiple=4, drop_last="pad")
     rest = fx.fit(start(), step, again, steps=data.epoch_length + 5, resume=True, **options)
-    for name, value in whole.last.params.items():
-        assert torch.equal(value, rest.last.params[name])
+    for name, value in whole.state.params.items():
+        assert torch.equal(value, rest.state.params[name])
 
 
 def test_multi_step_accepts_mixed_sizes():
@@ -98,7 +98,7 @@ def test_multi_step_accepts_mixed_sizes():
     together = fx.compile(fx.train_step(loss_fn, TX), backend="eager", steps_per_call=2, on_recompile="error")
     found = fx.fit(start(), together, data, epochs=2)
     single = fx.fit(start(), fx.train_step(loss_fn, TX), data, epochs=2)
-    torch.testing.assert_close(found.last.params, single.last.params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.state.params, single.state.params, rtol=1e-5, atol=1e-6)
 
 
 class Dropping(Reader):
@@ -223,7 +223,7 @@ def test_prefetched_run_resumes_bitwise_in_later_epoch(name, tmp_path):
         options = {"checkpointer": fx.checkpointer(tmp_path / str(cut))}
         run(cut, **options)
         rest = run(total, resume=True, **options)
-        assert all(torch.equal(value, rest.last.params[key]) for key, value in whole.last.params.items())
+        assert all(torch.equal(value, rest.state.params[key]) for key, value in whole.state.params.items())
         shares = whole.history["data/padding"]
         later = shares.steps > cut
         assert rest.history["data/padding"].values.tolist()[-1:] == shares.values[later].tolist()[-1:]

@@ -281,7 +281,7 @@ class TestAbstractState:
         assert {leaf.device.type for leaf in tree.leaves(back)} == {"cpu"}
         result = fx.fit(back, problem.step(), problem.data(), steps=2)
         testing.assert_equal(
-            result.last.params, fx.fit(state, problem.step(), problem.data(), steps=2).last.params, "trained on"
+            result.state.params, fx.fit(state, problem.step(), problem.data(), steps=2).state.params, "trained on"
         )
 
     def test_state_moved_to_meta_device_is_sufficient(self, tmp_path):

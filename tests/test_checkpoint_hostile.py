@@ -473,4 +473,4 @@ class TestUndeletable:
                 checkpointer=fx.checkpointer(tmp_path, keep=1),
             )
         assert result.reason == "reached 6 steps"
-        testing.assert_equal(fx.checkpointer(tmp_path).restore(problem.start()).params, result.last.params, "the last")
+        testing.assert_equal(fx.checkpointer(tmp_path).restore(problem.start()).params, result.state.params, "the last")

@@ -120,7 +120,7 @@ class TestSnapshot:
         checkpoints = fx.checkpointer(tmp_path)
         assert not checkpoints.has_any()
         result = fx.fit(problem.start(), problem.step(), problem.data(), steps=1, checkpointer=checkpoints, resume=True)
-        assert result.last.step == 1
+        assert result.state.step == 1
         assert checkpoints.steps() == [1]
         with pytest.raises(fx.CheckpointError, match="another run"):
             fx.fit(problem.start(), problem.step(), problem.data(), steps=1, checkpointer=fx.checkpointer(tmp_path))

@@ -159,9 +159,9 @@ class TestOneGraph:
             resume=True,
             **options,
         )
-        last = fx.fit(resumed.last, step, problem.data(), steps=200, callbacks=[slot("a", 983)], **options).last
-        assert (int(first.last.step), int(resumed.last.step), int(last.step)) == (80, 140, 200)
-        straight = fx.fit(problem.start(), problem.step(), problem.data(), steps=200).last
+        last = fx.fit(resumed.state, step, problem.data(), steps=200, callbacks=[slot("a", 983)], **options).state
+        assert (int(first.state.step), int(resumed.state.step), int(last.step)) == (80, 140, 200)
+        straight = fx.fit(problem.start(), problem.step(), problem.data(), steps=200).state
         for name in ("params", "buffers", "opt_state", "seed", "position"):
             testing.assert_equal(getattr(last, name), getattr(straight, name), f"{name} of the uncompiled run")
         assert train.frame_count == 1

@@ -66,8 +66,8 @@ def test_dataset_of_any_format_trains(dataset, format):  # noqa: A002
     assert data[0]["text"] == [f"row {i}" for i in data[0]["y"].tolist()]
     assert data[0]["meta"]["id"].equal(data[0]["y"])
     assert data[0]["meta"]["name"] == [None if i % 3 else str(i) for i in data[0]["y"].tolist()]
-    whole = train(data, epochs=3).last.params["weight"]
-    assert train(data, epochs=3).last.params["weight"].equal(whole)
+    whole = train(data, epochs=3).state.params["weight"]
+    assert train(data, epochs=3).state.params["weight"].equal(whole)
 
 
 @pytest.mark.parametrize("format", [None, "torch", "numpy", "pandas", "arrow"])
@@ -87,7 +87,7 @@ def test_all_column_types_train_in_any_format(format):  # noqa: A002
     assert {"x", "y", *columns} == set(data[1])
     assert data[1]["flag"].equal(torch.tensor([True, True]))
     whole = train([(torch.tensor([[i, 1.0], [i + 1, 1.0]]), torch.tensor([i, i + 1])) for i in (0, 2)])
-    assert train(data).last.params["weight"].equal(whole.last.params["weight"])
+    assert train(data).state.params["weight"].equal(whole.state.params["weight"])
 
 
 def test_dataset_transform_is_applied(dataset):
@@ -206,14 +206,14 @@ def test_run_over_stream_resumes_bitwise(make, tmp_path):
     def stop_at_three(state, event: fx.StepEnd):
         return state, fx.Control(stop=event.step == 3, reason="preempted")
 
-    whole = train(make(), epochs=3).last
+    whole = train(make(), epochs=3).state
     train(make(), epochs=3, checkpointer=fx.checkpointer(tmp_path), callbacks=[stop_at_three])
     found = fx.checkpointer(tmp_path)
     state = fx.init(nn.Linear(2, 1), TX)
     step = fx.train_step(loss_fn, TX)
     first = fx.fit(state, step, make(), epochs=3, checkpointer=found, resume=True)
     assert first.reason.startswith("preempted")
-    last = fx.fit(first.last, step, make(), epochs=3).last
+    last = fx.fit(first.state, step, make(), epochs=3).state
     assert last.params["weight"].equal(whole.params["weight"])
 
 
@@ -254,4 +254,4 @@ def test_web_dataset_resumes_by_rereading(shards, caplog):
         later = make()
         assert later[3][0].equal(expected[3][0])
         assert "again to reach position 3" in caplog.text
-        assert int(train(make()).last.step) == 10
+        assert int(train(make()).state.step) == 10

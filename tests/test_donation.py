@@ -231,7 +231,7 @@ class TestFit:
         given = start()
         before = given.copy()
         state = given
-        donated = fx.fit(given, UNDONATED, problem.data(), callbacks=CALLBACK, steps=9).last
+        donated = fx.fit(given, UNDONATED, problem.data(), callbacks=CALLBACK, steps=9).continue_from
         for batch in problem.data() * 3:
             state, _ = UNDONATED(state, batch)
         for name in ("params", "buffers", "opt_state", "step"):
@@ -292,7 +292,9 @@ class TestFit:
 
         callback = fx.slotted("done", lambda state: torch.tensor(0), back)
         result = self.run(UNDONATED, callbacks=[callback], snapshot_every=2, steps=7)
-        testing.assert_equal(result.last.params, self.run(UNDONATED, steps=7).last.params, "parameters")
+        testing.assert_equal(
+            result.continue_from.params, self.run(UNDONATED, steps=7).continue_from.params, "parameters"
+        )
 
     def test_checkpoint_has_its_own_copy(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path, keep=None)
@@ -315,7 +317,7 @@ class TestFit:
         assert "Resume from the last checkpoint" in caught.value.__notes__[0]
         assert checkpoints.steps() == [2, 4]
         resumed = self.run(UNDONATED, callbacks=[saving], checkpointer=checkpoints, resume=True)
-        testing.assert_equal(resumed.last.params, self.run(UNDONATED).last.params, "resumed")
+        testing.assert_equal(resumed.continue_from.params, self.run(UNDONATED).continue_from.params, "resumed")
 
 
 class TestOwnership:

@@ -47,19 +47,19 @@ def test_resumed_stream_equals_whole_run_for_every_cut(tmp_path, steps_per_call,
         options["fired"] = fired
         fit(data(), step=step, steps=cut, **options)
         resumed = fit(data(), step=step, epochs=3, **options)
-        testing.assert_equal(resumed.last, whole.last, f"cut at step {cut}")
+        testing.assert_equal(resumed.state, whole.state, f"cut at step {cut}")
         assert fired == whole_fired
 
 
 def test_resume_of_finished_stream_run_takes_no_step(tmp_path):
     options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True, "epochs": 2}
-    steps = [int(fit(**options).last.step) for _ in range(4)]
+    steps = [int(fit(**options).state.step) for _ in range(4)]
     assert steps == [6, 6, 6, 6]
 
 
 @pytest.mark.parametrize("kind", [fx.StepEnd, fx.EpochEnd, fx.EpochBegin])
 def test_run_interrupted_at_end_of_stream_resumes(tmp_path, kind):
-    whole = fit(epochs=3).last
+    whole = fit(epochs=3).state
 
     def interrupt(state, event, control):
         if isinstance(event, kind) and event.step == 3:
@@ -67,7 +67,7 @@ def test_run_interrupted_at_end_of_stream_resumes(tmp_path, kind):
 
     options = {"checkpointer": fx.checkpointer(tmp_path), "epochs": 3}
     fit(observers=[interrupt], **options)
-    testing.assert_equal(fit(resume=True, **options).last, whole, f"interrupted at {kind.__name__}")
+    testing.assert_equal(fit(resume=True, **options).state, whole, f"interrupted at {kind.__name__}")
 
 
 def test_first_epoch_of_stream_ends_with_evaluation():
@@ -88,8 +88,8 @@ def test_epoch_with_skipped_last_batch_ends_with_evaluation():
 
 def test_generator_object_is_rejected_for_second_epoch(tmp_path):
     options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
-    assert int(fit(iter(Stream()), epochs=1, **options).last.step) == 3
-    assert int(fit(iter(Stream()), epochs=1, **options).last.step) == 3
+    assert int(fit(iter(Stream()), epochs=1, **options).state.step) == 3
+    assert int(fit(iter(Stream()), epochs=1, **options).state.step) == 3
     with pytest.raises(ValueError, match="expected data for 2 epochs, got 3 batches"):
         fit(iter(Stream()), epochs=2, **options)
 
@@ -129,7 +129,7 @@ class TestEndEpoch:
         def end(state, event: fx.StepEnd):
             return state, fx.Control(end_epoch=event.step == 4)
 
-        assert int(fit(callbacks=end, epochs=3).last.step) == 7
+        assert int(fit(callbacks=end, epochs=3).state.step) == 7
 
 
 class TestBatchSizeChange:
@@ -153,25 +153,25 @@ class TestBatchSizeChange:
 
         again = self.fit(self.rows(after), epochs=3, observers=[watch], fired=fired, **options)
         assert again.reason == "finished 3 epochs"
-        assert int(again.last.step) == 2 * 24 // before + 24 // after
+        assert int(again.state.step) == 2 * 24 // before + 24 // after
         assert [batch for _, batch in seen] == [self.rows(after)[i]["x"].flatten().tolist() for i in range(24 // after)]
         assert seen[0][0] == 2.0
-        in_memory = self.fit(self.rows(after), state=first.last, epochs=3)
-        testing.assert_equal(in_memory.last, again.last, "continued in memory")
+        in_memory = self.fit(self.rows(after), state=first.state, epochs=3)
+        testing.assert_equal(in_memory.state, again.state, "continued in memory")
 
     def test_new_batch_size_is_rejected_within_epoch(self):
         first = self.fit(self.rows(4), steps=8)
         with pytest.raises(ValueError, match="because 2 of the current epoch are consumed, got 3"):
-            self.fit(self.rows(8), state=first.last, epochs=3)
+            self.fit(self.rows(8), state=first.state, epochs=3)
 
     def test_patience_in_epochs_continues_across_batch_sizes(self):
         worse = fx.eval_step(lambda model, batch: {"loss": batch["x"].sum() * 0 + 1.0})
         stopping = fx.callbacks.early_stopping("loss", patience=3, unit="epochs")
         options = {"eval_step": worse, "eval_data": self.rows(24), "callbacks": stopping}
         first = self.fit(self.rows(4), epochs=2, **options)
-        second = self.fit(self.rows(8), state=first.last, epochs=9, **options)
+        second = self.fit(self.rows(8), state=first.state, epochs=9, **options)
         assert second.reason == "loss has not improved for 3 epochs"
-        assert int(second.last.step) == 2 * 6 + 2 * 3
+        assert int(second.state.step) == 2 * 6 + 2 * 3
 
 
 def test_event_epoch_accounts_for_changed_epoch_length():

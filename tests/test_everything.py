@@ -77,15 +77,17 @@ def test_run_resumed_after_any_step_equals_whole_run(run, tmp_path):
     assert whole.reason == f"reached {STEPS} steps"
     for cut in range(1, STEPS):
         run(tmp_path / str(cut), cut)
-        testing.assert_equal(run(tmp_path / str(cut), STEPS).last, whole.last, f"cut after {cut}")
+        testing.assert_equal(run(tmp_path / str(cut), STEPS).continue_from, whole.continue_from, f"cut after {cut}")
 
 
 def test_every_callback_was_active(run, tmp_path):
     result = run(tmp_path, STEPS)
-    slots, history = result.last.slots, result.history
+    slots, history = result.continue_from.slots, result.history
     assert int(slots["spike_guard"].count) > 3
     assert int(slots["swa"].count) > 0
-    rates = [v for path, v in optim.get_hyperparams(result.last.opt_state).items() if path.endswith("learning_rate")]
+    rates = [
+        v for path, v in optim.get_hyperparams(result.continue_from.opt_state).items() if path.endswith("learning_rate")
+    ]
     assert len(rates) == 2
     assert max(rates) < 1e-2
     logged = {name.partition("/")[0] for name in history}

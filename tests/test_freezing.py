@@ -213,7 +213,7 @@ class TestWithTrainable:
         tx = problem.transform()
         state = fx.with_trainable(problem.start(), tx, "4.*")
         result = fx.fit(state, problem.step(), problem.data(), epochs=1)
-        assert moved(state, result.last) == ["4.bias", "4.weight"]
+        assert moved(state, result.state) == ["4.bias", "4.weight"]
 
     def test_pattern_without_match_is_rejected(self):
         tx = fx.optim.sgd(0.1)

@@ -95,12 +95,12 @@ def test_compiled_gan_learns_ring_in_one_graph():
     state = start()
     before = fx.evaluate(state, measure, ring(4, seed=2))["distance"]
     result = run(state, 1500, fx.compile(gan_step, backend=graphs), callbacks=stop_when_good)
-    after = fx.evaluate(result.last, measure, ring(4, seed=2))["distance"]
+    after = fx.evaluate(result.state, measure, ring(4, seed=2))["distance"]
     assert result.reason == "as good as the ring"
     assert before > 0.5
     assert after < 0.05
     assert graphs.frame_count == 1
-    made = fx.view(result.last)["generator"](torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)))
+    made = fx.view(result.state)["generator"](torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)))
     assert float((made.norm(dim=-1) - 1).abs().median()) < 0.15
 
 
@@ -127,8 +127,8 @@ def test_gan_resumes_bitwise(tmp_path, compiled):
         fx.callbacks.early_stopping("distance", patience=9), fx.when(fx.every(40), fx.callbacks.save())
     )
     checkpoints = fx.checkpointer(tmp_path, keep=None)
-    whole = run(start(), 120, step, callbacks=callbacks, checkpointer=fx.checkpointer(tmp_path / "whole")).last
+    whole = run(start(), 120, step, callbacks=callbacks, checkpointer=fx.checkpointer(tmp_path / "whole")).state
     run(start(), 70, step, callbacks=callbacks, checkpointer=checkpoints)
     assert checkpoints.steps() == [40, 70]
-    resumed = run(start(), 120, step, callbacks=callbacks, checkpointer=checkpoints, resume=True).last
+    resumed = run(start(), 120, step, callbacks=callbacks, checkpointer=checkpoints, resume=True).state
     testing.assert_equal(resumed, whole, "resumed")

@@ -65,7 +65,7 @@ def test_training_on_graph_loader_matches_plain_loop():
 
     result = fx.fit(state, step, loaders.DataLoader(graphs(), 4), epochs=2, callbacks=[look])
     for name, value in module.named_parameters():
-        torch.testing.assert_close(result.last.params[name], value.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.state.params[name], value.detach(), rtol=1e-5, atol=1e-6)
     assert seen == ["graph 0", "graph 4", "graph 8"] * 2
 
 
@@ -114,7 +114,7 @@ def test_single_graph_is_one_batch():
 
     _, state, step = problem(loss)
     graph = graphs()[1].update({"mask": torch.tensor([True, False, True, True])})
-    assert int(fx.fit(state, step, graph, epochs=3).last.step) == 3
+    assert int(fx.fit(state, step, graph, epochs=3).state.step) == 3
     assert fx.evaluate(state, fx.eval_step(loss), [graph])["loss"] > 0
 
 
@@ -129,7 +129,7 @@ def test_heterogeneous_graphs_train_and_are_checked():
 
     _, state, step = problem(loss)
     result = fx.fit(state, step, loaders.DataLoader([data] * 3, 2), epochs=2)
-    assert int(result.last.step) == 4
+    assert int(result.state.step) == 4
     other = data.clone()
     other["b"].x = other["b"].x.double()
     with pytest.raises(ValueError, match=r"expected batch.*\['b'\].x.* to be .*, got a float64 tensor"):
@@ -150,5 +150,5 @@ def test_dynamic_compiled_step_accepts_graphs_of_many_sizes():
     _, state, step = problem()
     compiled = fx.compile(step, dynamic=True, backend="aot_eager", on_recompile="error")
     data = list(loaders.DataLoader(graphs(9), 3))
-    found, expected = (fx.fit(state, each, data, epochs=1).last for each in (compiled, step))
+    found, expected = (fx.fit(state, each, data, epochs=1).state for each in (compiled, step))
     torch.testing.assert_close(found.params, expected.params)

@@ -85,7 +85,9 @@ def test_run_resumed_after_signal_at_any_event_equals_whole_run(tmp_path, whole)
         first = fit(**everything(folder, observers=[fx.observers.required(observe)]))
         assert "SIGINT" in first.reason or cut >= len(told) - 2
         resumed = fit(**everything(folder, observers=[fx.observers.required(observe)]))
-        testing.assert_equal(resumed.last, result.last, f"interrupted at moment {cut}, {told[cut][0]}")
+        testing.assert_equal(
+            resumed.continue_from, result.continue_from, f"interrupted at moment {cut}, {told[cut][0]}"
+        )
         testing.assert_equal(resumed.state, result.state, f"harvest after an interrupt at {cut}")
         # A resume repeats an interrupted evaluation from its first event. No other event is repeated.
         unique = [moment for moment, _ in itertools.groupby(sorted(map(repr, signature(seen))))]
@@ -105,7 +107,9 @@ def test_run_resumed_after_error_at_any_event_equals_whole_run(tmp_path, whole):
         options = everything(folder)
         with pytest.raises(RuntimeError, match="a bug in a callback"):
             fit(**{**options, "callbacks": fx.compose(options["callbacks"], fail)})
-        testing.assert_equal(fit(**options).last, result.last, f"failed at moment {cut}, {told[cut][0]}")
+        testing.assert_equal(
+            fit(**options).continue_from, result.continue_from, f"failed at moment {cut}, {told[cut][0]}"
+        )
 
 
 def test_epoch_of_unknown_length_ends_once_for_every_cut(tmp_path):
@@ -121,7 +125,7 @@ def test_epoch_of_unknown_length_ends_once_for_every_cut(tmp_path):
         for steps in limits:
             checkpoints = fx.checkpointer(folder)
             options = {"checkpointer": checkpoints, "resume": True, "observers": [recorder(fired)]}
-            last = fx.fit(problem.start(), problem.step(), Stream(), steps=steps, **options).last
+            last = fx.fit(problem.start(), problem.step(), Stream(), steps=steps, **options).continue_from
         return last, [(type(e).__name__, e.step) for e in fired if isinstance(e, fx.EpochBegin | fx.EpochEnd)]
 
     last, epochs = told(tmp_path / "whole", 8)
@@ -163,8 +167,10 @@ def test_resume_of_finished_run_takes_no_step(tmp_path):
     again = fit(callbacks=stop, checkpointer=checkpoints, resume=True, observers=[recorder(fired)])
     assert [type(event).__name__ for event in fired] == ["FitBegin", "Restored", "FitEnd"]
     assert again.reason == "two"
-    testing.assert_equal(again.last, first.last, "a finished run, resumed")
-    assert int(fit(first.last, steps=4).last.step) == 4  # a run continued in memory takes the requested steps
+    testing.assert_equal(again.continue_from, first.continue_from, "a finished run, resumed")
+    assert (
+        int(fit(first.continue_from, steps=4).continue_from.step) == 4
+    )  # a run continued in memory takes the requested steps
 
 
 def test_save_waiting_for_interrupted_evaluation_is_made_on_resume(tmp_path):
@@ -194,10 +200,10 @@ def test_slot_added_on_resume_starts_from_restored_state(tmp_path):
     late = fx.stateful("late", lambda state: state.params, lambda state, event, memory: (memory, fx.Control()))
     with pytest.warns(UserWarning, match="'late' is not in the checkpoint.*'updates' is only in the checkpoint"):
         result = fit(callbacks=late, checkpointer=checkpoints, resume=True, steps=3, observers=[recorder(fired)])
-    testing.assert_equal(result.last.slots["late"], first.last.params, "the slot that was added")
+    testing.assert_equal(result.continue_from.slots["late"], first.continue_from.params, "the slot that was added")
     (restored,) = [event for event in fired if isinstance(event, fx.Restored)]
     assert (restored.missing, restored.extra) == (("late",), ("updates",))
-    assert int(result.last.slots["updates"]) == 2
+    assert int(result.continue_from.slots["updates"]) == 2
 
 
 @pytest.mark.parametrize(

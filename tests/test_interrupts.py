@@ -119,7 +119,7 @@ def test_signal_ends_nested_and_outer_run():
             assert fit(observers=[send(signal.SIGTERM, step=3)]).reason == "interrupted by SIGTERM"
 
     outer = fit(observers=[fx.observers.required(inner)])
-    assert (outer.exit_code, int(outer.last.step)) == (143, 1)
+    assert (outer.exit_code, int(outer.state.step)) == (143, 1)
     with pytest.raises(SystemExit):
         fit()
 
@@ -152,7 +152,7 @@ def test_signal_during_compilation_saves_state_before_the_step(tmp_path, own_han
     with pytest.warns(UserWarning, match="compiled by: Slow at the save, eager now"):
         resumed = fit(step=fx.compile(problem.step(), backend="eager"), checkpointer=checkpoints, resume=True)
     whole = fit(step=fx.compile(problem.step(), backend="eager"))
-    testing.assert_equal(resumed.last, whole.last, "resumed after a compilation was left")
+    testing.assert_equal(resumed.state, whole.state, "resumed after a compilation was left")
 
 
 def test_signal_during_compilation_of_evaluation_keeps_it_due(tmp_path, own_handler):
@@ -165,7 +165,7 @@ def test_signal_during_compilation_of_evaluation_keeps_it_due(tmp_path, own_hand
     }
     result = fit(eval_step=fx.compile(problem.eval_step, backend=slow), **options)
     assert not slow.finished
-    assert int(result.last.step) == 2
+    assert int(result.state.step) == 2
     seen = []
     fit(
         eval_step=problem.eval_step,

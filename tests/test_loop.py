@@ -106,7 +106,7 @@ class TestOwnership:
         before = state.copy()
         first, second = fit(state), fit(state)
         testing.assert_equal(state, before, "the state given to fit")
-        testing.assert_equal(first.last, second.last, "the second run")
+        testing.assert_equal(first.state, second.state, "the second run")
 
     def test_steps_yields_all_events_and_can_be_left_early(self):
         moments = fx.steps(problem.start(), problem.step(), problem.data(), epochs=1)
@@ -123,15 +123,16 @@ class TestOwnership:
 
     def test_continued_run_equals_single_run(self):
         whole = fit(steps=6)
-        part = fit(fit(steps=2).last, steps=6)
-        testing.assert_equal(part.last, whole.last, "two runs in a row")
+        part = fit(fit(steps=2).state, steps=6)
+        testing.assert_equal(part.state, whole.state, "two runs in a row")
+        assert part.state is part.continue_from
 
     def test_global_generator_is_not_used(self):
         before = torch.random.get_rng_state()
         first = fit()
         assert torch.equal(before, torch.random.get_rng_state())
         torch.manual_seed(99)
-        testing.assert_equal(fit().last, first.last, "another global seed")
+        testing.assert_equal(fit().state, first.state, "another global seed")
 
     def test_slots_persist_if_callbacks_change_between_runs(self):
         def counter(name):
@@ -139,8 +140,8 @@ class TestOwnership:
                 name, lambda state: torch.tensor(0), lambda state, event, memory: (memory + 1, fx.Control())
             )
 
-        first = fit(callbacks=[fx.on(fx.StepEnd, counter("a")), fx.on(fx.StepEnd, counter("b"))], steps=2).last
-        second = fit(first, callbacks=[fx.on(fx.StepEnd, counter("c")), fx.on(fx.StepEnd, counter("a"))], steps=5).last
+        first = fit(callbacks=[fx.on(fx.StepEnd, counter("a")), fx.on(fx.StepEnd, counter("b"))], steps=2).state
+        second = fit(first, callbacks=[fx.on(fx.StepEnd, counter("c")), fx.on(fx.StepEnd, counter("a"))], steps=5).state
         assert {name: int(second.slots[name]) for name in "abc"} == {"a": 5, "b": 2, "c": 3}
 
 
@@ -154,7 +155,7 @@ class TestRequests:
         callbacks = [fx.when(fx.every(2), fx.callbacks.save()), late]  # the save request precedes the update
         result = fit(callbacks=callbacks, checkpointer=checkpoints, steps=5)
         for step in (2, 4, 5):
-            assert int(checkpoints.restore(result.last, step=step).slots["late"]) == sum(range(step + 1))
+            assert int(checkpoints.restore(result.state, step=step).slots["late"]) == sum(range(step + 1))
 
     def test_save_contains_metrics_of_evaluation_at_same_step(self, tmp_path):
         saved = []
@@ -180,7 +181,7 @@ class TestRequests:
         checkpoints = fx.checkpointer(tmp_path)
         result = fit(callbacks=stop, checkpointer=checkpoints)
         assert result.reason == "low enough"
-        assert int(result.last.step) == 1
+        assert int(result.state.step) == 1
         assert checkpoints.steps() == ([] if unsaved else [1])
 
     def test_later_callback_cannot_clear_stop(self):
@@ -198,7 +199,7 @@ class TestRequests:
 
         steps = []
         result = fit(callbacks=skip, steps=3, observers=[recorder(steps)])
-        assert (int(result.last.step), int(result.last.position)) == (3, 5)
+        assert (int(result.state.step), int(result.state.position)) == (3, 5)
         assert [e.position for e in steps if isinstance(e, fx.StepEnd)] == [1, 3, 5]
 
     def test_end_epoch_ends_epoch_early(self):
@@ -209,14 +210,14 @@ class TestRequests:
         result = fit(callbacks=end, epochs=2, steps=None, observers=[recorder(fired)])
         ends = [(e.step, e.epoch) for e in fired if isinstance(e, fx.EpochEnd)]
         assert ends == [(1, 1.0), (4, 2.0)]
-        assert int(result.last.step) == 4
+        assert int(result.state.step) == 4
 
     def test_stop_at_step_begin_prevents_the_step(self):
         def stop(state, event: fx.StepBegin):
             return state, fx.Control(stop=event.step == 3, reason="enough")
 
         result = fit(callbacks=stop)
-        assert (int(result.last.step), int(result.last.position)) == (2, 2)
+        assert (int(result.state.step), int(result.state.position)) == (2, 2)
 
     def test_traced_stop_read_one_step_late_gives_same_state(self):
         def stop(state, event: fx.Updated, memory):
@@ -232,15 +233,15 @@ class TestRequests:
         step = problem.step(callbacks=callbacks[0])
         at_once, late = (fit(step=step, callbacks=callbacks, lag=lag) for lag in (0, 1))
         assert at_once.reason == late.reason == "three"
-        assert int(late.last.step) == 3
-        testing.assert_equal(late.last, at_once.last, "flags read one step late")
+        assert int(late.state.step) == 3
+        testing.assert_equal(late.state, at_once.state, "flags read one step late")
 
     def test_loop_stop_read_one_step_late_gives_same_state(self):
         def stop(state, event: fx.StepEnd):
             return state, fx.Control(stop=event.metrics["loss"] < 9, reason="low")
 
         at_once, late = (fit(callbacks=stop, lag=lag, steps=steps) for lag, steps in ((0, 6), (1, 6)))
-        testing.assert_equal(late.last, at_once.last, "flags read one step late")
+        testing.assert_equal(late.state, at_once.state, "flags read one step late")
         assert fit(callbacks=stop, lag=1, steps=1).reason == "low"
 
     @pytest.mark.parametrize("where", ["inside", "StepEnd", "StepBegin", "EvalEnd", "EpochEnd"])
@@ -276,7 +277,7 @@ class TestRequests:
             for lag in (0, 1)
         )
         assert at_once.reason == late.reason == "three"
-        testing.assert_equal(late.last, at_once.last, "flags read one step late")
+        testing.assert_equal(late.state, at_once.state, "flags read one step late")
 
     def test_save_without_checkpointer_warns(self):
         with pytest.warns(UserWarning, match="expected a checkpointer .*, so nothing is saved"):
@@ -298,7 +299,7 @@ class TestObservers:
         with pytest.warns(RuntimeWarning, match="broken failed at FitBegin of step 0 and is dropped"):
             result = fit(observers=[broken])
         assert len(calls) == 1
-        assert int(result.last.step) == 6
+        assert int(result.state.step) == 6
 
     def test_failing_required_observer_ends_run(self):
         def broken(state, event, control):

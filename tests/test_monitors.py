@@ -242,7 +242,7 @@ class TestPublication:
         logged = result.history["grad_flow/gain_mean"]
         assert logged.steps.tolist() == [2, 4, 6]
         for number in (2, 4, 6):
-            assert int(folder.restore(result.last, step=number).slots["grad_flow"].step) == number
+            assert int(folder.restore(result.state, step=number).slots["grad_flow"].step) == number
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_gated_measurements_match_ungated_ones(self, compiled):
@@ -297,13 +297,13 @@ def test_resumed_run_matches_uninterrupted_run(compiled, tmp_path):
     monitors = everything(every=2)
     step = problem.step(callbacks=monitors)
     step = fx.compile(step) if compiled else step
-    whole = fx.fit(problem.start(), step, problem.data(), steps=12, callbacks=monitors).last
+    whole = fx.fit(problem.start(), step, problem.data(), steps=12, callbacks=monitors).state
     for cut in range(1, 12, 4 if compiled else 1):
         folder = fx.checkpointer(tmp_path / str(cut))
         fx.fit(problem.start(), step, problem.data(), steps=cut, checkpointer=folder, callbacks=monitors)
         again = fx.fit(
             problem.start(), step, problem.data(), steps=12, checkpointer=folder, resume=True, callbacks=monitors
-        ).last
+        ).state
         testing.assert_equal(again, whole, f"cut after {cut}")
 
 

@@ -95,7 +95,7 @@ def test_wrap_step_enters_the_context_at_each_step_and_evaluation():
     result = fx.fit(problem.start(), step, problem.data(), epochs=1, eval_step=eval_step, eval_data=problem.data(1))
     assert inside == ["step", "/step"] * 3 + ["eval", "/eval"]
     alone = fx.fit(problem.start(), problem.step(), problem.data(), epochs=1)
-    testing.assert_equal(result.last.params, alone.last.params, "parameters")
+    testing.assert_equal(result.state.params, alone.state.params, "parameters")
 
 
 @pytest.mark.parametrize(

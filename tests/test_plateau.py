@@ -132,13 +132,13 @@ class TestInFit:
 
     def test_reduction_does_not_recompile(self):
         result = self.run(reduce_on_plateau("loss", patience=0, factor=0.5, mode="max"), transform(learning_rate=0.1))
-        assert float(optim.get_hyperparams(result.last.opt_state)["learning_rate"]) < 0.1
+        assert float(optim.get_hyperparams(result.state.opt_state)["learning_rate"]) < 0.1
 
     def test_scheduled_callback_matches_optimizer_schedule(self):
         schedule = fx.schedules.cosine(0.1, 6)
         inside = self.run((), transform(learning_rate=schedule))
         outside = self.run(schedule_hyperparam("learning_rate", schedule), transform(learning_rate=0.1))
-        testing.assert_equal(outside.last.params, inside.last.params, "the run")
+        testing.assert_equal(outside.state.params, inside.state.params, "the run")
 
     def test_resumed_run_matches_uninterrupted_run(self, tmp_path):
         callback = fx.compose(
@@ -147,9 +147,9 @@ class TestInFit:
         )
         tx = transform(learning_rate=0.1, momentum=0.9)
         run = functools.partial(self.run, callback, tx, step=self.compiled(tx))
-        whole = run(steps=12).last
+        whole = run(steps=12).state
         for cut in range(1, 12, 2):
             checkpointer = fx.checkpointer(tmp_path / str(cut))
             run(steps=cut, checkpointer=checkpointer)
-            again = run(steps=12, checkpointer=checkpointer, resume=True).last
+            again = run(steps=12, checkpointer=checkpointer, resume=True).state
             testing.assert_equal(again, whole, f"cut after {cut}")

@@ -253,7 +253,7 @@ class TestLossScale:
     def test_scale_is_saved_and_resumed(self, tmp_path):
         def run(steps, **options):
             _, step = start(scaled(initial=2.0**22, period=2))
-            return fx.fit(fx.init(module(), SGD), step, [BATCH], steps=steps, **options).last
+            return fx.fit(fx.init(module(), SGD), step, [BATCH], steps=steps, **options).state
 
         whole = run(10)
         checkpoints = fx.checkpointer(tmp_path)

@@ -101,7 +101,7 @@ def test_second_run_records_again(tmp_path):
     seen = observers.profile(tmp_path, wait=1, warmup=1, active=2)
     first = fit(seen, steps=5)
     assert [path.name for path in seen.files] == ["steps-3-to-4.trace.json", "steps-3-to-4.operations.txt"]
-    fx.fit(first.last, problem.step(), problem.data(), steps=10, observers=[seen])
+    fx.fit(first.state, problem.step(), problem.data(), steps=10, observers=[seen])
     assert [path.name for path in seen.files] == ["steps-8-to-9.trace.json", "steps-8-to-9.operations.txt"]
     assert len(list(tmp_path.iterdir())) == 4
 

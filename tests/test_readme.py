@@ -45,7 +45,7 @@ def test_example_resumes_bitwise(tmp_path, monkeypatch):
         exec(data + "result = fx.fit(" + resumable, {"crash": crash})
     crashing_step = None
     exec(data + "result = fx.fit(" + resumable, resumed)
-    testing.assert_equal(resumed["result"].last, whole["result"].last, "resumed run")
+    testing.assert_equal(resumed["result"].state, whole["result"].state, "resumed run")
 
 
 def test_ci_runs_the_test_command():

@@ -318,7 +318,7 @@ RUN = """
         observers=[fx.observers.write(writer, fx.writers.jsonl(folder + "/a.jsonl"), flush_seconds=0.01), observe],
         checkpointer=fx.checkpointer(folder + "/checkpoints"),
     )
-    print("ended", int(result.last.step), flush=True)
+    print("ended", int(result.state.step), flush=True)
     sys.exit(result.exit_code)
 """
 

@@ -69,7 +69,7 @@ def resumed(make, folder, at=5):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = fx.fit(problem.start(), problem.step(), make(), steps=at + 2, checkpointer=checkpoints, resume=True)
-    assert int(result.last.step) == at + 2
+    assert int(result.state.step) == at + 2
     return [str(warning.message) for warning in caught if "expected batch" in str(warning.message)]
 
 
@@ -95,9 +95,9 @@ def test_saving_does_not_change_the_state(tmp_path):
     options = {"steps": 4, "checkpointer": fx.checkpointer(tmp_path)}
     saved = fx.fit(problem.start(), problem.step(), problem.data(), **options)
     plain = fx.fit(problem.start(), problem.step(), problem.data(), steps=4)
-    testing.assert_equal(saved.last, plain.last, "saved")
+    testing.assert_equal(saved.state, plain.state, "saved")
     again = fx.fit(problem.start(), problem.step(), problem.data(), resume=True, **options)
-    testing.assert_equal(again.last, plain.last, "resumed")
+    testing.assert_equal(again.state, plain.state, "resumed")
 
 
 def test_changed_data_warns_after_a_restore_by_hand(tmp_path):

@@ -34,7 +34,7 @@ def start(classes=3, *, seed=0, callbacks=None):
 
 def trained(state, steps=3, tx=TX):
     step = fx.train_step(loss_fn, tx, callbacks=EMA)
-    return fx.fit(state, step, batches(6), steps=steps, callbacks=[EMA]).last
+    return fx.fit(state, step, batches(6), steps=steps, callbacks=[EMA]).state
 
 
 def checkpoint(tmp_path, state):

@@ -40,8 +40,8 @@ class TestRewind:
         assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 6]
         straight = fit(steps=6)
         for field in ("params", "buffers", "opt_state", "position", "step"):
-            testing.assert_equal(getattr(result.last, field), getattr(straight.last, field), field)
-        assert int(result.last.slots["once"]) == 1
+            testing.assert_equal(getattr(result.state, field), getattr(straight.state, field), field)
+        assert int(result.state.slots["once"]) == 1
         assert result.history["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
 
     def test_is_saved_and_not_repeated_by_a_resume(self, tmp_path):
@@ -55,7 +55,7 @@ class TestRewind:
         # The run saves at step 4, rewinds to step 2, and ends right after.
         callbacks = [rewind_once(at=5, steps=2), fx.when(fx.at(4), fx.callbacks.save())]
         first = fit(callbacks=callbacks, observers=[fx.observers.required(interrupt)], **options)
-        assert int(first.last.step) == 2
+        assert int(first.state.step) == 2
         assert checkpoints.latest() == 2
         fired = []
         fit(callbacks=callbacks, observers=[recorder(fired)], resume=True, **options)

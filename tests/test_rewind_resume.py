@@ -82,7 +82,7 @@ def test_interrupted_run_rewinds_to_the_same_states(tmp_path, asked, options):
         resumed, third = fit(folder, asked, **options)
         assert first + second + third == whole_fired, cut
         assert resumed.reason == whole.reason
-        testing.assert_equal(resumed.last, whole.last, f"cut after {cut} events")
+        testing.assert_equal(resumed.state, whole.state, f"cut after {cut} events")
 
 
 def test_save_of_an_interrupt_is_not_a_target(tmp_path):
@@ -121,13 +121,13 @@ def test_lost_snapshots_are_not_targets_of_a_run_continued_in_memory():
 
     options = {"snapshot_every": 2, "snapshots": 2, "callbacks": rewind}
     first = fx.fit(problem.start(), problem.step(), problem.data(), steps=4, **options)
-    assert first.last.slots["loop/snapshots"].tolist() == [0, 2]
-    second = fx.fit(first.last, problem.step(), problem.data(), steps=8, **options)
+    assert first.state.slots["loop/snapshots"].tolist() == [0, 2]
+    second = fx.fit(first.state, problem.step(), problem.data(), steps=8, **options)
     assert second.reason == "a rewind of 3 steps was requested at step 6, but no retained state is that old"
 
 
 def test_folder_holds_only_listed_snapshots(tmp_path):
     result, _ = fit(tmp_path, (), saves=3)
-    listed = [step for step in result.last.slots["loop/snapshots"].tolist() if step >= 0]
+    listed = [step for step in result.state.slots["loop/snapshots"].tolist() if step >= 0]
     found = sorted(int(path.name[-9:]) for path in tmp_path.iterdir() if "-snapshot-" in path.name)
     assert found == listed == [10, 12]

@@ -200,13 +200,13 @@ class TestEqualsEager:
         step, data = fx.train_step(branching, TX), [batch(number) for number in range(4)]
         plain = fx.fit(start(), step, data, epochs=2)
         ours = quietly(lambda: fx.fit(start(), fx.compile(step, backend="eager"), data, epochs=2))
-        assert_same(ours.last, plain.last)
+        assert_same(ours.state, plain.state)
 
     def test_multiple_steps_per_call(self):
         step, data = fx.train_step(branching, TX), [batch(number) for number in range(4)]
         plain = fx.fit(start(), step, data, epochs=1)
         compiled = fx.compile(step, backend="eager", steps_per_call=2)
-        assert_same(quietly(lambda: fx.fit(start(), compiled, data, epochs=1)).last, plain.last)
+        assert_same(quietly(lambda: fx.fit(start(), compiled, data, epochs=1)).state, plain.state)
 
     def test_batches_of_changing_sizes(self):
         step = fx.train_step(branching, TX)
@@ -391,14 +391,14 @@ class TestRecordedRoute:
             resumed = self.run(tmp_path, fx.compile(step, backend="eager"), 4, resume=True)
         assert not [warning for warning in caught if "compiled by" in str(warning.message)]
         whole = quietly(self.run, tmp_path / "whole", fx.compile(step, backend="eager"), 4)
-        testing.assert_equal(resumed.last, whole.last, "resumed on the same route")
+        testing.assert_equal(resumed.state, whole.state, "resumed on the same route")
 
     def test_resume_on_another_route_warns(self, tmp_path):
         step = fx.train_step(branching, TX)
         quietly(self.run, tmp_path, fx.compile(step, backend="eager"), 2)
         with pytest.warns(UserWarning, match="compiled by: eager, regions at the save, nothing now"):
             resumed = self.run(tmp_path, step, 4, resume=True)
-        assert_same(resumed.last, self.run(tmp_path / "whole", step, 4).last)
+        assert_same(resumed.state, self.run(tmp_path / "whole", step, 4).state)
 
     def test_resume_with_a_different_first_route_warns_once(self, tmp_path, monkeypatch):
         def refusing(function, **_):
@@ -413,7 +413,7 @@ class TestRecordedRoute:
         said = [str(warning.message) for warning in caught if "compiled by" in str(warning.message)]
         assert len(said) == 1
         assert "(compiled by: eager, regions at the save, eager, eager forward now)" in said[0]
-        assert_same(resumed.last, self.run(tmp_path / "whole", step, 6).last)
+        assert_same(resumed.state, self.run(tmp_path / "whole", step, 6).state)
 
 
 class TestUserErrors:

@@ -59,7 +59,7 @@ class TestFreshRun:
         with pytest.raises(fx.CheckpointError, match=OTHER):
             fit(checkpointer=checkpoints)
         assert names(tmp_path) == before
-        assert fit(checkpointer=checkpoints, resume=True, steps=6).last.step == 6
+        assert fit(checkpointer=checkpoints, resume=True, steps=6).state.step == 6
 
     def test_rerun_notebook_cell_after_a_stop_at_step_0_is_refused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
@@ -139,7 +139,7 @@ class TestOverwrite:
     def test_continued_run_is_not_replaced(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path, overwrite=True)
         first = fit(checkpointer=checkpoints)
-        fit(first.last, checkpointer=checkpoints, steps=6)
+        fit(first.state, checkpointer=checkpoints, steps=6)
         assert checkpoints.steps() == [2, 4, 6]
 
     def test_resumed_run_is_not_replaced(self, tmp_path):
@@ -157,13 +157,13 @@ class TestContinuing:
 
     def test_equal_runs_have_different_ids_and_equal_states(self, tmp_path):
         results = [fit(checkpointer=fx.checkpointer(tmp_path / name)) for name in "ab"]
-        testing.assert_equal(results[0].last, results[1].last, "the same run twice")
+        testing.assert_equal(results[0].state, results[1].state, "the same run twice")
         assert runs(tmp_path / "a")[0] != runs(tmp_path / "b")[0]
 
     def test_last_state_continues_with_the_same_checkpointer(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         first = fit(checkpointer=checkpoints)
-        fit(first.last, checkpointer=checkpoints, steps=6)
+        fit(first.state, checkpointer=checkpoints, steps=6)
         assert checkpoints.steps() == [2, 4, 6]
         assert len(set(runs(tmp_path))) == 1
 
@@ -185,7 +185,7 @@ class TestContinuing:
     def test_state_of_another_run_at_the_same_step_is_refused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         fit(checkpointer=checkpoints)
-        others = [fit(problem.start(seed=1), callbacks=()).last, fit(steps=5, callbacks=()).last]
+        others = [fit(problem.start(seed=1), callbacks=()).state, fit(steps=5, callbacks=()).state]
         for other in [others[0], others[1].replace(step=torch.tensor(4))]:
             with pytest.raises(fx.CheckpointError, match=OTHER):
                 fit(other, checkpointer=checkpoints, steps=6)
@@ -193,14 +193,14 @@ class TestContinuing:
     def test_last_state_with_another_checkpointer_is_refused(self, tmp_path):
         first = fit(checkpointer=fx.checkpointer(tmp_path))
         with pytest.raises(fx.CheckpointError, match=OTHER):
-            fit(first.last, checkpointer=fx.checkpointer(tmp_path), steps=6)
+            fit(first.state, checkpointer=fx.checkpointer(tmp_path), steps=6)
 
     def test_run_continued_by_another_process_is_refused(self, tmp_path):
         checkpoints = fx.checkpointer(tmp_path)
         first = fit(checkpointer=checkpoints)
         fit(checkpointer=fx.checkpointer(tmp_path), resume=True, steps=5)
         with pytest.raises(fx.CheckpointError, match=OTHER):
-            fit(first.last, checkpointer=checkpoints, steps=6)
+            fit(first.state, checkpointer=checkpoints, steps=6)
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_resume_behind_another_process_is_refused(self, tmp_path, overwrite):

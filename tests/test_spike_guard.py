@@ -167,13 +167,13 @@ class TestRewind:
         )
         assert went == [(7, 5)]
         assert result.reason == "finished 1 epoch"
-        assert int(result.last.step) == 10
-        memory = result.last.slots["spike_guard"]
+        assert int(result.state.step) == 10
+        memory = result.state.slots["spike_guard"]
         assert memory.banned[memory.banned >= 0].tolist() == [6]
         for name, value in steps_without([6]).params.items():
             if compiled and name == "0.bias":
                 continue  # batch norm cancels this bias: its gradient is rounding error, which Adam scales up
-            torch.testing.assert_close(result.last.params[name], value, rtol=1e-4 if compiled else 0, atol=1e-6)
+            torch.testing.assert_close(result.state.params[name], value, rtol=1e-4 if compiled else 0, atol=1e-6)
 
     def test_resume_at_any_step_equals_the_uninterrupted_run(self, tmp_path):
         guard = spike_guard(warmup=4, window=8, rewind=2)
@@ -187,14 +187,14 @@ class TestRewind:
             callbacks=callbacks,
             checkpointer=fx.checkpointer(tmp_path / "whole", keep=20),
         )
-        assert int(whole.last.slots["spike_guard"].spikes) == 2
+        assert int(whole.state.slots["spike_guard"].spikes) == 2
         for cut in range(1, 12):
             folder = fx.checkpointer(tmp_path / str(cut), keep=20)
             fx.fit(problem.start(), step, bad_at(5, 8), steps=cut, callbacks=callbacks, checkpointer=folder)
             again = fx.fit(
                 problem.start(), step, bad_at(5, 8), steps=12, callbacks=callbacks, checkpointer=folder, resume=True
             )
-            testing.assert_equal(again.last, whole.last, f"cut after {cut}")
+            testing.assert_equal(again.state, whole.state, f"cut after {cut}")
 
     def test_missing_snapshot_stops_the_run_with_a_reason(self):
         guard = spike_guard(warmup=4, window=8, rewind=2)

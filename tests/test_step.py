@@ -88,7 +88,7 @@ class TestStep:
         step = fx.Step(by_hand, callbacks=counter, fires=[fx.Gradients])
         result = fx.fit(fx.init(linear(), tx), step, [BATCH], steps=9, callbacks=counter)
         assert result.reason == "below zero"
-        assert int(result.last.slots["counter"]) == int(result.last.step) == 2
+        assert int(result.state.slots["counter"]) == int(result.state.step) == 2
 
     @pytest.mark.parametrize(
         ("returned", "message"),

@@ -51,7 +51,7 @@ def test_compiled_multi_step_run_equals_single_steps():
     step = problem.step()
     plain = fx.fit(problem.start(), fx.compile(step), DATA, epochs=1)
     together = fx.fit(problem.start(), fx.compile(step, steps_per_call=2, on_recompile="error"), DATA, epochs=1)
-    assert same(together.last, plain.last)
+    assert same(together.state, plain.state)
     assert together.history["train/loss"].values.tolist() == plain.history["train/loss"].values.tolist()
 
 
@@ -79,7 +79,7 @@ def test_multi_step_run_emits_the_events_of_single_steps(k, limit):
     together, seen = run(k, **{"epochs": None, **limit})
     assert ordered(seen) == ordered(plain_seen)
     assert sorted(seen) == sorted(plain_seen)
-    assert same(together.last, plain.last)
+    assert same(together.state, plain.state)
     for name in {*plain.history} - {"compile/graphs", "compile/seconds"}:
         curve = plain.history[name]
         assert together.history[name].values.tolist() == curve.values.tolist()
@@ -100,7 +100,7 @@ def test_unknown_epoch_length_gives_the_events_of_single_steps(count):
     plain, plain_seen = run(1, data=Streamed(count), epochs=2)
     together, seen = run(K, data=Streamed(count), epochs=2)
     assert ordered(seen) == ordered(plain_seen)
-    assert same(together.last, plain.last)
+    assert same(together.state, plain.state)
 
 
 @pytest.mark.parametrize("stop_at", range(1, 10))
@@ -108,9 +108,9 @@ def test_stop_inside_a_call_skips_its_remaining_steps(stop_at):
     callbacks = counting(stop_at)
     result, seen = run(K, callbacks)
     assert result.reason == f"it is step {stop_at}"
-    assert int(result.last.step) == int(result.last.slots["calls"]) == int(result.last.position) == stop_at
+    assert int(result.state.step) == int(result.state.slots["calls"]) == int(result.state.position) == stop_at
     assert [step for kind, step, _ in seen if kind == "StepEnd"] == list(range(1, stop_at + 1))
-    assert same(result.last.params, run(1, callbacks)[0].last.params)
+    assert same(result.state.params, run(1, callbacks)[0].state.params)
 
 
 def test_requests_at_step_end_apply_after_the_whole_call(tmp_path):
@@ -145,8 +145,8 @@ def test_resume_after_interrupt_equals_the_uninterrupted_run(tmp_path):
     resumed = fx.fit(
         problem.start(), step, DATA, epochs=2, callbacks=save, checkpointer=fx.checkpointer(tmp_path), resume=True
     )
-    assert same(resumed.last.params, whole.last.params)
-    assert int(resumed.last.step) == int(whole.last.step)
+    assert same(resumed.state.params, whole.state.params)
+    assert int(resumed.state.step) == int(whole.state.step)
 
 
 @pytest.mark.parametrize(("snapshot_every", "way"), [(4, (8, 4)), (3, (7, 6))])

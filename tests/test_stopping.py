@@ -358,21 +358,22 @@ class TestOverfitting:
             eval_data=problem.data(),
             epochs=2,
         )
-        memory = result.last.slots["early_stopping"].overfitting
+        memory = result.continue_from.slots["early_stopping"].overfitting
         assert int(memory.count) == 0
         assert memory.gap.isfinite()
 
 
 class TestRestoreBest:
-    def run(self, restore_best, baseline=None, callbacks=(), **options):
-        # The metric is best after the first step, because the learning rate overshoots the minimum.
-        tx = fx.optim.sgd(0.75)
-        step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+    # The metric is best after the first step, because the learning rate overshoots the minimum.
+    tx = fx.optim.sgd(0.75)
+    step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
+
+    def run(self, restore_best, baseline=None, callbacks=(), state=None, **options):
         rule = early_stopping("far", patience=99, baseline=baseline, restore_best=restore_best)
         evaluate = fx.eval_step(lambda model, batch: {"far": (model["w"] - 1.6).abs()})
         return fx.fit(
-            fx.init({"w": torch.tensor(0.0)}, tx),
-            step,
+            fx.init({"w": torch.tensor(0.0)}, self.tx) if state is None else state,
+            self.step,
             [torch.tensor(1.0)],
             epochs=5,
             callbacks=[rule, *callbacks],
@@ -385,7 +386,27 @@ class TestRestoreBest:
         result = self.run(True)
         # w: 1.5, 0.75, 1.125, 0.9375, 1.03125
         assert float(result.state.params["w"]) == 1.5
-        assert float(result.last.params["w"]) == 1.03125
+        assert float(result.continue_from.params["w"]) == 1.03125
+
+    def test_run_never_continues_from_restored_weights(self, tmp_path):
+        result = self.run(True)
+        with pytest.raises(ValueError, match=r"expected a state to continue .* Continue from result\.continue_from\."):
+            self.run(True, state=result.state)
+        with pytest.raises(ValueError, match=r"Continue from result\.continue_from"):
+            fx.steps(result.state.copy(), self.step, [torch.tensor(1.0)], steps=9)
+        with pytest.raises(ValueError, match=r"Continue from result\.continue_from"):
+            self.run(True, state=fx.restore(fx.save(tmp_path / "best", result.state), result.continue_from))
+
+    def test_resume_ignores_restored_weights(self, tmp_path):
+        options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
+        with pytest.raises(ValueError, match=r"Continue from result\.continue_from"):  # nothing is saved yet
+            self.run(True, state=self.run(True).state, **options)
+        first = self.run(True, **options)
+        again = self.run(True, state=first.state, **options)
+        testing.assert_equal(again.continue_from, first.continue_from, "resumed")
+        restored = options["checkpointer"].restore(first.state)
+        assert float(restored.params["w"]) == 1.03125
+        assert fx.fit(restored, self.step, [torch.tensor(1.0)], steps=6).reason == "reached 6 steps"
 
     def test_unreached_baseline_still_restores_the_best(self):
         assert float(self.run(True, baseline=0.01).state.params["w"]) == 1.5
@@ -394,8 +415,8 @@ class TestRestoreBest:
         checkpointer = fx.checkpointer(tmp_path, best="far")
         result = self.run(checkpointer, checkpointer=checkpointer)
         assert float(result.state.params["w"]) == 1.5
-        assert float(result.last.params["w"]) == 1.03125
-        assert result.last.slots["early_stopping"].kept == ()
+        assert float(result.continue_from.params["w"]) == 1.03125
+        assert result.continue_from.slots["early_stopping"].kept == ()
         assert 1 in checkpointer.steps()
 
     def test_missing_best_checkpoint_is_refused(self, tmp_path):
@@ -440,7 +461,7 @@ class TestTimeLimit:
         assert first.reason == "reached 2 steps"
         second = fx.fit(problem.start(), problem.step(), problem.data(), steps=99, resume=True, **options)
         assert second.reason == "reached the time limit of 40 s"
-        assert int(second.last.step) < 99
+        assert int(second.continue_from.step) < 99
 
     @pytest.mark.parametrize("given", [{}, {"seconds": -1}, {"hours": INF}, {"minutes": NAN}])
     def test_invalid_limits_are_refused(self, given):

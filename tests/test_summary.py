@@ -307,7 +307,7 @@ def test_fit_writes_the_page_to_a_file(tmp_path):
     result = fx.fit(state, step, [torch.ones(4, 1)], steps=2, **observing)
     page = path.read_text()
     assert facts(page, "run")["events"] == "Microbatch, Gradients, Updated in the step"
-    fx.fit(result.last, step, [torch.ones(4, 1)], steps=4, **observing)
+    fx.fit(result.state, step, [torch.ones(4, 1)], steps=4, **observing)
     assert facts(path.read_text(), "run")["begins"] == "after step 2, resumed"
     observers.summary(file=os.fspath(path))(state, FitBegin(step=0), NOTHING)
     assert "begins" not in path.read_text()

@@ -27,7 +27,7 @@ def test_utilization_is_written_at_intervals_and_at_the_end(tmp_path):
     observing = lambda: {"observers": [observers.required(observers.system(writers.jsonl(path), every=3))]}  # noqa: E731
     result = fx.fit(problem.start(), step, data, steps=7, **observing())
     assert [line["step"] for line in lines(path)] == [3, 6, 7]
-    fx.fit(result.last, step, data, steps=9, **observing())
+    fx.fit(result.state, step, data, steps=9, **observing())
     assert [line["step"] for line in lines(path)] == [3, 6, 7, 9]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

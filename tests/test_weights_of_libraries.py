@@ -210,7 +210,7 @@ def test_resumed_lora_run_equals_the_uninterrupted_run(peft, transformers, tmp_p
         return model(batch, labels=batch).loss
 
     def run(state, steps):
-        return fx.fit(state, fx.train_step(loss_fn, tx), data, steps=steps).last
+        return fx.fit(state, fx.train_step(loss_fn, tx), data, steps=steps).state
 
     whole = run(fx.init(adapted(peft, transformers), tx), 4)
     path = fx.save(tmp_path / "c", run(fx.init(adapted(peft, transformers), tx), 2))

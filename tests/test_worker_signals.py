@@ -296,5 +296,5 @@ def test_data_error_after_a_signal_still_saves(tmp_path):
     step = fx.train_step(lambda model, batch: model(batch).square().mean(), tx)
     options = {"steps": 9, "checkpointer": fx.checkpointer(tmp_path)}
     result = fx.fit(fx.init(torch.nn.Linear(1, 1), tx), step, Interrupted(), **options)
-    assert (result.exit_code, int(result.last.step)) == (130, 3)
+    assert (result.exit_code, int(result.state.step)) == (130, 3)
     assert options["checkpointer"].steps() == [3]

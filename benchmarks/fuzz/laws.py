@@ -92,7 +92,7 @@ def same_end(whole: Session, final: Session, reasons: Sequence[str]) -> list[str
         reasons: The stop reasons of all its sessions.
     """
     found: list[str] = []
-    for name in ("last", "state"):
+    for name in ("continue_from", "state"):
         got, wanted = getattr(final.result, name), getattr(whole.result, name)
         try:
             testing.assert_equal(got, wanted, f"result.{name}")
@@ -142,7 +142,9 @@ def does_nothing(again: Session, final: Session, whole: Session) -> list[str]:
     if again.result is None:
         return []
     try:
-        testing.assert_equal(again.result.last, final.result.last, "resumed again: result.last")
+        testing.assert_equal(
+            again.result.continue_from, final.result.continue_from, "resumed again: result.continue_from"
+        )
         testing.assert_equal(again.result.state, final.result.state, "resumed again: result.state")
     except AssertionError as error:
         found.append(f"again: {error}")
@@ -189,7 +191,7 @@ def saved_last(program: Program, folder: pathlib.Path, final: Session) -> list[s
     with checkpointer(program, folder) as checkpoints:
         if checkpoints.latest() is None:
             return ["disk: expected a checkpoint at the end, got none"]
-        last = final.result.last
+        last = final.result.continue_from
         saved = checkpoints.restore(last, extra="keep")
     # The checkpoint keeps the stop request that ended the run, so that a resume does nothing.
     false = last.due.stop.new_zeros(())

@@ -197,7 +197,7 @@ def _in_a_run(what: str, on_error: str, folder: pathlib.Path) -> list[str]:
             resume=True,
         )
 
-    wanted = run(fx.checkpointer(folder.with_name("well"))).last
+    wanted = run(fx.checkpointer(folder.with_name("well"))).state
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
@@ -214,7 +214,7 @@ def _in_a_run(what: str, on_error: str, folder: pathlib.Path) -> list[str]:
     shim.disarm()
     if fx.checkpointer(folder).latest() != 2:
         problems.append(f"expected 2 as the latest step, got {fx.checkpointer(folder).latest()}")
-    resumed = run(fx.checkpointer(folder)).last
+    resumed = run(fx.checkpointer(folder)).state
     if not all(torch.equal(a, b) for a, b in zip(fx.tree.leaves(resumed), fx.tree.leaves(wanted), strict=True)):
         problems.append("the resumed run ends in a different state")
     return problems

@@ -52,7 +52,7 @@ def train(folder: pathlib.Path, tell: Callable[[Any], None]) -> None:
         checkpointer=fx.checkpointer(folder, keep=2, best="loss"),
         resume=True,
     )
-    for name, state in (("last", result.last), ("state", result.state)):
+    for name, state in (("continue_from", result.continue_from), ("state", result.state)):
         leaves = zip(fx.tree.paths(state, name), fx.tree.leaves(state), strict=True)
         tell([name, {path: _digest(leaf) for path, leaf in leaves}])
 

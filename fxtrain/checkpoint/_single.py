@@ -25,7 +25,7 @@ from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._selection import Elements, Fresh, Match, Where, match
 from fxtrain.checkpoint._table import Leaf, root_of
 from fxtrain.checkpoint._unfinished import clear_abandoned
-from fxtrain.core import LOOP
+from fxtrain.core import CHANGED_AT_END, LOOP
 from fxtrain.core._checks import check_choice
 from fxtrain.disk import make_folder
 from fxtrain.model._freezing import refuse_shared_counts
@@ -242,6 +242,8 @@ def read(
                 for name, own in matched.extra.items()
             }
             state = state.replace(slots={**state.slots, **kept})
+        if CHANGED_AT_END in matched.missing:  # `like` is the result of a run, and the checkpoint is not
+            state = state.replace(slots={name: slot for name, slot in state.slots.items() if name != CHANGED_AT_END})
     now = {**environment(device_of(state)), **(notes or {})}
     different = differences(manifest["environment"], now)
     missing, added = _callback_slots(matched.missing), _callback_slots(matched.extra)

@@ -48,6 +48,7 @@ from fxtrain.core._pytrees import NODES as NODES
 from fxtrain.core._pytrees import ops as ops
 from fxtrain.core._pytrees import register_node as register_node
 from fxtrain.core._slots import BATCH as BATCH
+from fxtrain.core._slots import CHANGED_AT_END as CHANGED_AT_END
 from fxtrain.core._slots import DATA as DATA
 from fxtrain.core._slots import EPOCH as EPOCH
 from fxtrain.core._slots import EVALUATED as EVALUATED

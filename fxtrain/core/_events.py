@@ -273,7 +273,8 @@ class Interrupted(LoopEvent):
 class FitEnd(LoopEvent):
     """Session event: fires when the session has ended, after the final save.
 
-    Callbacks may change the state here. It becomes ``result.state`` and is not saved.
+    Callbacks may change the state here, for example to restore the best weights. It becomes ``result.state`` and is not
+    saved. A run continues from ``result.continue_from``, the state before this event.
 
     Args:
         reason: Why the run ended.

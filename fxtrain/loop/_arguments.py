@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import TrainState, describe
+from fxtrain.core import CHANGED_AT_END, TrainState, describe
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._contract import place_of, refuse_unless_step, takes_model
 
@@ -43,6 +43,16 @@ def refuse_unless_state(state: Any, order: str) -> None:
         raise ValueError(
             f'expected {order} outside of torch.autocast, got a call inside. Give precision="bf16" or "fp16" to '
             "fxtrain.train_step and fxtrain.eval_step."
+        )
+
+
+def check_unchanged_at_end(state: TrainState) -> None:
+    """Raises ValueError if callbacks changed the state at the ``FitEnd`` of another run."""
+    if CHANGED_AT_END in state.slots:
+        raise ValueError(
+            "expected a state to continue training from, got result.state of a run whose callbacks changed it at "
+            "FitEnd, for example to restore the best weights. Continue from result.continue_from. To start a new run "
+            "from these weights: fxtrain.load_state_dict(fxtrain.init(module, tx), fxtrain.state_dict(result.state))."
         )
 
 
@@ -96,8 +106,8 @@ def _state_of(value: Any) -> str:
     """Returns advice on how to make a state from a value."""
     if isinstance(value, nn.Module):
         return "Make one of the module: fxtrain.init(module, tx)."
-    if isinstance(getattr(value, "last", None), TrainState):
-        return "Continue from the result's last state: result.last."
+    if isinstance(getattr(value, "continue_from", None), TrainState):
+        return "Continue from the state in it: result.continue_from."
     if isinstance(value, Mapping) and all(isinstance(leaf, Tensor) for leaf in value.values()):
         return "Load the weights into one: fxtrain.load_state_dict(fxtrain.init(module, tx), weights)."
     if inspect.isfunction(value):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from fxtrain.core import Control, Event, TrainState, event_of
+import torch
+
+from fxtrain import tree
+from fxtrain.core import CHANGED_AT_END, Control, Event, FitEnd, TrainState, event_of
+from fxtrain.fold import Composed
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._feeding import Feeding
 from fxtrain.loop._plan import Plan
@@ -78,10 +82,22 @@ class Emitter:
             },
         )
         self._times[kind] = time
-        now.state, control = plan.callbacks(now.state, event)
+        if kind is FitEnd:
+            now.state, control = _mark_changes(plan.callbacks, now.state, event)
+        else:
+            now.state, control = plan.callbacks(now.state, event)
         if also:
             control = also | control
         if control:
             now.ask(control)
         self._publish(now.state, event, control)
         return ((now.state, event, control),) if plan.every_event else (), control
+
+
+def _mark_changes(callbacks: Composed, state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:
+    """Folds ``FitEnd``, and marks the new state if it differs, so that no run continues from it."""
+    changed, control = callbacks(state, event)
+    before, after = tree.leaves(state), tree.leaves(changed)
+    if len(before) != len(after) or any(old is not new for old, new in zip(before, after, strict=True)):
+        changed = changed.with_slot(CHANGED_AT_END, torch.tensor(True, device=state.step.device))
+    return changed, control

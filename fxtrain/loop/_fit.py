@@ -22,9 +22,10 @@ class Result:
     """The result of ``fit``.
 
     Args:
-        state: The state to use: the last state as changed by callbacks at ``FitEnd``, for example with the best weights
-            restored. It is not saved.
-        last: The state to continue training from.
+        state: The state to use: the last state, as changed by callbacks at ``FitEnd``, for example with the best
+            weights restored. These changes are not saved, and ``fit`` raises if it is given a state with such changes.
+        continue_from: The state to continue training from: the last state before ``FitEnd``. Without callbacks that
+            change the state there, it is the same object as ``state``.
         reason: Why the run ended.
         history: All published scalars.
         exit_code: Exit code for the program: 0, or 128 plus the number of the signal that interrupted the run (130 for
@@ -32,13 +33,13 @@ class Result:
     """
 
     state: TrainState
-    last: TrainState
+    continue_from: TrainState
     reason: str
     history: History
     exit_code: int = 0
 
     def __repr__(self) -> str:
-        return f"Result at step {int(self.last.step)}: {self.reason}\n{self.history!r}"
+        return f"Result at step {int(self.state.step)}: {self.reason}\n{self.history!r}"
 
 
 def fit(
@@ -80,7 +81,7 @@ def fit(
     data source counts it.
 
     Args:
-        state: From ``init``, or the ``last`` state of another result.
+        state: From ``init``, or ``continue_from`` of another result.
         step: From ``train_step``, compiled or not, or any pure function ``(state, batch) -> (state, output)``.
         data: A source of batches: from ``fxtrain.data``, a ``DataLoader``, a list, or any iterable.
         callbacks: Folded over the state at each event, in order.
@@ -111,7 +112,8 @@ def fit(
     Raises:
         TypeError: If an argument has the wrong type. The message says how to make it.
         ValueError: If there is no limit, only one of ``eval_step`` and ``eval_data``, a callback on an event that never
-            fires, or a state inside an epoch that has another length in this data.
+            fires, a state inside an epoch that has another length in this data, or a state that callbacks changed at
+            ``FitEnd``.
         CheckpointError: If the folder has checkpoints of another run, or cannot be written to.
         SystemExit: If SIGTERM or SIGUSR1 ended an earlier run in this process.
 
@@ -146,7 +148,7 @@ def fit(
     run = Run(state, step, data, plan, history)
     for _ in run.events():
         pass
-    return Result(run.state, run.last, run.reason, history, run.exit_code)
+    return Result(run.state, run.continue_from, run.reason, history, run.exit_code)
 
 
 def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[EventRecord]:

@@ -29,7 +29,7 @@ from fxtrain.core import (
 )
 from fxtrain.data import adapt
 from fxtrain.fold import as_composed, attach, compose
-from fxtrain.loop._arguments import refuse_unless_state, refuse_unless_trains
+from fxtrain.loop._arguments import check_unchanged_at_end, refuse_unless_state, refuse_unless_trains
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter, EventRecord, EventRecords
 from fxtrain.loop._epochs import begin_epochs
@@ -53,7 +53,7 @@ _NOTHING = Control()
 
 
 class Run:
-    """A session of the loop. Iterating over ``events`` runs it; ``state``, ``last`` and ``reason`` are its result."""
+    """A session of the loop. Iterating over ``events`` runs it, and sets its result."""
 
     def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
         refuse_unless_state(state, "fit(state, step, data)")
@@ -71,6 +71,8 @@ class Run:
         whole = self._restored is not None and not self._restored.missing
         if self._restored is not None:
             state = self._without_missing(self._restored)
+        else:
+            check_unchanged_at_end(state)
         state, saved = SavedSlots.split(state)
         restored_state = state
         seed = int(state.seed)
@@ -116,7 +118,7 @@ class Run:
         self._mark = self._now.mark()  # the point to roll back to after an error
         self.reason = ""
         self.exit_code = 0
-        self.last: Any = None
+        self.continue_from: Any = None
 
     def _attached(self, state: TrainState) -> TrainState:
         return attach(attach(state, self.plan.callbacks), self.step)
@@ -182,7 +184,7 @@ class Run:
         # it can be trained further.
         now.read_flags()
         now.forget_stop()
-        self.last = now.state
+        self.continue_from = now.state
         yield from self._emitter.emit(FitEnd, reason=self.reason)
 
     def _finished(self) -> bool:
