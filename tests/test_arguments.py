@@ -65,7 +65,7 @@ def test_fit_rejects_misplaced_arguments(arguments, message):
         ({"eval_step": fx.compile(STEP)}, r"got .*, which trains\. Make one: fxtrain.eval_step\(loss_fn\)"),
         ({"eval_step": loss_fn}, r"got the function loss_fn \(.*\)\. Make one: fxtrain.eval_step\(loss_fn\)"),
         ({"eval_step": nn.Linear(2, 1)}, r"got a Linear"),
-        ({"eval_step": EVAL_STEP, "eval_when": 10}, r"a trigger as eval_when, got 10\. Make one: fxtrain.every\(100\)"),
+        ({"eval_step": EVAL_STEP, "eval_when": "epoch"}, r"eval_when to be a positive int or a trigger, got 'epoch'\."),
         ({"checkpointer": "runs/1"}, r"a checkpointer, got the path 'runs/1'\. .*fxtrain.checkpointer\('runs/1'\)"),
         ({"checkpointer": fx.checkpointer}, r"a checkpointer, got checkpointer itself\. Call it"),
         ({"resume": "runs/1"}, "expected resume to be one of True, False, got 'runs/1'"),

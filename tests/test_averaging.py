@@ -136,7 +136,7 @@ class TestValues:
         ("make", "message"),
         [
             (lambda: ema(1.0), "expected decay to be between 0 and 1, got 1.0"),
-            (lambda: ema(0.5, every=0), "expected every to be a positive int, got 0"),
+            (lambda: ema(0.5, every=0), "expected every to be a positive int or a trigger, got 0"),
             (lambda: ema(0.5, start=-1), "expected start to be an int of at least 0, got -1"),
             (lambda: swa(start=1.5), "expected start to be an int of at least 0, got 1.5"),
         ],

@@ -95,7 +95,7 @@ def train(folder, *, steps, resume=False):
     looped = fx.compose(
         cb.early_stopping("loss", patience=3, restore_best=True),
         cb.target("accuracy", 0.84, mode="max"),
-        cb.throughput(samples=64, publish=fx.every(10)),
+        cb.throughput(samples=64, every=10),
         cb.lr_monitor(),
         cb.confusion_matrix(10, labels=LABELS),
         cb.curves(10, labels=LABELS),

@@ -264,6 +264,13 @@ def steps_where(trigger, count=12, **fields):
     return [n for n in range(1, count + 1) if trigger(fx.StepEnd(step=n, metrics={}, position=n, **fields))]
 
 
+class Writes:
+    """A writer that drops everything."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
 class TestTriggers:
     @pytest.mark.parametrize(
         ("trigger", "steps"),
@@ -302,10 +309,40 @@ class TestTriggers:
         with pytest.raises(ValueError, match="every: expected exactly one of steps, seconds and epochs"):
             fx.every(**arguments)
 
-    @pytest.mark.parametrize("arguments", [{"steps": 0}, {"seconds": -1.0}])
-    def test_period_must_be_positive(self, arguments):
-        with pytest.raises(ValueError, match=r"every: expected \w+ to be positive"):
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"steps": 0}, "expected steps to be a positive int, got 0"),
+            ({"steps": 2.5}, r"expected steps to be a positive int, got 2\.5"),
+            ({"seconds": -1.0}, "every: expected seconds to be positive"),
+        ],
+    )
+    def test_period_must_be_positive_and_whole_in_steps(self, arguments, message):
+        with pytest.raises((TypeError, ValueError), match=message):
             fx.every(**arguments)
+
+    @pytest.mark.parametrize("trigger", [fx.at, fx.after])
+    def test_steps_of_at_and_after_are_ints(self, trigger):
+        with pytest.raises(TypeError, match=r"to be an int of at least 0, got 2\.5"):
+            trigger(2.5)
+
+    @pytest.mark.parametrize("bad", [0, 2.5, "epoch", True, None])
+    @pytest.mark.parametrize(
+        "accepts",
+        [
+            lambda every: fx.when(every, fx.callbacks.save()),
+            fx.callbacks.save,
+            lambda every: fx.callbacks.grad_norms(every=every),
+            lambda every: fx.callbacks.ema(0.9, every=every),
+            lambda every: fx.callbacks.throughput(every=every),
+            lambda every: fx.observers.write(Writes(), every=every),
+            lambda every: fx.observers.memory(Writes(), every=every),
+        ],
+    )
+    def test_every_argument_takes_an_int_or_a_trigger(self, accepts, bad):
+        accepts(3), accepts(fx.every(3)), accepts(fx.after(3) & fx.every(2))
+        with pytest.raises((TypeError, ValueError), match=r"expected \w+ to be a positive int or a trigger, got "):
+            accepts(bad)
 
     def test_trigger_rejects_event_without_clock_or_epoch_length(self):
         gradients = fx.Gradients(step=torch.tensor(1), loss=torch.tensor(0.0), metrics={}, grads={})

@@ -28,7 +28,7 @@ def logged(callback, events, state=None):
 
 class TestThroughput:
     def test_rates_cover_steps_since_last_publication(self):
-        callback = throughput(samples=8, tokens=80, flops=1e6, peak=4e6, publish=fx.every(3))
+        callback = throughput(samples=8, tokens=80, flops=1e6, peak=4e6, every=3)
         first, second = logged(callback, [step_end(i, 0.5 * i, data_wait=0.1) for i in range(1, 7)])
         assert first == pytest.approx(
             {
@@ -43,7 +43,7 @@ class TestThroughput:
         assert second == pytest.approx(first)
 
     def test_first_step_of_session_is_excluded(self):
-        (found,) = logged(throughput(publish=fx.every(1)), [step_end(1, 0.5)])
+        (found,) = logged(throughput(every=1), [step_end(1, 0.5)])
         assert all(math.isnan(value) for value in found.values())
 
     @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ class TestThroughput:
 
     def test_throughput_obeys_callback_laws(self):
         testing.check_laws(
-            throughput(samples=8, publish=fx.every(2)),
+            throughput(samples=8, every=2),
             fx.init({"w": torch.tensor(1.0)}),
             [step_end(i, 0.5 * i) for i in range(1, 6)],
         )
 
     def test_fit_publishes_rates(self):
         times = iter(range(10_000))
-        callback = throughput(samples=8, publish=fx.every(2))
+        callback = throughput(samples=8, every=2)
         result = fx.fit(
             problem.start(),
             problem.step(),
@@ -88,9 +88,7 @@ class TestLrMonitor:
             learning_rate=fx.schedules.linear(1.0, 0.0, transition_steps=4), weight_decay=0.1
         )
         step = fx.train_step(problem.loss_fn, tx)
-        result = fx.fit(
-            fx.init(problem.module(), tx), step, problem.data(), steps=4, callbacks=lr_monitor(publish=fx.every(2))
-        )
+        result = fx.fit(fx.init(problem.module(), tx), step, problem.data(), steps=4, callbacks=lr_monitor(every=2))
         assert result.history["hyperparams/learning_rate"].values == pytest.approx([0.75, 0.25])
         assert result.history["hyperparams/weight_decay"].values == pytest.approx([0.1, 0.1])
 
@@ -130,7 +128,7 @@ class TestRankZero:
 
 
 def test_throughput_excludes_evaluation_time():
-    callback = fx.compose(throughput(samples=8, publish=fx.every(3)))
+    callback = fx.compose(throughput(samples=8, every=3))
     state = fx.attach(problem.start(), callback)
     events = [
         fx.StepEnd(step=1, metrics={}, time=1.0),

@@ -134,7 +134,7 @@ def test_resumed_run_generates_same_texts(tmp_path):
             if "textgen" in control.log:
                 seen[event.step] = control.log["textgen"].value.markdown
 
-        writing = fx.when(fx.every(3), cb.textgen(["ab"], Bytes(), length=8, max_tokens=8, at=fx.StepEnd))
+        writing = fx.when(3, cb.textgen(["ab"], Bytes(), length=8, max_tokens=8, on=fx.StepEnd))
         checkpointer = fx.checkpointer(tmp_path / folder)
         fx.fit(
             fx.init(module, tx),

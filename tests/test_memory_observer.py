@@ -124,7 +124,7 @@ def test_all_writers_are_closed_even_if_one_fails():
 def test_missing_writers_bad_interval_and_unsupported_platform_are_rejected(monkeypatch):
     with pytest.raises(ValueError, match=r"expected at least one writer for memory\(\), got none"):
         observers.memory()
-    with pytest.raises(ValueError, match="expected every to be a positive int, got 0"):
+    with pytest.raises(ValueError, match="expected every to be a positive int or a trigger, got 0"):
         observers.memory(Recorder(), every=0)
     monkeypatch.setattr(memory_module, "_host", dict)
     with pytest.raises(OSError, match="expected a platform that reports the memory use of processes, got "):

@@ -107,7 +107,7 @@ class TestGradNorms:
     def test_invalid_options_are_rejected(self):
         with pytest.raises(ValueError, match="expected norm to be one of 'l2', 'l1', 'linf', 'mean', got 'l3'"):
             grad_norms(norm="l3")
-        with pytest.raises(ValueError, match="expected every to be a positive int"):
+        with pytest.raises(ValueError, match="expected every to be a positive int or a trigger"):
             grad_norms(every=0)
 
 
@@ -231,6 +231,10 @@ class TestPublication:
         assert int(state.slots["grad_norm"].step) == 2
         assert not published(monitor, state, step=3)
         assert published(monitor, after_a_step(monitor, steps=2), step=2)
+
+    def test_trigger_gates_the_measurement_in_the_step(self):
+        monitor = grad_norms(every=fx.every(2) & fx.after(2))
+        assert [int(after_a_step(monitor, steps=n).slots["grad_norm"].step) for n in (2, 3, 4, 5)] == [-1, -1, 4, 4]
 
     def test_save_has_measurements_of_its_step(self, tmp_path):
         trigger = fx.every(2)

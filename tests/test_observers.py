@@ -80,6 +80,7 @@ def written(*events, **options):
     [
         ({}, [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]),
         ({"every": 2}, [(2, 1.5), (4, 3.5), (5, 5)]),
+        ({"every": fx.every(2) & fx.after(3)}, [(4, 2.5), (5, 5)]),
         ({"every": 2, "reduce": "last"}, [(2, 2), (4, 4), (5, 5)]),
         ({"every": 9}, [(5, 3)]),
     ],
@@ -220,8 +221,8 @@ def test_close_writes_pending_points_and_closes_all_writers():
     ("make", "says"),
     [
         (lambda: observers.write(), "expected at least one writer for write(), got none"),
-        (lambda: observers.write(Recorder(), every=0), "expected every to be a positive int, got 0"),
-        (lambda: observers.write(Recorder(), every=2.5), "expected every to be a positive int, got 2.5"),
+        (lambda: observers.write(Recorder(), every=0), "expected every to be a positive int or a trigger, got 0"),
+        (lambda: observers.write(Recorder(), every=2.5), "expected every to be a positive int or a trigger, got 2.5"),
         (
             lambda: observers.write(Recorder(), reduce="median"),
             "expected reduce to be one of 'mean'",

@@ -86,5 +86,5 @@ def test_gpu_values_are_in_percent_watts_and_celsius(tmp_path, monkeypatch):
 def test_missing_writer_and_invalid_period_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected at least one writer for system\(\), got none"):
         observers.system()
-    with pytest.raises(ValueError, match="expected every to be a positive int, got 0"):
+    with pytest.raises(ValueError, match="expected every to be a positive int or a trigger, got 0"):
         observers.system(writers.jsonl(tmp_path / "x"), every=0)

@@ -161,7 +161,7 @@ def test_points_are_written_before_a_checkpoint_is_saved(tmp_path, monkeypatch):
     ("every", "says"),
     [
         ({"pictures": 3}, "expected a key of every to be one of 'metrics', 'texts', 'images', .* got 'pictures'"),
-        ({"images": 0}, r"expected every\['images'\] to be a positive int, got 0"),
+        ({"images": 0}, r"expected every\['images'\] to be a positive int or a trigger, got 0"),
     ],
 )
 def test_invalid_periods_are_refused(every, says):

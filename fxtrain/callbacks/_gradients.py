@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._monitor import Publish, monitor
+from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._update_stats import NORMS, UpdateStats, layers
 from fxtrain.core import TrainState, check_choice, describe, matching
-from fxtrain.fold import Handler
+from fxtrain.fold import Handler, When
 
 
 class GradNorms(NamedTuple):
@@ -25,8 +25,8 @@ def grad_norms(
     *,
     norm: str = "l2",
     layer: str | Sequence[str] | None = None,
-    every: int = 1,
-    publish: Publish = None,
+    every: When = 1,
+    publish: When | None = None,
     name: str = "grad_norm",
 ) -> Handler:
     """Measures the norm of the averaged gradients before clipping, in total and per layer.
@@ -39,8 +39,8 @@ def grad_norms(
     Args:
         norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
         layer: Patterns of the layers to publish individually, such as ``"blocks.0.*"``; none by default.
-        every: Measure at steps that are multiples of ``every``.
-        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
         name: The slot, and the prefix of the logged names: ``<name>/total``, ``/max``, ``/min`` and ``/mean`` over
             layers, and ``/<layer>``.
 
@@ -72,7 +72,7 @@ def grad_norms(
             **{names[i]: values.layers[i] for i in matching(names, layer, "layer")},
         }
 
-    return monitor(name, measure, show, period=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish)
 
 
 class GradFlow(NamedTuple):
@@ -88,8 +88,8 @@ def grad_flow(
     vanishing: float = 1e-7,
     exploding: float = 1e3,
     layer: str | Sequence[str] | None = None,
-    every: int = 1,
-    publish: Publish = None,
+    every: When = 1,
+    publish: When | None = None,
     name: str = "grad_flow",
 ) -> Handler:
     """Measures how the gradient norm changes from layer to layer in the backward pass.
@@ -108,9 +108,9 @@ def grad_flow(
         vanishing: Norm below which a layer is vanishing.
         exploding: Norm above which a layer is exploding.
         layer: Patterns of the layers whose gain is published, such as ``"blocks.*"``; none by default.
-        every: Measure at steps that are multiples of ``every``.
-        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published. With the trigger of
-            the saves, each checkpoint has published values of its own step.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published. With the
+            trigger of the saves, each checkpoint has published values of its own step.
         name: The slot, and the prefix of the logged names: ``<name>/gain_mean``, ``/gain_min``, ``/gain_max``, the
             counts ``/healthy``, ``/damping``, ``/amplifying``, ``/vanishing``, ``/exploding``, and ``/gain/<layer>``.
 
@@ -159,4 +159,4 @@ def grad_flow(
             **{f"gain/{names[i]}": gains[i] for i in matching(names, layer, "layer")},
         }
 
-    return monitor(name, measure, show, period=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._monitor import Publish, monitor
+from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._update_stats import KINDS, UpdateStats, leaf_names
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, matching
-from fxtrain.fold import Handler
+from fxtrain.fold import Handler, When
 from fxtrain.values import Histogram
 
 
@@ -32,8 +32,8 @@ def histograms(
     smallest: float = 1e-8,
     largest: float = 10.0,
     per_decade: int = 2,
-    every: int = 100,
-    publish: Publish = None,
+    every: When = 100,
+    publish: When | None = None,
     name: str = "",
 ) -> Handler:
     """Logs histograms of gradients, weights or updates over fixed buckets.
@@ -51,8 +51,8 @@ def histograms(
         smallest: The positive edge next to zero.
         largest: The outermost edge, above ``smallest``.
         per_decade: Buckets per power of ten, 1 or more.
-        every: Count at steps that are multiples of ``every``.
-        publish: A trigger, evaluated at ``StepEnd``. By default every counted step is published.
+        every: When to count: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every counted step is published.
         name: The slot, and the prefix of the logged names ``<name>/<parameter>``. By default ``histograms/<of>``.
 
     Raises:
@@ -100,7 +100,7 @@ def histograms(
             for row, i in enumerate(matching(names, parameter, "parameter"))
         }
 
-    return monitor(name or f"histograms/{of}", measure, show, period=every, publish=publish)
+    return monitor(name or f"histograms/{of}", measure, show, every=every, publish=publish)
 
 
 def _sample(leaf: Tensor, count: int) -> Tensor:

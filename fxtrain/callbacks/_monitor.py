@@ -15,11 +15,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.callbacks._update_stats import UpdateStats, trainable
-from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated, check_positive_int
-from fxtrain.fold import Handler, every, on, slotted
-
-Publish = Callable[[Any], Any] | None
-"""A trigger, evaluated at ``StepEnd``, such as ``fx.every(epochs=1)``. None publishes every measured step."""
+from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated
+from fxtrain.fold import Handler, When, as_trigger, on, slotted
 
 
 class MonitorState(NamedTuple):
@@ -34,8 +31,8 @@ def monitor(
     measure: Callable[[TrainState, UpdateStats, Any], Any],
     show: Callable[[TrainState, Any], Mapping[str, Any]],
     *,
-    period: int = 1,
-    publish: Publish = None,
+    every: When = 1,
+    publish: When | None = None,
 ) -> Handler:
     """Returns a callback that measures a step from inside and publishes from the loop.
 
@@ -45,12 +42,14 @@ def monitor(
             ``state`` may be used. ``stats`` has the weights, gradients and updates of the step. ``before`` is the
             previous measurement, or None when the slot is initialized.
         show: ``show(state, values)`` returns the values to log, by name without the prefix.
-        period: Measure at steps that are multiples of ``period``. Above 1, the measurement is in a conditional branch
-            of the graph.
-        publish: A trigger, evaluated at ``StepEnd``. Only values measured at that same step are published.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step. Unless it is 1, the
+            measurement is in a conditional branch of the graph.
+        publish: When to publish, evaluated at ``StepEnd``; ``every`` by default. Only values measured at that same step
+            are published.
 
     Raises:
-        ValueError: If ``period`` is below 1.
+        TypeError: If ``every`` or ``publish`` is neither an int nor a trigger.
+        ValueError: If one of them is below 1.
 
     Example:
         >>> import torch, fxtrain as fx
@@ -64,8 +63,8 @@ def monitor(
         >>> fx.compose(largest)(state, fx.StepEnd(step=1, metrics={}))[1].log["largest/update"].value
         tensor(1.)
     """
-    check_positive_int("every", period)
-    due = every(period) if publish is None else publish
+    measures = as_trigger(every)
+    due = measures if publish is None else as_trigger(publish, "publish")
 
     def init(state: TrainState) -> MonitorState:
         weights = trainable(state)
@@ -77,10 +76,10 @@ def monitor(
         slot: MonitorState = state.slots[name]
         if isinstance(event, Updated):
             stats = UpdateStats.at(state, event)
-            if period == 1:
+            if every == 1:
                 values = measure(state, stats, slot.values)
                 return state.with_slot(name, MonitorState(event.step.clone(), values)), Control()
-            now = event.step % period == 0
+            now = measures(event)
             seen = (stats.weights, stats.grads, stats.updates, stats.skipped)
             values = _where(now, lambda seen, old: measure(state, UpdateStats(*seen), old), seen, slot.values)
             return state.with_slot(name, MonitorState(torch.where(now, event.step, slot.step), values)), Control()

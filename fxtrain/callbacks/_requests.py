@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 from fxtrain.core import Control, StepEnd, TrainState
-from fxtrain.fold import Handler
+from fxtrain.fold import Handler, When, as_trigger, when
 
 
-def save() -> Handler:
-    """Requests a checkpoint at each ``StepEnd``. Gate it: ``fx.when(fx.every(1000), fx.callbacks.save())``.
+def save(every: When = 1) -> Handler:
+    """Requests checkpoints.
 
-    The checkpoint holds the state after the fold, and after an evaluation that is due at the same step.
+    A checkpoint holds the state after the fold, and after an evaluation that is due at the same step.
+
+    Args:
+        every: When to save: a number of steps, or a trigger, evaluated at ``StepEnd``.
 
     Example:
         >>> import fxtrain as fx
-        >>> fx.on(fx.EvalEnd, save())
-        <callback save on EvalEnd>
+        >>> save(every=1000), fx.on(fx.EvalEnd, save())
+        (<callback save when every(1000) on StepEnd>, <callback save on EvalEnd>)
     """
 
     def ask(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
         return state, Control(save=True, reason="a save is due")
 
-    return Handler("save", ask, frozenset({StepEnd}))
+    return _gated(every, Handler("save", ask, frozenset({StepEnd})))
 
 
-def evaluate() -> Handler:
-    """Requests an evaluation at each ``StepEnd``. Gate it: ``fx.when(fx.every(500), fx.callbacks.evaluate())``.
+def evaluate(every: When = 1) -> Handler:
+    """Requests evaluations.
+
+    Args:
+        every: When to evaluate: a number of steps, or a trigger, evaluated at ``StepEnd``.
 
     Example:
         >>> import fxtrain as fx
-        >>> fx.when(fx.every(epochs=0.5), evaluate())
+        >>> evaluate(every=fx.every(epochs=0.5))
         <callback evaluate when every(epochs=0.5) on StepEnd>
     """
 
     def ask(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
         return state, Control(evaluate=True, reason="an evaluation is due")
 
-    return Handler("evaluate", ask, frozenset({StepEnd}))
+    return _gated(every, Handler("evaluate", ask, frozenset({StepEnd})))
+
+
+def _gated(every: When, handler: Handler) -> Handler:
+    trigger = as_trigger(every)
+    return handler if every == 1 else when(trigger, handler)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from fxtrain import rng
+from fxtrain import fold, rng
 from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState
-from fxtrain.fold import Handler, on
+from fxtrain.fold import Handler
 from fxtrain.model import view
 
 
-def samples(make: Callable[[Any, rng.Key], Any], *, name: str = "samples", at: type[LoopEvent] = EvalEnd) -> Handler:
+def samples(make: Callable[[Any, rng.Key], Any], *, name: str = "samples", on: type[LoopEvent] = EvalEnd) -> Handler:
     """Logs samples generated from the model.
 
     The random key depends only on the seed and the step. Neither a resume nor another batch size changes it.
@@ -22,7 +22,7 @@ def samples(make: Callable[[Any, rng.Key], Any], *, name: str = "samples", at: t
         make: ``make(model, key)`` returns a value from ``fxtrain.values``, or a dict of such values. ``model`` is a
             view in evaluation mode, and ``key`` a key for ``fxtrain.rng``.
         name: Name of the logged value, or prefix of the names in the dict.
-        at: Type of the event to sample at. ``fx.when(fx.every(500), samples(..., at=fx.StepEnd))`` samples every 500
+        on: Type of the event to sample at. ``fx.when(500, samples(..., on=fx.StepEnd))`` samples every 500
             steps.
 
     Example:
@@ -44,4 +44,4 @@ def samples(make: Callable[[Any, rng.Key], Any], *, name: str = "samples", at: t
         return state, Control(log=log)
 
     callback.__name__ = name
-    return on(at, callback)
+    return fold.on(on, callback)

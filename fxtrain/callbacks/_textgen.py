@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fxtrain import rng
+from fxtrain import fold, rng
 from fxtrain.core import Control, EvalEnd, LoopEvent, TrainState, check_positive_int, describe
-from fxtrain.fold import Handler, on
+from fxtrain.fold import Handler
 from fxtrain.model import view
 from fxtrain.values import Text
 
@@ -36,7 +36,7 @@ def textgen(
     top_p: float | None = None,
     stop: Collection[int] = (),
     name: str = "textgen",
-    at: type[LoopEvent] = EvalEnd,
+    on: type[LoopEvent] = EvalEnd,
 ) -> Handler:
     """Logs the model's continuation of each prompt, as one ``Text``.
 
@@ -55,7 +55,7 @@ def textgen(
         top_p: Sample from the smallest set of likeliest tokens with at least this total probability; None for all.
         stop: Token ids that end a text. They are not part of it.
         name: Name of the logged text.
-        at: Type of the event to generate at. ``fx.when(fx.every(500), textgen(..., at=fx.StepEnd))`` generates every
+        on: Type of the event to generate at. ``fx.when(500, textgen(..., on=fx.StepEnd))`` generates every
             500 steps.
 
     Raises:
@@ -107,7 +107,7 @@ def textgen(
         return state, Control(log={name: Text("\n".join(parts))})
 
     callback.__name__ = name
-    return on(at, callback)
+    return fold.on(on, callback)
 
 
 def _verbatim(text: str) -> str:

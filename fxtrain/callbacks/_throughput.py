@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import optim
 from fxtrain.core import Control, EvalBegin, EvalEnd, StepEnd, TrainState, describe
-from fxtrain.fold import Handler, every, stateful
+from fxtrain.fold import Handler, When, as_trigger, stateful
 
 Seen = StepEnd | EvalBegin | EvalEnd
 
@@ -31,7 +30,7 @@ def throughput(
     tokens: int | None = None,
     flops: float | None = None,
     peak: float | None = None,
-    publish: Callable[[Any], Any] | None = None,
+    every: When = 50,
     name: str = "throughput",
 ) -> Handler:
     """Logs steps, samples, tokens and floating-point operations per second, and hardware utilization.
@@ -47,7 +46,7 @@ def throughput(
         tokens: Tokens per batch.
         flops: Floating-point operations per step, as counted by ``fx.explain(step, state, batch).flops``.
         peak: Peak floating-point operations per second of the hardware.
-        publish: A trigger, evaluated at ``StepEnd``; every 50 steps by default.
+        every: When to log: a number of steps, or a trigger, evaluated at ``StepEnd``.
         name: The slot, and the prefix of the logged names: ``<name>/steps_per_second``, ``/samples_per_second``,
             ``/tokens_per_second``, ``/flops_per_second``, ``/utilization``, ``/data_wait`` (a fraction of the time).
 
@@ -56,7 +55,7 @@ def throughput(
 
     Example:
         >>> import fxtrain as fx
-        >>> callback = fx.compose(throughput(samples=32, publish=fx.every(3)))
+        >>> callback = fx.compose(throughput(samples=32, every=3))
         >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
         >>> for step in (1, 2, 3):
         ...     event = fx.StepEnd(step=step, metrics={}, time=0.5 * step, previous_time=0.5 * (step - 1))
@@ -70,7 +69,7 @@ def throughput(
             raise ValueError(f"expected {argument} to be positive and finite, got {describe(value)}.")
     if peak is not None and flops is None:
         raise ValueError("expected flops together with peak, got peak alone. Give the operations of a step as flops=.")
-    due = every(50) if publish is None else publish
+    due = as_trigger(every)
 
     def update(state: TrainState, event: Seen, slot: ThroughputState) -> tuple[ThroughputState, Control]:
         if isinstance(event, EvalBegin | EvalEnd):
@@ -102,15 +101,13 @@ def throughput(
     return stateful(name, start, update)
 
 
-def lr_monitor(
-    *, publish: Callable[[Any], Any] | None = None, hyperparams: tuple[str, ...] = (), name: str = "hyperparams"
-) -> Handler:
+def lr_monitor(*, every: When = 1, hyperparams: tuple[str, ...] = (), name: str = "hyperparams") -> Handler:
     """Logs hyperparameters from the optimizer state, put there by ``fxtrain.optim.inject_hyperparams``.
 
     Scheduled hyperparameters, such as the learning rate, are included.
 
     Args:
-        publish: A trigger, evaluated at ``StepEnd``; each step by default.
+        every: When to log: a number of steps, or a trigger, evaluated at ``StepEnd``.
         hyperparams: Names of the hyperparameters to log; all by default.
         name: Prefix of the logged names: ``<name>/<path>``.
 
@@ -124,7 +121,7 @@ def lr_monitor(
         >>> fx.compose(lr_monitor())(state, fx.StepEnd(step=1, metrics={}))[1].log["hyperparams/learning_rate"].value
         tensor(0.5000)
     """
-    due = every(1) if publish is None else publish
+    due = as_trigger(every)
 
     def watch(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
         if not due(event):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxtrain.callbacks._histograms import histograms
-from fxtrain.fold import Composed, compose
+from fxtrain.fold import Composed, When, compose
 
 
-def watch(*of: str, every: int = 100, parameter: str | Sequence[str] = "*", sample: int = 4096) -> Composed:
+def watch(*of: str, every: When = 100, parameter: str | Sequence[str] = "*", sample: int = 4096) -> Composed:
     """Logs histograms of weights and gradients: several ``histograms``, composed.
 
     Gradients exist only inside the compiled step, so this is a callback and not an observer. Pass it to both
@@ -16,7 +16,7 @@ def watch(*of: str, every: int = 100, parameter: str | Sequence[str] = "*", samp
 
     Args:
         of: Any of ``"weights"``, ``"grads"`` and ``"updates"``; the first two by default.
-        every: Count at steps that are multiples of ``every``.
+        every: As for ``histograms``.
         parameter: Patterns of the parameters to include.
         sample: Elements per parameter, 1 or more.
 

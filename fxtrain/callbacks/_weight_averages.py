@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, TrainState, Updated, check_int, check_positive_int, describe, did_you_mean, wide_dtype
-from fxtrain.fold import Handler, stateful
+from fxtrain.core import Control, TrainState, Updated, check_int, describe, did_you_mean, wide_dtype
+from fxtrain.fold import Handler, When, as_trigger, stateful
 from fxtrain.optim._leaves import Scalar, wide
 
 
@@ -28,7 +28,7 @@ def ema(
     *,
     debias: bool = False,
     warmup: bool = False,
-    every: int = 1,
+    every: When = 1,
     start: int = 0,
     buffers: bool = False,
     name: str = "ema",
@@ -46,7 +46,7 @@ def ema(
             parameters.
         warmup: Whether the decay rises with n, the number of updates averaged so far, so that the first parameters are
             forgotten faster.
-        every: Average at steps that are multiples of ``every``.
+        every: When to average: a number of steps, or a trigger, evaluated inside the step.
         start: Up to and including this step, the average equals the parameters.
         buffers: Whether to average floating buffers too, such as batch norm statistics. If not, ``averaged`` uses the
             live ones.
@@ -69,7 +69,6 @@ def ema(
     """
     if not 0 < decay < 1:
         raise ValueError(f"expected decay to be between 0 and 1, got {describe(decay)}.")
-    check_positive_int("every", every)
     check_int("start", start, minimum=0)
 
     def mean(slot: AveragedState) -> tuple[Scalar, Tensor]:
@@ -86,8 +85,8 @@ def ema(
     return _averaging(name, mean, every=every, start=start, buffers=buffers, weight=0.0 if debias else 1.0)
 
 
-def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa") -> Handler:
-    """Keeps the equal-weight mean of the parameters at steps after ``start`` that are multiples of ``every``.
+def swa(*, start: int, every: When = 1, buffers: bool = False, name: str = "swa") -> Handler:
+    """Keeps the equal-weight mean of the parameters at the steps of ``every`` after ``start``.
 
         average = average + (params - average) / (n + 1)
 
@@ -98,7 +97,7 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
 
     Args:
         start: Up to and including this step, the average equals the parameters.
-        every: Average at steps that are multiples of ``every``.
+        every: When to average: a number of steps, or a trigger, evaluated inside the step.
         buffers: As for ``ema``.
         name: The slot.
 
@@ -118,7 +117,6 @@ def swa(*, start: int, every: int = 1, buffers: bool = False, name: str = "swa")
     References:
         Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
     """
-    check_positive_int("every", every)
     check_int("start", start, minimum=0)
 
     def mean(slot: AveragedState) -> tuple[Scalar, Tensor]:
@@ -153,7 +151,7 @@ def _averaging(
     name: str,
     mean: Callable[[AveragedState], tuple[Scalar, Tensor]],
     *,
-    every: int,
+    every: When,
     start: int,
     buffers: bool,
     weight: float,
@@ -163,11 +161,12 @@ def _averaging(
     Args:
         name: The slot.
         mean: Maps the callback state to the new value's share of the average and to the new weight, [] each.
-        every: Average at steps that are multiples of ``every``.
+        every: When to average: a number of steps, or a trigger, evaluated inside the step.
         start: Average after this step.
         buffers: Whether to average buffers.
         weight: Initial weight.
     """
+    due = as_trigger(every)
 
     def init(state: TrainState) -> AveragedState:
         zero = torch.zeros_like(state.step)
@@ -178,7 +177,7 @@ def _averaging(
 
     def update(state: TrainState, event: Updated, slot: AveragedState) -> tuple[AveragedState, Control]:
         now = (state.params, state.buffers if buffers else ())
-        counts = ~event.skipped & (event.step > start) & (event.step % every == 0)
+        counts = ~event.skipped & (event.step > start) & due(event)
         before = ~event.skipped & (event.step <= start)
         share, new_weight = mean(slot)
 

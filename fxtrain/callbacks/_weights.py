@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._monitor import Publish, monitor
+from fxtrain.callbacks._monitor import monitor
 from fxtrain.callbacks._update_stats import UpdateStats, leaf_names
 from fxtrain.core import TrainState, check_int, check_positive_int, describe, matching
-from fxtrain.fold import Handler
+from fxtrain.fold import Handler, When
 from fxtrain.values import Text
 
 
@@ -26,7 +26,7 @@ class WeightStats(NamedTuple):
 
 
 def weight_stats(
-    *, parameter: str | Sequence[str] | None = None, every: int = 1, publish: Publish = None, name: str = "weights"
+    *, parameter: str | Sequence[str] | None = None, every: When = 1, publish: When | None = None, name: str = "weights"
 ) -> Handler:
     """Measures the norm, mean, standard deviation and largest absolute value of each trainable parameter.
 
@@ -34,8 +34,8 @@ def weight_stats(
 
     Args:
         parameter: Patterns of the parameters to publish individually, such as ``"*.weight"``; none by default.
-        every: Measure at steps that are multiples of ``every``.
-        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
         name: The slot, and the prefix of the logged names: ``<name>/norm`` of all parameters as one vector, ``/max``
             over all, and ``/<parameter>/norm``, ``/mean``, ``/std`` and ``/max`` for each chosen parameter.
 
@@ -68,7 +68,7 @@ def weight_stats(
         }
         return {"norm": values.norm.square().sum().sqrt(), "max": values.max.amax(), **chosen}
 
-    return monitor(name, measure, show, period=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish)
 
 
 class UpdateRatios(NamedTuple):
@@ -84,8 +84,8 @@ def update_ratios(
     frozen_below: float = 0.0,
     patience: int = 10,
     worst: int = 0,
-    every: int = 1,
-    publish: Publish = None,
+    every: When = 1,
+    publish: When | None = None,
     name: str = "update_ratio",
 ) -> Handler:
     """Measures the ratio of update norm to parameter norm, and counts parameters that do not move.
@@ -103,8 +103,8 @@ def update_ratios(
         patience: Measured steps without movement, 1 or more.
         worst: Number of largest ratios to list as text. The list is made on the host, so publish it rarely on an
             accelerator.
-        every: Measure at steps that are multiples of ``every``.
-        publish: A trigger, evaluated at ``StepEnd``. By default every measured step is published.
+        every: When to measure: a number of steps, or a trigger, evaluated inside the step.
+        publish: When to publish, evaluated at ``StepEnd``. By default every measured step is published.
         name: The slot, and the prefix of the logged names: ``<name>/mean``, ``/max``, ``/min``, ``/frozen``,
             ``/<parameter>``, and the text ``/worst``.
 
@@ -146,4 +146,4 @@ def update_ratios(
             shown["worst"] = Text("\n".join(f"- `{names[index]}`: {ratio:.3g}" for index, ratio in pairs))
         return shown
 
-    return monitor(name, measure, show, period=every, publish=publish)
+    return monitor(name, measure, show, every=every, publish=publish)

@@ -152,7 +152,7 @@ class _Job:
         )
         tokens = options.batch_size * options.length
         speed = fx.callbacks.throughput(tokens=tokens)
-        callbacks = [monitors, speed, text_samples, fx.when(fx.every(options.snapshot_interval), fx.callbacks.save())]
+        callbacks = [monitors, speed, text_samples, fx.callbacks.save(every=options.snapshot_interval)]
         if options.early_stopping:
             callbacks.append(
                 fx.callbacks.early_stopping(

@@ -11,6 +11,8 @@ from fxtrain.fold._compose import Needs as Needs
 from fxtrain.fold._compose import as_composed as as_composed
 from fxtrain.fold._needs import needs
 from fxtrain.fold._triggers import Trigger, after, at, every, when
+from fxtrain.fold._triggers import When as When
+from fxtrain.fold._triggers import as_trigger as as_trigger
 
 __all__ = [
     "Composed",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, Flag, TrainState
+from fxtrain.core import TRACED, Control, Flag, TrainState, check_int, check_positive_int, describe
 from fxtrain.fold._compose import Composed, Handler, checked, handler_of
 from fxtrain.fold._structure import refuse_other_structure
 from fxtrain.fold._subscription import name_of
@@ -48,6 +48,10 @@ class Trigger:
         return self.text
 
 
+When = int | Callable[[Any], Flag]
+"""When something happens: at steps that are multiples of an int, or whenever a trigger holds."""
+
+
 def every(steps: int | None = None, *, seconds: float | None = None, epochs: float | None = None) -> Trigger:
     """Holds at each multiple of a period. Give exactly one of ``steps``, ``seconds`` and ``epochs``.
 
@@ -60,7 +64,8 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
 
     Raises:
         ValueError: If not exactly one period is given, or if it is not positive.
-        TypeError: When it runs, if the event has no clock (``seconds``) or the epoch length is unknown (``epochs``).
+        TypeError: If ``steps`` is not an int. When it runs, if the event has no clock (``seconds``) or the epoch length
+            is unknown (``epochs``).
 
     Example:
         >>> import fxtrain as fx
@@ -68,7 +73,9 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
         [3, 6]
     """
     unit, period = _one_of("every", steps=steps, seconds=seconds, epochs=epochs)
-    if period <= 0:
+    if unit == "steps":
+        check_positive_int("steps", period)
+    elif period <= 0:
         raise ValueError(f"every: expected {unit} to be positive, got {period!r}.")
     if unit == "steps":
         return Trigger(f"every({period})", lambda event: event.step % period == 0)
@@ -94,6 +101,8 @@ def at(*steps: int) -> Trigger:
     """
     if not steps:
         raise ValueError("at: expected at least one step, got none.")
+    for step in steps:
+        check_int("a step of at", step, minimum=0)
 
     def holds(event: Any) -> Flag:
         if isinstance(event.step, Tensor):
@@ -115,7 +124,8 @@ def after(steps: int | None = None, *, seconds: float | None = None, epochs: flo
 
     Raises:
         ValueError: If not exactly one threshold is given.
-        TypeError: When it runs, if the event has no clock (``seconds``) or the epoch length is unknown (``epochs``).
+        TypeError: If ``steps`` is not an int. When it runs, if the event has no clock (``seconds``) or the epoch length
+            is unknown (``epochs``).
 
     Example:
         >>> import fxtrain as fx
@@ -124,20 +134,47 @@ def after(steps: int | None = None, *, seconds: float | None = None, epochs: flo
     """
     unit, period = _one_of("after", steps=steps, seconds=seconds, epochs=epochs)
     if unit == "steps":
+        check_int("steps", period, minimum=0)
         return Trigger(f"after({period})", lambda event: event.step > period)
     if unit == "seconds":
         return Trigger(f"after(seconds={period})", lambda event: _elapsed(event) > period)
     return Trigger(f"after(epochs={period})", lambda event: _epoch(event) > period)
 
 
-def when(trigger: Callable[[Any], Flag], callback: Callable[..., Any]) -> Callable[..., Any]:
+def as_trigger(when: When, argument: str = "every") -> Callable[[Any], Flag]:
+    """Returns a trigger for an argument such as ``every=``: the trigger itself, or ``every(n)`` for an int n.
+
+    Args:
+        when: A positive int or a trigger.
+        argument: The argument's name, for errors.
+
+    Raises:
+        TypeError: If ``when`` is neither an int nor callable.
+        ValueError: If ``when`` is smaller than 1.
+
+    Example:
+        >>> as_trigger(100), as_trigger(after(5))
+        (every(100), after(5))
+    """
+    if callable(when):
+        return when
+    is_int = isinstance(when, int) and not isinstance(when, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if is_int and when >= 1:
+        return every(when)
+    raise (ValueError if is_int else TypeError)(
+        f"expected {argument} to be a positive int or a trigger, got {describe(when)}. Make a trigger: "
+        "fxtrain.every(100), or fxtrain.every(epochs=1)."
+    )
+
+
+def when(trigger: When, callback: Callable[..., Any]) -> Callable[..., Any]:
     """Gates ``callback`` by ``trigger``. The callback keeps its subscription and its slot.
 
     Inside the compiled step a trigger is a tensor. The callback is then computed at every step, and its writes and
     requests count only if the trigger holds.
 
     Args:
-        trigger: Maps an event to a bool, or to a bool tensor of shape [].
+        trigger: Maps an event to a bool, or to a bool tensor of shape []. An int n stands for ``every(n)``.
         callback: ``(state, event) -> (state, control)``, or a composed callback, each part of which is gated.
 
     Example:
@@ -145,9 +182,10 @@ def when(trigger: Callable[[Any], Flag], callback: Callable[..., Any]) -> Callab
         >>> when(every(1000), fx.callbacks.save())
         <callback save when every(1000) on StepEnd>
     """
+    holds = as_trigger(trigger, "trigger")
     if isinstance(callback, Composed):
-        return Composed(tuple(_gate(trigger, handler) for handler in callback.handlers))
-    return _gate(trigger, handler_of(callback))
+        return Composed(tuple(_gate(holds, handler) for handler in callback.handlers))
+    return _gate(holds, handler_of(callback))
 
 
 def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:

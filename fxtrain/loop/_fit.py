@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int, describe
-from fxtrain.fold import Handler, as_composed, compose, on
+from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int
+from fxtrain.fold import Handler, When, as_composed, as_trigger, compose, on
 from fxtrain.loop._arguments import refuse_unless_checkpointer, refuse_unless_evaluates
 from fxtrain.loop._emitter import EventRecord
 from fxtrain.loop._history import History
@@ -50,7 +50,7 @@ def fit(
     callbacks: Any = (),
     eval_step: Callable[..., Any] | None = None,
     eval_data: Any = None,
-    eval_when: Callable[[Any], Any] | None = None,
+    eval_when: When | None = None,
     eval_view: Callable[[TrainState], TrainState] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
@@ -87,7 +87,8 @@ def fit(
         callbacks: Folded over the state at each event, in order.
         eval_step: From ``fxtrain.eval_step``.
         eval_data: A source of batches, as ``data``. Each evaluation takes one epoch of it.
-        eval_when: A trigger, evaluated at each ``StepEnd``. By default each epoch and the run end with an evaluation.
+        eval_when: A number of steps, or a trigger, evaluated at each ``StepEnd``. By default each epoch and the run end
+            with an evaluation.
         eval_view: Maps the state to the state to evaluate, such as ``fxtrain.callbacks.averaged``. It affects neither
             training nor saves.
         epochs: Total number of epochs, those before a resume included. Epochs may differ in length, for example after a
@@ -217,11 +218,6 @@ def _plan(
             raise ValueError(f"expected eval_step and eval_data with {name}, got neither. Give both, or omit {name}.")
     if eval_step is not None:
         refuse_unless_evaluates(eval_step)
-    if eval_when is not None and not callable(eval_when):
-        raise TypeError(
-            f"expected a trigger as eval_when, got {describe(eval_when)}. Make one: fxtrain.every(100), or "
-            "fxtrain.every(epochs=1)."
-        )
     refuse_unless_checkpointer(checkpointer)
     check_choice("resume", resume, (True, False))
     if resume and checkpointer is None:
@@ -230,7 +226,9 @@ def _plan(
         observers = (observers,)
     folded = as_composed(callbacks)
     if eval_step is not None:
-        folded = compose(folded, _evaluation_by(eval_when or _at_the_last_step))
+        folded = compose(
+            folded, _evaluation_by(_at_the_last_step if eval_when is None else as_trigger(eval_when, "eval_when"))
+        )
     return Plan(
         callbacks=folded,
         eval_step=eval_step,

@@ -14,8 +14,8 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
     TrainState,
-    check_positive_int,
 )
+from fxtrain.fold import When, as_trigger
 from fxtrain.values import outlet_of, settle, try_all
 
 Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
@@ -23,29 +23,28 @@ Read = Callable[[TrainState | None], Mapping[str, float]]
 
 
 class Gauge:
-    """Writes readings every ``every`` steps and at the end of each session.
+    """Writes readings at the steps of ``every`` and at the end of each session.
 
     Args:
         what: The observer's name in errors.
         writers: Writers from ``fxtrain.writers`` or clu.
-        every: Number of steps between readings.
+        every: When to read: a number of steps, or a trigger, evaluated at ``StepEnd``.
         read: Returns the readings by name. Uses only the device of the state that it is called with.
 
     Raises:
-        TypeError: ``every`` is not an int.
+        TypeError: ``every`` is neither an int nor a trigger.
         ValueError: There is no writer, or ``every`` is smaller than 1.
     """
 
-    def __init__(self, what: str, writers: tuple[Any, ...], every: int, read: Read) -> None:
+    def __init__(self, what: str, writers: tuple[Any, ...], every: When, read: Read) -> None:
         if not writers:
             raise ValueError(
                 f"expected at least one writer for {what}(), got none. Pass one, such as "
                 "fxtrain.writers.tensorboard(folder)."
             )
-        check_positive_int("every", every)
         self._writers = writers
         self._outlets = [outlet_of(writer) for writer in writers]
-        self._every = every
+        self._due = as_trigger(every)
         self._read_values = read
         self._step = 0  # of the last reading or the beginning of the session
 
@@ -55,7 +54,7 @@ class Gauge:
                 self._drop_after(event.step)
             case Rewound():
                 self._drop_after(event.to_step)
-            case StepEnd() if event.step % self._every == 0:
+            case StepEnd() if self._due(event):
                 self._read(state, event)
             case Interrupted() | FitEnd() if event.step > self._step:
                 self._read(state, event)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxtrain.core import TrainState
+from fxtrain.fold import When
 from fxtrain.observers._gauge import Gauge
 
 _MIB = 2**20
@@ -22,7 +23,7 @@ _DEVICE_STATISTICS = {
 }
 
 
-def memory(*writers: Any, every: int = 100) -> Gauge:
+def memory(*writers: Any, every: When = 100) -> Gauge:
     """Writes the memory use of the process, in MiB (2**20 bytes).
 
     - ``memory/host_resident_mib``: resident host memory. Linux only.
@@ -36,10 +37,11 @@ def memory(*writers: Any, every: int = 100) -> Gauge:
     Args:
         writers: Writers from ``fxtrain.writers`` or clu. Writers can be shared with ``observers.write``, which must
             then come first in the list of observers.
-        every: Number of steps between readings. There is also one at the end of each session.
+        every: When to read: a number of steps, or a trigger, evaluated at ``StepEnd``. Each session also ends with a
+            reading.
 
     Raises:
-        TypeError: ``every`` is not an int.
+        TypeError: ``every`` is neither an int nor a trigger.
         ValueError: There is no writer, or ``every`` is smaller than 1.
         OSError: The platform does not report the memory use of processes. Windows does not.
 

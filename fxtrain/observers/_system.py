@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from fxtrain.core import TrainState
+from fxtrain.fold import When
 from fxtrain.observers._gauge import Gauge
 
 _GIB = 2**30
 
 
-def system(*writers: Any, every: int = 100) -> Gauge:
+def system(*writers: Any, every: When = 100) -> Gauge:
     """Writes the utilization of the machine.
 
     - ``system/cpu_percent``: of all cores, by all processes, since the previous reading.
@@ -28,10 +29,11 @@ def system(*writers: Any, every: int = 100) -> Gauge:
     Args:
         writers: Writers from ``fxtrain.writers`` or clu. Writers can be shared with ``observers.write``, which must
             then come first in the list of observers.
-        every: Number of steps between readings. There is also one at the end of each session.
+        every: When to read: a number of steps, or a trigger, evaluated at ``StepEnd``. Each session also ends with a
+            reading.
 
     Raises:
-        TypeError: ``every`` is not an int.
+        TypeError: ``every`` is neither an int nor a trigger.
         ValueError: There is no writer, or ``every`` is smaller than 1.
 
     Example:

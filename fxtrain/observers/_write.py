@@ -23,15 +23,15 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     check_choice,
-    check_positive_int,
     describe,
 )
+from fxtrain.fold import When, as_trigger
 from fxtrain.values import KINDS, HParams, hold_back, kind_of, outlet_of, published, share, try_all
 
 
 def write(
     *writers: Any,
-    every: int | Mapping[str, int] = 1,
+    every: When | Mapping[str, When] = 1,
     reduce: str = "mean",
     hparams: Mapping[str, Any] | None = None,
     flush_seconds: float = 30.0,
@@ -51,10 +51,11 @@ def write(
 
     Args:
         writers: Writers from ``fxtrain.writers`` or clu.
-        every: Number of steps between points of step metrics. A shorter interval ends before each save and at the end,
-            so an interruption loses no step. A mapping sets it per kind, with the names of ``fxtrain.values.KINDS``:
+        every: When a point of the step metrics ends: at multiples of a number of steps, or when a trigger holds. An
+            interval also ends before each save and at the end, so an interruption loses no step. A mapping sets it per
+            kind, with the names of ``fxtrain.values.KINDS``:
             ``{"metrics": 10, "images": 500}``. Of values that steps log of such a kind, only the latest of each name is
-            kept, and written at the next multiple or at the end.
+            kept, and written at the kind's next such step or at the end.
         reduce: How the step metrics of an interval are reduced to a point: ``"mean"``, ``"last"``, ``"min"`` or
             ``"max"``. NaN propagates.
         hparams: Hyperparameters, as a nested mapping of strings, numbers and bools. They are written when a session
@@ -63,7 +64,7 @@ def write(
             end.
 
     Raises:
-        TypeError: ``every`` is not an int or a mapping of ints.
+        TypeError: ``every`` is neither an int, a trigger nor a mapping of these.
         ValueError: There is no writer, or an argument is out of range.
 
     Example:
@@ -85,7 +86,7 @@ def write(
     periods = dict(every) if isinstance(every, Mapping) else {_METRICS: every}
     for kind, period in periods.items():
         check_choice("a key of every", kind, (_METRICS, *KINDS.values()))
-        check_positive_int("every" if kind == _METRICS else f"every[{kind!r}]", period)
+        as_trigger(period, "every" if kind == _METRICS else f"every[{kind!r}]")
     check_choice("reduce", reduce, tuple(_REDUCTIONS))
     if not flush_seconds >= 0:
         raise ValueError(f"expected flush_seconds to be at least 0, got {describe(flush_seconds)}.")
@@ -121,7 +122,7 @@ class Write:
     def __init__(
         self,
         writers: tuple[Any, ...],
-        periods: Mapping[str, int],
+        periods: Mapping[str, When],
         reduce: str,
         hparams: HParams | None,
         flush_seconds: float,
@@ -130,8 +131,8 @@ class Write:
         self._outlets = [outlet_of(writer) for writer in writers]
         for writer in writers:
             hold_back(writer, self._write_points)
-        self._every = periods.get(_METRICS, 1)
-        self._periods = {kind: periods[name] for kind, name in KINDS.items() if periods.get(name, 1) > 1}
+        self._due = as_trigger(periods.get(_METRICS, 1))
+        self._due_by_kind = {kind: as_trigger(periods[n]) for kind, n in KINDS.items() if periods.get(n, 1) != 1}
         self._reduce = _REDUCTIONS[reduce]
         self._hparams = hparams
         self._flush_seconds = flush_seconds
@@ -186,7 +187,7 @@ class Write:
         self._last = event
         log = control.log
         silent = type(log) is dict and not log  # other logs are lazy, and reading them would wait
-        if event.step % self._every == 0:
+        if self._due(event):
             self._points.append((event, self._interval, control))
             self._interval = []
         elif not silent:
@@ -199,7 +200,7 @@ class Write:
             self._write_points(wait=False)
             self._batch_time = event.time
         if self._latest:
-            self._write_latest(event.step)
+            self._write_latest(event)
         if event.time - self._flush_time >= self._flush_seconds:
             self._write_points()
             self._flush(event.time)
@@ -240,21 +241,21 @@ class Write:
 
     def _without_latest(self, event: StepEnd, control: Control) -> Control:
         """Returns the control without logged values of kinds with their own period, which are kept for later."""
-        if not self._periods:
+        if not self._due_by_kind:
             return control
         log = dict(control.log)
         for name, entry in control.log.items():
-            if kind_of(entry.value) in self._periods:
+            if kind_of(entry.value) in self._due_by_kind:
                 # Copied, because its buffers may be donated before it is written.
                 del log[name]
                 own = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, entry.value)
                 self._latest[name] = event, dataclasses.replace(entry, value=own)
         return control.with_log(log)
 
-    def _write_latest(self, step: int | None = None) -> None:
-        """Writes kept values whose period ends at this step, or all if it is None."""
+    def _write_latest(self, now: StepEnd | None = None) -> None:
+        """Writes the kept values of kinds that are due now, or all if ``now`` is None."""
         latest = self._latest
-        due = [n for n, (_, e) in latest.items() if step is None or step % self._periods[kind_of(e.value)] == 0]
+        due = [n for n, (_, e) in latest.items() if now is None or self._due_by_kind[kind_of(e.value)](now)]
         if due:
             self._write_points()
         for name in due:
