@@ -54,6 +54,9 @@ class Together:
     def __call__(self, state, batch):
         return self.step(state, batch)
 
+    def with_callbacks(self, callbacks):
+        return Together(self.step.with_callbacks(callbacks), self.steps_per_call)
+
     def many(self, state, batches):
         return Several(self.step, self.steps_per_call)(state, batches)
 

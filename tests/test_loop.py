@@ -349,10 +349,6 @@ class TestErrors:
             ({"eval_data": []}, "got no eval_step"),
             ({"eval_when": fx.every(2)}, "expected eval_step and eval_data with eval_when, got neither"),
             ({"resume": True}, "expected a checkpointer with resume=True, got None"),
-            (
-                {"callbacks": fx.callbacks.nan_guard()},
-                "expected a step built with nan_guard, .* Make the callback once",
-            ),
         ],
     )
     def test_invalid_arguments_are_rejected_before_first_step(self, options, message):
@@ -365,10 +361,6 @@ class TestErrors:
 
         with pytest.raises(ValueError, match="fires Gradients for nan_guard, got one that fires none"):
             fit(step=plain_step, callbacks=fx.callbacks.nan_guard())
-
-    def test_traced_callback_with_loop_events_is_required_in_fit(self):
-        with pytest.raises(ValueError, match=r"expected epoch_mean in the callbacks of fit, because .* EpochEnd"):
-            fit(step=problem.step(callbacks=fx.callbacks.epoch_mean()))
 
     @pytest.mark.parametrize(
         "option",

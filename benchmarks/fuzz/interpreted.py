@@ -37,7 +37,7 @@ def _made(step: Step, steps_per_call: int, *, donate: bool) -> Compiled:
         on_recompile="allow",
         steps_per_call=steps_per_call,
         background=False,
-        twin=lambda: _made(step, steps_per_call, donate=True),
+        remake=lambda step, routes=None, *, donate: _made(step, steps_per_call, donate=donate),
         donate=donate,
         dynamic=False,
     )

@@ -17,8 +17,7 @@ def epoch_mean(*names: str, name: str = "epoch_mean") -> Handler:
     Each step has weight 1 regardless of its batch size, or the weight that ``fxtrain.weighted`` gives its loss. A
     metric that is a ``fxtrain.metrics.Average`` has its own weight. An epoch without steps logs nothing.
 
-    Sums accumulate inside the compiled step, so nothing is read from the device until the epoch ends. Pass the callback
-    to both ``train_step(callbacks=)`` and ``fit``.
+    Sums accumulate inside the compiled step, so nothing is read from the device until the epoch ends.
 
     Args:
         names: Names of step metrics, 0-d tensors; ``"loss"`` by default.

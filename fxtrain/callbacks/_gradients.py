@@ -33,8 +33,8 @@ def grad_norms(
 
         l2: sqrt(sum g^2)        l1: sum |g|        linf: max |g|        mean: mean |g|
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``. The norms of all layers
-    are in ``state.slots[name].values.layers``, in module order.
+    It runs inside the compiled step. The norms of all layers are in ``state.slots[name].values.layers``, in module
+    order.
 
     Args:
         norm: ``"l2"``, ``"l1"``, ``"linf"`` or ``"mean"``.
@@ -100,8 +100,7 @@ def grad_flow(
     if above. Independently of its gain, a layer is vanishing if its norm is below ``vanishing``, and exploding if its
     norm is above ``exploding`` or not finite.
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``. Its reductions are
-    shared with ``grad_norms``.
+    It runs inside the compiled step. Its reductions are shared with ``grad_norms``.
 
     Args:
         healthy: Smallest and largest healthy gain.

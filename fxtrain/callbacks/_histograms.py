@@ -42,7 +42,7 @@ def histograms(
     scale can be compared between steps. One bucket spans zero, and one lies beyond each end. From each parameter,
     ``sample`` evenly spaced elements are counted, or all elements if it has fewer.
 
-    It runs inside the compiled step, in a conditional branch. Pass it to both ``train_step(callbacks=)`` and ``fit``.
+    It runs inside the compiled step, in a conditional branch.
 
     Args:
         of: ``"grads"``, ``"weights"`` or ``"updates"``.

@@ -26,8 +26,8 @@ class NanGuardState(NamedTuple):
 def nan_guard(*, patience: int = 10, name: str = "nan_guard") -> Handler:
     """Skips updates with a non-finite loss or gradient, and stops the run after ``patience`` in a row.
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``. On a CPU the reason of
-    the stop names the first non-finite gradient. On other devices ``first_not_finite`` does.
+    It runs inside the compiled step. On a CPU the reason of the stop names the first non-finite gradient. On other
+    devices ``first_not_finite`` does.
 
     Args:
         patience: Consecutive non-finite steps that stop the run, 1 or more.

@@ -57,7 +57,7 @@ def spike_guard(
     ``fit(snapshot_every=)`` or a checkpointer. The positions of the batches that caused spikes survive the rewind, and
     their updates are skipped from then on.
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
+    It runs inside the compiled step.
 
     Args:
         watch: ``"loss"`` or ``"grad_norm"``.

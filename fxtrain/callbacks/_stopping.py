@@ -94,8 +94,7 @@ def early_stopping(
         diverged: Stop immediately if the value is this or worse.
         check_finite: Stop immediately if the value is not finite.
         overfit_patience: Stop when the gap between the metric and ``train_metric`` has grown at this many evaluations
-            in a row. The training metric is averaged inside the step, so pass the callback to both
-            ``train_step(callbacks=)`` and ``fit``.
+            in a row. The training metric is averaged inside the step.
         overfit_min_delta: Margin of a growth of the gap, in the metric's units, 0 or more.
         train_metric: The step metric to compare with.
         restore_best: True keeps a copy of the best parameters and buffers in the slot, and puts them into

@@ -11,8 +11,7 @@ from fxtrain.fold import Composed, When, compose
 def watch(*of: str, every: When = 100, parameter: str | Sequence[str] = "*", sample: int = 4096) -> Composed:
     """Logs histograms of weights and gradients: several ``histograms``, composed.
 
-    Gradients exist only inside the compiled step, so this is a callback and not an observer. Pass it to both
-    ``train_step(callbacks=)`` and ``fit``.
+    Gradients exist only inside the compiled step, so this is a callback and not an observer.
 
     Args:
         of: Any of ``"weights"``, ``"grads"`` and ``"updates"``; the first two by default.

@@ -37,8 +37,8 @@ def ema(
 
         average = d average + (1 - d) params        d = decay, or with ``warmup`` min(decay, (1 + n) / (10 + n))
 
-    It runs inside the compiled step, once per step and not per microbatch. Pass it to both ``train_step(callbacks=)``
-    and ``fit``. ``averaged`` returns the state with the average in place of the parameters.
+    It runs inside the compiled step, once per step and not per microbatch. ``averaged`` returns the state with the
+    average in place of the parameters.
 
     Args:
         decay: Between 0 and 1, exclusive.
@@ -90,7 +90,7 @@ def swa(*, start: int, every: When = 1, buffers: bool = False, name: str = "swa"
 
         average = average + (params - average) / (n + 1)
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
+    It runs inside the compiled step.
 
     Batch norm statistics stay those of the live parameters. Recompute them for the averaged ones with
     ``fxtrain.recompute_statistics``, or average them too.

@@ -30,7 +30,7 @@ def weight_stats(
 ) -> Handler:
     """Measures the norm, mean, standard deviation and largest absolute value of each trainable parameter.
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
+    It runs inside the compiled step.
 
     Args:
         parameter: Patterns of the parameters to publish individually, such as ``"*.weight"``; none by default.
@@ -95,7 +95,7 @@ def update_ratios(
     Ratios around 1e-3 are typical of healthy training. A parameter is frozen if its ratio was at most ``frozen_below``
     at ``patience`` measured steps in a row. Skipped steps are not counted.
 
-    It runs inside the compiled step, so pass it to both ``train_step(callbacks=)`` and ``fit``.
+    It runs inside the compiled step.
 
     Args:
         parameter: Patterns of the parameters to publish individually; none by default.

@@ -144,7 +144,7 @@ class _Job:
         tx = self._transform()
         state = fx.init(self._model(), tx, seed=options.seed, device=self.device)
         monitors = self._monitors()
-        step, eval_step = fx.train_step(_loss, tx, callbacks=monitors), fx.eval_step(_loss)
+        step, eval_step = fx.train_step(_loss, tx), fx.eval_step(_loss)
         if options.compile:
             step, eval_step = fx.compile(step), fx.compile(eval_step)
         text_samples = fx.callbacks.textgen(

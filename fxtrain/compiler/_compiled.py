@@ -24,8 +24,12 @@ from fxtrain.core._frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
 from fxtrain.step import EvalFunction, Several, Step
+from fxtrain.step._callbacks import identity
 
 _log = logging.getLogger(__name__)
+
+_MAX_OTHERS = 4
+"""How many steps with other callbacks a compiled step keeps, each with its graphs."""
 
 OnRecompile = Literal["warn", "error", "allow"]
 
@@ -45,7 +49,7 @@ class Compiled:
         on_recompile: OnRecompile,
         steps_per_call: int,
         background: bool,
-        twin: Callable[[], Compiled],
+        remake: Callable[..., Compiled],
         **options: bool,
     ) -> None:
         self.step = step
@@ -61,7 +65,8 @@ class Compiled:
         self._has_warned_of_batches = False
         self._donating: Compiled | None = None
         self._several: Compiled | None = None
-        self._twin = twin
+        self._remake = remake
+        self._others: dict[tuple[object, ...], Compiled] = {}  # most recently used last
         functools.update_wrapper(self, step, updated=())
 
     @property
@@ -130,8 +135,33 @@ class Compiled:
         if self.donates or not isinstance(self.step, Step):
             return self
         if self._donating is None:
-            self._donating = self._twin()
+            self._donating = self._remake(self.step, routes=self._routes, donate=True)
         return self._donating
+
+    def with_callbacks(self, callbacks: Composed) -> Compiled:
+        """Returns this step with the traced callbacks among ``callbacks`` folded after its own.
+
+        ``fit`` calls this with its callbacks. The same callbacks give the same step, so they are compiled once. If
+        there are none to add, the step itself is returned.
+
+        Args:
+            callbacks: Callbacks for any events.
+
+        Raises:
+            ValueError: If the step is hand-written and a callback has to be added.
+        """
+        if not isinstance(self.step, Step):
+            return self
+        step = self.step.with_callbacks(callbacks)
+        if step is self.step:
+            return self
+        # The steps reference their callbacks, so no id in a key is reused.
+        key = tuple(map(identity, step.callbacks.handlers))
+        found = self._others.pop(key, None)
+        self._others[key] = self._remake(step, donate=self.donates) if found is None else found
+        if len(self._others) > _MAX_OTHERS:
+            del self._others[next(iter(self._others))]
+        return self._others[key]
 
     def expect(self, kinds: int | None) -> None:
         """Declares how many more batch shapes to expect. Each compiles a graph without a warning or an error.
@@ -380,21 +410,20 @@ def compile(  # noqa: A001
             f"{dynamic=}. Only Inductor's graphs for fixed sizes are compiled in the background. Leave these options "
             "out, or compile in the foreground."
         )
-    routes = routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph)
 
-    def made(donate: bool) -> Compiled:
+    def made(step: Step | EvalFunction, *, donate: bool, routes: Routes | None = None) -> Compiled:
         return Compiled(
-            pure,
-            routes=routes,
+            step,
+            routes=routes or routes_to(backend, mode, dynamic=dynamic, fullgraph=fullgraph),
             on_recompile=on_recompile,
             steps_per_call=steps_per_call,
             background=background,
-            twin=lambda: made(donate=True),
+            remake=made,
             donate=donate,
             dynamic=dynamic,
         )
 
-    return made(donate and isinstance(pure, Step))
+    return made(pure, donate=donate and isinstance(pure, Step))
 
 
 def _refuse_sparse(batch: Any) -> None:

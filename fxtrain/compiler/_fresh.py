@@ -36,5 +36,6 @@ def fresh(compiled: Compiled, wrap: Callable[[Run], Run] = lambda run: run) -> C
 
     made._compiler = compile_and_wrap
     made._graphs, made._known, made._donating, made._several = [], [], None, None
+    made._others = {}
     made._on_recompile, made._pending = "allow", None
     return made

@@ -84,7 +84,9 @@ def fit(
         state: From ``init``, or ``continue_from`` of another result.
         step: From ``train_step``, compiled or not, or any pure function ``(state, batch) -> (state, output)``.
         data: A source of batches: from ``fxtrain.data``, a ``DataLoader``, a list, or any iterable.
-        callbacks: Folded over the state at each event, in order.
+        callbacks: Folded over the state at each event, in order. Those on ``Microbatch``, ``Gradients`` and ``Updated``
+            are folded inside the step, after its own. Those given to the step are folded here too, before the others.
+            A callback object given to both is folded once. A compiled step compiles once for the same callback objects.
         eval_step: From ``fxtrain.eval_step``.
         eval_data: A source of batches, as ``data``. Each evaluation takes one epoch of it.
         eval_when: A number of steps, or a trigger, evaluated at each ``StepEnd``. By default each epoch and the run end

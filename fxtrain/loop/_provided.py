@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxtrain import tree
-from fxtrain.core import LOOP, TRACED, TrainState, did_you_mean
+from fxtrain.core import LOOP, TRACED, StepBegin, TrainState, did_you_mean
 from fxtrain.fold import Composed
 
 
@@ -18,8 +18,14 @@ def refuse_unprovided(
     Raises:
         ValueError: The message names the callback, the missing metric, slot or event, and the available ones.
     """
+    count = getattr(step, "steps_per_call", 1)
     measured: list[str] | None = None
     for handler in callbacks.handlers:
+        if count > 1 and StepBegin in handler.events:
+            raise ValueError(
+                f"expected no callback on StepBegin with steps_per_call={count}, got {handler.name}. Subscribe to "
+                "StepEnd or compile with steps_per_call=1."
+            )
         for event in handler.needs.events:
             if event not in step.fires:
                 fires = ", ".join(kind.__name__ for kind in TRACED if kind in step.fires) or "none"

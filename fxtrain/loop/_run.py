@@ -46,8 +46,8 @@ from fxtrain.loop._requests import Requests
 from fxtrain.loop._rewind import Snapshots
 from fxtrain.loop._saved_slots import SavedSlots
 from fxtrain.loop._saving import Saving
-from fxtrain.loop._served import refuse_unserved
 from fxtrain.step import Step
+from fxtrain.step._callbacks import shared
 
 _NOTHING = Control()
 
@@ -58,9 +58,9 @@ class Run:
     def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
         refuse_unless_state(state, "fit(state, step, data)")
         refuse_unless_trains(step)
-        self.plan = plan
-        given: Any = step if hasattr(step, "fires") else Step(step)
-        refuse_unserved(plan.callbacks, given)
+        given: Any
+        given, callbacks = shared(step if hasattr(step, "fires") else Step(step), plan.callbacks)
+        plan = self.plan = dataclasses.replace(plan, callbacks=callbacks)
         # The loop owns its state, so a compiled step may donate it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
         self._publish = Publisher(plan.observers, history, state.step.device)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, Due, StepOutput, TrainState, describe
+from fxtrain.core import TRACED, Callback, Control, Due, StepOutput, TrainState, describe
 from fxtrain.data import for_step
-from fxtrain.fold import Composed, as_composed, attach
+from fxtrain.fold import Composed, as_composed, attach, compose
 from fxtrain.fold._subscription import name_of
 from fxtrain.model import refuse_writes, versions
+from fxtrain.step._callbacks import refused, traced_others
 from fxtrain.step._carried import noted, refuse_lost
 from fxtrain.step._contract import refuse_unless_step
 
@@ -32,6 +33,8 @@ class Step:
         function: Any pure function with this signature.
         callbacks: The callbacks that it folds. Their slots enter the compiled graph.
         fires: The traced events at which it folds them.
+        rebuild: Returns this step with other callbacks in place of ``callbacks``. Without it, ``fit`` cannot add traced
+            callbacks to the step.
         settings: Other settings on which the result depends bitwise, as strings by name. Checkpoints store them, and
             resuming with others warns.
 
@@ -59,6 +62,7 @@ class Step:
         *,
         callbacks: Any = (),
         fires: Iterable[type[Any]] = (),
+        rebuild: Callable[[Composed], Step] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         refuse_unless_step(function)
@@ -66,6 +70,7 @@ class Step:
         self.callbacks: Composed = as_composed(callbacks)
         self.fires = frozenset(fires)
         self.settings = dict(settings or {})
+        self._rebuild = rebuild
         unknown = self.fires - set(TRACED)
         if unknown:
             raise ValueError(
@@ -99,6 +104,25 @@ class Step:
         new = new.replace(step=state.step + 1, position=state.position + 1, due=due)
         _refuse_changes(name, state, new)
         return tree.where(stopped, state, new), StepOutput(output.metrics, control, output.outputs, output.weight)
+
+    def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> Step:
+        """Returns this step with the traced callbacks among ``callbacks`` folded after its own.
+
+        ``fit`` calls this with its callbacks. Callbacks that the step already folds are not added again. If there are
+        no others, the step itself is returned.
+
+        Args:
+            callbacks: Callbacks for any events.
+
+        Raises:
+            ValueError: If the step was made without ``rebuild`` and a callback has to be added.
+        """
+        others = traced_others(self.callbacks, as_composed(callbacks))
+        if not others:
+            return self
+        if self._rebuild is None:
+            raise refused(others[0])
+        return self._rebuild(compose(self.callbacks, *others))
 
     def attached(self, state: TrainState) -> TrainState:
         """Returns the state with all slots of this step. Missing ones are initialized by their callbacks.

@@ -22,7 +22,7 @@ from fxtrain.core import (
     describe,
 )
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.fold import as_composed, compose
+from fxtrain.fold import Composed, as_composed, compose
 from fxtrain.fold._subscription import name_of
 from fxtrain.model import model_of
 from fxtrain.optim._unused import accumulates
@@ -62,6 +62,7 @@ def train_step(
             0-d tensors, tensors with first dimension 1, and leaves that are not tensors.
         precision: ``"bf16"``, ``"fp16"``, or an ``fxtrain.Policy``.
         callbacks: Callbacks to fold inside the step, which subscribe to ``Microbatch``, ``Gradients`` or ``Updated``.
+            ``fit`` adds those of its own, so only a step that is called without ``fit`` needs them.
         differentiate: ``"auto"``, ``"func"`` or ``"autograd"``, see ``gradients``.
         unused: Treatment of trainable parameters that the loss does not depend on. ``"keep"`` leaves them and their
             optimizer state unchanged, as in ``torch.optim``. ``"zero"`` gives them a zero gradient, so that weight
@@ -101,7 +102,7 @@ def train_step(
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
     find = gradients(loss_fn, precision=policy, differentiate=differentiate)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+    def take(folded: Composed, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
         number = state.step + 1
         before, control, found = state, Control(), None
         for index, microbatch in enumerate(microbatches(batch, accumulate)):
@@ -141,12 +142,19 @@ def train_step(
         )
         return state, StepOutput(measured, _merged(control, requests), weight=weight)
 
-    step.__name__ = f"train_step({name_of(loss_fn)})"
-    step.__doc__ = loss_fn.__doc__
     settings = {"accumulate": str(accumulate), "precision": policy.described}
     if unused != "keep":
         settings["unused"] = unused
-    return Step(step, callbacks=folded, fires=TRACED, settings=settings)
+
+    def build(folded: Composed) -> Step:
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+            return take(folded, state, batch)
+
+        step.__name__ = f"train_step({name_of(loss_fn)})"
+        step.__doc__ = loss_fn.__doc__
+        return Step(step, callbacks=folded, fires=TRACED, rebuild=build, settings=settings)
+
+    return build(folded)
 
 
 def apply_gradients(

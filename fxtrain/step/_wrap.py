@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from fxtrain.core import describe
+from fxtrain.fold import Composed
+from fxtrain.step._callbacks import shared
 
 
 class Wrapped:
@@ -25,6 +27,10 @@ class Wrapped:
 
     def donating(self) -> Any:
         return Wrapped(self._step.donating(), self._context) if hasattr(self._step, "donating") else self
+
+    def with_callbacks(self, callbacks: Composed) -> Wrapped:
+        step, _ = shared(self._step, callbacks)
+        return self if step is self._step else Wrapped(step, self._context)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)
