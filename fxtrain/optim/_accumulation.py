@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int
+from fxtrain.core import Tree, check_positive_int
 from fxtrain.optim._leaves import map_with_memory, start_count, zeros
 from fxtrain.optim._per_parameter import PerParameter, start_counts, where_each
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
@@ -24,13 +24,13 @@ class EveryKState(NamedTuple):
     count: Tensor  # int64 []: updates made
     seen: Tensor  # int64 []: gradients since the last update
     unused: PerParameter  # int64 [parameters]: how many of these steps did not use the parameter
-    mean: Any  # like the parameters: the mean of these gradients
-    inner_state: Any  # state of the wrapped transformation
+    mean: Tree  # like the parameters: the mean of these gradients
+    inner_state: Tree  # state of the wrapped transformation
     # ``with_trainable`` may add parameters at any count, because a mean starts at zero, as after gradients of zero.
     AGES = ()
 
 
-def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> GradientTransformation:
+def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], int | Tensor]) -> GradientTransformation:
     """Applies ``tx`` to the mean gradient of every ``k`` steps.
 
     Between these updates the parameters and the state of ``tx`` do not change. A parameter that none of the ``k`` steps
@@ -64,12 +64,12 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], Any]) -> Gra
     if not callable(k):
         check_positive_int("k", k)
 
-    def init(params: Any) -> EveryKState:
+    def init(params: Tree) -> EveryKState:
         return EveryKState(
             start_count(params), start_count(params), start_counts(params), zeros(params), tx.init(params)
         )
 
-    def update(updates: Any, opt_state: EveryKState, params: Any = None) -> tuple[Any, EveryKState]:
+    def update(updates: Tree, opt_state: EveryKState, params: Tree | None = None) -> tuple[Tree, EveryKState]:
         required = k(opt_state.count) if callable(k) else k
         seen = opt_state.seen + 1
 

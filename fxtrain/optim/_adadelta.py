@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import Scalar, map_with_memory, moving_average, real_full, squared
@@ -17,8 +18,8 @@ from fxtrain.optim._transform import GradientTransformation, chain
 class ScaleByAdaDeltaState(NamedTuple):
     """The state of ``scale_by_adadelta``."""
 
-    e_g: Any  # like the parameters, real, float32 at least: average of squared incoming updates
-    e_x: Any  # like the parameters, real, float32 at least: average of squared outgoing updates
+    e_g: Tree  # like the parameters, real, float32 at least: average of squared incoming updates
+    e_x: Tree  # like the parameters, real, float32 at least: average of squared outgoing updates
 
 
 def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
@@ -36,11 +37,13 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
         update = (e_x + eps).sqrt() / (e_g + eps).sqrt() * update
         return update, e_g, moving_average(squared(update), e_x, rho)
 
-    def update(updates: Any, opt_state: ScaleByAdaDeltaState, params: Any = None) -> tuple[Any, ScaleByAdaDeltaState]:
+    def update(
+        updates: Tree, opt_state: ScaleByAdaDeltaState, params: Tree | None = None
+    ) -> tuple[Tree, ScaleByAdaDeltaState]:
         updates, e_g, e_x = map_with_memory(rule, updates, opt_state.e_g, opt_state.e_x)
         return updates, ScaleByAdaDeltaState(e_g, e_x)
 
-    def init(params: Any) -> ScaleByAdaDeltaState:
+    def init(params: Tree) -> ScaleByAdaDeltaState:
         return ScaleByAdaDeltaState(real_full(params), real_full(params))
 
     return GradientTransformation(init, update)

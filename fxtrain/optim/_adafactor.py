@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int
+from fxtrain.core import Tree, check_positive_int
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._decay import add_decayed_weights
@@ -37,9 +37,9 @@ class FactoredState(NamedTuple):
     """The state of ``scale_by_factored_rms``. A parameter has either ``v_row`` and ``v_col``, or ``v``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    v_row: Any  # the parameter's shape without its largest dimension, real, float32 at least
-    v_col: Any  # the parameter's shape without its second largest dimension, real, float32 at least
-    v: Any  # the parameter's shape, real, float32 at least
+    v_row: Tree  # the parameter's shape without its largest dimension, real, float32 at least
+    v_col: Tree  # the parameter's shape without its second largest dimension, real, float32 at least
+    v: Tree  # the parameter's shape, real, float32 at least
 
 
 def scale_by_factored_rms(
@@ -83,7 +83,7 @@ def scale_by_factored_rms(
     def without(leaf: Tensor, dim: int) -> Tensor:
         return leaf.new_zeros(leaf.shape[:dim] + leaf.shape[dim + 1 :])
 
-    def init(params: Any) -> FactoredState:
+    def init(params: Tree) -> FactoredState:
         leaves, structure = tree.flatten(real_full(params))
         found = [(leaf, dims(leaf)) for leaf in leaves]
         return FactoredState(
@@ -93,7 +93,7 @@ def scale_by_factored_rms(
             tree.unflatten(structure, [MaskedNode() if at else leaf for leaf, at in found]),
         )
 
-    def update(updates: Any, opt_state: FactoredState, params: Any = None) -> tuple[Any, FactoredState]:
+    def update(updates: Tree, opt_state: FactoredState, params: Tree | None = None) -> tuple[Tree, FactoredState]:
         leaves, structure = tree.flatten(updates)
         rows, columns, whole = (dict(zip(leaf_paths(kept), tree.leaves(kept), strict=True)) for kept in opt_state[1:])
         paths = leaf_paths(updates)

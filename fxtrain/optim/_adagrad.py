@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, map_with_memory, real_full, squared
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
@@ -16,7 +17,7 @@ from fxtrain.optim._transform import GradientTransformation, chain
 class ScaleByRssState(NamedTuple):
     """The state of ``scale_by_rss``."""
 
-    sum_of_squares: Any  # like the parameters, real, float32 at least
+    sum_of_squares: Tree  # like the parameters, real, float32 at least
 
 
 def scale_by_rss(
@@ -36,11 +37,11 @@ def scale_by_rss(
         scaled = update / ((total + eps).sqrt() if eps_in_sqrt else total.sqrt() + eps)
         return torch.where(total > 0, scaled, torch.zeros_like(scaled)), total
 
-    def update(updates: Any, opt_state: ScaleByRssState, params: Any = None) -> tuple[Any, ScaleByRssState]:
+    def update(updates: Tree, opt_state: ScaleByRssState, params: Tree | None = None) -> tuple[Tree, ScaleByRssState]:
         updates, total = map_with_memory(rule, updates, opt_state.sum_of_squares)
         return updates, ScaleByRssState(total)
 
-    def init(params: Any) -> ScaleByRssState:
+    def init(params: Tree) -> ScaleByRssState:
         return ScaleByRssState(real_full(params, initial_accumulator_value))
 
     return GradientTransformation(init, update)

@@ -10,11 +10,12 @@ parameters' dtype unless ``mu_dtype`` is given. The second moment of a complex p
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
@@ -39,25 +40,25 @@ class ScaleByAdamState(NamedTuple):
     """The state of ``scale_by_adam`` and ``scale_by_radam``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    mu: Any  # like the parameters: first moment
-    nu: Any  # like the parameters, real, float32 at least: second moment
+    mu: Tree  # like the parameters: first moment
+    nu: Tree  # like the parameters, real, float32 at least: second moment
 
 
 class ScaleByAdamaxState(NamedTuple):
     """The state of ``scale_by_adamax``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    mu: Any  # like the parameters: first moment
-    nu: Any  # like the parameters, real, float32 at least: decaying maximum
+    mu: Tree  # like the parameters: first moment
+    nu: Tree  # like the parameters, real, float32 at least: decaying maximum
 
 
 class ScaleByAmsgradState(NamedTuple):
     """The state of ``scale_by_amsgrad``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    mu: Any  # like the parameters: first moment
-    nu: Any  # like the parameters, real, float32 at least: second moment
-    nu_max: Any  # like nu: its largest value so far
+    mu: Tree  # like the parameters: first moment
+    nu: Tree  # like the parameters, real, float32 at least: second moment
+    nu_max: Tree  # like nu: its largest value so far
 
 
 def scale_by_adam(
@@ -82,7 +83,7 @@ def scale_by_adam(
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps, eps_root=eps_root)
 
-    def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
+    def update(updates: Tree, opt_state: ScaleByAdamState, params: Tree | None = None) -> tuple[Tree, ScaleByAdamState]:
         count = opt_state.count + 1
         dtype = widest(updates)
         second = bias_correction(b2, count.values, dtype)
@@ -96,7 +97,7 @@ def scale_by_adam(
         updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[second, *first])
         return updates, ScaleByAdamState(count, mu, nu)
 
-    def init(params: Any) -> ScaleByAdamState:
+    def init(params: Tree) -> ScaleByAdamState:
         return _start(params, mu_dtype)
 
     return GradientTransformation(init, update)
@@ -128,10 +129,12 @@ def scale_by_amsgrad(
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps, eps_root=eps_root)
 
-    def init(params: Any) -> ScaleByAmsgradState:
+    def init(params: Tree) -> ScaleByAmsgradState:
         return ScaleByAmsgradState(*_start(params, mu_dtype), real_full(params))
 
-    def update(updates: Any, opt_state: ScaleByAmsgradState, params: Any = None) -> tuple[Any, ScaleByAmsgradState]:
+    def update(
+        updates: Tree, opt_state: ScaleByAmsgradState, params: Tree | None = None
+    ) -> tuple[Tree, ScaleByAmsgradState]:
         count = opt_state.count + 1
         numbers = [bias_correction(decay, count.values, widest(updates)) for decay in (b1, b2)]
 
@@ -163,7 +166,9 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps)
 
-    def update(updates: Any, opt_state: ScaleByAdamaxState, params: Any = None) -> tuple[Any, ScaleByAdamaxState]:
+    def update(
+        updates: Tree, opt_state: ScaleByAdamaxState, params: Tree | None = None
+    ) -> tuple[Tree, ScaleByAdamaxState]:
         count = opt_state.count + 1
         first = bias_correction(b1, count.values, widest(updates))
 
@@ -175,7 +180,7 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
         updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
         return updates, ScaleByAdamaxState(count, mu, nu)
 
-    def init(params: Any) -> ScaleByAdamaxState:
+    def init(params: Tree) -> ScaleByAdamaxState:
         return ScaleByAdamaxState(*_start(params, None))
 
     return GradientTransformation(init, update)
@@ -337,5 +342,5 @@ def _adam(
     return scale_by_amsgrad(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
 
 
-def _start(params: Any, mu_dtype: torch.dtype | None) -> ScaleByAdamState:
+def _start(params: Tree, mu_dtype: torch.dtype | None) -> ScaleByAdamState:
     return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))

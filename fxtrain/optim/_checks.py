@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fxtrain.core import describe
 from fxtrain.equivalents import refuse_foreign
 
 
-def non_negative(**values: Any) -> None:
+def non_negative(**values: object) -> None:
     """Raises unless each value is at least 0."""
     for name, value in _constants(values):
         if not value >= 0:
             raise ValueError(f"expected {name} to be at least 0, got {value!r}.")
 
 
-def positive(**values: Any) -> None:
+def positive(**values: object) -> None:
     """Raises unless each value is above 0."""
     for name, value in _constants(values):
         if not value > 0:
             raise ValueError(f"expected {name} to be above 0, got {value!r}.")
 
 
-def decay_rate(**values: Any) -> None:
+def decay_rate(**values: object) -> None:
     """Raises unless each value is in [0, 1)."""
     for name, value in _constants(values):
         if not 0 <= value < 1:
             raise ValueError(f"expected {name} to be in [0, 1), got {value!r}.")
 
 
-def _constants(values: dict[str, Any]) -> list[tuple[str, float]]:
+def _constants(values: dict[str, object]) -> list[tuple[str, float]]:
     constants: list[tuple[str, float]] = []
     for name, value in values.items():
         if isinstance(value, Tensor):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, at_least, at_most, map_updates, root_mean_square
 from fxtrain.optim._transform import GradientTransformation, stateless
@@ -42,7 +41,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     """
     checks.positive(max_norm=max_norm)
 
-    def clipped(updates: Any, params: Any) -> Any:
+    def clipped(updates: Tree, params: Tree) -> Tree:
         norm = tree.global_norm(updates)
         factor = torch.where(norm < max_norm, 1.0, max_norm / norm)
         return map_updates(lambda update: update * factor, updates)

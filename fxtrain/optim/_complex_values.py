@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import Tree
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
 
@@ -29,12 +28,12 @@ def split_real_and_imaginary(tx: GradientTransformation) -> GradientTransformati
 
     refuse_unless_transformation("tx", tx)
 
-    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         inner_params = None if params is None else tree.map(_split, params)
         inner, opt_state = tx.update(tree.map(_split, updates), opt_state, inner_params)
         return tree.map(_joined, updates, inner), opt_state
 
-    def init(params: Any) -> Any:
+    def init(params: Tree) -> Tree:
         return tx.init(tree.map(_split, params))
 
     return GradientTransformation(init, update)

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, map_with_params, start_count
 from fxtrain.optim._masking import Mask, masked
 from fxtrain.optim._scaling import ScalarOrSchedule
 from fxtrain.optim._transform import GradientTransformation, identity, stateless
+from fxtrain.schedules import Schedule
 
 
 class WeightDecaySchedule(NamedTuple):
@@ -49,22 +51,24 @@ def _constant(weight_decay: float | Tensor) -> GradientTransformation:
     if not isinstance(weight_decay, Tensor) and weight_decay == 0:
         return identity()
 
-    def decayed(updates: Any, params: Any) -> Any:
+    def decayed(updates: Tree, params: Tree) -> Tree:
         return _decayed(updates, params, weight_decay)
 
     return stateless(decayed)
 
 
-def _scheduled(weight_decay: Any) -> GradientTransformation:
-    def update(updates: Any, opt_state: WeightDecaySchedule, params: Any = None) -> tuple[Any, WeightDecaySchedule]:
+def _scheduled(weight_decay: Schedule) -> GradientTransformation:
+    def update(
+        updates: Tree, opt_state: WeightDecaySchedule, params: Tree | None = None
+    ) -> tuple[Tree, WeightDecaySchedule]:
         decayed = _decayed(updates, params, weight_decay(opt_state.count))
         return decayed, WeightDecaySchedule(opt_state.count + 1)
 
-    def init(params: Any) -> WeightDecaySchedule:
+    def init(params: Tree) -> WeightDecaySchedule:
         return WeightDecaySchedule(start_count(params))
 
     return GradientTransformation(init, update)
 
 
-def _decayed(updates: Any, params: Any, rate: Scalar) -> Any:
+def _decayed(updates: Tree, params: Tree, rate: Scalar) -> Tree:
     return map_with_params(lambda update, param: update + rate * param, "add_decayed_weights", updates, params)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int
+from fxtrain.core import Tree, check_positive_int
 from fxtrain.optim._leaves import start_count
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
@@ -18,7 +18,7 @@ class ApplyIfFiniteState(NamedTuple):
 
     notfinite_count: Tensor  # int64 []: consecutive steps with non-finite gradients
     total_notfinite: Tensor  # int64 []: all steps with non-finite gradients
-    inner_state: Any  # state of the wrapped transformation
+    inner_state: Tree  # state of the wrapped transformation
 
 
 def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> GradientTransformation:
@@ -46,10 +46,12 @@ def apply_if_finite(tx: GradientTransformation, *, max_consecutive: int) -> Grad
     refuse_unless_transformation("tx", tx)
     check_positive_int("max_consecutive", max_consecutive)
 
-    def init(params: Any) -> ApplyIfFiniteState:
+    def init(params: Tree) -> ApplyIfFiniteState:
         return ApplyIfFiniteState(start_count(params), start_count(params), tx.init(params))
 
-    def update(updates: Any, opt_state: ApplyIfFiniteState, params: Any = None) -> tuple[Any, ApplyIfFiniteState]:
+    def update(
+        updates: Tree, opt_state: ApplyIfFiniteState, params: Tree | None = None
+    ) -> tuple[Tree, ApplyIfFiniteState]:
         flags = [leaf.isfinite().all() for leaf in tree.leaves(updates)] or [torch.tensor(True)]
         finite = torch.stack(flags).all()
         in_a_row = torch.where(finite, 0, opt_state.notfinite_count + 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 from fxtrain.optim._leaves import start_count
 from fxtrain.optim._masking import partition
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation, set_to_zero
@@ -26,7 +26,7 @@ class ActiveWhenState(NamedTuple):
     """The state of ``active_when``."""
 
     count: Tensor  # int64 []: steps so far
-    inner_state: Any  # state of the wrapped transformation
+    inner_state: Tree  # state of the wrapped transformation
 
 
 def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -> GradientTransformation:
@@ -51,10 +51,10 @@ def active_when(tx: GradientTransformation, holds: Callable[[Tensor], Tensor]) -
 
     refuse_unless_transformation("tx", tx)
 
-    def init(params: Any) -> ActiveWhenState:
+    def init(params: Tree) -> ActiveWhenState:
         return ActiveWhenState(start_count(params), tx.init(params))
 
-    def update(updates: Any, opt_state: ActiveWhenState, params: Any = None) -> tuple[Any, ActiveWhenState]:
+    def update(updates: Tree, opt_state: ActiveWhenState, params: Tree | None = None) -> tuple[Tree, ActiveWhenState]:
         active = holds(opt_state.count)
         moved, inner_state = tx.update(updates, opt_state.inner_state, params)
         return tree.where(active, moved, tree.zeros_like(moved)), ActiveWhenState(
@@ -109,7 +109,7 @@ def unfreeze(tx: GradientTransformation, phases: Mapping[str, Phase]) -> Gradien
     return partition(transforms, lambda path, leaf: label(path))
 
 
-def _during(tx: GradientTransformation, pattern: str, phase: Any) -> GradientTransformation:
+def _during(tx: GradientTransformation, pattern: str, phase: Phase) -> GradientTransformation:
     match phase:
         case None:
             return set_to_zero()

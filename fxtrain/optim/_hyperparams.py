@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import did_you_mean
+from fxtrain.core import Tree, did_you_mean
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._leaves import device_of, start_count, widest
+from fxtrain.optim._leaves import Scalar, device_of, start_count, widest
 from fxtrain.optim._nodes import Path, as_code, children, rebuilt
 from fxtrain.optim._transform import GradientTransformation
+from fxtrain.schedules import Schedule
 
 
 class Scheduled(NamedTuple):
@@ -30,7 +31,7 @@ class InjectHyperparamsState(NamedTuple):
 
     count: Tensor  # int64 []: updates made
     hyperparams: dict[str, Tensor | Scheduled]  # each [], float32, or float64 if a parameter is
-    inner_state: Any  # state of the transformation
+    inner_state: Tree  # state of the transformation
 
 
 def inject_hyperparams(
@@ -70,17 +71,19 @@ def inject_hyperparams(
     signature = inspect.signature(factory)
     never_schedules = frozenset(static)
 
-    def build(*args: Any, **kwargs: Any) -> GradientTransformation:
+    def build(*args: object, **kwargs: object) -> GradientTransformation:
         given = _flat(signature, args, kwargs)
         for name, value in given.items():
             if not isinstance(value, type):
                 refuse_foreign(name, "a number or a schedule", value, as_schedule=True)
         schedules = {
-            name: value
+            name: cast(Schedule, value)
             for name, value in given.items()
             if callable(value) and not isinstance(value, type) and name not in never_schedules
         }
-        unscheduled = {name: value for name, value in given.items() if isinstance(value, float | Tensor)}
+        unscheduled: dict[str, Scalar] = {
+            name: value for name, value in given.items() if isinstance(value, float | Tensor)
+        }
         static_arguments = {
             name: value for name, value in given.items() if name not in schedules and name not in unscheduled
         }
@@ -93,7 +96,7 @@ def inject_hyperparams(
         # Runs the factory's checks of its arguments, because later calls pass tensors, whose values it cannot check.
         factory(**{**given, **{name: of(torch.tensor(0)) for name, of in schedules.items()}})
 
-        def init(params: Any) -> InjectHyperparamsState:
+        def init(params: Tree) -> InjectHyperparamsState:
             dtype, device = widest(params), device_of(params)
             count = start_count(params)
             for name, value in unscheduled.items():
@@ -104,8 +107,8 @@ def inject_hyperparams(
             return InjectHyperparamsState(count, kept, factory(**static_arguments, **_values(kept)).init(params))
 
         def update(
-            updates: Any, opt_state: InjectHyperparamsState, params: Any = None
-        ) -> tuple[Any, InjectHyperparamsState]:
+            updates: Tree, opt_state: InjectHyperparamsState, params: Tree | None = None
+        ) -> tuple[Tree, InjectHyperparamsState]:
             count, kept, inner_state = opt_state
             now = {name: Scheduled(torch.as_tensor(of(count)).to(_value(kept[name]))) for name, of in schedules.items()}
             kept = {**kept, **now}
@@ -117,7 +120,7 @@ def inject_hyperparams(
     return build
 
 
-def set_hyperparams(opt_state: Any, **values: Any) -> Any:
+def set_hyperparams(opt_state: Tree, **values: Scalar | Callable[[Tensor], Scalar]) -> Tree:
     """Returns the optimizer state with new values of hyperparameters from ``inject_hyperparams``.
 
     Args:
@@ -156,7 +159,7 @@ def set_hyperparams(opt_state: Any, **values: Any) -> Any:
     return _set(opt_state, values)
 
 
-def get_hyperparams(opt_state: Any) -> dict[str, Tensor]:
+def get_hyperparams(opt_state: Tree) -> dict[str, Tensor]:
     """Returns the injected hyperparameters by name, including scheduled ones.
 
     A name that occurs more than once is prefixed by its path: ``"[0].learning_rate"``.
@@ -170,7 +173,7 @@ def get_hyperparams(opt_state: Any) -> dict[str, Tensor]:
     return {name if names.count(name) == 1 else f"{as_code(path)}.{name}": value for path, name, value in found}
 
 
-def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _flat(signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Any]:
     """Returns the arguments by name, including those passed as ``**kwargs``."""
     given = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -184,7 +187,7 @@ def _flat(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
     return given
 
 
-def _refuse_rounded(name: str, value: Any, dtype: torch.dtype) -> None:
+def _refuse_rounded(name: str, value: object, dtype: torch.dtype) -> None:
     """Raises if ``dtype`` cannot hold a decay rate's distance from 1."""
     if name not in _DECAY_RATES or dtype != torch.float32 or not isinstance(value, float) or not 0.5 < value < 1:
         return
@@ -201,15 +204,15 @@ _DECAY_RATES = frozenset({"b1", "b2", "adam_b1", "adam_b2", "alpha", "beta", "de
 _ROUNDING = 1e-3  # largest accepted relative change of 1 - value
 
 
-def _scalar(value: Any, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+def _scalar(value: Scalar, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     # The user's tensors are copied, because no two leaves of a state may share storage.
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype, copy=True)
     return torch.tensor(value, dtype=dtype, device=device)
 
 
-def _changed(was: Tensor, value: Any) -> Tensor:
-    new: Any = value(was) if callable(value) else value
+def _changed(was: Tensor, value: Scalar | Callable[[Tensor], Scalar]) -> Tensor:
+    new = value(was) if callable(value) else value
     if isinstance(new, Tensor):
         return new.to(was).expand(was.shape).clone()
     return torch.full_like(was, new)
@@ -219,11 +222,11 @@ def _value(kept: Tensor | Scheduled) -> Tensor:
     return kept.value if isinstance(kept, Scheduled) else kept
 
 
-def _values(hyperparams: dict[str, Any]) -> dict[str, Tensor]:
+def _values(hyperparams: dict[str, Tensor | Scheduled]) -> dict[str, Tensor]:
     return {name: _value(kept) for name, kept in hyperparams.items()}
 
 
-def _set(node: Any, values: dict[str, Any]) -> Any:
+def _set(node: Tree, values: Mapping[str, Scalar | Callable[[Tensor], Scalar]]) -> Tree:
     inner = children(node)
     if inner is None:
         return node
@@ -234,7 +237,7 @@ def _set(node: Any, values: dict[str, Any]) -> Any:
     return InjectHyperparamsState(new.count, {**new.hyperparams, **given}, new.inner_state)
 
 
-def _injected(node: Any, path: Path = ()) -> list[tuple[Path, InjectHyperparamsState]]:
+def _injected(node: Tree, path: Path = ()) -> list[tuple[Path, InjectHyperparamsState]]:
     """Returns each state of ``inject_hyperparams`` with its path, including nested ones."""
     here = [(path, node)] if isinstance(node, InjectHyperparamsState) else []
     return here + [found for key, child in children(node) or [] for found in _injected(child, (*path, key))]

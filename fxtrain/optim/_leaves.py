@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 
 Scalar = float | Tensor
 """A float, or a tensor of shape []."""
 
 
-def map_updates(rule: Callable[[Tensor], Tensor], updates: Any) -> Any:
+def map_updates(rule: Callable[[Tensor], Tensor], updates: Tree) -> Tree:
     """Returns the tree of ``rule(update)``."""
     leaves, structure = tree.flatten(updates)
     return tree.unflatten(structure, _narrowed([rule(update) for update in _widened(leaves)], leaves))
 
 
-def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates: Any, params: Any) -> Any:
+def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates: Tree, params: Tree) -> Tree:
     """Returns the tree of ``rule(update, param)``.
 
     Raises:
@@ -39,7 +39,7 @@ def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates
     return combine(rule, "updates", updates, "params", params)
 
 
-def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Any, other_name: str, others: Any) -> Any:
+def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Tree, other_name: str, others: Tree) -> Tree:
     """Returns the tree of ``rule(value, other)``, in the dtypes of ``values``. Errors use the names."""
     leaves, structure = tree.flatten(values)
     other_leaves = tree.leaves(others)
@@ -49,8 +49,8 @@ def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Any, ot
 
 
 def map_with_memory(
-    rule: Callable[..., tuple[Tensor, ...]], updates: Any, *memory: Any, numbers: Sequence[Tensor] = ()
-) -> tuple[Any, ...]:
+    rule: Callable[..., tuple[Tensor, ...]], updates: Tree, *memory: Tree, numbers: Sequence[Tensor] = ()
+) -> tuple[Tree, ...]:
     """Returns the trees of ``rule(update, *memory, *numbers) -> (update, *memory)``.
 
     Args:
@@ -75,7 +75,7 @@ def map_with_memory(
     )
 
 
-def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
+def zeros(params: Tree, *, dtype: torch.dtype | None = None) -> Tree:
     """Returns zeros like each parameter, the initial value of first moments.
 
     Args:
@@ -90,7 +90,7 @@ def zeros(params: Any, *, dtype: torch.dtype | None = None) -> Any:
     return _map_params(zero, params)
 
 
-def clones(params: Any) -> Any:
+def clones(params: Tree) -> Tree:
     """Returns a copy of each parameter."""
 
     def clone(path: Path, leaf: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def clones(params: Any) -> Any:
     return _map_params(clone, params)
 
 
-def real_full(params: Any, value: Scalar = 0.0) -> Any:
+def real_full(params: Tree, value: Scalar = 0.0) -> Tree:
     """Returns a real tensor filled with ``value`` for each parameter, the initial value of second moments.
 
     The dtype is float32 or wider, because half precision is not enough: in bfloat16 small relative changes are lost,
@@ -115,12 +115,12 @@ def real_full(params: Any, value: Scalar = 0.0) -> Any:
     return _map_params(full, params)
 
 
-def start_count(params: Any) -> Tensor:
+def start_count(params: Tree) -> Tensor:
     """Returns the update count before the first update: int64 [], on the device of the parameters."""
     return torch.zeros((), dtype=torch.int64, device=device_of(params))
 
 
-def device_of(values: Any) -> torch.device | None:
+def device_of(values: Tree) -> torch.device | None:
     """Returns the device of the first tensor, or None if there is none."""
     return next((leaf.device for leaf in tree.leaves(values) if isinstance(leaf, Tensor)), None)
 
@@ -130,7 +130,7 @@ def wide(leaf: Tensor) -> Tensor:
     return leaf if leaf.dtype in _EXACT else leaf.to(torch.promote_types(leaf.dtype, torch.float32))
 
 
-def widest(values: Any) -> torch.dtype:
+def widest(values: Tree) -> torch.dtype:
     """Returns the real dtype in which every leaf is exact: float32 or float64."""
     dtypes = {leaf.dtype for leaf in tree.leaves(values)}
     return torch.float64 if torch.float64 in dtypes or torch.complex128 in dtypes else torch.float32
@@ -216,7 +216,7 @@ def refuse_paths(name: str, paths: list[Path], other_name: str, other_paths: lis
 
 
 def _refuse_mismatch(
-    name: str, values: Any, leaves: list[Tensor], other_name: str, others: Any, other_leaves: list[Tensor]
+    name: str, values: Tree, leaves: list[Tensor], other_name: str, others: Tree, other_leaves: list[Tensor]
 ) -> None:
     """Raises if the leaves of two trees differ in path or shape. Placeholders of masked leaves may differ."""
     paths, other_paths = leaf_paths(values), leaf_paths(others)
@@ -231,7 +231,7 @@ def _refuse_mismatch(
                 )
 
 
-def _refuse_undifferentiable(path: Path, leaf: Any) -> None:
+def _refuse_undifferentiable(path: Path, leaf: object) -> None:
     if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
         raise TypeError(
             f"expected params{as_code(path)} to be a floating-point or complex tensor, got {describe(leaf)}. Leave it "
@@ -239,7 +239,7 @@ def _refuse_undifferentiable(path: Path, leaf: Any) -> None:
         )
 
 
-def _map_params(make: Callable[[Path, Any], Tensor], node: Any, path: Path = ()) -> Any:
+def _map_params(make: Callable[[Path, Tensor], Tensor], node: Tree, path: Path = ()) -> Tree:
     if node is None:
         # A frozen parameter may be None, which torch's pytrees, and therefore vmap, treat as a leaf.
         return MaskedNode()

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_positive_int
+from fxtrain.core import Tree, check_positive_int
 from fxtrain.optim._leaves import Scalar, clones, map_with_memory, start_count
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
@@ -19,8 +19,8 @@ class LookaheadState(NamedTuple):
     """The state of ``lookahead``."""
 
     count: Tensor  # int64 []: updates made
-    slow: Any  # like the parameters: the slow weights
-    inner_state: Any  # state of the wrapped transformation
+    slow: Tree  # like the parameters: the slow weights
+    inner_state: Tree  # state of the wrapped transformation
     # ``with_trainable`` may add parameters at any count, because slow weights start as copies of the parameters.
     AGES = ()
 
@@ -61,10 +61,10 @@ def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar 
     if not isinstance(slow_rate, Tensor) and not 0 < slow_rate <= 1:
         raise ValueError(f"expected slow_rate to be in (0, 1], got {slow_rate!r}.")
 
-    def init(params: Any) -> LookaheadState:
+    def init(params: Tree) -> LookaheadState:
         return LookaheadState(start_count(params), clones(params), tx.init(params))
 
-    def update(updates: Any, opt_state: LookaheadState, params: Any = None) -> tuple[Any, LookaheadState]:
+    def update(updates: Tree, opt_state: LookaheadState, params: Tree | None = None) -> tuple[Tree, LookaheadState]:
         if params is None:
             raise ValueError("expected params for lookahead, got None. Call update(grads, opt_state, params).")
         updates, inner_state = tx.update(updates, opt_state.inner_state, params)

@@ -8,31 +8,31 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 from fxtrain.optim._nodes import MaskedNode, as_code, as_name, leaf_paths
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
-Mask = Any | Callable[[str, Tensor], bool]
+Mask = Tree | Callable[[str, Tensor], bool]
 """A pytree of bools, or a function ``(path, leaf) -> bool``.
 
 The path consists of the keys and indices that lead to the leaf, joined by dots. For the parameters of a module it is
 the parameter's name. The result must depend only on the path, the shape and the dtype, because it is part of the graph.
 """
 
-Labels = Any | Callable[[str, Tensor], str]
+Labels = Tree | Callable[[str, Tensor], str]
 """A pytree of labels, or a function ``(path, leaf) -> label``, with paths as in ``Mask``."""
 
 
 class MaskedState(NamedTuple):
     """The state of ``masked``."""
 
-    inner_state: Any  # state of the wrapped transformation, for the selected parameters
+    inner_state: Tree  # state of the wrapped transformation, for the selected parameters
 
 
 class PartitionState(NamedTuple):
     """The state of ``partition``."""
 
-    inner_states: dict[str, Any]  # from labels to the states of their transformations
+    inner_states: dict[str, Tree]  # from labels to the states of their transformations
 
 
 def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
@@ -59,10 +59,10 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
 
     refuse_unless_transformation("tx", tx)
 
-    def init(params: Any) -> MaskedState:
+    def init(params: Tree) -> MaskedState:
         return MaskedState(tx.init(_where(_selected(mask, params), params)))
 
-    def update(updates: Any, opt_state: MaskedState, params: Any = None) -> tuple[Any, MaskedState]:
+    def update(updates: Tree, opt_state: MaskedState, params: Tree | None = None) -> tuple[Tree, MaskedState]:
         chosen = _selected(mask, updates if params is None else params)
         inner_params = None if params is None else _where(chosen, params)
         inner, inner_state = tx.update(_where(chosen, updates), opt_state.inner_state, inner_params)
@@ -96,7 +96,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
     for label, tx in transforms.items():
         refuse_unless_transformation(f"transforms[{label!r}]", tx)
 
-    def groups(values: Any) -> dict[str, list[bool]]:
+    def groups(values: Tree) -> dict[str, list[bool]]:
         found = _of_leaves("labels", labels, values)
         for path, label in zip(leaf_paths(values), found, strict=True):
             if label not in transforms:
@@ -107,14 +107,14 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
                 )
         return {label: [other == label for other in found] for label in transforms}
 
-    def init(params: Any) -> PartitionState:
+    def init(params: Tree) -> PartitionState:
         chosen = groups(params)
         return PartitionState({label: tx.init(_where(chosen[label], params)) for label, tx in transforms.items()})
 
-    def update(updates: Any, opt_state: PartitionState, params: Any = None) -> tuple[Any, PartitionState]:
+    def update(updates: Tree, opt_state: PartitionState, params: Tree | None = None) -> tuple[Tree, PartitionState]:
         chosen = groups(updates if params is None else params)
-        parts: list[tuple[list[bool], Any]] = []
-        states: dict[str, Any] = {}
+        parts: list[tuple[list[bool], Tree]] = []
+        states: dict[str, Tree] = {}
         for label, tx in transforms.items():
             mine = chosen[label]
             inner_params = None if params is None else _where(mine, params)
@@ -125,7 +125,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Labels) 
     return GradientTransformation(init, update)
 
 
-def _selected(mask: Mask, values: Any) -> list[bool]:
+def _selected(mask: Mask, values: Tree) -> list[bool]:
     found = _of_leaves("mask", mask, values)
     for path, chosen in zip(leaf_paths(values), found, strict=True):
         if not isinstance(chosen, bool):
@@ -133,7 +133,7 @@ def _selected(mask: Mask, values: Any) -> list[bool]:
     return found
 
 
-def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
+def _of_leaves(name: str, of: Mask | Labels, values: Tree) -> list[Any]:
     """Returns the mask value or label of each leaf of ``values``."""
     paths = leaf_paths(values)
     if callable(of):
@@ -149,14 +149,14 @@ def _of_leaves(name: str, of: Any, values: Any) -> list[Any]:
     return [by_path[path] for path in paths]
 
 
-def _where(chosen: list[bool], values: Any) -> Any:
+def _where(chosen: list[bool], values: Tree) -> Tree:
     leaves, structure = tree.flatten(values)
     return tree.unflatten(
         structure, [leaf if keep else MaskedNode() for keep, leaf in zip(chosen, leaves, strict=True)]
     )
 
 
-def _merged(values: Any, parts: list[tuple[list[bool], Any]]) -> Any:
+def _merged(values: Tree, parts: list[tuple[list[bool], Tree]]) -> Tree:
     """Returns ``values`` with the selected leaves replaced by those of the parts."""
     leaves, structure = tree.flatten(values)
     for chosen, part in parts:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
@@ -30,27 +31,27 @@ from fxtrain.optim._transform import GradientTransformation, chain
 class TraceState(NamedTuple):
     """The state of ``trace``."""
 
-    trace: Any  # like the parameters
+    trace: Tree  # like the parameters
 
 
 class DampenedTraceState(NamedTuple):
     """The state of ``trace`` with dampening."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    trace: Any  # like the parameters
+    trace: Tree  # like the parameters
 
 
 class EmaState(NamedTuple):
     """The state of ``ema``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    ema: Any  # like the parameters
+    ema: Tree  # like the parameters
 
 
 class ScaleByLionState(NamedTuple):
     """The state of ``scale_by_lion``."""
 
-    mu: Any  # like the parameters
+    mu: Tree  # like the parameters
 
 
 def trace(
@@ -85,11 +86,11 @@ def trace(
         total = update + decay * total
         return (update + decay * total if nesterov else total), total
 
-    def update(updates: Any, opt_state: TraceState, params: Any = None) -> tuple[Any, TraceState]:
+    def update(updates: Tree, opt_state: TraceState, params: Tree | None = None) -> tuple[Tree, TraceState]:
         updates, total = map_with_memory(rule, updates, opt_state.trace)
         return updates, TraceState(total)
 
-    def init(params: Any) -> TraceState:
+    def init(params: Tree) -> TraceState:
         return TraceState(zeros(params, dtype=accumulator_dtype))
 
     return GradientTransformation(init, update)
@@ -102,10 +103,12 @@ def _dampened_trace(
     if nesterov:
         raise ValueError("expected nesterov or dampening, got both. Nesterov momentum is defined without dampening.")
 
-    def init(params: Any) -> DampenedTraceState:
+    def init(params: Tree) -> DampenedTraceState:
         return DampenedTraceState(start_counts(params), zeros(params, dtype=dtype))
 
-    def update(updates: Any, opt_state: DampenedTraceState, params: Any = None) -> tuple[Any, DampenedTraceState]:
+    def update(
+        updates: Tree, opt_state: DampenedTraceState, params: Tree | None = None
+    ) -> tuple[Tree, DampenedTraceState]:
         share = 1 - dampening * (opt_state.count.values > 0).to(widest(updates))
 
         def rule(update: Tensor, total: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,10 +133,10 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
     """
     checks.decay_rate(decay=decay)
 
-    def init(params: Any) -> EmaState:
+    def init(params: Tree) -> EmaState:
         return EmaState(start_counts(params), zeros(params, dtype=accumulator_dtype))
 
-    def update(updates: Any, opt_state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
+    def update(updates: Tree, opt_state: EmaState, params: Tree | None = None) -> tuple[Tree, EmaState]:
         count = opt_state.count + 1
         corrections = [bias_correction(decay, count.values, widest(updates))] if debias else []
 
@@ -162,11 +165,11 @@ def scale_by_lion(
     def rule(update: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sgn(moving_average(update, average, b1)), moving_average(update, average, b2)
 
-    def update(updates: Any, opt_state: ScaleByLionState, params: Any = None) -> tuple[Any, ScaleByLionState]:
+    def update(updates: Tree, opt_state: ScaleByLionState, params: Tree | None = None) -> tuple[Tree, ScaleByLionState]:
         updates, mu = map_with_memory(rule, updates, opt_state.mu)
         return updates, ScaleByLionState(mu)
 
-    def init(params: Any) -> ScaleByLionState:
+    def init(params: Tree) -> ScaleByLionState:
         return ScaleByLionState(zeros(params, dtype=mu_dtype))
 
     return GradientTransformation(init, update)

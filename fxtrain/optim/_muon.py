@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int, describe
+from fxtrain.core import Tree, check_positive_int, describe
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._adam import adamw
 from fxtrain.optim._decay import add_decayed_weights
@@ -44,7 +44,7 @@ class ScaleByMuonState(NamedTuple):
     """The state of ``scale_by_muon``."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    mu: Any  # like the parameters: momentum
+    mu: Tree  # like the parameters: momentum
 
 
 def orthogonalize(
@@ -121,7 +121,7 @@ def scale_by_muon(
     checks.non_negative(eps=eps)
     _coefficients_per_step(ns_coeffs, ns_steps)
 
-    def init(params: Any) -> ScaleByMuonState:
+    def init(params: Tree) -> ScaleByMuonState:
         for path, leaf in zip(leaf_paths(params), tree.leaves(params), strict=True):
             if leaf.ndim != 2:
                 raise ValueError(
@@ -130,7 +130,7 @@ def scale_by_muon(
                 )
         return ScaleByMuonState(start_counts(params), zeros(params, dtype=mu_dtype))
 
-    def update(updates: Any, opt_state: ScaleByMuonState, params: Any = None) -> tuple[Any, ScaleByMuonState]:
+    def update(updates: Tree, opt_state: ScaleByMuonState, params: Tree | None = None) -> tuple[Tree, ScaleByMuonState]:
         count = opt_state.count + 1
         corrections = bias_corrections(beta, count.values, widest(updates), nesterov) if bias_correction else []
 

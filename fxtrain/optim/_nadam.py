@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._adam import adam
 from fxtrain.optim._leaves import (
@@ -33,8 +34,8 @@ class ScaleByNadamState(NamedTuple):
 
     count: PerParameter  # int64 [parameters]: updates of each
     momentum_product: PerParameter  # float32 or float64 [parameters]: product of the momentum schedule so far
-    mu: Any  # like the parameters: first moment
-    nu: Any  # like the parameters, real, float32 at least: second moment
+    mu: Tree  # like the parameters: first moment
+    nu: Tree  # like the parameters, real, float32 at least: second moment
 
 
 def scale_by_nadam(
@@ -64,7 +65,7 @@ def scale_by_nadam(
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps, momentum_decay=momentum_decay)
 
-    def init(params: Any) -> ScaleByNadamState:
+    def init(params: Tree) -> ScaleByNadamState:
         product = per_parameter(params, 1, dtype=widest(params))
         return ScaleByNadamState(start_counts(params), product, zeros(params, dtype=mu_dtype), real_full(params))
 
@@ -72,7 +73,9 @@ def scale_by_nadam(
         # 1 - 0.5 * 0.96^(decay count), by expm1, which is bitwise the same in every loop of a compiled step.
         return b1 * (0.5 - 0.5 * torch.expm1(count.to(dtype) * math.log(0.96) * momentum_decay))
 
-    def update(updates: Any, opt_state: ScaleByNadamState, params: Any = None) -> tuple[Any, ScaleByNadamState]:
+    def update(
+        updates: Tree, opt_state: ScaleByNadamState, params: Tree | None = None
+    ) -> tuple[Tree, ScaleByNadamState]:
         count = opt_state.count + 1
         previous = opt_state.momentum_product.values
         now, ahead = (momentum(number, previous.dtype) for number in (count.values, count.values + 1))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import did_you_mean, register_node
+from fxtrain.core import Tree, did_you_mean, register_node
 from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
 
 
@@ -66,7 +65,7 @@ class PerParameter:
         return self.replace(_stacked({**own, **{path: new[path] for path in new if path in own}}, self.paths, self))
 
 
-def per_parameter(params: Any, value: float | Tensor = 0, *, dtype: torch.dtype = torch.int64) -> PerParameter:
+def per_parameter(params: Tree, value: float | Tensor = 0, *, dtype: torch.dtype = torch.int64) -> PerParameter:
     """Returns the same scalar for each leaf of ``params``.
 
     Args:
@@ -80,12 +79,12 @@ def per_parameter(params: Any, value: float | Tensor = 0, *, dtype: torch.dtype 
     return PerParameter(blank + value if isinstance(value, Tensor) or value != 0 else blank, paths)
 
 
-def start_counts(params: Any) -> PerParameter:
+def start_counts(params: Tree) -> PerParameter:
     """Returns the update count of each parameter before the first update: int64 [parameters]."""
     return per_parameter(params)
 
 
-def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any) -> Any:
+def where_each(chosen: PerParameter, otherwise: Tensor, values: Tree, others: Tree) -> Tree:
     """Returns ``values`` for the chosen parameters, and ``others`` for the rest.
 
     Args:
@@ -102,7 +101,7 @@ def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any
     """
     flags = dict(zip(chosen.paths, chosen.values.unbind(), strict=True))
 
-    def merged(value: Any, other: Any) -> Any:
+    def merged(value: Tree, other: Tree) -> Tree:
         if isinstance(value, PerParameter):
             known = all(path in flags for path in value.paths)
             which = chosen.of(value.paths).values if known else otherwise
@@ -120,7 +119,7 @@ def where_each(chosen: PerParameter, otherwise: Tensor, values: Any, others: Any
     return merged(values, others)
 
 
-def _is_like(flags: Mapping[Path, Tensor], node: Any) -> bool:
+def _is_like(flags: Mapping[Path, Tensor], node: Tree) -> bool:
     """Returns whether a node of an optimizer state is a tree of all or some of the parameters."""
     if isinstance(node, Tensor):
         return () in flags and (node.is_floating_point() or node.is_complex())
@@ -135,11 +134,11 @@ def _stacked(numbers: dict[Path, Tensor], paths: tuple[Path, ...], like: PerPara
     return torch.stack([numbers[path] for path in paths]) if paths else like.values[:0]
 
 
-def _flatten(node: PerParameter) -> tuple[list[Any], tuple[Path, ...]]:
+def _flatten(node: PerParameter) -> tuple[list[Tensor], tuple[Path, ...]]:
     return [node.values], node.paths
 
 
-def _unflatten(paths: tuple[Path, ...], children: Sequence[Any]) -> PerParameter:
+def _unflatten(paths: tuple[Path, ...], children: Sequence[Tensor]) -> PerParameter:
     return PerParameter(children[0], paths)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fxtrain.core import wide_dtype
+from fxtrain.core import Tree, wide_dtype
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._adam import ScaleByAdamState
 from fxtrain.optim._leaves import (
@@ -51,10 +49,10 @@ def scale_by_radam(
     checks.non_negative(eps=eps, eps_root=eps_root, threshold=threshold)
     longest = 2 / (1 - b2) - 1
 
-    def init(params: Any) -> ScaleByAdamState:
+    def init(params: Tree) -> ScaleByAdamState:
         return ScaleByAdamState(start_counts(params), zeros(params, dtype=mu_dtype), real_full(params))
 
-    def update(updates: Any, opt_state: ScaleByAdamState, params: Any = None) -> tuple[Any, ScaleByAdamState]:
+    def update(updates: Tree, opt_state: ScaleByAdamState, params: Tree | None = None) -> tuple[Tree, ScaleByAdamState]:
         count = opt_state.count + 1
         dtype = widest(updates)
         first, second = (bias_correction(decay, count.values, dtype) for decay in (b1, b2))

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import (
     Scalar,
@@ -31,29 +32,29 @@ from fxtrain.optim._transform import GradientTransformation, chain
 class ScaleByRmsState(NamedTuple):
     """The state of ``scale_by_rms``."""
 
-    nu: Any  # like the parameters, real, float32 at least: average of squares
+    nu: Tree  # like the parameters, real, float32 at least: average of squares
 
 
 class ScaleByRmsWithCountState(NamedTuple):
     """The state of ``scale_by_rms`` with bias correction."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    nu: Any  # like the parameters, real, float32 at least: average of squares
+    nu: Tree  # like the parameters, real, float32 at least: average of squares
 
 
 class ScaleByStddevState(NamedTuple):
     """The state of ``scale_by_stddev``."""
 
-    mu: Any  # like the parameters: average
-    nu: Any  # like the parameters, real, float32 at least: average of squares
+    mu: Tree  # like the parameters: average
+    nu: Tree  # like the parameters, real, float32 at least: average of squares
 
 
 class ScaleByStddevWithCountState(NamedTuple):
     """The state of ``scale_by_stddev`` with bias correction."""
 
     count: PerParameter  # int64 [parameters]: updates of each
-    mu: Any  # like the parameters: average
-    nu: Any  # like the parameters, real, float32 at least: average of squares
+    mu: Tree  # like the parameters: average
+    nu: Tree  # like the parameters, real, float32 at least: average of squares
 
 
 def scale_by_rms(
@@ -75,11 +76,11 @@ def scale_by_rms(
     """
     _check_rms(decay, eps, initial_scale)
 
-    def init(params: Any) -> ScaleByRmsState | ScaleByRmsWithCountState:
+    def init(params: Tree) -> ScaleByRmsState | ScaleByRmsWithCountState:
         nu = real_full(params, initial_scale)
         return ScaleByRmsWithCountState(start_counts(params), nu) if bias_correction else ScaleByRmsState(nu)
 
-    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         count, corrections = _corrections(bias_correction, decay, opt_state, updates)
 
         def rule(update: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, Tensor]:
@@ -111,14 +112,14 @@ def scale_by_stddev(
     """
     _check_rms(decay, eps, initial_scale)
 
-    def init(params: Any) -> ScaleByStddevState | ScaleByStddevWithCountState:
+    def init(params: Tree) -> ScaleByStddevState | ScaleByStddevWithCountState:
         # The variance is a difference of two averages, so neither may be rounded to half precision.
         mu, nu = zeros(tree.map(wide, params)), real_full(params, initial_scale)
         return (
             ScaleByStddevWithCountState(start_counts(params), mu, nu) if bias_correction else ScaleByStddevState(mu, nu)
         )
 
-    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         count, corrections = _corrections(bias_correction, decay, opt_state, updates)
 
         def rule(update: Tensor, mu: Tensor, nu: Tensor, correction: Scalar = 1.0) -> tuple[Tensor, ...]:
@@ -194,7 +195,7 @@ def _over_root(update: Tensor, square: Tensor, eps: Scalar, eps_in_sqrt: bool) -
 
 
 def _corrections(
-    correct: bool, decay: Scalar, opt_state: Any, updates: Any
+    correct: bool, decay: Scalar, opt_state: Tree, updates: Tree
 ) -> tuple[dict[str, PerParameter], list[Tensor]]:
     """Returns the new counts as a change of the state, and the divisors of the averages."""
     if not correct:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxtrain.core import Tree
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_memory, real_full, zeros
 from fxtrain.optim._scaling import scale
@@ -16,8 +17,8 @@ from fxtrain.optim._transform import GradientTransformation, chain
 class ScaleByRpropState(NamedTuple):
     """The state of ``scale_by_rprop``."""
 
-    step_sizes: Any  # like the parameters, float32 at least
-    previous_sign: Any  # like the parameters: sign of the last update, or 0 after a change of sign
+    step_sizes: Tree  # like the parameters, float32 at least
+    previous_sign: Tree  # like the parameters: sign of the last update, or 0 after a change of sign
 
 
 def scale_by_rprop(
@@ -49,10 +50,12 @@ def scale_by_rprop(
         sign = torch.where(agreement < 0, torch.zeros_like(sign), sign)
         return size * sign, size, sign
 
-    def init(params: Any) -> ScaleByRpropState:
+    def init(params: Tree) -> ScaleByRpropState:
         return ScaleByRpropState(real_full(params, learning_rate), zeros(params))
 
-    def update(updates: Any, opt_state: ScaleByRpropState, params: Any = None) -> tuple[Any, ScaleByRpropState]:
+    def update(
+        updates: Tree, opt_state: ScaleByRpropState, params: Tree | None = None
+    ) -> tuple[Tree, ScaleByRpropState]:
         updates, sizes, sign = map_with_memory(rule, updates, opt_state.step_sizes, opt_state.previous_sign)
         return updates, ScaleByRpropState(sizes, sign)
 

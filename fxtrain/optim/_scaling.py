@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, at_least, map_updates, map_with_params, norm, root_mean_square, start_count
@@ -56,7 +56,9 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
             "fx.optim.scale."
         )
 
-    def update(updates: Any, opt_state: ScaleByScheduleState, params: Any = None) -> tuple[Any, ScaleByScheduleState]:
+    def update(
+        updates: Tree, opt_state: ScaleByScheduleState, params: Tree | None = None
+    ) -> tuple[Tree, ScaleByScheduleState]:
         factor: Any = schedule(opt_state.count)
 
         def scaled(update: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def scale_by_schedule(schedule: Schedule) -> GradientTransformation:
 
         return map_updates(scaled, updates), ScaleByScheduleState(opt_state.count + 1)
 
-    def init(params: Any) -> ScaleByScheduleState:
+    def init(params: Tree) -> ScaleByScheduleState:
         return ScaleByScheduleState(start_count(params))
 
     return GradientTransformation(init, update)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import describe, did_you_mean
+from fxtrain.core import Tree, describe, did_you_mean
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._adadelta import scale_by_adadelta
 from fxtrain.optim._adafactor import scale_by_factored_rms
@@ -21,7 +21,7 @@ from fxtrain.optim._adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._complex_values import split_real_and_imaginary
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import at_most, map_with_memory, start_count, widest, zeros
+from fxtrain.optim._leaves import Scalar, at_most, map_with_memory, start_count, widest, zeros
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._muon import scale_by_muon, scale_by_shape
 from fxtrain.optim._nadam import scale_by_nadam
@@ -29,10 +29,11 @@ from fxtrain.optim._per_parameter import PerParameter, per_parameter, start_coun
 from fxtrain.optim._radam import scale_by_radam
 from fxtrain.optim._rmsprop import scale_by_rms, scale_by_stddev
 from fxtrain.optim._rprop import rprop
-from fxtrain.optim._scaling import scale, scale_by_learning_rate, scale_by_param_block_rms
+from fxtrain.optim._scaling import ScalarOrSchedule, scale, scale_by_learning_rate, scale_by_param_block_rms
 from fxtrain.optim._transform import GradientTransformation, chain
 
 Options = Mapping[str, Any]
+"""The arguments of a ``torch.optim`` class by name."""
 
 
 def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -> GradientTransformation:
@@ -59,9 +60,8 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -
         >>> tx.update(params, tx.init(params), params)[0]
         {'w': tensor(-0.1000)}
     """
-    given: Any = optimizer
-    if isinstance(given, torch.optim.Optimizer):
-        refuse_foreign("optimizer", "a class of torch.optim", given)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        refuse_foreign("optimizer", "a class of torch.optim", optimizer)
     refuse_foreign("lr", "a number or a schedule", hyperparameters.get("lr"), as_schedule=True)
     if optimizer not in _RULES:
         name = getattr(optimizer, "__name__", describe(optimizer))
@@ -85,7 +85,7 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -
     return split_real_and_imaginary(tx)
 
 
-def _let_torch_check(optimizer: Callable[..., Any], given: Options) -> None:
+def _let_torch_check(optimizer: Callable[..., torch.optim.Optimizer], given: Options) -> None:
     numbers = {name: value for name, value in given.items() if name not in _FOR_SPEED and not callable(value)}
     if not any(isinstance(value, Tensor) for value in numbers.values()):
         optimizer([torch.zeros(1, 1)], **numbers)
@@ -196,7 +196,7 @@ class AsgdState(NamedTuple):
     step: Tensor  # int64 []: updates of the optimizer, read by a learning rate schedule
     count: PerParameter  # int64 [parameters]: updates of each
     eta: PerParameter  # float32 or float64 [parameters]: next step size, at the last learning rate
-    ax: Any  # like the parameters: their average
+    ax: Tree  # like the parameters: their average
     # ``with_trainable`` may add parameters at any step, which only schedules read. Each parameter has its own count.
     AGES = ()
 
@@ -204,11 +204,11 @@ class AsgdState(NamedTuple):
 def _asgd(options: Options) -> GradientTransformation:
     rate, lambd, alpha, start = options["lr"], options["lambd"], options["alpha"], options["t0"]
 
-    def init(params: Any) -> AsgdState:
+    def init(params: Tree) -> AsgdState:
         eta = per_parameter(params, dtype=widest(params))
         return AsgdState(start_count(params), start_counts(params), eta, zeros(params))
 
-    def update(updates: Any, opt_state: AsgdState, params: Any = None) -> tuple[Any, AsgdState]:
+    def update(updates: Tree, opt_state: AsgdState, params: Tree | None = None) -> tuple[Tree, AsgdState]:
         if params is None:
             raise ValueError("expected params for from_torch(ASGD), got None. Call update(grads, opt_state, params).")
         count = opt_state.count.values.to(widest(updates))
@@ -239,7 +239,7 @@ def _l2(options: Options) -> GradientTransformation:
     return add_decayed_weights(options["weight_decay"])
 
 
-def _decay_at(rate: Any, weight_decay: Any) -> GradientTransformation:
+def _decay_at(rate: ScalarOrSchedule, weight_decay: Scalar) -> GradientTransformation:
     if callable(rate):
         return add_decayed_weights(lambda count: rate(count) * weight_decay)
     return add_decayed_weights(rate * weight_decay)
@@ -258,23 +258,23 @@ def _scale_each(factor: Callable[[Tensor, Tensor], Tensor]) -> GradientTransform
     def rule(update: Tensor, by: Tensor) -> tuple[Tensor]:
         return (by * update,)
 
-    def update(updates: Any, opt_state: StepSizeState, params: Any = None) -> tuple[Any, StepSizeState]:
+    def update(updates: Tree, opt_state: StepSizeState, params: Tree | None = None) -> tuple[Tree, StepSizeState]:
         factors = factor(opt_state.count.values.to(widest(updates)), opt_state.step)
         (scaled,) = map_with_memory(rule, updates, numbers=[factors])
         return scaled, StepSizeState(opt_state.step + 1, opt_state.count + 1)
 
-    def init(params: Any) -> StepSizeState:
+    def init(params: Tree) -> StepSizeState:
         return StepSizeState(start_count(params), start_counts(params))
 
     return GradientTransformation(init, update)
 
 
-def _is_set(value: Any) -> bool:
+def _is_set(value: Scalar) -> bool:
     # The value of a tensor cannot be read while the graph is traced.
     return isinstance(value, Tensor) or value != 0
 
 
-_RULES: dict[Any, Callable[[Options], GradientTransformation]] = {
+_RULES: dict[type[torch.optim.Optimizer], Callable[[Options], GradientTransformation]] = {
     torch.optim.ASGD: _asgd,
     torch.optim.Adadelta: _adadelta,
     torch.optim.Adafactor: _adafactor,

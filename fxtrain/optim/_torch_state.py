@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import Tree
 from fxtrain.optim._accumulation import EveryKState
 from fxtrain.optim._adadelta import ScaleByAdaDeltaState
 from fxtrain.optim._adafactor import FactoredState
@@ -22,7 +23,7 @@ from fxtrain.optim._lookahead import LookaheadState
 from fxtrain.optim._momentum import DampenedTraceState, ScaleByLionState, TraceState
 from fxtrain.optim._muon import ScaleByMuonState
 from fxtrain.optim._nadam import ScaleByNadamState
-from fxtrain.optim._nodes import as_name, children, leaf_paths, rebuilt
+from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
 from fxtrain.optim._per_parameter import PerParameter
 from fxtrain.optim._rmsprop import ScaleByRmsState, ScaleByStddevState
 from fxtrain.optim._rprop import ScaleByRpropState
@@ -97,7 +98,7 @@ _OPTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 """By the name of an injected hyperparameter: a function that reads its value from a parameter group."""
 
 
-def take_over(opt_state: Any, taken: Taken, prefix: str = "") -> Any:
+def take_over(opt_state: Tree, taken: Taken, prefix: str = "") -> Tree:
     """Returns the optimizer state with the moments, counts and injected hyperparameters of a torch optimizer.
 
     Args:
@@ -120,7 +121,7 @@ class _Reader:
         self._taken, self._prefix = taken, prefix
         self._read: dict[str, set[str]] = {}
 
-    def read(self, node: Any) -> Any:
+    def read(self, node: Tree) -> Tree:
         kind = cast(Any, type(node))
         if kind in _MOMENTS:
             fields = {name: self._field(getattr(node, name), key) for name, key in _MOMENTS[kind].items()}
@@ -162,7 +163,7 @@ class _Reader:
                     "optimizer)."
                 )
 
-    def _stepped(self, node: Any) -> Any:
+    def _stepped(self, node: Tree) -> Tree:
         field = _STEPS.get(cast(Any, type(node)))
         if field is None:
             return node
@@ -170,7 +171,7 @@ class _Reader:
             raise ValueError("expected the number of updates so far, which schedules read, got none. Pass it as step=.")
         return node._replace(**{field: torch.full_like(getattr(node, field), self._taken.step)})
 
-    def _field(self, own: Any, key: str) -> Any:
+    def _field(self, own: Tree | PerParameter, key: str) -> Tree:
         if isinstance(own, PerParameter):
             pairs = zip(own.paths, own.values.unbind(), strict=True)
             values = [self._number(self._prefix + as_name(path), key, was) for path, was in pairs]
@@ -205,7 +206,7 @@ class _Reader:
         value = torch.sign(value) if key == "prev" else value
         return value.detach().to(device=was.device, dtype=was.dtype, copy=True)
 
-    def _value(self, name: str, key: str) -> Any:
+    def _value(self, name: str, key: str) -> Tree:
         entry = self._taken.entries[name]
         self._read.setdefault(name, set()).add(key)
         if key not in entry:
@@ -215,7 +216,7 @@ class _Reader:
             )
         return entry[key]
 
-    def _option(self, name: str, was: Any, params: list[str]) -> Any:
+    def _option(self, name: str, was: Tensor | Scheduled, params: list[str]) -> Tensor | Scheduled:
         find = _OPTIONS.get(name)
         if isinstance(was, Scheduled) or find is None:
             return was
@@ -228,7 +229,7 @@ class _Reader:
         return torch.full_like(was, found.pop()) if found else was
 
 
-def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tensor]]:
+def torch_entries(opt_state: Tree, prefix: str = "") -> dict[str, dict[str, Tensor]]:
     """Returns the state that a torch optimizer would have, by parameter name. Parameters without updates are omitted.
 
     Args:
@@ -241,7 +242,7 @@ def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tenso
     found: dict[str, dict[str, Tensor]] = {}
     unused: set[str] = set()
 
-    def visit(node: Any) -> None:
+    def visit(node: Tree) -> None:
         kind = cast(Any, type(node))
         _refuse_momentum_of_steps(node)
         for field, key in _MOMENTS.get(kind, {}).items():
@@ -270,7 +271,7 @@ def torch_entries(opt_state: Any, prefix: str = "") -> dict[str, dict[str, Tenso
 _CONTAINERS = ("MaskedState", "PartitionState")
 
 
-def _parameters(opt_state: Any) -> list[Any]:
+def _parameters(opt_state: Tree) -> list[Path]:
     """Returns the paths of the parameters that a state belongs to."""
     if type(opt_state) in _MOMENTS:
         fields = [getattr(opt_state, name) for name in _MOMENTS[cast(Any, type(opt_state))]]
@@ -278,9 +279,9 @@ def _parameters(opt_state: Any) -> list[Any]:
     return [path for _, child in children(opt_state) or [] for path in _parameters(child)]
 
 
-def _refuse_momentum_of_steps(node: Any) -> None:
+def _refuse_momentum_of_steps(node: Tree) -> None:
     """Raises if momentum is applied after the learning rate, because torch applies it before."""
-    parts = cast(tuple[Any, ...], node) if isinstance(node, tuple) else ()
+    parts = cast(tuple[Tree, ...], node) if isinstance(node, tuple) else ()
     kinds: list[type] = [type(part) for part in parts]
     for index, kind in enumerate(kinds):
         if kind in (ScaleByRmsState, ScaleByStddevState) and TraceState in kinds[index + 2 :]:
@@ -290,5 +291,5 @@ def _refuse_momentum_of_steps(node: Any) -> None:
             )
 
 
-def _listed(keys: Any) -> str:
+def _listed(keys: Iterable[str]) -> str:
     return ", ".join(sorted(keys)) or "nothing"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leaves import combine
+
+
+class UpdateFn(Protocol):
+    """The function ``update`` of a transformation: from gradients, state and parameters to updates and new state."""
+
+    def __call__(self, updates: Tree, opt_state: Tree, params: Tree | None = None, /) -> tuple[Tree, Tree]: ...
 
 
 class GradientTransformation(NamedTuple):
@@ -30,11 +36,11 @@ class GradientTransformation(NamedTuple):
             The parameters may be omitted if no transformation needs them.
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    init: Callable[[Tree], Tree]
+    update: UpdateFn
 
 
-def refuse_unless_transformation(argument: str, value: Any) -> None:
+def refuse_unless_transformation(argument: str, value: object) -> None:
     """Raises unless ``value`` is a transformation. For torch and optax optimizers the error has the equivalent."""
     if isinstance(value, GradientTransformation):
         return
@@ -49,7 +55,7 @@ class EmptyState(NamedTuple):
     """The state of a stateless transformation."""
 
 
-def stateless(update: Callable[[Any, Any], Any]) -> GradientTransformation:
+def stateless(update: Callable[[Tree, Tree | None], Tree]) -> GradientTransformation:
     """Makes a transformation without state from a function ``(updates, params) -> updates``.
 
     Args:
@@ -61,10 +67,10 @@ def stateless(update: Callable[[Any, Any], Any]) -> GradientTransformation:
         ({'w': tensor(2.)}, EmptyState())
     """
 
-    def apply(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+    def apply(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         return update(updates, params), opt_state
 
-    def init(params: Any) -> EmptyState:
+    def init(params: Tree) -> EmptyState:
         return EmptyState()
 
     return GradientTransformation(init, apply)
@@ -101,16 +107,16 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     for index, transform in enumerate(transforms):
         refuse_unless_transformation(f"argument {index} of chain", transform)
 
-    def init(params: Any) -> tuple[Any, ...]:
+    def init(params: Tree) -> tuple[Tree, ...]:
         return tuple(transform.init(params) for transform in transforms)
 
-    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Tree, opt_state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
         if len(opt_state) != len(transforms):
             raise ValueError(
                 f"expected the state of a chain of {len(transforms)} transformations, got {len(opt_state)} states. "
                 "Pass the state from this chain's init."
             )
-        states: list[Any] = []
+        states: list[Tree] = []
         for transform, state in zip(transforms, opt_state, strict=True):
             updates, state = transform.update(updates, state, params)
             states.append(state)
@@ -119,7 +125,7 @@ def chain(*transforms: GradientTransformation) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
+def apply_updates(params: Tree, updates: Tree) -> Tree:
     """Returns ``params + updates``, rounded once to the dtypes of the parameters.
 
     Args:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Tree, describe
 from fxtrain.optim._accumulation import EveryKState
 from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 from fxtrain.optim._per_parameter import PerParameter
 from fxtrain.optim._transform import GradientTransformation
 
 
-def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: Any, used: Any) -> tuple[Any, Any]:
+def update_used(
+    tx: GradientTransformation, grads: Tree, opt_state: Tree, params: Tree, used: Tree
+) -> tuple[Tree, Tree]:
     """Runs ``tx.update`` only for the parameters that the step used.
 
     Unused parameters get an update of zero, and their optimizer state does not change: no weight decay, no momentum
@@ -70,14 +72,14 @@ def update_used(tx: GradientTransformation, grads: Any, opt_state: Any, params: 
     return tree.unflatten(structure, updates), _merged(opt_state, after)
 
 
-def accumulates(opt_state: Any) -> bool:
+def accumulates(opt_state: Tree) -> bool:
     """Returns whether the state accumulates gradients, so that a later update may move currently unused parameters."""
     if isinstance(opt_state, EveryKState):
         return True
     return any(accumulates(child) for _, child in children(opt_state) or ())
 
 
-def _count_unused(node: Any, left_out: frozenset[Path]) -> Any:
+def _count_unused(node: Tree, left_out: frozenset[Path]) -> Tree:
     """Returns the state with one more unused step counted for these parameters in each accumulation."""
     if isinstance(node, EveryKState):
         counts = zip(node.unused.paths, node.unused.values.unbind(), strict=True)
@@ -87,7 +89,7 @@ def _count_unused(node: Any, left_out: frozenset[Path]) -> Any:
     return node if inner is None else rebuilt(node, [_count_unused(child, left_out) for _, child in inner])
 
 
-def _flags(used: Any, grads: Any) -> list[bool]:
+def _flags(used: Tree, grads: Tree) -> list[bool]:
     flags: list[Any] = tree.leaves(used)
     paths, expected = leaf_paths(used), leaf_paths(grads)
     if paths != expected:
@@ -100,7 +102,7 @@ def _flags(used: Any, grads: Any) -> list[bool]:
     return flags
 
 
-def _layout(tx: GradientTransformation, params: Any) -> Any:
+def _layout(tx: GradientTransformation, params: Tree) -> Tree:
     """Returns the structure of the state for these parameters, without reading their values if possible."""
     try:
         return tx.init(tree.map(_without_values, params))
@@ -113,7 +115,7 @@ def _without_values(leaf: Tensor) -> Tensor:
     return leaf.to("meta")
 
 
-def _without(values: Any, left_out: frozenset[Path], path: Path = ()) -> Any:
+def _without(values: Tree, left_out: frozenset[Path], path: Path = ()) -> Tree:
     if path in left_out:
         return MaskedNode()
     inner = children(values)
@@ -126,7 +128,7 @@ def _without(values: Any, left_out: frozenset[Path], path: Path = ()) -> Any:
     return rebuilt(values, [_without(child, left_out, (*path, key)) for key, child in inner])
 
 
-def _narrowed(state: Any, layout: Any, left_out: frozenset[Path], path: str) -> Any:
+def _narrowed(state: Tree, layout: Tree, left_out: frozenset[Path], path: str) -> Tree:
     """Returns the state of the remaining parameters, with the structure that ``init`` gives it."""
     if isinstance(layout, MaskedNode):
         return layout
@@ -144,7 +146,7 @@ def _narrowed(state: Any, layout: Any, left_out: frozenset[Path], path: str) -> 
     return rebuilt(layout, [_narrowed(kept[key], child, left_out, f"{path}{as_code((key,))}") for key, child in inner])
 
 
-def _merged(state: Any, part: Any) -> Any:
+def _merged(state: Tree, part: Tree) -> Tree:
     """Returns the state with its updated part merged in."""
     if isinstance(part, MaskedNode):
         return state
