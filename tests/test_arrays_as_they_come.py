@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fxtrain as fx
-from fxtrain.data import adapt, batches
+from fxtrain.data import as_source, batches
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.standard_normal((12, 2)).astype(np.float32)
@@ -104,7 +104,7 @@ def test_every_memory_layout_trains_equally(layout):
 
 def test_structured_array_becomes_dict_of_fields():
     rows = structured(X, Y)
-    assert adapt([rows])[0]["x"].equal(torch.tensor(X))
+    assert as_source([rows])[0]["x"].equal(torch.tensor(X))
     for source in ([rows[i : i + 4] for i in (0, 4, 8)], batches(rows, 4, shuffle=False)):
         torch.testing.assert_close(trained(source), WANTED, rtol=0, atol=1e-7)
 
@@ -137,7 +137,7 @@ def test_tables_are_rejected(library):
 )
 def test_adapt_rejects_non_batch_sources(source, message):
     with pytest.raises(TypeError, match=f"expected batches, {message}"):
-        adapt(source)
+        as_source(source)
 
 
 @pytest.mark.parametrize(

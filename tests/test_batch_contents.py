@@ -14,7 +14,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.data import adapt, batches, checksum, for_step, from_iterable, prefetch
+from fxtrain.data import as_source, batches, checksum, for_step, from_iterable, prefetch
 
 TX = fx.optim.sgd(0.1)
 
@@ -43,7 +43,7 @@ def mixed(index=0):
 
 
 def test_text_stays_in_batch_and_scalars_become_tensors():
-    batch = adapt([mixed(3)])[0]
+    batch = as_source([mixed(3)])[0]
     assert batch["text"] == ["row 12", "row 13", "row 14", "row 15"]
     assert batch["meta"][1]["when"] == datetime.date(2026, 1, 4)
     assert batch["names"].tolist() == ["30", "31", "32", "33"]
@@ -65,7 +65,7 @@ def test_text_stays_in_batch_and_scalars_become_tensors():
     ],
 )
 def test_data_and_step_convert_scalars_to_tensors(value, tensor):
-    for found in (adapt([{"x": torch.ones(1), "n": value}])[0]["n"], for_step({"n": value})["n"]):
+    for found in (as_source([{"x": torch.ones(1), "n": value}])[0]["n"], for_step({"n": value})["n"]):
         assert found.equal(tensor)
         assert found.dtype == tensor.dtype
 
@@ -97,7 +97,7 @@ class Boxes:
     ],
 )
 def test_unsupported_value_is_rejected_with_path(value, message):
-    for make in (lambda batch: adapt([batch]), for_step):
+    for make in (lambda batch: as_source([batch]), for_step):
         with pytest.raises(TypeError, match=message):
             make({"x": torch.zeros(1), "v": value})
 
@@ -258,7 +258,7 @@ def test_container_class_is_preserved(name):
         return (model(batch.x) - batch.y).square().mean()
 
     state, step = problem(loss)
-    data = adapt(rows)
+    data = as_source(rows)
     assert type(data[0]) is type(rows[0])
     assert data[1].text == ["a"] * 4
     assert getattr(data[1], "rows", 4) == 4
@@ -276,7 +276,7 @@ def test_standard_library_dicts_are_containers():
     for make in (collections.OrderedDict, lambda e: collections.defaultdict(list, e), collections.UserDict):
         found, _ = step(state, make(entries))
         assert found.params["weight"].equal(expected.params["weight"])
-        assert checksum(adapt([make(entries)])[0])
+        assert checksum(as_source([make(entries)])[0])
 
 
 # Lists of tensors of different sizes
@@ -310,9 +310,9 @@ def test_evaluation_weights_image_lists_by_length(make):
 
 def test_changed_list_length_or_dtype_is_rejected():
     with pytest.raises(ValueError, match=r"expected batch\['a'\] to have 2 elements as before, got 3"):
-        adapt([{"a": [torch.ones(1)] * n} for n in (2, 3, 2)])
+        as_source([{"a": [torch.ones(1)] * n} for n in (2, 3, 2)])
     with pytest.raises(ValueError, match=r"expected batch\['a'\]\[0\] to be .*, got a float64 tensor"):
-        adapt([{"a": [torch.ones(1, dtype=kind)] * 2} for kind in (torch.float32, torch.float64)])
+        as_source([{"a": [torch.ones(1, dtype=kind)] * 2} for kind in (torch.float32, torch.float64)])
 
 
 def test_packed_sequences_train():
@@ -338,7 +338,7 @@ def test_text_columns_are_batched_with_arrays():
 
 def test_text_column_may_be_all_none():
     rows = [{"x": torch.ones(2), "text": text} for text in (["a", None], [None, None], ["a", "b"])]
-    assert adapt(rows)[1]["text"] == [None, None]
+    assert as_source(rows)[1]["text"] == [None, None]
     assert tree.structure(for_step(rows[0])) == tree.structure(for_step(rows[1]))
 
 

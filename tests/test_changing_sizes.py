@@ -76,7 +76,7 @@ def test_undeclared_sizes_warn_once():
 def test_declared_sizes_do_not_cover_state_changes():
     data = bucketed(texts(), 3, sizes=3, multiple=4)
     step = fx.compile(fx.train_step(loss_fn, TX), backend="eager", on_recompile="error")
-    step.expect(data.kinds)
+    step.expect(data.num_shapes)
     step(start(), data[0])
     with pytest.raises(RuntimeError, match=r"state\.params"):
         step(start().replace(params={**start().params, "more": torch.ones(1)}), data[0])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fxtrain import tree
 from fxtrain.data import (
     Source,
-    adapt,
+    as_source,
     batches,
     check,
     from_iterable,
@@ -127,10 +127,14 @@ def test_windows_are_disjoint_and_shift_each_epoch():
         (lambda: sequence([torch.zeros(2), torch.zeros(3), torch.zeros(2)]), ValueError, "At position 1: expected"),
         (lambda: batches(arrays(), 2)[-1], ValueError, "a position of at least 0, got -1"),
         (lambda: prefetch([torch.zeros(1)], 0), ValueError, "expected size to be a positive int, got 0"),
-        (lambda: adapt(torch.zeros(3)), TypeError, "expected batches, got a float32 tensor .*, which contains"),
-        (lambda: adapt({"x": torch.zeros(3)}), TypeError, "expected batches, got a dict with keys 'x', which contains"),
-        (lambda: adapt(Augmented()), TypeError, r"fxtrain.data.batches\(source, batch_size\), or with a Data"),
-        (lambda: adapt(3), TypeError, "an iterable of batches, or a function that returns one, got 3"),
+        (lambda: as_source(torch.zeros(3)), TypeError, "expected batches, got a float32 tensor .*, which contains"),
+        (
+            lambda: as_source({"x": torch.zeros(3)}),
+            TypeError,
+            "expected batches, got a dict with keys 'x', which contains",
+        ),
+        (lambda: as_source(Augmented()), TypeError, r"fxtrain.data.batches\(source, batch_size\), or with a Data"),
+        (lambda: as_source(3), TypeError, "an iterable of batches, or a function that returns one, got 3"),
         (lambda: from_stateful_loader([1]), TypeError, "got a list of length 1. Use from_loader or from_iterable"),
         (lambda: from_loader(DataLoader([1, 2], 4, drop_last=True)), ValueError, "got none with batch_size=4"),
     ],
@@ -165,7 +169,7 @@ def test_mismatched_batch_is_rejected(batch, message):
     assert check(like, like)
     with pytest.raises(ValueError, match=message):
         check(batch, like)
-    for stream in (from_iterable([like, like, batch, like]), adapt(iter([like, like, batch, like]))):
+    for stream in (from_iterable([like, like, batch, like]), as_source(iter([like, like, batch, like]))):
         with pytest.raises(ValueError, match=r"^At position 2: |^expected the batch at position 2 to have as many"):
             take(stream, range(4))
 
@@ -207,11 +211,11 @@ class Encoding(collections.UserDict):
 def test_arrays_become_tensors():
     frozen = np.arange(3)
     frozen.flags.writeable = False
-    batch = adapt([{"a": np.ones(2), "b": [frozen, np.float32(1)], "c": Encoding(d=np.zeros(1))}])[0]
+    batch = as_source([{"a": np.ones(2), "b": [frozen, np.float32(1)], "c": Encoding(d=np.zeros(1))}])[0]
     expected = {"a": torch.ones(2, dtype=torch.float64), "b": [torch.arange(3), torch.tensor(1.0)]}
     assert same(batch, {**expected, "c": Encoding(d=torch.zeros(1, dtype=torch.float64))})
     for wrong in ({}, Encoding(d="x")):
         with pytest.raises(TypeError, match="expected a batch with at least one tensor"):
-            adapt([wrong])
+            as_source([wrong])
     # Functions given to ``map`` receive the raw batch, before it is checked.
     assert from_iterable([Encoding(d="four")]).map(lambda b: torch.tensor(len(b["d"])))[0] == 4

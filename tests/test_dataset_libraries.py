@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import fxtrain as fx
-from fxtrain.data import adapt, batches, prefetch
+from fxtrain.data import as_source, batches, prefetch
 
 TX = fx.optim.adam(0.1)
 
@@ -105,16 +105,16 @@ def test_image_and_label_columns_become_tensors():
     assert batch["image"].dtype == torch.uint8
     assert batch["label"].tolist() == [1, 0]
     with pytest.raises(TypeError, match=r"'image'\] to be .*, got a PIL.Image.Image. Convert it in the dataset"):
-        adapt([{"x": torch.ones(1), "image": pictures[0]}])
+        as_source([{"x": torch.ones(1), "image": pictures[0]}])
 
 
 def test_splits_and_ragged_columns_are_rejected(dataset):
     datasets = pytest.importorskip("datasets")
-    for use in (adapt, lambda splits: batches(splits, 2)):
+    for use in (as_source, lambda splits: batches(splits, 2)):
         with pytest.raises(TypeError, match=r"got a DatasetDict with the splits 'train'. Select one: dataset\["):
             use(datasets.DatasetDict(train=dataset))
     with pytest.raises(TypeError, match=r"got a Dataset, which contains samples. Batch .*data.batches\(source"):
-        adapt(dataset)
+        as_source(dataset)
     ragged = datasets.Dataset.from_dict({"ids": [[1], [1, 2], [3]]})
     with pytest.raises(ValueError, match=r"expected samples of equal shape.* Pad them with fxtrain.data.padded"):
         batches(ragged, 3)[0]
@@ -126,8 +126,8 @@ def streams(dataset):
         "bare": lambda: batches(stream, 3),
         "short": lambda: batches(stream, 3, drop_last=False),
         "shuffled shards": lambda: batches(stream.shuffle(seed=0, buffer_size=1), 3),
-        "batched": lambda: adapt(stream.with_format("torch").batch(3, drop_last_batch=True)),
-        "loader": lambda: adapt(StatefulDataLoader(stream.with_format("torch"), 3, drop_last=True)),
+        "batched": lambda: as_source(stream.with_format("torch").batch(3, drop_last_batch=True)),
+        "loader": lambda: as_source(StatefulDataLoader(stream.with_format("torch"), 3, drop_last=True)),
         "prefetch": lambda: prefetch(batches(stream, 3)),
     }
 
@@ -141,17 +141,17 @@ def test_stream_with_shuffle_buffer_is_reread(dataset):
     stream = dataset.to_iterable_dataset(num_shards=2).shuffle(seed=0, buffer_size=4)
     for make in (
         lambda: batches(stream, 3),
-        lambda: adapt(stream.select_columns(["y"]).batch(3, drop_last_batch=True)),
+        lambda: as_source(stream.select_columns(["y"]).batch(3, drop_last_batch=True)),
     ):
         whole = take(make(), range(8))
-        assert not hasattr(make(), "snapshot")
+        assert not make().has_snapshots
         assert_same(take(make(), range(4, 8)), whole[4:])
         assert len({tuple(batch["y"].tolist()) for batch in whole}) > 3
 
 
 def test_stream_in_workers_resumes(dataset):
     stream = dataset.remove_columns("meta").to_iterable_dataset(num_shards=2).with_format("torch")
-    make = lambda: adapt(StatefulDataLoader(stream, 2, num_workers=2, drop_last=True))  # noqa: E731
+    make = lambda: as_source(StatefulDataLoader(stream, 2, num_workers=2, drop_last=True))  # noqa: E731
     whole, first, then = take(make(), range(6)), make(), make()
     take(first, range(3))
     then.restore(3, first.snapshot(3))
@@ -192,7 +192,9 @@ class Counting(Numbers):
 def test_iterable_dataset_resumes_from_its_state(caplog):
     assert_continues(lambda: batches(Counting(), 3), 5, caplog)
     assert_same(take(batches(Counting(), 3), range(4)), take(batches(Numbers(), 3), range(4)))
-    assert_same(take(batches(Numbers(), 3), range(4)), take(adapt(DataLoader(Numbers(), 3, drop_last=True)), range(4)))
+    assert_same(
+        take(batches(Numbers(), 3), range(4)), take(as_source(DataLoader(Numbers(), 3, drop_last=True)), range(4))
+    )
     with pytest.raises(ValueError, match="Shuffle the stream itself"):
         batches(Numbers(), 3, shuffle=True)
 
@@ -239,8 +241,8 @@ def test_web_dataset_resumes_by_rereading(shards, caplog):
         return wds.WebDataset(shards, shardshuffle=False).decode().to_tuple("x.npy", "y.cls", "t.txt")
 
     kinds = {
-        "pipeline": lambda: adapt(pipeline().batched(2)),
-        "loader": lambda: adapt(wds.WebLoader(pipeline().batched(2), batch_size=None, num_workers=0)),
+        "pipeline": lambda: as_source(pipeline().batched(2)),
+        "loader": lambda: as_source(wds.WebLoader(pipeline().batched(2), batch_size=None, num_workers=0)),
         "samples": lambda: batches(pipeline(), 2),
     }
     expected = take(kinds["samples"](), range(10))
@@ -250,7 +252,7 @@ def test_web_dataset_resumes_by_rereading(shards, caplog):
         data = make()
         found = [batch[:2] for batch in take(data, range(10))]
         assert_same([list(batch) for batch in found], [list(batch[:2]) for batch in expected])
-        assert not hasattr(data, "snapshot")
+        assert not data.has_snapshots
         later = make()
         assert later[3][0].equal(expected[3][0])
         assert "again to reach position 3" in caplog.text

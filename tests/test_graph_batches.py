@@ -6,7 +6,7 @@ from sources import assert_same, take
 from torch import nn
 
 import fxtrain as fx
-from fxtrain.data import adapt, batches, check, for_step, prefetch
+from fxtrain.data import as_source, batches, check, for_step, prefetch
 
 geometric_data = pytest.importorskip("torch_geometric.data")
 loaders = pytest.importorskip("torch_geometric.loader")
@@ -72,7 +72,7 @@ def test_training_on_graph_loader_matches_plain_loop():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: adapt(loaders.DataLoader(graphs(), 4, shuffle=True)),
+        lambda: as_source(loaders.DataLoader(graphs(), 4, shuffle=True)),
         lambda: batches(graphs(), 4, drop_last=False),
         lambda: prefetch(loaders.DataLoader(graphs(), 4, shuffle=True), device="cpu"),
     ],
@@ -140,7 +140,7 @@ def test_missing_attributes_and_microbatches_of_graphs_are_rejected():
     first, second = graphs(2)
     del second.edge_index
     with pytest.raises(ValueError, match=r"structure as in earlier batches, .*: batch.*edge_index.* missing"):
-        adapt([first, second])
+        as_source([first, second])
     _, state, step = problem(accumulate=2)
     with pytest.raises(ValueError, match=r"accumulate=2: expected a batch of tensors .* got a graph"):
         step(state, next(iter(loaders.DataLoader(graphs(), 4))))

@@ -418,7 +418,7 @@ def test_attention_masks_are_block_diagonal_without_empty_rows():
 def test_map_and_prefetch_keep_declared_shapes_and_refuse_others():
     data = bucketed(texts([2, 4, 2, 4]), 1, sizes=(2, 4), shuffle=False)
     mapped = data.map(lambda batch: {"x": batch["x"][:, 1:]})
-    assert data.kinds == mapped.kinds == fx.data.prefetch(mapped).kinds == 2
+    assert data.num_shapes == mapped.num_shapes == fx.data.prefetch(mapped).num_shapes == 2
     assert [mapped[index]["x"].shape[1] for index in range(4)] == [1, 1, 3, 3]
     growing = data.map(lambda batch, position: batch["x"][:, : 1 + position], with_position=True)
     with pytest.raises(ValueError, match=r"At position 2: expected the 2 batch shapes .* data.map"):

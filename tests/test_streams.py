@@ -7,7 +7,7 @@ from sources import AtOnce, Augmented, Lines, Rows, arrays, assert_resumes, asse
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fxtrain.data import Exhausted, Source, adapt, batches, from_iterable, from_loader, prefetch
+from fxtrain.data import Exhausted, Source, as_source, batches, from_iterable, from_loader, prefetch
 
 
 class Unsized:
@@ -160,7 +160,7 @@ def test_epoch_length_is_learned_at_the_first_end():
 
 
 def test_iterator_is_read_only_once():
-    data = adapt(torch.full((2,), i) for i in range(3))
+    data = as_source(torch.full((2,), i) for i in range(3))
     assert [int(data[i][0]) for i in range(2)] == [0, 1]
     data.close()
     assert int(data[2][0]) == 2
@@ -171,7 +171,7 @@ def test_iterator_is_read_only_once():
     with pytest.raises(ValueError, match=r"to reach position 1, got the generator, which can be read only once\. Pass"):
         data[1]
     with pytest.raises(Exhausted):
-        adapt(torch.zeros(2) for i in range(3))[7]
+        as_source(torch.zeros(2) for i in range(3))[7]
 
 
 def uneven(sizes):
@@ -225,19 +225,19 @@ class Countdown:
         self.closed = True
 
 
-def test_adapt_accepts_every_kind_of_source():
+def test_as_source_accepts_every_kind_of_source():
     ready = batches(arrays(), 2)
-    assert adapt(ready) is ready
+    assert as_source(ready) is ready
     foreign = Countdown()
-    data = adapt(foreign)
+    data = as_source(foreign)
     assert data.map(lambda x: x + 1)[1].tolist() == [4, 4]
     assert data.epoch_length == 4
-    assert not hasattr(data, "snapshot")
+    assert not data.has_snapshots
     data.close()
     assert foreign.closed
-    assert adapt((torch.zeros(2), torch.ones(2))).epoch_length == 2
-    assert adapt(Rows().__iter__)[1]["i"][0] == 1
+    assert as_source((torch.zeros(2), torch.ones(2))).epoch_length == 2
+    assert as_source(Rows().__iter__)[1]["i"][0] == 1
     loader = DataLoader(torch.arange(8), 2, shuffle=True)
-    assert not same(adapt(loader, seed=1)[0], adapt(loader, seed=2)[0])
-    assert isinstance(adapt(DataLoader(Lines(), 2)), Source)
-    assert hasattr(adapt(StatefulDataLoader(torch.arange(8), 2)), "snapshot")
+    assert not same(as_source(loader, seed=1)[0], as_source(loader, seed=2)[0])
+    assert isinstance(as_source(DataLoader(Lines(), 2)), Source)
+    assert as_source(StatefulDataLoader(torch.arange(8), 2)).has_snapshots

@@ -14,10 +14,8 @@ are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynam
 ``data.map``.
 """
 
-from fxtrain.data._adapt import adapt as adapt
 from fxtrain.data._arrays import batches, sequence, windows
-from fxtrain.data._aside import Aside as Aside
-from fxtrain.data._aside import for_step as for_step
+from fxtrain.data._as_source import as_source as as_source
 from fxtrain.data._buckets import bucketed
 from fxtrain.data._checksum import checksum as checksum
 from fxtrain.data._leaves import map_tensors as map_tensors
@@ -26,15 +24,18 @@ from fxtrain.data._loaders import from_loader
 from fxtrain.data._packing import packed
 from fxtrain.data._padded import padded
 from fxtrain.data._padding import pad
+from fxtrain.data._placeholders import Placeholder as Placeholder
+from fxtrain.data._placeholders import for_step as for_step
 from fxtrain.data._prefetch import prefetch
 from fxtrain.data._segments import attention_mask, next_tokens
-from fxtrain.data._source import Batches, Source
+from fxtrain.data._source import Batches, Source, SourceLike
 from fxtrain.data._source import Exhausted as Exhausted
 from fxtrain.data._streams import from_iterable, from_stateful_loader
 
 __all__ = [
     "Batches",
     "Source",
+    "SourceLike",
     "attention_mask",
     "batches",
     "bucketed",

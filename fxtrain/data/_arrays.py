@@ -15,7 +15,7 @@ from fxtrain import tree
 from fxtrain.core import check_choice, check_positive_int, describe
 from fxtrain.data._generators import seeded
 from fxtrain.data._leaves import as_tensors
-from fxtrain.data._likeness import ANY
+from fxtrain.data._likeness import ALL_DIMS
 from fxtrain.data._order import Order, mix
 from fxtrain.data._samples import Grouped, StatefulGrouped, as_torch, collate, has_state, is_stream, samples
 from fxtrain.data._source import Source
@@ -47,7 +47,7 @@ class Indexed(Source):
         what: str,
         dynamic: bool = False,
     ) -> None:
-        super().__init__(free=ANY if dynamic else 0)
+        super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
         check_positive_int("batch_size", batch_size)
         check_choice("drop_last", drop_last, (True, False, "pad"))
         if size == 0 or (drop_last is True and batch_size > size):
@@ -212,7 +212,7 @@ class Listed(Source):
     epoch_length: int
 
     def __init__(self, items: Sequence[Any], *, dynamic: bool = False) -> None:
-        super().__init__(free=ANY if dynamic else 0)
+        super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
         if not items:
             raise ValueError("expected at least one batch, got an empty list.")
         self.items = items

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import NAMESPACE, describe, ops
-from fxtrain.data._aside import for_step
 from fxtrain.data._containers import is_graph
+from fxtrain.data._placeholders import for_step
 
-ANY = 64  # the maximum rank of a tensor, so that all dimensions may change size
+ALL_DIMS = 64  # the maximum rank of a tensor, so that all dimensions may change size
 
 REMEDY = (
     "Batches must have one shape, so that a step compiles once. Drop a short batch with drop_last=True, or pad it with "
@@ -21,7 +21,7 @@ REMEDY = (
 )
 
 
-def check(batch: Any, like: Any, *, free: int = 0) -> bool:
+def check(batch: Any, like: Any, *, dynamic_dims: int = 0) -> bool:
     """Raises unless a batch matches another one in structure, dtypes and shapes.
 
     Two kinds of parts may change size in any batch: graphs, and lists of elements that agree in structure and dtypes,
@@ -30,7 +30,7 @@ def check(batch: Any, like: Any, *, free: int = 0) -> bool:
     Args:
         batch: Pytree of tensors.
         like: Pytree of tensors to compare with. Only dtypes and shapes are compared.
-        free: Number of leading dimensions that may differ in size.
+        dynamic_dims: Number of leading dimensions that may differ in size.
 
     Returns:
         Whether all sizes are equal, except those that may change in any batch.
@@ -40,20 +40,20 @@ def check(batch: Any, like: Any, *, free: int = 0) -> bool:
 
     Example:
         >>> import torch
-        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, free=1)
+        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, dynamic_dims=1)
         False
         >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
         Traceback (most recent call last):
         ...
         ValueError: expected batch['x'] to be a float32 tensor of shape [4, 2] as before, got a float32 tensor ...
     """
-    return _is_alike(for_step(batch), for_step(like), free, "batch")
+    return _is_alike(for_step(batch), for_step(like), dynamic_dims, "batch")
 
 
-def _is_alike(part: Any, like: Any, free: int, path: str) -> bool:
+def _is_alike(part: Any, like: Any, dynamic_dims: int, path: str) -> bool:
     if is_graph(part) and type(part) is type(like):
         attributes, before = (dict(zip(tree.paths(data), tree.leaves(data), strict=True)) for data in (part, like))
-        _is_alike(attributes, before, ANY, path)
+        _is_alike(attributes, before, ALL_DIMS, path)
         return True
     leaves, structure = _opened(part)
     like_leaves, like_structure = _opened(like)
@@ -62,17 +62,17 @@ def _is_alike(part: Any, like: Any, free: int, path: str) -> bool:
     same = True
     for index, (leaf, was) in enumerate(zip(leaves, like_leaves, strict=True)):
         if isinstance(leaf, Tensor) and isinstance(was, Tensor):
-            _refuse_other_kind(leaf, was, free, lambda index=index: f"{path}{_path(part, index)}")
+            _refuse_other_kind(leaf, was, dynamic_dims, lambda index=index: f"{path}{_path(part, index)}")
             same = same and leaf.shape == was.shape
             continue
         here = f"{path}{_path(part, index)}"
         if _is_many(leaf) and _is_many(was):
-            if not free and len(leaf) != len(was):
+            if not dynamic_dims and len(leaf) != len(was):
                 raise ValueError(f"expected {here} to have {len(was)} elements as before, got {len(leaf)}. {REMEDY}")
-            _is_alike(leaf[0], was[0], ANY, f"{here}[0]")
+            _is_alike(leaf[0], was[0], ALL_DIMS, f"{here}[0]")
             same = same and len(leaf) == len(was)
         elif type(leaf) is type(was):
-            same = _is_alike(leaf, was, free, here) and same
+            same = _is_alike(leaf, was, dynamic_dims, here) and same
         else:
             raise _other_structure(leaf, was, here)
     return same
@@ -119,8 +119,8 @@ def _signature(part: Any) -> Any:
     ]
 
 
-def _refuse_other_kind(leaf: Tensor, was: Tensor, free: int, path: Any) -> None:
-    if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[free:] != was.shape[free:]:
+def _refuse_other_kind(leaf: Tensor, was: Tensor, dynamic_dims: int, path: Any) -> None:
+    if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[dynamic_dims:] != was.shape[dynamic_dims:]:
         remedy = "Convert it with data.map." if leaf.dtype != was.dtype else REMEDY
         raise ValueError(f"expected {path()} to be {describe(was)} as before, got {describe(leaf)}. {remedy}")
 

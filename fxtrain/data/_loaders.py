@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.data._generators import borrowed, seeded, start_epoch
-from fxtrain.data._likeness import ANY
+from fxtrain.data._likeness import ALL_DIMS
 from fxtrain.data._samples import samples
 from fxtrain.data._source import Source
 from fxtrain.data._streams import Streamed, free_dimensions
@@ -47,7 +47,7 @@ def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False
         lambda epoch: _epoch(loader, epoch, seed, read),
         name=f"the {type(loader).__name__}",
         seed=seed,
-        free=free_dimensions(loader, dynamic),
+        dynamic_dims=free_dimensions(loader, dynamic),
     )
 
 
@@ -57,7 +57,7 @@ class Loaded(Source):
     epoch_length: int
 
     def __init__(self, loader: DataLoader[Any], *, seed: int, dynamic: bool) -> None:
-        super().__init__(free=ANY if dynamic else 0)
+        super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
         self.loader = loader
         self.seed = seed
         self.epoch_length = len(loader)
@@ -72,12 +72,16 @@ class Loaded(Source):
         self._pool = self._workers()
         self._iterator: Iterator[Any] | None = None
         self._next: int | None = None
-        if _has_custom_samplers(loader):
-            self.begin_epoch = self._begin_epoch
 
-    def _begin_epoch(self, epoch: int, length: int) -> None:
-        """Generates the order of an epoch, for which the sampler may yield a different number of batches."""
-        if epoch != self._epoch:
+    @property
+    def has_variable_epochs(self) -> bool:
+        """Whether the loader has custom samplers, which may yield a different number of batches in each epoch."""
+        samplers = self.loader.batch_sampler, self.loader.sampler
+        return any(not type(part).__module__.startswith("torch.utils.data") for part in samplers if part is not None)
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
+        """Generates the order of an epoch, for which a custom sampler may yield a different number of batches."""
+        if self.has_variable_epochs and epoch != self._epoch:
             order = self._order_of(epoch)
             if not order:
                 raise ValueError(f"expected the DataLoader's sampler to yield batches in epoch {epoch}, got none.")
@@ -196,12 +200,6 @@ def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]
 
 def _same(batch: Any) -> Any:
     return batch
-
-
-def _has_custom_samplers(loader: DataLoader[Any]) -> bool:
-    """Whether the loader has custom samplers, which may yield a different number of batches in each epoch."""
-    samplers = loader.batch_sampler, loader.sampler
-    return any(not type(part).__module__.startswith("torch.utils.data") for part in samplers if part is not None)
 
 
 def _can_jump(loader: DataLoader[Any]) -> bool:

@@ -144,7 +144,7 @@ class Packed(Source):
         kinds = [(batch_size, length)] if full or drop_last == "pad" else []
         self.sizes = (*kinds, *([(rest, length)] if rest and drop_last is False else []))
         """Rows and length of each batch shape."""
-        super().__init__(kinds=len(self.sizes))
+        super().__init__(num_shapes=len(self.sizes))
         self._order = Order(rows, seed=mix(seed, 1), shuffle=shuffle)
         example = self._layout.batch([examples.first], {name: int(each[0]) for name, each in cut.items()}, 1)
         taken = {"segments", "positions"} & {*example}

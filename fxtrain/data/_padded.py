@@ -10,7 +10,7 @@ import numpy as np
 from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._generators import seeded
-from fxtrain.data._likeness import ANY
+from fxtrain.data._likeness import ALL_DIMS
 from fxtrain.data._order import Order
 from fxtrain.data._padding import Layout, Side
 from fxtrain.data._ragged import Examples, Lengths
@@ -76,7 +76,7 @@ class Ragged(Source):
         seed: int,
     ) -> None:
         few = len(sizes) <= _MAX_COMPILED_SHAPES
-        super().__init__(free=0 if few else ANY, kinds=len(sizes) if few else None)
+        super().__init__(dynamic_dims=0 if few else ALL_DIMS, num_shapes=len(sizes) if few else None)
         self.examples, self.layout, self.lengths = examples, layout, lengths
         self.sizes = tuple(sizes)
         """Rows and length of each batch shape."""

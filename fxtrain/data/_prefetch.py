@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import check_positive_int
-from fxtrain.data._adapt import adapt
+from fxtrain.data._as_source import as_source
 from fxtrain.data._leaves import map_tensors
-from fxtrain.data._source import Source
+from fxtrain.data._source import Source, SourceLike
 from fxtrain.rng._host import is_seeded
 
 _log = logging.getLogger(__name__)
@@ -25,16 +25,16 @@ _log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT = 2.0  # seconds to wait for the batch in progress when closing
 
 
-def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
+def prefetch(data: SourceLike, size: int = 2, *, seed: int = 0, device: torch.device | str | None = None) -> Source:
     """Returns the same batches, read ahead by a background thread.
 
     An error in the thread is raised at the position where it occurred, with the thread's traceback. Reading any
     position but the next discards the batches read ahead. While the thread runs, ``data`` must not be used elsewhere.
 
     Args:
-        data: Batches, or any argument of ``adapt``.
+        data: Batches, or any argument of ``as_source``.
         size: Number of batches to keep ready. The thread holds one more.
-        seed: Any int, passed to ``adapt``. Use the state's seed for the order that ``fit`` would use without
+        seed: Any int, passed to ``as_source``. Use the state's seed for the order that ``fit`` would use without
             prefetching.
         device: Device to copy batches to. Copies to a CUDA device go through pinned memory, and overlap with
             computation.
@@ -47,8 +47,7 @@ def prefetch(data: Any, size: int = 2, *, seed: int = 0, device: torch.device | 
         >>> data.close()
     """
     check_positive_int("size", size)
-    source = adapt(data, seed=seed)
-    return (StatefulPrefetched if hasattr(source, "snapshot") else Prefetched)(source, size, device)
+    return Prefetched(as_source(data, seed=seed), size, device)
 
 
 class Item(NamedTuple):
@@ -66,9 +65,9 @@ class Prefetched(Source):
     """Batches that are read ahead. Use ``prefetch``."""
 
     def __init__(self, source: Source, size: int, device: torch.device | str | None) -> None:
-        super().__init__(free=source.free, kinds=source.kinds)
-        self.source: Any = source
-        self.can_jump = source.can_jump
+        super().__init__(dynamic_dims=source.dynamic_dims, num_shapes=source.num_shapes)
+        self.source = source
+        self.random_access = source.random_access
         self.size = size
         self.device = None if device is None else torch.device(device)
         self.epoch_length = source.epoch_length
@@ -77,13 +76,19 @@ class Prefetched(Source):
         self._closed: Reader | None = None  # a reader that was busy when it was closed
         self._expected: int | None = None
         self._epoch = -1  # the last one announced
-        if hasattr(source, "begin_epoch"):
-            self.begin_epoch = self._begin_epoch
 
-    def _begin_epoch(self, epoch: int, length: int) -> None:
+    @property
+    def has_snapshots(self) -> bool:
+        return self.source.has_snapshots
+
+    @property
+    def has_variable_epochs(self) -> bool:
+        return self.source.has_variable_epochs
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
         follows, self._epoch = epoch == self._epoch + 1, epoch
         # Batches read ahead remain valid if the expected epoch length has not changed.
-        if follows and self.source.may_end_anywhere and self.epoch_length and length == self.epoch_length:
+        if follows and self.source.epoch_length_may_change and self.epoch_length and length == self.epoch_length:
             return
         self._pause()
         self.source.begin_epoch(epoch, length)
@@ -106,7 +111,7 @@ class Prefetched(Source):
         self._expected = None
         item = self._reader.take()
         self.epoch_length = item.epoch_length
-        self._keep_snapshot(position, item)
+        self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
         if item.error is not None:
             raise item.error
         self._expected = item.follows
@@ -122,10 +127,8 @@ class Prefetched(Source):
         return self[position]
 
     def expect_epoch_length(self, length: int) -> None:
-        """Sets the number of batches per epoch, as found in an earlier session."""
-        expect = getattr(self.source, "expect_epoch_length", None)
-        if expect is not None and self._reader is None:
-            expect(length)
+        if self._reader is None:
+            self.source.expect_epoch_length(length)
             self.epoch_length = self.source.epoch_length
 
     def close(self) -> None:
@@ -147,25 +150,15 @@ class Prefetched(Source):
             self._closed.stop()
             self._closed = None
 
-    def _keep_snapshot(self, position: int, item: Item) -> None:
-        pass
-
-    def _pause(self) -> None:
-        self._expected = self._kept = None
-        self._wait_for_closed()
-        if self._reader is not None:
-            self._reader.jump(None)
-
-
-class StatefulPrefetched(Prefetched):
-    """``Prefetched`` for sources with snapshots, which the thread takes after each batch, before it reads the next."""
-
-    def snapshot(self, position: int) -> Tensor:
-        """Returns the snapshot for ``restore`` at ``position``, taken before the source read further ahead."""
+    def snapshot(self, position: int) -> Tensor | None:
+        """Returns the source's snapshot at ``position``, taken before the thread read further ahead."""
+        if not self.has_snapshots:
+            return None
         if self._kept is None or self._kept[0] != position:
             self._pause()
-            self._kept = (position, self.source.snapshot(position))
-        return self._kept[1]
+            taken = self.source.snapshot(position)
+            self._kept = None if taken is None else (position, taken)
+        return None if self._kept is None else self._kept[1]
 
     def restore(self, position: int, snapshot: Tensor) -> None:
         """Continues at ``position``, from a snapshot of the source taken with or without prefetching."""
@@ -173,8 +166,11 @@ class StatefulPrefetched(Prefetched):
         self.source.restore(position, snapshot)
         self.epoch_length = self.source.epoch_length
 
-    def _keep_snapshot(self, position: int, item: Item) -> None:
-        self._kept = None if item.snapshot is None else (position + 1, item.snapshot)
+    def _pause(self) -> None:
+        self._expected = self._kept = None
+        self._wait_for_closed()
+        if self._reader is not None:
+            self._reader.jump(None)
 
 
 class Reader:
@@ -258,8 +254,7 @@ class Reader:
             del item  # do not keep a batch, or a traceback with its frames, alive while waiting
 
 
-def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
-    stateful = hasattr(data, "snapshot")
+def _reading(data: Source, device: torch.device | None) -> Callable[[int], Item]:
     stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
     def read(position: int) -> Item:
@@ -267,7 +262,7 @@ def _reading(data: Any, device: torch.device | None) -> Callable[[int], Item]:
         length = data.epoch_length
         try:
             batch = data[position]
-            snapshot = data.snapshot(position + 1) if stateful else None
+            snapshot = data.snapshot(position + 1)
             if stream is not None:
                 batch, copied = _copied(batch, device, stream)
             elif device is not None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from fxtrain import tree
-from fxtrain.core import describe
-from fxtrain.data._aside import for_step
+from fxtrain.core import Batch, describe
 from fxtrain.data._leaves import as_tensors, map_tensors
-from fxtrain.data._likeness import ANY, REMEDY, check
+from fxtrain.data._likeness import ALL_DIMS, REMEDY, check
+from fxtrain.data._placeholders import for_step
 
 
 @runtime_checkable
@@ -36,7 +37,15 @@ class Batches(Protocol):
         """Batches per epoch; None if not yet known, or if there is no end."""
         ...
 
-    def __getitem__(self, position: int, /) -> Any: ...
+    def __getitem__(self, position: int, /) -> Batch: ...
+
+
+SourceLike = TypeAliasType("SourceLike", Batches | Iterable[Batch] | Callable[[], Iterable[Batch]])
+"""Data that ``fit``, ``steps`` and ``evaluate`` accept.
+
+A ``Source`` or another object with the methods of ``Batches``, a ``DataLoader``, a list of batches, any other iterable
+of batches, or a function that returns one.
+"""
 
 
 class Exhausted(IndexError):  # noqa: N818
@@ -59,7 +68,7 @@ class Source:
     in graphs, and in lists of tensors of different sizes.
 
     Args:
-        free: Number of leading dimensions that may change size in any batch: usually 0, or ``ANY``.
+        dynamic_dims: Number of leading dimensions that may change size in any batch: usually 0, or ``ALL_DIMS``.
         kinds: Number of batch shapes, or None if unknown. If there are several, a compiled step compiles a graph for
             each, without a warning.
 
@@ -74,26 +83,53 @@ class Source:
     """
 
     epoch_length: int | None
-    can_be_left = True  # whether an exception during a read leaves the position unchanged
-    can_jump = True  # whether any batch can be read without those before it
-    may_end_anywhere = False  # whether an epoch's length may differ from the expected one
+    interruptible: bool = True
+    """Whether an exception during a read leaves the position unchanged."""
+    random_access: bool = True
+    """Whether any batch can be read without those before it."""
+    epoch_length_may_change: bool = False
+    """Whether the current epoch may be shorter or longer than ``epoch_length``."""
 
-    def __init__(self, *, free: int = 0, kinds: int | None = 1) -> None:
-        self.free, self.kinds = free, kinds
+    def __init__(self, *, dynamic_dims: int = 0, num_shapes: int | None = 1) -> None:
+        self.dynamic_dims, self.num_shapes = dynamic_dims, num_shapes
         # The reference batch: its position, the epoch length at that time, and the batch without its values.
         self._like: tuple[int, int | None, Any] | None = None
         self._usual: list[Any] = []  # accepted structures, shapes and dtypes
         # A short batch, which is an error unless the epoch ends there: its position, and the epoch length at that time.
         self._short: tuple[int, int | None] | None = None
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         """Returns the batch at this position, before conversion and checks."""
         raise NotImplementedError(f"expected {type(self).__name__} to define fetch(position), got no such method.")
 
     def close(self) -> None:
         """Releases threads and processes. Reading another batch starts them again."""
 
-    def __getitem__(self, position: int) -> Any:
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether ``snapshot`` and ``restore`` are defined, because the position is not enough to continue quickly."""
+        return type(self).snapshot is not Source.snapshot
+
+    def snapshot(self, position: int) -> Tensor | None:
+        """Returns the iterator state for ``restore`` at ``position``, uint8 [n]; None if the position is enough."""
+        return None
+
+    def restore(self, position: int, snapshot: Tensor) -> None:
+        """Continues at ``position``, from a snapshot that was taken there."""
+        raise NotImplementedError(f"expected a source with snapshots, got {type(self).__name__}, which defines none.")
+
+    @property
+    def has_variable_epochs(self) -> bool:
+        """Whether ``begin_epoch`` is defined, because epochs may differ in length."""
+        return type(self).begin_epoch is not Source.begin_epoch
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
+        """Announces the epoch that is read next, and its expected length, 0 if unknown."""
+
+    def expect_epoch_length(self, length: int) -> None:
+        """Sets the number of batches per epoch, as found in an earlier session."""
+
+    def __getitem__(self, position: int) -> Batch:
         position = operator.index(position)
         if position < 0:
             raise ValueError(
@@ -111,7 +147,13 @@ class Source:
         self._compare(batch, position)
         return batch
 
-    def map(self, function: Callable[..., Any], *, with_position: bool = False) -> Source:
+    @overload
+    def map(self, function: Callable[[Batch], Batch], *, with_position: Literal[False] = False) -> Source: ...
+
+    @overload
+    def map(self, function: Callable[[Batch, int], Batch], *, with_position: Literal[True]) -> Source: ...
+
+    def map(self, function: Callable[..., Batch], *, with_position: bool = False) -> Source:
         """Returns these batches with a pure function applied to each.
 
         Args:
@@ -139,27 +181,27 @@ class Source:
             self._set_like(batch, position)
             return
         like_position, like_length, like = self._like
-        if self.kinds is not None and self.kinds > 1:
+        if self.num_shapes is not None and self.num_shapes > 1:
             self._compare_kind(batch, like, position)
             return
         loose = (
             length is None
-            or self.may_end_anywhere
+            or self.epoch_length_may_change
             or _ends_epoch(position, length)
             or _ends_epoch(like_position, length)
         )
         try:
-            same = check(batch, like, free=max(self.free, int(loose)))
+            same = check(batch, like, dynamic_dims=max(self.dynamic_dims, int(loose)))
         except ValueError as error:
             raise ValueError(f"At position {position}: {error}") from None
-        if same or self.free:
+        if same or self.dynamic_dims:
             return
         if _ends_epoch(like_position, length):
             # The reference batch was the short last batch of an epoch, and this one has full size.
             self._set_like(batch, position)
-        elif self.may_end_anywhere and like_length != length and _rows(batch) > _rows(like):
+        elif self.epoch_length_may_change and like_length != length and _rows(batch) > _rows(like):
             self._set_like(batch, position)  # the reference was short, in an epoch that ended early
-        elif length is None or self.may_end_anywhere:
+        elif length is None or self.epoch_length_may_change:
             self._short = (position, length)
 
     def _set_like(self, batch: Any, position: int) -> None:
@@ -168,47 +210,69 @@ class Source:
 
     def _compare_kind(self, batch: Any, like: Any, position: int) -> None:
         try:
-            check(batch, like, free=ANY)
+            check(batch, like, dynamic_dims=ALL_DIMS)
         except ValueError as error:
             raise ValueError(f"At position {position}: {error}") from None
-        if len(self._usual) == self.kinds:
+        if len(self._usual) == self.num_shapes:
             raise ValueError(
-                f"At position {position}: expected the {self.kinds} batch shapes that the source declares, got one "
-                f"more: {tree.map(describe, for_step(batch))}. Make data.map change shapes in the same way at each "
+                f"At position {position}: expected the {self.num_shapes} batch shapes that the source declares, got "
+                f"one more: {tree.map(describe, for_step(batch))}. Make data.map change shapes in the same way at each "
                 "position."
             )
         self._usual.append(_kind(batch))
 
 
-class Mapped(Source):
-    """Batches with a function applied to each. Only the function's results are checked."""
+class Wrapper(Source):
+    """Base class of sources that read another source and share its epochs, state and shapes."""
 
-    def __init__(self, source: Source, function: Callable[..., Any], *, with_position: bool = False) -> None:
-        super().__init__(free=source.free, kinds=source.kinds)
+    def __init__(self, source: Source) -> None:
+        super().__init__(dynamic_dims=source.dynamic_dims, num_shapes=source.num_shapes)
         self.source = source
-        self.function = function
-        self.with_position = with_position
-        self.can_be_left, self.can_jump = source.can_be_left, source.can_jump
+        self.interruptible, self.random_access = source.interruptible, source.random_access
 
     @property
     def epoch_length(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.source.epoch_length
 
     @property
-    def may_end_anywhere(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.source.may_end_anywhere
+    def epoch_length_may_change(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.epoch_length_may_change
 
-    def fetch(self, position: int) -> Any:
-        batch = self.source.fetch(position)
-        return self.function(batch, position) if self.with_position else self.function(batch)
+    @property
+    def has_snapshots(self) -> bool:
+        return self.source.has_snapshots
+
+    @property
+    def has_variable_epochs(self) -> bool:
+        return self.source.has_variable_epochs
+
+    def snapshot(self, position: int) -> Tensor | None:
+        return self.source.snapshot(position)
+
+    def restore(self, position: int, snapshot: Tensor) -> None:
+        self.source.restore(position, snapshot)
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
+        self.source.begin_epoch(epoch, length)
+
+    def expect_epoch_length(self, length: int) -> None:
+        self.source.expect_epoch_length(length)
 
     def close(self) -> None:
         self.source.close()
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("snapshot", "restore", "expect_epoch_length", "begin_epoch"):  # defined only if the source has them
-            return getattr(self.source, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+
+class Mapped(Wrapper):
+    """Batches with a function applied to each. Only the function's results are checked."""
+
+    def __init__(self, source: Source, function: Callable[..., Batch], *, with_position: bool = False) -> None:
+        super().__init__(source)
+        self.function = function
+        self.with_position = with_position
+
+    def fetch(self, position: int) -> Batch:
+        batch = self.source.fetch(position)
+        return self.function(batch, position) if self.with_position else self.function(batch)
 
 
 def _rows(batch: Any) -> int:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fxtrain.core import describe
+from fxtrain.core import Batch, describe
 from fxtrain.data._checksum import checksum, warn_of_another_batch
 from fxtrain.data._generators import seeded, start_epoch
-from fxtrain.data._likeness import ANY
+from fxtrain.data._likeness import ALL_DIMS
 from fxtrain.data._source import Exhausted, Source
 from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
@@ -32,19 +32,19 @@ class Streamed(Source):
         name: The source's name in messages.
         seed: The global generators are seeded from this, the epoch and the index while the source makes a batch.
         once: Whether there is only one iterator.
-        free: Number of leading dimensions that may change size in any batch.
+        dynamic_dims: Number of leading dimensions that may change size in any batch.
     """
 
     def __init__(
-        self, begin: Callable[[int], Iterator[Any]], *, name: str, seed: int, once: bool = False, free: int = 0
+        self, begin: Callable[[int], Iterator[Any]], *, name: str, seed: int, once: bool = False, dynamic_dims: int = 0
     ) -> None:
-        super().__init__(free=free)
+        super().__init__(dynamic_dims=dynamic_dims)
         self.epoch_length = None
         self.seed = seed
         self._begin = begin
         self._name = name
         self._once = once
-        self.can_be_left, self.can_jump = not once, False
+        self.interruptible, self.random_access = not once, False
         self._iterator: Iterator[Any] | None = None
         self._begun = False  # whether an iterator was ever started
         self._epoch = 0  # the epoch of the iterator
@@ -59,7 +59,7 @@ class Streamed(Source):
         batch = self._read()
         if batch is _END:
             raise Exhausted(position)
-        if self.may_end_anywhere and self._reads_ahead and self._index == self.epoch_length:
+        if self.epoch_length_may_change and self._reads_ahead and self._index == self.epoch_length:
             self._look_ahead()
         return batch
 
@@ -69,11 +69,10 @@ class Streamed(Source):
             self._ahead.clear()
 
     def begin_epoch(self, epoch: int, length: int) -> None:
-        """Announces the epoch that is read next, and its expected length, 0 if unknown."""
         self._announced, self.epoch_length = epoch, length or None
 
     @property
-    def may_end_anywhere(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def epoch_length_may_change(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._announced is not None
 
     def _look_ahead(self) -> None:
@@ -91,7 +90,6 @@ class Streamed(Source):
         return self._epoch * (self.epoch_length or 0) + self._index
 
     def expect_epoch_length(self, length: int) -> None:
-        """Sets the number of batches per epoch, as found in an earlier session."""
         if self.epoch_length is None and not self._begun:
             self.epoch_length = length
 
@@ -149,7 +147,9 @@ class Streamed(Source):
                 f"expected at least one batch in epoch {self._epoch} of {self._name}, got none. The data is empty or "
                 "exhausted."
             )
-        if self._ended and (self.epoch_length is None or (self.may_end_anywhere and self._index < self.epoch_length)):
+        if self._ended and (
+            self.epoch_length is None or (self.epoch_length_may_change and self._index < self.epoch_length)
+        ):
             self.epoch_length = self._index
         length = self.epoch_length
         if length is not None and (self._index > length or (self._ended and self._index < length)):
@@ -167,10 +167,10 @@ class Stateful(Streamed):
     """Batches of a loader that tracks its own position. Use ``from_stateful_loader``."""
 
     def __init__(self, loader: Any, *, seed: int, dynamic: bool) -> None:
-        free = free_dimensions(loader, dynamic)
-        super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, free=free)
+        dynamic_dims = free_dimensions(loader, dynamic)
+        super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, dynamic_dims=dynamic_dims)
         self.loader = loader
-        self.can_be_left = False  # rebuilding the loader's state would require rereading the epoch
+        self.interruptible = False  # rebuilding the loader's state would require rereading the epoch
         self._reads_ahead = False  # the loader's state would already include the next batch
         dataset = getattr(loader, "dataset", None)
         self._dataset = dataset if hasattr(dataset, "load_state_dict") and hasattr(dataset, "state_dict") else None
@@ -268,7 +268,9 @@ class Stateful(Streamed):
         end_persistent(self.loader)  # torchdata's loader keeps its workers alive
 
 
-def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
+def from_iterable(
+    source: Iterable[Batch] | Callable[[], Iterable[Batch]], *, seed: int = 0, dynamic: bool = False
+) -> Source:
     """Returns the batches of an iterable that can only be read from its start.
 
     To reach a position, the batches before it are read again, which logs a warning. The epoch length is known once the
@@ -298,11 +300,12 @@ def from_iterable(source: Any, *, seed: int = 0, dynamic: bool = False) -> Sourc
     def begin(epoch: int) -> Iterator[Any]:
         if callable(set_epoch := getattr(source, "set_epoch", None)):
             set_epoch(epoch)
-        made: Any = source if iterable else source()
-        return iter(made)
+        return iter(source if isinstance(source, Iterable) else source())
 
     name = f"the {type(source).__name__}" if iterable else getattr(source, "__name__", repr(source))
-    return Streamed(begin, name=name, seed=seed, once=isinstance(source, Iterator), free=ANY if dynamic else 0)
+    return Streamed(
+        begin, name=name, seed=seed, once=isinstance(source, Iterator), dynamic_dims=ALL_DIMS if dynamic else 0
+    )
 
 
 def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
@@ -359,7 +362,7 @@ def free_dimensions(loader: Any, dynamic: bool) -> int:
     """Returns how many leading dimensions may change: one if each worker ends with a short batch, so that rows vary."""
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     short = iterable and getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "drop_last", False)
-    return ANY if dynamic else int(short)
+    return ALL_DIMS if dynamic else int(short)
 
 
 def _load(snapshot: Tensor) -> dict[str, Any]:

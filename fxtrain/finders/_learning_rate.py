@@ -13,7 +13,7 @@ import torch
 
 from fxtrain import metrics, optim
 from fxtrain.core import TrainState, check_int, did_you_mean
-from fxtrain.data import Exhausted, adapt
+from fxtrain.data import Exhausted, as_source
 from fxtrain.fold import attach
 from fxtrain.loop._evaluate import to_device
 from fxtrain.step import Step
@@ -135,7 +135,7 @@ def _with_learning_rate(state: TrainState, rate: float) -> TrainState:
 
 def _batches(data: Any, state: TrainState) -> Iterator[Any]:
     """Yields the batches from the state's data position on."""
-    source = adapt(data, seed=int(state.seed))
+    source = as_source(data, seed=int(state.seed))
     position = begin = int(state.position)
     try:
         while True:

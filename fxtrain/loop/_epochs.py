@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fxtrain.core import Epoch, TrainState
+from fxtrain.data import Source
+from fxtrain.loop._interrupts import Waits
 
 
-def begin_epochs(state: TrainState, data: Any) -> TrainState:
+def begin_epochs(state: TrainState, data: Source) -> TrainState:
     """Returns the state with its epoch continued on this data.
 
     Epochs may differ in length, for example after a change of the batch size, but a started epoch keeps its length.
 
     Args:
         state: State at the start of a session.
-        data: From ``fxtrain.data.adapt``. Data of unknown length receives the epoch length found by an earlier session.
+        data: From ``fxtrain.data.as_source``. Data of unknown length receives the epoch length that an
+            earlier session found.
 
     Raises:
         ValueError: If the state is inside an epoch that has another length in this data.
@@ -26,14 +27,12 @@ def begin_epochs(state: TrainState, data: Any) -> TrainState:
     return state if epoch == before else epoch.into(state)
 
 
-def announce(data: Any, epoch: Epoch) -> None:
+def announce(data: Source | Waits, epoch: Epoch) -> None:
     """Announces the start of an epoch to data whose epochs may differ in length."""
-    begin = getattr(data, "begin_epoch", None)
-    if begin is not None:
-        begin(epoch.done, epoch.length or data.epoch_length or 0)
+    data.begin_epoch(epoch.done, epoch.length or data.epoch_length or 0)
 
 
-def _continued(epoch: Epoch | None, position: int, data: Any) -> Epoch:
+def _continued(epoch: Epoch | None, position: int, data: Source) -> Epoch:
     length = data.epoch_length or 0
     consumed = 0 if epoch is None else position - epoch.start
     # The position was not set by the loop, so derive the epoch from it.
@@ -41,9 +40,7 @@ def _continued(epoch: Epoch | None, position: int, data: Any) -> Epoch:
         done = position // length if length else 0
         return Epoch(done, start=done * length, length=length)
     if epoch.length and not length:
-        expect = getattr(data, "expect_epoch_length", None)
-        if expect is not None:
-            expect(epoch.length)
+        data.expect_epoch_length(epoch.length)
     if not length or length == epoch.length or (epoch.length and consumed >= epoch.length):
         return epoch
     if consumed == 0 or (not epoch.length and consumed <= length):

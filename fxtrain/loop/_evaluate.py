@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import metrics, tree
 from fxtrain.core import Epoch, StepOutput, TrainState
-from fxtrain.data import Exhausted, adapt, map_tensors
+from fxtrain.data import Exhausted, as_source, map_tensors
 from fxtrain.data._containers import count_examples
 from fxtrain.loop._arguments import refuse_unless_evaluates, refuse_unless_state
 from fxtrain.loop._epochs import announce
@@ -52,7 +52,7 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
     refuse_unless_state(state, "evaluate(state, eval_step, data)")
     refuse_unless_evaluates(eval_step)
     total: dict[str, Any] = {}
-    source = adapt(data)
+    source = as_source(data)
     declare_shapes(eval_step, source)
     for measured in measure(state, eval_step, source):
         total = measured.total
@@ -63,7 +63,7 @@ def declare_shapes(step: Any, data: Any) -> None:
     """Declares to a compiled step how many shapes the batches of a data source have."""
     expect = getattr(step, "expect", None)
     if expect is not None and data is not None:
-        expect(data.kinds)
+        expect(data.num_shapes)
 
 
 def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) -> Iterator[Measured]:

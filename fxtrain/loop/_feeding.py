@@ -17,7 +17,7 @@ class Feeding:
     """Reads the batches of the next steps.
 
     Args:
-        data: From ``fxtrain.data.adapt``.
+        data: From ``fxtrain.data.as_source``.
         device: Device of the run's state.
         clock: Returns the time in seconds.
         wanted: Length of the run in words, for errors.
@@ -73,7 +73,7 @@ class Feeding:
     def _compare(self, position: int, epoch: Epoch) -> None:
         expected, self.expected = self.expected, None
         # At the start of an epoch, the comparison would make a stream read the whole previous epoch.
-        is_near = self.data.can_jump or position > epoch.start
+        is_near = self.data.random_access or position > epoch.start
         if expected is not None and expected.index == epoch.data_index(position) - 1 and is_near:
             warn_unless_repeated(self.data, expected)
 

@@ -163,13 +163,16 @@ class Waits:
 
     def __init__(self, data: Any, interrupts: Interrupts) -> None:
         self._data, self._interrupts = data, interrupts
-        self.can_jump: bool = data.can_jump
-        self._read = _leaving_waits(data) if data.can_be_left else data.__getitem__
+        self.random_access: bool = data.random_access
+        self._read = _leaving_waits(data) if data.interruptible else data.__getitem__
 
     @property
     def epoch_length(self) -> int | None:
         """Batches in an epoch; None if unknown."""
         return self._data.epoch_length
+
+    def begin_epoch(self, epoch: int, length: int) -> None:
+        """Does nothing, because each evaluation reads the same epoch."""
 
     def __getitem__(self, position: int) -> Any:
         try:

@@ -15,7 +15,7 @@ class MultiStep:
 
     Args:
         step: A step, compiled or not.
-        data: From ``fxtrain.data.adapt``.
+        data: From ``fxtrain.data.as_source``.
         steps: Total number of steps of the run, or None.
         snapshot_every: Steps between two snapshots, or None.
     """
@@ -24,7 +24,7 @@ class MultiStep:
         self._at_once: int = getattr(step, "steps_per_call", 1)
         self._one = leaving_compilation(step)
         self._several = leaving_compilation(getattr(step, "many", step))
-        self._may_differ: bool = data.kinds != 1 or data.free > 0
+        self._may_differ: bool = data.num_shapes != 1 or data.dynamic_dims > 0
         self._data, self._steps, self._snapshot_every = data, steps, snapshot_every
 
     def length(self, step: int, position: int, epoch: Epoch) -> int:
@@ -33,7 +33,7 @@ class MultiStep:
         if count == 1:
             return 1
         every = self._snapshot_every
-        if not epoch.length and hasattr(self._data, "snapshot"):
+        if not epoch.length and self._data.has_snapshots:
             # The epoch may end at any batch, and the iterator state of the data would be ahead of the steps.
             return 1
         fits = (

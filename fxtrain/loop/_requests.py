@@ -33,8 +33,8 @@ class Requests:
         now: The current state.
         emitter: Emits events.
         feeding: The batches.
-        data: From ``fxtrain.data.adapt``.
-        eval_data: From ``fxtrain.data.adapt``, or None.
+        data: From ``fxtrain.data.as_source``.
+        eval_data: From ``fxtrain.data.as_source``, or None.
         publish: The observers, flushed before a save.
         saving: The checkpoints.
         snapshots: The states to rewind to.
@@ -149,10 +149,9 @@ class Requests:
 
     def _saved_slots(self) -> SavedSlots:
         now, last = self._now, self._feeding.last
-        stateful = hasattr(self._data, "snapshot")
         return SavedSlots(
             batch=None if last is None else LastBatch.of(last),
-            data=self._data.snapshot(now.epoch.data_index(now.position)) if stateful else None,
+            data=self._data.snapshot(now.epoch.data_index(now.position)),
             stop_reasons=now.why if now.due["stop"] else (),
         )
 

@@ -27,7 +27,7 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
 )
-from fxtrain.data import adapt
+from fxtrain.data import as_source
 from fxtrain.fold import as_composed, attach, compose
 from fxtrain.loop._arguments import check_unchanged_at_end, refuse_unless_state, refuse_unless_trains
 from fxtrain.loop._cursor import Cursor
@@ -76,16 +76,16 @@ class Run:
         state, saved = SavedSlots.split(state)
         restored_state = state
         seed = int(state.seed)
-        self.data: Any = adapt(data, seed=seed)
+        self.data = as_source(data, seed=seed)
         known = figures(self.step, self.data)
         plan = self.plan = dataclasses.replace(plan, callbacks=compose(plan.callbacks, *known)) if known else plan
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = self._attached(begin_epochs(state, self.data))
         wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
         self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
-        self._differs = hasattr(self.data, "begin_epoch")
+        self._differs = self.data.has_variable_epochs
         self._multi_step = MultiStep(self.step, self.data, steps=plan.steps, snapshot_every=plan.snapshot_every)
-        self.eval_data: Any = None if plan.eval_data is None else adapt(plan.eval_data, seed=seed)
+        self.eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
         refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
         declare_shapes(self.step, self.data)
         declare_shapes(plan.eval_step, self.eval_data)
@@ -93,7 +93,7 @@ class Run:
         # Copied once at entry, because the loop owns its state and a notebook cell can be run twice. A restored state
         # has no other owner.
         self._now = Cursor(state if whole else state.copy(), late=bool(late), why=saved.stop_reasons)
-        if saved.data is not None and hasattr(self.data, "restore"):
+        if saved.data is not None and self.data.has_snapshots:
             self.data.restore(self._now.epoch.data_index(self._now.position), saved.data)
         else:
             self._feeding.expected = saved.batch
@@ -204,7 +204,7 @@ class Run:
     def _begin(self) -> EventRecords:
         now, pending = self._now, self._now.due["save"]
         yield from self._emitter.emit(
-            FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.kinds
+            FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.num_shapes
         )
         # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.
         if now.due["save"] and not pending:

@@ -16,7 +16,7 @@ from fxtrain.core import NAMESPACE, ops, register_node
 from fxtrain.data._leaves import as_tensors
 
 
-class Aside:
+class Placeholder:
     """A placeholder, in the batch that a step receives, for a value that is not a tensor.
 
     Indexing returns another placeholder. Any other use raises TypeError.
@@ -42,8 +42,8 @@ class Aside:
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __mod__ = _refuse
 
-    def __getitem__(self, key: Any) -> Aside:
-        return Aside(f"{self._path}[{key!r}]")
+    def __getitem__(self, key: Any) -> Placeholder:
+        return Placeholder(f"{self._path}[{key!r}]")
 
     def __repr__(self) -> str:
         return f"<{self._path}: not a tensor>"
@@ -52,7 +52,7 @@ class Aside:
 def for_step(batch: Any) -> Any:
     """Returns the batch as a step receives it, in new containers.
 
-    Numbers and arrays become tensors. Each part that contains values but no tensor becomes an ``Aside``.
+    Numbers and arrays become tensors. Each part that contains values but no tensor becomes a ``Placeholder``.
 
     Example:
         >>> for_step({"x": torch.ones(2), "scale": 0.5, "text": ["a", "b"]})
@@ -65,7 +65,7 @@ def for_step(batch: Any) -> Any:
         return tree.map(lambda leaf: leaf, batch)
 
     def enter(accessor: Any, part: Any) -> Any:
-        return part if isinstance(part, Tensor) else Aside(accessor.codify("batch"))
+        return part if isinstance(part, Tensor) else Placeholder(accessor.codify("batch"))
 
     return ops.tree_map_with_accessor(enter, batch, is_leaf=_has_no_tensor, namespace=NAMESPACE)
 
@@ -96,4 +96,4 @@ class _PlaceholderPath:
         return self.path
 
 
-register_node(Aside, lambda aside: ((), _PlaceholderPath(aside._path)), lambda place, _: Aside(place.path))
+register_node(Placeholder, lambda node: ((), _PlaceholderPath(node._path)), lambda place, _: Placeholder(place.path))
