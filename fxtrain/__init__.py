@@ -58,7 +58,7 @@ try:
         Updated,
     )
     from fxtrain.diagnostics import Explanation, explain
-    from fxtrain.finders import find_batch_size, lr_finder
+    from fxtrain.finders import find_batch_size, find_learning_rate
     from fxtrain.fold import Composed, Trigger, after, at, attach, compose, every, needs, on, slotted, stateful, when
     from fxtrain.interop import load_optimizer_state, load_weights, optimizer_state_dict, save_weights
     from fxtrain.loop import History, Result, Series, evaluate, fit, steps
@@ -127,6 +127,7 @@ __all__ = [
     "every",
     "explain",
     "find_batch_size",
+    "find_learning_rate",
     "fit",
     "gradients",
     "init",
@@ -135,7 +136,6 @@ __all__ = [
     "load_state_dict",
     "load_weights",
     "loop",
-    "lr_finder",
     "metrics",
     "needs",
     "observers",

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import fxtrain as fx
-from fxtrain.step import Several
+from fxtrain.step import ManySteps
 
 BATCHES = 3
 
@@ -58,7 +58,7 @@ class Together:
         return Together(self.step.with_callbacks(callbacks), self.steps_per_call)
 
     def many(self, state, batches):
-        return Several(self.step, self.steps_per_call)(state, batches)
+        return ManySteps(self.step, self.steps_per_call)(state, batches)
 
 
 def fit(state=None, step=None, **options):

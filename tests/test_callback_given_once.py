@@ -226,5 +226,5 @@ class TestHandWrittenStep:
 def test_learning_rate_search_uses_callbacks_of_step():
     tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.1)
     step = fx.train_step(problem.loss_fn, tx, callbacks=fx.callbacks.epoch_mean("loss"))
-    found = fx.lr_finder(fx.init(problem.module(), tx), step, problem.data(), steps=5)
+    found = fx.find_learning_rate(fx.init(problem.module(), tx), step, problem.data(), steps=5)
     assert len(found.rates) == 5

@@ -12,7 +12,7 @@ import torch
 
 import fxtrain as fx
 from fxtrain import testing, tree
-from fxtrain.finders import find_batch_size, lr_finder
+from fxtrain.finders import find_batch_size, find_learning_rate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,20 +203,22 @@ class TestLearningRate:
         state, step = injected()
         before = Unchanged(state)
         called = fx.compile(step, backend="eager", donate=True, on_recompile="error") if compiled else step
-        found = lr_finder(state, called, problem.data(), steps=20)
+        found = find_learning_rate(state, called, problem.data(), steps=20)
         before.check()
         assert len(found.rates) <= 20
         assert not compiled or called.graphs == 1
 
     def test_learning_rate_search_is_deterministic(self):
         state, step = injected()
-        assert lr_finder(state, step, problem.data(), steps=20) == lr_finder(state, step, problem.data(), steps=20)
+        assert find_learning_rate(state, step, problem.data(), steps=20) == find_learning_rate(
+            state, step, problem.data(), steps=20
+        )
 
     def test_reported_rates_are_those_used_by_steps(self):
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx)
         step = fx.train_step(lambda model, batch: model["w"] * batch.mean(), tx)  # each step subtracts the rate
-        found = lr_finder(state, step, [torch.ones(1)], low=1e-3, high=1e1, steps=5, factor=math.inf)
+        found = find_learning_rate(state, step, [torch.ones(1)], low=1e-3, high=1e1, steps=5, factor=math.inf)
         assert found.rates == pytest.approx([1e-3, 1e-2, 1e-1, 1e0, 1e1])
         assert found.losses == pytest.approx([0, -1e-3, -1.1e-2, -1.11e-1, -1.111])
 
@@ -226,21 +228,21 @@ class TestLearningRate:
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(1.0)}, tx)
         step = fx.train_step(lambda model, batch: curvature * model["w"].square() / 2 * batch.mean(), tx)
-        found = lr_finder(state, step, [torch.ones(1)], low=1e-5, high=1e4, steps=200)
+        found = find_learning_rate(state, step, [torch.ones(1)], low=1e-5, high=1e4, steps=200)
         assert found.diverged
         assert 0.01 / curvature < found.suggestion < 2 / curvature
         assert 2 / curvature < found.rates[-1] < 1e3 / curvature
 
     def test_search_stops_if_loss_diverges(self):
         state, step = injected(fx.optim.sgd)
-        found = lr_finder(state, step, problem.data(), high=1e6, steps=100)
+        found = find_learning_rate(state, step, problem.data(), high=1e6, steps=100)
         assert found.diverged
         assert len(found.rates) == len(found.losses) < 100
         assert found.suggestion < found.rates[-1] / 10
 
     def test_search_ends_at_highest_rate_without_divergence(self):
         state, step = injected()
-        found = lr_finder(state, step, problem.data(), low=1e-6, high=1e-4, steps=10)
+        found = find_learning_rate(state, step, problem.data(), low=1e-6, high=1e-4, steps=10)
         assert not found.diverged
         assert len(found.rates) == len(found.losses) == len(found.smoothed) == 10
         assert found.rates[0] == pytest.approx(1e-6)
@@ -250,7 +252,7 @@ class TestLearningRate:
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx)
         step = fx.train_step(lambda model, batch: (model["w"] + 1).log() * batch.mean(), tx)
-        found = lr_finder(state, step, [torch.ones(1)], low=1e-2, high=1e2, steps=50)
+        found = find_learning_rate(state, step, [torch.ones(1)], low=1e-2, high=1e2, steps=50)
         assert found.diverged
         assert not math.isfinite(found.losses[-1])
         assert all(map(math.isfinite, found.smoothed))
@@ -259,7 +261,7 @@ class TestLearningRate:
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx)
         step = fx.train_step(lambda model, batch: model["w"].square() * 0 + batch.mean(), tx)
-        found = lr_finder(state, step, [torch.ones(1)], steps=10)
+        found = find_learning_rate(state, step, [torch.ones(1)], steps=10)
         assert (found.suggestion, found.diverged) == (None, False)
         assert "none, because the loss never fell" in repr(found)
 
@@ -267,7 +269,7 @@ class TestLearningRate:
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(1.0)}, tx)
         step = fx.train_step(lambda model, batch: model["w"].square() - 100 * batch.mean(), tx)
-        found = lr_finder(state, step, [torch.ones(1)], high=0.5, steps=50)
+        found = find_learning_rate(state, step, [torch.ones(1)], high=0.5, steps=50)
         assert not found.diverged
         assert 0.01 < found.suggestion <= 0.5
 
@@ -278,37 +280,38 @@ class TestLearningRate:
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         step = fx.train_step(problem.loss_fn, tx, callbacks=stop)
         state = fx.init(problem.module(), tx)
-        losses = lr_finder(state, step, problem.data()[:1], low=1e-2, high=1e-1, steps=8).losses
+        losses = find_learning_rate(state, step, problem.data()[:1], low=1e-2, high=1e-1, steps=8).losses
         assert len(set(losses)) == 8
 
     def test_metric_option_selects_the_metric(self):
         state, step = injected()
-        assert lr_finder(state, step, problem.data(), steps=5, metric="mae").losses[0] != pytest.approx(
-            lr_finder(state, step, problem.data(), steps=5).losses[0]
+        assert find_learning_rate(state, step, problem.data(), steps=5, metric="mae").losses[0] != pytest.approx(
+            find_learning_rate(state, step, problem.data(), steps=5).losses[0]
         )
         with pytest.raises(KeyError, match=r"expected a metric of the step \('loss', 'mae'\), got 'acc'"):
-            lr_finder(state, step, problem.data(), metric="acc")
+            find_learning_rate(state, step, problem.data(), metric="acc")
 
     def test_error_if_learning_rate_cannot_be_set(self):
         with pytest.raises(
-            ValueError, match=r"lr_finder cannot set the learning rate: .* got 'learning_rate'\. .*inject_hyperp"
+            ValueError,
+            match=r"find_learning_rate cannot set the learning rate: .* got 'learning_rate'\. .*inject_hyperp",
         ):
-            lr_finder(problem.start(), problem.step(), problem.data())
+            find_learning_rate(problem.start(), problem.step(), problem.data())
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=fx.schedules.cosine(1e-2, 10))
-        with pytest.raises(ValueError, match=r"lr_finder cannot set the learning rate: .* follows a schedule"):
-            lr_finder(fx.init(problem.module(), tx), fx.train_step(problem.loss_fn, tx), problem.data())
+        with pytest.raises(ValueError, match=r"find_learning_rate cannot set the learning rate: .* follows a schedule"):
+            find_learning_rate(fx.init(problem.module(), tx), fx.train_step(problem.loss_fn, tx), problem.data())
 
     def test_invalid_learning_rate_options_are_rejected(self):
         state, step = injected()
         for wrong in ({"low": 0.0}, {"low": 1.0, "high": 0.1}, {"high": math.inf}):
             with pytest.raises(ValueError, match="expected 0 < low < high"):
-                lr_finder(state, step, problem.data(), **wrong)
+                find_learning_rate(state, step, problem.data(), **wrong)
         with pytest.raises(ValueError, match="expected steps to be an int of at least 5, got 4"):
-            lr_finder(state, step, problem.data(), steps=4)
+            find_learning_rate(state, step, problem.data(), steps=4)
         with pytest.raises(ValueError, match="expected factor to be above 1, got 1"):
-            lr_finder(state, step, problem.data(), factor=1)
+            find_learning_rate(state, step, problem.data(), factor=1)
         with pytest.raises(ValueError, match="got the end of the data after 3 batches"):
-            lr_finder(state, step, iter(problem.data()), steps=10)
+            find_learning_rate(state, step, iter(problem.data()), steps=10)
 
     def test_search_reads_data_from_position_of_state(self):
         seen = []
@@ -319,12 +322,12 @@ class TestLearningRate:
 
         tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=1.0)
         state = fx.init({"w": torch.tensor(0.0)}, tx).replace(position=torch.tensor(1))
-        lr_finder(state, fx.train_step(loss_fn, tx), [torch.full((1,), float(i)) for i in range(3)], steps=5)
+        find_learning_rate(state, fx.train_step(loss_fn, tx), [torch.full((1,), float(i)) for i in range(3)], steps=5)
         assert seen == [1.0, 2.0, 0.0, 1.0, 2.0]
 
     def test_repr_and_html_summarize_learning_rates(self):
         state, step = injected()
-        found = lr_finder(state, step, problem.data(), low=1e-6, high=1e-2, steps=20)
+        found = find_learning_rate(state, step, problem.data(), low=1e-6, high=1e-2, steps=20)
         assert repr(found) == (
             f"LearningRates: suggestion {found.suggestion:.2g}; 20 learning rates from 1e-06 to 0.01, until the highest"
         )

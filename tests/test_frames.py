@@ -7,7 +7,7 @@ from fxtrain import rng
 from fxtrain.model._first_calls import Reads
 from fxtrain.precision import _Float32
 from fxtrain.rng._frames import is_safe_below_compile
-from fxtrain.step._unreached import _Cuts
+from fxtrain.step._missing_gradient import _Cuts
 
 
 @torch._dynamo.disable(recursive=False)

@@ -23,7 +23,7 @@ from fxtrain.core import StepOutput, TrainState, check_choice, check_positive_in
 from fxtrain.core._frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
-from fxtrain.step import EvalFunction, Several, Step
+from fxtrain.step import EvalFunction, ManySteps, Step
 from fxtrain.step._callbacks import identity
 
 _log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class Compiled:
         if self._several is None:
             assert isinstance(self.step, Step)
             self._several = copy.copy(self)
-            self._several.step = Several(self.step, self.steps_per_call)
+            self._several.step = ManySteps(self.step, self.steps_per_call)
             self._several._graphs, self._several._known, self._several._seconds = [], [], 0.0
             if self.background:
                 self._several._pending = Pending(self._several.step, self._routes, self._options)

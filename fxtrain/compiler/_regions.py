@@ -26,7 +26,7 @@ from fxtrain.model import forward_by
 from fxtrain.model._comparison import are_close
 from fxtrain.rng._frames import is_safe_below_compile
 from fxtrain.step import EvalFunction, Step
-from fxtrain.step._interception import Find, intercepted
+from fxtrain.step._intercept_gradients import Find, intercepted
 
 _log = logging.getLogger(__name__)
 

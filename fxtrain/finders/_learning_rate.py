@@ -21,7 +21,7 @@ from fxtrain.step import Step
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LearningRates:
-    """The loss during a learning rate range test; from ``lr_finder``.
+    """The loss during a learning rate range test; from ``find_learning_rate``.
 
     Args:
         rates: The learning rate of each step, in a geometric sequence.
@@ -46,7 +46,7 @@ class LearningRates:
         return f"<table><caption>LearningRates</caption>{rows}</table>"
 
 
-def lr_finder(
+def find_learning_rate(
     state: TrainState,
     step: Callable[..., Any],
     data: Any,
@@ -88,7 +88,7 @@ def lr_finder(
         >>> tx = fx.optim.inject_hyperparams(fx.optim.sgd)(learning_rate=0.1)
         >>> step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
         >>> state = fx.init({"w": torch.tensor(9.0)}, tx)
-        >>> found = lr_finder(state, step, [torch.tensor(1.0), torch.tensor(2.0)], low=1e-4)
+        >>> found = find_learning_rate(state, step, [torch.tensor(1.0), torch.tensor(2.0)], low=1e-4)
         >>> found.diverged, 0.001 < found.suggestion < 1
         (True, True)
     """
@@ -128,7 +128,7 @@ def _with_learning_rate(state: TrainState, rate: float) -> TrainState:
         return state.replace(opt_state=optim.set_hyperparams(state.opt_state, learning_rate=rate))
     except ValueError as error:
         raise ValueError(
-            f"lr_finder cannot set the learning rate: {error} For example, pass to init and train_step: "
+            f"find_learning_rate cannot set the learning rate: {error} For example, pass to init and train_step: "
             "tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=3e-4)."
         ) from None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.core import CHANGED_AT_END, TrainState, describe
 from fxtrain.step import EvalFunction, Step
-from fxtrain.step._contract import place_of, refuse_unless_step, takes_model
+from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
 
 
 def refuse_unless_state(state: Any, order: str) -> None:

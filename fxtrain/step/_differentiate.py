@@ -17,7 +17,7 @@ from fxtrain.core._frames import places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._forward import is_forward_wrapped
 from fxtrain.rng._tracing import has_symbolic_sizes, is_traced, is_transformed
-from fxtrain.step._contract import ContractError, backward_refused
+from fxtrain.step._check_function import ContractError, backward_refused
 
 Differentiate = Literal["auto", "func", "autograd"]
 

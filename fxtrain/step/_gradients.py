@@ -17,8 +17,8 @@ from fxtrain.fold._subscription import name_of
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
-from fxtrain.step._carried import note
-from fxtrain.step._contract import refuse_unless_loss, torch_optimizers_refused
+from fxtrain.step._check_function import refuse_unless_loss, torch_optimizers_refused
+from fxtrain.step._check_result import loss_and_metrics
 from fxtrain.step._differentiate import (
     Differentiate,
     Differentiation,
@@ -28,10 +28,10 @@ from fxtrain.step._differentiate import (
     ordinary,
     outside_inference_mode,
 )
-from fxtrain.step._forward import forward
-from fxtrain.step._interception import handled
-from fxtrain.step._returned import loss_and_metrics
-from fxtrain.step._unreached import unreached
+from fxtrain.step._forward_pass import forward
+from fxtrain.step._frozen_writes import record
+from fxtrain.step._intercept_gradients import handled
+from fxtrain.step._missing_gradient import missing_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def gradients(
         with outside_inference_mode(), torch_optimizers_refused(loss_fn) if is_first else contextlib.nullcontext():
             grads, used, (metrics, buffers, written, weights) = differentiation(objective, trainable)
             if is_first and not any(tree.leaves(used)):
-                raise unreached(loss_fn, wrt, functools.partial(_run_again, objective, trainable))
+                raise missing_gradient(loss_fn, wrt, functools.partial(_run_again, objective, trainable))
         if is_first:
             reached.add(loss_fn)
         if tree.leaves(written):
@@ -202,7 +202,7 @@ def _note_written(model: Model, params: Any, written: Any) -> None:
     new = tree.leaves(model.carry(params, written))
     old = zip(tree.leaves(params), new, tree.paths(params, "state.params"), strict=True)
     replaced = [(path, leaf) for leaf, after, path in old if after is not leaf]
-    note([path for path, _ in replaced], [leaf for _, leaf in replaced])
+    record([path for path, _ in replaced], [leaf for _, leaf in replaced])
 
 
 def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:

@@ -16,8 +16,8 @@ from fxtrain.fold import Composed, as_composed, attach, compose
 from fxtrain.fold._subscription import name_of
 from fxtrain.model import refuse_writes, versions
 from fxtrain.step._callbacks import refused, traced_others
-from fxtrain.step._carried import noted, refuse_lost
-from fxtrain.step._contract import refuse_unless_step
+from fxtrain.step._check_function import refuse_unless_step
+from fxtrain.step._frozen_writes import recording, refuse_lost
 
 
 class Step:
@@ -85,7 +85,7 @@ class Step:
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
         name, before = self._name, versions(state)
-        with noted() as written:
+        with recording() as written:
             result = self.function(state, for_step(batch))
         new, output = _checked(name, result)
         refuse_writes(name, state, before, "state")

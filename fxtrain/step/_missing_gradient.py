@@ -14,10 +14,10 @@ from fxtrain import tree
 from fxtrain.core._frames import is_of_users
 from fxtrain.model._captured import captured
 from fxtrain.rng._frames import inlined_only
-from fxtrain.step._contract import place_of
+from fxtrain.step._check_function import place_of
 
 
-def unreached(
+def missing_gradient(
     function: Callable[..., Any], wrt: str | None, run: Callable[[Callable[[Tensor], None]], Any]
 ) -> ValueError:
     """Returns the error for a loss without a gradient. It is a mistake, unlike a gradient of zero.

@@ -27,7 +27,7 @@ from fxtrain.fold._subscription import name_of
 from fxtrain.model import model_of
 from fxtrain.optim._unused import accumulates
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
-from fxtrain.step._contract import refuse_unless_loss
+from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate
 from fxtrain.step._gradients import gradients
 from fxtrain.step._microbatches import averaged, joined, microbatches

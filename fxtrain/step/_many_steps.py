@@ -9,7 +9,7 @@ from fxtrain.core import StepOutput, TrainState
 from fxtrain.step._step import Step
 
 
-class Several(Step):
+class ManySteps(Step):
     """A function ``(state, batches) -> (state, outputs)`` that applies a step to each batch in turn.
 
     Args:
@@ -23,7 +23,8 @@ class Several(Step):
         >>> import torch, fxtrain as fx
         >>> tx = fx.optim.sgd(0.5)
         >>> step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
-        >>> state, outputs = Several(step, 2)(fx.init({"w": torch.tensor(0.0)}, tx), torch.tensor([1.0, 3.0]).unbind())
+        >>> state, batches = fx.init({"w": torch.tensor(0.0)}, tx), torch.tensor([1.0, 3.0]).unbind()
+        >>> state, outputs = ManySteps(step, 2)(state, batches)
         >>> [float(output.metrics["loss"]) for output in outputs], int(state.step)
         ([1.0, 4.0], 2)
     """

@@ -11,11 +11,11 @@ from fxtrain.core import StepOutput, TrainState, describe
 from fxtrain.data import for_step
 from fxtrain.fold._subscription import name_of
 from fxtrain.precision import Policy, policy_of
-from fxtrain.step._contract import place_of, refuse_unless_loss
-from fxtrain.step._forward import forward
-from fxtrain.step._returned import measured
+from fxtrain.step._check_function import place_of, refuse_unless_loss
+from fxtrain.step._check_result import measured
+from fxtrain.step._forward_pass import forward
 from fxtrain.step._step import on_device
-from fxtrain.step._weights import Weighted
+from fxtrain.step._weighted import Weighted
 
 
 class EvalFunction:

@@ -20,25 +20,24 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def note(paths: list[str], leaves: list[Tensor]) -> None:
+def record(paths: list[str], leaves: list[Tensor]) -> None:
     """Records leaves of a state that a forward pass replaces, with their paths."""
     if _here.old is not None:
         _here.old += zip(paths, leaves, strict=True)
 
 
+def recording() -> contextlib.AbstractContextManager[list[tuple[str, Tensor]]]:
+    """Collects the leaves recorded inside the context, in this thread only. Collects nothing inside Dynamo."""
+    return contextlib.nullcontext([]) if torch.compiler.is_dynamo_compiling() else _recording()
+
+
 @contextlib.contextmanager
-def noting() -> Generator[list[tuple[str, Tensor]]]:
-    """Collects the leaves recorded inside the context, in this thread only."""
+def _recording() -> Generator[list[tuple[str, Tensor]]]:
     before, _here.old = _here.old, []
     try:
         yield _here.old
     finally:
         _here.old = before
-
-
-def noted() -> contextlib.AbstractContextManager[list[tuple[str, Tensor]]]:
-    """Returns ``noting()``, or inside Dynamo, which cannot trace it, a context that collects nothing."""
-    return contextlib.nullcontext([]) if torch.compiler.is_dynamo_compiling() else noting()
 
 
 def refuse_lost(who: str, old: list[tuple[str, Tensor]], params: Any) -> None:

@@ -108,7 +108,10 @@ def test_callable_of_model_and_batch_is_a_loss_function(accepted):
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (annotated, r"annotated\(model\) \(.*test_contract.py:\d+\)\. Define it with the parameters \(model, batch\)"),
+        (
+            annotated,
+            r"annotated\(model\) \(.*test_check_function.py:\d+\)\. Define it with the parameters \(model, batch\)",
+        ),
         (
             with_third,
             r"with_third\(model, batch, scale\) \(.*\)\. Bind the others: functools.partial\(with_third, scale=",
@@ -170,7 +173,7 @@ BY_TORCH = r"Remove zero_grad\(\), backward\(\) and step\(\): the step computes 
     [
         (
             with_zero_grad,
-            rf"with_zero_grad \(.*test_contract.py:\d+\) .* reads the optimizer OPTIMIZER \(SGD\). {BY_TORCH}",
+            rf"with_zero_grad \(.*test_check_function.py:\d+\) .* reads the optimizer OPTIMIZER \(SGD\). {BY_TORCH}",
         ),
         (Trainer().with_step, rf"with_step .* reads the optimizer self.optimizer \(SGD\). {BY_TORCH}"),
         (
@@ -193,7 +196,7 @@ def test_training_loop_calls_in_loss_function_are_rejected(habit, message, diffe
 def test_loss_with_finished_backward_pass_is_rejected():
     step = fx.train_step(with_backward, TX)
     with pytest.raises(
-        TypeError, match=r"whose backward pass already ran at .*test_contract.py:\d+\. Remove loss.backw"
+        TypeError, match=r"whose backward pass already ran at .*test_check_function.py:\d+\. Remove loss.backw"
     ):
         step(fx.init(NET, TX), BATCH)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fxtrain.core import describe, wide_dtype
 from fxtrain.metrics import Metric
-from fxtrain.step._contract import ContractError, place_of
-from fxtrain.step._weights import Weighted
+from fxtrain.step._check_function import ContractError, place_of
+from fxtrain.step._weighted import Weighted
 
 _REMEDY_FOR_TUPLES = (
     "Return the loss, or the loss and a dict of metrics: return loss, {'accuracy': accuracy}. Leave out other outputs."
