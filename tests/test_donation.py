@@ -14,7 +14,6 @@ import torch
 import fxtrain as fx
 from fxtrain import testing, tree
 from fxtrain.compiler._compiled import RecompileError
-from fxtrain.compiler._flatten import OtherStructureError, walk_like
 from fxtrain.compiler._ownership import is_sole, shared
 from fxtrain.core import DonatedError
 
@@ -323,8 +322,8 @@ class TestFit:
 class TestOwnership:
     def test_extra_reference_is_detected(self):
         state = going()
-        walk = walk_like(state)
-        leaves, containers = walk(state)
+        flatten = tree.generate_flatten(state)
+        leaves, containers = flatten(state)
         assert is_sole(leaves, containers, range(len(leaves)))
         held = state.params
         assert not is_sole(leaves, containers, range(len(leaves)))
@@ -335,10 +334,10 @@ class TestOwnership:
         gc.collect()
         assert is_sole(leaves, containers, range(len(leaves)))
 
-    def test_walk_preserves_order_and_detects_other_structures(self):
+    def test_generated_flatten_preserves_order_and_detects_other_structures(self):
         state = start()
-        walk = walk_like(state)
-        assert all(a is b for a, b in zip(walk(state)[0], tree.leaves(state), strict=True))
+        flatten = tree.generate_flatten(state)
+        assert all(a is b for a, b in zip(flatten(state)[0], tree.leaves(state), strict=True))
         for other in (
             state.replace(params={**state.params, "more": torch.ones(1)}),
             state.replace(params={name + "_": value for name, value in state.params.items()}),
@@ -350,8 +349,8 @@ class TestOwnership:
             torch.ones(1),
             None,
         ):
-            with pytest.raises(OtherStructureError):
-                walk(other)
+            with pytest.raises(tree.OtherStructureError):
+                flatten(other)
 
 
 class TestRecompiling:

@@ -15,8 +15,8 @@ ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
     {"core"},
-    {"equivalents"},
-    {"tree", "values", "schedules", "disk"},
+    {"equivalents", "tree"},
+    {"values", "schedules", "disk"},
     {"fold", "metrics", "rng", "optim"},
     {"precision", "data"},
     {"model"},

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(fxtrain.__file__).parent
 DOORS = sorted(
     path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("cli", "equivalents")
 )
-MODULES = ["metrics", "precision", "schedules", "testing", "tree"]
+MODULES = ["metrics", "precision", "schedules", "testing"]
 
 
 def public(module):

@@ -10,8 +10,8 @@ from torch import Tensor
 from fxtrain.callbacks._update_stats import trainable
 from fxtrain.core import Control, Gradients, StepEnd, TrainState, check_positive_int
 from fxtrain.fold import Handler, on, slotted
-from fxtrain.optim._nodes import as_code, leaf_paths
 from fxtrain.precision import finite_leaves
+from fxtrain.tree import as_code, leaf_paths
 
 
 class NanGuardState(NamedTuple):

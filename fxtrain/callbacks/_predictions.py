@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, Control, EvalStep, TrainState, check_int, check_positive_int, describe, ops
+from fxtrain.core import Control, EvalStep, TrainState, check_int, check_positive_int, describe
 from fxtrain.fold import Handler, on
 from fxtrain.values import Table
 
@@ -90,7 +90,7 @@ def _rows(batch: Any, limit: int) -> Any:
         is_cut = is_column(part) or (isinstance(part, Tensor | np.ndarray) and part.ndim > 0)
         return part[:limit] if is_cut else part
 
-    return ops.tree_map(cut, batch, is_leaf=is_column, namespace=NAMESPACE)
+    return tree.map(cut, batch, is_leaf=is_column)
 
 
 def class_scores(name: str, outputs: Any, logits: Logits | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState, Updated
-from fxtrain.optim._nodes import as_name, leaf_paths
+from fxtrain.tree import as_name, leaf_paths
 
 KINDS = ("grads", "weights", "updates")
 """Trees that can be measured, each like the trainable parameters."""

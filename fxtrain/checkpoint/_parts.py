@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fxtrain import tree
 from fxtrain.checkpoint._table import Leaf, element_paths, entry_of, name_of, root_of
 from fxtrain.core import TrainState, matching
-from fxtrain.optim._nodes import as_code, as_name
+from fxtrain.tree import as_code, as_name
 
 Keys = tuple[Any, ...]
 

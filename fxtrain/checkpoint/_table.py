@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.core import NAMESPACE, TrainState, ops
+from fxtrain.core import TrainState
 from fxtrain.optim import PerParameter
 
 
@@ -91,7 +91,7 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
 def element_paths(structure: Any) -> dict[int, Sequence[Sequence[Any]]]:
     """Returns the parameter paths of each leaf that has one element per parameter, by the index of the leaf."""
     numbered = tree.unflatten(structure, range(structure.num_leaves))
-    nodes = ops.tree_leaves(numbered, is_leaf=lambda node: isinstance(node, PerParameter), namespace=NAMESPACE)
+    nodes = tree.leaves(numbered, is_leaf=lambda node: isinstance(node, PerParameter))
     found: dict[Any, Sequence[Sequence[Any]]] = {
         node.values: node.paths for node in nodes if isinstance(node, PerParameter)
     }

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.compiler._flatten import OtherStructureError, Walk, walk_like
 from fxtrain.compiler._ownership import is_foreign, is_sole, shared
 from fxtrain.compiler._trace import Artefact
 from fxtrain.core import TrainState, invalidate
 from fxtrain.core._state import build
 from fxtrain.step import EvalFunction, Step
+from fxtrain.tree import Flatten, OtherStructureError, generate_flatten
 
 Kind = tuple[Any, ...]
 
@@ -54,18 +54,18 @@ class Graph:
         self._kinds, self._batch_kinds = kinds(leaves), self._kinds_of_batch(inputs)
         without = frozenset[str]() if isinstance(step, Step) else frozenset({"opt_state", "slots"})
         slots = step.enters if isinstance(step, Step) else None
-        self._walk = walk_like(state, without=without, slots=slots) or _general(self._structure, step.enter)
-        walk_batch = walk_like(batch, exact=not dynamic)
-        self._walk_batch = walk_batch or _general(batch_structure, lambda batch: batch)
-        self._is_checked = walk_batch is not None and not dynamic
+        self._flatten = generate_flatten(state, without=without, slots=slots) or _general(self._structure, step.enter)
+        flatten_batch = generate_flatten(batch, exact=not dynamic)
+        self._flatten_batch = flatten_batch or _general(batch_structure, lambda batch: batch)
+        self._is_checked = flatten_batch is not None and not dynamic
         self._seen: list[weakref.ref[Tensor]] = []  # the state leaves that it updates in place
         self.run_by(artefact)
 
     def find(self, state: TrainState, batch: Any) -> Found | None:
         """Returns the inputs of the artefact, or None if it does not accept this state or batch."""
         try:
-            leaves, containers = self._walk(state)
-            inputs, _ = self._walk_batch(batch)
+            leaves, containers = self._flatten(state)
+            inputs, _ = self._flatten_batch(batch)
         except OtherStructureError:
             return None
         if not self._is_checked and self._kinds_of_batch(inputs) != self._batch_kinds:
@@ -83,7 +83,7 @@ class Graph:
         if self._conditions is None:
             return None
         try:
-            inputs, _ = self._walk_batch(batch)
+            inputs, _ = self._flatten_batch(batch)
         except OtherStructureError:
             return None
         if self._kinds_of_batch(inputs) != self._batch_kinds:
@@ -149,14 +149,14 @@ def loose_kinds(leaves: Sequence[Tensor]) -> list[Kind]:
     return [(leaf.ndim, leaf.dtype, leaf.device) for leaf in leaves]
 
 
-def _general(structure: Any, enter: Callable[[Any], Any]) -> Walk:
-    """Returns a slower walk, for trees with nodes that ``walk_like`` does not support."""
+def _general(structure: Any, enter: Callable[[Any], Any]) -> Flatten:
+    """Returns a slower function, for trees with nodes that ``generate_flatten`` does not support."""
 
-    def walk(node: Any) -> tuple[list[Any], list[Any]]:
+    def flatten(node: Any) -> tuple[list[Any], list[Any]]:
         leaves, found = tree.flatten(enter(node))
         if found != structure or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise OtherStructureError
         # The containers are unknown. The list of leaves, which is referenced twice, makes all leaves count as shared.
         return leaves, [leaves]
 
-    return walk
+    return flatten

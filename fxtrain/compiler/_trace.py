@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler._aot import compile_ahead
-from fxtrain.compiler._codegen import assembler
 from fxtrain.compiler._concatenation import with_dense_concatenations
 from fxtrain.compiler._ctc import OpaqueCTC
 from fxtrain.compiler._cudagraphs import Replay
@@ -146,7 +145,7 @@ def trace_step(
     if mode != AHEAD:
         # A reference to the state would keep later steps from donating it.
         examples = ()
-    assemble, is_step = assembler(output_structure), isinstance(step, Step)
+    unflatten, is_step = tree.generate_unflatten(output_structure), isinstance(step, Step)
     has_autocast = torch._C._is_any_autocast_enabled()
 
     def compile_traced_graph() -> Artefact:
@@ -162,7 +161,7 @@ def trace_step(
         if in_place or not is_step:
 
             def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-                return (), assemble(call(pick((*leaves, *inputs))))
+                return (), unflatten(call(pick((*leaves, *inputs))))
         else:
             returned = len(changed)
 
@@ -171,7 +170,7 @@ def trace_step(
                 new = list(leaves)
                 for index, value in zip(changed, values, strict=False):
                     new[index] = value
-                return new, assemble(values[returned:])
+                return new, unflatten(values[returned:])
 
         written = changed if in_place else None
         if symbolic is None:

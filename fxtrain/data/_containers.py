@@ -49,7 +49,7 @@ def holds_graph(batch: Any) -> bool:
         found = found or is_graph(node)
         return found
 
-    ops.tree_leaves(batch, is_leaf=look, namespace=NAMESPACE)
+    tree.leaves(batch, is_leaf=look)
     return found
 
 

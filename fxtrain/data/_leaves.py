@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, describe, ops
+from fxtrain.core import describe
 from fxtrain.data._containers import open_containers
 
 _NUMBERS = (bool, int, float, complex)
@@ -32,11 +32,7 @@ def as_tensors(batch: Any) -> Any:
     open_containers(batch)
     if all(isinstance(leaf, Tensor) and not leaf.is_nested for leaf in tree.leaves(batch)):
         return batch
-
-    def convert(accessor: Any, leaf: Any) -> Any:
-        return _as_tensor(accessor.codify("batch"), leaf)
-
-    return ops.tree_map_with_accessor(convert, batch, is_leaf=_is_list_of_numbers, namespace=NAMESPACE)
+    return tree.map_with_path(_as_tensor, batch, root="batch", is_leaf=_is_list_of_numbers)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
@@ -62,7 +58,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
             )
         return function(part) if isinstance(part, Tensor) else part
 
-    return ops.tree_map(apply, batch, is_leaf=lambda part: isinstance(part, PackedSequence), namespace=NAMESPACE)
+    return tree.map(apply, batch, is_leaf=lambda part: isinstance(part, PackedSequence))
 
 
 def _as_tensor(path: str, leaf: Any) -> Any:

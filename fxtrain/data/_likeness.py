@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, describe, ops
+from fxtrain.core import describe
 from fxtrain.data._containers import is_graph
 from fxtrain.data._placeholders import for_step
 
@@ -80,16 +80,11 @@ def _is_alike(part: Any, like: Any, dynamic_dims: int, path: str) -> bool:
 
 def _opened(part: Any) -> tuple[list[Any], Any]:
     """Returns the leaves and the structure of a part, with nested graphs and lists as leaves."""
-    return ops.tree_flatten(
-        part, is_leaf=lambda node: node is not part and _is_graph_or_list(node), namespace=NAMESPACE
-    )
+    return tree.flatten(part, is_leaf=lambda node: node is not part and _is_graph_or_list(node))
 
 
 def _path(part: Any, index: int) -> str:
-    accessors = ops.tree_accessors(
-        part, is_leaf=lambda node: node is not part and _is_graph_or_list(node), namespace=NAMESPACE
-    )
-    return accessors[index].codify("")
+    return tree.paths(part, is_leaf=lambda node: node is not part and _is_graph_or_list(node))[index]
 
 
 def _is_graph_or_list(node: Any) -> bool:

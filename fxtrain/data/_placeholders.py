@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, ops, register_node
+from fxtrain.core import register_node
 from fxtrain.data._leaves import as_tensors
 
 
@@ -61,13 +61,13 @@ def for_step(batch: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():
         return batch
     batch = as_tensors(batch)
-    if all(isinstance(leaf, Tensor) for leaf in ops.tree_leaves(batch, none_is_leaf=True, namespace=NAMESPACE)):
+    if all(isinstance(leaf, Tensor) for leaf in tree.leaves(batch, none_is_leaf=True)):
         return tree.map(lambda leaf: leaf, batch)
 
-    def enter(accessor: Any, part: Any) -> Any:
-        return part if isinstance(part, Tensor) else Placeholder(accessor.codify("batch"))
+    def enter(path: str, part: Any) -> Any:
+        return part if isinstance(part, Tensor) else Placeholder(path)
 
-    return ops.tree_map_with_accessor(enter, batch, is_leaf=_has_no_tensor, namespace=NAMESPACE)
+    return tree.map_with_path(enter, batch, root="batch", is_leaf=_has_no_tensor)
 
 
 def _has_no_tensor(part: Any) -> bool:
@@ -76,7 +76,7 @@ def _has_no_tensor(part: Any) -> bool:
         return False
     # None counts as a value in a list, because a text column may be None in every row of a batch.
     is_column = type(part) in (list, tuple)
-    leaves = ops.tree_leaves(part, none_is_leaf=is_column, namespace=NAMESPACE)
+    leaves = tree.leaves(part, none_is_leaf=is_column)
     return bool(leaves) and not any(isinstance(leaf, Tensor) for leaf in leaves)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from fxtrain.core import NAMESPACE, ops
+from fxtrain import tree
 from fxtrain.data._containers import is_graph, open_containers
 from fxtrain.data._leaves import KINDS_OF_NUMBERS, as_tensors
 
@@ -49,7 +49,7 @@ def collate(samples: list[Any]) -> Any:
         return _stacked([as_tensors(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
 
     try:
-        return ops.tree_map(join, *samples, none_is_leaf=True, namespace=NAMESPACE)
+        return tree.map(join, *samples, none_is_leaf=True)
     except _ShapesError:
         raise
     except ValueError as error:

@@ -34,10 +34,10 @@ from fxtrain.model._outside import traced_apart
 from fxtrain.model._purity import versions
 from fxtrain.model._template import Template, evaluating, without_memory
 from fxtrain.model._writes import WriteNoticed, Writes, copies
-from fxtrain.optim._nodes import as_name, leaf_paths
 from fxtrain.rng import _host as host
 from fxtrain.rng._replay import replayed
 from fxtrain.rng._tracing import is_traced
+from fxtrain.tree import as_name, leaf_paths
 
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
 

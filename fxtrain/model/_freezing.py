@@ -12,7 +12,7 @@ from fxtrain.core import TrainState, matching
 from fxtrain.model._architecture import model_of
 from fxtrain.model._init import init_optimizer
 from fxtrain.optim import PerParameter
-from fxtrain.optim._nodes import as_code, as_name, children, leaf_paths, rebuilt
+from fxtrain.tree import as_code, as_name, children, leaf_paths, rebuilt
 
 
 def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.optim import MaskedNode
+from fxtrain.tree import MaskedNode
 
 
 class Called(NamedTuple):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core._pytrees import NAMESPACE, ops
 from fxtrain.model._renaming import shown
 
 # torch's state dict key for what a module's get_extra_state returns.
@@ -37,7 +36,7 @@ class Named:
     def __init__(self, modules: Any, part: str = "") -> None:
         self._part = part
         modules = at(modules, part)
-        paths = [tuple(accessor.path) for accessor in ops.tree_accessors(modules, namespace=NAMESPACE)]
+        paths = [tuple(accessor.path) for accessor in tree.accessors(modules)]
         self._parts = dict(zip(paths, tree.leaves(modules), strict=True))
         self._versions: dict[tuple[Any, ...], Any] = {}
         self.tensors: dict[str, Any] = {}

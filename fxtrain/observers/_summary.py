@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, TRACED, Control, FitBegin, TrainState, check_positive_int, ops
+from fxtrain.core import TRACED, Control, FitBegin, TrainState, check_positive_int
 from fxtrain.core._text import printable
 from fxtrain.disk import make_folder, replace_file
 from fxtrain.observers._figures import size
@@ -161,7 +161,7 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(state: TrainState) -> list[_Leaf]:
-    paths = [".".join(map(str, path)) for path in ops.tree_paths(state.params, namespace=NAMESPACE)]
+    paths = [".".join(map(str, accessor.path)) for accessor in tree.accessors(state.params)]
     tensors: list[Tensor] = tree.leaves(state.params)
     masks = [None] * len(tensors) if state.model is None else tree.leaves(state.model.trainable)
     return [_Leaf(*each) for each in zip(paths, tensors, masks, strict=True)]
@@ -175,8 +175,8 @@ def _modules(state: TrainState) -> tuple[dict[str, str], dict[str, str]]:
 
     def visit(model: Any) -> None:
         first: dict[Tensor, str] = {}  # tensors are hashed by identity
-        parts = zip(ops.tree_paths(model, namespace=NAMESPACE), tree.leaves(model), strict=True)
-        for path, part in parts:
+        paths = [accessor.path for accessor in tree.accessors(model)]
+        for path, part in zip(paths, tree.leaves(model), strict=True):
             if isinstance(part, nn.Module):
                 for name, module in part.named_modules():
                     types[_joined(path, name)] = type(module).__name__
@@ -250,7 +250,7 @@ def _data(event: FitBegin) -> Rows:
 
 def _training(state: TrainState) -> Rows:
     kinds: dict[str, int] = {}
-    accessors = ops.tree_accessors(state.opt_state, namespace=NAMESPACE)
+    accessors = tree.accessors(state.opt_state)
     for accessor, leaf in zip(accessors, tree.leaves(state.opt_state), strict=True):
         # The innermost node of a named type tells which transformation owns the leaf.
         named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]

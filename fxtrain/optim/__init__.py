@@ -36,7 +36,6 @@ from fxtrain.optim._muon import ScaleByMuonState as ScaleByMuonState
 from fxtrain.optim._muon import muon, orthogonalize, scale_by_muon, scale_by_shape
 from fxtrain.optim._nadam import ScaleByNadamState as ScaleByNadamState
 from fxtrain.optim._nadam import nadam, scale_by_nadam
-from fxtrain.optim._nodes import MaskedNode as MaskedNode
 from fxtrain.optim._per_parameter import PerParameter, per_parameter
 from fxtrain.optim._per_parameter import start_counts as start_counts
 from fxtrain.optim._radam import radam, scale_by_radam
@@ -60,6 +59,7 @@ from fxtrain.optim._torch_bridge import from_torch
 from fxtrain.optim._transform import EmptyState as EmptyState
 from fxtrain.optim._transform import GradientTransformation, apply_updates, chain, identity, set_to_zero, stateless
 from fxtrain.optim._unused import update_used as update_used
+from fxtrain.tree import MaskedNode as MaskedNode
 
 __all__ = [
     "GradientTransformation",

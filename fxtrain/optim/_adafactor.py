@@ -27,10 +27,10 @@ from fxtrain.optim._leaves import (
 )
 from fxtrain.optim._masking import Mask
 from fxtrain.optim._momentum import ema
-from fxtrain.optim._nodes import MaskedNode, leaf_paths
 from fxtrain.optim._per_parameter import PerParameter, start_counts
 from fxtrain.optim._scaling import ScalarOrSchedule, scale, scale_by_learning_rate, scale_by_param_block_rms
 from fxtrain.optim._transform import GradientTransformation, chain
+from fxtrain.tree import MaskedNode, leaf_paths
 
 
 class FactoredState(NamedTuple):

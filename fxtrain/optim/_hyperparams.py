@@ -15,9 +15,9 @@ from torch import Tensor
 from fxtrain.core import Tree, did_you_mean
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leaves import Scalar, device_of, start_count, widest
-from fxtrain.optim._nodes import Path, as_code, children, rebuilt
 from fxtrain.optim._transform import GradientTransformation
 from fxtrain.schedules import Schedule
+from fxtrain.tree import Path, as_code, children, rebuilt
 
 
 class Scheduled(NamedTuple):

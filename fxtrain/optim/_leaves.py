@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, describe
-from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
+from fxtrain.tree import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 
 Scalar = float | Tensor
 """A float, or a tensor of shape []."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, describe
-from fxtrain.optim._nodes import MaskedNode, as_code, as_name, leaf_paths
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
+from fxtrain.tree import MaskedNode, as_code, as_name, leaf_paths
 
 Mask = Tree | Callable[[str, Tensor], bool]
 """A pytree of bools, or a function ``(path, leaf) -> bool``.

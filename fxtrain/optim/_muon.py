@@ -28,10 +28,10 @@ from fxtrain.optim._leaves import (
     zeros,
 )
 from fxtrain.optim._masking import Labels, Mask, partition
-from fxtrain.optim._nodes import as_code, leaf_paths
 from fxtrain.optim._per_parameter import PerParameter, start_counts
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain, stateless
+from fxtrain.tree import as_code, leaf_paths
 
 Coefficients = tuple[float, float, float] | Sequence[tuple[float, float, float]]
 """Coefficients (a, b, c) of the quintic polynomial: one triple for all steps, or one triple per step."""

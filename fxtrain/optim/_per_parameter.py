@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, did_you_mean, register_node
-from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
+from fxtrain.tree import Path, as_name, children, leaf_paths, rebuilt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,12 +23,12 @@ from fxtrain.optim._lookahead import LookaheadState
 from fxtrain.optim._momentum import DampenedTraceState, ScaleByLionState, TraceState
 from fxtrain.optim._muon import ScaleByMuonState
 from fxtrain.optim._nadam import ScaleByNadamState
-from fxtrain.optim._nodes import Path, as_name, children, leaf_paths, rebuilt
 from fxtrain.optim._per_parameter import PerParameter
 from fxtrain.optim._rmsprop import ScaleByRmsState, ScaleByStddevState
 from fxtrain.optim._rprop import ScaleByRpropState
 from fxtrain.optim._scaling import ScaleByScheduleState
 from fxtrain.optim._torch_bridge import AsgdState, StepSizeState
+from fxtrain.tree import Path, as_name, children, leaf_paths, rebuilt
 
 Entry = Mapping[str, Any]
 """The state of a torch optimizer for one parameter, such as ``{"step": ..., "exp_avg": ...}``."""

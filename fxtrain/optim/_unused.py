@@ -10,9 +10,9 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import Tree, describe
 from fxtrain.optim._accumulation import EveryKState
-from fxtrain.optim._nodes import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 from fxtrain.optim._per_parameter import PerParameter
 from fxtrain.optim._transform import GradientTransformation
+from fxtrain.tree import MaskedNode, Path, as_code, children, leaf_paths, rebuilt
 
 
 def update_used(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, matching
 from fxtrain.model import Called, Model, model_of
-from fxtrain.optim._nodes import as_name, leaf_paths
 from fxtrain.precision import HALF, Policy
+from fxtrain.tree import as_name, leaf_paths
 
 
 def forward(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import NAMESPACE, describe, ops
+from fxtrain.core import describe
 from fxtrain.data._containers import holds_graph
 from fxtrain.metrics import Metric
 from fxtrain.step._gradients import Gradient
@@ -53,16 +53,10 @@ def microbatches(batch: Any, count: int) -> list[Any]:
         is_cut = _has_examples(leaf) or _is_column(leaf, examples)
         return leaf[index * size : (index + 1) * size] if is_cut else leaf
 
-    if torch.compiler.is_dynamo_compiling():
-        return [tree.map(lambda leaf, index=index: part(leaf, index), batch) for index in range(count)]
-
     def is_leaf(part: Any) -> bool:
         return _is_column(part, examples)
 
-    return [
-        ops.tree_map(lambda leaf, index=index: part(leaf, index), batch, is_leaf=is_leaf, namespace=NAMESPACE)
-        for index in range(count)
-    ]
+    return [tree.map(lambda leaf, index=index: part(leaf, index), batch, is_leaf=is_leaf) for index in range(count)]
 
 
 def mean_gradient(parts: Iterable[Gradient]) -> Gradient:
@@ -153,7 +147,7 @@ def _is_column(part: Any, examples: int) -> bool:
     return (
         type(part) in (list, tuple)
         and len(part) == examples
-        and not any(isinstance(leaf, Tensor) for leaf in ops.tree_leaves(part, namespace=NAMESPACE))
+        and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
     )
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import matching
-from fxtrain.optim._nodes import as_name, leaf_paths
 from fxtrain.step._check_result import loss_and_metrics
 from fxtrain.step._weighted import weighted
+from fxtrain.tree import as_name, leaf_paths
 
 Statistic = Callable[[Tensor], Any]
 """Maps the output of a module to a 0-d tensor, or a dict of them by name."""

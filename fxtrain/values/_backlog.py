@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fxtrain.core import NAMESPACE, ops
+from fxtrain import tree
 from fxtrain.values._table import Table
 from fxtrain.values._text import HParams, Text
 
@@ -144,7 +144,7 @@ def on_host_copy(value: Any) -> Any:
         case bool() | int() | float():
             return value
         case _:
-            return ops.tree_map(_leaf_on_host, value, namespace=NAMESPACE)
+            return tree.map(_leaf_on_host, value)
 
 
 def _leaf_on_host(leaf: Any) -> Any:
@@ -158,5 +158,4 @@ def _size(value: Any) -> int:
         return sum(map(_size, value.columns.values()))
     if isinstance(value, list):
         return _SCALAR_BYTES * len(value)
-    leaves = ops.tree_leaves(value, namespace=NAMESPACE)
-    return _SCALAR_BYTES + sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor | np.ndarray))
+    return _SCALAR_BYTES + sum(leaf.nbytes for leaf in tree.leaves(value) if isinstance(leaf, Tensor | np.ndarray))

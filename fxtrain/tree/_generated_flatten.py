@@ -7,25 +7,28 @@ structure on the way, which takes a fraction of the time.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
+from optree import is_namedtuple_class
 from torch import Tensor
 
-from fxtrain.compiler._constants import Constants
-from fxtrain.core import NODES, TrainState, ops
+from fxtrain.core import NODES, TrainState, Tree
 from fxtrain.core._state import FIELDS
+from fxtrain.tree._generated_code import CodeWriter
+from fxtrain.tree._map import accessors
 
-Walk = Callable[[Any], tuple[list[Any], list[Any]]]
+Flatten = Callable[[Tree], tuple[list[Tensor], list[object]]]
+"""From a tree to its leaves, in order, and its containers. Raises ``OtherStructureError`` for other structures."""
 
 
 class OtherStructureError(Exception):
-    """The tree does not have the structure that the walk was generated for."""
+    """The tree does not have the structure that the function was generated for."""
 
 
-def walk_like(
-    tree: Any, *, without: frozenset[str] = frozenset(), slots: frozenset[str] | None = None, exact: bool = False
-) -> Walk | None:
+def generate_flatten(
+    tree: Tree, *, without: frozenset[str] = frozenset(), slots: frozenset[str] | None = None, exact: bool = False
+) -> Flatten | None:
     """Generates a function from a tree with the structure of ``tree`` to its leaves, in order, and its containers.
 
     Args:
@@ -43,18 +46,18 @@ def walk_like(
         return None
     body = "\n".join(f"        {line}" for line in writer.lines)
     source = (
-        f"def walk(root):\n    try:\n{body or '        pass'}\n"
+        f"def flatten(root):\n    try:\n{body or '        pass'}\n"
         "    except (KeyError, AttributeError, IndexError, TypeError):\n        raise OtherStructureError from None\n"
         f"    return [{', '.join(writer.leaves)}], [{', '.join(writer.containers)}]\n"
     )
-    names: dict[str, Any] = {"OtherStructureError": OtherStructureError, "Tensor": Tensor, **writer.constants}
-    exec(compile(source, "<walk>", "exec"), names)
-    walk = names["walk"]
-    assert isinstance(walk, types.FunctionType)
-    return walk
+    names: dict[str, object] = {"OtherStructureError": OtherStructureError, "Tensor": Tensor, **writer.constants}
+    exec(compile(source, "<generated flatten>", "exec"), names)
+    flatten = names["flatten"]
+    assert isinstance(flatten, types.FunctionType)
+    return flatten
 
 
-class _Writer(Constants):
+class _Writer(CodeWriter):
     """Writes the lines that flatten one tree."""
 
     def __init__(self, without: frozenset[str], slots: frozenset[str] | None, exact: bool) -> None:
@@ -65,9 +68,9 @@ class _Writer(Constants):
         self.containers: list[str] = []
         self._count = 0
 
-    def node(self, node: Any, name: str) -> bool:
+    def node(self, node: Tree, name: str) -> bool:
         """Adds lines for the node in the variable ``name``. Returns False if its type is not supported."""
-        kind = type(node)
+        kind = cast(Any, type(node))
         if node is None:
             self._unless(f"{name} is None")
             return True
@@ -88,7 +91,7 @@ class _Writer(Constants):
             self._unless(f"type({name}) is dict and len({name}) == {len(node)}")
             self.containers.append(name)
             return all(self._child(node[key], f"{name}[{self.key(key)}]") for key in _ordered(node))
-        if (isinstance(node, tuple) and (kind is tuple or hasattr(kind, "_fields"))) or kind is list:
+        if kind in (list, tuple) or is_namedtuple_class(kind):
             self._unless(f"type({name}) is {self.constant(kind)} and len({name}) == {len(node)}")
             if node:
                 # The empty tuple is a singleton, so its reference count tells nothing about this tree.
@@ -106,24 +109,25 @@ class _Writer(Constants):
         self.leaves.append(name)
         return True
 
-    def _registered(self, node: Any, name: str) -> bool:
-        flatten = NODES[type(node)][0]
+    def _registered(self, node: Tree, name: str) -> bool:
+        kind = cast(Any, type(node))
+        flatten = NODES[kind][0]
         children, context = flatten(node)
-        self._unless(f"type({name}) is {self.constant(type(node))}")
+        self._unless(f"type({name}) is {self.constant(kind)}")
         self.containers.append(name)
         parts = self._variable()
         self.lines.append(f"{parts} = {self.constant(flatten)}({name})")
         self._unless(f"{parts}[1] == {self.constant(context)} and len({parts}[0]) == {len(children)}")
         return all(self._child(child, f"{parts}[0][{index}]") for index, child in enumerate(children))
 
-    def _some_slots(self, slots: dict[str, Any], reached: str, chosen: frozenset[str]) -> bool:
+    def _some_slots(self, slots: dict[str, Tree], reached: str, chosen: frozenset[str]) -> bool:
         name = self._variable()
         self.lines.append(f"{name} = {reached}")
         self._unless(f"type({name}) is dict")
         self.containers.append(name)
         return all(self._child(slots[key], f"{name}[{key!r}]") for key in _ordered(slots) if key in chosen)
 
-    def _child(self, child: Any, reached: str) -> bool:
+    def _child(self, child: Tree, reached: str) -> bool:
         name = self._variable()
         self.lines.append(f"{name} = {reached}")
         return self.node(child, name)
@@ -136,6 +140,6 @@ class _Writer(Constants):
         return f"n{self._count}"
 
 
-def _ordered(node: dict[Any, Any]) -> list[Any]:
+def _ordered(node: Mapping[str, Tree]) -> list[str]:
     """Returns the keys in the order of the leaves."""
-    return [accessor[0].entry for accessor in ops.tree_accessors(node, is_leaf=lambda part: part is not node)]
+    return [accessor[0].entry for accessor in accessors(node, is_leaf=lambda part: part is not node)]

@@ -1,22 +1,22 @@
-"""The constants of generated code."""
+"""The base class of the writers of generated code."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
 
 
-class Constants:
-    """The namespace of generated code, and the base class of its writers."""
+class CodeWriter:
+    """Collects the constants to which generated code refers."""
 
     def __init__(self) -> None:
-        self.constants: dict[str, Any] = {}
+        self.constants: dict[str, object] = {}
 
-    def constant(self, value: Any) -> str:
+    def constant(self, value: object) -> str:
         """Adds a value to the namespace and returns its name."""
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
 
-    def key(self, key: Any) -> str:
+    def key(self, key: Hashable) -> str:
         """Returns the code of a dict key."""
         return repr(key) if type(key) in (str, int) else self.constant(key)
