@@ -137,7 +137,7 @@ def in_step() -> Any:
         cb.weight_stats(every=20),
         cb.update_ratios(publish=fx.every(50), worst=3),
         *[cb.histograms(of, every=50) for of in ("grads", "weights", "updates")],
-        cb.early_stopping("loss", patience=100, overfit_patience=50, restore_best=True),
+        cb.stop_on_overfitting("loss", patience=50),
     )
 
 
@@ -145,7 +145,9 @@ def in_loop() -> Any:
     """Returns the callbacks that run only in the loop."""
     return fx.compose(
         cb.time_limit(hours=1),
-        cb.target("loss", 0.01),
+        cb.early_stopping("loss", patience=100),
+        cb.restore_best("loss"),
+        cb.stop_at("loss", 0.01),
         cb.reduce_on_plateau("loss", patience=1, factor=0.7),
         cb.schedule_hyperparam("weight_decay", fx.schedules.linear(0.1, 0.01, transition_steps=300)),
         cb.throughput(samples=16, tokens=16 * 128),

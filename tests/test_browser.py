@@ -93,8 +93,9 @@ def train(folder, *, steps, resume=False):
         cb.watch(every=10),
     )
     looped = fx.compose(
-        cb.early_stopping("loss", patience=3, restore_best=True),
-        cb.target("accuracy", 0.84, mode="max"),
+        cb.early_stopping("loss", patience=3),
+        cb.restore_best("loss"),
+        cb.stop_at("accuracy", 0.84, mode="max"),
         cb.throughput(samples=64, every=10),
         cb.lr_monitor(),
         cb.confusion_matrix(10, labels=LABELS),

@@ -16,9 +16,9 @@ def evaluations(values, name="loss"):
     return [fx.EvalEnd(step=10 * (i + 1), metrics={name: torch.tensor(v)}) for i, v in enumerate(values)]
 
 
-class TestEarlyStopping:
+class TestRestoreBest:
     def test_restore_best_changes_only_final_state(self):
-        callback = fx.compose(fx.callbacks.early_stopping("loss", patience=9, restore_best=True))
+        callback = fx.compose(fx.callbacks.restore_best("loss"))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
         for value, event in zip([5.0, 1.0, 7.0], evaluations([0.5, 0.1, 0.3]), strict=True):
             params = {name: torch.full_like(leaf, value) for name, leaf in state.params.items()}
@@ -26,10 +26,10 @@ class TestEarlyStopping:
         assert float(state.params["weight"]) == 7.0
         harvest, _ = callback(state, fx.FitEnd(step=30, reason=""))
         assert float(harvest.params["weight"]) == 1.0
-        assert int(harvest.slots["early_stopping"].best_step) == int(state.step)
+        assert int(harvest.slots["restore_best"].step) == int(state.step)
 
     def test_final_state_is_last_without_evaluation(self):
-        callback = fx.compose(fx.callbacks.early_stopping("loss", patience=1, restore_best=True))
+        callback = fx.compose(fx.callbacks.restore_best("loss"))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
         harvest, _ = callback(state, fx.FitEnd(step=0, reason=""))
         testing.assert_equal(harvest.params, state.params, "harvest")
@@ -135,7 +135,7 @@ def test_epoch_mean_of_skipped_epoch_is_not_logged():
 
 LAWS = {
     "early_stopping": (
-        lambda: fx.callbacks.early_stopping("loss", patience=2, restore_best=True),
+        lambda: fx.compose(fx.callbacks.early_stopping("loss", patience=2), fx.callbacks.restore_best("loss")),
         [*evaluations([3.0, 2.0, NAN, 2.5, 1.0]), fx.FitEnd(step=50, reason="")],
     ),
     "nan_guard": (lambda: fx.callbacks.nan_guard(patience=2), gradient_events([1.0, NAN, 2.0, INF, NAN])),

@@ -118,8 +118,8 @@ class TestExact:
         testing.assert_equal(fx.restore(fx.save(tmp_path / "c", state), like=state), state, "keys")
 
     def test_state_with_callback_slots_is_restored(self, tmp_path):
-        stopping = fx.callbacks.early_stopping("loss", patience=3, restore_best=True)
-        state = fx.attach(problem.start(), stopping)
+        stopping = fx.callbacks.early_stopping("loss", patience=3)
+        state = fx.attach(problem.start(), [stopping, fx.callbacks.restore_best("loss")])
         testing.assert_equal(fx.restore(fx.save(tmp_path / "c", state), like=state), state, "a state")
 
     def test_restored_leaves_own_their_memory(self, tmp_path):

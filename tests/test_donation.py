@@ -258,7 +258,8 @@ class TestFit:
             UNDONATED,
             callbacks=[
                 *map(counted, kinds),
-                fx.callbacks.early_stopping("loss", patience=50, restore_best=True),
+                fx.callbacks.early_stopping("loss", patience=50),
+                fx.callbacks.restore_best("loss"),
                 fx.when(fx.every(2), fx.callbacks.save()),
             ],
             eval_step=problem.eval_step,

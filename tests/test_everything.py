@@ -30,11 +30,14 @@ def callbacks():
         cb.weight_stats(),
         cb.update_ratios(worst=2),
         *[cb.histograms(of, every=3, sample=8) for of in ("grads", "weights", "updates")],
-        cb.early_stopping("loss", patience=50, overfit_patience=20, restore_best=True),
+        cb.stop_on_overfitting("loss", patience=20),
     )
     looped = fx.compose(
         cb.time_limit(hours=1),
-        cb.target("loss", -1.0),
+        cb.stop_at("loss", -1.0),
+        cb.stop_on_divergence("loss", 1e9),
+        cb.early_stopping("loss", patience=50),
+        cb.restore_best("loss"),
         cb.reduce_on_plateau("loss", patience=0, factor=0.5),
         cb.schedule_hyperparam("weight_decay", fx.schedules.linear(0.1, 0.0, transition_steps=STEPS)),
         cb.throughput(samples=8, every=2),

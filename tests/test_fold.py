@@ -170,13 +170,13 @@ class TestFold:
         assert fx.compose()(state, events[0]) == (state, fx.Control())
 
     def test_repr_shows_table_of_subscriptions(self):
-        stopping = fx.callbacks.early_stopping("loss", patience=2, restore_best=True)
-        assert repr(fx.compose(stopping, fx.when(fx.every(3), fx.callbacks.save()))) == (
+        best = fx.callbacks.restore_best("loss")
+        assert repr(fx.compose(best, fx.callbacks.save(every=3))) == (
             "2 callbacks\n"
             "  StepEnd  save when every(3)\n"
-            "  EvalEnd  early_stopping\n"
-            "  FitEnd   early_stopping\n"
-            "  slots: 'early_stopping'"
+            "  EvalEnd  restore_best\n"
+            "  FitEnd   restore_best\n"
+            "  slots: 'restore_best'"
         )
 
     def test_duplicate_slot_name_is_rejected(self):

@@ -56,9 +56,6 @@ def stopping(draw):
         "relative": draw(st.booleans()),
         "baseline": draw(optional(finite)),
         "start_from": draw(st.integers(0, 3)),
-        "good_enough": draw(optional(finite)),
-        "diverged": draw(optional(finite)),
-        "check_finite": draw(st.booleans()),
     }
 
 
@@ -72,7 +69,7 @@ class Stopping:
         self.since = {"evaluations": 0, "steps": begin, "epochs": begin}[options["unit"]]
 
     def see(self, kind, value, step):
-        o, sign = self.options, kind(1 if self.options["mode"] == "min" else -1)
+        o = self.options
         passed, now = (self.evaluations, self.evaluations + 1) if o["unit"] == "evaluations" else (step, step)
         scale = EPOCH if o["unit"] == "epochs" else 1
         watching = passed >= o["start_from"] * scale
@@ -84,12 +81,7 @@ class Stopping:
         if beats or not watching:
             self.since = now
         self.evaluations += 1
-        stop = now - self.since >= o["patience"] * scale
-        if o["good_enough"] is not None:
-            stop = stop or sign * value <= sign * kind(o["good_enough"])
-        if o["diverged"] is not None:
-            stop = stop or sign * value >= sign * kind(o["diverged"])
-        return bool(watching and (stop or (o["check_finite"] and not np.isfinite(value))))
+        return bool(watching and now - self.since >= o["patience"] * scale)
 
 
 @many
@@ -103,13 +95,13 @@ def test_early_stopping_matches_reference(options, values, begin, gap):
     start = fx.init({"w": torch.tensor(-1.0, dtype=torch.float64)})
     start = start.replace(step=torch.tensor(begin), position=torch.tensor(begin))
     start = Epoch(done=0, start=0, length=EPOCH).into(start)
-    callback = fx.compose(cb.early_stopping("loss", restore_best=True, **options))
+    callback = fx.compose(cb.early_stopping("loss", **options))
     state, oracle, step = fx.attach(start, callback), Stopping(options, begin), begin
     with np.errstate(all="ignore"):
         for value, dtype in values:
             step += gap
             given_value = torch.tensor(value, dtype=dtype)
-            state = state.replace(step=torch.tensor(step), params={"w": torch.tensor(float(step), dtype=torch.float64)})
+            state = state.replace(step=torch.tensor(step))
             event = fx.EvalEnd(step=step, position=step, epoch_length=EPOCH, metrics={"loss": given_value})
             state, control = callback(state, event)
             stop = oracle.see(numpy_of[dtype], numpy_of[dtype](value), step)
@@ -118,8 +110,37 @@ def test_early_stopping_matches_reference(options, values, begin, gap):
             assert same(float(memory.best), oracle.best)
             scale = EPOCH if options["unit"] == "epochs" else 1
             assert (int(memory.best_step), round(float(memory.since) * scale, 6)) == (oracle.best_step, oracle.since)
+
+
+@many
+@given(
+    mode=st.sampled_from(["min", "max"]),
+    limits=st.tuples(finite, optional(finite)),
+    values=st.lists(st.tuples(number, precision), min_size=1, max_size=12),
+)
+def test_limits_and_best_weights_match_reference(mode, limits, values):
+    (target, worst), sign = limits, 1 if mode == "min" else -1
+    parts = [
+        cb.stop_at("loss", target, mode=mode),
+        cb.stop_on_divergence("loss", worst, mode=mode),
+        cb.restore_best("loss", mode=mode),
+    ]
+    callback = fx.compose(*parts)
+    state = fx.attach(fx.init({"w": torch.tensor(0.0)}), callback)
+    best, best_step = sign * math.inf, 0
+    with np.errstate(all="ignore"):
+        for step, (given_value, dtype) in enumerate(values, start=1):
+            kind = numpy_of[dtype]
+            value = kind(given_value)
+            state = state.replace(step=torch.tensor(step), params={"w": torch.tensor(float(step))})
+            event = fx.EvalEnd(step=step, metrics={"loss": torch.tensor(given_value, dtype=dtype)})
+            state, control = callback(state, event)
+            diverged = not np.isfinite(value) or (worst is not None and bool(sign * value >= sign * kind(worst)))
+            assert bool(control.any("stop")) == (bool(sign * value <= sign * kind(target)) or diverged)
+            if is_better(kind, mode, value, best):
+                best, best_step = float(value), step
     ended, _ = callback(state, fx.FitEnd(step=step, reason=""))
-    assert float(ended.params["w"]) == (oracle.best_step if oracle.best_step >= 0 else step)
+    assert float(ended.params["w"]) == (best_step or step)
 
 
 @many

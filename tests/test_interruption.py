@@ -31,7 +31,8 @@ def loop_counter():
 def everything(tmp_path, **options):
     """Options of a run over almost three epochs with requests of many kinds."""
     callbacks = fx.compose(
-        fx.callbacks.early_stopping("loss", patience=50, restore_best=True),
+        fx.callbacks.early_stopping("loss", patience=50),
+        fx.callbacks.restore_best("loss"),
         fx.callbacks.epoch_mean("loss", "mae"),
         fx.callbacks.nan_guard(),
         traced_counter(),

@@ -36,16 +36,16 @@ def fit(callbacks, **options):
             "the metric 'accuracy' at EvalEnd for early_stopping, got 'loss', 'mae'",
         ),
         (fx.callbacks.reduce_on_plateau("f1"), {}, "the metric 'f1' at EvalEnd for reduce_on_plateau"),
-        (fx.callbacks.target("f1", 0.9), {}, "the metric 'f1' at EvalEnd for target f1"),
+        (fx.callbacks.stop_at("f1", 0.9), {}, "the metric 'f1' at EvalEnd for stop_at f1"),
         (
-            fx.when(fx.every(2), fx.callbacks.target("f1", 0.9)),
+            fx.when(fx.every(2), fx.callbacks.stop_at("f1", 0.9)),
             {},
-            r"the metric 'f1' at EvalEnd for target f1 when every\(2\)",
+            r"the metric 'f1' at EvalEnd for stop_at f1 when every\(2\)",
         ),
         (
-            fx.callbacks.target("loss", 0.9),
+            fx.callbacks.stop_at("loss", 0.9),
             {"eval_step": None, "eval_data": None},
-            "the metric 'loss' at EvalEnd for target loss, got no evaluation. Give fit an eval_step",
+            "the metric 'loss' at EvalEnd for stop_at loss, got no evaluation. Give fit an eval_step",
         ),
         (
             fx.needs(watch, slots=["ema"]),

@@ -55,6 +55,13 @@ TABLE = [
 ]
 
 
+@pytest.mark.parametrize("margin", [{"min_delta": 0.1}, {"relative": True}])
+def test_margin_with_a_mode_function_is_refused(margin):
+    reduce_on_plateau("loss", mode=torch.lt)
+    with pytest.raises(ValueError, match="expected mode to be 'min' or 'max' with min_delta or relative"):
+        reduce_on_plateau("loss", mode=torch.lt, **margin)
+
+
 @pytest.mark.parametrize(("options", "values", "wanted"), TABLE)
 def test_learning_rate_is_reduced_at_exact_evaluations(options, values, wanted):
     assert rates(reduce_on_plateau("loss", factor=0.5, **options), values) == pytest.approx(wanted)

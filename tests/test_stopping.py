@@ -8,7 +8,14 @@ import torch
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.callbacks import early_stopping, target, time_limit
+from fxtrain.callbacks import (
+    early_stopping,
+    restore_best,
+    stop_at,
+    stop_on_divergence,
+    stop_on_overfitting,
+    time_limit,
+)
 from fxtrain.core import Epoch
 
 NAN, INF = math.nan, math.inf
@@ -38,7 +45,7 @@ def number_of(callback, values, **options):
     return stop and stop[0]
 
 
-PATIENCE = [  # with check_finite=False, so that NaN counts as no improvement
+PATIENCE = [  # NaN counts as no improvement
     ({"patience": 1}, [3, 2, 1, 0], None),
     ({"patience": 1}, [3, 4], 2),
     ({"patience": 1}, [3, 3], 2),  # a tie is no improvement
@@ -111,32 +118,18 @@ START = [
     ({"start_from": 30, "unit": "steps", "patience": 10}, [1, 2, 3, 2, 3], 5),
     ({"start_from": 1, "unit": "epochs", "patience": 1}, [1, 2, 2, 2], 4),
     ({"start_from": 1, "unit": "epochs", "patience": 1}, [1, 2, 3, 1, 1, 1], 6),
-    ({"start_from": 2, "patience": 9, "good_enough": 1.0}, [0, 0, 3, 1], 4),
-]
-GOOD = [
-    ("min", 0.1, [1, 0.5, 0.1], 3),
-    ("min", 0.1, [1, 0.11], None),
-    ("min", 0.1, [0.05], 1),
-    ("min", 0.1, [NAN, 0.0], 2),
-    ("min", 0.0, [-1], 1),
-    ("min", -5.0, [-4.9, -5.1], 2),
-    ("max", 0.9, [0.5, 0.89], None),
-    ("max", 0.9, [0.5, 0.9], 2),
-    ("max", 0.9, [INF], 1),
-    ("max", 0.9, [-INF, NAN, 0.95], 3),
-    ("min", 0.1, [NAN, NAN], None),
 ]
 DIVERGED = [
     ("min", 10.0, [1, 9.9], None),
     ("min", 10.0, [1, 10], 2),
     ("min", 10.0, [1, 2, 50], 3),
     ("min", 10.0, [INF], 1),
-    ("min", 10.0, [NAN, NAN], None),
-    ("min", 10.0, [-INF, 3], None),
+    ("min", 10.0, [NAN, NAN], 1),
+    ("min", 10.0, [-INF, 3], 1),
     ("max", 0.1, [0.5, 0.2], None),
     ("max", 0.1, [0.5, 0.1], 2),
     ("max", 0.1, [-INF], 1),
-    ("max", 0.1, [NAN, 0.05], 2),
+    ("max", 0.1, [0.2, 0.05], 2),
     ("max", -1.0, [0, -0.5, -2], 3),
 ]
 FINITE = [
@@ -156,40 +149,26 @@ FINITE = [
 class TestEarlyStopping:
     @pytest.mark.parametrize(("options", "values", "stop"), PATIENCE)
     def test_stops_after_patience_evaluations(self, options, values, stop):
-        assert number_of(early_stopping("loss", check_finite=False, **options), values) == stop
+        assert number_of(early_stopping("loss", **options), values) == stop
 
     @pytest.mark.parametrize(("options", "values", "stop"), RELATIVE)
     def test_relative_min_delta_scales_with_the_best(self, options, values, stop):
-        rule = early_stopping("loss", patience=2, min_delta=0.1, relative=True, check_finite=False, **options)
+        rule = early_stopping("loss", patience=2, min_delta=0.1, relative=True, **options)
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("patience", "values", "stop"), STEPS)
     def test_patience_counts_steps(self, patience, values, stop):
-        rule = early_stopping("loss", patience=patience, unit="steps", check_finite=False)
+        rule = early_stopping("loss", patience=patience, unit="steps")
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("patience", "values", "stop"), EPOCHS)
     def test_patience_counts_epochs(self, patience, values, stop):
-        rule = early_stopping("loss", patience=patience, unit="epochs", check_finite=False)
+        rule = early_stopping("loss", patience=patience, unit="epochs")
         assert number_of(rule, values) == stop
 
     @pytest.mark.parametrize(("options", "values", "stop"), START)
     def test_start_from_delays_watching(self, options, values, stop):
-        assert number_of(early_stopping("loss", check_finite=False, **options), values) == stop
-
-    @pytest.mark.parametrize(("mode", "value", "values", "stop"), GOOD)
-    def test_good_enough_value_stops(self, mode, value, values, stop):
-        rule = early_stopping("loss", patience=99, mode=mode, good_enough=value, check_finite=False)
-        assert number_of(rule, values) == stop
-
-    @pytest.mark.parametrize(("mode", "value", "values", "stop"), DIVERGED)
-    def test_diverged_value_stops(self, mode, value, values, stop):
-        rule = early_stopping("loss", patience=99, mode=mode, diverged=value, check_finite=False)
-        assert number_of(rule, values) == stop
-
-    @pytest.mark.parametrize(("values", "stop"), FINITE)
-    def test_non_finite_value_stops(self, values, stop):
-        assert number_of(early_stopping("loss", patience=99), values) == stop
+        assert number_of(early_stopping("loss", **options), values) == stop
 
     @pytest.mark.parametrize(("dtype", "stop"), [(torch.float64, None), (torch.float32, 3)])
     def test_float64_metrics_are_compared_in_float64(self, dtype, stop):
@@ -208,10 +187,6 @@ class TestEarlyStopping:
         result = fx.fit(state, step, data, callbacks=rule, eval_step=evaluate, eval_data=data, epochs=5)
         assert result.reason == "finished 5 epochs"
 
-    def test_threshold_is_rounded_to_the_dtype_of_the_metric(self):
-        events = [fx.EvalEnd(step=1, metrics={"accuracy": torch.tensor(0.9)})]
-        assert stop_of(early_stopping("accuracy", patience=9, mode="max", good_enough=0.9), events)[0] == 1
-
     def test_mode_function_decides_improvement(self):
         def nearer_to_one(value, best):
             return best.isnan() | ((value - 1).abs() < (best - 1).abs())
@@ -225,26 +200,10 @@ class TestEarlyStopping:
         events = [
             fx.EvalEnd(step=s, position=s, epoch_length=10, metrics={"loss": torch.tensor(NAN)}) for s in (1010, 1020)
         ]
-        rule = early_stopping("loss", patience=20, unit="steps", check_finite=False)
+        rule = early_stopping("loss", patience=20, unit="steps")
         assert stop_of(rule, events, state)[0] == 2
-        rule = early_stopping("loss", patience=2, unit="epochs", check_finite=False)
+        rule = early_stopping("loss", patience=2, unit="epochs")
         assert stop_of(rule, events, Epoch(done=100, start=1000, length=10).into(state))[0] == 2
-
-    def test_each_stop_has_its_reason(self):
-        rule = early_stopping("loss", patience=1, good_enough=0.1, diverged=10.0)
-        for values, reason in (
-            ([1.0, 1.0], "loss has not improved for 1 evaluation"),
-            ([0.05], "loss reached 0.1"),
-            ([11.0], "loss diverged: it reached 10"),
-            ([NAN], "loss is not finite"),
-        ):
-            reasons = []
-            composed = fx.compose(rule)
-            state = fx.attach(fx.init(torch.nn.Linear(1, 1)), composed)
-            for event in evaluations(values):
-                state, control = composed(state, event)
-                reasons = control.reasons("stop")
-            assert reason in reasons
 
     def test_best_and_waited_are_logged(self):
         composed = fx.compose(early_stopping("loss", patience=3))
@@ -270,9 +229,6 @@ class TestEarlyStopping:
             ({"patience": 1, "unit": "hours"}, "expected unit to be one of 'evaluations', 'steps', 'epochs'"),
             ({"patience": 1, "start_from": -1}, "expected start_from to be an int of at least 0, got -1"),
             ({"patience": 1, "mode": torch.lt, "min_delta": 0.1}, "expected mode .* with min_delta or relative"),
-            ({"patience": 1, "mode": torch.lt, "diverged": 0.1}, "expected mode .* with good_enough, diverged"),
-            ({"patience": 1, "overfit_patience": 0}, "expected overfit_patience to be a positive int, got 0"),
-            ({"patience": 1, "restore_best": "disk"}, "expected restore_best to be True, .*, got 'disk'"),
         ],
     )
     def test_invalid_options_are_refused(self, options, message):
@@ -321,9 +277,7 @@ OVERFIT = [  # per round: the training losses since the last evaluation, and the
 class TestOverfitting:
     @pytest.mark.parametrize(("rounds", "stop"), OVERFIT)
     def test_growing_gap_stops(self, rounds, stop):
-        rule = fx.compose(
-            early_stopping("loss", patience=99, check_finite=False, overfit_patience=2, overfit_min_delta=0.25)
-        )
+        rule = fx.compose(stop_on_overfitting("loss", patience=2, min_delta=0.25))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), rule)
         stopped = None
         for number, (losses, value) in enumerate(rounds, start=1):
@@ -336,7 +290,7 @@ class TestOverfitting:
         assert stopped == stop
 
     def test_gap_is_mirrored_for_mode_max(self):
-        rule = fx.compose(early_stopping("loss", patience=99, mode="max", overfit_patience=1))
+        rule = fx.compose(stop_on_overfitting("loss", patience=1, mode="max"))
         state = fx.attach(fx.init(torch.nn.Linear(1, 1)), rule)
         reasons = []
         for number, (train, value) in enumerate([(0.8, 0.7), (0.9, 0.7)], start=1):
@@ -344,10 +298,22 @@ class TestOverfitting:
                 state, _ = rule(state, event)
             state, control = rule(state, evaluations([value])[0])
             reasons = control.reasons("stop")
-        assert reasons == ["the gap between loss and the training loss grew 1 evaluations in a row"]
+        assert reasons == ["the gap between loss and the training loss grew 1 evaluation in a row"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"patience": 0}, "expected patience to be a positive int, got 0"),
+            ({"patience": 1, "min_delta": -1.0}, "expected min_delta to be at least 0, got -1.0"),
+            ({"patience": 1, "mode": torch.lt}, "expected mode to be one of 'min', 'max', got"),
+        ],
+    )
+    def test_invalid_options_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            stop_on_overfitting("loss", **options)
 
     def test_gap_is_measured_in_a_run(self):
-        rule = early_stopping("loss", patience=99, overfit_patience=99)
+        rule = stop_on_overfitting("loss", patience=99)
         step = problem.step(callbacks=rule)
         result = fx.fit(
             problem.start(),
@@ -358,7 +324,7 @@ class TestOverfitting:
             eval_data=problem.data(),
             epochs=2,
         )
-        memory = result.continue_from.slots["early_stopping"].overfitting
+        memory = result.continue_from.slots["overfitting"]
         assert int(memory.count) == 0
         assert memory.gap.isfinite()
 
@@ -368,8 +334,8 @@ class TestRestoreBest:
     tx = fx.optim.sgd(0.75)
     step = fx.train_step(lambda model, batch: (model["w"] - batch).square(), tx)
 
-    def run(self, restore_best, baseline=None, callbacks=(), state=None, **options):
-        rule = early_stopping("far", patience=99, baseline=baseline, restore_best=restore_best)
+    def run(self, source=None, callbacks=(), state=None, **options):
+        rule = restore_best("far", checkpointer=source)
         evaluate = fx.eval_step(lambda model, batch: {"far": (model["w"] - 1.6).abs()})
         return fx.fit(
             fx.init({"w": torch.tensor(0.0)}, self.tx) if state is None else state,
@@ -383,40 +349,55 @@ class TestRestoreBest:
         )
 
     def test_best_is_restored_from_memory(self):
-        result = self.run(True)
+        result = self.run()
         # w: 1.5, 0.75, 1.125, 0.9375, 1.03125
         assert float(result.state.params["w"]) == 1.5
         assert float(result.continue_from.params["w"]) == 1.03125
 
     def test_run_never_continues_from_restored_weights(self, tmp_path):
-        result = self.run(True)
+        result = self.run()
         with pytest.raises(ValueError, match=r"expected a state to continue .* Continue from result\.continue_from\."):
-            self.run(True, state=result.state)
+            self.run(state=result.state)
         with pytest.raises(ValueError, match=r"Continue from result\.continue_from"):
             fx.steps(result.state.copy(), self.step, [torch.tensor(1.0)], steps=9)
         with pytest.raises(ValueError, match=r"Continue from result\.continue_from"):
-            self.run(True, state=fx.restore(fx.save(tmp_path / "best", result.state), result.continue_from))
+            self.run(state=fx.restore(fx.save(tmp_path / "best", result.state), result.continue_from))
 
     def test_resume_ignores_restored_weights(self, tmp_path):
         options = {"checkpointer": fx.checkpointer(tmp_path), "resume": True}
         with pytest.raises(ValueError, match=r"Continue from result\.continue_from"):  # nothing is saved yet
-            self.run(True, state=self.run(True).state, **options)
-        first = self.run(True, **options)
-        again = self.run(True, state=first.state, **options)
+            self.run(state=self.run().state, **options)
+        first = self.run(**options)
+        again = self.run(state=first.state, **options)
         testing.assert_equal(again.continue_from, first.continue_from, "resumed")
         restored = options["checkpointer"].restore(first.state)
         assert float(restored.params["w"]) == 1.03125
         assert fx.fit(restored, self.step, [torch.tensor(1.0)], steps=6).reason == "reached 6 steps"
 
-    def test_unreached_baseline_still_restores_the_best(self):
-        assert float(self.run(True, baseline=0.01).state.params["w"]) == 1.5
+    def test_baseline_of_early_stopping_does_not_matter(self):
+        assert float(self.run(callbacks=[early_stopping("far", patience=99, baseline=0.01)]).state.params["w"]) == 1.5
+
+    def test_mode_function_decides_the_best(self):
+        def farther(value, best):
+            return best.isnan() | (value > best)
+
+        callback = fx.compose(restore_best("loss", mode=farther))
+        state = fx.attach(fx.init({"w": torch.tensor(0.0)}), callback)
+        for number, event in enumerate(evaluations([NAN, 1.0, 3.0, 2.0]), start=1):
+            state = state.replace(step=torch.tensor(number), params={"w": torch.tensor(float(number))})
+            state, _ = callback(state, event)
+        assert float(callback(state, fx.FitEnd(step=4, reason=""))[0].params["w"]) == 3.0
+
+    def test_checkpointer_must_be_one(self):
+        with pytest.raises(TypeError, match="expected checkpointer to be a checkpointer or None, got 'disk'"):
+            restore_best("loss", checkpointer="disk")
 
     def test_best_is_restored_from_the_checkpoint(self, tmp_path):
         checkpointer = fx.checkpointer(tmp_path, best="far")
         result = self.run(checkpointer, checkpointer=checkpointer)
         assert float(result.state.params["w"]) == 1.5
         assert float(result.continue_from.params["w"]) == 1.03125
-        assert result.continue_from.slots["early_stopping"].kept == ()
+        assert result.continue_from.slots["restore_best"].kept == ()
         assert 1 in checkpointer.steps()
 
     def test_missing_best_checkpoint_is_refused(self, tmp_path):
@@ -469,7 +450,7 @@ class TestTimeLimit:
             time_limit(**given)
 
 
-class TestTarget:
+class TestStopAt:
     @pytest.mark.parametrize(
         ("mode", "value", "values", "stop"),
         [
@@ -483,44 +464,89 @@ class TestTarget:
             ("max", 0.9, [NAN, NAN], None),
             ("max", 0.9, [INF], 1),
             ("max", -1.0, [-2, -1], 2),
+            ("min", 0.1, [1, 0.11], None),
+            ("min", 0.1, [0.05], 1),
+            ("min", -5.0, [-4.9, -5.1], 2),
+            ("max", 0.9, [0.5, 0.9], 2),
+            ("max", 0.9, [-INF, NAN, 0.95], 3),
         ],
     )
-    def test_reached_target_stops(self, mode, value, values, stop):
-        assert number_of(target("loss", value, mode=mode), values) == stop
+    def test_reached_value_stops(self, mode, value, values, stop):
+        assert number_of(stop_at("loss", value, mode=mode), values) == stop
 
-    def test_target_of_a_step_metric_stops(self):
+    def test_trigger_delays_the_stop(self):
+        assert number_of(fx.when(fx.after(20), stop_at("loss", 1.0)), [0, 0, 3, 1]) == 4
+
+    def test_value_is_rounded_to_the_dtype_of_the_metric(self):
+        events = [fx.EvalEnd(step=1, metrics={"accuracy": torch.tensor(0.9)})]
+        assert stop_of(stop_at("accuracy", 0.9, mode="max"), events)[0] == 1
+
+    def test_value_of_a_step_metric_stops(self):
         events = [fx.StepEnd(step=n, metrics={"loss": torch.tensor(value)}) for n, value in ((1, 2.0), (2, 0.5))]
-        assert stop_of(target("loss", 1.0, at=fx.StepEnd), events) == (2, "loss reached 1")
-        with pytest.raises(KeyError, match="expected the metric 'acc' at StepEnd for target, got 'loss'"):
-            stop_of(target("acc", 1.0, at=fx.StepEnd), events)
+        assert stop_of(stop_at("loss", 1.0, on=fx.StepEnd), events) == (2, "loss reached 1")
+        with pytest.raises(KeyError, match="expected the metric 'acc' at StepEnd for stop_at, got 'loss'"):
+            stop_of(stop_at("acc", 1.0, on=fx.StepEnd), events)
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"value": NAN}, "expected value to be finite, got nan"),
             ({"value": 1.0, "mode": "best"}, "expected mode to be one of 'min', 'max', got 'best'"),
-            ({"value": 1.0, "at": fx.EpochEnd}, "expected at to be EvalEnd or StepEnd, got the class EpochEnd"),
+            ({"value": 1.0, "on": fx.EpochEnd}, "expected on to be EvalEnd or StepEnd, got the class EpochEnd"),
         ],
     )
     def test_invalid_options_are_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
-            target("loss", **options)
+            stop_at("loss", **options)
+
+
+class TestStopOnDivergence:
+    @pytest.mark.parametrize(("mode", "limit", "values", "stop"), DIVERGED)
+    def test_diverged_value_stops(self, mode, limit, values, stop):
+        assert number_of(stop_on_divergence("loss", limit, mode=mode), values) == stop
+
+    @pytest.mark.parametrize(("values", "stop"), FINITE)
+    def test_non_finite_value_stops(self, values, stop):
+        assert number_of(stop_on_divergence("loss"), values) == stop
+
+    def test_infinite_limit_is_refused(self):
+        with pytest.raises(ValueError, match="expected limit to be finite, got inf"):
+            stop_on_divergence("loss", INF)
+
+
+def test_each_stop_has_its_reason():
+    rule = fx.compose(early_stopping("loss", patience=1), stop_at("loss", 0.1), stop_on_divergence("loss", 10.0))
+    for values, reason in (
+        ([1.0, 1.0], "loss has not improved for 1 evaluation"),
+        ([0.05], "loss reached 0.1"),
+        ([11.0], "loss diverged: it reached 10"),
+        ([NAN], "loss is not finite"),
+    ):
+        reasons = []
+        composed = fx.compose(rule)
+        state = fx.attach(fx.init(torch.nn.Linear(1, 1)), composed)
+        for event in evaluations(values):
+            state, control = composed(state, event)
+            reasons = control.reasons("stop")
+        assert reason in reasons
 
 
 @pytest.mark.parametrize(
     ("callback", "events"),
     [
-        (early_stopping("loss", patience=2, restore_best=True), evaluations([3.0, 2.0, NAN, 2.5, 1.0])),
+        (restore_best("loss"), [*evaluations([3.0, 2.0, NAN, 2.5, 1.0]), fx.FitEnd(step=50, reason="")]),
+        (early_stopping("loss", patience=2), evaluations([3.0, 2.0, NAN, 2.5, 1.0])),
         (early_stopping("loss", patience=15, unit="steps"), evaluations([3.0, 2.0, 2.5, 1.0, 1.5, 1.5])),
         (
-            early_stopping("loss", patience=9, overfit_patience=2),
+            stop_on_overfitting("loss", patience=2),
             [event for n in (1, 2, 3) for event in (*trained([1.0, 2.0], n), *evaluations([2.0 + n]))],
         ),
         (
             time_limit(seconds=3),
             [fx.StepEnd(step=n, metrics={}, time=float(n), previous_time=n - 1.0) for n in (1, 2, 3, 4)],
         ),
-        (target("loss", 1.0), evaluations([3.0, 0.5])),
+        (stop_at("loss", 1.0), evaluations([3.0, 0.5])),
+        (stop_on_divergence("loss", 1.0), evaluations([0.5, NAN])),
     ],
 )
 def test_rules_obey_the_callback_laws(callback, events):

@@ -72,7 +72,9 @@ def callbacks_of(program: Program) -> Any:
 
 READY: dict[str, Callable[[], Any]] = {
     "early_stopping": lambda: fx.callbacks.early_stopping("loss", patience=2, min_delta=0.01),
-    "restore_best": lambda: fx.callbacks.early_stopping("loss", patience=3, restore_best=True),
+    "restore_best": lambda: fx.compose(
+        fx.callbacks.early_stopping("loss", patience=3), fx.callbacks.restore_best("loss")
+    ),
     "ema": lambda: fx.callbacks.ema(0.7),
     "nan_guard": lambda: fx.callbacks.nan_guard(patience=3),
     "spike_guard": lambda: fx.callbacks.spike_guard(warmup=2, window=4, deviations=3.0, rewind=2, record=4),

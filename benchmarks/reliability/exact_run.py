@@ -165,7 +165,8 @@ def main(arguments: list[str]) -> int:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     tx = fx.optim.inject_hyperparams(fx.optim.adamw)(learning_rate=0.03)
     callbacks = fx.compose(
-        fx.callbacks.early_stopping("loss", patience=30, restore_best=True),
+        fx.callbacks.early_stopping("loss", patience=30),
+        fx.callbacks.restore_best("loss"),
         plateau(),
         average(),
         fx.callbacks.epoch_mean("loss", "mae"),

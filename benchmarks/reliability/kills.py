@@ -37,7 +37,8 @@ def train(folder: pathlib.Path, tell: Callable[[Any], None]) -> None:
     traced = fx.compose(average, fx.callbacks.epoch_mean("loss"))
     callbacks = fx.compose(
         traced,
-        fx.callbacks.early_stopping("loss", patience=STEPS, restore_best=True),
+        fx.callbacks.early_stopping("loss", patience=STEPS),
+        fx.callbacks.restore_best("loss"),
         fx.when(fx.every(5), fx.callbacks.evaluate()),
         fx.when(fx.every(3), fx.callbacks.save()),
     )

@@ -33,8 +33,8 @@ def reduce_on_plateau(
     cooldown: int = 0,
     minimum: float = 0.0,
     mode: str | Better = "min",
-    min_delta: float = 1e-4,
-    relative: bool = True,
+    min_delta: float | None = None,
+    relative: bool | None = None,
     name: str = "reduce_on_plateau",
 ) -> Handler:
     """Multiplies a hyperparameter by ``factor`` when a metric has not improved for more than ``patience`` evaluations.
@@ -54,8 +54,8 @@ def reduce_on_plateau(
         cooldown: Evaluations to ignore after a reduction, 0 or more.
         minimum: Lower bound of reductions.
         mode: As for ``early_stopping``.
-        min_delta: As for ``early_stopping``. Ignored if ``mode`` is a function.
-        relative: As for ``early_stopping``. Ignored if ``mode`` is a function.
+        min_delta: As for ``early_stopping``; 1e-4 by default, or no margin if ``mode`` is a function.
+        relative: As for ``early_stopping``; True by default, or False if ``mode`` is a function.
         name: The slot, and the prefix of the logged name: ``<name>/<hyperparam>``.
 
     Raises:
@@ -77,9 +77,11 @@ def reduce_on_plateau(
         raise ValueError(f"expected factor to be between 0 and 1, got {describe(factor)}.")
     for argument, value in (("patience", patience), ("cooldown", cooldown)):
         check_int(argument, value, minimum=0)
-    if callable(mode):
-        min_delta, relative = 0.0, False
-    better, worst, _ = direction(mode, min_delta=min_delta, relative=relative)
+    better, worst, _ = direction(
+        mode,
+        min_delta=min_delta if min_delta is not None else 0.0 if callable(mode) else 1e-4,
+        relative=not callable(mode) if relative is None else relative,
+    )
 
     def init(state: TrainState) -> ReduceOnPlateauState:
         zero = torch.zeros_like(state.step)

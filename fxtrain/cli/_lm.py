@@ -154,14 +154,12 @@ class _Job:
         speed = fx.callbacks.throughput(tokens=tokens)
         callbacks = [monitors, speed, text_samples, fx.callbacks.save(every=options.snapshot_interval)]
         if options.early_stopping:
+            callbacks.append(fx.callbacks.stop_on_divergence("loss"))
             callbacks.append(
-                fx.callbacks.early_stopping(
-                    "loss",
-                    patience=options.patience,
-                    min_delta=options.min_delta,
-                    restore_best=options.restore_best,
-                )
+                fx.callbacks.early_stopping("loss", patience=options.patience, min_delta=options.min_delta)
             )
+            if options.restore_best:
+                callbacks.append(fx.callbacks.restore_best("loss"))
         bits = {"bits/byte": lambda metrics: metrics["loss"] / math.log(2)}
         result = fx.fit(
             state,

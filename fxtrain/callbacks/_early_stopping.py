@@ -1,0 +1,151 @@
+"""Early stopping: ends a run whose evaluation metric no longer improves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxtrain.callbacks._metric import Better, Metric, called, direction, measured, needing
+from fxtrain.core import (
+    Control,
+    EvalEnd,
+    Logged,
+    TrainState,
+    check_choice,
+    check_int,
+    check_positive_int,
+    epochs_taken,
+    wide_dtype,
+)
+from fxtrain.fold import Handler, slotted
+
+_UNITS = ("evaluations", "steps", "epochs")
+# Rounding error of a difference of fractional epochs.
+_ROUNDING = 1e-9
+
+
+class EarlyStoppingState(NamedTuple):
+    """State of ``early_stopping``."""
+
+    best: Tensor  # float64 []: the best value so far; before the first, the worst value (baseline or nan if callable)
+    best_step: Tensor  # int64 []: its step; -1 before the first
+    evaluations: Tensor  # int64 []: evaluations so far
+    since: Tensor  # []: start of the wait: int64 in evaluations or steps, float64 in epochs
+
+
+def early_stopping(
+    metric: Metric,
+    *,
+    patience: int,
+    unit: str = "evaluations",
+    mode: str | Better = "min",
+    min_delta: float = 0.0,
+    relative: bool = False,
+    baseline: float | None = None,
+    start_from: int = 0,
+    name: str = "early_stopping",
+) -> Handler:
+    """Stops the run when an evaluation metric has not improved for ``patience`` evaluations, steps or epochs.
+
+        improved = value < best - min_delta        (mode "min"; "max" mirrors it)
+        waited   = 0 if improved and better than the baseline, else now - the last time it was
+        stop     = waited >= patience
+
+    Neither a NaN nor a tie is an improvement. Compose it with ``restore_best``, ``stop_at``, ``stop_on_divergence`` and
+    ``stop_on_overfitting``.
+
+    Args:
+        metric: Metric name at ``EvalEnd``, or a function of all metrics there.
+        patience: How long to wait, in ``unit``, 1 or more.
+        unit: ``"evaluations"``, ``"steps"`` or ``"epochs"``. In any unit, decisions are made at evaluations.
+        mode: ``"min"`` if lower is better, or ``"max"``. Or a function ``(value, best) -> improved`` of tensors of
+            shape []. Before the first evaluation, its ``best`` is the baseline, or nan.
+        min_delta: Margin of an improvement, in the metric's units, 0 or more.
+        relative: Whether ``min_delta`` is a fraction of the best value instead.
+        baseline: A value to beat. Improvements that do not beat it do not end the wait.
+        start_from: Ignore evaluations before this many evaluations, steps or epochs, in ``unit``.
+        name: The slot, and the prefix of the logged names: ``<name>/best``, ``<name>/waited``, and at an improvement
+            ``<name>/improved_by``.
+
+    Raises:
+        ValueError: If an argument is out of range, or, at run time, if ``unit`` is ``"epochs"`` and the epoch length is
+            unknown.
+        KeyError: At run time, if the evaluation has no such metric.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(early_stopping("loss", patience=2))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> for step, loss in enumerate([3.0, 2.0, 2.5, 2.0]):
+        ...     event = fx.EvalEnd(step=step, metrics={"loss": torch.tensor(loss)})
+        ...     state, control = callback(state, event)
+        >>> control.reasons("stop")
+        ['loss has not improved for 2 evaluations']
+    """
+    check_positive_int("patience", patience)
+    check_int("start_from", start_from, minimum=0)
+    check_choice("unit", unit, _UNITS)
+    better, worst, _ = direction(mode, min_delta=min_delta, relative=relative)
+    first = baseline if callable(mode) and baseline is not None else worst
+    slack = _ROUNDING if unit == "epochs" else 0
+    no_improvement = (
+        f"{called(metric)} has not improved for {patience} {unit.removesuffix('s') if patience == 1 else unit}"
+    )
+
+    def init(state: TrainState) -> EarlyStoppingState:
+        return EarlyStoppingState(
+            best=torch.tensor(first, dtype=wide_dtype(state.step.device), device=state.step.device),
+            best_step=torch.full_like(state.step, -1),
+            evaluations=torch.zeros_like(state.step),
+            since=_start_of_wait(state, unit),
+        )
+
+    def update(state: TrainState, event: EvalEnd) -> tuple[TrainState, Control]:
+        slot: EarlyStoppingState = state.slots[name]
+        before, value = slot.best, measured(event, metric, name, slot.best.device)
+        now, passed = _time_in(event, slot, unit)
+        watching = passed >= start_from - slack
+        improved = better(value, before)
+        if callable(mode) and baseline is not None:
+            # The first value is the best so far, even if it does not beat the baseline.
+            improved = improved | (slot.best_step < 0)
+        improved = watching & improved & ~value.isnan()
+        beats = improved if baseline is None else improved & better(value, torch.full_like(before, baseline))
+        slot = EarlyStoppingState(
+            best=torch.where(improved, value.to(before.dtype), before),
+            best_step=torch.where(improved, state.step, slot.best_step),
+            evaluations=slot.evaluations + 1,
+            since=torch.where(beats | ~watching, now, slot.since),
+        )
+        waited = now - slot.since
+        log = {
+            f"{name}/best": slot.best,
+            f"{name}/waited": waited,
+            f"{name}/improved_by": Logged((value - before).abs(), when=improved & before.isfinite()),
+        }
+        control = Control(stop=watching & (waited >= patience - slack), reason=no_improvement)
+        return state.with_slot(name, slot), control | Control(log=log)
+
+    return needing(slotted(name, init, update), metric)
+
+
+def _start_of_wait(state: TrainState, unit: str) -> Tensor:
+    """Returns the start of the wait for a state that has not been evaluated."""
+    if unit == "epochs":
+        return epochs_taken(state).to(wide_dtype(state.step.device))
+    return state.step.clone() if unit == "steps" else torch.zeros_like(state.step)
+
+
+def _time_in(event: EvalEnd, slot: EarlyStoppingState, unit: str) -> tuple[int | float | Tensor, Tensor]:
+    """Returns the current time in ``unit``, and how much has passed before this evaluation."""
+    if unit == "evaluations":
+        return slot.evaluations + 1, slot.evaluations
+    now = event.step if unit == "steps" else event.epoch
+    if now is None:
+        raise ValueError(
+            "expected data with a known epoch length for early_stopping(unit='epochs'), got data without one. Use "
+            "unit='steps' or 'evaluations'."
+        )
+    return now, torch.full_like(slot.since, now)

@@ -1,0 +1,107 @@
+"""Keeps the best weights of a run and restores them at its end."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.callbacks._metric import Better, Metric, called, direction, measured, needing
+from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, describe, wide_dtype
+from fxtrain.fold import Handler, slotted
+
+
+class Checkpoints(Protocol):
+    """Where the best checkpoint is read from, such as ``fxtrain.checkpointer``."""
+
+    def steps(self) -> list[int]: ...
+
+    def restore(self, like: TrainState, *, step: int) -> TrainState: ...
+
+
+class RestoreBestState(NamedTuple):
+    """State of ``restore_best``."""
+
+    best: Tensor  # float64 []: the best value so far; before the first, the worst value (nan if mode is a function)
+    step: Tensor  # int64 []: its step; -1 before the first
+    kept: Any  # its (params, buffers), or () with a checkpointer
+
+
+def restore_best(
+    metric: Metric,
+    *,
+    mode: str | Better = "min",
+    checkpointer: Checkpoints | None = None,
+    name: str = "restore_best",
+) -> Handler:
+    """Puts the parameters and buffers of the best evaluation into ``result.state`` at the end of the session.
+
+    Live parameters never change during the run. Without a checkpointer, a copy of the best ones is kept in the slot.
+    With one, each improvement requests a save, and the best checkpoint is read at the end.
+
+    Args:
+        metric: Metric name at ``EvalEnd``, or a function of all metrics there.
+        mode: ``"min"`` if lower is better, or ``"max"``. Or a function ``(value, best) -> improved`` of tensors of
+            shape []. Its ``best`` is nan before the first evaluation.
+        checkpointer: The run's own checkpointer, which must retain the best checkpoint.
+        name: The slot.
+
+    Raises:
+        TypeError: If ``checkpointer`` is not a checkpointer.
+        ValueError: If ``mode`` is unknown, or, at the end, if the best checkpoint was deleted.
+        KeyError: At run time, if the evaluation has no such metric.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(restore_best("loss"))
+        >>> state = fx.attach(fx.init({"w": torch.tensor(0.0)}), callback)
+        >>> for step, loss in enumerate([3.0, 2.0, 2.5]):
+        ...     state = state.replace(params={"w": torch.tensor(float(step))})
+        ...     state, _ = callback(state, fx.EvalEnd(step=step, metrics={"loss": torch.tensor(loss)}))
+        >>> float(state.params["w"]), float(callback(state, fx.FitEnd(step=2, reason=""))[0].params["w"])
+        (2.0, 1.0)
+    """
+    if checkpointer is not None and not hasattr(checkpointer, "restore"):
+        raise TypeError(f"expected checkpointer to be a checkpointer or None, got {describe(checkpointer)}.")
+    better, worst, _ = direction(mode)
+    what = called(metric)
+
+    def init(state: TrainState) -> RestoreBestState:
+        best = torch.tensor(worst, dtype=wide_dtype(state.step.device), device=state.step.device)
+        kept = (state.params, state.buffers) if checkpointer is None else ()
+        return RestoreBestState(best, torch.full_like(state.step, -1), kept)
+
+    def update(state: TrainState, event: EvalEnd | FitEnd) -> tuple[TrainState, Control]:
+        slot: RestoreBestState = state.slots[name]
+        if isinstance(event, FitEnd):
+            return _with_best(state, slot, checkpointer, what), Control()
+        value = measured(event, metric, name, slot.best.device)
+        improved = better(value, slot.best) & ~value.isnan()
+        slot = RestoreBestState(
+            best=torch.where(improved, value.to(slot.best.dtype), slot.best),
+            step=torch.where(improved, state.step, slot.step),
+            kept=tree.where(improved, (state.params, state.buffers), slot.kept) if checkpointer is None else (),
+        )
+        saves = Control() if checkpointer is None else Control(save=improved, reason=f"{what} improved")
+        return state.with_slot(name, slot), saves
+
+    return needing(slotted(name, init, update), metric)
+
+
+def _with_best(state: TrainState, slot: RestoreBestState, checkpointer: Checkpoints | None, what: str) -> TrainState:
+    found = slot.step >= 0
+    if checkpointer is None:
+        params, buffers = tree.where(found, slot.kept, (state.params, state.buffers))
+        return state.replace(params=params, buffers=buffers)
+    if not bool(found):
+        return state
+    step = int(slot.step)
+    if step not in checkpointer.steps():
+        raise ValueError(
+            f"expected a checkpoint of step {step}, where {what} was best, got steps {checkpointer.steps()} in "
+            f"{checkpointer!r}. Keep the best one with fxtrain.checkpointer(..., best=...), or leave out checkpointer=."
+        )
+    best = checkpointer.restore(state, step=step)
+    return state.replace(params=best.params, buffers=best.buffers)
