@@ -16,7 +16,7 @@ from fxtrain.step import EvalFunction, Step
 from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
 
 
-def refuse_unless_state(state: Any, order: str) -> None:
+def check_state(state: Any, order: str) -> None:
     """Raises unless ``state`` is a TrainState with values.
 
     Args:
@@ -56,7 +56,7 @@ def check_unchanged_at_end(state: TrainState) -> None:
         )
 
 
-def refuse_unless_trains(step: Any) -> None:
+def check_step(step: Any) -> None:
     """Raises TypeError unless ``step`` is a training step. The message says how to make one."""
     if isinstance(step, TrainState) or not callable(step):
         optimizer = isinstance(step, torch.optim.Optimizer)
@@ -73,7 +73,7 @@ def refuse_unless_trains(step: Any) -> None:
         refuse_unless_step(step)
 
 
-def refuse_unless_evaluates(eval_step: Any) -> None:
+def check_eval_step(eval_step: Any) -> None:
     """Raises TypeError unless ``eval_step`` is an evaluation step. The message says how to make one."""
     if not callable(eval_step) or isinstance(eval_step, type | nn.Module | TrainState):
         what = describe(eval_step)
@@ -86,7 +86,7 @@ def refuse_unless_evaluates(eval_step: Any) -> None:
     raise TypeError(f"expected eval_step from fxtrain.eval_step, got {what}. Make one: fxtrain.eval_step(loss_fn).")
 
 
-def refuse_unless_checkpointer(checkpointer: Any) -> None:
+def check_checkpointer(checkpointer: Any) -> None:
     """Raises TypeError if ``checkpointer`` is a path, a function or a class. The message says how to make one."""
     if isinstance(checkpointer, str | os.PathLike):
         raise TypeError(

@@ -28,19 +28,31 @@ class Emitter:
 
     Args:
         plan: The options of the run.
+        callbacks: All callbacks of the run.
         now: The current state.
         publish: The observers.
         feeding: The data, which measures the wait for batches.
+        every_event: Whether to yield each event, even if nothing subscribes to it.
     """
 
-    def __init__(self, plan: Plan, now: Cursor, publish: Publisher, feeding: Feeding) -> None:
-        self._plan, self._now, self._publish, self._feeding = plan, now, publish, feeding
+    def __init__(
+        self,
+        plan: Plan,
+        callbacks: Composed,
+        now: Cursor,
+        publish: Publisher,
+        feeding: Feeding,
+        *,
+        every_event: bool,
+    ) -> None:
+        self._now, self._publish, self._feeding, self._every_event = now, publish, feeding, every_event
+        self._callbacks, self._steps, self._epochs, self._clock = callbacks, plan.steps, plan.epochs, plan.clock
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
 
     def is_seen(self, kind: type[Any]) -> bool:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
-        return self._plan.every_event or kind in self._plan.callbacks.table or self._publish.is_seen(kind)
+        return self._every_event or kind in self._callbacks.table or self._publish.is_seen(kind)
 
     def emit(self, kind: type[Any], **fields: Any) -> EventRecords:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
@@ -63,8 +75,8 @@ class Emitter:
         Returns:
             The items to yield, and the requests.
         """
-        now, plan = self._now, self._plan
-        time = plan.clock() - self._start
+        now = self._now
+        time = self._clock() - self._start
         event = event_of(
             kind,
             {
@@ -73,8 +85,8 @@ class Emitter:
                 "epochs_done": now.epoch.done,
                 "epoch_start": now.epoch.start,
                 "epoch_length": now.epoch.length or None,
-                "total_steps": plan.steps,
-                "total_epochs": plan.epochs,
+                "total_steps": self._steps,
+                "total_epochs": self._epochs,
                 "time": time,
                 "previous_time": self._times.get(kind, 0.0),
                 "data_wait": self._feeding.wait,
@@ -83,15 +95,15 @@ class Emitter:
         )
         self._times[kind] = time
         if kind is FitEnd:
-            now.state, control = _mark_changes(plan.callbacks, now.state, event)
+            now.state, control = _mark_changes(self._callbacks, now.state, event)
         else:
-            now.state, control = plan.callbacks(now.state, event)
+            now.state, control = self._callbacks(now.state, event)
         if also:
             control = also | control
         if control:
             now.ask(control)
         self._publish(now.state, event, control)
-        return ((now.state, event, control),) if plan.every_event else (), control
+        return ((now.state, event, control),) if self._every_event else (), control
 
 
 def _mark_changes(callbacks: Composed, state: TrainState, event: FitEnd) -> tuple[TrainState, Control]:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fxtrain import metrics, tree
-from fxtrain.core import Epoch, StepOutput, TrainState
+from fxtrain.core import Control, Epoch, StepEnd, StepOutput, TrainState
 from fxtrain.data import Exhausted, as_source, map_tensors
 from fxtrain.data._containers import count_examples
-from fxtrain.loop._arguments import refuse_unless_evaluates, refuse_unless_state
+from fxtrain.fold import Handler, as_trigger, on
+from fxtrain.loop._arguments import check_eval_step, check_state
 from fxtrain.loop._epochs import announce
+from fxtrain.loop._plan import Plan
 
 
 class Measured(NamedTuple):
@@ -49,14 +51,32 @@ def evaluate(state: TrainState, eval_step: Callable[..., StepOutput], data: Any)
         >>> fx.evaluate(fx.init(torch.nn.ReLU()), step, [torch.zeros(3), torch.ones(1)])
         {'mean': 0.25}
     """
-    refuse_unless_state(state, "evaluate(state, eval_step, data)")
-    refuse_unless_evaluates(eval_step)
+    check_state(state, "evaluate(state, eval_step, data)")
+    check_eval_step(eval_step)
     total: dict[str, Any] = {}
     source = as_source(data)
     declare_shapes(eval_step, source)
     for measured in measure(state, eval_step, source):
         total = measured.total
     return {name: float(value) for name, value in metrics.compute(total).items()}
+
+
+def evaluation_requests(plan: Plan) -> list[Handler]:
+    """Returns the callback that requests the evaluations of a run, if it has any."""
+    if plan.eval_step is None:
+        return []
+    is_due = _is_last_step if plan.eval_when is None else as_trigger(plan.eval_when, "eval_when")
+
+    def evaluation(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
+        return state, Control(evaluate=is_due(event), reason="evaluation is due")
+
+    return [on(StepEnd, evaluation)]
+
+
+def _is_last_step(event: StepEnd) -> bool:
+    """Whether this is the last step of an epoch or of the run."""
+    ends_epoch = event.epoch_length is not None and event.position == event.epoch_start + event.epoch_length
+    return ends_epoch or event.step == event.total_steps
 
 
 def declare_shapes(step: Any, data: Any) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from fxtrain.core import Control, StepEnd, TrainState, check_choice, check_int, check_positive_int
-from fxtrain.fold import Handler, When, as_composed, as_trigger, compose, on
-from fxtrain.loop._arguments import refuse_unless_checkpointer, refuse_unless_evaluates
+from fxtrain.core import StepFn, TrainState
+from fxtrain.data import SourceLike
 from fxtrain.loop._emitter import EventRecord
 from fxtrain.loop._history import History
-from fxtrain.loop._plan import Plan
+from fxtrain.loop._plan import Plan, with_options
 from fxtrain.loop._run import Run
 
 
@@ -42,28 +38,8 @@ class Result:
         return f"Result at step {int(self.state.step)}: {self.reason}\n{self.history!r}"
 
 
-def fit(
-    state: TrainState,
-    step: Callable[..., Any],
-    data: Any,
-    *,
-    callbacks: Any = (),
-    eval_step: Callable[..., Any] | None = None,
-    eval_data: Any = None,
-    eval_when: When | None = None,
-    eval_view: Callable[[TrainState], TrainState] | None = None,
-    epochs: int | None = None,
-    steps: int | None = None,
-    observers: Iterable[Callable[..., None]] = (),
-    checkpointer: Any = None,
-    resume: bool = False,
-    snapshot_every: int | None = None,
-    snapshots: int = 2,
-    snapshots_on_host: bool = False,
-    rewind_limit: int = 3,
-    lag: int | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Result:
+@with_options(Plan)
+def fit(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Result:
     """Trains until a limit is reached, a callback requests a stop, or a signal interrupts the run.
 
     The run works on a copy, so ``state`` itself is not modified.
@@ -129,42 +105,23 @@ def fit(
         ('reached 100 steps', True)
     """
     history = History()
-    plan = _plan(
-        callbacks=callbacks,
-        eval_step=eval_step,
-        eval_data=eval_data,
-        eval_when=eval_when,
-        eval_view=eval_view,
-        epochs=epochs,
-        steps=steps,
-        observers=observers,
-        checkpointer=checkpointer,
-        resume=resume,
-        snapshot_every=snapshot_every,
-        snapshots=snapshots,
-        snapshots_on_host=snapshots_on_host,
-        rewind_limit=rewind_limit,
-        lag=lag,
-        clock=clock,
-        every_event=False,
-    )
     run = Run(state, step, data, plan, history)
     for _ in run.events():
         pass
     return Result(run.state, run.continue_from, run.reason, history, run.exit_code)
 
 
-def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any) -> Iterator[EventRecord]:
+@with_options(Plan)
+def steps(state: TrainState, step: StepFn, data: SourceLike, plan: Plan) -> Iterator[EventRecord]:
     """Runs the loop of ``fit`` as a generator of ``(state, event, control)``, one for each event.
 
-    Leaving the generator early ends the run without a final save. A yielded state is borrowed, because the next step
-    may donate it. Keep one with ``state.copy()``.
+    The keyword arguments are those of ``fit``. Leaving the generator early ends the run without a final save. A yielded
+    state is borrowed, because the next step may donate it. Keep one with ``state.copy()``.
 
     Args:
         state: As for ``fit``.
         step: As for ``fit``.
         data: As for ``fit``.
-        options: Keyword arguments of ``fit``.
 
     Yields:
         The state after the fold of the event, the event, and the requests made at it.
@@ -178,86 +135,4 @@ def steps(state: TrainState, step: Callable[..., Any], data: Any, **options: Any
         ...     print(type(event).__name__, end=" ")
         FitBegin EpochBegin StepBegin StepEnd EpochEnd FitEnd
     """
-    arguments = inspect.signature(fit).bind(state, step, data, **options)
-    arguments.apply_defaults()
-    options = {name: value for name, value in arguments.arguments.items() if name not in ("state", "step", "data")}
-    return Run(state, step, data, _plan(**options, every_event=True), History()).events()
-
-
-def _plan(
-    *,
-    callbacks: Any,
-    eval_step: Any,
-    eval_data: Any,
-    eval_when: Any,
-    eval_view: Any,
-    epochs: int | None,
-    steps: int | None,
-    observers: Any,
-    checkpointer: Any,
-    resume: bool,
-    snapshot_every: int | None,
-    snapshots: int,
-    rewind_limit: int,
-    lag: int | None,
-    **others: Any,
-) -> Plan:
-    if epochs is None and steps is None:
-        raise ValueError("expected epochs, steps or both, got neither. Give the length of the run.")
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None:
-            check_int(name, value, minimum=0)
-    if snapshot_every is not None:
-        check_positive_int("snapshot_every", snapshot_every)
-    check_positive_int("snapshots", snapshots)
-    check_int("rewind_limit", rewind_limit, minimum=0)
-    check_choice("lag", lag, (None, 0, 1))
-    if (eval_step is None) != (eval_data is None):
-        missing = "eval_data" if eval_data is None else "eval_step"
-        raise ValueError(f"expected eval_step and eval_data together, got no {missing}. Give both or neither.")
-    for name, value in (("eval_when", eval_when), ("eval_view", eval_view)):
-        if value is not None and eval_step is None:
-            raise ValueError(f"expected eval_step and eval_data with {name}, got neither. Give both, or omit {name}.")
-    if eval_step is not None:
-        refuse_unless_evaluates(eval_step)
-    refuse_unless_checkpointer(checkpointer)
-    check_choice("resume", resume, (True, False))
-    if resume and checkpointer is None:
-        raise ValueError("expected a checkpointer with resume=True, got None. Give fxtrain.checkpointer(folder).")
-    if not isinstance(observers, Iterable):
-        observers = (observers,)
-    folded = as_composed(callbacks)
-    if eval_step is not None:
-        folded = compose(
-            folded, _evaluation_by(_at_the_last_step if eval_when is None else as_trigger(eval_when, "eval_when"))
-        )
-    return Plan(
-        callbacks=folded,
-        eval_step=eval_step,
-        eval_data=eval_data,
-        eval_view=eval_view,
-        evaluate_epochs=eval_step is not None and eval_when is None,
-        epochs=epochs,
-        steps=steps,
-        observers=observers,
-        checkpointer=checkpointer,
-        resume=resume,
-        snapshot_every=snapshot_every,
-        snapshots=snapshots,
-        rewind_limit=rewind_limit,
-        lag=lag,
-        **others,
-    )
-
-
-def _evaluation_by(trigger: Callable[[Any], Any]) -> Handler:
-    def evaluation(state: TrainState, event: StepEnd) -> tuple[TrainState, Control]:
-        return state, Control(evaluate=trigger(event), reason="evaluation is due")
-
-    return on(StepEnd, evaluation)
-
-
-def _at_the_last_step(event: StepEnd) -> bool:
-    """Whether this is the last step of an epoch or of the run."""
-    ends_epoch = event.epoch_length is not None and event.position == event.epoch_start + event.epoch_length
-    return ends_epoch or event.step == event.total_steps
+    return Run(state, step, data, plan, History(), every_event=True).events()

@@ -1,33 +1,146 @@
-"""The checked arguments of ``fit``."""
+"""The options of a run: one dataclass, from which ``fit`` and ``steps`` take their keyword arguments."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
-from fxtrain.core import TrainState
-from fxtrain.fold import Composed
+from fxtrain.checkpoint import Checkpointer
+from fxtrain.core import (
+    Batch,
+    Callback,
+    Observer,
+    StepFn,
+    StepOutput,
+    TrainState,
+    check_choice,
+    check_int,
+    check_positive_int,
+    did_you_mean,
+)
+from fxtrain.data import SourceLike
+from fxtrain.fold import When, as_trigger
+from fxtrain.loop._arguments import check_checkpointer, check_eval_step
+
+EvalFn = Callable[[TrainState, Batch], StepOutput]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The options of a run. ``fit`` documents each."""
+    """The options of a run. ``fit`` documents each.
 
-    callbacks: Composed
-    eval_step: Callable[..., Any] | None
-    eval_data: Any
-    eval_view: Callable[[TrainState], TrainState] | None
-    evaluate_epochs: bool  # whether each epoch ends with an evaluation
-    epochs: int | None
-    steps: int | None
-    observers: Iterable[Callable[..., None]]
-    checkpointer: Any
-    resume: bool
-    snapshot_every: int | None
-    snapshots: int
-    snapshots_on_host: bool
-    rewind_limit: int
-    lag: int | None
-    clock: Callable[[], float]
-    every_event: bool  # whether to yield each event, even if nothing subscribes to it
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If there is no limit, or an option lacks the one that it depends on.
+    """
+
+    callbacks: Callback | Iterable[Callback] = ()
+    eval_step: EvalFn | None = None
+    eval_data: SourceLike | None = None
+    eval_when: When | None = None
+    eval_view: Callable[[TrainState], TrainState] | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    observers: Observer | Iterable[Observer] = ()
+    checkpointer: Checkpointer | None = None
+    resume: bool = False
+    snapshot_every: int | None = None
+    snapshots: int = 2
+    snapshots_on_host: bool = False
+    rewind_limit: int = 3
+    lag: Literal[0, 1] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("expected epochs, steps or both, got neither. Give the length of the run.")
+        for name, limit in (("epochs", self.epochs), ("steps", self.steps)):
+            if limit is not None:
+                check_int(name, limit, minimum=0)
+        if self.snapshot_every is not None:
+            check_positive_int("snapshot_every", self.snapshot_every)
+        check_positive_int("snapshots", self.snapshots)
+        check_int("rewind_limit", self.rewind_limit, minimum=0)
+        check_choice("lag", self.lag, (None, 0, 1))
+        self._check_evaluation()
+        check_checkpointer(self.checkpointer)
+        check_choice("resume", self.resume, (True, False))
+        if self.resume and self.checkpointer is None:
+            raise ValueError("expected a checkpointer with resume=True, got None. Give fxtrain.checkpointer(folder).")
+
+    def _check_evaluation(self) -> None:
+        if (self.eval_step is None) != (self.eval_data is None):
+            missing = "eval_data" if self.eval_data is None else "eval_step"
+            raise ValueError(f"expected eval_step and eval_data together, got no {missing}. Give both or neither.")
+        for name, option in (("eval_when", self.eval_when), ("eval_view", self.eval_view)):
+            if option is not None and self.eval_step is None:
+                raise ValueError(
+                    f"expected eval_step and eval_data with {name}, got neither. Give both, or omit {name}."
+                )
+        if self.eval_step is not None:
+            check_eval_step(self.eval_step)
+        if self.eval_when is not None:
+            as_trigger(self.eval_when, "eval_when")
+
+    @property
+    def length(self) -> str:
+        """The length of the run in words."""
+        return f"{self.steps} steps" if self.steps is not None else f"{self.epochs} epochs"
+
+
+Options = ParamSpec("Options")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _Runs(Protocol[Options, R_co]):
+    """A function of a state, a step and data, with the options of a run as keyword arguments."""
+
+    def __call__(
+        self, state: TrainState, step: StepFn, data: SourceLike, *args: Options.args, **kwargs: Options.kwargs
+    ) -> R_co: ...
+
+
+def with_options(
+    plan: Callable[Options, Plan],
+) -> Callable[[Callable[[TrainState, StepFn, SourceLike, Plan], R]], _Runs[Options, R]]:
+    """Returns a decorator that replaces the last parameter, a ``Plan``, by the plan's fields as keyword arguments.
+
+    Args:
+        plan: The class ``Plan``. Its fields appear in the signature of the decorated function.
+
+    Example:
+        >>> @with_options(Plan)
+        ... def length(state, step, data, plan):
+        ...     return plan.length
+        >>> length(None, None, None, steps=5), "steps" in inspect.signature(length).parameters
+        ('5 steps', True)
+    """
+    options = inspect.signature(plan).parameters
+
+    def decorate(function: Callable[[TrainState, StepFn, SourceLike, Plan], R]) -> _Runs[Options, R]:
+        @functools.wraps(function)
+        def run(state: TrainState, step: StepFn, data: SourceLike, *others: Options.args, **given: Options.kwargs) -> R:
+            unknown = next((name for name in given if name not in options), None)
+            if unknown is not None:
+                raise TypeError(
+                    f"{function.__name__}: expected one of the options {', '.join(options)}, got {unknown!r}."
+                    f"{did_you_mean(unknown, options)}"
+                )
+            if others:
+                raise TypeError(
+                    f"{function.__name__}: expected three positional arguments, got {3 + len(others)}. Give the "
+                    "options by name, such as steps=100."
+                )
+            return function(state, step, data, plan(*others, **given))
+
+        own = inspect.signature(function)
+        parameters = [*list(own.parameters.values())[:-1], *options.values()]
+        vars(run)["__signature__"] = own.replace(parameters=parameters)
+        return run
+
+    return decorate

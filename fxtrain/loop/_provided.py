@@ -10,7 +10,7 @@ from fxtrain.core import LOOP, TRACED, StepBegin, TrainState, did_you_mean
 from fxtrain.fold import Composed
 
 
-def refuse_unprovided(
+def check_needs(
     callbacks: Composed, state: TrainState, step: Any, eval_step: Callable[..., Any] | None, eval_data: Any
 ) -> None:
     """Raises before the first step if a callback needs something that the run does not provide.

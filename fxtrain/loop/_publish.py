@@ -17,6 +17,7 @@ from fxtrain.core import (
     TRAJECTORY,
     Control,
     EvalEnd,
+    Observer,
     Rewound,
     Saved,
     StepEnd,
@@ -55,8 +56,8 @@ class Publisher:
         TypeError: If one of ``observers`` is a callback.
     """
 
-    def __init__(self, observers: Iterable[Callable[..., None]], history: History, device: torch.device) -> None:
-        self._observers = list(observers)
+    def __init__(self, observers: Observer | Iterable[Observer], history: History, device: torch.device) -> None:
+        self._observers = list(observers) if isinstance(observers, Iterable) else [observers]
         for observer in self._observers:
             _refuse_callback(observer)
         self._history = history

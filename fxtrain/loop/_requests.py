@@ -56,6 +56,7 @@ class Requests:
         interrupts: Interrupts,
     ) -> None:
         self._plan, self._now, self._emit = plan, now, emitter.emit
+        self._evaluates_epochs = plan.eval_step is not None and plan.eval_when is None
         self._feeding, self._data, self._eval_data = feeding, data, eval_data
         self._publish, self._saving, self._snapshots, self._interrupts = publish, saving, snapshots, interrupts
         self._empty_epochs = 0  # consecutive epochs without a step
@@ -115,7 +116,7 @@ class Requests:
         The last step cannot request it in data of unknown length, or if all batches after it were skipped.
         """
         last = self._now.state.slots.get(EVALUATED)
-        return self._plan.evaluate_epochs and (last is None or int(last["step"]) != self._now.step)
+        return self._evaluates_epochs and (last is None or int(last["step"]) != self._now.step)
 
     def _end_epoch(self) -> EventRecords:
         now, epoch = self._now, self._now.epoch

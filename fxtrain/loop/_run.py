@@ -9,7 +9,6 @@ and it is yielded. Requests are handled after the fold, so a checkpoint includes
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -29,18 +28,18 @@ from fxtrain.core import (
 )
 from fxtrain.data import as_source
 from fxtrain.fold import as_composed, attach, compose
-from fxtrain.loop._arguments import check_unchanged_at_end, refuse_unless_state, refuse_unless_trains
+from fxtrain.loop._arguments import check_state, check_step, check_unchanged_at_end
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter, EventRecord, EventRecords
 from fxtrain.loop._epochs import begin_epochs
-from fxtrain.loop._evaluate import declare_shapes
+from fxtrain.loop._evaluate import declare_shapes, evaluation_requests
 from fxtrain.loop._feeding import Feeding
 from fxtrain.loop._figures import figures
 from fxtrain.loop._history import History
 from fxtrain.loop._interrupts import Abandoned, Interrupts
 from fxtrain.loop._multi_step import MultiStep
 from fxtrain.loop._plan import Plan
-from fxtrain.loop._provided import refuse_unprovided
+from fxtrain.loop._provided import check_needs
 from fxtrain.loop._publish import Publisher
 from fxtrain.loop._requests import Requests
 from fxtrain.loop._rewind import Snapshots
@@ -55,12 +54,22 @@ _NOTHING = Control()
 class Run:
     """A session of the loop. Iterating over ``events`` runs it, and sets its result."""
 
-    def __init__(self, state: TrainState, step: Callable[..., Any], data: Any, plan: Plan, history: History) -> None:
-        refuse_unless_state(state, "fit(state, step, data)")
-        refuse_unless_trains(step)
+    def __init__(
+        self,
+        state: TrainState,
+        step: Callable[..., Any],
+        data: Any,
+        plan: Plan,
+        history: History,
+        *,
+        every_event: bool = False,
+    ) -> None:
+        check_state(state, "fit(state, step, data)")
+        check_step(step)
+        self.plan = plan
         given: Any
-        given, callbacks = shared(step if hasattr(step, "fires") else Step(step), plan.callbacks)
-        plan = self.plan = dataclasses.replace(plan, callbacks=callbacks)
+        folded = compose(as_composed(plan.callbacks), *evaluation_requests(plan))
+        given, self.callbacks = shared(step if hasattr(step, "fires") else Step(step), folded)
         # The loop owns its state, so a compiled step may donate it.
         self.step: Any = given.donating() if hasattr(given, "donating") else given
         self._publish = Publisher(plan.observers, history, state.step.device)
@@ -77,16 +86,14 @@ class Run:
         restored_state = state
         seed = int(state.seed)
         self.data = as_source(data, seed=seed)
-        known = figures(self.step, self.data)
-        plan = self.plan = dataclasses.replace(plan, callbacks=compose(plan.callbacks, *known)) if known else plan
+        self.callbacks = compose(self.callbacks, *figures(self.step, self.data))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = self._attached(begin_epochs(state, self.data))
-        wanted = f"{plan.steps} steps" if plan.steps is not None else f"{plan.epochs} epochs"
-        self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, wanted)
+        self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, plan.length)
         self._differs = self.data.has_variable_epochs
         self._multi_step = MultiStep(self.step, self.data, steps=plan.steps, snapshot_every=plan.snapshot_every)
         self.eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
-        refuse_unprovided(plan.callbacks, state, self.step, plan.eval_step, self.eval_data)
+        check_needs(self.callbacks, state, self.step, plan.eval_step, self.eval_data)
         declare_shapes(self.step, self.data)
         declare_shapes(plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"
@@ -102,7 +109,7 @@ class Run:
             plan.snapshot_every, plan.snapshots, on_host=plan.snapshots_on_host, copied=donates, saving=self._saving
         )
         self._from_disk = restored_state if whole else None
-        self._emitter = Emitter(plan, self._now, self._publish, self._feeding)
+        self._emitter = Emitter(plan, self.callbacks, self._now, self._publish, self._feeding, every_event=every_event)
         self._requests = Requests(
             plan,
             self._now,
@@ -121,11 +128,11 @@ class Run:
         self.continue_from: Any = None
 
     def _attached(self, state: TrainState) -> TrainState:
-        return attach(attach(state, self.plan.callbacks), self.step)
+        return attach(attach(state, self.callbacks), self.step)
 
     def _without_missing(self, restored: Restoration) -> TrainState:
         """Returns the restored state without the callbacks' slots that were not in the checkpoint."""
-        claimed = {*self.plan.callbacks.slots, *as_composed(self.step).slots}.intersection(restored.missing)
+        claimed = {*self.callbacks.slots, *as_composed(self.step).slots}.intersection(restored.missing)
         slots = {name: slot for name, slot in restored.state.slots.items() if name not in claimed}
         return restored.state.replace(slots=slots)
 
