@@ -14,6 +14,7 @@ import fxtrain
 ROOT = pathlib.Path(fxtrain.__file__).parent
 
 LAYERS = [
+    {"_torch_internals"},
     {"core"},
     {"equivalents", "tree"},
     {"values", "schedules", "disk"},

@@ -11,7 +11,9 @@ import fxtrain
 
 ROOT = pathlib.Path(fxtrain.__file__).parent
 DOORS = sorted(
-    path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("cli", "equivalents")
+    path.parent.name
+    for path in ROOT.glob("*/__init__.py")
+    if path.parent.name not in ("_torch_internals", "cli", "equivalents")
 )
 MODULES = ["metrics", "precision", "schedules", "testing"]
 

@@ -4,7 +4,6 @@ import functools
 import gc
 import logging
 import random
-import sys
 import time
 import warnings
 
@@ -15,10 +14,10 @@ import torch.nn.functional as F
 
 import fxtrain as fx
 from fxtrain import testing
+from fxtrain._torch_internals import INTERFACES
 from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.compiler._checked import compile_checked
 from fxtrain.compiler._regions import InManyGraphs
-from fxtrain.compiler._routes import _HAS_DISPATCHER_GUARD
 from fxtrain.compiler._values import UncheckedReadError
 
 TX = fx.optim.chain(fx.optim.clip_by_global_norm(1.0), fx.optim.adamw(1e-2))
@@ -125,7 +124,8 @@ class TestEqualsEager:
         assert_same(ours, plain)
 
     def test_forward_pass_runs_uncompiled_if_modes_are_unsafe_below_compile(self, monkeypatch):
-        monkeypatch.setattr(sys.modules[InManyGraphs.__module__], "is_safe_below_compile", lambda: False)
+        strategy = INTERFACES["torch._C._dynamo.eval_frame.set_code_exec_strategy"]
+        monkeypatch.setattr(strategy, "path", "torch._removed")
         compiled = fx.compile(fx.train_step(branching, TX), backend="eager")
         quietly(compiled, start(), batch(0))
         assert compiled.route == "eager, eager forward"
@@ -232,9 +232,6 @@ class TestEqualsEager:
 
 
 class TestGarbage:
-    def test_this_torch_has_the_guard_of_the_dispatcher(self):
-        assert _HAS_DISPATCHER_GUARD
-
     @pytest.mark.parametrize("was_enabled", [True, False])
     def test_collector_is_off_between_routes_and_as_before_afterwards(self, monkeypatch, was_enabled):
         during = []

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import cache_folder, compile_package, load_package
+
 
 def compile_ahead(
     graph: Any, examples: Sequence[Tensor], options: Mapping[str, Any]
@@ -30,10 +32,7 @@ def compile_ahead(
     Returns:
         A function from a sequence of tensors to a sequence of tensors.
     """
-    import torch._inductor as inductor
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    path = Path(cache_dir(), "fxtrain", f"{_key(graph, examples, options)}.pt2")
+    path = Path(cache_folder(), "fxtrain", f"{_key(graph, examples, options)}.pt2")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
@@ -41,9 +40,9 @@ def compile_ahead(
             # torch warns about its own use of pytrees.
             warnings.simplefilter("ignore", FutureWarning)
             exported = torch.export.export(graph, tuple(examples), strict=False)
-            inductor.aoti_compile_and_package(exported, package_path=str(unfinished), inductor_configs=dict(options))
+            compile_package(exported, str(unfinished), options)
         os.replace(unfinished, path)
-    run = inductor.aoti_load_package(str(path)).loader.boxed_run
+    run = load_package(str(path))
     return lambda tensors: run(list(tensors))
 
 

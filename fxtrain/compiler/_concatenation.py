@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import is_known_true
+
 
 def with_dense_concatenations(graph: Any) -> Any:
     """Replaces each ``cat`` that has only one non-empty input with a contiguous copy of it.
@@ -19,14 +21,11 @@ def with_dense_concatenations(graph: Any) -> Any:
     Args:
         graph: A graph from ``make_fx``. It is modified in place and returned.
     """
-    # Imported late, because it is slow to import. The tracer has loaded it by now.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     aten = torch.ops.aten
     for node in list(graph.nodes):
         if node.target != aten.cat.default:
             continue
-        full = [part for part in node.args[0] if not statically_known_true(part.meta["val"].numel() == 0)]
+        full = [part for part in node.args[0] if not is_known_true(part.meta["val"].numel() == 0)]
         found: Tensor = node.meta["val"]
         if len(full) != 1 or full[0].meta["val"].dtype != found.dtype or not found.is_contiguous():
             continue

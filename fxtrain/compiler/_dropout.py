@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import Operator, is_in_place, make_fx, operator_name
 from fxtrain.compiler._writes import written_over
 
 _SHAPING = frozenset(("_to_copy", "_unsafe_view", "arange", "clone", "full", "slice", "stack", "view"))
@@ -82,9 +83,9 @@ def _merge_counter_nodes(graph: Any) -> dict[Any, None]:
 
 def _is_plain(node: Any) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, Operator) or is_in_place(target):
         return False
-    return torch.Tag.pointwise in target.tags or target._opname in _SHAPING
+    return torch.Tag.pointwise in target.tags or operator_name(target) in _SHAPING
 
 
 def _takes_site(node: Any) -> bool:
@@ -138,8 +139,6 @@ def _progressions(sites: Iterable[int]) -> list[range]:
 
 
 def _draw_together(graph: Any, draws: Sequence[_Draw], sites: range, order: Mapping[Any, int]) -> None:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     model, reader = draws[0], min((draw.reader for draw in draws), key=order.__getitem__)
     scalars = list(dict.fromkeys(n for node in model.nodes for n in node.all_input_nodes if n not in model.nodes))
     examples = [node.meta["val"] for node in scalars]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import new_fake_mode, recompile_limit_error, restoring_saved_tensor_hooks
 from fxtrain.compiler._trace import Artefact
 from fxtrain.core import TrainState, compiling
 from fxtrain.core._frames import is_raised_by_users
@@ -37,11 +38,9 @@ def compile_by_dynamo(
 
     Takes the arguments of ``compile_traced``, except that the artefact never works in place.
     """
-    # Imported late, because it is slow to import.
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-
     _check(step, state, batch)
-    compiled = _with_hooks_restored(
+    # Dynamo's graph disables the hooks while torch.func runs, and an error there leaves them disabled.
+    compiled = restoring_saved_tensor_hooks(
         torch.compile(_own_code(step), fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
     )
     # The first call compiles, so that errors of the compiler are raised here.
@@ -51,6 +50,7 @@ def compile_by_dynamo(
     model: Any = state.model
     writes = model is not None and model.restore()
 
+    too_many_graphs = recompile_limit_error()
     warned = False
 
     def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
@@ -58,7 +58,7 @@ def compile_by_dynamo(
         arguments = tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs)
         try:
             result = compiled(*arguments)
-        except FailOnRecompileLimitHit:
+        except too_many_graphs:
             # Nothing has been computed yet.
             if not warned:
                 warnings.warn(_TOO_MANY_SIZES, UserWarning, stacklevel=4)
@@ -76,10 +76,9 @@ def _check(step: Step | EvalFunction, state: TrainState, batch: Any, *, again: b
 
     They run on fake tensors if possible, and otherwise on the uncompiled step.
     """
-    from torch._subclasses import FakeTensorMode
 
     def run_without_values() -> None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = new_fake_mode()
         fakes = tree.map(mode.from_tensor, (state, batch))
         with mode, compiling():
             step(*fakes)
@@ -108,26 +107,6 @@ def fails(function: Callable[[], Any]) -> bool:
     except Exception:
         return True
     return False
-
-
-def _with_hooks_restored(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Restores saved-tensor hooks after an error.
-
-    Nodes of Dynamo's graph disable and enable the hooks for torch.func, so an error between them leaves the hooks
-    disabled.
-    """
-    hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-
-    def run(*arguments: Any) -> Any:
-        disabled = hooks._saved_tensors_hooks_get_disabled_error_message()
-        try:
-            return function(*arguments)
-        except BaseException:
-            if disabled is None:
-                hooks._saved_tensors_hooks_enable()
-            raise
-
-    return run
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from torch.overrides import TorchFunctionMode
 
+from fxtrain._torch_internals import TRACER_MODULES
 from fxtrain.core._frames import is_of_users
 
 _FORMATTERS = frozenset(("__repr__", "__str__", "__format__"))
 # These modules open source files for tracebacks and imports, which is harmless.
 _READERS_OF_CODE = frozenset(("linecache", "tokenize", "inspect", "traceback", "importlib", "warnings", "logging"))
 _LOADERS = tuple(os.path.dirname(os.path.abspath(package.__file__ or "")) + os.sep for package in (np,))
-_PASSED_MODULES = ("torch.serialization", "torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
+_PASSED_MODULES = ("torch.serialization", *TRACER_MODULES)
 
 
 class FileInTraceError(RuntimeError):

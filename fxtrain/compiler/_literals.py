@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdRef
+
+from fxtrain._torch_internals import without_dispatch_modes, write_count
 
 _FACTORIES = (torch.arange, torch.tensor)
 _MAX_VALUES = 4096
@@ -26,8 +27,8 @@ class KnownLiterals(TorchFunctionMode):
     Tensors modified in place afterwards are excluded.
 
     Example:
-        >>> from torch._subclasses import FakeTensorMode
-        >>> with FakeTensorMode(), KnownLiterals():
+        >>> from fxtrain._torch_internals import new_fake_mode
+        >>> with new_fake_mode(), KnownLiterals():
         ...     torch.arange(2, 5).tolist()
         [2, 3, 4]
     """
@@ -41,27 +42,27 @@ class KnownLiterals(TorchFunctionMode):
         name = func.__name__
         values = self._values_of(args[0]) if name in (*_READS, "unbind") and args else None
         if values is not None and name in _READS:
-            with _disable_current_modes():
+            with without_dispatch_modes():
                 return getattr(values, name)(*args[1:], **kwargs)
         made = func(*args, **kwargs)
         if values is not None:
             # Outside of torch.func, the tracer's tolist unbinds the tensor and reads each element.
-            with _disable_current_modes():
+            with without_dispatch_modes():
                 parts = values.unbind(*args[1:], **kwargs)
             for part, value in zip(made, parts, strict=True):
                 self._add(part, value)
             return made
         if func in _FACTORIES and _is_literal((args, kwargs)) and made.numel() <= _MAX_VALUES:
-            with _disable_current_modes():
+            with without_dispatch_modes():
                 self._add(made, func(*args, **{**kwargs, "device": "cpu"}))
         return made
 
     def _values_of(self, tensor: Any) -> Tensor | None:
         version, values = self._known.get(WeakIdRef(tensor), (-1, None)) if isinstance(tensor, Tensor) else (-1, None)
-        return values if values is not None and version == tensor._version else None
+        return values if values is not None and version == write_count(tensor) else None
 
     def _add(self, tensor: Tensor, values: Tensor) -> None:
-        self._known[WeakIdRef(tensor)] = tensor._version, values
+        self._known[WeakIdRef(tensor)] = write_count(tensor), values
         weakref.finalize(tensor, self._known.pop, WeakIdRef(tensor), None)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import ctc_loss, linear_by_onednn, loop_operators, pointwise, register_lowering
+
 
 @functools.cache
 def once() -> Any:
@@ -16,8 +18,6 @@ def once() -> Any:
 
     Inductor would otherwise recompute ``x`` in each of its readers.
     """
-    from torch._inductor.lowering import register_lowering
-
     _library().define("once(Tensor x) -> Tensor")
     _library().impl("once", torch.clone, "CPU")
     torch.library.register_fake("fxtrain::once", torch.empty_like)
@@ -26,7 +26,7 @@ def once() -> Any:
         x.realize()
         return x
 
-    register_lowering(torch.ops.fxtrain.once.default)(lowered)
+    register_lowering(torch.ops.fxtrain.once.default, lowered)
     return torch.ops.fxtrain.once.default
 
 
@@ -37,9 +37,7 @@ def expm1() -> Any:
     Inductor calls the C library for scalars and computes ``exp(x) - 1`` for vectors. Which of them a tensor gets
     depends on the other operations of its loop, and the second loses half of the digits near 0.
     """
-    from torch._inductor.lowering import make_pointwise, register_lowering
-    from torch._inductor.virtualized import ops
-
+    ops = loop_operators()
     _library().define("expm1(Tensor x) -> Tensor")
     _library().impl("expm1", torch.expm1, "CPU")
     torch.library.register_fake("fxtrain::expm1", torch.empty_like)
@@ -59,9 +57,9 @@ def expm1() -> Any:
         return ops.to_dtype(value, dtype)
 
     def lowered(x: Any) -> Any:
-        return make_pointwise(functools.partial(arithmetic, x.get_dtype()))(x)
+        return pointwise(functools.partial(arithmetic, x.get_dtype()))(x)
 
-    register_lowering(torch.ops.fxtrain.expm1.default)(lowered)
+    register_lowering(torch.ops.fxtrain.expm1.default, lowered)
     return torch.ops.fxtrain.expm1.default
 
 
@@ -75,12 +73,8 @@ def linear() -> Any:
 
     Shapes: x [n, k], weight [m, k], bias [m] or None, result [n, m].
     """
-
-    def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
     _library().define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    _library().impl("linear", by_onednn, "CPU")
+    _library().impl("linear", linear_by_onednn, "CPU")
     torch.library.register_fake("fxtrain::linear", lambda x, weight, bias: x.new_empty((len(x), len(weight))))
     return torch.ops.fxtrain.linear.default
 
@@ -92,15 +86,11 @@ def ctc() -> Any:
     Takes scores [time, batch, classes], targets as in ``torch.nn.functional.ctc_loss``, and integer lengths of inputs
     and targets [batch]. Returns losses [batch] and their gradients with respect to the scores [time, batch, classes].
     """
-    aten = torch.ops.aten
 
     def computed(
         scores: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, blank: int, zero_infinity: bool
     ) -> tuple[Tensor, Tensor]:
-        given = targets, inputs.tolist(), lengths.tolist()
-        losses, alphas = aten._ctc_loss(scores, *given, blank, zero_infinity)
-        ones = torch.ones_like(losses)
-        slopes = aten._ctc_loss_backward(ones, scores, *given, losses, alphas, blank, zero_infinity)
+        losses, slopes = ctc_loss(scores, targets, inputs.tolist(), lengths.tolist(), blank, zero_infinity)
         if zero_infinity:
             losses = losses.masked_fill(losses == torch.inf, 0.0)
         return losses.clone(), slopes.contiguous()

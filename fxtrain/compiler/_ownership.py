@@ -7,7 +7,6 @@ storage. Leaves that are still reachable (through a container, the tensor itself
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import storage_use_counts
 
 _storages = functools.partial(map, Tensor.untyped_storage)
-_addresses = functools.partial(map, operator.attrgetter("_cdata"))
-_uses: Any = functools.partial(map, getattr(torch._C, "_storage_Use_Count", lambda address: -1))
 _references: Any = functools.partial(map, sys.getrefcount)
 
 # The reference counts of an object held by one container and by the list being counted, and of a storage held by one
@@ -28,7 +26,7 @@ _probe = [torch.empty(1)]
 _SOLE = max(_references([_probe[0]]))
 _SOLE_STORAGE = max(_references(list(_storages(_probe))))
 # If torch cannot count (-1), every storage counts as shared.
-_SOLE_USE = max(1, *_uses(_addresses(_storages(_probe))))
+_SOLE_USE = max(1, *storage_use_counts(_storages(_probe)))
 
 
 def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int]) -> bool:
@@ -39,7 +37,7 @@ def is_sole(leaves: list[Tensor], containers: list[Any], written: Sequence[int])
     if max(_references(leaves), default=0) > _SOLE or max(_references(containers), default=0) > _SOLE:
         return False
     storages = list(_storages([leaves[index] for index in written]))
-    return max(_references(storages), default=0) <= _SOLE_STORAGE and list(_uses(_addresses(storages))) == [
+    return max(_references(storages), default=0) <= _SOLE_STORAGE and list(storage_use_counts(storages)) == [
         _SOLE_USE
     ] * len(storages)
 
@@ -57,7 +55,7 @@ def shared(leaves: list[Tensor], containers: list[Any]) -> list[bool]:
     storages = list(_storages(leaves))
     in_use = [
         holders > _SOLE_STORAGE or uses != _SOLE_USE
-        for holders, uses in zip(_references(storages), _uses(_addresses(storages)), strict=True)
+        for holders, uses in zip(_references(storages), storage_use_counts(storages), strict=True)
     ]
     return [
         count > _SOLE or id(leaf) in exposed or seen

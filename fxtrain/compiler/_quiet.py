@@ -9,6 +9,8 @@ import threading
 import warnings
 from collections.abc import Generator
 
+from fxtrain._torch_internals import LOGGER
+
 
 @contextlib.contextmanager
 def quietly() -> Generator[None]:
@@ -48,7 +50,7 @@ def _loggers(count: int) -> list[logging.Logger]:
     del count
     named = [logging.getLogger(name) for name in list(logging.Logger.manager.loggerDict) if name.startswith("torch.")]
     own = [logger for logger in named if logger.handlers]
-    return [logging.getLogger(), logging.getLogger("torch"), logging.getLogger("torch._dynamo"), *own]
+    return [logging.getLogger(), logging.getLogger("torch"), logging.getLogger(LOGGER), *own]
 
 
 class _OfThread(logging.Filter):

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import can_keep_uncompiled, is_transformed, new_fake_mode, storage_id
 from fxtrain.compiler._quiet import without_logs
 from fxtrain.compiler._trace import Artefact, Run, compile_traced
 from fxtrain.compiler._uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling
 from fxtrain.model import forward_by
 from fxtrain.model._comparison import are_close
-from fxtrain.rng._frames import is_safe_below_compile
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._intercept_gradients import Find, intercepted
 
@@ -202,10 +202,8 @@ class _Cut:
         self, compiler: Callable[..., Artefact], leaves: Sequence[Tensor], inputs: Sequence[Tensor], found: Any
     ) -> bool:
         """Compiles the graph if one is needed. Returns False if the step calls for no further gradients."""
-        from torch._subclasses import FakeTensorMode
-
         state, batch = tree.unflatten(self._state, leaves), (tree.unflatten(self._batch, inputs), list(found))
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = new_fake_mode()
         # Detached, because the tracer would merge a tensor that occurs twice into one input.
         fakes = tree.map(
             lambda leaf: mode.from_tensor(leaf.detach()) if isinstance(leaf, Tensor) else leaf, (state, batch)
@@ -231,7 +229,7 @@ class _Cut:
             self._find, *arguments, self._index = reached.call
         else:
             return None
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        if is_transformed():
             raise NoGradientsError("expected a call for gradients outside of torch.func.vmap, got one inside it.")
         values, self._structure = tree.flatten(tuple(arguments))
         places = {id(leaf): place for place, leaf in reversed(list(enumerate(tree.leaves((state, batch)))))}
@@ -247,7 +245,7 @@ class InManyGraphs:
     """
 
     def __init__(self, backend: Any, mode: str | None) -> None:
-        if not is_safe_below_compile():
+        if not can_keep_uncompiled():
             raise RuntimeError(
                 f"expected a torch whose compiler can leave single functions uncompiled, got {torch.__version__}."
             )
@@ -282,10 +280,10 @@ def _kind(gradient: Any) -> tuple[Any, ...]:
 
 def _copy_aliases(gradient: Any, given: Sequence[Any]) -> Any:
     """Returns the gradient with copies of leaves that share memory with ``given`` or with each other."""
-    taken = {leaf.untyped_storage()._cdata for leaf in given if isinstance(leaf, Tensor)}
+    taken = {storage_id(leaf) for leaf in given if isinstance(leaf, Tensor)}
 
     def own(leaf: Tensor) -> Tensor:
-        memory = leaf.untyped_storage()._cdata
+        memory = storage_id(leaf)
         if memory in taken:
             return leaf.clone()
         taken.add(memory)

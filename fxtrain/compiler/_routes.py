@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fxtrain._torch_internals import dispatch_keys_kept
 from fxtrain.compiler._checked import compile_checked
 from fxtrain.compiler._dynamo import compile_by_dynamo, fails
 from fxtrain.compiler._quiet import quietly
@@ -283,15 +284,10 @@ def _garbage_kept() -> Generator[None]:
         yield
     finally:
         if was_enabled:
-            if _HAS_DISPATCHER_GUARD:
-                keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-                with torch._C._ForceDispatchKeyGuard(*keys):  # restores the state that collected guards have reset
+            with dispatch_keys_kept() as is_kept:
+                if is_kept:  # otherwise the garbage is left to the next automatic collection
                     gc.collect()
             gc.enable()
-
-
-# Without this private interface, the garbage is left to the next automatic collection.
-_HAS_DISPATCHER_GUARD = hasattr(torch._C, "_ForceDispatchKeyGuard")
 
 
 def _compiled(route: Route, step: Any, state: TrainState, batch: Any, **options: Any) -> Artefact:

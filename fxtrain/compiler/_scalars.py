@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import Operator, operator_name, storage_id
 from fxtrain.compiler._operators import expm1, once
-from fxtrain.compiler._writes import memory_of, written_over
+from fxtrain.compiler._writes import written_over
 
 _MIN_ELEMENTS_PER_SCALAR = 8  # the elements of a vector
 
@@ -44,7 +45,11 @@ def with_scalars_once(graph: Any) -> Any:
             continue
         # A float64 scalar in a loop over float32 elements halves its vector width.
         is_double = value.dtype == torch.float64 and value.numel() == 1
-        if not is_double and node.target._opname not in _EXPENSIVE and expensive_nodes.isdisjoint(node.all_input_nodes):
+        if (
+            not is_double
+            and operator_name(node.target) not in _EXPENSIVE
+            and expensive_nodes.isdisjoint(node.all_input_nodes)
+        ):
             continue
         expensive_nodes.add(node)
         readers = [
@@ -52,7 +57,7 @@ def with_scalars_once(graph: Any) -> Any:
             for user in node.users
             if _picks(user) or _size(user) >= _MIN_ELEMENTS_PER_SCALAR * max(value.numel(), 1)
         ]
-        if not readers or memory_of(value) in written:
+        if not readers or storage_id(value) in written:
             continue
         with graph.inserting_after(node):
             kept = graph.call_function(once(), (node,))
@@ -103,9 +108,9 @@ def _is_of_counts(node: Any) -> bool:
 
 
 def _is_elementwise(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, Operator):
         return False
-    return torch.Tag.pointwise in target.tags or target._opname in _VALUE_PRESERVING
+    return torch.Tag.pointwise in target.tags or operator_name(target) in _VALUE_PRESERVING
 
 
 def _picks(node: Any) -> bool:

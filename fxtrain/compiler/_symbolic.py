@@ -13,9 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import (
+    decompositions,
+    make_fx,
+    new_fake_mode,
+    new_shape_env,
+    size_functions,
+    with_symbolic_sizes,
+)
+
 
 class SymbolicSizes:
     """Fake inputs of a trace in which the sizes of a batch are symbols.
+
+    Sizes that are equal only in the first batch stay separate symbols.
 
     Args:
         leaves: The leaves of a state.
@@ -23,31 +34,18 @@ class SymbolicSizes:
     """
 
     def __init__(self, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        # Imported late, because they are slow to import.
-        from torch._dynamo.source import ConstantSource
-        from torch._subclasses import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-        # Sizes that are equal only in the first batch stay separate symbols.
-        self._env = ShapeEnv(duck_shape=False)
-        self._mode: Any = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self._env = new_shape_env()
+        self._mode = new_fake_mode(self._env)
         self._leaves = [self._mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
         self._inputs: list[Any] = [
-            self._mode.from_tensor(
-                leaf.contiguous(),
-                source=ConstantSource(f"batch_{index}"),
-                symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * leaf.ndim),
-            )
-            for index, leaf in enumerate(inputs)
+            with_symbolic_sizes(self._mode, leaf.contiguous(), f"batch_{index}") for index, leaf in enumerate(inputs)
         ]
 
     def trace(self, function: Callable[..., Any]) -> Any:
         """Returns the graph of a function of all leaves, those of the state first."""
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        traced = make_fx(
-            function, tracing_mode="real", decomposition_table=_decompositions(), _allow_non_fake_inputs=True
-        )
+        # The C++ kernel of ``pad`` reads sizes as integers.
+        table = decompositions([torch.ops.aten.constant_pad_nd])
+        traced = make_fx(function, tracing_mode="real", decomposition_table=table)
         with self._mode:
             return traced(*self._leaves, *self._inputs)
 
@@ -77,7 +75,7 @@ class Conditions:
         """Whether the graph holds for the leaves of a batch."""
         if any(inputs[leaf].shape[dimension] != size for (leaf, dimension), size in self._numbers.items()):
             return False
-        return bool(eval(self._code, _functions(), self._values(inputs)))
+        return bool(eval(self._code, size_functions(), self._values(inputs)))
 
     def broken(self, inputs: Sequence[Tensor], paths: Sequence[str]) -> list[str]:
         """Returns the conditions that a batch breaks, as code, except those about sizes 0 and 1.
@@ -88,7 +86,7 @@ class Conditions:
         """
         values, found = self._values(inputs), list[str]()
         for part in self._parts:
-            if part.startswith("2 <= ") or eval(part, _functions(), values):
+            if part.startswith("2 <= ") or eval(part, size_functions(), values):
                 continue
             for index, (leaf, dimension) in reversed(list(enumerate(self._symbols))):
                 part = part.replace(f"L['t{index}']", f"{paths[leaf]}.shape[{dimension}]")
@@ -102,17 +100,3 @@ class Conditions:
 def dense(inputs: Sequence[Tensor]) -> list[Tensor]:
     """Returns contiguous inputs, which a graph of symbolic sizes assumes."""
     return [leaf.contiguous() for leaf in inputs]
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Returns a decomposition of ``pad`` in Python, because its C++ kernel reads sizes as integers."""
-    from torch._decomp import get_decompositions
-
-    return get_decompositions([torch.ops.aten.constant_pad_nd])
-
-
-def _functions() -> dict[str, Any]:
-    """Returns the functions that conditions call, by name."""
-    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-
-    return SYMPY_INTERP

@@ -17,6 +17,17 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import (
+    Operator,
+    backend_named,
+    compile_graph,
+    compiled_graph_class,
+    grad_mode_setter,
+    has_option,
+    make_fx,
+    mode_options,
+    storage_id,
+)
 from fxtrain.compiler._aot import compile_ahead
 from fxtrain.compiler._concatenation import with_dense_concatenations
 from fxtrain.compiler._ctc import OpaqueCTC
@@ -28,7 +39,6 @@ from fxtrain.compiler._matmuls import with_faster_products
 from fxtrain.compiler._scalars import with_exact_corrections, with_scalars_once
 from fxtrain.compiler._symbolic import Conditions, SymbolicSizes, dense
 from fxtrain.compiler._worker import turn
-from fxtrain.compiler._writes import memory_of
 from fxtrain.core import TrainState, compiling
 from fxtrain.step import Step
 
@@ -95,9 +105,6 @@ def trace_step(
     The trace accesses the user's modules. The returned function does not, so it may run in another thread. Takes the
     arguments of ``compile_traced``.
     """
-    # Imported late, because they are slow to import.
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
     inputs = _distinct(inputs)
@@ -122,10 +129,7 @@ def trace_step(
 
     symbolic = SymbolicSizes(leaves, inputs) if dynamic else None
     with compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
-        if symbolic is not None:
-            graph = symbolic.trace(flat)
-        else:
-            graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves, *inputs)
+        graph = symbolic.trace(flat) if symbolic is not None else make_fx(flat, tracing_mode="fake")(*leaves, *inputs)
     # Only a training step keeps its masks in memory in any case, for its backward pass.
     if isinstance(step, Step) and symbolic is None:
         with_draws_together(graph.graph)
@@ -146,7 +150,7 @@ def trace_step(
         # A reference to the state would keep later steps from donating it.
         examples = ()
     unflatten, is_step = tree.generate_unflatten(output_structure), isinstance(step, Step)
-    has_autocast = torch._C._is_any_autocast_enabled()
+    has_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
     def compile_traced_graph() -> Artefact:
         if backend is not None:
@@ -194,12 +198,9 @@ def _without_unread(graph: Any) -> list[int]:
 
 def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[str, Any]:
     """Returns the options of Inductor for a graph."""
-    import torch._inductor as inductor
-    from torch._inductor import config
-
-    options: dict[str, Any] = {} if mode in (None, AHEAD) else dict(inductor.list_mode_options(mode))
+    options: dict[str, Any] = {} if mode is None or mode == AHEAD else mode_options(mode)
     if _has_known_operators_only(graph):
-        options |= dict.fromkeys((name for name in _UNASSERTED if hasattr(config, name)), False)
+        options |= dict.fromkeys((name for name in _UNASSERTED if has_option(name)), False)
     if _is_better_channels_first(graph, examples):
         options["layout_optimization"] = False
     return options
@@ -207,12 +208,10 @@ def _options(graph: Any, examples: Sequence[Tensor], mode: str | None) -> dict[s
 
 def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callable[..., Sequence[Tensor]]:
     """Compiles a graph by Inductor into a function of a tuple of tensors."""
-    import torch._inductor as inductor
-
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     outputs = len(graph.graph.output_node().args[0])
     constants = next(itertools.chain(graph.buffers(), graph.parameters()), None)
-    artefact: Any = inductor.compile(graph, fakes, options=options)
+    artefact: Any = compile_graph(graph, fakes, options)
     # The wrappers pass constants to the graph and switch off autocast, so graphs with either need them.
     bare = None if constants is not None or has_autocast else _unwrapped(artefact, outputs)
     return bare or (lambda tensors: artefact(*tensors))
@@ -220,7 +219,7 @@ def _compiled(graph: Any, options: dict[str, Any], has_autocast: bool) -> Callab
 
 def _compiled_by(backend: str | Callable[..., Any], graph: Any) -> Callable[..., Sequence[Tensor]]:
     """Compiles a graph by a backend of ``torch.compile`` into a function of a tuple of tensors."""
-    chosen: Any = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    chosen: Any = backend_named(backend) if isinstance(backend, str) else backend
     fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     made = chosen(graph, fakes)
     return lambda tensors: made(*tensors)
@@ -232,31 +231,30 @@ def _unwrapped(artefact: Any, outputs: int) -> Callable[..., Sequence[Tensor]] |
     The wrappers handle views, mutations and tensor subclasses, at the cost of dispatch overhead. A step's graph needs
     none of this: ``_copy_aliases`` copies views, and Inductor itself writes leaves in place.
     """
-    from torch._inductor.output_code import CompiledFxGraph
-
+    kind = compiled_graph_class()
     found, seen, todo = [], set[int](), [artefact]
     while todo:
         part = todo.pop()
         if id(part) in seen or isinstance(part, type):
             continue
         seen.add(id(part))
-        if isinstance(part, CompiledFxGraph):
+        if isinstance(part, kind):
             found.append(part)
             continue
         closure = [cell.cell_contents for cell in getattr(part, "__closure__", None) or () if cell != _EMPTY]
         todo += filter(callable, [*closure, *getattr(part, "__dict__", {}).values()])
     if len(found) != 1 or len(found[0].output_strides or ()) != outputs:
         return None
-    call = found[0].current_callable
+    call, set_grad_enabled = found[0].current_callable, grad_mode_setter()
 
     def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         if not torch.is_grad_enabled():
             return call(list(tensors))
-        torch._C._set_grad_enabled(False)
+        set_grad_enabled(False)
         try:
             return call(list(tensors))
         finally:
-            torch._C._set_grad_enabled(True)
+            set_grad_enabled(True)
 
     return run
 
@@ -269,7 +267,7 @@ def _has_known_operators_only(graph: Any) -> bool:
     return all(
         node.target.namespace in ("aten", "prims", "fxtrain")
         for node in graph.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        if isinstance(node.target, Operator)
     )
 
 
@@ -295,9 +293,9 @@ def _distinct(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _copy_aliases(values: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Returns the values with copies of those that share memory with an input or with another value."""
-    taken = set(map(memory_of, inputs))
+    taken = set(map(storage_id, inputs))
     out: list[Tensor] = []
     for value in values:
-        out.append(value.clone() if memory_of(value) in taken else value)
-        taken.add(memory_of(value))
+        out.append(value.clone() if storage_id(value) in taken else value)
+        taken.add(storage_id(value))
     return out

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fxtrain._torch_internals import TorchDispatchMode, item_operator, node_of, tracer, without_dispatch_modes
 
 aten = torch.ops.aten
 
@@ -99,25 +100,21 @@ class CheckedReads(TorchDispatchMode):
 
     def _value(self, tensor: Tensor) -> Tensor:
         """Returns the tensor with its values, or NotImplemented if it is not in the graph."""
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-
-        mode = get_proxy_mode()
-        if mode is None:
+        node = node_of(tensor)
+        if node is None:
             return NotImplemented
-        proxy = get_proxy_slot(tensor, mode.tracer, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        if proxy is None:
-            return NotImplemented
-        self._run(mode.tracer)
-        return self._known[proxy.proxy.node]
+        self._run(tracer())
+        return self._known[node]
 
-    def _run(self, tracer: Any) -> None:
+    def _run(self, tracing: Any) -> None:
         """Runs the operations recorded since the last read, in order, including in-place writes."""
         from torch.fx.node import map_arg
 
         inputs = iter(self._given)
         # The graph already contains the casts of autocast.
-        with _disable_current_modes(), torch.no_grad(), torch._C._DisableAutocast():
-            for node in tracer.graph.nodes:
+        uncast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+        with without_dispatch_modes(), torch.no_grad(), uncast[0], uncast[1]:
+            for node in tracing.graph.nodes:
                 tensor = next(inputs) if node.op == "placeholder" else None
                 if node in self._known:
                     continue
@@ -125,16 +122,14 @@ class CheckedReads(TorchDispatchMode):
                     # Cloned, because a step may write into its arguments before it is refused.
                     self._known[node] = tensor.clone() if tensor is not None else None
                 elif node.op == "get_attr":
-                    self._known[node] = _attribute(tracer.root, node.target)
+                    self._known[node] = _attribute(tracing.root, node.target)
                 else:
                     args, kwargs = map_arg((node.args, node.kwargs), self._known.__getitem__)
                     self._known[node] = node.target(*args, **kwargs)
 
     def _depends_on_inputs(self, tensor: Tensor) -> bool:
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-
-        mode: Any = get_proxy_mode()
-        todo, seen = [get_proxy_slot(tensor, mode.tracer).proxy.node], set[Any]()
+        todo: list[Any] = [node_of(tensor)]
+        seen = set[Any]()
         while todo:
             node = todo.pop()
             if node.op == "placeholder":
@@ -222,7 +217,7 @@ def _repeat_interleave(mode: CheckedReads, repeats: Tensor, *, output_size: int 
 
 
 _CHECKED: dict[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: _item,
+    item_operator(): _item,
     aten.equal.default: _equal,
     aten.allclose.default: _allclose,
     aten.nonzero.default: _nonzero,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fxtrain._torch_internals import compile_lock, nested_calls_inlined
 from fxtrain.compiler._quiet import without_logs
 
 _EXIT_TIMEOUT_SECONDS = 2.0
@@ -57,7 +58,7 @@ class Job:
         run = contextvars.copy_context().run
         if _current_job is not None:
             _current_job.close()
-        self._restore: Callable[[], None] | None = _inline_nested_calls()
+        self._restore: Callable[[], None] | None = nested_calls_inlined()
         self._thread = threading.Thread(target=run, args=(self._run,), name="fxtrain-compile", daemon=True)
         _current_job = self
         _leave_at_exit()
@@ -80,7 +81,7 @@ class Job:
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            with _turn, _lock_of_dynamo(), _without_generator_resets(), without_logs(), _current(self._device):
+            with _turn, compile_lock(), _without_generator_resets(), without_logs(), _current(self._device):
                 torch.set_grad_enabled(self._grad_enabled)
                 self.result = self._function()
         except Exception as error:
@@ -123,26 +124,6 @@ def _without_generator_resets() -> Generator[None]:
         yield
     finally:
         torch.random.set_rng_state, torch.cuda.set_rng_state = before
-
-
-def _inline_nested_calls() -> Callable[[], None]:
-    """Runs functions compiled by Dynamo uncompiled while a job traces. Returns a function that restores this.
-
-    torch.fx sets a flag of the whole process while it traces, and Dynamo refuses calls in any thread then.
-    """
-    from torch._dynamo import config
-
-    option = "error_on_nested_fx_trace"
-    before = getattr(config, option)
-    setattr(config, option, False)
-    return lambda: setattr(config, option, before)
-
-
-def _lock_of_dynamo() -> Any:
-    """Returns the lock that Dynamo holds while it compiles."""
-    from torch._dynamo import convert_frame
-
-    return getattr(convert_frame, "compile_lock", contextlib.nullcontext())
 
 
 def _current(device: torch.device) -> Any:

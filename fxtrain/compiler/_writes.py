@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import Operator, is_in_place, storage_id
+
 
 def written_over(graph: Any) -> set[int]:
-    """Returns the storages, as from ``memory_of``, of all tensors in in-place operations of a graph from ``make_fx``.
+    """Returns the storages, as from ``storage_id``, of all tensors in in-place operations of a graph from ``make_fx``.
 
     The final update of the state is excluded, because it comes after all reads.
     """
     return {
-        memory_of(other.meta["val"])
+        storage_id(other.meta["val"])
         for node in graph.nodes
         if _writes(node)
         for other in node.all_input_nodes
@@ -22,12 +24,7 @@ def written_over(graph: Any) -> set[int]:
     }
 
 
-def memory_of(tensor: Tensor) -> int:
-    """Returns an identifier of a tensor's storage, which is the same for all views of it."""
-    return tensor.untyped_storage()._cdata
-
-
 def _writes(node: Any) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, Operator) or not is_in_place(node.target):
         return False
     return node.target != torch.ops.aten.copy_.default or node.args[0].op != "placeholder"

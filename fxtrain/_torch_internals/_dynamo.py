@@ -1,0 +1,137 @@
+"""Dynamo, the tracer of ``torch.compile``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
+
+from fxtrain._torch_internals._interface import Interface
+
+LOOKUP = Interface("torch._dynamo.lookup_backend", "backends given by name", "traced")
+LIMIT = Interface("torch._dynamo.exc.FailOnRecompileLimitHit", "steps whose sizes change more often than Dynamo allows")
+CONFIG = Interface("torch._dynamo.config.error_on_nested_fx_trace", "compilation in the background", "traced")
+LOCK = Interface("torch._dynamo.convert_frame.compile_lock", "compilation in the background", "traced")
+EXPLAIN = Interface("torch._dynamo.backends.debugging.ExplainWithBackend", "fx.explain of steps of several graphs")
+OVERRIDABLE = Interface(
+    "torch._dynamo.variables.torch.get_overridable_functions", "random samples from keys below torch.compile"
+)
+STRATEGY = Interface(
+    "torch._C._dynamo.eval_frame.set_code_exec_strategy", "function modes around functions that torch.compile splits"
+)
+SKIP = Interface("torch._C._dynamo.eval_frame._FrameAction.SKIP", STRATEGY.purpose)
+STRATEGIES = Interface("torch._C._dynamo.eval_frame._FrameExecStrategy", STRATEGY.purpose)
+HOOKS_ERROR = Interface(
+    "torch._C._autograd._saved_tensors_hooks_get_disabled_error_message", "calls after an error in a compiled step"
+)
+HOOKS_ENABLED = Interface("torch._C._autograd._saved_tensors_hooks_enable", HOOKS_ERROR.purpose)
+
+COMPILING_MODULE = "torch._dynamo.convert_frame"
+"""The module whose frames are on the stack while Dynamo compiles."""
+
+LOGGER = "torch._dynamo"
+"""A logger whose records do not reach torch's."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def is_loaded() -> bool:
+    """Whether Dynamo has been imported, which takes as long as importing torch."""
+    return "torch._dynamo" in sys.modules
+
+
+def backend_named(name: str) -> Callable[..., Any]:
+    """Returns a backend of ``torch.compile``: a function of a graph and its example inputs."""
+    return LOOKUP.get()(name)
+
+
+def recompile_limit_error() -> type[Exception]:
+    """Returns the exception of a call for which Dynamo would make more graphs than it allows."""
+    return LIMIT.get() if LIMIT.exists else _UnraisedError
+
+
+class _UnraisedError(Exception):
+    pass
+
+
+def nested_calls_inlined() -> Callable[[], None]:
+    """Runs compiled functions uncompiled while ``torch.fx`` traces. Returns a function that restores the setting.
+
+    torch.fx sets a flag of the whole process, and Dynamo by default refuses calls in any thread then.
+    """
+    if not CONFIG.exists:
+        return lambda: None
+    from torch._dynamo import config
+
+    before = config.error_on_nested_fx_trace
+    config.error_on_nested_fx_trace = False
+
+    def restore() -> None:
+        config.error_on_nested_fx_trace = before
+
+    return restore
+
+
+def compile_lock() -> AbstractContextManager[object]:
+    """Returns the lock that Dynamo holds while it compiles."""
+    return LOCK.get() if LOCK.exists else contextlib.nullcontext()
+
+
+def explaining_backend() -> Any:
+    """Returns a backend of ``torch.compile`` that records the graphs and the breaks between them."""
+    return EXPLAIN.get()("eager")
+
+
+def can_show_to_modes() -> bool:
+    """Whether ``show_to_modes`` has an effect. Imports Dynamo."""
+    return OVERRIDABLE.exists
+
+
+def show_to_modes(functions: Iterable[Callable[..., object]]) -> None:
+    """Makes Dynamo call function modes for these functions of torch, as eager code does. Imports Dynamo."""
+    if OVERRIDABLE.exists:
+        OVERRIDABLE.get()().update(functions)
+
+
+def constant_in_dynamo(function: _F) -> _F:
+    """Makes Dynamo call a function while tracing, and take its result as a constant.
+
+    Equivalent to ``torch.compiler.assume_constant_result``, which would import Dynamo.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def can_keep_uncompiled() -> bool:
+    """Whether ``kept_uncompiled`` has an effect."""
+    return STRATEGY.exists and SKIP.exists and STRATEGIES.exists
+
+
+def keep_uncompiled(function: Callable[..., object]) -> None:
+    """Keeps Dynamo from compiling a function and its callees as separate frames. Tracing still inlines it."""
+    if can_keep_uncompiled():
+        skip = SKIP.get()
+        # The first action applies to the frame, the second to frames of its callees.
+        STRATEGY.get()(function.__code__, STRATEGIES.get()(skip, skip))
+
+
+def restoring_saved_tensor_hooks(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Returns ``function``, enabling the hooks of saved tensors again if an error in it has left them disabled."""
+    if not (HOOKS_ERROR.exists and HOOKS_ENABLED.exists):
+        return function
+    disabled_reason, enable = HOOKS_ERROR.get(), HOOKS_ENABLED.get()
+
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        before = disabled_reason()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            if before is None:
+                enable()
+            raise
+
+    return run

@@ -1,0 +1,76 @@
+"""The class of a private interface: where torch has it, and what of fxtrain depends on it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, Literal
+
+import torch
+
+Feature = Literal["traced", "symbolic", "inductor", "ahead"]
+"""A part of the compiler that works only with all of its interfaces."""
+
+
+class MissingInterfaceError(RuntimeError):
+    """The installed torch lacks a private interface that fxtrain uses."""
+
+
+class Interface:
+    """A private interface of torch, looked up at its first use.
+
+    Args:
+        path: Its dotted path.
+        purpose: What it is used for, as a noun.
+        feature: The part of the compiler that cannot work without it. None if there is a fallback.
+
+    Example:
+        >>> Interface("torch._C._is_torch_function_enabled", "an example").exists
+        True
+    """
+
+    __slots__ = ("feature", "path", "purpose")
+
+    def __init__(self, path: str, purpose: str, feature: Feature | None = None) -> None:
+        self.path, self.purpose, self.feature = path, purpose, feature
+
+    @property
+    def exists(self) -> bool:
+        """Whether the installed torch has it."""
+        return _found(self.path) is not _MISSING
+
+    def get(self) -> Any:
+        """Returns it.
+
+        Raises:
+            MissingInterfaceError: The installed torch does not have it.
+        """
+        found = _found(self.path)
+        if found is _MISSING:
+            raise MissingInterfaceError(
+                f"expected a torch with {self.path} for {self.purpose}, got torch {torch.__version__}. Install a "
+                "version of torch that fxtrain has been tested with."
+            )
+        return found
+
+    def __repr__(self) -> str:
+        return f"Interface({self.path!r}, {self.purpose!r})"
+
+
+_MISSING = object()
+
+
+@functools.cache
+def _found(path: str) -> object:
+    """Returns the object at a dotted path, importing modules on the way, or ``_MISSING``."""
+    found: object = torch
+    names = path.split(".")
+    for depth, name in enumerate(names[1:], 2):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            try:
+                found = importlib.import_module(".".join(names[:depth]))
+            except ImportError:
+                return _MISSING
+    return found

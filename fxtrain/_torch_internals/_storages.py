@@ -1,0 +1,65 @@
+"""Storages of tensors: their identity, their use counts, and copies of many at once."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, UntypedStorage
+
+from fxtrain._torch_internals._interface import Interface
+
+ADDRESS = Interface("torch.UntypedStorage._cdata", "telling which tensors share memory")
+USE_COUNT = Interface("torch._C._storage_Use_Count", "donating buffers that nothing else references")
+VERSION = Interface("torch.Tensor._version", "noticing in-place writes")
+COPY_ALL = Interface("torch._foreach_copy_", "fast snapshots of states")
+
+_address = operator.attrgetter("_cdata")
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Returns the identity of a tensor's storage, which all of its views share.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, 3)
+        >>> storage_id(x) == storage_id(x.t()) != storage_id(x.clone())
+        True
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def storage_use_counts(storages: Iterable[UntypedStorage]) -> Iterable[int]:
+    """Yields how many tensors and other objects of torch use each storage: -1 where torch cannot count."""
+    if not (USE_COUNT.exists and ADDRESS.exists):
+        return itertools.repeat(-1, len(list(storages)))
+    return map(USE_COUNT.get(), map(_address, storages))
+
+
+def write_count(tensor: Tensor) -> int:
+    """Returns how often a tensor, one of its views or its base has been written in place.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2)
+        >>> before = write_count(x)
+        >>> write_count(x.add_(1)) - before
+        1
+    """
+    return tensor._version
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor], *, non_blocking: bool) -> None:
+    """Copies each source into its target, in a single call of torch where it can.
+
+    Args:
+        targets: The tensors that are written.
+        sources: Tensors of the same shapes.
+        non_blocking: As in ``torch.Tensor.copy_``.
+    """
+    if COPY_ALL.exists:
+        COPY_ALL.get()(list(targets), list(sources), non_blocking=non_blocking)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=non_blocking)

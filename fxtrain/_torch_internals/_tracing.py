@@ -1,0 +1,105 @@
+"""The tracer ``make_fx``, fake tensors, and symbolic sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxtrain._torch_internals._dispatch import is_recorded
+from fxtrain._torch_internals._interface import Interface
+
+MAKE_FX = Interface("torch.fx.experimental.proxy_tensor.make_fx", "tracing a step", "traced")
+PROXY_MODE = Interface("torch.fx.experimental.proxy_tensor.get_proxy_mode", "reading values in a trace", "traced")
+PROXY_SLOT = Interface("torch.fx.experimental.proxy_tensor.get_proxy_slot", "reading values in a trace", "traced")
+UNRECORDED = Interface(
+    "torch.fx.experimental.proxy_tensor.disable_proxy_modes_tracing",
+    "computations outside of a graph",
+    "traced",
+)
+FAKE_MODE = Interface("torch._subclasses.FakeTensorMode", "running a step without values", "traced")
+KNOWN_TRUE = Interface("torch.fx.experimental.symbolic_shapes.statically_known_true", "comparing sizes", "traced")
+SHAPE_ENV = Interface("torch.fx.experimental.symbolic_shapes.ShapeEnv", "batches of many sizes", "symbolic")
+DYNAMIC = Interface("torch.fx.experimental.symbolic_shapes.DimDynamic", "batches of many sizes", "symbolic")
+SYMBOLS = Interface(
+    "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext", "batches of many sizes", "symbolic"
+)
+INTERPRETER = Interface("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "conditions on sizes", "symbolic")
+SOURCE = Interface("torch._dynamo.source.ConstantSource", "batches of many sizes", "symbolic")
+DECOMPOSITIONS = Interface("torch._decomp.get_decompositions", "padding to symbolic sizes", "symbolic")
+IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries that a step is traced", "traced")
+
+TRACER_MODULES = ("torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
+"""The modules of torch between a traced operation and the code that called it."""
+
+
+def make_fx(function: Callable[..., object], **options: Any) -> Callable[..., torch.fx.GraphModule]:
+    """Returns a function that traces ``function`` for example tensors. Tensors it captures become constants."""
+    return MAKE_FX.get()(function, _allow_non_fake_inputs=True, **options)
+
+
+def unrecorded() -> AbstractContextManager[object]:
+    """A context whose operations ``make_fx`` does not record."""
+    return UNRECORDED.get()() if UNRECORDED.exists and is_recorded() else contextlib.nullcontext()
+
+
+def tracer() -> Any:
+    """Returns the tracer that records this thread's operations, with its ``graph`` and its ``root``, or None."""
+    mode = PROXY_MODE.get()()
+    return None if mode is None else mode.tracer
+
+
+def node_of(tensor: Tensor) -> torch.fx.Node | None:
+    """Returns the graph node that computes a tensor, or None if it is not in the graph that is traced."""
+    current = tracer()
+    proxy = None if current is None else PROXY_SLOT.get()(tensor, current, None)
+    return None if proxy is None else proxy.proxy.node
+
+
+def new_fake_mode(shape_env: Any = None) -> Any:
+    """Returns a context that runs operations on tensors without values, which its ``from_tensor`` makes.
+
+    Args:
+        shape_env: The symbols of sizes, from ``new_shape_env``. By default sizes are numbers.
+    """
+    return FAKE_MODE.get()(allow_non_fake_inputs=True, shape_env=shape_env)
+
+
+def new_shape_env() -> Any:
+    """Returns an environment of symbols in which sizes that are equal in the example stay separate symbols."""
+    return SHAPE_ENV.get()(duck_shape=False)
+
+
+def with_symbolic_sizes(mode: Any, tensor: Tensor, name: str) -> Tensor:
+    """Returns a fake tensor whose sizes are symbols, in a mode with a shape environment."""
+    dynamic = [DYNAMIC.get().DYNAMIC] * tensor.ndim
+    return mode.from_tensor(tensor, source=SOURCE.get()(name), symbolic_context=SYMBOLS.get()(dynamic_sizes=dynamic))
+
+
+def size_functions() -> dict[str, Any]:
+    """Returns the functions that conditions on symbolic sizes call, by name."""
+    return INTERPRETER.get()
+
+
+def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+    """Returns implementations of operators in Python, in terms of simpler operators."""
+    return DECOMPOSITIONS.get()(operators)
+
+
+def is_known_true(condition: Any) -> bool:
+    """Whether a comparison of sizes is true for all values of their symbols. It adds no condition on them."""
+    return KNOWN_TRUE.get()(condition)
+
+
+def compiling_flag() -> object:
+    """Returns the flag of the process that ``torch.compiler.is_compiling`` converts to a bool."""
+    return getattr(torch.compiler, "_is_compiling_flag", False)
+
+
+def set_compiling_flag(value: object) -> None:
+    """Sets the flag of the process that ``torch.compiler.is_compiling`` converts to a bool."""
+    torch.compiler._is_compiling_flag = value
