@@ -9,6 +9,7 @@ from fxtrain.core._compiling import compiling as compiling
 from fxtrain.core._control import KINDS as KINDS
 from fxtrain.core._control import Control, Logged
 from fxtrain.core._control import Flag as Flag
+from fxtrain.core._docs import args_from as args_from
 from fxtrain.core._donated import Donated as Donated
 from fxtrain.core._donated import DonatedError
 from fxtrain.core._donated import invalidate as invalidate

@@ -14,7 +14,8 @@ from fxtrain.optim._adam import ScaleByAmsgradState as ScaleByAmsgradState
 from fxtrain.optim._adam import adam, adamax, adamw, lamb, scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from fxtrain.optim._clipping import clip_by_block_rms, clip_by_global_norm, clip_by_value
 from fxtrain.optim._complex_values import split_real_and_imaginary as split_real_and_imaginary
-from fxtrain.optim._decay import WeightDecaySchedule, add_decayed_weights
+from fxtrain.optim._decay import WeightDecaySchedule as WeightDecaySchedule
+from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._finite import ApplyIfFiniteState as ApplyIfFiniteState
 from fxtrain.optim._finite import apply_if_finite
 from fxtrain.optim._freezing import ActiveWhenState as ActiveWhenState
@@ -65,7 +66,6 @@ __all__ = [
     "GradientTransformation",
     "PerParameter",
     "ScalarOrSchedule",
-    "WeightDecaySchedule",
     "active_when",
     "adadelta",
     "adafactor",

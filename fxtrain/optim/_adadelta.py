@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import Scalar, map_with_memory, moving_average, real_full, squared
@@ -28,6 +28,13 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
     Args:
         rho: Decay rate of both averages, in [0, 1).
         eps: Added to both averages, inside the square roots. It sets the size of the first steps.
+
+    Example:
+        >>> import torch
+        >>> tx = scale_by_adadelta(eps=0.01)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.3145, -0.3162])
     """
     checks.decay_rate(rho=rho)
     checks.non_negative(eps=eps)
@@ -49,6 +56,7 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_adadelta, add_decayed_weights, scale_by_learning_rate)
 def adadelta(
     learning_rate: ScalarOrSchedule = 1.0,
     *,
@@ -62,11 +70,14 @@ def adadelta(
         u = -lr sqrt(E[x^2] + eps) / sqrt(E[g^2] + eps) g
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        rho: Decay rate of both averages, in [0, 1).
-        eps: Added to both averages, inside the square roots. It sets the size of the first steps.
         weight_decay: Coefficient of L2 regularization, which is added to the gradient.
-        mask: Which parameters decay; see ``add_decayed_weights``.
+
+    Example:
+        >>> import torch
+        >>> tx = adadelta(eps=0.01)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.3145,  0.3162])
 
     References:
         Zeiler, ADADELTA: An Adaptive Learning Rate Method, 2012.

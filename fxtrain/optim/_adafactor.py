@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, check_positive_int
+from fxtrain.core import Tree, args_from, check_positive_int
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._decay import add_decayed_weights
@@ -59,13 +59,21 @@ def scale_by_factored_rms(
 
     Args:
         factored: Whether to factor second moments at all.
-        decay_rate: Exponent of the schedule of ``b``, in [0, 1). Larger values average over more steps.
-        decay_offset: Subtracted from the update count to get ``t``. For fine-tuning, pass the count at which it starts.
+        decay_rate: Exponent of the decay schedule of the averages, in [0, 1). Larger values average over more steps.
+        decay_offset: Subtracted from the update count in that schedule. For fine-tuning, pass the count at which it
+            starts.
         min_dim_size_to_factor: A parameter is factored if two of its dimensions have at least this size.
         eps: Added to the squares. None for the machine epsilon of the parameter's dtype.
         factor_last: Whether to factor the last two dimensions, as in ``torch.optim.Adafactor``, or the two largest, as
             in optax.
         clamp: Whether ``eps`` is a lower bound of the mean of R and of the root, as in torch, instead of being added.
+
+    Example:
+        >>> tx = scale_by_factored_rms(min_dim_size_to_factor=2)
+        >>> grads = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+        >>> tx.update(grads, tx.init(grads))[0]
+        tensor([[1., 1.],
+                [1., 1.]])
     """
     checks.decay_rate(decay_rate=decay_rate)
     check_positive_int("min_dim_size_to_factor", min_dim_size_to_factor)
@@ -129,6 +137,7 @@ def scale_by_factored_rms(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_factored_rms, add_decayed_weights)
 def adafactor(
     learning_rate: ScalarOrSchedule | None = None,
     *,
@@ -150,18 +159,12 @@ def adafactor(
 
     Args:
         learning_rate: A float, a tensor of shape [], or a schedule. None is the same as 1.
-        min_dim_size_to_factor: A parameter is factored if two of its dimensions have at least this size.
-        decay_rate: Exponent of the decay schedule of the average of squares, in [0, 1).
-        decay_offset: Subtracted from the update count in that schedule. For fine-tuning, pass the count at which it
-            starts.
         multiply_by_parameter_scale: Whether to multiply each update by the root mean square of its parameter.
         clipping_threshold: Upper bound of the root mean square of each update. None disables clipping.
         momentum: Decay rate of a moving average of the updates. None disables it.
         dtype_momentum: Dtype of that average.
         weight_decay_rate: Decoupled weight decay, not multiplied by the learning rate. None disables it.
         eps: Added to the squares.
-        factored: Whether to factor second moments at all.
-        mask: Which parameters decay; see ``add_decayed_weights``.
 
     Example:
         >>> tx = adafactor(0.01)

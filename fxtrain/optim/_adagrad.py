@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, map_with_memory, real_full, squared
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
@@ -26,9 +26,15 @@ def scale_by_rss(
     """Divides updates by the root of the sum of all their squares so far; see ``adagrad``.
 
     Args:
-        initial_accumulator_value: Initial value of the sum.
-        eps: Prevents division by zero.
+        initial_accumulator_value: Initial value of the sum. Defaults to 0.1 as in optax; ``torch.optim.Adagrad`` has 0.
+        eps: Prevents division by zero. Defaults to 1e-7 as in optax; torch has 1e-10.
         eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax, or outside, as in torch.
+
+    Example:
+        >>> tx = scale_by_rss()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.9945, -1.0000])
     """
     checks.non_negative(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
@@ -47,6 +53,7 @@ def scale_by_rss(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_rss, scale_by_learning_rate)
 def adagrad(
     learning_rate: ScalarOrSchedule,
     *,
@@ -56,11 +63,11 @@ def adagrad(
 ) -> GradientTransformation:
     """AdaGrad: ``u = -lr g / sqrt(sum |g|^2 + eps)``, with the sum over all gradients so far.
 
-    Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        initial_accumulator_value: Initial value of the sum. Defaults to 0.1 as in optax; ``torch.optim.Adagrad`` has 0.
-        eps: Prevents division by zero. Defaults to 1e-7 as in optax; torch has 1e-10.
-        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax, or outside, as in torch.
+    Example:
+        >>> tx = adagrad(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.0994,  0.1000])
 
     References:
         Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization, 2011.

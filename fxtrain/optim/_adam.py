@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
@@ -76,9 +76,15 @@ def scale_by_adam(
         b1: Decay rate of the first moment, in [0, 1).
         b2: Decay rate of the second moment, in [0, 1).
         eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root.
+        eps_root: Added inside the square root. Pass a value above 0 to differentiate through the update.
         mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
-        nesterov: Whether to use Nesterov momentum.
+        nesterov: Whether to use Nesterov momentum; see ``nadam``.
+
+    Example:
+        >>> tx = scale_by_adam()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 1.0000, -1.0000])
     """
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps, eps_root=eps_root)
@@ -103,6 +109,7 @@ def scale_by_adam(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_adam)
 def scale_by_amsgrad(
     *,
     b1: Scalar = 0.9,
@@ -115,13 +122,14 @@ def scale_by_amsgrad(
     """Like ``scale_by_adam``, but divides by the root of the largest second moment so far.
 
     Args:
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
         correct_maximum: Whether to correct the bias after taking the maximum, as in ``torch.optim.Adam``, or before, as
             in optax.
+
+    Example:
+        >>> tx = scale_by_amsgrad()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 1.0000, -1.0000])
 
     References:
         Reddi et al., On the Convergence of Adam and Beyond, 2018.
@@ -155,13 +163,19 @@ def scale_by_amsgrad(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_adam)
 def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
     """Divides the first moment by a decaying maximum of absolute values; see ``adamax``.
 
     Args:
-        b1: Decay rate of the first moment, in [0, 1).
         b2: Decay rate of the maximum, in [0, 1).
         eps: Added to the absolute values.
+
+    Example:
+        >>> tx = scale_by_adamax()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 1., -1.])
     """
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps)
@@ -186,6 +200,7 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_adam, scale_by_learning_rate)
 def adam(
     learning_rate: ScalarOrSchedule,
     *,
@@ -203,13 +218,6 @@ def adam(
         u = -lr m' / (sqrt(v' + eps_root) + eps),    m' = m / (1 - b1^t),    v' = v / (1 - b2^t)
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root. Pass a value above 0 to differentiate through the update.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
-        nesterov: Whether to use Nesterov momentum; see ``nadam``.
         amsgrad: Whether to use the largest second moment so far; see ``scale_by_amsgrad``.
 
     Raises:
@@ -227,6 +235,7 @@ def adam(
     return chain(_adam(b1, b2, eps, eps_root, mu_dtype, nesterov, amsgrad), scale_by_learning_rate(learning_rate))
 
 
+@args_from(adam, add_decayed_weights)
 def adamw(
     learning_rate: ScalarOrSchedule,
     *,
@@ -243,17 +252,8 @@ def adamw(
     """Adam with decoupled weight decay: ``u = -lr (adam(g) + weight_decay p)``.
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
         weight_decay: A float, a tensor of shape [], or a schedule. It is multiplied by the learning rate, and so also
             follows the learning rate's schedule. Defaults to 1e-4 as in optax; ``torch.optim.AdamW`` has 1e-2.
-        mask: Which parameters decay; see ``add_decayed_weights``.
-        nesterov: Whether to use Nesterov momentum; see ``nadam``.
-        amsgrad: Whether to use the largest second moment so far; see ``scale_by_amsgrad``.
 
     Raises:
         ValueError: If a hyperparameter is out of range, or both ``nesterov`` and ``amsgrad`` are set.
@@ -275,16 +275,17 @@ def adamw(
     )
 
 
+@args_from(scale_by_adamax, scale_by_learning_rate)
 def adamax(
     learning_rate: ScalarOrSchedule, *, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8
 ) -> GradientTransformation:
     """Adam with the infinity norm: ``u = -lr m / (1 - b1^t) / v``, with ``v = max(b2 v, |g| + eps)``.
 
-    Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the maximum, in [0, 1).
-        eps: Added to the absolute values.
+    Example:
+        >>> tx = adamax(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.1000,  0.1000])
 
     References:
         Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015.
@@ -292,6 +293,7 @@ def adamax(
     return chain(scale_by_adamax(b1=b1, b2=b2, eps=eps), scale_by_learning_rate(learning_rate))
 
 
+@args_from(adamw)
 def lamb(
     learning_rate: ScalarOrSchedule,
     *,
@@ -307,13 +309,13 @@ def lamb(
         d = adam(g) + weight_decay p,    u = -lr |p| / |d| d
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root.
         weight_decay: Coefficient of decoupled weight decay.
-        mask: Which parameters decay; see ``add_decayed_weights``.
+
+    Example:
+        >>> tx = lamb(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-14.1437,  14.1437])
 
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020.

@@ -13,7 +13,14 @@ from fxtrain.optim._transform import GradientTransformation, stateless
 
 
 def clip_by_value(max_delta: Scalar) -> GradientTransformation:
-    """Clips each element to [-max_delta, max_delta]. Split complex updates first: see ``split_real_and_imaginary``."""
+    """Clips each element to [-max_delta, max_delta]. Split complex updates first: see ``split_real_and_imaginary``.
+
+    Example:
+        >>> tx = clip_by_value(5.0)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 3., -5.])
+    """
     checks.positive(max_delta=max_delta)
     return stateless(
         lambda updates, params: map_updates(lambda update: at_most(at_least(update, -max_delta), max_delta), updates)
@@ -52,7 +59,13 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
 def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     """Scales each leaf down so that its root mean square is at most ``threshold``.
 
-    u = g / max(1, rms(g) / threshold)
+        u = g / max(1, rms(g) / threshold)
+
+    Example:
+        >>> tx = clip_by_block_rms(1.0)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.0212, -1.4141])
     """
     checks.positive(threshold=threshold)
 

@@ -163,6 +163,12 @@ def get_hyperparams(opt_state: Tree) -> dict[str, Tensor]:
     """Returns the injected hyperparameters by name, including scheduled ones.
 
     A name that occurs more than once is prefixed by its path: ``"[0].learning_rate"``.
+
+    Example:
+        >>> from fxtrain import optim
+        >>> state = inject_hyperparams(optim.sgd)(learning_rate=0.5, momentum=0.9).init({"w": torch.zeros(2)})
+        >>> get_hyperparams(state)
+        {'learning_rate': tensor(0.5000), 'momentum': tensor(0.9000)}
     """
     found = [
         (path, name, value)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
@@ -70,10 +70,18 @@ def trace(
         nesterov: Whether to use Nesterov momentum.
         dampening: Dampening of all updates except the first, as in ``torch.optim.SGD``. It adds update counts to the
             state. None disables it.
-        accumulator_dtype: Dtype of the sum. Defaults to the parameters' dtype.
+        accumulator_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
 
     Raises:
         ValueError: If an argument is out of range, or ``nesterov`` is combined with ``dampening``.
+
+    Example:
+        >>> tx = trace(0.9)
+        >>> state = tx.init(torch.tensor(0.0))
+        >>> first, state = tx.update(torch.tensor(1.0), state)
+        >>> second, state = tx.update(torch.tensor(1.0), state)
+        >>> float(first), float(second)
+        (1.0, 1.899999976158142)
 
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
@@ -130,6 +138,14 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
         decay: Decay rate, in [0, 1).
         debias: Whether to correct the bias of the start at zero.
         accumulator_dtype: Dtype of the average. Defaults to the parameters' dtype.
+
+    Example:
+        >>> tx = ema(0.5)
+        >>> state = tx.init(torch.tensor(0.0))
+        >>> first, state = tx.update(torch.tensor(1.0), state)
+        >>> second, state = tx.update(torch.tensor(4.0), state)
+        >>> float(first), float(second)
+        (1.0, 3.0)
     """
     checks.decay_rate(decay=decay)
 
@@ -156,9 +172,15 @@ def scale_by_lion(
     """Replaces updates by the sign of an average of update and momentum; see ``lion``.
 
     Args:
-        b1: Weight of the momentum in that average, in [0, 1).
+        b1: Weight of the momentum in the average whose sign is taken, in [0, 1).
         b2: Decay rate of the momentum, in [0, 1).
         mu_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
+
+    Example:
+        >>> tx = scale_by_lion()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 1., -1.])
     """
     checks.decay_rate(b1=b1, b2=b2)
 
@@ -175,6 +197,7 @@ def scale_by_lion(
     return GradientTransformation(init, update)
 
 
+@args_from(trace, scale_by_learning_rate)
 def sgd(
     learning_rate: ScalarOrSchedule,
     *,
@@ -186,11 +209,7 @@ def sgd(
     """Stochastic gradient descent: ``p = p - learning_rate * trace(g)``.
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
         momentum: ``decay`` of ``trace``. None disables momentum.
-        nesterov: Whether to use Nesterov momentum.
-        dampening: Dampening of the momentum, as in ``torch.optim.SGD``.
-        accumulator_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
 
     Raises:
         ValueError: If a hyperparameter is out of range, or ``nesterov`` or ``dampening`` is set without ``momentum``.
@@ -216,6 +235,7 @@ def sgd(
     )
 
 
+@args_from(scale_by_lion, add_decayed_weights)
 def lion(
     learning_rate: ScalarOrSchedule,
     *,
@@ -232,11 +252,7 @@ def lion(
     Args:
         learning_rate: A float, a tensor of shape [], or a schedule. Use a value 3 to 10 times smaller than for AdamW,
             and a weight decay larger by the same factor.
-        b1: Weight of the momentum in the direction, in [0, 1).
-        b2: Decay rate of the momentum, in [0, 1).
-        mu_dtype: Dtype of the momentum. Defaults to the parameters' dtype.
         weight_decay: Coefficient of decoupled weight decay, multiplied by the learning rate.
-        mask: Which parameters decay; see ``add_decayed_weights``.
 
     Example:
         >>> tx = lion(0.1, weight_decay=0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, check_positive_int, describe
+from fxtrain.core import Tree, args_from, check_positive_int, describe
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._adam import adamw
 from fxtrain.optim._decay import add_decayed_weights
@@ -116,6 +116,13 @@ def scale_by_muon(
 
     Raises:
         ValueError: At ``init``, if a parameter is not a matrix. The message names it.
+
+    Example:
+        >>> tx = scale_by_muon(ns_steps=10)
+        >>> grads = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
+        >>> updates, state = tx.update(grads, tx.init(grads))
+        >>> bool((torch.linalg.svdvals(updates) - 1).abs().max() < 0.35)
+        True
     """
     checks.decay_rate(beta=beta)
     checks.non_negative(eps=eps)
@@ -156,6 +163,12 @@ def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformati
         sqrt(max(1, rows / columns)),    or with ``consistent_rms``    consistent_rms sqrt(max(rows, columns))
 
     Rows are outputs, as in ``torch.nn.Linear``.
+
+    Example:
+        >>> tx = scale_by_shape()
+        >>> grads = torch.ones(4, 1)
+        >>> float(tx.update(grads, tx.init(grads))[0][0, 0])
+        2.0
     """
     if consistent_rms is not None:
         checks.positive(consistent_rms=consistent_rms)
@@ -169,6 +182,7 @@ def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformati
     return stateless(lambda updates, params: map_updates(rule, updates))
 
 
+@args_from(scale_by_muon, scale_by_learning_rate)
 def muon(
     learning_rate: ScalarOrSchedule,
     *,
@@ -197,11 +211,6 @@ def muon(
     ``muon_mask``.
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        ns_coeffs: ``coefficients`` of ``orthogonalize``.
-        ns_steps: ``steps`` of ``orthogonalize``.
-        ns_dtype: ``dtype`` of ``orthogonalize``.
-        beta: Decay rate of the momentum, in [0, 1).
         eps: Added to the norm of the momentum, and to the denominator of AdamW.
         weight_decay: Coefficient of decoupled weight decay of the matrices.
         mask: Which of the matrices decay; see ``add_decayed_weights``.

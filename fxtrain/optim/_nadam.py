@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
-from fxtrain.optim._adam import adam
+from fxtrain.optim._adam import adam, scale_by_adam
 from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
@@ -38,6 +38,7 @@ class ScaleByNadamState(NamedTuple):
     nu: Tree  # like the parameters, real, float32 at least: second moment
 
 
+@args_from(scale_by_adam)
 def scale_by_nadam(
     *,
     b1: Scalar = 0.9,
@@ -54,10 +55,13 @@ def scale_by_nadam(
 
     Args:
         b1: Decay rate of the first moment, and the limit of the momentum schedule, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
         momentum_decay: How fast the momentum schedule rises to ``b1``.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
+
+    Example:
+        >>> tx = scale_by_nadam()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 1.0565, -1.0565])
 
     References:
         Dozat, Incorporating Nesterov Momentum into Adam, 2016.
@@ -99,6 +103,7 @@ def scale_by_nadam(
     return GradientTransformation(init, update)
 
 
+@args_from(adam)
 def nadam(
     learning_rate: ScalarOrSchedule,
     *,
@@ -113,13 +118,8 @@ def nadam(
         m' = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t),    u = -lr m' / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
         momentum_decay: None keeps the momentum constant, as in optax. A float selects the paper's schedule; see
             ``scale_by_nadam``. ``torch.optim.NAdam`` has 4e-3.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
 
     Example:
         >>> tx = nadam(0.1)

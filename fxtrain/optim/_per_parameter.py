@@ -72,6 +72,10 @@ def per_parameter(params: Tree, value: float | Tensor = 0, *, dtype: torch.dtype
         params: Pytree of tensors.
         value: A number, or a tensor of shape [].
         dtype: Dtype of the vector.
+
+    Example:
+        >>> per_parameter({"bias": torch.zeros(2), "weight": torch.zeros(2, 2)}, 0.5, dtype=torch.float32).values
+        tensor([0.5000, 0.5000])
     """
     paths = tuple(leaf_paths(params))
     device = next((leaf.device for leaf in tree.leaves(params) if isinstance(leaf, Tensor)), None)

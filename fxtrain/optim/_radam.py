@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, wide_dtype
+from fxtrain.core import Tree, args_from, wide_dtype
 from fxtrain.optim import _checks as checks
-from fxtrain.optim._adam import ScaleByAdamState
+from fxtrain.optim._adam import ScaleByAdamState, scale_by_adam
 from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
@@ -23,6 +23,7 @@ from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
 
+@args_from(scale_by_adam)
 def scale_by_radam(
     *,
     b1: Scalar = 0.9,
@@ -36,14 +37,15 @@ def scale_by_radam(
     """Scales updates by rectified Adam, or by the first moment alone in the first steps; see ``radam``.
 
     Args:
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root.
         threshold: The length rho(t) of the average of squares below which the first moment alone is used.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
         correct_eps: Whether to correct the bias of the second moment after adding ``eps`` to its root, as in
             ``torch.optim.RAdam``, or before, as in optax.
+
+    Example:
+        >>> tx = scale_by_radam()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([   3., -200.])
     """
     checks.decay_rate(b1=b1, b2=b2)
     checks.non_negative(eps=eps, eps_root=eps_root, threshold=threshold)
@@ -88,6 +90,7 @@ def scale_by_radam(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_radam, scale_by_learning_rate)
 def radam(
     learning_rate: ScalarOrSchedule,
     *,
@@ -104,16 +107,6 @@ def radam(
         rho(t) = rho - 2 t b2^t / (1 - b2^t),    rho = 2 / (1 - b2) - 1
         u = -lr r m' / (sqrt(v' + eps_root) + eps)    where rho(t) >= threshold, and u = -lr m' elsewhere
         r^2 = (rho(t) - 4) (rho(t) - 2) rho / ((rho - 4) (rho - 2) rho(t))
-
-    Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the denominator, outside the square root.
-        eps_root: Added inside the square root.
-        threshold: The length rho(t) of the average of squares below which the first moment alone is used.
-        mu_dtype: Dtype of the first moment. Defaults to the parameters' dtype.
-        correct_eps: False as in optax, True as in torch; see ``scale_by_radam``.
 
     Example:
         >>> tx = radam(0.1)

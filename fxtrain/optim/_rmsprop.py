@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import (
     Scalar,
@@ -68,11 +68,19 @@ def scale_by_rms(
     """Divides updates by the root of a moving average of their squares; see ``rmsprop``.
 
     Args:
-        decay: Decay rate of the averages, in [0, 1).
+        decay: Decay rate of the averages, in [0, 1). Defaults to 0.9 as in optax; ``torch.optim.RMSprop`` has 0.99.
         eps: Prevents division by zero.
         initial_scale: Initial value of the average of squares.
-        eps_in_sqrt: Whether ``eps`` is added inside the square root, or outside.
+        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax and TensorFlow, or outside, as in
+            torch.
         bias_correction: Whether to correct the bias of the averages.
+
+    Example:
+        >>> import torch
+        >>> tx = scale_by_rms(decay=0.75, eps=0.0)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 2., -2.])
     """
     _check_rms(decay, eps, initial_scale)
 
@@ -93,6 +101,7 @@ def scale_by_rms(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_rms)
 def scale_by_stddev(
     *,
     decay: Scalar = 0.9,
@@ -103,12 +112,12 @@ def scale_by_stddev(
 ) -> GradientTransformation:
     """Divides updates by their moving standard deviation, without centering them; see ``rmsprop``.
 
-    Args:
-        decay: Decay rate of the averages, in [0, 1).
-        eps: Prevents division by zero.
-        initial_scale: Initial value of the average of squares.
-        eps_in_sqrt: Whether ``eps`` is added inside the square root, or outside.
-        bias_correction: Whether to correct the bias of the averages.
+    Example:
+        >>> import torch
+        >>> tx = scale_by_stddev(decay=0.75, eps=0.0)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 2.3094, -2.3094])
     """
     _check_rms(decay, eps, initial_scale)
 
@@ -133,6 +142,7 @@ def scale_by_stddev(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_rms, trace, scale_by_learning_rate)
 def rmsprop(
     learning_rate: ScalarOrSchedule,
     *,
@@ -150,16 +160,8 @@ def rmsprop(
         v = decay v + (1 - decay) |g|^2,    u = -lr g / sqrt(v + eps)
 
     Args:
-        learning_rate: A float, a tensor of shape [], or a schedule.
-        decay: Decay rate of the averages, in [0, 1). Defaults to 0.9 as in optax; ``torch.optim.RMSprop`` has 0.99.
-        eps: Prevents division by zero.
-        initial_scale: Initial value of the average of squares.
-        eps_in_sqrt: Whether ``eps`` is added inside the square root, as in optax and TensorFlow, or outside, as in
-            torch.
         centered: Whether to subtract the square of the average gradient from the average of squares.
         momentum: ``decay`` of ``trace``, which is applied after the learning rate. None disables momentum.
-        nesterov: Whether to use Nesterov momentum.
-        bias_correction: Whether to correct the bias of the averages.
 
     Raises:
         ValueError: If a hyperparameter is out of range, or ``nesterov`` is set without ``momentum``.

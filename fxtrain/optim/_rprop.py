@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree
+from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_memory, real_full, zeros
 from fxtrain.optim._scaling import scale
@@ -32,11 +32,17 @@ def scale_by_rprop(
     """Replaces each element by its step size, with the sign of the update; see ``rprop``.
 
     Args:
-        learning_rate: Initial step size of each element: a float or a tensor of shape [].
+        learning_rate: Initial step size of each element: a float or a tensor of shape []. Schedules are not supported.
         eta_minus: Factor of the step size after a change of sign, in [0, 1). That step is skipped.
         eta_plus: Factor of the step size if the sign stays the same, above 0.
         min_step_size: Lower bound of step sizes.
         max_step_size: Upper bound of step sizes.
+
+    Example:
+        >>> tx = scale_by_rprop(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([ 0.1000, -0.1000])
     """
     checks.non_negative(learning_rate=learning_rate, min_step_size=min_step_size)
     checks.decay_rate(eta_minus=eta_minus)
@@ -62,6 +68,7 @@ def scale_by_rprop(
     return GradientTransformation(init, update)
 
 
+@args_from(scale_by_rprop)
 def rprop(
     learning_rate: Scalar,
     *,
@@ -74,12 +81,11 @@ def rprop(
 
     Steps are those of ``torch.optim.Rprop``. Optax takes each of them one update later.
 
-    Args:
-        learning_rate: Initial step size of each element: a float or a tensor of shape []. Schedules are not supported.
-        eta_minus: Factor of the step size after a change of sign, in [0, 1). That step is skipped.
-        eta_plus: Factor of the step size if the sign stays the same, above 0.
-        min_step_size: Lower bound of step sizes.
-        max_step_size: Upper bound of step sizes.
+    Example:
+        >>> tx = rprop(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.1000,  0.1000])
 
     References:
         Riedmiller and Braun, A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP Algorithm, 1993.

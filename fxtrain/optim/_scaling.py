@@ -22,7 +22,14 @@ ScalarOrSchedule = float | Tensor | Schedule
 
 
 def scale(factor: Scalar) -> GradientTransformation:
-    """Multiplies updates by a constant: ``u = factor * g``."""
+    """Multiplies updates by a constant: ``u = factor * g``.
+
+    Example:
+        >>> tx = scale(0.5)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([   1.5000, -100.0000])
+    """
     return stateless(lambda updates, params: map_updates(lambda update: factor * update, updates))
 
 
@@ -83,6 +90,12 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
 
     Raises:
         ValueError: If the learning rate is negative.
+
+    Example:
+        >>> tx = scale_by_learning_rate(0.1)
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([-0.3000, 20.0000])
     """
     sign = -1 if flip_sign else 1
     if callable(learning_rate):
@@ -105,6 +118,12 @@ def scale_by_trust_ratio(
         trust_coefficient: c.
         eps: Added to the norm of the update.
 
+    Example:
+        >>> tx = scale_by_trust_ratio()
+        >>> grads, params = torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0])
+        >>> tx.update(grads, tx.init(params), params)[0]
+        tensor([0., 5.])
+
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020.
     """
@@ -120,7 +139,14 @@ def scale_by_trust_ratio(
 
 
 def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformation:
-    """Multiplies each leaf's update by the root mean square of its parameter, or by ``min_scale`` if that is larger."""
+    """Multiplies each leaf's update by the root mean square of its parameter, or by ``min_scale`` if that is larger.
+
+    Example:
+        >>> tx = scale_by_param_block_rms()
+        >>> grads, params = torch.tensor([0.0, 2.0]), torch.tensor([4.0, 4.0])
+        >>> tx.update(grads, tx.init(params), params)[0]
+        tensor([0., 8.])
+    """
     checks.non_negative(min_scale=min_scale)
 
     def rule(update: Tensor, param: Tensor) -> Tensor:

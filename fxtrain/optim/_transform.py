@@ -34,6 +34,13 @@ class GradientTransformation(NamedTuple):
             tensors.
         update: From gradients, state and parameters to updates, which are added to the parameters, and the new state.
             The parameters may be omitted if no transformation needs them.
+
+    Example:
+        >>> def update(updates, opt_state, params=None):
+        ...     return tree.map(lambda u: -0.1 * u, updates), opt_state + 1
+        >>> tx = GradientTransformation(lambda params: torch.tensor(0), update)
+        >>> tx.update(torch.tensor(2.0), tx.init(torch.tensor(0.0)))
+        (tensor(-0.2000), tensor(1))
     """
 
     init: Callable[[Tree], Tree]
@@ -77,12 +84,26 @@ def stateless(update: Callable[[Tree, Tree | None], Tree]) -> GradientTransforma
 
 
 def identity() -> GradientTransformation:
-    """Returns updates unchanged."""
+    """Returns updates unchanged.
+
+    Example:
+        >>> tx = identity()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([   3., -200.])
+    """
     return stateless(lambda updates, params: updates)
 
 
 def set_to_zero() -> GradientTransformation:
-    """Replaces updates by zeros, which freezes the parameters."""
+    """Replaces updates by zeros, which freezes the parameters.
+
+    Example:
+        >>> tx = set_to_zero()
+        >>> grads = torch.tensor([3.0, -200.0])
+        >>> tx.update(grads, tx.init(grads), grads)[0]
+        tensor([0., 0.])
+    """
     return stateless(lambda updates, params: tree.zeros_like(updates))
 
 
