@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxtrain import rng
-from fxtrain.model._first_calls import Reads
+from fxtrain.model._first_call_checks import TensorReads
 from fxtrain.precision import _Float32
 from fxtrain.rng._frames import is_safe_below_compile
 from fxtrain.step._missing_gradient import _Cuts
@@ -22,7 +22,7 @@ def no_compiled_frames():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode", [lambda: rng.functional(rng.key(0)), _Float32, lambda: Reads([]), _Cuts])
+@pytest.mark.parametrize("mode", [lambda: rng.functional(rng.key(0)), _Float32, lambda: TensorReads([]), _Cuts])
 def test_compiled_frame_is_not_reused_for_another_operation(mode):
     def function(x):
         return uncompiled(x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxtrain.data._generators import seeded
+from fxtrain.data._seeding import seeded
 
 
 def drawn():

@@ -6,7 +6,7 @@ from sources import assert_same, take
 from torch import nn
 
 import fxtrain as fx
-from fxtrain.data import as_source, batches, check, for_step, prefetch
+from fxtrain.data import as_source, batches, check_batch, for_step, prefetch
 
 geometric_data = pytest.importorskip("torch_geometric.data")
 loaders = pytest.importorskip("torch_geometric.loader")
@@ -133,7 +133,7 @@ def test_heterogeneous_graphs_train_and_are_checked():
     other = data.clone()
     other["b"].x = other["b"].x.double()
     with pytest.raises(ValueError, match=r"expected batch.*\['b'\].x.* to be .*, got a float64 tensor"):
-        check(other, data)
+        check_batch(other, data)
 
 
 def test_missing_attributes_and_microbatches_of_graphs_are_rejected():

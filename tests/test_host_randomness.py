@@ -17,7 +17,7 @@ from torch import nn
 
 import fxtrain as fx
 from fxtrain import testing
-from fxtrain.model._clocks import reads_noticed
+from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import _host as host
 
 X = torch.ones(4, 2)
@@ -258,7 +258,7 @@ class TestClocks:
         names["datetime"] = datetime if text.startswith("datetime.datetime") else datetime.datetime
         real = datetime.datetime, os.urandom, time.localtime, random.Random
         read = eval(f"lambda: {text}", names)
-        with reads_noticed(read) as found:
+        with clock_reads(read) as found:
             read()
             assert isinstance(datetime.datetime(2020, 1, 1), datetime.datetime)
             assert time.strftime("%Y", time.gmtime(0)) == "1970"
@@ -266,7 +266,7 @@ class TestClocks:
         assert (datetime.datetime, os.urandom, time.localtime, random.Random) == real
 
     def test_seeded_generator_is_not_reported(self):
-        with reads_noticed(random.Random) as found:
+        with clock_reads(random.Random) as found:
             first, second = random.Random(1), random.Random(x=1)
 
             class Own(random.Random):

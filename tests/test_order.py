@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fxtrain.data._order import Order, mix, permuted
+from fxtrain.data._epoch_order import Order, mix, permuted
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40))

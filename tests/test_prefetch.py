@@ -15,7 +15,7 @@ from sources import Augmented, Rows, assert_same, in_order, indexed_sources, sam
 from torch.utils.data import DataLoader
 
 from fxtrain.data import Exhausted, Source, batches, from_iterable, from_loader, prefetch
-from fxtrain.data._generators import seeded
+from fxtrain.data._seeding import seeded
 
 
 def threads():

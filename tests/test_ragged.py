@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 import fxtrain as fx
 from fxtrain import tree
 from fxtrain.data import attention_mask, bucketed, next_tokens, packed, pad, padded
-from fxtrain.data._bins import Bins
-from fxtrain.data._buckets import least_padding
+from fxtrain.data._bin_packing import Bins
+from fxtrain.data._bucketed import least_padding
 
 
 def texts(lengths):

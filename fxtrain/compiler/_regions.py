@@ -23,8 +23,8 @@ from fxtrain.compiler._quiet import without_logs
 from fxtrain.compiler._trace import Artefact, Run, compile_traced
 from fxtrain.compiler._uncompiled import uncompiled
 from fxtrain.core import TrainState, compiling
-from fxtrain.model import forward_by
-from fxtrain.model._comparison import are_close
+from fxtrain.model import forward_wrapped_by
+from fxtrain.model._closeness import are_close
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._intercept_gradients import Find, intercepted
 
@@ -107,7 +107,7 @@ class _Regions:
             # The uncompiled pass comes first, because it detects what the loss function writes. Compiled ones then get
             # copies.
             plain = None if self.is_checked else find(state, batch, index)
-            with forward_by(self._wrap):
+            with forward_wrapped_by(self._wrap):
                 gradient = find(state, batch, index)
             if plain is not None:
                 _check_close(gradient, plain)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.compiler._trace import Artefact
 from fxtrain.core import TrainState
-from fxtrain.model import forward_by
+from fxtrain.model import forward_wrapped_by
 from fxtrain.step import EvalFunction, Step
 
 
@@ -24,12 +24,12 @@ def uncompiled(
         state: The part of a state that enters the step.
         batch: A batch.
         in_place: Whether to write the new state into the old state's buffers.
-        wrap: As in ``forward_by``.
+        wrap: As in ``forward_wrapped_by``.
     """
     state_structure, batch_structure = tree.structure(state), tree.structure(batch)
 
     def run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        with forward_by(wrap):
+        with forward_wrapped_by(wrap):
             result: Any = step(tree.unflatten(state_structure, leaves), tree.unflatten(batch_structure, inputs))
         if not isinstance(step, Step):
             return (), result

@@ -16,14 +16,14 @@ are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynam
 
 from fxtrain.data._arrays import batches, sequence, windows
 from fxtrain.data._as_source import as_source as as_source
-from fxtrain.data._buckets import bucketed
+from fxtrain.data._as_tensors import map_tensors as map_tensors
+from fxtrain.data._batch_checks import check_batch as check_batch
+from fxtrain.data._bucketed import bucketed
 from fxtrain.data._checksum import checksum as checksum
-from fxtrain.data._leaves import map_tensors as map_tensors
-from fxtrain.data._likeness import check as check
-from fxtrain.data._loaders import from_loader
-from fxtrain.data._packing import packed
+from fxtrain.data._data_loaders import from_loader
+from fxtrain.data._packed import packed
+from fxtrain.data._pad import pad
 from fxtrain.data._padded import padded
-from fxtrain.data._padding import pad
 from fxtrain.data._placeholders import Placeholder as Placeholder
 from fxtrain.data._placeholders import for_step as for_step
 from fxtrain.data._prefetch import prefetch

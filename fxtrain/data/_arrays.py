@@ -13,11 +13,11 @@ from torch.utils.data import IterableDataset
 
 from fxtrain import tree
 from fxtrain.core import check_choice, check_positive_int, describe
-from fxtrain.data._generators import seeded
-from fxtrain.data._leaves import as_tensors
-from fxtrain.data._likeness import ALL_DIMS
-from fxtrain.data._order import Order, mix
-from fxtrain.data._samples import Grouped, StatefulGrouped, as_torch, collate, has_state, is_stream, samples
+from fxtrain.data._as_tensors import as_tensors
+from fxtrain.data._batch_checks import ALL_DIMS
+from fxtrain.data._collate import Grouped, StatefulGrouped, as_torch, collate, has_state, is_stream, samples
+from fxtrain.data._epoch_order import Order, mix
+from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._streams import from_iterable, from_stateful_loader
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
-from fxtrain.data._generators import seeded
-from fxtrain.data._likeness import ALL_DIMS
-from fxtrain.data._order import Order
-from fxtrain.data._padding import Layout, Side
-from fxtrain.data._ragged import Examples, Lengths
+from fxtrain.data._batch_checks import ALL_DIMS
+from fxtrain.data._epoch_order import Order
+from fxtrain.data._examples import Examples, Lengths
+from fxtrain.data._pad import Layout, Side
+from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 
 # With more shapes, compiling a graph for each no longer pays off.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import register_node
-from fxtrain.data._leaves import as_tensors
+from fxtrain.data._as_tensors import as_tensors
 
 
 class Placeholder:

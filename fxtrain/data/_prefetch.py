@@ -16,7 +16,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.core import check_positive_int
 from fxtrain.data._as_source import as_source
-from fxtrain.data._leaves import map_tensors
+from fxtrain.data._as_tensors import map_tensors
 from fxtrain.data._source import Source, SourceLike
 from fxtrain.rng._host import is_seeded
 

@@ -12,8 +12,8 @@ from typing_extensions import TypeAliasType
 
 from fxtrain import tree
 from fxtrain.core import Batch, describe
-from fxtrain.data._leaves import as_tensors, map_tensors
-from fxtrain.data._likeness import ALL_DIMS, REMEDY, check
+from fxtrain.data._as_tensors import as_tensors, map_tensors
+from fxtrain.data._batch_checks import ALL_DIMS, REMEDY, check_batch
 from fxtrain.data._placeholders import for_step
 
 
@@ -191,7 +191,7 @@ class Source:
             or _ends_epoch(like_position, length)
         )
         try:
-            same = check(batch, like, dynamic_dims=max(self.dynamic_dims, int(loose)))
+            same = check_batch(batch, like, dynamic_dims=max(self.dynamic_dims, int(loose)))
         except ValueError as error:
             raise ValueError(f"At position {position}: {error}") from None
         if same or self.dynamic_dims:
@@ -210,7 +210,7 @@ class Source:
 
     def _compare_kind(self, batch: Any, like: Any, position: int) -> None:
         try:
-            check(batch, like, dynamic_dims=ALL_DIMS)
+            check_batch(batch, like, dynamic_dims=ALL_DIMS)
         except ValueError as error:
             raise ValueError(f"At position {position}: {error}") from None
         if len(self._usual) == self.num_shapes:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fxtrain.core import Batch, describe
+from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._checksum import checksum, warn_of_another_batch
-from fxtrain.data._generators import seeded, start_epoch
-from fxtrain.data._likeness import ALL_DIMS
+from fxtrain.data._seeding import seeded, start_epoch
 from fxtrain.data._source import Exhausted, Source
 from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
@@ -167,7 +167,7 @@ class Stateful(Streamed):
     """Batches of a loader that tracks its own position. Use ``from_stateful_loader``."""
 
     def __init__(self, loader: Any, *, seed: int, dynamic: bool) -> None:
-        dynamic_dims = free_dimensions(loader, dynamic)
+        dynamic_dims = dynamic_dimensions(loader, dynamic)
         super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, dynamic_dims=dynamic_dims)
         self.loader = loader
         self.interruptible = False  # rebuilding the loader's state would require rereading the epoch
@@ -358,7 +358,7 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
     return Stateful(loader, seed=seed, dynamic=dynamic)
 
 
-def free_dimensions(loader: Any, dynamic: bool) -> int:
+def dynamic_dimensions(loader: Any, dynamic: bool) -> int:
     """Returns how many leading dimensions may change: one if each worker ends with a short batch, so that rows vary."""
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     short = iterable and getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "drop_last", False)

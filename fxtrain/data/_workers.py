@@ -23,7 +23,7 @@ import xxhash
 from torch.utils.data import DataLoader, _DatasetKind
 from torch.utils.data._utils import signal_handling
 
-from fxtrain.data._generators import seed_process
+from fxtrain.data._seeding import seed_process
 
 # Windows has no SIGUSR1.
 _SURVIVED_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}

@@ -14,8 +14,8 @@ from fxtrain.interop import _adapters as adapters
 from fxtrain.interop import _pretrained as pretrained
 from fxtrain.interop._read import listed_entries, read_weights
 from fxtrain.model import load_state_dict, model_of
-from fxtrain.model._loading import Loaded
-from fxtrain.model._named import Named
+from fxtrain.model._loading import LoadReport
+from fxtrain.model._named_tensors import NamedTensors
 from fxtrain.model._renaming import Rename
 
 
@@ -48,7 +48,7 @@ def load_weights(
     ignore_mismatched_sizes: bool = False,
     cast: bool = False,
     report: Literal[True],
-) -> Loaded: ...
+) -> LoadReport: ...
 
 
 def load_weights(
@@ -63,7 +63,7 @@ def load_weights(
     ignore_mismatched_sizes: bool = False,
     cast: bool = False,
     report: bool = False,
-) -> TrainState | Loaded:
+) -> TrainState | LoadReport:
     """Returns ``state`` with the weights from a file or a folder, and with everything else unchanged.
 
     A folder written by the module's own library is loaded as that library loads it: ``from_pretrained`` of transformers
@@ -81,10 +81,10 @@ def load_weights(
         rename: From prefixes of names in the files to those in the model, or a function of the name.
         ignore_mismatched_sizes: Whether to skip tensors of a different shape.
         cast: Whether to cast tensors to the dtypes of the state.
-        report: Whether to return a ``Loaded``, which lists what was loaded, instead of warning about skipped names.
+        report: Whether to return a ``LoadReport``, which lists what was loaded, instead of warning about skipped names.
 
     Returns:
-        The state, or a ``Loaded`` with the state and the lists of names if ``report=True``.
+        The state, or a ``LoadReport`` with the state and the lists of names if ``report=True``.
 
     Raises:
         CheckpointError: If the files cannot be read.
@@ -134,7 +134,7 @@ def _as_its_library_loads(
         contents, names = adapters.named_as_in(module, folder, contents)
         return contents, [name.replace("[", "[[]") for name in names] if where is None else where
     if pretrained.is_pretrained(module, folder) and (
-        hasattr(module, "base_model_prefix") or contents.keys() != Named(module).tensors.keys()
+        hasattr(module, "base_model_prefix") or contents.keys() != NamedTensors(module).tensors.keys()
     ):
         return pretrained.as_loaded(module, folder, contents), where
     return contents, where

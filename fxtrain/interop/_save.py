@@ -16,8 +16,8 @@ from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._unfinished import clear_abandoned, unfinished_folder
 from fxtrain.core import TrainState, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
-from fxtrain.model import model_of, refuse_writes, versions
-from fxtrain.model._named import Named
+from fxtrain.model import model_of, refuse_in_place_writes, versions
+from fxtrain.model._named_tensors import NamedTensors
 
 _FILE = "model.safetensors"
 
@@ -68,7 +68,7 @@ def save_weights(
             else:
                 copied = model.call(state.params, state.buffers, copy.deepcopy, train=False).output
                 _write(_converted(convert, tree.map(_with_parameters, copied)), unfinished)
-            refuse_writes("save_pretrained", state.params, before, "state.params")
+            refuse_in_place_writes("save_pretrained", state.params, before, "state.params")
             for file in unfinished.rglob("*"):
                 if file.is_dir():
                     sync_folder(file)
@@ -111,7 +111,7 @@ def _write(modules: Any, folder: pathlib.Path) -> None:
         return
     from safetensors.torch import save_file
 
-    named = Named(modules)
+    named = NamedTensors(modules)
     metadata = {"format": "pt"}
     for first, *others in named.ties:
         metadata.update(dict.fromkeys(others, first))

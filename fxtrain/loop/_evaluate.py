@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import metrics, tree
 from fxtrain.core import Control, Epoch, StepEnd, StepOutput, TrainState
 from fxtrain.data import Exhausted, as_source, map_tensors
-from fxtrain.data._containers import count_examples
+from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
 from fxtrain.loop._arguments import check_eval_step, check_state
 from fxtrain.loop._epochs import announce

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState, matching
-from fxtrain.model._architecture import model_of
 from fxtrain.model._init import init_optimizer
+from fxtrain.model._model import model_of
 from fxtrain.optim import PerParameter
 from fxtrain.tree import as_code, as_name, children, leaf_paths, rebuilt
 

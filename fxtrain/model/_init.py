@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain.core import Due, TrainState, describe
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.model._architecture import Model
+from fxtrain.model._model import Model
 from fxtrain.optim import GradientTransformation
 
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import TrainState, matching
-from fxtrain.model._architecture import model_of
-from fxtrain.model._named import EXTRA_STATE, Named
+from fxtrain.model._model import model_of
+from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors
 from fxtrain.model._renaming import Rename, proposed, renamed, shown
 
 _MAX_LINES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """The report of ``load_state_dict``: which names were loaded, and which were not.
 
     Names are those of ``state_dict(state)``. In a tree of modules they begin with the path of the module, joined by
@@ -75,7 +75,7 @@ def load(
     rename: Rename,
     ignore_mismatched_sizes: bool,
     cast: bool,
-) -> Loaded:
+) -> LoadReport:
     """Implements ``load_state_dict``, which documents the arguments and errors."""
     if any(leaf.is_meta for leaf in tree.leaves((state.params, state.buffers))):
         raise ValueError(
@@ -85,7 +85,7 @@ def load(
     report: dict[str, Any] = {}
 
     def fill(modules: Any) -> None:
-        model = Named(modules, part)
+        model = NamedTensors(modules, part)
         values = model.flat(given)
         old_names = {new: old for old, new in renamed(values, rename).items()}
         values = {new: values[old] for new, old in old_names.items()}
@@ -124,7 +124,7 @@ def load(
         )
 
     buffers = model_of(state).call(params, state.buffers, fill, train=False).buffers
-    return Loaded(state.replace(params=params, buffers=buffers), **report)
+    return LoadReport(state.replace(params=params, buffers=buffers), **report)
 
 
 def _fits_any(name: str, patterns: str | Sequence[str]) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fxtrain import tree
 from fxtrain.core import TrainState
-from fxtrain.model._architecture import model_of
-from fxtrain.model._loading import Loaded, load
+from fxtrain.model._loading import LoadReport, load
+from fxtrain.model._model import model_of
 from fxtrain.model._renaming import Rename
 
 
@@ -71,7 +71,7 @@ def load_state_dict(
     ignore_mismatched_sizes: bool = False,
     cast: bool = False,
     report: Literal[True],
-) -> Loaded: ...
+) -> LoadReport: ...
 
 
 def load_state_dict(
@@ -85,7 +85,7 @@ def load_state_dict(
     ignore_mismatched_sizes: bool = False,
     cast: bool = False,
     report: bool = False,
-) -> TrainState | Loaded:
+) -> TrainState | LoadReport:
     """Returns ``state`` with the weights of a state dict. All else is unchanged, including the optimizer state.
 
     One of several tied names is enough. A warning summarizes the names that were skipped.
@@ -104,11 +104,11 @@ def load_state_dict(
             leave names out. Or a function of the name.
         ignore_mismatched_sizes: Whether to skip tensors of another shape, such as a head for other classes.
         cast: Whether to cast tensors of another dtype to that of the state.
-        report: Whether to return a ``Loaded``, with full lists of the names that were and were not loaded, instead of
+        report: Whether to return a ``LoadReport``, which lists the names that were and were not loaded, instead of
             warning. Its field ``state`` is the new state.
 
     Returns:
-        The new state, or a ``Loaded`` that holds it.
+        The new state, or a ``LoadReport`` that holds it.
 
     Raises:
         ValueError: If a name is missing or unexpected, a shape or a dtype differs, or tied names have different values.

@@ -9,7 +9,7 @@ from torch import nn
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
-from fxtrain.model._architecture import model_of
+from fxtrain.model._model import model_of
 
 
 def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) -> View:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxtrain.core import describe
 from fxtrain.fold._subscription import name_of
-from fxtrain.model._captured import captured
+from fxtrain.model._captured_values import captured
 
 
 class ContractError(TypeError):

@@ -15,7 +15,7 @@ from fxtrain import tree
 from fxtrain.core import check_choice
 from fxtrain.core._frames import places
 from fxtrain.model import ValuesNeededError
-from fxtrain.model._forward import is_forward_wrapped
+from fxtrain.model._wrapped_forward import is_forward_wrapped
 from fxtrain.rng._tracing import has_symbolic_sizes, is_traced, is_transformed
 from fxtrain.step._check_function import ContractError, backward_refused
 

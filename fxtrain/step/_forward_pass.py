@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxtrain import rng, tree
 from fxtrain.core import TrainState, matching
-from fxtrain.model import Called, Model, model_of
+from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy
 from fxtrain.tree import as_name, leaf_paths
 
@@ -30,7 +30,7 @@ def forward(
     train: bool,
     key: rng.Key,
     finish: Callable[[Any], Any] | None = None,
-) -> Called:
+) -> CallResult:
     """Calls ``function(model, batch)`` in the dtypes of a policy.
 
     Args:
@@ -61,7 +61,7 @@ def forward(
     if not policy.keep:
         return called
     after = tree.map(lambda leaf, like: leaf.to(like.dtype), called.buffers, state.buffers)
-    return Called(called.output, after, model.like(called.written, state.params))
+    return CallResult(called.output, after, model.cast_written(called.written, state.params))
 
 
 def _kept(policy: Policy, tensors: Any) -> Any:

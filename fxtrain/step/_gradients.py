@@ -71,7 +71,7 @@ class Gradient:
         moved = state.replace(buffers=self.buffers)
         if not tree.leaves(self.written):
             return moved
-        return moved.replace(params=model_of(state).carry(state.params, self.written))
+        return moved.replace(params=model_of(state).with_written(state.params, self.written))
 
 
 _FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written")
@@ -199,7 +199,7 @@ def gradients(
 def _note_written(model: Model, params: Any, written: Any) -> None:
     if torch.compiler.is_dynamo_compiling():
         return
-    new = tree.leaves(model.carry(params, written))
+    new = tree.leaves(model.with_written(params, written))
     old = zip(tree.leaves(params), new, tree.paths(params, "state.params"), strict=True)
     replaced = [(path, leaf) for leaf, after, path in old if after is not leaf]
     record([path for path, _ in replaced], [leaf for _, leaf in replaced])

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain.core._frames import is_of_users
-from fxtrain.model._captured import captured
+from fxtrain.model._captured_values import captured
 from fxtrain.rng._frames import inlined_only
 from fxtrain.step._check_function import place_of
 

@@ -14,7 +14,7 @@ from fxtrain.core import TRACED, Callback, Control, Due, StepOutput, TrainState,
 from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach, compose
 from fxtrain.fold._subscription import name_of
-from fxtrain.model import refuse_writes, versions
+from fxtrain.model import refuse_in_place_writes, versions
 from fxtrain.step._callbacks import refused, traced_others
 from fxtrain.step._check_function import refuse_unless_step
 from fxtrain.step._frozen_writes import recording, refuse_lost
@@ -88,7 +88,7 @@ class Step:
         with recording() as written:
             result = self.function(state, for_step(batch))
         new, output = _checked(name, result)
-        refuse_writes(name, state, before, "state")
+        refuse_in_place_writes(name, state, before, "state")
         refuse_lost(name, written, new.params)
         stopped = state.due.stop
         # A stopped step makes no requests.

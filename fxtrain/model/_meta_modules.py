@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxtrain.model._contents import Contents, leaves
+from fxtrain.model._attribute_snapshots import AttributeSnapshot, leaves
 from fxtrain.rng._host import global_generators
 
 # Marks a buffer that a call deleted.
 DELETED = object()
 
 
-class Template:
+class MetaModules:
     """Modules on the meta device that are filled and used inside ``with template:``, and restored on exit.
 
     Contexts nest, and each starts from the original modules. Other threads wait.
@@ -39,8 +39,8 @@ class Template:
         self._owned, self._paths = owned, dict(paths)
         self._lock = threading.RLock()
         # Snapshots that nested contexts restore on exit, the innermost last.
-        self._outer: list[Contents | None] = []
-        self._contents = Contents(self._modules, owned)
+        self._outer: list[AttributeSnapshot | None] = []
+        self._contents = AttributeSnapshot(self._modules, owned)
         names = {id(value): name for named in (root.named_buffers, root.named_parameters) for name, value in named()}
         self._places = [
             (container, key, names[id(value)])
@@ -77,20 +77,20 @@ class Template:
             if value is not None
         }
 
-    def __enter__(self) -> Template:
+    def __enter__(self) -> MetaModules:
         self._lock.acquire()
         nested = bool(self._outer)
-        self._outer.append(Contents(self._modules, self._owned) if nested else None)
+        self._outer.append(AttributeSnapshot(self._modules, self._owned) if nested else None)
         if nested:
-            self._contents.put_back()
+            self._contents.restore()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
-            self._contents.put_back()
+            self._contents.restore()
             outer = self._outer.pop()
             if outer is not None:
-                outer.put_back()
+                outer.restore()
             if error is None:
                 self._refuse_writes()
         finally:
@@ -101,7 +101,7 @@ class Template:
         with self._lock:
             changed = not self._contents.is_intact()
             if changed:
-                self._contents.put_back()
+                self._contents.restore()
             return changed
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -197,9 +197,9 @@ class Template:
                     "Register it as a buffer, which is part of the state."
                 )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Template:
+    def __deepcopy__(self, memo: dict[int, Any]) -> MetaModules:
         root = copy.deepcopy(self.root, memo)
-        return Template(root, frozenset(id(memo[part]) for part in self._owned if part in memo), self._paths)
+        return MetaModules(root, frozenset(id(memo[part]) for part in self._owned if part in memo), self._paths)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.root, self._paths
@@ -209,7 +209,7 @@ class Template:
         self.__init__(root, frozenset(), paths)
 
 
-def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
+def on_meta_device(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
     """Returns a copy on the meta device, ties included, and the ids of all copied objects.
 
     Raises:
@@ -221,7 +221,7 @@ def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in root.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
-    for _, tensor in Contents({"model": root}, ()).tensors:
+    for _, tensor in AttributeSnapshot({"model": root}, ()).tensors:
         # deepcopy refuses tensors with a graph, such as those that torch.nn.utils.weight_norm stores. Each call
         # recomputes them.
         if not tensor.is_leaf:
@@ -235,7 +235,7 @@ def without_memory(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
         ) from error
 
 
-def evaluating(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
+def in_eval_mode(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
     """Returns a copy in eval mode, and the ids of all copied objects."""
     module, owned = _copied(root, {})
     return module.eval(), owned

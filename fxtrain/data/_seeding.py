@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxtrain.data._order import mix
+from fxtrain.data._epoch_order import mix
 from fxtrain.rng import _host as host
 
 

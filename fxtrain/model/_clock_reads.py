@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fxtrain.core._frames import is_of_users
-from fxtrain.model._captured import clocks
+from fxtrain.model._captured_values import clocks
 
 _NOW = ("now", "utcnow", "today")
 _ARGUMENTS_BEFORE_TIME = {time.strftime: 1}
 
 
 @contextlib.contextmanager
-def reads_noticed(function: Callable[..., Any]) -> Iterator[list[str]]:
+def clock_reads(function: Callable[..., Any]) -> Iterator[list[str]]:
     """Records reads of clocks and of ``os.urandom`` by the user's files, in this thread only.
 
     Args:

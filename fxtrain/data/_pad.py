@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
-from fxtrain.data._ragged import length_of, named
+from fxtrain.data._examples import length_of, named
 
 Side = Literal["right", "left"]
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
-from fxtrain.data._order import Order, mix
+from fxtrain.data._epoch_order import Order, mix
+from fxtrain.data._examples import Examples, Lengths
+from fxtrain.data._pad import Layout, Side
 from fxtrain.data._padded import Choice, Ragged
-from fxtrain.data._padding import Layout, Side
-from fxtrain.data._ragged import Examples, Lengths
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.
 _MAX_CANDIDATES = 512

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxtrain import tree
 from fxtrain.core import describe
-from fxtrain.data._containers import open_containers
+from fxtrain.data._foreign_containers import register_containers
 
 _NUMBERS = (bool, int, float, complex)
 KINDS_OF_NUMBERS = "biufc"
@@ -29,7 +29,7 @@ def as_tensors(batch: Any) -> Any:
     Raises:
         TypeError: If a leaf contains numbers in a form that cannot be converted. The message names its path.
     """
-    open_containers(batch)
+    register_containers(batch)
     if all(isinstance(leaf, Tensor) and not leaf.is_nested for leaf in tree.leaves(batch)):
         return batch
     return tree.map_with_path(_as_tensor, batch, root="batch", is_leaf=_is_list_of_numbers)

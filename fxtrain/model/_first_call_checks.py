@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
 from fxtrain.core import describe
-from fxtrain.model._comparison import are_close
-from fxtrain.model._contents import are_alike
-from fxtrain.model._template import DELETED, Template
-from fxtrain.model._writes import written_by
+from fxtrain.model._attribute_snapshots import are_alike
+from fxtrain.model._closeness import are_close
+from fxtrain.model._meta_modules import DELETED, MetaModules
+from fxtrain.model._write_guard import written_by
 from fxtrain.rng._frames import inlined_only
 from fxtrain.rng._tracing import is_traced, unrecorded
 
@@ -36,7 +36,7 @@ class ValuesNeededError(RuntimeError):
     """A check needs tensor values, but the function is being traced. Run the step once uncompiled before tracing it."""
 
 
-class FirstCalls:
+class CheckedFunctions:
     """Records which user functions have run a model, and whether they took random samples on the host.
 
     Functions that a step creates at each call are recognized by their code after a few calls.
@@ -102,9 +102,9 @@ def _code(function: Any) -> Any:
     return getattr(function, "__code__", type(function))
 
 
-def refuse_state(
+def refuse_hidden_state(
     who: str,
-    template: Template,
+    template: MetaModules,
     before: dict[str, Any],
     output: Any,
     again: Callable[[], Any],
@@ -142,7 +142,7 @@ def refuse_state(
         return
     watched = {id(value) for value in first.values() if isinstance(value, Tensor)}
     try:
-        with unrecorded(), Reads(watched) as reads:
+        with unrecorded(), TensorReads(watched) as reads:
             repeated = again()
         second = leaves()
     except (torch.OutOfMemoryError, MemoryError):
@@ -164,7 +164,7 @@ def refuse_state(
         raise refusal(changed, before, first, second, "a second call then returns another result")
 
 
-def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tensor], names: Collection[str]) -> None:
+def refuse_new_parameters(who: str, template: MetaModules, tensors: dict[str, Tensor], names: Collection[str]) -> None:
     """Raises if a call added a parameter, replaced one, or added hooks to one.
 
     Args:
@@ -197,10 +197,10 @@ def refuse_new_parameters(who: str, template: Template, tensors: dict[str, Tenso
             )
     hooked = [template.path(name) for name in names if getattr(tensors[name], "_post_accumulate_grad_hooks", None)]
     if hooked:
-        raise hooks_refused(hooked)
+        raise hooks_error(hooked)
 
 
-def hooks_refused(paths: Iterable[str]) -> NotImplementedError:
+def hooks_error(paths: Iterable[str]) -> NotImplementedError:
     """Returns the error for parameters with hooks."""
     return NotImplementedError(
         f"expected parameters without hooks, got hooks on {', '.join(paths)} (register_hook or "
@@ -259,7 +259,7 @@ def _shown(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
+def refusing_meta_reads(who: str, empty: Mapping[int, str]) -> Iterator[None]:
     """Raises on exit if an operation read a meta tensor, through a reference that no call fills.
 
     Args:
@@ -269,7 +269,7 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
     Raises:
         RuntimeError: Names the tensor.
     """
-    with Reads(empty) as reads:
+    with TensorReads(empty) as reads:
         yield
     if reads.found:
         raise RuntimeError(
@@ -279,7 +279,7 @@ def empty_refused(who: str, empty: Mapping[int, str]) -> Iterator[None]:
 
 
 @inlined_only
-class Reads(TorchFunctionMode):
+class TensorReads(TorchFunctionMode):
     """Records which of the watched tensors operations read, and which tensors they write in place."""
 
     def __init__(self, watched: Collection[int]) -> None:

@@ -24,7 +24,7 @@ _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Co
 _MAX_LISTED_ELEMENTS = 4096
 
 
-class Contents:
+class AttributeSnapshot:
     """A snapshot of the containers below some modules, from which they can be restored.
 
     Args:
@@ -79,7 +79,7 @@ class Contents:
             )
         )
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restores all containers, generators and slots."""
         for now, before in self._dicts:
             now.clear()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fxtrain.fold._subscription import name_of
-from fxtrain.model._captured import captured
-from fxtrain.model._clocks import reads_noticed
+from fxtrain.model._captured_values import captured
+from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import Key
 from fxtrain.rng import _host as host
 from fxtrain.rng._tracing import host_seed, is_traced
@@ -18,7 +18,7 @@ class UnseededError(RuntimeError):
     """A function took random samples that do not depend on the run's seed alone, or read a clock."""
 
 
-class Following:
+class HostSeeding:
     """Makes a context for each run of a function, in which the global host generators are seeded from a key.
 
     Args:
@@ -73,7 +73,7 @@ class Following:
 @contextlib.contextmanager
 def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
     """Raises on exit if the user's code read a clock or the operating system's entropy."""
-    with reads_noticed(function) as read:
+    with clock_reads(function) as read:
         yield
     if read:
         raise UnseededError(

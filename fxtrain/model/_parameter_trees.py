@@ -12,7 +12,7 @@ from fxtrain import tree
 from fxtrain.tree import MaskedNode
 
 
-class Called(NamedTuple):
+class CallResult(NamedTuple):
     """The result of a model call: the output, and the buffers and frozen parameters after the call.
 
     Args:
@@ -26,7 +26,7 @@ class Called(NamedTuple):
     written: Any
 
 
-class Layout:
+class ParameterTrees:
     """Splits, merges and flattens trees of parameters and buffers.
 
     Attributes:
@@ -63,12 +63,12 @@ class Layout:
             return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
         return _merged(self.trainable, params, trainable)
 
-    def carry(self, params: Any, written: Any) -> Any:
-        """Returns ``params`` with the frozen ones that a call wrote, from ``Called.written``."""
+    def with_written(self, params: Any, written: Any) -> Any:
+        """Returns ``params`` with the frozen ones that a call wrote, from ``CallResult.written``."""
         flat = {**self._flat(params), **self._flat(written)}
         return self._grouped(flat, self._bare(params))
 
-    def like(self, written: Any, params: Any) -> Any:
+    def cast_written(self, written: Any, params: Any) -> Any:
         """Casts the frozen parameters that a call wrote to the dtypes of ``params``."""
         flat = self._flat(params)
         moved = {name: value.to(flat[name].dtype) for name, value in self._flat(written).items()}
@@ -77,7 +77,7 @@ class Layout:
     def memory(self, modules: Any) -> tuple[Any, Any]:
         """Returns the parameters and buffers of modules of this architecture, as trees of detached clones."""
         leaves = tree.leaves(modules)
-        caller = Caller([leaf for leaf in leaves if isinstance(leaf, nn.Module)])
+        caller = FunctionRunner([leaf for leaf in leaves if isinstance(leaf, nn.Module)])
         bare = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
         params = {name: value.detach().clone() for name, value in caller.named_parameters()}
         buffers = {name: value.detach().clone() for name, value in caller.named_buffers()}
@@ -113,7 +113,7 @@ class Layout:
         return tree.map(group, self.template)
 
 
-class Caller(nn.Module):
+class FunctionRunner(nn.Module):
     """Runs a function of modules, as a module itself, so that ``functional_call`` can swap in their tensors."""
 
     def __init__(self, modules: list[nn.Module]) -> None:

@@ -19,7 +19,7 @@ def versions(values: Any) -> list[int]:
     return [0 if leaf.is_inference() else leaf._version for leaf in tree.leaves(values)]
 
 
-def refuse_writes(who: str, values: Any, before: list[int], root: str) -> None:
+def refuse_in_place_writes(who: str, values: Any, before: list[int], root: str) -> None:
     """Raises if a leaf was written in place since ``before`` was taken.
 
     Args:

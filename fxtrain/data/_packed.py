@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
-from fxtrain.data._bins import Bins
-from fxtrain.data._generators import seeded
-from fxtrain.data._order import Order, mix
+from fxtrain.data._bin_packing import Bins
+from fxtrain.data._epoch_order import Order, mix
+from fxtrain.data._examples import Examples, Lengths
+from fxtrain.data._pad import Layout, refuse_unless_alike
 from fxtrain.data._padded import Padding
-from fxtrain.data._padding import Layout, refuse_unless_alike
-from fxtrain.data._ragged import Examples, Lengths
+from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 
 Truncate = Literal["right", "left", "split"]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fxtrain.fold._subscription import name_of
-from fxtrain.model._captured import is_of_users, reads
-from fxtrain.model._contents import refill
-from fxtrain.model._first_calls import FirstCalls, Reads, ValuesNeededError
+from fxtrain.model._attribute_snapshots import refill
+from fxtrain.model._captured_values import is_of_users, reads
+from fxtrain.model._first_call_checks import CheckedFunctions, TensorReads, ValuesNeededError
 
 
 class CapturedStateError(RuntimeError):
@@ -28,7 +28,7 @@ class _Place(NamedTuple):
     elements: Any  # A copy of the container's elements; None for other values.
 
 
-class Outside:
+class OutsideValues:
     """A snapshot of the outside Python values that a function and its modules can change.
 
     Values come from closures, globals, classes of user-defined modules, and attributes of user-defined objects.
@@ -77,7 +77,7 @@ class Outside:
                 (grown if _only_gained_elements(now, place.elements) else changed).append(place.name)
         return changed, grown
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restores all values, and clears caches that gained entries. Appended log entries stay."""
         for place in self._places:
             if place.elements is not None and not _only_gained_elements(place.value, place.elements):
@@ -103,7 +103,7 @@ class Outside:
             CapturedStateError: If values changed ``again``.
         """
         changed, grown = self.changed(read)
-        self.put_back()
+        self.restore()
         if grown:
             warnings.warn(
                 f"{who} adds to {', '.join(grown)} while it is traced, and a compiled step does not repeat that. "
@@ -123,8 +123,8 @@ class Outside:
         )
 
 
-def traced_apart(
-    call: Callable[[], Any], function: Callable[..., Any], modules: Iterable[nn.Module], seen: FirstCalls
+def restoring_outside_values(
+    call: Callable[[], Any], function: Callable[..., Any], modules: Iterable[nn.Module], seen: CheckedFunctions
 ) -> Any:
     """Returns the result of a traced call, and restores the outside values that it changed.
 
@@ -138,12 +138,12 @@ def traced_apart(
         CapturedStateError: If the function changes values at every call.
         ValuesNeededError: If it changes values that perhaps only the first call changes, such as a cache.
     """
-    outside = Outside(function, modules)
+    outside = OutsideValues(function, modules)
     try:
-        with Reads(outside.tensors) as reads:
+        with TensorReads(outside.tensors) as reads:
             result = call()
     except BaseException:
-        outside.put_back()
+        outside.restore()
         raise
     who = name_of(function)
     if outside.refuse_changes(who, reads.found, again=seen.has_seen_like(function)):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fxtrain.core import check_choice, describe
-from fxtrain.data._generators import seeded
-from fxtrain.data._samples import samples
+from fxtrain.data._collate import samples
+from fxtrain.data._seeding import seeded
 
 Lengths = Sequence[int] | np.ndarray | Tensor | str
 """Int [n], or the name of the column that contains them."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fxtrain.data._generators import borrowed, seeded, start_epoch
-from fxtrain.data._likeness import ALL_DIMS
-from fxtrain.data._samples import samples
+from fxtrain.data._batch_checks import ALL_DIMS
+from fxtrain.data._collate import samples
+from fxtrain.data._seeding import borrowed, seeded, start_epoch
 from fxtrain.data._source import Source
-from fxtrain.data._streams import Streamed, free_dimensions
+from fxtrain.data._streams import Streamed, dynamic_dimensions
 from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
 
@@ -47,7 +47,7 @@ def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False
         lambda epoch: _epoch(loader, epoch, seed, read),
         name=f"the {type(loader).__name__}",
         seed=seed,
-        dynamic_dims=free_dimensions(loader, dynamic),
+        dynamic_dims=dynamic_dimensions(loader, dynamic),
     )
 
 

@@ -26,7 +26,7 @@ Parts = tuple[Sequence[Any], Any, Sequence[Any]]  # children, static context, ke
 _KNOWN: set[type[Any]] = {Tensor, np.ndarray, str, bytes, bool, int, float, complex}  # leaves and registered classes
 
 
-def open_containers(batch: Any) -> None:
+def register_containers(batch: Any) -> None:
     """Registers the classes of all containers in a batch, so that ``fxtrain.tree`` traverses them."""
     todo = [batch]
     while todo:

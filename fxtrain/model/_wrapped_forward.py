@@ -18,7 +18,7 @@ _here = _Here()
 
 
 @contextlib.contextmanager
-def forward_by(wrap: Wrap | None) -> Generator[None]:
+def forward_wrapped_by(wrap: Wrap | None) -> Generator[None]:
     """Makes ``Model.call`` run ``wrap(function)`` in place of ``function`` inside the context, in this thread only.
 
     Args:
@@ -27,7 +27,7 @@ def forward_by(wrap: Wrap | None) -> Generator[None]:
     Example:
         >>> import fxtrain as fx
         >>> state = fx.init(__import__("torch").nn.ReLU())
-        >>> with forward_by(lambda function: lambda *args: "wrapped"):
+        >>> with forward_wrapped_by(lambda function: lambda *args: "wrapped"):
         ...     state.model.call(state.params, state.buffers, lambda model: "plain", train=True)[0]
         'wrapped'
     """
@@ -40,10 +40,10 @@ def forward_by(wrap: Wrap | None) -> Generator[None]:
 
 
 def is_forward_wrapped() -> bool:
-    """Returns whether this thread is inside ``forward_by`` with a wrap."""
+    """Returns whether this thread is inside ``forward_wrapped_by`` with a wrap."""
     return _here.wrap is not None
 
 
 def forward_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, wrapped by the innermost ``forward_by``."""
+    """Returns the function, wrapped by the innermost ``forward_wrapped_by``."""
     return function if _here.wrap is None else _here.wrap(function)

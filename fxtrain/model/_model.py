@@ -18,22 +18,22 @@ from torch.func import functional_call
 from fxtrain import rng, tree
 from fxtrain.core import TrainState
 from fxtrain.fold._subscription import name_of
-from fxtrain.model._captured import tensors_in
+from fxtrain.model._captured_values import tensors_in
 from fxtrain.model._fingerprint import fingerprint
-from fxtrain.model._first_calls import (
-    FirstCalls,
-    empty_refused,
-    hooks_refused,
+from fxtrain.model._first_call_checks import (
+    CheckedFunctions,
+    hooks_error,
+    refuse_hidden_state,
     refuse_new_parameters,
-    refuse_state,
+    refusing_meta_reads,
 )
-from fxtrain.model._following import Following, generators_in
-from fxtrain.model._forward import forward_of, is_forward_wrapped
-from fxtrain.model._layout import Called, Caller, Layout
-from fxtrain.model._outside import traced_apart
-from fxtrain.model._purity import versions
-from fxtrain.model._template import Template, evaluating, without_memory
-from fxtrain.model._writes import WriteNoticed, Writes, copies
+from fxtrain.model._host_seeding import HostSeeding, generators_in
+from fxtrain.model._meta_modules import MetaModules, in_eval_mode, on_meta_device
+from fxtrain.model._outside_values import restoring_outside_values
+from fxtrain.model._parameter_trees import CallResult, FunctionRunner, ParameterTrees
+from fxtrain.model._version_counters import versions
+from fxtrain.model._wrapped_forward import forward_of, is_forward_wrapped
+from fxtrain.model._write_guard import CloneNeeded, WriteGuard, copies
 from fxtrain.rng import _host as host
 from fxtrain.rng._replay import replayed
 from fxtrain.rng._tracing import is_traced
@@ -42,7 +42,7 @@ from fxtrain.tree import as_name, leaf_paths
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
 
 
-class Model(Layout):
+class Model(ParameterTrees):
     """The static part of a state: its modules, without parameters and buffers.
 
     Two models are equal if they compute the same function of their parameters and buffers. The modules are copied to
@@ -58,7 +58,7 @@ class Model(Layout):
         names = iter(map(str, range(len(found))))
         self.template = tree.unflatten(structure, [next(names) if isinstance(x, nn.Module) else "" for x in leaves])
         self.has_modules = bool(found)
-        original = Caller(found)
+        original = FunctionRunner(found)
         self.trainable = self._grouped(
             {name: _is_trainable(value) for name, value in original.named_parameters()},
             [_is_trainable(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
@@ -67,16 +67,16 @@ class Model(Layout):
         paths = dict(
             zip(map(str, range(len(found))), (p for p, x in found_at if isinstance(x, nn.Module)), strict=True)
         )
-        self._training, owned = without_memory(original)
+        self._training, owned = on_meta_device(original)
         for module in self._training.children():
             # A whole module in eval mode was probably just loaded or evaluated. A submodule in eval mode, such as a
             # frozen batch norm, is deliberate.
             if not module.training:
                 module.train()
-        self._evaluating, owned_evaluating = evaluating(self._training)
+        self._evaluating, owned_evaluating = in_eval_mode(self._training)
         self._templates = (
-            Template(self._evaluating, owned_evaluating, paths),
-            Template(self._training, owned, paths),
+            MetaModules(self._evaluating, owned_evaluating, paths),
+            MetaModules(self._training, owned, paths),
         )
         self._slots = self._templates[True].slots
         self._hooked = self._grouped(
@@ -108,7 +108,7 @@ class Model(Layout):
         self._caches: frozenset[str] = frozenset()
         # Whether a function has written into its arguments.
         self._copies_arguments = False
-        self._first: dict[Hashable, FirstCalls] = {}
+        self._first: dict[Hashable, CheckedFunctions] = {}
         self._key = self._fingerprint, self._hooks_at, tuple(masks), structure, str(self.template)
 
     def call(
@@ -122,7 +122,7 @@ class Model(Layout):
         check: bool = False,
         finish: Callable[[Any], Any] | None = None,
         inside: Inside | None = None,
-    ) -> Called:
+    ) -> CallResult:
         """Calls ``function(model, *args)`` with these parameters and buffers.
 
         Inside the call, ``model`` is the module itself, so any method and any submodule can be called. Nothing outside
@@ -151,7 +151,7 @@ class Model(Layout):
         """
         if torch.compiler.is_dynamo_compiling():
             output, buffers, written = self._call_in_dynamo(params, buffers, function, args, train, key, inside)
-            return Called(output if finish is None else finish(output), buffers, written)
+            return CallResult(output if finish is None else finish(output), buffers, written)
         call = functools.partial(self._call, params, buffers, function, args, train, key, inside=inside, finish=finish)
         first = self.first_calls(train)
         draws = first.draws(function) if check else None
@@ -168,16 +168,16 @@ class Model(Layout):
             first.add(function, draws=True)
         examine = check and draws is None
         generators = [*generators_in(function), *self._templates[train].generators()] if examine else ()
-        seeding = Following(key, function, compare=examine, generators=generators)
+        seeding = HostSeeding(key, function, compare=examine, generators=generators)
         result = call(seeding, examine=examine)
         if examine:
             first.add(function, draws=seeding.moved)
         return result
 
-    def first_calls(self, kind: Hashable) -> FirstCalls:
+    def first_calls(self, kind: Hashable) -> CheckedFunctions:
         """Returns the record of functions that have passed the checks of one kind."""
         if kind not in self._first:
-            self._first[kind] = FirstCalls()
+            self._first[kind] = CheckedFunctions()
         return self._first[kind]
 
     def _call(
@@ -189,21 +189,21 @@ class Model(Layout):
         train: bool,
         *rest: Any,
         **options: Any,
-    ) -> Called:
+    ) -> CallResult:
         """Runs the function. A traced call changes nothing outside the model."""
         call = functools.partial(self._repeated, params, buffers, function, args, train, *rest, **options)
         if not is_traced():
             return call()
         modules = self._templates[train].root.modules()
-        return traced_apart(call, function, modules, self.first_calls(("outside", train)))
+        return restoring_outside_values(call, function, modules, self.first_calls(("outside", train)))
 
-    def _repeated(self, *args: Any, **options: Any) -> Called:
+    def _repeated(self, *args: Any, **options: Any) -> CallResult:
         """Runs the call, and repeats it with clones when it is about to write into inputs."""
         probing = False
         while True:
             try:
                 return self._attempt(*args, probing=probing, **options)
-            except WriteNoticed as noticed:
+            except CloneNeeded as noticed:
                 # One attempt with all frozen parameters cloned finds every one that is written. An attempt for each
                 # would be slow, because momentum encoders have hundreds.
                 probing |= noticed.frozen
@@ -223,15 +223,15 @@ class Model(Layout):
         finish: Callable[[Any], Any] | None,
         examine: bool = False,
         probing: bool,
-    ) -> Called:
+    ) -> CallResult:
         finish = finish or (lambda output: output)
         template = self._templates[train]
         flat_params, flat_buffers = self._flat(params), self._flat(buffers)
         cloned = flat_params.keys() - self._trained if probing else self._written
         tensors: dict[str, Tensor] = {}
         who = name_of(function)
-        watch = functools.partial(empty_refused, who, template.empty) if examine else contextlib.nullcontext
-        writes: Writes | None = None
+        watch = functools.partial(refusing_meta_reads, who, template.empty) if examine else contextlib.nullcontext
+        writes: WriteGuard | None = None
 
         def run(finish: Callable[[Any], Any], odd: Mapping[str, Any]) -> tuple[Any, Any]:
             nonlocal writes
@@ -243,7 +243,7 @@ class Model(Layout):
             modules = template.root._modules
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
             given = copies(args) if self._copies_arguments else args
-            writes = Writes(
+            writes = WriteGuard(
                 who,
                 trained=lambda: self._named_trained(params, flat_params),
                 frozen=lambda: [flat_params[name] for name in flat_params.keys() - self._trained - cloned],
@@ -280,7 +280,7 @@ class Model(Layout):
                 compared = self.first_calls(train).has_seen_like(function)
                 again = functools.partial(run, lambda output: output, odd)
                 shapes = {template.path(name): value for name, value in flat_buffers.items() if name in odd}
-                refuse_state(
+                refuse_hidden_state(
                     *(who, template, before if examine else template.leaves()),
                     *(output, lambda: again()[0]),
                     compared=compared and examine,
@@ -293,7 +293,7 @@ class Model(Layout):
                 f"expected {who} to write into its arguments with torch functions only, got a write that bypassed "
                 "them. Write into a clone."
             )
-        return Called(
+        return CallResult(
             finished, self._grouped(after, itertools.repeat({})), self._grouped(written, itertools.repeat({}))
         )
 
@@ -368,7 +368,7 @@ class Model(Layout):
             NotImplementedError: Names the parameters.
         """
         if self._hooks_at:
-            raise hooks_refused(self._hooks_at)
+            raise hooks_error(self._hooks_at)
 
     def __getstate__(self) -> dict[str, Any]:
         # The user's functions must not be copied or pickled.
@@ -396,7 +396,7 @@ def model_of(state: TrainState) -> Model:
 
 
 @contextlib.contextmanager
-def _functional(key: rng.Key | None, writes: Writes) -> Iterator[None]:
+def _functional(key: rng.Key | None, writes: WriteGuard) -> Iterator[None]:
     if key is None:
         yield
         return

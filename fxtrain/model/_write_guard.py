@@ -21,7 +21,7 @@ class WriteError(RuntimeError):
     """A function tried to write into a tensor that it must not change."""
 
 
-class WriteNoticed(BaseException):
+class CloneNeeded(BaseException):
     """Signals that a call is about to write tensors that must be cloned first.
 
     It is a ``BaseException``, so that ``except Exception`` in the user's code does not catch it.
@@ -35,11 +35,11 @@ class WriteNoticed(BaseException):
         self.frozen = frozen
 
 
-Named = Callable[[], Iterable[tuple[str, Tensor]]]
+TensorLister = Callable[[], Iterable[tuple[str, Tensor]]]
 """Returns tensors with their names. Called at the first in-place write only, because most calls write nothing."""
 
 
-class Writes:
+class WriteGuard:
     """Allows, records or refuses each in-place write before it happens, during one call of a function.
 
     Args:
@@ -59,12 +59,12 @@ class Writes:
         self,
         who: str,
         *,
-        trained: Named,
+        trained: TensorLister,
         frozen: Callable[[], Iterable[Tensor]],
         clones: Mapping[str, Tensor],
         buffers: Iterable[Tensor],
         arguments: Iterable[Any],
-        captured: Named,
+        captured: TensorLister,
     ) -> None:
         self._who, self._trained, self._frozen, self._clones = who, trained, frozen, clones
         self._buffers, self._arguments, self._captured = buffers, arguments, captured
@@ -82,7 +82,7 @@ class Writes:
 
         Raises:
             WriteError: If it would write into a trained parameter or a captured tensor.
-            WriteNoticed: If it would write into a frozen parameter or an argument that is not cloned.
+            CloneNeeded: If it would write into a frozen parameter or an argument that is not cloned.
         """
         for target in written_by(name, args, kwargs):
             self.refuse(name, target)
@@ -139,7 +139,7 @@ class Writes:
 
 
 def _raise_noticed(frozen: bool, _: str) -> None:
-    raise WriteNoticed(frozen=frozen)
+    raise CloneNeeded(frozen=frozen)
 
 
 def _described(write: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from fxtrain import tree
-from fxtrain.data._containers import is_graph, open_containers
-from fxtrain.data._leaves import KINDS_OF_NUMBERS, as_tensors
+from fxtrain.data._as_tensors import KINDS_OF_NUMBERS, as_tensors
+from fxtrain.data._foreign_containers import is_graph, register_containers
 
 
 def samples(dataset: Any, keys: Any) -> list[Any]:
@@ -41,7 +41,7 @@ def collate(samples: list[Any]) -> Any:
     try:
         return _stacked(samples)
     except TypeError:
-        open_containers(samples)
+        register_containers(samples)
 
     def join(*leaves: Any) -> Any:
         if not all(map(_is_numeric, leaves)):

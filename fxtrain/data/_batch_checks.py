@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import describe
-from fxtrain.data._containers import is_graph
+from fxtrain.data._foreign_containers import is_graph
 from fxtrain.data._placeholders import for_step
 
 ALL_DIMS = 64  # the maximum rank of a tensor, so that all dimensions may change size
@@ -21,7 +21,7 @@ REMEDY = (
 )
 
 
-def check(batch: Any, like: Any, *, dynamic_dims: int = 0) -> bool:
+def check_batch(batch: Any, like: Any, *, dynamic_dims: int = 0) -> bool:
     """Raises unless a batch matches another one in structure, dtypes and shapes.
 
     Two kinds of parts may change size in any batch: graphs, and lists of elements that agree in structure and dtypes,
@@ -40,9 +40,9 @@ def check(batch: Any, like: Any, *, dynamic_dims: int = 0) -> bool:
 
     Example:
         >>> import torch
-        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, dynamic_dims=1)
+        >>> check_batch({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)}, dynamic_dims=1)
         False
-        >>> check({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
+        >>> check_batch({"x": torch.zeros(3, 2)}, {"x": torch.zeros(4, 2)})
         Traceback (most recent call last):
         ...
         ValueError: expected batch['x'] to be a float32 tensor of shape [4, 2] as before, got a float32 tensor ...

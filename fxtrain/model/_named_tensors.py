@@ -16,7 +16,7 @@ from fxtrain.model._renaming import shown
 EXTRA_STATE = "_extra_state"
 
 
-class Named:
+class NamedTensors:
     """The tensors of a tree of modules, by their names in state dicts.
 
     In a tree, names begin with the path of the module, joined by dots: ``generator.layers.0.weight``.
