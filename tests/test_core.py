@@ -128,8 +128,8 @@ class TestControl:
         assert bool(control.any("stop"))
 
     def test_duplicate_log_name_names_both_callbacks(self):
-        first = fx.Control(log={"lr": 1.0}).owned("monitor")
-        second = fx.Control(log={"lr": 2.0}).owned("plateau")
+        first = fx.Control(log={"lr": 1.0}).owned_by("monitor")
+        second = fx.Control(log={"lr": 2.0}).owned_by("plateau")
         with pytest.raises(ValueError, match="got 'lr' from monitor and from plateau"):
             first | second
 
@@ -148,7 +148,7 @@ class TestControl:
         assert control.reasons("skip_final_save") == ["b"]
 
     def test_is_a_pytree_structured_by_reasons(self):
-        control = fx.Control(stop=torch.tensor(True), reason="r", log={"x": torch.tensor(2.0)}).owned("cb")
+        control = fx.Control(stop=torch.tensor(True), reason="r", log={"x": torch.tensor(2.0)}).owned_by("cb")
         again = tree.unflatten(*reversed(tree.flatten(control)))
         assert meaning(again) == meaning(control)
         assert torch.vmap(lambda flag: fx.Control(stop=flag, reason="r"))(torch.tensor([True, False])).stop[

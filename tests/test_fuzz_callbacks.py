@@ -94,7 +94,7 @@ class Stopping:
 def test_early_stopping_matches_reference(options, values, begin, gap):
     start = fx.init({"w": torch.tensor(-1.0, dtype=torch.float64)})
     start = start.replace(step=torch.tensor(begin), position=torch.tensor(begin))
-    start = Epoch(done=0, start=0, length=EPOCH).into(start)
+    start = Epoch(done=0, start=0, length=EPOCH).written_to(start)
     callback = fx.compose(cb.early_stopping("loss", **options))
     state, oracle, step = fx.attach(start, callback), Stopping(options, begin), begin
     with np.errstate(all="ignore"):

@@ -203,7 +203,7 @@ class TestEarlyStopping:
         rule = early_stopping("loss", patience=20, unit="steps")
         assert stop_of(rule, events, state)[0] == 2
         rule = early_stopping("loss", patience=2, unit="epochs")
-        assert stop_of(rule, events, Epoch(done=100, start=1000, length=10).into(state))[0] == 2
+        assert stop_of(rule, events, Epoch(done=100, start=1000, length=10).written_to(state))[0] == 2
 
     def test_best_and_waited_are_logged(self):
         composed = fx.compose(early_stopping("loss", patience=3))

@@ -11,7 +11,7 @@ from fxtrain import observers
 from fxtrain.core import Logged
 from fxtrain.loop import _transfer as late_numbers
 from fxtrain.loop._history import History
-from fxtrain.loop._publish import Publisher
+from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._transfer import HostTransfer, on_their_way
 from fxtrain.values import Image, Text
 

@@ -158,7 +158,7 @@ class Control:
             requests[kind] = _unite(kind, requests[kind], reasons) if kind in requests else reasons
         return _control_of(requests, {**self.log, **other.log})
 
-    def owned(self, owner: str) -> Control:
+    def owned_by(self, owner: str) -> Control:
         """Returns the same requests, with ``owner`` filled in where a value has no owner or a request no reason."""
         if not self:
             return self
@@ -169,7 +169,7 @@ class Control:
         log = {k: v if v.owner else Logged(v.value, v.when, owner) for k, v in self.log.items()}
         return _control_of(requests, log)
 
-    def given(self, condition: Tensor) -> Control:
+    def gated(self, condition: Tensor) -> Control:
         """Returns the same requests, each also gated by ``condition`` (bool [])."""
         requests = {
             kind: {

@@ -25,7 +25,7 @@ class Epoch(NamedTuple):
     length: int
 
     @classmethod
-    def of(cls, state: TrainState) -> Epoch | None:
+    def from_state(cls, state: TrainState) -> Epoch | None:
         """Reads the epoch from the state. Returns None if no loop has written one."""
         slot = state.slots.get(EPOCH)
         return None if slot is None else cls(**{name: int(value) for name, value in slot.items()})
@@ -42,7 +42,7 @@ class Epoch(NamedTuple):
         """
         return self.done * self.length + position - self.start
 
-    def into(self, state: TrainState) -> TrainState:
+    def written_to(self, state: TrainState) -> TrainState:
         """Returns ``state`` with this epoch in its slot."""
         device = state.step.device
         slot = {name: torch.tensor(value, device=device) for name, value in self._asdict().items()}

@@ -218,12 +218,12 @@ class FitBegin(LoopEvent):
     Args:
         fires: The traced events that the step fires.
         resumed: Whether the state has already taken steps.
-        sizes: Number of distinct batch shapes; None if it is unknown.
+        num_shapes: Number of distinct batch shapes; None if it is unknown.
     """
 
     fires: frozenset[type[Any]] = frozenset()
     resumed: bool = False
-    sizes: int | None = 1
+    num_shapes: int | None = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ are. A compiled step recompiles for each size: use ``fxtrain.compile(step, dynam
 from fxtrain.data._arrays import batches, sequence, windows
 from fxtrain.data._as_source import as_source as as_source
 from fxtrain.data._as_tensors import map_tensors as map_tensors
+from fxtrain.data._as_tensors import to_device as to_device
 from fxtrain.data._batch_checks import check_batch as check_batch
 from fxtrain.data._bucketed import bucketed
 from fxtrain.data._checksum import checksum as checksum

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Batch, describe
 from fxtrain.data._foreign_containers import register_containers
 
 _NUMBERS = (bool, int, float, complex)
@@ -122,3 +122,19 @@ def _is_number(value: Any) -> bool:
 def _holds_tensors(leaf: Any) -> bool:
     values = leaf if isinstance(leaf, set | frozenset) else getattr(leaf, "__dict__", {}).values()
     return any(isinstance(part, Tensor | np.ndarray) for value in values for part in tree.leaves(value))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch with its tensors on this device.
+
+    Args:
+        batch: Pytree of tensors and other values.
+        device: The device of the state that the batch trains.
+
+    Example:
+        >>> to_device({"x": torch.zeros(2), "name": "a"}, torch.device("cpu"))
+        {'x': tensor([0., 0.]), 'name': 'a'}
+    """
+    if device.type == "cpu":
+        return batch
+    return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)

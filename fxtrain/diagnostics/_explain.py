@@ -19,12 +19,11 @@ from fxtrain.compiler._recompile_reasons import described
 from fxtrain.compiler._routes import Choice
 from fxtrain.compiler._trace import Run
 from fxtrain.core import TrainState, check_int, describe
-from fxtrain.data import for_step
+from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.diagnostics._counts import counted, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import attach
-from fxtrain.loop._evaluate import to_device
 from fxtrain.model import ValuesNeededError, captured
 
 _WARMUP_CALLS = 3

@@ -11,8 +11,8 @@ import torch
 from fxtrain.compiler import Compiled
 from fxtrain.compiler._fresh import fresh
 from fxtrain.core import TrainState, check_positive_int
+from fxtrain.data import to_device
 from fxtrain.fold import attach
-from fxtrain.loop._evaluate import to_device
 from fxtrain.step import Step
 
 _START = 8

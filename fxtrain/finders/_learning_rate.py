@@ -13,9 +13,8 @@ import torch
 
 from fxtrain import metrics, optim
 from fxtrain.core import TrainState, check_int, did_you_mean
-from fxtrain.data import Exhausted, as_source
+from fxtrain.data import Exhausted, as_source, to_device
 from fxtrain.fold import attach
-from fxtrain.loop._evaluate import to_device
 from fxtrain.step import Step
 
 

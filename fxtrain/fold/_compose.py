@@ -144,7 +144,7 @@ class Composed:
             if control.requests or control.log:  # faster than `if control`
                 handler = self.table[kind][index]
                 _refuse_impossible_requests(handler, kind, control)
-                total = total | control.owned(handler.name)
+                total = total | control.owned_by(handler.name)
         return state, total
 
     def __repr__(self) -> str:

@@ -195,7 +195,7 @@ def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:
             return handler.function(state, event) if flag else (state, Control())
         new, control = checked(handler, event, handler.function(state, event))
         refuse_other_structure(handler.name, cast(type[Any], type(event)), state, new)
-        return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.given(flag)
+        return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.gated(flag)
 
     return dataclasses.replace(handler, name=f"{handler.name} when {_text(trigger)}", function=gated)
 

@@ -26,7 +26,7 @@ With ``steps_per_call=k``, k steps are one dispatch: ``StepBegin`` fires k times
 events fire, and then ``StepEnd`` fires k times, with the state after all k steps.
 """
 
-from fxtrain.loop._evaluate import evaluate
+from fxtrain.loop._evaluation import evaluate
 from fxtrain.loop._fit import Result, fit, steps
 from fxtrain.loop._history import History, Series
 

@@ -91,7 +91,7 @@ class Cursor:
         """Makes ``state`` the current one, and reads its counters, which synchronizes with the device."""
         self.state = state
         self.step, self.position = int(state.step), int(state.position)
-        self.epoch = Epoch.of(state) or Epoch(done=0, start=0, length=0)
+        self.epoch = Epoch.from_state(state) or Epoch(done=0, start=0, length=0)
         retained = state.slots[SNAPSHOTS].tolist() if SNAPSHOTS in state.slots else []
         self.snapshots: tuple[int, ...] = tuple(step for step in retained if step >= 0)
         self.due = {name: value.item() for name, value in state.due._asdict().items()}
@@ -133,8 +133,8 @@ class Cursor:
 
     def count(self, epoch: Epoch) -> None:
         """Sets the current epoch."""
-        if epoch != Epoch.of(self.state):
-            self.epoch, self.state = epoch, epoch.into(self.state)
+        if epoch != Epoch.from_state(self.state):
+            self.epoch, self.state = epoch, epoch.written_to(self.state)
 
     def list_snapshots(self, steps: Sequence[int], count: int) -> None:
         """Sets the steps of the retained snapshots: int64 [count] in the state, padded with -1."""

@@ -10,10 +10,10 @@ import torch
 from fxtrain import tree
 from fxtrain.core import CHANGED_AT_END, Control, Event, FitEnd, TrainState, event_of
 from fxtrain.fold import Composed
+from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._cursor import Cursor
-from fxtrain.loop._feeding import Feeding
 from fxtrain.loop._plan import Plan
-from fxtrain.loop._publish import Publisher
+from fxtrain.loop._publisher import Publisher
 
 EventRecord = tuple[TrainState, Event, Control]
 """Item yielded by the loop: the state after an event's fold, the event, and the requests made at it."""
@@ -31,7 +31,7 @@ class Emitter:
         callbacks: All callbacks of the run.
         now: The current state.
         publish: The observers.
-        feeding: The data, which measures the wait for batches.
+        reader: The data, which measures the wait for batches.
         every_event: Whether to yield each event, even if nothing subscribes to it.
     """
 
@@ -41,11 +41,11 @@ class Emitter:
         callbacks: Composed,
         now: Cursor,
         publish: Publisher,
-        feeding: Feeding,
+        reader: BatchReader,
         *,
         every_event: bool,
     ) -> None:
-        self._now, self._publish, self._feeding, self._every_event = now, publish, feeding, every_event
+        self._now, self._publish, self._reader, self._every_event = now, publish, reader, every_event
         self._callbacks, self._steps, self._epochs, self._clock = callbacks, plan.steps, plan.epochs, plan.clock
         self._start = plan.clock()
         self._times: dict[type[Any], float] = {}
@@ -89,7 +89,7 @@ class Emitter:
                 "total_epochs": self._epochs,
                 "time": time,
                 "previous_time": self._times.get(kind, 0.0),
-                "data_wait": self._feeding.wait,
+                "data_wait": self._reader.wait,
                 **fields,
             },
         )

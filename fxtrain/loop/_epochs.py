@@ -20,11 +20,11 @@ def begin_epochs(state: TrainState, data: Source) -> TrainState:
     Raises:
         ValueError: If the state is inside an epoch that has another length in this data.
     """
-    before = Epoch.of(state)
+    before = Epoch.from_state(state)
     announce(data, before or Epoch(0, 0, 0))
     epoch = _continued(before, int(state.position), data)
     announce(data, epoch)
-    return state if epoch == before else epoch.into(state)
+    return state if epoch == before else epoch.written_to(state)
 
 
 def announce(data: Source | Waits, epoch: Epoch) -> None:

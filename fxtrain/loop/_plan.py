@@ -24,7 +24,7 @@ from fxtrain.core import (
 )
 from fxtrain.data import SourceLike
 from fxtrain.fold import When, as_trigger
-from fxtrain.loop._arguments import check_checkpointer, check_eval_step
+from fxtrain.loop._checks import check_checkpointer, check_eval_step
 
 EvalFn = Callable[[TrainState, Batch], StepOutput]
 

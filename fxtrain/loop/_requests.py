@@ -9,18 +9,16 @@ import torch
 from fxtrain import metrics
 from fxtrain.checkpoint import Role
 from fxtrain.core import EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
+from fxtrain.loop._batches import BatchReader, LastBatch
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._emitter import Emitter, EventRecords
 from fxtrain.loop._epochs import announce
-from fxtrain.loop._evaluate import measure
-from fxtrain.loop._feeding import Feeding
+from fxtrain.loop._evaluation import measure
 from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
 from fxtrain.loop._plan import Plan
-from fxtrain.loop._publish import Publisher
-from fxtrain.loop._repeats import LastBatch
+from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._rewind import Snapshots
-from fxtrain.loop._saved_slots import SavedSlots
-from fxtrain.loop._saving import Saving
+from fxtrain.loop._saving import SavedSlots, Saving
 
 _MAX_EMPTY_EPOCHS = 100  # consecutive epochs without a step, after which the run is stuck
 
@@ -32,7 +30,7 @@ class Requests:
         plan: The options of the run.
         now: The current state.
         emitter: Emits events.
-        feeding: The batches.
+        reader: The batches.
         data: From ``fxtrain.data.as_source``.
         eval_data: From ``fxtrain.data.as_source``, or None.
         publish: The observers, flushed before a save.
@@ -47,7 +45,7 @@ class Requests:
         now: Cursor,
         emitter: Emitter,
         *,
-        feeding: Feeding,
+        reader: BatchReader,
         data: Any,
         eval_data: Any,
         publish: Publisher,
@@ -57,7 +55,7 @@ class Requests:
     ) -> None:
         self._plan, self._now, self._emit = plan, now, emitter.emit
         self._evaluates_epochs = plan.eval_step is not None and plan.eval_when is None
-        self._feeding, self._data, self._eval_data = feeding, data, eval_data
+        self._reader, self._data, self._eval_data = reader, data, eval_data
         self._publish, self._saving, self._snapshots, self._interrupts = publish, saving, snapshots, interrupts
         self._empty_epochs = 0  # consecutive epochs without a step
         self._step_of_last_epoch = -1
@@ -149,7 +147,7 @@ class Requests:
         self._saving.save(now.state, self._metrics_of_this_step(), role, now.snapshots, slots)
 
     def _saved_slots(self) -> SavedSlots:
-        now, last = self._now, self._feeding.last
+        now, last = self._now, self._reader.last
         return SavedSlots(
             batch=None if last is None else LastBatch.of(last),
             data=self._data.snapshot(now.epoch.data_index(now.position)),

@@ -28,23 +28,21 @@ from fxtrain.core import (
 )
 from fxtrain.data import as_source
 from fxtrain.fold import as_composed, attach, compose
-from fxtrain.loop._arguments import check_state, check_step, check_unchanged_at_end
+from fxtrain.loop._batches import BatchReader
+from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end
 from fxtrain.loop._cursor import Cursor
+from fxtrain.loop._dispatch import Dispatch
 from fxtrain.loop._emitter import Emitter, EventRecord, EventRecords
 from fxtrain.loop._epochs import begin_epochs
-from fxtrain.loop._evaluate import declare_shapes, evaluation_requests
-from fxtrain.loop._feeding import Feeding
-from fxtrain.loop._figures import figures
+from fxtrain.loop._evaluation import declare_shapes, evaluation_requests
 from fxtrain.loop._history import History
 from fxtrain.loop._interrupts import Abandoned, Interrupts
-from fxtrain.loop._multi_step import MultiStep
 from fxtrain.loop._plan import Plan
-from fxtrain.loop._provided import check_needs
-from fxtrain.loop._publish import Publisher
+from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._requests import Requests
 from fxtrain.loop._rewind import Snapshots
-from fxtrain.loop._saved_slots import SavedSlots
-from fxtrain.loop._saving import Saving
+from fxtrain.loop._run_statistics import run_statistics
+from fxtrain.loop._saving import SavedSlots, Saving
 from fxtrain.step import Step
 from fxtrain.step._callbacks import shared
 
@@ -86,12 +84,14 @@ class Run:
         restored_state = state
         seed = int(state.seed)
         self.data = as_source(data, seed=seed)
-        self.callbacks = compose(self.callbacks, *figures(self.step, self.data))
+        self.callbacks = compose(self.callbacks, *run_statistics(self.step, self.data))
         # Missing slots are initialized from the state that the session starts with, its epoch included.
         state = self._attached(begin_epochs(state, self.data))
-        self._feeding = Feeding(self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, plan.length)
+        self._reader = BatchReader(
+            self._interrupts.leaving_waits(self.data), state.step.device, plan.clock, plan.length
+        )
         self._differs = self.data.has_variable_epochs
-        self._multi_step = MultiStep(self.step, self.data, steps=plan.steps, snapshot_every=plan.snapshot_every)
+        self._dispatch = Dispatch(self.step, self.data, steps=plan.steps, snapshot_every=plan.snapshot_every)
         self.eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
         check_needs(self.callbacks, state, self.step, plan.eval_step, self.eval_data)
         declare_shapes(self.step, self.data)
@@ -103,18 +103,18 @@ class Run:
         if saved.data is not None and self.data.has_snapshots:
             self.data.restore(self._now.epoch.data_index(self._now.position), saved.data)
         else:
-            self._feeding.expected = saved.batch
+            self._reader.expected = saved.batch
         donates = self.step is not given or getattr(given, "donates", False)
         self._snapshots = Snapshots(
             plan.snapshot_every, plan.snapshots, on_host=plan.snapshots_on_host, copied=donates, saving=self._saving
         )
         self._from_disk = restored_state if whole else None
-        self._emitter = Emitter(plan, self.callbacks, self._now, self._publish, self._feeding, every_event=every_event)
+        self._emitter = Emitter(plan, self.callbacks, self._now, self._publish, self._reader, every_event=every_event)
         self._requests = Requests(
             plan,
             self._now,
             self._emitter,
-            feeding=self._feeding,
+            reader=self._reader,
             data=self.data,
             eval_data=self.eval_data,
             publish=self._publish,
@@ -211,7 +211,7 @@ class Run:
     def _begin(self) -> EventRecords:
         now, pending = self._now, self._now.due["save"]
         yield from self._emitter.emit(
-            FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, sizes=self.data.num_shapes
+            FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, num_shapes=self.data.num_shapes
         )
         # How often FitBegin fires depends on interruptions, so its save has a role that rewinds ignore.
         if now.due["save"] and not pending:
@@ -266,9 +266,9 @@ class Run:
             return
         begins, ends = self._emitter.is_seen(StepBegin), self._emitter.is_seen(StepEnd)
         while True:
-            count = self._multi_step.length(now.step, now.position, now.epoch)
+            count = self._dispatch.length(now.step, now.position, now.epoch)
             try:
-                batches = self._feeding.next(now.position, now.epoch, count)
+                batches = self._reader.next(now.position, now.epoch, count)
             except Abandoned:
                 return
             if not batches:  # end of data of unknown length, which is known from here on
@@ -292,7 +292,7 @@ class Run:
                     return
             self._mark = now.as_delta(self._mark)
             try:
-                now.state, outputs = self._multi_step.take(now.state, batches)
+                now.state, outputs = self._dispatch.take(now.state, batches)
             except Abandoned:
                 now.roll_back(self._mark)
                 return

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from fxtrain.checkpoint import Committed, Restoration, Role
-from fxtrain.core import LOOP, TrainState
-from fxtrain.loop._saved_slots import SavedSlots
+from fxtrain.core import BATCH, DATA, LOOP, STOP_REASONS, TrainState
+from fxtrain.loop._batches import LastBatch
 
 _COMPILED_BY = "compiled by"
+
+
+class SavedSlots(NamedTuple):
+    """State of a session at a save.
+
+    Only checkpoints have these slots, because a state in memory must not depend on whether it was saved.
+
+    Args:
+        batch: The batch read last; None before the first one.
+        data: Iterator state of the data source, uint8 [n]; None where the source has none.
+        stop_reasons: Why a pending stop was requested.
+    """
+
+    batch: LastBatch | None = None
+    data: Tensor | None = None
+    stop_reasons: tuple[str, ...] = ()
+
+    def added_to(self, state: TrainState) -> TrainState:
+        """Returns the state with these slots, as it is saved."""
+        device = state.step.device
+        state = state.with_slot(BATCH, torch.tensor(self.batch or (-1, 0), device=device))
+        if self.data is not None:
+            state = state.with_slot(DATA, self.data)
+        if self.stop_reasons:
+            text = json.dumps(list(dict.fromkeys(self.stop_reasons))).encode()
+            state = state.with_slot(STOP_REASONS, torch.tensor(list(text), dtype=torch.uint8, device=device))
+        return state
+
+    @classmethod
+    def split(cls, state: TrainState) -> tuple[TrainState, SavedSlots]:
+        """Splits a restored state into the state of the run and these slots."""
+        slots = dict(state.slots)
+        batch, data, reasons = (slots.pop(name, None) for name in (BATCH, DATA, STOP_REASONS))
+        last = None if batch is None else LastBatch(*batch.tolist())
+        saved = cls(
+            batch=last if last is not None and last.index >= 0 else None,
+            data=data,
+            stop_reasons=() if reasons is None else tuple(json.loads(bytes(reasons.tolist()))),
+        )
+        return (state if len(slots) == len(state.slots) else state.replace(slots=slots)), saved
 
 
 class Saving:
@@ -48,7 +92,7 @@ class Saving:
     def begin(self, state: TrainState) -> None:
         """Raises if the folder belongs to another run or cannot be written to, before training starts."""
         if self._checkpointer is not None:
-            self._checkpointer.begin(SavedSlots().into(state), resume=self._resumes)
+            self._checkpointer.begin(SavedSlots().added_to(state), resume=self._resumes)
 
     def mark_on_disk(self, state: TrainState) -> None:
         """Records that the state was read from the newest checkpoint."""
@@ -80,7 +124,7 @@ class Saving:
             )
             return
         self._warn_of_another_route()
-        self._save = self._checkpointer.save(slots.into(state), metrics, notes=self._notes(), role=role)
+        self._save = self._checkpointer.save(slots.added_to(state), metrics, notes=self._notes(), role=role)
         self._handed = weakref.ref(state)
         if self._has_snapshots:
             self._checkpointer.retain_snapshots(snapshots)

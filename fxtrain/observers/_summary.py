@@ -243,7 +243,7 @@ def _data(event: FitBegin) -> Rows:
     within = within % event.epoch_length if event.epoch_length else within
     return _nonempty(
         epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
-        sizes=f"{event.sizes}, with one graph each if the step is compiled" if (event.sizes or 1) > 1 else "",
+        sizes=f"{event.num_shapes}, with one graph each if the step is compiled" if (event.num_shapes or 1) > 1 else "",
         position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
     )
 

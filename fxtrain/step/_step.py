@@ -92,7 +92,7 @@ class Step:
         refuse_lost(name, written, new.params)
         stopped = state.due.stop
         # A stopped step makes no requests.
-        control = on_device(output.control, stopped.device).given(~stopped)
+        control = on_device(output.control, stopped.device).gated(~stopped)
         due = state.due
         if "stop" in control.kinds:
             skip_final_save = due.skip_final_save

@@ -8,7 +8,7 @@ from fxtrain.core import Control, EpochEnd, FitEnd, TrainState
 from fxtrain.fold import Handler, on
 
 
-def figures(step: Any, data: Any) -> list[Handler]:
+def run_statistics(step: Any, data: Any) -> list[Handler]:
     """Returns callbacks that publish statistics of a step and its data. Nothing is measured on a device.
 
     - ``compile/graphs`` and ``compile/seconds`` at ``FitEnd``: the number of graphs of a compiled step, and the time

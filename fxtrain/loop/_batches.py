@@ -1,19 +1,38 @@
-"""Fetches the batches of a run by position, and detects the end of the data."""
+"""Fetches the batches of a run by position, and detects the end of the data.
+
+A resumed run rereads the last batch before its checkpoint, and warns if the data returns another one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fxtrain.core import Epoch
-from fxtrain.data import Exhausted
-from fxtrain.loop._evaluate import to_device
-from fxtrain.loop._repeats import LastBatch, warn_unless_repeated
+from fxtrain.data import Exhausted, to_device
+from fxtrain.data._checksum import checksum, warn_of_another_batch
 
 
-class Feeding:
+class LastBatch(NamedTuple):
+    """The batch read last.
+
+    Args:
+        index: Index into the data.
+        checksum: Checksum of the batch.
+    """
+
+    index: int
+    checksum: int
+
+    @classmethod
+    def of(cls, read: tuple[int, Any]) -> LastBatch:
+        """Makes one from the index and the batch."""
+        return cls(read[0], checksum(read[1]))
+
+
+class BatchReader:
     """Reads the batches of the next steps.
 
     Args:
@@ -84,3 +103,9 @@ class Feeding:
             f"expected data for {self._wanted}, got {position} batches. Give data that can be read more than once "
             "(a list, a DataLoader, fxtrain.data.batches), or train for less."
         )
+
+
+def warn_unless_repeated(data: Any, last: LastBatch) -> None:
+    """Reads a batch again and warns if it differs from the first read."""
+    if checksum(data[last.index]) != last.checksum:
+        warn_of_another_batch(last.index, "the data")

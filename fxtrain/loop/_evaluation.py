@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fxtrain import metrics, tree
 from fxtrain.core import Control, Epoch, StepEnd, StepOutput, TrainState
-from fxtrain.data import Exhausted, as_source, map_tensors
+from fxtrain.data import Exhausted, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
-from fxtrain.loop._arguments import check_eval_step, check_state
+from fxtrain.loop._checks import check_eval_step, check_state
 from fxtrain.loop._epochs import announce
 from fxtrain.loop._plan import Plan
 
@@ -110,13 +110,6 @@ def measure(state: TrainState, eval_step: Callable[..., StepOutput], data: Any) 
         index += 1
     if index == 0:
         raise ValueError("expected evaluation data with at least one batch, got none. Check what the source yields.")
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Returns the batch on this device."""
-    if device.type == "cpu":
-        return batch
-    return map_tensors(lambda leaf: leaf.to(device, non_blocking=True), batch)
 
 
 def _weight(batch: Any, index: int) -> Tensor | int:

@@ -10,7 +10,7 @@ from fxtrain.core import Epoch, StepOutput, TrainState
 from fxtrain.loop._interrupts import leaving_compilation
 
 
-class MultiStep:
+class Dispatch:
     """Takes one step, or ``steps_per_call`` steps, per dispatch.
 
     Args:
