@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from fxtrain import writers
 from fxtrain.checkpoint._manifest import read_manifest
 from fxtrain.cli import _lm as lm
 from fxtrain.cli import main
@@ -89,11 +90,8 @@ def test_interrupted_run_reports_and_resumes_bitwise(tmp_path, text):
     assert checkpoint(only_run(cut)) == checkpoint(folder)
     both = [json.loads((only_run(base) / "result.json").read_text()) for base in (whole, cut)]
     assert both[0] == both[1]
-    steps = [
-        line["step"]
-        for line in map(json.loads, (only_run(cut) / "metrics.jsonl").read_text().splitlines())
-        if line["event"] == "StepEnd"
-    ]
+    records = writers.read_jsonl(only_run(cut) / "metrics.jsonl")
+    steps = [record["step"] for record in records if record["event"] == "StepEnd"]
     assert steps == sorted(set(steps))
 
 

@@ -1,7 +1,6 @@
 """The memory observer: readings match this process, one point per step, and later points are purged on a rewind."""
 
 import importlib
-import json
 
 import problem
 import pytest
@@ -66,7 +65,7 @@ def test_memory_and_write_share_a_writer(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = writers.jsonl(path)
     fit(observers.write(writer), observers.memory(writer, every=2), steps=5)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = writers.read_jsonl(path)
     steps = [record for record in records if record["event"] == "StepEnd"]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
     assert ["memory/host_peak_mib" in record["metrics"] for record in steps] == [False, True, False, True, False]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fxtrain.core import EvalEnd, StepEnd
 from fxtrain.disk import replace_file
 from fxtrain.values import Audio, ConfusionMatrix, Histogram, HParams, Image, PointCloud, Table, Text, Video
-from fxtrain.writers import console, csv, media
+from fxtrain.writers import console, csv, media, read_csv, read_media
 from fxtrain.writers._encoding import gif, png, wav
 
 # CSV
@@ -32,7 +32,7 @@ def table(path):
     return [{name: cell for name, cell in row.items() if cell} for row in rows]
 
 
-def test_csv_has_one_row_per_step_and_one_column_per_name(tmp_path):
+def test_csv_has_one_row_per_call_and_one_column_per_name(tmp_path):
     path = tmp_path / "new" / "a.csv"
     writer = csv(path)
     event = StepEnd(step=12, position=5, epoch_length=10, time=3.25, metrics={})
@@ -43,8 +43,14 @@ def test_csv_has_one_row_per_step_and_one_column_per_name(tmp_path):
     writer.flush()
     assert path.read_text().splitlines() == [
         "step,epoch,time,loss,n,flag,t,eval,late",
-        "12,0.5,4.5,0.5,7,1,0.25,1,",
-        "13,,,0.5,,,,,2.0",
+        "12,0.5,3.25,0.5,7,1,0.25,,",
+        "12,,4.5,,,,,1,",
+        "13,,,,,,,,2.0",
+        "13,,,0.5,,,,,",
+    ]
+    assert read_csv(path) == [
+        {"step": 12, "epoch": 0.5, "time": 4.5, "loss": 0.5, "n": 7, "flag": 1, "t": 0.25, "eval": 1},
+        {"step": 13, "loss": 0.5, "late": 2.0},
     ]
     writer.close()
 
@@ -70,9 +76,8 @@ def test_csv_names_may_have_any_characters(tmp_path):
         writer.write_scalars(count + 1, {name: float(count)})
         writer.write_scalars(count + 1, {name: count + 0.5})
         writer.close()
-    assert table(tmp_path / "a.csv") == [
-        {"step": str(count + 1), name: str(count + 0.5)} for count, name in enumerate(NAMES)
-    ]
+    assert read_csv(tmp_path / "a.csv") == [{"step": count + 1, name: count + 0.5} for count, name in enumerate(NAMES)]
+    assert len(table(tmp_path / "a.csv")) == 2 * len(NAMES)
 
 
 def test_csv_values_may_set_epoch_but_not_step(tmp_path):
@@ -102,17 +107,17 @@ def test_csv_repairs_a_row_torn_at_any_byte(tmp_path, cut, recwarn):
         if cut > whole
         else []
     )
-    writer.write_scalars(3, {"loss": 9.5})  # merged into the row of step 3, if there is one
+    writer.write_scalars(3, {"loss": 9.5})
     writer.write_scalars(9, {"new": 1})
     writer.close()
-    found = table(path)
+    found = read_csv(path)
     assert [row["step"] for row in found] == [
-        *map(str, range(1, min(max(WHOLE[HEADER:cut].count(b"\n"), 0), 2) + 1)),
-        "3",
-        "9",
+        *range(1, min(max(WHOLE[HEADER:cut].count(b"\n"), 0), 2) + 1),
+        3,
+        9,
     ]
-    assert found[-2]["loss"] == "9.5"
-    assert found[-2].get("time") == ("1.5" if cut == len(WHOLE) else None)
+    assert found[-2]["loss"] == 9.5
+    assert found[-2].get("time") == (1.5 if cut == len(WHOLE) else None)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_csv_appends_to_a_file_saved_by_a_spreadsheet(tmp_path):
     writer.write_scalars(2, {"loss": 2.75})
     writer.write_scalars(3, {"loss": 3.5})
     writer.close()
-    assert [(row["step"], row["loss"]) for row in table(path)] == [("1", "1.5"), ("2", "2.75"), ("3", "3.5")]
+    assert [(row["step"], row["loss"]) for row in read_csv(path)] == [(1, 1.5), (2, 2.75), (3, 3.5)]
 
 
 def filled(path, steps=5):
@@ -146,43 +151,50 @@ def filled(path, steps=5):
 
 
 @pytest.mark.parametrize("reopened", [False, True])
-def test_csv_purge_removes_later_rows(tmp_path, reopened):
+def test_csv_purge_abandons_later_rows_and_keeps_all_rows(tmp_path, reopened):
     path = tmp_path / "a.csv"
     writer = filled(path)
     if reopened:
         writer.close()
         writer = csv(path)
-    writer.purge(3)
-    assert [row["step"] for row in table(path)] == ["1", "2", "3"]
+    for _ in range(2):
+        writer.purge(3)
+        assert [row["step"] for row in read_csv(path)] == [1, 2, 3]
+        assert table(path)[5:] == [{"step": "3"}]
     writer.write_scalars(3, {"eval": 0.5})
     writer.write_scalars(4, {"loss": 40.0})
+    writer.purge(4)
     writer.close()
-    assert table(path)[2:] == [{"step": "3", "loss": "3.0", "eval": "0.5"}, {"step": "4", "loss": "40.0"}]
+    assert read_csv(path)[2:] == [{"step": 3, "loss": 3.0, "eval": 0.5}, {"step": 4, "loss": 40.0}]
     csv(path).purge(0)
-    assert path.read_text() == "step,epoch,time,loss,eval\n"
+    assert read_csv(path) == []
+    assert len(table(path)) == 9
 
 
-def test_csv_purge_removes_unreadable_rows(tmp_path):
+def test_csv_reader_skips_damaged_rows(tmp_path):
     path = tmp_path / "a.csv"
     filled(path, 2).close()
-    path.write_bytes(path.read_bytes() + b"\0\0\0\0\n\xff,,,\n1.5,,,\n,,,\n3,,,3.0\n")
-    writer = csv(path)
-    writer.purge(3)
+    path.write_bytes(path.read_bytes() + b"\0\0\0\0\n\xff,,,\n1.5,,,\n,,,\n2,,,x\n3,,,3.0\n4,,,4.")
+    assert [row["step"] for row in read_csv(path)] == [1, 2, 3, 4]
+    with pytest.warns(RuntimeWarning, match="middle of a row"):
+        writer = csv(path)
+    writer.purge(2)
+    writer.write_scalars(3, {"new": 1.0})  # rewrites the file
     writer.close()
-    assert [row["step"] for row in table(path)] == ["1", "2", "3"]
+    assert read_csv(path)[2:] == [{"step": 3, "new": 1.0}]
 
 
-def test_csv_rewrites_the_file_only_for_new_columns_and_purges(tmp_path, monkeypatch):
+def test_csv_rewrites_the_file_only_for_new_columns(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("fxtrain.writers._csv_rows.replace_file", lambda *a: (calls.append(1), replace_file(*a)))
     writer = filled(tmp_path / "a.csv")
     assert len(calls) == 1
     writer.write_scalars(6, {f"m{index}": 1.0 for index in range(100)})
     assert len(calls) == 2
-    writer.purge(6)
-    assert len(calls) == 2
     writer.purge(5)
-    assert len(calls) == 3
+    writer.flush()
+    writer.write_scalars(5, {"loss": 1.0})
+    assert len(calls) == 2
     writer.close()
 
 
@@ -194,17 +206,16 @@ def test_csv_survives_a_crash_during_a_rewrite(tmp_path, monkeypatch):
     def crash(*args):
         raise KeyboardInterrupt
 
-    for act in (lambda: writer.write_scalars(6, {"new": 1.0}), lambda: writer.purge(2)):
-        with monkeypatch.context() as patch:
-            patch.setattr("os.replace", crash)
-            with pytest.raises(KeyboardInterrupt):
-                act()
-        assert path.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write_scalars(6, {"new": 1.0})
+    assert path.read_bytes() == before
     writer.write_scalars(5, {"loss": 50.0})
     writer.write_scalars(6, {"new": 1.0})
     writer.close()
-    assert [row["step"] for row in table(path)] == ["1", "2", "3", "4", "5", "6"]
-    assert table(path)[4:] == [{"step": "5", "loss": "50.0"}, {"step": "6", "new": "1.0"}]
+    assert [row["step"] for row in read_csv(path)] == [1, 2, 3, 4, 5, 6]
+    assert read_csv(path)[4:] == [{"step": 5, "loss": 50.0}, {"step": 6, "new": 1.0}]
 
 
 @settings(deadline=None, max_examples=40)
@@ -228,10 +239,10 @@ def test_csv_has_one_row_per_step_after_restarts_and_purges(tmp_path_factory, se
         for step in range(begin + 1, begin + steps + 1):
             for value in ({"session": number}, {name: float(step)}):
                 writer.write_scalars(step, value)
-            expected[step] = {"step": str(step), "session": str(number), name: str(float(step))}
+            expected[step] = {"step": step, "session": number, name: float(step)}
         last = begin + steps
     writer.close()
-    assert table(path) == list(expected.values())
+    assert read_csv(path) == list(expected.values())
 
 
 def test_csv_rejects_an_unwritable_path_on_construction(tmp_path):
@@ -339,22 +350,56 @@ def test_media_names_map_to_distinct_files_inside_the_directory(tmp_path):
     assert (tmp_path / "inside" / "media" / "wörld" / "ü" / "00000001.md").exists()
 
 
-def test_media_purge_moves_files_of_later_steps(tmp_path):
+def files(folder):
+    """Returns the files that the reader returns, by name and step."""
+    return {
+        name: {step: [path.name for path in paths] for step, paths in steps.items()}
+        for name, steps in read_media(folder).items()
+    }
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_media_purge_abandons_later_files_and_keeps_all_files(tmp_path, reopened):
     folder = tmp_path / "media"
     writer = media(folder)
     writer.purge(0)
     assert not folder.exists()
+    assert read_media(folder) == {}
     for step in (1, 2, 123456789):
-        writer.write(step, {"a/text": Text(str(step)), "images": Image(PIXELS)})
-    (folder / "00000009.pt").write_text("of somebody else")
-    writer.purge(1)
-    assert names(folder) == ["00000009.pt", "a/text/00000001.md", "images/00000001-0.png", "images/00000001-1.png"]
-    kept = [*(f"a/text/{step}.md" for step in ("00000002", "123456789"))]
-    kept += [f"images/{step}-{index}.png" for step in ("00000002", "123456789") for index in (0, 1)]
-    assert names(tmp_path / "media.dropped") == sorted(kept)
-    writer.write(2, {"a/text": Text("again")})
-    writer.purge(1)
-    assert (tmp_path / "media.dropped" / "a" / "text" / "00000002.md").read_text() == "again"
+        writer.write(step, {"a/text?": Text(str(step)), "images": Image(PIXELS)})
+    (folder / "00000009.pt").write_text("written by another program")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if reopened:
+        writer = media(folder)
+    for _ in range(2):
+        writer.purge(1)
+    assert (folder / "rewinds.jsonl").read_text() == '{"rewound_to": 1}\n'
+    assert files(folder) == {
+        "a/text?": {1: ["00000001.md"]},
+        "images": {1: ["00000001-0.png", "00000001-1.png"]},
+    }
+    writer.write(1, {"images": Image(PIXELS[:1])})
+    writer.write(2, {"a/text?": Text("another")})
+    assert files(folder) == {
+        "a/text?": {1: ["00000001.md"], 2: ["00000002.r1.md"]},
+        "images": {1: ["00000001.r1.png"]},
+    }
+    writer.purge(0)
+    assert files(folder) == {}
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_media_marker_torn_by_a_crash_is_written_again(tmp_path):
+    writer = media(tmp_path)
+    for step in (1, 2):
+        writer.write_texts(step, {"text": str(step)})
+    (tmp_path / "rewinds.jsonl").write_text('{"rewou')
+    assert files(tmp_path) == {"text": {1: ["00000001.md"], 2: ["00000002.md"]}}
+    writer = media(tmp_path)
+    with pytest.warns(RuntimeWarning, match="middle of a line"):
+        writer.purge(1)
+    writer.write_texts(2, {"text": "again"})
+    assert files(tmp_path) == {"text": {1: ["00000001.md"], 2: ["00000002.r1.md"]}}
 
 
 def test_media_rejects_an_unwritable_path(tmp_path):

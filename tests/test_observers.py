@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import math
 import re
 import subprocess
@@ -273,8 +272,7 @@ def test_file_has_one_point_per_step_after_crashes_and_rewinds(tmp_path_factory,
             observer.close()
     if previous == "rewind":
         observer.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [(line["step"], line["metrics"]["train/loss"]) for line in lines]
+    points = [(record["step"], record["metrics"]["train/loss"]) for record in writers.read_jsonl(path)]
     assert points == list(expected.items())[: len(points)]
     assert (points[-1][0] if points else 0) >= (saves[-1] if previous == "crash" else last)
 

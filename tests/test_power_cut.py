@@ -90,17 +90,14 @@ KINDS = {
     "jsonl": (
         lambda folder: writers.jsonl(folder / "deep" / "a.jsonl"),
         lambda folder: [
-            (line["step"], line["metrics"]["train/loss"])
-            for line in map(json.loads, (folder / "deep" / "a.jsonl").read_text().splitlines())
-            if line.get("event") == "StepEnd"
+            (record["step"], record["metrics"]["train/loss"])
+            for record in writers.read_jsonl(folder / "deep" / "a.jsonl")
+            if record["event"] == "StepEnd"
         ],
     ),
     "csv": (
         lambda folder: writers.csv(folder / "deep" / "a.csv"),
-        lambda folder: [
-            (int(row.split(",")[0]), float(row.split(",")[3]))
-            for row in (folder / "deep" / "a.csv").read_text().splitlines()[1:]
-        ],
+        lambda folder: [(row["step"], row["train/loss"]) for row in writers.read_csv(folder / "deep" / "a.csv")],
     ),
     "tensorboard": (
         lambda folder: writers.tensorboard(folder / "deep" / "tb"),
@@ -109,8 +106,8 @@ KINDS = {
     "media": (
         lambda folder: writers.media(folder / "deep" / "media"),
         lambda folder: [
-            (int(path.stem), float(path.read_text()))
-            for path in sorted((folder / "deep" / "media" / "note").glob("*.md"))
+            (step, float(path.read_text()))
+            for step, (path,) in writers.read_media(folder / "deep" / "media")["note"].items()
         ],
     ),
 }
@@ -156,7 +153,7 @@ def test_saved_points_survive_a_power_cut(tmp_path, monkeypatch, kind, lost):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_resumed_session_keeps_synced_points(tmp_path, monkeypatch, kind):
-    """Dropped lines, merged lines and added columns each replace the file atomically."""
+    """Markers of a rewind and added columns keep all points."""
     root = tmp_path / "disk"
     root.mkdir()
     disk = Disk(root)

@@ -92,6 +92,40 @@ def test_curves_have_increasing_steps_with_one_point_each(tmp_path):
     assert read_run(tmp_path).curves == {"train/loss": ([1, 3], [4.0, 2.0])}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_values_abandoned_by_rewinds_are_left_out(tmp_path, kind):
+    writer = getattr(writers, kind)(tmp_path / f"metrics.{kind}")
+    for begin, end in ((0, 9), (6, 8), (2, 4)):  # the run rewinds to step 6, then to step 2
+        writer.purge(begin)
+        for step in range(begin + 1, end + 1):
+            writer.write_scalars(step, {"train/loss": begin + step / 10})
+    writer.close()
+    run = read_run(tmp_path)
+    assert run.curves == {"train/loss": ([1, 2, 3, 4], [0.1, 0.2, 2.3, 2.4])}
+    assert run.folder.problems.lines() == []
+
+
+def test_media_abandoned_by_rewinds_are_left_out(tmp_path):
+    writer = writers.media(tmp_path / "media")
+    pixels = torch.zeros(2, 4, 4, 1)
+    for begin, end in ((0, 4), (2, 3)):  # the run rewinds to step 2
+        writer.purge(begin)
+        for step in range(begin + 1, end + 1):
+            table = Table({"picture": Image(pixels), "score": [0.5, float(begin)]})
+            writer.write(step, {"sample": Image(pixels[: 2 - begin // 2]), "text": Text(f"{begin}"), "table": table})
+    run = read_run(tmp_path)
+    assert {step: [path.name for path in files] for step, files in run.media["sample"].items()} == {
+        1: ["00000001-0.png", "00000001-1.png"],
+        2: ["00000002-0.png", "00000002-1.png"],
+        3: ["00000003.r1.png"],
+    }
+    assert run.texts["text"].items == [(1, "0"), (2, "0"), (3, "2")]
+    assert (run.tables["table"].step, run.tables["table"].columns["score"]) == (3, [0.5, 2.0])
+    assert "00000003.r1-1.png" in str(run.tables["table"].columns["picture"][1])
+    assert list(run.media) == ["sample"]
+    assert run.folder.problems.lines() == []
+
+
 def test_nonfinite_values_are_gaps(tmp_path):
     measured(tmp_path, {1: 3.0, 2: float("nan"), 3: float("inf"), 4: 2.0})
     (series,) = panels(page(read_run(tmp_path)))["loss"]

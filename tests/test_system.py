@@ -32,7 +32,7 @@ def test_utilization_is_written_at_intervals_and_at_the_end(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fx.fit(problem.start(), step, data, steps=3, **observing())  # a new run in the same folder
-    assert [line["step"] for line in lines(path)] == [3]
+    assert [record["step"] for record in writers.read_jsonl(path)] == [3]
 
 
 def test_values_are_plausible(tmp_path):

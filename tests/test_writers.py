@@ -1,5 +1,6 @@
 """Writers: written values are read back from event files and JSON lines."""
 
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -20,7 +21,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from fxtrain.core import EvalEnd, EvalStep, FitBegin, StepEnd
 from fxtrain.values import Histogram, HParams, Text
-from fxtrain.writers import Writer, jsonl, multi, tensorboard
+from fxtrain.writers import Writer, jsonl, multi, read_jsonl, tensorboard
 from fxtrain.writers._jsonl import JsonLinesWriter
 from fxtrain.writers._multi import MultiWriter
 from fxtrain.writers._tensorboard import TensorBoardWriter
@@ -198,7 +199,7 @@ def test_jsonl_line_has_all_values_of_an_event(tmp_path):
     writer.close()
 
 
-def test_jsonl_calls_of_one_step_share_a_line(tmp_path):
+def test_jsonl_calls_of_one_step_are_read_as_one_record(tmp_path):
     writer = jsonl(tmp_path / "a.jsonl")
     writer.write_hparams({"lr": 0.1})
     writer.write_scalars(1, {"loss": np.float32(0.5), "acc": torch.tensor(0.25)})
@@ -206,7 +207,7 @@ def test_jsonl_calls_of_one_step_share_a_line(tmp_path):
     writer.write_scalars(1, {"loss": 0.75})
     writer.write_histograms(2, {"w": np.array([0.0, 1.0])}, {"w": 2})
     writer.close()
-    assert lines(tmp_path / "a.jsonl") == [
+    assert read_jsonl(tmp_path / "a.jsonl") == [
         {"hparams": {"lr": 0.1}},
         {"step": 1, "metrics": {"loss": 0.75, "acc": 0.25}, "texts": {"said": "hello"}},
         {"step": 2, "histograms": {"w": {"counts": [1.0, 1.0], "edges": [0.0, 0.5, 1.0]}}},
@@ -220,7 +221,9 @@ def test_jsonl_non_finite_values_are_strings(tmp_path):
     text = (tmp_path / "a.jsonl").read_text()
     (line,) = json.loads(f"[{text}]", parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert line["metrics"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity"}
-    assert [float(value) for value in line["metrics"].values()][1:] == [float("inf"), -float("inf")]
+    (record,) = read_jsonl(tmp_path / "a.jsonl")
+    assert list(record["metrics"].values())[1:] == [float("inf"), -float("inf")]
+    assert np.isnan(record["metrics"]["a"])
 
 
 WHOLE = b"".join(b'{"step": %d, "metrics": {"loss": %d.5}}\n' % (n, n) for n in range(1, 4))
@@ -263,20 +266,25 @@ def filled(path, steps=5):
     return writer
 
 
-def test_jsonl_purge_moves_later_lines(tmp_path):
+def test_jsonl_purge_abandons_later_values_and_keeps_all_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     writer = filled(path)
-    before = path.read_bytes().splitlines(keepends=True)
-    writer.purge(2)
-    assert path.read_bytes() == b"".join(before[:3])
-    assert (tmp_path / "a.dropped.jsonl").read_bytes() == b"".join(before[3:])
-    writer.purge(2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.dropped.jsonl", "a.jsonl"]
+    before = path.read_bytes()
+    writer.purge(5)
+    assert path.read_bytes() == before
+    for _ in range(2):
+        writer.purge(2)
+        assert path.read_bytes() == before + b'{"rewound_to": 2}\n'
     publish(writer, StepEnd(step=3, metrics={}), {"train/loss": 30.0})
     writer.close()
-    assert [(line["event"], line["step"]) for line in lines(path)] == [
-        ("StepEnd", 1), ("StepEnd", 2), ("EvalEnd", 2), ("StepEnd", 3),
+    assert path.read_bytes().startswith(before)
+    assert [(record["event"], record["step"], *record["metrics"].values()) for record in read_jsonl(path)] == [
+        ("StepEnd", 1, 1.0), ("StepEnd", 2, 2.0), ("EvalEnd", 2, 2.0), ("StepEnd", 3, 30.0),
     ]  # fmt: skip
+    writer = jsonl(path)
+    writer.purge(3)
+    writer.close()
+    assert len(lines(path)) == 9
 
 
 @pytest.mark.parametrize("reopened", [False, True])
@@ -290,42 +298,40 @@ def test_jsonl_merges_into_the_line_of_the_resumed_step(tmp_path, reopened):
     publish(writer, EvalEnd(step=4, time=1.0, metrics={}), {"eval/loss": 40.0, "eval/acc": 1.0})
     publish(writer, StepEnd(step=5, metrics={}), {"train/loss": 5.0})
     writer.close()
-    assert [(line["event"], line["step"]) for line in lines(path)][-3:] == [
+    assert [(record["event"], record["step"]) for record in read_jsonl(path)][-3:] == [
         ("StepEnd", 4), ("EvalEnd", 4), ("StepEnd", 5),
     ]  # fmt: skip
-    assert lines(path)[-2]["metrics"] == {"eval/loss": 40.0, "eval/acc": 1.0}
+    assert read_jsonl(path)[-2]["metrics"] == {"eval/loss": 40.0, "eval/acc": 1.0}
 
 
-def test_jsonl_purge_survives_a_crash_at_its_commit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cut", range(len(b'{"rewound_to": 2}\n') + 1))
+def test_jsonl_marker_torn_at_any_byte_is_written_again(tmp_path, cut):
     path = tmp_path / "a.jsonl"
     writer = filled(path)
-    before = path.read_bytes()
-
-    def crash(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", crash)
-        with pytest.raises(KeyboardInterrupt):
-            writer.purge(2)
-    assert path.read_bytes() == before
-    jsonl(path).purge(2)
-    assert [line["step"] for line in lines(path)] == [1, 2, 2]
+    writer.purge(2)
+    writer.close()
+    marker = len(b'{"rewound_to": 2}\n')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - marker + cut])
+    with contextlib.nullcontext() if cut in (0, marker) else pytest.warns(RuntimeWarning, match="middle of a line"):
+        writer = jsonl(path)
+    writer.purge(2)
+    writer.close()
+    assert [record["step"] for record in read_jsonl(path)] == [1, 2, 2]
+    assert len(lines(path)) == 8
 
 
-def test_jsonl_purge_keeps_hparams_and_moves_unreadable_lines(tmp_path):
+def test_jsonl_purge_keeps_hparams_and_skips_damaged_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"hparams": {"lr": 0.1}}\n\0\0\0\n[1]\n' + WHOLE)
+    path.write_bytes(b'{"hparams": {"lr": 0.1}}\n\0\0\0\n[1]\n{"step": "x"}\n{"rewound_to": null}\n' + WHOLE)
     writer = jsonl(path)
     writer.purge(1)
     writer.close()
-    assert lines(path) == [{"hparams": {"lr": 0.1}}, {"step": 1, "metrics": {"loss": 1.5}}]
-    assert (tmp_path / "a.dropped.jsonl").read_bytes().startswith(b"\0\0\0\n[1]\n")
+    assert read_jsonl(path) == [{"hparams": {"lr": 0.1}}, {"step": 1, "metrics": {"loss": 1.5}}]
 
 
 @settings(deadline=None, max_examples=50)
 @given(sessions=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=6))
-def test_jsonl_has_one_line_for_each_event_and_step(tmp_path_factory, sessions):
+def test_jsonl_has_one_record_for_each_event_and_step(tmp_path_factory, sessions):
     path = tmp_path_factory.mktemp("law") / "a.jsonl"
     expected, last = {}, 0
     for number, (back, steps) in enumerate(sessions):
@@ -339,7 +345,7 @@ def test_jsonl_has_one_line_for_each_event_and_step(tmp_path_factory, sessions):
                 expected[type(event).__name__, step] = number
         last = begin + steps
         writer.close()
-    found = [((line["event"], line["step"]), line["metrics"]["session"]) for line in lines(path)]
+    found = [((record["event"], record["step"]), record["metrics"]["session"]) for record in read_jsonl(path)]
     assert found == list(expected.items())
 
 
@@ -356,12 +362,12 @@ def test_multi_forwards_every_method_to_every_writer(tmp_path):
     writer.write_hparams({"lr": 0.2})
     writer.flush()
     for name in ("a.jsonl", "b.jsonl"):
-        assert [line.get("step") for line in lines(tmp_path / name)] == [0, 1, 2, None]
+        assert [record.get("step") for record in read_jsonl(tmp_path / name)] == [0, 1, 2, None]
     assert len(shown(tmp_path / "tb")) == 6
     writer.purge(1)
     writer.close()
     assert curve(tmp_path / "tb", "loss") == [(1, 1.0)]
-    assert [line.get("step") for line in lines(tmp_path / "b.jsonl")] == [0, 1, None]
+    assert [record.get("step") for record in read_jsonl(tmp_path / "b.jsonl")] == [0, 1, None]
 
 
 def test_multi_closes_every_writer_and_then_raises_the_first_error(tmp_path):
@@ -419,6 +425,6 @@ def test_clu_writers_and_ours_are_interchangeable(tmp_path, clu_writers, caplog)
     both.close()
     assert "loss=0.5" in caplog.text
     assert "lr" in caplog.text
-    first, config = lines(tmp_path / "a.jsonl")
+    first, config = read_jsonl(tmp_path / "a.jsonl")
     assert (first["metrics"], first["texts"], config) == ({"loss": 0.5}, {"note": "hello"}, {"hparams": {"lr": 0.25}})
     assert curve(tmp_path / "tb", "loss") == [(3, 0.5)]

@@ -5,8 +5,6 @@ Each check returns one line ``law: violation`` per violation, or an empty list i
 
 from __future__ import annotations
 
-import csv
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from typing import Any
 from benchmarks.fuzz import order
 from benchmarks.fuzz.program import Cut, Program
 from benchmarks.fuzz.session import Session, Told, checkpointer, is_injected
-from fxtrain import testing
+from fxtrain import testing, writers
 from fxtrain.core import BATCH, DATA, STOP_REASONS
 
 _EXITS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}
@@ -276,20 +274,22 @@ def _where_apart(told: list[Told], wanted: list[Told], known_end: int) -> str:
 def _json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        line.pop("time", None)
-        line["metrics"] = _of_run(line.get("metrics", {}))
-    return [line for line in lines if line["metrics"]]
+    records = writers.read_jsonl(path)
+    for record in records:
+        record.pop("time", None)
+        # As text, because NaN equals nothing.
+        record["metrics"] = {name: str(value) for name, value in _of_run(record.get("metrics", {})).items()}
+    return [record for record in records if record["metrics"]]
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
     # A resumed run may add columns in another order, or for rows that a rewind removed.
-    points = [{name: value for name, value in sorted(_of_run(row).items()) if name != "time" and value} for row in rows]
+    points = [
+        {name: str(value) for name, value in sorted(_of_run(row).items()) if name != "time"}
+        for row in writers.read_csv(path)
+    ]
     return [point for point in points if point.keys() - {"step", "epoch"}]
 
 

@@ -39,8 +39,8 @@ def write(
     """Passes metrics and logged values to writers.
 
     Step metrics are named ``train/<name>``, and evaluation metrics ``eval/<name>``. Logged values keep their names, and
-    are written at the event that logged them. When a run resumes or rewinds, writers first drop all later points, so
-    there is one point for each step.
+    are written at the event that logged them. When a run resumes or rewinds, writers first mark all later points as
+    abandoned, so readers find one point for each step.
 
     Points of steps are held back and written in batches of 64, or each second, and before any other event or save.
     Until then, metrics stay on their device. They are copied to the host in a single asynchronous transfer.

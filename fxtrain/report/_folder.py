@@ -106,21 +106,26 @@ class Folder:
             return None
         return content
 
-    def lines(self, path: str) -> Iterator[tuple[int, bytes]]:
+    def lines(self, path: str, *, quiet: bool = False) -> Iterator[tuple[int, bytes]]:
         """Yields the complete lines of a file with their numbers, from 1.
 
         Lines that are too long, and a last line without a line end, are skipped and recorded as problems.
+
+        Args:
+            path: The path of the file.
+            quiet: Whether to record no problems, for a file that is read again.
         """
+        problems = Problems() if quiet else self.problems
         try:
             with self._opened(path) as file:
                 # Stops at the current size, because a file that grows while it is read might never end.
-                yield from self._lines(path, file, min(os.fstat(file.fileno()).st_size, _LARGEST))
+                yield from self._lines(path, problems, file, min(os.fstat(file.fileno()).st_size, _LARGEST))
                 if file.tell() >= _LARGEST:
-                    self.problems.add(path, f"expected at most {_LARGEST:,} bytes, got more")
+                    problems.add(path, f"expected at most {_LARGEST:,} bytes, got more")
         except (OSError, UnreadableError) as error:
-            self.problems.add(path, reason(error))
+            problems.add(path, reason(error))
 
-    def _lines(self, path: str, file: BinaryIO, left: int) -> Iterator[tuple[int, bytes]]:
+    def _lines(self, path: str, problems: Problems, file: BinaryIO, left: int) -> Iterator[tuple[int, bytes]]:
         number, overlong = 1, False
         while left > 0 and (part := file.readline(min(LONGEST, left))):
             left -= len(part)
@@ -131,9 +136,9 @@ class Folder:
                 overlong = False
             elif not overlong and left > 0:
                 overlong = True
-                self.problems.add(path, f"line {number}: expected at most {LONGEST:,} bytes, got more")
+                problems.add(path, f"line {number}: expected at most {LONGEST:,} bytes, got more")
             elif not overlong:
-                self.problems.add(path, f"line {number}: expected a complete line, got a partial one")
+                problems.add(path, f"line {number}: expected a complete line, got a partial one")
             number += ended
 
     def walk(self, path: str) -> Iterator[tuple[str, str]]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import urllib.parse
 from pathlib import PurePosixPath
 
 from fxtrain.report import _shapes as shapes
 from fxtrain.report._folder import Folder
 from fxtrain.report._metrics import Metrics
-
-_MEDIA_NAME = re.compile(r"(\d{8,})(?:-(\d+))?\.(png|gif|wav|md|json)", re.ASCII)
+from fxtrain.writers._media import REWINDS, MediaFile, latest_files, media_file, rewinds_of
+from fxtrain.writers._rewinds import Rewinds
 
 Files = dict[str, dict[int, list[PurePosixPath]]]
 """Files by name and step, ordered by step and number."""
@@ -27,18 +26,27 @@ def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, File
     Returns:
         The files of images, videos and sounds, without images that belong to tables, and the files of texts.
     """
+    names: dict[str, list[tuple[MediaFile, PurePosixPath]]] = {}
+    rewinds = Rewinds()
+    for parent, file in folder.walk(path):
+        if (parent, file) == (path, REWINDS):
+            rewinds = rewinds_of(folder.read(f"{path}/{REWINDS}") or b"")
+        elif (stated := media_file(file)) is not None:
+            try:
+                shapes.step(stated.step)
+            except ValueError as error:
+                folder.problems.add(f"{parent}/{file}", str(error))
+                continue
+            names.setdefault(_name(PurePosixPath(parent), path), []).append((stated, PurePosixPath(parent, file)))
     media: Files = {}
     texts: Files = {}
     tables: Files = {}
-    kinds = {"md": texts, "json": tables}
-    found = sorted(
-        (parent, *place, name)
-        for parent, name in folder.walk(path)
-        if (place := _step_number_suffix(folder, parent, name))
-    )
-    for parent, step, _, kind, file in found:
-        name = _name(PurePosixPath(parent), path)
-        kinds.get(kind, media).setdefault(name, {}).setdefault(step, []).append(PurePosixPath(parent, file))
+    kinds = {".png": media, ".gif": media, ".wav": media, ".md": texts, ".json": tables}
+    for name in sorted(names):
+        for step, files in latest_files(names[name], rewinds).items():
+            for file in files:
+                if file.suffix in kinds:
+                    kinds[file.suffix].setdefault(name, {}).setdefault(step, []).append(file)
     images = _take_tables(folder, tables, metrics)
     for name, steps in list(media.items()):
         kept = {step: [file for file in files if file not in images] for step, files in steps.items()}
@@ -46,19 +54,6 @@ def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, File
         if not media[name]:
             del media[name]
     return media, texts
-
-
-def _step_number_suffix(folder: Folder, parent: str, name: str) -> tuple[int, int, str] | None:
-    """Returns the step, number and suffix of a file, or None if ``writers.media`` did not write it."""
-    match = _MEDIA_NAME.fullmatch(name)
-    if match is None:
-        return None
-    try:
-        # Parsed for sorting, because numbers and steps of more than eight digits are not padded.
-        return shapes.step(int(match[1])), int(match[2] or 0), match[3]
-    except ValueError as error:
-        folder.problems.add(f"{parent}/{name}", str(error))
-        return None
 
 
 def _name(parent: PurePosixPath, path: str) -> str:

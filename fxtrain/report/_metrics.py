@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from fxtrain.report import _shapes as shapes
-from fxtrain.report._folder import Folder
+from fxtrain.report._folder import Folder, Problems
 from fxtrain.report._kept import Items, Kept, Points
 from fxtrain.report._run import Confusion, Heights, Mark, Table
+from fxtrain.writers._rewinds import REWOUND, Rewinds
 
 _MAX_TEXT = 2**16  # characters shown of a text
 _MAX_ROWS = 50  # shown of a table
@@ -24,7 +26,7 @@ _MAX_CELL = 500  # characters
 _MAX_MATRICES = 20
 _MAX_CLASSES = 2000
 _OVERHEAD = 100  # memory cost of a text in addition to its characters
-_NO_METRICS = ("step", "epoch", "time")  # CSV columns that are not metrics
+_NO_METRICS = ("epoch", "time")  # CSV columns that are not metrics
 
 
 class Metrics:
@@ -53,21 +55,42 @@ class Metrics:
 
     def read_lines(self, path: str) -> None:
         """Reads values from the JSON Lines file ``path``."""
+        rewinds = Rewinds()
+        for count, content in self._folder.lines(path, quiet=True):
+            if REWOUND.encode() in content:
+                with contextlib.suppress(ValueError):
+                    line = shapes.mapping(shapes.parsed(content))
+                    if REWOUND in line:
+                        rewinds.add(count, shapes.step(line[REWOUND]))
         for count, content in self._folder.lines(path):
             try:
                 line = shapes.mapping(shapes.parsed(content))
                 self.hparams |= shapes.mapping(line.get("hparams", {}))
                 kinds = {kind: shapes.mapping(line[kind]) for kind in self._kinds if kind in line}
-                step = shapes.step(line.get("step")) if kinds else 0
+                step = shapes.step(line.get("step")) if kinds else shapes.step(line.get(REWOUND, 0))
             except ValueError as error:
                 self._folder.problems.add(path, f"line {count}: {error}")
                 continue
-            for kind, values in kinds.items():
-                self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
+            if rewinds.keeps(count, step):
+                for kind, values in kinds.items():
+                    self._take(path, f"line {count}, {kind}", self._kinds[kind], step, values)
 
     def read_rows(self, path: str) -> None:
         """Reads metrics from the CSV file ``path``."""
-        rows = csv.reader(content.decode("utf-8", "replace") for _, content in self._folder.lines(path))
+        rewinds = Rewinds()
+        for count, step, cells in self._rows(path, quiet=True):
+            if not cells:
+                rewinds.add(count, step)
+        for count, step, cells in self._rows(path):
+            if rewinds.keeps(count, step):
+                numbers = {name: cell for name, cell in cells.items() if name not in _NO_METRICS}
+                self._take(path, f"line {count}, column", self._take_number, step, numbers)
+
+    def _rows(self, path: str, *, quiet: bool = False) -> Iterator[tuple[int, int, dict[str, str]]]:
+        """Yields the line number, the step and the other cells of each row, without empty cells."""
+        problems = Problems() if quiet else self._folder.problems
+        lines = self._folder.lines(path, quiet=quiet)
+        rows = csv.reader(content.decode("utf-8", "replace") for _, content in lines)
         header: list[str] = []
         while True:
             try:
@@ -78,14 +101,13 @@ class Metrics:
                     header = self._header(row)
                     continue
                 cells = dict(zip(header, row, strict=True))
-                step = shapes.step(int(cells["step"]))
+                step = shapes.step(int(cells.pop("step")))
             except (ValueError, csv.Error) as error:
-                self._folder.problems.add(path, f"line {rows.line_num}: {error}")
+                problems.add(path, f"line {rows.line_num}: {error}")
                 if not header:
                     return
                 continue
-            numbers = {name: cell for name, cell in cells.items() if cell and name not in _NO_METRICS}
-            self._take(path, f"line {rows.line_num}, column", self._take_number, step, numbers)
+            yield rows.line_num, step, {name: cell for name, cell in cells.items() if cell}
 
     def _header(self, row: list[str]) -> list[str]:
         if "step" not in row:

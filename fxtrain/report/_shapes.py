@@ -16,7 +16,7 @@ import numpy as np
 MAX_STEP = 2**50
 """The largest step, which leaves room for exact ticks between steps in float64."""
 
-_IMAGE_OF_TABLE = re.compile(r"\d{8,}-\d+\.png", re.ASCII)  # in the folder of the table
+_IMAGE_OF_TABLE = re.compile(r"\d{8,}(?:\.r\d+)?-\d+\.png", re.ASCII)  # in the folder of the table
 _MAX_NUMBER = 40  # characters of a number written as a string
 _MAX_NAME = 1000  # characters
 _MAX_WORDS = 1000  # characters of a value in a table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from csv import DictReader
 from csv import reader as read_rows
 from csv import writer as row_writer
@@ -13,21 +13,26 @@ from typing import Any
 
 from fxtrain.disk import make_folder, replace_file, set_aside
 from fxtrain.writers._interface import unwritable
-from fxtrain.writers._one_file import Appendable, OneFile
+from fxtrain.writers._one_file import Appendable, OneFile, mend
+from fxtrain.writers._rewinds import Rewinds
 
 _FIRST: tuple[str, ...] = ("step", "epoch", "time")
 
 
 def csv(path: str | os.PathLike[str]) -> CsvWriter:
-    """A writer of scalars with one row per step and one column per name.
+    """A writer of scalars with one column per name.
 
-    Further values of the last row's step are joined to that row. A new name adds a column, which is empty in earlier
-    rows: the file is then rewritten and replaced atomically. ``epoch`` and ``time`` (seconds of the session) are empty
-    where no event provides them.
+    A new name adds a column, which is empty in earlier rows: the file is then rewritten and replaced atomically.
+    ``epoch`` and ``time`` (seconds of the session) are empty where no event provides them.
+
+    Rows are only appended. A step has several rows if its values are written in several calls, and later values take
+    the place of earlier ones, as in ``pandas.read_csv(path).groupby("step").last()``. After a rewind, or a resume from
+    an earlier step, ``purge`` adds a row with only a step: rows above it of later steps are abandoned. ``read_csv``
+    applies both rules.
 
     A row is passed to the operating system when it is written, and synced to the disk by ``flush``. A failed write
     leaves no partial row. If a crash tore the last row, or a power cut filled it with zeros, opening the file moves
-    that row to ``<name>.damaged`` with a warning. ``purge`` removes the rows after a step.
+    that row to ``<name>.damaged`` with a warning.
 
     Args:
         path: The file. An existing file is continued.
@@ -59,8 +64,7 @@ class CsvWriter(OneFile):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._columns: list[str] = []
-        self._row: dict[str, str] = {}  # the last row, which later values of its step are joined to
-        self._begin = 0  # its byte offset in the file
+        self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
         self._opened()
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
@@ -73,29 +77,30 @@ class CsvWriter(OneFile):
         row |= {name: _cell(value) for name, value in values.items()}
         added = [name for name in row if name not in self._columns]
         if added:
-            self._rewrite([*self._columns, *added], self._rows())
-        file = self._opened()
-        joins = self._row.get("step") == str(step)
-        whole, begin = (self._row | row, self._begin) if joins else ({"step": str(step), **row}, file.size)
-        file.put(begin, _line(_in_columns(whole, self._columns)))
-        self._row, self._begin = whole, begin
+            self._add_columns(added)
+        self._append({"step": str(step), **row})
+        if self._last is not None:
+            self._last = max(self._last, step)
 
     def purge(self, step: int) -> None:
-        """Removes the rows after a step, and unreadable rows."""
+        """Marks the rows of later steps as abandoned, with a row that has only a step, unless there are none."""
         self._opened()
-        rows = self._rows()
-        kept = [row for row in rows if (found := _step(row)) is not None and found <= step]
-        if len(kept) < len(rows):
-            self._rewrite(self._columns, kept)
+        if self._last is None:
+            self._last = max((int(row["step"]) for row in read_csv(self._path)), default=0)
+        if self._last > step:
+            self._append({"step": str(step)})
+            self._last = step
 
-    def _rows(self) -> list[dict[str, str]]:
-        with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
-            return list(DictReader(file))
+    def _append(self, row: Mapping[str, str]) -> None:
+        self._opened().append(_line(_in_columns(row, self._columns)))
 
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+    def _add_columns(self, names: list[str]) -> None:
         """Rewrites the whole file in one atomic replacement."""
+        with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(DictReader(file))
+        columns = [*self._columns, *names]
         self.close()
-        replace_file(self._path, _lines([columns, *(_in_columns(row, columns) for row in rows)]))
+        replace_file(self._path, b"".join(map(_line, [columns, *(_in_columns(row, columns) for row in rows)])))
         self._opened()
 
     def _opened(self) -> Appendable:
@@ -109,7 +114,7 @@ class CsvWriter(OneFile):
         return self._file
 
     def _take_up(self, content: bytes) -> None:
-        """Opens the file at the end of its complete rows. Reads its columns, or writes them, and reads its last row."""
+        """Opens the file at the end of its complete rows. Reads its columns, or writes them."""
         is_zeros = b"\0" in content and not content.strip(b"\0\r\n")
         rows = 0 if is_zeros else _end_of_header(content)
         header = next(read_rows(io.StringIO(content[: rows or None].decode(errors="replace"), newline="")), [])
@@ -122,17 +127,64 @@ class CsvWriter(OneFile):
                 f"expected the columns of {self._path} to begin with {', '.join(_FIRST)}, got "
                 f"{', '.join(header):.60}. Use another path."
             )
-        size = content.rfind(b"\n") + 1 if rows else 0
-        if size < len(content):
-            set_aside(self._path, "ended in the middle of a row", size)
+        if unfinished and content:
+            set_aside(self._path, "ended in the middle of a row")
+        mend(self._path, "row")
         file = Appendable(self._path)
         if not rows:
-            header, rows, size = list(_FIRST), len(first), len(first)
+            header = list(_FIRST)
             file.append(first)
         self._file, self._columns = file, header
-        self._begin = max(content.rfind(b"\n", 0, max(size - 1, 0)) + 1, rows)
-        last = content[self._begin : size].decode(errors="replace")
-        self._row = dict(zip(header, next(read_rows([last]), []), strict=False))
+        # Another writer may have changed the file since.
+        self._last = None if rows else 0
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Returns the scalars of a run that ``csv`` wrote, as one row for each step, without empty cells.
+
+    Rows that a rewind or a resume abandoned are left out, and so are damaged ones. Of a value written several times,
+    the last is returned.
+
+    Args:
+        path: The file. A run may still append to it.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.csv")
+        >>> writer = csv(path)
+        >>> for step in (1, 2, 3):
+        ...     writer.write_scalars(step, {"loss": 1 / step})
+        >>> writer.purge(1)  # the run returns to step 1
+        >>> writer.write_scalars(2, {"loss": 5.0})
+        >>> writer.close()
+        >>> read_csv(path)
+        [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 5.0}]
+    """
+    rows: list[tuple[int, dict[str, float]]] = []
+    rewinds = Rewinds()
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for position, cells in enumerate(DictReader(file)):
+            try:
+                row = {name: _number(cell) for name, cell in cells.items() if cell}
+                step = int(cells["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if len(row) == 1:
+                rewinds.add(position, step)
+            else:
+                rows.append((position, row | {"step": step}))
+    found: dict[float, dict[str, float]] = {}
+    for position, row in rows:
+        if rewinds.keeps(position, int(row["step"])):
+            found.setdefault(row["step"], {}).update(row)
+    return list(found.values())
+
+
+def _number(cell: str) -> float:
+    try:
+        return int(cell)
+    except ValueError:
+        return float(cell)
 
 
 def _end_of_header(content: bytes) -> int:
@@ -143,23 +195,12 @@ def _end_of_header(content: bytes) -> int:
     return end
 
 
-def _step(row: Mapping[str, str]) -> int | None:
-    try:
-        return int(row["step"])
-    except ValueError:
-        return None
-
-
 def _in_columns(row: Mapping[str, str], columns: list[str]) -> list[str]:
     return [row.get(name, "") for name in columns]
 
 
 def _cell(value: float) -> str:
     return repr(value) if isinstance(value, float) else str(int(value))
-
-
-def _lines(rows: Iterable[list[str]]) -> bytes:
-    return b"".join(map(_line, rows))
 
 
 def _line(row: list[str]) -> bytes:

@@ -17,9 +17,9 @@ from fxtrain.writers._encoding import numbered
 class Writer(Protocol):
     """Stores values by step and name. Names and arguments are those of clu, so clu's writers satisfy it too.
 
-    Two optional methods are used if a writer has them. ``purge(step)`` drops everything after a step when a run resumes
-    or rewinds. Without it, points are duplicated. ``write(step, values, event)`` takes everything that an event
-    published in one call, instead of one call per kind.
+    Two optional methods are used if a writer has them. ``purge(step)`` marks everything after a step as abandoned when
+    a run resumes or rewinds. Without it, points are duplicated. ``write(step, values, event)`` takes everything that an
+    event published in one call, instead of one call per kind.
     """
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fxtrain.core import EvalStep
-from fxtrain.disk import make_folder, put_file, replace_file, set_aside
+from fxtrain.disk import make_folder
 from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, plain
 from fxtrain.writers._interface import unwritable
-from fxtrain.writers._one_file import Appendable, OneFile
+from fxtrain.writers._one_file import Appendable, OneFile, mend
+from fxtrain.writers._rewinds import REWOUND, Rewinds
 
 _KINDS = ("metrics", "texts", "histograms", "tables", "confusion", "hparams")
 
@@ -22,16 +23,19 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesWriter:
 
         {"event": "StepEnd", "step": 12, "epoch": 0.5, "time": 3.2, "metrics": {"train/loss": 0.7}}
 
-    Each event of a step has one line, and further values of the event are joined to that line. ``epoch`` is null if the
-    length of an epoch is unknown. ``time`` is in seconds of the session. ``texts``, ``histograms`` (counts and edges),
-    ``tables`` (columns), ``confusion`` (labels and counts) and ``hparams`` are present if there are any. Non-finite
-    floats are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float`` can parse. Values written
-    without an event have no ``event``, ``epoch`` and ``time``.
+    Each call has one line. ``epoch`` is null if the length of an epoch is unknown. ``time`` is in seconds of the
+    session. ``texts``, ``histograms`` (counts and edges), ``tables`` (columns), ``confusion`` (labels and counts) and
+    ``hparams`` are present if there are any. Non-finite floats are the strings ``"NaN"``, ``"Infinity"`` and
+    ``"-Infinity"``, which ``float`` can parse. Values written without an event have no ``event``, ``epoch`` and
+    ``time``.
+
+    Lines are only appended. A value that is written again for its event and step takes the place of the earlier one
+    when the file is read. After a rewind, or a resume from an earlier step, ``purge`` adds the line
+    ``{"rewound_to": 10}``: values above it of steps after 10 are abandoned. ``read_jsonl`` applies both rules.
 
     A line is passed to the operating system when it is written, and synced to the disk by ``flush``. A failed write
     leaves no partial line. If a crash tore the last line, or a power cut filled it with zeros, opening the file moves
-    that line to ``<name>.damaged`` with a warning. ``purge`` moves the lines after a step to ``<name>.dropped.jsonl``,
-    and replaces the file atomically.
+    that line to ``<name>.damaged`` with a warning.
 
     Args:
         path: The file.
@@ -58,10 +62,7 @@ class JsonLinesWriter(OneFile):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # The lines of the latest step, which further values may be joined to, and their byte offset in the file.
-        self._step: int | None = None
-        self._latest: dict[Any, dict[str, Any]] = {}
-        self._begin = 0
+        self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
         self._opened()
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
@@ -89,96 +90,87 @@ class JsonLinesWriter(OneFile):
                     kinds.setdefault("metrics", {})[name] = value
         if event is None and kinds.keys() == {"hparams"}:
             about = {}  # a configuration belongs to no step
-        self._write({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}})
+        self._append({**about, **{kind: kinds[kind] for kind in _KINDS if kind in kinds}})
+        if self._last is not None:
+            self._last = max(self._last, step)
 
     def purge(self, step: int) -> None:
-        """Moves the lines after a step, and unreadable lines, to ``<name>.dropped.jsonl``."""
+        """Marks the values of later steps as abandoned, with a line, unless there are none."""
         self._opened()
-        self.close()
-        kept: list[bytes] = []
-        dropped: list[bytes] = []
-        # A resumed run may still join values to the lines of the step itself.
-        latest: dict[Any, dict[str, Any]] = {}
-        begin = size = 0
-        with open(self._path, "rb") as file:
-            for line in file:
-                record = _read(line)
-                if record is None or record.get("step", step) > step:
-                    dropped.append(line)
-                    continue
-                kept.append(line)
-                size += len(line)
-                if record.get("step") == step:
-                    latest[_key(record)] = record
-                else:
-                    latest, begin = {}, size
-        if dropped:
-            # In this order, a crash between the two loses nothing.
-            put_file(self._path.with_name(f"{self._path.stem}.dropped{self._path.suffix}"), dropped, "ab")
-            replace_file(self._path, b"".join(kept))
-        self._opened()
-        self._step, self._latest, self._begin = step, latest, begin
+        if self._last is None:
+            steps = (found for record in read_jsonl(self._path) if isinstance(found := record.get("step"), int))
+            self._last = max(steps, default=0)
+        if self._last > step:
+            self._append({REWOUND: step})
+            self._last = step
 
-    def _write(self, record: dict[str, Any]) -> None:
-        file, step, key = self._opened(), record.get("step"), _key(record)
-        latest, begin = (self._latest, self._begin) if step == self._step else ({}, file.size)
-        if key not in latest:
-            latest = {**latest, key: record}
-            file.append(_line(record))
-        else:
-            latest = {**latest, key: _joined(latest[key], record)}
-            file.put(begin, b"".join(_line(each) for each in latest.values()))
-        self._step, self._latest, self._begin = step, latest, begin
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        self._opened().append(line)
 
     def _opened(self) -> Appendable:
         if self._file is None:
             try:
                 make_folder(self._path.parent)
-                _mend(self._path)
+                mend(self._path, "line")
                 self._file = Appendable(self._path)
             except OSError as error:
                 raise unwritable("jsonl", self._path, error) from error
             # Another writer may have changed the file since.
-            self._step, self._latest, self._begin = None, {}, self._file.size
+            self._last = None if self._file.size else 0
         return self._file
 
 
-def _mend(path: Path) -> None:
-    """Sets aside a last line that has no line end."""
-    if not path.exists():
-        return
-    tail = b""
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the values of a run that ``jsonl`` wrote, as one record for each event of a step.
+
+    Values that a rewind or a resume abandoned are left out, and so are damaged lines. Of a value written several times,
+    the last is returned.
+
+    Args:
+        path: The file. A run may still append to it.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "metrics.jsonl")
+        >>> writer = jsonl(path)
+        >>> for step in (1, 2, 3):
+        ...     writer.write_scalars(step, {"loss": 1 / step})
+        >>> writer.purge(1)  # the run returns to step 1
+        >>> writer.write_scalars(2, {"loss": float("inf")})
+        >>> writer.close()
+        >>> [(record["step"], record["metrics"]) for record in read_jsonl(path)]
+        [(1, {'loss': 1.0}), (2, {'loss': inf})]
+    """
     with open(path, "rb") as file:
-        size = begin = file.seek(0, os.SEEK_END)
-        while begin and b"\n" not in tail:
-            begin = max(begin - 65536, 0)
-            file.seek(begin)
-            tail = file.read(size - begin)
-    torn = len(tail) - (tail.rfind(b"\n") + 1)
-    if torn:
-        set_aside(path, "ended in the middle of a line", size - torn)
+        lines = [(position, record) for position, line in enumerate(file) if (record := _read(line)) is not None]
+    rewinds = Rewinds()
+    for position, record in lines:
+        if REWOUND in record:
+            rewinds.add(position, record[REWOUND])
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for position, record in lines:
+        if REWOUND in record or not rewinds.keeps(position, record.get("step", 0)):
+            continue
+        if "metrics" in record:
+            record["metrics"] = {
+                name: float(value) if isinstance(value, str) else value for name, value in record["metrics"].items()
+            }
+        key = record.get("event"), record.get("step"), record.get("index")
+        before = found.get(key, {})
+        joined = {kind: before.get(kind, {}) | record[kind] for kind in _KINDS if kind in record}
+        found[key] = before | record | joined
+    return list(found.values())
 
 
 def _read(line: bytes) -> dict[str, Any] | None:
-    """Returns the record of a line, or None if the line is unreadable."""
+    """Returns the record of a line, or None if the line is damaged."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
-
-
-def _key(record: Mapping[str, Any]) -> Any:
-    return record.get("event"), record.get("index")
-
-
-def _joined(before: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    united = {k: {**before.get(k, {}), **later.get(k, {})} for k in _KINDS if k in before or k in later}
-    return {**before, **later, **united}
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    is_record = isinstance(record, dict) and all(isinstance(record.get(key, 0), int) for key in ("step", REWOUND))
+    return record if is_record else None
 
 
 def _columns(table: Table) -> dict[str, list[Any]]:

@@ -6,19 +6,26 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fxtrain.disk import make_folder, replace_file, sync_file, sync_folder
+from fxtrain.disk import make_folder, put_file, replace_file, sync_file, sync_folder
 from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Video, plain
 from fxtrain.writers._encoding import gif, png, wav
 from fxtrain.writers._interface import Backend, unwritable
+from fxtrain.writers._one_file import mend
+from fxtrain.writers._rewinds import REWOUND, Rewinds
 
-_STEP = re.compile(r"(\d{8,})(-\d+)?\.(md|png|gif|wav|json|ply)$")
+_FILE = re.compile(r"(\d{8,})(?:\.r(\d+))?(?:-(\d+))?\.(md|png|gif|wav|json|ply)", re.ASCII)
+REWINDS = "rewinds.jsonl"
+"""The file in the folder of the media with one line for each rewind."""
 _UNSAFE = re.compile(r"^[. ]+|[. ]+$|[^\w .()=-]")  # would leave the folder, be hidden, or be rejected by a file system
+
+_Path = TypeVar("_Path")
 
 
 def media(folder: str | os.PathLike[str]) -> MediaWriter:
@@ -30,8 +37,11 @@ def media(folder: str | os.PathLike[str]) -> MediaWriter:
     PLY. Several images, videos or sounds of one name are numbered, as in ``00000100-3.png``. So are images in a table,
     which contains their file names. Non-finite floats are strings in JSON, such as ``"NaN"``.
 
-    ``flush`` syncs the files and their names to the disk. ``purge`` moves the files after a step to
-    ``<folder>.dropped``.
+    Files are neither moved nor deleted. After a rewind, or a resume from an earlier step, ``purge`` adds a line to
+    ``<folder>/rewinds.jsonl``, and files are named after the number of lines, as in ``00000100.r1.png``. Files of later
+    steps with a lower number are abandoned. ``read_media`` leaves them out.
+
+    ``flush`` syncs the files and their names to the disk.
 
     Args:
         folder: The folder, created when there is something to write.
@@ -54,15 +64,19 @@ class MediaWriter(Backend):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._rewinds: int | None = None  # the number of rewinds, or None before the first value
         self._unsynced: list[Path] = []
 
     def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+        if self._rewinds is None:
+            self._rewinds = _rewinds_in(self._folder).count(b"\n")
+        stem = f"{step:08d}.r{self._rewinds}" if self._rewinds else f"{step:08d}"
         for name, value in values.items():
             place = self._folder / _safe(name)
             try:
                 if not place.is_dir():
                     make_folder(place)
-                for file, content in _files(f"{step:08d}", value).items():
+                for file, content in _files(stem, value).items():
                     self._put(place / file, content)
             except OSError as error:
                 raise unwritable("media", place, error) from error
@@ -80,22 +94,14 @@ class MediaWriter(Backend):
         self._unsynced.append(path)
 
     def purge(self, step: int) -> None:
-        """Moves the files after a step to ``<folder>.dropped``."""
-        dropped = self._folder.with_name(f"{self._folder.name}.dropped")
-        moved: dict[Path, Path] = {}
-        for path in [path for path in self._folder.rglob("*") if path.is_file()]:
-            found = _STEP.match(path.name)
-            if found is not None and int(found[1]) > step:
-                target = dropped / path.relative_to(self._folder)
-                if not target.parent.is_dir():
-                    make_folder(target.parent)
-                os.replace(path, target)
-                moved[path.parent] = target.parent
-        self._unsynced = [path for path in self._unsynced if path.exists()]
-        # In this order, a power cut loses no file.
-        for source, target in moved.items():
-            sync_folder(target)
-            sync_folder(source)
+        """Marks the files of later steps as abandoned, with a line in ``rewinds.jsonl``, unless there are none."""
+        if not any(later > step for steps in read_media(self._folder).values() for later in steps):
+            return
+        path = self._folder / REWINDS
+        mend(path, "line")
+        put_file(path, [json.dumps({REWOUND: step}).encode() + b"\n"], "ab")
+        sync_folder(self._folder)
+        self._rewinds = None
 
     def flush(self) -> None:
         """Syncs the files and their names to the disk."""
@@ -109,6 +115,87 @@ class MediaWriter(Backend):
 
     def close(self) -> None:
         self.flush()
+
+
+class MediaFile(NamedTuple):
+    """What the name of a file states, in the order in which files of one name are read."""
+
+    step: int
+    rewinds: int  # before the file was written
+    number: int  # among the files of a step
+    kind: str  # the suffix, without its dot
+
+
+def media_file(name: str) -> MediaFile | None:
+    """Returns what the name of a file states, or None if ``media`` did not write it.
+
+    Example:
+        >>> media_file("00000100.r1-3.png"), media_file("notes.md")
+        (MediaFile(step=100, rewinds=1, number=3, kind='png'), None)
+    """
+    found = _FILE.fullmatch(name)
+    return None if found is None else MediaFile(int(found[1]), int(found[2] or 0), int(found[3] or 0), found[4])
+
+
+def latest_files(files: Iterable[tuple[MediaFile, _Path]], rewinds: Rewinds) -> dict[int, list[_Path]]:
+    """Returns the files of one name by step, without those that are abandoned or written again.
+
+    Args:
+        files: What each name states, and its path.
+        rewinds: The rewinds of the folder, from ``rewinds_of``.
+    """
+    found: dict[int, tuple[int, list[_Path]]] = {}
+    for (step, count, *_), path in sorted(files):
+        if rewinds.keeps(count - 1, step):
+            before, paths = found.get(step, (count, []))
+            found[step] = count, [*paths, path] if before == count else [path]
+    return {step: paths for step, (_, paths) in found.items()}
+
+
+def rewinds_of(content: bytes) -> Rewinds:
+    """Returns the rewinds in the content of ``rewinds.jsonl``. Skips damaged lines."""
+    rewinds = Rewinds()
+    for position, line in enumerate(content.split(b"\n")[:-1]):
+        try:
+            rewinds.add(position, int(json.loads(line)[REWOUND]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rewinds
+
+
+def read_media(folder: str | os.PathLike[str]) -> dict[str, dict[int, list[Path]]]:
+    """Returns the files of a run that ``media`` wrote, by name and step.
+
+    Files that a rewind or a resume abandoned are left out. Of files written several times, the last are returned.
+
+    Args:
+        folder: The folder. It may be missing.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> writer = media(folder)
+        >>> for step in (1, 2, 3):
+        ...     writer.write_texts(step, {"sample": f"text {step}"})
+        >>> writer.purge(1)  # the run returns to step 1
+        >>> writer.write_texts(2, {"sample": "another text"})
+        >>> {step: path.name for step, (path,) in read_media(folder)["sample"].items()}
+        {1: '00000001.md', 2: '00000002.r1.md'}
+    """
+    root = Path(folder)
+    names: dict[str, list[tuple[MediaFile, Path]]] = {}
+    for path in root.rglob("*"):
+        if (stated := media_file(path.name)) is not None and path.parent != root:
+            name = urllib.parse.unquote(path.parent.relative_to(root).as_posix())
+            names.setdefault(name, []).append((stated, path))
+    rewinds = rewinds_of(_rewinds_in(root))
+    found = {name: latest_files(files, rewinds) for name, files in sorted(names.items())}
+    return {name: files for name, files in found.items() if files}
+
+
+def _rewinds_in(folder: Path) -> bytes:
+    path = folder / REWINDS
+    return path.read_bytes() if path.exists() else b""
 
 
 def _files(stem: str, value: Any) -> dict[str, bytes]:

@@ -1,13 +1,12 @@
-"""Files that a failed write leaves unchanged, and the base class of writers to a single file."""
+"""Files that only grow, by whole records, and the base class of writers to a single file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
-from typing import BinaryIO
 
-from fxtrain.disk import replace_file, sync_folder
+from fxtrain.disk import set_aside, sync_folder
 from fxtrain.writers._interface import Backend
 
 
@@ -19,38 +18,26 @@ class Appendable:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         is_new = not path.exists()
-        self._file = self._opened()
+        # Unbuffered: after a failed write a buffer would keep bytes and write them later.
+        self._file = open(path, "rb+", buffering=0, opener=_created)  # noqa: SIM115 -- open until it is closed
         if is_new:
             sync_folder(path.parent)
         self.size = self._file.seek(0, os.SEEK_END)
         self._synced = self.size
 
     def append(self, record: bytes) -> None:
-        """Adds a record at the end."""
-        self.put(self.size, record)
-
-    def put(self, begin: int, records: bytes) -> None:
-        """Replaces everything from byte ``begin`` on by ``records``. After an ``OSError`` the file is unchanged.
-
-        Synced bytes are never overwritten in place, because a power cut could destroy the old and the new ones.
-        """
-        if begin < self._synced:
-            self._replace(begin, records)
-            return
-        before = self._read(begin)
+        """Adds a record at the end. After an ``OSError`` the file is unchanged."""
         try:
-            self._write(begin, records)
-            if len(records) < len(before):
-                self._file.truncate(begin + len(records))
+            self._file.seek(self.size)
+            rest = memoryview(record)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except BaseException:
-            # Restoring the old bytes needs no additional disk space.
             with contextlib.suppress(OSError):
-                self._write(begin, before)
                 self._file.truncate(self.size)
             raise
-        self.size = begin + len(records)
+        self.size += len(record)
 
     def flush(self) -> None:
         """Syncs written records to the disk."""
@@ -65,29 +52,30 @@ class Appendable:
         finally:
             self._file.close()
 
-    def _opened(self) -> BinaryIO:
-        # Unbuffered: after a failed write a buffer would keep bytes and write them later.
-        return open(self._path, "rb+", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666))
 
-    def _replace(self, begin: int, records: bytes) -> None:
-        with open(self._path, "rb") as file:
-            head = file.read(begin)
-        replace_file(self._path, head + records)
-        self._file.close()
-        self._file = self._opened()
-        self.size = self._synced = begin + len(records)
+def mend(path: Path, what: str) -> None:
+    """Moves a record that a crash tore, which has no line end, from the end of a file to ``<name>.damaged``.
 
-    def _read(self, begin: int) -> bytes:
-        if begin == self.size:
-            return b""
-        self._file.seek(begin)
-        return self._file.read(self.size - begin)
+    Args:
+        path: The file, which may be missing.
+        what: The kind of record, for the warning.
+    """
+    if not path.exists():
+        return
+    tail = b""
+    with open(path, "rb") as file:
+        size = begin = file.seek(0, os.SEEK_END)
+        while begin and b"\n" not in tail:
+            begin = max(begin - 65536, 0)
+            file.seek(begin)
+            tail = file.read(size - begin)
+    torn = len(tail) - (tail.rfind(b"\n") + 1)
+    if torn:
+        set_aside(path, f"ended in the middle of a {what}", size - torn)
 
-    def _write(self, begin: int, records: bytes) -> None:
-        self._file.seek(begin)
-        rest = memoryview(records)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+
+def _created(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 class OneFile(Backend):
