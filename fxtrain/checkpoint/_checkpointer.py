@@ -24,7 +24,7 @@ from fxtrain.checkpoint._retention import Entry, Policy, Role
 from fxtrain.checkpoint._single import device_of, facts
 from fxtrain.checkpoint._writer import Writer
 from fxtrain.core import TrainState
-from fxtrain.core._checks import check_choice, check_positive_int, describe
+from fxtrain.core._checks import check_choice, check_positive_int, describe, did_you_mean
 
 
 class Committed(NamedTuple):
@@ -143,12 +143,19 @@ class Checkpointer(Reader):
 
         Raises:
             TypeError: If ``state`` is not a ``TrainState``.
+            KeyError: If ``metrics`` lacks the metric that selects the best checkpoint.
             CheckpointError: If the folder has checkpoints of a run that this object has not read from, or if this
                 save or the previous one failed. An error in the background is raised by the next method call.
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"expected state to be a TrainState, got {describe(state)}. fxtrain.save takes any tree.")
         check_choice("role", role, retention.ROLES)
+        best = self.best_metric
+        if metrics and best is not None and best not in metrics:
+            raise KeyError(
+                f"expected the metric {best!r} for checkpointer(best=...), got {', '.join(map(repr, metrics))}."
+                f"{did_you_mean(best, metrics)}"
+            )
         if role == "snapshot" or self._in_snapshot is None or self._in_snapshot.ended:
             self._report()
         else:
@@ -216,6 +223,11 @@ class Checkpointer(Reader):
         if not self._writer.busy:
             self.wait()
         return [self._committed.popleft() for _ in range(len(self._committed))]
+
+    @property
+    def best_metric(self) -> str | None:
+        """Name of the metric that selects the best checkpoint, or None."""
+        return self._policy.best
 
     @property
     def saving(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 _MAX_REPR = 60
 _MAX_KEYS = 8
 _MAX_PARTS = 4
+_MAX_SUGGESTIONS = 3
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _MAX_REPR
@@ -91,6 +92,9 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def did_you_mean(name: Any, names: Iterable[Any]) -> str:
     """Returns `` Did you mean 'x'?`` for the nearest spelling among ``names``, or an empty string.
 
+    Names that differ only before the last slash are nearest, because metrics are ``loss`` in events and ``train/loss``
+    or ``eval/loss`` where they are published.
+
     Args:
         name: The name that was given. Values that are not strings have no suggestion.
         names: The names that exist.
@@ -98,10 +102,16 @@ def did_you_mean(name: Any, names: Iterable[Any]) -> str:
     Example:
         >>> did_you_mean("los", ["loss", "accuracy"]), did_you_mean("los", ["accuracy"])
         (" Did you mean 'loss'?", '')
+        >>> did_you_mean("loss", ["eval/loss", "train/loss"])
+        " Did you mean 'eval/loss' or 'train/loss'?"
     """
+    if not isinstance(name, str):
+        return ""
     spellings = [other for other in names if isinstance(other, str)]
-    nearest = difflib.get_close_matches(name, spellings, n=1) if isinstance(name, str) else []
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    last = name.rpartition("/")[2]
+    nearest = [other for other in spellings if other.rpartition("/")[2] == last][:_MAX_SUGGESTIONS]
+    nearest = nearest or difflib.get_close_matches(name, spellings, n=1)
+    return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def describe(value: Any) -> str:

@@ -101,15 +101,27 @@ def check_checkpointer(checkpointer: Any) -> None:
 
 
 def check_needs(
-    callbacks: Composed, state: TrainState, step: Any, eval_step: Callable[..., Any] | None, eval_data: Any
+    callbacks: Composed,
+    state: TrainState,
+    step: Any,
+    eval_step: Callable[..., Any] | None,
+    eval_data: Any,
+    best: str | None = None,
 ) -> None:
     """Raises before the first step if a callback needs something that the run does not provide.
+
+    Args:
+        callbacks: All callbacks of the run.
+        state: The initial state.
+        step: The step.
+        eval_step: The evaluation step, or None.
+        eval_data: The evaluation data, or None.
+        best: The evaluation metric by which the checkpointer selects the best checkpoint, or None.
 
     Raises:
         ValueError: The message names the callback, the missing metric, slot or event, and the available ones.
     """
     count = getattr(step, "steps_per_call", 1)
-    measured: list[str] | None = None
     for handler in callbacks.handlers:
         if count > 1 and StepBegin in handler.events:
             raise ValueError(
@@ -130,19 +142,22 @@ def check_needs(
                     f"expected the slot {slot!r} in the state for {handler.name}, got {there}. Give fit the callback "
                     "that keeps it."
                 )
-        for metric in handler.needs.eval_metrics:
-            if eval_step is None:
-                raise ValueError(
-                    f"expected the metric {metric!r} at EvalEnd for {handler.name}, got no evaluation. Give fit an "
-                    "eval_step and eval_data."
-                )
-            measured = _measured(eval_step, state, eval_data) if measured is None else measured
-            if measured and metric not in measured:
-                raise ValueError(
-                    f"expected the metric {metric!r} at EvalEnd for {handler.name}, got "
-                    f"{', '.join(map(repr, measured))}.{did_you_mean(metric, measured)} Return it from eval_step, or "
-                    "name one of these."
-                )
+        for metric in handler.needs.eval_metrics if eval_step is None else ():
+            raise ValueError(
+                f"expected the metric {metric!r} at EvalEnd for {handler.name}, got no evaluation. Give fit an "
+                "eval_step and eval_data."
+            )
+    if eval_step is None:
+        return
+    needed = [(metric, handler.name) for handler in callbacks.handlers for metric in handler.needs.eval_metrics]
+    needed += [] if best is None else [(best, "checkpointer(best=...)")]
+    measured = _measured(eval_step, state, eval_data) if needed else []
+    for metric, reader in needed:
+        if measured and metric not in measured:
+            raise ValueError(
+                f"expected the metric {metric!r} at EvalEnd for {reader}, got {', '.join(map(repr, measured))}."
+                f"{did_you_mean(metric, measured)} Return it from eval_step, or name one of these."
+            )
 
 
 def _measured(eval_step: Callable[..., Any], state: TrainState, data: Any) -> list[str]:

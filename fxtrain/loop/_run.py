@@ -93,7 +93,8 @@ class Run:
         self._differs = self.data.has_variable_epochs
         self._dispatch = Dispatch(self.step, self.data, steps=plan.steps, snapshot_every=plan.snapshot_every)
         self.eval_data = None if plan.eval_data is None else as_source(plan.eval_data, seed=seed)
-        check_needs(self.callbacks, state, self.step, plan.eval_step, self.eval_data)
+        best = getattr(plan.checkpointer, "best_metric", None)
+        check_needs(self.callbacks, state, self.step, plan.eval_step, self.eval_data, best)
         declare_shapes(self.step, self.data)
         declare_shapes(plan.eval_step, self.eval_data)
         late = plan.lag if plan.lag is not None else state.step.device.type != "cpu"

@@ -22,6 +22,7 @@ from fxtrain.core import (
     TrainState,
     check_choice,
     describe,
+    did_you_mean,
 )
 from fxtrain.observers._display import Column, Frame, Lines, Panel, display
 from fxtrain.observers._figures import duration, number, scaled
@@ -188,6 +189,11 @@ class Progress:
             self._evaluating = None
         self._last_batch_count = self._batches_done
         self._last = (event.step, dict(event.metrics))
+        if self._best_of not in event.metrics and self._best_of.rpartition("/")[2] in event.metrics:
+            raise KeyError(
+                f"expected the metrics of the evaluation to include {self._best_of!r}, got "
+                f"{describe(dict.fromkeys(event.metrics))}.{did_you_mean(self._best_of, event.metrics)}"
+            )
         value = event.metrics.get(self._best_of)
         if value is not None and (self._best is None or self._sign * value < self._sign * self._best[0]):
             self._best = (value, event.step)
@@ -235,7 +241,8 @@ class Progress:
             if name not in event.metrics:
                 there = describe(dict.fromkeys(event.metrics))
                 raise KeyError(
-                    f"expected the metrics of the step to include {name!r}, got {there}. Set progress(metrics=...) to "
+                    f"expected the metrics of the step to include {name!r}, got {there}."
+                    f"{did_you_mean(name, event.metrics)} Set progress(metrics=...) to "
                     "names that the step returns."
                 )
         for derive in self._extra.values():
