@@ -8,21 +8,18 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint import restore, save
-from fxtrain.core import KINDS, Control, TrainState
+from fxtrain.core import KINDS, Callback, Control, Event, TrainState, Tree
 from fxtrain.fold import attach, compose
 
-Fold = Callable[[TrainState, Any], tuple[TrainState, Control]]
 
-
-def check_laws(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_laws(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks all laws of a single callback: identity, purity, monotone control, resume and vmap.
 
     Args:
@@ -46,7 +43,7 @@ def check_laws(callback: Fold, state: TrainState, events: Sequence[Any]) -> None
     check_vmap(callback, state, events)
 
 
-def check_identity(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_identity(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks that ``compose(compose(), cb)`` and ``compose(cb, compose())`` are equivalent to ``compose(cb)``.
 
     Args:
@@ -62,7 +59,9 @@ def check_identity(callback: Fold, state: TrainState, events: Sequence[Any]) -> 
         assert_equal(run(composed, state, events), wanted, f"identity: {name}")
 
 
-def check_associativity(first: Fold, second: Fold, third: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_associativity(
+    first: Callback, second: Callback, third: Callback, state: TrainState, events: Sequence[Event]
+) -> None:
     """Checks that the nesting of callbacks does not matter, only their order.
 
     Args:
@@ -78,7 +77,7 @@ def check_associativity(first: Fold, second: Fold, third: Fold, state: TrainStat
     assert_equal(left, right, "associativity")
 
 
-def check_purity(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_purity(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks that equal inputs give equal outputs, and that inputs are not modified.
 
     Args:
@@ -97,7 +96,7 @@ def check_purity(callback: Fold, state: TrainState, events: Sequence[Any]) -> No
         state = first[0]
 
 
-def check_monotone(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_monotone(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks that the callback does not clear the requests of another callback.
 
     Args:
@@ -117,7 +116,7 @@ def check_monotone(callback: Fold, state: TrainState, events: Sequence[Any]) -> 
         assert "requested before" in joined.reasons("stop"), f"monotone control: a stop was lost at {_name(event)}"
 
 
-def check_resume(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_resume(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks that saving and restoring between any two events leaves the result bitwise equal.
 
     Args:
@@ -135,7 +134,7 @@ def check_resume(callback: Fold, state: TrainState, events: Sequence[Any]) -> No
             assert_equal((after, rest), (whole, controls[cut:]), f"resume: cut after {cut} events")
 
 
-def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None:
+def check_vmap(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks that three runs under ``vmap`` give the same results as one by one.
 
     Args:
@@ -150,7 +149,7 @@ def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None
     batched = tree.map(lambda leaf: torch.stack([leaf] * 3), state)
     for time, event in enumerate(events):
 
-        def one(state: TrainState, fields: Any, event: Any = event) -> tuple[TrainState, Control]:
+        def one(state: TrainState, fields: dict[str, Tree], event: Event = event) -> tuple[TrainState, Control]:
             after, control = composed(state, dataclasses.replace(event, **fields))
             return after, tree.map(torch.as_tensor, control)
 
@@ -168,7 +167,7 @@ def check_vmap(callback: Fold, state: TrainState, events: Sequence[Any]) -> None
         assert_equal(own, expected, f"vmap: member {index}")
 
 
-def run(callback: Fold, state: TrainState, events: Sequence[Any]) -> tuple[TrainState, list[Control]]:
+def run(callback: Callback, state: TrainState, events: Sequence[Event]) -> tuple[TrainState, list[Control]]:
     """Folds a callback over events. Returns the final state and the control at each event.
 
     Args:
@@ -183,32 +182,39 @@ def run(callback: Fold, state: TrainState, events: Sequence[Any]) -> tuple[Train
     return state, controls
 
 
-def assert_equal(got: Any, wanted: Any, what: str) -> None:
-    """Checks that two trees are bitwise equal. NaN equals NaN.
+def assert_equal(got: Tree, expected: Tree, what: str) -> None:
+    """Checks that two trees are bitwise equal. 0.0 differs from -0.0, and NaN equals NaN.
 
     Args:
         got: The actual tree.
-        wanted: The expected tree.
+        expected: The expected tree.
         what: The prefix of the error message.
 
     Raises:
         AssertionError: The message names the first leaf that differs.
     """
-    got_paths, expected_paths = tree.paths(got, "got"), tree.paths(wanted, "got")
+    got_paths, expected_paths = tree.paths(got, "got"), tree.paths(expected, "got")
     assert got_paths == expected_paths, (
         f"{what}: expected the same leaves, got differences in "
         f"{sorted(set(got_paths) ^ set(expected_paths))[:5] or 'their order'}"
     )
-    for path, a, b in zip(got_paths, tree.leaves(got), tree.leaves(wanted), strict=True):
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-            same = same and torch.equal(a.isnan(), b.isnan())
-        else:
-            same = a == b
+    for path, a, b in zip(got_paths, tree.leaves(got), tree.leaves(expected), strict=True):
+        same = _are_same_bits(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
         assert same, f"{what}: expected {path} to be {b}, got {a}"
 
 
-def _tensors(event: Any) -> dict[str, Any]:
+def _are_same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    # 0.0 == -0.0, and nan != nan.
+    return bool(torch.where(a.isnan(), b.isnan(), (a == b) & (a.signbit() == b.signbit())).all())
+
+
+def _tensors(event: Event) -> dict[str, Tree]:
     """Returns the fields of an event that hold tensors."""
     fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     return {
@@ -218,12 +224,12 @@ def _tensors(event: Any) -> dict[str, Any]:
     }
 
 
-def _scaled(event: Any, factor: float) -> Any:
+def _scaled(event: Event, factor: float) -> Event:
     return dataclasses.replace(
         event,
         **tree.map(lambda leaf: leaf * factor if leaf.is_floating_point() else leaf, _tensors(event)),
     )
 
 
-def _name(event: Any) -> str:
+def _name(event: Event) -> str:
     return type(event).__name__

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import traceback
 import types
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxtrain.compiler._refusals import SHAPE, VALUE, Break, break_at, first_line, refusal
+from fxtrain.core import Batch, StepFn, TrainState
+from fxtrain.step import EvalFunction
 
 _BY_TAG = {torch.Tag.data_dependent_output: VALUE, torch.Tag.dynamic_output_shape: SHAPE}
 
 
-def found_by_running(step: Callable[..., Any], state: Any, batch: Any) -> list[Break]:
+def found_by_running(step: StepFn | EvalFunction, state: TrainState, batch: Batch) -> list[Break]:
     """Runs a step uncompiled and returns every place where it depends on the values of tensors.
 
     The tracer stops at the first one.
@@ -32,14 +34,20 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.breaks: list[Break] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         reason = next((explanation for tag, explanation in _BY_TAG.items() if tag in func.tags), None)
         if reason is not None:
             self.breaks.append(break_at(traceback.extract_stack(), reason))
         return func(*args, **(kwargs or {}))
 
 
-def found_by_dynamo(step: Callable[..., Any], state: Any, batch: Any) -> tuple[int, list[Break]]:
+def found_by_dynamo(step: StepFn | EvalFunction, state: TrainState, batch: Batch) -> tuple[int, list[Break]]:
     """Returns how many graphs Dynamo makes of a step if it may make several, and the breaks between them.
 
     Runs the step. Within ``torch.func.grad``, Dynamo gives up at the first break.
@@ -49,7 +57,7 @@ def found_by_dynamo(step: Callable[..., Any], state: Any, batch: Any) -> tuple[i
     # torch._dynamo.explain would discard everything that this process has compiled.
     explain = ExplainWithBackend("eager")
 
-    def run(state: Any, batch: Any) -> Any:
+    def run(state: TrainState, batch: Batch) -> object:
         return step(state, batch)
 
     # A copy of the code, because Dynamo caches graphs per code object.

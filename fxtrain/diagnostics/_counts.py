@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from fxtrain.compiler._ctc import OpaqueCTC
 from fxtrain.compiler._effects import effects_noticed
 from fxtrain.compiler._literals import KnownLiterals
 from fxtrain.compiler._worker import turn
-from fxtrain.core import compiling
+from fxtrain.core import Batch, TrainState, compiling
+from fxtrain.step import EvalFunction, Step
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensor
+    from torch.fx import GraphModule
 
 
 class Counts(NamedTuple):
@@ -26,7 +31,7 @@ class Counts(NamedTuple):
     most_traffic: int
 
 
-def trace(step: Any, state: Any, batch: Any) -> Any:
+def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphModule:
     """Traces the step with fake tensors and returns its graph.
 
     Raises:
@@ -52,7 +57,7 @@ def trace(step: Any, state: Any, batch: Any) -> Any:
         return make_fx(flat, tracing_mode="real")(*fakes)
 
 
-def counted(graph: Any) -> Counts:
+def counted(graph: GraphModule) -> Counts:
     """Counts the operations, FLOPs and traffic of a graph from ``trace``."""
     calls = [node for node in graph.graph.nodes if node.op == "call_function" and node.target != operator.getitem]
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -72,7 +77,7 @@ def counted(graph: Any) -> Counts:
     )
 
 
-def _flops(graph: Any, fakes: list[Any]) -> dict[str, int]:
+def _flops(graph: GraphModule, fakes: list[FakeTensor]) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
@@ -90,14 +95,14 @@ def _flops(graph: Any, fakes: list[Any]) -> dict[str, int]:
     return {str(packet).removeprefix("aten."): int(count) for packet, count in found.items()}
 
 
-def _is_view(target: Any) -> bool:
+def _is_view(target: object) -> bool:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return False
     return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
 
 
-def _bytes(values: Any) -> int:
+def _bytes(values: object) -> int:
     """Returns the bytes of memory in all tensors. Expanded dimensions take none."""
     if isinstance(values, Tensor):
         return min(values.nbytes, values.untyped_storage().nbytes())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import reprlib
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.compiler import Compiled, compile  # noqa: A004
@@ -18,18 +18,19 @@ from fxtrain.compiler._quiet import quietly
 from fxtrain.compiler._recompile_reasons import described
 from fxtrain.compiler._routes import Choice
 from fxtrain.compiler._trace import Run
-from fxtrain.core import TrainState, check_int, describe
+from fxtrain.core import Batch, StepFn, TrainState, Tree, check_int, describe
 from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.diagnostics._counts import counted, trace
 from fxtrain.diagnostics._explanation import Explanation
 from fxtrain.fold import attach
 from fxtrain.model import ValuesNeededError, captured
+from fxtrain.step import EvalFunction, Step
 
 _WARMUP_CALLS = 3
 
 
-def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: int = 30) -> Explanation:
+def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, calls: int = 30) -> Explanation:
     """Reports what a step computes, what it costs, and what keeps it from being one graph.
 
     The step is traced, compiled once more (with the options of ``step``, or the defaults of ``compile``) and called,
@@ -132,7 +133,7 @@ def explain(step: Callable[..., Any], state: TrainState, batch: Any, *, calls: i
     )
 
 
-def _choice(like: Compiled, pure: Any, state: TrainState, batch: Any) -> Choice:
+def _choice(like: Compiled, pure: Step | EvalFunction, state: TrainState, batch: Batch) -> Choice:
     try:
         return like._routes.choose(pure, state, batch)
     except Exception as error:
@@ -144,7 +145,7 @@ def _is_one_graph(choice: Choice) -> bool:
 
 
 def _compiled(
-    like: Compiled, state: TrainState, batch: Any, calls: int
+    like: Compiled, state: TrainState, batch: Batch, calls: int
 ) -> tuple[dict[str, float], float, int | None, Choice]:
     """Returns median seconds by part, the seconds of the first call, the number of kernels, and the route."""
     from torch._inductor import metrics
@@ -153,7 +154,7 @@ def _compiled(
     graph_seconds: list[float] = []
 
     def timed(run: Run) -> Run:
-        def timed_run(leaves: Any, inputs: Any) -> Any:
+        def timed_run(leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], object]:
             began = _now(device)
             result = run(leaves, inputs)
             graph_seconds.append(_now(device) - began)
@@ -177,7 +178,7 @@ def _compiled(
     return {"calling": max(whole - graph, 0.0), "graph": graph}, first, written, compiled._routes.choice
 
 
-def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: int) -> float:
+def _uncompiled(step: StepFn | EvalFunction, state: TrainState, batch: Batch, calls: int) -> float:
     spent: list[float] = []
     for _ in range(calls):
         seconds, state = _call(step, state, batch)
@@ -185,7 +186,7 @@ def _uncompiled(step: Callable[..., Any], state: TrainState, batch: Any, calls: 
     return float(np.median(spent))
 
 
-def _call(step: Callable[..., Any], state: TrainState, batch: Any) -> tuple[float, TrainState]:
+def _call(step: StepFn | EvalFunction, state: TrainState, batch: Batch) -> tuple[float, TrainState]:
     """Returns the seconds that a call took, and the next state."""
     device = state.step.device
     began = _now(device)
@@ -200,7 +201,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _constants(step: Any) -> dict[str, str]:
+def _constants(step: Step | EvalFunction) -> dict[str, str]:
     """Returns the values that user functions read besides their arguments, as text by name."""
     found = {
         name: value for name, value in captured(step.function) if not type(value).__module__.startswith("fxtrain.")
@@ -208,8 +209,8 @@ def _constants(step: Any) -> dict[str, str]:
     return {name: _as_text(value) for name, value in sorted(found.items())}
 
 
-def _as_text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
+def _as_text(value: object) -> str:
+    if isinstance(value, Tensor):
         return describe(value)
     if isinstance(value, torch.nn.Module):
         return f"a module of type {type(value).__name__}"
@@ -228,5 +229,5 @@ def _sizes(state: TrainState) -> dict[str, int]:
     return {**parts, "rest": _bytes(state) - sum(parts.values())}
 
 
-def _bytes(values: Any) -> int:
+def _bytes(values: Tree) -> int:
     return sum(leaf.nbytes for leaf in tree.leaves(values))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from fxtrain.compiler import Compiled
 from fxtrain.compiler._fresh import fresh
-from fxtrain.core import TrainState, check_positive_int
+from fxtrain.core import Batch, StepFn, TrainState, check_positive_int
 from fxtrain.data import to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
@@ -29,8 +28,8 @@ _OUT_OF_MEMORY = (
 
 def find_batch_size(
     state: TrainState,
-    step: Callable[..., Any],
-    make_batch: Callable[[int], Any],
+    step: StepFn,
+    make_batch: Callable[[int], Batch],
     *,
     start: int | None = None,
     limit: int = 65536,
@@ -94,9 +93,7 @@ def find_batch_size(
     return fits * multiple
 
 
-def _out_of_memory(
-    state: TrainState, step: Callable[..., Any], make_batch: Callable[[int], Any], size: int
-) -> str | None:
+def _out_of_memory(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> str | None:
     """Returns the message of the error if memory was insufficient, or None."""
     try:
         _take_steps(state, step, make_batch, size)
@@ -113,7 +110,7 @@ def _out_of_memory(
     return None
 
 
-def _take_steps(state: TrainState, step: Callable[..., Any], make_batch: Callable[[int], Any], size: int) -> None:
+def _take_steps(state: TrainState, step: StepFn, make_batch: Callable[[int], Batch], size: int) -> None:
     # A separate compiled step, so that its graphs are freed after the trial.
     step = fresh(step) if isinstance(step, Compiled) else step if hasattr(step, "fires") else Step(step)
     state = attach(state, step).copy()

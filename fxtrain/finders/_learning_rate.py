@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from fxtrain import metrics, optim
-from fxtrain.core import TrainState, check_int, did_you_mean
-from fxtrain.data import Exhausted, as_source, to_device
+from fxtrain.core import Batch, StepFn, StepOutput, TrainState, check_int, did_you_mean
+from fxtrain.data import Exhausted, SourceLike, as_source, to_device
 from fxtrain.fold import attach
 from fxtrain.step import Step
 
@@ -47,8 +46,8 @@ class LearningRates:
 
 def find_learning_rate(
     state: TrainState,
-    step: Callable[..., Any],
-    data: Any,
+    step: StepFn,
+    data: SourceLike,
     *,
     low: float = 1e-7,
     high: float = 10.0,
@@ -132,7 +131,7 @@ def _with_learning_rate(state: TrainState, rate: float) -> TrainState:
         ) from None
 
 
-def _batches(data: Any, state: TrainState) -> Iterator[Any]:
+def _batches(data: SourceLike, state: TrainState) -> Iterator[Batch]:
     """Yields the batches from the state's data position on."""
     source = as_source(data, seed=int(state.seed))
     position = begin = int(state.position)
@@ -154,7 +153,7 @@ def _batches(data: Any, state: TrainState) -> Iterator[Any]:
         source.close()
 
 
-def _measured(output: Any, metric: str) -> float:
+def _measured(output: StepOutput, metric: str) -> float:
     found = metrics.compute(output.metrics)
     if metric not in found:
         listed = ", ".join(map(repr, found)) or "it has none"

@@ -8,7 +8,6 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ class ContractError(TypeError):
     """A user-defined function breaks its contract. Differentiating it in another way does not help."""
 
 
-def place_of(function: Any) -> str:
+def place_of(function: object) -> str:
     """Returns the name of a function, with its file and line if they are known.
 
     Example:
@@ -34,7 +33,7 @@ def place_of(function: Any) -> str:
     return name_of(function) + (f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else "")
 
 
-def refuse_unless_loss(function: Any, argument: str = "loss_fn") -> None:
+def refuse_unless_loss(function: object, argument: str = "loss_fn") -> None:
     """Raises unless ``function`` can be called as ``function(model, batch)``.
 
     Args:
@@ -52,7 +51,7 @@ def refuse_unless_loss(function: Any, argument: str = "loss_fn") -> None:
         raise TypeError(f"expected {argument} to be a function (model, batch) -> loss, got {what}. {remedy}")
 
 
-def refuse_unless_step(function: Any) -> None:
+def refuse_unless_step(function: object) -> None:
     """Raises unless ``function`` can be called as ``function(state, batch)``.
 
     Raises:
@@ -74,7 +73,7 @@ def refuse_unless_step(function: Any) -> None:
         raise TypeError(f"expected step to be a function (state, batch) -> (state, output), got {what}. {remedy}")
 
 
-def takes_model(function: Any) -> bool:
+def takes_model(function: Callable[..., object]) -> bool:
     """Returns whether the first parameter of a function is named like a model.
 
     Example:
@@ -85,7 +84,7 @@ def takes_model(function: Any) -> bool:
 
 
 @contextlib.contextmanager
-def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
+def torch_optimizers_refused(function: Callable[..., object]) -> Iterator[None]:
     """Raises if a loss function uses a torch optimizer or gradient scaler, whose state is not part of the TrainState.
 
     Raises:
@@ -105,7 +104,7 @@ def torch_optimizers_refused(function: Callable[..., Any]) -> Iterator[None]:
             )
     thread = threading.get_ident()
 
-    def refuse(optimizer: Any, *_: Any) -> None:
+    def refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
         if threading.get_ident() == thread:
             raise _optimizer_refused(function, f"calls step() of an optimizer ({type(optimizer).__name__})")
 
@@ -129,7 +128,7 @@ def backward_refused(who: str, where: str) -> ContractError:
     )
 
 
-def _optimizer_refused(function: Callable[..., Any], what: str) -> ContractError:
+def _optimizer_refused(function: Callable[..., object], what: str) -> ContractError:
     return ContractError(
         f"expected {place_of(function)} to only compute a loss, got one that {what}. Remove zero_grad(), backward() "
         "and step(): the step computes the gradients and applies the tx given to train_step."
@@ -145,7 +144,7 @@ _UNUSUAL_FLAGS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_COROUT
 _UNUSUAL_FLAGS |= inspect.CO_ASYNC_GENERATOR
 
 
-def _is_plain_loss_function(function: Any) -> bool:
+def _is_plain_loss_function(function: object) -> bool:
     """Whether this is a plain function of two parameters with usual names. Cheap, for steps that make one per call."""
     if type(function) is not types.FunctionType:
         return False
@@ -161,7 +160,7 @@ def _is_plain_loss_function(function: Any) -> bool:
     )
 
 
-def _fault_of_loss(function: Any) -> tuple[str, str] | None:
+def _fault_of_loss(function: object) -> tuple[str, str] | None:
     """Returns a description of an invalid loss function and a fix, or None if it may be valid."""
     if isinstance(function, type) or not callable(function):
         return describe(function), _remedy_for_class(function)
@@ -186,7 +185,7 @@ def _fault_of_loss(function: Any) -> tuple[str, str] | None:
     return shown, _remedy_for_signature(function, first)
 
 
-def _fault_of_names(function: Any, first: list[str]) -> str | None:
+def _fault_of_names(function: Callable[..., object], first: list[str]) -> str | None:
     """Returns a fix for a function whose parameter names are not those of a model and a batch, or None."""
     name = name_of(function)
     if len(first) > 1 and first[0] not in _MODEL_NAMES and first[1] in _MODEL_NAMES:
@@ -198,7 +197,7 @@ def _fault_of_names(function: Any, first: list[str]) -> str | None:
     return None
 
 
-def _remedy_for_signature(function: Any, first: list[str]) -> str:
+def _remedy_for_signature(function: Callable[..., object], first: list[str]) -> str:
     required = [
         parameter
         for parameter in _parameters(function).parameters.values()
@@ -242,7 +241,7 @@ def _is_lightning(module: nn.Module) -> bool:
     return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
-def _remedy_for_class(function: Any) -> str:
+def _remedy_for_class(function: object) -> str:
     if not isinstance(function, type):
         return "Give the function itself, as in fxtrain.train_step(loss_fn, tx)."
     if issubclass(function, nn.Module):
@@ -253,7 +252,7 @@ def _remedy_for_class(function: Any) -> str:
     return "Give an instance, or one of its methods."
 
 
-def _takes_two(function: Any) -> bool:
+def _takes_two(function: Callable[..., object]) -> bool:
     try:
         _parameters(function).bind(None, None)
     except TypeError:
@@ -263,12 +262,12 @@ def _takes_two(function: Any) -> bool:
     return True
 
 
-def _parameters(function: Any) -> inspect.Signature:
+def _parameters(function: Callable[..., object]) -> inspect.Signature:
     # The wrapper is called, so its own signature counts and not that of the wrapped function.
     return inspect.signature(function, follow_wrapped=False)
 
 
-def _positional_names(function: Any) -> list[str]:
+def _positional_names(function: Callable[..., object]) -> list[str]:
     """Returns the names of the positional parameters."""
     try:
         parameters = _parameters(function).parameters.values()
@@ -278,7 +277,7 @@ def _positional_names(function: Any) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
-def _signature(function: Any) -> str:
+def _signature(function: Callable[..., object]) -> str:
     try:
         signature = _parameters(function)
     except (TypeError, ValueError):
@@ -287,11 +286,11 @@ def _signature(function: Any) -> str:
     return str(signature.replace(parameters=plain, return_annotation=signature.empty))
 
 
-def _line(function: Any) -> str:
+def _line(function: object) -> str:
     return place_of(function).removeprefix(name_of(function))
 
 
-def _code(function: Any) -> types.CodeType | None:
+def _code(function: object) -> types.CodeType | None:
     function = inspect.unwrap(function) if callable(function) else function
     while isinstance(function, functools.partial):
         function = inspect.unwrap(function.func)
@@ -301,7 +300,7 @@ def _code(function: Any) -> types.CodeType | None:
     return code if isinstance(code, types.CodeType) else None
 
 
-def _names_used_by(function: Any) -> frozenset[str]:
+def _names_used_by(function: object) -> frozenset[str]:
     """Returns the names of the globals and attributes that a function uses."""
     code = _code(function)
     return frozenset(code.co_names) if code is not None else frozenset()

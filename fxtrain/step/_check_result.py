@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fxtrain.core import describe, wide_dtype
+from fxtrain.core import Metrics, describe, wide_dtype
 from fxtrain.metrics import Metric
 from fxtrain.step._check_function import ContractError, place_of
 from fxtrain.step._weighted import Weighted
@@ -22,11 +22,11 @@ class Returned(NamedTuple):
     """The parts of a loss function's result."""
 
     loss: Tensor  # float []
-    metrics: dict[str, Any]  # without the loss
+    metrics: Metrics  # without the loss
     weight: Tensor | None  # float64 [] (float32 where there is no float64); None without fxtrain.weighted
 
 
-def loss_and_metrics(function: Any, result: Any) -> Returned:
+def loss_and_metrics(function: object, result: object) -> Returned:
     """Splits the result of a loss function into loss, metrics and weight.
 
     A result is a loss, a pair of a loss and a dict of metrics, or a dict with the entry ``"loss"``, whose other
@@ -64,7 +64,7 @@ def loss_and_metrics(function: Any, result: Any) -> Returned:
     return Returned(loss, checked_metrics(function, metrics), _checked_weight(function, weight, loss))
 
 
-def measured(function: Any, result: Any) -> tuple[dict[str, Any], Tensor | None]:
+def measured(function: object, result: object) -> tuple[Metrics, Tensor | None]:
     """Splits the result of an evaluation function into metrics, including the loss, and weight.
 
     A result is that of a loss function, or a dict of metrics without a loss.
@@ -87,7 +87,7 @@ def measured(function: Any, result: Any) -> tuple[dict[str, Any], Tensor | None]
     return {"loss": loss, **metrics}, weight
 
 
-def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def checked_metrics(function: object, metrics: Metrics) -> Metrics:
     """Returns the metrics as a dict.
 
     Args:
@@ -115,30 +115,30 @@ def checked_metrics(function: Any, metrics: Mapping[str, Any]) -> dict[str, Any]
     return dict(metrics)
 
 
-def _is_metric(value: Any) -> bool:
+def _is_metric(value: object) -> TypeGuard[Tensor | Metric]:
     return isinstance(value, Metric) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
-def _is_pair(result: Any) -> bool:
+def _is_pair(result: object) -> TypeGuard[tuple[object, Mapping[str, object]]]:
     return isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)
 
 
-def _has_named_loss(result: Any) -> bool:
+def _has_named_loss(result: object) -> TypeGuard[Mapping[str, object]]:
     return isinstance(result, Mapping) and not hasattr(result, "loss") and "loss" in result
 
 
-def _taken_from_output(value: Any) -> Any:
+def _taken_from_output(value: object) -> object:
     """Returns the loss of a model's output, or any other value itself."""
     return value if isinstance(value, Tensor | nn.Module) else getattr(value, "loss", value)
 
 
-def _described_result(result: Any, loss: Any) -> str:
+def _described_result(result: object, loss: object) -> str:
     if loss is result or isinstance(result, tuple):
         return describe(result)
     return f"a {type(result).__name__} whose loss is {describe(loss)}"
 
 
-def _remedy(result: Any, loss: Any) -> str:
+def _remedy(result: object, loss: object) -> str:
     """Returns a sentence on how to return a valid loss."""
     if isinstance(loss, Tensor):
         if loss.ndim:
@@ -161,7 +161,7 @@ def _remedy(result: Any, loss: Any) -> str:
     return "Compute the loss from it."
 
 
-def _remedy_for_several(parts: Sequence[Any]) -> str:
+def _remedy_for_several(parts: Sequence[object]) -> str:
     """Returns a sentence on what to return instead of a tuple or list that contains a loss."""
     if len(parts) == 2 and isinstance(parts[0], Mapping) and _is_metric(parts[1]):
         return "Return the loss first: return loss, metrics."
@@ -170,7 +170,7 @@ def _remedy_for_several(parts: Sequence[Any]) -> str:
     return _REMEDY_FOR_TUPLES
 
 
-def _checked_weight(function: Any, weight: Any, loss: Tensor) -> Tensor | None:
+def _checked_weight(function: object, weight: object, loss: Tensor) -> Tensor | None:
     if weight is None:
         return None
     wide = wide_dtype(loss.device)

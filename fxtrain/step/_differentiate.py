@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_choice
+from fxtrain.core import Tree, check_choice
 from fxtrain.core._frames import places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._wrapped_forward import is_forward_wrapped
@@ -21,10 +21,10 @@ from fxtrain.step._check_function import ContractError, backward_refused
 
 Differentiate = Literal["auto", "func", "autograd"]
 
-Find = Callable[[Tensor], Any]
+Find = Callable[[Tensor], Tree]
 """Maps the differentiated value to the results of its backward pass."""
 
-Objective = Callable[[Any, Find, bool], tuple[Tensor, Any, Any]]
+Objective = Callable[[Tree, Find, bool], tuple[Tensor, Tree, Tree]]
 """Maps the trainable parameters, a function that runs the backward pass, and whether to detach all other inputs to the
 value, the results of the backward pass, and a pytree of auxiliary tensors."""
 
@@ -60,7 +60,7 @@ class Differentiation:
         # Whether a reentrant checkpoint needs a backward pass to all leaves.
         self._to_all_leaves = False
 
-    def __call__(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+    def __call__(self, objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
         """Returns the result of ``by_func`` or ``by_autograd``.
 
         Args:
@@ -120,7 +120,7 @@ class Differentiation:
         return found
 
     @staticmethod
-    def _raise_if_transient(error: Exception, objective: Objective, trainable: Any) -> None:
+    def _raise_if_transient(error: Exception, objective: Objective, trainable: Tree) -> None:
         """Raises ``error`` if it was transient, such as a failed read, and not a rejection by torch.func."""
         try:
             by_func(objective, trainable)
@@ -128,7 +128,7 @@ class Differentiation:
             return
         raise error
 
-    def _by_autograd(self, objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+    def _by_autograd(self, objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
         try:
             return by_autograd(objective, trainable, whole=self._to_all_leaves)
         except RuntimeError as error:
@@ -138,7 +138,7 @@ class Differentiation:
         return by_autograd(objective, trainable, whole=True)
 
 
-def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
+def by_func(objective: Objective, trainable: Tree) -> tuple[Tree, Tree, Tree]:
     """Computes gradients inside ``torch.func``, so that they nest in its other transforms.
 
     Args:
@@ -152,15 +152,15 @@ def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
     # Dynamo cannot trace torch.autograd.grad inside a transform.
     if torch.compiler.is_dynamo_compiling():
 
-        def plain(trainable: Any) -> tuple[Tensor, Any]:
+        def plain(trainable: Tree) -> tuple[Tensor, Tree]:
             value, _, aux = objective(trainable, lambda value: None, False)
             return value, aux
 
         grads, aux = torch.func.grad(plain, has_aux=True)(trainable)
         return grads, tree.map(lambda _: True, grads), aux
-    used: Any = None
+    used: Tree = None
 
-    def differentiated(trainable: Any) -> tuple[Tensor, Any]:
+    def differentiated(trainable: Tree) -> tuple[Tensor, Tree]:
         nonlocal used
         # Not torch.func.grad, which replaces missing gradients by zeros without reporting them. Surrounding transforms
         # and autograd need the graph of the backward pass.
@@ -174,7 +174,7 @@ def by_func(objective: Objective, trainable: Any) -> tuple[Any, Any, Any]:
     return grads, used, aux
 
 
-def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) -> tuple[Any, Any, Any]:
+def by_autograd(objective: Objective, trainable: Tree, *, whole: bool = False) -> tuple[Tree, Tree, Tree]:
     """Computes gradients by ``torch.autograd``, which supports everything that a plain PyTorch loop does.
 
     Nothing outside changes: no tensor gets a ``grad``, and the graph is freed. No transform of ``torch.func`` and no
@@ -191,7 +191,7 @@ def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) ->
     with torch.enable_grad():
         leaves = tree.map(lambda parameter: parameter.detach().requires_grad_(), trainable)
 
-        def find(value: Tensor) -> Any:
+        def find(value: Tensor) -> Tree:
             if whole:
                 _backward(value, leaves)
                 found = [None] * len(tree.leaves(leaves))
@@ -205,13 +205,13 @@ def by_autograd(objective: Objective, trainable: Any, *, whole: bool = False) ->
     return grads, used, tree.map(torch.detach, aux)
 
 
-def outside_inference_mode() -> contextlib.AbstractContextManager[Any]:
+def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
     """Returns a context that leaves inference mode, where gradients are zero without an error in torch 2.11."""
     inferring = not torch.compiler.is_dynamo_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if inferring else contextlib.nullcontext()
 
 
-def ordinary(values: Any) -> Any:
+def ordinary(values: Tree) -> Tree:
     """Returns the values with inference tensors cloned, because autograd cannot save these for a backward pass."""
     if torch.compiler.is_dynamo_compiling() or not any(map(_is_inference, tree.leaves(values))):
         return values
@@ -219,18 +219,18 @@ def ordinary(values: Any) -> Any:
         return tree.map(lambda leaf: leaf.clone() if _is_inference(leaf) else leaf, values)
 
 
-def _is_inference(leaf: Any) -> bool:
+def _is_inference(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
-def _grads(value: Tensor, trainable: Any, found: Any) -> tuple[Any, Any]:
+def _grads(value: Tensor, trainable: Tree, found: Sequence[Tensor | None]) -> tuple[Tree, Tree]:
     leaves, structure = tree.flatten(trainable)
     grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
     dense = [grad if grad.layout == torch.strided else grad.to_dense() for grad in grads]
     return tree.unflatten(structure, dense), tree.unflatten(structure, [grad is not None for grad in found])
 
 
-def _found(value: Tensor, trainable: Any, *, create_graph: bool) -> list[Tensor | None]:
+def _found(value: Tensor, trainable: Tree, *, create_graph: bool) -> list[Tensor | None]:
     leaves = tree.leaves(trainable)
     if not value.requires_grad:
         return [None] * len(leaves)
@@ -249,7 +249,7 @@ def _sum(earlier: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return earlier + grad
 
 
-def _backward(value: Tensor, trainable: Any) -> None:
+def _backward(value: Tensor, trainable: Tree) -> None:
     """Runs the backward pass to all leaves of the graph, and restores ``grad`` of leaves outside ``trainable``."""
     if not value.requires_grad:
         return
@@ -272,7 +272,7 @@ def _backward(value: Tensor, trainable: Any) -> None:
             leaf.grad = grad
 
 
-def _is_differentiated(values: Any) -> bool:
+def _is_differentiated(values: Tree) -> bool:
     """Whether a transform of torch.func surrounds this call, or autograd records operations on the values."""
     if is_transformed():
         return True

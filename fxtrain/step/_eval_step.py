@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from fxtrain import rng
-from fxtrain.core import StepOutput, TrainState, describe
+from fxtrain.core import Batch, StepOutput, TrainState, describe
 from fxtrain.data import for_step
 from fxtrain.fold._subscription import name_of
 from fxtrain.precision import Policy, policy_of
@@ -21,11 +20,13 @@ from fxtrain.step._weighted import Weighted
 class EvalFunction:
     """A pure function ``(state, batch) -> output`` that computes metrics. Made by ``eval_step``."""
 
-    def __init__(self, function: Callable[[TrainState, Any], StepOutput]) -> None:
+    callbacks: tuple[()] = ()  # an evaluation folds none
+
+    def __init__(self, function: Callable[[TrainState, Batch], StepOutput]) -> None:
         self.function = function
         functools.update_wrapper(self, function, updated=())
 
-    def __call__(self, state: TrainState, batch: Any) -> StepOutput:
+    def __call__(self, state: TrainState, batch: Batch) -> StepOutput:
         output = self.function(state, for_step(batch))
         control = on_device(output.control, state.step.device)
         return StepOutput(output.metrics, control, output.outputs, output.weight)
@@ -39,7 +40,7 @@ class EvalFunction:
 
 
 def eval_step(
-    measure: Callable[..., Any], *, precision: str | Policy | None = None, outputs: bool = False
+    measure: Callable[..., object], *, precision: str | Policy | None = None, outputs: bool = False
 ) -> EvalFunction:
     """Returns a function ``(state, batch) -> StepOutput`` that evaluates the model in eval mode.
 
@@ -67,7 +68,7 @@ def eval_step(
     refuse_unless_loss(measure, "measure")
     policy = policy_of(precision)
 
-    def step(state: TrainState, batch: Any) -> StepOutput:
+    def step(state: TrainState, batch: Batch) -> StepOutput:
         key = rng.key(state.seed, stream=rng.Stream.EVAL, step=state.step, microbatch=state.position)
         result = forward(policy, state, measure, batch, train=False, key=key).output
         extra = None

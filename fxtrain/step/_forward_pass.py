@@ -9,13 +9,12 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxtrain import rng, tree
-from fxtrain.core import TrainState, matching
+from fxtrain.core import Batch, TrainState, Tree, matching
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy
 from fxtrain.tree import as_name, leaf_paths
@@ -24,12 +23,12 @@ from fxtrain.tree import as_name, leaf_paths
 def forward(
     policy: Policy,
     state: TrainState,
-    function: Callable[..., Any],
-    batch: Any,
+    function: Callable[..., object],
+    batch: Batch,
     *,
     train: bool,
     key: rng.Key,
-    finish: Callable[[Any], Any] | None = None,
+    finish: Callable[[Tree], Tree] | None = None,
 ) -> CallResult:
     """Calls ``function(model, batch)`` in the dtypes of a policy.
 
@@ -64,7 +63,7 @@ def forward(
     return CallResult(called.output, after, model.cast_written(called.written, state.params))
 
 
-def _kept(policy: Policy, tensors: Any) -> Any:
+def _kept(policy: Policy, tensors: Tree) -> Tree:
     """Returns the tensors, with those of kept modules in float32."""
     if policy.param not in HALF:
         return tensors
@@ -90,7 +89,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 _matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _widened(leaf: Any) -> Any:
+def _widened(leaf: Tree) -> Tree:
     return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
 
 
@@ -119,7 +118,9 @@ def _in_float32(policy: Policy, device: torch.device, modules: Mapping[str, nn.M
                 del module.forward
 
 
-def _float32_forward(policy: Policy, device_type: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _float32_forward(
+    policy: Policy, device_type: str, forward: Callable[..., Tree], *args: Tree, **kwargs: Tree
+) -> Tree:
     args, kwargs = tree.map(_widened, (args, kwargs))
     with torch.autocast(device_type, enabled=False):
         output = forward(*args, **kwargs)
@@ -166,7 +167,7 @@ def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str,
     return found
 
 
-def _owner(frame: FrameType) -> Any:
+def _owner(frame: FrameType) -> object:
     """Returns the first argument of a frame, which is the object if the frame runs a method."""
     return frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
 

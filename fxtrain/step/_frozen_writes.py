@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Generator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import Tree
 
 
 class _Here(threading.local):
@@ -40,7 +40,7 @@ def _recording() -> Generator[list[tuple[str, Tensor]]]:
         _here.old = before
 
 
-def refuse_lost(who: str, old: list[tuple[str, Tensor]], params: Any) -> None:
+def refuse_lost(who: str, old: list[tuple[str, Tensor]], params: Tree) -> None:
     """Raises if a new state still has parameters from before a forward pass that wrote them.
 
     Args:

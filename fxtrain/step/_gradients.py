@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import rng, tree
-from fxtrain.core import TrainState, register_node
+from fxtrain.core import Batch, Metrics, TrainState, Tree, register_node
 from fxtrain.fold._subscription import name_of
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
@@ -51,12 +50,12 @@ class Gradient:
     """
 
     loss: Tensor
-    metrics: dict[str, Any]
-    grads: Any
-    buffers: Any
-    used: Any
+    metrics: Metrics
+    grads: Tree
+    buffers: Tree
+    used: Tree
     weight: Tensor | None = None
-    written: Any = dataclasses.field(default_factory=dict)
+    written: Tree = dataclasses.field(default_factory=dict)
 
     def carried(self, state: TrainState) -> TrainState:
         """Returns the state with the buffers and frozen parameters that the forward pass wrote.
@@ -77,14 +76,14 @@ class Gradient:
 _FIELDS = ("loss", "metrics", "grads", "buffers", "weight", "written")
 
 
-def _flatten(gradient: Gradient) -> tuple[list[Any], Any]:
+def _flatten(gradient: Gradient) -> tuple[list[Tree], Tree]:
     leaves, structure = tree.flatten(gradient.used)
     # torch's pytree treats None as a leaf. An empty tuple has no leaves.
     children = [() if (value := getattr(gradient, name)) is None else value for name in _FIELDS]
     return children, (tuple(leaves), structure)
 
 
-def _unflatten(used: Any, children: Sequence[Any]) -> Gradient:
+def _unflatten(used: Tree, children: Sequence[Tree]) -> Gradient:
     leaves, structure = used
     loss, metrics, grads, buffers, weight, written = children
     used = tree.unflatten(structure, leaves)
@@ -95,7 +94,7 @@ register_node(Gradient, _flatten, _unflatten, fields=_FIELDS)
 
 
 def gradients(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., object],
     *,
     wrt: str | None = None,
     precision: str | Policy | None = None,
@@ -138,17 +137,17 @@ def gradients(
     policy = policy_of(precision)
     differentiation = Differentiation(differentiate, name_of(loss_fn))
 
-    def find(state: TrainState, batch: Any, index: int = 0) -> Gradient:
+    def find(state: TrainState, batch: Batch, index: int = 0) -> Gradient:
         return handled(compute, state, batch, index)
 
-    def compute(state: TrainState, batch: Any, index: int) -> Gradient:
+    def compute(state: TrainState, batch: Batch, index: int) -> Gradient:
         model = model_of(state)
         state, batch = ordinary((state, batch))
         key = rng.key(state.seed, stream=rng.Stream.TRAIN, step=state.step, microbatch=index)
         scale = loss_scale_of(state) if policy.loss_scale else None
         policy.check(state.params)
 
-        def objective(trainable: Any, find: Find, apart: bool) -> tuple[Tensor, Any, Any]:
+        def objective(trainable: Tree, find: Find, apart: bool) -> tuple[Tensor, Tree, Tree]:
             params, inputs = model.merge(state.params, trainable, wrt), batch
             # Detached, so that requires_grad_() of a frozen parameter or the batch in the loss has no effect outside.
             if apart:
@@ -156,7 +155,7 @@ def gradients(
                 params = model.merge(frozen, trainable, wrt)
                 inputs = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, batch)
 
-            def finish(result: Any) -> tuple[Tensor, Any, Any]:
+            def finish(result: object) -> tuple[Tensor, Tree, Tree]:
                 with policy.backward(state.step.device):
                     loss, measured, weight = loss_and_metrics(loss_fn, result)
                     if torch.compiler.is_dynamo_compiling() and _depends_on_none(loss, trainable):
@@ -196,7 +195,7 @@ def gradients(
     return find
 
 
-def _note_written(model: Model, params: Any, written: Any) -> None:
+def _note_written(model: Model, params: Tree, written: Tree) -> None:
     if torch.compiler.is_dynamo_compiling():
         return
     new = tree.leaves(model.with_written(params, written))
@@ -215,11 +214,11 @@ def _zero_unless_counted(found: Gradient, counted: Tensor) -> Gradient:
     return dataclasses.replace(found, loss=metrics["loss"], metrics=metrics, grads=grads)
 
 
-def _run_again(objective: Objective, trainable: Any, look: Callable[[Tensor], None]) -> None:
+def _run_again(objective: Objective, trainable: Tree, look: Callable[[Tensor], None]) -> None:
     """Recomputes a loss by torch.autograd, and passes it to ``look``."""
 
-    def watched(trainable: Any, find: Find, apart: bool) -> tuple[Tensor, Any, Any]:
-        def seen(value: Tensor) -> Any:
+    def watched(trainable: Tree, find: Find, apart: bool) -> tuple[Tensor, Tree, Tree]:
+        def seen(value: Tensor) -> Tree:
             look(value)
             return find(value)
 
@@ -228,7 +227,7 @@ def _run_again(objective: Objective, trainable: Any, look: Callable[[Tensor], No
     by_autograd(watched, trainable)
 
 
-def _depends_on_none(loss: Tensor, trainable: Any) -> bool:
+def _depends_on_none(loss: Tensor, trainable: Tree) -> bool:
     # Some versions of Dynamo do not track requires_grad inside torch.func, hence the first test. A parameter of an
     # outside module requires a gradient that torch.func does not compute, but a sum with it does not, hence "+ 0".
     return (tree.leaves(trainable)[0] + 0).requires_grad and not (loss + 0).requires_grad

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
 
 import torch
 
-Find = Callable[[Any, Any, int], Any]
+from fxtrain.core import Batch, TrainState, Tree
+
+Find = Callable[[TrainState, Batch, int], Tree]
 """``(state, batch, index) -> Gradient``, as returned by ``gradients``."""
 
-Handler = Callable[[Find, Any, Any, int], Any]
+Handler = Callable[[Find, TrainState, Batch, int], Tree]
 """Maps such a function and its arguments to the result that the step gets instead."""
 
 
@@ -43,7 +44,7 @@ def intercepted(handler: Handler) -> Generator[None]:
         _here.handler = before
 
 
-def handled(find: Find, state: Any, batch: Any, index: int) -> Any:
+def handled(find: Find, state: TrainState, batch: Batch, index: int) -> Tree:
     """Returns ``find(state, batch, index)``, or the result of this thread's handler for it."""
     handler = None if torch.compiler.is_dynamo_compiling() else _here.handler
     return find(state, batch, index) if handler is None else handler(find, state, batch, index)

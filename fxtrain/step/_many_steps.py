@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from fxtrain.core import StepOutput, TrainState
+from fxtrain.core import Batch, StepOutput, TrainState, Tree
 from fxtrain.step._step import Step
 
 
@@ -33,7 +32,7 @@ class ManySteps(Step):
         super().__init__(step.function, callbacks=step.callbacks, fires=step.fires)
         self.step, self.count = step, count
 
-    def __call__(self, state: TrainState, batch: Sequence[Any]) -> tuple[TrainState, Any]:
+    def __call__(self, state: TrainState, batch: Sequence[Batch]) -> tuple[TrainState, Tree]:
         if len(batch) != self.count:
             raise ValueError(f"expected steps_per_call={self.count} batches, got {len(batch)}.")
         outputs: list[StepOutput] = []

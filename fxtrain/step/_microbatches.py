@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import describe
+from fxtrain.core import Batch, Metrics, Tree, describe
 from fxtrain.data._foreign_containers import holds_graph
 from fxtrain.metrics import Metric
 from fxtrain.step._gradients import Gradient
 
 
-def microbatches(batch: Any, count: int) -> list[Any]:
+def microbatches(batch: Batch, count: int) -> list[Batch]:
     """Splits a batch into ``count`` parts of equal size along the first dimension of its tensors.
 
     Lists and tuples without tensors, such as texts, are split too if they have one entry per example. All other leaves
@@ -49,11 +49,11 @@ def microbatches(batch: Any, count: int) -> list[Any]:
     examples = _common_size(batch, count)
     size = examples // count
 
-    def part(leaf: Any, index: int) -> Any:
+    def part(leaf: Tree, index: int) -> Tree:
         is_cut = _has_examples(leaf) or _is_column(leaf, examples)
         return leaf[index * size : (index + 1) * size] if is_cut else leaf
 
-    def is_leaf(part: Any) -> bool:
+    def is_leaf(part: object) -> bool:
         return _is_column(part, examples)
 
     return [tree.map(lambda leaf, index=index: part(leaf, index), batch, is_leaf=is_leaf) for index in range(count)]
@@ -111,7 +111,7 @@ def joined(total: Gradient, part: Gradient) -> Gradient:
     def mix(first: Tensor, second: Tensor) -> Tensor:
         return first + second if share is None else _mixed(first, second, share)
 
-    metrics: dict[str, Any] = {
+    metrics: Metrics = {
         name: value.merge(part.metrics[name]) if isinstance(value, Metric) else mix(value, part.metrics[name])
         for name, value in total.metrics.items()
     }
@@ -138,20 +138,21 @@ def _mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     return (first.to(wide) * other + second.to(wide) * share).to(dtype)
 
 
-def _has_examples(leaf: Any) -> bool:
+def _has_examples(leaf: object) -> TypeGuard[Tensor]:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] != 1
 
 
-def _is_column(part: Any, examples: int) -> bool:
+def _is_column(part: object, examples: int) -> bool:
     """Whether this is a list or a tuple with one entry per example and without tensors."""
     return (
-        type(part) in (list, tuple)
+        isinstance(part, list | tuple)
+        and type(part) in (list, tuple)
         and len(part) == examples
         and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(part))
     )
 
 
-def _common_size(batch: Any, count: int) -> int:
+def _common_size(batch: Batch, count: int) -> int:
     leaves = tree.leaves(batch)
     size = next((leaf.shape[0] for leaf in leaves if _has_examples(leaf)), 1)
     for index, leaf in enumerate(leaves):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fxtrain.step._check_function import place_of
 
 
 def missing_gradient(
-    function: Callable[..., Any], wrt: str | None, run: Callable[[Callable[[Tensor], None]], Any]
+    function: Callable[..., object], wrt: str | None, run: Callable[[Callable[[Tensor], None]], object]
 ) -> ValueError:
     """Returns the error for a loss without a gradient. It is a mistake, unlike a gradient of zero.
 
@@ -34,7 +34,7 @@ def missing_gradient(
     )
 
 
-def _general_remedy(function: Callable[..., Any]) -> str:
+def _general_remedy(function: Callable[..., object]) -> str:
     modules = [name for name, value in captured(function) if isinstance(value, nn.Module)]
     instead = f" instead of {', '.join(modules)}, which it captures" if modules else ""
     return (
@@ -43,7 +43,7 @@ def _general_remedy(function: Callable[..., Any]) -> str:
     )
 
 
-def _cause(run: Callable[[Callable[[Tensor], None]], Any]) -> str:
+def _cause(run: Callable[[Callable[[Tensor], None]], object]) -> str:
     found: list[str] = []
     try:
         with _Cuts() as cuts:
@@ -68,7 +68,13 @@ class _Cuts(TorchFunctionMode):
         """Returns the operation that cut the loss off and a fix, or an empty string."""
         return self._cuts.get(id(loss), self._to_python)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         before = any(leaf.requires_grad for leaf in inputs)
@@ -88,7 +94,7 @@ _TO_PYTHON_VALUE = ("item", "tolist", "numpy", "__float__", "__int__", "__array_
 _DETACHING = ("detach", "detach_", "__get__", *_TO_PYTHON_VALUE)
 
 
-def _cut_by(func: Any) -> str:
+def _cut_by(func: Callable[..., object]) -> str:
     name, line = func.__name__, _line_of_users()
     if torch.is_inference_mode_enabled():
         return f"{name}{line} runs under torch.inference_mode(). Move the forward pass out of it."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Callback, Control, Due, StepOutput, TrainState, describe
+from fxtrain.core import TRACED, Batch, Callback, Control, Due, Event, StepFn, StepOutput, TrainState, describe
 from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach, compose
 from fxtrain.fold._subscription import name_of
@@ -58,10 +57,10 @@ class Step:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: StepFn,
         *,
-        callbacks: Any = (),
-        fires: Iterable[type[Any]] = (),
+        callbacks: Callback | Iterable[Callback] = (),
+        fires: Iterable[type[Event]] = (),
         rebuild: Callable[[Composed], Step] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
@@ -82,7 +81,7 @@ class Step:
         self.enters = frozenset(self.callbacks.traced_slots)
         functools.update_wrapper(self, function, updated=())
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         state = self.attached(state)
         name, before = self._name, versions(state)
         with recording() as written:
@@ -163,7 +162,7 @@ def on_device(control: Control | None, device: torch.device) -> Control:
     return tree.map(lambda leaf: leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device=device), requests)
 
 
-def _checked(name: str, result: Any) -> tuple[TrainState, StepOutput]:
+def _checked(name: str, result: object) -> tuple[TrainState, StepOutput]:
     if (
         isinstance(result, tuple)
         and len(result) == 2

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import matching
+from fxtrain.core import Metrics, Tree, matching
 from fxtrain.step._check_result import loss_and_metrics
-from fxtrain.step._weighted import weighted
+from fxtrain.step._weighted import Weighted, weighted
 from fxtrain.tree import as_name, leaf_paths
 
-Statistic = Callable[[Tensor], Any]
+Statistic = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 """Maps the output of a module to a 0-d tensor, or a dict of them by name."""
 
 
 def tap(
-    loss_fn: Callable[..., Any], modules: str | Sequence[str], statistic: Statistic, *, prefix: str = "activations"
-) -> Callable[..., Any]:
+    loss_fn: Callable[..., object], modules: str | Sequence[str], statistic: Statistic, *, prefix: str = "activations"
+) -> Callable[..., tuple[Tensor | Weighted, Metrics]]:
     """Returns a loss function that also measures a statistic of some modules' outputs.
 
     Forward hooks observe the modules while the loss runs, and are removed afterwards. The statistics become metrics of
@@ -51,11 +50,11 @@ def tap(
     """
 
     @functools.wraps(loss_fn)
-    def tapped(model: Any, *arguments: Any) -> Any:
-        seen: dict[str, Any] = {}
+    def tapped(model: Tree, *arguments: object) -> tuple[Tensor | Weighted, Metrics]:
+        seen: dict[str, Tensor] = {}
 
         def watching(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            def hook(module: nn.Module, inputs: object, output: Tree) -> None:
                 first = next((leaf for leaf in tree.leaves(output) if isinstance(leaf, Tensor)), None)
                 if first is not None:
                     seen.update(_named(f"{prefix}/{name}", statistic(first.detach())))
@@ -80,11 +79,11 @@ def tap(
     return tapped
 
 
-def _named(name: str, found: Any) -> dict[str, Any]:
+def _named(name: str, found: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}/{key}": value for key, value in found.items()} if isinstance(found, Mapping) else {name: found}
 
 
-def _chosen(model: Any, modules: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
+def _chosen(model: Tree, modules: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
     named: dict[str, nn.Module] = {}
     for path, root in zip(leaf_paths(model), tree.leaves(model), strict=True):
         if isinstance(root, nn.Module):

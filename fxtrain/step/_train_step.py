@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from torch import Tensor
 from fxtrain import optim, tree
 from fxtrain.core import (
     TRACED,
+    Batch,
+    Callback,
     Control,
     Gradients,
     Microbatch,
     StepOutput,
     TrainState,
+    Tree,
     Updated,
     check_choice,
     check_positive_int,
@@ -35,12 +38,12 @@ from fxtrain.step._step import Step
 
 
 def train_step(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., object],
     tx: optim.GradientTransformation,
     *,
     accumulate: int = 1,
     precision: str | Policy | None = None,
-    callbacks: Any = (),
+    callbacks: Callback | Iterable[Callback] = (),
     differentiate: Differentiate = "auto",
     unused: Literal["keep", "zero"] = "keep",
 ) -> Step:
@@ -102,7 +105,7 @@ def train_step(
         folded = compose(dynamic_loss_scale(policy.loss_scale), folded)
     find = gradients(loss_fn, precision=policy, differentiate=differentiate)
 
-    def take(folded: Composed, state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+    def take(folded: Composed, state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
         number = state.step + 1
         before, control, found = state, Control(), None
         for index, microbatch in enumerate(microbatches(batch, accumulate)):
@@ -147,7 +150,7 @@ def train_step(
         settings["unused"] = unused
 
     def build(folded: Composed) -> Step:
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, StepOutput]:
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
             return take(folded, state, batch)
 
         step.__name__ = f"train_step({name_of(loss_fn)})"
@@ -159,12 +162,12 @@ def train_step(
 
 def apply_gradients(
     state: TrainState,
-    grads: Any,
+    grads: Tree,
     tx: optim.GradientTransformation,
     *,
     wrt: str | None = None,
-    used: Any = None,
-) -> tuple[TrainState, Any]:
+    used: Tree | None = None,
+) -> tuple[TrainState, Tree]:
     """Updates the parameters and the optimizer state, the second part of a step.
 
     Unused parameters keep their values and their optimizer state, see ``fxtrain.optim.update_used``.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
+
+from fxtrain.core import Tree
 
 
 class Weighted(NamedTuple):
     """A loss with its weight. Made by ``weighted``."""
 
-    loss: Any  # float [], or an output with a ``loss``
+    loss: Tree  # float [], or an output with a ``loss``
     weight: Tensor | float  # []
 
 
-def weighted(loss: Any, weight: Tensor | float) -> Weighted:
+def weighted(loss: Tree, weight: Tensor | float) -> Weighted:
     """Returns a loss with the weight of its batch, for a loss function to return in place of the loss.
 
         sum_i w_i L_i / sum_i w_i

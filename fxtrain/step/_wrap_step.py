@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from fxtrain.core import describe
+from fxtrain.core import Batch, StepOutput, TrainState, describe
 from fxtrain.fold import Composed
 from fxtrain.step._callbacks import shared
 
+R = TypeVar("R")
 
-class Wrapped:
+
+class Wrapped(Generic[R]):
     """A step whose calls run inside a context. Made by ``wrap_step``. All other attributes are those of the step."""
 
-    def __init__(self, step: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, step: Callable[[TrainState, Batch], R], context: Callable[[], AbstractContextManager[object]]
+    ) -> None:
         self._step, self._context = step, context
 
-    def __call__(self, state: Any, batch: Any) -> Any:
+    def __call__(self, state: TrainState, batch: Batch) -> R:
         with self._context():
             return self._step(state, batch)
 
-    def many(self, state: Any, batches: Any) -> Any:
+    def many(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
         with self._context():
-            return self._step.many(state, batches)
+            return self.__getattr__("many")(state, batches)
 
-    def donating(self) -> Any:
-        return Wrapped(self._step.donating(), self._context) if hasattr(self._step, "donating") else self
+    def donating(self) -> Wrapped[R]:
+        return Wrapped(self.__getattr__("donating")(), self._context) if hasattr(self._step, "donating") else self
 
-    def with_callbacks(self, callbacks: Composed) -> Wrapped:
+    def with_callbacks(self, callbacks: Composed) -> Wrapped[R]:
         step, _ = shared(self._step, callbacks)
         return self if step is self._step else Wrapped(step, self._context)
 
@@ -39,7 +43,9 @@ class Wrapped:
         return f"<wrapped {self._step!r}>"
 
 
-def wrap_step(step: Any, context: Callable[[], AbstractContextManager[Any]]) -> Wrapped:
+def wrap_step(
+    step: Callable[[TrainState, Batch], R], context: Callable[[], AbstractContextManager[object]]
+) -> Wrapped[R]:
     """Returns a step that runs each call inside a context, such as a profiler region, a stream or a lock.
 
     The context is outside the compiled graph, and cannot change what the step computes.
