@@ -9,10 +9,10 @@ import torch
 import fxtrain as fx
 from fxtrain import observers
 from fxtrain.core import Logged
-from fxtrain.loop import _transfer as late_numbers
+from fxtrain.loop import _transfer as transfers_of_run
 from fxtrain.loop._history import History
 from fxtrain.loop._publisher import Publisher
-from fxtrain.loop._transfer import HostTransfer, on_their_way
+from fxtrain.loop._transfer import HostTransfer, start_copy
 from fxtrain.values import Image, Text
 
 
@@ -176,14 +176,14 @@ def test_invalid_periods_are_refused(every, says):
 def transfers(monkeypatch):
     """The number of scalars in each transfer to the host."""
     counts = []
-    real = late_numbers.on_their_way
+    real = transfers_of_run.start_copy
 
     def counted(values):
         if values:
             counts.append(len(values))
         return real(values)
 
-    monkeypatch.setattr(late_numbers, "on_their_way", counted)
+    monkeypatch.setattr(transfers_of_run, "start_copy", counted)
     return counts
 
 
@@ -234,7 +234,7 @@ def test_points_of_many_steps_use_one_transfer(transfers):
 
 def test_transfer_overlaps_with_the_next_points(monkeypatch):
     acts = []
-    real = late_numbers.on_their_way
+    real = transfers_of_run.start_copy
 
     def told(values):
         if not values:
@@ -243,7 +243,7 @@ def test_transfer_overlaps_with_the_next_points(monkeypatch):
         arrived = real(values)
         return lambda: (acts.append("waited"), arrived())[1]
 
-    monkeypatch.setattr(late_numbers, "on_their_way", told)
+    monkeypatch.setattr(transfers_of_run, "start_copy", told)
     transfer, recorder = HostTransfer(), Recorder()
     observer = observers.write(recorder)
     for step in range(1, 65 + 128):
@@ -272,7 +272,7 @@ class OnDevice(torch.Tensor):
 
 def test_scalars_of_a_device_keep_their_types():
     given = [torch.tensor(value).as_subclass(OnDevice) for value in (True, 0.5, 3, 2**60, False)]
-    found = on_their_way([given[0], "text", torch.zeros(3), *given[1:], torch.tensor(7)])()
+    found = start_copy([given[0], "text", torch.zeros(3), *given[1:], torch.tensor(7)])()
     assert [value for value in found if not isinstance(value, torch.Tensor)] == [True, "text", 0.5, 3, 2**60, False, 7]
     assert [type(value) for value in found if type(value) is not torch.Tensor] == [
         *(bool, str, float, int, int, bool, int)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, StepBegin, TrainState, describe, did_you_mean
+from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, Batch, StepBegin, TrainState, describe, did_you_mean
+from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.fold import Composed
+from fxtrain.loop._types import EvalFn, LoopStep
 from fxtrain.step import EvalFunction, Step
 from fxtrain.step._check_function import place_of, refuse_unless_step, takes_model
 
@@ -103,10 +106,10 @@ def check_checkpointer(checkpointer: Any) -> None:
 def check_needs(
     callbacks: Composed,
     state: TrainState,
-    step: Any,
-    eval_step: Callable[..., Any] | None,
-    eval_data: Any,
-    best: str | None = None,
+    step: LoopStep,
+    eval_step: EvalFn | None,
+    eval_data: Source | None,
+    best: str | None,
 ) -> None:
     """Raises before the first step if a callback needs something that the run does not provide.
 
@@ -160,21 +163,24 @@ def check_needs(
             )
 
 
-def _measured(eval_step: Callable[..., Any], state: TrainState, data: Any) -> list[str]:
+def _measured(eval_step: EvalFn, state: TrainState, data: Source | None) -> list[str]:
     """Returns the names of the evaluation's metrics, or none if they are unknown before an evaluation."""
     # A stream may yield its first batch only once.
     if data is None or data.epoch_length is None:
         return []
-    # Imported here, because few callbacks declare metrics.
+    with contextlib.suppress(Exception):  # the first evaluation raises it again, or then finds a missing metric
+        batch = to_device(data[0], state.step.device)
+        pure: EvalFn | None = getattr(eval_step, "step", None)
+        # An uncompiled step runs on the batch itself, because the fake mode imports the compiler, which takes seconds.
+        return list(eval_step(state, batch).metrics) if pure is None else _measured_in_fake_mode(pure, state, batch)
+    return []
+
+
+def _measured_in_fake_mode(eval_step: EvalFn, state: TrainState, batch: Batch) -> list[str]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    pure = getattr(eval_step, "step", eval_step)  # the uncompiled step
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        try:
-            state, batch = tree.map(mode.from_tensor, (state, data[0]))
-            return list(pure(state, batch).metrics)
-        except Exception:  # for example if the step depends on values; the first evaluation then finds a missing metric
-            return []
+        return list(eval_step(tree.map(mode.from_tensor, state), map_tensors(mode.from_tensor, batch)).metrics)
 
 
 _ORDER = "Give the arguments in this order: fit(state, step, data)."

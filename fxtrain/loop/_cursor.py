@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain import tree
 from fxtrain.core import SNAPSHOTS, Control, Donated, Due, Epoch, TrainState
 from fxtrain.core._state import FIELDS
-from fxtrain.loop._transfer import copied_to_host
+from fxtrain.loop._transfer import start_copy_of_flags
 
 
 class Delta(NamedTuple):
@@ -53,21 +52,6 @@ class Mark(NamedTuple):
         """Whether the state was donated to a step, so that rolling back is impossible."""
         state = self.state.newer if isinstance(self.state, Delta) else self.state
         return type(state) is Donated
-
-
-def _copy_flags(control: Control) -> Callable[[], Control]:
-    """Starts copying the flags of a stop request to the host. The returned function waits for these copies only."""
-    control = control.with_log({})
-    flags = [flag for flag in tree.leaves(control) if isinstance(flag, Tensor) and flag.is_cuda]
-    if not flags:
-        return lambda: control
-    copied = copied_to_host(flags)
-
-    def read() -> Control:
-        copies = {id(flag): copy for flag, copy in zip(flags, copied(), strict=True)}
-        return tree.map(lambda leaf: copies.get(id(leaf), leaf), control)
-
-    return read
 
 
 class Cursor:
@@ -162,7 +146,7 @@ class Cursor:
             due = self.state.due
             stop, skip_final_save = due.stop | control.any("stop"), due.skip_final_save | control.any("skip_final_save")
             self.state = self.state.replace(due=due._replace(stop=stop, skip_final_save=skip_final_save))
-            self.unread = (*self.unread, _copy_flags(control))
+            self.unread = (*self.unread, start_copy_of_flags(control))
         for kind in control.kinds:
             if kind in late or kind not in Due._fields:
                 continue

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fxtrain import tree
-from fxtrain.core import CHANGED_AT_END, Control, Event, FitEnd, TrainState, event_of
+from fxtrain.core import CHANGED_AT_END, Control, FitEnd, TrainState, event_of
 from fxtrain.fold import Composed
 from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
-
-EventRecord = tuple[TrainState, Event, Control]
-"""Item yielded by the loop: the state after an event's fold, the event, and the requests made at it."""
-
-EventRecords = Generator[EventRecord, None, Any]
+from fxtrain.loop._types import EventRecord, Events
 
 _NOTHING = Control()
 
@@ -54,7 +50,7 @@ class Emitter:
         """Whether a callback, an observer or the caller subscribes to events of this type."""
         return self._every_event or kind in self._callbacks.table or self._publish.is_seen(kind)
 
-    def emit(self, kind: type[Any], **fields: Any) -> EventRecords:
+    def emit(self, kind: type[Any], **fields: Any) -> Events[Control]:
         """Folds and yields an event, unless nothing subscribes to it. Returns the requests made at it."""
         if not self.is_seen(kind):
             return _NOTHING

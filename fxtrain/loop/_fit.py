@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from fxtrain.core import StepFn, TrainState
 from fxtrain.data import SourceLike
-from fxtrain.loop._emitter import EventRecord
 from fxtrain.loop._history import History
 from fxtrain.loop._plan import Plan, with_options
 from fxtrain.loop._run import Run
+from fxtrain.loop._types import EventRecord
 
 
 @dataclasses.dataclass(frozen=True)

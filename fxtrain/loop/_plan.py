@@ -11,11 +11,9 @@ from typing import Literal, ParamSpec, Protocol, TypeVar
 
 from fxtrain.checkpoint import Checkpointer
 from fxtrain.core import (
-    Batch,
     Callback,
     Observer,
     StepFn,
-    StepOutput,
     TrainState,
     check_choice,
     check_int,
@@ -25,8 +23,7 @@ from fxtrain.core import (
 from fxtrain.data import SourceLike
 from fxtrain.fold import When, as_trigger
 from fxtrain.loop._checks import check_checkpointer, check_eval_step
-
-EvalFn = Callable[[TrainState, Batch], StepOutput]
+from fxtrain.loop._types import EvalFn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

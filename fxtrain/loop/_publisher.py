@@ -29,7 +29,7 @@ from fxtrain.fold import Composed, Handler
 from fxtrain.fold._mistaken import refuse_mistaken
 from fxtrain.fold._subscription import name_of, subscription, takes
 from fxtrain.loop._history import History
-from fxtrain.loop._transfer import HostMetrics, HostTransfer, LazyMetrics, log_at_once, metrics_at_once, numbers_on_host
+from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
 from fxtrain.values import named_after, published, try_all
 
 _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
@@ -70,7 +70,7 @@ class Publisher:
         # Both for the history.
         self._unread: list[_Published] = []
         self._sent: list[_Published] = []  # asynchronous copies to the host
-        self._transfer = HostTransfer()
+        self._transfer = HostTransfer(on_host=self._on_host)
 
     def is_seen(self, kind: type[Any]) -> bool:
         """Whether the history or an observer needs events of this type, even if no callback subscribes."""
@@ -131,9 +131,9 @@ class Publisher:
         measured = getattr(event, "metrics", None)
         if measured is not None and type(event) is not Saved:  # metrics of Saved are Python floats already
             shown = event_of(type(event), event.__dict__)
-            shown.__dict__["metrics"] = self._scalars(measured)
+            shown.__dict__["metrics"] = self._transfer.scalars(measured)
             event = shown
-        return event, self._with_scalars(control)
+        return event, self._transfer.control(control)
 
     def _record(self, event: Any, control: Control) -> None:
         kind, step = type(event), event.step
@@ -161,35 +161,19 @@ class Publisher:
         pending, self._unread = self._unread, []
         if not self._on_host:
             shown = [
-                (kind, step, self._scalars(metrics), self._with_scalars(control))
+                (kind, step, self._transfer.scalars(metrics), self._transfer.control(control))
                 for kind, step, metrics, control in pending
             ]
             pending = self._sent + shown if wait else self._sent
             self._sent = [] if wait else shown
             self._transfer.send()
         for kind, step, measured, control in pending:
-            values = numbers_on_host(measured)
+            values = host_scalars(measured)
             if control.log:
                 event = event_of(kind, {"metrics": values})
-                self._history.add(step, published(event, self._with_scalars(control)))
+                self._history.add(step, published(event, self._transfer.control(control)))
             else:
                 self._history.add(step, named_after(kind, values))
-
-    def _scalars(self, measured: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns metrics as Python scalars, read lazily."""
-        if type(measured) is LazyMetrics or type(measured) is HostMetrics:
-            return measured
-        if self._on_host:
-            return HostMetrics(measured)
-        scalars = metrics_at_once(measured)
-        return self._transfer.metrics(measured) if scalars is None else scalars
-
-    def _with_scalars(self, control: Control) -> Control:
-        """Returns the control with logged values as Python scalars, read lazily from a device."""
-        if type(control.log) is LazyMetrics or not control.log:
-            return control
-        log = log_at_once(control.log)
-        return control.with_log(self._transfer.log(control.log) if log is None else log)
 
     def _failed(self, observer: Callable[..., None], at: str, error: Exception) -> None:
         if getattr(observer, "required", False):

@@ -11,7 +11,7 @@ from fxtrain.checkpoint import Role
 from fxtrain.core import EVALUATED, REWINDS, Epoch, EpochEnd, EvalBegin, EvalEnd, EvalStep, Rewound, Saved
 from fxtrain.loop._batches import BatchReader, LastBatch
 from fxtrain.loop._cursor import Cursor
-from fxtrain.loop._emitter import Emitter, EventRecords
+from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epochs import announce
 from fxtrain.loop._evaluation import measure
 from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
@@ -19,6 +19,7 @@ from fxtrain.loop._plan import Plan
 from fxtrain.loop._publisher import Publisher
 from fxtrain.loop._rewind import Snapshots
 from fxtrain.loop._saving import SavedSlots, Saving
+from fxtrain.loop._types import Events
 
 _MAX_EMPTY_EPOCHS = 100  # consecutive epochs without a step, after which the run is stuck
 
@@ -60,7 +61,7 @@ class Requests:
         self._empty_epochs = 0  # consecutive epochs without a step
         self._step_of_last_epoch = -1
 
-    def handle(self) -> EventRecords:
+    def handle(self) -> Events[None]:
         """Handles requests, including those made meanwhile, until only a stop is left or a signal arrives."""
         now = self._now
         while self._interrupts.cause is None:
@@ -79,7 +80,7 @@ class Requests:
             else:
                 return
 
-    def _evaluate(self) -> EventRecords:
+    def _evaluate(self) -> Events[None]:
         now, eval_step = self._now, self._plan.eval_step
         if eval_step is None:
             raise ValueError(
@@ -116,7 +117,7 @@ class Requests:
         last = self._now.state.slots.get(EVALUATED)
         return self._evaluates_epochs and (last is None or int(last["step"]) != self._now.step)
 
-    def _end_epoch(self) -> EventRecords:
+    def _end_epoch(self) -> Events[None]:
         now, epoch = self._now, self._now.epoch
         if not epoch.length:
             raise ValueError(
@@ -154,7 +155,7 @@ class Requests:
             stop_reasons=now.why if now.due["stop"] else (),
         )
 
-    def save_last(self) -> EventRecords:
+    def save_last(self) -> Events[None]:
         """Waits for the saves under way, and saves the final state of the session unless it is on disk."""
         yield from self.report_saves(wait=True)
         if self._saving.is_due_at_the_end(self._now.state) and not self._now.due["skip_final_save"]:
@@ -162,7 +163,7 @@ class Requests:
             self.save("session")
             yield from self.report_saves(wait=True)
 
-    def report_saves(self, *, wait: bool = False) -> EventRecords:
+    def report_saves(self, *, wait: bool = False) -> Events[None]:
         """Emits ``Saved`` for each checkpoint committed since the last call."""
         for step, path, measured in self._saving.news(wait=wait):
             yield from self._emit(Saved, step=step, path=str(path), metrics=measured)
@@ -173,7 +174,7 @@ class Requests:
             return {}
         return {name: float(value) for name, value in last["metrics"].items()}
 
-    def _rewind(self) -> EventRecords:
+    def _rewind(self) -> Events[None]:
         now, old, steps = self._now, self._now.state, self._now.due["rewind"]
         target = self._snapshots.newest_until(now.step - steps, now)
         now.set(rewind=0, evaluate=False, end_epoch=False, save=False)

@@ -32,7 +32,7 @@ from fxtrain.loop._batches import BatchReader
 from fxtrain.loop._checks import check_needs, check_state, check_step, check_unchanged_at_end
 from fxtrain.loop._cursor import Cursor
 from fxtrain.loop._dispatch import Dispatch
-from fxtrain.loop._emitter import Emitter, EventRecord, EventRecords
+from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epochs import begin_epochs
 from fxtrain.loop._evaluation import declare_shapes, evaluation_requests
 from fxtrain.loop._history import History
@@ -43,6 +43,7 @@ from fxtrain.loop._requests import Requests
 from fxtrain.loop._rewind import Snapshots
 from fxtrain.loop._run_statistics import run_statistics
 from fxtrain.loop._saving import SavedSlots, Saving
+from fxtrain.loop._types import EventRecord, Events
 from fxtrain.step import Step
 from fxtrain.step._callbacks import shared
 
@@ -142,7 +143,7 @@ class Run:
         """The current state."""
         return self._now.state
 
-    def events(self) -> EventRecords:
+    def events(self) -> Events[None]:
         """Runs the session and yields its events in order."""
         with self._interrupts, contextlib.ExitStack() as closing:
             closing.callback(self._saving.close)
@@ -162,7 +163,7 @@ class Run:
         if restored is not None and restored is self._now.state:
             self._saving.mark_on_disk(restored)
 
-    def _session(self) -> EventRecords:
+    def _session(self) -> Events[None]:
         now = self._now
         try:
             yield from self._begin()
@@ -209,7 +210,7 @@ class Run:
             self.reason = f"finished {plan.epochs} epoch{'s' if plan.epochs != 1 else ''}"
         return bool(self.reason)
 
-    def _begin(self) -> EventRecords:
+    def _begin(self) -> Events[None]:
         now, pending = self._now, self._now.due["save"]
         yield from self._emitter.emit(
             FitBegin, fires=frozenset(self.step.fires), resumed=now.step > 0, num_shapes=self.data.num_shapes
@@ -228,7 +229,7 @@ class Run:
                 different=tuple(report.different),
             )
 
-    def _after_error(self, error: Exception) -> EventRecords:
+    def _after_error(self, error: Exception) -> Events[None]:
         now = self._now
         if taken := self._mark.is_taken:
             error.add_note(
@@ -248,7 +249,7 @@ class Run:
 
     # Steps
 
-    def _advance(self) -> EventRecords:
+    def _advance(self) -> Events[None]:
         """Takes steps until a request is due."""
         now = self._now
         if now.due["begin_epoch"]:

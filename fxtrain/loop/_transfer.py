@@ -1,4 +1,7 @@
-"""Lazy, batched copies of scalars from a device to the host."""
+"""Reads of scalars and flags from a device: lazy, batched and asynchronous.
+
+All reads of a run that may wait for a device are made here, except for those of its counters at a start or a rewind.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxtrain import metrics
-from fxtrain.core import Logged
+from fxtrain import metrics, tree
+from fxtrain.core import Control, Logged, Metrics
 from fxtrain.values import kind_of
 
 _SCALARS = (float, int, bool)
@@ -108,8 +111,8 @@ class HostMetrics(_Lazy):
 
     __slots__ = ("_measured", "_taken")
 
-    def __init__(self, measured: Mapping[str, Any]) -> None:
-        self._measured: Mapping[str, Any] | None = measured
+    def __init__(self, measured: Metrics) -> None:
+        self._measured: Metrics | None = measured
         self._taken: dict[str, Any] = {}
 
     def _all(self) -> dict[str, Any]:
@@ -122,12 +125,33 @@ class HostTransfer:
     """Makes lazy mappings, and copies all that are still referenced in one transfer once one is sent or read.
 
     An observer that sends many mappings and reads them a few steps later does not wait for the device.
+
+    Args:
+        on_host: Whether the run's state is on the CPU, where nothing waits for a device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_host: bool = False) -> None:
+        self._on_host = on_host
         self._waiting: list[weakref.ref[LazyMetrics]] = []
 
-    def metrics(self, measured: Mapping[str, Any]) -> LazyMetrics:
+    def scalars(self, measured: Metrics) -> Metrics:
+        """Returns metrics as Python scalars, read lazily unless that is free."""
+        # Compares types, because isinstance is slow for a Mapping.
+        if type(measured) is LazyMetrics or type(measured) is HostMetrics:
+            return measured
+        if self._on_host:
+            return HostMetrics(measured)
+        scalars = _scalars_without_waiting(measured)
+        return self.metrics(measured) if scalars is None else scalars
+
+    def control(self, control: Control) -> Control:
+        """Returns the requests with logged values as Python scalars, read lazily from a device."""
+        if type(control.log) is LazyMetrics or not control.log:
+            return control
+        log = _log_without_waiting(control.log)
+        return control.with_log(self.log(control.log) if log is None else log)
+
+    def metrics(self, measured: Metrics) -> LazyMetrics:
         """Returns the metrics of an event as lazy Python scalars."""
         names: list[str] = []
 
@@ -173,26 +197,41 @@ class HostTransfer:
                 continue  # reading the mapping raises the error
             slices.append((late, slice(len(sent), len(sent) + len(parts))))
             sent += parts
-        arrived = functools.cache(on_their_way(sent))
+        arrived = functools.cache(start_copy(sent))
         for late, where in slices:
             late.arrives(lambda where=where: arrived()[where])
 
 
-def numbers_on_host(measured: Mapping[str, Any]) -> Mapping[str, Any]:
+def start_copy_of_flags(control: Control) -> Callable[[], Control]:
+    """Starts copying the flags of a stop request to the host. The returned function waits for these copies only."""
+    control = control.with_log({})
+    flags = [flag for flag in tree.leaves(control) if isinstance(flag, Tensor) and flag.is_cuda]
+    if not flags:
+        return lambda: control
+    copied = _start_copy_of_tensors(flags)
+
+    def read() -> Control:
+        copies = {id(flag): copy for flag, copy in zip(flags, copied(), strict=True)}
+        return tree.map(lambda leaf: copies.get(id(leaf), leaf), control)
+
+    return read
+
+
+def host_scalars(measured: Metrics) -> Metrics:
     """Returns metrics as Python scalars. Lazy mappings are returned unchanged."""
     # Compares types, because isinstance is slow for a Mapping.
     return measured if type(measured) is HostMetrics or type(measured) is LazyMetrics else _scalars(measured)
 
 
-def _scalars(measured: Mapping[str, Any]) -> dict[str, Any]:
-    scalars = metrics_at_once(measured)
+def _scalars(measured: Metrics) -> dict[str, Any]:
+    scalars = _scalars_without_waiting(measured)
     if scalars is None:
         computed = metrics.compute(measured)
-        scalars = dict(zip(computed, on_their_way(list(computed.values()))(), strict=True))
+        scalars = dict(zip(computed, start_copy(list(computed.values()))(), strict=True))
     return scalars
 
 
-def metrics_at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scalars_without_waiting(measured: Metrics) -> dict[str, Any] | None:
     """Returns metrics as Python scalars, or None if that would wait for a device."""
     scalars: dict[str, Any] = {}
     for name, value in measured.items():
@@ -205,7 +244,7 @@ def metrics_at_once(measured: Mapping[str, Any]) -> dict[str, Any] | None:
     return scalars
 
 
-def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
+def _log_without_waiting(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
     """Returns logged values whose flag holds, scalars as Python scalars, or None if that would wait for a device."""
     shown: dict[str, Logged] = {}
     for name, entry in log.items():
@@ -218,7 +257,7 @@ def log_at_once(log: Mapping[str, Logged]) -> dict[str, Logged] | None:
     return shown
 
 
-def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
+def start_copy(values: list[Any]) -> Callable[[], list[Any]]:
     """Starts copying scalars to the host, in one transfer per dtype if they are on a device.
 
     Args:
@@ -236,11 +275,11 @@ def on_their_way(values: list[Any]) -> Callable[[], list[Any]]:
     if device is None:
         scalars = [values[index].item() for index in places]
         return lambda: _with_scalars(values, places, scalars)
-    arrived = copied_to_host([torch.stack([values[i].to(device) for i in group]) for group in groups.values()])
+    arrived = _start_copy_of_tensors([torch.stack([values[i].to(device) for i in group]) for group in groups.values()])
     return lambda: _with_scalars(values, places, [scalar for group in arrived() for scalar in group.tolist()])
 
 
-def copied_to_host(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+def _start_copy_of_tensors(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     """Starts asynchronous copies to the host. The returned function waits for these copies only.
 
     A direct read of a CUDA tensor would wait for all kernels launched since, such as those of later steps.
