@@ -99,9 +99,9 @@ def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, p
     for key, child in children(node) or []:
         refuse_shared_counts(child, fresh, caller, remedy, f"{path}{as_code((key,))}")
     fields: dict[Any, Any] = node._asdict() if hasattr(node, "_asdict") else node if isinstance(node, dict) else {}
-    names: tuple[Any, ...] = getattr(type(node), "AGES", tuple(fields))
-    ages = [age for name in names if isinstance(age := fields.get(name), Tensor) and _is_count(age)]
-    if not any(bool(age.any()) for age in ages):
+    names: tuple[Any, ...] = getattr(type(node), "SHARED_COUNTS", tuple(fields))
+    counts = [count for name in names if isinstance(count := fields.get(name), Tensor) and _is_count(count)]
+    if not any(bool(count.any()) for count in counts):
         return
     for name, subtree in fields.items():
         if name in _INNER_STATE_FIELDS or isinstance(subtree, Tensor):
@@ -110,9 +110,10 @@ def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, p
             if id(leaf) in fresh:
                 raise ValueError(
                     f"{caller}: expected parameters trained since the optimizer's first update, got "
-                    f"{as_name(place)!r} after {max(int(age.max()) for age in ages)} updates, which opt_state{path}, a "
-                    f"{type(node).__name__}, counts for all parameters together. Use fxtrain.optim.unfreeze, which "
-                    f"counts for each phase, count with fxtrain.optim.start_counts, or {remedy}."
+                    f"{as_name(place)!r} after {max(int(count.max()) for count in counts)} updates, which "
+                    f"opt_state{path}, a {type(node).__name__}, counts for all parameters together. "
+                    "Use fxtrain.optim.unfreeze, which counts for each phase, count with fxtrain.optim.start_counts, "
+                    f"or {remedy}."
                 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, check_positive_int
-from fxtrain.optim._leaves import map_with_memory, start_count, zeros
+from fxtrain.optim._leaves import map_with_state, start_count, zeros
 from fxtrain.optim._per_parameter import PerParameter, start_counts, where_each
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
@@ -27,7 +27,7 @@ class EveryKState(NamedTuple):
     mean: Tree  # like the parameters: the mean of these gradients
     inner_state: Tree  # state of the wrapped transformation
     # ``with_trainable`` may add parameters at any count, because a mean starts at zero, as after gradients of zero.
-    AGES = ()
+    SHARED_COUNTS = ()
 
 
 def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], int | Tensor]) -> GradientTransformation:
@@ -77,7 +77,7 @@ def every_k(tx: GradientTransformation, k: int | Callable[[Tensor], int | Tensor
             mean = mean + (grad - mean) / seen
             return mean, mean
 
-        full, mean = map_with_memory(rule, updates, opt_state.mean)
+        full, mean = map_with_state(rule, updates, opt_state.mean)
         complete = seen >= required
         inner_updates, inner_state = tx.update(full, opt_state.inner_state, params)
         unused = opt_state.unused

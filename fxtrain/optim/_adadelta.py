@@ -9,7 +9,7 @@ from torch import Tensor
 from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import Scalar, map_with_memory, moving_average, real_full, squared
+from fxtrain.optim._leaves import Scalar, map_with_state, moving_average, real_full, squared
 from fxtrain.optim._masking import Mask
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
@@ -47,7 +47,7 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
     def update(
         updates: Tree, opt_state: ScaleByAdaDeltaState, params: Tree | None = None
     ) -> tuple[Tree, ScaleByAdaDeltaState]:
-        updates, e_g, e_x = map_with_memory(rule, updates, opt_state.e_g, opt_state.e_x)
+        updates, e_g, e_x = map_with_state(rule, updates, opt_state.e_g, opt_state.e_x)
         return updates, ScaleByAdaDeltaState(e_g, e_x)
 
     def init(params: Tree) -> ScaleByAdaDeltaState:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
-from fxtrain.optim._leaves import Scalar, map_with_memory, real_full, squared
+from fxtrain.optim._leaves import Scalar, map_with_state, real_full, squared
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -44,7 +44,7 @@ def scale_by_rss(
         return torch.where(total > 0, scaled, torch.zeros_like(scaled)), total
 
     def update(updates: Tree, opt_state: ScaleByRssState, params: Tree | None = None) -> tuple[Tree, ScaleByRssState]:
-        updates, total = map_with_memory(rule, updates, opt_state.sum_of_squares)
+        updates, total = map_with_state(rule, updates, opt_state.sum_of_squares)
         return updates, ScaleByRssState(total)
 
     def init(params: Tree) -> ScaleByRssState:

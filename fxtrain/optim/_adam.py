@@ -23,7 +23,7 @@ from fxtrain.optim._leaves import (
     bias_correction,
     bias_corrections,
     debiased,
-    map_with_memory,
+    map_with_state,
     moving_average,
     real_full,
     squared,
@@ -100,7 +100,7 @@ def scale_by_adam(
             nu = moving_average(squared(update), nu, b2)
             return debiased(update, mu, b1, *first) / ((nu / second + eps_root).sqrt() + eps), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[second, *first])
+        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=[second, *first])
         return updates, ScaleByAdamState(count, mu, nu)
 
     def init(params: Tree) -> ScaleByAdamState:
@@ -155,7 +155,7 @@ def scale_by_amsgrad(
             root = (nu_max / second if correct_maximum else nu_max) + eps_root
             return mu / first / (root.sqrt() + eps), mu, nu, nu_max
 
-        updates, mu, nu, nu_max = map_with_memory(
+        updates, mu, nu, nu_max = map_with_state(
             rule, updates, opt_state.mu, opt_state.nu, opt_state.nu_max, numbers=numbers
         )
         return updates, ScaleByAmsgradState(count, mu, nu, nu_max)
@@ -191,7 +191,7 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
             nu = torch.maximum(b2 * nu, update.abs() + eps)
             return mu / first / nu, mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
+        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=[first])
         return updates, ScaleByAdamaxState(count, mu, nu)
 
     def init(params: Tree) -> ScaleByAdamaxState:

@@ -48,25 +48,25 @@ def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Tree, o
     return tree.unflatten(structure, _narrowed([rule(value, other) for value, other in pairs], leaves))
 
 
-def map_with_memory(
-    rule: Callable[..., tuple[Tensor, ...]], updates: Tree, *memory: Tree, numbers: Sequence[Tensor] = ()
+def map_with_state(
+    rule: Callable[..., tuple[Tensor, ...]], updates: Tree, *state: Tree, numbers: Sequence[Tensor] = ()
 ) -> tuple[Tree, ...]:
-    """Returns the trees of ``rule(update, *memory, *numbers) -> (update, *memory)``.
+    """Returns the trees of ``rule(update, *state, *numbers) -> (update, *state)``.
 
     Args:
         rule: A function of one update, its state and its scalars. Tensors are in float32 or wider.
         updates: Pytree of tensors.
-        memory: State, as pytrees like ``updates``, whose dtypes may differ.
+        state: State of the optimizer, as pytrees like ``updates``, whose dtypes may differ.
         numbers: Vectors with one scalar per leaf, such as ``PerParameter.values``. A rule sees the scalars of its own
             leaf, of shape [].
 
     Raises:
         ValueError: If the trees or the shapes of their leaves differ. The message names the path.
     """
-    flat = [tree.flatten(values) for values in (updates, *memory)]
+    flat = [tree.flatten(values) for values in (updates, *state)]
     leaves = flat[0][0]
-    for state, (kept, _) in zip(memory, flat[1:], strict=True):
-        _refuse_mismatch("updates", updates, leaves, "the optimizer state", state, kept)
+    for part, (kept, _) in zip(state, flat[1:], strict=True):
+        _refuse_mismatch("updates", updates, leaves, "the optimizer state", part, kept)
     columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
     results = [rule(*row) for row in zip(*columns, strict=True)]
     return tuple(

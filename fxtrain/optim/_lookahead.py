@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core import Tree, check_positive_int
-from fxtrain.optim._leaves import Scalar, clones, map_with_memory, start_count
+from fxtrain.optim._leaves import Scalar, clones, map_with_state, start_count
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
 
@@ -22,7 +22,7 @@ class LookaheadState(NamedTuple):
     slow: Tree  # like the parameters: the slow weights
     inner_state: Tree  # state of the wrapped transformation
     # ``with_trainable`` may add parameters at any count, because slow weights start as copies of the parameters.
-    AGES = ()
+    SHARED_COUNTS = ()
 
 
 def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar = 0.5) -> GradientTransformation:
@@ -75,7 +75,7 @@ def lookahead(tx: GradientTransformation, *, period: int = 5, slow_rate: Scalar 
             slow = torch.where(meets, slow + slow_rate * (param + update - slow), slow)
             return torch.where(meets, slow - param, update), param, slow
 
-        updates, _, slow = map_with_memory(follow, updates, params, opt_state.slow)
+        updates, _, slow = map_with_state(follow, updates, params, opt_state.slow)
         return updates, LookaheadState(count, slow, inner_state)
 
     return GradientTransformation(init, update)

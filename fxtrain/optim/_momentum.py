@@ -17,7 +17,7 @@ from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
     debiased,
-    map_with_memory,
+    map_with_state,
     moving_average,
     widest,
     zeros,
@@ -95,7 +95,7 @@ def trace(
         return (update + decay * total if nesterov else total), total
 
     def update(updates: Tree, opt_state: TraceState, params: Tree | None = None) -> tuple[Tree, TraceState]:
-        updates, total = map_with_memory(rule, updates, opt_state.trace)
+        updates, total = map_with_state(rule, updates, opt_state.trace)
         return updates, TraceState(total)
 
     def init(params: Tree) -> TraceState:
@@ -123,7 +123,7 @@ def _dampened_trace(
             total = share * update + decay * total
             return total, total
 
-        updates, total = map_with_memory(rule, updates, opt_state.trace, numbers=[share])
+        updates, total = map_with_state(rule, updates, opt_state.trace, numbers=[share])
         return updates, DampenedTraceState(opt_state.count + 1, total)
 
     return GradientTransformation(init, update)
@@ -160,7 +160,7 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
             average = moving_average(update, average, decay)
             return debiased(update, average, decay, *corrections) if debias else average, average
 
-        updates, average = map_with_memory(rule, updates, opt_state.ema, numbers=corrections)
+        updates, average = map_with_state(rule, updates, opt_state.ema, numbers=corrections)
         return updates, EmaState(count, average)
 
     return GradientTransformation(init, update)
@@ -188,7 +188,7 @@ def scale_by_lion(
         return torch.sgn(moving_average(update, average, b1)), moving_average(update, average, b2)
 
     def update(updates: Tree, opt_state: ScaleByLionState, params: Tree | None = None) -> tuple[Tree, ScaleByLionState]:
-        updates, mu = map_with_memory(rule, updates, opt_state.mu)
+        updates, mu = map_with_state(rule, updates, opt_state.mu)
         return updates, ScaleByLionState(mu)
 
     def init(params: Tree) -> ScaleByLionState:

@@ -22,7 +22,7 @@ from fxtrain.optim._leaves import (
     bias_corrections,
     debiased,
     map_updates,
-    map_with_memory,
+    map_with_state,
     moving_average,
     widest,
     zeros,
@@ -151,7 +151,7 @@ def scale_by_muon(
             matrix = moment(update, mu, corrections)
             return orthogonalize(matrix, ns_coeffs, steps=ns_steps, eps=eps, dtype=ns_dtype), mu
 
-        updates, mu = map_with_memory(rule, updates, opt_state.mu, numbers=corrections)
+        updates, mu = map_with_state(rule, updates, opt_state.mu, numbers=corrections)
         return updates, ScaleByMuonState(count, mu)
 
     return GradientTransformation(init, update)

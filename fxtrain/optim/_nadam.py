@@ -17,7 +17,7 @@ from fxtrain.optim._adam import adam, scale_by_adam
 from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
-    map_with_memory,
+    map_with_state,
     moving_average,
     real_full,
     squared,
@@ -97,7 +97,7 @@ def scale_by_nadam(
             nu = moving_average(squared(update), nu, b2)
             return (of_update * update + of_mu * mu) / ((nu / correction).sqrt() + eps), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
+        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
         return updates, ScaleByNadamState(count, opt_state.momentum_product.replace(product), mu, nu)
 
     return GradientTransformation(init, update)

@@ -11,7 +11,7 @@ from fxtrain.optim._adam import ScaleByAdamState, scale_by_adam
 from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
-    map_with_memory,
+    map_with_state,
     moving_average,
     real_full,
     squared,
@@ -84,7 +84,7 @@ def scale_by_radam(
             return torch.where(rectified, factor * direction / scale, direction), mu, nu
 
         numbers = (first, second, rectified, factor)
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
+        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=numbers)
         return updates, ScaleByAdamState(count, mu, nu)
 
     return GradientTransformation(init, update)

@@ -15,7 +15,7 @@ from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
-    map_with_memory,
+    map_with_state,
     moving_average,
     real_full,
     squared,
@@ -95,7 +95,7 @@ def scale_by_rms(
             nu = moving_average(squared(update), nu, decay)
             return _over_root(update, nu / correction, eps, eps_in_sqrt), nu
 
-        updates, nu = map_with_memory(rule, updates, opt_state.nu, numbers=corrections)
+        updates, nu = map_with_state(rule, updates, opt_state.nu, numbers=corrections)
         return updates, type(opt_state)(nu=nu, **count)
 
     return GradientTransformation(init, update)
@@ -136,7 +136,7 @@ def scale_by_stddev(
             variance = nu / correction - squared(mu / correction)
             return _over_root(update, variance, eps, eps_in_sqrt), mu, nu
 
-        updates, mu, nu = map_with_memory(rule, updates, opt_state.mu, opt_state.nu, numbers=corrections)
+        updates, mu, nu = map_with_state(rule, updates, opt_state.mu, opt_state.nu, numbers=corrections)
         return updates, type(opt_state)(mu=mu, nu=nu, **count)
 
     return GradientTransformation(init, update)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxtrain.core import Tree, args_from
 from fxtrain.optim import _checks as checks
-from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_memory, real_full, zeros
+from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_state, real_full, zeros
 from fxtrain.optim._scaling import scale
 from fxtrain.optim._transform import GradientTransformation, chain
 
@@ -62,7 +62,7 @@ def scale_by_rprop(
     def update(
         updates: Tree, opt_state: ScaleByRpropState, params: Tree | None = None
     ) -> tuple[Tree, ScaleByRpropState]:
-        updates, sizes, sign = map_with_memory(rule, updates, opt_state.step_sizes, opt_state.previous_sign)
+        updates, sizes, sign = map_with_state(rule, updates, opt_state.step_sizes, opt_state.previous_sign)
         return updates, ScaleByRpropState(sizes, sign)
 
     return GradientTransformation(init, update)

@@ -21,7 +21,7 @@ from fxtrain.optim._adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._complex_values import split_real_and_imaginary
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import Scalar, at_most, map_with_memory, start_count, widest, zeros
+from fxtrain.optim._leaves import Scalar, at_most, map_with_state, start_count, widest, zeros
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._muon import scale_by_muon, scale_by_shape
 from fxtrain.optim._nadam import scale_by_nadam
@@ -198,7 +198,7 @@ class AsgdState(NamedTuple):
     eta: PerParameter  # float32 or float64 [parameters]: next step size, at the last learning rate
     ax: Tree  # like the parameters: their average
     # ``with_trainable`` may add parameters at any step, which only schedules read. Each parameter has its own count.
-    AGES = ()
+    SHARED_COUNTS = ()
 
 
 def _asgd(options: Options) -> GradientTransformation:
@@ -220,7 +220,7 @@ def _asgd(options: Options) -> GradientTransformation:
             update = -eta * (update + lambd * param)
             return update, param, ax + share * (param + update - ax)
 
-        steps, _, ax = map_with_memory(rule, updates, params, opt_state.ax, numbers=[eta, share])
+        steps, _, ax = map_with_state(rule, updates, params, opt_state.ax, numbers=[eta, share])
         following = opt_state.eta.replace((base / (1 + lambd * base * (count + 1)) ** alpha).to(eta.dtype))
         return steps, AsgdState(opt_state.step + 1, opt_state.count + 1, following, ax)
 
@@ -260,7 +260,7 @@ def _scale_each(factor: Callable[[Tensor, Tensor], Tensor]) -> GradientTransform
 
     def update(updates: Tree, opt_state: StepSizeState, params: Tree | None = None) -> tuple[Tree, StepSizeState]:
         factors = factor(opt_state.count.values.to(widest(updates)), opt_state.step)
-        (scaled,) = map_with_memory(rule, updates, numbers=[factors])
+        (scaled,) = map_with_state(rule, updates, numbers=[factors])
         return scaled, StepSizeState(opt_state.step + 1, opt_state.count + 1)
 
     def init(params: Tree) -> StepSizeState:
