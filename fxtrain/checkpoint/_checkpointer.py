@@ -23,8 +23,7 @@ from fxtrain.checkpoint._reader import Reader
 from fxtrain.checkpoint._retention import Entry, Policy, Role
 from fxtrain.checkpoint._single import device_of, facts
 from fxtrain.checkpoint._writer import Writer
-from fxtrain.core import TrainState
-from fxtrain.core._checks import check_choice, check_positive_int, describe, did_you_mean
+from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
 
 
 class Committed(NamedTuple):

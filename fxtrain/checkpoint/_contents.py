@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._table import Place, places, root_of
-from fxtrain.core._checks import describe
+from fxtrain.core import describe
 
 
 class Direct:

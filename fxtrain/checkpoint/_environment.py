@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from fxtrain.core import device_name
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Returns the environment of this process for computations on ``device``, by name."""
-    on_gpu = device.type == "cuda"
     return {
         "fxtrain": metadata.version("fxtrain"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),  # the vector width determines the order of summation
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul": torch.get_float32_matmul_precision(),

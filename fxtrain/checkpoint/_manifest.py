@@ -22,7 +22,8 @@ import xxhash
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._files import read_at_most
 from fxtrain.checkpoint._retention import ROLES, Entry
-from fxtrain.checkpoint._table import Leaf, code_of, name_of, offsets
+from fxtrain.checkpoint._table import Leaf, code_of, offsets
+from fxtrain.core import dtype_name
 
 MANIFEST = "manifest.jsonl"
 FORMAT = 2
@@ -188,10 +189,10 @@ def _is_path(value: Any) -> bool:
 
 @functools.cache
 def dtype_of(text: str) -> torch.dtype | None:
-    """Returns the dtype whose ``name_of`` is ``text``, or None if no dense tensor can have it."""
+    """Returns the dtype whose ``dtype_name`` is ``text``, or None if no dense tensor can have it."""
     dtype = vars(torch).get(text)
     # Quantized dtypes begin with q. Their tensors have a scale, which is not part of the bytes.
-    is_dense = isinstance(dtype, torch.dtype) and name_of(dtype) == text and not text.startswith("q")
+    is_dense = isinstance(dtype, torch.dtype) and dtype_name(dtype) == text and not text.startswith("q")
     return dtype if is_dense else None
 
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from fxtrain.checkpoint._parts import Names, Part
+from fxtrain.core import first_names
 
 _SHOWN_PATHS = 20
 _SHOWN_NAMES = 6
@@ -84,8 +85,8 @@ def _slot_remedies(
     if not slots or any(part.keys[:1] != ("slots",) and names.of(part) is None for part in parts):
         return []
     return [
-        f"To initialize {_listed(sorted(map(repr, slots)))}, restore into a state without these slots, with "
-        "extra='drop', and attach the callbacks to the result."
+        f"To initialize {first_names(sorted(map(repr, slots)), _SHOWN_NAMES)}, restore into a state without these "
+        "slots, with extra='drop', and attach the callbacks to the result."
     ]
 
 
@@ -101,7 +102,7 @@ def _trainable_remedies(
     here = {name for part in missing if (name := names.of(part))}
     there = {name for part in left_over if (name := names.of(part))}
     held = [
-        f"only {side} has optimizer state for {_listed(sorted(own))}"
+        f"only {side} has optimizer state for {first_names(sorted(own), _SHOWN_NAMES)}"
         for side, own in (("`like`", here), ("the checkpoint", there))
         if own
     ]
@@ -126,7 +127,3 @@ def _fresh_remedies(
         return []
     code = "[" + ", ".join(map(repr, sorted(unfit)[:_SHOWN_NAMES])) + (", ...]" if len(unfit) > _SHOWN_NAMES else "]")
     return [f"Use fresh={code}, or patterns of these names, to keep them as in `like`, with their optimizer state."]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {len(names) - _SHOWN_NAMES} more" if names[_SHOWN_NAMES:] else "")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fxtrain import tree
-from fxtrain.checkpoint._table import Leaf, element_paths, entry_of, name_of, root_of
-from fxtrain.core import TrainState, matching
+from fxtrain.checkpoint._table import Leaf, element_paths, entry_of, root_of
+from fxtrain.core import TrainState, dtype_name, matching
 from fxtrain.tree import as_code, as_name
 
 Keys = tuple[Any, ...]
@@ -40,7 +40,7 @@ def parts_of(like: Any) -> list[Part]:
     found: list[Part] = []
     for index, (accessor, leaf) in enumerate(zip(structure.accessors(), leaves, strict=True)):
         path, keys = accessor.codify(root_of(structure)), tuple(entry_of(entry)[1] for entry in accessor)
-        found += _split(path, keys, name_of(leaf.dtype), list(leaf.shape), elements.get(index))
+        found += _split(path, keys, dtype_name(leaf.dtype), list(leaf.shape), elements.get(index))
     return found
 
 

@@ -14,8 +14,7 @@ from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._misfits import misfits
 from fxtrain.checkpoint._parts import Names, Part, parts_of, parts_stored, slots_of_one_side
 from fxtrain.checkpoint._table import Leaf, root_of
-from fxtrain.core import TrainState
-from fxtrain.core._checks import describe
+from fxtrain.core import TrainState, describe, first_names
 
 Where = str | Iterable[str] | Mapping[str, str] | None
 Fresh = str | Sequence[str] | None
@@ -143,8 +142,7 @@ def _selection(
     for side, wheres, paths in (("`like`", renamed, here), ("the checkpoint", renamed.values(), there)):
         for one in wheres:
             if not any(_is_at(path, one) for path in paths):
-                listed = list(paths)
-                shown = ", ".join(listed[:6]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+                shown = first_names(list(paths), 6)
                 raise CheckpointError(f"expected where={one!r} to match a path of {side}, got only {shown}.")
     prefixes = {one: target for one, target in renamed.items() if not _is_pattern(one)}
     patterns = [one for one in renamed if _is_pattern(one)]

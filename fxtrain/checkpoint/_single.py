@@ -25,8 +25,7 @@ from fxtrain.checkpoint._orphaned_slots import rebuild
 from fxtrain.checkpoint._selection import Elements, Fresh, Match, Where, match
 from fxtrain.checkpoint._table import Leaf, root_of
 from fxtrain.checkpoint._unfinished import clear_abandoned
-from fxtrain.core import CHANGED_AT_END, LOOP
-from fxtrain.core._checks import check_choice
+from fxtrain.core import CHANGED_AT_END, LOOP, check_choice
 from fxtrain.disk import make_folder
 from fxtrain.model._freezing import refuse_shared_counts
 
@@ -265,9 +264,9 @@ def _callback_slots(slots: Iterable[str]) -> list[str]:
     return [name for name in slots if not name.startswith(LOOP)]
 
 
-def device_of(state: Any) -> torch.device:
+def device_of(state: object) -> torch.device:
     """Returns the device of the first leaf, or the CPU for a tree without leaves."""
-    return next((leaf.device for leaf in tree.leaves(state)), torch.device("cpu"))
+    return tree.device_of(state) or torch.device("cpu")
 
 
 def _read_leaves(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, dtype_name
 from fxtrain.optim import PerParameter
 
 
@@ -77,7 +77,7 @@ def rows(structure: Any, placed: Sequence[Place], checksums: Sequence[str]) -> I
         row = Leaf(
             path=path,
             entries=[entry_of(entry) for entry in accessor],
-            dtype=name_of(place.dtype),
+            dtype=dtype_name(place.dtype),
             shape=list(place.shape),
             offset=place.offset,
             bytes=place.size,
@@ -110,11 +110,6 @@ def root_of(structure: Any) -> str:
 def keys_of(entries: Sequence[Sequence[Any]]) -> tuple[str, ...]:
     """Returns the keys of a row's path as text, without the kinds of nodes."""
     return tuple(str(key) for _, key in entries)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Returns the name of a dtype, such as ``float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def entry_of(entry: Any) -> list[Any]:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxtrain.core import pluralize
+
 SHARE = 0.05
 """The minimum share of bytes for validation. Whole files can make it up to half as much again."""
 
@@ -82,14 +84,14 @@ def read_corpus(text: str | None = None) -> Corpus:
             raise CorpusError(
                 f"expected the source of {origin} on this machine, got none. Give a text with --text PATH."
             )
-        got = f"{_count(left_out)} that cannot be read or used as text" if left_out else "no files"
+        got = f"{pluralize(left_out, 'file')} that cannot be read or used as text" if left_out else "no files"
         raise CorpusError(f"expected files of text in {origin}, got {got}. Give a file, a folder or a glob of text.")
     size = sum(len(content) for _, content in files)
     held_out = _held_out({name: len(content) for name, content in files})
     if held_out:
         train = bytearray().join(content for name, content in files if name not in held_out)
         validation = bytearray().join(content for name, content in files if name in held_out)
-        how = f"{_count(len(held_out))} selected by their paths"
+        how = f"{pluralize(len(held_out), 'file')} selected by their paths"
     else:
         cuts = [_split_offset(content) for _, content in files]
         train = bytearray().join(content[:cut] for (_, content), cut in zip(files, cuts, strict=True))
@@ -101,7 +103,7 @@ def read_corpus(text: str | None = None) -> Corpus:
         validation=_tensor(validation),
         names=tuple(name for name, _ in files),
         sizes=tuple(len(content) for _, content in files),
-        description=f"{origin}, {parts}" if is_single_file else f"{origin}, {_count(len(files))}, {parts}",
+        description=f"{origin}, {parts}" if is_single_file else f"{origin}, {pluralize(len(files), 'file')}, {parts}",
         digest=_digest(train, validation),
     )
 
@@ -226,10 +228,6 @@ def _digest(train: bytearray, validation: bytearray) -> str:
     digest.update(train)
     digest.update(validation)
     return digest.hexdigest()
-
-
-def _count(files: int) -> str:
-    return "1 file" if files == 1 else f"{files} files"
 
 
 def _megabytes(size: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, dtype_name, first_names
 
 _MAX_SHOWN_CONDITIONS = 3
 
@@ -31,8 +31,7 @@ def changes(new: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:
         if old.get(path) != new[path]
     ]
     differences += [f"{path} is missing" for path in old if path not in new]
-    shown = ", ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
-    return shown or "the types of containers, or the model"
+    return first_names(differences) if differences else "the types of containers, or the model"
 
 
 def advice(new: Mapping[str, str], known: Sequence[Mapping[str, str]], broken: Sequence[str] | None = None) -> str:
@@ -82,4 +81,4 @@ def _kind(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
     dense = "" if leaf.is_contiguous() else f" with strides {leaf.stride()}"
-    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}{dense} on {leaf.device}"
+    return f"{dtype_name(leaf.dtype)}{list(leaf.shape)}{dense} on {leaf.device}"

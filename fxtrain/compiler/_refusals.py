@@ -7,6 +7,7 @@ import linecache
 import traceback
 from collections.abc import Iterable
 
+from fxtrain.core import truncate
 from fxtrain.core._frames import places
 
 _MAX_CHARACTERS = 300  # of a line or a reason
@@ -79,7 +80,7 @@ def break_at(frames: Iterable[traceback.FrameSummary], reason: str) -> Break:
 def first_line(text: str) -> str:
     """Returns the first non-empty line of a message, shortened."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "torch gives no reason.")
-    return line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}..."
+    return truncate(line, _MAX_CHARACTERS)
 
 
 def _place(frame: traceback.FrameSummary) -> str:

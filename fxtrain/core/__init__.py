@@ -9,11 +9,12 @@ from fxtrain.core._compiling import compiling as compiling
 from fxtrain.core._control import KINDS as KINDS
 from fxtrain.core._control import Control, Logged
 from fxtrain.core._control import Flag as Flag
+from fxtrain.core._devices import device_name as device_name
+from fxtrain.core._devices import wide_dtype as wide_dtype
 from fxtrain.core._docs import args_from as args_from
 from fxtrain.core._donated import Donated as Donated
 from fxtrain.core._donated import DonatedError
 from fxtrain.core._donated import invalidate as invalidate
-from fxtrain.core._dtypes import wide_dtype as wide_dtype
 from fxtrain.core._epochs import Epoch as Epoch
 from fxtrain.core._epochs import epochs_taken as epochs_taken
 from fxtrain.core._events import EVENTS as EVENTS
@@ -41,6 +42,17 @@ from fxtrain.core._events import (
     Updated,
 )
 from fxtrain.core._events import event_of as event_of
+from fxtrain.core._formats import dtype_name as dtype_name
+from fxtrain.core._formats import first_lines as first_lines
+from fxtrain.core._formats import first_names as first_names
+from fxtrain.core._formats import format_bytes as format_bytes
+from fxtrain.core._formats import format_duration as format_duration
+from fxtrain.core._formats import format_number as format_number
+from fxtrain.core._formats import format_scaled as format_scaled
+from fxtrain.core._formats import name_of as name_of
+from fxtrain.core._formats import pluralize as pluralize
+from fxtrain.core._formats import truncate as truncate
+from fxtrain.core._formats import truncate_middle as truncate_middle
 from fxtrain.core._patterns import by_number as by_number
 from fxtrain.core._patterns import matching as matching
 from fxtrain.core._protocols import Callback, Observer, StepFn, StepOutput
@@ -59,6 +71,9 @@ from fxtrain.core._slots import SNAPSHOTS as SNAPSHOTS
 from fxtrain.core._slots import STOP_REASONS as STOP_REASONS
 from fxtrain.core._state import Due as Due
 from fxtrain.core._state import TrainState
+from fxtrain.core._text import encodable as encodable
+from fxtrain.core._text import printable as printable
+from fxtrain.core._text import printable_lines as printable_lines
 from fxtrain.core._types import Batch, Metrics, Tree
 
 __all__ = [

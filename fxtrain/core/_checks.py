@@ -9,7 +9,10 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+from fxtrain.core._formats import dtype_name
 
 _MAX_REPR = 60
 _MAX_KEYS = 8
@@ -117,19 +120,21 @@ def did_you_mean(name: Any, names: Iterable[Any]) -> str:
 def describe(value: Any) -> str:
     """Returns a short description of ``value`` for an error message.
 
-    Tensors are described by dtype and shape, numbers and strings by their shortened repr, modules, functions and
-    classes by name, everything else by type.
+    Tensors and arrays are described by dtype and shape, numbers and strings by their shortened repr, modules,
+    functions and classes by name, everything else by type.
 
     Example:
         >>> import torch
-        >>> describe(torch.zeros(2, 3)), describe(None), describe(0.5)
-        ('a float32 tensor of shape [2, 3]', 'None', '0.5')
+        >>> describe(torch.zeros(2, 3)), describe(np.zeros(3)), describe(0.5)
+        ('a float32 tensor of shape [2, 3]', 'a float64 array of shape [3]', '0.5')
         >>> describe((torch.zeros(()), "x")), describe(describe), describe({"loss": 1.0})
         ("a tuple of (a float32 tensor of shape [], 'x')", 'the function describe', "a dict with keys 'loss'")
     """
     kind: str = type(value).__name__
     if isinstance(value, Tensor):
-        return f"{_with_article(str(value.dtype).removeprefix('torch.'))} tensor of shape {list(value.shape)}"
+        return f"{_with_article(dtype_name(value.dtype))} tensor of shape {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"{_with_article(str(value.dtype))} array of shape {list(value.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return _REPR.repr(value)
     if isinstance(value, functools.partial):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain.core._checks import describe, did_you_mean
+from fxtrain.core._formats import dtype_name, format_bytes
 from fxtrain.core._pytrees import NAMESPACE, ops, register_node
 from fxtrain.core._types import Tree
 
@@ -187,23 +188,14 @@ def _table(state: TrainState) -> tuple[list[tuple[str, str, str, str]], str]:
     leaves: list[Any]
     accessors, leaves, _ = ops.tree_flatten_with_accessor(state, namespace=NAMESPACE)
     rows = [
-        (accessor.codify("state"), str(list(leaf.shape)), str(leaf.dtype).removeprefix("torch."), _size(leaf.nbytes))
+        (accessor.codify("state"), str(list(leaf.shape)), dtype_name(leaf.dtype), format_bytes(leaf.nbytes))
         if isinstance(leaf, Tensor)
         else (accessor.codify("state"), type(leaf).__name__, "", "")
         for accessor, leaf in zip(accessors, leaves, strict=True)
     ]
     sizes = [leaf.nbytes if isinstance(leaf, Tensor) else 0 for leaf in leaves]
-    total = f"{len(leaves)} leaves, {_size(sum(sizes))}"
+    total = f"{len(leaves)} leaves, {format_bytes(sum(sizes))}"
     if len(rows) > _SHOWN:
-        rest = _size(sum(sizes[_SHOWN:]))
+        rest = format_bytes(sum(sizes[_SHOWN:]))
         rows = [*rows[:_SHOWN], (f"... and {len(leaves) - _SHOWN} more", "", "", rest)]
     return rows, total
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -341,5 +341,5 @@ def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
         return torch.cat([leaf, leaf.new_zeros(batch_size - rows, *leaf.shape[1:])]) if rows < batch_size else leaf
 
     full = tree.map_with_path(pad, batch, root="batch")
-    device = next((leaf.device for leaf in tree.leaves(batch) if isinstance(leaf, Tensor)), None)
+    device = tree.device_of(batch)
     return {**full, "mask": torch.arange(batch_size, device=device) < rows}

@@ -18,7 +18,7 @@ from fxtrain.compiler._quiet import quietly
 from fxtrain.compiler._recompile_reasons import described
 from fxtrain.compiler._routes import Choice
 from fxtrain.compiler._trace import Run
-from fxtrain.core import Batch, StepFn, TrainState, Tree, check_int, describe
+from fxtrain.core import Batch, StepFn, TrainState, check_int, describe
 from fxtrain.data import for_step, to_device
 from fxtrain.diagnostics._breaks import found_by_dynamo, found_by_running, joined, refusal
 from fxtrain.diagnostics._counts import counted, trace
@@ -122,7 +122,7 @@ def explain(step: StepFn | EvalFunction, state: TrainState, batch: Batch, *, cal
         kernels=kernels,
         flops=counts.flops if counts else None,
         state_bytes=sizes,
-        batch_bytes=_bytes(batch),
+        batch_bytes=tree.nbytes(batch),
         least_traffic=counts.least_traffic if counts else None,
         most_traffic=counts.most_traffic if counts else None,
         seconds=seconds,
@@ -225,9 +225,5 @@ def _varied(known: list[dict[str, str]]) -> dict[str, tuple[str, ...]]:
 
 
 def _sizes(state: TrainState) -> dict[str, int]:
-    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
-    return {**parts, "rest": _bytes(state) - sum(parts.values())}
-
-
-def _bytes(values: Tree) -> int:
-    return sum(leaf.nbytes for leaf in tree.leaves(values))
+    parts = {name: tree.nbytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    return {**parts, "rest": tree.nbytes(state) - sum(parts.values())}

@@ -7,7 +7,7 @@ import html
 from collections.abc import Mapping
 
 from fxtrain.compiler._refusals import Break
-from fxtrain.observers._figures import scaled, size
+from fxtrain.core import first_lines, format_bytes, format_scaled, pluralize
 
 _MAX_SHOWN_LINES = 6
 
@@ -84,35 +84,38 @@ class Explanation:
 def _rows(found: Explanation) -> list[tuple[str, list[str]]]:
     rows = [
         ("route", [f"{found.route}: {found.outcome}", found.cause and f"because of {found.cause}"]),
-        ("graphs", [_graphs(found), *_shortened(list(map(str, found.breaks or found.reads)))]),
+        ("graphs", [_graphs(found), *first_lines(list(map(str, found.breaks or found.reads)), _MAX_SHOWN_LINES)]),
         ("operations", [_operations(found)]),
         ("FLOPs", [_flops(found)]),
         ("state", [_parts(found.state_bytes)]),
-        ("batch", [size(found.batch_bytes)]),
+        ("batch", [format_bytes(found.batch_bytes)]),
         ("traffic", [_traffic(found)]),
         ("time", [_time(found)]),
-        ("recompiles", [_new_graph(found), *_shortened(_batch(found.assumed))]),
-        ("constants", _shortened([f"{name} = {value}" for name, value in found.constants.items()])),
-        ("varied", _shortened([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()])),
+        ("recompiles", [_new_graph(found), *first_lines(_batch(found.assumed), _MAX_SHOWN_LINES)]),
+        ("constants", first_lines([f"{name} = {value}" for name, value in found.constants.items()], _MAX_SHOWN_LINES)),
+        (
+            "varied",
+            first_lines([f"{path}: {', '.join(kinds)}" for path, kinds in found.varied.items()], _MAX_SHOWN_LINES),
+        ),
     ]
     return [(label, [text for text in texts if text]) for label, texts in rows if any(texts)]
 
 
 def _graphs(found: Explanation) -> str:
-    lines = _count(len(found.reads), "line")
+    lines = pluralize(len(found.reads), "line")
     if found.reads and "with checks" in found.route:
         return f"{found.graphs} for the values that Python reads at {lines}, which each call checks:"
     if found.reads:
         return f"{found.graphs}, which depends on values at {lines}:"
     if not found.breaks:
         return f"{found.graphs}, no breaks"
-    return f"{found.graphs or 'none'} of the whole step, {_count(len(found.breaks), 'break')}:"
+    return f"{found.graphs or 'none'} of the whole step, {pluralize(len(found.breaks), 'break')}:"
 
 
 def _operations(found: Explanation) -> str:
     if found.operations is None:
         return ""
-    written = f", for which Inductor wrote {_count(found.kernels, 'kernel')}" if found.kernels is not None else ""
+    written = f", for which Inductor wrote {pluralize(found.kernels, 'kernel')}" if found.kernels is not None else ""
     return f"{found.operations:,}{written}"
 
 
@@ -123,21 +126,22 @@ def _flops(found: Explanation) -> str:
     if not total:
         return "0 in matmuls, convolutions and attention (others are not counted)"
     parts = sorted(found.flops.items(), key=lambda item: -item[1])
-    named = ", ".join(f"{name} {scaled(count)}" for name, count in parts)
+    named = ", ".join(f"{name} {format_scaled(count)}" for name, count in parts)
     graph = found.seconds.get("graph")
-    rate = f"; {scaled(total / graph)} per second" if graph else ""
-    return f"{scaled(total)}: {named}{rate}"
+    rate = f"; {format_scaled(total / graph)} per second" if graph else ""
+    return f"{format_scaled(total)}: {named}{rate}"
 
 
 def _parts(sizes: Mapping[str, int]) -> str:
-    named = [f"{name} {size(count)}" for name, count in sizes.items() if count]
-    return f"{size(sum(sizes.values()))}: {', '.join(named)}"
+    named = [f"{name} {format_bytes(count)}" for name, count in sizes.items() if count]
+    return f"{format_bytes(sum(sizes.values()))}: {', '.join(named)}"
 
 
 def _traffic(found: Explanation) -> str:
     if found.least_traffic is None or found.most_traffic is None:
         return ""
-    return f"between {size(found.least_traffic)} and {size(found.most_traffic)} read and written per step (estimates)"
+    least, most = format_bytes(found.least_traffic), format_bytes(found.most_traffic)
+    return f"between {least} and {most} read and written per step (estimates)"
 
 
 def _time(found: Explanation) -> str:
@@ -152,7 +156,7 @@ def _time(found: Explanation) -> str:
 def _new_graph(found: Explanation) -> str:
     return (
         f"if the structure of state or batch changes, or the shape, strides, dtype or device of one of "
-        f"{_count(len(found.assumed), 'leaf', 'leaves')}{', in the batch:' if _batch(found.assumed) else ''}"
+        f"{pluralize(len(found.assumed), 'leaf', 'leaves')}{', in the batch:' if _batch(found.assumed) else ''}"
     )
 
 
@@ -160,18 +164,8 @@ def _batch(assumed: Mapping[str, str]) -> list[str]:
     return [f"{path}: {kind}" for path, kind in assumed.items() if path.startswith("batch")]
 
 
-def _shortened(texts: list[str]) -> list[str]:
-    return texts[:_MAX_SHOWN_LINES] + (
-        [f"and {len(texts) - _MAX_SHOWN_LINES} more"] if len(texts) > _MAX_SHOWN_LINES else []
-    )
-
-
 def _lines(label: str, texts: list[str]) -> list[str]:
     return [f"  {label if not index else '':<10}  {text}" for index, text in enumerate(texts)]
-
-
-def _count(count: int, one: str, many: str = "") -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _short(seconds: float) -> str:

@@ -31,11 +31,12 @@ from fxtrain.core import (
     TrainState,
     Updated,
     describe,
+    name_of,
 )
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold._mistaken import refuse_mistaken
 from fxtrain.fold._structure import refuse_other_structure
-from fxtrain.fold._subscription import kinds, name_of, subscription, takes
+from fxtrain.fold._subscription import kinds, subscription, takes
 
 _LOOP = frozenset({"stop", "skip_final_save", "end_epoch", "evaluate", "save", "rewind"})
 _INSIDE_EVALUATION = _LOOP - {"evaluate"}  # nested evaluations would never end

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, describe
 
 _MODEL = (
     "Callbacks cannot change the model. Change it between two calls of fit, or train parameters in phases with "
@@ -109,6 +109,5 @@ def _other(name: str, event: type[Any], path: str, old: Any, new: Any) -> str:
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"a tensor of shape {list(value.shape)}, {dtype}, on {value.device}"
-    return f"a {type(value).__name__}"
+        return f"{describe(value)} on {value.device}"
+    return describe(value)

@@ -10,14 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY, did_you_mean
-
-
-def name_of(function: Any) -> str:
-    """Returns the name of a callback: that of the function, or of the class of a callable object."""
-    while isinstance(function, functools.partial):
-        function = typing.cast(Any, function.func)
-    return getattr(function, "__name__", None) or type(function).__name__
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, did_you_mean, name_of
 
 
 def takes(function: Any, count: int) -> bool:

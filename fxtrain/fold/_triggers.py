@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, Flag, TrainState, check_int, check_positive_int, describe
+from fxtrain.core import TRACED, Control, Flag, TrainState, check_int, check_positive_int, describe, name_of
 from fxtrain.fold._compose import Composed, Handler, checked, handler_of
 from fxtrain.fold._structure import refuse_other_structure
-from fxtrain.fold._subscription import name_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

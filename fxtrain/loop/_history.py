@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fxtrain.core import by_number, did_you_mean
-from fxtrain.core._text import printable
+from fxtrain.core import by_number, did_you_mean, printable, truncate_middle
 
 _SCALARS = (int, float)
 _MAX_TITLE = 46  # characters of a panel's title
@@ -155,7 +154,7 @@ class History(Mapping[str, Series]):
                 label=name,
             )
         title = _shared(names[0]) if len(names) > 1 else names[0]
-        axes.set_title(_short(title), loc="left", fontsize="medium")
+        axes.set_title(truncate_middle(title, _MAX_TITLE), loc="left", fontsize="medium")
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -178,7 +177,3 @@ class History(Mapping[str, Series]):
 
 def _shared(name: str) -> str:
     return name.removeprefix("train/").removeprefix("eval/")
-
-
-def _short(title: str) -> str:
-    return title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE // 2 - 2]}...{title[-(_MAX_TITLE // 2 - 1) :]}"

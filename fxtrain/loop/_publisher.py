@@ -23,11 +23,13 @@ from fxtrain.core import (
     StepEnd,
     TrainState,
     event_of,
+    name_of,
+    printable,
+    printable_lines,
 )
-from fxtrain.core._text import printable, printable_lines
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._mistaken import refuse_mistaken
-from fxtrain.fold._subscription import name_of, subscription, takes
+from fxtrain.fold._subscription import subscription, takes
 from fxtrain.loop._history import History
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
 from fxtrain.values import named_after, published, try_all

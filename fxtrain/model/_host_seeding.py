@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from fxtrain.fold._subscription import name_of
+from fxtrain.core import name_of
 from fxtrain.model._captured_values import captured
 from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import Key

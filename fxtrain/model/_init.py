@@ -60,7 +60,7 @@ def init(
     params, buffers = architecture.memory(model)
     params = tree.map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), params)
     buffers = tree.map(lambda leaf: leaf.to(device), buffers)
-    where = next((leaf.device for leaf in tree.leaves((params, buffers))), device)
+    where = tree.device_of((params, buffers)) or device
     return TrainState(
         step=torch.tensor(0, device=where),
         params=params,

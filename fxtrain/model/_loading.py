@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, matching
+from fxtrain.core import TrainState, dtype_name, first_names, matching
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors
-from fxtrain.model._renaming import Rename, proposed, renamed, shown
+from fxtrain.model._renaming import Rename, proposed, renamed
 
 _MAX_LINES = 8
 
@@ -49,12 +49,12 @@ class LoadReport:
         """Warns about names that were not loaded or not used."""
         lines: list[str] = []
         if self.missing:
-            lines.append(f"Not in the state dict ({len(self.missing)}): {shown(self.missing)}.")
+            lines.append(f"Not in the state dict ({len(self.missing)}): {first_names(self.missing)}.")
         if self.unexpected:
-            lines.append(f"Not in the model ({len(self.unexpected)}): {shown(self.unexpected)}.")
+            lines.append(f"Not in the model ({len(self.unexpected)}): {first_names(self.unexpected)}.")
         if self.mismatched:
             shapes = [f"{name} {list(there)} for {list(here)}" for name, (there, here) in self.mismatched.items()]
-            lines.append(f"With another shape ({len(shapes)}): {shown(shapes)}.")
+            lines.append(f"With another shape ({len(shapes)}): {first_names(shapes)}.")
         if lines:
             kept = len(self.missing) + len(self.mismatched)
             warnings.warn(
@@ -160,8 +160,8 @@ def _refuse_lossy_casts(values: Mapping[str, Any], casts: Mapping[str, tuple[tor
         whole = not here.is_floating_point and not here.is_complex
         if not torch.can_cast(there, here) or (whole and not bool((values[name].to(here) == values[name]).all())):
             raise ValueError(
-                f"expected values of {name} that {_dtype(here)} can hold, got {_dtype(there)}. Convert them in the "
-                "state dict, or leave them out with rename."
+                f"expected values of {name} that {dtype_name(here)} can hold, got {dtype_name(there)}. Convert them in "
+                "the state dict, or leave them out with rename."
             )
 
 
@@ -205,7 +205,7 @@ def _shapes_differ(mismatched: Mapping[str, tuple[torch.Size, torch.Size]]) -> s
 
 
 def _dtypes_differ(casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> str:
-    lines = [f"{name}: expected {_dtype(here)}, got {_dtype(there)}" for name, (there, here) in casts.items()]
+    lines = [f"{name}: expected {dtype_name(here)}, got {dtype_name(there)}" for name, (there, here) in casts.items()]
     return (
         f"expected the dtypes of the state, got others in the state dict:\n{_listed(lines)}\n"
         "Pass cast=True, or make the state in their dtype with fxtrain.init(..., dtype=)."
@@ -220,7 +220,7 @@ def _names_differ(
     loaded: Sequence[str],
 ) -> str:
     lines = [
-        f"{kind} ({len(names)}): {shown(names)}"
+        f"{kind} ({len(names)}): {first_names(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -245,7 +245,3 @@ def _names_differ(
 def _listed(lines: Sequence[str]) -> str:
     more = [f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
     return "\n".join(f"  {line}" for line in [*lines[:_MAX_LINES], *more])
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxtrain import rng, tree
-from fxtrain.core import TrainState
-from fxtrain.fold._subscription import name_of
+from fxtrain.core import TrainState, name_of
 from fxtrain.model._captured_values import tensors_in
 from fxtrain.model._fingerprint import fingerprint
 from fxtrain.model._first_call_checks import (

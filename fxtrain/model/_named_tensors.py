@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.model._renaming import shown
+from fxtrain.core import dtype_name, first_names
 
 # torch's state dict key for what a module's get_extra_state returns.
 EXTRA_STATE = "_extra_state"
@@ -134,7 +134,8 @@ def at(modules: Any, part: str) -> Any:
         fitting = [key for key in children if rest == key or rest.startswith(f"{key}.")]
         if not fitting:
             raise ValueError(
-                f"expected part to be the path of a submodule, got {part!r}. Choose from {shown(list(children), 8)}."
+                f"expected part to be the path of a submodule, got {part!r}. Choose from "
+                f"{first_names(list(children), 8)}."
             )
         # Dict keys may contain dots.
         key = max(fitting, key=len)
@@ -180,10 +181,10 @@ def _refuse_hidden_casts(here: Mapping[str, Any], values: Mapping[str, Any], wit
     if not old <= new:
         names = [name for name in values if name not in here and name not in without]
         raise ValueError(
-            f"expected {_dtypes(new)} for {shown(names)}, got {_dtypes(old - new)}. Pass cast=True, or make the state "
-            "in their dtype with fxtrain.init(..., dtype=)."
+            f"expected {_dtypes(new)} for {first_names(names)}, got {_dtypes(old - new)}. Pass cast=True, or make the "
+            "state in their dtype with fxtrain.init(..., dtype=)."
         )
 
 
 def _dtypes(dtypes: set[torch.dtype]) -> str:
-    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no tensor"
+    return " or ".join(sorted(dtype_name(dtype) for dtype in dtypes)) or "no tensor"

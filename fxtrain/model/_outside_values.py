@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fxtrain.fold._subscription import name_of
+from fxtrain.core import name_of
 from fxtrain.model._attribute_snapshots import refill
 from fxtrain.model._captured_values import is_of_users, reads
 from fxtrain.model._first_call_checks import CheckedFunctions, TensorReads, ValuesNeededError

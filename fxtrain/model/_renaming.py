@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
+from fxtrain.core import first_names
+
 Rename = Mapping[str, str | None] | Callable[[str], str | None] | None
 
 # Parts of names added by wrappers: torch.compile, DDP and DataParallel, FSDP, activation checkpointing.
@@ -33,7 +35,7 @@ def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
             if not any(name.startswith(prefix) for name in names):
                 raise ValueError(
                     f"expected rename to have prefixes of names in the state dict, got {prefix!r}. The names are "
-                    f"{shown(names)}."
+                    f"{first_names(names)}."
                 )
     changed = {name: rename(name) if callable(rename) else _replaced(name, rename) for name in names}
     found = {old: new for old, new in changed.items() if new is not None}
@@ -41,8 +43,8 @@ def renamed(names: Iterable[str], rename: Rename) -> dict[str, str]:
     if twice:
         both = [old for old, new in found.items() if new == twice[0]]
         raise ValueError(
-            f"expected rename to give distinct names, got {twice[0]!r} for each of {shown(both)}. Rename all but one "
-            "of them to None, which leaves them out."
+            f"expected rename to give distinct names, got {twice[0]!r} for each of {first_names(both)}. Rename all but "
+            "one of them to None, which leaves them out."
         )
     return found
 
@@ -88,12 +90,6 @@ def proposed(names: Collection[str], given: Collection[str]) -> tuple[str, int] 
     fitting = [(code, len(wanted.intersection(new))) for code, new in candidates if len(set(new)) == len(new)]
     best = max(fitting, key=lambda candidate: candidate[1], default=None)
     return best if best is not None and best[1] > len(wanted.intersection(given)) else None
-
-
-def shown(names: Collection[str], most: int = 4) -> str:
-    """Returns the first ``most`` names, and the number of the others."""
-    listed = ", ".join(list(names)[:most]) or "none"
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _replaced(name: str, prefixes: Mapping[str, str | None]) -> str | None:

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
-from fxtrain.core import LoopEvent
-from fxtrain.core._text import encodable, printable
+from fxtrain.core import LoopEvent, encodable, printable
 from fxtrain.observers._pace import fraction
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'

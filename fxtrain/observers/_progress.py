@@ -23,9 +23,11 @@ from fxtrain.core import (
     check_choice,
     describe,
     did_you_mean,
+    format_duration,
+    format_number,
+    format_scaled,
 )
 from fxtrain.observers._display import Column, Frame, Lines, Panel, display
-from fxtrain.observers._figures import duration, number, scaled
 from fxtrain.observers._pace import Pace
 from fxtrain.observers._rank_zero import rank
 
@@ -179,7 +181,7 @@ class Progress:
             case Interrupted():
                 shown.note(event, f"interrupted at step {event.step}: {event.cause}")
             case FitEnd():
-                shown.end(event, self._frame(event), f"{event.reason}, in {duration(event.time)}")
+                shown.end(event, self._frame(event), f"{event.reason}, in {format_duration(event.time)}")
                 self.close()
         self._previous_time = event.time
 
@@ -209,15 +211,15 @@ class Progress:
                 *(self._metric_columns(metrics) if (metrics := self._pace.metrics) else []),
                 *self._throughput_columns(),
             ],
-            remaining=duration(left) if (left := self._pace.remaining(event)) else None,
+            remaining=format_duration(left) if (left := self._pace.remaining(event)) else None,
             evaluation=self._evaluation_columns(),
         )
 
     def _metric_columns(self, metrics: Mapping[str, float]) -> list[Column]:
-        shown = [(name, number(metrics[name])) for name in self._metrics if name in metrics]
+        shown = [(name, format_number(metrics[name])) for name in self._metrics if name in metrics]
         for name, derive in self._extra.items():
             with contextlib.suppress(KeyError):  # an evaluation may have fewer metrics than a step
-                shown.append((name, number(derive(metrics))))
+                shown.append((name, format_number(derive(metrics))))
         return shown
 
     def _throughput_columns(self) -> list[Column]:
@@ -225,14 +227,16 @@ class Progress:
         rate, waiting = self._pace.rate, self._pace.waiting
         if rate is None or waiting is None:
             return []
-        return [("", f"{scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
+        return [("", f"{format_scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
 
     def _evaluation_columns(self) -> list[Column]:
         if self._last is None:
             return []
         step, metrics = self._last
-        rest = [(name, number(value)) for name, value in metrics.items() if name not in self._metrics]
-        best = [(f"best {self._best_of}", f"{number(self._best[0])} at step {self._best[1]}")] if self._best else []
+        rest = [(name, format_number(value)) for name, value in metrics.items() if name not in self._metrics]
+        best: list[tuple[str, str]] = []
+        if self._best:
+            best = [(f"best {self._best_of}", f"{format_number(self._best[0])} at step {self._best[1]}")]
         return [("at step", str(step)), *self._metric_columns(metrics), *rest, *best]
 
     def _check(self, event: StepEnd) -> None:

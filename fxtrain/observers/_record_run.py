@@ -31,8 +31,8 @@ from fxtrain.core import (
     Saved,
     StepEnd,
     TrainState,
+    printable,
 )
-from fxtrain.core._text import printable
 from fxtrain.disk import make_folder, replace_file, set_aside, sync_file, sync_folder
 from fxtrain.observers._repository import commit_of
 from fxtrain.values import plain

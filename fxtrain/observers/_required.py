@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fxtrain.fold._subscription import name_of
+from fxtrain.core import name_of
 
 
 def required(observer: Callable[..., None]) -> Callable[..., None]:

@@ -16,10 +16,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, FitBegin, TrainState, check_positive_int
-from fxtrain.core._text import printable
+from fxtrain.core import (
+    TRACED,
+    Control,
+    FitBegin,
+    TrainState,
+    check_positive_int,
+    device_name,
+    dtype_name,
+    format_bytes,
+    pluralize,
+    printable,
+    truncate_middle,
+)
 from fxtrain.disk import make_folder, replace_file
-from fxtrain.observers._figures import size
 from fxtrain.observers._rank_zero import rank
 from fxtrain.optim import PerParameter
 
@@ -199,7 +209,7 @@ def _joined(path: tuple[Any, ...], name: str) -> str:
 
 def _run(state: TrainState, event: FitBegin) -> Rows:
     limits = [
-        _count(total, unit)
+        pluralize(total, unit)
         for total, unit in ((event.total_steps, "step"), (event.total_epochs, "epoch"))
         if total is not None
     ]
@@ -216,24 +226,25 @@ def _model(state: TrainState, leaves: list[_Leaf], tied: dict[str, str]) -> Rows
     buffers = tree.leaves(state.buffers)
     counts: dict[str, int] = {}
     for leaf in leaves:
-        counts[_dtype(leaf.tensor)] = counts.get(_dtype(leaf.tensor), 0) + leaf.tensor.numel()
+        counts[dtype_name(leaf.tensor.dtype)] = counts.get(dtype_name(leaf.tensor.dtype), 0) + leaf.tensor.numel()
     several = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-    whole = f"{_numel(leaves):,} in {_count(len(leaves), 'tensor')}"
+    whole = f"{_numel(leaves):,} in {pluralize(len(leaves), 'tensor')}"
     trainable = _trainable(leaves)
     if trainable == "some":
         moving = _numel(leaf for leaf in leaves if leaf.trainable)
         whole += f": {moving:,} trainable, {_numel(leaves) - moving:,} frozen"
     elif trainable:
         whole += ", all trainable" if trainable == "all" else ", all frozen"
-    parts = {name: _bytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
-    named = [f"{name} {size(count)}" for name, count in parts.items() if count]
-    everything = _bytes(state)
+    parts = {name: tree.nbytes(getattr(state, name)) for name in ("params", "buffers", "opt_state", "slots")}
+    named = [f"{name} {format_bytes(count)}" for name, count in parts.items() if count]
+    everything = tree.nbytes(state)
+    rest = everything - sum(parts.values())
     return _nonempty(
         parameters=whole,
         tied=", ".join(f"{other} is {name}" for other, name in tied.items()),
-        buffers=f"{_total_numel(buffers):,} in {_count(len(buffers), 'tensor')}" if buffers else "",
+        buffers=f"{_total_numel(buffers):,} in {pluralize(len(buffers), 'tensor')}" if buffers else "",
         dtype=several if len(counts) > 1 else "".join(counts),
-        state=f"{size(everything)}: {', '.join([*named, f'other {size(everything - sum(parts.values()))}'])}",
+        state=f"{format_bytes(everything)}: {', '.join([*named, f'other {format_bytes(rest)}'])}",
     )
 
 
@@ -242,9 +253,9 @@ def _data(event: FitBegin) -> Rows:
     within = event.position - event.epoch_start
     within = within % event.epoch_length if event.epoch_length else within
     return _nonempty(
-        epoch=_count(event.epoch_length, "batch", "es") if event.epoch_length is not None else "",
+        epoch=pluralize(event.epoch_length, "batch", "batches") if event.epoch_length is not None else "",
         sizes=f"{event.num_shapes}, with one graph each if the step is compiled" if (event.num_shapes or 1) > 1 else "",
-        position=f"after {_count(within, 'batch', 'es')}{at}" if event.position else "",
+        position=f"after {pluralize(within, 'batch', 'batches')}{at}" if event.position else "",
     )
 
 
@@ -256,10 +267,10 @@ def _training(state: TrainState) -> Rows:
         named = [entry.type.__name__ for entry in accessor if entry.type not in (dict, list, tuple, PerParameter)]
         kind = named[-1] if named else "tensors"
         kinds[kind] = kinds.get(kind, 0) + leaf.nbytes
-    slots = {name: _bytes(memory) for name, memory in state.slots.items()}
+    slots = {name: tree.nbytes(memory) for name, memory in state.slots.items()}
     return _nonempty(
-        optimizer=", ".join(f"{name} {size(count)}" for name, count in kinds.items()),
-        callbacks=", ".join(f"{name} {size(count)}" for name, count in slots.items()),
+        optimizer=", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items()),
+        callbacks=", ".join(f"{name} {format_bytes(count)}" for name, count in slots.items()),
     )
 
 
@@ -279,9 +290,9 @@ def _device(device: torch.device) -> Rows:
     taken = torch.cuda.mem_get_info(device) if cuda else None
     versions = f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
     return _nonempty(
-        device=f"{device}, {torch.cuda.get_device_name(device)}" if cuda else str(device),
-        memory=f"{size(taken[1])}, {size(taken[0])} of it free" if taken else "",
-        host=f"{size(psutil.virtual_memory().total)}, {_count(os.cpu_count() or 1, 'core')}",
+        device=f"{device}, {device_name(device)}" if cuda else str(device),
+        memory=f"{format_bytes(taken[1])}, {format_bytes(taken[0])} of it free" if taken else "",
+        host=f"{format_bytes(psutil.virtual_memory().total)}, {pluralize(os.cpu_count() or 1, 'core')}",
         threads=f"{torch.get_num_threads():,}",
         torch=versions,
         python=platform.python_version(),
@@ -313,9 +324,9 @@ def _tensor_rows(leaves: list[_Leaf], rows: int) -> list[_Row]:
     shown, rest = _split_rows(leaves, rows)
     table = [
         {
-            "tensor": _shortened(leaf.name),
+            "tensor": truncate_middle(leaf.name, _MAX_NAME_LENGTH),
             "shape": str(tuple(leaf.tensor.shape)),
-            "dtype": _dtype(leaf.tensor),
+            "dtype": dtype_name(leaf.tensor.dtype),
             "size": f"{leaf.tensor.numel():,}",
         }
         for leaf in shown
@@ -375,9 +386,10 @@ def _module_row(group: _Group, whole: int) -> _Row:
     count = _numel(group.leaves)
     last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
     return {
-        "module": "  " * group.depth + _shortened(last),
-        "type": _shortened(
-            kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} similar"
+        "module": "  " * group.depth + truncate_middle(last, _MAX_NAME_LENGTH),
+        "type": truncate_middle(
+            kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} similar",
+            _MAX_NAME_LENGTH,
         ),
         "parameters": f"{count:,}",
         "share": f"{count / whole:.1%}" if whole else "",
@@ -416,21 +428,8 @@ def _trainable(leaves: list[_Leaf]) -> str:
     return "some" if len(told) > 1 else "all" if told == {True} else "frozen"
 
 
-def _shortened(name: str) -> str:
-    half = (_MAX_NAME_LENGTH - 3) // 2
-    return name if len(name) <= _MAX_NAME_LENGTH else f"{name[:half]}...{name[-half:]}"
-
-
-def _count(number: int, unit: str, plural: str = "s") -> str:
-    return f"{number:,} {unit}{'' if number == 1 else plural}"
-
-
 def _dtypes(leaves: list[_Leaf]) -> str:
-    return ", ".join(sorted({_dtype(leaf.tensor) for leaf in leaves}))
-
-
-def _dtype(leaf: Tensor) -> str:
-    return str(leaf.dtype).removeprefix("torch.")
+    return ", ".join(sorted({dtype_name(leaf.tensor.dtype) for leaf in leaves}))
 
 
 def _numel(leaves: Iterable[_Leaf]) -> int:
@@ -439,7 +438,3 @@ def _numel(leaves: Iterable[_Leaf]) -> int:
 
 def _total_numel(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def _bytes(values: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree.leaves(values))

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fxtrain import tree
 from fxtrain.core import Tree, did_you_mean
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._leaves import Scalar, device_of, start_count, widest
+from fxtrain.optim._leaves import Scalar, start_count, widest
 from fxtrain.optim._transform import GradientTransformation
 from fxtrain.schedules import Schedule
 from fxtrain.tree import Path, as_code, children, rebuilt
@@ -97,7 +98,7 @@ def inject_hyperparams(
         factory(**{**given, **{name: of(torch.tensor(0)) for name, of in schedules.items()}})
 
         def init(params: Tree) -> InjectHyperparamsState:
-            dtype, device = widest(params), device_of(params)
+            dtype, device = widest(params), tree.device_of(params)
             count = start_count(params)
             for name, value in unscheduled.items():
                 _refuse_rounded(name, value, dtype)

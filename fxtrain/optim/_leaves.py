@@ -117,12 +117,7 @@ def real_full(params: Tree, value: Scalar = 0.0) -> Tree:
 
 def start_count(params: Tree) -> Tensor:
     """Returns the update count before the first update: int64 [], on the device of the parameters."""
-    return torch.zeros((), dtype=torch.int64, device=device_of(params))
-
-
-def device_of(values: Tree) -> torch.device | None:
-    """Returns the device of the first tensor, or None if there is none."""
-    return next((leaf.device for leaf in tree.leaves(values) if isinstance(leaf, Tensor)), None)
+    return torch.zeros((), dtype=torch.int64, device=tree.device_of(params))
 
 
 def wide(leaf: Tensor) -> Tensor:

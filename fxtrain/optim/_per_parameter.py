@@ -78,7 +78,7 @@ def per_parameter(params: Tree, value: float | Tensor = 0, *, dtype: torch.dtype
         tensor([0.5000, 0.5000])
     """
     paths = tuple(leaf_paths(params))
-    device = next((leaf.device for leaf in tree.leaves(params) if isinstance(leaf, Tensor)), None)
+    device = tree.device_of(params)
     blank = torch.zeros(len(paths), dtype=dtype, device=device)
     return PerParameter(blank + value if isinstance(value, Tensor) or value != 0 else blank, paths)
 

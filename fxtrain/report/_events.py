@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+from fxtrain.core import truncate
 from fxtrain.report import _shapes as shapes
 from fxtrain.report._folder import Folder
 from fxtrain.report._kept import Items
@@ -71,6 +72,6 @@ class Events:
     def _mark(self, step: int, kind: str, text: str) -> None:
         items = self._marks.setdefault(kind, Items())
         # Stored by index, because steps decrease after a rewind.
-        items.put(items.count, Mark(step, kind, shapes.shortened(text)))
+        items.put(items.count, Mark(step, kind, truncate(text, shapes.MAX_WORDS)))
         if items.cost > _MAX_MARKS:
             items.thin()

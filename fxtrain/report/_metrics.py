@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from fxtrain.core import truncate
 from fxtrain.report import _shapes as shapes
 from fxtrain.report._folder import Folder, Problems
 from fxtrain.report._kept import Items, Kept, Points
@@ -171,7 +172,7 @@ class Metrics:
             if len(columns) > _MAX_COLUMNS:
                 raise ValueError(f"expected at most {_MAX_COLUMNS} columns, got {len(columns):,}")
             shown = {
-                shapes.shortened(each, _MAX_CELL): [_cell(cell, beside) for cell in cells[:_MAX_ROWS]]
+                truncate(each, _MAX_CELL): [_cell(cell, beside) for cell in cells[:_MAX_ROWS]]
                 for each, cells in columns.items()
             }
             self.tables[name] = Table(step, shown, len(next(iter(columns.values()))))
@@ -189,7 +190,7 @@ class Metrics:
             ValueError: If ``value`` is not a valid confusion matrix.
         """
         found = shapes.mapping(value)
-        labels = [shapes.shortened(shapes.words(label), 100) for label in shapes.listed(found.get("labels"))]
+        labels = [truncate(shapes.words(label), 100) for label in shapes.listed(found.get("labels"))]
         if not 1 <= len(labels) <= _MAX_CLASSES:
             raise ValueError(f"expected from 1 to {_MAX_CLASSES:,} labels, got {len(labels):,}")
         counts = shapes.square(found.get("counts"), len(labels))
@@ -207,4 +208,4 @@ def shortened_text(text: str) -> str:
 def _cell(value: Any, beside: PurePosixPath | None) -> Any:
     if beside is not None and shapes.is_image_of_table(value):
         return beside / value
-    return value if isinstance(value, float) else shapes.shortened(shapes.words(value), _MAX_CELL)
+    return value if isinstance(value, float) else truncate(shapes.words(value), _MAX_CELL)

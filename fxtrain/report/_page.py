@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from fxtrain.observers._figures import duration
+from fxtrain.core import format_duration
 from fxtrain.report import _shapes as shapes
 from fxtrain.report._kept import evenly
 from fxtrain.report._panels import heat, sections
@@ -101,7 +101,7 @@ def _head(run: Run) -> str:
     facts = {
         "step": f"{step:,}",
         "status": reason,
-        "time": duration(seconds) if 0 < seconds < math.inf else "",
+        "time": format_duration(seconds) if 0 < seconds < math.inf else "",
         "sessions": str(len(run.sessions)) if len(run.sessions) > 1 else "",
         "device": _device(last.get("environment", {})),
     }

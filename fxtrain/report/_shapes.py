@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from fxtrain.core import truncate
+
 MAX_STEP = 2**50
 """The largest step, which leaves room for exact ticks between steps in float64."""
 
 _IMAGE_OF_TABLE = re.compile(r"\d{8,}(?:\.r\d+)?-\d+\.png", re.ASCII)  # in the folder of the table
 _MAX_NUMBER = 40  # characters of a number written as a string
 _MAX_NAME = 1000  # characters
-_MAX_WORDS = 1000  # characters of a value in a table
+MAX_WORDS = 1000  # characters of a value in a table
 _MAX_DEPTH = 20  # levels of a nested configuration
 _MAX_COUNT = 2.0**53  # larger integers are not exact in float64
 _MAX_EDGE = 1e300  # differences of larger edges overflow
@@ -39,7 +41,7 @@ def parsed(content: bytes) -> Any:
         # error.msg omits the position. A plain ValueError comes from the interpreter's limit on digits.
         what = error.msg if isinstance(error, json.JSONDecodeError) else "a number with too many digits"
         raise ValueError(
-            f"expected JSON, got {shortened(content[:40].decode(errors='replace'), 30)!r} ({what})"
+            f"expected JSON, got {truncate(content[:40].decode(errors='replace'), 30)!r} ({what})"
         ) from None
 
 
@@ -146,16 +148,6 @@ def is_image_of_table(cell: Any) -> bool:
     return isinstance(cell, str) and len(cell) < 256 and _IMAGE_OF_TABLE.fullmatch(cell) is not None
 
 
-def shortened(value: str, most: int = _MAX_WORDS) -> str:
-    """Truncates ``value`` to at most ``most`` characters.
-
-    Example:
-        >>> shortened("abcdefgh", 4)
-        'a...'
-    """
-    return value if len(value) <= most else f"{value[: most - 3]}..."
-
-
 def words(value: Any) -> str:
     """Returns a scalar or a list of scalars as text of bounded length.
 
@@ -168,8 +160,10 @@ def words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        return shortened(" ".join("(a list)" if isinstance(each, list) else words(each) for each in value[:100]))
-    return "(an object)" if isinstance(value, Mapping) else shortened(str(value))
+        return truncate(
+            " ".join("(a list)" if isinstance(each, list) else words(each) for each in value[:100]), MAX_WORDS
+        )
+    return "(an object)" if isinstance(value, Mapping) else truncate(str(value), MAX_WORDS)
 
 
 def named(value: Any) -> str:
@@ -180,7 +174,7 @@ def named(value: Any) -> str:
         return "an object"
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    return shortened(repr(value[:40]) if isinstance(value, str) else words(value), 40)
+    return truncate(repr(value[:40]) if isinstance(value, str) else words(value), 40)
 
 
 def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -197,4 +191,4 @@ def flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             inside = [(f"{path}/{key}" if path else key, each, depth + 1) for key, each in value.items()]
             waiting += reversed(inside)
         elif value is not None:
-            yield shortened(path, 200), words(value)
+            yield truncate(path, 200), words(value)

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fxtrain.core import describe
-from fxtrain.fold._subscription import name_of
+from fxtrain.core import describe, name_of
 from fxtrain.model._captured_values import captured
 
 

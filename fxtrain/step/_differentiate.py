@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, check_choice
+from fxtrain.core import Tree, check_choice, truncate
 from fxtrain.core._frames import places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._wrapped_forward import is_forward_wrapped
@@ -284,8 +284,7 @@ def _is_rejection(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{text[:_MAX_REASON_LENGTH]}..." if len(text) > _MAX_REASON_LENGTH else text
+    return truncate(" ".join(str(error).split()) or type(error).__name__, _MAX_REASON_LENGTH)
 
 
 def _where(error: Exception) -> str:

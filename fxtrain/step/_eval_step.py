@@ -6,9 +6,8 @@ import functools
 from collections.abc import Callable
 
 from fxtrain import rng
-from fxtrain.core import Batch, StepOutput, TrainState, describe
+from fxtrain.core import Batch, StepOutput, TrainState, describe, name_of
 from fxtrain.data import for_step
-from fxtrain.fold._subscription import name_of
 from fxtrain.precision import Policy, policy_of
 from fxtrain.step._check_function import place_of, refuse_unless_loss
 from fxtrain.step._check_result import measured

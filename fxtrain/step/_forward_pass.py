@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import rng, tree
-from fxtrain.core import Batch, TrainState, Tree, matching
+from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy
 from fxtrain.tree import as_name, leaf_paths
@@ -177,7 +177,7 @@ def _mismatch(policy: Policy, name: str, frame: FrameType, line: int, error: Exc
     dtypes = dict.fromkeys(_DTYPES[dtype.lower()] for dtype in said)
     if len(dtypes) < 2:
         read = (value for value in frame.f_locals.values() if isinstance(value, Tensor) and value.is_floating_point())
-        dtypes |= dict.fromkeys(str(value.dtype).removeprefix("torch.") for value in read)
+        dtypes |= dict.fromkeys(dtype_name(value.dtype) for value in read)
     owner = type(_owner(frame)).__name__
     where = f"the module {name!r} ({owner})" if name else f"the model ({owner})"
     if policy.casts or policy.param in HALF:

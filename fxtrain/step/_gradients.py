@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import rng, tree
-from fxtrain.core import Batch, Metrics, TrainState, Tree, register_node
-from fxtrain.fold._subscription import name_of
+from fxtrain.core import Batch, Metrics, TrainState, Tree, name_of, register_node
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Batch, Callback, Control, Due, Event, StepFn, StepOutput, TrainState, describe
+from fxtrain.core import TRACED, Batch, Callback, Control, Due, Event, StepFn, StepOutput, TrainState, describe, name_of
 from fxtrain.data import for_step
 from fxtrain.fold import Composed, as_composed, attach, compose
-from fxtrain.fold._subscription import name_of
 from fxtrain.model import refuse_in_place_writes, versions
 from fxtrain.step._callbacks import refused, traced_others
 from fxtrain.step._check_function import refuse_unless_step

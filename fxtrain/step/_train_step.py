@@ -23,10 +23,10 @@ from fxtrain.core import (
     check_choice,
     check_positive_int,
     describe,
+    name_of,
 )
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
-from fxtrain.fold._subscription import name_of
 from fxtrain.model import model_of
 from fxtrain.optim._unused import accumulates
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of

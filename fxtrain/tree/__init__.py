@@ -5,6 +5,8 @@ empty node. Dictionaries are flattened in the order of their sorted keys.
 """
 
 from fxtrain.tree._arithmetic import clone, global_norm, where, zeros_like
+from fxtrain.tree._arithmetic import device_of as device_of
+from fxtrain.tree._arithmetic import nbytes as nbytes
 from fxtrain.tree._generated_flatten import Flatten as Flatten
 from fxtrain.tree._generated_flatten import OtherStructureError as OtherStructureError
 from fxtrain.tree._generated_flatten import generate_flatten as generate_flatten

@@ -63,6 +63,16 @@ def global_norm(tree: Tree) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
+def nbytes(tree: Tree) -> int:
+    """Returns the size of all leaves in bytes."""
+    return sum(leaf.nbytes for leaf in leaves(tree))
+
+
+def device_of(tree: Tree) -> torch.device | None:
+    """Returns the device of the first tensor, or None for a tree without tensors."""
+    return next((leaf.device for leaf in leaves(tree) if isinstance(leaf, Tensor)), None)
+
+
 def _squared_norm(leaf: Tensor) -> Tensor:
     real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
     wide = torch.promote_types(real.dtype, torch.float32)

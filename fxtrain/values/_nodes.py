@@ -54,8 +54,7 @@ def as_tensor(what: str, value: Any) -> Tensor:
         return torch.from_numpy(np.array(value))
     if isinstance(value, Tensor) and not value.is_complex():
         return value.detach()
-    found = f"a {value.dtype} array" if isinstance(value, np.ndarray) else describe(value)
-    raise TypeError(f"expected a real tensor or array for {what}, got {found}.")
+    raise TypeError(f"expected a real tensor or array for {what}, got {describe(value)}.")
 
 
 def on_host(tensor: Tensor) -> np.ndarray:

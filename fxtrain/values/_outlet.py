@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from fxtrain.core._text import printable, printable_lines
+from fxtrain.core import printable, printable_lines
 from fxtrain.values._backlog import MOST_BYTES, MOST_POINTS, Backlog, Lost, Waiting, waiting
 from fxtrain.values._log import hand_over, take_back
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from fxtrain.core._text import encodable, printable, printable_lines
+from fxtrain.core import encodable, printable, printable_lines
 from fxtrain.values import HParams, Text
 from fxtrain.writers._interface import Backend
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from fxtrain.core._text import printable
+from fxtrain.core import printable
 from fxtrain.values._backlog import Backlog, Waiting
 
 FLUSH_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""The dtype in which scalars are accumulated."""
+"""Properties of devices."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def wide_dtype(device: torch.device) -> torch.dtype:
         torch.float64
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the product name of a CUDA device, and the type of any other.
+
+    Example:
+        >>> device_name(torch.device("cpu"))
+        'cpu'
+    """
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,143 @@
+"""Text for readers: numbers, durations, sizes, dtypes, names, and lists and texts of bounded length."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+import torch
+
+
+def format_number(value: float) -> str:
+    """Formats a metric in a few digits, with a width that changes little.
+
+    Example:
+        >>> [format_number(value) for value in (2.31456, 0.04, 123.456, 81234.0, 0.00012, float("nan"))]
+        ['2.3146', '0.0400', '123.46', '81234', '1.20e-04', 'nan']
+    """
+    size = abs(value)
+    if not math.isfinite(value):
+        return str(value)
+    if size and not 1e-3 <= size < 1e6:
+        return f"{value:.2e}"
+    return f"{value:.{4 if size < 10 else 3 if size < 100 else 2 if size < 1000 else 0}f}"
+
+
+def format_scaled(value: float) -> str:
+    """Formats a value with three significant digits and an SI prefix.
+
+    Example:
+        >>> [format_scaled(value) for value in (0.52, 8.0, 45210.0, 1.25e6)]
+        ['0.52', '8.00', '45.2k', '1.25M']
+    """
+    thousands = 0
+    while abs(value) >= 999.5 and thousands < 4:
+        value, thousands = value / 1000, thousands + 1
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f}{('', 'k', 'M', 'G', 'T')[thousands]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration as hours, minutes and seconds, with a fraction below ten seconds.
+
+    Example:
+        >>> [format_duration(seconds) for seconds in (3.21, 75, 3661, 90061)]
+        ['3.2 s', '1:15', '1:01:01', '25:01:01']
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes in binary units.
+
+    Example:
+        >>> [format_bytes(count) for count in (12, 49_400_000, 3 * 2**40)]
+        ['12 B', '47.1 MiB', '3.0 TiB']
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def pluralize(count: int, noun: str, plural: str = "") -> str:
+    """Returns a count with its noun, by default with the plural in ``s``.
+
+    Example:
+        >>> pluralize(1, "batch", "batches"), pluralize(1200, "step")
+        ('1 batch', '1,200 steps')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def truncate(text: str, most: int) -> str:
+    """Returns ``text``, with its end replaced by dots if it is longer than ``most`` characters.
+
+    Example:
+        >>> truncate("abcdefgh", 6)
+        'abc...'
+    """
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def truncate_middle(text: str, most: int) -> str:
+    """Returns ``text``, with its middle replaced by dots if it is longer than ``most`` characters.
+
+    Example:
+        >>> truncate_middle("blocks.0.attention.weight", 15)
+        'blocks...weight'
+    """
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def first_names(names: Collection[str], most: int = 4) -> str:
+    """Returns the first ``most`` names in one line, and the number of the others.
+
+    Example:
+        >>> first_names(["a", "b", "c"], 2), first_names([])
+        ('a, b and 1 more', 'none')
+    """
+    listed = ", ".join(list(names)[:most]) or "none"
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+
+
+def first_lines(lines: Sequence[str], most: int) -> list[str]:
+    """Returns the first ``most`` lines, and a line with the number of the others.
+
+    Example:
+        >>> first_lines(["a", "b", "c"], 2)
+        ['a', 'b', 'and 1 more']
+    """
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype without its module.
+
+    Example:
+        >>> dtype_name(torch.float32)
+        'float32'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def name_of(function: object) -> str:
+    """Returns the name of a function, or of the class of a callable object.
+
+    Example:
+        >>> name_of(functools.partial(dtype_name)), name_of(torch.nn.Linear(1, 1))
+        ('dtype_name', 'Linear')
+    """
+    while isinstance(function, functools.partial):
+        function = cast(Any, function.func)
+    return getattr(function, "__name__", None) or type(function).__name__
