@@ -18,6 +18,18 @@ from fxtrain.checkpoint import restore, save
 from fxtrain.core import KINDS, Callback, Control, Event, TrainState, Tree
 from fxtrain.fold import attach, compose
 
+__all__ = [
+    "assert_equal",
+    "check_associativity",
+    "check_identity",
+    "check_laws",
+    "check_monotone",
+    "check_purity",
+    "check_resume",
+    "check_vmap",
+    "run",
+]
+
 
 def check_laws(callback: Callback, state: TrainState, events: Sequence[Event]) -> None:
     """Checks all laws of a single callback: identity, purity, monotone control, resume and vmap.
@@ -50,13 +62,20 @@ def check_identity(callback: Callback, state: TrainState, events: Sequence[Event
         callback: The callback.
         state: The initial state, with the callback's slots.
         events: The events to fold over, in order.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(fx.callbacks.stop_at("loss", 0.3))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(1.0 / i)}) for i in range(1, 5)]
+        >>> check_identity(callback, state, events)
     """
-    wanted = run(compose(callback), state, events)
+    expected = run(compose(callback), state, events)
     for name, composed in {
         "compose(compose(), callback)": compose(compose(), callback),
         "compose(callback, compose())": compose(callback, compose()),
     }.items():
-        assert_equal(run(composed, state, events), wanted, f"identity: {name}")
+        assert_equal(run(composed, state, events), expected, f"identity: {name}")
 
 
 def check_associativity(
@@ -70,6 +89,12 @@ def check_associativity(
         third: The last callback.
         state: The initial state. Missing slots of the callbacks are added.
         events: The events to fold over, in order.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> first, second, third = fx.callbacks.stop_at("loss", 0.3), fx.callbacks.nan_guard(), fx.callbacks.save()
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), [first, second, third])
+        >>> check_associativity(first, second, third, state, [fx.EvalEnd(step=1, metrics={"loss": torch.tensor(0.1)})])
     """
     state = attach(state, compose(first, second, third))
     left = run(compose(compose(first, second), third), state, events)
@@ -84,6 +109,13 @@ def check_purity(callback: Callback, state: TrainState, events: Sequence[Event])
         callback: The callback.
         state: The initial state, with the callback's slots.
         events: The events to fold over, in order.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(fx.callbacks.stop_at("loss", 0.3))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(1.0 / i)}) for i in range(1, 5)]
+        >>> check_purity(callback, state, events)
     """
     composed = compose(callback)
     for event in events:
@@ -103,6 +135,13 @@ def check_monotone(callback: Callback, state: TrainState, events: Sequence[Event
         callback: The callback.
         state: The initial state, with the callback's slots.
         events: The events to fold over, in order.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(fx.callbacks.stop_at("loss", 0.3))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(1.0 / i)}) for i in range(1, 5)]
+        >>> check_monotone(callback, state, events)
     """
 
     earlier = Control(stop=True, reason="requested before")
@@ -123,6 +162,13 @@ def check_resume(callback: Callback, state: TrainState, events: Sequence[Event])
         callback: The callback.
         state: The initial state, with the callback's slots.
         events: The events to fold over, in order.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(fx.callbacks.stop_at("loss", 0.3))
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(1.0 / i)}) for i in range(1, 5)]
+        >>> check_resume(callback, state, events)
     """
     composed = compose(callback)
     whole, controls = run(composed, state, events)
@@ -141,11 +187,18 @@ def check_vmap(callback: Callback, state: TrainState, events: Sequence[Event]) -
         callback: The callback.
         state: The initial state, with the callback's slots.
         events: The events to fold over, in order. Each run sees other values of their floating-point tensors.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.callbacks.early_stopping("loss", patience=2)
+        >>> state = fx.attach(fx.init(torch.nn.Linear(1, 1)), callback)
+        >>> events = [fx.EvalEnd(step=i, metrics={"loss": torch.tensor(1.0 / i)}) for i in range(1, 5)]
+        >>> check_vmap(callback, state, events)
     """
     composed = compose(callback)
     # Members see the same events with different values, so that their states diverge.
     members = [[_scaled(event, 1.0 + member) for event in events] for member in range(3)]
-    wanted = [run(composed, state, own) for own in members]
+    alone = [run(composed, state, own) for own in members]
     batched = tree.map(lambda leaf: torch.stack([leaf] * 3), state)
     for time, event in enumerate(events):
 
@@ -155,14 +208,14 @@ def check_vmap(callback: Callback, state: TrainState, events: Sequence[Event]) -
 
         fields = tree.map(lambda *leaves: torch.stack(leaves), *[_tensors(own[time]) for own in members])
         batched, controls = torch.vmap(one)(batched, fields)
-        for index, (_, expected) in enumerate(wanted):
+        for index, (_, expected) in enumerate(alone):
             got = tree.map(lambda leaf, index=index: leaf[index], controls)
             for kind in KINDS:
                 assert got.reasons(kind) == expected[time].reasons(kind), (
                     f"vmap: expected member {index} to request {kind} for the reasons {expected[time].reasons(kind)} "
                     f"at {_name(event)}, got {got.reasons(kind)}"
                 )
-    for index, (expected, _) in enumerate(wanted):
+    for index, (expected, _) in enumerate(alone):
         own = tree.map(lambda leaf, index=index: leaf[index], batched)
         assert_equal(own, expected, f"vmap: member {index}")
 
@@ -174,6 +227,13 @@ def run(callback: Callback, state: TrainState, events: Sequence[Event]) -> tuple
         callback: The callback, composed or not.
         state: The initial state, with the callback's slots.
         events: The events, in order.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> callback = fx.compose(lambda state, event: (state, fx.Control(log={"twice": 2 * event.step})))
+        >>> _, controls = run(callback, fx.init(torch.nn.Linear(1, 1)), [fx.EpochEnd(step=3), fx.EpochEnd(step=6)])
+        >>> [control.log["twice"].value for control in controls]
+        [6, 12]
     """
     controls: list[Control] = []
     for event in events:
@@ -192,6 +252,13 @@ def assert_equal(got: Tree, expected: Tree, what: str) -> None:
 
     Raises:
         AssertionError: The message names the first leaf that differs.
+
+    Example:
+        >>> import torch
+        >>> assert_equal({"a": torch.tensor(0.0)}, {"a": torch.tensor(-0.0)}, "the run")
+        Traceback (most recent call last):
+        ...
+        AssertionError: the run: expected got['a'] to be -0.0, got 0.0
     """
     got_paths, expected_paths = tree.paths(got, "got"), tree.paths(expected, "got")
     assert got_paths == expected_paths, (
@@ -200,7 +267,8 @@ def assert_equal(got: Tree, expected: Tree, what: str) -> None:
     )
     for path, a, b in zip(got_paths, tree.leaves(got), tree.leaves(expected), strict=True):
         same = _are_same_bits(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        assert same, f"{what}: expected {path} to be {b}, got {a}"
+        if not same:
+            raise AssertionError(f"{what}: expected {path} to be {b}, got {a}")
 
 
 def _are_same_bits(a: Tensor, b: Tensor) -> bool:

@@ -46,6 +46,10 @@ class Break:
         where: ``file:line in function`` of the innermost user code, else of a library. Empty if unknown.
         code: The source of that line.
         within: ``file:line: code`` of the innermost library code that the user's line leads to, or empty.
+
+    Example:
+        >>> print(Break("Python reads the value of a tensor here.", "train.py:7 in loss_fn", "if loss > 1:"))
+        train.py:7 in loss_fn | if loss > 1: | Python reads the value of a tensor here.
     """
 
     reason: str

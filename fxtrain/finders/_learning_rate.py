@@ -28,6 +28,10 @@ class LearningRates:
         suggestion: The learning rate at which the smoothed loss falls fastest as a function of the learning rate's
             logarithm, or None if it never falls.
         diverged: Whether the loss diverged, which ends the search before the highest learning rate.
+
+    Example:
+        >>> LearningRates((0.1, 0.2, 0.4), (3.0, 1.0, 9.0), (3.0, 1.0, 9.0), suggestion=0.1, diverged=True)
+        LearningRates: suggestion 0.1; 3 learning rates from 0.1 to 0.4, until the loss diverged
     """
 
     rates: tuple[float, ...]

@@ -17,7 +17,17 @@ from fxtrain.step._weighted import Weighted
 
 
 class EvalFunction:
-    """A pure function ``(state, batch) -> output`` that computes metrics. Made by ``eval_step``."""
+    """A pure function ``(state, batch) -> output`` that computes metrics. Made by ``eval_step``.
+
+    Args:
+        function: Any pure function with this signature.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> norm = EvalFunction(lambda state, batch: fx.StepOutput({"norm": state.params["w"].norm()}))
+        >>> norm(fx.init({"w": torch.tensor([3.0, 4.0])}), batch=None).metrics
+        {'norm': tensor(5.)}
+    """
 
     callbacks: tuple[()] = ()  # an evaluation folds none
 

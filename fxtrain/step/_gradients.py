@@ -46,6 +46,13 @@ class Gradient:
             a step compiled by Dynamo has True everywhere. Static: part of the tree's structure, not a leaf.
         weight: float64 []. The weight in a mean, from ``fxtrain.weighted``. None without it.
         written: The frozen parameters that the forward pass writes, such as a momentum encoder's, after the pass.
+
+    Example:
+        >>> import torch, fxtrain as fx
+        >>> find = fx.gradients(lambda model, batch: (model["w"] * batch).sum())
+        >>> found = find(fx.init({"w": torch.tensor(3.0)}), torch.tensor([2.0, 1.0]))
+        >>> found.loss, found.grads
+        (tensor(9.), {'w': tensor(3.)})
     """
 
     loss: Tensor
