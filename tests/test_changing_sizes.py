@@ -189,7 +189,7 @@ def test_run_publishes_graphs_and_padding():
 
     state = fx.init({"w": torch.tensor(1.0)}, TX)
     result = fx.fit(state, step, fx.data.prefetch(data).map(lambda batch: batch), epochs=2, observers=[see])
-    assert begun[0].sizes == len(data.sizes)
+    assert begun[0].num_shapes == len(data.sizes)
     assert result.history["compile/graphs"].values.tolist() == [len(data.sizes)]
     assert result.history["compile/seconds"].values[0] > 0
     real = [int(sum(data[i]["mask"].sum() for i in range(n, n + data.epoch_length))) for n in (0, data.epoch_length)]

@@ -16,7 +16,7 @@ from fxtrain.data import (
     Source,
     as_source,
     batches,
-    check,
+    check_batch,
     from_iterable,
     from_loader,
     from_stateful_loader,
@@ -166,9 +166,9 @@ def test_invalid_arguments_are_rejected(make, error, message):
 )
 def test_mismatched_batch_is_rejected(batch, message):
     like = {"x": torch.zeros(4, 2), "y": torch.zeros(4)}
-    assert check(like, like)
+    assert check_batch(like, like)
     with pytest.raises(ValueError, match=message):
-        check(batch, like)
+        check_batch(batch, like)
     for stream in (from_iterable([like, like, batch, like]), as_source(iter([like, like, batch, like]))):
         with pytest.raises(ValueError, match=r"^At position 2: |^expected the batch at position 2 to have as many"):
             take(stream, range(4))

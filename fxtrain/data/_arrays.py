@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fxtrain import tree
-from fxtrain.core import check_choice, check_positive_int, describe
+from fxtrain.core import Batch, Tree, check_choice, check_positive_int, describe
 from fxtrain.data._as_tensors import as_tensors
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._collate import Grouped, StatefulGrouped, as_torch, collate, has_state, is_stream, samples
@@ -20,6 +20,7 @@ from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._streams import from_iterable, from_stateful_loader
+from fxtrain.data._types import LazyArray, MapDataset, Sample
 
 DropLast = bool | Literal["pad"]
 
@@ -37,7 +38,7 @@ class Indexed(Source):
 
     def __init__(
         self,
-        take: Callable[[np.ndarray, int], Any],
+        take: Callable[[np.ndarray, int], Batch],
         size: int,
         batch_size: int,
         *,
@@ -62,7 +63,7 @@ class Indexed(Source):
         self._take = take
         self._order = Order(size, seed=seed, shuffle=shuffle)
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         epoch, index = divmod(position, self.epoch_length)
         start = index * self.batch_size
         stop = min(start + self.batch_size, self.size)
@@ -71,13 +72,13 @@ class Indexed(Source):
 
 
 def batches(
-    source: Any,
+    source: Tree | MapDataset[Sample] | Iterable[Sample],
     batch_size: int,
     *,
     seed: int = 0,
     shuffle: bool | None = None,
     drop_last: DropLast = True,
-    collate: Callable[[list[Any]], Any] = collate,
+    collate: Callable[[list[Sample]], Batch] = collate,
     dynamic: bool = False,
 ) -> Source:
     """Returns batches of arrays or of a dataset, in an order determined by the seed and the epoch.
@@ -115,11 +116,17 @@ def batches(
     source = as_torch(source)
     _refuse_table(source)
     if isinstance(source, IterableDataset) or is_stream(source):
-        options: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last, "collate": collate, "dynamic": dynamic}
-        return _grouped(source, batch_size, seed=seed, **options)
+        return _grouped(
+            *(source, batch_size),
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            collate=collate,
+            dynamic=dynamic,
+        )
     if _is_dataset(source):
 
-        def take(items: np.ndarray, position: int) -> Any:
+        def take(items: np.ndarray, position: int) -> Batch:
             with seeded(seed, position):
                 return collate(samples(source, items.tolist()))
 
@@ -131,7 +138,7 @@ def batches(
                 f'expected a dict of arrays without the key "mask", which drop_last="pad" adds, got {describe(source)}.'
             )
 
-        def take(items: np.ndarray, position: int) -> Any:
+        def take(items: np.ndarray, position: int) -> Batch:
             return tree.map(lambda leaf: _rows(leaf, items), source)
 
     return Indexed(
@@ -188,7 +195,7 @@ def windows(
     size = max((total - length) // length if shuffle else (total - 1) // length, 0)
     steps = np.arange(length)
 
-    def take(items: np.ndarray, position: int) -> Any:
+    def take(items: np.ndarray, position: int) -> dict[str, Tensor]:
         offset = mix(seed, position // data.epoch_length, 1) % length if shuffle else 0
         at = ((items * length + offset)[:, None] + steps).ravel()
         x, y = (_rows(tokens, index).to(torch.int64).reshape(-1, length) for index in (at, at + 1))
@@ -211,7 +218,7 @@ class Listed(Source):
 
     epoch_length: int
 
-    def __init__(self, items: Sequence[Any], *, dynamic: bool = False) -> None:
+    def __init__(self, items: Sequence[Batch], *, dynamic: bool = False) -> None:
         super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
         if not items:
             raise ValueError("expected at least one batch, got an empty list.")
@@ -220,15 +227,15 @@ class Listed(Source):
         # Check all batches now, so that a mismatch raises before the run and not during it.
         self._batches = [super(Listed, self).__getitem__(position) for position in range(len(items))]
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         return self.items[position % self.epoch_length]
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> Batch:
         position = operator.index(position)
         return self._batches[position % self.epoch_length] if position >= 0 else super().__getitem__(position)
 
 
-def sequence(items: Sequence[Any], *, dynamic: bool = False) -> Source:
+def sequence(items: Sequence[Batch], *, dynamic: bool = False) -> Source:
     """Returns the given batches, in the same order in each epoch.
 
     Args:
@@ -247,13 +254,13 @@ def sequence(items: Sequence[Any], *, dynamic: bool = False) -> Source:
 
 
 def _grouped(
-    stream: Any,
+    stream: Iterable[Sample],
     batch_size: int,
     *,
     seed: int,
     shuffle: bool | None,
     drop_last: DropLast,
-    collate: Callable[[list[Any]], Any],
+    collate: Callable[[list[Sample]], Batch],
     dynamic: bool,
 ) -> Source:
     """Returns batches of an iterable dataset's samples."""
@@ -271,12 +278,12 @@ def _grouped(
     return from_iterable(Grouped(stream, batch_size, collate, drop_last), seed=seed, dynamic=dynamic)
 
 
-def _is_dataset(source: Any) -> bool:
+def _is_dataset(source: object) -> TypeGuard[MapDataset[Tree]]:
     sized = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     return sized and not isinstance(source, Tensor | np.ndarray | Mapping | tuple)
 
 
-def _common_length(source: Any) -> int:
+def _common_length(source: Tree) -> int:
     paths, leaves = tree.paths(source, "arrays"), tree.leaves(source)
     if not leaves:
         raise ValueError(f"expected at least one array, got {describe(source)}.")
@@ -296,7 +303,7 @@ def _common_length(source: Any) -> int:
     return len(leaves[0])
 
 
-def _refuse_table(source: Any) -> None:
+def _refuse_table(source: object) -> None:
     """Raises for tables of pandas, polars and pyarrow, whose ``[]`` does not index rows."""
     kind = type(source)
     if kind.__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
@@ -306,13 +313,13 @@ def _refuse_table(source: Any) -> None:
         )
 
 
-def _is_read_lazily(leaf: Any) -> bool:
+def _is_read_lazily(leaf: object) -> TypeGuard[LazyArray]:
     """Whether this is an array on disk that reads only the indexed items, like those of h5py and zarr."""
     is_array = all(hasattr(leaf, name) for name in ("shape", "dtype", "__getitem__"))
-    return is_array and isinstance(leaf.dtype, np.dtype) and not hasattr(leaf, "iloc")
+    return is_array and isinstance(getattr(leaf, "dtype", None), np.dtype) and not hasattr(leaf, "iloc")
 
 
-def _rows(leaf: Any, index: np.ndarray) -> Any:
+def _rows(leaf: Tensor | np.ndarray | LazyArray, index: np.ndarray) -> Tensor:
     if not isinstance(leaf, Tensor | np.ndarray):
         # h5py requires ascending indices without repeats.
         rows, places = np.unique(index, return_inverse=True)
@@ -324,14 +331,14 @@ def _rows(leaf: Any, index: np.ndarray) -> Any:
     return leaf[at] if leaf.dtype in (torch.uint16, torch.uint32, torch.uint64) else leaf.index_select(0, at)
 
 
-def _padded(batch: Any, rows: int, batch_size: int) -> dict[str, Any]:
+def _padded(batch: Batch, rows: int, batch_size: int) -> dict[str, Tree]:
     if not isinstance(batch, dict) or "mask" in batch:
         raise ValueError(
             'expected each batch to be a dict without the key "mask", which drop_last="pad" adds, got '
             f"{describe(batch)}."
         )
 
-    def pad(path: str, leaf: Any) -> Any:
+    def pad(path: str, leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf.ndim == 0 or len(leaf) != rows:

@@ -13,7 +13,7 @@ from fxtrain.core import Batch, describe
 from fxtrain.data._arrays import sequence
 from fxtrain.data._collate import as_torch, has_state
 from fxtrain.data._data_loaders import from_loader
-from fxtrain.data._foreign_containers import is_graph
+from fxtrain.data._graphs import is_graph
 from fxtrain.data._source import Batches, Source, SourceLike
 from fxtrain.data._streams import from_iterable, from_stateful_loader
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fxtrain import tree
-from fxtrain.core import Batch, describe
+from fxtrain.core import Batch, Tree, describe
 from fxtrain.data._foreign_containers import register_containers
 
 _NUMBERS = (bool, int, float, complex)
 KINDS_OF_NUMBERS = "biufc"
 
 
-def as_tensors(batch: Any) -> Any:
+def as_tensors(batch: Batch) -> Tree:
     """Returns the batch with numpy arrays, numbers and lists of numbers converted to tensors.
 
     A Python number becomes a tensor of shape [] (int64, bool, or torch's default floating dtype), and a list of numbers
@@ -35,7 +35,7 @@ def as_tensors(batch: Any) -> Any:
     return tree.map_with_path(_as_tensor, batch, root="batch", is_leaf=_is_list_of_numbers)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Tree:
     """Returns the batch with ``function`` applied to each tensor, and everything else unchanged.
 
     The ``batch_sizes`` of a packed sequence are kept, because torch requires them on the host.
@@ -49,7 +49,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
         {'x': tensor([1., 1.]), 'name': 'a'}
     """
 
-    def apply(part: Any) -> Any:
+    def apply(part: object) -> object:
         if isinstance(part, PackedSequence):
             return part._replace(
                 data=function(part.data),
@@ -61,7 +61,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return tree.map(apply, batch, is_leaf=lambda part: isinstance(part, PackedSequence))
 
 
-def _as_tensor(path: str, leaf: Any) -> Any:
+def _as_tensor(path: str, leaf: object) -> Tree:
     if isinstance(leaf, Tensor):
         return _refuse(path, leaf, "leaf.to_padded_tensor(0)") if leaf.is_nested else leaf
     if isinstance(leaf, np.ndarray | np.generic):
@@ -84,7 +84,7 @@ def _as_tensor(path: str, leaf: Any) -> Any:
     return leaf
 
 
-def _refuse(path: str, leaf: Any, conversion: str) -> NoReturn:
+def _refuse(path: str, leaf: object, conversion: str) -> NoReturn:
     kind = "nested tensor" if isinstance(leaf, Tensor) else f"{type(leaf).__module__}.{type(leaf).__qualname__}"
     raise TypeError(
         f"expected {path} to be a tensor, a numpy array or a number, got a {kind}. Convert it in the dataset or with "
@@ -92,9 +92,10 @@ def _refuse(path: str, leaf: Any, conversion: str) -> NoReturn:
     )
 
 
-def _from_numpy(path: str, leaf: Any) -> Any:
+def _from_numpy(path: str, leaf: np.ndarray | np.generic) -> Tree:
     if leaf.dtype.names is not None:
-        return {name: _from_numpy(f"{path}[{name!r}]", leaf[name]) for name in leaf.dtype.names}
+        fields: Any = leaf
+        return {name: _from_numpy(f"{path}[{name!r}]", fields[name]) for name in leaf.dtype.names}
     if leaf.dtype.kind not in KINDS_OF_NUMBERS:
         return leaf
     try:
@@ -109,17 +110,17 @@ def _from_numpy(path: str, leaf: Any) -> Any:
         ) from None
 
 
-def _is_list_of_numbers(node: Any) -> bool:
+def _is_list_of_numbers(node: object) -> bool:
     return type(node) is list and len(node) > 0 and all(map(_is_number, node))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     if isinstance(value, np.generic):
         return value.dtype.kind in KINDS_OF_NUMBERS
     return isinstance(value, _NUMBERS) and not isinstance(value, enum.Enum)
 
 
-def _holds_tensors(leaf: Any) -> bool:
+def _holds_tensors(leaf: object) -> bool:
     values = leaf if isinstance(leaf, set | frozenset) else getattr(leaf, "__dict__", {}).values()
     return any(isinstance(part, Tensor | np.ndarray) for value in values for part in tree.leaves(value))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeGuard
 
+from optree import PyTreeSpec
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import describe
-from fxtrain.data._foreign_containers import is_graph
+from fxtrain.core import Batch, Tree, describe
+from fxtrain.data._graphs import is_graph
 from fxtrain.data._placeholders import for_step
 
 ALL_DIMS = 64  # the maximum rank of a tensor, so that all dimensions may change size
@@ -21,7 +23,7 @@ REMEDY = (
 )
 
 
-def check_batch(batch: Any, like: Any, *, dynamic_dims: int = 0) -> bool:
+def check_batch(batch: Batch, like: Batch, *, dynamic_dims: int = 0) -> bool:
     """Raises unless a batch matches another one in structure, dtypes and shapes.
 
     Two kinds of parts may change size in any batch: graphs, and lists of elements that agree in structure and dtypes,
@@ -50,7 +52,7 @@ def check_batch(batch: Any, like: Any, *, dynamic_dims: int = 0) -> bool:
     return _is_alike(for_step(batch), for_step(like), dynamic_dims, "batch")
 
 
-def _is_alike(part: Any, like: Any, dynamic_dims: int, path: str) -> bool:
+def _is_alike(part: Tree, like: Tree, dynamic_dims: int, path: str) -> bool:
     if is_graph(part) and type(part) is type(like):
         attributes, before = (dict(zip(tree.paths(data), tree.leaves(data), strict=True)) for data in (part, like))
         _is_alike(attributes, before, ALL_DIMS, path)
@@ -78,28 +80,28 @@ def _is_alike(part: Any, like: Any, dynamic_dims: int, path: str) -> bool:
     return same
 
 
-def _opened(part: Any) -> tuple[list[Any], Any]:
+def _opened(part: Tree) -> tuple[list[Tree], PyTreeSpec]:
     """Returns the leaves and the structure of a part, with nested graphs and lists as leaves."""
     return tree.flatten(part, is_leaf=lambda node: node is not part and _is_graph_or_list(node))
 
 
-def _path(part: Any, index: int) -> str:
+def _path(part: Tree, index: int) -> str:
     return tree.paths(part, is_leaf=lambda node: node is not part and _is_graph_or_list(node))[index]
 
 
-def _is_graph_or_list(node: Any) -> bool:
+def _is_graph_or_list(node: object) -> bool:
     return (type(node) in (list, tuple) and bool(node)) or is_graph(node)
 
 
-def _is_many(node: Any) -> bool:
+def _is_many(node: object) -> TypeGuard[Sequence[Tree]]:
     """Whether this is a list of similar elements, so that its length may vary."""
-    if type(node) not in (list, tuple) or not node:
+    if not isinstance(node, list | tuple) or type(node) not in (list, tuple) or not node:
         return False
     first = _signature(node[0])
     return all(_signature(element) == first for element in node[1:])
 
 
-def _signature(part: Any) -> Any:
+def _signature(part: Tree) -> Hashable:
     """Returns the properties on which elements of a list must agree: structure, dtypes and ranks, but not sizes."""
     if is_graph(part):
         return type(part)
@@ -114,13 +116,13 @@ def _signature(part: Any) -> Any:
     ]
 
 
-def _refuse_other_kind(leaf: Tensor, was: Tensor, dynamic_dims: int, path: Any) -> None:
+def _refuse_other_kind(leaf: Tensor, was: Tensor, dynamic_dims: int, path: Callable[[], str]) -> None:
     if leaf.dtype != was.dtype or leaf.ndim != was.ndim or leaf.shape[dynamic_dims:] != was.shape[dynamic_dims:]:
         remedy = "Convert it with data.map." if leaf.dtype != was.dtype else REMEDY
         raise ValueError(f"expected {path()} to be {describe(was)} as before, got {describe(leaf)}. {remedy}")
 
 
-def _other_structure(batch: Any, like: Any, path: str) -> ValueError:
+def _other_structure(batch: Tree, like: Tree, path: str) -> ValueError:
     found, was = tree.paths(batch, path), tree.paths(like, path)
     gone, added = [p for p in was if p not in found], [p for p in found if p not in was]
     return ValueError(

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._epoch_order import Order, mix
-from fxtrain.data._examples import Examples, Lengths
+from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._pad import Layout, Side
 from fxtrain.data._padded import Choice, Ragged
+from fxtrain.data._types import Examples
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.
 _MAX_CANDIDATES = 512
 
 
 def bucketed(
-    source: Any,
+    source: Examples,
     batch_size: int | None = None,
     *,
     tokens: int | None = None,
@@ -89,7 +89,7 @@ def bucketed(
         >>> data.sizes, round(data.padding().fraction, 2)
         (((2, 2), (2, 4), (2, 12)), 0.3)
     """
-    examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
+    examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     bounds = None if isinstance(sizes, int) else _checked(sizes)
     layout = Layout(
         examples.by_column,
@@ -121,7 +121,7 @@ class Bucketed(Ragged):
 
     def __init__(
         self,
-        examples: Examples,
+        examples: MeasuredExamples,
         layout: Layout,
         lengths: Mapping[str, np.ndarray],
         bounds: Sequence[int],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +10,13 @@ import xxhash
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain.core import Batch
 
 # Of a leaf larger than 1 MiB, only 256 chunks of 4096 bytes are read.
 _CHUNK_COUNT, _CHUNK_BYTES = 256, 4096
 
 
-def checksum(batch: Any) -> int:
+def checksum(batch: Batch) -> int:
     """Returns a signed 64-bit hash of a batch.
 
     The hash covers paths, shapes, dtypes and values. Of a leaf larger than 1 MiB, it covers evenly spaced chunks.
@@ -56,7 +56,7 @@ def warn_of_another_batch(index: int, name: str) -> None:
     )
 
 
-def _is_numeric(leaf: Any) -> bool:
+def _is_numeric(leaf: object) -> bool:
     return isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc" and leaf.dtype.isnative
 
 

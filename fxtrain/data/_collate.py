@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from fxtrain import tree
+from fxtrain.core import Batch, Tree
 from fxtrain.data._as_tensors import KINDS_OF_NUMBERS, as_tensors
-from fxtrain.data._foreign_containers import is_graph, register_containers
+from fxtrain.data._foreign_containers import register_containers
+from fxtrain.data._graphs import is_graph
+from fxtrain.data._types import Indexable, Key, Sample, StatefulLoader
+
+Data = TypeVar("Data")
 
 
-def samples(dataset: Any, keys: Any) -> list[Any]:
+def samples(dataset: Indexable[Key, Sample], keys: Sequence[Key]) -> list[Sample]:
     """Returns samples of a map-style dataset, in a single call if the dataset supports it."""
     fetch = getattr(dataset, "__getitems__", None)
     return [dataset[key] for key in keys] if fetch is None else fetch(keys)
 
 
-def collate(samples: list[Any]) -> Any:
+def collate(samples: list[Sample]) -> Batch:
     """Combines samples into a batch: numbers and tensors are stacked, and everything else becomes a list.
 
     Works like torch's ``default_collate``, but also accepts dataclasses and other containers, None, dates and paths.
@@ -43,7 +48,7 @@ def collate(samples: list[Any]) -> Any:
     except TypeError:
         register_containers(samples)
 
-    def join(*leaves: Any) -> Any:
+    def join(*leaves: object) -> Batch:
         if not all(map(_is_numeric, leaves)):
             return list(leaves)
         return _stacked([as_tensors(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves])
@@ -58,7 +63,7 @@ def collate(samples: list[Any]) -> Any:
         ) from error
 
 
-def _is_numeric(leaf: Any) -> bool:
+def _is_numeric(leaf: object) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in KINDS_OF_NUMBERS
     return isinstance(leaf, Tensor | bool | int | float)
@@ -68,7 +73,7 @@ class _ShapesError(ValueError):
     """Raised for samples of different shapes."""
 
 
-def _stacked(samples: list[Any]) -> Any:
+def _stacked(samples: list[Sample]) -> Batch:
     try:
         return default_collate(samples)
     except RuntimeError as error:
@@ -82,7 +87,7 @@ def _stacked(samples: list[Any]) -> Any:
         raise TypeError(str(error)) from error
 
 
-def as_torch(dataset: Any) -> Any:
+def as_torch(dataset: Data) -> Data:
     """Returns a Hugging Face dataset whose samples contain tensors, unless its format is usable as it is.
 
     Other objects are returned unchanged.
@@ -91,21 +96,22 @@ def as_torch(dataset: Any) -> Any:
         TypeError: If ``dataset`` is a dictionary of splits.
     """
     kind = _hugging_face_kind(dataset)
+    found: Any = dataset
     if kind in ("DatasetDict", "IterableDatasetDict"):
-        splits = ", ".join(map(repr, dataset))
+        splits = ", ".join(map(repr, found))
         raise TypeError(
             f"expected one split of a dataset, got a {kind} with the splits {splits}. Select one: "
-            f"dataset[{next(iter(dataset), 'train')!r}]."
+            f"dataset[{next(iter(found), 'train')!r}]."
         )
-    if kind == "Dataset" and dataset.format["type"] in _REPLACED_FORMATS:
-        names = dataset.format["columns"]
-        with_times = [name for name in names if any(part in repr(dataset.features[name]) for part in _TIME_TYPES)]
+    if kind == "Dataset" and found.format["type"] in _REPLACED_FORMATS:
+        names = found.format["columns"]
+        with_times = [name for name in names if any(part in repr(found.features[name]) for part in _TIME_TYPES)]
         if not with_times:
-            return dataset.with_format("torch", columns=names)
+            return found.with_format("torch", columns=names)
         others = [name for name in names if name not in with_times]
-        return dataset.select_columns(names).with_format("torch", columns=others, output_all_columns=True)
+        return found.select_columns(names).with_format("torch", columns=others, output_all_columns=True)
     if kind == "IterableDataset" and _stream_format(dataset) in _REPLACED_FORMATS:
-        return dataset.with_format("torch")
+        return found.with_format("torch")
     return dataset
 
 
@@ -116,12 +122,12 @@ _TIME_TYPES = ("timestamp[", "date32", "date64", "time32[", "time64[", "duration
 """Substrings of the types that the torch format cannot convert."""
 
 
-def _stream_format(dataset: Any) -> str | None:
+def _stream_format(dataset: object) -> str | None:
     formatting = getattr(dataset, "_formatting", None)
     return getattr(formatting, "format_type", "custom") if formatting is not None else None
 
 
-def has_state(dataset: Any) -> bool:
+def has_state(dataset: object) -> TypeGuard[StatefulLoader]:
     """Whether a stream can save its position together with all state that it needs to continue.
 
     A Hugging Face stream with a shuffle buffer cannot, because its ``state_dict`` omits the buffered examples.
@@ -134,12 +140,12 @@ def has_state(dataset: Any) -> bool:
     return all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
-def is_stream(dataset: Any) -> bool:
+def is_stream(dataset: object) -> TypeGuard[Iterable[Tree]]:
     """Whether this is a Hugging Face dataset that can only be iterated over."""
     return _hugging_face_kind(dataset) == "IterableDataset"
 
 
-def _hugging_face_kind(dataset: Any) -> str | None:
+def _hugging_face_kind(dataset: object) -> str | None:
     names = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
     kinds = (base for base in type(dataset).__mro__ if base.__module__.partition(".")[0] == "datasets")
     return next((base.__name__ for base in kinds if base.__name__ in names), None)
@@ -148,7 +154,9 @@ def _hugging_face_kind(dataset: Any) -> str | None:
 class Grouped:
     """A stream's samples in groups of ``batch_size``. Use ``fxtrain.data.batches``."""
 
-    def __init__(self, dataset: Any, batch_size: int, collate: Callable[[list[Any]], Any], drop_last: bool) -> None:
+    def __init__(
+        self, dataset: Iterable[Sample], batch_size: int, collate: Callable[[list[Sample]], Batch], drop_last: bool
+    ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -158,7 +166,7 @@ class Grouped:
         if callable(set_epoch := getattr(self.dataset, "set_epoch", None)):
             set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         group: list[Any] = []
         for sample in self.dataset:
             group.append(sample)
@@ -172,8 +180,10 @@ class Grouped:
 class StatefulGrouped(Grouped):
     """``Grouped`` for a stream that can save and restore its position."""
 
-    def state_dict(self) -> dict[str, Any]:
+    dataset: StatefulLoader
+
+    def state_dict(self) -> dict[str, Tree]:
         return {"dataset": copy.deepcopy(self.dataset.state_dict())}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tree]) -> None:
         self.dataset.load_state_dict(copy.deepcopy(state["dataset"]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from fxtrain.core import Batch
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._collate import samples
 from fxtrain.data._seeding import borrowed, seeded, start_epoch
@@ -16,7 +16,7 @@ from fxtrain.data._streams import Streamed, dynamic_dimensions
 from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
 
-def from_loader(loader: DataLoader[Any], *, seed: int = 0, dynamic: bool = False) -> Source:
+def from_loader(loader: DataLoader[object], *, seed: int = 0, dynamic: bool = False) -> Source:
     """Returns the batches of a ``DataLoader``, with any samplers, workers and collation.
 
     For a map-style dataset, the loader's sampler generates the order of an epoch when the epoch is first read, and
@@ -56,7 +56,7 @@ class Loaded(Source):
 
     epoch_length: int
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int, dynamic: bool) -> None:
+    def __init__(self, loader: DataLoader[object], *, seed: int, dynamic: bool) -> None:
         super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
         self.loader = loader
         self.seed = seed
@@ -67,10 +67,10 @@ class Loaded(Source):
                 f"drop_last={loader.drop_last}. Lower batch_size, or set drop_last=False."
             )
         self._epoch: int | None = None
-        self._order: list[Any] = []  # the sample keys of each batch in that epoch
-        self._tasks: list[tuple[int, Any]] = []  # the positions to read, with their keys
+        self._order: list[object] = []  # the sample keys of each batch in that epoch
+        self._tasks: list[tuple[int, object]] = []  # the positions to read, with their keys
         self._pool = self._workers()
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[Batch] | None = None
         self._next: int | None = None
 
     @property
@@ -87,7 +87,7 @@ class Loaded(Source):
                 raise ValueError(f"expected the DataLoader's sampler to yield batches in epoch {epoch}, got none.")
             self._order, self._epoch, self._next, self.epoch_length = order, epoch, None, len(order)
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         epoch, index = divmod(position, self.epoch_length)
         if self._iterator is None or position != self._next or index == 0:
             if epoch != self._epoch:
@@ -108,12 +108,12 @@ class Loaded(Source):
         self._iterator = self._next = None
         self._pool = self._workers()
 
-    def _order_of(self, epoch: int) -> list[Any]:
+    def _order_of(self, epoch: int) -> list[object]:
         with seeded(self.seed, epoch, 1), borrowed(self.loader):
             start_epoch(self.loader, epoch, self.seed)
             return list(self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler)
 
-    def _drawn(self, epoch: int) -> list[Any]:
+    def _drawn(self, epoch: int) -> list[object]:
         order = self._order_of(epoch)
         if len(order) != self.epoch_length:
             raise ValueError(
@@ -122,7 +122,7 @@ class Loaded(Source):
             )
         return order
 
-    def _workers(self) -> DataLoader[Any]:
+    def _workers(self) -> DataLoader[object]:
         # A DataLoader with the same settings serves as an ordered worker pool, whose sampler yields our tasks.
         loader = self.loader
         return DataLoader(
@@ -141,31 +141,31 @@ class Loaded(Source):
         )
 
 
-class Keyed(Dataset[Any]):
+class Keyed(Dataset[Batch]):
     """A loader's dataset indexed by (position, sample keys). It returns batches, and seeds random samples by position.
 
     Other attributes are those of the wrapped dataset, because a ``worker_init_fn`` may access them.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+    def __init__(self, loader: DataLoader[object], seed: int) -> None:
         self.__dict__["_parts"] = (loader.dataset, loader.collate_fn, loader.batch_sampler is not None, seed)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: tuple[int, Sequence[object]]) -> Batch:
         dataset, collate, batched, seed = self.__dict__["_parts"]
         position, keys = key
         with seeded(seed, position):
             return collate(samples(dataset, keys) if batched else dataset[keys])
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):  # pickle looks up its hooks before _parts exists
             raise AttributeError(name)
         return getattr(self.__dict__["_parts"][0], name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self.__dict__["_parts"][0], name, value)
 
 
-def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]:
+def _epoch(loader: DataLoader[object], epoch: int, seed: int, read: list[int]) -> Iterator[Batch]:
     """Yields the batches of one epoch, and isolates the loader's generators from other users.
 
     Args:
@@ -198,11 +198,11 @@ def _epoch(loader: Any, epoch: int, seed: int, read: list[int]) -> Iterator[Any]
             ended(iterator)
 
 
-def _same(batch: Any) -> Any:
+def _same(batch: Batch) -> Batch:
     return batch
 
 
-def _can_jump(loader: DataLoader[Any]) -> bool:
+def _can_jump(loader: DataLoader[object]) -> bool:
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     sized = all(hasattr(part, "__len__") for part in (sampler, getattr(sampler, "sampler", sampler)))
     return type(loader).__iter__ is DataLoader.__iter__ and not isinstance(loader.dataset, IterableDataset) and sized

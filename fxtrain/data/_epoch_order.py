@@ -6,7 +6,7 @@ version of torch and numpy.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio; odd, so its multiples are d
 _WORD = 2**64 - 1
 _BLOCK = 2**14  # items that are computed and cached together: 128 KiB
 _ROUNDS = 8
+
+Word = TypeVar("Word", int, np.ndarray)
 
 
 def mix(*numbers: int) -> int:
@@ -120,7 +122,7 @@ def _counted(start: int, stop: int, key: int) -> np.ndarray:
     return np.arange(start, stop, dtype=np.uint64) * _GOLDEN + key
 
 
-def _finish(word: Any) -> Any:
+def _finish(word: Word) -> Word:
     """The SplitMix64 finalizer, a bijection of 64-bit words, for an int or a uint64 array."""
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD

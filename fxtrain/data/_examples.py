@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from fxtrain.core import check_choice, describe
 from fxtrain.data._collate import samples
 from fxtrain.data._seeding import seeded
+from fxtrain.data._types import Example, Examples, Values
 
 Lengths = Sequence[int] | np.ndarray | Tensor | str
 """Int [n], or the name of the column that contains them."""
@@ -21,7 +22,7 @@ _ROWS_PER_READ = 4096  # rows of a datasets.Dataset to measure per read
 _UNNAMED_COLUMN = "x"  # the column name of unnamed examples, as in ``windows``
 
 
-class Examples:
+class MeasuredExamples:
     """Indexed examples with their lengths.
 
     Args:
@@ -38,14 +39,15 @@ class Examples:
 
     def __init__(
         self,
-        source: Any,
+        source: Examples,
         *,
         columns: Sequence[str] | None = None,
         variable: Sequence[str] | None = None,
         lengths: Lengths | None = None,
     ) -> None:
         _refuse_unless_ragged(source)
-        self._source, self._columns = source, None if columns is None else tuple(columns)
+        self._source: Any = source
+        self._columns = None if columns is None else tuple(columns)
         self.count = _count(source)
         if self.count == 0:
             raise ValueError("expected data with at least one example, got none.")
@@ -57,14 +59,14 @@ class Examples:
         self.lengths: np.ndarray = np.maximum.reduce(list(self.by_column.values()))
         """The length of each example in its longest column, int64 [n]."""
 
-    def read(self, items: np.ndarray) -> list[dict[str, Any]]:
+    def read(self, items: np.ndarray) -> list[dict[str, Values]]:
         """Returns the examples at these indices, as dicts by column."""
         if isinstance(self._source, Mapping):
             names = self._columns or self._source
             return [{name: self._source[name][item] for name in names} for item in items.tolist()]
         return [named(sample, self._columns) for sample in samples(self._source, items.tolist())]
 
-    def _first(self) -> dict[str, Any]:
+    def _first(self) -> dict[str, Values]:
         with seeded(0):  # a dataset may use the global generators
             return self.read(np.zeros(1, np.int64))[0]
 
@@ -114,7 +116,7 @@ class Examples:
         return {name: np.array(each, np.int64) for name, each in measured.items()}
 
 
-def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
+def named(sample: Example, columns: Sequence[str] | None = None) -> dict[str, Values]:
     """Returns an example as a dict by column.
 
     Args:
@@ -143,14 +145,14 @@ def named(sample: Any, columns: Sequence[str] | None = None) -> dict[str, Any]:
     return dict(zip(columns, sample, strict=True))
 
 
-def length_of(value: Any) -> int | None:
+def length_of(value: object) -> int | None:
     """Returns the first dimension of an array, or the length of a list; None for scalars and strings."""
     if isinstance(value, Tensor | np.ndarray):
         return value.shape[0] if value.ndim else None
     return len(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
 
 
-def _refuse_unless_ragged(source: Any) -> None:
+def _refuse_unless_ragged(source: object) -> None:
     if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
             f"expected a list of arrays, a dict of columns or a map-style dataset, got {describe(source)}. Read it "
@@ -163,11 +165,11 @@ def _refuse_unless_ragged(source: Any) -> None:
         )
 
 
-def _is_array(column: Any) -> bool:
+def _is_array(column: object) -> bool:
     return isinstance(column, Tensor) or (isinstance(column, np.ndarray) and column.dtype != object)
 
 
-def _count(source: Any) -> int:
+def _count(source: Sized) -> int:
     if not isinstance(source, Mapping):
         return len(source)
     counts = {name: len(column) for name, column in source.items()}
@@ -176,7 +178,7 @@ def _count(source: Any) -> int:
     return next(iter(counts.values()), 0)
 
 
-def _is_stored(source: Any) -> bool:
+def _is_stored(source: object) -> bool:
     """Whether this is a ``datasets.Dataset`` without a custom transform, so that columns have their stored lengths."""
     return callable(getattr(source, "with_format", None)) and getattr(source, "format", {}).get("type") != "custom"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,17 +14,18 @@ from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._bin_packing import Bins
 from fxtrain.data._epoch_order import Order, mix
-from fxtrain.data._examples import Examples, Lengths
+from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._pad import Layout, refuse_unless_alike
 from fxtrain.data._padded import Padding
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
+from fxtrain.data._types import Examples
 
 Truncate = Literal["right", "left", "split"]
 
 
 def packed(
-    source: Any,
+    source: Examples,
     length: int,
     batch_size: int,
     *,
@@ -87,7 +88,7 @@ def packed(
     check_positive_int("batch_size", batch_size)
     check_choice("truncate", truncate, (None, "right", "left", "split"))
     check_choice("drop_last", drop_last, (True, False, "pad"))
-    examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
+    examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     side = None if truncate == "split" else truncate
     limit = None if truncate == "split" else length
     layout = Layout(examples.by_column, max_length=limit, truncate=side, value=value, mask=mask)
@@ -101,7 +102,7 @@ class Packed(Source):
 
     def __init__(
         self,
-        examples: Examples,
+        examples: MeasuredExamples,
         layout: Layout,
         length: int,
         batch_size: int,
@@ -154,7 +155,7 @@ class Packed(Source):
                 "them: columns=(...)."
             )
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> dict[str, Tensor]:
         epoch, index = divmod(position, self.epoch_length)
         rows = self._rows_of(epoch, index)
         contents = self._contents(rows, epoch)

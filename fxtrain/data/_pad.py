@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive_int, describe, did_you_mean
 from fxtrain.data._examples import length_of, named
+from fxtrain.data._types import Example, Values
 
 Side = Literal["right", "left"]
 
@@ -19,7 +20,7 @@ _DEFAULT_VALUES = {"labels": -100}  # ignored by cross_entropy and transformers 
 
 
 def pad(
-    examples: Sequence[Any],
+    examples: Sequence[Example],
     *,
     multiple: int = 1,
     max_length: int | None = None,
@@ -149,7 +150,7 @@ class Layout:
         check_positive_int("multiple", multiple)
         return {name: int(-(-each.max() // multiple) * multiple) for name, each in lengths.items()}
 
-    def batch(self, examples: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], rows: int) -> dict[str, Tensor]:
+    def batch(self, examples: Sequence[Mapping[str, Values]], sizes: Mapping[str, int], rows: int) -> dict[str, Tensor]:
         """Returns a batch of the examples, with rows of padding up to ``rows``."""
         columns = list(examples[0])
         taken = next((name for name in self.masks if name in columns), None)
@@ -171,11 +172,11 @@ class Layout:
             made[name] = real if self.side == "right" else real.flip(1)
         return made
 
-    def columns(self, example: Mapping[str, Any]) -> dict[str, Tensor]:
+    def columns(self, example: Mapping[str, Values]) -> dict[str, Tensor]:
         """Returns an example's columns as tensors, truncated."""
         return {name: self._column(value, name) for name, value in example.items()}
 
-    def _column(self, value: Any, name: str) -> Tensor:
+    def _column(self, value: Values, name: str) -> Tensor:
         made, limit = _as_tensor(value, name), self.max_length
         if self.truncate is None or limit is None or name not in self.variable or not made.ndim or len(made) <= limit:
             return made
@@ -205,7 +206,7 @@ def _value(value: float | Mapping[str, float], name: str) -> float:
     return value or _DEFAULT_VALUES.get(name, 0)
 
 
-def _as_tensor(value: Any, name: str) -> Tensor:
+def _as_tensor(value: Values, name: str) -> Tensor:
     try:
         if isinstance(value, float):
             made = torch.tensor(value, dtype=torch.float64)  # like torch's default collation

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from fxtrain.core import check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._epoch_order import Order
-from fxtrain.data._examples import Examples, Lengths
+from fxtrain.data._examples import Lengths, MeasuredExamples
 from fxtrain.data._pad import Layout, Side
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
+from fxtrain.data._types import Examples
 
 # With more shapes, compiling a graph for each no longer pays off.
 _MAX_COMPILED_SHAPES = 16
@@ -67,7 +69,7 @@ class Ragged(Source):
 
     def __init__(
         self,
-        examples: Examples,
+        examples: MeasuredExamples,
         layout: Layout,
         lengths: Mapping[str, np.ndarray],
         *,
@@ -88,7 +90,7 @@ class Ragged(Source):
         """Returns the composition of the batch at an index of an epoch."""
         raise NotImplementedError
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> dict[str, Tensor]:
         chosen = self.choose(*divmod(position, self.epoch_length))
         with seeded(self.seed, position):
             return self.layout.batch(self.examples.read(chosen.items), chosen.sizes, chosen.rows)
@@ -108,7 +110,7 @@ class PaddedBatches(Ragged):
 
     def __init__(
         self,
-        examples: Examples,
+        examples: MeasuredExamples,
         layout: Layout,
         batch_size: int,
         *,
@@ -154,7 +156,7 @@ class PaddedBatches(Ragged):
 
 
 def padded(
-    source: Any,
+    source: Examples,
     batch_size: int,
     *,
     multiple: int = 64,
@@ -215,7 +217,7 @@ def padded(
         >>> data.padding()
         Padding(padded=5, positions=12)
     """
-    examples = Examples(source, columns=columns, variable=variable, lengths=lengths)
+    examples = MeasuredExamples(source, columns=columns, variable=variable, lengths=lengths)
     layout = Layout(examples.by_column, max_length=max_length, truncate=truncate, side=side, value=value, mask=mask)
     return PaddedBatches(
         examples, layout, batch_size, multiple=multiple, seed=seed, shuffle=shuffle, drop_last=drop_last

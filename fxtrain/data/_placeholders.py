@@ -6,13 +6,13 @@ uncompiled, and must not recompile when a text changes, so it receives placehold
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import register_node
+from fxtrain.core import Batch, Tree, register_node
 from fxtrain.data._as_tensors import as_tensors
 
 
@@ -30,7 +30,7 @@ class Placeholder:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def _refuse(self, *_: Any) -> NoReturn:
+    def _refuse(self, *_: object) -> NoReturn:
         raise TypeError(
             f"expected a step that reads tensors, got one that reads {self._path}, which does not enter the step "
             "because it is not a tensor. Convert it to a tensor before the step, with data.map or the collate "
@@ -42,14 +42,14 @@ class Placeholder:
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __mod__ = _refuse
 
-    def __getitem__(self, key: Any) -> Placeholder:
+    def __getitem__(self, key: object) -> Placeholder:
         return Placeholder(f"{self._path}[{key!r}]")
 
     def __repr__(self) -> str:
         return f"<{self._path}: not a tensor>"
 
 
-def for_step(batch: Any) -> Any:
+def for_step(batch: Batch) -> Tree:
     """Returns the batch as a step receives it, in new containers.
 
     Numbers and arrays become tensors. Each part that contains values but no tensor becomes a ``Placeholder``.
@@ -64,13 +64,13 @@ def for_step(batch: Any) -> Any:
     if all(isinstance(leaf, Tensor) for leaf in tree.leaves(batch, none_is_leaf=True)):
         return tree.map(lambda leaf: leaf, batch)
 
-    def enter(path: str, part: Any) -> Any:
+    def enter(path: str, part: object) -> Tensor | Placeholder:
         return part if isinstance(part, Tensor) else Placeholder(path)
 
     return tree.map_with_path(enter, batch, root="batch", is_leaf=_has_no_tensor)
 
 
-def _has_no_tensor(part: Any) -> bool:
+def _has_no_tensor(part: object) -> bool:
     """Whether a part of a batch contains values but no tensor."""
     if isinstance(part, Tensor):
         return False

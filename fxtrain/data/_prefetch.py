@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import check_positive_int
+from fxtrain.core import Batch, check_positive_int
 from fxtrain.data._as_source import as_source
 from fxtrain.data._as_tensors import map_tensors
 from fxtrain.data._source import Source, SourceLike
@@ -94,7 +94,7 @@ class Prefetched(Source):
         self.source.begin_epoch(epoch, length)
         self.epoch_length = self.source.epoch_length
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> Batch:
         position = operator.index(position)
         if is_seeded():
             raise RuntimeError(
@@ -123,7 +123,7 @@ class Prefetched(Source):
                     leaf.record_stream(stream)
         return item.batch
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         return self[position]
 
     def expect_epoch_length(self, length: int) -> None:
@@ -277,7 +277,7 @@ def _reading(data: Source, device: torch.device | None) -> Callable[[int], Item]
     return read
 
 
-def _copied(batch: Any, device: Any, stream: Any) -> tuple[Any, Any]:
+def _copied(batch: Batch, device: torch.device | None, stream: torch.cuda.Stream) -> tuple[Batch, torch.Event]:
     def copy(leaf: Tensor) -> Tensor:
         return (leaf.pin_memory() if leaf.device.type == "cpu" else leaf).to(device, non_blocking=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +48,9 @@ def seed_process(*numbers: int) -> None:
 
 
 @contextlib.contextmanager
-def borrowed(loader: Any) -> Iterator[list[torch.Generator]]:
+def borrowed(loader: object) -> Iterator[list[torch.Generator]]:
     """Yields the generators of a loader and of its samplers, and restores their states on exit."""
-    found = {id(part.generator): part.generator for part in _parts(loader) if hasattr(part, "generator")}
+    found = {id(generator): generator for part in _parts(loader) if (generator := getattr(part, "generator", None))}
     generators = [generator for generator in found.values() if isinstance(generator, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     try:
@@ -61,7 +60,7 @@ def borrowed(loader: Any) -> Iterator[list[torch.Generator]]:
             generator.set_state(state)
 
 
-def start_epoch(loader: Any, epoch: int, seed: int) -> None:
+def start_epoch(loader: object, epoch: int, seed: int) -> None:
     """Passes an epoch to ``set_epoch`` of a loader's parts, and seeds their generators from (seed, epoch)."""
     for part in (*_parts(loader), getattr(loader, "dataset", None)):
         if callable(set_epoch := getattr(part, "set_epoch", None)):
@@ -70,7 +69,7 @@ def start_epoch(loader: Any, epoch: int, seed: int) -> None:
             generator.manual_seed(mix(seed, epoch))
 
 
-def _parts(loader: Any) -> list[Any]:
+def _parts(loader: object) -> list[object]:
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
     return [part for part in parts if part is not None]

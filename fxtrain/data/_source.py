@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
+from optree import PyTreeSpec
 from torch import Tensor
 from typing_extensions import TypeAliasType
 
 from fxtrain import tree
-from fxtrain.core import Batch, describe
+from fxtrain.core import Batch, Tree, describe
 from fxtrain.data._as_tensors import as_tensors, map_tensors
 from fxtrain.data._batch_checks import ALL_DIMS, REMEDY, check_batch
 from fxtrain.data._placeholders import for_step
@@ -169,7 +170,7 @@ class Source:
         """
         return Mapped(self, function, with_position=with_position)
 
-    def _compare(self, batch: Any, position: int) -> None:
+    def _compare(self, batch: Batch, position: int) -> None:
         length, short, self._short = self.epoch_length, self._short, None
         # A different epoch length means a different epoch, whose positions are counted differently.
         if short == (position - 1, length) and not _ends_epoch(position - 1, length):
@@ -204,11 +205,11 @@ class Source:
         elif length is None or self.epoch_length_may_change:
             self._short = (position, length)
 
-    def _set_like(self, batch: Any, position: int) -> None:
+    def _set_like(self, batch: Batch, position: int) -> None:
         self._like = position, self.epoch_length, _without_values(batch)
         self._usual = [_kind(batch)]
 
-    def _compare_kind(self, batch: Any, like: Any, position: int) -> None:
+    def _compare_kind(self, batch: Batch, like: Batch, position: int) -> None:
         try:
             check_batch(batch, like, dynamic_dims=ALL_DIMS)
         except ValueError as error:
@@ -275,7 +276,7 @@ class Mapped(Wrapper):
         return self.function(batch, position) if self.with_position else self.function(batch)
 
 
-def _rows(batch: Any) -> int:
+def _rows(batch: Batch) -> int:
     return next((len(leaf) for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
@@ -283,12 +284,12 @@ def _ends_epoch(position: int, length: int | None) -> bool:
     return length is not None and (position + 1) % length == 0
 
 
-def _kind(batch: Any) -> tuple[Any, list[Any]]:
+def _kind(batch: Batch) -> tuple[PyTreeSpec, list[tuple[torch.Size, torch.dtype] | None]]:
     leaves, structure = tree.flatten(batch)
     return structure, [
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) and not leaf.is_nested else None for leaf in leaves
     ]
 
 
-def _without_values(batch: Any) -> Any:
+def _without_values(batch: Batch) -> Tree:
     return map_tensors(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device="meta"), for_step(batch))

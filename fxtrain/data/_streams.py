@@ -18,6 +18,7 @@ from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._checksum import checksum, warn_of_another_batch
 from fxtrain.data._seeding import seeded, start_epoch
 from fxtrain.data._source import Exhausted, Source
+from fxtrain.data._types import StatefulLoader
 from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,13 @@ class Streamed(Source):
     """
 
     def __init__(
-        self, begin: Callable[[int], Iterator[Any]], *, name: str, seed: int, once: bool = False, dynamic_dims: int = 0
+        self,
+        begin: Callable[[int], Iterator[Batch]],
+        *,
+        name: str,
+        seed: int,
+        once: bool = False,
+        dynamic_dims: int = 0,
     ) -> None:
         super().__init__(dynamic_dims=dynamic_dims)
         self.epoch_length = None
@@ -54,7 +61,7 @@ class Streamed(Source):
         self._ahead: list[Any] = []  # at most one batch, read to find out whether the epoch continues
         self._reads_ahead = True
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         self._seek(position)
         batch = self._read()
         if batch is _END:
@@ -131,7 +138,7 @@ class Streamed(Source):
         self._begun, self._epoch, self._index, self._ended = True, epoch, 0, False
         self._ahead.clear()
 
-    def _read(self) -> Any:
+    def _read(self) -> Batch:
         assert self._iterator is not None
         try:
             with seeded(self.seed, self._epoch, self._index, 4):
@@ -166,7 +173,7 @@ class Streamed(Source):
 class Stateful(Streamed):
     """Batches of a loader that tracks its own position. Use ``from_stateful_loader``."""
 
-    def __init__(self, loader: Any, *, seed: int, dynamic: bool) -> None:
+    def __init__(self, loader: StatefulLoader, *, seed: int, dynamic: bool) -> None:
         dynamic_dims = dynamic_dimensions(loader, dynamic)
         super().__init__(self._start, name=f"the {type(loader).__name__}", seed=seed, dynamic_dims=dynamic_dims)
         self.loader = loader
@@ -181,7 +188,7 @@ class Stateful(Streamed):
         self._trial: dict[str, Any] | None = None  # a loader state, and the checksum of the batch after it
         self._trial_checked = False
 
-    def _start(self, epoch: int) -> Iterator[Any]:
+    def _start(self, epoch: int) -> Iterator[Batch]:
         follows = self._ended and epoch == self._epoch + 1
         if self._begun and not follows and self._dataset is not None:
             self._dataset.load_state_dict(copy.deepcopy(self._start_of_dataset))
@@ -191,7 +198,7 @@ class Stateful(Streamed):
         self._worker_epoch, self._batches = epoch, 0
         return started(self.loader, Seeds(self.seed, epoch))
 
-    def fetch(self, position: int) -> Any:
+    def fetch(self, position: int) -> Batch:
         if self._trial is not None:
             return super().fetch(position)
         self._seek(position)
@@ -204,7 +211,7 @@ class Stateful(Streamed):
             self._trial = {"state": before, "checksum": checksum(batch)}
         return batch
 
-    def _read(self) -> Any:
+    def _read(self) -> Batch:
         self._batches += 1
         return super()._read()
 
@@ -297,7 +304,7 @@ def from_iterable(
     if not (iterable or callable(source)):
         raise TypeError(f"expected an iterable of batches, or a function that returns one, got {describe(source)}.")
 
-    def begin(epoch: int) -> Iterator[Any]:
+    def begin(epoch: int) -> Iterator[Batch]:
         if callable(set_epoch := getattr(source, "set_epoch", None)):
             set_epoch(epoch)
         return iter(source if isinstance(source, Iterable) else source())
@@ -308,7 +315,7 @@ def from_iterable(
     )
 
 
-def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -> Source:
+def from_stateful_loader(loader: StatefulLoader, *, seed: int = 0, dynamic: bool = False) -> Source:
     """Returns the batches of a loader with a ``state_dict``, such as torchdata's ``StatefulDataLoader``.
 
     The source has ``snapshot(position)`` and ``restore(position, snapshot)``, so a run resumes without rereading
@@ -358,7 +365,7 @@ def from_stateful_loader(loader: Any, *, seed: int = 0, dynamic: bool = False) -
     return Stateful(loader, seed=seed, dynamic=dynamic)
 
 
-def dynamic_dimensions(loader: Any, dynamic: bool) -> int:
+def dynamic_dimensions(loader: object, dynamic: bool) -> int:
     """Returns how many leading dimensions may change: one if each worker ends with a short batch, so that rows vary."""
     iterable = isinstance(getattr(loader, "dataset", None), IterableDataset)
     short = iterable and getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "drop_last", False)

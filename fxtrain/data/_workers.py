@@ -15,7 +15,9 @@ import multiprocessing
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import xxhash
 from torch.utils.data import DataLoader, _DatasetKind
 from torch.utils.data._utils import signal_handling
 
+from fxtrain.core import Batch
 from fxtrain.data._seeding import seed_process
 
 # Windows has no SIGUSR1.
@@ -30,7 +33,7 @@ _SURVIVED_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 _SHUTDOWN_TIMEOUT = 2.0
 
 
-def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
+def started(loader: Iterable[Batch], seeds: Seeds | None = None) -> Iterator[Batch]:
     """Returns ``iter(loader)``, with worker processes that survive SIGINT, SIGTERM and SIGUSR1.
 
     The workers end with their iterator, or when their parent process is gone.
@@ -65,7 +68,7 @@ def started(loader: Any, seeds: Seeds | None = None) -> Iterator[Any]:
     return iterator
 
 
-def ended(iterator: Any) -> None:
+def ended(iterator: object) -> None:
     """Ends the workers of an iterator from ``started``. Workers still busy after two seconds are killed."""
     children = multiprocessing.active_children()  # excludes workers of the parent, in a process forked later
     workers = [worker for worker in getattr(iterator, "_workers", ()) if worker in children]
@@ -76,16 +79,17 @@ def ended(iterator: Any) -> None:
     killer.daemon = True
     killer.start()
     try:
-        iterator._shutdown_workers()
+        shut_down: Callable[[], None] = getattr(iterator, "_shutdown_workers")  # noqa: B009
+        shut_down()
     finally:
         killer.cancel()
 
 
-def end_persistent(loader: Any) -> None:
+def end_persistent(loader: object) -> None:
     """Ends the persistent workers of a loader."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
-        loader._iterator = None
+        setattr(loader, "_iterator", None)  # noqa: B010
         ended(iterator)
 
 
@@ -134,13 +138,13 @@ def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
     kinds: Any = _DatasetKind
     create, epochs = kinds.create_fetcher, itertools.count(seeds.epoch)
 
-    def created(*args: Any) -> Any:  # called once per epoch
+    def created(*args: object) -> Any:  # called once per epoch
         epoch = next(epochs)
         seed_process(seeds.seed, epoch, worker_id, 3)
         fetcher: Any = create(*args)
         fetch = fetcher.fetch
 
-        def fetch_seeded(keys: Any) -> Any:
+        def fetch_seeded(keys: object) -> Batch:
             text = repr(keys)
             if keys is not None and " at 0x" not in text:  # addresses differ between processes
                 seed_process(seeds.seed, epoch, xxhash.xxh3_64_intdigest(text.encode()))
@@ -154,7 +158,7 @@ def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(loader: DataLoader[Any], **settings: Any) -> Iterator[None]:
+def _replaced(loader: DataLoader[object], **settings: object) -> Iterator[None]:
     """Changes settings of a loader temporarily."""
     before = {name: getattr(loader, name) for name in settings}
     try:
@@ -175,12 +179,12 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)  # pending signals are handled in this call
 
 
-def _context_of(loader: DataLoader[Any]) -> Any:
+def _context_of(loader: DataLoader[object]) -> BaseContext:
     """Returns the loader's multiprocessing context, modified to start processes with blocked signals."""
     given: Any = loader.multiprocessing_context or multiprocessing.get_context()
     context, make = copy.copy(given), given.Process
 
-    def process(*args: Any, **options: Any) -> Any:
+    def process(*args: object, **options: object) -> BaseProcess:
         worker = make(*args, **options)
         worker.start = functools.partial(_start, worker)
         return worker
@@ -189,20 +193,21 @@ def _context_of(loader: DataLoader[Any]) -> Any:
     return context
 
 
-def _start(worker: Any) -> None:
+def _start(worker: BaseProcess) -> None:
     del worker.start  # must not be pickled with the process
     with _blocked():
         worker.start()
-        worker._popen.terminate = worker._popen.kill  # workers survive SIGTERM, the default
+        process: Any = worker
+        process._popen.terminate = process._popen.kill  # workers survive SIGTERM, the default
 
 
-def _terminate(popen: Any, iterator: Callable[[], Any]) -> None:
+def _terminate(popen: Any, iterator: Callable[[], object]) -> None:
     """Kills a busy worker. Called by torch at the end of an iterator, and by multiprocessing at exit."""
     _unregister(iterator())
     popen.kill()
 
 
-def _start_helpers(loader: DataLoader[Any]) -> None:
+def _start_helpers(loader: DataLoader[object]) -> None:
     """Starts the processes that multiprocessing needs to start others.
 
     They start before signals are blocked, because starting the resource tracker unblocks SIGINT and SIGTERM, and a fork
@@ -224,16 +229,16 @@ def _start_helpers(loader: DataLoader[Any]) -> None:
         forkserver.ensure_running()
 
 
-def _kill(iterator: Any, workers: list[Any]) -> None:
+def _kill(iterator: object, workers: list[BaseProcess]) -> None:
     _unregister(iterator)
     for worker in workers:
         worker.kill()
 
 
-def _unregister(iterator: Any) -> None:
+def _unregister(iterator: object) -> None:
     """Prevents torch from raising in the main thread that a worker was killed."""
     if getattr(iterator, "_worker_pids_set", False):
-        iterator._worker_pids_set = False
+        setattr(iterator, "_worker_pids_set", False)  # noqa: B010
         reported: Any = signal_handling
         with contextlib.suppress(ValueError):
             reported._remove_worker_pids(id(iterator))

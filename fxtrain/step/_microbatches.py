@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Batch, Metrics, Tree, describe
-from fxtrain.data._foreign_containers import holds_graph
+from fxtrain.data._graphs import holds_graph
 from fxtrain.metrics import Metric
 from fxtrain.step._gradients import Gradient
 
