@@ -1,7 +1,10 @@
 """The core types: the training state, its events, the requests of callbacks, and the function protocols."""
 
 from fxtrain.core._checks import check_choice as check_choice
+from fxtrain.core._checks import check_fraction as check_fraction
 from fxtrain.core._checks import check_int as check_int
+from fxtrain.core._checks import check_non_negative as check_non_negative
+from fxtrain.core._checks import check_positive as check_positive
 from fxtrain.core._checks import check_positive_int as check_positive_int
 from fxtrain.core._checks import describe as describe
 from fxtrain.core._checks import did_you_mean as did_you_mean

@@ -6,7 +6,7 @@ import difflib
 import functools
 import reprlib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,66 @@ def check_int(name: str, value: Any, *, minimum: int) -> None:
         raise TypeError(f"expected {name} to be {kind}, got {describe(value)}.")
     if value < minimum:
         raise ValueError(f"expected {name} to be {kind}, got {value}.")
+
+
+def check_non_negative(**values: object) -> None:
+    """Raises unless each value is a number of at least 0. Of tensors only the shape is checked, which must be [].
+
+    Args:
+        values: The values by argument name.
+
+    Raises:
+        TypeError: A value is not a number.
+        ValueError: A value is negative, or a tensor has dimensions.
+
+    Example:
+        >>> check_non_negative(eps=1e-8, weight_decay=-0.1)
+        Traceback (most recent call last):
+        ...
+        ValueError: expected weight_decay to be at least 0, got -0.1.
+    """
+    _check_numbers(values, lambda value: value >= 0, "at least 0")
+
+
+def check_positive(**values: object) -> None:
+    """Like ``check_non_negative``, for numbers above 0.
+
+    Args:
+        values: The values by argument name.
+
+    Example:
+        >>> check_positive(max_norm=0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: expected max_norm to be above 0, got 0.0.
+    """
+    _check_numbers(values, lambda value: value > 0, "above 0")
+
+
+def check_fraction(**values: object) -> None:
+    """Like ``check_non_negative``, for numbers in [0, 1), such as decay rates.
+
+    Args:
+        values: The values by argument name.
+
+    Example:
+        >>> check_fraction(b1=0.9, b2=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: expected b2 to be in [0, 1), got 1.
+    """
+    _check_numbers(values, lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def _check_numbers(values: Mapping[str, object], holds: Callable[[float], bool], expected: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if value.ndim != 0:
+                raise ValueError(f"expected {name} to be a float or a tensor of shape [], got {describe(value)}.")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"expected {name} to be a float or a tensor of shape [], got {describe(value)}.")
+        elif not holds(value):
+            raise ValueError(f"expected {name} to be {expected}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import Scalar, map_with_state, moving_average, real_full, squared
 from fxtrain.optim._masking import Mask
@@ -36,8 +35,8 @@ def scale_by_adadelta(*, rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTrans
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 0.3145, -0.3162])
     """
-    checks.decay_rate(rho=rho)
-    checks.non_negative(eps=eps)
+    check_fraction(rho=rho)
+    check_non_negative(eps=eps)
 
     def rule(update: Tensor, e_g: Tensor, e_x: Tensor) -> tuple[Tensor, ...]:
         e_g = moving_average(squared(update), e_g, rho)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, args_from, check_positive_int
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative, check_positive_int
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
@@ -75,10 +74,10 @@ def scale_by_factored_rms(
         tensor([[1., 1.],
                 [1., 1.]])
     """
-    checks.decay_rate(decay_rate=decay_rate)
+    check_fraction(decay_rate=decay_rate)
     check_positive_int("min_dim_size_to_factor", min_dim_size_to_factor)
     if eps is not None:
-        checks.non_negative(eps=eps)
+        check_non_negative(eps=eps)
 
     def dims(leaf: Tensor) -> tuple[int, int] | None:
         """Returns the two dimensions to factor, or None if the leaf is not factored."""

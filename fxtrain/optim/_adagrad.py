@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_non_negative
 from fxtrain.optim._leaves import Scalar, map_with_state, real_full, squared
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
@@ -36,7 +35,7 @@ def scale_by_rss(
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 0.9945, -1.0000])
     """
-    checks.non_negative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+    check_non_negative(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def rule(update: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         total = total + squared(update)

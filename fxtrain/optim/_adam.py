@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
     Scalar,
@@ -86,8 +85,8 @@ def scale_by_adam(
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 1.0000, -1.0000])
     """
-    checks.decay_rate(b1=b1, b2=b2)
-    checks.non_negative(eps=eps, eps_root=eps_root)
+    check_fraction(b1=b1, b2=b2)
+    check_non_negative(eps=eps, eps_root=eps_root)
 
     def update(updates: Tree, opt_state: ScaleByAdamState, params: Tree | None = None) -> tuple[Tree, ScaleByAdamState]:
         count = opt_state.count + 1
@@ -134,8 +133,8 @@ def scale_by_amsgrad(
     References:
         Reddi et al., On the Convergence of Adam and Beyond, 2018.
     """
-    checks.decay_rate(b1=b1, b2=b2)
-    checks.non_negative(eps=eps, eps_root=eps_root)
+    check_fraction(b1=b1, b2=b2)
+    check_non_negative(eps=eps, eps_root=eps_root)
 
     def init(params: Tree) -> ScaleByAmsgradState:
         return ScaleByAmsgradState(*_start(params, mu_dtype), real_full(params))
@@ -177,8 +176,8 @@ def scale_by_adamax(*, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8)
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 1., -1.])
     """
-    checks.decay_rate(b1=b1, b2=b2)
-    checks.non_negative(eps=eps)
+    check_fraction(b1=b1, b2=b2)
+    check_non_negative(eps=eps)
 
     def update(
         updates: Tree, opt_state: ScaleByAdamaxState, params: Tree | None = None

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, check_positive
 from fxtrain.optim._leaves import Scalar, at_least, at_most, map_updates, root_mean_square
 from fxtrain.optim._transform import GradientTransformation, stateless
 
@@ -21,7 +20,7 @@ def clip_by_value(max_delta: Scalar) -> GradientTransformation:
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 3., -5.])
     """
-    checks.positive(max_delta=max_delta)
+    check_positive(max_delta=max_delta)
     return stateless(
         lambda updates, params: map_updates(lambda update: at_most(at_least(update, -max_delta), max_delta), updates)
     )
@@ -46,7 +45,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     References:
         Pascanu et al., On the difficulty of training Recurrent Neural Networks, 2013.
     """
-    checks.positive(max_norm=max_norm)
+    check_positive(max_norm=max_norm)
 
     def clipped(updates: Tree, params: Tree) -> Tree:
         norm = tree.global_norm(updates)
@@ -67,7 +66,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 0.0212, -1.4141])
     """
-    checks.positive(threshold=threshold)
+    check_positive(threshold=threshold)
 
     def rule(update: Tensor) -> Tensor:
         return update / (root_mean_square(update) / threshold).clamp(min=1.0)

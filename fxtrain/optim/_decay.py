@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fxtrain.core import Tree
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, check_non_negative
+from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._leaves import Scalar, map_with_params, start_count
 from fxtrain.optim._masking import Mask, masked
 from fxtrain.optim._scaling import ScalarOrSchedule
@@ -42,12 +42,13 @@ def add_decayed_weights(weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None 
         >>> float(updates["norm.scale"][0]), float(updates["linear.weight"][0, 0])
         (1.0, 1.10...)
     """
+    refuse_foreign("weight_decay", "a number or a schedule", weight_decay, as_schedule=True)
     tx = _scheduled(weight_decay) if callable(weight_decay) else _constant(weight_decay)
     return tx if mask is None else masked(tx, mask)
 
 
 def _constant(weight_decay: float | Tensor) -> GradientTransformation:
-    checks.non_negative(weight_decay=weight_decay)
+    check_non_negative(weight_decay=weight_decay)
     if not isinstance(weight_decay, Tensor) and weight_decay == 0:
         return identity()
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
     Scalar,
@@ -86,7 +85,7 @@ def trace(
     References:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
     """
-    checks.non_negative(decay=decay)
+    check_non_negative(decay=decay)
     if dampening is not None:
         return _dampened_trace(decay, dampening, nesterov, accumulator_dtype)
 
@@ -107,7 +106,7 @@ def trace(
 def _dampened_trace(
     decay: Scalar, dampening: Scalar, nesterov: bool, dtype: torch.dtype | None
 ) -> GradientTransformation:
-    checks.non_negative(dampening=dampening)
+    check_non_negative(dampening=dampening)
     if nesterov:
         raise ValueError("expected nesterov or dampening, got both. Nesterov momentum is defined without dampening.")
 
@@ -147,7 +146,7 @@ def ema(decay: Scalar, *, debias: bool = True, accumulator_dtype: torch.dtype | 
         >>> float(first), float(second)
         (1.0, 3.0)
     """
-    checks.decay_rate(decay=decay)
+    check_fraction(decay=decay)
 
     def init(params: Tree) -> EmaState:
         return EmaState(start_counts(params), zeros(params, dtype=accumulator_dtype))
@@ -182,7 +181,7 @@ def scale_by_lion(
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 1., -1.])
     """
-    checks.decay_rate(b1=b1, b2=b2)
+    check_fraction(b1=b1, b2=b2)
 
     def rule(update: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
         return torch.sgn(moving_average(update, average, b1)), moving_average(update, average, b2)

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, args_from, check_positive_int, describe
-from fxtrain.optim import _checks as checks
+from fxtrain.core import (
+    Tree,
+    args_from,
+    check_fraction,
+    check_non_negative,
+    check_positive,
+    check_positive_int,
+    describe,
+)
 from fxtrain.optim._adam import adamw
 from fxtrain.optim._decay import add_decayed_weights
 from fxtrain.optim._leaves import (
@@ -124,8 +131,8 @@ def scale_by_muon(
         >>> bool((torch.linalg.svdvals(updates) - 1).abs().max() < 0.35)
         True
     """
-    checks.decay_rate(beta=beta)
-    checks.non_negative(eps=eps)
+    check_fraction(beta=beta)
+    check_non_negative(eps=eps)
     _coefficients_per_step(ns_coeffs, ns_steps)
 
     def init(params: Tree) -> ScaleByMuonState:
@@ -171,7 +178,7 @@ def scale_by_shape(consistent_rms: Scalar | None = None) -> GradientTransformati
         2.0
     """
     if consistent_rms is not None:
-        checks.positive(consistent_rms=consistent_rms)
+        check_positive(consistent_rms=consistent_rms)
 
     def rule(update: Tensor) -> Tensor:
         rows, columns = update.shape

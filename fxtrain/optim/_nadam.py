@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._adam import adam, scale_by_adam
 from fxtrain.optim._leaves import (
     Scalar,
@@ -66,8 +65,8 @@ def scale_by_nadam(
     References:
         Dozat, Incorporating Nesterov Momentum into Adam, 2016.
     """
-    checks.decay_rate(b1=b1, b2=b2)
-    checks.non_negative(eps=eps, momentum_decay=momentum_decay)
+    check_fraction(b1=b1, b2=b2)
+    check_non_negative(eps=eps, momentum_decay=momentum_decay)
 
     def init(params: Tree) -> ScaleByNadamState:
         product = per_parameter(params, 1, dtype=widest(params))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from, wide_dtype
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative, wide_dtype
 from fxtrain.optim._adam import ScaleByAdamState, scale_by_adam
 from fxtrain.optim._leaves import (
     Scalar,
@@ -47,8 +46,8 @@ def scale_by_radam(
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([   3., -200.])
     """
-    checks.decay_rate(b1=b1, b2=b2)
-    checks.non_negative(eps=eps, eps_root=eps_root, threshold=threshold)
+    check_fraction(b1=b1, b2=b2)
+    check_non_negative(eps=eps, eps_root=eps_root, threshold=threshold)
     longest = 2 / (1 - b2) - 1
 
     def init(params: Tree) -> ScaleByAdamState:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._leaves import (
     Scalar,
     bias_correction,
@@ -188,8 +187,8 @@ def rmsprop(
 
 
 def _check_rms(decay: Scalar, eps: Scalar, initial_scale: Scalar) -> None:
-    checks.decay_rate(decay=decay)
-    checks.non_negative(eps=eps, initial_scale=initial_scale)
+    check_fraction(decay=decay)
+    check_non_negative(eps=eps, initial_scale=initial_scale)
 
 
 def _over_root(update: Tensor, square: Tensor, eps: Scalar, eps_in_sqrt: bool) -> Tensor:

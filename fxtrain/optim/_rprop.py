@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from
-from fxtrain.optim import _checks as checks
+from fxtrain.core import Tree, args_from, check_fraction, check_non_negative, check_positive
 from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_state, real_full, zeros
 from fxtrain.optim._scaling import scale
 from fxtrain.optim._transform import GradientTransformation, chain
@@ -44,9 +43,9 @@ def scale_by_rprop(
         >>> tx.update(grads, tx.init(grads), grads)[0]
         tensor([ 0.1000, -0.1000])
     """
-    checks.non_negative(learning_rate=learning_rate, min_step_size=min_step_size)
-    checks.decay_rate(eta_minus=eta_minus)
-    checks.positive(eta_plus=eta_plus, max_step_size=max_step_size)
+    check_non_negative(learning_rate=learning_rate, min_step_size=min_step_size)
+    check_fraction(eta_minus=eta_minus)
+    check_positive(eta_plus=eta_plus, max_step_size=max_step_size)
 
     def rule(update: Tensor, size: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
         sign = torch.sign(update)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, describe
+from fxtrain.core import Tree, check_non_negative, describe
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim import _checks as checks
 from fxtrain.optim._leaves import Scalar, at_least, map_updates, map_with_params, norm, root_mean_square, start_count
 from fxtrain.optim._transform import GradientTransformation, stateless
 from fxtrain.schedules import Schedule
@@ -98,11 +97,11 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule, *, flip_sign: bool =
         tensor([-0.3000, 20.0000])
     """
     sign = -1 if flip_sign else 1
+    refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
     if callable(learning_rate):
-        refuse_foreign("learning_rate", "a number or a schedule", learning_rate, as_schedule=True)
         schedule = learning_rate
         return scale_by_schedule(lambda count: sign * schedule(count))
-    checks.non_negative(learning_rate=learning_rate)
+    check_non_negative(learning_rate=learning_rate)
     return scale(sign * learning_rate)
 
 
@@ -127,7 +126,7 @@ def scale_by_trust_ratio(
     References:
         You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2020.
     """
-    checks.non_negative(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+    check_non_negative(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
 
     def rule(update: Tensor, param: Tensor) -> Tensor:
         param_norm = at_least(norm(param), min_norm)
@@ -147,7 +146,7 @@ def scale_by_param_block_rms(*, min_scale: Scalar = 1e-3) -> GradientTransformat
         >>> tx.update(grads, tx.init(params), params)[0]
         tensor([0., 8.])
     """
-    checks.non_negative(min_scale=min_scale)
+    check_non_negative(min_scale=min_scale)
 
     def rule(update: Tensor, param: Tensor) -> Tensor:
         return update * at_least(root_mean_square(param), min_scale)

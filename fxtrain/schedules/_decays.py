@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_int, check_positive_int, describe
+from fxtrain.core import check_int, check_positive, check_positive_int, describe
 from fxtrain.schedules._schedule import Schedule, Value, schedule_of, wide
 
 
@@ -119,8 +119,7 @@ def exponential(
     """
     check_positive_int("transition_steps", transition_steps)
     check_int("transition_begin", transition_begin, minimum=0)
-    if not isinstance(decay_rate, Tensor) and not decay_rate > 0:
-        raise ValueError(f"expected decay_rate to be positive, got {decay_rate!r}.")
+    check_positive(decay_rate=decay_rate)
     if end_value is not None and isinstance(decay_rate, Tensor):
         raise ValueError(
             f"expected decay_rate to be a Python scalar, because end_value is given, got {describe(decay_rate)}. Its "

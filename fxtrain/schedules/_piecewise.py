@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive_int, describe
+from fxtrain.core import check_choice, check_positive, check_positive_int, describe
 from fxtrain.schedules._schedule import Schedule, Value, as_value, past, schedule_of
 
 Interpolation = Literal["constant", "linear", "cosine"]
@@ -100,11 +100,7 @@ def one_cycle(
         raise ValueError(
             f"expected 0 < pct_start < pct_final < 1, got pct_start={pct_start!r}, pct_final={pct_final!r}."
         )
-    if div_factor <= 0 or final_div_factor <= 0:
-        raise ValueError(
-            "expected div_factor and final_div_factor to be positive, got "
-            f"div_factor={div_factor!r}, final_div_factor={final_div_factor!r}."
-        )
+    check_positive(div_factor=div_factor, final_div_factor=final_div_factor)
     scales: dict[float, Value] = {int(pct_start * transition_steps): div_factor}
     if interpolation == "linear":
         scales[int(pct_final * transition_steps)] = 1 / div_factor
