@@ -90,3 +90,26 @@ def adder(name, amount):
 
 
 events = [fx.StepEnd(step=step, metrics={"loss": torch.tensor(1.0 / step)}) for step in (1, 2, 3)]
+
+
+SMALL_BATCH = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5], [2.0, 0.0]])
+
+
+def linear(size=2):
+    generator = torch.Generator().manual_seed(0)
+    made = nn.Linear(size, 1)
+    with torch.no_grad():
+        made.weight.copy_(torch.randn(1, size, generator=generator))
+        made.bias.zero_()
+    return made
+
+
+def squares(model, batch):
+    return model(batch).square().mean()
+
+
+def train(loss_fn=squares, tx=None, module=None, **options):
+    """Returns a state and its step, with the slots attached."""
+    tx = tx or fx.optim.sgd(0.1)
+    step = fx.train_step(loss_fn, tx, **options)
+    return fx.attach(fx.init(module or linear(), tx), step), step

@@ -67,7 +67,7 @@ class TestErrors:
             "expected the module '1' (Writes) to compute with tensors of matching dtypes, got float32"
         )
         assert "and bfloat16 at " in text
-        assert "test_kept_precision.py:" in text
+        assert "test_forward_pass.py:" in text
         assert text.endswith("precision=fxtrain.Policy(compute=torch.bfloat16, keep=('1',)).")
 
     def test_error_names_module_in_tree_by_key(self):
