@@ -73,6 +73,26 @@ def replace_file(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def try_lock(descriptor: int) -> bool | None:
+    """Locks an open file or folder for this process, without waiting.
+
+    Args:
+        descriptor: The descriptor. Closing it releases the lock.
+
+    Returns:
+        Whether the lock was acquired, or None if the system or the file system has no locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
 def set_aside(path: Path, what: str, begin: int = 0) -> None:
     """Moves the damaged end of a file to ``<name>.damaged``, with a warning.
 

@@ -14,7 +14,7 @@ import weakref
 from typing import NoReturn
 
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.disk import make_folder
+from fxtrain.disk import make_folder, try_lock
 
 _NAME = ".lock"
 _NOTE = b"process "
@@ -71,15 +71,21 @@ class FolderLock:
         content = os.pread(file.fileno(), 200, 0).strip(b"\0\n")  # a power cut can leave zeros
         if not (content.startswith(_NOTE) or _NOTE.startswith(content)):
             self._refuse("a file with other content")
-        try:
-            _lock(file.fileno(), self._folder)
-        except BlockingIOError:
+        is_locked = try_lock(file.fileno())
+        if is_locked is None and os.name != "nt":
+            warnings.warn(
+                f"expected a file system with locks at {self._folder}, got one without. Make sure that only one run "
+                "writes to it.",
+                UserWarning,
+                stacklevel=2,
+            )
+        if is_locked is False:
             holder = content.decode(errors="replace").strip() or "another process"
             raise CheckpointError(
                 f"expected exclusive access to {self._folder}, got a lock held by {holder}. Two writers would delete "
                 "each other's checkpoints. Give each run its own folder, end the other run, or close() the other "
                 "checkpointer."
-            ) from None
+            )
         with contextlib.suppress(OSError):  # the lock works without its note, which a full disk may not hold
             os.ftruncate(file.fileno(), 0)
             os.pwrite(file.fileno(), b"%s%d on %s\n" % (_NOTE, os.getpid(), socket.gethostname().encode()), 0)
@@ -109,23 +115,6 @@ def _open(path: str, flags: int) -> int:
 
 
 _HELD: weakref.WeakSet[FolderLock] = weakref.WeakSet()
-
-
-def _lock(descriptor: int, folder: pathlib.Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: concurrent writers are not detected
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        warnings.warn(
-            f"expected a file system with locks at {folder}, got {error}. Make sure that only one run writes to it.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 def _forget() -> None:

@@ -14,6 +14,8 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 
+from fxtrain.disk import try_lock
+
 UNFINISHED = ".unfinished-"
 _NAME = re.compile(rf"{re.escape(UNFINISHED)}.+-[0-9a-f]{{8}}")
 
@@ -44,7 +46,7 @@ def clear_abandoned(above: pathlib.Path, files: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # another writer may clear at the same time
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                if set(os.listdir(path)) <= set(files) and _try_lock(descriptor):
+                if set(os.listdir(path)) <= set(files) and try_lock(descriptor):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)
@@ -56,19 +58,6 @@ def _make_locked(path: pathlib.Path) -> tuple[pathlib.Path, int]:
         folder.mkdir()
         descriptor = os.open(folder, os.O_RDONLY)
         # Another writer may have deleted the folder before it was locked. Without locks, nothing is ever deleted.
-        if _try_lock(descriptor) is not False and folder.exists():
+        if try_lock(descriptor) is not False and folder.exists():
             return folder, descriptor
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """Returns whether the lock was acquired, or None if locks are not supported."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return None
-    return True

@@ -23,7 +23,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _MAX_REPR
 
 
-def check_positive_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: object) -> None:
     """Raises unless ``value`` is an int of at least 1.
 
     Args:
@@ -43,7 +43,7 @@ def check_positive_int(name: str, value: Any) -> None:
     check_int(name, value, minimum=1)
 
 
-def check_int(name: str, value: Any, *, minimum: int) -> None:
+def check_int(name: str, value: object, *, minimum: int) -> None:
     """Raises unless ``value`` is an int of at least ``minimum``. Booleans are not ints here.
 
     Args:
@@ -128,7 +128,7 @@ def _check_numbers(values: Mapping[str, object], holds: Callable[[float], bool],
             raise ValueError(f"expected {name} to be {expected}, got {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises unless ``value`` is one of ``choices``.
 
     Args:
@@ -152,7 +152,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     raise ValueError(f"expected {name} to be one of {listed}, got {describe(value)}.{did_you_mean(value, choices)}")
 
 
-def did_you_mean(name: Any, names: Iterable[Any]) -> str:
+def did_you_mean(name: object, names: Iterable[object]) -> str:
     """Returns `` Did you mean 'x'?`` for the nearest spelling among ``names``, or an empty string.
 
     Names that differ only before the last slash are nearest, because metrics are ``loss`` in events and ``train/loss``
@@ -177,7 +177,7 @@ def did_you_mean(name: Any, names: Iterable[Any]) -> str:
     return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Returns a short description of ``value`` for an error message.
 
     Tensors and arrays are described by dtype and shape, numbers and strings by their shortened repr, modules,
@@ -194,7 +194,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{_with_article(dtype_name(value.dtype))} tensor of shape {list(value.shape)}"
     if isinstance(value, np.ndarray):
-        return f"{_with_article(str(value.dtype))} array of shape {list(value.shape)}"
+        array = typing.cast("np.ndarray[Any, np.dtype[Any]]", value)
+        return f"{_with_article(str(array.dtype))} array of shape {list(array.shape)}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return _REPR.repr(value)
     if isinstance(value, functools.partial):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive_int, describe
+from fxtrain.core import check_choice, check_positive, check_positive_int
 from fxtrain.values._nodes import as_tensor, on_host, register_value
 
 Layout = Literal["HWC", "CHW"]
@@ -90,8 +90,7 @@ class Video:
     fps: float = 8.0
 
     def __post_init__(self) -> None:
-        if not self.fps > 0:
-            raise ValueError(f"expected fps to be above 0, got {describe(self.fps)}.")
+        check_positive(fps=self.fps)
         _check_pixels(self, "Video", inner=4)
 
     @functools.cached_property
