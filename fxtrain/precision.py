@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
+from fxtrain._torch_internals import inlined_only
 from fxtrain.core import Control, Gradients, TrainState, describe, did_you_mean
 from fxtrain.fold import Handler, stateful
-from fxtrain.rng._frames import inlined_only
 
 SLOT = "loss_scale"
 HALF = (torch.bfloat16, torch.float16)

@@ -5,6 +5,8 @@ private interface may change with any release of torch. tests/test_torch_interna
 ``supports`` says which parts of the compiler work with the installed version.
 """
 
+from typing import TYPE_CHECKING
+
 from fxtrain._torch_internals._dispatch import Operator as Operator
 from fxtrain._torch_internals._dispatch import OperatorPacket as OperatorPacket
 from fxtrain._torch_internals._dispatch import TorchDispatchMode as TorchDispatchMode
@@ -19,13 +21,13 @@ from fxtrain._torch_internals._dispatch import without_dispatch_modes as without
 from fxtrain._torch_internals._dynamo import COMPILING_MODULE as COMPILING_MODULE
 from fxtrain._torch_internals._dynamo import LOGGER as LOGGER
 from fxtrain._torch_internals._dynamo import backend_named as backend_named
-from fxtrain._torch_internals._dynamo import can_keep_uncompiled as can_keep_uncompiled
 from fxtrain._torch_internals._dynamo import can_show_to_modes as can_show_to_modes
 from fxtrain._torch_internals._dynamo import compile_lock as compile_lock
 from fxtrain._torch_internals._dynamo import constant_in_dynamo as constant_in_dynamo
 from fxtrain._torch_internals._dynamo import explaining_backend as explaining_backend
-from fxtrain._torch_internals._dynamo import is_loaded as is_loaded
-from fxtrain._torch_internals._dynamo import keep_uncompiled as keep_uncompiled
+from fxtrain._torch_internals._dynamo import inlined_only as inlined_only
+from fxtrain._torch_internals._dynamo import is_dynamo_loaded as is_dynamo_loaded
+from fxtrain._torch_internals._dynamo import modes_work_below_compile as modes_work_below_compile
 from fxtrain._torch_internals._dynamo import nested_calls_inlined as nested_calls_inlined
 from fxtrain._torch_internals._dynamo import recompile_limit_error as recompile_limit_error
 from fxtrain._torch_internals._dynamo import restoring_saved_tensor_hooks as restoring_saved_tensor_hooks
@@ -57,6 +59,9 @@ from fxtrain._torch_internals._modules import CALLS as CALLS
 from fxtrain._torch_internals._modules import batch_norms as batch_norms
 from fxtrain._torch_internals._modules import has_accumulation_hooks as has_accumulation_hooks
 from fxtrain._torch_internals._modules import has_gradient_hooks as has_gradient_hooks
+from fxtrain._torch_internals._modules import own_buffers as own_buffers
+from fxtrain._torch_internals._modules import own_modules as own_modules
+from fxtrain._torch_internals._modules import own_parameters as own_parameters
 from fxtrain._torch_internals._operators import attention_on_cpu as attention_on_cpu
 from fxtrain._torch_internals._operators import ctc_loss as ctc_loss
 from fxtrain._torch_internals._operators import item_operator as item_operator
@@ -77,7 +82,9 @@ from fxtrain._torch_internals._support import supports as supports
 from fxtrain._torch_internals._tracing import TRACER_MODULES as TRACER_MODULES
 from fxtrain._torch_internals._tracing import compiling_flag as compiling_flag
 from fxtrain._torch_internals._tracing import decompositions as decompositions
+from fxtrain._torch_internals._tracing import has_symbolic_sizes as has_symbolic_sizes
 from fxtrain._torch_internals._tracing import is_known_true as is_known_true
+from fxtrain._torch_internals._tracing import is_traced as is_traced
 from fxtrain._torch_internals._tracing import make_fx as make_fx
 from fxtrain._torch_internals._tracing import new_fake_mode as new_fake_mode
 from fxtrain._torch_internals._tracing import new_shape_env as new_shape_env
@@ -90,3 +97,8 @@ from fxtrain._torch_internals._tracing import with_symbolic_sizes as with_symbol
 from fxtrain._torch_internals._transforms import is_transformed as is_transformed
 from fxtrain._torch_internals._transforms import outside_of_traces as outside_of_traces
 from fxtrain._torch_internals._transforms import unwrapped as unwrapped
+
+if TYPE_CHECKING:
+    # Only for annotations, because the import is slow.
+    from torch._subclasses import FakeTensor as FakeTensor
+    from torch._subclasses import FakeTensorMode as FakeTensorMode

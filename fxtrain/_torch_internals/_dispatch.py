@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -23,11 +23,12 @@ OPERATOR = Interface("torch._ops.OpOverload", "telling operators from other func
 PACKET = Interface("torch._ops.OpOverloadPacket", "telling operators from other functions", "traced")
 SCHEMA = Interface("torch.ops.aten.copy_.default._schema", "finding in-place operators and views", "traced")
 
-Operator: type[Any] = type(torch.ops.aten.add.Tensor)
-"""The class of an operator with one signature, as in the nodes of graphs."""
-
-OperatorPacket: type[Any] = type(torch.ops.aten.add)
-"""The class of an operator with all of its signatures."""
+if TYPE_CHECKING:
+    from torch._ops import OpOverload as Operator
+    from torch._ops import OpOverloadPacket as OperatorPacket
+else:
+    Operator = type(torch.ops.aten.add.Tensor)  # one signature of an operator, as in the nodes of graphs
+    OperatorPacket = type(torch.ops.aten.add)  # an operator with all of its signatures
 
 
 def is_recorded() -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
+from torch.overrides import TorchFunctionMode
+
 from fxtrain._torch_internals._interface import Interface
 
 LOOKUP = Interface("torch._dynamo.lookup_backend", "backends given by name", "traced")
@@ -34,12 +36,13 @@ COMPILING_MODULE = "torch._dynamo.convert_frame"
 LOGGER = "torch._dynamo"
 """A logger whose records do not reach torch's."""
 
+_Mode = TypeVar("_Mode", bound=type[TorchFunctionMode])
 _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def is_loaded() -> bool:
+def is_dynamo_loaded() -> bool:
     """Whether Dynamo has been imported, which takes as long as importing torch."""
     return "torch._dynamo" in sys.modules
 
@@ -106,17 +109,29 @@ def constant_in_dynamo(function: _F) -> _F:
     return function
 
 
-def can_keep_uncompiled() -> bool:
-    """Whether ``kept_uncompiled`` has an effect."""
+def modes_work_below_compile() -> bool:
+    """Whether function modes give right values in functions that ``torch.compile`` splits into several graphs."""
     return STRATEGY.exists and SKIP.exists and STRATEGIES.exists
 
 
-def keep_uncompiled(function: Callable[..., object]) -> None:
-    """Keeps Dynamo from compiling a function and its callees as separate frames. Tracing still inlines it."""
-    if can_keep_uncompiled():
+def inlined_only(mode: _Mode) -> _Mode:
+    """Keeps Dynamo from compiling a mode's ``__torch_function__`` when no traced function calls it.
+
+    Uncompiled code below ``torch.compile`` makes such calls, for example after a graph break. Their graphs have no
+    guard on the called function, so the graph of ``x.mean()`` would be reused for ``x.sum()``. Tracing still inlines
+    the method. Has no effect where ``modes_work_below_compile`` returns False.
+
+    Example:
+        >>> @inlined_only
+        ... class Doubled(TorchFunctionMode):
+        ...     def __torch_function__(self, func, types, args=(), kwargs=None):
+        ...         return 2 * func(*args, **(kwargs or {}))
+    """
+    if modes_work_below_compile():
         skip = SKIP.get()
         # The first action applies to the frame, the second to frames of its callees.
-        STRATEGY.get()(function.__code__, STRATEGIES.get()(skip, skip))
+        STRATEGY.get()(mode.__torch_function__.__code__, STRATEGIES.get()(skip, skip))
+    return mode
 
 
 def restoring_saved_tensor_hooks(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from fxtrain._torch_internals._interface import Interface
 
@@ -17,7 +14,7 @@ MAP = Interface("torch.utils.data._DatasetKind.Map", "seeding workers batch by b
 UNREGISTER = Interface("torch.utils.data._utils.signal_handling._remove_worker_pids", "ending busy workers")
 
 
-def workers_of(iterator: object) -> Sequence[BaseProcess]:
+def workers_of(iterator: object) -> Sequence[Any]:
     """Returns the worker processes of a loader's iterator."""
     return getattr(iterator, "_workers", ())
 
@@ -32,7 +29,7 @@ def iterator_of(loader: object) -> Any:
     return getattr(loader, "_iterator", None)
 
 
-def forget_iterator(loader: DataLoader[Any]) -> None:
+def forget_iterator(loader: Any) -> None:
     """Removes the iterator that a loader keeps."""
     loader._iterator = None
 
@@ -43,7 +40,8 @@ def set_fetcher(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Non
     Args:
         make: Takes that function and returns its replacement.
     """
-    KIND.get().create_fetcher = staticmethod(make(FETCHER.get()))
+    kinds = KIND.get()
+    kinds.create_fetcher = staticmethod(make(kinds.create_fetcher))
 
 
 def is_by_index(kind: object) -> bool:

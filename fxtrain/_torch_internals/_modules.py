@@ -16,6 +16,21 @@ CALLS = frozenset(("_call_impl", "_wrapped_call_impl"))
 """The names of the functions through which torch calls a module's ``forward``."""
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Returns a module's own parameters by name, as the dictionary that the module reads."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Returns a module's own buffers by name, as the dictionary that the module reads."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Returns a module's children by name, as the dictionary that the module reads."""
+    return module._modules
+
+
 def batch_norms(module: nn.Module) -> list[nn.Module]:
     """Returns the batch norms of all kinds among a module's parts.
 

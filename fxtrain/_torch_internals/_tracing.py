@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxtrain._torch_internals._dispatch import is_recorded
+from fxtrain._torch_internals._dispatch import fake_mode, is_recorded
 from fxtrain._torch_internals._interface import Interface
 
 MAKE_FX = Interface("torch.fx.experimental.proxy_tensor.make_fx", "tracing a step", "traced")
@@ -35,6 +35,17 @@ IS_COMPILING = Interface("torch.compiler._is_compiling_flag", "telling libraries
 
 TRACER_MODULES = ("torch.overrides", "torch._tensor", "torch.fx.experimental.proxy_tensor")
 """The modules of torch between a traced operation and the code that called it."""
+
+
+def is_traced() -> bool:
+    """Whether ``make_fx`` records this thread's operations or its tensors are fake. Not inside Dynamo."""
+    return is_recorded() or fake_mode() is not None
+
+
+def has_symbolic_sizes() -> bool:
+    """Whether a step is traced with symbolic sizes. Not inside Dynamo."""
+    mode = fake_mode()
+    return getattr(mode, "shape_env", None) is not None and not getattr(mode, "static_shapes", True)
 
 
 def make_fx(function: Callable[..., object], **options: Any) -> Callable[..., torch.fx.GraphModule]:

@@ -6,7 +6,6 @@ conditional branch of the graph. Publishing happens in the loop: unless its trig
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import is_recorded
 from fxtrain.callbacks._update_stats import UpdateStats, trainable
 from fxtrain.core import Control, Logged, StepEnd, TrainState, Updated
 from fxtrain.fold import Handler, When, as_trigger, on, slotted
@@ -117,6 +117,4 @@ def _where(flag: Tensor, function: Callable[[Any, Any], Any], seen: Any, otherwi
 
 
 def _is_traced() -> bool:
-    # Looked up and not imported: the import is slow, and tracing has done it already.
-    tracer: Any = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return torch.compiler.is_dynamo_compiling() or (tracer is not None and tracer.get_proxy_mode() is not None)
+    return torch.compiler.is_dynamo_compiling() or is_recorded()

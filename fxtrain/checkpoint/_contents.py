@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import copy_all
 from fxtrain.checkpoint._errors import CheckpointError
 from fxtrain.checkpoint._table import Place, places, root_of
 from fxtrain.core import describe
@@ -79,9 +80,7 @@ class Snapshot:
         # Not torch.no_grad(): an exception from a signal handler could leave gradients disabled.
         leaves = [leaf.detach() if leaf.requires_grad else leaf for leaf in leaves]
         try:
-            # One call for all leaves avoids a dispatch for each. Private, but torch's own optimizers depend on it.
-            copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            copy(self._targets, leaves, non_blocking=self._device is not None)
+            copy_all(self._targets, leaves, non_blocking=self._device is not None)
         except NotImplementedError:  # torch stores sub-byte dtypes but cannot copy them
             for target, leaf in zip(self._targets, leaves, strict=True):
                 target.reshape(-1).view(torch.uint8).copy_(leaf.contiguous().reshape(-1).view(torch.uint8))

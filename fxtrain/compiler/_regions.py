@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain._torch_internals import can_keep_uncompiled, is_transformed, new_fake_mode, storage_id
+from fxtrain._torch_internals import is_transformed, modes_work_below_compile, new_fake_mode, storage_id
 from fxtrain.compiler._quiet import without_logs
 from fxtrain.compiler._trace import Artefact, Run, compile_traced
 from fxtrain.compiler._uncompiled import uncompiled
@@ -245,7 +245,7 @@ class InManyGraphs:
     """
 
     def __init__(self, backend: Any, mode: str | None) -> None:
-        if not can_keep_uncompiled():
+        if not modes_work_below_compile():
             raise RuntimeError(
                 f"expected a torch whose compiler can leave single functions uncompiled, got {torch.__version__}."
             )

@@ -16,10 +16,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
-import torch
-
-# The flag has this name since torch 2.2. There is no public way to set it.
-_FLAG_NAME = "_is_compiling_flag"
+from fxtrain._torch_internals import compiling_flag, outside_of_traces, set_compiling_flag
 
 
 class _ThreadFlag:
@@ -63,16 +60,13 @@ _thread_flag: _ThreadFlag | None = None
 
 def _suspending_traces(execute: Callable[..., None]) -> Callable[..., None]:
     """Wraps a loader's ``exec_module`` so that this thread's trace is suspended while a module executes."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-    from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
     def execute_outside(loader: Any, module: Any) -> None:
         if not _thread.depth:
             return execute(loader, module)
         depth, _thread.depth = _thread.depth, 0
         try:
-            functions = torch._C.DisableTorchFunction()  # pyright: ignore[reportPrivateUsage]
-            with _disable_current_modes(), functions, temporarily_clear_interpreter_stack():
+            with outside_of_traces():
                 return execute(loader, module)
         finally:
             _thread.depth = depth
@@ -95,11 +89,10 @@ def compiling() -> Generator[None]:
         False
     """
     global _open_traces, _thread_flag
-    flags = torch.compiler.__dict__
     with _lock:
         if not _open_traces:
-            _thread_flag = _ThreadFlag(bool(flags[_FLAG_NAME]))
-            flags[_FLAG_NAME] = _thread_flag
+            _thread_flag = _ThreadFlag(bool(compiling_flag()))
+            set_compiling_flag(_thread_flag)
             _LOADER.exec_module = _suspending_traces(_EXECUTE)
         _open_traces += 1
     _thread.depth += 1
@@ -113,5 +106,5 @@ def compiling() -> Generator[None]:
             # and the object has the original flag's value in every thread once no trace is running.
             if not _open_traces:
                 _LOADER.exec_module = _EXECUTE
-                if _thread_flag is not None and flags[_FLAG_NAME] is _thread_flag:
-                    flags[_FLAG_NAME] = _thread_flag.otherwise
+                if _thread_flag is not None and compiling_flag() is _thread_flag:
+                    set_compiling_flag(_thread_flag.otherwise)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
-import torch.utils._pytree as torch_pytree  # torch.func flattens with it; the public API has no static context
+
+from fxtrain._torch_internals import register_pytree_node
 
 NAMESPACE = "fxtrain"
 """The optree namespace in which fxtrain's nodes are registered."""
@@ -53,9 +54,9 @@ def register_node(
         children, context = flatten(node)
         return list(children), context
 
-    torch_pytree.register_pytree_node(
+    register_pytree_node(
         cls,
         flatten_for_torch,
         lambda children, context: unflatten(context, list(children)),
-        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        f"{cls.__module__}.{cls.__qualname__}",
     )

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import optree
-import torch.utils._pytree as torch_pytree  # torch.utils.pytree does not see classes registered here
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import is_leaf, node_of_parts, parts_of
 from fxtrain.core import NAMESPACE, Batch, Tree, ops
 from fxtrain.data._graphs import Parts, StoreEntry, graph_of, graph_parts, is_graph
 
@@ -78,7 +78,7 @@ def _node_kind(
         return None
     if is_graph(node):
         return graph_parts, graph_of, StoreEntry
-    if not torch_pytree.tree_is_leaf(node):
+    if not is_leaf(node):
         return _torch_parts, _torch_node, optree.FlattenedEntry
     if isinstance(node, list | tuple):
         return _sequence_parts, functools.partial(_sequence_of, kind), optree.SequenceEntry
@@ -193,9 +193,9 @@ def _attributes_of(kind: type, names: Sequence[str], children: Sequence[Tree]) -
 
 
 def _torch_parts(node: object) -> Children:
-    children, spec = torch_pytree.tree_flatten(node, is_leaf=lambda part: part is not node)
+    children, spec = parts_of(node)
     return children, spec
 
 
 def _torch_node(spec: Any, children: Sequence[Tree]) -> Tree:
-    return torch_pytree.tree_unflatten(list(children), spec)
+    return node_of_parts(spec, children)

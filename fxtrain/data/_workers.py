@@ -22,9 +22,17 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import xxhash
-from torch.utils.data import DataLoader, _DatasetKind
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import DataLoader
 
+from fxtrain._torch_internals import (
+    forget_iterator,
+    is_by_index,
+    iterator_of,
+    set_fetcher,
+    shut_down_workers,
+    unregister_workers,
+    workers_of,
+)
 from fxtrain.core import Batch
 from fxtrain.data._seeding import seed_process
 
@@ -60,7 +68,7 @@ def started(loader: Iterable[Batch], seeds: Seeds | None = None) -> Iterator[Bat
             _replaced(loader, worker_init_fn=init, multiprocessing_context=context),
         ):
             iterator = iter(loader)
-            for worker in getattr(iterator, "_workers", ()):
+            for worker in workers_of(iterator):
                 worker._popen.terminate = functools.partial(_terminate, worker._popen, weakref.ref(iterator))
     except BaseException:
         ended(iterator)
@@ -71,7 +79,7 @@ def started(loader: Iterable[Batch], seeds: Seeds | None = None) -> Iterator[Bat
 def ended(iterator: object) -> None:
     """Ends the workers of an iterator from ``started``. Workers still busy after two seconds are killed."""
     children = multiprocessing.active_children()  # excludes workers of the parent, in a process forked later
-    workers = [worker for worker in getattr(iterator, "_workers", ()) if worker in children]
+    workers = [worker for worker in workers_of(iterator) if worker in children]
     if not workers:
         return
     # Torch waits up to five seconds for each worker in turn.
@@ -79,17 +87,16 @@ def ended(iterator: object) -> None:
     killer.daemon = True
     killer.start()
     try:
-        shut_down: Callable[[], None] = getattr(iterator, "_shutdown_workers")  # noqa: B009
-        shut_down()
+        shut_down_workers(iterator)
     finally:
         killer.cancel()
 
 
 def end_persistent(loader: object) -> None:
     """Ends the persistent workers of a loader."""
-    iterator = getattr(loader, "_iterator", None)
+    iterator = iterator_of(loader)
     if iterator is not None:
-        setattr(loader, "_iterator", None)  # noqa: B010
+        forget_iterator(loader)
         ended(iterator)
 
 
@@ -135,10 +142,9 @@ def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
     A worker that starts in the middle of an epoch thus generates the same random samples as one that read the whole
     epoch. The iterator of an iterable dataset is seeded from the epoch and the worker.
     """
-    kinds: Any = _DatasetKind
-    create, epochs = kinds.create_fetcher, itertools.count(seeds.epoch)
+    epochs = itertools.count(seeds.epoch)
 
-    def created(*args: object) -> Any:  # called once per epoch
+    def created(create: Callable[..., Any], *args: object) -> Any:  # called once per epoch
         epoch = next(epochs)
         seed_process(seeds.seed, epoch, worker_id, 3)
         fetcher: Any = create(*args)
@@ -150,11 +156,11 @@ def _seed_fetches(seeds: Seeds, worker_id: int) -> None:
                 seed_process(seeds.seed, epoch, xxhash.xxh3_64_intdigest(text.encode()))
             return fetch(keys)
 
-        if args[0] == kinds.Map:
+        if is_by_index(args[0]):
             fetcher.fetch = fetch_seeded
         return fetcher
 
-    kinds.create_fetcher = staticmethod(created)
+    set_fetcher(lambda create: functools.partial(created, create))
 
 
 @contextlib.contextmanager
@@ -203,7 +209,7 @@ def _start(worker: BaseProcess) -> None:
 
 def _terminate(popen: Any, iterator: Callable[[], object]) -> None:
     """Kills a busy worker. Called by torch at the end of an iterator, and by multiprocessing at exit."""
-    _unregister(iterator())
+    unregister_workers(iterator())
     popen.kill()
 
 
@@ -230,15 +236,6 @@ def _start_helpers(loader: DataLoader[object]) -> None:
 
 
 def _kill(iterator: object, workers: list[BaseProcess]) -> None:
-    _unregister(iterator)
+    unregister_workers(iterator)
     for worker in workers:
         worker.kill()
-
-
-def _unregister(iterator: object) -> None:
-    """Prevents torch from raising in the main thread that a worker was killed."""
-    if getattr(iterator, "_worker_pids_set", False):
-        setattr(iterator, "_worker_pids_set", False)  # noqa: B010
-        reported: Any = signal_handling
-        with contextlib.suppress(ValueError):
-            reported._remove_worker_pids(id(iterator))

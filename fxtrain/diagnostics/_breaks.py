@@ -7,9 +7,8 @@ import types
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxtrain._torch_internals import Operator, TorchDispatchMode, explaining_backend
 from fxtrain.compiler._refusals import SHAPE, VALUE, Break, break_at, first_line, refusal
 from fxtrain.core import Batch, StepFn, TrainState
 from fxtrain.step import EvalFunction
@@ -36,7 +35,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: OpOverload,
+        func: Operator,
         types: object,
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -52,10 +51,8 @@ def found_by_dynamo(step: StepFn | EvalFunction, state: TrainState, batch: Batch
 
     Runs the step. Within ``torch.func.grad``, Dynamo gives up at the first break.
     """
-    from torch._dynamo.backends.debugging import ExplainWithBackend
-
     # torch._dynamo.explain would discard everything that this process has compiled.
-    explain = ExplainWithBackend("eager")
+    explain = explaining_backend()
 
     def run(state: TrainState, batch: Batch) -> object:
         return step(state, batch)

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import attention_on_cpu, is_view, make_fx, new_fake_mode
 from fxtrain.compiler._ctc import OpaqueCTC
 from fxtrain.compiler._effects import effects_noticed
 from fxtrain.compiler._literals import KnownLiterals
@@ -18,8 +18,9 @@ from fxtrain.core import Batch, TrainState, compiling
 from fxtrain.step import EvalFunction, Step
 
 if TYPE_CHECKING:
-    from torch._subclasses import FakeTensor
     from torch.fx import GraphModule
+
+    from fxtrain._torch_internals import FakeTensor
 
 
 class Counts(NamedTuple):
@@ -37,9 +38,6 @@ def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphMo
     Raises:
         Exception: The step reads a value, or does something else that cannot be traced.
     """
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     leaves, state_structure = tree.flatten(state)
     inputs, batch_structure = tree.flatten(batch)
     count = len(leaves)
@@ -51,7 +49,7 @@ def trace(step: Step | EvalFunction, state: TrainState, batch: Batch) -> GraphMo
         return tree.leaves(result)
 
     # Without symbols for unknown values, a read raises at its line, and not later in the compiler.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = new_fake_mode()
     fakes = [mode.from_tensor(leaf) for leaf in (*leaves, *inputs)]
     with turn(), mode, compiling(), effects_noticed(), KnownLiterals(), OpaqueCTC():
         return make_fx(flat, tracing_mode="real")(*fakes)
@@ -67,7 +65,7 @@ def counted(graph: GraphModule) -> Counts:
     most = sum(
         _bytes(node.meta.get("val")) + sum(_bytes(argument.meta.get("val")) for argument in node.all_input_nodes)
         for node in calls
-        if not _is_view(node.target)
+        if not is_view(node.target)
     )
     return Counts(
         operations=len(calls),
@@ -80,26 +78,17 @@ def counted(graph: GraphModule) -> Counts:
 def _flops(graph: GraphModule, fakes: list[FakeTensor]) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    aten = torch.ops.aten
     # torch's table lacks attention on a CPU.
+    attention, backward = attention_on_cpu()
     on_cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-        ),
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }
     mode = next(fake.fake_mode for fake in fakes)
     with mode, FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         graph(*fakes)
     found = counter.get_flop_counts().get("Global", {})
     return {str(packet).removeprefix("aten."): int(count) for packet, count in found.items()}
-
-
-def _is_view(target: object) -> bool:
-    schema = getattr(target, "_schema", None)
-    if schema is None:
-        return False
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
 
 
 def _bytes(values: object) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import kernel_count
 from fxtrain.compiler import Compiled, compile  # noqa: A004
 from fxtrain.compiler._fresh import fresh
 from fxtrain.compiler._quiet import quietly
@@ -148,8 +149,6 @@ def _compiled(
     like: Compiled, state: TrainState, batch: Batch, calls: int
 ) -> tuple[dict[str, float], float, int | None, Choice]:
     """Returns median seconds by part, the seconds of the first call, the number of kernels, and the route."""
-    from torch._inductor import metrics
-
     device = state.step.device
     graph_seconds: list[float] = []
 
@@ -164,12 +163,13 @@ def _compiled(
 
     # A copy, so that the given step keeps its graphs.
     compiled = fresh(like, timed)
-    kernels = metrics.generated_kernel_count
+    before = kernel_count()
     with warnings.catch_warnings():
         # The report contains it.
         warnings.filterwarnings("ignore", message="(?s).*cannot be traced as one graph")
         first, state = _call(compiled, state, batch)
-    written = metrics.generated_kernel_count - kernels if "inductor" in like.route else None
+    after = kernel_count() if "inductor" in like.route else None
+    written = None if before is None or after is None else after - before
     whole_seconds: list[float] = []
     for _ in range(_WARMUP_CALLS + calls):
         spent, state = _call(compiled, state, batch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
+from fxtrain._torch_internals import own_parameters
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.checkpoint._unfinished import clear_abandoned, unfinished_folder
 from fxtrain.core import TrainState, describe
@@ -98,10 +99,10 @@ def _with_parameters(part: Any) -> Any:
         return part
     made: dict[int, nn.Parameter] = {}
     for module in part.modules():
-        for key, value in module._parameters.items():
+        for key, value in own_parameters(module).items():
             if value is not None and not isinstance(value, nn.Parameter):
                 trains = value.is_floating_point() or value.is_complex()
-                module._parameters[key] = made.setdefault(id(value), nn.Parameter(value, requires_grad=trains))
+                own_parameters(module)[key] = made.setdefault(id(value), nn.Parameter(value, requires_grad=trains))
     return part
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
+from fxtrain._torch_internals import new_fake_mode
 from fxtrain.core import CHANGED_AT_END, LOOP, TRACED, Batch, StepBegin, TrainState, describe, did_you_mean
 from fxtrain.data import Source, map_tensors, to_device
 from fxtrain.fold import Composed
@@ -177,9 +178,7 @@ def _measured(eval_step: EvalFn, state: TrainState, data: Source | None) -> list
 
 
 def _measured_in_fake_mode(eval_step: EvalFn, state: TrainState, batch: Batch) -> list[str]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with new_fake_mode() as mode:
         return list(eval_step(tree.map(mode.from_tensor, state), map_tensors(mode.from_tensor, batch)).metrics)
 
 

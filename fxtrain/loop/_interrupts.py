@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
+from fxtrain._torch_internals import COMPILING_MODULE
+
 _log = logging.getLogger(__name__)
 
 # Functions and a module on the stack while a step has had no effect yet: while compiling, or waiting for a thread that
@@ -23,7 +25,6 @@ _COMPILING_OR_WAITING = (
     ("fxtrain.compiler._trace", "trace_step"),
     ("fxtrain.rng._host", "wait_for_turn"),
 )
-_DYNAMO = "torch._dynamo.convert_frame"
 # An exception inside these would leave a module half imported.
 _IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")
 _LEAVABLE = (__name__, "leavable")
@@ -210,7 +211,7 @@ def _can_be_left(frame: FrameType | None) -> bool:
         where = frame.f_globals.get("__name__"), frame.f_code.co_name
         if where[0] in _IMPORTING:
             return False
-        compiles = compiles or where[0] == _DYNAMO or where in _COMPILING_OR_WAITING
+        compiles = compiles or where[0] == COMPILING_MODULE or where in _COMPILING_OR_WAITING
         if where == _LEAVABLE:
             return compiles
         if where == _LEAVABLE_WAIT:

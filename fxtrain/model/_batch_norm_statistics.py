@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxtrain import rng, tree
+from fxtrain._torch_internals import batch_norms
 from fxtrain.core import TrainState
 from fxtrain.model._model import model_of
 
@@ -60,5 +61,4 @@ def recompute_statistics(
 
 def _batch_norms(modules: Any) -> list[Any]:
     roots = [leaf for leaf in tree.leaves(modules) if isinstance(leaf, nn.Module)]
-    kinds = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]
-    return [module for root in roots for module in root.modules() if isinstance(module, kinds) and module.training]
+    return [module for root in roots for module in batch_norms(root) if module.training]

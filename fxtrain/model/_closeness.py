@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.rng._tracing import unwatched
+from fxtrain._torch_internals import without_dispatch_modes
 
 # Absolute tolerance in rounding errors of the largest element, because elements that cancel to zero keep such errors.
 _MAX_ROUNDING_ERRORS = 128
@@ -42,7 +42,7 @@ def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = Tru
     if any(one.shape != two.shape or one.dtype != two.dtype for one, two in zip(*pairs, strict=True)):
         return False
     try:
-        with unwatched(), torch.no_grad():
+        with without_dispatch_modes(), torch.no_grad():
             largest = max((_size(two) for two in pairs[1]), default=0.0)
             return all(_is_close(*pair, unit, largest, integers) for pair in zip(*pairs, strict=True))
     except RuntimeError:  # Batched by vmap.

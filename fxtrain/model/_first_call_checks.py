@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
+from fxtrain._torch_internals import has_accumulation_hooks, inlined_only, is_traced, own_parameters, unrecorded
 from fxtrain.core import describe
 from fxtrain.model._attribute_snapshots import are_alike
 from fxtrain.model._closeness import are_close
 from fxtrain.model._meta_modules import DELETED, MetaModules
 from fxtrain.model._write_guard import written_by
-from fxtrain.rng._frames import inlined_only
-from fxtrain.rng._tracing import is_traced, unrecorded
 
 # Maximum number of attributes named in an error.
 _MAX_NAMED = 3
@@ -178,7 +177,7 @@ def refuse_new_parameters(who: str, template: MetaModules, tensors: dict[str, Te
         NotImplementedError: If hooks were added.
     """
     for prefix, module in template.root.named_modules():
-        for key, value in module._parameters.items():
+        for key, value in own_parameters(module).items():
             slot = f"{prefix}.{key}"
             name = template.slots.get(slot)
             if value is None or (name is not None and value is tensors[name]):
@@ -195,7 +194,7 @@ def refuse_new_parameters(who: str, template: MetaModules, tensors: dict[str, Te
                 "state.replace(params=...). Keep an average of the weights, such as a momentum encoder, in buffers, or "
                 "use fxtrain.callbacks.ema."
             )
-    hooked = [template.path(name) for name in names if getattr(tensors[name], "_post_accumulate_grad_hooks", None)]
+    hooked = [template.path(name) for name in names if has_accumulation_hooks(tensors[name])]
     if hooked:
         raise hooks_error(hooked)
 

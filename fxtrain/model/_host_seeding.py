@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from fxtrain._torch_internals import is_traced
 from fxtrain.core import name_of
 from fxtrain.model._captured_values import captured
 from fxtrain.model._clock_reads import clock_reads
 from fxtrain.rng import Key
 from fxtrain.rng import _host as host
-from fxtrain.rng._tracing import host_seed, is_traced
+from fxtrain.rng._host import host_seed
 
 
 class UnseededError(RuntimeError):

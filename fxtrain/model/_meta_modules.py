@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxtrain._torch_internals import own_buffers, own_modules, own_parameters, write_count
 from fxtrain.model._attribute_snapshots import AttributeSnapshot, leaves
 from fxtrain.rng._host import global_generators
 
@@ -35,7 +36,7 @@ class MetaModules:
 
     def __init__(self, root: nn.Module, owned: frozenset[int], paths: Mapping[str, str]) -> None:
         self.root = root
-        self._modules = {paths[name]: module for name, module in root._modules.items() if module is not None}
+        self._modules = {paths[name]: module for name, module in own_modules(root).items() if module is not None}
         self._owned, self._paths = owned, dict(paths)
         self._lock = threading.RLock()
         # Snapshots that nested contexts restore on exit, the innermost last.
@@ -57,22 +58,22 @@ class MetaModules:
         self.empty = {number: self.path(name) for number, name in names.items()}
         # torch does not count writes to inference tensors.
         self._tensors = [
-            (path, tensor, tensor._version)
+            (path, tensor, write_count(tensor))
             for path, tensor in self._contents.tensors
             if id(tensor) not in names and not tensor.is_inference()
         ]
         self._parameters = {
-            names[id(value)]: (module._parameters, key)
+            names[id(value)]: (own_parameters(module), key)
             for module in root.modules()
-            for key, value in module._parameters.items()
+            for key, value in own_parameters(module).items()
             if value is not None
         }
-        self._buffers = [(name, module._buffers) for name, module in root.named_modules()]
+        self._buffers = [(name, own_buffers(module)) for name, module in root.named_modules()]
         # One entry for each slot. functional_call's own tying would fill a module with two names twice.
         self.slots = {
             f"{prefix}.{key}" if prefix else key: names[id(value)]
             for prefix, module in root.named_modules()
-            for named in (module._parameters, module._buffers)
+            for named in (own_parameters(module), own_buffers(module))
             for key, value in named.items()
             if value is not None
         }
@@ -133,7 +134,7 @@ class MetaModules:
         found: dict[str, Any] = {}
         missing = set(tensors)
         for prefix, module in self.root.named_modules():
-            for key, value in module._buffers.items():
+            for key, value in own_buffers(module).items():
                 slot = f"{prefix}.{key}"
                 name = self.slots.get(slot)
                 missing.discard(name or "")
@@ -191,7 +192,7 @@ class MetaModules:
 
     def _refuse_writes(self) -> None:
         for path, tensor, version in self._tensors:
-            if tensor._version != version:
+            if write_count(tensor) != version:
                 raise RuntimeError(
                     f"expected a call to leave tensors outside the state unchanged, got an in-place write to {path}. "
                     "Register it as a buffer, which is part of the state."

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fxtrain import rng, tree
+from fxtrain._torch_internals import has_gradient_hooks, is_traced, own_modules
 from fxtrain.core import TrainState, name_of
 from fxtrain.model._captured_values import tensors_in
 from fxtrain.model._fingerprint import fingerprint
@@ -35,7 +36,6 @@ from fxtrain.model._wrapped_forward import forward_of, is_forward_wrapped
 from fxtrain.model._write_guard import CloneNeeded, WriteGuard, copies
 from fxtrain.rng import _host as host
 from fxtrain.rng._replay import replayed
-from fxtrain.rng._tracing import is_traced
 from fxtrain.tree import as_name, leaf_paths
 
 Inside = Callable[[Mapping[str, nn.Module]], AbstractContextManager[None]]
@@ -79,8 +79,8 @@ class Model(ParameterTrees):
         )
         self._slots = self._templates[True].slots
         self._hooked = self._grouped(
-            {name: _has_hooks(value) for name, value in original.named_parameters()},
-            [_has_hooks(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
+            {name: has_gradient_hooks(value) for name, value in original.named_parameters()},
+            [has_gradient_hooks(leaf) for leaf in leaves if isinstance(leaf, Tensor)],
         )
         self._fingerprint = fingerprint(self._training)
         self._choose(self.trainable)
@@ -239,7 +239,7 @@ class Model(ParameterTrees):
             tensors.update(flat_params | clones | buffers)
             template.fill(tensors)
             template.place(odd)
-            modules = template.root._modules
+            modules = own_modules(template.root)
             model = tree.map(lambda number, leaf: modules[number] if number else leaf, self.template, params)
             given = copies(args) if self._copies_arguments else args
             writes = WriteGuard(
@@ -408,11 +408,6 @@ def _functional(key: rng.Key | None, writes: WriteGuard) -> Iterator[None]:
 def _kept_shape(after: Tensor | None, before: Tensor) -> Tensor:
     """Returns the buffer after a call, or before it if the call changed its shape or dtype."""
     return before if after is None or after.shape != before.shape or after.dtype != before.dtype else after
-
-
-def _has_hooks(parameter: Tensor) -> bool:
-    # No public interface lists the hooks of a tensor.
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _is_trainable(value: Tensor) -> bool:

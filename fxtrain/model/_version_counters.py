@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fxtrain import tree
+from fxtrain._torch_internals import write_count
 
 
 def versions(values: Any) -> list[int]:
@@ -16,7 +17,7 @@ def versions(values: Any) -> list[int]:
     """
     if torch.compiler.is_dynamo_compiling():
         return []
-    return [0 if leaf.is_inference() else leaf._version for leaf in tree.leaves(values)]
+    return [0 if leaf.is_inference() else write_count(leaf) for leaf in tree.leaves(values)]
 
 
 def refuse_in_place_writes(who: str, values: Any, before: list[int], root: str) -> None:

@@ -11,10 +11,10 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import storage_id, unwrapped
 
 
 class WriteError(RuntimeError):
@@ -203,10 +203,8 @@ _EMBEDDINGS = frozenset(("embedding", "embedding_bag"))
 
 def memory_of(tensor: Tensor) -> int:
     """Returns the identity of a tensor's storage, which its views share, also inside transforms of torch.func."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+    tensor = unwrapped(tensor)
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):  # Sparse tensors have no storage.
         return id(tensor)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fxtrain._torch_internals import start_memory_history, stop_memory_history, write_memory_snapshot
 from fxtrain.core import Control, FitBegin, StepBegin, StepEnd, TrainState, check_int
 from fxtrain.disk import make_folder
 
@@ -133,8 +134,8 @@ class Profile:
     def _start(self, state: TrainState | None) -> None:
         self._on_cuda = state is not None and state.step.device.type == "cuda"
         if self._memory and self._on_cuda:
-            torch.cuda.memory._record_memory_history(max_entries=_MAX_SNAPSHOT_ENTRIES)
-            self._contexts.callback(torch.cuda.memory._record_memory_history, None)
+            start_memory_history(_MAX_SNAPSHOT_ENTRIES)
+            self._contexts.callback(stop_memory_history)
         profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=0, warmup=self._warmup, active=self._active, repeat=1),
             profile_memory=self._memory,
@@ -152,7 +153,7 @@ class Profile:
         )
         with_snapshot = self._memory and self._on_cuda
         if with_snapshot:
-            torch.cuda.memory._dump_snapshot(str(snapshot))
+            write_memory_snapshot(snapshot)
         self._stop()
         profiler.export_chrome_trace(str(trace))
         if not trace.is_file() or not trace.stat().st_size:  # the profiler only logs a failed write, if at all

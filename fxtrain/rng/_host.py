@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import random
 import threading
@@ -12,10 +11,43 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from fxtrain._torch_internals import is_traced, without_dispatch_modes
+from fxtrain.rng._philox import Key, philox4x32
+
+_HOST_SITE = (1 << 24) - 1  # the last site of a key, which program order never reaches
+_WORD = (1 << 32) - 1
 _LOCKS: dict[int, threading.RLock] = {}  # by process, because a forked worker must not inherit a held lock
 _MT19937_BYTES = 625 * 4  # bytes of NumPy's Mersenne Twister: 624 words and the position
 _GENERATORS: list[Any] = []  # one bit generator per nesting depth of ``seeded``
+
+
+def host_seed(key: Key) -> int | None:
+    """Returns a 64-bit seed for host generators as a function of the key, or None if the key has no values.
+
+    A key has no values while a graph is traced, and under ``vmap`` over keys. Reading them synchronizes with the
+    device.
+
+    Example:
+        >>> from fxtrain import rng
+        >>> host_seed(rng.key(0, step=1)) == host_seed(rng.key(0, step=1)) != host_seed(rng.key(0, step=2))
+        True
+    """
+    if is_traced():
+        return None
+    tensors = key.seed, key.step, key.microbatch
+    try:
+        with without_dispatch_modes():
+            if key.seed.device.type == "cpu":
+                seed, step, microbatch = map(int, tensors)
+            else:
+                seed, step, microbatch = torch.stack(tensors).tolist()  # one transfer
+    except RuntimeError:  # batched by vmap
+        return None
+    counter = 0, key.stream << 24 | _HOST_SITE, step & _WORD, microbatch & _WORD
+    words = philox4x32(counter, (seed & _WORD, (seed >> 32 ^ (step >> 32) * 0x9E3779B9) & _WORD))
+    return int(words[0]) | int(words[1]) << 32
 
 
 @contextlib.contextmanager
@@ -72,7 +104,7 @@ class Mark(NamedTuple):
     python: Any
     bits: Any  # NumPy's bit generator
     words: Any  # its raw state, or None if it is not an MT19937
-    spare: dict[str, Any]  # the second of a pair of normal samples, which NumPy caches outside the bit generator
+    spare: float | None  # the second of a pair of normal samples, which NumPy caches outside the bit generator
 
 
 def mark() -> Mark | None:
@@ -81,10 +113,10 @@ def mark() -> Mark | None:
     if not lock.acquire(blocking=False):
         return None
     try:
-        bits = _numpy().get_bit_generator()
-        known = type(bits) is np.random.MT19937
-        words = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES) if known else None
-        return Mark(random.getstate(), bits, words, _spare_normal())
+        bits, spare = _numpy().get_bit_generator(), _take_spare_normal()
+        if spare is not None:
+            _put_spare_normal(spare)
+        return Mark(random.getstate(), bits, _words(bits), spare)
     finally:
         lock.release()
 
@@ -106,7 +138,9 @@ def rewind_if_moved(before: Mark) -> bool:
     random.setstate(before.python)
     if before.words is not None:
         ctypes.memmove(before.bits.ctypes.state_address, before.words, _MT19937_BYTES)
-    _numpy().set_state({**_numpy().get_state(legacy=False), **before.spare})
+    _numpy().set_bit_generator(before.bits)  # without a spare normal
+    if before.spare is not None:
+        _put_spare_normal(before.spare)
     return True
 
 
@@ -142,6 +176,8 @@ def state_of(generator: Any) -> Any:
         return None
     if isinstance(generator, random.Random):
         return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _comparable(generator.get_state(legacy=False))
     bits = _bits(generator)
     return None if bits is None else _comparable(bits.state)
 
@@ -152,16 +188,16 @@ def set_state(generator: Any, state: Any) -> None:
         return
     if isinstance(generator, random.Random):
         generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_readable(state))
     else:
         _bits(generator).state = _readable(state)
 
 
 def _bits(generator: Any) -> Any:
-    if isinstance(generator, np.random.BitGenerator):
-        return generator
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator
-    return generator._bit_generator if isinstance(generator, np.random.RandomState) else None  # pyright: ignore
+    return generator if isinstance(generator, np.random.BitGenerator) else None
 
 
 def _comparable(state: Any) -> Any:
@@ -180,9 +216,8 @@ def _readable(state: Any) -> Any:
 
 @contextlib.contextmanager
 def _numpy_seeded(seed: int) -> Iterator[None]:
-    # Exchanges the bit generator, because reading and writing its state converts 624 words to Python integers. NumPy
-    # samples normals in pairs and caches the second outside the bit generator. An exchange discards it.
-    original, spare = _numpy().get_bit_generator(), _spare_normal()
+    # Exchanges the bit generator, because reading and writing its state converts 624 words to Python integers.
+    original, spare = _numpy().get_bit_generator(), _take_spare_normal()
     if len(_GENERATORS) < _here.depth:
         _GENERATORS.append(np.random.MT19937())
     _numpy().set_bit_generator(_GENERATORS[_here.depth - 1])
@@ -191,37 +226,36 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         _numpy().set_bit_generator(original)
-        if spare["has_gauss"]:
-            _numpy().set_state({**_numpy().get_state(legacy=False), **spare})
+        if spare is not None:
+            _put_spare_normal(spare)
 
 
-def _spare_normal() -> dict[str, Any]:
-    """Returns the part of NumPy's state that is outside its bit generator."""
-    global_state, original, stand_in = _numpy().mtrand._rand, _numpy().get_bit_generator(), _stand_in()
-    stand_in.stands_for, stand_in.thread = original, threading.get_ident()
-    with contextlib.suppress(AttributeError):  # without this private attribute, get_state reads all words
-        global_state._bit_generator = stand_in
-    try:
+def _words(bits: Any) -> bytes | None:
+    """Returns the raw state of a bit generator, or None if it is not an MT19937."""
+    return ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES) if isinstance(bits, np.random.MT19937) else None
+
+
+def _take_spare_normal() -> float | None:
+    """Removes the normal sample that NumPy caches outside its bit generator, and returns it. None if there is none.
+
+    NumPy samples normals in pairs and caches the second one. Reading the whole state would be slow, so this function
+    samples a normal. It comes from the cache if the bit generator has not advanced.
+    """
+    bits = _numpy().get_bit_generator()
+    before = _words(bits)
+    if before is None:
         state = _numpy().get_state(legacy=False)
-    finally:
-        with contextlib.suppress(AttributeError):
-            global_state._bit_generator = original
-    return {name: state[name] for name in ("has_gauss", "gauss")}
+        return state["gauss"] if state["has_gauss"] else None
+    sample = _numpy().standard_normal()
+    if _words(bits) == before:
+        return sample
+    ctypes.memmove(bits.ctypes.state_address, before, _MT19937_BYTES)
+    _numpy().set_bit_generator(bits)  # discards the second sample of the new pair
+    return None
 
 
-@functools.cache
-def _stand_in() -> Any:
-    class StandIn(np.random.MT19937):
-        """Briefly replaces NumPy's bit generator, so that ``get_state`` in this thread reads no words."""
-
-        stands_for: Any
-        thread: int
-
-        @property
-        def state(self) -> dict[str, Any]:
-            return {"bit_generator": "MT19937"} if threading.get_ident() == self.thread else self.stands_for.state
-
-    return StandIn(0)
+def _put_spare_normal(sample: float) -> None:
+    _numpy().set_state({**_numpy().get_state(legacy=False), "has_gauss": 1, "gauss": sample})
 
 
 def _numpy() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -13,10 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxtrain.rng._frames import inlined_only
+from fxtrain._torch_internals import (
+    Operator,
+    OperatorPacket,
+    constant_in_dynamo,
+    inlined_only,
+    is_dynamo_loaded,
+    is_traced,
+    is_transformed,
+    show_to_modes,
+)
 from fxtrain.rng._philox import Key
 from fxtrain.rng._replacements import REPLACED, SOMETIMES
-from fxtrain.rng._tracing import is_traced, is_transformed
 
 
 def functional(key: Key) -> Functional:
@@ -244,38 +251,30 @@ _BODIES["Tensor.backward"] = _body(torch.Tensor.backward)
 _ASSIGN_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 _READ_DATA = torch.Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _KNOWN = frozenset({*REPLACED, *SOMETIMES, *REFUSED, *_BODIES, *_INITIALISERS})
-_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-
-
-def _constant(function: Any) -> Any:
-    # Equivalent to torch.compiler.assume_constant_result, which would import all of Dynamo.
-    function._dynamo_marked_constant = True
-    return function
+_OPERATORS = (Operator, OperatorPacket)
 
 
 # Dynamo calls these three while tracing but does not trace into them, which saves a guard per operation of the model.
 
 
-@_constant
+@constant_in_dynamo
 def _is_known(name: str) -> bool:
     return name in _KNOWN
 
 
-@_constant
+@constant_in_dynamo
 def _is_seeded(operator: Any) -> bool:
-    names = operator.overloads() if isinstance(operator, torch._ops.OpOverloadPacket) else ()
+    names = operator.overloads() if isinstance(operator, OperatorPacket) else ()
     overloads = [getattr(operator, name) for name in names] or [operator]
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
-@_constant
+@constant_in_dynamo
 def _show_all_to_modes() -> bool:
     # Dynamo hides some of these functions from modes, unlike eager mode, and would leave hidden random samples in the
-    # graph. There is no public interface for this. Only code under a mode is affected.
-    if "torch._dynamo" in sys.modules:
-        from torch._dynamo.variables.torch import get_overridable_functions
-
-        get_overridable_functions().update(_TORCH_FUNCTIONS)
+    # graph. Only code under a mode is affected.
+    if is_dynamo_loaded():
+        show_to_modes(_TORCH_FUNCTIONS)
     return True
 
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fxtrain._torch_internals import has_symbolic_sizes
 from fxtrain.rng import _samplers as samplers
 from fxtrain.rng._philox import Key
-from fxtrain.rng._tracing import has_symbolic_sizes
 
 
 class Source(Protocol):
@@ -336,6 +336,11 @@ def unflatten(source: Source, func: Callable[..., Any], tensor: Tensor, *args: A
     return tensor.unflatten(*args, **options)
 
 
+def itself(source: Source, func: Callable[..., Any]) -> Source:
+    # Not a function of torch. It finds the mode in use.
+    return source
+
+
 REPLACED: dict[str, Callable[..., Any]] = {
     "dropout": dropout,
     "feature_dropout": feature_dropout,
@@ -385,5 +390,6 @@ SOMETIMES: dict[str, Callable[..., Any]] = {
     "new": empty,
     "zeros_like": empty,
     "unflatten": unflatten,
+    "innermost_functional": itself,
 }
 """Replacements that also take the original function, by its name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fxtrain.rng._mode import Functional
 
@@ -54,7 +54,7 @@ def replayed() -> Iterator[None]:
 
 def _get() -> Tensor:
     state = _real[0]()
-    mode = _innermost()
+    mode = innermost_functional()
     if mode is not None:
         setattr(state, _MARK, (mode, mode.sites))
     return state
@@ -62,12 +62,12 @@ def _get() -> Tensor:
 
 def _set(new_state: Tensor) -> None:
     mode, site = getattr(new_state, _MARK, (None, 0))
-    if mode is not None and mode is _innermost():
+    if mode is not None and mode is innermost_functional():
         mode.sites = site
     else:
         _real[1](new_state)
 
 
-def _innermost() -> Functional | None:
-    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Functional)]
-    return modes[-1] if modes else None
+def innermost_functional() -> Functional | None:
+    # Function modes see this call as one of torch's functions. `Functional` answers it, and others pass it on.
+    return handle_torch_function(innermost_functional, (None,)) if has_torch_function((None,)) else None

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
+from fxtrain._torch_internals import has_symbolic_sizes, is_traced, is_transformed
 from fxtrain.core import Tree, check_choice, truncate
 from fxtrain.core._frames import places
 from fxtrain.model import ValuesNeededError
 from fxtrain.model._wrapped_forward import is_forward_wrapped
-from fxtrain.rng._tracing import has_symbolic_sizes, is_traced, is_transformed
 from fxtrain.step._check_function import ContractError, backward_refused
 
 Differentiate = Literal["auto", "func", "autograd"]

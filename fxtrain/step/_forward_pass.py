@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import rng, tree
+from fxtrain._torch_internals import CALLS, constant_in_dynamo
 from fxtrain.core import Batch, TrainState, Tree, dtype_name, matching
 from fxtrain.model import CallResult, Model, model_of
 from fxtrain.precision import HALF, Policy
@@ -81,12 +82,9 @@ def _is_kept(policy: Policy, name: str) -> bool:
     return any(_matches(".".join(parts[:count]), policy.keep) for count in range(len(parts) + 1))
 
 
+@constant_in_dynamo  # which cannot trace fnmatch
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-# Dynamo cannot trace fnmatch. torch.compiler.assume_constant_result sets the same attribute, but imports Dynamo.
-_matches._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _widened(leaf: Tree) -> Tree:
@@ -161,7 +159,7 @@ def _innermost(error: Exception, modules: Mapping[str, nn.Module]) -> tuple[str,
     while trace is not None:
         frame = trace.tb_frame
         part = _owner(frame)
-        if id(part) in names and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl"):
+        if id(part) in names and frame.f_code.co_name not in CALLS:
             found = names[id(part)], frame, trace.tb_lineno
         trace = trace.tb_next
     return found

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxtrain import tree
+from fxtrain._torch_internals import inlined_only
 from fxtrain.core._frames import is_of_users
 from fxtrain.model._captured_values import captured
-from fxtrain.rng._frames import inlined_only
 from fxtrain.step._check_function import place_of
 
 
