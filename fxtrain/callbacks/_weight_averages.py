@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Control, TrainState, Updated, check_int, describe, did_you_mean, wide_dtype
+from fxtrain.core import Control, Scalar, TrainState, Updated, check_int, describe, did_you_mean, wide_dtype
 from fxtrain.fold import Handler, When, as_trigger, stateful
-from fxtrain.optim._leaves import Scalar, wide
+from fxtrain.optim._moments import wide
 
 
 class AveragedState(NamedTuple):

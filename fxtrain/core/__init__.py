@@ -78,6 +78,7 @@ from fxtrain.core._text import encodable as encodable
 from fxtrain.core._text import printable as printable
 from fxtrain.core._text import printable_lines as printable_lines
 from fxtrain.core._types import Batch, Metrics, Tree
+from fxtrain.core._types import Scalar as Scalar
 
 __all__ = [
     "Batch",

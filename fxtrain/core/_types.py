@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import TypeAliasType
 
 Tree = TypeAliasType("Tree", Any)
@@ -12,6 +13,9 @@ Tree = TypeAliasType("Tree", Any)
 
 Static type checkers treat it as ``Any``, because the structure is known at run time only.
 """
+
+Scalar = float | Tensor
+"""A Python number, or a tensor of shape []."""
 
 Batch = TypeAliasType("Batch", Any)
 """One element of a data source: usually a dict of tensors, but any pytree of tensors or arrays."""

@@ -17,7 +17,7 @@ from fxtrain import precision, tree
 from fxtrain.checkpoint import CheckpointError
 from fxtrain.core import TrainState, describe
 from fxtrain.model import model_of
-from fxtrain.optim._torch_state import Taken, take_over, torch_entries
+from fxtrain.optim._torch_state_conversion import Taken, take_over, torch_entries
 
 
 def load_optimizer_state(

@@ -12,14 +12,15 @@ from fxtrain.optim._adam import ScaleByAdamaxState as ScaleByAdamaxState
 from fxtrain.optim._adam import ScaleByAdamState as ScaleByAdamState
 from fxtrain.optim._adam import ScaleByAmsgradState as ScaleByAmsgradState
 from fxtrain.optim._adam import adam, adamax, adamw, lamb, scale_by_adam, scale_by_adamax, scale_by_amsgrad
+from fxtrain.optim._apply_if_finite import ApplyIfFiniteState as ApplyIfFiniteState
+from fxtrain.optim._apply_if_finite import apply_if_finite
 from fxtrain.optim._clipping import clip_by_block_rms, clip_by_global_norm, clip_by_value
 from fxtrain.optim._complex_values import split_real_and_imaginary as split_real_and_imaginary
 from fxtrain.optim._decay import WeightDecaySchedule as WeightDecaySchedule
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._finite import ApplyIfFiniteState as ApplyIfFiniteState
-from fxtrain.optim._finite import apply_if_finite
 from fxtrain.optim._freezing import ActiveWhenState as ActiveWhenState
 from fxtrain.optim._freezing import active_when, unfreeze
+from fxtrain.optim._from_torch import from_torch
 from fxtrain.optim._hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from fxtrain.optim._hyperparams import Scheduled as Scheduled
 from fxtrain.optim._hyperparams import get_hyperparams, inject_hyperparams, set_hyperparams
@@ -37,8 +38,9 @@ from fxtrain.optim._muon import ScaleByMuonState as ScaleByMuonState
 from fxtrain.optim._muon import muon, orthogonalize, scale_by_muon, scale_by_shape
 from fxtrain.optim._nadam import ScaleByNadamState as ScaleByNadamState
 from fxtrain.optim._nadam import nadam, scale_by_nadam
-from fxtrain.optim._per_parameter import PerParameter, per_parameter
-from fxtrain.optim._per_parameter import start_counts as start_counts
+from fxtrain.optim._parameter_scalars import PerParameter, per_parameter
+from fxtrain.optim._parameter_scalars import start_counts as start_counts
+from fxtrain.optim._partial_update import update_used as update_used
 from fxtrain.optim._radam import radam, scale_by_radam
 from fxtrain.optim._rmsprop import ScaleByRmsState as ScaleByRmsState
 from fxtrain.optim._rmsprop import ScaleByRmsWithCountState as ScaleByRmsWithCountState
@@ -56,10 +58,8 @@ from fxtrain.optim._scaling import (
     scale_by_trust_ratio,
 )
 from fxtrain.optim._scaling import ScaleByScheduleState as ScaleByScheduleState
-from fxtrain.optim._torch_bridge import from_torch
 from fxtrain.optim._transform import EmptyState as EmptyState
 from fxtrain.optim._transform import GradientTransformation, apply_updates, chain, identity, set_to_zero, stateless
-from fxtrain.optim._unused import update_used as update_used
 from fxtrain.tree import MaskedNode as MaskedNode
 
 __all__ = [

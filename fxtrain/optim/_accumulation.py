@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, check_positive_int
-from fxtrain.optim._leaves import map_with_state, start_count, zeros
-from fxtrain.optim._per_parameter import PerParameter, start_counts, where_each
+from fxtrain.optim._initial_state import start_count, zeros
+from fxtrain.optim._leafwise import map_with_state
+from fxtrain.optim._parameter_scalars import PerParameter, start_counts, where_each
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
 

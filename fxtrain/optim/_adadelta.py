@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
+from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import Scalar, map_with_state, moving_average, real_full, squared
+from fxtrain.optim._initial_state import real_full
+from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._masking import Mask
+from fxtrain.optim._moments import moving_average, squared
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 

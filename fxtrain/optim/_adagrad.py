@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from, check_non_negative
-from fxtrain.optim._leaves import Scalar, map_with_state, real_full, squared
+from fxtrain.core import Scalar, Tree, args_from, check_non_negative
+from fxtrain.optim._initial_state import real_full
+from fxtrain.optim._leafwise import map_with_state
+from fxtrain.optim._moments import squared
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, check_positive
-from fxtrain.optim._leaves import Scalar, at_least, at_most, map_updates, root_mean_square
+from fxtrain.core import Scalar, Tree, check_positive
+from fxtrain.optim._leafwise import map_updates
+from fxtrain.optim._moments import at_least, at_most, root_mean_square
 from fxtrain.optim._transform import GradientTransformation, stateless
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fxtrain.core import Tree, check_non_negative
+from fxtrain.core import Scalar, Tree, check_non_negative
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._leaves import Scalar, map_with_params, start_count
+from fxtrain.optim._initial_state import start_count
+from fxtrain.optim._leafwise import map_with_params
 from fxtrain.optim._masking import Mask, masked
 from fxtrain.optim._scaling import ScalarOrSchedule
 from fxtrain.optim._transform import GradientTransformation, identity, stateless

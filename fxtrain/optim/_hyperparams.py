@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import Tree, did_you_mean
+from fxtrain.core import Scalar, Tree, did_you_mean
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._leaves import Scalar, start_count, widest
+from fxtrain.optim._initial_state import start_count
+from fxtrain.optim._moments import widest
 from fxtrain.optim._transform import GradientTransformation
 from fxtrain.schedules import Schedule
 from fxtrain.tree import Path, as_code, children, rebuilt

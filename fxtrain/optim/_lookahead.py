@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, check_positive_int
-from fxtrain.optim._leaves import Scalar, clones, map_with_state, start_count
+from fxtrain.core import Scalar, Tree, check_positive_int
+from fxtrain.optim._initial_state import clones, start_count
+from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
 

@@ -10,19 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from, check_fraction, check_non_negative
+from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import (
-    Scalar,
-    bias_correction,
-    debiased,
-    map_with_state,
-    moving_average,
-    widest,
-    zeros,
-)
+from fxtrain.optim._initial_state import zeros
+from fxtrain.optim._leafwise import map_with_state
 from fxtrain.optim._masking import Mask
-from fxtrain.optim._per_parameter import PerParameter, start_counts
+from fxtrain.optim._moments import bias_correction, debiased, moving_average, widest
+from fxtrain.optim._parameter_scalars import PerParameter, start_counts
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import (
+    Scalar,
     Tree,
     args_from,
     check_fraction,
@@ -24,18 +25,11 @@ from fxtrain.core import (
 )
 from fxtrain.optim._adam import adamw
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import (
-    Scalar,
-    bias_corrections,
-    debiased,
-    map_updates,
-    map_with_state,
-    moving_average,
-    widest,
-    zeros,
-)
+from fxtrain.optim._initial_state import zeros
+from fxtrain.optim._leafwise import map_updates, map_with_state
 from fxtrain.optim._masking import Labels, Mask, partition
-from fxtrain.optim._per_parameter import PerParameter, start_counts
+from fxtrain.optim._moments import bias_corrections, debiased, moving_average, widest
+from fxtrain.optim._parameter_scalars import PerParameter, start_counts
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain, stateless
 from fxtrain.tree import as_code, leaf_paths

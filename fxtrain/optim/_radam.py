@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from, check_fraction, check_non_negative, wide_dtype
+from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, wide_dtype
 from fxtrain.optim._adam import ScaleByAdamState, scale_by_adam
-from fxtrain.optim._leaves import (
-    Scalar,
-    bias_correction,
-    map_with_state,
-    moving_average,
-    real_full,
-    squared,
-    widest,
-    zeros,
-)
-from fxtrain.optim._per_parameter import start_counts
+from fxtrain.optim._initial_state import real_full, zeros
+from fxtrain.optim._leafwise import map_with_state
+from fxtrain.optim._moments import bias_correction, moving_average, squared, widest
+from fxtrain.optim._parameter_scalars import start_counts
 from fxtrain.optim._scaling import ScalarOrSchedule, scale_by_learning_rate
 from fxtrain.optim._transform import GradientTransformation, chain
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, args_from, check_fraction, check_non_negative, check_positive
-from fxtrain.optim._leaves import Scalar, at_least, at_most, map_with_state, real_full, zeros
+from fxtrain.core import Scalar, Tree, args_from, check_fraction, check_non_negative, check_positive
+from fxtrain.optim._initial_state import real_full, zeros
+from fxtrain.optim._leafwise import map_with_state
+from fxtrain.optim._moments import at_least, at_most
 from fxtrain.optim._scaling import scale
 from fxtrain.optim._transform import GradientTransformation, chain
 

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, check_non_negative, describe
+from fxtrain.core import Scalar, Tree, check_non_negative, describe
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._leaves import Scalar, at_least, map_updates, map_with_params, norm, root_mean_square, start_count
+from fxtrain.optim._initial_state import start_count
+from fxtrain.optim._leafwise import map_updates, map_with_params
+from fxtrain.optim._moments import at_least, norm, root_mean_square
 from fxtrain.optim._transform import GradientTransformation, stateless
 from fxtrain.schedules import Schedule
 

@@ -10,7 +10,7 @@ import torch
 from fxtrain import tree
 from fxtrain.core import Tree, describe
 from fxtrain.equivalents import refuse_foreign
-from fxtrain.optim._leaves import combine
+from fxtrain.optim._leafwise import combine
 
 
 class UpdateFn(Protocol):

@@ -2,19 +2,18 @@
 
 A schedule takes the step, an int64 tensor of shape [] or a Python int, and returns a float64 tensor of shape [], or
 float32 on devices without float64. Multiplied by a float32 tensor of more dimensions, it gives float32. Any function
-with this signature is a schedule. Parameters of type ``Value`` may be 0-d tensors, so that a schedule can be
+with this signature is a schedule. Parameters of type ``Scalar`` may be 0-d tensors, so that a schedule can be
 vectorized over them with ``vmap``.
 """
 
 from fxtrain.schedules._decays import constant, cosine, exponential, inverse_sqrt, linear, polynomial
 from fxtrain.schedules._joins import cycle, join
 from fxtrain.schedules._piecewise import one_cycle, piecewise
-from fxtrain.schedules._schedule import Schedule, Value
+from fxtrain.schedules._schedule import Schedule
 from fxtrain.schedules._warmups import warmup, warmup_cosine_decay
 
 __all__ = [
     "Schedule",
-    "Value",
     "constant",
     "cosine",
     "cycle",

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_int, check_positive, check_positive_int, describe
-from fxtrain.schedules._schedule import Schedule, Value, schedule_of, wide
+from fxtrain.core import Scalar, check_int, check_positive, check_positive_int, describe
+from fxtrain.schedules._schedule import Schedule, schedule_of, wide
 
 
-def constant(value: Value) -> Schedule:
+def constant(value: Scalar) -> Schedule:
     """A constant schedule.
 
     Example:
@@ -22,7 +22,7 @@ def constant(value: Value) -> Schedule:
 
 
 def polynomial(
-    init_value: Value, end_value: Value, *, power: Value = 1.0, transition_steps: int, transition_begin: int = 0
+    init_value: Scalar, end_value: Scalar, *, power: Scalar = 1.0, transition_steps: int, transition_begin: int = 0
 ) -> Schedule:
     """A polynomial transition from ``init_value`` to ``end_value``.
 
@@ -42,14 +42,14 @@ def polynomial(
     check_positive_int("transition_steps", transition_steps)
     check_int("transition_begin", transition_begin, minimum=0)
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         left = 1.0 - wide((step - transition_begin).clamp(0, transition_steps)) / transition_steps
         return (init_value - end_value) * left**power + end_value
 
     return schedule_of(value)
 
 
-def linear(init_value: Value, end_value: Value, *, transition_steps: int, transition_begin: int = 0) -> Schedule:
+def linear(init_value: Scalar, end_value: Scalar, *, transition_steps: int, transition_begin: int = 0) -> Schedule:
     """A linear transition from ``init_value`` to ``end_value``.
 
     Args:
@@ -65,7 +65,7 @@ def linear(init_value: Value, end_value: Value, *, transition_steps: int, transi
     return polynomial(init_value, end_value, transition_steps=transition_steps, transition_begin=transition_begin)
 
 
-def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent: Value = 1.0) -> Schedule:
+def cosine(init_value: Scalar, decay_steps: int, *, alpha: Scalar = 0.0, exponent: Scalar = 1.0) -> Schedule:
     """Cosine decay from ``init_value`` to ``alpha * init_value``.
 
         value = init ((1 - alpha) (1/2 (1 + cos(pi t / T)))^exponent + alpha),    t = min(step, T)
@@ -85,7 +85,7 @@ def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent:
     """
     check_positive_int("decay_steps", decay_steps)
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         angle = wide(step.clamp(0, decay_steps)) * (math.pi / decay_steps)
         return init_value * ((1 - alpha) * (0.5 * (1 + torch.cos(angle))) ** exponent + alpha)
 
@@ -93,10 +93,10 @@ def cosine(init_value: Value, decay_steps: int, *, alpha: Value = 0.0, exponent:
 
 
 def exponential(
-    init_value: Value,
+    init_value: Scalar,
     transition_steps: int,
     *,
-    decay_rate: Value,
+    decay_rate: Scalar,
     transition_begin: int = 0,
     staircase: bool = False,
     end_value: float | None = None,
@@ -126,7 +126,7 @@ def exponential(
             "value decides whether end_value is a lower or an upper bound."
         )
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         elapsed = wide((step - transition_begin).clamp(min=0)) / transition_steps
         decayed = init_value * decay_rate ** (elapsed.floor() if staircase else elapsed)
         if end_value is None:
@@ -136,7 +136,7 @@ def exponential(
     return schedule_of(value)
 
 
-def inverse_sqrt(init_value: Value, timescale: int) -> Schedule:
+def inverse_sqrt(init_value: Scalar, timescale: int) -> Schedule:
     """Inverse square root decay.
 
         value = init / sqrt(1 + step / timescale)

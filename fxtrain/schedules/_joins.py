@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_int, check_positive_int
-from fxtrain.schedules._schedule import Schedule, Value, as_value, refuse_unless_schedule, schedule_of, wide
+from fxtrain.core import Scalar, check_int, check_positive_int
+from fxtrain.schedules._schedule import Schedule, as_value, refuse_unless_schedule, schedule_of, wide
 
 
 def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
@@ -37,7 +37,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     if list(boundaries) != sorted(set(boundaries)):
         raise ValueError(f"expected boundaries to be increasing, got {list(boundaries)}.")
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         found = as_value(schedules[0](step), step)
         for boundary, schedule in zip(boundaries, schedules[1:], strict=True):
             found = torch.where(step < boundary, found, as_value(schedule((step - boundary).clamp(min=0)), step))
@@ -74,7 +74,7 @@ def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = Fa
     if mirror and growth != 1:
         raise ValueError(f"expected growth=1 with mirror=True, got {growth}. Leave one of them out.")
 
-    def grown(step: Tensor) -> Value:
+    def grown(step: Tensor) -> Scalar:
         # Cycle k begins at period (growth^k - 1) / (growth - 1). The logarithm may miss by one at a boundary.
         exact = wide(step)
         cycles = torch.log1p(exact * (growth - 1) / period).div(math.log(growth)).round()
@@ -83,7 +83,7 @@ def cycle(schedule: Schedule, period: int, *, growth: int = 1, mirror: bool = Fa
         start = period * (growth**cycles - 1) / (growth - 1)
         return schedule((exact - start) / growth**cycles)
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         if growth > 1:
             return grown(step)
         if mirror:

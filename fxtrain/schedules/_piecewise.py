@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive, check_positive_int, describe
-from fxtrain.schedules._schedule import Schedule, Value, as_value, past, schedule_of
+from fxtrain.core import Scalar, check_choice, check_positive, check_positive_int, describe
+from fxtrain.schedules._schedule import Schedule, as_value, past, schedule_of
 
 Interpolation = Literal["constant", "linear", "cosine"]
 
 
 def piecewise(
-    init_value: Value,
-    boundaries_and_scales: Mapping[float, Value],
+    init_value: Scalar,
+    boundaries_and_scales: Mapping[float, Scalar],
     *,
     interpolation: Interpolation = "constant",
 ) -> Schedule:
@@ -45,7 +45,7 @@ def piecewise(
             raise ValueError(f"expected boundaries to be non-negative numbers, got {describe(boundary)}.")
         values.append(values[-1] * boundaries_and_scales[boundary])
 
-    def between(index: int, step: Tensor) -> Value:
+    def between(index: int, step: Tensor) -> Scalar:
         start, end = values[index], values[index + 1]
         if interpolation == "constant":
             return start
@@ -53,7 +53,7 @@ def piecewise(
         part = past(step, boundaries[index]) / width
         return start + (end - start) * (part if interpolation == "linear" else 0.5 * (1 - torch.cos(math.pi * part)))
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         found = as_value(values[-1], step)
         for index in reversed(range(len(values) - 1)):
             before = past(step, boundaries[index + 1]) < 0
@@ -65,7 +65,7 @@ def piecewise(
 
 def one_cycle(
     transition_steps: int,
-    peak_value: Value,
+    peak_value: Scalar,
     *,
     pct_start: float = 0.3,
     pct_final: float = 0.85,
@@ -101,7 +101,7 @@ def one_cycle(
             f"expected 0 < pct_start < pct_final < 1, got pct_start={pct_start!r}, pct_final={pct_final!r}."
         )
     check_positive(div_factor=div_factor, final_div_factor=final_div_factor)
-    scales: dict[float, Value] = {int(pct_start * transition_steps): div_factor}
+    scales: dict[float, Scalar] = {int(pct_start * transition_steps): div_factor}
     if interpolation == "linear":
         scales[int(pct_final * transition_steps)] = 1 / div_factor
         scales[transition_steps] = 1 / final_div_factor

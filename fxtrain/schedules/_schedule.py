@@ -7,17 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxtrain.core import describe, wide_dtype
+from fxtrain.core import Scalar, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 
 Schedule = Callable[[Tensor], Tensor]
 """Maps the step (int64 []) to a value (float64 []). Those of this package take Python ints too."""
 
-Value = float | Tensor
-"""A Python scalar, or a tensor of shape []."""
 
-
-def schedule_of(value: Callable[[Tensor], Value]) -> Schedule:
+def schedule_of(value: Callable[[Tensor], Scalar]) -> Schedule:
     """Returns the schedule that computes ``value`` from the step as a tensor, in float64.
 
     Args:
@@ -57,6 +54,6 @@ def past(step: Tensor, boundary: float) -> Tensor:
     return wide(step - boundary) if isinstance(boundary, int) else wide(step) - boundary
 
 
-def as_value(value: Value, step: Tensor) -> Tensor:
+def as_value(value: Scalar, step: Tensor) -> Tensor:
     """Returns a value in the dtype of schedules, on the device of the step."""
     return torch.as_tensor(value, dtype=wide_dtype(step.device), device=step.device)

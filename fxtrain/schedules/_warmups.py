@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_int
+from fxtrain.core import Scalar, check_int
 from fxtrain.schedules._decays import cosine
-from fxtrain.schedules._schedule import Schedule, Value, refuse_unless_schedule, schedule_of, wide
+from fxtrain.schedules._schedule import Schedule, refuse_unless_schedule, schedule_of, wide
 
 
-def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedule:
+def warmup(schedule: Schedule, steps: int, *, init_value: Scalar = 0.0) -> Schedule:
     """Linear warmup to the first value of ``schedule``, followed by ``schedule`` from its step 0.
 
     Args:
@@ -28,7 +28,7 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedu
     if steps == 0:
         return schedule
 
-    def value(step: Tensor) -> Value:
+    def value(step: Tensor) -> Scalar:
         peak = schedule(torch.zeros_like(step))
         rising = init_value + (peak - init_value) * (wide(step) / steps)
         return torch.where(step < steps, rising, schedule((step - steps).clamp(min=0)))
@@ -37,13 +37,13 @@ def warmup(schedule: Schedule, steps: int, *, init_value: Value = 0.0) -> Schedu
 
 
 def warmup_cosine_decay(
-    init_value: Value,
+    init_value: Scalar,
     peak_value: float,
     *,
     warmup_steps: int,
     decay_steps: int,
     end_value: float = 0.0,
-    exponent: Value = 1.0,
+    exponent: Scalar = 1.0,
 ) -> Schedule:
     """Linear warmup to a peak, followed by cosine decay.
 

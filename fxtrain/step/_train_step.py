@@ -28,7 +28,7 @@ from fxtrain.core import (
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Composed, as_composed, compose
 from fxtrain.model import model_of
-from fxtrain.optim._unused import accumulates
+from fxtrain.optim._partial_update import accumulates
 from fxtrain.precision import Policy, dynamic_loss_scale, policy_of
 from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._differentiate import Differentiate

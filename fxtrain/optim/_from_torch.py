@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core import Tree, describe, did_you_mean
+from fxtrain.core import Scalar, Tree, describe, did_you_mean
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.optim._adadelta import scale_by_adadelta
 from fxtrain.optim._adafactor import scale_by_factored_rms
@@ -21,11 +21,13 @@ from fxtrain.optim._adam import scale_by_adam, scale_by_adamax, scale_by_amsgrad
 from fxtrain.optim._clipping import clip_by_block_rms
 from fxtrain.optim._complex_values import split_real_and_imaginary
 from fxtrain.optim._decay import add_decayed_weights
-from fxtrain.optim._leaves import Scalar, at_most, map_with_state, start_count, widest, zeros
+from fxtrain.optim._initial_state import start_count, zeros
+from fxtrain.optim._leafwise import map_with_state
+from fxtrain.optim._moments import at_most, widest
 from fxtrain.optim._momentum import trace
 from fxtrain.optim._muon import scale_by_muon, scale_by_shape
 from fxtrain.optim._nadam import scale_by_nadam
-from fxtrain.optim._per_parameter import PerParameter, per_parameter, start_counts
+from fxtrain.optim._parameter_scalars import PerParameter, per_parameter, start_counts
 from fxtrain.optim._radam import scale_by_radam
 from fxtrain.optim._rmsprop import scale_by_rms, scale_by_stddev
 from fxtrain.optim._rprop import rprop

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.core import Tree, check_positive_int
-from fxtrain.optim._leaves import start_count
+from fxtrain.optim._initial_state import start_count
 from fxtrain.optim._transform import GradientTransformation, refuse_unless_transformation
 
 

@@ -1,0 +1,105 @@
+"""Applies update rules of single leaves to whole trees.
+
+A transformation is written as a rule from one update and its state to the new update and state. A rule sees tensors in
+float32 or wider, regardless of the dtypes they are stored in, and its results are rounded once, to those dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import Tree
+from fxtrain.optim._moments import wide
+from fxtrain.tree import Path, as_code, leaf_paths
+
+
+def map_updates(rule: Callable[[Tensor], Tensor], updates: Tree) -> Tree:
+    """Returns the tree of ``rule(update)``."""
+    leaves, structure = tree.flatten(updates)
+    return tree.unflatten(structure, _narrowed([rule(update) for update in _widened(leaves)], leaves))
+
+
+def map_with_params(rule: Callable[[Tensor, Tensor], Tensor], name: str, updates: Tree, params: Tree) -> Tree:
+    """Returns the tree of ``rule(update, param)``.
+
+    Raises:
+        ValueError: If ``params`` is None, or if the trees or the shapes of their leaves differ. The message names the
+            transformation ``name`` or the path.
+    """
+    if params is None:
+        raise ValueError(f"expected params for {name}, got None. Call update(grads, opt_state, params).")
+    return combine(rule, "updates", updates, "params", params)
+
+
+def combine(rule: Callable[[Tensor, Tensor], Tensor], name: str, values: Tree, other_name: str, others: Tree) -> Tree:
+    """Returns the tree of ``rule(value, other)``, in the dtypes of ``values``. Errors use the names."""
+    leaves, structure = tree.flatten(values)
+    other_leaves = tree.leaves(others)
+    _refuse_mismatch(name, values, leaves, other_name, others, other_leaves)
+    pairs = zip(_widened(leaves), _widened(other_leaves), strict=True)
+    return tree.unflatten(structure, _narrowed([rule(value, other) for value, other in pairs], leaves))
+
+
+def map_with_state(
+    rule: Callable[..., tuple[Tensor, ...]], updates: Tree, *state: Tree, numbers: Sequence[Tensor] = ()
+) -> tuple[Tree, ...]:
+    """Returns the trees of ``rule(update, *state, *numbers) -> (update, *state)``.
+
+    Args:
+        rule: A function of one update, its state and its scalars. Tensors are in float32 or wider.
+        updates: Pytree of tensors.
+        state: State of the optimizer, as pytrees like ``updates``, whose dtypes may differ.
+        numbers: Vectors with one scalar per leaf, such as ``PerParameter.values``. A rule sees the scalars of its own
+            leaf, of shape [].
+
+    Raises:
+        ValueError: If the trees or the shapes of their leaves differ. The message names the path.
+    """
+    flat = [tree.flatten(values) for values in (updates, *state)]
+    leaves = flat[0][0]
+    for part, (kept, _) in zip(state, flat[1:], strict=True):
+        _refuse_mismatch("updates", updates, leaves, "the optimizer state", part, kept)
+    columns = [*(_widened(column) for column, _ in flat), *(vector.unbind() for vector in numbers)]
+    results = [rule(*row) for row in zip(*columns, strict=True)]
+    return tuple(
+        tree.unflatten(structure, _narrowed([result[index] for result in results], column))
+        for index, (column, structure) in enumerate(flat)
+    )
+
+
+def refuse_paths(name: str, paths: list[Path], other_name: str, other_paths: list[Path]) -> None:
+    """Raises the error for two trees whose leaves have different paths."""
+    where = [f"{as_code(path)} only in {name}" for path in paths if path not in other_paths][:1]
+    where += [f"{as_code(path)} only in {other_name}" for path in other_paths if path not in paths][:1]
+    raise ValueError(
+        f"expected {name} and {other_name} to have the same structure, got {' and '.join(where)}. Pass trees like the "
+        "parameters given to init."
+    )
+
+
+def _refuse_mismatch(
+    name: str, values: Tree, leaves: list[Tensor], other_name: str, others: Tree, other_leaves: list[Tensor]
+) -> None:
+    """Raises if the leaves of two trees differ in path or shape. Placeholders of masked leaves may differ."""
+    paths, other_paths = leaf_paths(values), leaf_paths(others)
+    if paths != other_paths:
+        refuse_paths(name, paths, other_name, other_paths)
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in other_leaves]:
+        for path, leaf, other in zip(paths, leaves, other_leaves, strict=True):
+            if leaf.shape != other.shape:
+                raise ValueError(
+                    f"expected {name}{as_code(path)} to have shape {list(other.shape)} as in {other_name}, got "
+                    f"{list(leaf.shape)}. Pass trees like the parameters given to init."
+                )
+
+
+def _widened(leaves: list[Tensor]) -> list[Tensor]:
+    return [wide(leaf) for leaf in leaves]
+
+
+def _narrowed(values: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    # A cast to the same dtype would still add a node to the graph.
+    return [v if v.dtype == was.dtype else v.to(was.dtype) for v, was in zip(values, like, strict=True)]
