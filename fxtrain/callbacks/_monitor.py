@@ -79,7 +79,8 @@ def monitor(
             if every == 1:
                 values = measure(state, stats, slot.values)
                 return state.with_slot(name, MonitorState(event.step.clone(), values)), Control()
-            now = measures(event)
+            flag = measures(event)
+            now = flag if isinstance(flag, Tensor) else torch.full((), flag, device=event.step.device)
             seen = (stats.weights, stats.grads, stats.updates, stats.skipped)
             values = _where(now, lambda seen, old: measure(state, UpdateStats(*seen), old), seen, slot.values)
             return state.with_slot(name, MonitorState(torch.where(now, event.step, slot.step), values)), Control()

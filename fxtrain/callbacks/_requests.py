@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fxtrain.core import Control, StepEnd, TrainState
+from fxtrain.core import Callback, Control, StepEnd, TrainState
 from fxtrain.fold import Handler, When, as_trigger, when
 
 
-def save(every: When = 1) -> Handler:
+def save(every: When = 1) -> Callback:
     """Requests checkpoints.
 
     A checkpoint holds the state after the fold, and after an evaluation that is due at the same step.
@@ -26,7 +26,7 @@ def save(every: When = 1) -> Handler:
     return _gated(every, Handler("save", ask, frozenset({StepEnd})))
 
 
-def evaluate(every: When = 1) -> Handler:
+def evaluate(every: When = 1) -> Callback:
     """Requests evaluations.
 
     Args:
@@ -44,6 +44,6 @@ def evaluate(every: When = 1) -> Handler:
     return _gated(every, Handler("evaluate", ask, frozenset({StepEnd})))
 
 
-def _gated(every: When, handler: Handler) -> Handler:
+def _gated(every: When, handler: Handler) -> Callback:
     trigger = as_trigger(every)
     return handler if every == 1 else when(trigger, handler)

@@ -4,12 +4,14 @@
 nothing short-circuits. The returned controls are joined by ``|``, so no request is lost.
 """
 
-from fxtrain.fold._compose import ASKABLE as ASKABLE
-from fxtrain.fold._compose import Composed, attach, compose, on, slotted, stateful
-from fxtrain.fold._compose import Handler as Handler
-from fxtrain.fold._compose import Needs as Needs
+from fxtrain.fold._allowed import ALLOWED_REQUESTS as ALLOWED_REQUESTS
+from fxtrain.fold._compose import Composed, compose
 from fxtrain.fold._compose import as_composed as as_composed
+from fxtrain.fold._handler import Handler as Handler
+from fxtrain.fold._handler import Needs as Needs
+from fxtrain.fold._handler import on
 from fxtrain.fold._needs import needs
+from fxtrain.fold._stateful import attach, slotted, stateful
 from fxtrain.fold._triggers import Trigger, after, at, every, when
 from fxtrain.fold._triggers import When as When
 from fxtrain.fold._triggers import as_trigger as as_trigger

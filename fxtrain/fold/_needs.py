@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from fxtrain.core import TRACED, describe
-from fxtrain.fold._compose import Handler, Needs, handler_of
+from fxtrain.core import TRACED, Callback, Event, describe
+from fxtrain.fold._handler import Handler, Needs, handler_of
 
 
 def needs(
-    callback: Callable[..., Any],
+    callback: Callback,
     *,
     eval_metrics: Sequence[str] = (),
     slots: Sequence[str] = (),
-    events: Sequence[type[Any]] = (),
+    events: Sequence[type[Event]] = (),
 ) -> Handler:
     """Declares requirements of ``callback``. ``fit`` raises before the first step if one is not met.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import typing
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, describe
+from fxtrain.core import Event, TrainState, Tree, describe
 
 _MODEL = (
     "Callbacks cannot change the model. Change it between two calls of fit, or train parameters in phases with "
@@ -18,7 +17,7 @@ _MODEL = (
 _KEEP = "A run can only be resumed into the structure that it started with: "
 
 
-def refuse_other_structure(name: str, event: type[Any], before: TrainState, after: TrainState) -> None:
+def refuse_other_structure(name: str, event: type[Event], before: TrainState, after: TrainState) -> None:
     """Raises if a saved run could not be resumed into the state that a callback returned.
 
     Only containers that were replaced are compared, so the cost is proportional to what the callback wrote.
@@ -53,13 +52,13 @@ def refuse_other_structure(name: str, event: type[Any], before: TrainState, afte
             raise ValueError(_other(name, event, f"state.{field}", old, new))
 
 
-def _is_alike(old: Any, new: Any) -> bool:
+def _is_alike(old: Tree, new: Tree) -> bool:
     if isinstance(old, Tensor):
         return isinstance(new, Tensor) and _is_alike_leaf(old, new)
     if type(new) is not type(old):
         return False
     if isinstance(old, tuple):  # most slots are named tuples of tensors, for which this is faster than flattening
-        parts = typing.cast(tuple[Any, ...], old)
+        parts = typing.cast("tuple[Tree, ...]", old)
         return len(parts) == len(new) and all(map(_is_alike, parts, new))
     old_leaves, old_structure = tree.flatten(old)
     new_leaves, new_structure = tree.flatten(new)
@@ -70,7 +69,7 @@ def _is_alike_leaf(old: Tensor, new: Tensor) -> bool:
     return new is old or (new.dtype is old.dtype and new.device == old.device and new.shape == old.shape)
 
 
-def _other_slots(name: str, event: type[Any], old: dict[str, Any], new: dict[str, Any]) -> str:
+def _other_slots(name: str, event: type[Event], old: dict[str, Tree], new: dict[str, Tree]) -> str:
     added = [slot for slot in new if slot not in old]
     what, slot = ("added", added[0]) if added else ("removed", next(slot for slot in old if slot not in new))
     slots = ", ".join(map(repr, old)) or "none"
@@ -85,7 +84,7 @@ def _other_slots(name: str, event: type[Any], old: dict[str, Any], new: dict[str
     )
 
 
-def _other(name: str, event: type[Any], path: str, old: Any, new: Any) -> str:
+def _other(name: str, event: type[Event], path: str, old: Tree, new: Tree) -> str:
     where = f"{name} changed {path} at {event.__name__}"
     if isinstance(new, TrainState) and not isinstance(old, TrainState):
         return (
@@ -107,7 +106,7 @@ def _other(name: str, event: type[Any], path: str, old: Any, new: Any) -> str:
     )
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{describe(value)} on {value.device}"
     return describe(value)

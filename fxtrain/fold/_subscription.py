@@ -7,13 +7,13 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from fxtrain.core import EVENTS, SESSION, TRAJECTORY, did_you_mean, name_of
+from fxtrain.core import EVENTS, SESSION, TRAJECTORY, Event, did_you_mean, name_of
 
 
-def takes(function: Any, count: int) -> bool:
+def takes(function: Callable[..., object], count: int) -> bool:
     """Whether a function accepts this many positional arguments. True if its signature cannot be read.
 
     Args:
@@ -33,7 +33,7 @@ def takes(function: Any, count: int) -> bool:
     return True
 
 
-def subscription(callback: Any) -> Iterable[type[Any]]:
+def subscription(callback: Callable[..., object]) -> Iterable[type[Event]]:
     """Returns the event types named by the annotation of the second parameter.
 
     Raises:
@@ -62,7 +62,7 @@ def subscription(callback: Any) -> Iterable[type[Any]]:
         raise TypeError(f"{name_of(callback)}: {error}") from None
 
 
-def _globals(callback: Any) -> Mapping[str, Any]:
+def _globals(callback: Callable[..., object]) -> Mapping[str, object]:
     function: Any = inspect.unwrap(callback)
     while isinstance(function, functools.partial):
         function = inspect.unwrap(typing.cast(Any, function.func))
@@ -71,7 +71,7 @@ def _globals(callback: Any) -> Mapping[str, Any]:
     return getattr(function, "__globals__", {})
 
 
-def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type[Any], ...]:
+def kinds(annotation: object, names: Mapping[str, object] | None = None) -> tuple[type[Event], ...]:
     """Resolves an annotation to event types.
 
     Args:
@@ -95,10 +95,10 @@ def kinds(annotation: Any, names: Mapping[str, Any] | None = None) -> tuple[type
     return found
 
 
-def _kinds_of_text(annotation: str, names: Mapping[str, Any]) -> tuple[type[Any], ...]:
+def _kinds_of_text(annotation: str, names: Mapping[str, object]) -> tuple[type[Event], ...]:
     # Parsed and looked up by name, never evaluated, because names imported only for type checkers do not exist at run
     # time.
-    def read(node: ast.expr) -> tuple[type[Any], ...]:
+    def read(node: ast.expr) -> tuple[type[Event], ...]:
         match node:
             case ast.BinOp(left=left, op=ast.BitOr(), right=right):
                 return read(left) + read(right)
@@ -113,8 +113,8 @@ def _kinds_of_text(annotation: str, names: Mapping[str, Any]) -> tuple[type[Any]
             case _:
                 raise _no_event(annotation)
 
-    def look_up(name: str) -> tuple[type[Any], ...]:
-        by_name: dict[str, tuple[type[Any], ...]] = {kind.__name__: (kind,) for kind in EVENTS}
+    def look_up(name: str) -> tuple[type[Event], ...]:
+        by_name: dict[str, tuple[type[Event], ...]] = {kind.__name__: (kind,) for kind in EVENTS}
         by_name |= {"Event": EVENTS, "Any": TRAJECTORY, "object": TRAJECTORY, "LoopEvent": (*TRAJECTORY, *SESSION)}
         if name in by_name:
             return by_name[name]

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TRACED, Control, Flag, TrainState, check_int, check_positive_int, describe, name_of
-from fxtrain.fold._compose import Composed, Handler, checked, handler_of
+from fxtrain.core import (
+    TRACED,
+    Callback,
+    Control,
+    Event,
+    Flag,
+    TrainState,
+    check_int,
+    check_positive_int,
+    describe,
+    name_of,
+)
+from fxtrain.fold._compose import Composed
+from fxtrain.fold._handler import Handler, checked_result, handler_of
 from fxtrain.fold._structure import refuse_other_structure
+
+
+class Predicate(Protocol):
+    """Maps an event to a bool, or to a bool tensor of shape [] inside the step."""
+
+    def __call__(self, event: Any, /) -> Flag: ...
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -25,19 +42,19 @@ class Trigger:
     """
 
     text: str
-    predicate: Callable[[Any], Flag]
+    predicate: Predicate
 
-    def __call__(self, event: Any) -> Flag:
+    def __call__(self, event: Event, /) -> Flag:
         return self.predicate(event)
 
-    def __and__(self, other: Callable[[Any], Flag]) -> Trigger:
+    def __and__(self, other: Predicate) -> Trigger:
         return Trigger(f"({self} & {other})", lambda event: self(event) & other(event))
 
-    def __or__(self, other: Callable[[Any], Flag]) -> Trigger:
+    def __or__(self, other: Predicate) -> Trigger:
         return Trigger(f"({self} | {other})", lambda event: self(event) | other(event))
 
     def __invert__(self) -> Trigger:
-        def negated(event: Any) -> Flag:
+        def negated(event: Event) -> Flag:
             flag = self(event)
             return ~flag if isinstance(flag, Tensor) else not flag
 
@@ -47,7 +64,7 @@ class Trigger:
         return self.text
 
 
-When = int | Callable[[Any], Flag]
+When = int | Predicate
 """When something happens: at steps that are multiples of an int, or whenever a trigger holds."""
 
 
@@ -83,9 +100,10 @@ def every(steps: int | None = None, *, seconds: float | None = None, epochs: flo
             f"every(seconds={period})", lambda event: _elapsed(event) // period > event.previous_time // period
         )
 
-    def crossed_epochs(event: Any) -> Flag:
-        now, nudge = _epoch(event), 1e-6 / event.epoch_length  # the nudge keeps 3 * 0.1 epochs from landing below 0.3
-        return (now + nudge) // period > (now - 1 / event.epoch_length + nudge) // period and event.position > 0
+    def crossed_epochs(event: Event) -> Flag:
+        now, length = _epoch(event)
+        nudge = 1e-6 / length  # keeps 3 * 0.1 epochs from landing below 0.3
+        return (now + nudge) // period > (now - 1 / length + nudge) // period and now > 0
 
     return Trigger(f"every(epochs={period})", crossed_epochs)
 
@@ -103,7 +121,7 @@ def at(*steps: int) -> Trigger:
     for step in steps:
         check_int("a step of at", step, minimum=0)
 
-    def holds(event: Any) -> Flag:
+    def holds(event: Event) -> Flag:
         if isinstance(event.step, Tensor):
             return torch.isin(event.step, torch.tensor(steps, device=event.step.device))
         return event.step in steps
@@ -137,10 +155,10 @@ def after(steps: int | None = None, *, seconds: float | None = None, epochs: flo
         return Trigger(f"after({period})", lambda event: event.step > period)
     if unit == "seconds":
         return Trigger(f"after(seconds={period})", lambda event: _elapsed(event) > period)
-    return Trigger(f"after(epochs={period})", lambda event: _epoch(event) > period)
+    return Trigger(f"after(epochs={period})", lambda event: _epoch(event)[0] > period)
 
 
-def as_trigger(when: When, argument: str = "every") -> Callable[[Any], Flag]:
+def as_trigger(when: When, argument: str = "every") -> Predicate:
     """Returns a trigger for an argument such as ``every=``: the trigger itself, or ``every(n)`` for an int n.
 
     Args:
@@ -166,7 +184,7 @@ def as_trigger(when: When, argument: str = "every") -> Callable[[Any], Flag]:
     )
 
 
-def when(trigger: When, callback: Callable[..., Any]) -> Callable[..., Any]:
+def when(trigger: When, callback: Callback) -> Handler | Composed:
     """Gates ``callback`` by ``trigger``. The callback keeps its subscription and its slot.
 
     Inside the compiled step a trigger is a tensor. The callback is then computed at every step, and its writes and
@@ -187,19 +205,19 @@ def when(trigger: When, callback: Callable[..., Any]) -> Callable[..., Any]:
     return _gate(holds, handler_of(callback))
 
 
-def _gate(trigger: Callable[[Any], Flag], handler: Handler) -> Handler:
-    def gated(state: TrainState, event: Any) -> tuple[TrainState, Control]:
+def _gate(trigger: Predicate, handler: Handler) -> Handler:
+    def gated(state: TrainState, event: Event) -> tuple[TrainState, Control]:
         flag = trigger(event)
         if not isinstance(flag, Tensor):
             return handler.function(state, event) if flag else (state, Control())
-        new, control = checked(handler, event, handler.function(state, event))
-        refuse_other_structure(handler.name, cast(type[Any], type(event)), state, new)
+        new, control = checked_result(handler, event, handler.function(state, event))
+        refuse_other_structure(handler.name, type(event), state, new)
         return new.replace(slots=tree.where(flag, new.slots, state.slots)), control.gated(flag)
 
     return dataclasses.replace(handler, name=f"{handler.name} when {_text(trigger)}", function=gated)
 
 
-def _one_of(function: str, **periods: Any) -> tuple[str, Any]:
+def _one_of(function: str, **periods: float | None) -> tuple[str, float]:
     given = {unit: period for unit, period in periods.items() if period is not None}
     if len(given) != 1:
         got = ", ".join(f"{unit}={period!r}" for unit, period in given.items()) or "none"
@@ -207,7 +225,7 @@ def _one_of(function: str, **periods: Any) -> tuple[str, Any]:
     return next(iter(given.items()))
 
 
-def _elapsed(event: Any) -> float:
+def _elapsed(event: Event) -> float:
     if isinstance(event, TRACED):
         raise TypeError(
             f"expected an event with a clock, got {type(event).__name__}, which fires inside the step. Count steps, or "
@@ -216,14 +234,15 @@ def _elapsed(event: Any) -> float:
     return event.time
 
 
-def _epoch(event: Any) -> float:
-    if isinstance(event, TRACED) or event.epoch is None:
+def _epoch(event: Event) -> tuple[float, int]:
+    """Returns the fractional epoch and the length of an epoch."""
+    if isinstance(event, TRACED) or event.epoch is None or event.epoch_length is None:
         raise TypeError(
             f"expected an event with a known epoch length, got {type(event).__name__} without one. Count steps, or "
             "use data that has a length."
         )
-    return event.epoch
+    return event.epoch, event.epoch_length
 
 
-def _text(trigger: Callable[[Any], Flag]) -> str:
+def _text(trigger: Predicate) -> str:
     return repr(trigger) if isinstance(trigger, Trigger) else name_of(trigger)

@@ -28,7 +28,7 @@ from fxtrain.core import (
     printable_lines,
 )
 from fxtrain.fold import Composed, Handler
-from fxtrain.fold._mistaken import refuse_mistaken
+from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import subscription, takes
 from fxtrain.loop._history import History
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
@@ -207,7 +207,7 @@ def _close(observer: Callable[..., None]) -> None:
 
 
 def _refuse_callback(observer: Callable[..., None]) -> None:
-    refuse_mistaken(observer, "observers")
+    refuse_lookalikes(observer, "observers")
     if isinstance(observer, Composed):
         name = ", ".join(handler.name for handler in observer.handlers) or "compose()"
     else:

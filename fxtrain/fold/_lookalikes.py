@@ -1,9 +1,8 @@
-"""Detects what users pass as callbacks by mistake: factories that were not called, callbacks of other libraries."""
+"""Detects values that look like callbacks: factories that were not called, and callbacks of other libraries."""
 
 from __future__ import annotations
 
 import types
-from typing import Any
 
 _COUNTERPARTS = {
     "early": "fxtrain.callbacks.early_stopping(metric, patience)",
@@ -30,7 +29,7 @@ _COUNTERPARTS = {
 _LIBRARIES = ("lightning", "pytorch_lightning", "transformers", "keras", "tf_keras", "ignite", "fastai", "composer")
 
 
-def refuse_mistaken(callback: Any, argument: str) -> None:
+def refuse_lookalikes(callback: object, argument: str) -> None:
     """Raises if a callback or an observer is a factory that was not called, or belongs to another library.
 
     Args:
@@ -51,7 +50,7 @@ def refuse_mistaken(callback: Any, argument: str) -> None:
         raise TypeError(
             f"{argument}: expected the result of {room}.{callback.__name__}(...), got the function itself. Call it."
         )
-    kind: type[Any] = callback if isinstance(callback, type) else type(callback)
+    kind: type[object] = callback if isinstance(callback, type) else type(callback)
     library = next((root for base in kind.__mro__ if (root := base.__module__.partition(".")[0]) in _LIBRARIES), None)
     if library is not None:
         name = kind.__name__.lower()

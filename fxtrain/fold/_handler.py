@@ -1,0 +1,124 @@
+"""A callback with its name, subscription, slot and needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable
+from typing import cast
+
+from fxtrain.core import EVENTS, Callback, Control, Event, LoopEvent, TrainState, Tree, describe, name_of
+from fxtrain.equivalents import refuse_foreign
+from fxtrain.fold._lookalikes import refuse_lookalikes
+from fxtrain.fold._subscription import kinds, subscription, takes
+
+EventTypes = type[Event] | type[LoopEvent] | types.UnionType
+"""An event type, a base class of several, or a union."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """The requirements of a callback. See ``needs`` for the fields."""
+
+    eval_metrics: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
+    events: tuple[type[Event], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Handler:
+    """A callback with its name, subscription and slot. A handler is itself a callback.
+
+    Args:
+        name: The name in errors, reasons and the repr of composed callbacks.
+        function: The callback.
+        events: The event types that it sees.
+        slot: The slot that holds its state, or None.
+        init: Maps the training state to the initial content of the slot, a pytree of tensors.
+        needs: Its requirements.
+    """
+
+    name: str
+    function: Callback
+    events: frozenset[type[Event]]
+    slot: str | None = None
+    init: Callable[[TrainState], Tree] | None = None
+    needs: Needs = Needs()
+
+    def __call__(self, state: TrainState, event: Event, /) -> tuple[TrainState, Control]:
+        if type(event) not in self.events:
+            return state, Control()
+        return self.function(state, event)
+
+    def __repr__(self) -> str:
+        names = ", ".join(kind.__name__ for kind in EVENTS if kind in self.events)
+        return f"<callback {self.name} on {names}{f', slot {self.slot!r}' if self.slot else ''}>"
+
+
+def on(events: EventTypes | tuple[EventTypes, ...], callback: Callback) -> Handler:
+    """Subscribes ``callback`` to ``events``, in place of its annotation.
+
+    Args:
+        events: An event type, a union or a tuple of event types.
+        callback: ``(state, event) -> (state, control)``.
+
+    Example:
+        >>> import fxtrain as fx
+        >>> on(fx.EvalEnd | fx.EpochEnd, lambda state, event: (state, fx.Control(save=True)))
+        <callback <lambda> on EvalEnd, EpochEnd>
+    """
+    parts = events if isinstance(events, tuple) else (events,)
+    seen = frozenset(kind for part in parts for kind in kinds(part))
+    if isinstance(callback, Handler):
+        return dataclasses.replace(callback, events=seen)
+    return Handler(name_of(callback), callback, seen)
+
+
+def handler_of(callback: object) -> Handler:
+    """Returns the handler of a callback, with its name and its subscription."""
+    if isinstance(callback, Handler):
+        _refuse_observer(callback.function)
+        return callback
+    refuse_lookalikes(callback, "callbacks")
+    refuse_foreign("each callback", "a function (state, event) -> (state, control)", callback)
+    if not callable(callback):
+        raise TypeError(
+            f"callbacks: expected functions (state, event) -> (state, control), got {describe(callback)}. Write such a "
+            "function, or use one of fxtrain.callbacks."
+        )
+    if isinstance(callback, type):
+        raise TypeError(
+            "callbacks: expected functions (state, event) -> (state, control), got the class "
+            f"{callback.__name__}. Pass an instance."
+        )
+    _refuse_observer(callback)
+    return Handler(name_of(callback), cast("Callback", callback), frozenset(subscription(callback)))
+
+
+def _refuse_observer(callback: Callable[..., object]) -> None:
+    if takes(callback, 3) and not takes(callback, 2):
+        raise TypeError(
+            f"callbacks: expected functions (state, event), got {name_of(callback)}, which requires a third argument "
+            "as observers do. Pass it in observers=."
+        )
+
+
+def checked_result(handler: Handler, event: Event, result: object) -> tuple[TrainState, Control]:
+    """Returns the result of a callback, after checking that it is a state and a control.
+
+    Args:
+        handler: The callback.
+        event: The event that it saw.
+        result: Its return value.
+
+    Raises:
+        TypeError: If ``result`` is not ``(state, control)``.
+    """
+    if isinstance(result, tuple):
+        pair = cast("tuple[object, ...]", result)
+        if len(pair) == 2 and isinstance(pair[0], TrainState) and isinstance(pair[1], Control):
+            return pair[0], pair[1]
+    raise TypeError(
+        f"{handler.name}: expected it to return (state, control) at {type(event).__name__}, got {describe(result)}. "
+        "To request nothing, return state and Control()."
+    )
