@@ -15,8 +15,8 @@ import fxtrain as fx
 from fxtrain import observers, values, writers
 from fxtrain.core import Control, FitBegin, FitEnd, Rewound, StepEnd
 from fxtrain.values import HParams, Image, Text
-from fxtrain.values import _backlog as backlog
-from fxtrain.values import _outlet as outlet
+from fxtrain.writers import _backlog as backlog
+from fxtrain.writers import _channel as channel
 
 NOTHING = Control()
 LONG = "x" * 50
@@ -211,7 +211,7 @@ def test_invalid_point_is_lost_alone():
 
 
 def test_broken_writer_is_not_retried_at_every_point(monkeypatch):
-    monkeypatch.setattr(outlet, "_RETRY_SECONDS", math.inf)
+    monkeypatch.setattr(channel, "_RETRY_SECONDS", math.inf)
     broken = Recorder()
     broken.error = OSError("gone")
     observer = observers.write(broken)

@@ -6,7 +6,8 @@ import torch
 
 import fxtrain as fx
 from fxtrain import tree
-from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, Image, PointCloud, Table, Video, kept_by
+from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, Image, PointCloud, Table, Video
+from fxtrain.writers import Backend
 
 GRADIENT = torch.linspace(0, 1, 12).view(2, 2, 3)
 
@@ -172,20 +173,38 @@ def test_logged_image_is_a_copy_of_its_array():
     assert image.frames.max() == 0
 
 
-class Numbers:
-    """A stand-in for a writer that stores only scalars."""
+def keeping(*kinds):
+    """Returns a writer of these kinds, which records the values of each call."""
+
+    class Numbers(Backend):
+        def put(self, step, values, event):
+            self.put_values.append(values)
+
+    Numbers.kinds = frozenset(kinds)
+    writer = Numbers()
+    writer.put_values = []
+    return writer
 
 
 def test_unsupported_values_are_converted_or_warned_about_once():
     table, matrix = Table({"a": [1]}), ConfusionMatrix(torch.ones(2, 2))
-    texts = kept_by(Numbers(), frozenset((float, fx.values.Text)), 1, {"t": table, "m": matrix, "x": 1.0})
-    assert {name: type(value).__name__ for name, value in texts.items()} == {"t": "Text", "m": "Text", "x": "float"}
-    images = kept_by(Numbers(), frozenset((Image, Table)), 1, {"t": table, "m": matrix})
-    assert {name: type(value).__name__ for name, value in images.items()} == {"t": "Table", "m": "Image"}
-    writer = Numbers()
+    texts = keeping(float, fx.values.Text)
+    texts.write(1, {"t": table, "m": matrix, "x": 1.0})
+    assert {name: type(value).__name__ for name, value in texts.put_values[0].items()} == {
+        "t": "Text",
+        "m": "Text",
+        "x": "float",
+    }
+    images = keeping(Image, Table)
+    images.write(1, {"t": table, "m": matrix})
+    assert {name: type(value).__name__ for name, value in images.put_values[0].items()} == {"t": "Table", "m": "Image"}
+    writer = keeping(float)
     values = {"t": table, "u": table, "x": 1.0}
     with pytest.warns(RuntimeWarning, match="Numbers does not store tables and skips 't' and similar") as said:
-        assert [kept_by(writer, frozenset((float,)), step, values) for step in range(3)] == 3 * [{"x": 1.0}]
+        writer.write(0, values)
+    writer.write(1, values)
+    writer.write(2, values)
+    assert writer.put_values == 3 * [{"x": 1.0}]
     assert len(said) == 1
 
 
@@ -203,7 +222,8 @@ def test_no_warning_if_another_writer_stores_the_value(tmp_path, recwarn):
 def test_out_of_range_value_is_skipped_and_others_kept():
     values = {"bad": Image(torch.full((2, 2), 7.0)), "good": Image(torch.zeros(2, 2))}
     with pytest.warns(RuntimeWarning, match="'bad' of step 3 is not written: expected Image pixels from 0 to 1"):
-        assert list(kept_by(Numbers(), frozenset((Image,)), 3, values)) == ["good"]
+        (writer := keeping(Image)).write(3, values)
+    assert list(writer.put_values[0]) == ["good"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from fxtrain import observers, writers
 from fxtrain.core import Control, StepEnd
 from fxtrain.values import Image
-from fxtrain.values import _backlog as backlog
+from fxtrain.writers import _backlog as backlog
 from fxtrain.writers import _mlflow_runs as mlflow_runs
 from fxtrain.writers import _outbox as outbox
 from fxtrain.writers._encoding import png

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import fxtrain as fx
 from fxtrain.core import NAMESPACE, Control, EvalBegin, EvalEnd, Logged, Saved, StepEnd
-from fxtrain.values import Histogram, HParams, Text, hand_over, published, take_back
+from fxtrain.values import Histogram, HParams, Text, published
+from fxtrain.writers import multi
 
 EDGES = torch.tensor([0.0, 1.0, 2.0])
 
@@ -141,10 +142,11 @@ class Recorder:
 
 def test_each_kind_is_written_by_its_method():
     writer = Recorder()
-    hand_over(writer, 7, {})
+    log = multi(writer)
+    log.write(7, {})
     assert writer.calls == []
     values = {"a": 1.0, "b": Text("*b*"), "c": Histogram(EDGES), "d": HParams({"lr": 1}), "e": 2}
-    hand_over(writer, 7, values)
+    log.write(7, values)
     scalars, texts, histograms, hparams = writer.calls
     assert scalars == ("write_scalars", 7, {"a": 1.0, "e": 2})
     assert texts == ("write_texts", 7, {"b": "*b*"})
@@ -154,6 +156,6 @@ def test_each_kind_is_written_by_its_method():
 
 
 def test_writer_without_purge_warns_past_step_0():
-    take_back(Recorder(), 0)
+    multi(Recorder()).purge(0)
     with pytest.warns(RuntimeWarning, match=r"Recorder has no purge.*after step 5"):
-        take_back(Recorder(), 5)
+        multi(Recorder()).purge(5)

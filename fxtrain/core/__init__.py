@@ -8,6 +8,7 @@ from fxtrain.core._checks import check_positive as check_positive
 from fxtrain.core._checks import check_positive_int as check_positive_int
 from fxtrain.core._checks import describe as describe
 from fxtrain.core._checks import did_you_mean as did_you_mean
+from fxtrain.core._cleanup import try_all as try_all
 from fxtrain.core._compiling import compiling as compiling
 from fxtrain.core._control import KINDS as KINDS
 from fxtrain.core._control import Control, Logged

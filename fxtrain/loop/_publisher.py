@@ -26,13 +26,14 @@ from fxtrain.core import (
     name_of,
     printable,
     printable_lines,
+    try_all,
 )
 from fxtrain.fold import Composed, Handler
 from fxtrain.fold._lookalikes import refuse_lookalikes
 from fxtrain.fold._subscription import subscription, takes
 from fxtrain.loop._history import History
 from fxtrain.loop._transfer import HostTransfer, LazyMetrics, host_scalars
-from fxtrain.values import named_after, published, try_all
+from fxtrain.values import named_after, published
 
 _EVENTS_PER_TRANSFER = 64  # events per transfer to the host; more would evict other data from the CPU caches
 _RECORDED = (EvalEnd, Rewound)  # events that the history records even if nothing subscribes to them

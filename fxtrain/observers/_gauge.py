@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from fxtrain.core import (
     Control,
@@ -16,7 +15,8 @@ from fxtrain.core import (
     TrainState,
 )
 from fxtrain.fold import When, as_trigger
-from fxtrain.values import outlet_of, settle, try_all
+from fxtrain.writers import Writer
+from fxtrain.writers._log import Log
 
 Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
 Read = Callable[[TrainState | None], Mapping[str, float]]
@@ -36,14 +36,13 @@ class Gauge:
         ValueError: There is no writer, or ``every`` is smaller than 1.
     """
 
-    def __init__(self, what: str, writers: tuple[Any, ...], every: When, read: Read) -> None:
+    def __init__(self, what: str, writers: tuple[Writer, ...], every: When, read: Read) -> None:
         if not writers:
             raise ValueError(
                 f"expected at least one writer for {what}(), got none. Pass one, such as "
                 "fxtrain.writers.tensorboard(folder)."
             )
-        self._writers = writers
-        self._outlets = [outlet_of(writer) for writer in writers]
+        self._log = Log(writers)
         self._due = as_trigger(every)
         self._read_values = read
         self._step = 0  # of the last reading or the beginning of the session
@@ -61,21 +60,17 @@ class Gauge:
 
     def close(self) -> None:
         """Closes every writer, then raises the first error."""
-        try_all(*(outlet.close for outlet in self._outlets))
+        self._log.close()
 
     def take_failure(self) -> Exception | None:
         """Returns the first error of a writer since the last call."""
-        failures = [outlet.take_failure() for outlet in self._outlets]
-        return next((failure for failure in failures if failure is not None), None)
+        return self._log.take_failure()
 
     def _drop_after(self, step: int) -> None:
         self._step = step
-        for outlet in self._outlets:
-            outlet.take_back(step)
+        self._log.truncate_after(step)
 
     def _read(self, state: TrainState | None, event: LoopEvent) -> None:
         self._step = event.step
-        readings = self._read_values(state)
-        for writer, outlet in zip(self._writers, self._outlets, strict=True):
-            settle(writer)
-            outlet.hand_over(event.step, readings, event)
+        self._log.flush_deferred()
+        self._log.submit(event.step, self._read_values(state), event)

@@ -35,7 +35,7 @@ from fxtrain.core import (
 )
 from fxtrain.disk import make_folder, replace_file, set_aside, sync_file, sync_folder
 from fxtrain.observers._repository import commit_of
-from fxtrain.values import plain
+from fxtrain.values import jsonable
 
 Seen = FitBegin | Restored | StepEnd | EvalEnd | EpochEnd | Saved | Rewound | Interrupted | FitEnd
 
@@ -207,7 +207,7 @@ class RecordRun:
             self._try(self._write_pending)
 
     def _line(self, line: dict[str, Any]) -> None:
-        self._lines.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+        self._lines.append(json.dumps(jsonable(line), allow_nan=False).encode() + b"\n")
         if len(self._lines) > _MAX_QUEUED_LINES:
             self._lines.popleft()
             self._dropped += 1

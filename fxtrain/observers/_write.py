@@ -24,16 +24,19 @@ from fxtrain.core import (
     TrainState,
     check_choice,
     describe,
+    try_all,
 )
 from fxtrain.fold import When, as_trigger
-from fxtrain.values import KINDS, HParams, hold_back, kind_of, outlet_of, published, share, try_all
+from fxtrain.values import KINDS, HParams, kind_of, published
+from fxtrain.writers import Writer
+from fxtrain.writers._log import Log
 
 
 def write(
-    *writers: Any,
+    *writers: Writer,
     every: When | Mapping[str, When] = 1,
     reduce: str = "mean",
-    hparams: Mapping[str, Any] | None = None,
+    hparams: Mapping[str, object] | None = None,
     flush_seconds: float = 30.0,
 ) -> Write:
     """Passes metrics and logged values to writers.
@@ -121,16 +124,14 @@ class Write:
 
     def __init__(
         self,
-        writers: tuple[Any, ...],
+        writers: tuple[Writer, ...],
         periods: Mapping[str, When],
         reduce: str,
         hparams: HParams | None,
         flush_seconds: float,
     ) -> None:
-        share(writers)
-        self._outlets = [outlet_of(writer) for writer in writers]
-        for writer in writers:
-            hold_back(writer, self._write_points)
+        self._log = Log(writers)
+        self._log.defer(self._write_points)
         self._due = as_trigger(periods.get(_METRICS, 1))
         self._due_by_kind = {kind: as_trigger(periods[n]) for kind, n in KINDS.items() if periods.get(n, 1) != 1}
         self._reduce = _REDUCTIONS[reduce]
@@ -151,18 +152,18 @@ class Write:
                 return
             case FitBegin():
                 self._batch_time = self._flush_time = event.time
-                self._drop_after(event.step)
+                self._truncate_after(event.step)
                 if self._hparams is not None:
                     control = control | Control(log={"hparams": self._hparams})
             case Rewound():
-                self._drop_after(event.to_step)
+                self._truncate_after(event.to_step)
                 event = dataclasses.replace(event, step=event.to_step)  # where the curves continue
             case Interrupted() | FitEnd():
                 self._end_interval()
                 self._write_points()
                 self._write_latest()
         self._write_points()  # held points come first in step order; an evaluation may take long
-        self._hand_over(event, control)
+        self._submit(event, control)
         if isinstance(event, EvalEnd | Interrupted | FitEnd):
             self._flush(event.time)
 
@@ -175,12 +176,11 @@ class Write:
     def close(self) -> None:
         """Writes all held values and closes every writer, then raises the first error."""
         self._end_interval()
-        try_all(self._write_points, self._write_latest, *(outlet.close for outlet in self._outlets))
+        try_all(self._write_points, self._write_latest, self._log.close)
 
     def take_failure(self) -> Exception | None:
         """Returns the first error of a writer since the last call."""
-        failures = [outlet.take_failure() for outlet in self._outlets]
-        return next((failure for failure in failures if failure is not None), None)
+        return self._log.take_failure()
 
     def _step(self, event: StepEnd, control: Control) -> None:
         self._interval.append((event.step, event.metrics))
@@ -230,7 +230,7 @@ class Write:
         for event, measured, control in (*sent, *points):
             if len(measured) != 1:
                 event = dataclasses.replace(event, metrics=self._reduced([metrics for _, metrics in measured]))
-            self._hand_over(event, self._without_latest(event, control))
+            self._submit(event, self._without_latest(event, control))
 
     def _reduced(self, measured: list[Mapping[str, float]]) -> dict[str, float]:
         found: dict[str, list[float]] = {}
@@ -260,25 +260,21 @@ class Write:
             self._write_points()
         for name in due:
             event, entry = latest.pop(name)
-            self._hand_over(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
+            self._submit(dataclasses.replace(event, metrics={}), Control(log={name: entry}))
 
-    def _hand_over(self, event: LoopEvent, control: Control) -> None:
-        values = published(event, control)
-        for outlet in self._outlets:
-            outlet.hand_over(event.step, values, event)
+    def _submit(self, event: LoopEvent, control: Control) -> None:
+        self._log.submit(event.step, published(event, control), event)
 
-    def _drop_after(self, step: int) -> None:
+    def _truncate_after(self, step: int) -> None:
         self._interval = [entry for entry in self._interval if entry[0] <= step]
         self._points = [point for point in (*self._sent, *self._points) if point[0].step <= step]
         self._sent = []
         self._latest = {name: entry for name, entry in self._latest.items() if entry[0].step <= step}
-        for outlet in self._outlets:
-            outlet.take_back(step)
+        self._log.truncate_after(step)
 
     def _flush(self, time: float) -> None:
         self._flush_time = time
-        for outlet in self._outlets:
-            outlet.flush()
+        self._log.flush()
 
 
 def _only_scalars(log: Mapping[str, Logged]) -> bool:

@@ -5,26 +5,18 @@ kind and immediately check its shape and dtype. Tensors stay on their device unt
 is checked then.
 """
 
-from fxtrain.values._backlog import Backlog as Backlog
-from fxtrain.values._backlog import Waiting as Waiting
-from fxtrain.values._backlog import on_host_copy as on_host_copy
 from fxtrain.values._confusion import ConfusionMatrix
 from fxtrain.values._figure import Figure
 from fxtrain.values._histogram import Histogram
-from fxtrain.values._log import KINDS as KINDS
-from fxtrain.values._log import hand_over as hand_over
-from fxtrain.values._log import hold_back as hold_back
-from fxtrain.values._log import kept_by as kept_by
-from fxtrain.values._log import kind_of as kind_of
-from fxtrain.values._log import settle as settle
-from fxtrain.values._log import share as share
-from fxtrain.values._log import take_back as take_back
-from fxtrain.values._log import try_all as try_all
+from fxtrain.values._json import jsonable as jsonable
+from fxtrain.values._kinds import KINDS as KINDS
+from fxtrain.values._kinds import Kind as Kind
+from fxtrain.values._kinds import Value
+from fxtrain.values._kinds import kind_of as kind_of
+from fxtrain.values._kinds import plain_number as plain_number
+from fxtrain.values._kinds import simplified as simplified
 from fxtrain.values._media import Audio, Image, Video
-from fxtrain.values._outlet import Outlet as Outlet
-from fxtrain.values._outlet import outlet_of as outlet_of
-from fxtrain.values._plain import plain as plain
-from fxtrain.values._points import PointCloud
+from fxtrain.values._point_cloud import PointCloud
 from fxtrain.values._published import named_after as named_after
 from fxtrain.values._published import published as published
 from fxtrain.values._table import Table
@@ -41,5 +33,6 @@ __all__ = [
     "Scalar",
     "Table",
     "Text",
+    "Value",
     "Video",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain.core import Control, EvalEnd, Logged, StepEnd, describe
-from fxtrain.values._log import KINDS
+from fxtrain.values._kinds import KINDS
 
 
 def published(event: Any, control: Control) -> dict[str, Any]:

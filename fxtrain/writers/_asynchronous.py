@@ -6,14 +6,15 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from fxtrain.core import check_positive_int
-from fxtrain.values import KINDS, Outlet, hand_over, on_host_copy, take_back, try_all
-from fxtrain.writers._interface import Backend
+from fxtrain.core import LoopEvent, check_positive_int, try_all
+from fxtrain.values import KINDS, Value
+from fxtrain.writers._backlog import on_host_copy
+from fxtrain.writers._channel import Channel
+from fxtrain.writers._interface import Backend, Writer
 
 
-def asynchronous(writer: Any, *, size: int = 100) -> AsynchronousWriter:
+def asynchronous(writer: Writer, *, size: int = 100) -> AsynchronousWriter:
     """A writer that passes everything to another writer in a background thread (clu's ``asynclib.Pool``), in order.
 
     Values are first copied to the host, so the run may reuse its tensors' buffers. The queue is bounded: if the other
@@ -49,11 +50,12 @@ class AsynchronousWriter(Backend):
 
     kinds = frozenset((float, *KINDS))
 
-    def __init__(self, writer: Any, size: int) -> None:
+    def __init__(self, writer: Writer, size: int) -> None:
         from clu import asynclib
 
         self._writer = writer
-        self._contained: Outlet | None = None
+        self._channel = Channel(writer)
+        self._contains_failures = False
         self._pool = asynclib.Pool(thread_name_prefix="writer", max_workers=1)  # one thread keeps the order
         self._room = threading.Semaphore(size)
         self._blocked = 0.0
@@ -63,36 +65,35 @@ class AsynchronousWriter(Backend):
         """Seconds that callers have waited for queue space, host copies and flushes."""
         return self._blocked
 
-    def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+    def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         # Values are only copied here. The thread checks their range.
         began = time.perf_counter()
         own = {name: on_host_copy(value) for name, value in values.items()}
         self._blocked += time.perf_counter() - began
-        inner = self._contained
-        write = functools.partial(hand_over, self._writer) if inner is None else inner.hand_over
+        write = self._channel.submit if self._contains_failures else self._channel.write
         self._submit(functools.partial(write, int(step), own, event))
 
     def purge(self, step: int) -> None:
-        inner = self._contained
-        self._submit(
-            functools.partial(take_back, self._writer, step) if inner is None else lambda: inner.take_back(step)
-        )
+        purge = self._channel.truncate_after if self._contains_failures else self._channel.purge
+        self._submit(functools.partial(purge, step))
 
     def flush(self) -> None:
-        inner = self._contained or self._writer
+        inner = self._channel if self._contains_failures else self._writer
         try_all(lambda: self._submit(inner.flush), self._wait)
 
     def close(self) -> None:
         """Waits for pending writes, closes the other writer, then raises the first error."""
-        inner = self._contained or self._writer
+        inner = self._channel if self._contains_failures else self._writer
         try_all(self._wait, inner.close)
 
     def contain_failures(self) -> None:
         """Makes the thread queue and retry what the other writer misses, instead of raising at a later call."""
-        self._contained = self._contained or Outlet(self._writer)
+        self._contains_failures = True
+        if isinstance(self._writer, Backend):
+            self._writer.contain_failures()
 
     def take_failure(self) -> Exception | None:
-        return None if self._contained is None else self._contained.take_failure()
+        return self._channel.take_failure() if self._contains_failures else None
 
     def _submit(self, act: Callable[[], None]) -> None:
         began = time.perf_counter()
@@ -114,7 +115,7 @@ class AsynchronousWriter(Backend):
         finally:
             self._blocked += time.perf_counter() - began
 
-    def _raising(self, act: Callable[[], Any]) -> None:
+    def _raising(self, act: Callable[[], object]) -> None:
         """Raises the original exception of the thread instead of the pool's wrapper."""
         from clu import asynclib
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from fxtrain.core import encodable, printable, printable_lines
-from fxtrain.values import HParams, Text
+from fxtrain.core import LoopEvent, encodable, printable, printable_lines
+from fxtrain.values import HParams, Text, Value
 from fxtrain.writers._interface import Backend
 
 
@@ -37,7 +37,7 @@ class ConsoleWriter(Backend):
     def __init__(self, file: TextIO | None) -> None:
         self._file = file
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         scalars = {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
         lines = [_line(step, scalars)] if scalars else []
         for name, value in values.items():

@@ -9,9 +9,10 @@ from csv import DictReader
 from csv import reader as read_rows
 from csv import writer as row_writer
 from pathlib import Path
-from typing import Any
 
+from fxtrain.core import LoopEvent
 from fxtrain.disk import make_folder, replace_file, set_aside
+from fxtrain.values import Value
 from fxtrain.writers._interface import unwritable
 from fxtrain.writers._one_file import Appendable, OneFile, mend
 from fxtrain.writers._rewinds import Rewinds
@@ -67,14 +68,14 @@ class CsvWriter(OneFile):
         self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
         self._opened()
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         if "step" in values:
             raise ValueError(f"expected names other than 'step', the step column of {self._path}. Rename the value.")
         self._opened()
         row: dict[str, str] = {}
         if event is not None:
             row = {"time": _cell(event.time), **({} if event.epoch is None else {"epoch": _cell(event.epoch)})}
-        row |= {name: _cell(value) for name, value in values.items()}
+        row |= {name: _cell(value) for name, value in values.items() if isinstance(value, bool | int | float)}
         added = [name for name in row if name not in self._columns]
         if added:
             self._add_columns(added)

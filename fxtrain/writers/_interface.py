@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Video, kept_by, kind_of
+from fxtrain.core import LoopEvent
+from fxtrain.values import (
+    Audio,
+    Histogram,
+    HParams,
+    Image,
+    Kind,
+    PointCloud,
+    Scalar,
+    Text,
+    Value,
+    Video,
+    plain_number,
+)
 from fxtrain.writers._encoding import numbered
+from fxtrain.writers._selection import Selection
+
+Array = torch.Tensor | np.ndarray
 
 
 @runtime_checkable
@@ -22,19 +39,19 @@ class Writer(Protocol):
     event published in one call, instead of one call per kind.
     """
 
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, Scalar | Array | np.generic]) -> None:
         """Writes scalars by name: Python numbers, 0-d arrays or 0-d tensors."""
         ...
 
-    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
         """Writes images by name, each uint8 or floating-point [N, H, W, C]."""
         ...
 
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
         """Writes videos by name, each uint8 or floating-point [N, T, H, W, C]."""
         ...
 
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
         """Writes sounds by name, each floating-point [N, T, C]. ``sample_rate`` is in Hz."""
         ...
 
@@ -43,7 +60,7 @@ class Writer(Protocol):
         ...
 
     def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+        self, step: int, arrays: Mapping[str, Array | Histogram], num_buckets: Mapping[str, int] | None = None
     ) -> None:
         """Writes the distributions of arrays.
 
@@ -54,7 +71,7 @@ class Writer(Protocol):
         """
         ...
 
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    def write_hparams(self, hparams: Mapping[str, object]) -> None:
         """Writes the configuration of the run: strings, numbers and bools by name."""
         ...
 
@@ -73,9 +90,14 @@ class Backend:
     Values of other kinds are converted to a simpler kind, such as tables to texts, or left out with one warning.
     """
 
-    kinds: ClassVar[frozenset[type[Any]]]  # ``float`` stands for scalars
+    kinds: ClassVar[frozenset[Kind]]  # ``float`` stands for scalars
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    @functools.cached_property
+    def selection(self) -> Selection:
+        """Selects the values that the writer can keep."""
+        return Selection(type(self).__name__, self.kinds)
+
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         """Writes values of the writer's own kinds.
 
         Args:
@@ -85,7 +107,7 @@ class Backend:
         """
         raise NotImplementedError
 
-    def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+    def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         """Writes values of any kind.
 
         Args:
@@ -93,31 +115,46 @@ class Backend:
             values: Scalars and values of ``fxtrain.values`` by name.
             event: The event that published them, or None.
         """
-        kept = kept_by(self, self.kinds, step, values)
+        kept = self.selection.select(step, values)
         if kept:
             self.put(int(step), {name: plain_number(value) for name, value in kept.items()}, event)
 
-    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+    def contain_failures(self) -> None:
+        """Makes a writer that raises errors at a later call queue and retry what it misses instead."""
+
+    def take_failure(self) -> Exception | None:
+        """Returns the first error contained since the last call, for runs that require the writer."""
+        return None
+
+    def flush(self) -> None:
+        """Syncs written values to the disk."""
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Array], metadata: Mapping[str, object] | None = None
+    ) -> None:
         """Writes arrays of third-party plugins as histograms, because their meaning is not known here."""
         self.write_histograms(step, values)
 
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, Scalar | Array | np.generic]) -> None:
         self.write(step, scalars)
 
-    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    def write_images(self, step: int, images: Mapping[str, Array]) -> None:
         self.write(step, {name: Image(pixels) for name, pixels in images.items()})
 
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+    def write_videos(self, step: int, videos: Mapping[str, Array]) -> None:
         self.write(step, {name: Video(pixels) for name, pixels in videos.items()})
 
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+    def write_audios(self, step: int, audios: Mapping[str, Array], *, sample_rate: int) -> None:
         self.write(step, {name: Audio(samples, sample_rate) for name, samples in audios.items()})
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         self.write(step, {name: Text(markdown) for name, markdown in texts.items()})
 
     def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+        self, step: int, arrays: Mapping[str, Array | Histogram], num_buckets: Mapping[str, int] | None = None
     ) -> None:
         found: dict[str, Histogram] = {}
         for name, array in arrays.items():
@@ -129,10 +166,10 @@ class Backend:
     def write_pointcloud(
         self,
         step: int,
-        point_clouds: Mapping[str, Any],
+        point_clouds: Mapping[str, Array],
         *,
-        point_colors: Mapping[str, Any] | None = None,
-        configs: Mapping[str, Any] | None = None,
+        point_colors: Mapping[str, Array] | None = None,
+        configs: Mapping[str, object] | None = None,
     ) -> None:
         found: dict[str, PointCloud] = {}
         for name, points in point_clouds.items():
@@ -142,15 +179,8 @@ class Backend:
                 found[numbered(name, index, len(points))] = PointCloud(cloud, color)
         self.write(step, found)
 
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    def write_hparams(self, hparams: Mapping[str, object]) -> None:
         self.write(0, {"hparams": HParams(hparams)})
-
-
-def plain_number(value: Any) -> Any:
-    """Converts scalars of NumPy and torch to Python scalars."""
-    if kind_of(value) is not float or isinstance(value, bool | int | float):
-        return value
-    return value.item() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else float(value)
 
 
 def unwritable(writer: str, path: Path, error: OSError) -> OSError:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxtrain.core import EvalStep
+from fxtrain.core import EvalStep, LoopEvent
 from fxtrain.disk import make_folder
-from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, plain
+from fxtrain.values import ConfusionMatrix, Histogram, HParams, Table, Text, Value, jsonable
 from fxtrain.writers._interface import unwritable
 from fxtrain.writers._one_file import Appendable, OneFile, mend
 from fxtrain.writers._rewinds import REWOUND, Rewinds
@@ -65,7 +65,7 @@ class JsonLinesWriter(OneFile):
         self._last: int | None = None  # the highest step of the run in the file, unless it is unknown
         self._opened()
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         about: dict[str, Any] = {"step": step}
         if event is not None:
             about = {"event": type(event).__name__, "step": step, "epoch": event.epoch, "time": event.time}
@@ -105,7 +105,7 @@ class JsonLinesWriter(OneFile):
             self._last = step
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(jsonable(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
         self._opened().append(line)
 
     def _opened(self) -> Appendable:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fxtrain.core import LoopEvent
 from fxtrain.disk import make_folder, put_file, replace_file, sync_file, sync_folder
-from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Video, plain
+from fxtrain.values import Audio, ConfusionMatrix, Image, PointCloud, Table, Text, Value, Video, jsonable
 from fxtrain.writers._encoding import gif, png, wav
 from fxtrain.writers._interface import Backend, unwritable
 from fxtrain.writers._one_file import mend
@@ -67,7 +68,7 @@ class MediaWriter(Backend):
         self._rewinds: int | None = None  # the number of rewinds, or None before the first value
         self._unsynced: list[Path] = []
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         if self._rewinds is None:
             self._rewinds = _rewinds_in(self._folder).count(b"\n")
         stem = f"{step:08d}.r{self._rewinds}" if self._rewinds else f"{step:08d}"
@@ -228,7 +229,7 @@ def _table(stem: str, table: Table) -> dict[str, bytes]:
     columns: dict[str, list[Any]] = {}
     for name, cells in table.cells().items():
         if isinstance(cells, list):
-            columns[name] = plain(cells)
+            columns[name] = jsonable(cells)
             continue
         files = [f"{stem}-{len(images) + index}.png" for index in range(len(cells))]
         images |= dict(zip(files, map(png, cells), strict=True))

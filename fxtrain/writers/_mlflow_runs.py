@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fxtrain.values import HParams, Waiting, kind_of
+from fxtrain.values import HParams
+from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._media import MediaWriter
 from fxtrain.writers._remote import RemoteWriter
 
@@ -96,7 +97,7 @@ class MlflowSession:
         self._run = self._begun(self._writer.identity)
         self._writer.identified(self, self._run)
 
-    def send(self, calls: list[Waiting]) -> None:
+    def send(self, calls: list[PendingCall]) -> None:
         from mlflow.entities import Metric, Param
 
         metrics: list[Any] = []
@@ -105,8 +106,8 @@ class MlflowSession:
         for call in calls:
             shown: dict[str, Any] = {}
             for name, value in (call.values or {}).items():
-                if kind_of(value) is float:
-                    metrics.append(Metric(_accepted_name(name), float(value), call.event.milliseconds, call.step))
+                if isinstance(value, bool | int | float):
+                    metrics.append(Metric(_accepted_name(name), float(value), call.milliseconds, call.step))
                 elif isinstance(value, HParams):
                     config |= value.flat()
                 else:

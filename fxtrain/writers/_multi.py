@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from fxtrain.values import KINDS, outlet_of, share, try_all
-from fxtrain.writers._interface import Backend
+from fxtrain.core import LoopEvent
+from fxtrain.values import KINDS, Value
+from fxtrain.writers._interface import Backend, Writer
+from fxtrain.writers._log import Log
 
 
-def multi(*writers: Any) -> MultiWriter:
+def multi(*writers: Writer) -> MultiWriter:
     """A writer that passes everything to each of the given writers, in order.
 
     A failure affects only its writer, as in ``observers.write``: points that a writer misses after an ``OSError`` are
@@ -41,26 +42,21 @@ class MultiWriter(Backend):
 
     kinds = frozenset((float, *KINDS))
 
-    def __init__(self, writers: tuple[Any, ...]) -> None:
-        share(writers)
-        self._outlets = [outlet_of(writer) for writer in writers]
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._log = Log(writers)
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
-        for outlet in self._outlets:
-            outlet.hand_over(step, values, event)
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
+        self._log.submit(step, values, event)
 
     def purge(self, step: int) -> None:
-        for outlet in self._outlets:
-            outlet.take_back(step)
+        self._log.truncate_after(step)
 
     def flush(self) -> None:
-        for outlet in self._outlets:
-            outlet.flush()
+        self._log.flush()
 
     def close(self) -> None:
         """Closes all writers, then raises the first error."""
-        try_all(*(outlet.close for outlet in self._outlets))
+        self._log.close()
 
     def take_failure(self) -> Exception | None:
-        failures = [outlet.take_failure() for outlet in self._outlets]
-        return next((failure for failure in failures if failure is not None), None)
+        return self._log.take_failure()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fxtrain.core import printable
-from fxtrain.values._backlog import Backlog, Waiting
+from fxtrain.writers._backlog import Backlog, PendingCall
 
 FLUSH_SECONDS = 5.0
 """The longest wait of a flush, and of all flushes together while the service does not answer."""
@@ -30,7 +30,7 @@ class Session(Protocol):
         """Creates or continues the run."""
         ...
 
-    def send(self, calls: list[Waiting]) -> None:
+    def send(self, calls: list[PendingCall]) -> None:
         """Sends values, in the order of the calls."""
         ...
 
@@ -56,7 +56,7 @@ class Outbox:
     def __init__(self, service: str, session: Session) -> None:
         self._service, self._session = service, session
         self._backlog = Backlog()
-        self._sending: list[Waiting] = []
+        self._sending: list[PendingCall] = []
         self._changed = threading.Condition()
         self._closing = self._abandoned = self._ended = False
         self._error: Exception | None = None  # of the last attempt
@@ -68,7 +68,7 @@ class Outbox:
         self._thread = threading.Thread(target=self._run, name=f"{service} writer", daemon=True)
         self._thread.start()
 
-    def add(self, call: Waiting) -> None:
+    def add(self, call: PendingCall) -> None:
         """Queues a call. Never blocks."""
         with self._changed:
             self._backlog.add(call)
@@ -80,10 +80,10 @@ class Outbox:
                 )
             self._changed.notify_all()
 
-    def forget_after(self, step: int) -> int:
+    def truncate_after(self, step: int) -> int:
         """Drops queued points after a step, and returns the last step that is being sent."""
         with self._changed:
-            self._backlog.forget_after(step)
+            self._backlog.truncate_after(step)
             return max((call.step for call in self._sending), default=0)
 
     def flush(self) -> None:
@@ -215,7 +215,7 @@ class Outbox:
                     return False
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _refused(self, call: Waiting, error: Exception) -> None:
+    def _refused(self, call: PendingCall, error: Exception) -> None:
         self._failure = self._failure or error
         if not self._backlog.lost:
             self._notes.append(

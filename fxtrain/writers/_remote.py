@@ -6,24 +6,17 @@ import atexit
 import contextlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import BinaryIO, ClassVar
 
+from fxtrain.core import LoopEvent
 from fxtrain.disk import make_folder, replace_file, set_aside
-from fxtrain.values import kept_by
-from fxtrain.values._backlog import Waiting, waiting
-from fxtrain.writers._interface import Backend, plain_number, unwritable
+from fxtrain.values import Value, plain_number
+from fxtrain.writers._backlog import PendingCall, pending_call
+from fxtrain.writers._interface import Backend, unwritable
 from fxtrain.writers._outbox import Outbox, Session
-
-
-class When(NamedTuple):
-    """When values were written, which may be long before they are sent."""
-
-    event: Any
-    milliseconds: int  # since the Unix epoch
 
 
 class RemoteWriter(Backend):
@@ -56,24 +49,23 @@ class RemoteWriter(Backend):
         """Returns the calls of a new session."""
         raise NotImplementedError
 
-    def check(self, values: Mapping[str, Any]) -> None:
+    def check(self, values: Mapping[str, Value]) -> None:
         """Raises if the service cannot accept a name."""
 
-    def write(self, step: int, values: Mapping[str, Any], event: Any = None) -> None:
+    def write(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
         """Queues values for the thread. Never waits for the service."""
-        kept = kept_by(self, self.kinds, step, values)
+        kept = self.selection.select(step, values)
         if not kept:
             return
         self.check(kept)
-        call = waiting(step, {name: plain_number(value) for name, value in kept.items()})
-        self._opened().add(call._replace(event=When(event, int(1000 * time.time()))))
+        self._opened().add(pending_call(step, {name: plain_number(value) for name, value in kept.items()}, event))
         self._warn_notes()
 
     def purge(self, step: int) -> None:
         """Drops unsent points after a step. Warns if points after it were sent, because they will be duplicated."""
         last = self._last
         if self._outbox is not None:
-            last = max(last, self._outbox.forget_after(step))
+            last = max(last, self._outbox.truncate_after(step))
         if last > step:
             warnings.warn(
                 f"{self.service} cannot delete points, so those of steps {step + 1} to {last} stay and will be "
@@ -149,7 +141,7 @@ class RemoteWriter(Backend):
         atexit.unregister(self.close)
         atexit.register(self.close)
 
-    def reached(self, session: Session, calls: list[Waiting]) -> None:
+    def reached(self, session: Session, calls: list[PendingCall]) -> None:
         """Stores the last step sent, where the next session finds it even if this one is killed."""
         if session is not self._current:
             return

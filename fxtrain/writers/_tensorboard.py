@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from fxtrain.core import LoopEvent
 from fxtrain.disk import make_folder
-from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Video
+from fxtrain.values import Audio, Histogram, HParams, Image, PointCloud, Text, Value, Video
 from fxtrain.writers._encoding import gif, numbered, png, wav
 from fxtrain.writers._interface import unwritable
 from fxtrain.writers._one_file import Appendable, OneFile
@@ -80,7 +81,7 @@ class TensorBoardWriter(OneFile):
         self._folder = folder
         self._began = math.inf  # start of the session's clock, in seconds since the Unix epoch
 
-    def put(self, step: int, values: Mapping[str, Any], event: Any) -> None:
+    def put(self, step: int, values: Mapping[str, Value], event: LoopEvent | None) -> None:
         summaries: list[Any] = []
         for name, value in values.items():
             summaries += self._summaries_of(step, name, value)

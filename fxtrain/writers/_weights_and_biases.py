@@ -23,9 +23,10 @@ from fxtrain.values import (
     PointCloud,
     Table,
     Text,
+    Value,
     Video,
-    Waiting,
 )
+from fxtrain.writers._backlog import PendingCall
 from fxtrain.writers._encoding import gif, numbered, wav
 from fxtrain.writers._outbox import CLOSE_SECONDS
 from fxtrain.writers._remote import RemoteWriter
@@ -93,7 +94,7 @@ class WandbWriter(RemoteWriter):
         super().__init__(folder)
         self._options = options
 
-    def check(self, values: Mapping[str, Any]) -> None:
+    def check(self, values: Mapping[str, Value]) -> None:
         if "step" in values:
             raise ValueError("expected names other than 'step', the axis of wandb's charts. Rename the value.")
 
@@ -121,12 +122,12 @@ class WandbSession:
         self._run.define_metric("*", step_metric="step")
         self._writer.identified(self, self._run.id)
 
-    def send(self, calls: list[Waiting]) -> None:
+    def send(self, calls: list[PendingCall]) -> None:
         for call in calls:
             self._log(call.step, call.values or {})
         self._writer.reached(self, calls)
 
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+    def _log(self, step: int, values: Mapping[str, Value]) -> None:
         config = {key: v for value in values.values() if isinstance(value, HParams) for key, v in value.flat().items()}
         if config:
             self._run.config.update(config, allow_val_change=True)

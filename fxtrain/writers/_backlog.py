@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.values._table import Table
-from fxtrain.values._text import HParams, Text
+from fxtrain.core import LoopEvent
+from fxtrain.values import HParams, Table, Text, Value
+from fxtrain.values._table import Cell
 
 MOST_POINTS = 10_000
 MOST_BYTES = 2**26
 _SCALAR_BYTES = 64  # approximate size of a scalar with its name
 
 
-class Waiting(NamedTuple):
+class PendingCall(NamedTuple):
     """A pending writer call. Without values, the call is a purge."""
 
     step: int
-    values: Mapping[str, Any] | None
-    event: Any = None
+    values: Mapping[str, Value] | None
+    event: LoopEvent | None = None
     bytes: int = 0
+    milliseconds: int = 0  # since the Unix epoch, when the call was made
 
     @property
     def points(self) -> int:
@@ -69,7 +72,7 @@ class Backlog:
     """A queue of pending writer calls. When it is full, the oldest points are dropped and counted."""
 
     def __init__(self) -> None:
-        self._calls: deque[Waiting] = deque()
+        self._calls: deque[PendingCall] = deque()
         self._points = self._bytes = 0
         self.lost = Lost()
 
@@ -82,10 +85,10 @@ class Backlog:
         return self._points
 
     @property
-    def first(self) -> Waiting:
+    def first(self) -> PendingCall:
         return self._calls[0]
 
-    def add(self, call: Waiting) -> None:
+    def add(self, call: PendingCall) -> None:
         self._calls.append(call)
         self._count(call, 1)
         while (self._points > MOST_POINTS or self._bytes > MOST_BYTES) and len(self._calls) > 1:
@@ -95,18 +98,12 @@ class Backlog:
             self._remove(oldest)
             self.lost.add(oldest.step, oldest.points)
 
-    def pop(self) -> Waiting:
+    def pop(self) -> PendingCall:
         call = self._calls.popleft()
         self._count(call, -1)
         return call
 
-    def put_back(self, calls: list[Waiting]) -> None:
-        """Returns popped calls to the front of the queue."""
-        self._calls.extendleft(reversed(calls))
-        for call in calls:
-            self._count(call, 1)
-
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drops points after ``step``, which a rewind or resume abandoned. They do not count as lost."""
         for call in [call for call in self._calls if call.values is not None and call.step > step]:
             self._remove(call)
@@ -117,22 +114,22 @@ class Backlog:
             call = self.pop()
             self.lost.add(call.step, call.points)
 
-    def _remove(self, call: Waiting) -> None:
+    def _remove(self, call: PendingCall) -> None:
         self._calls = deque(each for each in self._calls if each is not call)
         self._count(call, -1)
 
-    def _count(self, call: Waiting, sign: int) -> None:
+    def _count(self, call: PendingCall, sign: int) -> None:
         self._points += sign * call.points
         self._bytes += sign * call.bytes
 
 
-def waiting(step: int, values: Mapping[str, Any], event: Any = None) -> Waiting:
+def pending_call(step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> PendingCall:
     """Returns a pending call with its values copied to the host, because the run reuses its tensors' buffers."""
     own = {name: on_host_copy(value) for name, value in values.items()}
-    return Waiting(int(step), own, event, sum(map(_size, own.values())))
+    return PendingCall(int(step), own, event, sum(map(_size, own.values())), int(1000 * time.time()))
 
 
-def on_host_copy(value: Any) -> Any:
+def on_host_copy(value: Value) -> Value:
     """Returns a host copy of the value, which shares no storage with it."""
     match value:
         case np.ndarray():
@@ -147,11 +144,11 @@ def on_host_copy(value: Any) -> Any:
             return tree.map(_leaf_on_host, value)
 
 
-def _leaf_on_host(leaf: Any) -> Any:
+def _leaf_on_host(leaf: object) -> object:
     return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
 
 
-def _size(value: Any) -> int:
+def _size(value: Value | list[Cell]) -> int:
     if isinstance(value, Text):
         return _SCALAR_BYTES + len(value.markdown)
     if isinstance(value, Table):

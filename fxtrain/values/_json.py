@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Converts a value to types that JSON can represent.
 
     Non-finite floats become strings that ``float`` can parse. Objects of other types become their ``str``.
 
     Example:
-        >>> plain({"loss": float("-inf"), "shape": (2, 3), "lr": float("nan")})
+        >>> jsonable({"loss": float("-inf"), "shape": (2, 3), "lr": float("nan")})
         {'loss': '-Infinity', 'shape': [2, 3], 'lr': 'NaN'}
     """
     match value:
@@ -22,8 +22,8 @@ def plain(value: Any) -> Any:
         case float():
             return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
         case Mapping():
-            return {str(name): plain(inner) for name, inner in value.items()}
+            return {str(name): jsonable(inner) for name, inner in value.items()}
         case list() | tuple():
-            return [plain(inner) for inner in value]
+            return [jsonable(inner) for inner in value]
         case _:
             return str(value)

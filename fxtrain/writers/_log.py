@@ -1,0 +1,82 @@
+"""The writers of an observer as one log: the order of values, their deferral, and what is left out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+from fxtrain.core import LoopEvent, try_all
+from fxtrain.values import Kind, Value
+from fxtrain.writers._channel import Channel
+from fxtrain.writers._interface import Backend, Writer
+
+# Logs that share a writer share its channel, so that its values keep their order. A channel references its writer, so
+# an id is not used again while its channel exists.
+_channels: weakref.WeakValueDictionary[int, Channel] = weakref.WeakValueDictionary()
+
+
+class Log:
+    """Passes values to several writers in the order of their steps. A failing writer does not affect the others.
+
+    Kinds of values that a writer cannot keep are left out, with a warning if no other writer keeps them.
+
+    Args:
+        writers: Writers of ``fxtrain.writers``, or clu's.
+    """
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._channels = [_channel_of(writer) for writer in writers]
+        selections = [channel.selection for channel in self._channels]
+        for index, selection in enumerate(selections):
+            others = (other.kinds for other in (*selections[:index], *selections[index + 1 :]))
+            selection.silence(frozenset[Kind]().union(*others))
+
+    def submit(self, step: int, values: Mapping[str, Value], event: LoopEvent | None = None) -> None:
+        """Writes values, or queues them for writers that fail.
+
+        Args:
+            step: The step of the values.
+            values: Values by name.
+            event: The event that published them, or None.
+        """
+        for channel in self._channels:
+            channel.submit(step, values, event)
+
+    def defer(self, write: Callable[[], None]) -> None:
+        """Registers a bound method that submits points held back by its object, for ``flush_deferred``."""
+        for channel in self._channels:
+            channel.defer(write)
+
+    def flush_deferred(self) -> None:
+        """Submits points held back by any log with one of these writers, so that later points follow them."""
+        for channel in self._channels:
+            channel.flush_deferred()
+
+    def truncate_after(self, step: int) -> None:
+        """Abandons everything after a step, because the run rewound or resumed."""
+        for channel in self._channels:
+            channel.truncate_after(step)
+
+    def flush(self) -> None:
+        """Retries queued values, and flushes every writer."""
+        for channel in self._channels:
+            channel.flush()
+
+    def close(self) -> None:
+        """Closes every writer, then raises the first error."""
+        try_all(*(channel.close for channel in self._channels))
+
+    def take_failure(self) -> Exception | None:
+        """Returns the first error of a writer since the last call, for runs that require the writers."""
+        failures = [channel.take_failure() for channel in self._channels]
+        return next((failure for failure in failures if failure is not None), None)
+
+
+def _channel_of(writer: Writer) -> Channel:
+    channel = _channels.get(id(writer))
+    if channel is None:
+        channel = _channels[id(writer)] = Channel(writer)
+        if isinstance(writer, Backend):
+            # A writer that raises errors at a later call must contain them, or the wrong points would be retried.
+            writer.contain_failures()
+    return channel
