@@ -1,4 +1,4 @@
-"""The progress observer: output on a terminal, in a notebook and in a file, and the pace of the run."""
+"""The progress observer: output on a terminal, in a notebook and in a file, and the running averages."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from fxtrain.core import (
     Rewound,
     StepEnd,
 )
-from fxtrain.observers._pace import Pace
+from fxtrain.observers._running_averages import RunningAverages
 
 NOTHING = Control()
 
@@ -363,7 +363,9 @@ def test_resume_rewind_and_interruption_are_shown():
     see(
         shown,
         FitBegin(step=7, resumed=True),
-        Restored(step=7, path="x", missing=("ema",), extra=("old",), different=("threads: 2 at the save, 1 now",)),
+        Restored(
+            step=7, path="x", missing=("ema",), extra=("old",), environment_changes=("threads: 2 at the save, 1 now",)
+        ),
         EvalEnd(step=8, metrics={"loss": 1.0}),
         Rewound(step=8, from_step=8, to_step=4, abandoned=range(4, 8), times=1),
         EvalEnd(step=5, metrics={"loss": 2.0}),
@@ -409,47 +411,51 @@ def test_missing_metric_is_rejected_at_the_first_step():
         observers.progress(metrics="loss")
 
 
-def test_pace_excludes_compilation_evaluations_and_saves():
-    pace, time = Pace(10.0), 100.0
+def test_running_averages_excludes_compilation_evaluations_and_saves():
+    averages, time = RunningAverages(10.0), 100.0
     for step in range(1, 50):
-        pace.step(StepEnd(step=step, time=time, data_wait=0.05, metrics={"loss": 3.0}, total_steps=100))
+        averages.step(StepEnd(step=step, time=time, data_wait=0.05, metrics={"loss": 3.0}, total_steps=100))
         time += 0.5
         if step % 5 == 0:
-            pace.pause(7.0)
+            averages.pause(7.0)
             time += 7.0
-    assert pace.rate == pytest.approx(2.0)
-    assert pace.waiting == pytest.approx(0.1)
-    assert pace.metrics == {"loss": pytest.approx(3.0)}
+    assert averages.rate == pytest.approx(2.0)
+    assert averages.waiting == pytest.approx(0.1)
+    assert averages.metrics == {"loss": pytest.approx(3.0)}
     # 51 steps are left, and 9 of 48 intervals contain an evaluation.
     now = StepEnd(step=49, time=time - 0.5, metrics={}, total_steps=100)
-    assert pace.remaining(now) == pytest.approx(51 * (48 * 0.5 + 9 * 7) / 48)
+    assert averages.remaining(now) == pytest.approx(51 * (48 * 0.5 + 9 * 7) / 48)
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 100), st.floats(-1e3, 1e3)), min_size=1, max_size=400))
-def test_pace_metrics_are_exponentially_weighted_means(steps):
-    pace, time, weights = Pace(10.0), 0.0, []
+def test_running_averages_metrics_are_exponentially_weighted_means(steps):
+    averages, time, weights = RunningAverages(10.0), 0.0, []
     for number, (seconds, value) in enumerate(steps):
         time += seconds
         weights = [weight * min(math.exp(-seconds / 10.0), 0.95) for weight in weights] + [1.0]
-        pace.step(StepEnd(step=number, time=time, metrics={"x": value}))
+        averages.step(StepEnd(step=number, time=time, metrics={"x": value}))
     mean = sum(w * value for w, (_, value) in zip(weights, steps, strict=True)) / sum(weights)
-    assert pace.metrics["x"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
+    assert averages.metrics["x"] == pytest.approx(mean, rel=1e-6, abs=1e-6)
 
 
-def test_pace_shows_non_finite_values_only_once():
-    pace = Pace(10.0)
-    pace.step(ended(1, loss=2.0))
-    pace.step(ended(2, loss=math.nan))
-    assert math.isnan(pace.metrics["loss"])
-    pace.step(ended(3, loss=2.0))
-    assert pace.metrics["loss"] == pytest.approx(2.0)
+def test_running_averages_shows_non_finite_values_only_once():
+    averages = RunningAverages(10.0)
+    averages.step(ended(1, loss=2.0))
+    averages.step(ended(2, loss=math.nan))
+    assert math.isnan(averages.metrics["loss"])
+    averages.step(ended(3, loss=2.0))
+    assert averages.metrics["loss"] == pytest.approx(2.0)
 
 
-def test_pace_is_unknown_without_elapsed_time():
-    pace = Pace(10.0)
-    pace.step(StepEnd(step=1, metrics={}, total_steps=3))
-    pace.step(StepEnd(step=2, metrics={}, total_steps=3))  # no time elapsed
-    assert (pace.rate, pace.waiting, pace.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (None, None, None)
+def test_running_averages_is_unknown_without_elapsed_time():
+    averages = RunningAverages(10.0)
+    averages.step(StepEnd(step=1, metrics={}, total_steps=3))
+    averages.step(StepEnd(step=2, metrics={}, total_steps=3))  # no time elapsed
+    assert (averages.rate, averages.waiting, averages.remaining(StepEnd(step=2, metrics={}, total_steps=3))) == (
+        None,
+        None,
+        None,
+    )
 
 
 HOSTILE = "a[red]\x1b[2J\x07\x9b\x7f\n\u202eb\ud800\u2028[/]:smile:"
@@ -464,7 +470,7 @@ def test_names_and_reasons_are_escaped(kind, monkeypatch):
     see(
         shown,
         FitBegin(step=0, total_steps=3),
-        Restored(step=0, path="p", missing=(HOSTILE,), different=(HOSTILE,)),
+        Restored(step=0, path="p", missing=(HOSTILE,), environment_changes=(HOSTILE,)),
         ended(1, **{HOSTILE: 1.0}),
         ended(2, **{HOSTILE: 1.0}),
         EvalBegin(step=2),

@@ -4,6 +4,8 @@ Each is a pure function of ``(state, event)``. Callback state lives in ``state.s
 """
 
 from fxtrain.callbacks._activations import activation_stats
+from fxtrain.callbacks._averages import AveragedState as AveragedState
+from fxtrain.callbacks._averages import averaged, ema, swa
 from fxtrain.callbacks._classes import confusion_matrix, curves
 from fxtrain.callbacks._early_stopping import EarlyStoppingState as EarlyStoppingState
 from fxtrain.callbacks._early_stopping import early_stopping
@@ -34,11 +36,9 @@ from fxtrain.callbacks._textgen import textgen
 from fxtrain.callbacks._throughput import ThroughputState as ThroughputState
 from fxtrain.callbacks._throughput import lr_monitor, throughput
 from fxtrain.callbacks._watch import watch
-from fxtrain.callbacks._weight_averages import AveragedState as AveragedState
-from fxtrain.callbacks._weight_averages import averaged, ema, swa
-from fxtrain.callbacks._weights import UpdateRatios as UpdateRatios
-from fxtrain.callbacks._weights import WeightStats as WeightStats
-from fxtrain.callbacks._weights import update_ratios, weight_stats
+from fxtrain.callbacks._weight_stats import UpdateRatios as UpdateRatios
+from fxtrain.callbacks._weight_stats import WeightStats as WeightStats
+from fxtrain.callbacks._weight_stats import update_ratios, weight_stats
 
 __all__ = [
     "activation_stats",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._metric import Better, Metric, called, direction, measured, needing
+from fxtrain.callbacks._watched_metric import Better, Metric, called, direction, measured, needing
 from fxtrain.core import (
     Control,
     EvalEnd,

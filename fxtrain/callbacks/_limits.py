@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._metric import Metric, called, measured, needing
+from fxtrain.callbacks._watched_metric import Metric, called, measured, needing
 from fxtrain.core import Control, EvalEnd, StepEnd, TrainState, check_choice, describe
 from fxtrain.fold import Handler, stateful
 

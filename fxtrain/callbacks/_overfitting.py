@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.callbacks._metric import Metric, called, measured, needing
+from fxtrain.callbacks._watched_metric import Metric, called, measured, needing
 from fxtrain.core import Control, EvalEnd, TrainState, Updated, check_choice, check_positive_int, describe, wide_dtype
 from fxtrain.fold import Handler, slotted
 

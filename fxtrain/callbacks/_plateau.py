@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import optim
-from fxtrain.callbacks._metric import Better, Metric, direction, measured, needing
+from fxtrain.callbacks._watched_metric import Better, Metric, direction, measured, needing
 from fxtrain.core import Control, EpochBegin, EvalEnd, StepEnd, TrainState, check_int, describe, wide_dtype
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.fold import Handler, slotted

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.callbacks._metric import Better, Metric, called, direction, measured, needing
+from fxtrain.callbacks._watched_metric import Better, Metric, called, direction, measured, needing
 from fxtrain.core import Control, EvalEnd, FitEnd, TrainState, describe, wide_dtype
 from fxtrain.fold import Handler, slotted
 

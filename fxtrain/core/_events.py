@@ -234,13 +234,13 @@ class Restored(LoopEvent):
         path: The folder of the checkpoint.
         missing: Slots that were not in it and were initialized.
         extra: Slots in it that no callback claims; they are kept.
-        different: Differences from the saving environment that can break bitwise equality, one line each.
+        environment_changes: Differences from the saving environment that can break bitwise equality, one line each.
     """
 
     path: str
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
-    different: tuple[str, ...] = ()
+    environment_changes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

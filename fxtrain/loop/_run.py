@@ -226,7 +226,7 @@ class Run:
                 path=str(report.path),
                 missing=tuple(report.missing),
                 extra=tuple(report.extra),
-                different=tuple(report.different),
+                environment_changes=tuple(report.different),
             )
 
     def _after_error(self, error: Exception) -> Events[None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TextIO
 
 from fxtrain.core import LoopEvent, encodable, printable
-from fxtrain.observers._pace import fraction
+from fxtrain.observers._running_averages import fraction
 
 _PRE = '<pre style="white-space:pre;line-height:normal;font-family:Menlo,Consolas,monospace">{code}</pre>'
 _MIN_REDRAW_SECONDS = 0.2

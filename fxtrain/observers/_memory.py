@@ -12,7 +12,7 @@ import torch
 
 from fxtrain.core import TrainState
 from fxtrain.fold import When
-from fxtrain.observers._gauge import Gauge
+from fxtrain.observers._periodic import PeriodicReadings
 
 _MIB = 2**20
 _STATM = Path("/proc/self/statm")  # sizes in pages; the second is the resident set
@@ -23,7 +23,7 @@ _DEVICE_STATISTICS = {
 }
 
 
-def memory(*writers: Any, every: When = 100) -> Gauge:
+def memory(*writers: Any, every: When = 100) -> PeriodicReadings:
     """Writes the memory use of the process, in MiB (2**20 bytes).
 
     - ``memory/host_resident_mib``: resident host memory. Linux only.
@@ -61,7 +61,7 @@ def memory(*writers: Any, every: When = 100) -> Gauge:
             f"expected a platform that reports the memory use of processes, got {sys.platform}. Remove the observer "
             "memory(...)."
         )
-    return Gauge("memory", writers, every, _read)
+    return PeriodicReadings("memory", writers, every, _read)
 
 
 def _read(state: TrainState | None) -> dict[str, float]:

@@ -28,8 +28,8 @@ from fxtrain.core import (
     format_scaled,
 )
 from fxtrain.observers._display import Column, Frame, Lines, Panel, display
-from fxtrain.observers._pace import Pace
 from fxtrain.observers._rank_zero import rank
+from fxtrain.observers._running_averages import RunningAverages
 
 _AVERAGING_SECONDS = 10.0  # for throughput and metrics
 
@@ -118,7 +118,7 @@ class Progress:
     def _reset(self) -> None:
         # Read when a session begins, because torch.distributed may be initialized after this observer is created.
         self._silent = not self._every_rank and rank() != 0
-        self._pace = Pace(_AVERAGING_SECONDS)
+        self._averages = RunningAverages(_AVERAGING_SECONDS)
         self._checked = False
         self._previous_time = 0.0
         self._evaluating: float | None = None  # when the current evaluation began
@@ -159,7 +159,7 @@ class Progress:
             case StepEnd():
                 if not self._checked:
                     self._check(event)
-                self._pace.step(event)
+                self._averages.step(event)
                 shown.step(event, lambda: self._frame(event))
             case EvalBegin():
                 self._evaluating, self._batches_done = event.time, 0
@@ -172,9 +172,9 @@ class Progress:
                 self._evaluated(event)
                 shown.evaluated(event, self._frame(event))
             case Saved():
-                self._pace.pause(event.time - self._previous_time)
+                self._averages.pause(event.time - self._previous_time)
             case Rewound():
-                self._pace.pause(event.time - self._previous_time)
+                self._averages.pause(event.time - self._previous_time)
                 if self._best is not None and self._best[1] > event.to_step:
                     self._best = None
                 shown.note(event, f"rewound from step {event.from_step} to step {event.to_step}")
@@ -187,7 +187,7 @@ class Progress:
 
     def _evaluated(self, event: EvalEnd) -> None:
         if self._evaluating is not None:
-            self._pace.pause(event.time - self._evaluating)
+            self._averages.pause(event.time - self._evaluating)
             self._evaluating = None
         self._last_batch_count = self._batches_done
         self._last = (event.step, dict(event.metrics))
@@ -208,10 +208,10 @@ class Progress:
             step=step.rjust(2 * len(f"{event.total_steps or 0}") + 1 if event.total_steps else 0),
             epoch=_epoch(event),
             columns=[
-                *(self._metric_columns(metrics) if (metrics := self._pace.metrics) else []),
+                *(self._metric_columns(metrics) if (metrics := self._averages.metrics) else []),
                 *self._throughput_columns(),
             ],
-            remaining=format_duration(left) if (left := self._pace.remaining(event)) else None,
+            remaining=format_duration(left) if (left := self._averages.remaining(event)) else None,
             evaluation=self._evaluation_columns(),
         )
 
@@ -224,7 +224,7 @@ class Progress:
 
     def _throughput_columns(self) -> list[Column]:
         unit, in_a_step = self._rate
-        rate, waiting = self._pace.rate, self._pace.waiting
+        rate, waiting = self._averages.rate, self._averages.waiting
         if rate is None or waiting is None:
             return []
         return [("", f"{format_scaled(rate * in_a_step)} {unit}/s"), ("data wait", f"{waiting:.0%}")]
@@ -257,7 +257,9 @@ def _describe_restored(event: Restored) -> str:
     """Returns the differences of the restored state from the expected one, in one line."""
     new = [f"slot {name!r} is initialized" for name in event.missing]
     kept = [f"slot {name!r} belongs to no callback" for name in event.extra]
-    return "; ".join([*new, *kept, *(f"results may differ in the last bits: {line}" for line in event.different)])
+    return "; ".join(
+        [*new, *kept, *(f"results may differ in the last bits: {line}" for line in event.environment_changes)]
+    )
 
 
 def _epoch(event: LoopEvent) -> str | None:

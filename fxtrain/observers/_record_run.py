@@ -43,7 +43,7 @@ _MAX_QUEUED_LINES = 10_000  # while they cannot be written
 _MAX_UNREAD = 100  # steps whose request flags may stay unread on the device
 _RECORDED_FIELDS: Mapping[type[Any], tuple[str, ...]] = {
     FitBegin: ("total_steps", "total_epochs", "resumed"),
-    Restored: ("path", "missing", "extra", "different"),
+    Restored: ("path", "missing", "extra", "environment_changes"),
     Saved: ("path", "metrics"),
     Rewound: ("from_step", "to_step", "times"),
     Interrupted: ("cause",),

@@ -9,12 +9,12 @@ import torch
 
 from fxtrain.core import TrainState
 from fxtrain.fold import When
-from fxtrain.observers._gauge import Gauge
+from fxtrain.observers._periodic import PeriodicReadings
 
 _GIB = 2**30
 
 
-def system(*writers: Any, every: When = 100) -> Gauge:
+def system(*writers: Any, every: When = 100) -> PeriodicReadings:
     """Writes the utilization of the machine.
 
     - ``system/cpu_percent``: of all cores, by all processes, since the previous reading.
@@ -66,7 +66,7 @@ def system(*writers: Any, every: When = 100) -> Gauge:
             found |= _gpu(state.step.device)
         return {f"system/{name}": float(value) for name, value in found.items()}
 
-    return Gauge("system", writers, every, read)
+    return PeriodicReadings("system", writers, every, read)
 
 
 def _gpu(device: torch.device) -> dict[str, float]:

@@ -11,7 +11,7 @@ _MAX_METRIC_STEPS = 20
 _MAX_UNREAD_STEPS = 256  # steps whose metrics may stay unread on the device
 
 
-class Pace:
+class RunningAverages:
     """Exponentially weighted averages over about the last ``span`` seconds.
 
         mean = sum(w_i * x_i) / sum(w_i),  w_i = exp(-(seconds since step i) / span)

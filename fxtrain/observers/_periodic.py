@@ -22,7 +22,7 @@ Seen = FitBegin | StepEnd | Rewound | Interrupted | FitEnd
 Read = Callable[[TrainState | None], Mapping[str, float]]
 
 
-class Gauge:
+class PeriodicReadings:
     """Writes readings at the steps of ``every`` and at the end of each session.
 
     Args:

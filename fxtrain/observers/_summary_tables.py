@@ -1,0 +1,129 @@
+"""Tables of the modules and tensors of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import NamedTuple, TypeVar
+
+from fxtrain.core import dtype_name, printable, truncate_middle
+from fxtrain.observers._summary_parameters import Leaf, dtypes_of, numel_of, which_trainable
+
+_T = TypeVar("_T")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a number between the dots of a name
+_MAX_NAME_LENGTH = 48  # characters of a name in a table
+_RIGHT_ALIGNED = ("parameters", "share", "size")  # columns
+
+_Row = dict[str, str]
+"""Cells by column."""
+
+
+class _Group(NamedTuple):
+    """Modules in the same row. They differ only in the indices of their names."""
+
+    name: str
+    depth: int
+    kind: str
+    leaves: list[Leaf]
+    number: int = 1  # number of modules
+
+
+def tensor_rows(leaves: list[Leaf], rows: int) -> list[_Row]:
+    shown, rest = _split_rows(leaves, rows)
+    table = [
+        {
+            "tensor": truncate_middle(leaf.name, _MAX_NAME_LENGTH),
+            "shape": str(tuple(leaf.tensor.shape)),
+            "dtype": dtype_name(leaf.tensor.dtype),
+            "size": f"{leaf.tensor.numel():,}",
+        }
+        for leaf in shown
+    ]
+    if rest:
+        table.append({"tensor": f"(and {len(rest)} more)", "shape": "", "dtype": "", "size": f"{numel_of(rest):,}"})
+    return table
+
+
+def module_rows(leaves: list[Leaf], modules: dict[str, str], depth: int, rows: int) -> list[_Row]:
+    if not leaves:
+        return []
+    groups = _by_module(leaves, modules, depth)
+    if len(groups) > rows:
+        groups = _merge_similar(groups)
+    while len(groups) > rows and depth > 1:
+        depth -= 1
+        groups = [group for group in groups if group.depth <= depth]
+    if len(groups) == 1 and not modules:
+        return []  # a flat dict of parameters, which the panels already summarize
+    shown, rest = _split_rows(groups, rows)
+    if rest:
+        top = min(group.depth for group in rest)  # deeper groups are part of these
+        beyond = [leaf for group in rest if group.depth == top for leaf in group.leaves]
+        shown.append(_Group(f"(and {sum(group.number for group in rest)} more)", 1, "", beyond))
+    return [_module_row(group, numel_of(leaves)) for group in shown]
+
+
+def _by_module(leaves: list[Leaf], modules: dict[str, str], depth: int) -> list[_Group]:
+    """Returns a group for each module with parameters down to ``depth``, in model order."""
+    members: dict[str, list[Leaf]] = {name: [] for name in ("", *modules)}
+    for leaf in leaves:
+        parts = leaf.name.split(".")
+        for level in range(min(depth, len(parts) - 1) + 1):
+            members.setdefault(".".join(parts[:level]), []).append(leaf)
+    return [
+        _Group(name, name.count(".") + 1 if name else 0, modules.get(name, ""), inside)
+        for name, inside in members.items()
+        if inside
+    ]
+
+
+def _merge_similar(groups: list[_Group]) -> list[_Group]:
+    found: dict[tuple[object, ...], _Group] = {}
+    for group in groups:
+        starred = _NUMBER.sub("*", group.name)
+        key = starred, group.kind, numel_of(group.leaves), dtypes_of(group.leaves), which_trainable(group.leaves)
+        first = found.get(key)
+        if first is None:
+            found[key] = group
+        else:
+            found[key] = _Group(starred, group.depth, group.kind, [*first.leaves, *group.leaves], first.number + 1)
+    return list(found.values())
+
+
+def _module_row(group: _Group, whole: int) -> _Row:
+    count = numel_of(group.leaves)
+    last, kind = group.name.rpartition(".")[2] or "(model)", group.kind
+    return {
+        "module": "  " * group.depth + truncate_middle(last, _MAX_NAME_LENGTH),
+        "type": truncate_middle(
+            kind if group.number == 1 else f"{group.number} x {kind}" if kind else f"{group.number} similar",
+            _MAX_NAME_LENGTH,
+        ),
+        "parameters": f"{count:,}",
+        "share": f"{count / whole:.1%}" if whole else "",
+        "trainable": which_trainable(group.leaves),
+        "dtype": dtypes_of(group.leaves),
+    }
+
+
+def table(rows: list[_Row]) -> str:
+    if not rows:
+        return ""
+    try:
+        from clu import parameter_overview  # imports jax, but initializes no backend
+    except ImportError as error:
+        return f"(no table, because clu cannot be imported: {error}; pip install clu)"
+    rows = [{name: printable(cell) for name, cell in row.items()} for row in rows]
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]  # without empty columns
+    widest = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    aligned = [
+        {name: row[name].rjust(widest[name]) if name in _RIGHT_ALIGNED else row[name] for name in columns}
+        for row in rows
+    ]
+    kind = dataclasses.make_dataclass("Row", columns)
+    return parameter_overview.make_table([kind(**row) for row in aligned], column_names=columns)
+
+
+def _split_rows(found: list[_T], rows: int) -> tuple[list[_T], list[_T]]:
+    """Splits items into those to show and those to sum up in the last row."""
+    return (found, []) if len(found) <= rows else (found[: rows - 1], found[rows - 1 :])
