@@ -16,7 +16,7 @@ from fxtrain.core import (
     check_choice,
     check_int,
     check_positive_int,
-    epochs_taken,
+    fractional_epoch,
     wide_dtype,
 )
 from fxtrain.fold import Handler, slotted
@@ -134,7 +134,7 @@ def early_stopping(
 def _start_of_wait(state: TrainState, unit: str) -> Tensor:
     """Returns the start of the wait for a state that has not been evaluated."""
     if unit == "epochs":
-        return epochs_taken(state).to(wide_dtype(state.step.device))
+        return fractional_epoch(state)
     return state.step.clone() if unit == "steps" else torch.zeros_like(state.step)
 
 

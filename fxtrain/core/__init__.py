@@ -20,7 +20,7 @@ from fxtrain.core._donated import Donated as Donated
 from fxtrain.core._donated import DonatedError
 from fxtrain.core._donated import invalidate as invalidate
 from fxtrain.core._epochs import Epoch as Epoch
-from fxtrain.core._epochs import epochs_taken as epochs_taken
+from fxtrain.core._epochs import fractional_epoch as fractional_epoch
 from fxtrain.core._events import EVENTS as EVENTS
 from fxtrain.core._events import SESSION as SESSION
 from fxtrain.core._events import TRACED as TRACED

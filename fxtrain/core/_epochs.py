@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxtrain.core._dtypes import wide_dtype
 from fxtrain.core._slots import EPOCH
 from fxtrain.core._state import TrainState
 
@@ -49,10 +50,14 @@ class Epoch(NamedTuple):
         return state.with_slot(EPOCH, slot)
 
 
-def epochs_taken(state: TrainState) -> Tensor:
-    """Returns the epochs done, as a fraction: float64 []. Zero while the length of an epoch is unknown."""
+def fractional_epoch(state: TrainState) -> Tensor:
+    """Returns the number of epochs done: float64 [], or float32 on a device without float64.
+
+    The current epoch counts as a fraction, or as 0 while its length is unknown.
+    """
     slot = state.slots.get(EPOCH)
+    dtype = wide_dtype(state.step.device)
     if slot is None:
-        return torch.zeros((), dtype=torch.float64, device=state.step.device)
-    within = (state.position - slot["start"]).double() / slot["length"].clamp(min=1)
+        return torch.zeros((), dtype=dtype, device=state.step.device)
+    within = (state.position - slot["start"]).to(dtype) / slot["length"].clamp(min=1)
     return slot["done"] + torch.where(slot["length"] > 0, within, 0.0)
