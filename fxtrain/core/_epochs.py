@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxtrain.core._dtypes import wide_dtype
+from fxtrain.core._devices import wide_dtype
 from fxtrain.core._slots import EPOCH
 from fxtrain.core._state import TrainState
 

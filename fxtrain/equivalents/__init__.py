@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 
-def refuse_foreign(argument: str, expected: str, value: Any, model: Any = None, *, as_schedule: bool = False) -> None:
+def refuse_foreign(
+    argument: str, expected: str, value: object, model: object = None, *, as_schedule: bool = False
+) -> None:
     """Raises if ``value`` is an optimizer or a scheduler of another library, or a class of either.
 
     The message contains an expression that evaluates to the equivalent, with ``fx`` for ``fxtrain``. All other values
@@ -26,9 +26,9 @@ def refuse_foreign(argument: str, expected: str, value: Any, model: Any = None, 
     if value is None or isinstance(value, int | float | Tensor):
         return
     # Imported lazily to keep `import fxtrain` fast.
-    from fxtrain.equivalents._refusal import described
+    from fxtrain.equivalents._advice import advice_on
 
-    found = described(value, model, as_schedule=as_schedule)
+    found = advice_on(value, model, as_schedule=as_schedule)
     if found is not None:
         kind, advice = found
         raise TypeError(f"expected {argument} to be {expected}, got {kind}. {advice}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fxtrain.equivalents._waves import NoEquivalentError
+from fxtrain.equivalents._expressions import NoEquivalentError
 
 Masked = Callable[[str, str], str]
 """Maps an expression with weight decay and a predicate to the expression that decays where the predicate holds."""
@@ -27,7 +27,7 @@ class _Member(NamedTuple):
     ndim: int
 
 
-def partitioned(groups: list[Group], model: Any, masked: Masked | None) -> str:
+def partitioned(groups: list[Group], model: object, masked: Masked | None) -> str:
     """Returns one expression for all groups.
 
     Args:
@@ -74,7 +74,7 @@ def partitioned(groups: list[Group], model: Any, masked: Masked | None) -> str:
     return f"fx.optim.partition({{{transforms}}}, lambda path, leaf: {choice})"
 
 
-def _named(model: Any) -> list[tuple[str, Tensor]]:
+def _named(model: object) -> list[tuple[str, Tensor]]:
     if isinstance(model, nn.Module):
         return list(model.named_parameters())
     if isinstance(model, Mapping):

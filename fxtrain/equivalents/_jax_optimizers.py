@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeGuard
 
 from fxtrain.core import describe
-from fxtrain.equivalents._waves import NoEquivalentError
+from fxtrain.equivalents._expressions import NoEquivalentError
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "scale_by_adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "nesterov": False},
@@ -30,7 +31,14 @@ _FIRST = {
 _RENAMED = {"clip": "clip_by_value"}
 
 
-def is_from_optax(value: Any) -> bool:
+class Transformation(Protocol):
+    """A gradient transformation of optax."""
+
+    init: Callable[..., object]
+    update: Callable[..., object]
+
+
+def is_from_optax(value: object) -> TypeGuard[Transformation | Callable[..., object]]:
     """Whether a transformation or a schedule was made by optax."""
     init = getattr(value, "init", None)
     if init is not None and hasattr(value, "update"):
@@ -38,12 +46,12 @@ def is_from_optax(value: Any) -> bool:
     return callable(value) and str(getattr(value, "__module__", "")).startswith("optax")
 
 
-def schedule_from_optax(schedule: Any) -> str:
+def schedule_from_optax(schedule: object) -> str:
     """Returns the name of the optax function that made a schedule."""
     return str(getattr(schedule, "__qualname__", "schedule")).partition(".")[0]
 
 
-def chained_from_optax(tx: Any) -> str:
+def chained_from_optax(tx: Transformation) -> str:
     """Returns the expression for an optax transformation.
 
     Raises:
@@ -54,7 +62,7 @@ def chained_from_optax(tx: Any) -> str:
     return listed[0] if len(listed) == 1 else f"fx.optim.chain({', '.join(listed)})"
 
 
-def _parts(init: Any, update: Any) -> list[str | None]:
+def _parts(init: Callable[..., object], update: Callable[..., object]) -> list[str | None]:
     name = str(init.__qualname__).partition(".")[0]
     kept = {**inspect.getclosurevars(init).nonlocals, **inspect.getclosurevars(update).nonlocals}
     if name == "chain":
@@ -74,7 +82,7 @@ def _parts(init: Any, update: Any) -> list[str | None]:
     )
 
 
-def _call(name: str, kept: dict[str, Any]) -> str:
+def _call(name: str, kept: Mapping[str, object]) -> str:
     arguments: list[str] = []
     if any(kept.get(dtype) is not None for dtype in ("mu_dtype", "accumulator_dtype")):
         raise NoEquivalentError(f"{name} keeps its moments in a JAX dtype. Build it from fx.optim with a torch dtype")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fxtrain.equivalents._expressions import NoEquivalentError
 from fxtrain.equivalents._groups import Group, partitioned
+from fxtrain.equivalents._options import Options
 from fxtrain.equivalents._schedulers import Schedules
-from fxtrain.equivalents._waves import NoEquivalentError
-
-Options = Mapping[str, Any]
 
 
 def optimizer(
     given: torch.optim.Optimizer,
-    model: Any = None,
+    model: object = None,
     schedules: Callable[[int], Schedules] | None = None,
     *,
     inject: bool = False,
@@ -47,7 +46,7 @@ def optimizer(
             _of_group(kind, each, scheduled, plain=plain, inject=inject)
             for each in (options, {**options, "weight_decay": 0.0})
         )
-        groups.append(Group(expression, undecayed, options.get("weight_decay", 0.0), group))
+        groups.append(Group(expression, undecayed, cast(float, options.get("weight_decay", 0.0)), group))
     return partitioned(groups, model, _masked if kind is torch.optim.AdamW else None)
 
 
@@ -63,13 +62,13 @@ def optimizer_class(kind: type) -> str:
     return _of_group(kind, options, Schedules(""), plain=True, inject=False)
 
 
-def _of_group(kind: type, options: Options, scheduled: Schedules, *, plain: bool, inject: bool) -> str:
+def _of_group(kind: type, options: Mapping[str, object], scheduled: Schedules, *, plain: bool, inject: bool) -> str:
     rate = scheduled.rate or repr(options["lr"])
     if kind is torch.optim.Rprop and (scheduled.rate or inject):
         raise NoEquivalentError("Rprop uses its learning rate in the first step only. Leave the scheduler out.")
     amsgrad, maximize = options.get("amsgrad", False), options.get("maximize", False)
     rule = _RULES[kind]
-    named = rule(options) if rule is not None and plain and not amsgrad and not maximize else None
+    named = rule(cast(Options, options)) if rule is not None and plain and not amsgrad and not maximize else None
     if named is None:
         if scheduled.momentum:
             raise NoEquivalentError(
@@ -100,11 +99,8 @@ Named = tuple[str, str, dict[str, str]]
 
 
 def _sgd(options: Options) -> Named:
-    arguments: dict[str, Any] = {}
-    if options["momentum"]:
-        arguments["momentum"] = options["momentum"]
-        arguments |= {name: options[name] for name in ("nesterov", "dampening") if options[name]}
-    return _decayed(options), "sgd", _code(arguments)
+    momentum = _other(options, momentum=0, nesterov=False, dampening=0) if options["momentum"] else {}
+    return _decayed(options), "sgd", _code(momentum)
 
 
 def _adam(options: Options) -> Named:
@@ -183,7 +179,7 @@ def _moments(options: Options) -> dict[str, str]:
     return _code({**arguments, **_other(options, eps=1e-8)})
 
 
-def _other(options: Options, **defaults: Any) -> dict[str, Any]:
+def _other(options: Mapping[str, object], **defaults: float) -> dict[str, object]:
     """Returns the options that differ from the given defaults of fx."""
     return {name: options[name] for name, default in defaults.items() if options[name] != default}
 
@@ -193,7 +189,7 @@ def _decayed(options: Options) -> str:
     return f"fx.optim.add_decayed_weights({decay!r})" if decay else ""
 
 
-def _code(arguments: Mapping[str, Any]) -> dict[str, str]:
+def _code(arguments: Mapping[str, object]) -> dict[str, str]:
     return {name: repr(value) for name, value in arguments.items()}
 
 
@@ -201,7 +197,7 @@ def _masked(expression: str, predicate: str) -> str:
     return f"{expression.removesuffix(')')}, mask=lambda path, leaf: {predicate})"
 
 
-def _given(kind: type, options: Options) -> list[str]:
+def _given(kind: type, options: Mapping[str, object]) -> list[str]:
     """Returns keyword arguments for the options that differ from the class's defaults, except the learning rate."""
     defaults = {name: _plain(value) for name, value in _defaults(kind).items()}
     chosen = {
@@ -212,12 +208,12 @@ def _given(kind: type, options: Options) -> list[str]:
     return [f"{name}={value!r}" for name, value in chosen.items()]
 
 
-def _defaults(kind: type) -> dict[str, Any]:
+def _defaults(kind: type) -> dict[str, object]:
     parameters = inspect.signature(kind).parameters
     return {name: value.default for name, value in parameters.items() if name != "params"}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Converts one-element tensors to Python scalars, also inside tuples."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()

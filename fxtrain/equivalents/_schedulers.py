@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.optim import lr_scheduler
 
+from fxtrain.equivalents._expressions import NoEquivalentError, half_cosine, mirrored
 from fxtrain.equivalents._transformers_schedules import TRANSFORMERS
-from fxtrain.equivalents._waves import NoEquivalentError, half_cosine, mirrored
 
 
 class Schedules(NamedTuple):
@@ -20,7 +21,7 @@ class Schedules(NamedTuple):
     momentum: str | None = None  # expression of the momentum or the first beta, if the scheduler cycles it
 
 
-def schedules(scheduler: Any, group: int) -> Schedules:
+def schedules(scheduler: lr_scheduler.LRScheduler, group: int) -> Schedules:
     """Returns the expressions for one parameter group. Their steps are calls of ``scheduler.step()``.
 
     Args:
@@ -52,48 +53,48 @@ def schedules(scheduler: Any, group: int) -> Schedules:
     return Schedules(rule(scheduler, base))
 
 
-def number(value: Any) -> float:
+def number(value: float | Tensor) -> float:
     """Converts a learning rate, a Python scalar or a tensor, to a float."""
     return float(value)
 
 
-def _step(scheduler: Any, base: float) -> str:
+def _step(scheduler: lr_scheduler.StepLR, base: float) -> str:
     return f"fx.schedules.exponential({base!r}, {scheduler.step_size}, decay_rate={scheduler.gamma!r}, staircase=True)"
 
 
-def _multi_step(scheduler: Any, base: float) -> str:
+def _multi_step(scheduler: lr_scheduler.MultiStepLR, base: float) -> str:
     scales = {step: scheduler.gamma**times for step, times in sorted(Counter(scheduler.milestones).items())}
     return f"fx.schedules.piecewise({base!r}, {scales!r})"
 
 
-def _exponential(scheduler: Any, base: float) -> str:
+def _exponential(scheduler: lr_scheduler.ExponentialLR, base: float) -> str:
     return f"fx.schedules.exponential({base!r}, 1, decay_rate={scheduler.gamma!r})"
 
 
-def _constant(scheduler: Any, base: float) -> str:
+def _constant(scheduler: lr_scheduler.ConstantLR, base: float) -> str:
     first = f"fx.schedules.constant({base * scheduler.factor!r})"
     if scheduler.total_iters <= 0:  # torch removes the factor when a step after 0 equals total_iters, so never here
         return first
     return f"fx.schedules.join([{first}, fx.schedules.constant({base!r})], [{scheduler.total_iters}])"
 
 
-def _linear(scheduler: Any, base: float) -> str:
+def _linear(scheduler: lr_scheduler.LinearLR, base: float) -> str:
     start, end = base * scheduler.start_factor, base * scheduler.end_factor
     return f"fx.schedules.linear({start!r}, {end!r}, transition_steps={scheduler.total_iters})"
 
 
-def _polynomial(scheduler: Any, base: float) -> str:
+def _polynomial(scheduler: lr_scheduler.PolynomialLR, base: float) -> str:
     return (
         f"fx.schedules.polynomial({base!r}, 0.0, power={float(scheduler.power)!r}, "
         f"transition_steps={scheduler.total_iters})"
     )
 
 
-def _cosine(scheduler: Any, base: float) -> str:
+def _cosine(scheduler: lr_scheduler.CosineAnnealingLR, base: float) -> str:
     return mirrored(base, scheduler.T_max, scheduler.eta_min)
 
 
-def _warm_restarts(scheduler: Any, base: float) -> str:
+def _warm_restarts(scheduler: lr_scheduler.CosineAnnealingWarmRestarts, base: float) -> str:
     growth = f", growth={scheduler.T_mult}" if scheduler.T_mult != 1 else ""
     return f"fx.schedules.cycle({half_cosine(base, scheduler.T_0, scheduler.eta_min)}, {scheduler.T_0}{growth})"
 
@@ -110,7 +111,7 @@ _RULES: dict[type, Callable[[Any, float], str]] = {
 }
 
 
-def _product(parts: list[Any], group: int) -> str:
+def _product(parts: list[lr_scheduler.LRScheduler], group: int) -> str:
     """Translates chained schedulers, each of which multiplies the learning rate by a factor."""
     factors: list[str] = []
     for index, part in enumerate(parts):
@@ -127,7 +128,7 @@ def _product(parts: list[Any], group: int) -> str:
     return "lambda step: " + " * ".join(f"{factor}(step)" for factor in factors)
 
 
-def _one_cycle(scheduler: Any, group: int) -> Schedules:
+def _one_cycle(scheduler: lr_scheduler.OneCycleLR, group: int) -> Schedules:
     options = scheduler.optimizer.param_groups[group]
     ends = [phase["end_step"] for phase in scheduler._schedule_phases]
     if ends[0] <= 0 or ends != sorted(set(ends)):
@@ -150,7 +151,7 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _cyclic(scheduler: Any, group: int) -> Schedules:
+def _cyclic(scheduler: lr_scheduler.CyclicLR, group: int) -> Schedules:
     up = scheduler.step_ratio * scheduler.total_size
     rising, whole = round(up), round(scheduler.total_size)
     if abs(up - rising) > 1e-6 or whole != scheduler.total_size or not 0 < rising < whole:
@@ -182,7 +183,7 @@ def _triangle(base: float, peak: float, rising: int, whole: int) -> str:
     return f"fx.schedules.cycle(fx.schedules.join([{up}, {down}], [{rising}]), {whole})"
 
 
-def _lambda(function: Any, base: float) -> str:
+def _lambda(function: Callable[..., float], base: float) -> str:
     name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
     if isinstance(function, functools.partial) and name in TRANSFORMERS:
         return TRANSFORMERS[name](base, **function.keywords)

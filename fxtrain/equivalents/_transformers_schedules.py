@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fxtrain.equivalents._waves import NoEquivalentError, half_cosine, mirrored
+from fxtrain.equivalents._expressions import NoEquivalentError, half_cosine, mirrored
 
 
 def _root(base: float, height: float, share: str) -> str:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fxtrain.core import Scalar, Tree, describe, did_you_mean
 from fxtrain.equivalents import refuse_foreign
+from fxtrain.equivalents._options import Options
 from fxtrain.optim._adadelta import scale_by_adadelta
 from fxtrain.optim._adafactor import scale_by_factored_rms
 from fxtrain.optim._adagrad import scale_by_rss
@@ -34,11 +35,8 @@ from fxtrain.optim._rprop import rprop
 from fxtrain.optim._scaling import ScalarOrSchedule, scale, scale_by_learning_rate, scale_by_param_block_rms
 from fxtrain.optim._transform import GradientTransformation, chain
 
-Options = Mapping[str, Any]
-"""The arguments of a ``torch.optim`` class by name."""
 
-
-def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -> GradientTransformation:
+def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: object) -> GradientTransformation:
     """Returns a transformation that takes the same steps as a ``torch.optim`` optimizer.
 
     Arguments, their defaults and their checks are those of the class. Steps agree up to rounding. Second moments of
@@ -80,14 +78,14 @@ def from_torch(optimizer: type[torch.optim.Optimizer], **hyperparameters: Any) -
                 f"{did_you_mean(name, defaults)}"
             )
     _let_torch_check(optimizer, hyperparameters)
-    options = {**defaults, **hyperparameters}
+    options = cast(Options, {**defaults, **hyperparameters})
     tx = _RULES[optimizer](options)
     if options.get("maximize", False):
         tx = chain(scale(-1.0), tx)
     return split_real_and_imaginary(tx)
 
 
-def _let_torch_check(optimizer: Callable[..., torch.optim.Optimizer], given: Options) -> None:
+def _let_torch_check(optimizer: Callable[..., torch.optim.Optimizer], given: Mapping[str, object]) -> None:
     numbers = {name: value for name, value in given.items() if name not in _FOR_SPEED and not callable(value)}
     if not any(isinstance(value, Tensor) for value in numbers.values()):
         optimizer([torch.zeros(1, 1)], **numbers)
@@ -153,15 +151,21 @@ def _adadelta(options: Options) -> GradientTransformation:
 
 def _rprop(options: Options) -> GradientTransformation:
     (eta_minus, eta_plus), (smallest, largest) = options["etas"], options["step_sizes"]
-    return rprop(options["lr"], eta_minus=eta_minus, eta_plus=eta_plus, min_step_size=smallest, max_step_size=largest)
+    return rprop(
+        cast("Scalar", options["lr"]),
+        eta_minus=eta_minus,
+        eta_plus=eta_plus,
+        min_step_size=smallest,
+        max_step_size=largest,
+    )
 
 
 def _adafactor(options: Options) -> GradientTransformation:
-    eps, smallest_scale = options["eps"]
+    eps, smallest_scale = cast("tuple[Scalar | None, Scalar]", options["eps"])
     rate = options["lr"]
 
     def relative_step(updates: Tensor, step: Tensor) -> Tensor:
-        largest: Any = rate(step) if callable(rate) else rate
+        largest = rate(step) if callable(rate) else rate
         return at_most(torch.rsqrt(updates + 1), largest)
 
     return chain(
@@ -214,7 +218,7 @@ def _asgd(options: Options) -> GradientTransformation:
         if params is None:
             raise ValueError("expected params for from_torch(ASGD), got None. Call update(grads, opt_state, params).")
         count = opt_state.count.values.to(widest(updates))
-        base: Any = rate(opt_state.step) if callable(rate) else rate
+        base = rate(opt_state.step) if callable(rate) else rate
         eta = torch.where(opt_state.count.values == 0, base, opt_state.eta.values)
         share = 1 / (count - start).clamp(min=1)
 

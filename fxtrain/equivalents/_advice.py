@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import lr_scheduler
 
-from fxtrain.equivalents._jax_optimizers import chained_from_optax, is_from_optax, schedule_from_optax
+from fxtrain.equivalents._expressions import NoEquivalentError
+from fxtrain.equivalents._jax_optimizers import Transformation, chained_from_optax, is_from_optax, schedule_from_optax
 from fxtrain.equivalents._optimizers import optimizer, optimizer_class
 from fxtrain.equivalents._schedulers import schedules
-from fxtrain.equivalents._waves import NoEquivalentError
+
+Foreign = TypeVar("Foreign")
 
 
-def described(value: Any, model: Any, *, as_schedule: bool) -> tuple[str, str] | None:
+def advice_on(value: object, model: object, *, as_schedule: bool) -> tuple[str, str] | None:
     """Returns a description of a foreign object and advice on its replacement; None for any other value.
 
     Args:
@@ -23,13 +26,13 @@ def described(value: Any, model: Any, *, as_schedule: bool) -> tuple[str, str] |
     """
     if as_schedule and isinstance(value, lr_scheduler.LRScheduler) and not _is_plateau(value):
         return _name(type(value)), _attempt(_schedule, value, model)
-    return _described(value, model)
+    return _advice_on(value, model)
 
 
-def _described(value: Any, model: Any) -> tuple[str, str] | None:
+def _advice_on(value: object, model: object) -> tuple[str, str] | None:
     match value:
         case _ if _unwrapped(value) is not None:
-            return _described(_unwrapped(value), model)
+            return _advice_on(_unwrapped(value), model)
         case lr_scheduler.ReduceLROnPlateau():
             return _name(type(value)), _attempt(_plateau, value, model)
         case lr_scheduler.LRScheduler():
@@ -47,7 +50,7 @@ def _described(value: Any, model: Any) -> tuple[str, str] | None:
             return None
 
 
-def _attempt(translate: Any, value: Any, model: Any) -> str:
+def _attempt(translate: Callable[[Foreign, object], str], value: Foreign, model: object) -> str:
     try:
         return translate(value, model)
     except NoEquivalentError as error:
@@ -57,26 +60,26 @@ def _attempt(translate: Any, value: Any, model: Any) -> str:
     return f"There is no equivalent expression: {reason}."
 
 
-def _optimizer(value: torch.optim.Optimizer, model: Any) -> str:
+def _optimizer(value: torch.optim.Optimizer, model: object) -> str:
     advice = f"Use {optimizer(value, model)}."
     if any("initial_lr" in group for group in value.param_groups):
         advice += "\nA scheduler controls its learning rate. Pass the scheduler here to get the schedule too."
     return advice
 
 
-def _class(value: type, model: Any) -> str:
+def _class(value: type, model: object) -> str:
     return f"Use {optimizer_class(value)}."
 
 
-def _is_plateau(value: Any) -> bool:
+def _is_plateau(value: object) -> bool:
     return isinstance(value, lr_scheduler.ReduceLROnPlateau)
 
 
-def _scheduled(value: Any, model: Any) -> str:
+def _scheduled(value: lr_scheduler.LRScheduler, model: object) -> str:
     return f"Use {optimizer(_bare(value.optimizer), model, lambda index: schedules(value, index))}.\n{_STEPS}"
 
 
-def _schedule(value: Any, model: Any) -> str:
+def _schedule(value: lr_scheduler.LRScheduler, model: object) -> str:
     found = schedules(value, 0)
     if any(schedules(value, index) != found for index in range(1, len(value.optimizer.param_groups))):
         raise NoEquivalentError(
@@ -93,7 +96,7 @@ _STEPS = (
 )
 
 
-def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: Any) -> str:
+def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: object) -> str:
     if len(set(map(float, value.min_lrs))) > 1:
         raise NoEquivalentError("its min_lr differs between parameter groups. Use one minimum for all.")
     whole = optimizer(_bare(value.optimizer), model, inject=True)
@@ -124,7 +127,7 @@ def _plateau(value: lr_scheduler.ReduceLROnPlateau, model: Any) -> str:
     )
 
 
-def _from_optax(value: Any) -> tuple[str, str]:
+def _from_optax(value: Transformation | Callable[..., object]) -> tuple[str, str]:
     if callable(value):
         name = schedule_from_optax(value)
         return f"the schedule optax.{name}", f"Use fx.schedules.{_SCHEDULES.get(name, name)} with the same values."
@@ -150,13 +153,13 @@ _SCHEDULES = {
 }
 
 
-def _unwrapped(value: Any) -> Any:
+def _unwrapped(value: object) -> Any:
     """Returns the scheduler, or else the optimizer, in a list, a dict, or a wrapper of accelerate or Lightning."""
     if type(value).__module__.partition(".")[0] in _WRAPPERS:
         return getattr(value, "optimizer", None) or getattr(value, "scheduler", None)
-    if type(value) not in (list, tuple, dict):
+    if not isinstance(value, list | tuple | dict) or type(value) not in (list, tuple, dict):
         return None
-    parts: list[Any] = list(value.values() if isinstance(value, dict) else value)
+    parts = list(value.values() if isinstance(value, dict) else value)
     parts = [inner if (inner := _unwrapped(part)) is not None else part for part in parts]
     ranked = [
         part for kind in (lr_scheduler.LRScheduler, torch.optim.Optimizer) for part in parts if isinstance(part, kind)
@@ -164,7 +167,7 @@ def _unwrapped(value: Any) -> Any:
     return ranked[0] if ranked else None
 
 
-def _bare(optimizer: Any) -> Any:
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     inner = _unwrapped(optimizer)
     return optimizer if inner is None else inner
 
