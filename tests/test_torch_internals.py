@@ -10,7 +10,7 @@ import torch
 import fxtrain
 from fxtrain import rng
 from fxtrain._torch_internals import INTERFACES
-from fxtrain.model._first_call_checks import TensorReads
+from fxtrain.model._tensor_reads import TensorReads
 from fxtrain.precision import _Float32
 from fxtrain.step._missing_gradient import _Cuts
 

@@ -7,8 +7,8 @@ import functools
 import operator
 import types
 import weakref
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ _ATOMS = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 # Longer lists and dicts are compared as a whole, without a path for each element.
 _MAX_LISTED_ELEMENTS = 4096
+
+Container = dict[object, object] | list[object] | set[object] | collections.deque[object]
 
 
 class AttributeSnapshot:
@@ -57,10 +59,10 @@ class AttributeSnapshot:
                 self._keep(values)
         self.ids = frozenset(map(id, self.containers))
 
-    def _keep(self, values: Any) -> None:
+    def _keep(self, values: Container) -> None:
         if not values:
             self._empty.append(values)
-        elif type(values) in _DICTS:
+        elif isinstance(values, dict) and type(values) in _DICTS:
             self._dicts.append((values, values.copy()))
         else:
             self._others.append((values, dict(values) if isinstance(values, dict) else list(values)))
@@ -96,7 +98,7 @@ class AttributeSnapshot:
                 object.__setattr__(part, name, value)
 
 
-def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, Any]:
+def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, object]:
     """Returns the attribute values of modules, by path. A container contributes its type and its values.
 
     Parameters and buffers are left out. Values that can change in place are copied.
@@ -109,12 +111,13 @@ def leaves(roots: Mapping[str, nn.Module], owned: Collection[int]) -> dict[str, 
         for name, value in _children(path, part):
             if not _is_walked(value, owned):
                 found[name] = _frozen(value)
-        if isinstance(part, set | frozenset) or (_is_container(part) and len(part) > _MAX_LISTED_ELEMENTS):
+        is_set = isinstance(part, set | frozenset)
+        if _is_container(part) and (is_set or len(part) > _MAX_LISTED_ELEMENTS):
             found[f"{path} (elements)"] = tuple(part)
     return found
 
 
-def are_alike(value: Any, other: Any, read: Collection[int] = ()) -> bool:
+def are_alike(value: object, other: object, read: Collection[int] = ()) -> bool:
     """Returns whether replacing one value of ``leaves`` by the other leaves the next call unchanged.
 
     Any two tensors are alike unless the id of one is in ``read``, because a tensor that nothing reads is not state.
@@ -126,7 +129,7 @@ def are_alike(value: Any, other: Any, read: Collection[int] = ()) -> bool:
     if type(value) is not type(other):
         return False
     if isinstance(value, types.FunctionType):
-        return value.__code__ is other.__code__
+        return isinstance(other, types.FunctionType) and value.__code__ is other.__code__
     if isinstance(value, _COMPARED_BY_VALUE):
         return value == other or value != value
     return not isinstance(value, type)
@@ -140,7 +143,7 @@ _COMPARED_BY_VALUE = (
 
 def _walk(
     roots: Mapping[str, nn.Module], owned: Collection[int], *, with_tensors: bool = False
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, object]]:
     """Yields each container, module, owned object and tensor below the roots once, with its path.
 
     Args:
@@ -166,7 +169,7 @@ def _walk(
                 todo += [(f"{path}.{key}", value) for key, value in vars(part)[name].items() if value is not None]
 
 
-def _children(path: str, part: Any) -> Iterator[tuple[str, Any]]:
+def _children(path: str, part: object) -> Iterator[tuple[str, object]]:
     if isinstance(part, nn.Module):
         for name, value in vars(part).items():
             if name == "_modules":
@@ -191,11 +194,11 @@ def _children(path: str, part: Any) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}", value
 
 
-def _is_container(value: Any) -> bool:
+def _is_container(value: object) -> TypeGuard[Collection[object]]:
     return isinstance(value, dict | list | tuple | set | frozenset | collections.deque)
 
 
-def _is_walked(value: Any, owned: Collection[int]) -> bool:
+def _is_walked(value: object, owned: Collection[int]) -> bool:
     if isinstance(value, nn.Module | types.MethodType | functools.partial):
         return True
     if _is_container(value):
@@ -205,16 +208,16 @@ def _is_walked(value: Any, owned: Collection[int]) -> bool:
     return id(value) in owned and (hasattr(value, "__dict__") or bool(_slots(value)))
 
 
-def _is_kept(value: Any) -> bool:
+def _is_kept(value: object) -> bool:
     return isinstance(value, Tensor) or host.state_of(value) is not None
 
 
-def _container_of(part: Any) -> Any:
+def _container_of(part: object) -> object:
     """Returns the container of a part's contents: the part itself, or its ``__dict__``."""
     return part if _is_container(part) else getattr(part, "__dict__", None)
 
 
-def _slots(part: Any) -> dict[str, Any]:
+def _slots(part: object) -> dict[str, object]:
     if _is_container(part) or isinstance(part, nn.Module | types.MethodType | functools.partial):
         return {}
     names = [name for cls in type(part).__mro__ for name in _names(cls.__dict__.get("__slots__", ()))]
@@ -224,11 +227,11 @@ def _slots(part: Any) -> dict[str, Any]:
 _IGNORED_SLOTS = ("__dict__", "__weakref__")
 
 
-def _names(slots: Any) -> tuple[str, ...]:
+def _names(slots: str | Iterable[str]) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     """Returns a value that later in-place changes do not affect."""
     if isinstance(value, weakref.ref):
         return value()
@@ -242,21 +245,21 @@ def _frozen(value: Any) -> Any:
     return value if state is None else ("generator", repr(state))
 
 
-def _builtin_type(values: Any) -> Any:
+def _builtin_type(values: Container) -> Any:
     """Returns the built-in type of a container, because a subclass may override the methods that restore it."""
     return next(
         kind for kind in (collections.OrderedDict, dict, list, set, collections.deque) if isinstance(values, kind)
     )
 
 
-def _in_order(values: Any) -> Any:
+def _in_order(values: Container) -> Collection[object]:
     """Returns the elements, keys of dicts included. An unchanged set iterates in the same order."""
     if isinstance(values, dict):
         return [element for item in values.items() for element in item]
     return values
 
 
-def refill(now: Any, before: Any) -> None:
+def refill(now: Container, before: Collection[object]) -> None:
     """Restores the contents of a container.
 
     Args:
@@ -272,4 +275,4 @@ def refill(now: Any, before: Any) -> None:
             base.__setitem__(now, key, value)
     else:
         base.clear(now)
-        base.update(now, before) if base is set else base.extend(now, before)
+        base.update(now, before) if isinstance(now, set) else base.extend(now, before)

@@ -9,12 +9,14 @@ from torch import nn
 
 from fxtrain import rng, tree
 from fxtrain._torch_internals import batch_norms
-from fxtrain.core import TrainState
+from fxtrain.core import Batch, TrainState, Tree
 from fxtrain.model._model import model_of
 
 
 def recompute_statistics(
-    state: TrainState, batches: Iterable[Any], call: Callable[[Any, Any], Any] = lambda model, batch: model(batch)
+    state: TrainState,
+    batches: Iterable[Batch],
+    call: Callable[[Tree, Batch], object] = lambda model, batch: model(batch),
 ) -> TrainState:
     """Returns the state with its batch norm statistics recomputed as plain means over some batches.
 
@@ -42,7 +44,7 @@ def recompute_statistics(
     """
     model, buffers = model_of(state), state.buffers
 
-    def counting(modules: Any, batch: Any, first: bool) -> Any:
+    def counting(modules: Tree, batch: Batch, first: bool) -> object:
         for norm in _batch_norms(modules):
             # None selects a cumulative mean. The attribute is restored after the call.
             norm.momentum = None
@@ -59,6 +61,6 @@ def recompute_statistics(
     return state.replace(buffers=buffers)
 
 
-def _batch_norms(modules: Any) -> list[Any]:
+def _batch_norms(modules: Tree) -> list[Any]:
     roots = [leaf for leaf in tree.leaves(modules) if isinstance(leaf, nn.Module)]
     return [module for root in roots for module in batch_norms(root) if module.training]

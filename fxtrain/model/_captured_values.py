@@ -18,7 +18,7 @@ from fxtrain.core._frames import is_of_users
 _MAX_DEPTH = 3
 
 
-def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+def captured(function: Callable[..., object]) -> Iterator[tuple[str, Any]]:
     """Yields the values that a function reads besides its arguments, with their names.
 
     User-defined functions that it calls are searched too. Python modules, classes, functions, and attributes looked up
@@ -36,7 +36,7 @@ def captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(function: Callable[..., object]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors that a function captures, with their names. Modules and containers are searched."""
     seen: set[int] = set()
     todo = list(captured(function))[::-1]
@@ -53,7 +53,7 @@ def tensors_in(function: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
             todo += _parts(name, part)
 
 
-def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
+def _parts(name: str, part: object) -> list[tuple[str, object]]:
     """Returns the elements of a container, or the attributes of a user-defined object, with their names."""
     if isinstance(part, dict):
         return [(f"{name}[{key!r}]", value) for key, value in part.items()]
@@ -68,7 +68,7 @@ def _parts(name: str, part: Any) -> list[tuple[str, Any]]:
 _MAX_SEARCHED_VALUES = 4096
 
 
-def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+def clocks(function: Callable[..., object], watched: Sequence[object]) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Yields the clocks that a function reads through a global name, as (namespace, name, clock).
 
     Args:
@@ -86,7 +86,7 @@ def clocks(function: Callable[..., Any], watched: Sequence[Any]) -> Iterator[tup
             yield owner.__globals__, name, value
 
 
-def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
+def reads(function: Callable[..., object]) -> Iterator[tuple[object, str, Any]]:
     """Yields what a function and those that it calls read, as (reader, name, value).
 
     Example:
@@ -108,14 +108,14 @@ def reads(function: Callable[..., Any]) -> Iterator[tuple[Any, str, Any]]:
                 yield part, name, value
 
 
-def _is_of_fxtrain(part: Any) -> bool:
+def _is_of_fxtrain(part: object) -> bool:
     """Whether this is code of fxtrain, such as a step around a loss function."""
     if isinstance(part, types.FunctionType):
         return part.__code__.co_filename.startswith(_fxtrain_folder())
     return type(part).__module__.startswith("fxtrain.")
 
 
-def _read(part: Any) -> Iterator[tuple[str, Any]]:
+def _read(part: object) -> Iterator[tuple[str, Any]]:
     if isinstance(part, functools.partial):
         yield "", part.func
         for index, value in enumerate(part.args):
@@ -143,7 +143,7 @@ def _read(part: Any) -> Iterator[tuple[str, Any]]:
         yield "", types.MethodType(type(part).__call__, part)
 
 
-def _is_code(value: Any) -> bool:
+def _is_code(value: object) -> bool:
     return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
 
 

@@ -17,11 +17,11 @@ from fxtrain.core._frames import is_of_users
 from fxtrain.model._captured_values import clocks
 
 _NOW = ("now", "utcnow", "today")
-_ARGUMENTS_BEFORE_TIME = {time.strftime: 1}
+_ARGUMENTS_BEFORE_TIME: dict[Callable[..., object], int] = {time.strftime: 1}
 
 
 @contextlib.contextmanager
-def clock_reads(function: Callable[..., Any]) -> Iterator[list[str]]:
+def clock_reads(function: Callable[..., object]) -> Iterator[list[str]]:
     """Records reads of clocks and of ``os.urandom`` by the user's files, in this thread only.
 
     Args:
@@ -38,8 +38,8 @@ def clock_reads(function: Callable[..., Any]) -> Iterator[list[str]]:
         if line is not None and threading.get_ident() == thread:
             read.append(f"{what} at {line}")
 
-    def watched_clock(clock: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
+    def watched_clock(clock: Callable[..., object]) -> Callable[..., object]:
+        def watched(*args: object) -> object:
             # With an explicit time, the function does not read the clock.
             if len(args) <= _ARGUMENTS_BEFORE_TIME.get(clock, 0):
                 note(f"time.{clock.__name__}()", _caller())
@@ -90,7 +90,7 @@ def _watched_datetime(note: Callable[[str], None]) -> Any:
     real = datetime.datetime
 
     class Meta(type):
-        def __instancecheck__(cls, instance: Any) -> bool:
+        def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, real)
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def _watched_random(note: Callable[[], None]) -> Any:
     real = random.Random
 
     class Meta(type):
-        def __instancecheck__(cls, instance: Any) -> bool:
+        def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, real) if cls is stand_in else super().__instancecheck__(instance)
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import without_dispatch_modes
+from fxtrain.core import Tree
 
 # Absolute tolerance in rounding errors of the largest element, because elements that cancel to zero keep such errors.
 _MAX_ROUNDING_ERRORS = 128
 _MAX_DEPTH = 16
 
 
-def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = True) -> bool:
+def are_close(ours: Tree, theirs: Tree, *, unit: float = 0.0, integers: bool = True) -> bool:
     """Returns whether two values hold the same tensors, up to the order of sums.
 
     Args:
@@ -49,7 +49,7 @@ def are_close(ours: Any, theirs: Any, *, unit: float = 0.0, integers: bool = Tru
         return True
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+def tensors_in(value: Tree, depth: int = 0) -> Iterator[Tensor]:
     """Yields the tensors of a value in a fixed order.
 
     Example:
@@ -66,7 +66,7 @@ def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
                 yield from tensors_in(part, depth + 1)
 
 
-def _parts(leaf: Any) -> list[Any]:
+def _parts(leaf: object) -> list[Tree]:
     if isinstance(leaf, Mapping):
         return list(leaf.values())
     if isinstance(leaf, list | tuple):

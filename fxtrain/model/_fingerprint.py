@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Hashable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,13 +38,13 @@ class _Itself:
     """Equal only to itself."""
 
 
-def _settings(attributes: Mapping[str, Any]) -> Hashable:
+def _settings(attributes: Mapping[str, object]) -> Hashable:
     return tuple(
         (name, _comparable(value)) for name, value in sorted(attributes.items()) if name not in _IGNORED_ATTRIBUTES
     )
 
 
-def _comparable(value: Any) -> Hashable:
+def _comparable(value: object) -> Hashable:
     if isinstance(value, _COMPARED_BY_VALUE):
         return type(value), value
     if isinstance(value, list | tuple):

@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
-import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from fxtrain import tree
-from fxtrain._torch_internals import has_accumulation_hooks, inlined_only, is_traced, own_parameters, unrecorded
-from fxtrain.core import describe
+from fxtrain._torch_internals import has_accumulation_hooks, is_traced, own_parameters, unrecorded
+from fxtrain.core import Tree, describe
 from fxtrain.model._attribute_snapshots import are_alike
 from fxtrain.model._closeness import are_close
 from fxtrain.model._meta_modules import DELETED, MetaModules
-from fxtrain.model._write_guard import written_by
+from fxtrain.model._tensor_reads import TensorReads
 
 # Maximum number of attributes named in an error.
 _MAX_NAMED = 3
@@ -35,78 +30,12 @@ class ValuesNeededError(RuntimeError):
     """A check needs tensor values, but the function is being traced. Run the step once uncompiled before tracing it."""
 
 
-class CheckedFunctions:
-    """Records which user functions have run a model, and whether they took random samples on the host.
-
-    Functions that a step creates at each call are recognized by their code after a few calls.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Hashable, tuple[Callable[[], Any], bool]] = {}
-        self._codes: dict[Any, tuple[int, bool]] = {}
-
-    def draws(self, function: Callable[..., Any]) -> bool | None:
-        """Returns whether calls sample from Python's or numpy's generator, or None before the first call."""
-        key, part = _identity(function)
-        alive, draws = self._seen.get(key, (None, False))
-        if alive is not None and alive() is part:
-            return draws
-        count, draws = self._codes.get(_code(function), (0, False))
-        return draws if count >= _MAX_CHECKED_PER_CODE else None
-
-    def has_seen_like(self, function: Callable[..., Any]) -> bool:
-        """Returns whether a function with the same code has passed."""
-        return _code(function) in self._codes
-
-    def add(self, function: Callable[..., Any], *, draws: bool = False) -> None:
-        """Records that a call has passed.
-
-        Args:
-            function: The function that was called.
-            draws: Whether it sampled from Python's or numpy's generator.
-        """
-        key, part = _identity(function)
-        if len(self._seen) >= _MAX_ENTRIES:
-            self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
-        try:
-            alive: Callable[[], Any] = weakref.ref(part)
-        except TypeError:
-            alive = functools.partial(_same, part)
-        self._seen[key] = alive, draws
-        count, drew = self._codes.get(_code(function), (0, False))
-        self._codes[_code(function)] = count + 1, drew or draws
-
-
-# Number of functions with the same code that are checked.
-_MAX_CHECKED_PER_CODE = 8
-# Number of entries at which those of deleted functions are dropped.
-_MAX_ENTRIES = 64
-
-
-def _same(part: Any) -> Any:
-    return part
-
-
-def _identity(function: Any) -> tuple[Hashable, Any]:
-    """Returns a key, and the object whose lifetime limits it. Bound methods are recreated at each access."""
-    if isinstance(function, types.MethodType):
-        return (id(function.__self__), function.__func__), function.__self__
-    return id(function), function
-
-
-def _code(function: Any) -> Any:
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__code__", type(function))
-
-
 def refuse_hidden_state(
     who: str,
     template: MetaModules,
-    before: dict[str, Any],
-    output: Any,
-    again: Callable[[], Any],
+    before: dict[str, object],
+    output: Tree,
+    again: Callable[[], Tree],
     *,
     compared: bool,
     buffers: Mapping[str, Tensor],
@@ -129,7 +58,7 @@ def refuse_hidden_state(
         ValuesNeededError: While tracing, if only the outputs can show whether changed attributes matter.
     """
 
-    def leaves() -> dict[str, Any]:
+    def leaves() -> dict[str, object]:
         now = {template.path(name): value for name, value in template.odd_buffers(buffers).items()}
         return {**template.leaves(), **{path: value for path, value in now.items() if value is not DELETED}}
 
@@ -208,7 +137,7 @@ def hooks_error(paths: Iterable[str]) -> NotImplementedError:
     )
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any], read: Collection[int] = ()) -> list[str]:
+def _changed(before: dict[str, object], after: dict[str, object], read: Collection[int] = ()) -> list[str]:
     missing = _Missing
     return [
         path
@@ -225,9 +154,9 @@ def _refusal(
     who: str,
     buffers: frozenset[str],
     paths: list[str],
-    before: dict[str, Any],
-    first: dict[str, Any],
-    second: dict[str, Any],
+    before: dict[str, object],
+    first: dict[str, object],
+    second: dict[str, object],
     also: str,
 ) -> RuntimeError:
     def change(path: str) -> str:
@@ -252,7 +181,7 @@ def _refusal(
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     # The value of a container is its type.
     return f"a {value.__name__}" if isinstance(value, type) else describe(value)
 
@@ -275,49 +204,3 @@ def refusing_meta_reads(who: str, empty: Mapping[int, str]) -> Iterator[None]:
             f"expected {who} to read parameters and buffers from their modules, got {empty[min(reads.found)]} through "
             "another reference, which has no values. Read it as an attribute of its module."
         )
-
-
-@inlined_only
-class TensorReads(TorchFunctionMode):
-    """Records which of the watched tensors operations read, and which tensors they write in place."""
-
-    def __init__(self, watched: Collection[int]) -> None:
-        super().__init__()
-        self._watched = watched
-        self.found: set[int] = set()
-        self.written: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not _reads_shape_only(func):
-            self.found.update(id(leaf) for leaf in tree.leaves((args, kwargs)) if id(leaf) in self._watched)
-        self.written.update(id(target) for target in written_by(func.__name__, args, kwargs))
-        return func(*args, **kwargs)
-
-
-_ATTRIBUTES_WITH_VALUES = frozenset(("data", "grad", "T", "mT", "H", "mH", "real", "imag"))
-_SHAPE_FUNCTIONS = frozenset(
-    (
-        *("size", "dim", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device", "__len__"),
-        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "is_inference", "__hash__"),
-        *(
-            "type",
-            "type_as",
-            "new_empty",
-            "empty_like",
-            "zeros_like",
-            "ones_like",
-            "new_zeros",
-            "new_ones",
-            "ndimension",
-        ),
-        *("__set__", "__delete__"),
-    )
-)
-
-
-def _reads_shape_only(func: Any) -> bool:
-    name = func.__name__
-    if name == "__get__":
-        return func.__self__.__name__ not in _ATTRIBUTES_WITH_VALUES
-    return name in _SHAPE_FUNCTIONS

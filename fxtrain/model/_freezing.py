@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, matching
+from fxtrain.core import TrainState, Tree, matching
 from fxtrain.model._init import init_optimizer
 from fxtrain.model._model import model_of
+from fxtrain.model._types import Transforms
 from fxtrain.optim import PerParameter
 from fxtrain.tree import as_code, as_name, children, leaf_paths, rebuilt
 
 
-def with_trainable(state: TrainState, tx: Any, parameters: str | Sequence[str]) -> TrainState:
+def with_trainable(state: TrainState, tx: Transforms, parameters: str | Sequence[str]) -> TrainState:
     """Returns a state in which only the matching parameters are trainable.
 
     Frozen parameters get no gradients and no optimizer state, so steps are faster and use less memory. Changing the
@@ -68,7 +69,7 @@ def _is_differentiable(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def _with_old_values(old: Any, fresh: Any) -> Any:
+def _with_old_values(old: Tree, fresh: Tree) -> Tree:
     """Returns the fresh optimizer state, with values of the old one wherever they fit."""
     if isinstance(fresh, PerParameter):
         return fresh.updated(old) if isinstance(old, PerParameter) and _is_like(old.values, fresh.values, 1) else fresh
@@ -83,7 +84,7 @@ def _is_like(old: Tensor, new: Tensor, first_dim: int = 0) -> bool:
     return old.shape[first_dim:] == new.shape[first_dim:] and old.dtype == new.dtype
 
 
-def refuse_shared_counts(node: Any, fresh: set[int], caller: str, remedy: str, path: str = "") -> None:
+def refuse_shared_counts(node: Tree, fresh: set[int], caller: str, remedy: str, path: str = "") -> None:
     """Raises if newly initialized optimizer state shares an update count with parameters that were trained before.
 
     Args:

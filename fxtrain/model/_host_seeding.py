@@ -39,7 +39,7 @@ class HostSeeding:
     """
 
     def __init__(
-        self, key: Key, function: Callable[..., Any], *, compare: bool, generators: Iterable[tuple[str, Any]] = ()
+        self, key: Key, function: Callable[..., object], *, compare: bool, generators: Iterable[tuple[str, object]] = ()
     ) -> None:
         self._seed, self._function, self._who = host_seed(key), function, name_of(function)
         self._compare = compare or self._seed is None
@@ -72,7 +72,7 @@ class HostSeeding:
 
 
 @contextlib.contextmanager
-def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
+def _clocks_refused(function: Callable[..., object]) -> Iterator[None]:
     """Raises on exit if the user's code read a clock or the operating system's entropy."""
     with clock_reads(function) as read:
         yield
@@ -84,7 +84,7 @@ def _clocks_refused(function: Callable[..., Any]) -> Iterator[None]:
         )
 
 
-def generators_in(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+def generators_in(function: Callable[..., object]) -> list[tuple[str, object]]:
     """Returns the generator objects of Python and numpy that a function captures, with their names."""
     found: dict[int, tuple[str, Any]] = {}
     for name, value in captured(function):

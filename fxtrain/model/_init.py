@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import Due, TrainState, describe
+from fxtrain.core import Due, TrainState, Tree, describe
 from fxtrain.equivalents import refuse_foreign
 from fxtrain.model._model import Model
+from fxtrain.model._types import Modules, Transforms
 from fxtrain.optim import GradientTransformation
 
 
 def init(
-    model: Any,
-    tx: Any = None,
+    model: Modules,
+    tx: Transforms = None,
     *,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -74,7 +75,7 @@ def init(
     )
 
 
-def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
+def init_optimizer(tx: Transforms, params: Tree, model: Modules | None = None) -> Tree:
     """Returns the initial optimizer state of ``tx`` for these trainable parameters.
 
     Args:
@@ -102,7 +103,7 @@ def init_optimizer(tx: Any, params: Any, model: Any = None) -> Any:
     return {name: init_optimizer(each, params[name], models.get(name)) for name, each in tx.items()}
 
 
-def _refuse_other_leaves(model: Any) -> None:
+def _refuse_other_leaves(model: Modules) -> None:
     if isinstance(model, TrainState):
         raise TypeError(
             "expected a module or a pytree of modules and tensors, got a TrainState, which is already initialized."
@@ -145,7 +146,7 @@ def _refuse_wrapper(path: str, module: nn.Module) -> None:
         )
 
 
-def _remedy_for(leaf: Any) -> str:
+def _remedy_for(leaf: object) -> str:
     """Returns the last sentence of the error: how to get a module from the leaf."""
     if isinstance(leaf, type):
         return f"Make an instance: {leaf.__name__}(...)."
@@ -154,7 +155,7 @@ def _remedy_for(leaf: Any) -> str:
     return "Give the module that the loss function calls."
 
 
-def _refuse_overlaps(model: Any) -> None:
+def _refuse_overlaps(model: Modules) -> None:
     """Raises for overlapping parameters: they change together in torch, but would be separate leaves of a state."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     for path, leaf in zip(tree.paths(model, "model"), tree.leaves(model), strict=True):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.core import TrainState, dtype_name, first_names, matching
+from fxtrain.core import TrainState, Tree, dtype_name, first_names, matching
 from fxtrain.model._model import model_of
 from fxtrain.model._named_tensors import EXTRA_STATE, NamedTensors
 from fxtrain.model._renaming import Rename, proposed, renamed
+from fxtrain.model._types import Modules, StateDict
 
 _MAX_LINES = 8
 
@@ -67,7 +68,7 @@ class LoadReport:
 
 def load(
     state: TrainState,
-    given: Any,
+    given: StateDict,
     *,
     part: str,
     strict: bool,
@@ -84,7 +85,7 @@ def load(
     params = tree.clone(state.params)
     report: dict[str, Any] = {}
 
-    def fill(modules: Any) -> None:
+    def fill(modules: Modules) -> None:
         model = NamedTensors(modules, part)
         values = model.flat(given)
         old_names = {new: old for old, new in renamed(values, rename).items()}
@@ -133,7 +134,7 @@ def _fits_any(name: str, patterns: str | Sequence[str]) -> bool:
     )
 
 
-def _mismatched(here: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[torch.Size, torch.Size]]:
+def _mismatched(here: Mapping[str, Tree], values: Mapping[str, Tree]) -> dict[str, tuple[torch.Size, torch.Size]]:
     return {
         name: (value.shape, here[name].shape)
         for name, value in values.items()
@@ -146,7 +147,7 @@ def _shape(value: Tensor) -> torch.Size:
     return torch.Size([]) if value.shape == (1,) else value.shape
 
 
-def _dtypes_to_cast(here: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+def _dtypes_to_cast(here: Mapping[str, Tree], values: Mapping[str, Tree]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
     return {
         name: (value.dtype, here[name].dtype)
         for name, value in values.items()
@@ -154,7 +155,7 @@ def _dtypes_to_cast(here: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
     }
 
 
-def _refuse_lossy_casts(values: Mapping[str, Any], casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
+def _refuse_lossy_casts(values: Mapping[str, Tree], casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
     """Raises for casts that drop imaginary parts, fractions or high bits. Rounding is allowed."""
     for name, (there, here) in casts.items():
         whole = not here.is_floating_point and not here.is_complex
@@ -165,7 +166,7 @@ def _refuse_lossy_casts(values: Mapping[str, Any], casts: Mapping[str, tuple[tor
             )
 
 
-def _refuse_extra_state(here: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def _refuse_extra_state(here: Mapping[str, object], values: Mapping[str, object]) -> None:
     """Raises if an extra state differs, because ``set_extra_state`` changes attributes that a state does not hold."""
     for name, value in values.items():
         if name.rpartition(".")[2] == EXTRA_STATE and name in here and not _is_same(here[name], value):
@@ -175,7 +176,7 @@ def _refuse_extra_state(here: Mapping[str, Any], values: Mapping[str, Any]) -> N
             )
 
 
-def _is_same(value: Any, other: Any) -> bool:
+def _is_same(value: object, other: object) -> bool:
     if isinstance(value, Tensor) or isinstance(other, Tensor):
         return isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other)
     try:
@@ -184,7 +185,7 @@ def _is_same(value: Any, other: Any) -> bool:
         return False
 
 
-def _refuse_untied(ties: Sequence[Sequence[str]], values: Mapping[str, Any]) -> None:
+def _refuse_untied(ties: Sequence[Sequence[str]], values: Mapping[str, Tree]) -> None:
     for group in ties:
         given = [name for name in group if isinstance(values.get(name), Tensor)]
         for name in given[1:]:
@@ -213,8 +214,8 @@ def _dtypes_differ(casts: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> str:
 
 
 def _names_differ(
-    here: Mapping[str, Any],
-    values: Mapping[str, Any],
+    here: Mapping[str, object],
+    values: Mapping[str, object],
     missing: Sequence[str],
     unexpected: Sequence[str],
     loaded: Sequence[str],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxtrain._torch_internals import own_buffers, own_modules, own_parameters, write_count
+from fxtrain.core import Tree
 from fxtrain.model._attribute_snapshots import AttributeSnapshot, leaves
 from fxtrain.rng._host import global_generators
 
@@ -125,7 +126,7 @@ class MetaModules:
                     found[f"{prefix}.{key}"] = value.detach()
         return found
 
-    def odd_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def odd_buffers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tree]:
         """Returns the buffers that a call added, reshaped, cast, set to None or deleted (``DELETED``), by name.
 
         Args:
@@ -146,7 +147,7 @@ class MetaModules:
                         found[name] = value
         return found | dict.fromkeys(missing, DELETED)
 
-    def place(self, buffers: Mapping[str, Any]) -> None:
+    def place(self, buffers: Mapping[str, Tree]) -> None:
         """Puts buffers from ``odd_buffers`` into their slots."""
         for prefix, named in self._buffers if buffers else ():
             for key in list(named):
@@ -165,11 +166,11 @@ class MetaModules:
         """Returns the plain tensors among the attributes, with their paths."""
         return [(path, tensor) for path, tensor, _ in self._tensors]
 
-    def leaves(self) -> dict[str, Any]:
+    def leaves(self) -> dict[str, object]:
         """Returns the values of all Python attributes, by path."""
         return leaves(self._modules, self._owned)
 
-    def generators(self) -> list[tuple[str, Any]]:
+    def generators(self) -> list[tuple[str, object]]:
         """Returns the generator objects of Python and numpy among the attributes, with their paths."""
         return [(path, generator) for path, generator, _ in self._contents.generators]
 
@@ -178,7 +179,7 @@ class MetaModules:
         number, _, rest = name.partition(".")
         return f"{self._paths[number]}.{rest}" if rest else self._paths[number]
 
-    def apart(self, output: Any) -> Any:
+    def apart(self, output: Tree) -> Tree:
         """Returns the output with containers of the modules copied, because the originals are restored on exit."""
         if type(output) is tuple:
             return tuple(map(self.apart, output))
@@ -198,14 +199,14 @@ class MetaModules:
                     "Register it as a buffer, which is part of the state."
                 )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MetaModules:
+    def __deepcopy__(self, memo: dict[int, object]) -> MetaModules:
         root = copy.deepcopy(self.root, memo)
         return MetaModules(root, frozenset(id(memo[part]) for part in self._owned if part in memo), self._paths)
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> tuple[nn.Module, dict[str, str]]:
         return self.root, self._paths
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[nn.Module, dict[str, str]]) -> None:
         root, paths = state
         self.__init__(root, frozenset(), paths)
 
@@ -242,7 +243,7 @@ def in_eval_mode(root: nn.Module) -> tuple[nn.Module, frozenset[int]]:
     return module.eval(), owned
 
 
-def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset[int]]:
+def _copied(root: nn.Module, memo: dict[int, object]) -> tuple[nn.Module, frozenset[int]]:
     # Global generators are shared with the copy, because a copied one would not be seeded.
     memo |= {id(generator): generator for generator in global_generators()}
     made = copy.deepcopy(root, memo)
@@ -250,7 +251,7 @@ def _copied(root: nn.Module, memo: dict[int, Any]) -> tuple[nn.Module, frozenset
     return made, frozenset(id(value) for key, value in memo.items() if key not in (id(value), id(memo)))
 
 
-def _entries(container: Any) -> list[tuple[Any, Any]]:
+def _entries(container: object) -> list[tuple[Hashable, object]]:
     if isinstance(container, dict):
         return list(container.items())
     return list(enumerate(container)) if isinstance(container, list | collections.deque) else []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import dtype_name, first_names
+from fxtrain.core import Tree, dtype_name, first_names
+from fxtrain.model._types import Modules, StateDict
+from fxtrain.tree import Path
 
 # torch's state dict key for what a module's get_extra_state returns.
 EXTRA_STATE = "_extra_state"
@@ -33,7 +35,7 @@ class NamedTensors:
         ties: Groups of names that share one tensor.
     """
 
-    def __init__(self, modules: Any, part: str = "") -> None:
+    def __init__(self, modules: Modules, part: str = "") -> None:
         self._part = part
         modules = at(modules, part)
         paths = [tuple(accessor.path) for accessor in tree.accessors(modules)]
@@ -41,8 +43,8 @@ class NamedTensors:
         self._versions: dict[tuple[Any, ...], Any] = {}
         self.tensors: dict[str, Any] = {}
         groups: dict[int, list[str]] = {}
-        for path, part in self._parts.items():
-            for name, value in _values(path, part).items():
+        for path, leaf in self._parts.items():
+            for name, value in _values(path, leaf).items():
                 if name in self.tensors:
                     raise ValueError(f"expected one tensor for each name, got two for {name!r}. Rename a key.")
                 self.tensors[name] = value
@@ -54,7 +56,7 @@ class NamedTensors:
         """Returns names of the part as names of the whole tree."""
         return [f"{self._part}.{name}".strip(".") for name in names]
 
-    def flat(self, given: Any) -> dict[str, Any]:
+    def flat(self, given: StateDict) -> dict[str, Any]:
         """Returns the values by name of a state dict, or of a tree of state dicts like the modules.
 
         Raises:
@@ -70,7 +72,7 @@ class NamedTensors:
             found[name] = value
         return found
 
-    def load(self, values: Mapping[str, Any], *, cast: bool, with_versions: bool) -> tuple[list[str], list[str]]:
+    def load(self, values: Mapping[str, Tree], *, cast: bool, with_versions: bool) -> tuple[list[str], list[str]]:
         """Copies values into the tensors of the same names, with the modules' own ``load_state_dict``.
 
         Args:
@@ -110,7 +112,7 @@ class NamedTensors:
                 _refuse_hidden_casts(part.state_dict(keep_vars=True), mine, {*absent, *unexpected})
         return missing, list(unused)
 
-    def _walk(self, path: tuple[Any, ...], node: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    def _walk(self, path: Path, node: object) -> Iterator[tuple[Path, Any]]:
         entries = node.items() if isinstance(node, Mapping) else enumerate(node) if _is_sequence(node) else None
         if isinstance(node, Mapping) and isinstance(self._parts.get(path), nn.Module):
             self._versions[path] = getattr(node, "_metadata", None)
@@ -122,7 +124,7 @@ class NamedTensors:
             yield path, node
 
 
-def at(modules: Any, part: str) -> Any:
+def at(modules: Modules, part: str) -> Modules:
     """Returns the submodule or tree entry at a path joined by dots.
 
     Raises:
@@ -143,7 +145,7 @@ def at(modules: Any, part: str) -> Any:
     return found
 
 
-def _children(node: Any) -> dict[str, Any]:
+def _children(node: object) -> dict[str, Modules]:
     if isinstance(node, nn.Module):
         return dict(node.named_children())
     if isinstance(node, Mapping):
@@ -151,22 +153,22 @@ def _children(node: Any) -> dict[str, Any]:
     return {str(index): child for index, child in enumerate(node)} if _is_sequence(node) else {}
 
 
-def _values(path: tuple[Any, ...], part: Any) -> dict[str, Any]:
+def _values(path: Path, part: nn.Module | Tensor) -> dict[str, Any]:
     prefix = _prefix(path)
     if isinstance(part, nn.Module):
         return {prefix + name: value for name, value in part.state_dict(keep_vars=True).items()}
     return {prefix[:-1]: part}
 
 
-def _prefix(path: tuple[Any, ...]) -> str:
+def _prefix(path: Path) -> str:
     return "".join(f"{key}." for key in path)
 
 
-def _is_sequence(node: Any) -> bool:
+def _is_sequence(node: object) -> TypeGuard[Sequence[Tree]]:
     return isinstance(node, list | tuple)
 
 
-def _refuse_hidden_casts(here: Mapping[str, Any], values: Mapping[str, Any], without: set[str]) -> None:
+def _refuse_hidden_casts(here: Mapping[str, object], values: Mapping[str, object], without: set[str]) -> None:
     """Raises for dtypes that differ under names of older module versions, which have no counterpart in the model."""
     old = {
         value.dtype

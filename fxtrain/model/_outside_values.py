@@ -5,19 +5,26 @@ from __future__ import annotations
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fxtrain.core import name_of
-from fxtrain.model._attribute_snapshots import refill
+from fxtrain.core import Tree, name_of
+from fxtrain.model._attribute_snapshots import Container, refill
 from fxtrain.model._captured_values import is_of_users, reads
-from fxtrain.model._first_call_checks import CheckedFunctions, TensorReads, ValuesNeededError
+from fxtrain.model._checked_functions import CheckedFunctions
+from fxtrain.model._first_call_checks import ValuesNeededError
+from fxtrain.model._tensor_reads import TensorReads
+from fxtrain.model._types import Out
 
 
 class CapturedStateError(RuntimeError):
     """A traced function changes Python values outside the state, and a graph would not repeat the change."""
+
+
+Access = tuple[Callable[[], object], Callable[[object], None]]
+"""Functions that read and write a value."""
 
 
 class _Place(NamedTuple):
@@ -38,7 +45,7 @@ class OutsideValues:
         modules: The modules. Classes of libraries are not searched.
     """
 
-    def __init__(self, function: Callable[..., Any], modules: Iterable[nn.Module]) -> None:
+    def __init__(self, function: Callable[..., object], modules: Iterable[nn.Module]) -> None:
         self._places: list[_Place] = []
         self._caches: list[tuple[str, Any, int]] = []
         seen: set[Any] = set()
@@ -124,8 +131,8 @@ class OutsideValues:
 
 
 def restoring_outside_values(
-    call: Callable[[], Any], function: Callable[..., Any], modules: Iterable[nn.Module], seen: CheckedFunctions
-) -> Any:
+    call: Callable[[], Out], function: Callable[..., object], modules: Iterable[nn.Module], seen: CheckedFunctions
+) -> Out:
     """Returns the result of a traced call, and restores the outside values that it changed.
 
     Args:
@@ -163,8 +170,8 @@ _MAX_NAMED = 3
 
 
 def _found(
-    function: Callable[..., Any], modules: Iterable[nn.Module]
-) -> Iterator[tuple[str, Any, Any, tuple[Callable[[], Any], Callable[[Any], None]]]]:
+    function: Callable[..., object], modules: Iterable[nn.Module]
+) -> Iterator[tuple[str, Hashable, Any, Access]]:
     """Yields the name of each value, a key of its place, the value, and functions that read and write the place."""
     yield from _found_in_functions([function])
     classes = {cls for module in modules for cls in type(module).__mro__ if _is_user_defined(cls)}
@@ -178,7 +185,7 @@ def _found(
 _DESCRIPTORS = (types.FunctionType, property, classmethod, staticmethod)
 
 
-def _found_in_functions(functions: Iterable[Any]) -> Iterator[tuple[str, Any, Any, Any]]:
+def _found_in_functions(functions: Iterable[Callable[..., object]]) -> Iterator[tuple[str, Hashable, Any, Access]]:
     for function in functions:
         for owner, name, value in reads(function):
             if isinstance(owner, types.FunctionType):
@@ -188,7 +195,7 @@ def _found_in_functions(functions: Iterable[Any]) -> Iterator[tuple[str, Any, An
                     yield f"{name}.{key}", (id(value), key), part, _attribute(value, key)
 
 
-def _variable(function: types.FunctionType, name: str, value: Any) -> tuple[Any, Any, Any]:
+def _variable(function: types.FunctionType, name: str, value: object) -> tuple[Hashable, object, Access]:
     if name in function.__code__.co_freevars:
         cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
         return id(cell), value, (lambda: cell.cell_contents, lambda new: setattr(cell, "cell_contents", new))
@@ -199,7 +206,7 @@ def _variable(function: types.FunctionType, name: str, value: Any) -> tuple[Any,
     return (id(function), name), value, (lambda: value, lambda new: None)
 
 
-def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+def _attribute(owner: object, name: str) -> Access:
     return lambda: getattr(owner, name, None), lambda value: setattr(owner, name, value)
 
 
@@ -208,11 +215,11 @@ def _is_user_defined(cls: type) -> bool:
     return any(code is not None and is_of_users(code.co_filename) for code in codes)
 
 
-def _elements(values: Any) -> list[Any]:
+def _elements(values: Container | None) -> list[object]:
     return list(values.values() if isinstance(values, dict) else values or ())
 
 
-def _is_same(now: Any, before: Any, read: Collection[int]) -> bool:
+def _is_same(now: object, before: object, read: Collection[int]) -> bool:
     if now is before:
         return True
     if isinstance(now, Tensor) and isinstance(before, Tensor):
@@ -220,7 +227,7 @@ def _is_same(now: Any, before: Any, read: Collection[int]) -> bool:
     return type(now) is type(before) and isinstance(now, _SCALARS) and (now == before or now != now)
 
 
-def _is_intact(now: Any, before: Any, read: Collection[int]) -> bool:
+def _is_intact(now: Tree, before: Tree, read: Collection[int]) -> bool:
     if len(now) != len(before):
         return False
     if isinstance(now, dict):
@@ -230,7 +237,7 @@ def _is_intact(now: Any, before: Any, read: Collection[int]) -> bool:
     )
 
 
-def _only_gained_elements(now: Any, before: Any) -> bool:
+def _only_gained_elements(now: Tree, before: Tree) -> bool:
     """Returns whether elements other than tensors were added, and nothing else changed."""
     if isinstance(now, dict) or len(now) <= len(before):
         return False

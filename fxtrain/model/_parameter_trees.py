@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fxtrain import tree
+from fxtrain.core import Tree
+from fxtrain.model._types import Modules, Out
 from fxtrain.tree import MaskedNode
 
 
@@ -38,7 +40,7 @@ class ParameterTrees:
     template: Any
     trainable: Any
 
-    def split(self, params: Any, wrt: str | None = None) -> Any:
+    def split(self, params: Tree, wrt: str | None = None) -> Tree:
         """Returns the trainable parameters, with an empty node in place of each frozen one.
 
         Args:
@@ -57,24 +59,24 @@ class ParameterTrees:
             mask, params = mask[wrt], params[wrt]
         return tree.map(lambda keep, leaf: leaf if keep else MaskedNode(), mask, params)
 
-    def merge(self, params: Any, trainable: Any, wrt: str | None = None) -> Any:
+    def merge(self, params: Tree, trainable: Tree, wrt: str | None = None) -> Tree:
         """Returns ``params`` with the trainable ones replaced. Inverse of ``split``."""
         if wrt is not None:
             return {**params, wrt: _merged(self.trainable[wrt], params[wrt], trainable)}
         return _merged(self.trainable, params, trainable)
 
-    def with_written(self, params: Any, written: Any) -> Any:
+    def with_written(self, params: Tree, written: Tree) -> Tree:
         """Returns ``params`` with the frozen ones that a call wrote, from ``CallResult.written``."""
         flat = {**self._flat(params), **self._flat(written)}
         return self._grouped(flat, self._bare(params))
 
-    def cast_written(self, written: Any, params: Any) -> Any:
+    def cast_written(self, written: Tree, params: Tree) -> Tree:
         """Casts the frozen parameters that a call wrote to the dtypes of ``params``."""
         flat = self._flat(params)
         moved = {name: value.to(flat[name].dtype) for name, value in self._flat(written).items()}
         return self._grouped(moved, itertools.repeat({}))
 
-    def memory(self, modules: Any) -> tuple[Any, Any]:
+    def memory(self, modules: Modules) -> tuple[Tree, Tree]:
         """Returns the parameters and buffers of modules of this architecture, as trees of detached clones."""
         leaves = tree.leaves(modules)
         caller = FunctionRunner([leaf for leaf in leaves if isinstance(leaf, nn.Module)])
@@ -83,28 +85,28 @@ class ParameterTrees:
         buffers = {name: value.detach().clone() for name, value in caller.named_buffers()}
         return self._grouped(params, bare), self._grouped(buffers, itertools.repeat({}))
 
-    def _flat(self, values: Any) -> dict[str, Tensor]:
+    def _flat(self, values: Tree) -> dict[str, Tensor]:
         """Flattens a tree of dicts by name to one dict, whose names start with the module's number."""
         flat: dict[str, Tensor] = {}
 
-        def add(number: str, named: Any) -> None:
+        def add(number: str, named: Mapping[str, Tensor]) -> None:
             if number:
                 flat.update({f"{number}.{name}": value for name, value in named.items()})
 
         tree.map(add, self.template, values)
         return flat
 
-    def _bare(self, values: Any) -> list[Any]:
+    def _bare(self, values: Tree) -> list[Tensor]:
         """Returns the leaves in the places of bare tensors."""
         bare: list[Any] = []
         tree.map(lambda number, leaf: number or bare.append(leaf) or "", self.template, values)
         return bare
 
-    def _grouped(self, flat: Mapping[str, Any], bare: Iterable[Any]) -> Any:
+    def _grouped(self, flat: Mapping[str, object], bare: Iterable[Tree]) -> Tree:
         """Inverse of ``_flat``. ``bare`` fills the places of bare tensors."""
         others = iter(bare)
 
-        def group(number: str) -> Any:
+        def group(number: str) -> Tree:
             if not number:
                 return next(others)
             prefix = f"{number}."
@@ -122,8 +124,8 @@ class FunctionRunner(nn.Module):
             self.add_module(str(index), module)
 
     def forward(
-        self, template: Any, params: Any, function: Callable[..., Any], args: tuple[Any, ...]
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, template: Tree, params: Tree, function: Callable[..., Out], args: tuple[object, ...]
+    ) -> tuple[Out, dict[str, Tensor]]:
         modules = self._modules
         model = tree.map(lambda number, leaf: modules[number] if number else leaf, template, params)
         output = function(model, *args)
@@ -131,7 +133,7 @@ class FunctionRunner(nn.Module):
         return output, {name: value.detach() for name, value in self.named_buffers()}
 
 
-def _merged(mask: Any, params: Any, trainable: Any) -> Any:
+def _merged(mask: Tree, params: Tree, trainable: Tree) -> Tree:
     leaves, structure = tree.flatten(params)
     moved = iter(tree.leaves(trainable))
     chosen = [next(moved) if keep else leaf for keep, leaf in zip(tree.leaves(mask), leaves, strict=True)]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from torch import Tensor, nn
 
 from fxtrain import tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, Tree
 from fxtrain.model._loading import LoadReport, load
 from fxtrain.model._model import model_of
 from fxtrain.model._renaming import Rename
+from fxtrain.model._types import StateDict
 
 
-def state_dict(state: TrainState) -> Any:
+def state_dict(state: TrainState) -> Tree:
     """Returns the ``state_dict()`` of the state's module, with copied tensors.
 
     Tied parameters appear under each of their names. Non-persistent buffers are left out. State dict hooks of the
@@ -31,7 +32,7 @@ def state_dict(state: TrainState) -> Any:
         <All keys matched successfully>
     """
 
-    def read(modules: Any) -> Any:
+    def read(modules: Tree) -> Tree:
         return tree.map(
             lambda part: (
                 {name: _cloned(value) for name, value in part.state_dict().items()}
@@ -47,7 +48,7 @@ def state_dict(state: TrainState) -> Any:
 @overload
 def load_state_dict(
     state: TrainState,
-    state_dict: Any,
+    state_dict: StateDict,
     *,
     part: str = "",
     strict: bool = True,
@@ -62,7 +63,7 @@ def load_state_dict(
 @overload
 def load_state_dict(
     state: TrainState,
-    state_dict: Any,
+    state_dict: StateDict,
     *,
     part: str = "",
     strict: bool = True,
@@ -76,7 +77,7 @@ def load_state_dict(
 
 def load_state_dict(
     state: TrainState,
-    state_dict: Any,
+    state_dict: StateDict,
     *,
     part: str = "",
     strict: bool = True,
@@ -142,5 +143,5 @@ def load_state_dict(
     return loaded.state
 
 
-def _cloned(value: Any) -> Any:
+def _cloned(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) else value

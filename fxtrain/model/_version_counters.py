@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fxtrain import tree
 from fxtrain._torch_internals import write_count
+from fxtrain.core import Tree
 
 
-def versions(values: Any) -> list[int]:
+def versions(values: Tree) -> list[int]:
     """Returns torch's count of in-place writes to each leaf, or an empty list while Dynamo compiles.
 
     Tensors made in inference mode have no such count, and get 0.
@@ -20,7 +19,7 @@ def versions(values: Any) -> list[int]:
     return [0 if leaf.is_inference() else write_count(leaf) for leaf in tree.leaves(values)]
 
 
-def refuse_in_place_writes(who: str, values: Any, before: list[int], root: str) -> None:
+def refuse_in_place_writes(who: str, values: Tree, before: list[int], root: str) -> None:
     """Raises if a leaf was written in place since ``before`` was taken.
 
     Args:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
 
 from torch import nn
 
 from fxtrain import rng, tree
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, Tree
 from fxtrain.model._model import model_of
 
 
@@ -40,31 +39,31 @@ def view(state: TrainState, *, train: bool = False, key: rng.Key | None = None) 
 class View:
     """A model with the parameters and buffers of a state. Made by ``view``."""
 
-    def __init__(self, state: TrainState, train: bool, key: rng.Key, reach: Callable[[Any], Any]) -> None:
+    def __init__(self, state: TrainState, train: bool, key: rng.Key, reach: Callable[[Tree], Tree]) -> None:
         self._of = (state, train, key)
         self._reach = reach
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Tree:
         return self._part(lambda target, args, kwargs: target(*args, **kwargs), _has_modules, args, kwargs)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tree:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._part(lambda target: getattr(target, name), lambda part: callable(part) or _has_modules(part))
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Hashable) -> Tree:
         return self._part(lambda target: target[key], _has_modules)
 
-    def _part(self, get: Callable[..., Any], needs_memory: Callable[[Any], bool], *args: Any) -> Any:
+    def _part(self, get: Callable[..., Tree], needs_memory: Callable[[Tree], bool], *args: object) -> Tree:
         # Tensors are in place only inside a call, so a module or a method is looked up again when it is called.
         reach = self._reach
         found = self._run(lambda model, *args: get(reach(model), *args), *args)
         return View(*self._of, lambda model: get(reach(model), *args)) if needs_memory(found) else found
 
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, function: Callable[..., Tree], *args: object) -> Tree:
         state, train, key = self._of
 
-        def finished(model: Any, *args: Any) -> Any:
+        def finished(model: Tree, *args: object) -> Tree:
             output = function(model, *args)
             # A generator would run after the tensors are gone.
             return iter(list(output)) if isinstance(output, Iterator) else output
@@ -76,5 +75,5 @@ class View:
         return f"View of {self._of[0].model!r} at step {int(self._of[0].step)}"
 
 
-def _has_modules(part: Any) -> bool:
+def _has_modules(part: Tree) -> bool:
     return any(isinstance(leaf, nn.Module) for leaf in tree.leaves(part))

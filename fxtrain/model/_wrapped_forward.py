@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
+from fxtrain.model._types import Out
+
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -44,6 +46,6 @@ def is_forward_wrapped() -> bool:
     return _here.wrap is not None
 
 
-def forward_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def forward_of(function: Callable[..., Out]) -> Callable[..., Out]:
     """Returns the function, wrapped by the innermost ``forward_wrapped_by``."""
     return function if _here.wrap is None else _here.wrap(function)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from fxtrain import tree
 from fxtrain._torch_internals import storage_id, unwrapped
+from fxtrain.core import Tree
 
 
 class WriteError(RuntimeError):
@@ -63,7 +63,7 @@ class WriteGuard:
         frozen: Callable[[], Iterable[Tensor]],
         clones: Mapping[str, Tensor],
         buffers: Iterable[Tensor],
-        arguments: Iterable[Any],
+        arguments: Iterable[object],
         captured: TensorLister,
     ) -> None:
         self._who, self._trained, self._frozen, self._clones = who, trained, frozen, clones
@@ -72,7 +72,7 @@ class WriteGuard:
         self._storages = {name: memory_of(value) for name, value in clones.items()}
         self.written: set[str] = set()
 
-    def __call__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Checks a torch function that is about to run.
 
         Args:
@@ -146,12 +146,12 @@ def _described(write: str) -> str:
     return "an assignment to .data of" if write == "data" else f"an in-place write ({write}) to"
 
 
-def copies(values: Any) -> Any:
+def copies(values: Tree) -> Tree:
     """Returns a pytree with its tensors cloned."""
     return tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, values)
 
 
-def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+def written_by(name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Iterable[Tensor]:
     """Returns the tensors that a torch function writes in place.
 
     Args:
@@ -160,6 +160,7 @@ def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
         kwargs: Its keyword arguments.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(2)
         >>> len(written_by("mul_", (x, 2), {})), len(written_by("mul", (x, 2), {}))
         (1, 0)
@@ -167,7 +168,7 @@ def written_by(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
     # Without the name of an overload.
     name = name.partition(".")[0]
     if name.endswith("__"):
-        return (args[0],) if name in _IN_PLACE_OPERATORS else ()
+        return [leaf for leaf in args[:1] if isinstance(leaf, Tensor)] if name in _IN_PLACE_OPERATORS else ()
     if name.endswith("_"):
         if name in _NO_WRITES:
             return ()
