@@ -48,7 +48,7 @@ def fit(make, in_step=(), in_fit=(), steps=6, **options):
 
 
 def assert_same(result, expected):
-    testing.assert_equal(result.last, expected.last, "the last state")
+    testing.assert_equal(result.state, expected.state, "the last state")
     assert set(result.history) == set(expected.history)
     for name in set(expected.history) - {"compile/seconds"}:
         assert result.history[name].values.tolist() == expected.history[name].values.tolist()
@@ -99,7 +99,7 @@ def test_order_is_that_of_step_then_that_of_fit(make):
     assert_same(fit(make, [first, second], [first, second, third]), expected)
     if make is not TWO_PER_CALL:
         reversed_ = fit(make, [], [third, second, first])
-        assert int(reversed_.last.slots["counter 3"]) != int(expected.last.slots["counter 3"])
+        assert int(reversed_.state.slots["counter 3"]) != int(expected.state.slots["counter 3"])
 
 
 @KINDS
@@ -108,7 +108,7 @@ def test_traced_callback_of_fit_stops_run(make):
         return state, fx.Control(stop=event.step == 3, reason="enough")
 
     result = fit(make, (), stop)
-    assert (result.reason, int(result.last.step)) == ("enough", 3)
+    assert (result.reason, int(result.state.step)) == ("enough", 3)
 
 
 def test_fit_without_new_traced_callback_uses_graphs_of_given_step():
@@ -169,8 +169,8 @@ def test_resumed_run_may_give_callback_elsewhere(tmp_path, make, resumed):
     assert list(fx.checkpointer(tmp_path).steps()) == [2]
     second = part(resumed, 6, resume=True)
     straight = fit(make, (), fx.callbacks.ema(0.9))
-    testing.assert_equal(second.last, straight.last, "the resumed run")
-    assert set(first.last.slots) == set(second.last.slots)
+    testing.assert_equal(second.state, straight.state, "the resumed run")
+    assert set(first.state.slots) == set(second.state.slots)
 
 
 def test_callback_added_at_resume_is_initialized_from_restored_state(tmp_path):
@@ -180,9 +180,9 @@ def test_callback_added_at_resume_is_initialized_from_restored_state(tmp_path):
     second = fit(
         UNCOMPILED, fx.callbacks.ema(0.5), (), steps=2, resume=True, observers=problem.recorder(restored), **part
     )
-    testing.assert_equal(second.last.params, first.last.params, "the parameters")
+    testing.assert_equal(second.state.params, first.state.params, "the parameters")
     assert next(event for event in restored if isinstance(event, fx.Restored)).missing == ("ema",)
-    testing.assert_equal(fx.callbacks.averaged(second.last).params, first.last.params, "the average")
+    testing.assert_equal(fx.callbacks.averaged(second.state).params, first.state.params, "the average")
 
 
 def test_two_callbacks_for_one_slot_in_step_and_fit_are_refused():

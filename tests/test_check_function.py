@@ -181,7 +181,7 @@ BY_TORCH = r"Remove zero_grad\(\), backward\(\) and step\(\): the step computes 
             r"with_scaler .* reads the gradient scaler self.scaler .* give the step precision=\"fp16\"",
         ),
         (with_hidden_optimizer, rf"calls step\(\) of an optimizer \(SGD\)\. {BY_TORCH}"),
-        (as_array, r"as_array .*, got an ndarray\. Return the tensor itself"),
+        (as_array, r"as_array .*, got a float32 array of shape .*\. Return the tensor itself"),
     ],
 )
 def test_training_loop_calls_in_loss_function_are_rejected(habit, message, differentiate):

@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from fxtrain.compiler._pending import Pending
 from fxtrain.compiler._recompile_reasons import advice, batches_of, changes, described, is_other_batch
 from fxtrain.compiler._routes import Routes, routes_to
 from fxtrain.compiler._trace import AHEAD, Artefact
-from fxtrain.core import StepOutput, TrainState, check_choice, check_positive_int, describe
+from fxtrain.core import Callback, StepOutput, TrainState, check_choice, check_positive_int, describe
 from fxtrain.core._frames import reaches_users
 from fxtrain.data import for_step
 from fxtrain.fold import Composed
@@ -138,7 +138,7 @@ class Compiled:
             self._donating = self._remake(self.step, routes=self._routes, donate=True)
         return self._donating
 
-    def with_callbacks(self, callbacks: Composed) -> Compiled:
+    def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> Compiled:
         """Returns this step with the traced callbacks among ``callbacks`` folded after its own.
 
         ``fit`` calls this with its callbacks. The same callbacks give the same step, so they are compiled once. If

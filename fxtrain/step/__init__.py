@@ -8,13 +8,15 @@ from fxtrain.step._microbatches import microbatches as microbatches
 from fxtrain.step._step import Step
 from fxtrain.step._tap import tap
 from fxtrain.step._train_step import apply_gradients, train_step
-from fxtrain.step._weighted import weighted
-from fxtrain.step._wrap_step import wrap_step
+from fxtrain.step._weighted import Weighted, weighted
+from fxtrain.step._wrap_step import WrappedStep, wrap_step
 
 __all__ = [
     "EvalFunction",
     "Gradient",
     "Step",
+    "Weighted",
+    "WrappedStep",
     "apply_gradients",
     "eval_step",
     "gradients",

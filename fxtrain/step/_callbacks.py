@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
-from fxtrain.core import TRACED
+from fxtrain.core import TRACED, Callback
 from fxtrain.fold import Composed, Handler, as_composed, compose
 
 
@@ -13,13 +14,13 @@ from fxtrain.fold import Composed, Handler, as_composed, compose
 class FoldsOthers(Protocol):
     """A step that can fold callbacks besides its own."""
 
-    def with_callbacks(self, callbacks: Composed) -> Self: ...
+    def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> Self: ...
 
 
 S = TypeVar("S")
 
 
-def shared(step: S, callbacks: Composed) -> tuple[S, Composed]:
+def shared(step: S, callbacks: Callback | Iterable[Callback]) -> tuple[S, Composed]:
     """Returns a step and the callbacks of a run such that each callback sees all of its events once.
 
     A callback can be given to the step, to the run, or to both. Inside the step, its own callbacks come first, and the
@@ -37,7 +38,7 @@ def shared(step: S, callbacks: Composed) -> tuple[S, Composed]:
         ValueError: If a callback subscribes to a traced event that the step does not fire, if the step cannot fold it,
             or if two callbacks claim the same slot.
     """
-    own = as_composed(step)
+    own, callbacks = as_composed(step), as_composed(callbacks)
     for handler in callbacks.handlers:
         _refuse_unfired(step, handler)
         twin = own.slots.get(handler.slot) if handler.slot is not None else None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxtrain.core import describe, name_of
-from fxtrain.model._captured_values import captured
 
 
 class ContractError(TypeError):
@@ -28,7 +24,7 @@ def place_of(function: object) -> str:
         >>> place_of(len)
         'len'
     """
-    code = _code(function)
+    code = code_of(function)
     return name_of(function) + (f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else "")
 
 
@@ -82,58 +78,6 @@ def takes_model(function: Callable[..., object]) -> bool:
     return not _MODEL_NAMES.isdisjoint(_positional_names(function)[:1])
 
 
-@contextlib.contextmanager
-def torch_optimizers_refused(function: Callable[..., object]) -> Iterator[None]:
-    """Raises if a loss function uses a torch optimizer or gradient scaler, whose state is not part of the TrainState.
-
-    Raises:
-        ContractError: On entry if the function reads one by name, and inside before a torch optimizer makes a step.
-    """
-    names = _names_used_by(function)
-    for name, value in captured(function):
-        kind = type(value).__name__
-        if name.startswith("self.") and name.removeprefix("self.") not in names:
-            continue  # An attribute of the method's object that the method does not read.
-        if isinstance(value, torch.optim.Optimizer):
-            raise _optimizer_refused(function, f"reads the optimizer {name} ({kind})")
-        if isinstance(value, torch.amp.GradScaler):
-            raise ContractError(
-                f"expected {place_of(function)} to only compute a loss, got one that reads the gradient scaler "
-                f'{name} ({kind}). Return the loss itself, and give the step precision="fp16".'
-            )
-    thread = threading.get_ident()
-
-    def refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if threading.get_ident() == thread:
-            raise _optimizer_refused(function, f"calls step() of an optimizer ({type(optimizer).__name__})")
-
-    handle = register_optimizer_step_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def backward_refused(who: str, where: str) -> ContractError:
-    """Returns the error for a loss function that has run the backward pass of its own loss.
-
-    Args:
-        who: Name of the function.
-        where: The line, as `` at file:line``, or an empty string.
-    """
-    return ContractError(
-        f"expected {who} to return a loss that can be differentiated, got one whose backward pass already ran{where}. "
-        "Remove loss.backward(): the step computes the gradients and passes them to the optimizer."
-    )
-
-
-def _optimizer_refused(function: Callable[..., object], what: str) -> ContractError:
-    return ContractError(
-        f"expected {place_of(function)} to only compute a loss, got one that {what}. Remove zero_grad(), backward() "
-        "and step(): the step computes the gradients and applies the tx given to train_step."
-    )
-
-
 _MODEL_NAMES = frozenset(("model", "net", "network", "module", "m"))
 _BATCH_NAMES = frozenset(("batch", "data", "inputs"))
 _PREDICTION_NAMES = frozenset(
@@ -165,7 +109,7 @@ def _fault_of_loss(function: object) -> tuple[str, str] | None:
         return describe(function), _remedy_for_class(function)
     if isinstance(function, nn.Module):
         return _fault_of_module(function)
-    target = function if _code(function) is not None else type(function).__call__
+    target = function if code_of(function) is not None else type(function).__call__
     while isinstance(target, functools.partial):
         target = target.func
     shown = f"{name_of(function)}{_signature(function)}{_line(function)}"
@@ -289,7 +233,8 @@ def _line(function: object) -> str:
     return place_of(function).removeprefix(name_of(function))
 
 
-def _code(function: object) -> types.CodeType | None:
+def code_of(function: object) -> types.CodeType | None:
+    """Returns the code of a function, or of the function behind a method, a partial or a callable object."""
     function = inspect.unwrap(function) if callable(function) else function
     while isinstance(function, functools.partial):
         function = inspect.unwrap(function.func)
@@ -297,9 +242,3 @@ def _code(function: object) -> types.CodeType | None:
     method = None if isinstance(function, type) else getattr(type(function), "__call__", None)  # noqa: B004
     code = getattr(function, "__code__", None) or getattr(method, "__code__", None)
     return code if isinstance(code, types.CodeType) else None
-
-
-def _names_used_by(function: object) -> frozenset[str]:
-    """Returns the names of the globals and attributes that a function uses."""
-    code = _code(function)
-    return frozenset(code.co_names) if code is not None else frozenset()

@@ -15,21 +15,15 @@ from fxtrain.core import Batch, Metrics, TrainState, Tree, name_of, register_nod
 from fxtrain.metrics import Metric
 from fxtrain.model import Model, model_of
 from fxtrain.precision import Policy, loss_scale_of, policy_of
-from fxtrain.step._check_function import refuse_unless_loss, torch_optimizers_refused
+from fxtrain.step._backward import Find, Objective, by_autograd, ordinary, outside_inference_mode
+from fxtrain.step._check_function import refuse_unless_loss
 from fxtrain.step._check_result import loss_and_metrics
-from fxtrain.step._differentiate import (
-    Differentiate,
-    Differentiation,
-    Find,
-    Objective,
-    by_autograd,
-    ordinary,
-    outside_inference_mode,
-)
+from fxtrain.step._differentiate import Differentiate, Differentiation
 from fxtrain.step._forward_pass import forward
 from fxtrain.step._frozen_writes import record
 from fxtrain.step._intercept_gradients import handled
 from fxtrain.step._missing_gradient import missing_gradient
+from fxtrain.step._torch_loop import torch_optimizers_refused
 
 
 @dataclasses.dataclass(frozen=True)

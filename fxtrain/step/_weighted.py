@@ -11,10 +11,20 @@ from fxtrain.core import Tree
 
 
 class Weighted(NamedTuple):
-    """A loss with its weight. Made by ``weighted``."""
+    """A loss with its weight. Made by ``weighted``.
 
-    loss: Tree  # float [], or an output with a ``loss``
-    weight: Tensor | float  # []
+    Args:
+        loss: float [], or a model's output with such a ``loss``.
+        weight: The weight of the batch: [].
+
+    Example:
+        >>> import fxtrain as fx
+        >>> fx.weighted(0.5, weight=3)
+        Weighted(loss=0.5, weight=3)
+    """
+
+    loss: Tree
+    weight: Tensor | float
 
 
 def weighted(loss: Tree, weight: Tensor | float) -> Weighted:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
-from fxtrain.core import Batch, StepOutput, TrainState, describe
-from fxtrain.fold import Composed
+from fxtrain.core import Batch, Callback, StepOutput, TrainState, describe
 from fxtrain.step._callbacks import shared
 
 R = TypeVar("R")
 
 
-class Wrapped(Generic[R]):
-    """A step whose calls run inside a context. Made by ``wrap_step``. All other attributes are those of the step."""
+class WrappedStep(Generic[R]):
+    """A step whose calls run inside a context. Made by ``wrap_step``. All other attributes are those of the step.
+
+    Args:
+        step: A training or evaluation step, compiled or not.
+        context: Makes a context for each call.
+
+    Example:
+        >>> import contextlib, fxtrain as fx
+        >>> step = fx.train_step(lambda model, batch: model(batch).sum(), fx.optim.sgd(0.1))
+        >>> WrappedStep(step, contextlib.nullcontext).settings == step.settings
+        True
+    """
 
     def __init__(
         self, step: Callable[[TrainState, Batch], R], context: Callable[[], AbstractContextManager[object]]
@@ -26,15 +36,23 @@ class Wrapped(Generic[R]):
             return self._step(state, batch)
 
     def many(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, Sequence[StepOutput]]:
+        """Takes several steps in one call of the wrapped step, inside one context.
+
+        Args:
+            state: The state before the first step.
+            batches: One batch for each step.
+        """
         with self._context():
             return self.__getattr__("many")(state, batches)
 
-    def donating(self) -> Wrapped[R]:
-        return Wrapped(self.__getattr__("donating")(), self._context) if hasattr(self._step, "donating") else self
+    def donating(self) -> WrappedStep[R]:
+        """Returns the same step for a caller that owns its state, such as ``fit``."""
+        return WrappedStep(self.__getattr__("donating")(), self._context) if hasattr(self._step, "donating") else self
 
-    def with_callbacks(self, callbacks: Composed) -> Wrapped[R]:
+    def with_callbacks(self, callbacks: Callback | Iterable[Callback]) -> WrappedStep[R]:
+        """Returns the step that also folds the traced callbacks among ``callbacks``, as ``Step.with_callbacks``."""
         step, _ = shared(self._step, callbacks)
-        return self if step is self._step else Wrapped(step, self._context)
+        return self if step is self._step else WrappedStep(step, self._context)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)
@@ -45,7 +63,7 @@ class Wrapped(Generic[R]):
 
 def wrap_step(
     step: Callable[[TrainState, Batch], R], context: Callable[[], AbstractContextManager[object]]
-) -> Wrapped[R]:
+) -> WrappedStep[R]:
     """Returns a step that runs each call inside a context, such as a profiler region, a stream or a lock.
 
     The context is outside the compiled graph, and cannot change what the step computes.
@@ -75,4 +93,4 @@ def wrap_step(
             f"expected context to be a function that makes a context, got {describe(context)}. Give "
             "lambda: context(...)."
         )
-    return Wrapped(step, context)
+    return WrappedStep(step, context)
