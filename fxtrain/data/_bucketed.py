@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fxtrain.core import check_choice, check_positive_int
+from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
-from fxtrain.data._pad import Layout, Side
-from fxtrain.data._padded import Choice, Ragged
+from fxtrain.data._pad import Layout, Side, pad
+from fxtrain.data._padded import Choice, Ragged, padded
 from fxtrain.data._types import Examples
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.
 _MAX_CANDIDATES = 512
 
 
+@args_from(padded, pad)
 def bucketed(
     source: Examples,
     batch_size: int | None = None,
@@ -47,9 +48,6 @@ def bucketed(
     epoch groups examples differently, and mixes batches of all lengths.
 
     Args:
-        source: A list of arrays or lists [length, ...] (the column ``"x"``), of dicts or of tuples of these; a dict of
-            columns, each a list of arrays, or one array with a row per example; or a map-style dataset, such as a
-            ``datasets.Dataset`` with list columns.
         batch_size: Examples per batch, for all lengths. Give either this or ``tokens``.
         tokens: Positions per batch, including padding, so that batches of shorter examples have more rows.
         sizes: The lengths that batches may have, ascending; or their maximum number, in which case the lengths with the
@@ -58,19 +56,10 @@ def bucketed(
         batch_multiple: With ``tokens``, the number of rows is a multiple of this, as ``accumulate`` of ``train_step``
             requires.
         truncate: The side on which examples longer than the last of ``sizes`` are cut. By default they raise an error.
-        seed: Any int. Each epoch has a different order.
         shuffle: Whether to shuffle. Otherwise batches are ordered by length.
-        drop_last: How to handle the partial batch. True drops it, False yields it with fewer rows, and ``"pad"`` adds
-            rows of padding, where the mask is False.
-        side: The side on which padding is added.
-        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
         mask: Name of the mask, or names by column. Columns whose lengths differ within an example need separate masks.
             The longest column selects the bucket, and each other column is padded to the smallest length that fits its
             examples there.
-        columns: The columns to use, or names for the parts of tuples.
-        variable: The columns to pad. By default those whose length differs between examples.
-        lengths: The length of each example, int [n], or the name of a column that contains it. If omitted, a dataset
-            other than a ``datasets.Dataset`` is read through once to measure its examples.
 
     Returns:
         Batches with the columns, [rows, length, ...], and the mask, bool [rows, length]. ``sizes`` lists the rows and

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive_int
+from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._bin_packing import Bins
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
-from fxtrain.data._pad import Layout, refuse_unless_alike
-from fxtrain.data._padded import Padding
+from fxtrain.data._pad import Layout, pad, refuse_unless_alike
+from fxtrain.data._padded import Padding, padded
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._types import Examples
@@ -24,6 +24,7 @@ from fxtrain.data._types import Examples
 Truncate = Literal["right", "left", "split"]
 
 
+@args_from(padded, pad)
 def packed(
     source: Examples,
     length: int,
@@ -59,13 +60,9 @@ def packed(
         shuffle: Whether to shuffle. Otherwise the fullest rows come first.
         drop_last: How to handle the rows left over at the end of an epoch. True drops them, False makes a shorter
             batch, and ``"pad"`` adds rows of padding to it.
-        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
         mask: Name of the mask.
-        columns: The columns to use, or names for the parts of tuples.
         variable: The columns to pack. They must be all of ``columns``, because a row cannot contain a value per
             document.
-        lengths: The length of each document, int [n], or the name of a column that contains it. If omitted, a dataset
-            other than a ``datasets.Dataset`` is read through once to measure its documents.
 
     Returns:
         Batches with the columns, [batch_size, length, ...]; ``"segments"``, int64 [batch_size, length], which numbers

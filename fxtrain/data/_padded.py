@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fxtrain.core import check_choice, check_positive_int
+from fxtrain.core import args_from, check_choice, check_positive_int
 from fxtrain.data._arrays import DropLast
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._epoch_order import Order
 from fxtrain.data._examples import Lengths, MeasuredExamples
-from fxtrain.data._pad import Layout, Side
+from fxtrain.data._pad import Layout, Side, pad
 from fxtrain.data._seeding import seeded
 from fxtrain.data._source import Source
 from fxtrain.data._types import Examples
@@ -155,6 +155,7 @@ class PaddedBatches(Ragged):
         return Choice(items, len(items) if self.drop_last is False else self.batch_size, sizes)
 
 
+@args_from(pad)
 def padded(
     source: Examples,
     batch_size: int,
@@ -185,16 +186,11 @@ def padded(
         multiple: Batch lengths are rounded up to a multiple of this. A larger multiple gives fewer shapes, each of
             which compiles one graph. Up to 16 shapes are declared to ``fit``, which then compiles them without a
             warning.
-        max_length: Maximum length of an example.
-        truncate: The side on which longer examples are cut. By default they raise an error.
         seed: Any int. Each epoch has a different order.
         shuffle: Whether the order is random.
         drop_last: How to handle the examples left over at the end of an epoch. True drops them, False makes a shorter
             batch, and ``"pad"`` adds rows of padding to it, where the mask is False.
-        side: The side on which padding is added.
-        value: The padding value, or values by column. By default -100 in the column ``"labels"``, and 0 in others.
         mask: Name of the mask, or names by column.
-        columns: The columns to use, or names for the parts of tuples.
         variable: The columns to pad. By default those whose length differs between examples.
         lengths: The length of each example, int [n], or the name of a column that contains it. If omitted, a dataset
             other than a ``datasets.Dataset`` is read through once to measure its examples.

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fxtrain.core import TrainState
+from fxtrain.core import TrainState, args_from
 from fxtrain.interop import _adapters as adapters
 from fxtrain.interop import _pretrained as pretrained
 from fxtrain.interop._read import listed_entries, read_weights
@@ -17,6 +18,7 @@ from fxtrain.model import load_state_dict, model_of
 from fxtrain.model._loading import LoadReport
 from fxtrain.model._named_tensors import NamedTensors
 from fxtrain.model._renaming import Rename
+from fxtrain.model._state_dict import LoadOptions
 
 
 @overload
@@ -25,13 +27,8 @@ def load_weights(
     path: str | os.PathLike[str],
     *,
     entry: str | None = None,
-    part: str = "",
-    strict: bool = True,
-    where: str | Sequence[str] | None = None,
-    rename: Rename = None,
-    ignore_mismatched_sizes: bool = False,
-    cast: bool = False,
     report: Literal[False] = False,
+    **options: Unpack[LoadOptions],
 ) -> TrainState: ...
 
 
@@ -41,16 +38,12 @@ def load_weights(
     path: str | os.PathLike[str],
     *,
     entry: str | None = None,
-    part: str = "",
-    strict: bool = True,
-    where: str | Sequence[str] | None = None,
-    rename: Rename = None,
-    ignore_mismatched_sizes: bool = False,
-    cast: bool = False,
     report: Literal[True],
+    **options: Unpack[LoadOptions],
 ) -> LoadReport: ...
 
 
+@args_from(load_state_dict)
 def load_weights(
     state: TrainState,
     path: str | os.PathLike[str],
@@ -70,18 +63,10 @@ def load_weights(
     and diffusers converts layouts and names, and a peft adapter is loaded into the module's active adapter only.
 
     Args:
-        state: From ``init``. It is not modified.
         path: A ``.safetensors`` file, a ``torch.save`` file, or a folder with weights, as written by
             ``save_pretrained`` and ``save_weights``.
         entry: The entry of a ``torch.save`` file that contains the state dict, such as ``"state_dict"`` in checkpoints
             of Lightning and timm.
-        part: Path of the submodule to load into, such as ``"encoder"``. Names in the files are relative to it.
-        strict: Whether names in the files and in the model must be the same.
-        where: Shell patterns of model names. Only these are loaded and compared.
-        rename: From prefixes of names in the files to those in the model, or a function of the name.
-        ignore_mismatched_sizes: Whether to skip tensors of a different shape.
-        cast: Whether to cast tensors to the dtypes of the state.
-        report: Whether to return a ``LoadReport``, which lists what was loaded, instead of warning about skipped names.
 
     Returns:
         The state, or a ``LoadReport`` with the state and the lists of names if ``report=True``.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, TypedDict, overload
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fxtrain import tree
 from fxtrain.core import TrainState, Tree
@@ -45,18 +46,24 @@ def state_dict(state: TrainState) -> Tree:
     return model_of(state).call(state.params, state.buffers, read, train=False)[0]
 
 
+class LoadOptions(TypedDict, total=False):
+    """The options of ``load_state_dict``, which documents them."""
+
+    part: str
+    strict: bool
+    where: str | Sequence[str] | None
+    rename: Rename
+    ignore_mismatched_sizes: bool
+    cast: bool
+
+
 @overload
 def load_state_dict(
     state: TrainState,
     state_dict: StateDict,
     *,
-    part: str = "",
-    strict: bool = True,
-    where: str | Sequence[str] | None = None,
-    rename: Rename = None,
-    ignore_mismatched_sizes: bool = False,
-    cast: bool = False,
     report: Literal[False] = False,
+    **options: Unpack[LoadOptions],
 ) -> TrainState: ...
 
 
@@ -65,13 +72,8 @@ def load_state_dict(
     state: TrainState,
     state_dict: StateDict,
     *,
-    part: str = "",
-    strict: bool = True,
-    where: str | Sequence[str] | None = None,
-    rename: Rename = None,
-    ignore_mismatched_sizes: bool = False,
-    cast: bool = False,
     report: Literal[True],
+    **options: Unpack[LoadOptions],
 ) -> LoadReport: ...
 
 
