@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxtrain as fx
-from fxtrain.checkpoint import _contents as contents
+from fxtrain.checkpoint import _host_copy as host_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a finalizer
 
@@ -56,13 +56,13 @@ def at(step):
 @pytest.fixture(autouse=True)
 def slow_writes(monkeypatch):
     """Delays writes so that they overlap the next call, and disables fsync."""
-    whole = contents.Snapshot.parts
+    whole = host_copy.HostCopy.parts
 
     def parts(self):
         time.sleep(0.002)
         yield from whole(self)
 
-    monkeypatch.setattr(contents.Snapshot, "parts", parts)
+    monkeypatch.setattr(host_copy.HostCopy, "parts", parts)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
@@ -131,9 +131,9 @@ def session(folder, *lines, slow=0.0):
     """Runs lines in a subprocess whose writes take ``slow`` seconds. Returns the result and its duration."""
     code = [
         "import os, signal, sys, time, torch, fxtrain as fx",
-        "from fxtrain.checkpoint import _contents as contents",
-        "whole = contents.Snapshot.parts",
-        f"contents.Snapshot.parts = lambda self: time.sleep({slow}) or whole(self)",
+        "from fxtrain.checkpoint import _host_copy as host_copy",
+        "whole = host_copy.HostCopy.parts",
+        f"host_copy.HostCopy.parts = lambda self: time.sleep({slow}) or whole(self)",
         "state, checkpoints = fx.init(torch.nn.Linear(1, 1)), fx.checkpointer(sys.argv[1])",
         *lines,
     ]
@@ -155,9 +155,9 @@ class TestExit:
         script = tmp_path / "script.py"
         script.write_text(
             "import multiprocessing, sys, time, torch, fxtrain as fx\n"
-            "from fxtrain.checkpoint import _contents as contents\n"
-            "whole = contents.Snapshot.parts\n"
-            "contents.Snapshot.parts = lambda self: time.sleep(0.3) or whole(self)\n"
+            "from fxtrain.checkpoint import _host_copy as host_copy\n"
+            "whole = host_copy.HostCopy.parts\n"
+            "host_copy.HostCopy.parts = lambda self: time.sleep(0.3) or whole(self)\n"
             "def child(folder):\n"
             "    checkpoints = fx.checkpointer(folder)\n"
             "    checkpoints.save(fx.init(torch.nn.Linear(1, 1)))\n"
@@ -172,7 +172,7 @@ class TestExit:
         done, seconds = session(
             tmp_path,
             "checkpoints.save(state), checkpoints.wait()",
-            "contents.Snapshot.parts = lambda self: time.sleep(60) or whole(self)",
+            "host_copy.HostCopy.parts = lambda self: time.sleep(60) or whole(self)",
             "checkpoints.save(state.replace(step=torch.tensor(1)))",
             "os.kill(os.getpid(), signal.SIGINT)",
             "time.sleep(60)",

@@ -13,7 +13,7 @@ import torch
 from fxtrain import EvalEnd, FitBegin, FitEnd, Interrupted, Rewound, Saved, StepEnd, cli, observers, writers
 from fxtrain.core import Control
 from fxtrain.report import RunFolderError, page, read_run
-from fxtrain.report._kept import Items, Kept, Points, evenly, thinned
+from fxtrain.report._downsampling import BoundedSeries, Items, Points, evenly, thinned
 from fxtrain.report._panels import heat
 from fxtrain.report._run import Heights, Sampled
 from fxtrain.values import Audio, ConfusionMatrix, Figure, Histogram, HParams, Image, Table, Text, Video
@@ -405,7 +405,7 @@ def test_figure_is_embedded_as_an_image(tmp_path):
 
 
 def test_long_curve_keeps_its_extremes():
-    kept = Kept(Points, budget=10_000, names=9)
+    kept = BoundedSeries(Points, budget=10_000, names=9)
     for step in range(100_000):
         kept.put("loss", step, 1e6 if step == 31_234 else -1e6 if step == 77_777 else 1.0)
     points = kept.series["loss"]
@@ -417,7 +417,7 @@ def test_long_curve_keeps_its_extremes():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 99, 100, 101, 1000, 12_345])
 def test_texts_of_a_long_run_are_thinned_evenly_and_keep_the_last(count):
-    kept = Kept(Items, budget=100, names=9)
+    kept = BoundedSeries(Items, budget=100, names=9)
     for step in range(count):
         kept.put("said", step, str(step), 1)
     series = kept.series["said"]
@@ -432,7 +432,7 @@ def test_texts_of_a_long_run_are_thinned_evenly_and_keep_the_last(count):
 
 def test_repeated_step_replaces_its_value_and_an_earlier_one_raises():
     for make in (Points, Items):
-        kept = Kept(make, budget=100, names=1)
+        kept = BoundedSeries(make, budget=100, names=1)
         kept.put("a", 5, 1.0)
         kept.put("a", 5, 2.0)
         with pytest.raises(ValueError, match="expected a step after 5, got 4"):
@@ -444,7 +444,7 @@ def test_repeated_step_replaces_its_value_and_an_earlier_one_raises():
 
 
 def test_values_over_the_memory_budget_are_left_out():
-    kept = Kept(Items, budget=100, names=9)
+    kept = BoundedSeries(Items, budget=100, names=9)
     kept.put("a", 1, "a", 60)
     with pytest.raises(ValueError, match="expected values within the memory budget"):
         kept.put("b", 1, "b", 60)

@@ -12,8 +12,9 @@ from fxtrain.checkpoint._checkpointer import Committed as Committed
 from fxtrain.checkpoint._checkpointer import Save as Save
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._orbax import from_orbax, to_orbax
+from fxtrain.checkpoint._restore import Restoration, restore
 from fxtrain.checkpoint._retention import Role
-from fxtrain.checkpoint._single import Restoration, restore, save
+from fxtrain.checkpoint._save import save
 
 __all__ = [
     "CheckpointError",

@@ -14,15 +14,15 @@ import torch
 from fxtrain.checkpoint import _folder as folders
 from fxtrain.checkpoint import _ownership as ownership
 from fxtrain.checkpoint import _retention as retention
-from fxtrain.checkpoint._contents import Direct, Snapshot
 from fxtrain.checkpoint._deletion import Deletion
 from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._host_copy import Direct, HostCopy
+from fxtrain.checkpoint._job_thread import JobThread
 from fxtrain.checkpoint._lock import FolderLock
 from fxtrain.checkpoint._ownership import Ownership
 from fxtrain.checkpoint._reader import Reader
-from fxtrain.checkpoint._retention import Entry, Policy, Role
-from fxtrain.checkpoint._single import device_of, facts
-from fxtrain.checkpoint._writer import Writer
+from fxtrain.checkpoint._retention import Entry, RetentionPolicy, Role
+from fxtrain.checkpoint._save import device_of, facts
 from fxtrain.core import TrainState, check_choice, check_positive_int, describe, did_you_mean
 
 
@@ -60,16 +60,16 @@ class Checkpointer(Reader):
     """
 
     def __init__(
-        self, folder: pathlib.Path, policy: Policy, *, background: bool, on_error: str, overwrite: bool
+        self, folder: pathlib.Path, policy: RetentionPolicy, *, background: bool, on_error: str, overwrite: bool
     ) -> None:
         super().__init__(folder, policy)
         self._background, self._on_error, self._overwrite = background, on_error, overwrite
         self._lock = FolderLock(folder)
         self._ownership = Ownership(folder, overwrite=overwrite)
         self._run: str | None = None  # set while this object may write: the folder is locked and belongs to this run
-        self._snapshot = Snapshot()
+        self._snapshot = HostCopy()
         self._in_snapshot: Save | None = None  # the save whose copy the snapshot holds
-        self._writer = Writer()
+        self._thread = JobThread()
         # The writer thread appends to these. The methods of a deque are atomic.
         self._committed: collections.deque[Committed] = collections.deque()
         self._errors: collections.deque[BaseException] = collections.deque()
@@ -201,7 +201,7 @@ class Checkpointer(Reader):
         Raises:
             CheckpointError: If a save failed. With ``on_error="warn"`` a failure is a warning.
         """
-        self._writer.wait()
+        self._thread.wait()
         self._report()
 
     def _report(self) -> None:
@@ -219,7 +219,7 @@ class Checkpointer(Reader):
         Raises:
             CheckpointError: As ``wait``.
         """
-        if not self._writer.busy:
+        if not self._thread.busy:
             self.wait()
         return [self._committed.popleft() for _ in range(len(self._committed))]
 
@@ -231,7 +231,7 @@ class Checkpointer(Reader):
     @property
     def saving(self) -> bool:
         """Whether a save is unfinished or its outcome has not been reported."""
-        return self._writer.busy or bool(self._committed or self._errors or self._warnings)
+        return self._thread.busy or bool(self._committed or self._errors or self._warnings)
 
     def close(self) -> None:
         """Waits for unfinished saves, frees the memory and unlocks the folder. A later ``save`` locks it again.
@@ -242,7 +242,7 @@ class Checkpointer(Reader):
         try:
             self.wait()
         finally:
-            self._snapshot = Snapshot()
+            self._snapshot = HostCopy()
             self._release()
 
     def __enter__(self) -> Checkpointer:
@@ -262,7 +262,7 @@ class Checkpointer(Reader):
 
     # Helpers
 
-    def _content(self, state: TrainState, save: Save) -> Direct | Snapshot:
+    def _content(self, state: TrainState, save: Save) -> Direct | HostCopy:
         if save.role == "snapshot":
             return Direct(state)
         self._in_snapshot = save
@@ -272,7 +272,7 @@ class Checkpointer(Reader):
     def _release(self) -> None:
         """Unlocks the folder, after any writes that are still pending because a wait was interrupted."""
         self._run = None
-        if self._writer.busy:
+        if self._thread.busy:
             self._submit(self._lock.release)
         else:
             self._lock.release()
@@ -289,7 +289,7 @@ class Checkpointer(Reader):
             except BaseException as error:
                 self._errors.append(error)
 
-        self._writer.submit(guarded)
+        self._thread.submit(guarded)
 
     # In the writer thread
 
@@ -297,7 +297,7 @@ class Checkpointer(Reader):
         self,
         save: Save,
         run: str,
-        content: Direct | Snapshot,
+        content: Direct | HostCopy,
         metrics: dict[str, float],
         notes: dict[str, Any],
         device: torch.device,
@@ -389,5 +389,9 @@ def checkpointer(
     if path.exists() and not path.is_dir():
         raise ValueError(f"expected folder to be a directory, got the file {path}. Choose another path.")
     return Checkpointer(
-        path, Policy(keep, keep_every, best, mode), background=background, on_error=on_error, overwrite=overwrite
+        path,
+        RetentionPolicy(keep, keep_every, best, mode),
+        background=background,
+        on_error=on_error,
+        overwrite=overwrite,
     )

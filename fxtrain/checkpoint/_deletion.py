@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 
 from fxtrain.checkpoint._retention import Entry
-from fxtrain.checkpoint._unfinished import UNFINISHED
+from fxtrain.checkpoint._temporary_folder import UNFINISHED
 from fxtrain.disk import sync_folder
 
 _DELETED = ".deleted-"

@@ -14,12 +14,12 @@ from typing import IO, Any
 
 import xxhash
 
-from fxtrain.checkpoint._contents import Direct, Snapshot
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._files import open_regular, unreadable
+from fxtrain.checkpoint._host_copy import Direct, HostCopy
+from fxtrain.checkpoint._leaf_table import Leaf, rows
 from fxtrain.checkpoint._manifest import FORMAT, MANIFEST, write_manifest
-from fxtrain.checkpoint._table import Leaf, rows
-from fxtrain.checkpoint._unfinished import unfinished_folder
+from fxtrain.checkpoint._temporary_folder import unfinished_folder
 from fxtrain.disk import sync_folder
 
 LEAVES = "leaves.bin"
@@ -27,7 +27,7 @@ FILES = (LEAVES, MANIFEST)
 _PIECE = 2**22  # bytes; small enough that a piece is still in the CPU cache when it is written after hashing
 
 
-def write(path: pathlib.Path, contents: Direct | Snapshot, facts: Mapping[str, Any]) -> None:
+def write(path: pathlib.Path, contents: Direct | HostCopy, facts: Mapping[str, Any]) -> None:
     """Commits ``contents`` as the folder ``path``.
 
     Args:
@@ -120,7 +120,7 @@ def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def _write_leaves(file: IO[bytes], contents: Direct | Snapshot) -> list[str]:
+def _write_leaves(file: IO[bytes], contents: Direct | HostCopy) -> list[str]:
     checksums = [""] * len(contents.places)
     for index, content in contents.parts():
         checksum = xxhash.xxh3_64()

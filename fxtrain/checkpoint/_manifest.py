@@ -21,8 +21,8 @@ import xxhash
 
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._files import read_at_most
+from fxtrain.checkpoint._leaf_table import Leaf, code_of, offsets
 from fxtrain.checkpoint._retention import ROLES, Entry
-from fxtrain.checkpoint._table import Leaf, code_of, offsets
 from fxtrain.core import dtype_name
 
 MANIFEST = "manifest.jsonl"

@@ -17,10 +17,11 @@ import torch
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._leaf_table import entry_of, keys_of, root_of
 from fxtrain.checkpoint._manifest import read_manifest
-from fxtrain.checkpoint._selection import Where
-from fxtrain.checkpoint._single import read, save
-from fxtrain.checkpoint._table import entry_of, keys_of, root_of
+from fxtrain.checkpoint._match import Where
+from fxtrain.checkpoint._restore import read
+from fxtrain.checkpoint._save import save
 
 Tree = TypeVar("Tree")
 

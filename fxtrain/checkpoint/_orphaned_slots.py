@@ -8,7 +8,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from fxtrain.checkpoint._table import code_of
+from fxtrain.checkpoint._leaf_table import code_of
 from fxtrain.core import NAMESPACE, ops
 
 

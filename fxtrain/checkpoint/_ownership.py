@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint import _retention as retention
-from fxtrain.checkpoint._contents import host_bytes
 from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._host_copy import host_bytes
 from fxtrain.checkpoint._manifest import read_entry
 from fxtrain.checkpoint._retention import Entry
 from fxtrain.core import TrainState

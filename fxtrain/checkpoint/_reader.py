@@ -14,9 +14,9 @@ from fxtrain.checkpoint import _ownership as ownership
 from fxtrain.checkpoint import _retention as retention
 from fxtrain.checkpoint._errors import CheckpointError, DamagedError
 from fxtrain.checkpoint._manifest import read_entry
-from fxtrain.checkpoint._retention import Entry, Policy
-from fxtrain.checkpoint._selection import Fresh, Where
-from fxtrain.checkpoint._single import Extra, Restoration, read
+from fxtrain.checkpoint._match import Fresh, Where
+from fxtrain.checkpoint._restore import Extra, Restoration, read
+from fxtrain.checkpoint._retention import Entry, RetentionPolicy
 from fxtrain.disk import sync_folder
 
 Tree = TypeVar("Tree")
@@ -30,7 +30,7 @@ class Reader:
         policy: The retention policy, which defines the best checkpoint.
     """
 
-    def __init__(self, folder: pathlib.Path, policy: Policy) -> None:
+    def __init__(self, folder: pathlib.Path, policy: RetentionPolicy) -> None:
         self.folder = folder
         self._policy = policy
         self._metrics: dict[str, dict[str, float]] = {}  # by folder name, of checkpoints read or written so far
@@ -199,7 +199,7 @@ class Reader:
 
         Session checkpoints are excluded, because a run must not depend on where it was interrupted.
         """
-        led = retention.line(self._listed())
+        led = retention.timeline(self._listed())
         return [entry for entry in led if entry.step <= step and entry.role == "trajectory"]
 
     def _snapshots(self) -> list[Entry]:

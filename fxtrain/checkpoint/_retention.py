@@ -32,10 +32,10 @@ class Entry(NamedTuple):
     path: pathlib.Path
 
 
-class Policy(NamedTuple):
+class RetentionPolicy(NamedTuple):
     """The retention policy. See ``checkpointer`` for the fields."""
 
-    keep: int | None
+    keep_newest: int | None
     keep_every: int | None
     best: str | None
     mode: str
@@ -63,7 +63,7 @@ class Policy(NamedTuple):
             metrics: Returns the metrics of a checkpoint.
         """
         regular = [entry for entry in entries if entry.role == "trajectory"]
-        kept = {entry for counted in (regular, listed(entries)) for entry in counted[-(self.keep or 0) :]}
+        kept = {entry for counted in (regular, listed(entries)) for entry in counted[-(self.keep_newest or 0) :]}
         if self.keep_every is not None:
             kept |= {entry for entry in regular if entry.step % self.keep_every == 0}
         best = self.best_of(regular, metrics)
@@ -97,7 +97,7 @@ def listed(found: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in found if entry.role != "snapshot"]
 
 
-def line(found: Sequence[Entry]) -> list[Entry]:
+def timeline(found: Sequence[Entry]) -> list[Entry]:
     """Returns the entries on the timeline of the newest one, newest first, without those abandoned by a rewind.
 
     A run saves the state that it rewinds to, so an older entry with the same or a larger step was abandoned. An older
@@ -111,9 +111,9 @@ def line(found: Sequence[Entry]) -> list[Entry]:
 
 
 def _rewind_marks(kept: Iterable[Entry], found: Sequence[Entry]) -> set[Entry]:
-    """Returns the entries that must be kept so that ``line`` excludes all kept entries abandoned by a rewind."""
-    led, marks = line(found), set[Entry]()
-    while strays := [entry for entry in line(sorted({*kept, *marks})) if entry not in led]:
+    """Returns the entries that must be kept so that ``timeline`` excludes all kept entries abandoned by a rewind."""
+    led, marks = timeline(found), set[Entry]()
+    while strays := [entry for entry in timeline(sorted({*kept, *marks})) if entry not in led]:
         marks.add([entry for entry in led if entry.sequence > strays[0].sequence][-1])
     return marks
 

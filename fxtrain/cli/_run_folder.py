@@ -10,7 +10,7 @@ import typing
 from typing import Any, NamedTuple, TypeVar
 
 from fxtrain.disk import replace_file
-from fxtrain.report import _shapes as shapes
+from fxtrain.report import _validation as validation
 from fxtrain.report._folder import Folder, reason
 
 _CONFIG = "config.json"
@@ -95,9 +95,9 @@ def read_config(folder: pathlib.Path) -> Started:
     if content is None:
         raise FolderError(f"{expected}, which cannot be read: {'; '.join(run.problems.lines())}. {_REMEDY}")
     try:
-        found = shapes.mapping(shapes.parsed(content))
-        digest = shapes.mapping(found.get("corpus")).get("digest")
-        return Started(shapes.mapping(found.get("options")), shapes.text(digest))
+        found = validation.mapping(validation.parsed(content))
+        digest = validation.mapping(found.get("corpus")).get("digest")
+        return Started(validation.mapping(found.get("options")), validation.text(digest))
     except ValueError as error:
         raise FolderError(f"{expected}, whose {_CONFIG} is damaged: {error}. {_REMEDY}") from None
 
@@ -117,8 +117,8 @@ def saved_options(kind: type[Options], saved: dict[str, Any], **given: Any) -> O
     for name in sorted(saved.keys() ^ types.keys()):
         what = "an unknown option" if name in saved else "no option"
         raise FolderError(
-            f"expected the options of this version of fxtrain in {_CONFIG}, got {what} {shapes.named(name)}. Resume "
-            "with the version that started the run, or start a new run."
+            f"expected the options of this version of fxtrain in {_CONFIG}, got {what} {validation.named(name)}. "
+            "Resume with the version that started the run, or start a new run."
         )
     return kind(**{name: _as_type(name, value, types[name]) for name, value in saved.items()}, **given)
 
@@ -131,4 +131,4 @@ def _as_type(name: str, value: Any, kind: Any) -> Any:
             return float(value)
         if type(value) is each:
             return value
-    raise FolderError(f"expected a value of the option {name} in {_CONFIG}, got {shapes.named(value)}. {_REMEDY}")
+    raise FolderError(f"expected a value of the option {name} in {_CONFIG}, got {validation.named(value)}. {_REMEDY}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxtrain import tree
 from fxtrain._torch_internals import own_parameters
 from fxtrain.checkpoint import CheckpointError
-from fxtrain.checkpoint._unfinished import clear_abandoned, unfinished_folder
+from fxtrain.checkpoint._temporary_folder import clear_abandoned, unfinished_folder
 from fxtrain.core import TrainState, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
 from fxtrain.model import model_of, refuse_in_place_writes, versions

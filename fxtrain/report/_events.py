@@ -6,9 +6,9 @@ from array import array
 from typing import Any
 
 from fxtrain.core import truncate
-from fxtrain.report import _shapes as shapes
+from fxtrain.report import _validation as validation
+from fxtrain.report._downsampling import Items
 from fxtrain.report._folder import Folder
-from fxtrain.report._kept import Items
 from fxtrain.report._run import Mark
 
 _MAX_MARKS = 20_000  # per kind
@@ -32,7 +32,7 @@ class Events:
         """Reads events from the JSON Lines file ``path``."""
         for count, content in self._folder.lines(path):
             try:
-                self._add(shapes.mapping(shapes.parsed(content)))
+                self._add(validation.mapping(validation.parsed(content)))
             except ValueError as error:
                 self._folder.problems.add(path, f"line {count}: {error}")
 
@@ -47,23 +47,23 @@ class Events:
         return counts | ({"saved": len(self._saved)} if self._saved else {})
 
     def _add(self, line: dict[str, Any]) -> None:
-        step, kind = shapes.step(line.get("step")), line.get("event")
+        step, kind = validation.step(line.get("step")), line.get("event")
         if kind == "Saved":
             self._saved.append(step)
         elif kind == "Rewound":
-            first, to = shapes.step(line.get("from_step")), shapes.step(line.get("to_step"))
+            first, to = validation.step(line.get("from_step")), validation.step(line.get("to_step"))
             self._keep_saved(to)
             self._mark(first, "rewound", f"back to step {to}")
         elif kind == "Interrupted":
-            self._mark(step, "interrupted", f"interrupted by {shapes.words(line.get('cause'))}")
+            self._mark(step, "interrupted", f"interrupted by {validation.words(line.get('cause'))}")
         elif kind == "FitBegin" and line.get("resumed"):
             # The resumed session repeats the steps that a killed session took after its last checkpoint.
             self._keep_saved(step)
             self._mark(step, "resumed", "a session resumed here")
-        asked = shapes.mapping(line.get("asked", {}))
+        asked = validation.mapping(line.get("asked", {}))
         for request, mark in _REQUESTS:
             if request in asked:
-                reasons = [shapes.words(each) for each in shapes.listed(asked[request])[:_MAX_REASONS]]
+                reasons = [validation.words(each) for each in validation.listed(asked[request])[:_MAX_REASONS]]
                 self._mark(step, mark, "; ".join(reasons))
 
     def _keep_saved(self, last: int) -> None:
@@ -72,6 +72,6 @@ class Events:
     def _mark(self, step: int, kind: str, text: str) -> None:
         items = self._marks.setdefault(kind, Items())
         # Stored by index, because steps decrease after a rewind.
-        items.put(items.count, Mark(step, kind, truncate(text, shapes.MAX_WORDS)))
+        items.put(items.count, Mark(step, kind, truncate(text, validation.MAX_WORDS)))
         if items.cost > _MAX_MARKS:
             items.thin()

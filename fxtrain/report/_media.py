@@ -5,9 +5,9 @@ from __future__ import annotations
 import urllib.parse
 from pathlib import PurePosixPath
 
-from fxtrain.report import _shapes as shapes
+from fxtrain.report import _validation as validation
 from fxtrain.report._folder import Folder
-from fxtrain.report._metrics import Metrics
+from fxtrain.report._logged import Logged
 from fxtrain.writers._media import REWINDS, MediaFile, latest_files, media_file, rewinds_of
 from fxtrain.writers._rewinds import Rewinds
 
@@ -15,7 +15,7 @@ Files = dict[str, dict[int, list[PurePosixPath]]]
 """Files by name and step, ordered by step and number."""
 
 
-def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, Files]:
+def read_media(folder: Folder, path: str, metrics: Logged) -> tuple[Files, Files]:
     """Finds media and text files, and adds tables and confusion matrices to ``metrics``.
 
     Args:
@@ -33,7 +33,7 @@ def read_media(folder: Folder, path: str, metrics: Metrics) -> tuple[Files, File
             rewinds = rewinds_of(folder.read(f"{path}/{REWINDS}") or b"")
         elif (stated := media_file(file)) is not None:
             try:
-                shapes.step(stated.step)
+                validation.step(stated.step)
             except ValueError as error:
                 folder.problems.add(f"{parent}/{file}", str(error))
                 continue
@@ -61,7 +61,7 @@ def _name(parent: PurePosixPath, path: str) -> str:
     return urllib.parse.unquote(parent.relative_to(path).as_posix())
 
 
-def _take_tables(folder: Folder, tables: Files, metrics: Metrics) -> set[PurePosixPath]:
+def _take_tables(folder: Folder, tables: Files, metrics: Logged) -> set[PurePosixPath]:
     """Adds tables and confusion matrices to ``metrics`` and returns the images used in tables."""
     images: set[PurePosixPath] = set()
     for name, steps in tables.items():
@@ -70,11 +70,11 @@ def _take_tables(folder: Folder, tables: Files, metrics: Metrics) -> set[PurePos
             if content is None:
                 continue
             try:
-                found = shapes.mapping(shapes.parsed(content))
+                found = validation.mapping(validation.parsed(content))
                 if "columns" in found:
-                    images |= metrics.take_table(shapes.name(name), step, found, file.parent)
+                    images |= metrics.take_table(validation.name(name), step, found, file.parent)
                 else:
-                    metrics.take_confusion(shapes.name(name), step, found)
+                    metrics.take_confusion(validation.name(name), step, found)
             except ValueError as error:
                 folder.problems.add(str(file), str(error))
     return images

@@ -13,10 +13,10 @@ from importlib.resources import files
 from typing import Any
 
 from fxtrain.core import format_duration
-from fxtrain.report import _shapes as shapes
-from fxtrain.report._kept import evenly
+from fxtrain.report import _validation as validation
+from fxtrain.report._downsampling import evenly
+from fxtrain.report._html import card, grid, section, table
 from fxtrain.report._panels import heat, sections
-from fxtrain.report._parts import card, grid, section, table
 from fxtrain.report._run import Mark, Run
 from fxtrain.report._samples import Embedded, media, texts
 from fxtrain.report._tables import confusion, tables
@@ -126,8 +126,8 @@ def _best_metrics(run: Run) -> dict[str, float]:
 
 
 def _device(environment: Mapping[str, Any]) -> str:
-    device = shapes.words(environment.get("gpu")) or shapes.words(environment.get("device"))
-    threads = shapes.words(environment.get("threads"))
+    device = validation.words(environment.get("gpu")) or validation.words(environment.get("device"))
+    threads = validation.words(environment.get("threads"))
     return f"{device}, {threads} thread{'s' * (threads != '1')}" if device == "cpu" and threads else device
 
 
@@ -172,7 +172,7 @@ def _summary(run: Run) -> str:
 
 
 def _fact_table(values: Mapping[str, Any]) -> str:
-    rows = list(shapes.flattened(values))
+    rows = list(validation.flattened(values))
     beyond = f"<p>{len(rows) - _MAX_FACTS:,} more are in the run's folder.</p>" if len(rows) > _MAX_FACTS else ""
     return table((), rows[:_MAX_FACTS], "facts") + beyond
 

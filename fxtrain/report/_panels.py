@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxtrain.core import by_number
-from fxtrain.report._kept import evenly, thinned
+from fxtrain.report._downsampling import evenly, thinned
 from fxtrain.report._run import Heights, Run
 
 _MAX_CURVE_POINTS = 1000

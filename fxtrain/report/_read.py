@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
-from fxtrain.report import _shapes as shapes
+from fxtrain.report import _validation as validation
+from fxtrain.report._downsampling import evenly
 from fxtrain.report._events import Events
 from fxtrain.report._folder import LONGEST, Folder, reason
-from fxtrain.report._kept import evenly
+from fxtrain.report._logged import Logged, shortened_text
 from fxtrain.report._media import Files, read_media
-from fxtrain.report._metrics import Metrics, shortened_text
 from fxtrain.report._run import Run, RunFolderError, Sampled
 
 _SHOWN_TEXTS = 20  # per name, evenly spaced
@@ -53,7 +53,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         raise RunFolderError(
             f"expected a run folder, got {os.fspath(folder)!s} ({reason(error)}). Check the path."
         ) from None
-    metrics, events = Metrics(found), Events(found)
+    metrics, events = Logged(found), Events(found)
     if "metrics.jsonl" in found.names:
         metrics.read_lines("metrics.jsonl")
     if "metrics.csv" in found.names and not metrics.curves.series:
@@ -75,7 +75,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         tables=metrics.tables,
         confusion=metrics.confusion,
         media=media,
-        config=_field(found, facts, "config", shapes.mapping) or metrics.hparams,
+        config=_field(found, facts, "config", validation.mapping) or metrics.hparams,
         sessions=_sessions(found, facts),
         summary=(_read_text(found, "summary.txt", _MAX_SUMMARY) or "") if "summary.txt" in found.names else "",
         result=result,
@@ -105,7 +105,7 @@ def _counted(kind: str, series: Any) -> dict[str, int]:
     return {kind: count} if count else {}
 
 
-def _texts(folder: Folder, metrics: Metrics, files: Files) -> dict[str, Sampled[str]]:
+def _texts(folder: Folder, metrics: Logged, files: Files) -> dict[str, Sampled[str]]:
     """Returns the texts from metrics, and from text files for other steps. Only files that are shown are read."""
     found: dict[str, Sampled[str]] = {}
     for name in {**metrics.texts.series, **files}:
@@ -128,7 +128,7 @@ def _read_text(folder: Folder, path: str, limit: int) -> str | None:
     if content is None:
         return None
     try:
-        return shortened_text(shapes.decoded(content))
+        return shortened_text(validation.decoded(content))
     except ValueError as error:
         folder.problems.add(path, str(error))
         return None
@@ -139,21 +139,21 @@ def _object(folder: Folder, name: str) -> dict[str, Any]:
     if content is None:
         return {}
     try:
-        return shapes.mapping(shapes.parsed(content))
+        return validation.mapping(validation.parsed(content))
     except ValueError as error:
         folder.problems.add(name, str(error))
         return {}
 
 
 def _sessions(folder: Folder, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    sessions = _field(folder, facts, "sessions", shapes.listed) or []
+    sessions = _field(folder, facts, "sessions", validation.listed) or []
     found: list[dict[str, Any]] = []
     for session in sessions[-_MAX_SESSIONS:]:
-        known = _field(folder, {"a session": session}, "a session", shapes.mapping)
+        known = _field(folder, {"a session": session}, "a session", validation.mapping)
         if known is not None:
-            text = {name: shapes.words(known.get(name)) for name in _SESSION}
-            seconds = _field(folder, known, "seconds", shapes.seconds)
-            environment = _field(folder, known, "environment", shapes.mapping)
+            text = {name: validation.words(known.get(name)) for name in _SESSION}
+            seconds = _field(folder, known, "seconds", validation.seconds)
+            environment = _field(folder, known, "environment", validation.mapping)
             found.append(text | {"seconds": seconds or 0.0, "environment": environment or {}})
     return found
 

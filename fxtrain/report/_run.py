@@ -8,8 +8,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from fxtrain.report._downsampling import Curve
 from fxtrain.report._folder import Folder
-from fxtrain.report._kept import Curve
 
 Value = TypeVar("Value")
 

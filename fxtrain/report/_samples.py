@@ -6,10 +6,10 @@ import base64
 import html
 from pathlib import PurePosixPath
 
+from fxtrain.report._downsampling import evenly
 from fxtrain.report._folder import Folder
-from fxtrain.report._kept import evenly
+from fxtrain.report._html import card, grid, left_out, section, steps
 from fxtrain.report._markdown import as_html
-from fxtrain.report._parts import card, grid, left_out, section, steps
 from fxtrain.report._run import Run
 
 _MAX_STEPS = 8  # per name, evenly spaced

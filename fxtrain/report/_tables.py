@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fxtrain.report._parts import card, cell_text, grid, left_out, section, table, titled
+from fxtrain.report._html import card, cell_text, grid, left_out, section, table, titled
 from fxtrain.report._run import Confusion, Run
 from fxtrain.report._samples import Embedded
 from fxtrain.writers._encoding import png

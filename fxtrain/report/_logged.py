@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fxtrain.core import truncate
-from fxtrain.report import _shapes as shapes
+from fxtrain.report import _validation as validation
+from fxtrain.report._downsampling import BoundedSeries, Items, Points
 from fxtrain.report._folder import Folder, Problems
-from fxtrain.report._kept import Items, Kept, Points
 from fxtrain.report._run import Confusion, Heights, Mark, Table
 from fxtrain.writers._rewinds import REWOUND, Rewinds
 
@@ -30,7 +30,7 @@ _OVERHEAD = 100  # memory cost of a text in addition to its characters
 _NO_METRICS = ("epoch", "time")  # CSV columns that are not metrics
 
 
-class Metrics:
+class Logged:
     """Logged values by name, in bounded memory.
 
     Args:
@@ -39,10 +39,10 @@ class Metrics:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self.curves: Kept[Points] = Kept(Points, budget=_MAX_POINTS, names=_MAX_NAMES)
-        self.texts: Kept[Items[str]] = Kept(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
-        self.histograms: Kept[Items[Heights]] = Kept(Items, budget=_MAX_HEIGHTS, names=_MAX_NAMES)
-        self.improved: Kept[Items[Mark]] = Kept(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
+        self.curves: BoundedSeries[Points] = BoundedSeries(Points, budget=_MAX_POINTS, names=_MAX_NAMES)
+        self.texts: BoundedSeries[Items[str]] = BoundedSeries(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
+        self.histograms: BoundedSeries[Items[Heights]] = BoundedSeries(Items, budget=_MAX_HEIGHTS, names=_MAX_NAMES)
+        self.improved: BoundedSeries[Items[Mark]] = BoundedSeries(Items, budget=_MAX_CHARACTERS, names=_MAX_NAMES)
         self.tables: dict[str, Table] = {}
         self.confusion: dict[str, Confusion] = {}
         self.hparams: dict[str, Any] = {}
@@ -60,15 +60,15 @@ class Metrics:
         for count, content in self._folder.lines(path, quiet=True):
             if REWOUND.encode() in content:
                 with contextlib.suppress(ValueError):
-                    line = shapes.mapping(shapes.parsed(content))
+                    line = validation.mapping(validation.parsed(content))
                     if REWOUND in line:
-                        rewinds.add(count, shapes.step(line[REWOUND]))
+                        rewinds.add(count, validation.step(line[REWOUND]))
         for count, content in self._folder.lines(path):
             try:
-                line = shapes.mapping(shapes.parsed(content))
-                self.hparams |= shapes.mapping(line.get("hparams", {}))
-                kinds = {kind: shapes.mapping(line[kind]) for kind in self._kinds if kind in line}
-                step = shapes.step(line.get("step")) if kinds else shapes.step(line.get(REWOUND, 0))
+                line = validation.mapping(validation.parsed(content))
+                self.hparams |= validation.mapping(line.get("hparams", {}))
+                kinds = {kind: validation.mapping(line[kind]) for kind in self._kinds if kind in line}
+                step = validation.step(line.get("step")) if kinds else validation.step(line.get(REWOUND, 0))
             except ValueError as error:
                 self._folder.problems.add(path, f"line {count}: {error}")
                 continue
@@ -102,7 +102,7 @@ class Metrics:
                     header = self._header(row)
                     continue
                 cells = dict(zip(header, row, strict=True))
-                step = shapes.step(int(cells.pop("step")))
+                step = validation.step(int(cells.pop("step")))
             except (ValueError, csv.Error) as error:
                 problems.add(path, f"line {rows.line_num}: {error}")
                 if not header:
@@ -112,31 +112,31 @@ class Metrics:
 
     def _header(self, row: list[str]) -> list[str]:
         if "step" not in row:
-            raise ValueError(f"expected columns with one named step, got {shapes.named(shapes.words(row))}")
+            raise ValueError(f"expected columns with one named step, got {validation.named(validation.words(row))}")
         return row
 
     def _take(self, path: str, where: str, take: Callable[[str, int, Any], None], step: int, values: Any) -> None:
         for name, value in values.items():
             try:
-                take(shapes.name(name), step, value)
+                take(validation.name(name), step, value)
             except ValueError as error:  # the other values of the line are still read
-                self._folder.problems.add(path, f"{where} {shapes.named(name)}: {error}")
+                self._folder.problems.add(path, f"{where} {validation.named(name)}: {error}")
 
     def _take_number(self, name: str, step: int, value: Any) -> None:
-        found = shapes.number(value)
+        found = validation.number(value)
         self.curves.put(name, step, found)
         if name.endswith("/improved_by"):
             what = f"{name.removesuffix('/improved_by')} improved by {found:.4g}"
             self.improved.put(name, step, Mark(step, "improved", what), _OVERHEAD + len(what))
 
     def _take_text(self, name: str, step: int, value: Any) -> None:
-        found = shortened_text(shapes.text(value))
+        found = shortened_text(validation.text(value))
         self.texts.put(name, step, found, _OVERHEAD + len(found))
 
     def _take_histogram(self, name: str, step: int, value: Any) -> None:
-        found = shapes.mapping(value)
-        counts = shapes.counts(found.get("counts"))
-        edges = shapes.edges(found.get("edges"), len(counts))
+        found = validation.mapping(value)
+        counts = validation.counts(found.get("counts"))
+        edges = validation.edges(found.get("edges"), len(counts))
         self.histograms.put(name, step, Heights(counts, edges), len(counts) + len(edges))
 
     def _take_table(self, name: str, step: int, value: Any) -> None:
@@ -157,14 +157,14 @@ class Metrics:
         Raises:
             ValueError: If ``value`` is not a valid table.
         """
-        columns = {each: shapes.listed(cells) for each, cells in shapes.mapping(value["columns"]).items()}
+        columns = {each: validation.listed(cells) for each, cells in validation.mapping(value["columns"]).items()}
         if not columns or len({len(cells) for cells in columns.values()}) > 1:
             raise ValueError(f"expected columns of equal length, got {sorted({len(c) for c in columns.values()})}")
         images = {
             beside / cell
             for cells in columns.values()
             for cell in cells
-            if beside is not None and shapes.is_image_of_table(cell)
+            if beside is not None and validation.is_image_of_table(cell)
         }
         if name not in self.tables and len(self.tables) >= _MAX_TABLES:
             raise ValueError(f"expected at most {_MAX_TABLES} tables, got more")
@@ -189,11 +189,11 @@ class Metrics:
         Raises:
             ValueError: If ``value`` is not a valid confusion matrix.
         """
-        found = shapes.mapping(value)
-        labels = [truncate(shapes.words(label), 100) for label in shapes.listed(found.get("labels"))]
+        found = validation.mapping(value)
+        labels = [truncate(validation.words(label), 100) for label in validation.listed(found.get("labels"))]
         if not 1 <= len(labels) <= _MAX_CLASSES:
             raise ValueError(f"expected from 1 to {_MAX_CLASSES:,} labels, got {len(labels):,}")
-        counts = shapes.square(found.get("counts"), len(labels))
+        counts = validation.square(found.get("counts"), len(labels))
         if name not in self.confusion and len(self.confusion) >= _MAX_MATRICES:
             raise ValueError(f"expected at most {_MAX_MATRICES} confusion matrices, got more")
         if name not in self.confusion or step >= self.confusion[name].step:
@@ -206,6 +206,6 @@ def shortened_text(text: str) -> str:
 
 
 def _cell(value: Any, beside: PurePosixPath | None) -> Any:
-    if beside is not None and shapes.is_image_of_table(value):
+    if beside is not None and validation.is_image_of_table(value):
         return beside / value
-    return value if isinstance(value, float) else truncate(shapes.words(value), _MAX_CELL)
+    return value if isinstance(value, float) else truncate(validation.words(value), _MAX_CELL)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxtrain import tree
 from fxtrain._torch_internals import copy_all
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._table import Place, places, root_of
+from fxtrain.checkpoint._leaf_table import Place, places, root_of
 from fxtrain.core import describe
 
 
@@ -52,7 +52,7 @@ class Direct:
         return int(self.leaves[index])
 
 
-class Snapshot:
+class HostCopy:
     """A copy of the leaves in one host buffer, which the next snapshot reuses.
 
     The first use of new memory costs several times as much as the copy itself, so call ``reserve`` early.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fxtrain import tree
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._misfits import misfits
-from fxtrain.checkpoint._parts import Names, Part, parts_of, parts_stored, slots_of_one_side
-from fxtrain.checkpoint._table import Leaf, root_of
+from fxtrain.checkpoint._leaf_parts import Names, Part, parts_of, parts_stored, slots_of_one_side
+from fxtrain.checkpoint._leaf_table import Leaf, root_of
+from fxtrain.checkpoint._mismatch import mismatch_message
 from fxtrain.core import TrainState, describe, first_names
 
 Where = str | Iterable[str] | Mapping[str, str] | None
@@ -225,7 +225,7 @@ def _refuse_misfits(
 ) -> None:
     unlike = [pair for pair in found if pair[2] is None or pair[2].kind != pair[0].kind]
     if unlike or left_over:
-        raise CheckpointError(misfits(path, names, [part for part, _, _ in found], unlike, left_over))
+        raise CheckpointError(mismatch_message(path, names, [part for part, _, _ in found], unlike, left_over))
 
 
 def _refuse_unnamed_elements(

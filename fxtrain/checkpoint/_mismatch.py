@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from fxtrain.checkpoint._parts import Names, Part
+from fxtrain.checkpoint._leaf_parts import Names, Part
 from fxtrain.core import first_names
 
 _SHOWN_PATHS = 20
@@ -13,7 +13,7 @@ _SHOWN_NAMES = 6
 _LORA = "lora_"  # in the names of all parameters that peft adds
 
 
-def misfits(
+def mismatch_message(
     path: pathlib.Path,
     names: Names,
     selected: Iterable[Part],

@@ -36,7 +36,7 @@ class Series(Protocol):
 _Series = TypeVar("_Series", bound=Series)
 
 
-class Kept(Generic[_Series]):
+class BoundedSeries(Generic[_Series]):
     """Series by name within a shared budget. When the total cost exceeds the budget, all series are thinned.
 
     Args:

@@ -1,4 +1,4 @@
-"""Saves and restores one checkpoint."""
+"""Restores one checkpoint, with a report of differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -16,17 +15,16 @@ import torch
 from torch import Tensor
 
 from fxtrain import tree
-from fxtrain.checkpoint._contents import Direct, bytes_of
 from fxtrain.checkpoint._environment import differences, environment
 from fxtrain.checkpoint._errors import CheckpointError
-from fxtrain.checkpoint._folder import FILES, Leaves, write
+from fxtrain.checkpoint._folder import Leaves
+from fxtrain.checkpoint._host_copy import bytes_of
+from fxtrain.checkpoint._leaf_table import Leaf
 from fxtrain.checkpoint._manifest import dtype_of, read_manifest
+from fxtrain.checkpoint._match import Elements, Fresh, Match, Where, match
 from fxtrain.checkpoint._orphaned_slots import rebuild
-from fxtrain.checkpoint._selection import Elements, Fresh, Match, Where, match
-from fxtrain.checkpoint._table import Leaf, root_of
-from fxtrain.checkpoint._unfinished import clear_abandoned
+from fxtrain.checkpoint._save import device_of
 from fxtrain.core import CHANGED_AT_END, LOOP, check_choice
-from fxtrain.disk import make_folder
 from fxtrain.model._freezing import refuse_shared_counts
 
 _MIN_THREADED_BYTES = 2**20  # reading smaller leaves in a thread does not pay
@@ -83,45 +81,6 @@ class Restoration:
             warnings.warn(f"{self.path}: {'; '.join(lines)}.", UserWarning, stacklevel=stacklevel + 1)
 
 
-def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
-    """Writes ``state`` to the new folder ``path``.
-
-    The folder is created atomically, by a rename after all files are on disk. Contiguous CPU tensors are written
-    without a copy. Leftovers of killed saves in the parent folder are deleted.
-
-    Args:
-        path: The folder to create. Missing parent folders are created too.
-        state: A state, or any pytree of tensors.
-        metrics: Scalars to store with the checkpoint, by name.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: If the folder exists or cannot be written, or a leaf is not a dense tensor.
-
-    Example:
-        >>> import tempfile, torch, fxtrain as fx
-        >>> state = fx.init(torch.nn.Linear(2, 1), seed=3)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = fx.save(f"{folder}/first", state)
-        ...     restored = fx.restore(path, like=fx.init(torch.nn.Linear(2, 1)))
-        >>> int(restored.seed), bool((restored.params["weight"] == state.params["weight"]).all())
-        (3, True)
-    """
-    folder = pathlib.Path(path)
-    contents = Direct(state)
-    try:
-        make_folder(folder.parent)
-        clear_abandoned(folder.parent, FILES)
-    except OSError as error:
-        raise CheckpointError(
-            f"expected a writable folder for the checkpoint {folder}, got {error}. Use another folder."
-        ) from error
-    write(folder, contents, facts(contents, device_of(state), metrics))
-    return folder
-
-
 def restore(
     path: str | os.PathLike[str],
     like: Tree,
@@ -174,31 +133,6 @@ def restore(
     report = read(pathlib.Path(path), like, where=where, fresh=fresh, extra=extra, device=device)
     report.warn(stacklevel=2)
     return report.state
-
-
-def facts(contents: Any, device: torch.device, metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """Returns the head of a manifest for a checkpoint without a run.
-
-    Args:
-        contents: A ``Direct`` or ``Snapshot``.
-        device: The device of the state.
-        metrics: Scalars by name.
-
-    Raises:
-        CheckpointError: If the state's step is negative.
-    """
-    step = contents.scalar(0) if root_of(contents.structure) == "state" else None  # a state's first leaf
-    if step is not None and step < 0:
-        raise CheckpointError(f"expected a state of step 0 or more, got step {step}.")
-    return {
-        "run": None,
-        "role": None,
-        "sequence": None,
-        "step": step,
-        "time": time.time(),
-        "metrics": {name: float(value) for name, value in (metrics or {}).items()},
-        "environment": environment(device),
-    }
 
 
 def read(
@@ -262,11 +196,6 @@ def _refuse_shared_counts(state: Any, matched: Match, fresh: Fresh) -> None:
 
 def _callback_slots(slots: Iterable[str]) -> list[str]:
     return [name for name in slots if not name.startswith(LOOP)]
-
-
-def device_of(state: object) -> torch.device:
-    """Returns the device of the first leaf, or the CPU for a tree without leaves."""
-    return tree.device_of(state) or torch.device("cpu")
 
 
 def _read_leaves(

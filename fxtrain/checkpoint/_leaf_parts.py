@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fxtrain import tree
-from fxtrain.checkpoint._table import Leaf, element_paths, entry_of, root_of
+from fxtrain.checkpoint._leaf_table import Leaf, element_paths, entry_of, root_of
 from fxtrain.core import TrainState, dtype_name, matching
 from fxtrain.tree import as_code, as_name
 

@@ -19,7 +19,7 @@ from multiprocessing import util
 _RECHECK_SECONDS = 1.0  # a wait checks again, because another waiter may have consumed the notification
 
 
-class Writer:
+class JobThread:
     """Runs jobs in order of submission. A job must not raise."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Writer:
                 self._running.release()
 
 
-_LIVE: weakref.WeakSet[Writer] = weakref.WeakSet()
+_LIVE: weakref.WeakSet[JobThread] = weakref.WeakSet()
 _registered_in = 0  # the id of the process in which the finalizer is registered
 
 

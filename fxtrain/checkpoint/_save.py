@@ -1,0 +1,89 @@
+"""Saves one checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fxtrain import tree
+from fxtrain.checkpoint._environment import environment
+from fxtrain.checkpoint._errors import CheckpointError
+from fxtrain.checkpoint._folder import FILES, write
+from fxtrain.checkpoint._host_copy import Direct
+from fxtrain.checkpoint._leaf_table import root_of
+from fxtrain.checkpoint._temporary_folder import clear_abandoned
+from fxtrain.disk import make_folder
+
+
+def save(path: str | os.PathLike[str], state: Any, *, metrics: Mapping[str, float] | None = None) -> pathlib.Path:
+    """Writes ``state`` to the new folder ``path``.
+
+    The folder is created atomically, by a rename after all files are on disk. Contiguous CPU tensors are written
+    without a copy. Leftovers of killed saves in the parent folder are deleted.
+
+    Args:
+        path: The folder to create. Missing parent folders are created too.
+        state: A state, or any pytree of tensors.
+        metrics: Scalars to store with the checkpoint, by name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the folder exists or cannot be written, or a leaf is not a dense tensor.
+
+    Example:
+        >>> import tempfile, torch, fxtrain as fx
+        >>> state = fx.init(torch.nn.Linear(2, 1), seed=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = fx.save(f"{folder}/first", state)
+        ...     restored = fx.restore(path, like=fx.init(torch.nn.Linear(2, 1)))
+        >>> int(restored.seed), bool((restored.params["weight"] == state.params["weight"]).all())
+        (3, True)
+    """
+    folder = pathlib.Path(path)
+    contents = Direct(state)
+    try:
+        make_folder(folder.parent)
+        clear_abandoned(folder.parent, FILES)
+    except OSError as error:
+        raise CheckpointError(
+            f"expected a writable folder for the checkpoint {folder}, got {error}. Use another folder."
+        ) from error
+    write(folder, contents, facts(contents, device_of(state), metrics))
+    return folder
+
+
+def facts(contents: Any, device: torch.device, metrics: Mapping[str, float] | None) -> dict[str, Any]:
+    """Returns the head of a manifest for a checkpoint without a run.
+
+    Args:
+        contents: A ``Direct`` or ``HostCopy``.
+        device: The device of the state.
+        metrics: Scalars by name.
+
+    Raises:
+        CheckpointError: If the state's step is negative.
+    """
+    step = contents.scalar(0) if root_of(contents.structure) == "state" else None  # a state's first leaf
+    if step is not None and step < 0:
+        raise CheckpointError(f"expected a state of step 0 or more, got step {step}.")
+    return {
+        "run": None,
+        "role": None,
+        "sequence": None,
+        "step": step,
+        "time": time.time(),
+        "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+        "environment": environment(device),
+    }
+
+
+def device_of(state: object) -> torch.device:
+    """Returns the device of the first leaf, or the CPU for a tree without leaves."""
+    return tree.device_of(state) or torch.device("cpu")
