@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxtrain.core import Batch, describe
-from fxtrain.data._arrays import sequence
-from fxtrain.data._collate import as_torch, has_state
 from fxtrain.data._data_loaders import from_loader
 from fxtrain.data._graphs import is_graph
+from fxtrain.data._hugging_face import as_torch, has_state
+from fxtrain.data._iterables import from_iterable
+from fxtrain.data._sequence import sequence
 from fxtrain.data._source import Batches, Source, SourceLike
-from fxtrain.data._streams import from_iterable, from_stateful_loader
+from fxtrain.data._stateful_loaders import from_stateful_loader
 
 
 class Checked(Source):

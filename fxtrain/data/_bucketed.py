@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fxtrain.core import args_from, check_choice, check_positive_int
-from fxtrain.data._arrays import DropLast
 from fxtrain.data._epoch_order import Order, mix
 from fxtrain.data._examples import Lengths, MeasuredExamples
+from fxtrain.data._indexed import DropLast
 from fxtrain.data._pad import Layout, Side, pad
-from fxtrain.data._padded import Choice, Ragged, padded
+from fxtrain.data._padded import padded
+from fxtrain.data._ragged_batches import Choice, Ragged
 from fxtrain.data._types import Examples
 
 # The search for bounds compares all pairs of candidate lengths, for each bucket.

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fxtrain.core import Batch
 from fxtrain.data._batch_checks import ALL_DIMS
 from fxtrain.data._collate import samples
+from fxtrain.data._iterables import Streamed, dynamic_dimensions
 from fxtrain.data._seeding import borrowed, seeded, start_epoch
 from fxtrain.data._source import Source
-from fxtrain.data._streams import Streamed, dynamic_dimensions
 from fxtrain.data._workers import Seeds, end_persistent, ended, started
 
 

@@ -1,0 +1,86 @@
+"""Batches of indexed items, in the order of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxtrain import tree
+from fxtrain.core import Batch, Tree, check_choice, check_positive_int, describe
+from fxtrain.data._as_tensors import as_tensors
+from fxtrain.data._batch_checks import ALL_DIMS
+from fxtrain.data._epoch_order import Order
+from fxtrain.data._source import Source
+
+DropLast = bool | Literal["pad"]
+
+
+class Indexed(Source):
+    """Batches of indexed items. Use ``batches`` or ``windows``.
+
+    Args:
+        take: Maps items (int64 [n]) and a position to a batch.
+        size: Number of items per epoch.
+        what: Description of the data, for errors.
+    """
+
+    epoch_length: int
+
+    def __init__(
+        self,
+        take: Callable[[np.ndarray, int], Batch],
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: DropLast,
+        what: str,
+        dynamic: bool = False,
+    ) -> None:
+        super().__init__(dynamic_dims=ALL_DIMS if dynamic else 0)
+        check_positive_int("batch_size", batch_size)
+        check_choice("drop_last", drop_last, (True, False, "pad"))
+        if size == 0 or (drop_last is True and batch_size > size):
+            raise ValueError(
+                f"expected data for at least one batch of batch_size={batch_size}, got {what}. Lower batch_size, or "
+                'keep the short batch with drop_last=False or "pad".'
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.epoch_length = size // batch_size if drop_last is True else -(-size // batch_size)
+        self._take = take
+        self._order = Order(size, seed=seed, shuffle=shuffle)
+
+    def fetch(self, position: int) -> Batch:
+        epoch, index = divmod(position, self.epoch_length)
+        start = index * self.batch_size
+        stop = min(start + self.batch_size, self.size)
+        batch = self._take(self._order.items(epoch, start, stop), position)
+        return _padded(as_tensors(batch), stop - start, self.batch_size) if self.drop_last == "pad" else batch
+
+
+def _padded(batch: Batch, rows: int, batch_size: int) -> dict[str, Tree]:
+    if not isinstance(batch, dict) or "mask" in batch:
+        raise ValueError(
+            'expected each batch to be a dict without the key "mask", which drop_last="pad" adds, got '
+            f"{describe(batch)}."
+        )
+
+    def pad(path: str, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.ndim == 0 or len(leaf) != rows:
+            raise ValueError(
+                f'expected {path} to have {rows} rows, which drop_last="pad" can pad, got shape {list(leaf.shape)}.'
+            )
+        return torch.cat([leaf, leaf.new_zeros(batch_size - rows, *leaf.shape[1:])]) if rows < batch_size else leaf
+
+    full = tree.map_with_path(pad, batch, root="batch")
+    device = tree.device_of(batch)
+    return {**full, "mask": torch.arange(batch_size, device=device) < rows}
