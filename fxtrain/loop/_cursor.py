@@ -59,17 +59,19 @@ class Cursor:
 
     Args:
         state: The initial state.
-        late: Whether stop flags on the device are read one step late, which avoids host-device synchronization.
+        lag: After how many steps stop flags on the device are read, 0 or 1. By default 1 on an accelerator, where an
+            immediate read would synchronize with the device.
         why: Reasons of a stop that was pending when the state was saved.
     """
 
-    def __init__(self, state: TrainState, *, late: bool, why: tuple[str, ...] = ()) -> None:
-        self.late = late
+    def __init__(self, state: TrainState, *, lag: int | None, why: tuple[str, ...] = ()) -> None:
+        self._reads_late = bool(lag) if lag is not None else state.step.device.type != "cpu"
         # None of these is mutated in place, because a mark, made at each step, references them.
         self.due: dict[str, Any] = {}
         self.unread: tuple[Callable[[], Control], ...] = ()  # stop requests whose flags are being copied to the host
         self.why = why  # reasons to stop
         self.take(state)
+        self.set_mark()
 
     def take(self, state: TrainState) -> None:
         """Makes ``state`` the current one, and reads its counters, which synchronizes with the device."""
@@ -86,20 +88,23 @@ class Cursor:
         # Bypasses the NamedTuple constructor, which is slower, because this runs at each step.
         return tuple.__new__(Mark, where)
 
+    def set_mark(self) -> None:
+        """Marks the current point, to which an error rolls back."""
+        self.marked = self.mark()
+
+    def mark_as_delta(self) -> None:
+        """Turns the marked point into a delta from the current state, before a step takes the state.
+
+        Apart from old values, it then references only the current state object, so a step can donate the state.
+        """
+        if self.marked.state is not self.state:
+            assert not isinstance(self.marked.state, Delta)
+            self.marked = self.marked._replace(state=Delta.between(self.marked.state, self.state))
+
     def roll_back(self, mark: Mark) -> None:
         """Rolls back to ``mark``."""
         state, self.due, self.unread, self.why, self.step, self.position, self.epoch, self.snapshots = mark
         self.state = state.older() if isinstance(state, Delta) else state
-
-    def as_delta(self, mark: Mark) -> Mark:
-        """Returns the mark as a delta from the current state.
-
-        Apart from old values, it then references only the current state object, so a step can donate the state.
-        """
-        if mark.state is self.state:
-            return mark
-        assert not isinstance(mark.state, Delta)
-        return mark._replace(state=Delta.between(mark.state, self.state))
 
     def set(self, **changes: Any) -> None:
         """Changes pending requests, in the state and in the mirror."""
@@ -140,7 +145,9 @@ class Cursor:
         """Merges requests into the pending ones."""
         if not control.kinds:
             return
-        late = {"stop", "skip_final_save"}.intersection(control.kinds) if self.late and _on_device(control) else ()
+        late = (
+            {"stop", "skip_final_save"}.intersection(control.kinds) if self._reads_late and _on_device(control) else ()
+        )
         if late:
             # Set on the device, so that the next step is a fixed point. The flags are read once they are copied.
             due = self.state.due

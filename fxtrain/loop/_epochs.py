@@ -1,10 +1,15 @@
-"""The epoch in which a session begins, given the state and the data."""
+"""The epoch in which a session begins, and the end of each epoch."""
 
 from __future__ import annotations
 
-from fxtrain.core import Epoch, TrainState
+from fxtrain.core import Epoch, EpochEnd, TrainState
 from fxtrain.data import Source
+from fxtrain.loop._cursor import Cursor
+from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._interrupts import Waits
+from fxtrain.loop._types import Events
+
+_MAX_EMPTY_EPOCHS = 100  # consecutive epochs without a step, after which the run is stuck
 
 
 def begin_epochs(state: TrainState, data: Source) -> TrainState:
@@ -50,3 +55,41 @@ def _continued(epoch: Epoch | None, position: int, data: Source) -> Epoch:
         f"current epoch are consumed, got {length}. Finish the epoch with the data and batch size that it began with, "
         "and change them after it."
     )
+
+
+class Epochs:
+    """Handles the requests to end an epoch.
+
+    Args:
+        now: The current state.
+        data: The data source.
+        emitter: Emits ``EpochEnd``.
+    """
+
+    def __init__(self, now: Cursor, data: Source, emitter: Emitter) -> None:
+        self._now, self._data, self._emit = now, data, emitter.emit
+        self._empty_epochs = 0  # consecutive epochs without a step
+        self._step_of_last_epoch = -1
+
+    def handle(self) -> Events[None]:
+        """Moves to the next epoch, past the batches that are left."""
+        now, epoch = self._now, self._now.epoch
+        if not epoch.length:
+            raise ValueError(
+                "expected data with a known epoch length for the request end_epoch, got data of unknown length in its "
+                "first epoch. Give data that has a length."
+            )
+        if now.position < epoch.start + epoch.length:
+            now.move_to(epoch.start + epoch.length)
+        self._empty_epochs = 0 if now.step > self._step_of_last_epoch else self._empty_epochs + 1
+        if self._empty_epochs >= _MAX_EMPTY_EPOCHS:
+            raise ValueError(
+                f"expected a step within {_MAX_EMPTY_EPOCHS} epochs, got none. A callback skips every batch or ends "
+                "every epoch before its first step. Request a stop there instead."
+            )
+        self._step_of_last_epoch = now.step
+        following = Epoch(epoch.done + 1, start=now.position, length=self._data.epoch_length or epoch.length)
+        announce(self._data, following)
+        now.count(following._replace(length=self._data.epoch_length or following.length))
+        now.set(end_epoch=False, begin_epoch=True)
+        yield from self._emit(EpochEnd)

@@ -1,4 +1,4 @@
-"""Evaluation of a state over one epoch of data."""
+"""Evaluation: of a state by ``evaluate``, and within a run, at the end of each epoch or as a callback requests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from fxtrain import metrics, tree
-from fxtrain.core import Control, Epoch, StepEnd, StepOutput, TrainState
-from fxtrain.data import Exhausted, as_source, to_device
+from fxtrain.core import EVALUATED, Control, Epoch, EvalBegin, EvalEnd, EvalStep, StepEnd, StepOutput, TrainState
+from fxtrain.data import Exhausted, Source, as_source, to_device
 from fxtrain.data._foreign_containers import count_examples
 from fxtrain.fold import Handler, as_trigger, on
 from fxtrain.loop._checks import check_eval_step, check_state
+from fxtrain.loop._cursor import Cursor
+from fxtrain.loop._emitter import Emitter
 from fxtrain.loop._epochs import announce
+from fxtrain.loop._interrupts import Abandoned, Interrupts, leaving_compilation
 from fxtrain.loop._plan import Plan
+from fxtrain.loop._types import Events
 
 
 class Measured(NamedTuple):
@@ -77,6 +81,68 @@ def _is_last_step(event: StepEnd) -> bool:
     """Whether this is the last step of an epoch or of the run."""
     ends_epoch = event.epoch_length is not None and event.position == event.epoch_start + event.epoch_length
     return ends_epoch or event.step == event.total_steps
+
+
+class Evaluations:
+    """The evaluations of a run.
+
+    Args:
+        plan: The options of the run.
+        data: From ``fxtrain.data.as_source``, or None.
+        now: The current state.
+        emitter: Emits ``EvalBegin``, ``EvalStep`` and ``EvalEnd``.
+        interrupts: Signals, which abort an evaluation.
+    """
+
+    def __init__(self, plan: Plan, data: Source | None, now: Cursor, emitter: Emitter, interrupts: Interrupts) -> None:
+        self._eval_step, self._view, self.data = plan.eval_step, plan.eval_view, data
+        self._evaluates_epochs = plan.eval_step is not None and plan.eval_when is None
+        self._now, self._emit, self._interrupts = now, emitter.emit, interrupts
+
+    def handle(self) -> Events[None]:
+        """Evaluates the current state, as a callback requested."""
+        now, eval_step, data = self._now, self._eval_step, self.data
+        if eval_step is None or data is None:
+            raise ValueError(
+                "expected eval_step and eval_data for an evaluation requested by a callback, got neither. Give both to "
+                "fit, or remove the callback."
+            )
+        # An interrupted evaluation is rolled back and stays due.
+        mark = now.mark()
+        now.set(evaluate=False)
+        yield from self._emit(EvalBegin)
+        total: dict[str, Any] = {}
+        seen = now.state if self._view is None else self._view(now.state)
+        batches = measure(seen, leaving_compilation(eval_step), self._interrupts.leaving_waits(data))
+        try:
+            for index, batch, output, total in batches:  # noqa: B007
+                if self._interrupts.cause is not None:
+                    raise Abandoned
+                yield from self._emit(
+                    EvalStep, index=index, batch=batch, metrics=output.metrics, outputs=output.outputs
+                )
+        except Abandoned:
+            now.roll_back(mark)
+            return
+        measured = metrics.compute(total)
+        slot = {"step": now.state.step.clone(), "metrics": {k: v.detach().clone() for k, v in measured.items()}}
+        now.state = now.state.with_slot(EVALUATED, slot)
+        yield from self._emit(EvalEnd, metrics=measured)
+
+    def is_missing(self) -> bool:
+        """Whether the epoch must end with an evaluation that no step has requested.
+
+        The last step cannot request it in data of unknown length, or if all batches after it were skipped.
+        """
+        last = self._now.state.slots.get(EVALUATED)
+        return self._evaluates_epochs and (last is None or int(last["step"]) != self._now.step)
+
+    def metrics_of_this_step(self) -> dict[str, float]:
+        """Returns the metrics of the current step's evaluation, or none if it has not been evaluated."""
+        last = self._now.state.slots.get(EVALUATED)
+        if last is None or int(last["step"]) != self._now.step:
+            return {}
+        return {name: float(value) for name, value in last["metrics"].items()}
 
 
 def declare_shapes(step: Any, data: Any) -> None:

@@ -1,13 +1,21 @@
-"""The states that a run can rewind to."""
+"""Rewinds: the states that a run can return to, in memory and on disk, and the return itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from fxtrain import tree
-from fxtrain.core import TrainState
+from fxtrain.checkpoint import Restoration
+from fxtrain.core import LOOP, REWINDS, Rewound, TrainState
+from fxtrain.data import Source
+from fxtrain.loop._checkpoint_slots import CheckpointSlots
 from fxtrain.loop._cursor import Cursor
-from fxtrain.loop._saving import Saving
+from fxtrain.loop._emitter import Emitter
+from fxtrain.loop._epochs import announce
+from fxtrain.loop._plan import Plan
+from fxtrain.loop._types import Events
 
 
 class Snapshots:
@@ -17,23 +25,23 @@ class Snapshots:
     snapshots that it lists. A resumed run therefore rewinds to the same step as an uninterrupted one.
 
     Args:
-        every: Retain a state at steps that are multiples of ``every``; None retains none.
-        count: Number of snapshots to retain, the newest ones.
-        on_host: Whether to retain them in host memory.
-        copied: Whether to copy them, because the step donates its state.
-        saving: The checkpoints of the run.
+        plan: The options of the run.
+        copied: Whether to copy the states, because the step donates them.
+        notes: Returns the notes to save with each snapshot.
     """
 
-    def __init__(self, every: int | None, count: int, *, on_host: bool, copied: bool, saving: Saving) -> None:
-        self._every, self._count, self._on_host, self._copied = every, count, on_host, copied
-        self._saving = saving
+    def __init__(self, plan: Plan, *, copied: bool, notes: Callable[[], dict[str, str]]) -> None:
+        self._every, self._count = plan.snapshot_every, plan.snapshots
+        self._on_host, self._copied = plan.snapshots_on_host, copied
+        self._checkpointer, self._notes = plan.checkpointer, notes
+        self._may_be_on_disk = False
         self._in_memory: dict[int, TrainState] = {}
         self._on_disk: set[int] = set()
 
     def begin(self, now: Cursor) -> None:
         """Drops listed snapshots that are not on disk, for example those of a run without a checkpointer."""
         if self._every or now.snapshots:
-            self._on_disk = set(now.snapshots) & self._saving.snapshots()
+            self._on_disk = set(now.snapshots) & self._list_on_disk()
             now.list_snapshots([step for step in now.snapshots if step in self._on_disk], self._count)
 
     def is_due(self, now: Cursor) -> bool:
@@ -55,8 +63,15 @@ class Snapshots:
         """Saves the listed snapshots that are not on disk, before the checkpoint that lists them."""
         for step in listed:
             if step not in self._on_disk and step in self._in_memory:
-                self._saving.save_snapshot(self._in_memory[step])
+                if self._checkpointer is not None:
+                    self._checkpointer.save(self._in_memory[step], notes=self._notes(), role="snapshot")
+                    self._may_be_on_disk = True
                 self._on_disk.add(step)
+
+    def delete_unlisted(self, listed: Sequence[int]) -> None:
+        """Deletes the other snapshots on disk, once the checkpoint whose save has just begun is committed."""
+        if self._checkpointer is not None and self._may_be_on_disk:
+            self._checkpointer.retain_snapshots(listed)
 
     def newest_until(self, step: int, now: Cursor) -> TrainState | None:
         """Returns the newest state of ``step`` or before, on the device of the current one; None if there is none.
@@ -65,12 +80,12 @@ class Snapshots:
         """
         like = now.state
         for listed in [*sorted((s for s in now.snapshots if s <= step), reverse=True), -1]:
-            newer = self._saving.read_newest_until(step, like, newer_than=listed)
+            newer = self._read_checkpoint(step, like, newer_than=listed)
             if newer is not None:
                 return newer
             if listed in self._in_memory:
                 return tree.map(lambda leaf: leaf.to(like.step.device), self._in_memory[listed])
-            if listed in self._on_disk and (state := self._saving.read_snapshot(listed, like)) is not None:
+            if listed in self._on_disk and (state := self._read_snapshot(listed, like)) is not None:
                 return state
         return None
 
@@ -87,3 +102,83 @@ class Snapshots:
     def _drop_unlisted(self, listed: Sequence[int]) -> None:
         self._in_memory = {step: state for step, state in self._in_memory.items() if step in listed}
         self._on_disk.intersection_update(listed)
+
+    def _list_on_disk(self) -> set[int]:
+        found: set[int] = set() if self._checkpointer is None else self._checkpointer.snapshots()
+        self._may_be_on_disk = bool(found)
+        return found
+
+    def _read_checkpoint(self, step: int, like: TrainState, *, newer_than: int) -> TrainState | None:
+        """Returns the run's newest saved state with ``newer_than < its step <= step``; None if there is none."""
+        if self._checkpointer is None:
+            return None
+        return _state_of(self._checkpointer.read_newest_until(step, _without_loop(like), newer_than=newer_than))
+
+    def _read_snapshot(self, step: int, like: TrainState) -> TrainState | None:
+        """Returns the state of a snapshot; None if there is none, or if it is damaged."""
+        if self._checkpointer is None:
+            return None
+        return _state_of(self._checkpointer.read_snapshot(step, _without_loop(like)))
+
+
+class Rewinds:
+    """Handles the requests to rewind.
+
+    Args:
+        plan: The options of the run.
+        now: The current state.
+        emitter: Emits ``Rewound``.
+        snapshots: The states to rewind to.
+        data: The data source.
+    """
+
+    def __init__(self, plan: Plan, now: Cursor, emitter: Emitter, snapshots: Snapshots, data: Source) -> None:
+        self._plan, self._now, self._emit = plan, now, emitter.emit
+        self._snapshots, self._data = snapshots, data
+
+    def handle(self) -> Events[None]:
+        """Returns to the newest state that is old enough for the pending request, or stops if there is none."""
+        now, old, steps = self._now, self._now.state, self._now.due["rewind"]
+        target = self._snapshots.newest_until(now.step - steps, now)
+        now.set(rewind=0, evaluate=False, end_epoch=False, save=False)
+        if target is None:
+            now.stop(f"a rewind of {steps} steps was requested at step {now.step}, but no retained state is that old")
+            return
+        to_step = int(target.step)
+        times: dict[int, int] = dict(old.slots[REWINDS].tolist()) if REWINDS in old.slots else {}
+        times[to_step] = times.get(to_step, 0) + 1
+        yield from self._emit(
+            Rewound,
+            from_step=now.step,
+            to_step=to_step,
+            abandoned=range(int(target.position), now.position),
+            times=times[to_step],
+        )
+        now.read_flags()
+        # Only slots written at this event, and a request to stop, survive the rewind.
+        surviving = {name: slot for name, slot in now.state.slots.items() if slot is not old.slots.get(name)}
+        surviving[REWINDS] = torch.tensor(sorted(times.items()), device=old.step.device)
+        due, retained, length = now.due, now.snapshots, now.epoch.length
+        now.take(target.replace(slots={**target.slots, **surviving}))
+        # Keep the epoch length if it was found after the snapshot.
+        if not now.epoch.length:
+            now.count(now.epoch._replace(length=length))
+        announce(self._data, now.epoch)
+        now.snapshots = retained
+        self._snapshots.roll_back(now)
+        # Save again, so the folder marks the abandoned steps and a resume starts from the new timeline.
+        now.set(stop=due["stop"], skip_final_save=due["skip_final_save"], save=self._plan.checkpointer is not None)
+        if times[to_step] > (limit := self._plan.rewind_limit):
+            now.stop(f"rewound to step {to_step} {times[to_step]} times, more than rewind_limit={limit} allows")
+
+
+def _without_loop(like: TrainState) -> TrainState:
+    """Returns the state without the loop's slots, so that they are read from the checkpoint."""
+    return like.replace(slots={name: slot for name, slot in like.slots.items() if not name.startswith(LOOP)})
+
+
+def _state_of(report: Restoration | None) -> TrainState | None:
+    if report is None:
+        return None
+    report.warn(stacklevel=3)
+    return CheckpointSlots.split(report.state)[0]

@@ -1,0 +1,172 @@
+"""Steps: reads a batch, takes the step, and folds its events, until a request is due.
+
+No local variable may reference a state across a step, because a step copies a state with other references before it
+donates the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+
+from fxtrain.core import Batch, Control, EpochBegin, StepBegin, StepEnd, StepOutput, Tree
+from fxtrain.data import Source
+from fxtrain.fold import as_composed
+from fxtrain.loop._batches import BatchReader
+from fxtrain.loop._cursor import Cursor
+from fxtrain.loop._dispatch import Dispatch
+from fxtrain.loop._emitter import Emitter
+from fxtrain.loop._interrupts import Abandoned, Interrupts
+from fxtrain.loop._plan import Plan
+from fxtrain.loop._publisher import Publisher
+from fxtrain.loop._saving import Checkpoints
+from fxtrain.loop._types import EventRecord, Events, LoopStep
+
+_NOTHING = Control()
+
+
+class Steps:
+    """Takes the steps of a run.
+
+    Args:
+        plan: The options of the run.
+        step: The step.
+        data: The data source.
+        now: The current state.
+        emitter: Emits ``EpochBegin``, ``StepBegin`` and ``StepEnd``.
+        publish: The observers.
+        reader: The batches.
+        interrupts: Signals, which end a sequence of steps.
+        checkpoints: The saves under way, whose end is reported between two steps.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        step: LoopStep,
+        data: Source,
+        now: Cursor,
+        emitter: Emitter,
+        *,
+        publish: Publisher,
+        reader: BatchReader,
+        interrupts: Interrupts,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._plan, self._data, self._now, self._emitter = plan, data, now, emitter
+        self._publish, self._reader, self._interrupts, self._checkpoints = publish, reader, interrupts, checkpoints
+        self._dispatch = Dispatch(step, data, steps=plan.steps, snapshot_every=plan.snapshot_every)
+        self._in_step = as_composed(step).traced_slots
+        self._epochs_differ = data.has_variable_epochs
+        self._end: int | None = None  # data position at which the current epoch ends
+        self._outside: dict[str, Tree] = {}  # slots that do not enter the step, from before the current StepBegin
+
+    def take(self) -> Events[None]:
+        """Takes steps until a request is due."""
+        now = self._now
+        if now.due["begin_epoch"]:
+            yield from self._begin_epoch()
+            if now.anything_due:
+                return
+        due, last, self._end, self._outside = now.due, self._last_in_a_row(), now.epoch.end, {}
+        # The epoch length was found after this snapshot was taken, and the run has rewound to it.
+        if now.position == self._end:
+            now.set(end_epoch=True)
+            return
+        begins, ends = self._emitter.is_seen(StepBegin), self._emitter.is_seen(StepEnd)
+        while True:
+            batches = self._fetch()
+            if not batches or (begins and not (yield from self._begin(batches))):
+                return
+            for output in self._step(batches):
+                now.step += 1
+                now.position += 1
+                if now.position == self._end:
+                    now.set(end_epoch=True)
+                if ends or output.control:
+                    yield from self._emitter.fold(StepEnd, {"metrics": output.metrics}, output.control)[0]
+                else:
+                    self._publish.step(now.step, output.metrics)
+            if now.due is not due or now.step >= last or self._interrupts.cause is not None:
+                return
+            now.set_mark()
+
+    def _begin_epoch(self) -> Events[None]:
+        now = self._now
+        if now.unread and now.read_flags():
+            return
+        now.set(begin_epoch=False)
+        yield from self._emitter.emit(EpochBegin)
+        now.set_mark()
+
+    def _fetch(self) -> Sequence[Batch]:
+        """Returns the batches of the next dispatch: none at the end of the epoch, or if a signal has arrived."""
+        now, epoch = self._now, self._now.epoch
+        try:
+            batches = self._reader.next(now.position, epoch, self._dispatch.length(now.step, now.position, epoch))
+        except Abandoned:
+            return ()
+        if not batches:  # end of data of unknown length, which is known from here on
+            if not (now.unread and now.read_flags()):
+                now.count(epoch._replace(length=now.position - epoch.start))
+                now.set(end_epoch=True)
+        elif self._epochs_differ and epoch.length and self._data.epoch_length is None:
+            # The epoch is longer than expected, so its length is unknown again.
+            now.count(epoch._replace(length=0))
+            self._end = None
+        return batches
+
+    def _begin(self, batches: Sequence[Batch]) -> Generator[EventRecord, None, bool]:
+        """Emits StepBegin. Returns whether to take the step."""
+        now, asked = self._now, _NOTHING
+        self._outside = {name: kept for name, kept in now.state.slots.items() if name not in self._in_step}
+        for index, batch in enumerate(batches):  # several only if no callback subscribes
+            step, position = now.step + 1 + index, now.position + index
+            asked = yield from self._emitter.emit(StepBegin, step=step, position=position, batch=batch)
+        if asked.any("skip_batch"):
+            now.move_to(now.position + 1)
+            if now.position == now.epoch.end:
+                now.set(end_epoch=True)
+        elif not (now.due["stop"] or now.due["rewind"] or now.due["end_epoch"]):
+            return True
+        # If the step is not taken and the run continues, the same batch is fetched again.
+        if now.read_flags(len(now.marked.unread)) and now.marked.unread:
+            # The run had stopped one step before, so this event is rolled back.
+            now.roll_back(now.marked)
+            now.read_flags()
+        return False
+
+    def _step(self, batches: Sequence[Batch]) -> Sequence[StepOutput]:
+        """Takes the steps. Returns no outputs if a signal arrived while compiling, or if the run had stopped before."""
+        now = self._now
+        now.mark_as_delta()
+        try:
+            now.state, outputs = self._dispatch.take(now.state, batches)
+        except Abandoned:
+            now.roll_back(now.marked)
+            return ()
+        if now.unread and self._has_stopped_before():
+            return ()
+        if len(outputs) > 1:
+            outputs = outputs[: int(now.state.step) - now.step]  # steps after a stop were not taken
+        return outputs
+
+    def _has_stopped_before(self) -> bool:
+        """Reads the flags left on the device; returns whether one was set, so that the step returned its input."""
+        now, mark = self._now, self._now.marked
+        if mark.unread and now.read_flags(len(mark.unread)):
+            # The run had stopped one step before, so this StepBegin is rolled back.
+            now.unread = ()
+            pending = mark.due.items()
+            now.set(**{name: value for name, value in pending if name not in ("stop", "skip_final_save")})
+            now.state = now.state.replace(slots={**now.state.slots, **self._outside})
+            return True
+        return bool(now.unread) and now.read_flags()
+
+    def _last_in_a_row(self) -> float:
+        """Returns the next step after which the run must check saves, snapshots or its limit."""
+        now, every = self._now, self._plan.snapshot_every
+        if self._checkpoints.under_way:
+            return now.step + 1
+        limit = math.inf if self._plan.steps is None else self._plan.steps
+        return min(limit, now.step - now.step % every + every) if every else limit
