@@ -404,7 +404,7 @@ def test_plateau_scheduler_becomes_callback():
         lambda tx, rate: fx.schedules.join([fx.schedules.constant(0.1), rate], [10]),
         lambda tx, rate: fx.callbacks.schedule_hyperparam("weight_decay", rate),
         lambda tx, rate: fx.attach(fx.init(nn.Linear(1, 1)), [rate]),
-        lambda tx, rate: fx.fit(fx.init(nn.Linear(1, 1)), None, [], callbacks=[tx], steps=1),
+        lambda tx, rate: fx.fit(fx.init(nn.Linear(1, 1)), lambda *_: None, [], callbacks=[tx], steps=1),
     ],
 )
 def test_every_public_function_proposes_the_equivalent(call):

@@ -29,10 +29,10 @@ Restore parts of fxtrain checkpoints::
     fx.restore(path, like=state, where="state.*['encoder.*']")  # a submodule with its optimizer state
 """
 
-from fxtrain.interop._load import load_weights
+from fxtrain.interop._load_weights import load_weights
 from fxtrain.interop._optimizer_states import load_optimizer_state, optimizer_state_dict
-from fxtrain.interop._read import read_weights
-from fxtrain.interop._save import save_weights
+from fxtrain.interop._read_weights import read_weights
+from fxtrain.interop._save_weights import save_weights
 
 __all__ = [
     "load_optimizer_state",

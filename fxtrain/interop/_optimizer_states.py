@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
-import pickle
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from fxtrain import precision, tree
-from fxtrain.checkpoint import CheckpointError
-from fxtrain.core import TrainState, describe
+from fxtrain import precision
+from fxtrain.core import TrainState, Tree
+from fxtrain.interop._parameter_names import parameter_names, tensors_by_name
+from fxtrain.interop._read_optimizer import is_scaler, read_optimizer
 from fxtrain.model import model_of
-from fxtrain.optim._torch_state_conversion import Taken, take_over, torch_entries
+from fxtrain.optim._torch_state_conversion import TorchState, as_torch_state, with_torch_state
+
+Result = TypeVar("Result")
 
 
 def load_optimizer_state(
     state: TrainState,
-    source: Any,
+    source: torch.optim.Optimizer | Mapping[str, object] | str | os.PathLike[str],
     *,
     entry: str | None = None,
     names: Sequence[str] | None = None,
@@ -66,9 +65,9 @@ def load_optimizer_state(
         >>> state.opt_state[0].count["weight"]
         tensor(1)
     """
-    found = _source(source, entry)
+    found = read_optimizer(source, entry)
     groups = found.optimizer["param_groups"]
-    named = _named(state, found.optimizer, names)
+    named = parameter_names(state, found.optimizer, names)
     entries = {
         named[index]: value
         for index, value in found.optimizer["state"].items()
@@ -76,7 +75,7 @@ def load_optimizer_state(
         if value and index in named and ("step" not in value or int(value["step"]) > 0)
     }
     options = {named[index]: group for group in groups for index in group["params"] if index in named}
-    trained = set(_names(model_of(state).split(state.params)))
+    trained = set(tensors_by_name(model_of(state).split(state.params)))
     for frozen in sorted(entries.keys() - trained):
         raise ValueError(
             f"expected optimizer state for trainable parameters only, got state for {frozen!r}, which is frozen or not "
@@ -92,13 +91,14 @@ def load_optimizer_state(
     if step is None:
         counts = [int(value["step"]) for value in entries.values() if "step" in value]
         step = max(counts, default=None if entries else 0)
-    taken = Taken(entries, options, step)
-    state = state.replace(opt_state=_each(state, lambda part, prefix: take_over(part, taken, prefix)))
-    if not _is_scaler(found.scaler):
+    torch_state = TorchState(entries, options, step)
+    state = state.replace(
+        opt_state=_map_optimizers(state, lambda part, prefix: with_torch_state(part, torch_state, prefix))
+    )
+    if not is_scaler(found.scaler):
         return state
-    scaler = cast(Mapping[str, Any], found.scaler)
-    scale = torch.tensor(float(scaler["scale"]), device=state.step.device)
-    good_steps = torch.tensor(int(scaler["_growth_tracker"]), device=state.step.device)
+    scale = torch.tensor(float(found.scaler["scale"]), device=state.step.device)
+    good_steps = torch.tensor(int(found.scaler["_growth_tracker"]), device=state.step.device)
     return state.with_slot(precision.SLOT, precision.LossScaleState(scale, good_steps))
 
 
@@ -124,10 +124,10 @@ def optimizer_state_dict(
     """
     own = optimizer.state_dict()
     groups = own["param_groups"]
-    named = _named(state, {"state": {}, "param_groups": groups}, names, shapes=optimizer.param_groups)
+    named = parameter_names(state, {"state": {}, "param_groups": groups}, names, shapes=optimizer.param_groups)
     entries: dict[str, dict[str, Tensor]] = {}
-    _each(state, lambda part, prefix: entries.update(torch_entries(part, prefix)))
-    leaves = _names(state.params)
+    _map_optimizers(state, lambda part, prefix: entries.update(as_torch_state(part, prefix)))
+    leaves = tensors_by_name(state.params)
     found: dict[int, dict[str, Tensor]] = {}
     for group in groups:
         for index in group["params"]:
@@ -140,7 +140,7 @@ def optimizer_state_dict(
 
 
 def _completed(
-    kept: dict[str, Tensor], group: Mapping[str, Any], param: Tensor, kind: type, step: int
+    kept: dict[str, Tensor], group: Mapping[str, float], param: Tensor, kind: type, step: int
 ) -> dict[str, Tensor]:
     """Returns the entry with torch's additional values, in torch's formats."""
     if param.is_complex():
@@ -154,189 +154,9 @@ def _completed(
     return kept
 
 
-class _Source(NamedTuple):
-    optimizer: Mapping[str, Any]
-    step: int | None = None
-    scaler: Mapping[str, Any] | None = None  # of torch.amp.GradScaler
-
-
-def _source(source: Any, entry: str | None) -> _Source:
-    if isinstance(source, torch.optim.Optimizer):
-        return _Source(source.state_dict())
-    if isinstance(source, str | os.PathLike):
-        return _file(pathlib.Path(source), entry)
-    return _within(source, entry, "source")
-
-
-def _file(path: pathlib.Path, entry: str | None) -> _Source:
-    if not path.is_dir():
-        return _within(_read(path), entry, str(path))
-    if not (path / "optimizer.pt").is_file():
-        raise CheckpointError(f"expected optimizer.pt in {path}, as Trainer writes it, got none. Pass a file.")
-    found = _within(_read(path / "optimizer.pt"), entry, str(path / "optimizer.pt"))
-    if (path / "scaler.pt").is_file():
-        found = found._replace(scaler=_read(path / "scaler.pt"))
-    if (path / "scheduler.pt").is_file():
-        return found._replace(step=_last_epoch(_read(path / "scheduler.pt")))
-    if (path / "trainer_state.json").is_file():
-        return found._replace(step=int(json.loads((path / "trainer_state.json").read_text())["global_step"]))
-    return found
-
-
-def _read(path: pathlib.Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"expected tensors in {path}, got other Python objects ({str(error).splitlines()[0]}). If you trust the "
-            "file, read it with torch.load(weights_only=False), and pass the optimizer's state dict."
-        ) from None
-    except Exception as error:
-        raise CheckpointError(f"expected a checkpoint at {path}, got a file that cannot be read ({error}).") from error
-
-
-def _within(contents: Any, entry: str | None, where: str) -> _Source:
-    """Finds the optimizer's state dict in a checkpoint, and the step of a scheduler and the loss scale next to it."""
-    if entry is None and _is_optimizer(contents):
-        return _Source(contents)
-    if not isinstance(contents, Mapping):
-        raise ValueError(f"expected the state dict of a torch optimizer in {where}, got {describe(contents)}.")
-    values = cast(Mapping[str, Any], contents)
-    flat = {key: value[0] if _is_single(value) else value for key, value in values.items()}
-    found = {key: value for key, value in flat.items() if _is_optimizer(value)}
-    if entry is not None:
-        found = {key: value for key, value in found.items() if key == entry}
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one optimizer state dict in {where}, got {', '.join(map(repr, found)) or 'none'} among the "
-            f"entries {', '.join(map(repr, list(values)[:12]))}. Pass its entry as entry=."
-        )
-    steps = {step for value in flat.values() if (step := _last_epoch(value)) is not None}
-    step = steps.pop() if len(steps) == 1 else values.get("global_step")
-    scaler = next((value for value in flat.values() if _is_scaler(value)), None)
-    return _Source(next(iter(found.values())), step if isinstance(step, int) else None, scaler)
-
-
-def _is_single(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(cast(Sequence[Any], value)) == 1
-
-
-def _is_optimizer(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"state", "param_groups"} <= set(cast(Mapping[Any, Any], value))
-
-
-def _is_scaler(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"scale", "_growth_tracker"} <= set(cast(Mapping[Any, Any], value))
-
-
-def _last_epoch(value: Any) -> int | None:
-    found = cast(Mapping[str, Any], value).get("last_epoch") if isinstance(value, Mapping) else None
-    return found if isinstance(found, int) and found >= 0 else None
-
-
-def _names(params: Any) -> dict[str, Tensor]:
-    """Returns tensors by name, in the order of ``module.parameters()``."""
-    if isinstance(params, Tensor):
-        return {"": params}
-    if not isinstance(params, Mapping):
-        return {name.strip("[]'\""): leaf for name, leaf in zip(tree.paths(params), tree.leaves(params), strict=True)}
-    found: dict[str, Tensor] = {}
-    for key, part in cast(Mapping[str, Any], params).items():
-        found |= {f"{key}.{name}" if name else str(key): leaf for name, leaf in _names(part).items()}
-    return found
-
-
-def _each(state: TrainState, read: Any) -> Any:
+def _map_optimizers(state: TrainState, read: Callable[[Tree, str], Result]) -> Result | dict[str, Result]:
     """Returns ``read(opt_state, prefix)`` for the optimizer, or for each optimizer of a dict."""
     if isinstance(state.opt_state, dict):
-        parts = cast(dict[str, Any], state.opt_state)
+        parts = cast("dict[str, Tree]", state.opt_state)
         return {name: read(part, f"{name}.") for name, part in parts.items()}
     return read(state.opt_state, "")
-
-
-def _named(
-    state: TrainState,
-    optimizer: Mapping[str, Any],
-    names: Sequence[str] | None,
-    shapes: Iterable[Mapping[str, Any]] = (),
-) -> dict[Any, str]:
-    """Returns the names of the optimizer's parameters, by their keys in its state dict."""
-    groups = optimizer["param_groups"]
-    keys = [key for group in groups for key in group["params"]]
-    every = _names(state.params)
-    if all(isinstance(key, str) for key in keys):
-        return {key: key for key in keys}
-    if names is not None:
-        if len(names) != len(keys):
-            raise ValueError(f"expected names of {len(keys)} parameters, got {len(names)}.")
-        return dict(zip(keys, names, strict=True))
-    if all("param_names" in group for group in groups):
-        given = [name for group in groups for name in group["param_names"]]
-        return dict(zip(keys, given, strict=True))
-    trained = _names(model_of(state).split(state.params))
-    known: dict[Any, tuple[torch.Size, ...]] = {
-        key: (param.shape,)
-        for group, given in zip(groups, shapes, strict=False)
-        for key, param in zip(group["params"], given["params"], strict=True)
-    } or {key: like for key, value in optimizer["state"].items() if (like := _shapes(value))}
-    orders = [
-        order
-        for candidates in (every, trained)
-        for order in _orders(candidates, [len(group["params"]) for group in groups])
-        if len(order) == len(keys)
-        and all(
-            every[name].shape in known.get(key, (every[name].shape,)) for key, name in zip(keys, order, strict=True)
-        )
-    ]
-    if not orders:
-        raise ValueError(
-            f"expected the {len(every)} parameters of the model, or its {len(trained)} trainable ones, in the order of "
-            f"module.parameters(), got an optimizer of {len(keys)} parameters that differ in number or shape. Pass "
-            "their names, in the optimizer's order, as names=."
-        )
-    if any(order != orders[0] for order in orders):
-        one, other = orders[0], next(order for order in orders if order != orders[0])
-        differing = next(pair for pair in zip(one, other, strict=True) if pair[0] != pair[1])
-        raise ValueError(
-            f"expected one parameter order that fits the optimizer's groups, got several: a parameter may be "
-            f"{differing[0]!r} or {differing[1]!r}. Pass their names, in the optimizer's order, as names=."
-        )
-    return dict(zip(keys, orders[0], strict=True))
-
-
-def _shapes(value: Mapping[str, Any]) -> tuple[torch.Size, ...]:
-    """Returns the possible shapes of the parameter of an entry, derived from its moments."""
-    moments = {key: moment for key, moment in value.items() if isinstance(moment, Tensor)}
-    if "row_var" in moments and "col_var" in moments:
-        return (torch.Size((*moments["row_var"].shape[:-1], moments["col_var"].shape[-1])),)
-    return tuple({moment.shape for key, moment in moments.items() if key not in _SCALAR_ENTRIES})[:1]
-
-
-_SCALAR_ENTRIES = ("step", "mu", "eta", "mu_product")
-
-# Names of parameters that Trainer does not decay.
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-def _orders(params: Mapping[str, Tensor], sizes: list[int]) -> list[list[str]]:
-    """Returns the parameter orders that optimizers use: the module's, or for two groups, decayed parameters first.
-
-    The module's order is left out if groups could swap parameters of equal shape unnoticed.
-    """
-    names = list(params)
-    if len(sizes) == 1:
-        return [names]
-    found: list[list[str]] = []
-    if len(sizes) == 2:
-        for is_decayed in (
-            lambda name: params[name].ndim > 1,
-            lambda name: not _UNDECAYED.search(name.lower()) and params[name].ndim > 1,
-        ):
-            decayed = [name for name in names if is_decayed(name)]
-            if len(decayed) == sizes[0]:
-                found.append([*decayed, *(name for name in names if not is_decayed(name))])
-    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
-    shapes = [{params[name].shape for name in names[end - size : end]} for size, end in zip(sizes, ends, strict=True)]
-    if sum(map(len, shapes)) == len(set().union(*shapes)):
-        found.append(names)
-    return found

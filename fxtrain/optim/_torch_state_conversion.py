@@ -34,7 +34,7 @@ Entry = Mapping[str, Any]
 """The state of a torch optimizer for one parameter, such as ``{"step": ..., "exp_avg": ...}``."""
 
 
-class Taken(NamedTuple):
+class TorchState(NamedTuple):
     """The state of a torch optimizer, by parameter name."""
 
     entries: Mapping[str, Entry]  # parameters without state are missing
@@ -98,27 +98,27 @@ _OPTIONS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 """By the name of an injected hyperparameter: a function that reads its value from a parameter group."""
 
 
-def take_over(opt_state: Tree, taken: Taken, prefix: str = "") -> Tree:
+def with_torch_state(opt_state: Tree, given: TorchState, prefix: str = "") -> Tree:
     """Returns the optimizer state with the moments, counts and injected hyperparameters of a torch optimizer.
 
     Args:
         opt_state: The state of a transformation. It is not modified.
-        taken: The state of the torch optimizer.
-        prefix: Prepended to the names in ``opt_state`` to get those in ``taken``.
+        given: The state of the torch optimizer.
+        prefix: Prepended to the names in ``opt_state`` to get those in ``given``.
 
     Raises:
         ValueError: If the two have different moments, or moments of different shapes. The message names the parameter.
-            Also if a schedule needs ``taken.step`` and it is None.
+            Also if a schedule needs ``given.step`` and it is None.
     """
-    reader = _Reader(taken, prefix)
+    reader = _Reader(given, prefix)
     result = reader.read(opt_state)
     reader.refuse_unread()
     return result
 
 
 class _Reader:
-    def __init__(self, taken: Taken, prefix: str) -> None:
-        self._taken, self._prefix = taken, prefix
+    def __init__(self, given: TorchState, prefix: str) -> None:
+        self._given, self._prefix = given, prefix
         self._read: dict[str, set[str]] = {}
 
     def read(self, node: Tree) -> Tree:
@@ -151,7 +151,7 @@ class _Reader:
 
     def refuse_unread(self) -> None:
         """Raises if moments of the torch optimizer were not used."""
-        for name, entry in self._taken.entries.items():
+        for name, entry in self._given.entries.items():
             if not name.startswith(self._prefix):
                 continue
             read = self._read.get(name, set())
@@ -167,9 +167,9 @@ class _Reader:
         field = _STEPS.get(cast(Any, type(node)))
         if field is None:
             return node
-        if self._taken.step is None:
+        if self._given.step is None:
             raise ValueError("expected the number of updates so far, which schedules read, got none. Pass it as step=.")
-        return node._replace(**{field: torch.full_like(getattr(node, field), self._taken.step)})
+        return node._replace(**{field: torch.full_like(getattr(node, field), self._given.step)})
 
     def _field(self, own: Tree | PerParameter, key: str) -> Tree:
         if isinstance(own, PerParameter):
@@ -183,7 +183,7 @@ class _Reader:
         )
 
     def _number(self, name: str, key: str, was: Tensor) -> Tensor:
-        entry = self._taken.entries.get(name)
+        entry = self._given.entries.get(name)
         if entry is None:
             return was
         if not key:
@@ -191,7 +191,7 @@ class _Reader:
         return torch.full_like(was, float(self._value(name, key)))
 
     def _moment(self, name: str, key: str, was: Tensor) -> Tensor:
-        entry = self._taken.entries.get(name)
+        entry = self._given.entries.get(name)
         if entry is None or (key == "momentum_buffer" and key in entry and entry[key] is None):
             self._read.setdefault(name, set()).add(key)
             return was
@@ -207,7 +207,7 @@ class _Reader:
         return value.detach().to(device=was.device, dtype=was.dtype, copy=True)
 
     def _value(self, name: str, key: str) -> Tree:
-        entry = self._taken.entries[name]
+        entry = self._given.entries[name]
         self._read.setdefault(name, set()).add(key)
         if key not in entry:
             raise ValueError(
@@ -220,7 +220,7 @@ class _Reader:
         find = _OPTIONS.get(name)
         if isinstance(was, Scheduled) or find is None:
             return was
-        found = {float(value) for param in params if (value := find(self._taken.options.get(param, {}))) is not None}
+        found = {float(value) for param in params if (value := find(self._given.options.get(param, {}))) is not None}
         if len(found) > 1:
             raise ValueError(
                 f"expected one {name} for all parameters, got {sorted(found)} in the parameter groups. Give each group "
@@ -229,7 +229,7 @@ class _Reader:
         return torch.full_like(was, found.pop()) if found else was
 
 
-def torch_entries(opt_state: Tree, prefix: str = "") -> dict[str, dict[str, Tensor]]:
+def as_torch_state(opt_state: Tree, prefix: str = "") -> dict[str, dict[str, Tensor]]:
     """Returns the state that a torch optimizer would have, by parameter name. Parameters without updates are omitted.
 
     Args:

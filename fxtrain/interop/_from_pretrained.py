@@ -6,7 +6,7 @@ import copy
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def is_pretrained(module: nn.Module, folder: pathlib.Path) -> bool:
     return (of_transformers or of_diffusers) and hasattr(module, "from_pretrained") and (folder / _CONFIG).is_file()
 
 
-def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+def as_loaded(module: nn.Module, folder: pathlib.Path, contents: Mapping[str, object]) -> dict[str, object]:
     """Returns the values that ``from_pretrained`` loads, by the module's names.
 
     It renames, merges and splits tensors of older or different layouts, such as those of mixture-of-experts models.
@@ -41,12 +41,12 @@ def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) ->
     dtypes = {value.dtype for value in contents.values() if isinstance(value, Tensor) and value.is_floating_point()}
     plain = [dtype for dtype in dtypes if dtype.itemsize > 1]  # torch does not promote 8-bit floats
     widest = functools.reduce(torch.promote_types, plain) if plain else torch.float32
-    options: dict[str, Any] = {"torch_dtype": widest}
+    options: dict[str, object] = {"torch_dtype": widest}
     if hasattr(module, "base_model_prefix"):
         options = {"dtype": widest, "config": copy.deepcopy(module.config)}
     try:
         with torch.random.fork_rng(devices=[]):
-            made, info = type(module).from_pretrained(
+            made, info = cast(Any, type(module)).from_pretrained(
                 str(folder), output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
             )
     except Exception as error:
@@ -56,7 +56,7 @@ def as_loaded(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) ->
         ) from error
     shapes = {name: torch.Size(there) for name, there, _ in info["mismatched_keys"]}
     absent = {*info["missing_keys"], *shapes}
-    values: dict[str, Any] = {name: value for name, value in made.state_dict().items() if name not in absent}
+    values: dict[str, object] = {name: value for name, value in made.state_dict().items() if name not in absent}
     for name, value in values.items():
         raw = contents.get(name)
         if isinstance(raw, Tensor) and isinstance(value, Tensor) and raw.dtype != value.dtype:

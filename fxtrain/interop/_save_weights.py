@@ -19,12 +19,13 @@ from fxtrain.core import TrainState, describe
 from fxtrain.disk import make_folder, sync_file, sync_folder
 from fxtrain.model import model_of, refuse_in_place_writes, versions
 from fxtrain.model._named_tensors import NamedTensors
+from fxtrain.model._types import Modules
 
 _FILE = "model.safetensors"
 
 
 def save_weights(
-    path: str | os.PathLike[str], state: TrainState, *, convert: Callable[[Any], Any] | None = None
+    path: str | os.PathLike[str], state: TrainState, *, convert: Callable[[Any], Modules] | None = None
 ) -> pathlib.Path:
     """Writes the weights of ``state`` to a folder with ``model.safetensors``, which appears atomically.
 
@@ -85,7 +86,7 @@ def save_weights(
     return folder
 
 
-def _converted(convert: Callable[[Any], Any], copied: Any) -> Any:
+def _converted(convert: Callable[[Any], Modules], copied: Modules) -> Modules:
     found = convert(copied)
     leaves = tree.leaves(found)
     if not leaves or not all(isinstance(leaf, nn.Module | Tensor) for leaf in leaves):
@@ -93,7 +94,7 @@ def _converted(convert: Callable[[Any], Any], copied: Any) -> Any:
     return found
 
 
-def _with_parameters(part: Any) -> Any:
+def _with_parameters(part: object) -> object:
     """Replaces plain tensors in a copied module by ``Parameter``, as its class created them, and returns the module."""
     if not isinstance(part, nn.Module):
         return part
@@ -106,7 +107,7 @@ def _with_parameters(part: Any) -> Any:
     return part
 
 
-def _write(modules: Any, folder: pathlib.Path) -> None:
+def _write(modules: Modules, folder: pathlib.Path) -> None:
     if isinstance(modules, nn.Module) and hasattr(modules, "save_pretrained"):
         cast(Any, modules).save_pretrained(str(folder))
         return

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fxtrain.core import TrainState, args_from
-from fxtrain.interop import _adapters as adapters
-from fxtrain.interop import _pretrained as pretrained
-from fxtrain.interop._read import listed_entries, read_weights
+from fxtrain.interop import _from_pretrained as pretrained
+from fxtrain.interop import _peft_adapters as adapters
+from fxtrain.interop._read_weights import listed_entries, read_weights
 from fxtrain.model import load_state_dict, model_of
 from fxtrain.model._loading import LoadReport
 from fxtrain.model._named_tensors import NamedTensors
@@ -112,8 +112,8 @@ def load_weights(
 
 
 def _as_its_library_loads(
-    module: nn.Module, folder: pathlib.Path, contents: Mapping[str, Any], where: str | Sequence[str] | None
-) -> tuple[Mapping[str, Any], str | Sequence[str] | None]:
+    module: nn.Module, folder: pathlib.Path, contents: Mapping[str, object], where: str | Sequence[str] | None
+) -> tuple[Mapping[str, object], str | Sequence[str] | None]:
     """Returns the contents by the module's names, and the names that they cover."""
     if adapters.is_adapted(module):
         contents, names = adapters.named_as_in(module, folder, contents)

@@ -23,7 +23,7 @@ _STEMS = (
 _SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
-def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> Mapping[str, Any]:
+def read_weights(path: str | os.PathLike[str], *, entry: str | None = None) -> Mapping[str, object]:
     """Returns the tensors in a file or a folder of weights by name, on the CPU.
 
     Files of safetensors and ``torch.save`` are memory-mapped, so a tensor is read when it is used.
@@ -65,13 +65,13 @@ def _weights_in(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _read_shards(index: pathlib.Path) -> dict[str, Any]:
+def _read_shards(index: pathlib.Path) -> dict[str, object]:
     try:
         places = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"expected an index of shards at {index}, got {error!r}.") from None
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name in names:
         if pathlib.PurePath(name).name != name:
             raise CheckpointError(f"expected shards in the folder of {index}, got {name!r}.")
@@ -104,13 +104,14 @@ def _read_file(file: pathlib.Path) -> Any:
     return contents
 
 
-def _entry(file: pathlib.Path, contents: Mapping[str, Any], entry: str) -> Mapping[str, Any]:
-    if not isinstance(contents.get(entry), Mapping):
+def _entry(file: pathlib.Path, contents: Mapping[str, object], entry: str) -> Mapping[str, object]:
+    found = contents.get(entry)
+    if not isinstance(found, Mapping):
         raise ValueError(f"expected entry to name a state dict in {file}, got {entry!r}. {listed_entries(contents)}")
-    return contents[entry]
+    return found
 
 
-def listed_entries(contents: Mapping[str, Any]) -> str:
+def listed_entries(contents: Mapping[str, object]) -> str:
     """Returns a sentence that lists the entries with tensors by name; empty if there are none."""
     found = [
         f"{key!r} ({len(value)} values)"

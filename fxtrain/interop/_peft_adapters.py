@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
 
 from torch import nn
 
@@ -17,12 +17,23 @@ _OUTPUT_SETTINGS = (  # settings, besides weights, that affect the outputs of an
 )
 
 
-def is_adapted(module: nn.Module) -> bool:
+class Adapted(Protocol):
+    """A module that peft has adapted."""
+
+    peft_config: Mapping[str, Any]
+    active_adapters: Sequence[str] | Callable[[], Sequence[str]]
+
+    def state_dict(self, *, keep_vars: bool) -> dict[str, Any]: ...
+
+
+def is_adapted(module: nn.Module) -> TypeGuard[Adapted]:
     """Whether peft has adapted a module, which then saves and loads only its adapter."""
     return bool(getattr(module, "peft_config", None)) and hasattr(module, "active_adapters")
 
 
-def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def named_as_in(
+    module: Adapted, folder: pathlib.Path, contents: Mapping[str, object]
+) -> tuple[dict[str, object], list[str]]:
     """Returns an adapter folder's contents by the names of the adapted module, and all names of its active adapter.
 
     Raises:
@@ -48,14 +59,14 @@ def named_as_in(module: Any, folder: pathlib.Path, contents: Mapping[str, Any]) 
     return {names.get(name, name): value for name, value in contents.items()}, list(names.values())
 
 
-def _active(module: Any) -> str:
+def _active(module: Adapted) -> str:
     """Returns the name of the active adapter. In transformers models, ``active_adapters`` is a method."""
-    active: Any = module.active_adapters
-    names: Any = active() if callable(active) else active
+    active = module.active_adapters
+    names = active() if callable(active) else active
     return names[0]
 
 
-def _refuse_other_configuration(file: pathlib.Path, here: Any) -> None:
+def _refuse_other_configuration(file: pathlib.Path, here: object) -> None:
     if not file.is_file():
         return
     there = json.loads(file.read_text())
